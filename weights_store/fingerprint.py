@@ -1,0 +1,166 @@
+"""Content fingerprints: SHA-256 over canonical JSON of what determines a result.
+
+Paths, machines, batch sizes and clock times are never part of a fingerprint; anything that cannot be hashed stably
+raises instead of falling back to `str()`.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from weights_store.errors import InputError
+
+_MODEL_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "config.json")
+_SLOW_TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
+# Settings of tokenizer_config.json that change ids or rendered text; the rest (class names, versions) may differ.
+_TOKENIZER_SETTINGS = (
+    "bos_token",
+    "eos_token",
+    "pad_token",
+    "unk_token",
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "legacy",
+)
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of `value`: sorted keys, no spaces.
+
+    Raises:
+        TypeError: `value` holds something that has no stable JSON form (a set, an object, a non-string key).
+        ValueError: `value` holds NaN or an infinity.
+    """
+    _check_plain(value, "value")
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _check_plain(value: Any, where: str) -> None:
+    if value is None or isinstance(value, str | bool | int):
+        return
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"cannot fingerprint {where}: {value} is not finite")
+        return
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"cannot fingerprint {where}: key {key!r} is a {type(key).__name__}, expected str")
+            _check_plain(inner, f"{where}.{key}")
+        return
+    if isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            _check_plain(inner, f"{where}[{index}]")
+        return
+    raise TypeError(f"cannot fingerprint {where}: a {type(value).__name__} has no stable form")
+
+
+def fingerprint(value: Any) -> str:
+    """Return the SHA-256 of the canonical JSON of `value`, 64 hex digits.
+
+    Raises:
+        TypeError, ValueError: `value` cannot be hashed stably, see `canonical_json`.
+    """
+    return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def fingerprint_file(path: str | Path) -> str:
+    """Return the SHA-256 of the bytes of one file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint_model(folder: str | Path) -> str:
+    """Return the fingerprint of a model: bytes of its weight files and what its config says about the architecture.
+
+    Two folders with equal content have equal fingerprints wherever they lie. The library version that wrote the
+    config is left out.
+
+    Raises:
+        InputError: The folder holds no `config.json` or no weight file.
+    """
+    folder = Path(folder)
+    files = sorted({path for pattern in _MODEL_PATTERNS for path in folder.glob(pattern)})
+    weight_files = [path for path in files if path.name != "config.json"]
+    if not (folder / "config.json").is_file() or not weight_files:
+        raise InputError(f"{folder} is not a model folder: expected config.json and *.safetensors files")
+    config = _load_json(folder / "config.json")
+    config.pop("transformers_version", None)
+    config.pop("_name_or_path", None)
+    return fingerprint({"config": config, "files": {path.name: _cached_digest(path) for path in weight_files}})
+
+
+def _cached_digest(path: Path) -> str:
+    stat = path.stat()
+    return _digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _digest(path: str, _size: int, _mtime_ns: int) -> str:
+    return fingerprint_file(path)
+
+
+def load_chat_template(folder: str | Path) -> str | None:
+    """Return the chat template text of a tokenizer folder, None where it has none."""
+    folder = Path(folder)
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    template = _load_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several named templates
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default")
+    return template
+
+
+def fingerprint_tokenizer(folder: str | Path) -> str:
+    """Return the fingerprint of what turns text into ids: vocabulary, merges, special tokens, chat template.
+
+    Raises:
+        InputError: The folder holds no tokenizer.
+    """
+    folder = Path(folder)
+    content: dict[str, Any] = {"chat_template": load_chat_template(folder)}
+    if (folder / "tokenizer.json").is_file():
+        backend = _load_json(folder / "tokenizer.json")
+        content["backend"] = {key: backend[key] for key in sorted(backend) if key not in ("truncation", "padding")}
+    else:
+        files = [folder / name for name in _SLOW_TOKENIZER_FILES if (folder / name).is_file()]
+        if not files:
+            raise InputError(
+                f"{folder} holds no tokenizer: expected tokenizer.json or {', '.join(_SLOW_TOKENIZER_FILES)}"
+            )
+        content["files"] = {path.name: fingerprint_file(path) for path in files}
+    if (folder / "tokenizer_config.json").is_file():
+        settings = _load_json(folder / "tokenizer_config.json")
+        content["settings"] = {key: _plain_token(settings[key]) for key in _TOKENIZER_SETTINGS if key in settings}
+    return fingerprint(content)
+
+
+def _plain_token(value: Any) -> Any:
+    """Return a special token as text; older configs store it as an object with a `content`."""
+    return value["content"] if isinstance(value, dict) and "content" in value else value
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+
+
+def explain_difference(old: Any, new: Any, where: str = "") -> list[str]:
+    """Return one line per field that differs, `path: old -> new`, sorted by path."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys: Iterable[str] = sorted({*old, *new})
+        lines = [explain_difference(old.get(k), new.get(k), f"{where}.{k}" if where else str(k)) for k in keys]
+        return [line for group in lines for line in group]
+    if old == new:
+        return []
+    return [f"{where}: {json.dumps(old, default=str)} -> {json.dumps(new, default=str)}"]

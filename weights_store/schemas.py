@@ -1,0 +1,89 @@
+"""Columns of every table in the store, and the closed list of reasons for quarantine.
+
+The contract between the stages, the trainer and people with Polars. Lists are ragged, one entry per response token,
+EOS included. Only types that Delta keeps as they are: no unsigned integers, no float16.
+"""
+
+from enum import StrEnum
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+"""Part of every fingerprint; goes up when the meaning of a stored column changes."""
+
+IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
+FLOATS = pa.list_(pa.field("element", pa.float32(), nullable=False))
+
+
+def _required(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, kind, nullable=False)
+
+
+TOKENS = pa.schema(
+    [
+        _required("pair_id", pa.string()),
+        _required(
+            "prompt", pa.string()
+        ),  # canonical JSON of the messages as tokenised: lets P put a system turn in front
+        _required("prompt_ids", IDS),
+        _required("chosen_ids", IDS),
+        _required("rejected_ids", IDS),
+        pa.field("chosen_score", pa.float32()),
+        pa.field("rejected_score", pa.float32()),
+        _required("source_row", pa.int64()),
+        _required("split", pa.string()),
+    ]
+)
+"""One row per preference pair, tokenised."""
+
+LOGPS = pa.schema(
+    [_required("pair_id", pa.string()), _required("chosen_logps", FLOATS), _required("rejected_logps", FLOATS)]
+)
+"""Per-token log-probabilities (nats, <= 0) of one scorer."""
+
+WEIGHTS = pa.schema(
+    [
+        _required("pair_id", pa.string()),
+        _required("prompt_ids", IDS),
+        _required("chosen_ids", IDS),
+        _required("rejected_ids", IDS),
+        _required("chosen_token_weights", FLOATS),
+        _required("rejected_token_weights", FLOATS),
+        _required("chosen_ref_logps", FLOATS),
+        _required("rejected_ref_logps", FLOATS),
+        _required("pair_weight", pa.float32()),
+        pa.field("anchor_ids", IDS),
+        pa.field("anchor_ref_logps", FLOATS),
+        _required("split", pa.string()),
+    ]
+)
+"""What training reads: self-contained, one row per pair."""
+
+QUARANTINE = pa.schema(
+    [
+        _required("source_row", pa.int64()),
+        pa.field("pair_id", pa.string()),
+        _required("reason", pa.string()),
+        _required("detail", pa.string()),
+        _required("raw", pa.string()),
+    ]
+)
+"""Pairs that could not be used, with the reason."""
+
+
+class Reason(StrEnum):
+    """Why a row is in quarantine. Closed: a new reason is a change of the schema."""
+
+    UNPARSABLE_JSON = "unparsable_json"
+    INVALID_UTF8 = "invalid_utf8"
+    MISSING_VALUE = "missing_value"
+    NOT_TEXT = "not_text"
+    NO_PROMPT = "no_prompt"
+    NO_FINAL_ASSISTANT_TURN = "no_final_assistant_turn"
+    EMPTY_RESPONSE = "empty_response"
+    CHOSEN_EQUALS_REJECTED = "chosen_equals_rejected"
+    DUPLICATE_PAIR = "duplicate_pair"
+    PROMPT_TOO_LONG = "prompt_too_long"
+    RESPONSE_TOO_LONG = "response_too_long"
+    TEMPLATE_MISMATCH = "template_mismatch"
+    UNSCORABLE = "unscorable"
