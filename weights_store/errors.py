@@ -9,6 +9,7 @@ The tree::
     ├── MismatchError(ValueError)       two things that must agree do not (tokenizer, vocabulary, ids)
     ├── ScoringError(RuntimeError)      the engine's reply breaks the scoring contract
     ├── StageError(RuntimeError)        a process that a stage started has failed
+    │   └── KilledError                 it died by a signal: out of memory, or somebody's kill
     └── StoreError(RuntimeError)        the store cannot be read or written
         ├── NotFoundError(LookupError)  no such store, table or version
         └── ConflictError               other writers kept winning the race for the next version
@@ -44,6 +45,10 @@ class ScoringError(TokenweightsError, RuntimeError):
 
 class StageError(TokenweightsError, RuntimeError):
     """A process that a stage started has failed."""
+
+
+class KilledError(StageError):
+    """A process that a stage started died by a signal; starting it again goes on where it was."""
 
 
 class StoreError(TokenweightsError, RuntimeError):

@@ -79,6 +79,7 @@ class Reason(StrEnum):
     MISSING_VALUE = "missing_value"
     NOT_TEXT = "not_text"
     NO_PROMPT = "no_prompt"
+    PROMPTS_DIFFER = "prompts_differ"
     NO_FINAL_ASSISTANT_TURN = "no_final_assistant_turn"
     EMPTY_RESPONSE = "empty_response"
     CHOSEN_EQUALS_REJECTED = "chosen_equals_rejected"

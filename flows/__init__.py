@@ -1,0 +1,1 @@
+"""Orchestration with Prefect: order, retries, schedules and artifacts. Nothing imports this package."""

@@ -1,0 +1,152 @@
+"""The build as a Prefect flow. Reads like a table of contents; the work is in `pipeline`.
+
+Tasks pass references (table, version), never tables. The store decides what is already done, not Prefect's cache: a second
+run of a finished build does nothing and takes seconds.
+"""
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Before Prefect is imported. On a busy machine the embedded server needs longer than Prefect's 20 s.
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+
+from pipeline.contrast import ContrastivePair, contrast
+from pipeline.models import resolve_model
+from pipeline.prepare import Prepared, prepare
+from pipeline.publish import Ingredients, Published, publish
+from pipeline.recipe import Recipe, WeightsSection, load_recipe
+from pipeline.report import summary_markdown, write_report
+from pipeline.score import Scored, Scorer, score
+from weights_store.errors import KilledError
+
+
+@dataclass
+class BuildResult:
+    """What a build hands back: references, the report's place, and the wall time of each stage in seconds."""
+
+    prepared: Prepared
+    published: Published
+    report: Path
+    model_folder: Path
+    scored: dict[str, Scored] = field(default_factory=dict)
+    num_trained: int = 0
+    stage_s: dict[str, float] = field(default_factory=dict)
+
+
+@flow(name="build-weights")
+def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
+    """Build the weight dataset of a recipe: prepare, score, contrast, score, weigh, publish, report."""
+    clock = _StageClock()
+    model_folder = clock.time("model", find_model, recipe)
+    prepared = clock.time("prepare", prepare_tokens, recipe, model_folder)
+    scored = {"ref": clock.time("score ref", score_tokens, "ref", prepared, Scorer(model_folder), recipe, model_folder)}
+    num_trained = 0
+    if recipe.weights.estimator in ("tis", "reversed"):
+        uniform = clock.time("publish uniform", publish_uniform, recipe, prepared, scored)
+        pair = clock.time("contrast", build_contrast, recipe, model_folder, uniform)
+        num_trained = pair.num_trained
+        for role, scorer in (("positive", pair.positive), ("negative", pair.negative)):
+            scored[role] = clock.time(f"score {role}", score_tokens, role, prepared, scorer, recipe, model_folder)
+    published = clock.time("publish", publish_weights, recipe, prepared, scored, expect_same)
+    report = clock.time("report", report_weights, published, recipe, model_folder)
+    return BuildResult(prepared, published, report, model_folder, scored, num_trained, clock.stage_s)
+
+
+@flow(name="refresh-weights")
+def refresh_weights(recipe_file: str, overrides: list[str] | None = None, store: str | None = None) -> str:
+    """Build a recipe read from its file when the run starts: picks up new pairs, and changes of the file."""
+    result = build_weights(load_recipe(recipe_file, overrides or [], store))
+    return str(result.published.weights)
+
+
+@task(name="find model", task_run_name="find model")
+def find_model(recipe: Recipe) -> Path:
+    """Resolve the starting model to a folder."""
+    return resolve_model(recipe.model)
+
+
+@task(name="prepare", task_run_name="prepare {recipe.dataset.name}")
+def prepare_tokens(recipe: Recipe, model_folder: Path) -> Prepared:
+    """Tokenise new pairs, put unusable rows into quarantine."""
+    prepared = prepare(recipe, model_folder, get_run_logger().info)
+    num_quarantined = sum(prepared.quarantined.values())
+    get_run_logger().info(
+        f"{prepared.num_source_rows} rows = {prepared.num_pairs} pairs + {num_quarantined} quarantined "
+        f"{prepared.quarantined or ''}; {prepared.num_new_pairs} pairs are new"
+    )
+    return prepared
+
+
+def _worth_repeating(_task: Any, _run: Any, state: Any) -> bool:
+    """A killed process goes on where it was; any other failure would fail the same way again."""
+    return isinstance(state.result(raise_on_failure=False), KilledError)
+
+
+@task(name="score", task_run_name="score {role}", retries=1, retry_condition_fn=_worth_repeating)
+def score_tokens(role: str, prepared: Prepared, scorer: Scorer, recipe: Recipe, model_folder: Path) -> Scored:
+    """Score what has no log-probs yet, with progress as an artifact."""
+    logger = get_run_logger()
+    artifact = create_progress_artifact(0.0, key=f"score-{role}", description=f"scoring {prepared.tokens} as {role}")
+
+    def show(percent: float) -> None:
+        update_progress_artifact(artifact, progress=percent)  # type: ignore[arg-type]
+
+    scored = score(prepared.tokens, scorer, recipe.score, model_folder, recipe.model.chat_template, logger.info, show)
+    show(100.0)
+    if scored.num_scored_pairs == 0:
+        logger.info(f"{scored.logps}: nothing to score")
+    return scored
+
+
+@task(name="contrast", task_run_name="contrast {recipe.contrast.method}")
+def build_contrast(recipe: Recipe, model_folder: Path, uniform: Published) -> ContrastivePair:
+    """Build the contrastive pair, or find the one that is there."""
+    return contrast(recipe.contrast, model_folder, uniform.weights, get_run_logger().info)
+
+
+@task(name="publish uniform")
+def publish_uniform(recipe: Recipe, prepared: Prepared, scored: dict[str, Scored]) -> Published:
+    """Publish the pairs with weights 1: what contrastive training and the plain DPO baseline read."""
+    weights = WeightsSection(name=f"{recipe.dataset.name}/uniform", estimator="uniform")
+    return publish(recipe, weights, _ingredients(prepared, scored), report=get_run_logger().info)
+
+
+@task(name="publish", task_run_name="publish {recipe.weights.name}")
+def publish_weights(recipe: Recipe, prepared: Prepared, scored: dict[str, Scored], expect_same: bool) -> Published:
+    """Weigh and publish."""
+    return publish(recipe, recipe.weights, _ingredients(prepared, scored), expect_same, get_run_logger().info)
+
+
+@task(name="report")
+def report_weights(published: Published, recipe: Recipe, model_folder: Path) -> Path:
+    """Write the HTML report and the Markdown artifact."""
+    path = write_report(published, model_folder, recipe.model.chat_template)
+    key = "weights-" + "".join(c if c.isalnum() else "-" for c in published.name)
+    create_markdown_artifact(summary_markdown(published, path), key=key, description=str(published.weights))
+    return path
+
+
+def _ingredients(prepared: Prepared, scored: dict[str, Scored]) -> Ingredients:
+    pair = {f"{role}_logps": scored[role].logps for role in ("positive", "negative") if role in scored}
+    return Ingredients(prepared.tokens, scored["ref"].logps, **pair)
+
+
+class _StageClock:
+    """Runs a stage and notes how long it took."""
+
+    def __init__(self) -> None:
+        self.stage_s: dict[str, float] = {}
+
+    def time(self, stage: str, run: Any, *args: Any) -> Any:
+        started = time.monotonic()
+        result = run(*args)
+        self.stage_s[stage] = time.monotonic() - started
+        return result

@@ -1,0 +1,47 @@
+"""Start a stage's own process and watch it. The one place that starts processes."""
+
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from weights_store.errors import KilledError, StageError
+
+
+def run_child(command: Sequence[str], what: str, report: Callable[[str], None], prefix: str = "") -> None:
+    """Run a child process to its end, pass its progress lines on, and stop it when we are stopped.
+
+    Lines that start with `prefix` are progress and go to `report` without it.
+
+    Raises:
+        KilledError: It died by a signal.
+        StageError: It ended with a code other than 0; carries its last line or its own error message.
+    """
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
+    tail: list[str] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": path}
+    ) as child:
+        assert child.stdout is not None
+        try:
+            for line in child.stdout:
+                if not line.strip():
+                    continue
+                tail = [*tail[-39:], line.rstrip()]
+                if line.startswith(prefix):
+                    report(line.removeprefix(prefix).rstrip())
+        except BaseException:
+            child.terminate()
+            raise
+    if child.returncode < 0:
+        raise KilledError(
+            f"{what} was killed by signal {-child.returncode}; out of memory? Run again: it goes on where it was"
+        )
+    if child.returncode:
+        raise StageError(f"{what} failed with exit code {child.returncode}: {_cause(tail)}")
+
+
+def _cause(tail: list[str]) -> str:
+    errors = [line for line in tail if line.startswith("error: ")]
+    return errors[-1].removeprefix("error: ") if errors else "\n".join(tail[-15:]) or "it printed nothing"

@@ -1,0 +1,31 @@
+"""Find a model: a folder on disk or a hub id, resolved to a folder."""
+
+from pathlib import Path
+
+from pipeline.recipe import ModelSection
+from weights_store.errors import InputError
+
+
+def resolve_model(model: ModelSection) -> Path:
+    """Return the folder of a model, downloading a hub id into the hub's cache.
+
+    Raises:
+        InputError: No such folder, and no such model on the hub (or no way to reach it).
+    """
+    folder = Path(model.path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"model.path {folder} has no config.json: not a model folder")
+        return folder
+    if folder.is_absolute() or model.path.startswith(".") or model.path.count("/") != 1:
+        raise InputError(f"model.path {model.path} does not exist; give a model folder or a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model.path, revision=model.revision))
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"model.path {model.path!r} is no folder here and could not be had from the hub: {reason}"
+        ) from error

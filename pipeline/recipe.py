@@ -1,0 +1,208 @@
+"""The recipe of a build: what a TOML file and `--set` may say, checked before anything runs.
+
+Defaults of the method are TIS-DPO's (arXiv 2410.04350): k = 1, mu = +1 / -1; L = -0.5 and U = 1.5 are the values that SWIFT
+(NeurIPS 2025, appendix B.2) uses and that are commonly quoted.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from weights_store.errors import SettingsError
+from weights_store.settings import apply_overrides, load_toml, parse_settings
+from weights_store.store import check_name
+
+
+class Section(BaseModel):
+    """Base of all sections: no unknown keys, no changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DatasetSection(Section):
+    """The preference pairs and how they are cut into tokens."""
+
+    name: str = Field(description="name in the store, lower case")
+    source: str = Field(description="a .jsonl, .json, .parquet or .arrow file, a saved dataset folder, or a hub id")
+    config: str | None = Field(None, description="configuration of a hub dataset")
+    split: str = Field("train", description="split of a hub dataset; also recorded in the split column")
+    revision: str | None = Field(None, description="revision of a hub dataset")
+    streaming: bool = Field(False, description="stream a hub dataset that does not fit on the disk")
+    prompt_column: str = "prompt"
+    chosen_column: str = "chosen"
+    rejected_column: str = "rejected"
+    chosen_score_column: str = "score_chosen"
+    rejected_score_column: str = "score_rejected"
+    max_pairs: int | None = Field(None, ge=1, description="use the first rows only")
+    max_prompt_tokens: int = Field(1024, ge=8, description="oldest whole turns are dropped to fit (keep_end)")
+    max_response_tokens: int = Field(1024, ge=1, description="EOS included")
+    long_response: Literal["refuse", "cut"] = "refuse"
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_safe(cls, name: str) -> str:
+        if "/" in name:
+            raise ValueError("a dataset name has one part, without '/'")
+        return check_name(name)
+
+
+class ModelSection(Section):
+    """The starting model: reference of the training and origin of the contrastive pair."""
+
+    path: str = Field(description="a model folder or a hub id")
+    revision: str | None = Field(None, description="revision of a hub model")
+    chat_template: str | None = Field(None, description="a Jinja file, for models that ship none or a wrong one")
+
+
+class ContrastSection(Section):
+    """How the pair (pi+, pi-) is made: P, S or D of TIS-DPO section 4."""
+
+    method: Literal["prompt", "sft", "dpo"] = "dpo"
+    positive_prompt: str = "You are a helpful and harmless assistant. Give a good response."
+    negative_prompt: str = "You are an unhelpful and harmful assistant. Give a bad response."
+    role: Literal["system", "user"] = Field(
+        "system", description="where the prompt goes: a system turn, or in front of the first user turn"
+    )
+    learning_rate: float = Field(5e-6, gt=0)
+    num_epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    pairs_per_step: int = Field(32, ge=1)
+    pairs_per_batch: int = Field(8, ge=1)
+    beta: float = Field(0.1, gt=0, description="of the two DPO runs (method dpo)")
+    seed: int = 0
+    retrain: bool = Field(
+        False, description="train a new pair when the data has grown; else the pair of the first build stays"
+    )
+    python: str | None = Field(None, description="interpreter of the training job; default: this one")
+
+    @model_validator(mode="after")
+    def _prompts_differ(self) -> "ContrastSection":
+        if self.method == "prompt" and self.positive_prompt == self.negative_prompt:
+            raise ValueError("contrast.positive_prompt equals contrast.negative_prompt: every weight would be constant")
+        return self
+
+
+class ScoreSection(Section):
+    """The scoring engine. Only `dtype` changes results; the rest is speed and memory."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: the dtype the model is stored in"
+    )
+    chunk_tokens: int = Field(262_144, ge=1, description="tokens scored between two commits: what a kill can lose")
+    batch_tokens: int = Field(8192, ge=256, description="tokens in one engine step (max_num_batched_tokens)")
+    kv_cache_gib: float = Field(2.0, gt=0, description="KV cache on the CPU back end")
+    gpu_memory_share: float = Field(0.85, gt=0, le=1)
+    tensor_parallel: int = Field(1, ge=1)
+    python: str | None = Field(None, description="interpreter of the scorer; default: this one")
+
+
+class WeightsSection(Section):
+    """From scores to weights: w = k * exp(mu * clamp(log pi+ - log pi-, lower, upper))."""
+
+    name: str = Field(description="name of the weight dataset, for example hh-harmless/tis-dpo")
+    estimator: Literal["tis", "uniform", "random", "reversed"] = "tis"
+    k: float = Field(1.0, gt=0)
+    mu: float = Field(1.0, gt=0, description="+mu on chosen, -mu on rejected tokens")
+    lower: float = Field(-0.5, description="L, in nats")
+    upper: float = Field(1.5, description="U, in nats")
+    seed: int = Field(0, description="of the random estimator")
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_safe(cls, name: str) -> str:
+        return check_name(name)
+
+    @model_validator(mode="after")
+    def _clamp_is_a_range(self) -> "WeightsSection":
+        if self.lower >= self.upper:
+            raise ValueError(f"weights.lower ({self.lower}) must be below weights.upper ({self.upper})")
+        return self
+
+
+class ScheduleSection(Section):
+    """When a served deployment runs by itself."""
+
+    cron: str | None = None
+    interval_s: float | None = Field(None, gt=0)
+    timezone: str = "UTC"
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "ScheduleSection":
+        if self.cron and self.interval_s:
+            raise ValueError("schedule.cron and schedule.interval_s are both set: keep one")
+        return self
+
+
+class StoreSection(Section):
+    """Where the results go."""
+
+    uri: str = "stores/default"
+
+
+class Recipe(Section):
+    """One build, whole."""
+
+    dataset: DatasetSection
+    model: ModelSection
+    contrast: ContrastSection = ContrastSection()
+    score: ScoreSection = ScoreSection()
+    weights: WeightsSection
+    schedule: ScheduleSection = ScheduleSection()
+    store: StoreSection = StoreSection()
+
+    def result_settings(self) -> dict[str, Any]:
+        """Return the settings that determine the weights, for fingerprints and for explaining what changed.
+
+        Left out: places, schedules, interpreters and engine settings that do not change numbers. The dataset's source and the
+        model's path are left out too: their content stands in the lineage.
+        """
+        dataset = self.dataset.model_dump(
+            include={"name", "max_prompt_tokens", "max_response_tokens", "long_response", "max_pairs"}
+        )
+        method = self.contrast.method
+        keep = {
+            "prompt": {"method", "positive_prompt", "negative_prompt", "role"},
+            "sft": _TRAINING_KEYS,
+            "dpo": {*_TRAINING_KEYS, "beta"},
+        }[method]
+        needs_pair = self.weights.estimator in ("tis", "reversed")
+        return {
+            "dataset": dataset,
+            "contrast": self.contrast.model_dump(include=keep) if needs_pair else {},
+            "score": self.score.model_dump(include={"dtype"}),
+            "weights": self.weights.model_dump(include={"name", *_ESTIMATOR_KEYS[self.weights.estimator]}),
+        }
+
+
+_TRAINING_KEYS = {"method", "learning_rate", "num_epochs", "max_steps", "pairs_per_step", "seed"}
+_CLAMP_KEYS = {"estimator", "k", "mu", "lower", "upper"}
+_ESTIMATOR_KEYS = {
+    "tis": _CLAMP_KEYS,
+    "reversed": _CLAMP_KEYS,
+    "random": {*_CLAMP_KEYS, "seed"},
+    "uniform": {"estimator"},
+}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), store: str | None = None) -> Recipe:
+    """Read a recipe file, put `--set` overrides and `--store` in, and check it.
+
+    Relative paths in the file are relative to the working directory, as on the command line.
+
+    Raises:
+        InputError: There is no such file.
+        SettingsError: The file or an override is wrong; unknown keys come with the nearest known one.
+    """
+    settings = apply_overrides(load_toml(path), overrides)
+    if store is not None:
+        settings["store"] = {**_section(settings, "store"), "uri": store}
+    return parse_settings(Recipe, settings, str(path))
+
+
+def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    section = settings.get(name, {})
+    if not isinstance(section, dict):
+        raise SettingsError(f"{name!r} is a value in this recipe, expected a section [{name}]")
+    return section

@@ -1,0 +1,303 @@
+"""Stage score: per-token log-probs of one model over a tokens table, in a process of its own.
+
+`score` finds what is missing, writes a request and starts `python -m pipeline.score REQUEST`, so that the engine's memory is
+gone afterwards and its requirements need not be the caller's. The child scores chunks by token budget, longest first, and
+commits each: a kill loses one chunk at most, and the next run does the rest.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from pipeline.chat import Condition
+from pipeline.child import run_child
+from pipeline.provenance import provenance
+from pipeline.recipe import ScoreSection
+from weights_store import Table, TableVersion, WeightStore
+from weights_store.errors import ScoringError
+from weights_store.fingerprint import fingerprint, fingerprint_model
+from weights_store.schemas import LOGPS, QUARANTINE, SCHEMA_VERSION, Reason
+
+_PROGRESS = "PROGRESS "
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model, maybe behind a contrastive prompt: what a column of log-probs comes from."""
+
+    model: Path
+    condition: Condition | None = None
+
+    def identity(self, dtype: str) -> dict[str, Any]:
+        """Return what determines this scorer's numbers."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": fingerprint_model(self.model),
+            "condition": asdict(self.condition) if self.condition else None,
+            "dtype": dtype,
+        }
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What score hands on."""
+
+    logps: TableVersion
+    num_scored_pairs: int
+    num_scored_tokens: int
+    num_unscorable: int
+    wall_s: float
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The contract between the stage and its process, one JSON file."""
+
+    store: str
+    tokens_table: str
+    tokens_version: int
+    logps_table: str
+    model: str
+    tokenizer: str
+    chat_template: str | None
+    condition: dict[str, str] | None
+    metadata: dict[str, Any]
+    chunk_tokens: int
+    engine: dict[str, Any]
+
+
+def score(
+    tokens: TableVersion,
+    scorer: Scorer,
+    settings: ScoreSection,
+    tokenizer_folder: Path,
+    chat_template: str | None = None,
+    report: Callable[[str], None] = print,
+    progress: Callable[[float], None] = lambda percent: None,
+) -> Scored:
+    """Bring the scorer's logps table up to a version of the tokens table; returns at once when nothing is missing.
+
+    Args:
+        tokens: The pairs to cover.
+        scorer: The model and its contrastive prompt.
+        settings: Engine settings of the recipe.
+        tokenizer_folder: Where the chat template for a contrastive prompt is; a trained model keeps its origin's.
+        chat_template: The recipe's own template file, if any.
+        report: Gets one line now and then.
+        progress: Gets the percentage done, 0 to 100.
+
+    Raises:
+        StageError: The scoring process failed; carries its last lines. What it had committed stays.
+    """
+    started = time.monotonic()
+    identity = scorer.identity(settings.dtype)
+    table = logps_table(tokens, identity)
+    missing = _missing(tokens, table)
+    if missing.is_empty():
+        return Scored(table.reference(), 0, 0, 0, time.monotonic() - started)
+    before = table.num_rows() if table.exists() else 0
+    request = _Request(
+        store=tokens.store,
+        tokens_table=tokens.table,
+        tokens_version=tokens.version,
+        logps_table=table.path,
+        model=str(scorer.model),
+        tokenizer=str(tokenizer_folder),
+        chat_template=chat_template,
+        condition=asdict(scorer.condition) if scorer.condition else None,
+        metadata={
+            "scorer": identity,
+            "parents": [tokens.as_parent()],
+            "fingerprint": fingerprint({"scorer": identity, "tokens": tokens.fingerprint}),
+            **provenance(),
+        },
+        chunk_tokens=settings.chunk_tokens,
+        engine=settings.model_dump(
+            include={"dtype", "batch_tokens", "kv_cache_gib", "gpu_memory_share", "tensor_parallel"}
+        ),
+    )
+
+    def passed_on(line: str) -> None:
+        percent, _, text = line.partition(" ")
+        progress(float(percent))
+        report(text)
+
+    _run_process(request, settings.python, passed_on)
+    num_scored = table.num_rows() - before
+    num_tokens = int(missing["num_tokens"].sum())
+    unscorable = missing.height - num_scored
+    return Scored(table.reference(), num_scored, num_tokens, unscorable, time.monotonic() - started)
+
+
+def logps_table(tokens: TableVersion, identity: dict[str, Any]) -> Table:
+    """Return the table of one scorer over one dataset."""
+    key = tokens.table.removeprefix("tokens/")
+    return WeightStore(tokens.store).table(f"logps/{key}/{fingerprint(identity)[:12]}")
+
+
+def _missing(tokens: TableVersion, table: Table) -> pl.DataFrame:
+    """Return the pairs without log-probs, longest first: pair_id and number of tokens to compute."""
+    lengths = pl.sum_horizontal(pl.col(c).list.len() for c in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    pairs = WeightStore(tokens.store).table(tokens.table).scan(tokens.version)
+    wanted = pairs.select("pair_id", lengths.alias("num_tokens")).collect()
+    missing = wanted.join(table.pair_ids().to_frame(), on="pair_id", how="anti")
+    missing = missing.join(_known_unscorable(tokens, table), on="pair_id", how="anti")
+    return missing.sort("num_tokens", "pair_id", descending=[True, False])
+
+
+def _known_unscorable(tokens: TableVersion, table: Table) -> pl.DataFrame:
+    """Return the pairs that this very scorer has put into quarantine: trying them again would change nothing."""
+    quarantine = WeightStore(tokens.store).table(_quarantine_path(tokens.table))
+    if not quarantine.exists():
+        return pl.DataFrame(schema={"pair_id": pl.String})
+    by_this = (pl.col("reason") == Reason.UNSCORABLE.value) & pl.col("detail").str.starts_with(f"{table.path}: ")
+    return quarantine.scan().filter(by_this).select("pair_id").collect()
+
+
+def _run_process(request: _Request, python: str | None, report: Callable[[str], None]) -> None:
+    with tempfile.NamedTemporaryFile("w", suffix=".json", prefix="score-", delete=False) as file:
+        json.dump(asdict(request), file)
+    command = [python or sys.executable, "-m", "pipeline.score", file.name]
+    try:
+        run_child(command, f"scoring {request.logps_table}", report, prefix=_PROGRESS)
+    finally:
+        Path(file.name).unlink(missing_ok=True)
+
+
+# --- in the child ------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str]) -> int:
+    """Score one request file; what `python -m pipeline.score` runs."""
+    from weights_store.errors import TokenweightsError
+
+    request = _Request(**json.loads(Path(argv[0]).read_text(encoding="utf-8")))
+    try:
+        _score_request(request)
+    except TokenweightsError as error:
+        print(f"error: {error}", flush=True)
+        return 1
+    return 0
+
+
+def _score_request(request: _Request) -> None:
+    from pipeline.chat import ChatTokenizer
+    from pipeline.engine import EngineSettings, VllmEngine
+
+    store = WeightStore(request.store)
+    tokens = TableVersion(request.store, request.tokens_table, request.tokens_version, "")
+    table = store.table(request.logps_table)
+    missing = _missing(tokens, table)
+    total = int(missing["num_tokens"].sum())
+    _say(f"{missing.height} pairs, {total} tokens to score with {request.model}; starting the engine", 0)
+    tokenizer = None
+    condition = Condition(**request.condition) if request.condition else None  # type: ignore[arg-type]
+    if condition:
+        tokenizer = ChatTokenizer(Path(request.tokenizer), request.chat_template)
+    engine = VllmEngine(Path(request.model), EngineSettings(**request.engine))
+    pairs = store.table(request.tokens_table).scan(request.tokens_version)
+    started, done = time.monotonic(), 0
+    for chunk in _chunks(missing, request.chunk_tokens):
+        rows = chunk.lazy().join(pairs, on="pair_id", how="left", maintain_order="left").collect()
+        if tokenizer is not None and condition is not None:
+            prompt_ids = tokenizer.conditioned_prompt_ids(rows["prompt"].to_list(), condition)
+            rows = rows.with_columns(pl.Series("prompt_ids", prompt_ids, pl.List(pl.Int32)))
+        scored, unscorable = _score_rows(engine, rows)
+        num_tokens = int(chunk["num_tokens"].sum())
+        if unscorable:
+            _quarantine(store, request, unscorable)
+        if scored.num_rows:
+            statistics = {"num_pairs": scored.num_rows, "num_tokens": num_tokens}
+            table.append(scored, {**request.metadata, "statistics": statistics})
+        done += num_tokens
+        rate = done / (time.monotonic() - started)
+        _say(
+            f"scored {done}/{total} tokens, {rate:,.0f} tokens/s, {(total - done) / rate:.0f} s left",
+            100 * done / total,
+        )
+    if not table.exists():
+        raise ScoringError(
+            f"none of {missing.height} pairs could be scored; see {_quarantine_path(request.tokens_table)}"
+        )
+
+
+def _say(text: str, percent: float) -> None:
+    print(f"{_PROGRESS}{percent:.1f} {text}", flush=True)
+
+
+def _chunks(missing: pl.DataFrame, chunk_tokens: int) -> Iterator[pl.DataFrame]:
+    """Cut the pairs, in their order, into chunks of about `chunk_tokens` tokens."""
+    numbered = missing.with_columns(((pl.col("num_tokens").cum_sum() - 1) // chunk_tokens).alias("chunk"))
+    for chunk in numbered.partition_by("chunk", maintain_order=True):
+        yield chunk.select("pair_id", "num_tokens")
+
+
+def _score_rows(engine: Any, rows: pl.DataFrame) -> tuple[pa.Table, list[dict[str, Any]]]:
+    """Return the log-probs of the pairs that could be scored, and a quarantine row for each other."""
+    from pipeline.engine import ScoredSequence
+
+    unscorable: list[dict[str, Any]] = []
+    sequences, owners = [], []
+    for row in rows.iter_rows(named=True):
+        longest = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        if longest > engine.max_tokens:
+            unscorable.append(
+                _unscorable(row, f"prompt and response have {longest} tokens, the engine takes {engine.max_tokens}")
+            )
+            continue
+        if max(max(row["prompt_ids"]), max(row["chosen_ids"]), max(row["rejected_ids"])) >= engine.vocab_size:
+            unscorable.append(_unscorable(row, f"a token id is outside the model's vocabulary of {engine.vocab_size}"))
+            continue
+        owners.append(row)
+        sequences += [ScoredSequence(row["prompt_ids"], row[f"{side}_ids"]) for side in ("chosen", "rejected")]
+    replies = engine.score(sequences)
+    scored: dict[str, list[Any]] = {name: [] for name in LOGPS.names}
+    for index, row in enumerate(owners):
+        chosen, rejected = replies[2 * index : 2 * index + 2]
+        problems = [
+            f"{side}: {r}" for side, r in (("chosen", chosen), ("rejected", rejected)) if isinstance(r, ScoringError)
+        ]
+        if problems:
+            unscorable.append(_unscorable(row, "; ".join(problems)))
+            continue
+        for name, value in zip(LOGPS.names, (row["pair_id"], chosen, rejected), strict=True):
+            scored[name].append(value)
+    return pa.Table.from_pydict(scored, LOGPS), unscorable
+
+
+def _unscorable(row: dict[str, Any], detail: str) -> dict[str, Any]:
+    return {
+        "source_row": row["source_row"],
+        "pair_id": row["pair_id"],
+        "reason": Reason.UNSCORABLE.value,
+        "detail": detail,
+        "raw": row["prompt"][:2000],
+    }
+
+
+def _quarantine_path(tokens_table: str) -> str:
+    return tokens_table.replace("tokens/", "quarantine/", 1)
+
+
+def _quarantine(store: WeightStore, request: _Request, rows: list[dict[str, Any]]) -> None:
+    """Put unscorable pairs into quarantine, once each, however often scoring is repeated."""
+    table = store.table(_quarantine_path(request.tokens_table))
+    old = table.scan().collect().to_arrow().select(QUARANTINE.names).cast(QUARANTINE)
+    marked = [{**row, "detail": f"{request.logps_table}: {row['detail']}"} for row in rows]
+    known = set(zip(old["pair_id"].to_pylist(), old["detail"].to_pylist(), strict=True))
+    fresh = [row for row in marked if (row["pair_id"], row["detail"]) not in known]
+    if fresh:
+        metadata = {key: value for key, value in table.metadata().items() if key != "num_rows_written"}
+        table.replace(pa.concat_tables([old, pa.Table.from_pylist(fresh, QUARANTINE)]), metadata)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

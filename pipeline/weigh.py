@@ -1,0 +1,108 @@
+"""Stage weigh: log-probs of the contrastive pair to token weights, on flat arrays, without a loop over tokens.
+
+Weights are computed from the stored log-probs, so that another estimator or clamp is a derivation on the CPU.
+EOS is a token like any other. Nothing here is normalised: the paper's weights are not.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Side = Literal["chosen", "rejected"]
+
+
+@dataclass(frozen=True, slots=True)
+class SideScores:
+    """What is known of all response tokens of one side, flat over the pairs, `[N]` each.
+
+    `token_keys` are 64-bit hashes of (pair, side, position), the randomness of `random_weights`.
+    """
+
+    side: Side
+    positive_logps: np.ndarray
+    negative_logps: np.ndarray
+    token_keys: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class ClampSettings:
+    """k, mu, L and U of TIS-DPO."""
+
+    k: float = 1.0
+    mu: float = 1.0
+    lower: float = -0.5
+    upper: float = 1.5
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SideWeights:
+    """Weights of one side, flat `[N]` float32, and how many log-ratios were at each end of the clamp."""
+
+    token_weights: np.ndarray
+    num_at_lower: int
+    num_at_upper: int
+
+
+def weigh(scores: SideScores, estimator: str, settings: ClampSettings) -> SideWeights:
+    """Return the token weights of one side.
+
+    Args:
+        scores: Flat log-probs of the contrastive pair.
+        estimator: `tis`: w = k * exp(mu * clamp(log pi+ - log pi-, L, U)), mu < 0 on rejected tokens (TIS-DPO,
+            arXiv 2410.04350, eq. 19 of the submission; the clamp stands before mu). `reversed`: the same with pi+ and pi-
+            swapped, an ablation that should hurt. `random`: the log-ratio is drawn from U(L, U) instead, the same for the
+            same token whatever is built around it. `uniform`: 1.
+        settings: k, mu, L, U and the seed.
+
+    Raises:
+        ValueError: The estimator is unknown.
+    """
+    if estimator == "uniform":
+        return SideWeights(np.ones(scores.token_keys.shape, dtype=np.float32), 0, 0)
+    if estimator == "tis":
+        logratios = scores.positive_logps - scores.negative_logps
+    elif estimator == "reversed":
+        logratios = scores.negative_logps - scores.positive_logps
+    elif estimator == "random":
+        logratios = settings.lower + (settings.upper - settings.lower) * _uniform(scores.token_keys, settings.seed)
+    else:
+        raise ValueError(f"unknown estimator {estimator!r}: expected tis, uniform, random or reversed")
+    clamped = np.clip(logratios, settings.lower, settings.upper)
+    mu = settings.mu if scores.side == "chosen" else -settings.mu
+    token_weights = settings.k * np.exp(mu * clamped, dtype=np.float32)
+    return SideWeights(
+        token_weights.astype(np.float32),
+        int(np.count_nonzero(logratios <= settings.lower)),
+        int(np.count_nonzero(logratios >= settings.upper)),
+    )
+
+
+def token_keys(pair_ids: list[str], side: Side, lengths: np.ndarray) -> np.ndarray:
+    """Return one 64-bit key per token, flat `[N]` uint64: a hash of pair, side and position.
+
+    Args:
+        pair_ids: One per pair, 32 hex digits.
+        side: Which response.
+        lengths: Tokens of each response, `[B]`.
+    """
+    pairs = np.array([int(pair_id[:16], 16) for pair_id in pair_ids], dtype=np.uint64)
+    offsets = np.cumsum(lengths) - lengths
+    positions = (np.arange(int(lengths.sum())) - np.repeat(offsets, lengths)).astype(np.uint64)
+    salt = np.uint64(1 if side == "chosen" else 2) << np.uint64(62)
+    return _mix(np.repeat(_mix(pairs), lengths) + positions + salt)
+
+
+def _uniform(keys: np.ndarray, seed: int) -> np.ndarray:
+    """Return a number in [0, 1) for each key, float32, independent of the keys around it."""
+    mixed = _mix(keys + _mix(np.full(1, seed, dtype=np.uint64)))
+    return ((mixed >> np.uint64(40)).astype(np.float32)) * np.float32(2.0**-24)
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Return the finaliser of SplitMix64 of each value (Steele, Lea, Flood 2014), wrapping around in uint64."""
+    z = values + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
