@@ -112,7 +112,7 @@ def build_contrast(recipe: Recipe, model_folder: Path, uniform: Published) -> Co
     return contrast(recipe.contrast, model_folder, uniform.weights, get_run_logger().info)
 
 
-@task(name="publish uniform")
+@task(name="publish uniform", task_run_name="publish {recipe.dataset.name}/uniform")
 def publish_uniform(recipe: Recipe, prepared: Prepared, scored: dict[str, Scored]) -> Published:
     """Publish the pairs with weights 1: what contrastive training and the plain DPO baseline read."""
     weights = WeightsSection(name=f"{recipe.dataset.name}/uniform", estimator="uniform")
@@ -125,7 +125,7 @@ def publish_weights(recipe: Recipe, prepared: Prepared, scored: dict[str, Scored
     return publish(recipe, recipe.weights, _ingredients(prepared, scored), expect_same, get_run_logger().info)
 
 
-@task(name="report")
+@task(name="report", task_run_name="report {recipe.weights.name}")
 def report_weights(published: Published, recipe: Recipe, model_folder: Path) -> Path:
     """Write the HTML report and the Markdown artifact."""
     path = write_report(published, model_folder, recipe.model.chat_template)

@@ -7,6 +7,7 @@ template prints after that token (a newline, often) is nothing the model would e
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,12 +55,10 @@ class ChatTokenizer:
     """A tokenizer with its chat template.
 
     Raises:
-        InputError: No tokenizer in the folder, or no chat template there and none given.
+        InputError: No tokenizer in the folder, no chat template there and none given, or (when it first cuts) no EOS token.
     """
 
     def __init__(self, folder: Path, template_file: str | None = None) -> None:
-        from transformers import AutoTokenizer
-
         self.folder = folder
         template = _read_template(template_file) if template_file else load_chat_template(folder)
         if template is None:
@@ -67,21 +66,36 @@ class ChatTokenizer:
         self._fingerprint = fingerprint_tokenizer(folder)
         if template_file:
             self._fingerprint = fingerprint({"tokenizer": self._fingerprint, "chat_template": template})
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self._tokenizer.chat_template = template
-        if self._tokenizer.eos_token is None:
-            raise InputError(f"model {folder}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json")
+        self._template = template
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """The tokenizer itself, loaded when text is first cut: a build with nothing to do needs only its fingerprint."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        tokenizer.chat_template = self._template
+        if tokenizer.eos_token is None:
+            raise InputError(
+                f"model {self.folder}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json"
+            )
+        return tokenizer
 
     @property
     def eos_token_id(self) -> int:
         """Id of the tokenizer's EOS token."""
         return int(self._tokenizer.eos_token_id)
 
+    @property
+    def rendering_fingerprint(self) -> str:
+        """Fingerprint of what turns chats into ids: the tokenizer, and the template where the recipe gives another."""
+        return self._fingerprint
+
     def properties(self, vocab_size: int) -> dict[str, Any]:
         """Return what the store records of the tokenizer: trainers compare it with their own."""
         return {
             "fingerprint": fingerprint_tokenizer(self.folder),
-            "rendering": self._fingerprint,
+            "rendering": self.rendering_fingerprint,
             "vocab_size": vocab_size,
             "eos_token_id": self.eos_token_id,
         }

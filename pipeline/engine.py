@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from weights_store.errors import InputError, ScoringError
+from weights_store.errors import InputError, MissingExtraError, ScoringError
 
 _ROUNDING_NATS = 1e-3
 """Log-probs above 0 by less than this are rounding of log-softmax and become 0; anything above is an error."""
@@ -51,8 +51,14 @@ class VllmEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("DO_NOT_TRACK", "1")
-        from vllm import LLM
-        from vllm.platforms import current_platform
+        try:
+            from vllm import LLM
+            from vllm.platforms import current_platform
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(
+                f"scoring needs the package {error.name!r}, which is not installed; pip install 'tokenweights[score]' (GPU) or "
+                "'tokenweights[score-cpu]'"
+            ) from error
 
         on_cpu = current_platform.is_cpu()
         placement: dict[str, Any] = (

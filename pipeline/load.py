@@ -5,17 +5,22 @@ stop a build; that is why local JSON lines are read here and not with `datasets`
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from pipeline.models import is_hub_id
 from pipeline.recipe import DatasetSection
 from weights_store.errors import InputError
 from weights_store.fingerprint import fingerprint_file
 from weights_store.schemas import Reason
+
+_ROWS_CHECKED = 100
+"""Rows of a JSON lines file in which the response columns must show up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,41 +54,27 @@ def content_fingerprint(dataset: DatasetSection) -> str | None:
 
 def _rows(dataset: DatasetSection) -> Iterator[RawRow]:
     path = Path(dataset.source)
-    if path.is_file():
-        readers = {
-            ".jsonl": _json_lines,
-            ".ndjson": _json_lines,
-            ".json": _json_file,
-            ".parquet": _parquet,
-            ".arrow": _arrow,
-        }
-        reader = readers.get(path.suffix)
-        if reader is None:
-            known = ", ".join(readers)
-            raise InputError(f"dataset.source {path}: unknown kind of file {path.suffix!r}, expected one of {known}")
-        return reader(path, dataset)
-    if (
-        path.suffix in (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
-        or path.is_absolute()
-        or dataset.source.startswith(".")
-    ):
-        if path.is_dir():
-            return _saved_dataset(path, dataset)
+    if path.is_dir():
+        return _saved_dataset(path, dataset)
+    if is_hub_id(dataset.source) and path.suffix not in _READERS:
+        return _hub(dataset)
+    if not path.is_file():
         raise InputError(f"dataset.source {path} does not exist; give a file, a saved dataset folder or a hub id")
-    return _saved_dataset(path, dataset) if path.is_dir() else _hub(dataset)
+    if path.suffix not in _READERS:
+        raise InputError(
+            f"dataset.source {path}: unknown kind of file {path.suffix!r}, expected one of {', '.join(_READERS)}"
+        )
+    return _READERS[path.suffix](path, dataset)
 
 
 def _json_lines(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
-    seen = False
     with path.open("rb") as file:
         # Binary iteration splits at \n only, so a broken character cannot shift the rows behind it.
-        lines = (line for line in file if line.strip())
-        for index, line in enumerate(lines):
-            row = _parse_line(index, line)
-            if row.value is not None and not seen:
-                seen = True
-                check_columns(row.value, dataset)
-            yield row
+        rows = (_parse_line(index, line) for index, line in enumerate(line for line in file if line.strip()))
+        first = list(islice(rows, _ROWS_CHECKED))
+        check_columns([row.value for row in first if row.value is not None], dataset)
+        yield from first
+        yield from rows
 
 
 def _parse_line(index: int, line: bytes) -> RawRow:
@@ -108,9 +99,7 @@ def _json_file(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
         ) from error
     if not isinstance(values, list):
         raise InputError(f"dataset.source {path}: expected a JSON array of rows, got a {type(values).__name__}")
-    objects = [value for value in values if isinstance(value, dict)]
-    if objects:
-        check_columns(objects[0], dataset)
+    check_columns([value for value in values if isinstance(value, dict)], dataset)
     for index, value in enumerate(values):
         if isinstance(value, dict):
             yield RawRow(index, value)
@@ -125,7 +114,7 @@ def _parquet(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
         file = pq.ParquetFile(path)
     except OSError as error:
         raise InputError(f"dataset.source {path} is not a Parquet file: {error}") from error
-    check_columns(dict.fromkeys(file.schema_arrow.names), dataset)
+    check_columns([dict.fromkeys(file.schema_arrow.names)], dataset)
     index = 0
     for batch in file.iter_batches(batch_size=1000):
         for position in range(batch.num_rows):
@@ -165,7 +154,12 @@ def _hub(dataset: DatasetSection) -> Iterator[RawRow]:
 
     try:
         loaded = datasets.load_dataset(
-            dataset.source, dataset.config, split=dataset.split, revision=dataset.revision, streaming=dataset.streaming
+            dataset.source,
+            dataset.config,
+            data_dir=dataset.data_dir,
+            split=dataset.split,
+            revision=dataset.revision,
+            streaming=dataset.streaming,
         )
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise InputError(
@@ -177,24 +171,35 @@ def _hub(dataset: DatasetSection) -> Iterator[RawRow]:
 def _checked(loaded: Any, dataset: DatasetSection) -> Iterator[RawRow]:
     names = loaded.column_names
     if names is not None:  # a stream may not know its columns
-        check_columns(dict.fromkeys(names), dataset)
+        check_columns([dict.fromkeys(names)], dataset)
     for index, value in enumerate(loaded):
         yield RawRow(index, value)
 
 
-def check_columns(row: dict[str, Any], dataset: DatasetSection) -> None:
-    """Check that the two response columns are there.
+def check_columns(rows: Sequence[dict[str, Any]], dataset: DatasetSection) -> None:
+    """Check that each response column is there in some row; a single row without it is a matter for quarantine.
 
     Raises:
-        InputError: One is not; names the columns that are.
+        InputError: One is in none of `rows`; names the columns that are.
     """
+    names = dict.fromkeys(name for row in rows for name in row)
     for setting in ("chosen_column", "rejected_column"):
         column = getattr(dataset, setting)
-        if column not in row:
+        if rows and column not in names:
             raise InputError(
-                f"dataset.source {dataset.source} has no column {column!r}; it has {', '.join(row)}. Set dataset.{setting}"
+                f"dataset.source {dataset.source} has no column {column!r}; it has {', '.join(names)}. "
+                f"Set dataset.{setting}"
             )
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+_READERS = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_file,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}

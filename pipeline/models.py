@@ -1,9 +1,17 @@
 """Find a model: a folder on disk or a hub id, resolved to a folder."""
 
+import re
 from pathlib import Path
 
 from pipeline.recipe import ModelSection
 from weights_store.errors import InputError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def is_hub_id(text: str) -> bool:
+    """Return whether `text` names something on the hub: `owner/name`, and no folder here."""
+    return _HUB_ID.fullmatch(text) is not None and not Path(text).exists()
 
 
 def resolve_model(model: ModelSection) -> Path:
@@ -17,7 +25,7 @@ def resolve_model(model: ModelSection) -> Path:
         if not (folder / "config.json").is_file():
             raise InputError(f"model.path {folder} has no config.json: not a model folder")
         return folder
-    if folder.is_absolute() or model.path.startswith(".") or model.path.count("/") != 1:
+    if not is_hub_id(model.path):
         raise InputError(f"model.path {model.path} does not exist; give a model folder or a hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -202,7 +202,7 @@ def _storable(text: str) -> str:
 def _cut_settings(dataset: DatasetSection, tokenizer: ChatTokenizer, context: int) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
-        "tokenizer": tokenizer.properties(0)["rendering"],
+        "tokenizer": tokenizer.rendering_fingerprint,
         "context": context,
         "max_prompt_tokens": dataset.max_prompt_tokens,
         "max_response_tokens": dataset.max_response_tokens,

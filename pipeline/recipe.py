@@ -27,6 +27,7 @@ class DatasetSection(Section):
     name: str = Field(description="name in the store, lower case")
     source: str = Field(description="a .jsonl, .json, .parquet or .arrow file, a saved dataset folder, or a hub id")
     config: str | None = Field(None, description="configuration of a hub dataset")
+    data_dir: str | None = Field(None, description="folder inside a hub dataset")
     split: str = Field("train", description="split of a hub dataset; also recorded in the split column")
     revision: str | None = Field(None, description="revision of a hub dataset")
     streaming: bool = Field(False, description="stream a hub dataset that does not fit on the disk")
@@ -66,7 +67,7 @@ class ContrastSection(Section):
         "system", description="where the prompt goes: a system turn, or in front of the first user turn"
     )
     learning_rate: float = Field(5e-6, gt=0)
-    num_epochs: float = Field(1.0, gt=0)
+    num_epochs: int = Field(1, ge=1)
     max_steps: int | None = Field(None, ge=1)
     pairs_per_step: int = Field(32, ge=1)
     pairs_per_batch: int = Field(8, ge=1)

@@ -3,7 +3,20 @@
 Needs the base install only. The main entry is `WeightStore`.
 """
 
-from weights_store.store import WeightStore, split_name
-from weights_store.table import Table, TableVersion
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weights_store.store import WeightStore, split_name
+    from weights_store.table import Table, TableVersion
 
 __all__ = ["Table", "TableVersion", "WeightStore", "split_name"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the public names when they are first asked for: Polars and pyarrow cost a quarter of a second."""
+    from importlib import import_module
+
+    home = {"WeightStore": "store", "split_name": "store", "Table": "table", "TableVersion": "table"}.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{home}"), name)

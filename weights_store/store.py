@@ -167,12 +167,12 @@ _SUMMARY: dict[str, Any] = {
 
 def _summary(name: str, record: dict[str, Any]) -> dict[str, Any]:
     metadata = record["metadata"]
-    recipe = metadata.get("recipe", {})
+    settings = metadata["identity"]["settings"]
     return {
         "name": name,
         "version": record["version"],
-        "estimator": recipe.get("weights", {}).get("estimator"),
-        "contrast": recipe.get("contrast", {}).get("method"),
+        "estimator": settings["weights"]["estimator"],
+        "contrast": settings["contrast"].get("method"),
         "pairs": metadata["statistics"]["num_pairs"],
         "response_tokens": metadata["statistics"]["num_response_tokens"],
         "fingerprint": metadata["fingerprint"][:12],

@@ -1,0 +1,51 @@
+"""Run the build flow from a terminal: quiet errors, a summary at the end."""
+
+import logging
+
+from flows.build import BuildResult, build_weights
+from pipeline.preflight import check_inputs
+from pipeline.recipe import Recipe
+from pipeline.report import findings, summary_rows
+from weights_store.errors import TokenweightsError
+
+_PREFECT_LOGGERS = (
+    "prefect.flow_runs",
+    "prefect.task_runs",
+    "prefect.engine",
+    "prefect.flow_engine",
+    "prefect.task_engine",
+)
+
+
+def run_build(recipe: Recipe, expect_same: bool = False, debug: bool = False) -> BuildResult:
+    """Run `build_weights` and print what it made.
+
+    Raises:
+        TokenweightsError: A stage failed; Prefect prints no traceback of it unless `debug`.
+    """
+    check_inputs(recipe)
+    if not debug:
+        hide_expected_tracebacks()
+    result = build_weights(recipe, expect_same)
+    print()
+    for label, value in summary_rows(result.published):
+        print(f"  {label:<18}{value}")
+    for finding in findings(result.published.statistics):
+        print(f"  warning           {finding}")
+    for change in result.published.changes if result.published.is_new else []:
+        print(f"  changed           {change}")
+    print(f"  {'stages':<18}" + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.stage_s.items()))
+    print(f"  {'':<18}{'published' if result.published.is_new else 'nothing to do: this version was there already'}")
+    print(f"  {'store':<18}{recipe.store.uri}")
+    print(f"  {'report':<18}{result.report}")
+    return result
+
+
+def hide_expected_tracebacks() -> None:
+    """Keep Prefect from logging errors raised on purpose: the command prints them itself, as one line."""
+
+    def is_unexpected(record: logging.LogRecord) -> bool:
+        return not (isinstance(record.exc_info, tuple) and isinstance(record.exc_info[1], TokenweightsError))
+
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(is_unexpected)

@@ -1,0 +1,130 @@
+"""Serve recipes as Prefect deployments with their schedules, until stopped.
+
+A schedule needs a server that stays. With `PREFECT_API_URL` set that one is used; without, Prefect's own server is started
+on loopback for as long as this runs, with its usual database, so that the history of runs stays.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.recipe import Recipe
+from weights_store.errors import SettingsError, StageError
+
+_DEFAULT_PORT = 4200
+_START_TIMEOUT_S = 180
+
+
+def serve_recipes(recipes: Mapping[str, Recipe]) -> None:
+    """Serve one deployment of `build-weights` for each recipe; returns when interrupted.
+
+    Args:
+        recipes: By the path they were read from. Each needs a `[schedule]`.
+
+    Raises:
+        SettingsError: A recipe has no schedule, or two have the same file name.
+        StageError: The server did not come up.
+    """
+    names = [Path(path).stem for path in recipes]
+    if len(set(names)) < len(names):
+        raise SettingsError(f"two recipes have the same file name, which names the deployment: {', '.join(recipes)}")
+    for path, recipe in recipes.items():
+        if recipe.schedule.cron is None and recipe.schedule.interval_s is None:
+            raise SettingsError(
+                f"{path} has no schedule; add [schedule] with cron or interval_s, or --set schedule.interval_s=3600"
+            )
+    with _api():
+        from prefect import serve
+
+        serve(*[_deployment(name, recipe) for name, recipe in zip(names, recipes.values(), strict=True)])  # type: ignore[arg-type]
+
+
+def _deployment(name: str, recipe: Recipe) -> object:
+    """Return the deployment of one recipe: the flow's typed parameters, filled in, and the schedule."""
+    from prefect.types.entrypoint import EntrypointType
+    from prefect.schedules import Cron, Interval
+
+    from flows.build import build_weights
+
+    schedule = recipe.schedule
+    when = (
+        Cron(schedule.cron, timezone=schedule.timezone)
+        if schedule.cron
+        else Interval(float(schedule.interval_s or 0), timezone=schedule.timezone)
+    )
+    return build_weights.to_deployment(
+        name=name,
+        parameters={"recipe": recipe.model_dump(mode="json"), "expect_same": False},
+        schedules=[when],
+        concurrency_limit=1,  # two builds of one recipe would only wait for each other
+        tags=["tokenweights"],
+        entrypoint_type=EntrypointType.MODULE_PATH,  # so that serving works from any folder
+        description=f"Builds {recipe.weights.name} from {recipe.dataset.source}.",
+    )
+
+
+@contextmanager
+def _api() -> Iterator[None]:
+    """Make sure that there is a server, and stop it at the end when it is ours."""
+    if os.environ.get("PREFECT_API_URL"):
+        yield
+        return
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    environment = {
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        **os.environ,
+        "PREFECT_UI_API_URL": url,
+    }
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    # A process group of its own: Ctrl-C reaches us first, and we stop the server after the runner.
+    log_path = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser() / "tokenweights-serve.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("wb") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        _wait_until_healthy(url, server)
+        os.environ["PREFECT_API_URL"] = url  # before Prefect is imported here; runs inherit it
+        print(f"Prefect server: http://127.0.0.1:{port} (log: {log_path})", flush=True)
+        yield
+    finally:
+        server.terminate()
+        try:
+            server.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _free_port() -> int:
+    """Return Prefect's usual port when it is free, any other free one when it is not."""
+    for port in (_DEFAULT_PORT, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise StageError("no free port on 127.0.0.1 for the Prefect server")
+
+
+def _wait_until_healthy(url: str, server: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise StageError(f"the Prefect server ended with code {server.returncode} before it was up")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise StageError(f"the Prefect server was not up after {_START_TIMEOUT_S} s")

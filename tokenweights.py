@@ -1,0 +1,197 @@
+"""The `tokenweights` command. Every sub-command loads its extra only when it runs, so that `--help` is instant.
+
+This module stands above all packages, and nothing imports it.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from weights_store.errors import MissingExtraError, TokenweightsError
+
+_DEFAULT_STORE = "stores/default"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["train"]:  # the training job has options of its own: the same as `python -m train.run`
+        return int(_guarded(lambda: _load("train.run", "train").main(arguments[1:]), debug="--debug" in arguments))
+    options = _parser().parse_args(arguments)
+    return int(_guarded(lambda: options.run(options), options.debug))
+
+
+def _guarded(run: Any, debug: bool) -> int:
+    try:
+        return int(run() or 0)
+    except TokenweightsError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `tokenweights ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted; what was committed stays, run again to go on", file=sys.stderr)
+        return 130
+
+
+def _load(module: str, extra: str) -> Any:
+    """Import one of our modules, and name the extra to install when one of its requirements is missing.
+
+    Raises:
+        MissingExtraError: A package of the extra is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("flows", "pipeline", "train", "weights_store"):
+            raise
+        raise MissingExtraError(
+            f"this command needs the package {error.name!r}, which is not installed; pip install 'tokenweights[{extra}]'"
+        ) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tokenweights",
+        description="Precomputed token weights for DPO: score once, weigh many times, train many times.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    build = _command(commands, "build", _build, "build the weight dataset of a recipe")
+    build.add_argument("recipe", help="a TOML file, see recipes/")
+    build.add_argument("--store", metavar="URI", help="root of the store; default: the recipe's store.uri")
+    _add_overrides(build)
+    build.add_argument(
+        "--expect-same", action="store_true", help="refuse to make a version with other settings than the newest"
+    )
+
+    serve = _command(commands, "serve", _serve, "serve recipes as scheduled Prefect deployments, until stopped")
+    serve.add_argument("recipes", nargs="+", metavar="RECIPE", help="TOML files, each with a [schedule]")
+    serve.add_argument("--store", metavar="URI", help="root of the store; default: each recipe's store.uri")
+    _add_overrides(serve)
+
+    train = commands.add_parser("train", help="train a policy from a weight dataset; the same as python -m train.run")
+    train.set_defaults(debug=False)
+
+    demo = _command(commands, "demo", _demo, "run everything on a made-up language, in a folder of its own")
+    demo.add_argument("--folder", default="demo", help="where the demo's store and models go (default: demo)")
+
+    listing = _command(commands, "ls", _list, "list the weight datasets of a store")
+    show = _command(commands, "show", _show, "show one weight dataset: statistics, lineage, versions, first rows")
+    show.add_argument("name", metavar="NAME[@VERSION]", help="for example hh-harmless/tis-dpo@3")
+    for command in (listing, show):
+        command.add_argument(
+            "--store", metavar="URI", default=_DEFAULT_STORE, help=f"root of the store (default: {_DEFAULT_STORE})"
+        )
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, what: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="override a setting; repeatable",
+    )
+
+
+def _build(options: argparse.Namespace) -> None:
+    recipes, run = _load("pipeline.recipe", "flows"), _load("flows.run", "flows")
+    recipe = recipes.load_recipe(options.recipe, options.overrides, options.store)
+    run.run_build(recipe, options.expect_same, options.debug)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    recipes, serving = _load("pipeline.recipe", "flows"), _load("flows.serve", "flows")
+    loaded = {path: recipes.load_recipe(path, options.overrides, options.store) for path in options.recipes}
+    serving.serve_recipes(loaded)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    _load("flows.demo", "flows").run_demo(options.folder, options.debug)
+
+
+def _list(options: argparse.Namespace) -> None:
+    from weights_store import WeightStore
+
+    listing = WeightStore(options.store).list()
+    if listing.is_empty():
+        print(f"no weight datasets in {options.store} yet")
+        return
+    _print_frame(listing.drop("changes"))
+
+
+def _show(options: argparse.Namespace) -> None:
+    from weights_store import WeightStore, split_name
+
+    name, version = split_name(options.name)
+    store = WeightStore(options.store)
+    metadata = store.metadata(name, version)
+    print(f"{store.resolve(name, version)}  fingerprint {metadata['fingerprint'][:12]}\n")
+    for label, value in _facts(metadata["statistics"]):
+        print(f"  {label:<36}{value}")
+    print("\nmade from")
+    for parent in metadata["parents"]:
+        print(f"  {parent['role']:<16}{parent['table']}@{parent['version']}  {parent['fingerprint'][:12]}")
+    print("\nversions")
+    _print_frame(store.history(name).drop("name"))
+    print("\nfirst rows")
+    _print_frame(_row_summary(store.scan(name, version).head(5)).collect())
+
+
+def _row_summary(rows: Any) -> Any:
+    """Return lengths and mean weights instead of lists, which no terminal can show."""
+    import polars as pl
+
+    sides = ("chosen", "rejected")
+    return rows.select(
+        "pair_id",
+        "split",
+        pl.col("prompt_ids").list.len().alias("prompt_tokens"),
+        *(pl.col(f"{side}_ids").list.len().alias(f"{side}_tokens") for side in sides),
+        *(pl.col(f"{side}_token_weights").list.mean().round(4).alias(f"{side}_mean_weight") for side in sides),
+    )
+
+
+def _facts(statistics: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    facts: list[tuple[str, str]] = []
+    for key, value in statistics.items():
+        label = f"{prefix}{key}"
+        if isinstance(value, dict):
+            facts += _facts(value, f"{label}.")
+        else:
+            facts.append((label, f"{value:.4f}" if isinstance(value, float) else str(value)))
+    return facts
+
+
+def _print_frame(frame: Any) -> None:
+    import polars as pl
+
+    with pl.Config(
+        tbl_rows=-1,
+        tbl_cols=-1,
+        tbl_width_chars=160,
+        fmt_str_lengths=60,
+        tbl_hide_dataframe_shape=True,
+        tbl_hide_column_data_types=True,
+    ):
+        print(frame)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
