@@ -1,0 +1,83 @@
+"""Fixtures shared by the suite: a toy model and pairs, made once, and quiet settings for engines and servers."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+SHARED = REPO.parent / "shared"
+
+os.environ.update(
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    DO_NOT_TRACK="1",
+    VLLM_NO_USAGE_STATS="1",
+    HF_HUB_OFFLINE="1",
+    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="180",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _prefect_home(tmp_path_factory):
+    """Keep the suite's flow runs out of the user's own Prefect database."""
+    os.environ["PREFECT_HOME"] = str(tmp_path_factory.mktemp("prefect"))
+
+
+@pytest.fixture(scope="session")
+def shared_folder():
+    """Real pairs and a small real chat model, which do not come with the project."""
+    if not (SHARED / "models" / "tiny-chat").is_dir():
+        pytest.skip("no ../shared beside this checkout: the real pairs and the small chat model are not part of the project")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def language():
+    from pipeline.toy_language import ToyLanguage
+
+    return ToyLanguage()
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory, language):
+    """A tiny Llama that has seen a little of the toy language: enough for flows, not for quality."""
+    from pipeline.model_maker import make_chat_model
+
+    folder = tmp_path_factory.mktemp("toy") / "model"
+    make_chat_model(language.sample_conversations(400, seed=1), folder, hidden_size=64, num_layers=2, steps=60)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_pairs(language):
+    return language.sample_pairs(60, seed=2)
+
+
+@pytest.fixture
+def make_recipe(tmp_path, toy_model):
+    """Return a function that makes a recipe on the toy model, with any setting replaced: `make_recipe(**{"contrast.method": "sft"})`."""
+    from pipeline.recipe import Recipe
+    from weights_store.settings import parse_settings
+
+    def make(**settings):
+        sections = {
+            "dataset": {"name": "toy", "source": str(tmp_path / "pairs.jsonl")},
+            "model": {"path": str(toy_model)},
+            "score": {"kv_cache_gib": 1.0},
+            "weights": {"name": "toy/tis-dpo"},
+            "store": {"uri": str(tmp_path / "store")},
+        }
+        for key, value in settings.items():
+            section, _, name = key.partition(".")
+            sections.setdefault(section, {})[name] = value
+        return parse_settings(Recipe, sections, "test")
+
+    return make
+
+
+def write_jsonl(path, rows):
+    """Write rows, each a dict or a ready line as bytes."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows]
+    Path(path).write_bytes(b"\n".join(lines) + b"\n")
+    return path

@@ -1,0 +1,54 @@
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from weights_store.errors import InputError, SettingsError
+from weights_store.settings import apply_overrides, load_toml, parse_settings
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    learning_rate: float = 1.0
+    name: str = ""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    optim: _Section = _Section()
+
+
+def test_overrides_are_read_as_toml_and_else_as_text():
+    settings = apply_overrides({"a": {"x": 1}}, ["a.x=2.5", "a.flag=true", "b.path=/some/where", 'b.text="3"'])
+    assert settings == {"a": {"x": 2.5, "flag": True}, "b": {"path": "/some/where", "text": "3"}}
+
+
+def test_overrides_do_not_change_their_input():
+    original = {"a": {"x": 1}}
+    apply_overrides(original, ["a.x=2"])
+    assert original == {"a": {"x": 1}}
+
+
+@pytest.mark.parametrize("override", ["a.x", "x=1", "=1", "a.=1", "a.b.c=1"])
+def test_malformed_overrides_are_refused(override):
+    with pytest.raises(SettingsError, match=r"expected section\.key=value"):
+        apply_overrides({}, [override])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optim": {"learning_rte": 1}}, r"unknown key 'optim.learning_rte'; did you mean 'optim.learning_rate'"),
+        ({"optimm": {}}, r"unknown key 'optimm'"),
+        ({"optim": {"learning_rate": "fast"}}, r"optim.learning_rate: .*got 'fast'"),
+    ],
+)
+def test_wrong_settings_name_file_key_and_remedy(settings, message):
+    with pytest.raises(SettingsError, match=f"recipe.toml: {message}"):
+        parse_settings(_Settings, settings, "recipe.toml")
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(InputError, match="no settings file"):
+        load_toml(tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("[a\nx = 1")
+    with pytest.raises(SettingsError, match="not valid TOML"):
+        load_toml(tmp_path / "broken.toml")

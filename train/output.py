@@ -1,0 +1,142 @@
+"""The folder of one training job: its record, its checkpoints, and the finished model.
+
+    OUTPUT/
+      train.json      what this folder is for (identity) and the resolved config; written first
+      checkpoints/    of transformers' Trainer; gone when the job is finished
+      .staging/       the model while it is written
+      config.json, model*.safetensors, tokenizer …, metrics.json, lineage.json
+
+`config.json` is moved in when all other model files are there, and `lineage.json` last: a reader sees a whole model or none,
+and a folder with `lineage.json` is finished. Files are moved one by one, so OUTPUT may be a mount point.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weights_store.errors import InputError, SettingsError
+from weights_store.fingerprint import explain_difference
+
+RECORD, LINEAGE, METRICS = "train.json", "lineage.json", "metrics.json"
+_LAST = ("config.json", METRICS, LINEAGE)  # moved in this order behind everything else
+_CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """One output folder; nothing is touched until a method says so."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def staging(self) -> Path:
+        """Folder in which the model is written before it becomes visible."""
+        return self.path / ".staging"
+
+    def check(self, identity: Mapping[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
+        """Return the recorded lineage where this very job is finished here, None where there is work to do. Reads only.
+
+        Raises:
+            InputError: The folder holds something that was not made by a training job.
+            SettingsError: It holds another job and `overwrite` is False.
+        """
+        if not self.path.exists() or not any(self.path.glob("[!.]*")):
+            return None
+        if not (self.path / RECORD).is_file():
+            raise InputError(
+                f"output.folder={str(self.path)!r} is not empty and has no {RECORD}, so it was not made by training; "
+                "choose another folder"
+            )
+        if overwrite:
+            return None
+        changes = explain_difference(_read_json(self.path / RECORD)["identity"], identity)
+        if changes:
+            raise SettingsError(
+                f"output.folder={str(self.path)!r} holds another training job: {'; '.join(changes)}; choose another "
+                "folder, or give --overwrite to delete what is there"
+            )
+        return _read_json(self.path / LINEAGE) if (self.path / LINEAGE).is_file() else None
+
+    def claim(self, identity: Mapping[str, Any], config: Mapping[str, Any], *, overwrite: bool, resume: bool) -> None:
+        """Write the record, after `check`; with `overwrite` everything else goes, without `resume` the checkpoints.
+
+        Raises:
+            InputError: The folder cannot be written.
+        """
+        try:
+            if overwrite and self.path.exists():
+                _empty(self.path)
+            if not resume:
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_json(self.path / RECORD, {"identity": identity, "config": config})
+        except OSError as error:
+            raise InputError(f"cannot write output.folder={str(self.path)!r}: {error}") from error
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the newest complete checkpoint. A killed run may have left an incomplete one, which is passed over."""
+        steps = {int(path.name.rpartition("-")[2]): path for path in self.checkpoints.glob("checkpoint-*")}
+        complete = [path for _, path in sorted(steps.items()) if _is_complete(path)]
+        return complete[-1] if complete else None
+
+    def start_staging(self) -> Path:
+        """Return the staging folder, empty."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+        self.staging.mkdir()
+        return self.staging
+
+    def publish(self, lineage: Mapping[str, Any], metrics: Mapping[str, Any], *, keep_checkpoints: bool) -> None:
+        """Make the model in the staging folder visible, and finish the folder."""
+        _write_json(self.staging / METRICS, metrics)
+        _write_json(self.staging / LINEAGE, lineage)
+        names = sorted(path.name for path in self.staging.iterdir() if path.name not in _LAST)
+        for name in [*names, *_LAST]:
+            target = self.path / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            (self.staging / name).replace(target)
+        self.staging.rmdir()
+        if not keep_checkpoints:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Return whether the Trainer finished writing `checkpoint`; it writes its state last."""
+    if not all((checkpoint / name).is_file() for name in _CHECKPOINT_FILES):
+        return False
+    try:
+        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+
+
+def _empty(folder: Path) -> None:
+    (folder / LINEAGE).unlink(missing_ok=True)  # first: the folder is not finished from here on
+    (folder / "config.json").unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}; give --overwrite to train again") from error
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)

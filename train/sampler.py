@@ -1,0 +1,131 @@
+"""The order in which pairs are trained on: a pure function of (seed, epoch, position).
+
+Row groups are put in a random order, then rows are shuffled inside windows of a few groups. So a reader holds one window at
+a time, and every rank, worker and resumed run can work out any position by itself, without replaying what came before.
+Which rank takes which positions of a step is `StepBatches`; the order itself knows nothing of ranks.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+WINDOW_GROUPS = 32
+"""Row groups that rows are mixed over; a group is about 1 MiB."""
+
+Rows = NDArray[np.int64]
+
+
+class BlockShuffle:
+    """A permutation of rows for every epoch, local to windows of row groups.
+
+    Args:
+        group_sizes: Rows of each row group, in stored order.
+        seed: Two seeds give two orders.
+        window_groups: Row groups per window.
+    """
+
+    def __init__(self, group_sizes: Sequence[int], *, seed: int, window_groups: int = WINDOW_GROUPS) -> None:
+        self.seed = seed
+        self.window_groups = window_groups
+        self._sizes: Rows = np.asarray(group_sizes, dtype=np.int64)
+        self._starts: Rows = np.cumsum(self._sizes) - self._sizes
+        self.num_rows = int(self._sizes.sum())
+
+    def rows(self, positions: Sequence[int]) -> list[int]:
+        """Return the rows at `positions` of the endless sequence of epochs, epoch 0 first."""
+        return [self.row(*divmod(position, self.num_rows)) for position in positions]
+
+    def row(self, epoch: int, position: int) -> int:
+        """Return the row that comes at `position` (0 .. num_rows - 1) of `epoch`.
+
+        Raises:
+            IndexError: The position is outside the epoch.
+        """
+        if not 0 <= position < self.num_rows:
+            raise IndexError(f"position {position} is outside an epoch of {self.num_rows} rows")
+        _, window_starts = _epoch_plan(self, epoch)
+        window = int(np.searchsorted(window_starts, position, side="right")) - 1
+        return int(_window_rows(self, epoch, window)[position - window_starts[window]])
+
+    def plan_epoch(self, epoch: int) -> tuple[Rows, Rows]:
+        """Return the order of groups and the first position of every window."""
+        group_order = _permutation(len(self._sizes), self.seed, epoch)
+        ends = np.cumsum(self._sizes[group_order])
+        window_starts = np.concatenate([[0], ends])[:-1][:: self.window_groups]
+        return group_order, window_starts
+
+    def shuffle_window(self, epoch: int, window: int) -> Rows:
+        """Return the rows of one window in training order."""
+        group_order, _ = _epoch_plan(self, epoch)
+        groups = group_order[window * self.window_groups : (window + 1) * self.window_groups]
+        rows = np.concatenate([np.arange(self._starts[g], self._starts[g] + self._sizes[g]) for g in groups])
+        return rows[_permutation(len(rows), self.seed, epoch, window + 1)]  # 0 would equal the group order's entropy
+
+
+# Small caches outside the object, so that it pickles to workers as a few arrays.
+@lru_cache(maxsize=2)
+def _epoch_plan(order: BlockShuffle, epoch: int) -> tuple[Rows, Rows]:
+    return order.plan_epoch(epoch)
+
+
+@lru_cache(maxsize=4)
+def _window_rows(order: BlockShuffle, epoch: int, window: int) -> Rows:
+    return order.shuffle_window(epoch, window)
+
+
+def _permutation(length: int, *entropy: int) -> Rows:
+    """A permutation of `length` from raw generator bits.
+
+    `Generator.permutation` may change between versions of numpy, the bit stream of PCG64 may not: a run resumed after
+    an upgrade keeps its order.
+    """
+    bits = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(length)
+    return np.argsort(bits, kind="stable")
+
+
+class StepBatches:
+    """Positions of every micro-batch of one rank, as ranges, in order: a batch sampler.
+
+    Step s takes the positions s * pairs_per_step and following, whatever the number of ranks; epochs follow each other
+    without a gap, so that only the last step of a run may be smaller. There, up to `world_size - 1` positions run into
+    the next epoch, so that all ranks get equally many. A range costs nothing, so skipping to a step reads no data.
+
+    Args:
+        num_positions: Pairs to train on over the whole run, epochs included.
+        pairs_per_step: Over all ranks.
+        pairs_per_batch: Of one rank at a time.
+        rank: This rank.
+        world_size: Number of ranks; divides `pairs_per_step`.
+    """
+
+    def __init__(
+        self, num_positions: int, *, pairs_per_step: int, pairs_per_batch: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        assert pairs_per_step % world_size == 0, "checked by the caller"
+        self.num_positions = num_positions
+        self.pairs_per_step = pairs_per_step
+        self.pairs_per_batch = pairs_per_batch
+        self.rank = rank
+        self.world_size = world_size
+        self.num_steps = -(-num_positions // pairs_per_step)
+
+    def __iter__(self) -> Iterator[range]:
+        for step in range(self.num_steps):
+            yield from self.batches_of_step(step)
+
+    def __len__(self) -> int:
+        return (self.num_steps - 1) * self.batches_per_step + len(self.batches_of_step(self.num_steps - 1))
+
+    @property
+    def batches_per_step(self) -> int:
+        """Micro-batches of one rank behind one (full) step."""
+        return -(-self.pairs_per_step // (self.world_size * self.pairs_per_batch))
+
+    def batches_of_step(self, step: int) -> list[range]:
+        """Return the micro-batches of this rank in one step."""
+        first = step * self.pairs_per_step
+        share = -(-min(self.pairs_per_step, self.num_positions - first) // self.world_size)
+        begin, end = first + self.rank * share, first + (self.rank + 1) * share
+        return [range(b, min(b + self.pairs_per_batch, end)) for b in range(begin, end, self.pairs_per_batch)]

@@ -1,0 +1,43 @@
+"""Stop on SIGTERM or Ctrl-C: the first one ends after the running step with a checkpoint, the second one at once."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+class StopRequest:
+    """Whether somebody asked the run to stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.can_finish_step = False
+        """True while a training loop looks at `requested` after every step; otherwise a signal interrupts at once."""
+
+    def on_signal(self, _signal_number: int, _frame: FrameType | None) -> None:
+        """Note the request, or interrupt.
+
+        Raises:
+            KeyboardInterrupt: No loop would look, or this is the second request.
+        """
+        if self.requested or not self.can_finish_step:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("stopping after this step (again to stop at once)", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def catch_signals(stop: StopRequest) -> Iterator[None]:
+    """Send SIGTERM and SIGINT to `stop` while inside; outside the main thread, where Python forbids it, do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous: dict[int, Any] = {s: signal.signal(s, stop.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
