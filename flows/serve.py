@@ -48,8 +48,8 @@ def serve_recipes(recipes: Mapping[str, Recipe]) -> None:
 
 def _deployment(name: str, recipe: Recipe) -> object:
     """Return the deployment of one recipe: the flow's typed parameters, filled in, and the schedule."""
-    from prefect.types.entrypoint import EntrypointType
     from prefect.schedules import Cron, Interval
+    from prefect.types.entrypoint import EntrypointType
 
     from flows.build import build_weights
 

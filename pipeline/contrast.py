@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pipeline.chat import Condition
 from pipeline.child import run_child
-from pipeline.recipe import ContrastSection
+from pipeline.recipe import TRAINING_KEYS, ContrastSection
 from pipeline.score import Scorer
 from weights_store import TableVersion, WeightStore
 from weights_store.fingerprint import fingerprint, fingerprint_model
@@ -65,12 +65,9 @@ def _trained_model(
     report: Callable[[str], None],
 ) -> tuple[Path, bool]:
     """Return the folder of one side's model, and whether it was trained just now."""
-    keys = {"learning_rate", "num_epochs", "max_steps", "pairs_per_step", "seed"} | (
-        {"beta"} if settings.method == "dpo" else set()
-    )
+    keys = TRAINING_KEYS | ({"beta"} if settings.method == "dpo" else set())
     identity = {
         "model": fingerprint_model(model_folder),
-        "method": settings.method,
         "side": side,
         "training": settings.model_dump(include=keys),
         "table": uniform.table,
@@ -99,6 +96,7 @@ def _command(
     options: dict[str, Any] = {
         "loss.name": settings.method,
         "data.swap": side == "negative",
+        "model.dtype": settings.dtype,
         "optim.learning_rate": settings.learning_rate,
         "optim.num_epochs": settings.num_epochs,
         "optim.pairs_per_step": settings.pairs_per_step,

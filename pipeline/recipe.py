@@ -72,6 +72,9 @@ class ContrastSection(Section):
     pairs_per_step: int = Field(32, ge=1)
     pairs_per_batch: int = Field(8, ge=1)
     beta: float = Field(0.1, gt=0, description="of the two DPO runs (method dpo)")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="arithmetic of the forward pass; parameters are float32"
+    )
     seed: int = 0
     retrain: bool = Field(
         False, description="train a new pair when the data has grown; else the pair of the first build stays"
@@ -165,8 +168,8 @@ class Recipe(Section):
         method = self.contrast.method
         keep = {
             "prompt": {"method", "positive_prompt", "negative_prompt", "role"},
-            "sft": _TRAINING_KEYS,
-            "dpo": {*_TRAINING_KEYS, "beta"},
+            "sft": TRAINING_KEYS,
+            "dpo": {*TRAINING_KEYS, "beta"},
         }[method]
         needs_pair = self.weights.estimator in ("tis", "reversed")
         return {
@@ -177,7 +180,8 @@ class Recipe(Section):
         }
 
 
-_TRAINING_KEYS = {"method", "learning_rate", "num_epochs", "max_steps", "pairs_per_step", "seed"}
+TRAINING_KEYS = {"method", "learning_rate", "num_epochs", "max_steps", "pairs_per_step", "dtype", "seed"}
+"""Settings of [contrast] that determine a trained contrastive model; `beta` comes on top for DPO."""
 _CLAMP_KEYS = {"estimator", "k", "mu", "lower", "upper"}
 _ESTIMATOR_KEYS = {
     "tis": _CLAMP_KEYS,

@@ -28,7 +28,9 @@ def _prefect_home(tmp_path_factory):
 def shared_folder():
     """Real pairs and a small real chat model, which do not come with the project."""
     if not (SHARED / "models" / "tiny-chat").is_dir():
-        pytest.skip("no ../shared beside this checkout: the real pairs and the small chat model are not part of the project")
+        pytest.skip(
+            "no ../shared beside this checkout: the real pairs and the small chat model are not part of the project"
+        )
     return SHARED
 
 
@@ -76,8 +78,12 @@ def make_recipe(tmp_path, toy_model):
     return make
 
 
-def write_jsonl(path, rows):
-    """Write rows, each a dict or a ready line as bytes."""
-    lines = [row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows]
-    Path(path).write_bytes(b"\n".join(lines) + b"\n")
-    return path
+@pytest.fixture(scope="session")
+def write_jsonl():
+    """Return a function that writes rows, each a dict or a ready line as bytes."""
+
+    def write(path, rows):
+        lines = [row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows]
+        Path(path).write_bytes(b"\n".join(lines) + b"\n")
+
+    return write

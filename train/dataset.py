@@ -74,6 +74,11 @@ class Pair:
     chosen: StoredResponse
     rejected: StoredResponse
 
+    @property
+    def num_tokens(self) -> int:
+        """Length of the longer of its two sequences, prompt + response."""
+        return len(self.prompt_ids) + max(len(self.chosen.ids), len(self.rejected.ids))
+
 
 class _Group(NamedTuple):
     """A row group and how many of its rows are in the view."""

@@ -72,18 +72,22 @@ class PairTrainer(Trainer):
         return DataLoader(
             self.train_dataset,
             batch_sampler=batch_sampler,
-            collate_fn=self.collator,
+            collate_fn=list,  # pairs stay pairs until the whole step is there, see get_batch_samples
             num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
         )
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[list[Pair]], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | None]:
-        """Return the micro-batches of one step and how many units (pairs or tokens) they hold over all ranks."""
-        batches = list(islice(epoch_iterator, num_batches))
-        if not batches:
-            return batches, None
+        """Return the micro-batches of one step and how many units (pairs or tokens) they hold over all ranks.
+
+        The pairs of a step are cut into micro-batches of similar length: the step's mean stays the same, and far less of
+        a batch is padding.
+        """
+        pairs = [pair for batch in islice(epoch_iterator, num_batches) for pair in batch]
+        if not pairs:
+            return [], None
+        batches = [self.collator(part) for part in cut_by_length(pairs, self.config.optim.pairs_per_batch)]
         num_units = sum(count_units(self.config.loss, batch, self.collator) for batch in batches)
         return batches, self.accelerator.reduce(torch.tensor(num_units, device=device), reduction="sum")
 
@@ -163,6 +167,12 @@ def count_units(loss: LossConfig, batch: Batch, collator: PairCollator) -> int:
     return int(batch["completion_mask"][:num_pairs].sum()) if loss.name == "sft" else num_pairs
 
 
+def cut_by_length(pairs: Sequence[Pair], pairs_per_batch: int) -> list[list[Pair]]:
+    """Return the pairs in batches of `pairs_per_batch`, the longest first; the last batch may be smaller."""
+    longest_first = sorted(pairs, key=lambda pair: pair.num_tokens, reverse=True)
+    return [longest_first[begin : begin + pairs_per_batch] for begin in range(0, len(pairs), pairs_per_batch)]
+
+
 def build_batches(config: TrainConfig, num_pairs: int, *, rank: int = 0, world_size: int = 1) -> StepBatches:
     """Return what one rank trains on over the whole run.
 
@@ -210,6 +220,5 @@ def build_arguments(config: TrainConfig, batches: StepBatches, checkpoints: Path
         report_to=output.report_to,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,  # progress.py
     )

@@ -1,0 +1,147 @@
+from collections import Counter
+
+import polars as pl
+import pytest
+
+from pipeline.prepare import prepare
+from weights_store import WeightStore
+from weights_store.errors import InputError
+
+
+def assistant(content):
+    return [{"role": "assistant", "content": content}]
+
+
+def pair(index, chosen="the baker mixes", rejected="the sailor steers"):
+    prompt = [{"role": "user", "content": f"question {index}"}]
+    return {"prompt": prompt, "chosen": assistant(chosen), "rejected": assistant(rejected)}
+
+
+BAD_ROWS = [
+    (b'{"prompt": "p", "chosen": "a", ', "unparsable_json"),
+    (b'{"prompt": "p", "chosen": "\xff\xfe", "rejected": "b"}', "invalid_utf8"),
+    (b"[1, 2]", "unparsable_json"),
+    ({"prompt": "p", "chosen": "a", "rejected": None}, "missing_value"),
+    ({"prompt": "p", "chosen": 17, "rejected": "b"}, "not_text"),
+    ({"prompt": "p", "chosen": "", "rejected": "b"}, "empty_response"),
+    ({"prompt": "p", "chosen": "same", "rejected": "same"}, "chosen_equals_rejected"),
+    ({"prompt": "p", "chosen": "word " * 90, "rejected": "b"}, "response_too_long"),
+    ({"prompt": "word " * 200, "chosen": "a", "rejected": "b"}, "prompt_too_long"),
+    ({"chosen": "\n\nHuman: q", "rejected": "\n\nHuman: q\n\nAssistant: b"}, "no_final_assistant_turn"),
+    ({"chosen": "a", "rejected": "b"}, "no_prompt"),
+    (b'{"prompt": "p", "chosen": "\\ud800", "rejected": "b"}', "invalid_utf8"),
+    (pair(1), "duplicate_pair"),
+]
+
+
+@pytest.fixture
+def run(make_recipe, toy_model, tmp_path, write_jsonl):
+    def run_on(rows, **settings):
+        write_jsonl(tmp_path / "pairs.jsonl", rows)
+        settings = {"dataset.max_response_tokens": 60, "dataset.max_prompt_tokens": 100, **settings}
+        recipe = make_recipe(**settings)
+        return prepare(recipe, toy_model, report=lambda line: None)
+
+    return run_on
+
+
+def tables(prepared):
+    store = WeightStore(prepared.tokens.store)
+    tokens = store.table(prepared.tokens.table).scan(prepared.tokens.version).collect()
+    return tokens, store.table(f"quarantine/{prepared.dataset_key}").scan().collect()
+
+
+def test_every_bad_row_is_quarantined_with_its_reason_and_the_rest_goes_on(run):
+    rows = [pair(0), pair(1), *(row for row, _ in BAD_ROWS), pair(2)]
+    prepared = run(rows)
+    tokens, quarantine = tables(prepared)
+    assert prepared.quarantined == dict(Counter(reason for _, reason in BAD_ROWS))
+    by_row = dict(zip(quarantine["source_row"], quarantine["reason"], strict=True))
+    assert by_row == {2 + index: reason for index, (_, reason) in enumerate(BAD_ROWS)}
+    assert tokens["source_row"].to_list() == [0, 1, 2 + len(BAD_ROWS)]
+    assert prepared.num_source_rows == len(rows) == tokens.height + quarantine.height
+
+
+def test_quarantine_keeps_what_was_in_the_row(run):
+    _, quarantine = tables(run([pair(0), BAD_ROWS[0][0], BAD_ROWS[1][0]]))
+    assert quarantine["raw"][0] == '{"prompt": "p", "chosen": "a",'
+    assert "\ufffd" in quarantine["raw"][1]
+
+
+def test_same_file_again_does_nothing(run):
+    first = run([pair(0), pair(1), BAD_ROWS[0][0]])
+    again = run([pair(0), pair(1), BAD_ROWS[0][0]])
+    assert (again.tokens, again.num_new_pairs) == (first.tokens, 0)
+    assert again.quarantined == first.quarantined
+
+
+def test_appended_rows_make_a_version_with_only_them_new(run):
+    first = run([pair(0), pair(1)])
+    second = run([pair(0), pair(1), pair(2)])
+    assert (second.num_new_pairs, second.tokens.version) == (1, first.tokens.version + 1)
+    assert tables(second)[0].height == 3
+    assert tables(first)[0].height == 2
+
+
+def test_pairs_that_left_the_source_leave_the_newest_version(run):
+    first = run([pair(0), pair(1), pair(2)])
+    second = run([pair(2), pair(0), pair(3)])
+    kept = set(tables(second)[0]["pair_id"])
+    assert len(kept) == 3
+    assert len(kept & set(tables(first)[0]["pair_id"])) == 2
+    assert tables(first)[0].height == 3
+
+
+def test_another_limit_is_another_table(run):
+    first = run([pair(0)])
+    second = run([pair(0)], **{"dataset.max_response_tokens": 59})
+    assert first.tokens.table != second.tokens.table
+
+
+def test_max_pairs_takes_the_first_rows(run):
+    prepared = run([pair(index) for index in range(5)], **{"dataset.max_pairs": 2})
+    assert tables(prepared)[0]["source_row"].to_list() == [0, 1]
+
+
+def test_a_source_without_a_usable_pair_says_what_was_wrong(run):
+    with pytest.raises(
+        InputError, match="no usable pair in 2 rows .*1 unparsable_json, 1 not_text|1 not_text, 1 unparsable_json"
+    ):
+        run([BAD_ROWS[0][0], BAD_ROWS[4][0]])
+
+
+def test_a_missing_column_names_the_columns_that_are_there(run):
+    with pytest.raises(
+        InputError, match=r"no column 'better'; it has prompt, chosen, rejected\. Set dataset.chosen_column"
+    ):
+        run([pair(0)], **{"dataset.chosen_column": "better"})
+
+
+def test_parquet_json_and_jsonl_of_the_same_rows_give_the_same_pairs(run, tmp_path, make_recipe, toy_model):
+    import json
+
+    rows = [pair(0), pair(1)]
+    ids = {".jsonl": set(tables(run(rows))[0]["pair_id"])}
+    pl.DataFrame(rows).write_parquet(tmp_path / "x.parquet")
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    for suffix in (".parquet", ".json"):
+        recipe = make_recipe(**{"dataset.source": str(tmp_path / f"x{suffix}"), "dataset.name": f"toy{suffix[1:]}"})
+        ids[suffix] = set(tables(prepare(recipe, toy_model, report=lambda line: None))[0]["pair_id"])
+    assert ids[".jsonl"] == ids[".parquet"] == ids[".json"]
+
+
+def test_saved_dataset_folder_is_read_like_a_hub_dataset(run, tmp_path, make_recipe, toy_model):
+    from datasets import Dataset
+
+    ids = set(tables(run([pair(0), pair(1)]))[0]["pair_id"])
+    Dataset.from_list([pair(0), pair(1)]).save_to_disk(str(tmp_path / "saved"))
+    recipe = make_recipe(**{"dataset.source": str(tmp_path / "saved"), "dataset.name": "saved"})
+    assert set(tables(prepare(recipe, toy_model, report=lambda line: None))[0]["pair_id"]) == ids
+
+
+def test_real_transcripts(shared_folder, make_recipe):
+    recipe = make_recipe(**{"dataset.source": str(shared_folder / "data" / "hh_harmless.jsonl"), "dataset.name": "hh"})
+    prepared = prepare(recipe, shared_folder / "models" / "tiny-chat", report=lambda line: None)
+    assert prepared.num_source_rows == 1775
+    assert prepared.num_pairs + sum(prepared.quarantined.values()) == 1775
+    assert prepared.quarantined == {"empty_response": 3, "prompts_differ": 4}

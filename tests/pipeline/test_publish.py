@@ -1,0 +1,147 @@
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from pipeline.publish import Ingredients, publish
+from weights_store import WeightStore
+from weights_store.errors import InputError, MismatchError
+from weights_store.schemas import LOGPS, TOKENS
+
+SIDES = {"chosen": [5, 6, 2], "rejected": [7, 2]}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return WeightStore(tmp_path / "store")
+
+
+def _tokens(store, *names):
+    rows = [
+        {
+            "pair_id": name * 32,
+            "prompt": "[]",
+            "prompt_ids": [1, 4],
+            "chosen_ids": SIDES["chosen"],
+            "rejected_ids": SIDES["rejected"],
+            "chosen_score": None,
+            "rejected_score": None,
+            "source_row": index,
+            "split": "train",
+        }
+        for index, name in enumerate(names)
+    ]
+    metadata = {
+        "fingerprint": "tokens-" + "".join(names),
+        "tokenizer": {"fingerprint": "t", "vocab_size": 8, "eos_token_id": 2},
+        "statistics": {"num_source_rows": len(names) + 1, "num_pairs": len(names), "quarantined": {"not_text": 1}},
+    }
+    return store.table("tokens/toy-1").append(pa.Table.from_pylist(rows, TOKENS), metadata)
+
+
+def _logps(store, scorer, names, chosen, rejected):
+    rows = [{"pair_id": name * 32, "chosen_logps": chosen, "rejected_logps": rejected} for name in names]
+    metadata = {"fingerprint": f"{scorer}-{''.join(names)}", "statistics": {}}
+    return store.table(f"logps/toy-1/{scorer}").append(pa.Table.from_pylist(rows, LOGPS), metadata)
+
+
+def _ingredients(store, names="ab"):
+    return Ingredients(
+        _tokens(store, *names),
+        _logps(store, "ref", names, [-1.0, -2.0, -3.0], [-4.0, -5.0]),
+        _logps(store, "pos", names, [-1.0, -1.0, -1.0], [-2.0, -3.0]),
+        _logps(store, "neg", names, [-1.5, -4.0, -0.75], [-2.25, -1.0]),
+    )
+
+
+def _publish(make_recipe, ingredients, expect_same=False, **settings):
+    recipe = make_recipe(**settings)
+    return publish(recipe, recipe.weights, ingredients, expect_same, report=lambda line: None)
+
+
+def test_published_weights_by_hand(store, make_recipe):
+    _publish(make_recipe, _ingredients(store))
+    row = store.scan("toy/tis-dpo").filter(pl.col("pair_id") == "a" * 32).collect().row(0, named=True)
+    # log-ratios: chosen 0.5, 3 -> 1.5, -0.25; rejected 0.25, -2 -> -0.5 with mu = -1. Stored with 12 mantissa bits.
+    np.testing.assert_allclose(row["chosen_token_weights"], [1.6487213, 4.4816891, 0.7788008], rtol=2**-13)
+    np.testing.assert_allclose(row["rejected_token_weights"], [0.7788008, 1.6487213], rtol=2**-13)
+    assert (row["chosen_ids"], row["chosen_ref_logps"]) == ([5, 6, 2], [-1.0, -2.0, -3.0])
+    assert row["rejected_ref_logps"] == [-4.0, -5.0]
+
+
+def test_statistics_by_hand(store, make_recipe):
+    statistics = _publish(make_recipe, _ingredients(store)).statistics
+    assert (statistics["num_pairs"], statistics["num_response_tokens"]) == (2, 10)
+    assert statistics["chosen"]["share_at_upper"] == pytest.approx(1 / 3)
+    assert statistics["rejected"]["share_at_lower"] == pytest.approx(1 / 2)
+    assert statistics["chosen"]["mean_logratio"] == pytest.approx((0.5 + 3 - 0.25) / 3)
+    assert statistics["num_source_rows"] == statistics["num_pairs"] + sum(statistics["quarantined"].values())
+    assert statistics["constant_weights"] is False
+
+
+def test_same_ingredients_and_settings_publish_nothing(store, make_recipe):
+    ingredients = _ingredients(store)
+    first = _publish(make_recipe, ingredients)
+    again = _publish(make_recipe, ingredients)
+    assert (first.is_new, again.is_new, again.weights) == (True, False, first.weights)
+
+
+def test_new_pairs_are_appended_and_the_old_rows_stay_in_their_shards(store, make_recipe):
+    first = _publish(make_recipe, _ingredients(store))
+    second = _publish(make_recipe, _ingredients(store, "abc"))
+    table = store.table("weights/toy/tis-dpo")
+    assert set(table.shards(first.weights.version)) < set(table.shards(second.weights.version))
+    assert sorted(table.pair_ids()) == ["a" * 32, "b" * 32, "c" * 32]
+    assert any(change.startswith("data.tokens") for change in second.changes)
+
+
+def test_changed_settings_write_a_whole_new_version_and_say_what_changed(store, make_recipe):
+    ingredients = _ingredients(store)
+    _publish(make_recipe, ingredients)
+    second = _publish(make_recipe, ingredients, **{"weights.upper": 0.25})
+    assert second.changes == ["settings.weights.upper: 1.5 -> 0.25"]
+    assert store.scan("toy/tis-dpo").select(pl.col("chosen_token_weights").explode().max()).collect().item() < 1.3
+    assert store.scan("toy/tis-dpo", 0).select(pl.col("chosen_token_weights").explode().max()).collect().item() > 4.4
+
+
+def test_another_contrastive_pair_replaces_every_row(store, make_recipe):
+    ingredients = _ingredients(store)
+    _publish(make_recipe, ingredients)
+    other = _logps(store, "pos2", "ab", [-1.5, -4.0, -0.75], [-2.25, -1.0])
+    second = _publish(
+        make_recipe, Ingredients(ingredients.tokens, ingredients.ref_logps, other, ingredients.negative_logps)
+    )
+    assert 'tables.positive_logps: "logps/toy-1/pos" -> "logps/toy-1/pos2"' in second.changes
+    assert store.scan("toy/tis-dpo").select(pl.col("chosen_token_weights").explode().unique()).collect().height == 1
+
+
+def test_expect_same_refuses_other_settings_and_allows_new_pairs(store, make_recipe):
+    _publish(make_recipe, _ingredients(store))
+    more = _ingredients(store, "abc")
+    with pytest.raises(InputError, match=r"weights/toy/tis-dpo@0 was made differently: settings.weights.k: 1.0 -> 2.0"):
+        _publish(make_recipe, more, expect_same=True, **{"weights.k": 2.0})
+    assert _publish(make_recipe, more, expect_same=True).weights.version == 1
+
+
+def test_a_pair_without_scores_counts_as_quarantined(store, make_recipe):
+    ingredients = _ingredients(store)
+    fewer = _logps(store, "pos3", "a", [-1.0] * 3, [-2.0] * 2)
+    published = _publish(
+        make_recipe, Ingredients(ingredients.tokens, ingredients.ref_logps, fewer, ingredients.negative_logps)
+    )
+    assert published.statistics["num_pairs"] == 1
+    assert published.statistics["quarantined"] == {"not_text": 1, "unscorable": 1}
+
+
+def test_log_probs_of_another_length_are_refused(store, make_recipe):
+    ingredients = _ingredients(store)
+    short = _logps(store, "pos4", "ab", [-1.0, -1.0], [-2.0, -3.0])
+    with pytest.raises(MismatchError, match="2 values in chosen_positive_logps for 3 chosen_ids"):
+        _publish(make_recipe, Ingredients(ingredients.tokens, ingredients.ref_logps, short, ingredients.negative_logps))
+
+
+def test_uniform_needs_no_pair_and_says_that_it_is_constant(store, make_recipe):
+    full = _ingredients(store)
+    published = _publish(make_recipe, Ingredients(full.tokens, full.ref_logps), **{"weights.estimator": "uniform"})
+    assert published.statistics["constant_weights"] is True
+    assert store.scan("toy/tis-dpo").select(pl.col("rejected_token_weights").explode().unique()).collect().item() == 1.0

@@ -1,0 +1,96 @@
+from pathlib import Path
+
+import pytest
+
+from pipeline.recipe import load_recipe
+from weights_store.errors import SettingsError
+
+REPO = Path(__file__).resolve().parents[2]
+RECIPES = sorted(REPO.glob("recipes/*.toml"))
+TRAIN_RECIPES = sorted(REPO.glob("recipes/train/*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_has_a_schedule(path):
+    recipe = load_recipe(path)
+    assert (recipe.schedule.cron is None) != (recipe.schedule.interval_s is None)
+
+
+@pytest.mark.parametrize("path", TRAIN_RECIPES, ids=lambda path: path.stem)
+def test_every_training_recipe_loads_and_reads_what_a_recipe_builds(path):
+    from train.config import TrainConfig
+    from weights_store.settings import load_toml, parse_settings
+
+    config = parse_settings(TrainConfig, load_toml(path), str(path))
+    build = next(recipe for recipe in map(load_recipe, RECIPES) if recipe.weights.name == config.data.weights)
+    assert build.model.path == config.model.path
+    assert build.store.uri == config.data.store
+
+
+def test_recipes_ship_for_local_files_and_for_the_hub():
+    sources = {load_recipe(path).dataset.source for path in RECIPES}
+    assert {"Anthropic/hh-rlhf", "trl-lib/ultrafeedback_binarized"} < sources
+    assert {Path(source).name for source in sources} >= {"hh_harmless.jsonl", "alpaca_judged.parquet"}
+
+
+def _load(*overrides):
+    return load_recipe(REPO / "recipes" / "hh_harmless.toml", overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("dataset.source=/a b/c.jsonl", "/a b/c.jsonl"),
+        ("dataset.name=other", "other"),
+        ("model.path=some/model", "some/model"),
+        ("contrast.method=prompt", "prompt"),
+        ("contrast.method=sft", "sft"),
+        ("weights.name=a/b", "a/b"),
+    ],
+)
+def test_overrides_reach_the_recipe(override, value):
+    section, key = override.split("=")[0].split(".")
+    assert getattr(getattr(_load(override), section), key) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dataset.sorce=x", "unknown key 'dataset.sorce'; did you mean 'dataset.source'"),
+        ("wieghts.name=x", "unknown key 'wieghts'"),
+        ("contrast.method=magic", "contrast.method: .*'prompt', 'sft' or 'dpo'.*got 'magic'"),
+        ("weights.lower=2.0", r"weights.lower \(2.0\) must be below weights.upper \(1.5\)"),
+        ("weights.name=../x", r"bad name '\.\./x'"),
+        ("dataset.name=a/b", "one part, without '/'"),
+        ("schedule.interval_s=60", "schedule.cron and schedule.interval_s are both set"),
+        ("dataset.max_pairs=0", "greater than or equal to 1"),
+    ],
+)
+def test_wrong_overrides_say_what_and_where(override, message):
+    with pytest.raises(SettingsError, match=message):
+        _load(override)
+
+
+def test_equal_contrastive_prompts_are_refused():
+    with pytest.raises(SettingsError, match="every weight would be constant"):
+        _load("contrast.method=prompt", "contrast.positive_prompt=same", "contrast.negative_prompt=same")
+
+
+def test_settings_that_do_not_change_results_are_not_in_the_identity():
+    base = _load().result_settings()
+    assert (
+        _load(
+            "score.batch_tokens=512", "score.chunk_tokens=9", "store.uri=/x", "schedule.cron=* * * * *"
+        ).result_settings()
+        == base
+    )
+    assert _load("contrast.pairs_per_batch=2", "contrast.python=/x", "dataset.source=/y").result_settings() == base
+    for override in ("score.dtype=float32", "contrast.beta=0.2", "weights.k=2", "dataset.max_response_tokens=9"):
+        assert _load(override).result_settings() != base, override
+
+
+def test_settings_of_other_methods_and_estimators_are_not_in_the_identity():
+    prompt = _load("contrast.method=prompt").result_settings()
+    assert _load("contrast.method=prompt", "contrast.learning_rate=1").result_settings() == prompt
+    uniform = _load("weights.estimator=uniform").result_settings()
+    assert _load("weights.estimator=uniform", "weights.upper=9", "contrast.beta=3").result_settings() == uniform
