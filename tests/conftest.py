@@ -58,7 +58,7 @@ def toy_pairs(language):
 
 @pytest.fixture
 def make_recipe(tmp_path, toy_model):
-    """Return a function that makes a recipe on the toy model, with any setting replaced: `make_recipe(**{"contrast.method": "sft"})`."""
+    """Return a function that makes a recipe on the toy model, any setting replaced: `make_recipe(**{"weights.k": 2})`."""
     from pipeline.recipe import Recipe
     from weights_store.settings import parse_settings
 

@@ -116,7 +116,10 @@ def test_template_that_drops_the_system_turn_is_refused(toy_model, tmp_path):
 
 
 def test_template_without_eos_gets_one(toy_model, tmp_path):
-    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
     tokenizer = ChatTokenizer(toy_model, _with_template(tmp_path, template))
     assert _text(tokenizer, _cut(tokenizer, Pair([USER], "the dough", "x")).chosen_ids) == "the dough</s>"
 

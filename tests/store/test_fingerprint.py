@@ -8,7 +8,10 @@ from weights_store.fingerprint import explain_difference, fingerprint, fingerpri
 
 
 def test_fingerprint_is_sha256_of_canonical_json():
-    assert fingerprint({"b": [1, 2.5, None], "a": "é"}) == hashlib.sha256('{"a":"é","b":[1,2.5,null]}'.encode()).hexdigest()
+    assert (
+        fingerprint({"b": [1, 2.5, None], "a": "é"})
+        == hashlib.sha256('{"a":"é","b":[1,2.5,null]}'.encode()).hexdigest()
+    )
 
 
 def test_order_of_keys_does_not_matter_and_order_of_lists_does():

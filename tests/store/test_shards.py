@@ -39,7 +39,9 @@ def test_bits_out_of_range_are_refused(bits):
 
 
 def test_shard_has_the_layout_of_the_store(tmp_path):
-    rows = pa.table({"pair_id": ["a", "b"], "chosen_logps": [[-0.1, -0.2], []], "rejected_logps": [[-3.0], [-4.0]]}, LOGPS)
+    rows = pa.table(
+        {"pair_id": ["a", "b"], "chosen_logps": [[-0.1, -0.2], []], "rejected_logps": [[-3.0], [-4.0]]}, LOGPS
+    )
     size = write_shard(rows, tmp_path / "x.parquet")
     assert size == (tmp_path / "x.parquet").stat().st_size
     column = pq.ParquetFile(tmp_path / "x.parquet").metadata.row_group(0).column(1)
@@ -51,6 +53,8 @@ def test_shard_has_the_layout_of_the_store(tmp_path):
 
 
 def test_slices_of_a_table_keep_their_own_rows(tmp_path):
-    rows = pa.table({"pair_id": list("abc"), "chosen_logps": [[-1.0], [-2.0], [-3.0]], "rejected_logps": [[-1.0]] * 3}, LOGPS)
+    rows = pa.table(
+        {"pair_id": list("abc"), "chosen_logps": [[-1.0], [-2.0], [-3.0]], "rejected_logps": [[-1.0]] * 3}, LOGPS
+    )
     write_shard(rows.slice(1, 2), tmp_path / "x.parquet")
     assert pq.read_table(tmp_path / "x.parquet")["chosen_logps"].to_pylist() == [[-2.0], [-3.0]]

@@ -11,7 +11,14 @@ METADATA = {"fingerprint": "f0", "statistics": {"num_pairs": 1}}
 
 
 def _rows(*pair_ids, value=-1.0):
-    return pa.table({"pair_id": list(pair_ids), "chosen_logps": [[value]] * len(pair_ids), "rejected_logps": [[-2.0]] * len(pair_ids)}, LOGPS)
+    return pa.table(
+        {
+            "pair_id": list(pair_ids),
+            "chosen_logps": [[value]] * len(pair_ids),
+            "rejected_logps": [[-2.0]] * len(pair_ids),
+        },
+        LOGPS,
+    )
 
 
 @pytest.fixture

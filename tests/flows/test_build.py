@@ -1,0 +1,227 @@
+"""The real thing, end to end: Prefect's embedded server, real vLLM, the training job, a schedule that fires."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from pipeline.recipe import load_recipe
+from weights_store import WeightStore
+
+REPO = Path(__file__).resolve().parents[2]
+NUM_PAIRS, NUM_MORE = 24, 6
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, toy_model, toy_pairs, write_jsonl):
+    """A folder with pairs, a recipe file (construction D, very short) and a store that the tests fill in order."""
+    folder = tmp_path_factory.mktemp("world")
+    write_jsonl(folder / "pairs.jsonl", [*toy_pairs[:NUM_PAIRS], b"{broken"])
+    (folder / "recipe.toml").write_text(
+        f"""
+[dataset]
+name = "toy"
+source = {json.dumps(str(folder / "pairs.jsonl"))}
+[model]
+path = {json.dumps(str(toy_model))}
+[contrast]
+method = "dpo"
+learning_rate = 1e-3
+max_steps = 2
+pairs_per_step = 8
+[score]
+kv_cache_gib = 1.0
+[weights]
+name = "toy/tis-dpo"
+[schedule]
+interval_s = 8
+[store]
+uri = {json.dumps(str(folder / "store"))}
+"""
+    )
+    return folder
+
+
+def _build(world):
+    from flows.build import build_weights
+
+    return build_weights(load_recipe(world / "recipe.toml"))
+
+
+@pytest.fixture(scope="module")
+def first_build(world):
+    return _build(world)
+
+
+def test_build_publishes_every_good_pair_and_accounts_for_every_row(first_build):
+    statistics = first_build.published.statistics
+    assert statistics["num_pairs"] == NUM_PAIRS
+    assert statistics["quarantined"] == {"unparsable_json": 1}
+    assert statistics["num_source_rows"] == NUM_PAIRS + 1
+    assert first_build.num_trained == 2
+    assert "toy/tis-dpo@0" in first_build.report.read_text(encoding="utf-8")
+
+
+def _joined(store, result):
+    frame = store.scan("toy/tis-dpo", result.published.weights.version)
+    for role in ("positive", "negative"):
+        reference = result.scored[role].logps
+        logps = store.table(reference.table).scan(reference.version)
+        frame = frame.join(
+            logps.rename({f"{side}_logps": f"{side}_{role}" for side in ("chosen", "rejected")}), on="pair_id"
+        )
+    return frame.collect()
+
+
+def test_every_row_has_one_weight_and_one_reference_log_prob_per_id(world, first_build):
+    rows = _joined(WeightStore(world / "store"), first_build)
+    for side in ("chosen", "rejected"):
+        lengths = rows[f"{side}_ids"].list.len()
+        for column in (f"{side}_token_weights", f"{side}_ref_logps", f"{side}_positive", f"{side}_negative"):
+            assert rows[column].list.len().equals(lengths)
+        assert rows[f"{side}_ref_logps"].list.max().max() <= 0
+
+
+def test_weights_follow_from_the_stored_log_probs_eos_included(world, first_build):
+    rows = _joined(WeightStore(world / "store"), first_build)
+    eos = WeightStore(world / "store").metadata("toy/tis-dpo")["tokenizer"]["eos_token_id"]
+    for row in rows.iter_rows(named=True):
+        for side, mu in (("chosen", 1.0), ("rejected", -1.0)):
+            assert row[f"{side}_ids"][-1] == eos
+            logratios = np.array(row[f"{side}_positive"]) - np.array(row[f"{side}_negative"])
+            expected = [math.exp(mu * min(max(ratio, -0.5), 1.5)) for ratio in logratios]
+            np.testing.assert_allclose(row[f"{side}_token_weights"], expected, rtol=2e-4)
+
+
+def test_lineage_leads_back_to_the_pairs(world, first_build):
+    store = WeightStore(world / "store")
+    metadata = store.metadata("toy/tis-dpo")
+    roles = {parent["role"]: parent for parent in metadata["parents"]}
+    assert set(roles) == {"tokens", "ref_logps", "positive_logps", "negative_logps"}
+    tokens = store.table(roles["tokens"]["table"]).metadata(roles["tokens"]["version"])
+    assert tokens["source"]["content"] == _sha256(world / "pairs.jsonl")
+    scorer = store.table(roles["positive_logps"]["table"]).metadata()["scorer"]
+    assert scorer["model"] == _fingerprint_model(first_build)
+    assert metadata["packages"]["polars"] == pl.__version__
+
+
+def _sha256(path):
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _fingerprint_model(result):
+    from weights_store.fingerprint import fingerprint_model
+
+    models = [
+        json.loads(path.read_text()) for path in Path(result.published.weights.store).glob("models/*/contrast.json")
+    ]
+    (positive,) = [record["identity"] for record in models if record["identity"]["side"] == "positive"]
+    folders = Path(result.published.weights.store).glob("models/*/contrast.json")
+    (folder,) = [path.parent for path in folders if json.loads(path.read_text())["identity"] == positive]
+    return fingerprint_model(folder)
+
+
+def test_rebuild_does_nothing(world, first_build):
+    before = _files(world / "store")
+    again = _build(world)
+    assert _files(world / "store") == before
+    assert again.published.weights == first_build.published.weights
+    assert again.published.is_new is False
+    assert again.num_trained == 0
+    assert {scored.num_scored_pairs for scored in again.scored.values()} == {0}
+
+
+def _files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_training_reads_what_was_built(world, first_build):
+    output = world / "policy"
+    settings = [
+        "loss.name=tis_dpo",
+        "loss.beta=0.1",
+        "optim.learning_rate=1e-3",
+        "optim.max_steps=3",
+        "optim.pairs_per_step=8",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "tokenweights",
+        "train",
+        "--store",
+        str(world / "store"),
+        "--weights",
+        "toy/tis-dpo@0",
+    ]
+    command += ["--model", str(first_build.model_folder), "--output", str(output)]
+    done = subprocess.run(
+        [*command, *(part for setting in settings for part in ("--set", setting))],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((output / "metrics.json").read_text())
+    # Before the first step policy and reference are the same model: vLLM's bfloat16-free scores give log 2.
+    assert metrics["before"]["loss"] == pytest.approx(math.log(2), abs=2e-3)
+    assert metrics["after"]["rewards/margins"] > metrics["before"]["rewards/margins"]
+    lineage = json.loads((output / "lineage.json").read_text())
+    assert first_build.published.weights.fingerprint in json.dumps(lineage)
+
+
+def test_appended_pairs_are_the_only_ones_scored(world, first_build, toy_pairs, write_jsonl):
+    write_jsonl(
+        world / "pairs.jsonl", [*toy_pairs[:NUM_PAIRS], b"{broken", *toy_pairs[NUM_PAIRS : NUM_PAIRS + NUM_MORE]]
+    )
+    grown = _build(world)
+    assert {role: scored.num_scored_pairs for role, scored in grown.scored.items()} == dict.fromkeys(
+        ("ref", "positive", "negative"), NUM_MORE
+    )
+    assert grown.num_trained == 0
+    store = WeightStore(world / "store")
+    old, new = store.scan("toy/tis-dpo", 0).collect(), store.scan("toy/tis-dpo").collect()
+    assert (old.height, new.height) == (NUM_PAIRS, NUM_PAIRS + NUM_MORE)
+    assert new.join(old, on="pair_id", how="semi").sort("pair_id").equals(old.sort("pair_id"))
+
+
+def test_a_schedule_fires(world, first_build, tmp_path):
+    """`tokenweights serve` with its own server: within the interval a run of the deployment completes by itself."""
+    log = tmp_path / "serve.log"
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
+    environment.pop("PREFECT_API_URL", None)
+    with log.open("wb") as stream:
+        command = [sys.executable, "-m", "tokenweights", "serve", str(world / "recipe.toml")]
+        serving = subprocess.Popen(command, cwd=REPO, env=environment, stdout=stream, stderr=stream)
+        try:
+            text = _wait_for(log, serving, "Finished in state Completed()", "Flow run", timeout_s=240)
+        finally:
+            serving.send_signal(signal.SIGINT)
+            try:
+                serving.wait(60)
+            except subprocess.TimeoutExpired:
+                serving.kill()
+                serving.wait()
+    assert "nothing to score" in text
+
+
+def _wait_for(log, process, *parts, timeout_s):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        text = log.read_text(errors="replace")
+        if any(all(part in line for part in parts) for line in text.splitlines()):
+            return text
+        assert process.poll() is None, text[-3000:]
+        time.sleep(1)
+    raise AssertionError(f"no line with {parts} after {timeout_s} s:\n{log.read_text(errors='replace')[-3000:]}")

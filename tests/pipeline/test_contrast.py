@@ -1,0 +1,92 @@
+import json
+
+import pyarrow as pa
+import pytest
+
+from pipeline.chat import Condition
+from pipeline.contrast import contrast
+from pipeline.prepare import prepare
+from pipeline.publish import Ingredients, publish
+from weights_store import WeightStore
+from weights_store.errors import StageError
+from weights_store.schemas import LOGPS
+
+SMALL = {"contrast.pairs_per_step": 8, "contrast.max_steps": 2, "contrast.learning_rate": 1e-3}
+
+
+def _silent(_line):
+    pass
+
+
+@pytest.fixture
+def uniform(make_recipe, toy_model, toy_pairs, tmp_path, write_jsonl):
+    """Return a function that publishes the first so many pairs with weights 1 and made-up reference log-probs."""
+
+    def publish_uniform(num_pairs):
+        write_jsonl(tmp_path / "pairs.jsonl", toy_pairs[:num_pairs])
+        recipe = make_recipe(**{"weights.name": "toy/uniform", "weights.estimator": "uniform"})
+        tokens = prepare(recipe, toy_model, report=_silent).tokens
+        store = WeightStore(recipe.store.uri)
+        rows = [
+            {
+                "pair_id": row["pair_id"],
+                "chosen_logps": [-1.0] * len(row["chosen_ids"]),
+                "rejected_logps": [-1.0] * len(row["rejected_ids"]),
+            }
+            for row in store.table(tokens.table).scan().collect().iter_rows(named=True)
+        ]
+        metadata = {"fingerprint": f"r{num_pairs}", "statistics": {}}
+        logps = store.table("logps/toy/ref").append(pa.Table.from_pylist(rows, LOGPS), metadata)
+        return publish(recipe, recipe.weights, Ingredients(tokens, logps), report=_silent).weights
+
+    return publish_uniform
+
+
+def test_prompt_pair_is_one_model_behind_two_prompts(make_recipe, toy_model, uniform):
+    settings = make_recipe(
+        **{"contrast.method": "prompt", "contrast.positive_prompt": "good", "contrast.negative_prompt": "bad"}
+    )
+    pair = contrast(settings.contrast, toy_model, uniform(4), _silent)
+    assert pair.positive.model == pair.negative.model == toy_model
+    assert (pair.positive.condition, pair.negative.condition) == (
+        Condition("good", "system"),
+        Condition("bad", "system"),
+    )
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_trained_pair_is_two_models_of_opposite_data_and_is_reused(make_recipe, toy_model, uniform, method):
+    recipe = make_recipe(**{"contrast.method": method, **SMALL})
+    first = contrast(recipe.contrast, toy_model, uniform(16), _silent)
+    configs = [
+        json.loads((scorer.model / "lineage.json").read_text())["config"] for scorer in (first.positive, first.negative)
+    ]
+    assert [config["data"]["swap"] for config in configs] == [False, True]
+    assert {config["loss"]["name"] for config in configs} == {method}
+    assert first.num_trained == 2
+    # A vLLM or transformers user finds a whole model there, tokenizer included.
+    assert (first.positive.model / "tokenizer.json").read_bytes() == (toy_model / "tokenizer.json").read_bytes()
+
+    again = contrast(recipe.contrast, toy_model, uniform(20), _silent)
+    assert (again.num_trained, again.positive, again.negative) == (0, first.positive, first.negative)
+
+
+def test_grown_data_train_a_new_pair_only_when_asked(make_recipe, toy_model, uniform):
+    settings = {"contrast.method": "sft", **SMALL}
+    first = contrast(make_recipe(**settings).contrast, toy_model, uniform(16), _silent)
+    retrain = make_recipe(**settings, **{"contrast.retrain": True}).contrast
+    grown = uniform(20)
+    second = contrast(retrain, toy_model, grown, _silent)
+    assert second.num_trained == 2
+    assert second.positive.model != first.positive.model
+    assert contrast(retrain, toy_model, grown, _silent).num_trained == 0
+
+
+def test_failing_training_job_says_why_in_one_line(make_recipe, toy_model, uniform, tmp_path):
+    recipe = make_recipe(**{"contrast.method": "sft", **SMALL})
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (broken / name).write_bytes((toy_model / name).read_bytes())
+    with pytest.raises(StageError, match="training .* failed with exit code 1: .*tokenizer"):
+        contrast(recipe.contrast, broken, uniform(4), _silent)

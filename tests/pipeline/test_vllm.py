@@ -1,0 +1,83 @@
+"""The real engine against transformers in float32, and its way with prompts that two responses share."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.chat import ChatTokenizer
+from pipeline.pairs import read_pair
+from pipeline.recipe import DatasetSection
+
+# A process of its own: the engine binds threads and memory for good.
+_SCRIPT = """
+import json, sys
+from pathlib import Path
+from pipeline.engine import EngineSettings, ScoredSequence, VllmEngine
+request = json.loads(Path(sys.argv[1]).read_text())
+engine = VllmEngine(Path(request["model"]), EngineSettings(dtype=request["dtype"], kv_cache_gib=1.0))
+replies = engine.score([ScoredSequence(*ids) for ids in request["sequences"]])
+Path(sys.argv[2]).write_text(json.dumps([reply.tolist() for reply in replies]))
+"""
+
+
+def _score(model, dtype, sequences, tmp_path):
+    (tmp_path / "request.json").write_text(json.dumps({"model": str(model), "dtype": dtype, "sequences": sequences}))
+    command = [sys.executable, "-c", _SCRIPT, str(tmp_path / "request.json"), str(tmp_path / "reply.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [np.array(reply) for reply in json.loads((tmp_path / "reply.json").read_text())]
+
+
+@torch.no_grad()
+def _transformers(model, sequences):
+    """Log-probs of the response by transformers in float32, one sequence at a time, the plain way."""
+    from transformers import AutoModelForCausalLM
+
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    result = []
+    for prompt_ids, response_ids in sequences:
+        ids = torch.tensor([prompt_ids + response_ids])
+        logps = policy(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+        result.append(logps[len(prompt_ids) - 1 :].numpy())
+    return result
+
+
+def _sequences(model, pairs):
+    tokenizer, columns = ChatTokenizer(model), DatasetSection(name="x", source="x.jsonl")
+    sequences = []
+    for row in pairs:
+        tokens = tokenizer.tokenize_pair(read_pair(row, columns), 1000, 1000, cut_response=False)
+        sequences += [(tokens.prompt_ids, tokens.chosen_ids), (tokens.prompt_ids, tokens.rejected_ids)]
+    return sequences
+
+
+def _with_long_shared_parts(sequences, min_tokens=150):
+    """Pairs whose responses begin alike for several cache blocks of 32 tokens, and one that repeats another whole."""
+    prompt_ids, response_ids = sequences[0]
+    long_prompt = (prompt_ids * (1 + min_tokens // len(prompt_ids)))[:min_tokens]
+    begin = (response_ids * (1 + min_tokens // len(response_ids)))[:min_tokens]
+    shared = [(long_prompt, begin + sequences[i][1]) for i in (2, 3)]
+    return [*sequences, *shared, shared[0]]
+
+
+@pytest.mark.parametrize(("dtype", "mean_nats", "max_nats"), [("float32", 1e-3, 1e-2), ("bfloat16", 2e-2, 0.5)])
+def test_engine_agrees_with_transformers(toy_model, toy_pairs, tmp_path, dtype, mean_nats, max_nats):
+    sequences = _with_long_shared_parts(_sequences(toy_model, toy_pairs[:20]))
+    expected, got = _transformers(toy_model, sequences), _score(toy_model, dtype, sequences, tmp_path)
+    assert [len(logps) for logps in got] == [len(response_ids) for _, response_ids in sequences]
+    difference = np.abs(np.concatenate(expected) - np.concatenate(got))
+    assert difference.mean() < mean_nats
+    assert difference.max() < max_nats
+
+
+def test_engine_agrees_with_transformers_on_a_real_model(shared_folder, tmp_path):
+    with (shared_folder / "data" / "hh_harmless.jsonl").open(encoding="utf-8") as file:
+        pairs = [json.loads(line) for line, _ in zip(file, range(12), strict=False)]
+    model = shared_folder / "models" / "tiny-chat"
+    sequences = _sequences(model, pairs)
+    got = np.concatenate(_score(model, "bfloat16", sequences, tmp_path))
+    assert np.abs(np.concatenate(_transformers(model, sequences)) - got).mean() < 2e-2

@@ -1,0 +1,128 @@
+"""The command as a person meets it: wrong inputs give one line and exit code 1, wrong usage 2."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import tokenweights
+
+REPO = Path(__file__).resolve().parent.parent
+RECIPE = str(REPO / "recipes" / "hh_harmless.toml")
+
+
+@pytest.fixture
+def command(capsys):
+    def run(*arguments):
+        try:
+            code = tokenweights.main(arguments)
+        except SystemExit as exit_:  # argparse
+            code = exit_.code
+        streams = capsys.readouterr()
+        return code, streams.out, streams.err
+
+    return run
+
+
+@pytest.fixture
+def build(command, toy_model, toy_pairs, tmp_path, write_jsonl):
+    write_jsonl(tmp_path / "pairs.jsonl", toy_pairs[:3])
+
+    def run(*overrides, extra=()):
+        settings = [f"dataset.source={tmp_path / 'pairs.jsonl'}", f"model.path={toy_model}", *overrides]
+        flags = [flag for setting in settings for flag in ("--set", setting)]
+        return command("build", RECIPE, "--store", str(tmp_path / "store"), *flags, *extra)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.path=/no/such/model"], "model.path /no/such/model does not exist; give a model folder or a hub id"),
+        (["dataset.source=nowhere.jsonl"], "dataset.source nowhere.jsonl does not exist"),
+        (
+            ["dataset.chosen_column=better"],
+            "no column 'better'; it has prompt, chosen, rejected. Set dataset.chosen_column",
+        ),
+        (["dataset.sorce=x"], "unknown key 'dataset.sorce'; did you mean 'dataset.source'?"),
+        (["contrast.method=magic"], "contrast.method"),
+        (["weights.name=../x"], "bad name '../x'"),
+        (["model.chat_template=/no/such.jinja"], "model.chat_template /no/such.jinja cannot be read"),
+        (["score.python=/no/such/python"], "score.python /no/such/python is no interpreter"),
+        (["nonsense"], "expected section.key=value"),
+    ],
+)
+def test_wrong_input_gives_one_line_and_no_traceback(build, tmp_path, overrides, message):
+    code, out, err = build(*overrides)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "store").exists()
+
+
+def test_model_without_chat_template_gives_one_line(build, toy_model, tmp_path):
+    import shutil
+
+    bare = shutil.copytree(toy_model, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    code, _, err = build(f"model.path={bare}")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "has no chat template; set model.chat_template" in err
+
+
+@pytest.mark.parametrize(("package", "extra"), [("vllm", "score-cpu"), ("prefect", "flows")])
+def test_missing_extra_is_named(build, monkeypatch, package, extra):
+    import importlib
+    import importlib.util
+
+    real_find, real_import = importlib.util.find_spec, importlib.import_module
+
+    def import_module(name, *args):
+        if name == "flows.run" and package == "prefect":
+            raise ModuleNotFoundError("No module named 'prefect'", name="prefect")
+        return real_import(name, *args)
+
+    monkeypatch.setattr("pipeline.preflight.find_spec", lambda name: None if name == package else real_find(name))
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    code, _, err = build()
+    assert code == 1
+    assert package in err
+    assert f"tokenweights[{extra}" in err
+
+
+def test_debug_shows_the_traceback(build):
+    with pytest.raises(tokenweights.TokenweightsError, match="does not exist"):
+        build("model.path=/no/such/model", extra=["--debug"])
+
+
+def test_wrong_usage_is_exit_code_2(command):
+    assert command("build")[0] == 2
+    assert command("no-such-command")[0] == 2
+    assert command()[0] == 2
+
+
+def test_ls_and_show_of_what_is_not_there(command, tmp_path):
+    for arguments in (("ls",), ("show", "hh/tis-dpo"), ("show", "hh@x")):
+        code, _, err = command(*arguments, "--store", str(tmp_path / "none"))
+        assert (code, err.count("\n")) == (1, 1)
+
+
+def test_train_is_the_training_job(command, tmp_path):
+    code, _, err = command(
+        "train", "--store", str(tmp_path), "--weights", "x", "--model", "y", "--output", "z", "--set", "loss.nme=dpo"
+    )
+    assert code == 1
+    assert "unknown key 'loss.nme'; did you mean 'loss.name'" in err
+
+
+def test_serve_without_schedule_is_refused(command, tmp_path, toy_model):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        f"[dataset]\nname = 'x'\nsource = 'x.jsonl'\n[model]\npath = {json.dumps(str(toy_model))}\n[weights]\nname = 'x/y'\n"
+    )
+    code, _, err = command("serve", str(recipe))
+    assert code == 1
+    assert "has no schedule; add [schedule] with cron or interval_s" in err
