@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint format lock rehearse clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,12 @@ lint: $(INSTALLED)  ## ruff and mypy
 format: $(INSTALLED)  ## let ruff rewrite
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+lock:  ## resolve requirements/*.txt anew (needs uv)
+	requirements/lock.sh
+
+rehearse:  ## run the install steps of an image in a clean virtual environment: make rehearse IMAGE=train
+	docker/rehearse.sh $(IMAGE)
 
 clean:  ## remove what demo and tools made; .venv stays
 	rm -rf demo .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -17,6 +17,7 @@ from flows.build import BuildResult
 from flows.run import run_build
 from pipeline.chat import ChatTokenizer
 from pipeline.child import run_child
+from pipeline.files import write_whole
 from pipeline.model_maker import make_chat_model
 from pipeline.recipe import Recipe
 from pipeline.toy_language import ToyLanguage, agreement
@@ -77,10 +78,7 @@ def _make_pairs(path: Path, language: ToyLanguage) -> None:
         print(f"pairs: {path} is there already")
         return
     pairs = language.sample_pairs(_NUM_PAIRS, seed=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-    partial.rename(path)
+    write_whole(path, "".join(json.dumps(pair) + "\n" for pair in pairs))
     print(f"pairs: {len(pairs)} in {path}")
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pipeline.chat import Condition
 from pipeline.child import run_child
+from pipeline.files import write_whole
 from pipeline.recipe import TRAINING_KEYS, ContrastSection
 from pipeline.score import Scorer
 from weights_store import TableVersion, WeightStore
@@ -80,7 +81,7 @@ def _trained_model(
     report(f"training the {side} model ({settings.method}) on {uniform}")
     run_child(_command(settings, side, model_folder, uniform, folder), f"training {folder}", report)
     record = {"identity": identity, "data": uniform.fingerprint, "version": uniform.version}
-    (folder / _RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+    write_whole(folder / _RECORD, json.dumps(record, indent=2))
     return folder, True
 
 

@@ -73,6 +73,12 @@ def prepare(recipe: Recipe, model_folder: Path, report: Callable[[str], None] = 
             f"dataset.source {recipe.dataset.source}: no usable pair in {sorter.num_rows} rows ({reasons})"
         )
     new_rows = pa.Table.from_batches(batches, TOKENS)
+    if (
+        not new_rows.num_rows
+        and sorter.known == sorter.kept
+        and _recorded(tokens, quarantine) == sorter.account(source)
+    ):
+        return Prepared(tokens.reference(), sorter.num_rows, len(sorter.kept), dict(sorter.reasons), num_new_pairs=0)
     metadata = {
         "cut": cut,
         "source": source,
@@ -90,7 +96,7 @@ def prepare(recipe: Recipe, model_folder: Path, report: Callable[[str], None] = 
 def _write_tokens(tokens: Table, new_rows: pa.Table, sorter: "_Sorter", metadata: dict[str, Any]) -> TableVersion:
     vanished = sorter.known - sorter.kept
     if vanished:
-        old = tokens.scan().collect().to_arrow().select(TOKENS.names).cast(TOKENS)
+        old = tokens.scan().collect().to_arrow().cast(TOKENS)
         stays = pa.array([pair_id in sorter.kept for pair_id in old["pair_id"].to_pylist()])
         new_rows = pa.concat_tables([old.filter(stays), new_rows])
     statistics = {
@@ -103,10 +109,10 @@ def _write_tokens(tokens: Table, new_rows: pa.Table, sorter: "_Sorter", metadata
     }
     content = fingerprint({"cut": metadata["cut"], "pairs": sorted(sorter.kept)})
     record = {**metadata, "fingerprint": content, "statistics": statistics}
-    unchanged = tokens.exists() and not new_rows.num_rows
-    if vanished or unchanged:  # `unchanged`: same pairs from different bytes; the version records that, and adds no row
-        rows = new_rows if vanished else tokens.scan().collect().to_arrow().select(TOKENS.names).cast(TOKENS)
-        return tokens.replace(rows, record)
+    if vanished:
+        return tokens.replace(new_rows, record)
+    if tokens.exists() and not new_rows.num_rows:  # the same pairs from other rows: a version that records just that
+        return tokens.replace(tokens.scan().collect().to_arrow(), record)
     return tokens.append(new_rows, record)
 
 
@@ -143,6 +149,10 @@ class _Sorter:
                 report(f"prepare: {self.num_rows} rows read, {len(self.kept)} pairs usable")
         if batch:
             yield pa.RecordBatch.from_pylist(batch, TOKENS)
+
+    def account(self, source: dict[str, Any]) -> dict[str, Any]:
+        """Return where the rows came from and where they went, as `_recorded` does for the newest version."""
+        return {**source, "num_source_rows": self.num_rows, "quarantined": dict(self.reasons)}
 
     def _one(self, row: RawRow) -> dict[str, Any] | None:
         """Return the tokenised pair, None when the table already has it."""
@@ -210,21 +220,26 @@ def _cut_settings(dataset: DatasetSection, tokenizer: ChatTokenizer, context: in
     }
 
 
-def _already_done(tokens: Table, quarantine: Table, source: dict[str, Any]) -> Prepared | None:
-    """Return the newest version when it was made from the same bytes; hub datasets are always read again."""
-    if source["content"] is None or not tokens.exists() or not quarantine.exists():
+def _recorded(tokens: Table, quarantine: Table) -> dict[str, Any] | None:
+    """Return what the newest version recorded of its source; None when there is no complete version."""
+    if not tokens.exists() or not quarantine.exists():
         return None
     metadata = tokens.metadata()
-    recorded = metadata["source"]
-    if any(recorded[key] != source[key] for key in ("content", "max_pairs")):
+    return {**metadata["source"], **{key: metadata["statistics"][key] for key in ("num_source_rows", "quarantined")}}
+
+
+def _already_done(tokens: Table, quarantine: Table, source: dict[str, Any]) -> Prepared | None:
+    """Return the newest version when it was made from the same bytes; hub datasets are always read again."""
+    recorded = _recorded(tokens, quarantine)
+    if (
+        source["content"] is None
+        or recorded is None
+        or any(recorded[key] != source[key] for key in ("content", "max_pairs"))
+    ):
         return None
-    statistics = metadata["statistics"]
+    num_pairs = tokens.metadata()["statistics"]["num_pairs"]
     return Prepared(
-        tokens.reference(),
-        statistics["num_source_rows"],
-        statistics["num_pairs"],
-        statistics["quarantined"],
-        num_new_pairs=0,
+        tokens.reference(), recorded["num_source_rows"], num_pairs, recorded["quarantined"], num_new_pairs=0
     )
 
 

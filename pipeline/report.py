@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.chat import ChatTokenizer
+from pipeline.files import write_whole
 from pipeline.publish import Published
 from weights_store import WeightStore
 
@@ -37,9 +38,7 @@ def write_report(published: Published, model_folder: Path, chat_template: str | 
         "histograms": _histograms(frame),
         "pairs": _sample_pairs(frame, ChatTokenizer(model_folder, chat_template)),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    html = Environment(autoescape=True).from_string(_TEMPLATE).render(context)
-    path.write_text(html, encoding="utf-8")
+    write_whole(path, Environment(autoescape=True).from_string(_TEMPLATE).render(context))
     return path
 
 
@@ -123,7 +122,8 @@ def _colored(texts: Sequence[str], weights: Sequence[float]) -> list[dict[str, s
     """Return tokens with a background: green above weight 1, orange below, stronger the further away."""
     tokens = []
     for text, weight in list(zip(texts, weights, strict=True))[:_MAX_SHOWN_TOKENS]:
-        strength = min(1.0, abs(float(np.log(max(weight, 1e-6)))) / 1.5)
+        # The root lifts small differences into sight: half of the full color at a quarter of the largest log-weight.
+        strength = min(1.0, abs(float(np.log(max(weight, 1e-6)))) / 1.5) ** 0.5
         color = "46,160,67" if weight >= 1 else "230,126,34"
         tokens.append({"text": text, "style": f"background:rgba({color},{strength:.2f})", "title": f"{weight:.3f}"})
     if len(texts) > _MAX_SHOWN_TOKENS:

@@ -27,6 +27,7 @@ from weights_store.fingerprint import fingerprint, fingerprint_model
 from weights_store.schemas import LOGPS, QUARANTINE, SCHEMA_VERSION, Reason
 
 _PROGRESS = "PROGRESS "
+_ENGINE_KEYS = {"batch_tokens", "kv_cache_gib", "gpu_memory_share", "tensor_parallel"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,14 @@ class Scorer:
 
     model: Path
     condition: Condition | None = None
+
+    def resolve_dtype(self, dtype: str) -> str:
+        """Return the dtype to score in: for `auto` the one the model is stored in.
+
+        vLLM's own `auto` would quietly turn float32 into a 16-bit type.
+        """
+        config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
+        return dtype if dtype != "auto" else config.get("dtype") or config.get("torch_dtype") or "auto"
 
     def identity(self, dtype: str) -> dict[str, Any]:
         """Return what determines this scorer's numbers."""
@@ -98,7 +107,8 @@ def score(
         StageError: The scoring process failed; carries its last lines. What it had committed stays.
     """
     started = time.monotonic()
-    identity = scorer.identity(settings.dtype)
+    dtype = scorer.resolve_dtype(settings.dtype)
+    identity = scorer.identity(dtype)
     table = logps_table(tokens, identity)
     missing = _missing(tokens, table)
     if missing.is_empty():
@@ -120,9 +130,7 @@ def score(
             **provenance(),
         },
         chunk_tokens=settings.chunk_tokens,
-        engine=settings.model_dump(
-            include={"dtype", "batch_tokens", "kv_cache_gib", "gpu_memory_share", "tensor_parallel"}
-        ),
+        engine={"dtype": dtype, **settings.model_dump(include=_ENGINE_KEYS)},
     )
 
     def passed_on(line: str) -> None:

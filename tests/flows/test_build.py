@@ -20,6 +20,15 @@ REPO = Path(__file__).resolve().parents[2]
 NUM_PAIRS, NUM_MORE = 24, 6
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _prefect_server():
+    """One temporary Prefect server and database for the flows of this file."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=180):
+        yield
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, toy_model, toy_pairs, write_jsonl):
     """A folder with pairs, a recipe file (construction D, very short) and a store that the tests fill in order."""

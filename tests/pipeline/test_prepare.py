@@ -136,7 +136,19 @@ def test_saved_dataset_folder_is_read_like_a_hub_dataset(run, tmp_path, make_rec
     ids = set(tables(run([pair(0), pair(1)]))[0]["pair_id"])
     Dataset.from_list([pair(0), pair(1)]).save_to_disk(str(tmp_path / "saved"))
     recipe = make_recipe(**{"dataset.source": str(tmp_path / "saved"), "dataset.name": "saved"})
-    assert set(tables(prepare(recipe, toy_model, report=lambda line: None))[0]["pair_id"]) == ids
+    first = prepare(recipe, toy_model, report=lambda line: None)
+    assert set(tables(first)[0]["pair_id"]) == ids
+    assert prepare(recipe, toy_model, report=lambda line: None).tokens == first.tokens  # read again, found the same
+
+
+def test_the_same_pairs_among_other_bad_rows_make_a_version_that_says_so(run):
+    first = run([pair(0), pair(1)])
+    second = run([pair(0), BAD_ROWS[0][0], pair(1)])
+    assert (second.num_source_rows, second.num_new_pairs, second.quarantined) == (3, 0, {"unparsable_json": 1})
+    assert second.tokens.version == first.tokens.version + 1
+    assert (
+        second.tokens.fingerprint == first.tokens.fingerprint
+    )  # the pairs are the same: nothing downstream is made anew
 
 
 def test_real_transcripts(shared_folder, make_recipe):

@@ -94,3 +94,16 @@ def test_settings_of_other_methods_and_estimators_are_not_in_the_identity():
     assert _load("contrast.method=prompt", "contrast.learning_rate=1").result_settings() == prompt
     uniform = _load("weights.estimator=uniform").result_settings()
     assert _load("weights.estimator=uniform", "weights.upper=9", "contrast.beta=3").result_settings() == uniform
+
+
+def test_every_key_stands_in_the_settings_page_and_no_other():
+    import re
+
+    from pipeline.recipe import Recipe
+    from train.config import TrainConfig
+
+    page = (REPO / "docs" / "settings.md").read_text(encoding="utf-8")
+    parts = page.split("## Training")
+    for model, part in zip((Recipe, TrainConfig), parts, strict=True):
+        known = {f"{name}.{key}" for name, field in model.model_fields.items() for key in field.annotation.model_fields}
+        assert set(re.findall(r"^\| `([a-z_]+\.[a-z_]+)`", part, flags=re.MULTILINE)) == known

@@ -1,0 +1,37 @@
+#!/bin/sh
+# Write every requirements/*.txt from the extras in pyproject.toml and the versions in constraints.in. Run by `make lock`.
+#
+#   UV         the uv program (default: uv)
+#   CPU_TORCH  where uv finds the CPU build of torch (default: PyTorch's own index; a folder: "--find-links FOLDER")
+set -eu
+cd "$(dirname "$0")/.."
+
+UV=${UV:-uv}
+CPU_TORCH=${CPU_TORCH:---extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match}
+
+# lock NAME "INPUTS" [OPTION…]: the pins that NAME.txt already has stay where they still fit.
+lock() {
+    name=$1 inputs=$2
+    shift 2
+    # shellcheck disable=SC2086  # INPUTS are several words
+    "$UV" pip compile --quiet --no-annotate --no-header --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+        --constraints requirements/constraints.in --overrides requirements/overrides.in \
+        "$@" --output-file "requirements/$name.txt" pyproject.toml $inputs
+    echo "requirements/$name.txt: $(wc -l <"requirements/$name.txt") packages"
+}
+
+# shellcheck disable=SC2086  # CPU_TORCH is several words
+lock dev "requirements/dev.in --extra score-cpu --extra flows --extra train --extra dev" $CPU_TORCH
+
+# The images start from what the development environment was tested with, and depart only where a CUDA build must.
+for image in train flows score-cpu score-gpu worker-cpu worker-gpu; do
+    sed 's/+cpu$//' requirements/dev.txt >"requirements/$image.txt"
+done
+lock train "--extra train"
+lock flows "--extra flows"
+# shellcheck disable=SC2086
+lock score-cpu "--extra score-cpu" $CPU_TORCH
+lock score-gpu "--extra score"
+# shellcheck disable=SC2086
+lock worker-cpu "--extra flows --extra score-cpu --extra train" $CPU_TORCH
+lock worker-gpu "--extra flows --extra score --extra train"
