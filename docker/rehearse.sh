@@ -7,7 +7,7 @@
 #
 #   PYTHON           a Python 3.11 (default: python3.11)
 #   WITHOUT_CUDA=1   leave CUDA's packages out: for a machine where pip finds a CPU build of torch
-#   DRY_RUN=1        only resolve, download and check nothing: for CUDA images on a machine without the space
+#   DRY_RUN=1        only see that every pin exists as a wheel, with uv (UV, default: uv); installs and imports nothing
 #   CPU_TORCH_INDEX  where the CPU build of torch is (default: as in the Dockerfile)
 #   KEEP=FOLDER      work there and leave the environment, in FOLDER/env (default: a temporary folder)
 set -eu
@@ -50,7 +50,7 @@ started=$(date +%s)
 run_steps "$work/package" package
 cp -R "$work/package/dist" "$work/image/"
 if [ -n "${DRY_RUN:-}" ]; then
-    # pip itself downloads every wheel before it says what it would do; uv reads only what is needed to know.
+    # With uv: it reads the metadata only, where some versions of pip fetch gigabytes of wheels first.
     ${UV:-uv} pip install --dry-run --python "$work/env/bin/python" --no-deps --only-binary :all: \
         -r "$work/image/requirements/$image.txt" >"$work/dry-run.txt" 2>&1 || { cat "$work/dry-run.txt" >&2; exit 1; }
     echo "$image: every one of $(grep -c == "$work/image/requirements/$image.txt") packages is there as a wheel; nothing installed"

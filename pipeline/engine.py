@@ -52,15 +52,18 @@ class VllmEngine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("DO_NOT_TRACK", "1")
         try:
-            from vllm import LLM
             from vllm.platforms import current_platform
+
+            on_cpu = current_platform.is_cpu()
+            if on_cpu:  # else a helper of vLLM's is compiled, which needs g++ on the machine and changes no number
+                os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+            from vllm import LLM
         except ModuleNotFoundError as error:
             raise MissingExtraError(
                 f"scoring needs the package {error.name!r}, which is not installed; pip install 'tokenweights[score]' (GPU) or "
                 "'tokenweights[score-cpu]'"
             ) from error
 
-        on_cpu = current_platform.is_cpu()
         placement: dict[str, Any] = (
             {"block_size": 32} if on_cpu else {"gpu_memory_utilization": settings.gpu_memory_share}
         )
