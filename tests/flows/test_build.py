@@ -79,6 +79,15 @@ def test_build_publishes_every_good_pair_and_accounts_for_every_row(first_build)
     assert "toy/tis-dpo@0" in first_build.report.read_text(encoding="utf-8")
 
 
+def test_progress_and_summary_are_artifacts(first_build):
+    from prefect.artifacts import Artifact
+
+    summary = Artifact.get("weights-toy-tis-dpo").data
+    assert f"| rows in | {NUM_PAIRS + 1} = {NUM_PAIRS} published + 1 quarantined |" in summary
+    assert str(first_build.report) in summary
+    assert {float(Artifact.get(f"score-{role}").data) for role in ("ref", "positive", "negative")} == {100.0}
+
+
 def _joined(store, result):
     frame = store.scan("toy/tis-dpo", result.published.weights.version)
     for role in ("positive", "negative"):
@@ -183,7 +192,7 @@ def test_training_reads_what_was_built(world, first_build):
     )
     assert done.returncode == 0, done.stderr
     metrics = json.loads((output / "metrics.json").read_text())
-    # Before the first step policy and reference are the same model: vLLM's bfloat16-free scores give log 2.
+    # Before the first step policy and reference are the same model; the engine scored it in float32 as it is stored.
     assert metrics["before"]["loss"] == pytest.approx(math.log(2), abs=2e-3)
     assert metrics["after"]["rewards/margins"] > metrics["before"]["rewards/margins"]
     lineage = json.loads((output / "lineage.json").read_text())
