@@ -8,14 +8,6 @@ from pipeline.recipe import Recipe
 from pipeline.report import findings, summary_rows
 from weights_store.errors import TokenweightsError
 
-_PREFECT_LOGGERS = (
-    "prefect.flow_runs",
-    "prefect.task_runs",
-    "prefect.engine",
-    "prefect.flow_engine",
-    "prefect.task_engine",
-)
-
 
 def run_build(recipe: Recipe, expect_same: bool = False, debug: bool = False) -> BuildResult:
     """Run `build_weights` and print what it made.
@@ -34,6 +26,12 @@ def run_build(recipe: Recipe, expect_same: bool = False, debug: bool = False) ->
         print(f"  warning           {finding}")
     for change in result.published.changes if result.published.is_new else []:
         print(f"  changed           {change}")
+    for role, scored in result.scored.items():
+        if scored.num_scored_pairs or scored.num_unscorable:
+            unscorable = f", {scored.num_unscorable} unscorable" if scored.num_unscorable else ""
+            rate = scored.num_scored_tokens / scored.wall_s
+            numbers = f"{scored.num_scored_pairs} pairs{unscorable}, {scored.num_scored_tokens:,} tokens, {rate:,.0f} tokens/s"
+            print(f"  {'scored ' + role:<18}{numbers} with the engine's start")
     print(f"  {'stages':<18}" + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.stage_s.items()))
     print(f"  {'':<18}{'published' if result.published.is_new else 'nothing to do: this version was there already'}")
     print(f"  {'store':<18}{recipe.store.uri}")
@@ -45,7 +43,7 @@ def hide_expected_tracebacks() -> None:
     """Keep Prefect from logging errors raised on purpose: the command prints them itself, as one line."""
 
     def is_unexpected(record: logging.LogRecord) -> bool:
-        return not (isinstance(record.exc_info, tuple) and isinstance(record.exc_info[1], TokenweightsError))
+        return not (isinstance(record.exc_info, tuple) and isinstance(record.exc_info[1], TokenweightsError | OSError))
 
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(is_unexpected)

@@ -134,22 +134,28 @@ class ChatTokenizer:
         chosen_ids, rejected_ids = responses
         return TokenizedPair(prompt, prompt_ids, chosen_ids, rejected_ids, len(prompt) < len(pair.prompt), was_cut)
 
-    def conditioned_prompt_ids(self, prompts: Sequence[str], condition: Condition) -> list[list[int]]:
-        """Return the ids of stored prompts (JSON of messages) with a contrastive prompt in front.
+    def conditioned_prompt_ids(self, prompts: Sequence[str], condition: Condition) -> list[list[int] | None]:
+        """Return the ids of stored prompts (JSON of messages) with a contrastive prompt in front, None where it has no place.
 
         Raises:
-            InputError: The template drops or refuses the contrastive prompt.
+            InputError: The template drops or refuses the contrastive prompt in every one of these chats.
         """
-        result = []
+        result: list[list[int] | None] = []
+        problem = ""
         for text in prompts:
-            messages = condition.apply(json.loads(text))
             try:
-                rendered = self._render_prompt(messages)
+                rendered = self._render_prompt(condition.apply(json.loads(text)))
             except Unusable as error:
-                raise InputError(self._condition_problem(error.detail, condition)) from error
-            if condition.text.strip() not in rendered:
-                raise InputError(self._condition_problem("the rendered chat does not contain the prompt", condition))
-            result.append(self._ids(rendered))
+                problem = error.detail
+                result.append(None)
+                continue
+            if condition.text.strip() in rendered:
+                result.append(self._ids(rendered))
+            else:
+                problem = "the rendered chat does not contain the prompt"
+                result.append(None)
+        if prompts and all(ids is None for ids in result):
+            raise InputError(self._condition_problem(problem, condition))
         return result
 
     def _condition_problem(self, detail: str, condition: Condition) -> str:
@@ -163,7 +169,7 @@ class ChatTokenizer:
             return self._tokenizer.apply_chat_template(  # type: ignore[no-any-return]
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except TemplateError as error:
+        except (TemplateError, ValueError, TypeError) as error:
             raise Unusable(Reason.TEMPLATE_MISMATCH, f"the chat template refuses this chat: {error}") from error
 
     def _render_prompt(self, messages: Sequence[Message]) -> str:

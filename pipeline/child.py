@@ -3,9 +3,20 @@
 import os
 import subprocess
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
-from weights_store.errors import KilledError, StageError
+from weights_store.errors import KilledError, MissingExtraError, StageError
+
+
+def check_extra(package: str, remedy: str, python: str | None) -> None:
+    """Check that this interpreter has what a child needs; another interpreter says it itself.
+
+    Raises:
+        MissingExtraError: It has not.
+    """
+    if python is None and find_spec(package) is None:
+        raise MissingExtraError(f"this build needs the package {package!r}, which is not installed; {remedy}")
 
 
 def run_child(command: Sequence[str], what: str, report: Callable[[str], None], prefix: str = "") -> None:
@@ -21,7 +32,12 @@ def run_child(command: Sequence[str], what: str, report: Callable[[str], None], 
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
     tail: list[str] = []
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": path}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, "PYTHONPATH": path},
     ) as child:
         assert child.stdout is not None
         try:
@@ -32,7 +48,7 @@ def run_child(command: Sequence[str], what: str, report: Callable[[str], None], 
                 if line.startswith(prefix):
                     report(line.removeprefix(prefix).rstrip())
         except BaseException:
-            child.terminate()
+            _stop(child)
             raise
     if child.returncode < 0:
         raise KilledError(
@@ -45,3 +61,16 @@ def run_child(command: Sequence[str], what: str, report: Callable[[str], None], 
 def _cause(tail: list[str]) -> str:
     errors = [line for line in tail if line.startswith("error: ")]
     return errors[-1].removeprefix("error: ") if errors else "\n".join(tail[-15:]) or "it printed nothing"
+
+
+def _stop(child: "subprocess.Popen[str]") -> None:
+    """Let a child that the terminal has interrupted with us finish its step; end one that does not know of it or hangs."""
+    asks: tuple[tuple[Callable[[], None] | None, float], ...] = ((None, 10), (child.terminate, 20), (child.kill, 20))
+    for ask, patience_s in asks:
+        if ask is not None:
+            ask()
+        try:
+            child.wait(patience_s)
+            return
+        except subprocess.TimeoutExpired:
+            continue

@@ -7,13 +7,13 @@ build stays (its scores stay valid, and only new pairs are scored) unless the re
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.chat import Condition
-from pipeline.child import run_child
+from pipeline.child import check_extra, run_child
 from pipeline.files import write_whole
 from pipeline.recipe import TRAINING_KEYS, ContrastSection
 from pipeline.score import Scorer
@@ -21,6 +21,8 @@ from weights_store import TableVersion, WeightStore
 from weights_store.fingerprint import fingerprint, fingerprint_model
 
 _RECORD = "contrast.json"
+_SIDES = ("positive", "negative")
+_SAVE_EVERY_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -44,50 +46,53 @@ def contrast(
         report: Gets the training job's lines.
 
     Raises:
+        MissingExtraError: There is something to train, and no torch.
         StageError: A training job failed; carries its message.
     """
     if settings.method == "prompt":
         prompts = (settings.positive_prompt, settings.negative_prompt)
         positive, negative = (Scorer(model_folder, Condition(text, settings.role)) for text in prompts)
         return ContrastivePair(positive, negative)
+    identities = {side: _identity(settings, side, model_folder, uniform) for side in _SIDES}
+    models = WeightStore(uniform.store).models
+    wanted = uniform.fingerprint if settings.retrain else None
+    data = _data_of_both(models, identities, wanted) or uniform.fingerprint
     folders, num_trained = [], 0
-    for side in ("positive", "negative"):
-        folder, trained = _trained_model(settings, side, model_folder, uniform, report)
+    for side in _SIDES:
+        folder = models / fingerprint({**identities[side], "data": data})[:16]
+        if not (folder / _RECORD).is_file():
+            check_extra("torch", "pip install 'tokenweights[train]'", settings.python)
+            report(f"training the {side} model ({settings.method}) on {uniform}")
+            run_child(_command(settings, side, model_folder, uniform, folder), f"training {folder}", report)
+            record = {"identity": identities[side], "data": data, "version": uniform.version}
+            write_whole(folder / _RECORD, json.dumps(record, indent=2))
+            num_trained += 1
         folders.append(folder)
-        num_trained += trained
     return ContrastivePair(Scorer(folders[0]), Scorer(folders[1]), num_trained)
 
 
-def _trained_model(
-    settings: ContrastSection,
-    side: Literal["positive", "negative"],
-    model_folder: Path,
-    uniform: TableVersion,
-    report: Callable[[str], None],
-) -> tuple[Path, bool]:
-    """Return the folder of one side's model, and whether it was trained just now."""
+def _identity(settings: ContrastSection, side: str, model_folder: Path, uniform: TableVersion) -> dict[str, Any]:
+    """Return what determines one side's model, apart from how far the data had grown."""
     keys = TRAINING_KEYS | ({"beta"} if settings.method == "dpo" else set())
-    identity = {
+    return {
         "model": fingerprint_model(model_folder),
         "side": side,
         "training": settings.model_dump(include=keys),
         "table": uniform.table,
     }
-    models = WeightStore(uniform.store).models
-    for folder, record in _records(models):
-        if record["identity"] == identity and (record["data"] == uniform.fingerprint or not settings.retrain):
-            return folder, False
-    folder = models / fingerprint({**identity, "data": uniform.fingerprint})[:16]
-    report(f"training the {side} model ({settings.method}) on {uniform}")
-    run_child(_command(settings, side, model_folder, uniform, folder), f"training {folder}", report)
-    record = {"identity": identity, "data": uniform.fingerprint, "version": uniform.version}
-    write_whole(folder / _RECORD, json.dumps(record, indent=2))
-    return folder, True
 
 
-def _records(models: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    for path in sorted(models.glob(f"*/{_RECORD}")):
-        yield path.parent, json.loads(path.read_text(encoding="utf-8"))
+def _data_of_both(models: Path, identities: dict[str, dict[str, Any]], wanted: str | None) -> str | None:
+    """Return the oldest data (a fingerprint) that both sides have been trained on: a pair never mixes two versions."""
+    versions: dict[str, dict[str, int]] = {side: {} for side in identities}
+    for path in models.glob(f"*/{_RECORD}"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for side, identity in identities.items():
+            if record["identity"] == identity:
+                versions[side][record["data"]] = record["version"]
+    both = versions["positive"].keys() & versions["negative"].keys()
+    both = both & {wanted} if wanted is not None else both
+    return min(both, key=lambda data: versions["positive"][data], default=None)
 
 
 def _command(
@@ -103,6 +108,7 @@ def _command(
         "optim.pairs_per_step": settings.pairs_per_step,
         "optim.pairs_per_batch": settings.pairs_per_batch,
         "optim.seed": settings.seed,
+        "output.save_every_steps": _SAVE_EVERY_STEPS,
     }
     if settings.method == "dpo":
         options["loss.beta"] = settings.beta

@@ -5,12 +5,14 @@ stop a build; that is why local JSON lines are read here and not with `datasets`
 """
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.models import is_hub_id
@@ -70,6 +72,8 @@ def _rows(dataset: DatasetSection) -> Iterator[RawRow]:
 def _json_lines(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
     with path.open("rb") as file:
         # Binary iteration splits at \n only, so a broken character cannot shift the rows behind it.
+        if file.read(len(BOM_UTF8)) != BOM_UTF8:
+            file.seek(0)
         rows = (_parse_line(index, line) for index, line in enumerate(line for line in file if line.strip()))
         first = list(islice(rows, _ROWS_CHECKED))
         check_columns([row.value for row in first if row.value is not None], dataset)
@@ -112,8 +116,8 @@ def _json_file(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
 def _parquet(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
     try:
         file = pq.ParquetFile(path)
-    except OSError as error:
-        raise InputError(f"dataset.source {path} is not a Parquet file: {error}") from error
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"dataset.source {path} is not a Parquet file: {_first_line(error)}") from error
     check_columns([dict.fromkeys(file.schema_arrow.names)], dataset)
     index = 0
     for batch in file.iter_batches(batch_size=1000):
@@ -129,7 +133,11 @@ def _parquet(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
 def _arrow(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
     from datasets import Dataset
 
-    return _checked(Dataset.from_file(str(path)), dataset)
+    try:
+        loaded = Dataset.from_file(str(path))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"dataset.source {path} is not an Arrow file of `datasets`: {_first_line(error)}") from error
+    return _checked(loaded, dataset)
 
 
 def _saved_dataset(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
@@ -141,9 +149,9 @@ def _saved_dataset(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
             loaded = loaded[dataset.split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             loaded = datasets.load_dataset(str(path), dataset.config, split=dataset.split)
-    except (FileNotFoundError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
-            f"dataset.source {path}: no dataset with split {dataset.split!r} in this folder: {error}"
+            f"dataset.source {path}: no dataset with split {dataset.split!r} in this folder: {_first_line(error)}"
         ) from error
     return _checked(loaded, dataset)
 
@@ -161,7 +169,7 @@ def _hub(dataset: DatasetSection) -> Iterator[RawRow]:
             revision=dataset.revision,
             streaming=dataset.streaming,
         )
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, HfHubHTTPError) as error:
         raise InputError(
             f"dataset.source {dataset.source!r} is no file here and could not be loaded from the hub: {_first_line(error)}"
         ) from error

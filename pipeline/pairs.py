@@ -47,8 +47,7 @@ class Pair:
     @property
     def pair_id(self) -> str:
         """128-bit hash, 32 hex digits, of the prompt and both responses after Unicode NFC and trimming."""
-        messages = [[message["role"], _normal(message["content"])] for message in self.prompt]
-        text = canonical_json([messages, _normal(self.chosen), _normal(self.rejected)])
+        text = canonical_json([_keys(self.prompt), _normal(self.chosen), _normal(self.rejected)])
         return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 
 
@@ -142,31 +141,52 @@ def _response(turns: list[Message], column: str) -> str:
 
 
 def _prompt(value: Any, chosen_before: list[Message], rejected_before: list[Message], column: str) -> list[Message]:
-    """Return the prompt from its own column, else from the turns before the responses, which must agree."""
+    """Return the whole chat before the responses, from the prompt column and the turns before them, which must agree."""
     if chosen_before and rejected_before and chosen_before != rejected_before:
         raise Unusable(Reason.PROMPTS_DIFFER, "the turns before the two responses are not the same")
-    before = chosen_before or rejected_before
-    if value is None or value == "" or value == []:
-        if not before:
-            raise Unusable(Reason.NO_PROMPT, f"no column {column!r} and no turns before the response")
-        return before
+    prompt = _join(_own_prompt(value, column), chosen_before or rejected_before, column)
+    if not any(message["content"].strip() for message in prompt):
+        raise Unusable(Reason.NO_PROMPT, f"nothing in column {column!r} and no turns before the response")
+    return prompt
+
+
+def _own_prompt(value: Any, column: str) -> list[Message]:
+    """Return the prompt column as turns."""
+    if value is None or value == "":
+        return []
     if not isinstance(value, str):
-        own = _messages(value, column)
-        return own if before[: len(own)] != own else before
+        return _messages(value, column)
     _check_text(value, column)
-    if before:  # UltraFeedback-like: the lists repeat the prompt, and know its roles
+    if not _is_transcript(value):
+        return [{"role": "user", "content": value}]
+    turns = _transcript(value)
+    is_open = turns[-1]["role"] == "assistant" and not turns[-1]["content"]
+    return turns[:-1] if is_open else turns
+
+
+def _join(own: list[Message], before: list[Message], column: str) -> list[Message]:
+    """Join the prompt column with the turns in front of a response: those may repeat it, or go on behind it."""
+    if not own or not before:
+        return own or before
+    own_key, before_key = _keys(own), _keys(before)
+    if own_key in (before_key[: len(own)], before_key[-len(own) :]):
         return before
-    if _is_transcript(value):
-        turns = _transcript(value)
-        open_turn = turns[-1]["role"] == "assistant" and not turns[-1]["content"]
-        return turns[:-1] if open_turn else turns
-    if not value.strip():
-        raise Unusable(Reason.NO_PROMPT, f"column {column!r} is blank")
-    return [{"role": "user", "content": value}]
+    if before_key == own_key[-len(before) :]:
+        return own
+    if before[0]["role"] == "assistant" or all(message["role"] == "system" for message in own):
+        return own + before
+    raise Unusable(Reason.PROMPTS_DIFFER, f"column {column!r} is not the beginning of the turns before the response")
+
+
+def _keys(messages: list[Message]) -> list[tuple[str, str]]:
+    return [(message["role"], _normal(message["content"])) for message in messages]
 
 
 def _score(row: Mapping[str, Any], column: str) -> float | None:
     value = row.get(column)
     if value is None or isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer of more than 308 digits
+        return None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 
 from pipeline.chat import ChatTokenizer
@@ -21,7 +22,7 @@ from pipeline.provenance import provenance
 from pipeline.recipe import DatasetSection, Recipe
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import InputError
-from weights_store.fingerprint import canonical_json, fingerprint
+from weights_store.fingerprint import canonical_json, fingerprint, load_json
 from weights_store.schemas import QUARANTINE, SCHEMA_VERSION, TOKENS, Reason
 
 _RAW_CHARACTERS = 2000
@@ -56,16 +57,14 @@ def prepare(recipe: Recipe, model_folder: Path, report: Callable[[str], None] = 
     key = f"{recipe.dataset.name}-{fingerprint(cut)[:12]}"
     store = WeightStore(recipe.store.uri)
     tokens, quarantine = store.table(f"tokens/{key}"), store.table(f"quarantine/{key}")
-    source = {
-        "content": content_fingerprint(recipe.dataset),
-        "source": recipe.dataset.source,
-        "max_pairs": recipe.dataset.max_pairs,
-    }
+    source = _source_settings(recipe.dataset)
     done = _already_done(tokens, quarantine, source)
     if done is not None:
         return done
 
-    sorter = _Sorter(recipe.dataset, tokenizer, context, set(tokens.pair_ids().to_list()))
+    recorded = _recorded(tokens, quarantine)
+    read_alike = recorded is not None and recorded["reading"] == source["reading"]
+    sorter = _Sorter(recipe.dataset, tokenizer, context, _known_rows(tokens) if read_alike else {})
     batches = list(sorter.sort(load_rows(recipe.dataset), report))
     if not sorter.kept:
         reasons = _counts_text(sorter.reasons)
@@ -89,31 +88,53 @@ def prepare(recipe: Recipe, model_folder: Path, report: Callable[[str], None] = 
     }
     # Quarantine first: should the build die in between, the tokens are still the old ones and the next run does both again.
     quarantine.replace(pa.Table.from_pylist(sorter.quarantined, QUARANTINE), _quarantine_metadata(metadata, sorter))
-    reference = _write_tokens(tokens, new_rows, sorter, metadata)
+    reference = _write_tokens(tokens, new_rows, sorter, metadata, whole=not read_alike)
     return Prepared(reference, sorter.num_rows, len(sorter.kept), dict(sorter.reasons), new_rows.num_rows)
 
 
-def _write_tokens(tokens: Table, new_rows: pa.Table, sorter: "_Sorter", metadata: dict[str, Any]) -> TableVersion:
-    vanished = sorter.known - sorter.kept
-    if vanished:
-        old = tokens.scan().collect().to_arrow().cast(TOKENS)
-        stays = pa.array([pair_id in sorter.kept for pair_id in old["pair_id"].to_pylist()])
-        new_rows = pa.concat_tables([old.filter(stays), new_rows])
+def _write_tokens(
+    tokens: Table, new_rows: pa.Table, sorter: "_Sorter", metadata: dict[str, Any], whole: bool
+) -> TableVersion:
+    """Append the new rows; write all rows when some have left, stand elsewhere in the source, or are read differently."""
     statistics = {
         "num_source_rows": sorter.num_rows,
         "num_pairs": len(sorter.kept),
         "quarantined": dict(sorter.reasons),
         "num_new_pairs": new_rows.num_rows,
-        "prompts_cut": sorter.prompts_cut,
-        "responses_cut": sorter.responses_cut,
+        "num_new_prompts_cut": sorter.prompts_cut,
+        "num_new_responses_cut": sorter.responses_cut,
     }
-    content = fingerprint({"cut": metadata["cut"], "pairs": sorted(sorter.kept)})
-    record = {**metadata, "fingerprint": content, "statistics": statistics}
-    if vanished:
+    content = {"cut": metadata["cut"], "reading": metadata["source"]["reading"], "pairs": sorted(sorter.kept)}
+    record = {**metadata, "fingerprint": fingerprint(content), "statistics": statistics}
+    if whole and tokens.exists():
         return tokens.replace(new_rows, record)
-    if tokens.exists() and not new_rows.num_rows:  # the same pairs from other rows: a version that records just that
-        return tokens.replace(tokens.scan().collect().to_arrow(), record)
-    return tokens.append(new_rows, record)
+    if not tokens.exists() or (
+        sorter.kept.keys() > sorter.known.keys() and sorter.known.items() <= sorter.kept.items()
+    ):
+        return tokens.append(new_rows, record)
+    old = tokens.scan().collect()
+    stays = old.with_columns(
+        source_row=pl.col("pair_id").replace_strict(sorter.kept, default=None, return_dtype=pl.Int64)
+    )
+    stays = stays.filter(pl.col("source_row").is_not_null())
+    return tokens.replace(pa.concat_tables([stays.to_arrow().select(TOKENS.names).cast(TOKENS), new_rows]), record)
+
+
+def _source_settings(dataset: DatasetSection) -> dict[str, Any]:
+    """Return what is recorded of the source: its content, and how its rows are read."""
+    columns = ("prompt_column", "chosen_column", "rejected_column", "chosen_score_column", "rejected_score_column")
+    return {
+        "content": content_fingerprint(dataset),
+        "max_pairs": dataset.max_pairs,
+        "reading": {name: getattr(dataset, name) for name in (*columns, "split")},
+    }
+
+
+def _known_rows(tokens: Table) -> dict[str, int]:
+    """Return the pairs of the newest version with their row in the source."""
+    if not tokens.exists():
+        return {}
+    return dict(tokens.scan().select("pair_id", "source_row").collect().iter_rows())
 
 
 @dataclass
@@ -123,8 +144,8 @@ class _Sorter:
     dataset: DatasetSection
     tokenizer: ChatTokenizer
     context: int
-    known: set[str]
-    kept: set[str] = field(default_factory=set)
+    known: dict[str, int]  # pair_id to source row, of the table's newest version
+    kept: dict[str, int] = field(default_factory=dict)  # the same for the source as it is now
     quarantined: list[dict[str, Any]] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     num_rows: int = 0
@@ -164,7 +185,7 @@ class _Sorter:
         if pair_id in self.kept:
             raise Unusable(Reason.DUPLICATE_PAIR, f"pair {pair_id} stood in an earlier row")
         if pair_id in self.known:
-            self.kept.add(pair_id)
+            self.kept[pair_id] = row.source_row
             return None
         limits = self.dataset
         tokens = self.tokenizer.tokenize_pair(
@@ -176,7 +197,7 @@ class _Sorter:
                 Reason.RESPONSE_TOO_LONG,
                 f"prompt and response have {longest} tokens, the model's context is {self.context}",
             )
-        self.kept.add(pair_id)
+        self.kept[pair_id] = row.source_row
         self.prompts_cut += tokens.prompt_was_cut
         self.responses_cut += tokens.response_was_cut
         return {
@@ -231,11 +252,7 @@ def _recorded(tokens: Table, quarantine: Table) -> dict[str, Any] | None:
 def _already_done(tokens: Table, quarantine: Table, source: dict[str, Any]) -> Prepared | None:
     """Return the newest version when it was made from the same bytes; hub datasets are always read again."""
     recorded = _recorded(tokens, quarantine)
-    if (
-        source["content"] is None
-        or recorded is None
-        or any(recorded[key] != source[key] for key in ("content", "max_pairs"))
-    ):
+    if source["content"] is None or recorded is None or any(recorded[key] != source[key] for key in source):
         return None
     num_pairs = tokens.metadata()["statistics"]["num_pairs"]
     return Prepared(
@@ -257,7 +274,7 @@ def _counts_text(reasons: Counter[str]) -> str:
 
 
 def _model_config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = load_json(folder / "config.json")
     text_config = config.get("text_config")
     return {**config, **text_config} if isinstance(text_config, dict) else config
 

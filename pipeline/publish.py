@@ -81,8 +81,12 @@ def publish(
     }
     mark = fingerprint(identity)
     newest = table.metadata() if table.exists() else None
+    tokens_metadata = store.table(ingredients.tokens.table).metadata(ingredients.tokens.version)
     if newest and newest["fingerprint"] == mark:
-        return Published(table.reference(), weights.name, newest["statistics"], newest["changes"], is_new=False)
+        statistics = _with_balance(
+            newest["statistics"], tokens_metadata["statistics"]
+        )  # bad rows may have come or gone
+        return Published(table.reference(), weights.name, statistics, newest["changes"], is_new=False)
     changes = explain_difference(newest["identity"], identity) if newest else []
     made_differently = [change for change in changes if not change.startswith("data.")]
     if made_differently and expect_same:
@@ -91,7 +95,6 @@ def publish(
             "Give the result another weights.name, or leave --expect-same out"
         )
 
-    tokens_metadata = store.table(ingredients.tokens.table).metadata(ingredients.tokens.version)
     rows, statistics = _weighed_rows(store, ingredients, weights)
     metadata = {
         "fingerprint": mark,

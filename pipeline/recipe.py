@@ -18,7 +18,7 @@ from weights_store.store import check_name
 class Section(BaseModel):
     """Base of all sections: no unknown keys, no changes after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DatasetSection(Section):
@@ -75,7 +75,7 @@ class ContrastSection(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="arithmetic of the forward pass; parameters are float32"
     )
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     retrain: bool = Field(
         False, description="train a new pair when the data has grown; else the pair of the first build stays"
     )
@@ -105,17 +105,19 @@ class ScoreSection(Section):
 class WeightsSection(Section):
     """From scores to weights: w = k * exp(mu * clamp(log pi+ - log pi-, lower, upper))."""
 
-    name: str = Field(description="name of the weight dataset, for example hh-harmless/tis-dpo")
+    name: str = Field(description="name of the weight dataset in two parts, for example hh-harmless/tis-dpo")
     estimator: Literal["tis", "uniform", "random", "reversed"] = "tis"
     k: float = Field(1.0, gt=0)
     mu: float = Field(1.0, gt=0, description="+mu on chosen, -mu on rejected tokens")
     lower: float = Field(-0.5, description="L, in nats")
     upper: float = Field(1.5, description="U, in nats")
-    seed: int = Field(0, description="of the random estimator")
+    seed: int = Field(0, ge=0, description="of the random estimator")
 
     @field_validator("name")
     @classmethod
     def _name_is_safe(cls, name: str) -> str:
+        if name.count("/") != 1:  # one depth for all, so that no table lies inside another
+            raise ValueError("a weight dataset's name has two parts, for example hh-harmless/tis-dpo")
         return check_name(name)
 
     @model_validator(mode="after")
@@ -155,6 +157,14 @@ class Recipe(Section):
     weights: WeightsSection
     schedule: ScheduleSection = ScheduleSection()
     store: StoreSection = StoreSection()
+
+    @model_validator(mode="after")
+    def _uniform_is_uniform(self) -> "Recipe":
+        if self.weights.name == f"{self.dataset.name}/uniform" and self.weights.estimator != "uniform":
+            raise ValueError(
+                f"weights.name {self.weights.name} is kept for weights.estimator 'uniform'; choose another name"
+            )
+        return self
 
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that determine the weights, for fingerprints and for explaining what changed.

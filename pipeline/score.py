@@ -18,12 +18,12 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline.chat import Condition
-from pipeline.child import run_child
+from pipeline.child import check_extra, run_child
 from pipeline.provenance import provenance
 from pipeline.recipe import ScoreSection
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ScoringError
-from weights_store.fingerprint import fingerprint, fingerprint_model
+from weights_store.fingerprint import fingerprint, fingerprint_model, load_json
 from weights_store.schemas import LOGPS, QUARANTINE, SCHEMA_VERSION, Reason
 
 _PROGRESS = "PROGRESS "
@@ -42,7 +42,7 @@ class Scorer:
 
         vLLM's own `auto` would quietly turn float32 into a 16-bit type.
         """
-        config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
+        config = load_json(self.model / "config.json")
         return dtype if dtype != "auto" else config.get("dtype") or config.get("torch_dtype") or "auto"
 
     def identity(self, dtype: str) -> dict[str, Any]:
@@ -104,6 +104,7 @@ def score(
         progress: Gets the percentage done, 0 to 100.
 
     Raises:
+        MissingExtraError: There is something to score, and no vLLM.
         StageError: The scoring process failed; carries its last lines. What it had committed stays.
     """
     started = time.monotonic()
@@ -113,6 +114,7 @@ def score(
     missing = _missing(tokens, table)
     if missing.is_empty():
         return Scored(table.reference(), 0, 0, 0, time.monotonic() - started)
+    check_extra("vllm", "pip install 'tokenweights[score]' (GPU) or 'tokenweights[score-cpu]'", settings.python)
     before = table.num_rows() if table.exists() else 0
     request = _Request(
         store=tokens.store,
@@ -255,6 +257,9 @@ def _score_rows(engine: Any, rows: pl.DataFrame) -> tuple[pa.Table, list[dict[st
     unscorable: list[dict[str, Any]] = []
     sequences, owners = [], []
     for row in rows.iter_rows(named=True):
+        if row["prompt_ids"] is None:
+            unscorable.append(_unscorable(row, "the chat has no place for the contrastive prompt"))
+            continue
         longest = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
         if longest > engine.max_tokens:
             unscorable.append(

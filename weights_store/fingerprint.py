@@ -89,7 +89,7 @@ def fingerprint_model(folder: str | Path) -> str:
     weight_files = [path for path in files if path.name != "config.json"]
     if not (folder / "config.json").is_file() or not weight_files:
         raise InputError(f"{folder} is not a model folder: expected config.json and *.safetensors files")
-    config = _load_json(folder / "config.json")
+    config = load_json(folder / "config.json")
     config.pop("transformers_version", None)
     config.pop("_name_or_path", None)
     return fingerprint({"config": config, "files": {path.name: _cached_digest(path) for path in weight_files}})
@@ -112,7 +112,7 @@ def load_chat_template(folder: str | Path) -> str | None:
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    template = _load_json(folder / "tokenizer_config.json").get("chat_template")
+    template = load_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several named templates
         named = {entry["name"]: entry["template"] for entry in template}
         template = named.get("default")
@@ -128,7 +128,7 @@ def fingerprint_tokenizer(folder: str | Path) -> str:
     folder = Path(folder)
     content: dict[str, Any] = {"chat_template": load_chat_template(folder)}
     if (folder / "tokenizer.json").is_file():
-        backend = _load_json(folder / "tokenizer.json")
+        backend = load_json(folder / "tokenizer.json")
         content["backend"] = {key: backend[key] for key in sorted(backend) if key not in ("truncation", "padding")}
     else:
         files = [folder / name for name in _SLOW_TOKENIZER_FILES if (folder / name).is_file()]
@@ -138,7 +138,7 @@ def fingerprint_tokenizer(folder: str | Path) -> str:
             )
         content["files"] = {path.name: fingerprint_file(path) for path in files}
     if (folder / "tokenizer_config.json").is_file():
-        settings = _load_json(folder / "tokenizer_config.json")
+        settings = load_json(folder / "tokenizer_config.json")
         content["settings"] = {key: _plain_token(settings[key]) for key in _TOKENIZER_SETTINGS if key in settings}
     return fingerprint(content)
 
@@ -148,7 +148,12 @@ def _plain_token(value: Any) -> Any:
     return value["content"] if isinstance(value, dict) and "content" in value else value
 
 
-def _load_json(path: Path) -> dict[str, Any]:
+def load_json(path: Path) -> dict[str, Any]:
+    """Return one JSON file of a model folder.
+
+    Raises:
+        InputError: It is not valid JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     except ValueError as error:

@@ -37,8 +37,10 @@ def load_toml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise InputError(f"no settings file at {path}; give the path of a .toml file, see recipes/") from error
+    except OSError as error:
+        raise InputError(
+            f"no settings file at {path} ({error.strerror}); give the path of a .toml file, see recipes/"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not valid TOML: {error}") from error
 

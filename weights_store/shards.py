@@ -53,7 +53,7 @@ def _is_float_list(field: pa.Field) -> bool:
 
 
 def write_shard(table: pa.Table, path: Path) -> int:
-    """Write `table` to `path` and return the file's size in bytes. The file is complete and synced on return.
+    """Write `table` to `path` and return the file's size in bytes. The file is complete on return.
 
     Raises:
         OSError: The folder cannot be written or the disk is full; nothing is left behind.

@@ -215,7 +215,7 @@ class Table:
     ) -> TableVersion | None:
         """Write the shards and commit them on top of version `base`; None when another writer was first."""
         from deltalake import CommitProperties, DeltaTable, Schema
-        from deltalake.exceptions import CommitFailedError
+        from deltalake.exceptions import CommitFailedError, DeltaError
         from deltalake.transaction import create_table_with_add_actions
 
         schema = Schema.from_arrow(self.schema)
@@ -227,15 +227,23 @@ class Table:
             actions = self._write_shards(rows)
             if base is None:
                 create_table_with_add_actions(
-                    str(self.folder), schema, actions, mode="error", commit_properties=properties
+                    str(self.folder),
+                    schema,
+                    actions,
+                    mode="error",
+                    configuration={"delta.enableExpiredLogCleanup": "false"},  # else old versions vanish with their log
+                    commit_properties=properties,
                 )
                 version = 0
             else:
                 opened = DeltaTable(str(self.folder), version=base)
                 opened.create_write_transaction(actions, mode, schema, commit_properties=properties)
                 version = base + 1
-        except CommitFailedError:
-            return None
+        except DeltaError as error:
+            # Lost only if somebody else made a version meanwhile; a first version that is there already is a plain DeltaError.
+            if (isinstance(error, CommitFailedError) or base is None) and self.version() != base:
+                return None
+            raise StoreError(f"cannot commit {self.path} in {self.root}: {error}; nothing became visible") from error
         except OSError as error:
             raise StoreError(f"cannot write {self.path} in {self.root}: {error}; nothing became visible") from error
         return TableVersion(str(self.root), self.path, version, record["fingerprint"])

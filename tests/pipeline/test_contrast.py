@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pyarrow as pa
 import pytest
@@ -7,8 +8,9 @@ from pipeline.chat import Condition
 from pipeline.contrast import contrast
 from pipeline.prepare import prepare
 from pipeline.publish import Ingredients, publish
+from pipeline.score import Scorer, score
 from weights_store import WeightStore
-from weights_store.errors import StageError
+from weights_store.errors import MissingExtraError, StageError
 from weights_store.schemas import LOGPS
 
 SMALL = {"contrast.pairs_per_step": 8, "contrast.max_steps": 2, "contrast.learning_rate": 1e-3}
@@ -80,6 +82,34 @@ def test_grown_data_train_a_new_pair_only_when_asked(make_recipe, toy_model, uni
     assert second.num_trained == 2
     assert second.positive.model != first.positive.model
     assert contrast(retrain, toy_model, grown, _silent).num_trained == 0
+
+
+def test_a_pair_of_which_one_side_is_missing_is_trained_whole_on_the_data_of_now(make_recipe, toy_model, uniform):
+    # As after a kill between the two trainings, with pairs appended before the next build.
+    recipe = make_recipe(**{"contrast.method": "sft", **SMALL})
+    first = contrast(recipe.contrast, toy_model, uniform(16), _silent)
+    shutil.rmtree(first.negative.model)
+    second = contrast(recipe.contrast, toy_model, uniform(20), _silent)
+    records = [json.loads((s.model / "contrast.json").read_text()) for s in (second.positive, second.negative)]
+    assert records[0]["data"] == records[1]["data"]
+    assert second.num_trained == 2
+
+
+def test_training_without_torch_names_the_extra(make_recipe, toy_model, uniform, monkeypatch):
+    monkeypatch.setattr("pipeline.child.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"needs the package 'torch'.*tokenweights\[train\]"):
+        contrast(make_recipe(**{"contrast.method": "sft", **SMALL}).contrast, toy_model, uniform(4), _silent)
+
+
+def test_scoring_without_vllm_names_the_extras(make_recipe, toy_model, toy_pairs, tmp_path, write_jsonl, monkeypatch):
+    write_jsonl(tmp_path / "pairs.jsonl", toy_pairs[:3])
+    recipe = make_recipe()
+    tokens = prepare(recipe, toy_model, report=_silent).tokens
+    monkeypatch.setattr("pipeline.child.find_spec", lambda name: None)
+    with pytest.raises(
+        MissingExtraError, match=r"needs the package 'vllm'.*tokenweights\[score\].*tokenweights\[score-cpu\]"
+    ):
+        score(tokens, Scorer(toy_model), recipe.score, toy_model, report=_silent)
 
 
 def test_failing_training_job_says_why_in_one_line(make_recipe, toy_model, uniform, tmp_path):

@@ -50,10 +50,38 @@ def test_transcript_with_several_turns():
     assert pair.chosen == "A\nB"
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+MORE = [assistant("Who asks?"), {"role": "user", "content": "Me."}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "before", "whole"),
+    [
+        ([USER], MORE, [USER, *MORE]),
+        (USER["content"], MORE, [USER, *MORE]),
+        ([USER], [USER, *MORE], [USER, *MORE]),
+        ([SYSTEM], [USER], [SYSTEM, USER]),
+        ([SYSTEM, USER], [USER], [SYSTEM, USER]),
+        (f" {USER['content']}\n", [SYSTEM, USER], [SYSTEM, USER]),
+    ],
+    ids=[
+        "goes on",
+        "text goes on",
+        "repeated and goes on",
+        "system only",
+        "repeated without system",
+        "system in the lists",
+    ],
+)
+def test_no_turn_between_prompt_column_and_response_is_lost(prompt, before, whole):
+    assert read(prompt=prompt, chosen=[*before, assistant("a")], rejected=[*before, assistant("b")]).prompt == whole
+
+
 def test_scores_come_along_and_odd_ones_do_not():
     row = {"prompt": "p", "chosen": "a", "rejected": "b"}
     assert (read(**row, score_chosen=8, score_rejected=2.5).chosen_score, read(**row).chosen_score) == (8.0, None)
     assert read(**row, score_chosen=float("nan"), score_rejected="high").rejected_score is None
+    assert read(**row, score_chosen=10**400).chosen_score is None
 
 
 @pytest.mark.parametrize(
@@ -80,6 +108,11 @@ def test_scores_come_along_and_odd_ones_do_not():
             Reason.PROMPTS_DIFFER,
         ),
         ({"prompt": "p", "chosen": "a \ud800", "rejected": "b"}, Reason.INVALID_UTF8),
+        ({"prompt": "Assistant:", "chosen": "a", "rejected": "b"}, Reason.NO_PROMPT),
+        (
+            {"prompt": "other", "chosen": [USER, assistant("a")], "rejected": [USER, assistant("b")]},
+            Reason.PROMPTS_DIFFER,
+        ),
     ],
 )
 def test_unusable_rows_say_why(row, reason):

@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 
 import polars as pl
@@ -92,6 +93,45 @@ def test_pairs_that_left_the_source_leave_the_newest_version(run):
     assert tables(first)[0].height == 3
 
 
+def test_pairs_that_moved_in_the_source_are_recorded_where_they_stand_now(run):
+    run([pair(0), pair(1)])
+    moved = run([BAD_ROWS[0][0], pair(1), pair(0), pair(2)])
+    tokens, quarantine = tables(moved)
+    assert (moved.num_new_pairs, quarantine["source_row"].to_list()) == (1, [0])
+    by_question = {json.loads(row["prompt"])[0]["content"]: row["source_row"] for row in tokens.iter_rows(named=True)}
+    assert by_question == {"question 1": 1, "question 0": 2, "question 2": 3}
+
+
+def test_columns_read_the_other_way_round_turn_every_pair(run):
+    first, _ = tables(run([pair(0), pair(1)]))
+    swapped = run([pair(0), pair(1)], **{"dataset.chosen_column": "rejected", "dataset.rejected_column": "chosen"})
+    second, _ = tables(swapped)
+    assert second["chosen_ids"].to_list() == first["rejected_ids"].to_list()
+    assert set(second["pair_id"]).isdisjoint(first["pair_id"])
+
+
+def test_another_split_name_reaches_the_rows_that_were_there(run):
+    first = run([pair(0)])
+    second = run([pair(0)], **{"dataset.split": "validation"})
+    assert tables(second)[0]["split"].to_list() == ["validation"]
+    assert second.tokens.fingerprint != first.tokens.fingerprint
+
+
+def test_byte_order_mark_is_no_broken_line(run, tmp_path, make_recipe, toy_model):
+    path = tmp_path / "bom.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(pair(0)).encode())
+    prepared = prepare(make_recipe(**{"dataset.source": str(path)}), toy_model, report=lambda line: None)
+    assert (prepared.num_pairs, prepared.quarantined) == (1, {})
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.json"])
+@pytest.mark.parametrize("content", [b"", b"garbage"])
+def test_files_that_are_not_what_they_are_called_say_so(tmp_path, make_recipe, toy_model, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"dataset.source .*{name} is not"):
+        prepare(make_recipe(**{"dataset.source": str(tmp_path / name)}), toy_model, report=lambda line: None)
+
+
 def test_another_limit_is_another_table(run):
     first = run([pair(0)])
     second = run([pair(0)], **{"dataset.max_response_tokens": 59})
@@ -118,8 +158,6 @@ def test_a_missing_column_names_the_columns_that_are_there(run):
 
 
 def test_parquet_json_and_jsonl_of_the_same_rows_give_the_same_pairs(run, tmp_path, make_recipe, toy_model):
-    import json
-
     rows = [pair(0), pair(1)]
     ids = {".jsonl": set(tables(run(rows))[0]["pair_id"])}
     pl.DataFrame(rows).write_parquet(tmp_path / "x.parquet")

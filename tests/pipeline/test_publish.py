@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -84,6 +86,18 @@ def test_same_ingredients_and_settings_publish_nothing(store, make_recipe):
     first = _publish(make_recipe, ingredients)
     again = _publish(make_recipe, ingredients)
     assert (first.is_new, again.is_new, again.weights) == (True, False, first.weights)
+
+
+def test_bad_rows_that_came_later_show_in_the_balance_of_the_same_version(store, make_recipe):
+    ingredients = _ingredients(store)
+    first = _publish(make_recipe, ingredients)
+    table = store.table("tokens/toy-1")
+    metadata = table.metadata()
+    metadata["statistics"] |= {"num_source_rows": 5, "quarantined": {"not_text": 3}}
+    later = table.replace(table.scan().collect().to_arrow(), metadata)
+    again = _publish(make_recipe, dataclasses.replace(ingredients, tokens=later))
+    assert again.weights == first.weights
+    assert (again.statistics["num_source_rows"], again.statistics["quarantined"]) == (5, {"not_text": 3})
 
 
 def test_new_pairs_are_appended_and_the_old_rows_stay_in_their_shards(store, make_recipe):

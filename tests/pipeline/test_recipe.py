@@ -63,6 +63,10 @@ def test_overrides_reach_the_recipe(override, value):
         ("weights.name=../x", r"bad name '\.\./x'"),
         ("dataset.name=a/b", "one part, without '/'"),
         ("schedule.interval_s=60", "schedule.cron and schedule.interval_s are both set"),
+        ("weights.upper=inf", "weights.upper: .*finite"),
+        ("weights.seed=-1", "greater than or equal to 0"),
+        ("weights.name=hh-harmless", "has two parts"),
+        ("weights.name=hh-harmless/uniform", "is kept for weights.estimator 'uniform'"),
         ("dataset.max_pairs=0", "greater than or equal to 1"),
     ],
 )

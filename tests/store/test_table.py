@@ -111,6 +111,33 @@ def test_racing_writers_lose_no_pair_and_double_none(tmp_path):
     assert sorted(pair_ids) == sorted(set(pair_ids)) == [f"p{index}" for index in range(9)]
 
 
+def test_loser_of_the_race_for_the_first_version_tries_again(table):
+    # As if another process had made version 0 between our look and our commit.
+    table.append(_rows("a"), METADATA)
+    assert table._try_commit(_rows("b"), METADATA, None, mode="append") is None
+    assert sorted(table.append(_rows("b"), METADATA) and table.pair_ids()) == ["a", "b"]
+
+
+def test_a_commit_that_fails_for_another_reason_is_no_lost_race(table, monkeypatch):
+    from deltalake import DeltaTable
+    from deltalake.exceptions import CommitFailedError
+
+    def fail(*_args, **_kwargs):
+        raise CommitFailedError("permission denied")
+
+    table.append(_rows("a"), METADATA)
+    monkeypatch.setattr(DeltaTable, "create_write_transaction", fail)
+    with pytest.raises(StoreError, match="cannot commit logps/toy/x .*permission denied; nothing became visible"):
+        table.append(_rows("b"), METADATA)
+
+
+def test_old_versions_outlive_the_clean_up_of_old_logs(table):
+    table.append(_rows("a"), METADATA)
+    from deltalake import DeltaTable
+
+    assert DeltaTable(str(table.folder)).metadata().configuration["delta.enableExpiredLogCleanup"] == "false"
+
+
 def test_failed_write_leaves_no_version(table, monkeypatch):
     table.append(_rows("a"), METADATA)
 
