@@ -74,6 +74,8 @@ class PairTrainer(Trainer):
             batch_sampler=batch_sampler,
             collate_fn=list,  # pairs stay pairs until the whole step is there, see get_batch_samples
             num_workers=self.args.dataloader_num_workers,
+            # Arrow, Polars and Delta run threads of their own, which do not survive a fork.
+            multiprocessing_context="spawn" if self.args.dataloader_num_workers else None,
         )
 
     def get_batch_samples(

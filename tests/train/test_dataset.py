@@ -102,16 +102,17 @@ def test_workers_do_not_change_the_order_and_skipping_reads_nothing(small_groups
         OrderedPairs(pairs, order),
         batch_sampler=StepBatches(60, pairs_per_step=8, pairs_per_batch=4),
         num_workers=num_workers,
-        collate_fn=lambda batch: [pair.pair_id for pair in batch],
+        collate_fn=list,
+        multiprocessing_context="spawn" if num_workers else None,  # as the trainer does
     )
-    got = [pair_id for batch in loader for pair_id in batch]
+    got = [pair.pair_id for batch in loader for pair in batch]
     assert got == [f"pair-{row:04d}" for row in order.rows(range(60))]
     if num_workers == 0:
         from accelerate import skip_first_batches
 
         pairs._cache.clear()
         rest = iter(skip_first_batches(loader, 9))
-        assert next(rest) == [f"pair-{row:04d}" for row in order.rows(range(36, 40))]
+        assert [pair.pair_id for pair in next(rest)] == [f"pair-{row:04d}" for row in order.rows(range(36, 40))]
         assert len(pairs._cache) <= 4  # the four rows of this batch
 
 
