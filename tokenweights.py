@@ -41,10 +41,8 @@ def _guarded(run: Any, debug: bool) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; what was committed stays, run again to go on", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        # Ctrl-C has ended Prefect's embedded server with us; a normal exit would wait for it for good.
-        os._exit(130)
+        print("interrupted; what was committed stays, run again to go on", file=sys.stderr)
+        return 130
 
 
 def _load(module: str, extra: str) -> Any:

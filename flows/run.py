@@ -1,8 +1,14 @@
 """Run the build flow from a terminal: quiet errors, a summary at the end."""
 
 import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from flows.build import BuildResult, build_weights
+from pipeline.child import stop_children
 from pipeline.preflight import check_inputs
 from pipeline.recipe import Recipe
 from pipeline.report import findings, summary_rows
@@ -18,7 +24,8 @@ def run_build(recipe: Recipe, expect_same: bool = False, debug: bool = False) ->
     check_inputs(recipe)
     if not debug:
         hide_expected_tracebacks()
-    result = build_weights(recipe, expect_same)
+    with _leaving_at_once_on_interrupt():
+        result = build_weights(recipe, expect_same)
     print()
     for label, value in summary_rows(result.published):
         print(f"  {label:<18}{value}")
@@ -37,6 +44,30 @@ def run_build(recipe: Recipe, expect_same: bool = False, debug: bool = False) ->
     print(f"  {'store':<18}{recipe.store.uri}")
     print(f"  {'report':<18}{result.report}")
     return result
+
+
+@contextmanager
+def _leaving_at_once_on_interrupt() -> Iterator[None]:
+    """Make Ctrl-C end our children and then us, without Prefect.
+
+    Ctrl-C ends Prefect's embedded server with us, and its client would call the dead server for minutes. A server of its own
+    (`PREFECT_API_URL`) lives on and is told of the crash in the usual way.
+    """
+    if os.environ.get("PREFECT_API_URL"):
+        yield
+        return
+
+    def leave(_signum: int, _frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print("interrupted; what was committed stays, run again to go on", file=sys.stderr, flush=True)
+        stop_children()
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def hide_expected_tracebacks() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from weights_store.errors import KilledError, MissingExtraError, StageError
 
+_running: set["subprocess.Popen[str]"] = set()
+
 
 def check_extra(package: str, remedy: str, python: str | None) -> None:
     """Check that this interpreter has what a child needs; another interpreter says it itself.
@@ -40,6 +42,7 @@ def run_child(command: Sequence[str], what: str, report: Callable[[str], None], 
         env={**os.environ, "PYTHONPATH": path},
     ) as child:
         assert child.stdout is not None
+        _running.add(child)
         try:
             for line in child.stdout:
                 if not line.strip():
@@ -50,6 +53,8 @@ def run_child(command: Sequence[str], what: str, report: Callable[[str], None], 
         except BaseException:
             _stop(child)
             raise
+        finally:
+            _running.discard(child)
     if child.returncode < 0:
         raise KilledError(
             f"{what} was killed by signal {-child.returncode}; out of memory? Run again: it goes on where it was"
@@ -61,6 +66,12 @@ def run_child(command: Sequence[str], what: str, report: Callable[[str], None], 
 def _cause(tail: list[str]) -> str:
     errors = [line for line in tail if line.startswith("error: ")]
     return errors[-1].removeprefix("error: ") if errors else "\n".join(tail[-15:]) or "it printed nothing"
+
+
+def stop_children() -> None:
+    """Stop every child that runs; for who must leave without unwinding the stack."""
+    for child in list(_running):
+        _stop(child)
 
 
 def _stop(child: "subprocess.Popen[str]") -> None:

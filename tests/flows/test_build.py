@@ -214,6 +214,32 @@ def test_appended_pairs_are_the_only_ones_scored(world, first_build, toy_pairs, 
     assert new.join(old, on="pair_id", how="semi").sort("pair_id").equals(old.sort("pair_id"))
 
 
+def test_ctrl_c_ends_a_build_and_keeps_what_was_committed(world, first_build, tmp_path):
+    """As a terminal does it: the signal goes to the whole group, Prefect's embedded server included."""
+    log, store = tmp_path / "build.log", tmp_path / "store"
+    environment = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
+    command = [sys.executable, "-m", "tokenweights", "build", str(world / "recipe.toml"), "--store", str(store)]
+    with log.open("wb") as stream:
+        build = subprocess.Popen(
+            [*command, "--set", "score.chunk_tokens=200"],
+            cwd=REPO,
+            env={**environment, "PREFECT_HOME": str(tmp_path / "prefect")},
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
+        try:
+            _wait_for(log, build, "tokens/s", timeout_s=240)
+            os.killpg(build.pid, signal.SIGINT)
+            assert build.wait(60) == 130
+        finally:
+            build.kill()
+            build.wait()
+    assert "interrupted; what was committed stays" in log.read_text(errors="replace")
+    (logps,) = WeightStore(store).tables("logps")
+    assert 0 < logps.num_rows() <= NUM_PAIRS + NUM_MORE
+
+
 def test_a_schedule_fires(world, first_build, tmp_path):
     """`tokenweights serve` with its own server: within the interval a run of the deployment completes by itself."""
     log = tmp_path / "serve.log"
