@@ -72,11 +72,7 @@ def prepare(recipe: Recipe, model_folder: Path, report: Callable[[str], None] = 
             f"dataset.source {recipe.dataset.source}: no usable pair in {sorter.num_rows} rows ({reasons})"
         )
     new_rows = pa.Table.from_batches(batches, TOKENS)
-    if (
-        not new_rows.num_rows
-        and sorter.known == sorter.kept
-        and _recorded(tokens, quarantine) == sorter.account(source)
-    ):
+    if not new_rows.num_rows and sorter.known == sorter.kept and recorded == sorter.account(source):
         return Prepared(tokens.reference(), sorter.num_rows, len(sorter.kept), dict(sorter.reasons), num_new_pairs=0)
     metadata = {
         "cut": cut,

@@ -83,9 +83,8 @@ def publish(
     newest = table.metadata() if table.exists() else None
     tokens_metadata = store.table(ingredients.tokens.table).metadata(ingredients.tokens.version)
     if newest and newest["fingerprint"] == mark:
-        statistics = _with_balance(
-            newest["statistics"], tokens_metadata["statistics"]
-        )  # bad rows may have come or gone
+        # The pairs are the same, and bad rows may still have come or gone.
+        statistics = _with_balance(newest["statistics"], tokens_metadata["statistics"])
         return Published(table.reference(), weights.name, statistics, newest["changes"], is_new=False)
     changes = explain_difference(newest["identity"], identity) if newest else []
     made_differently = [change for change in changes if not change.startswith("data.")]

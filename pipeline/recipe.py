@@ -173,7 +173,7 @@ class Recipe(Section):
         model's path are left out too: their content stands in the lineage.
         """
         dataset = self.dataset.model_dump(
-            include={"name", "max_prompt_tokens", "max_response_tokens", "long_response", "max_pairs"}
+            include={"name", "split", "max_prompt_tokens", "max_response_tokens", "long_response", "max_pairs"}
         )
         method = self.contrast.method
         keep = {

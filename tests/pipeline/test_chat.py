@@ -115,22 +115,12 @@ def test_template_that_drops_the_system_turn_is_refused(toy_model, tmp_path):
         tokenizer.conditioned_prompt_ids([json.dumps([USER])], Condition("Be bad.", "system"))
 
 
-def test_template_without_eos_gets_one(toy_model, tmp_path):
-    template = (
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
+@pytest.mark.parametrize(("turn_end", "end"), [("", "</s>"), ("<end>\n", "<end>")], ids=["none", "its own"])
+def test_response_ends_with_the_turn_end_of_the_template_or_else_with_eos(toy_model, tmp_path, turn_end, end):
+    turns = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}" + turn_end + "{% endfor %}"
+    template = turns + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     tokenizer = ChatTokenizer(toy_model, _with_template(tmp_path, template))
-    assert _text(tokenizer, _cut(tokenizer, Pair([USER], "the dough", "x")).chosen_ids) == "the dough</s>"
-
-
-def test_template_with_a_turn_end_of_its_own_keeps_it(toy_model, tmp_path):
-    template = (
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    tokenizer = ChatTokenizer(toy_model, _with_template(tmp_path, template))
-    assert _text(tokenizer, _cut(tokenizer, Pair([USER], "the dough", "x")).chosen_ids) == "the dough<end>"
+    assert _text(tokenizer, _cut(tokenizer, Pair([USER], "the dough", "x")).chosen_ids) == "the dough" + end
 
 
 def test_template_that_refuses_the_chat_makes_the_row_unusable(toy_model, tmp_path):
