@@ -58,7 +58,7 @@ def _rows(dataset: DatasetSection) -> Iterator[RawRow]:
     path = Path(dataset.source)
     if path.is_dir():
         return _saved_dataset(path, dataset)
-    if is_hub_id(dataset.source) and path.suffix not in _READERS:
+    if is_hub_id(dataset.source):
         return _hub(dataset)
     if not path.is_file():
         raise InputError(f"dataset.source {path} does not exist; give a file, a saved dataset folder or a hub id")

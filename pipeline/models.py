@@ -6,12 +6,14 @@ from pathlib import Path
 from pipeline.recipe import ModelSection
 from weights_store.errors import InputError
 
+_FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def is_hub_id(text: str) -> bool:
-    """Return whether `text` names something on the hub: `owner/name`, and no folder here."""
-    return _HUB_ID.fullmatch(text) is not None and not Path(text).exists()
+    """Return whether `text` names something on the hub: `owner/name`, no path here, and no file by its ending."""
+    path = Path(text)
+    return _HUB_ID.fullmatch(text) is not None and path.suffix not in _FILE_ENDINGS and not path.exists()
 
 
 def resolve_model(model: ModelSection) -> Path:

@@ -12,14 +12,13 @@ from weights_store.errors import InputError
 def check_inputs(recipe: Recipe) -> None:
     """Check the local inputs of a recipe: model, tokenizer, chat template, dataset, columns, interpreters.
 
-    Hub ids are left for the build, which downloads them once; vLLM and torch for the stages that turn out to need them, so
-    that weighing anew what is scored already needs neither.
+    A hub model is downloaded here, once; a hub dataset is left for the build. So are vLLM and torch, for the stages that turn
+    out to need them: weighing anew what is scored already needs neither.
 
     Raises:
         InputError: Something is missing or unusable; names the setting.
     """
-    if not is_hub_id(recipe.model.path):
-        ChatTokenizer(resolve_model(recipe.model), recipe.model.chat_template)
+    ChatTokenizer(resolve_model(recipe.model), recipe.model.chat_template)
     if not is_hub_id(recipe.dataset.source):
         next(iter(load_rows(recipe.dataset)), None)
     for setting, python in (("score.python", recipe.score.python), ("contrast.python", recipe.contrast.python)):

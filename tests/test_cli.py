@@ -41,6 +41,8 @@ def build(command, toy_model, toy_pairs, tmp_path, write_jsonl):
     ("overrides", "message"),
     [
         (["model.path=/no/such/model"], "model.path /no/such/model does not exist; give a model folder or a hub id"),
+        (["model.path=models/none"], "model.path 'models/none' is no folder here and could not be had from the hub"),
+        (["dataset.source=data/nowhere.jsonl"], "dataset.source data/nowhere.jsonl does not exist"),
         (["dataset.source=nowhere.jsonl"], "dataset.source nowhere.jsonl does not exist"),
         (
             ["dataset.chosen_column=better"],
