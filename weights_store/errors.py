@@ -12,6 +12,7 @@ The tree::
     │   └── KilledError                 it died by a signal: out of memory, or somebody's kill
     └── StoreError(RuntimeError)        the store cannot be read or written
         ├── NotFoundError(LookupError)  no such store, table or version
+        ├── DamageError                 a file of the store is not what was committed
         └── ConflictError               other writers kept winning the race for the next version
 
 Everything here carries one human sentence (what – expected – got – where – what to do) and pickles, so that it
@@ -57,6 +58,10 @@ class StoreError(TokenweightsError, RuntimeError):
 
 class NotFoundError(StoreError, LookupError):
     """No such store, table or version."""
+
+
+class DamageError(StoreError):
+    """A file of the store is not what was committed: missing, truncated, exchanged, or bytes have flipped."""
 
 
 class ConflictError(StoreError):

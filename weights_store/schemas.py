@@ -71,6 +71,15 @@ QUARANTINE = pa.schema(
 """Pairs that could not be used, with the reason."""
 
 
+KEYS = {
+    "tokens": ("pair_id",),
+    "logps": ("pair_id",),
+    "weights": ("pair_id",),
+    "quarantine": ("source_row", "detail"),
+}
+"""The columns that tell the rows of each kind of table apart, and that its shards are sorted by."""
+
+
 class Reason(StrEnum):
     """Why a row is in quarantine. Closed: a new reason is a change of the schema."""
 

@@ -1,20 +1,55 @@
-"""Write one Parquet shard in the layout of the store.
+"""Write Parquet shards in the layout of the store, and read them back checked.
 
 Float lists: mantissa rounded to 12 bits, BYTE_STREAM_SPLIT, zstd, never a dictionary (pyarrow's default is the worst
 choice for floats). Ids: int32 with BYTE_STREAM_SPLIT. Row groups of about a MiB of tokens, so that a trainer can seek.
+
+Every row group's checksums stand in the shard's footer, and their sums in the commit that made the shard visible: who reads a
+single row group can check it against the commit. A digest of all bytes covers what carries no values.
 """
 
-from pathlib import Path
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from weights_store.checksums import add_checksums, column_checksums
+from weights_store.errors import DamageError
+from weights_store.location import Location
+
 MANTISSA_BITS = 12
 """Explicit mantissa bits kept of float32's 23: relative error at most 2**-13 = 1.2e-4."""
 
-ROW_GROUP_BYTES = 1 << 20
-"""Uncompressed Arrow bytes of one row group."""
+ROW_GROUP_BYTES = 4 << 20
+"""Uncompressed Arrow bytes of one row group: about a MiB of each kind of token column."""
+
+SHARD_BYTES = 64 << 20
+"""About how large one shard may get, in compressed bytes."""
+
+_FOOTER_KEY = b"tokenweights.checksums"
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What a commit records of one shard. Checksums are 16 hex digits per column, see `checksums.py`."""
+
+    name: str
+    num_rows: int
+    num_bytes: int
+    sha256: str
+    first_key: str | int
+    last_key: str | int
+    checksums: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as it stands in the commit."""
+        return asdict(self)
 
 
 def round_mantissa(values: np.ndarray, bits: int = MANTISSA_BITS) -> np.ndarray:
@@ -34,6 +69,13 @@ def round_mantissa(values: np.ndarray, bits: int = MANTISSA_BITS) -> np.ndarray:
     return np.where(np.isfinite(values), rounded.view(np.float32), values).astype(np.float32)
 
 
+def _round_floats(rows: pa.Table) -> pa.Table:
+    for index, field in enumerate(rows.schema):
+        if pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type):
+            rows = rows.set_column(index, field, _round_column(rows.column(index)))
+    return rows
+
+
 def _round_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
     chunks = []
     for chunk in column.chunks:
@@ -48,38 +90,221 @@ def _round_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array(chunks, column.type)
 
 
-def _is_float_list(field: pa.Field) -> bool:
-    return pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type)
+class ShardWriter:
+    """Writes tables, in the order in which they come, as shards of about `SHARD_BYTES` into one folder.
 
+    A shard is built in memory and put there whole, so that the memory needed is one shard's. Nothing is visible to readers
+    before `finish`'s records are committed.
 
-def write_shard(table: pa.Table, path: Path) -> int:
-    """Write `table` to `path` and return the file's size in bytes. The file is complete on return.
-
-    Raises:
-        OSError: The folder cannot be written or the disk is full; nothing is left behind.
+    Args:
+        folder: Where the table lies.
+        schema: Its columns.
+        key: Its key columns; rows come sorted by them.
     """
-    for index, field in enumerate(table.schema):
-        if _is_float_list(field):
-            table = table.set_column(index, field, _round_column(table.column(index)))
-    try:
-        pq.write_table(table, path, row_group_size=_rows_per_group(table), **_layout(table.schema))
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-    return path.stat().st_size
+
+    def __init__(self, folder: Location, schema: pa.Schema, key: Sequence[str]) -> None:
+        self.folder = folder
+        self.schema = schema
+        self.key = list(key)
+        self.records: list[ShardRecord] = []
+        # Names sort in writing order, within a commit and across commits, so that readers agree on the order of rows.
+        self._stem = f"{time.time_ns():020d}-{uuid.uuid4().hex[:12]}"
+        self._waiting: list[pa.Table] = []
+        self._shard: _OpenShard | None = None
+
+    def write(self, rows: pa.Table) -> None:
+        """Add rows.
+
+        Raises:
+            OSError: The folder cannot be written or the disk is full.
+        """
+        if not rows.num_rows:
+            return
+        self._waiting.append(rows.select(self.schema.names).cast(self.schema))
+        if sum(table.nbytes for table in self._waiting) >= ROW_GROUP_BYTES:
+            self._write_groups(is_last=False)
+
+    def finish(self) -> list[ShardRecord]:
+        """Write what is left and return the records of all shards.
+
+        Raises:
+            OSError: The folder cannot be written or the disk is full.
+        """
+        self._write_groups(is_last=True)
+        self._close_shard()
+        return self.records
+
+    def _write_groups(self, is_last: bool) -> None:
+        if not self._waiting:
+            return
+        rows = pa.concat_tables(self._waiting)
+        num_groups = max(1, round(rows.nbytes / ROW_GROUP_BYTES))
+        size = -(-rows.num_rows // num_groups)
+        start = 0
+        while start < rows.num_rows and (is_last or rows.num_rows - start >= size):
+            self._write_group(rows.slice(start, size).combine_chunks())
+            start += size
+        # A copy, or the remainder would keep the whole table alive.
+        self._waiting = [rows.slice(start).combine_chunks()] if start < rows.num_rows else []
+
+    def _write_group(self, rows: pa.Table) -> None:
+        if self._shard is None:
+            self._shard = _OpenShard(self.schema)
+        self._shard.write_group(_round_floats(rows), self.key)
+        if self._shard.num_bytes >= SHARD_BYTES:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        if self._shard is None:
+            return
+        name = f"{self._stem}-{len(self.records):05d}.parquet"
+        data, record = self._shard.close(name)
+        self._shard = None
+        self.folder.write(name, data)
+        self.records.append(record)
 
 
-def _rows_per_group(table: pa.Table) -> int:
-    return max(1, int(table.num_rows * ROW_GROUP_BYTES / max(table.nbytes, 1)))
+class _OpenShard:
+    """One shard being built in memory."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._sink = pa.BufferOutputStream()
+        self._writer = pq.ParquetWriter(self._sink, schema, **_layout(schema))
+        self._groups: list[dict[str, int]] = []
+        self._num_rows = 0
+        self._keys: list[Any] = []
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self._sink.tell())
+
+    def write_group(self, rows: pa.Table, key: list[str]) -> None:
+        self._groups.append(column_checksums(rows, key))
+        self._writer.write_table(rows, row_group_size=rows.num_rows)
+        self._num_rows += rows.num_rows
+        self._keys += [rows[key[0]][0].as_py(), rows[key[0]][-1].as_py()]
+
+    def close(self, name: str) -> tuple[pa.Buffer, ShardRecord]:
+        names = list(self._groups[0])
+        groups = [[f"{group[column]:016x}" for column in names] for group in self._groups]
+        self._writer.add_key_value_metadata({_FOOTER_KEY: json.dumps({"columns": names, "groups": groups})})
+        self._writer.close()
+        data = self._sink.getvalue()
+        checksums: dict[str, int] = {}
+        for group in self._groups:
+            checksums = add_checksums(checksums, group)
+        record = ShardRecord(
+            name=name,
+            num_rows=self._num_rows,
+            num_bytes=data.size,
+            sha256=hashlib.sha256(data).hexdigest(),
+            first_key=min(self._keys),
+            last_key=max(self._keys),
+            checksums={column: f"{value:016x}" for column, value in checksums.items()},
+        )
+        return data, record
 
 
-def _layout(schema: pa.Schema) -> dict[str, object]:
-    lists = [f.name for f in schema if pa.types.is_list(f.type)]
+def _layout(schema: pa.Schema) -> dict[str, Any]:
+    lists = [field.name for field in schema if pa.types.is_list(field.type)]
     encodings = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in lists}
-    dictionary = [f.name for f in schema if f.name in ("split", "reason")]
+    dictionary = [field.name for field in schema if field.name in ("split", "reason")]
     return {
         "compression": "zstd",
         "column_encoding": encodings,
         "use_dictionary": dictionary,
         "write_statistics": ["pair_id", "source_row"],
     }
+
+
+class ShardReader:
+    """One shard, opened; every row group it hands out has been checked against what the commit recorded.
+
+    Args:
+        folder: Where the table lies.
+        record: What the commit recorded of the shard.
+        key: The table's key columns.
+        where: The table and version, for messages.
+
+    Raises:
+        DamageError: The file is gone, has another size, or its footer does not agree with the commit.
+    """
+
+    def __init__(self, folder: Location, record: ShardRecord, key: Sequence[str], where: str) -> None:
+        self.record = record
+        self.where = where
+        self._key = list(key)
+        try:
+            self._file = pq.ParquetFile(folder.filesystem.open_input_file(record.name))
+        except FileNotFoundError as error:
+            raise DamageError(
+                f"{where}: shard {record.name} is missing; restore it or pin a version that does not need it"
+            ) from error
+        except (OSError, pa.ArrowException) as error:
+            raise DamageError(f"{where}: shard {record.name} cannot be opened: {error}; {_RESTORE}") from error
+        self._groups = self._recorded_groups()
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Rows of every row group."""
+        return [self._file.metadata.row_group(index).num_rows for index in range(self._file.num_row_groups)]
+
+    def read_group(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the columns (all by default) of one row group, checked.
+
+        Raises:
+            DamageError: The values are not those that were committed; names the row group, the column and the pairs in it.
+        """
+        names = list(columns) if columns is not None else list(self._groups[index])
+        wanted = list(dict.fromkeys([*names, *self._key]))
+        where = f"{self.where}, shard {self.record.name}, row group {index}"
+        try:
+            rows = self._file.read_row_group(index, columns=wanted)
+        except (OSError, pa.ArrowException) as error:
+            raise DamageError(f"{where}: cannot be decoded: {error}; {_RESTORE}") from error
+        for name, checksum in column_checksums(rows, self._key).items():
+            if checksum != self._groups[index][name]:
+                span = f"{rows[self._key[0]][0]} … {rows[self._key[0]][-1]}"
+                raise DamageError(
+                    f"{where}: column {name} is not what was committed (rows {self._key[0]} {span}); {_RESTORE}"
+                )
+        return rows.select(names)
+
+    def groups(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Yield every row group, checked, see `read_group`."""
+        for index in range(self._file.num_row_groups):
+            yield self.read_group(index, columns)
+
+    def _recorded_groups(self) -> list[dict[str, int]]:
+        """Return the checksums of each row group from the footer, which must add up to those in the commit."""
+        try:
+            recorded = json.loads((self._file.metadata.metadata or {})[_FOOTER_KEY])
+            groups = [
+                {name: int(text, 16) for name, text in zip(recorded["columns"], group, strict=True)}
+                for group in recorded["groups"]
+            ]
+        except (KeyError, ValueError, TypeError) as error:
+            raise DamageError(f"{self.where}: shard {self.record.name} has a broken footer; {_RESTORE}") from error
+        total = sum_checksums(groups)
+        expected = {name: int(text, 16) for name, text in self.record.checksums.items()}
+        if (
+            total != expected
+            or len(groups) != self._file.num_row_groups
+            or sum(self.group_sizes) != self.record.num_rows
+        ):
+            raise DamageError(
+                f"{self.where}: shard {self.record.name} is not the file that was committed: its footer's checksums or rows "
+                f"differ; {_RESTORE}"
+            )
+        return groups
+
+
+def sum_checksums(parts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """Return the checksums of all rows of `parts`."""
+    total: dict[str, int] = {}
+    for part in parts:
+        total = add_checksums(total, part)
+    return total
+
+
+_RESTORE = "restore the file from a copy, or build the table again"

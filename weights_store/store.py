@@ -6,6 +6,7 @@ The surface that analysts use; the tables behind it are in `table.py`.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pyarrow as pa
 
 from weights_store import schemas
 from weights_store.errors import NotFoundError, SettingsError
-from weights_store.table import Table, TableVersion
+from weights_store.location import Location
+from weights_store.table import Commit, Table, TableVersion
 
 _SCHEMAS: dict[str, pa.Schema] = {
     "tokens": schemas.TOKENS,
@@ -60,22 +62,14 @@ class WeightStore:
 
     uri: str | Path
 
-    @property
-    def root(self) -> Path:
-        """The root folder.
+    @cached_property
+    def root(self) -> Location:
+        """Where the store lies.
 
         Raises:
-            SettingsError: The URI names a scheme that this version does not speak.
+            SettingsError: The URI names a scheme that is not spoken here, or carries credentials.
         """
-        text = str(self.uri)
-        if "://" in text and not text.startswith("file://"):
-            raise SettingsError(f"store {text!r}: this version speaks local folders only (a path or file://…)")
-        return Path(text.removeprefix("file://"))
-
-    @property
-    def models(self) -> Path:
-        """Folder of the contrastive models that the pipeline trained."""
-        return self.root / "models"
+        return Location(str(self.uri))
 
     def table(self, path: str) -> Table:
         """Return one table by its path under the root, for example `weights/hh-harmless/tis-dpo`.
@@ -87,12 +81,22 @@ class WeightStore:
         if kind not in _SCHEMAS:
             raise SettingsError(f"no kind of table {kind!r}: expected one of {', '.join(_SCHEMAS)}")
         check_name(rest)
-        return Table(self.root, path, _SCHEMAS[kind])
+        return Table(self.root, path, _SCHEMAS[kind], schemas.KEYS[kind])
 
     def tables(self, kind: str) -> Iterator[Table]:
         """Yield the tables of one kind, by name."""
-        for log in sorted((self.root / kind).rglob("_delta_log")):
-            yield self.table(log.parent.relative_to(self.root).as_posix())
+        yield from self._tables_under(kind)
+
+    def _tables_under(self, path: str) -> Iterator[Table]:
+        """Look one level at a time: a listing of all files of an object store would take minutes."""
+        for name in (self.root / path).folders():
+            below = f"{path}/{name}"
+            if _NAME.fullmatch(name) is None:
+                continue
+            if (self.root / below).exists("_delta_log"):
+                yield self.table(below)
+            else:
+                yield from self._tables_under(below)
 
     def resolve(self, name: str, version: int | None = None) -> TableVersion:
         """Return the reference to one version of a weight dataset, the newest by default.
@@ -117,7 +121,8 @@ class WeightStore:
             NotFoundError: There is no store at the URI.
         """
         self._check_exists()
-        rows = [_summary(table.path.removeprefix("weights/"), table.history()[0]) for table in self.tables("weights")]
+        newest = {table.path.removeprefix("weights/"): table.history(limit=1) for table in self.tables("weights")}
+        rows = [_summary(name, commit) for name, commits in newest.items() for commit in commits]
         return pl.DataFrame(rows, schema=_SUMMARY)
 
     def history(self, name: str) -> pl.DataFrame:
@@ -126,7 +131,7 @@ class WeightStore:
         Raises:
             NotFoundError: No such store or name.
         """
-        rows = [_summary(name, record) for record in self._weights(name).history()]
+        rows = [_summary(name, commit) for commit in self._weights(name).history()]
         return pl.DataFrame(rows, schema=_SUMMARY)
 
     def metadata(self, name: str, version: int | None = None) -> dict[str, Any]:
@@ -148,7 +153,7 @@ class WeightStore:
         return table
 
     def _check_exists(self) -> None:
-        if not any((self.root / kind).is_dir() for kind in _SCHEMAS):
+        if not any((self.root / kind).exists() for kind in _SCHEMAS):
             raise NotFoundError(f"no store at {self.root}: expected a folder that `tokenweights build` has written")
 
 
@@ -165,17 +170,18 @@ _SUMMARY: dict[str, Any] = {
 }
 
 
-def _summary(name: str, record: dict[str, Any]) -> dict[str, Any]:
-    metadata = record["metadata"]
+def _summary(name: str, commit: Commit) -> dict[str, Any]:
+    assert commit.metadata is not None, "histories hold our own commits"
+    metadata = commit.metadata
     settings = metadata["identity"]["settings"]
     return {
         "name": name,
-        "version": record["version"],
+        "version": commit.version,
         "estimator": settings["weights"]["estimator"],
         "contrast": settings["contrast"].get("method"),
         "pairs": metadata["statistics"]["num_pairs"],
         "response_tokens": metadata["statistics"]["num_response_tokens"],
         "fingerprint": metadata["fingerprint"][:12],
-        "created": record["timestamp_ms"],
+        "created": commit.timestamp_ms,
         "changes": "; ".join(metadata.get("changes", [])),
     }

@@ -1,19 +1,22 @@
-"""One Delta table of the store: whole versions, exactly-once appends, metadata on every commit.
+"""One Delta table of the store: whole versions, exactly-once appends, metadata and checksums on every commit.
 
 The Parquet files are ours (`shards.py`), the commit is `deltalake`'s. delta-rs rebases blind appends silently, so two
 writers that both looked first could both append the same pair. Every commit here is therefore compare-and-set: it names
 the version it was computed from, and on a lost race the rows already there are taken out before the next try.
 
-Not here: what the rows mean (`pipeline`), names and listings (`store.py`).
+Every commit's rows are sorted by the table's key, so that a range of keys is read from few row groups: joins go range by
+range in bounded memory (`key_ranges`).
+
+Not here: what the rows mean (`pipeline`), names and listings (`store.py`), checks of whole tables (`verify.py`).
 """
 
 import json
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import polars as pl
 import pyarrow as pa
@@ -21,13 +24,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from weights_store.errors import ConflictError, NotFoundError, StoreError
+from weights_store.location import Location, one_line
 from weights_store.schemas import SCHEMA_VERSION
-from weights_store.shards import write_shard
+from weights_store.shards import ShardReader, ShardRecord, ShardWriter, sum_checksums
 
 _MAX_TRIES = 20
-SHARD_BYTES = 64 << 20
-"""About how large one shard may get, in compressed bytes."""
-_ARROW_BYTES_PER_SHARD = 3 * SHARD_BYTES  # measured: about 3 Arrow bytes to one on disk
+_LOG_READERS = 16
+_MEMORY_PER_BYTE = 3  # measured: about 3 Arrow bytes to one on disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +50,47 @@ class TableVersion:
         return {"table": self.table, "version": self.version, "fingerprint": self.fingerprint}
 
 
+class KeyRange(NamedTuple):
+    """Rows whose first key column is at least `low` and below `high`; None is open."""
+
+    low: str | int | None
+    high: str | int | None
+
+    def of(self, frame: pl.LazyFrame, key: str = "pair_id") -> pl.LazyFrame:
+        """Return the rows of `frame` in this range; the condition reaches the files."""
+        if self.low is not None:
+            frame = frame.filter(pl.col(key) >= self.low)
+        return frame if self.high is None else frame.filter(pl.col(key) < self.high)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One entry of a table's log."""
+
+    version: int
+    timestamp_ms: int | None
+    metadata: dict[str, Any] | None  # None: the commit is not ours
+    shards: list[ShardRecord]  # those it added
+    added: list[str]
+    removed: list[str]
+
+
 class Table:
     """One table by its path under the store's root, for example `weights/hh-harmless/tis-dpo`."""
 
-    def __init__(self, root: Path, path: str, schema: pa.Schema) -> None:
+    def __init__(self, root: Location, path: str, schema: pa.Schema, key: tuple[str, ...] = ("pair_id",)) -> None:
         self.root = root
         self.path = path
         self.schema = schema
-        self.folder = root / path
+        self.key = key
+        self.location = root / path
+
+    # --- versions ----------------------------------------------------------------------------------------------------
 
     def exists(self) -> bool:
         """Return whether the table has at least one version."""
-        return any((self.folder / "_delta_log").glob("*.json"))
+        log = (_log_name(0), "_delta_log/_last_checkpoint")
+        return any(info.is_file for info in self.location.filesystem.get_file_info(list(log)))
 
     def version(self) -> int | None:
         """Return the newest version, None when there is none."""
@@ -70,9 +102,8 @@ class Table:
         Raises:
             NotFoundError: There is no such table or version.
         """
-        opened = self._open(version)
-        metadata = self.metadata(opened.version())
-        return TableVersion(str(self.root), self.path, opened.version(), metadata["fingerprint"])
+        found = self._resolve(version)
+        return TableVersion(str(self.root), self.path, found, self.metadata(found)["fingerprint"])
 
     def metadata(self, version: int | None = None) -> dict[str, Any]:
         """Return what the commit of one version recorded: fingerprint, recipe, parents, statistics, packages.
@@ -81,38 +112,31 @@ class Table:
             NotFoundError: There is no such table or version.
             StoreError: The commit is not ours or was written by a newer tokenweights.
         """
-        wanted = self._open(version).version()
-        for commit in self._open().history():
-            if commit["version"] == wanted and "tokenweights" in commit:
-                return self._checked_metadata(commit["tokenweights"], wanted)
-        raise StoreError(
-            f"{self.path}@{wanted} in {self.root} was not written by tokenweights: its commit has no metadata of ours"
-        )
-
-    def _checked_metadata(self, text: str, version: int) -> dict[str, Any]:
-        metadata: dict[str, Any] = json.loads(text)
-        if metadata["schema_version"] > SCHEMA_VERSION:
-            raise StoreError(
-                f"{self.path}@{version} has schema version {metadata['schema_version']}, this tokenweights reads up to "
-                f"{SCHEMA_VERSION}; upgrade tokenweights"
-            )
+        found = self._resolve(version)
+        metadata = self._commit(found).metadata
+        if metadata is None:
+            raise StoreError(f"{self.path}@{found} in {self.root} {_FOREIGN}")
         return metadata
 
-    def history(self) -> list[dict[str, Any]]:
-        """Return one record per version, newest first: version, time, operation, and our metadata.
+    def history(self, limit: int | None = None) -> list[Commit]:
+        """Return the commits that are ours, newest first, at most `limit`.
 
         Raises:
             NotFoundError: There is no such table.
         """
-        return [
-            {
-                "version": commit["version"],
-                "timestamp_ms": commit.get("timestamp"),
-                "metadata": self._checked_metadata(commit["tokenweights"], commit["version"]),
-            }
-            for commit in self._open().history()
-            if "tokenweights" in commit
-        ]
+        newest = self._resolve(None)
+        oldest = -1 if limit is None else max(-1, newest - limit)
+        return [commit for commit in self._commits(range(newest, oldest, -1)) if commit.metadata is not None]
+
+    def log(self) -> Iterator[Commit]:
+        """Yield every commit, oldest first, whoever made it.
+
+        Raises:
+            NotFoundError: There is no such table.
+        """
+        yield from self._commits(range(self._resolve(None) + 1))
+
+    # --- reading -----------------------------------------------------------------------------------------------------
 
     def scan(self, version: int | None = None) -> pl.LazyFrame:
         """Return one version as a lazy frame.
@@ -122,31 +146,61 @@ class Table:
         """
         return pl.scan_delta(self._open(version))
 
+    def records(self, version: int | None = None) -> list[ShardRecord]:
+        """Return what the commits recorded of the shards of one version, in the order in which they were written.
+
+        Raises:
+            NotFoundError: There is no such table or version.
+            StoreError: A shard was added by somebody else.
+        """
+        opened = self._open(version)
+        missing = set(pa.table(opened.get_add_actions()).column("path").to_pylist())
+        found: dict[str, ShardRecord] = {}
+        newest = opened.version()
+        for start in range(newest, -1, -_LOG_READERS):  # backwards: mostly the last commits are all that is needed
+            if not missing:
+                break
+            for commit in self._commits(range(start, max(-1, start - _LOG_READERS), -1)):
+                found |= {shard.name: shard for shard in commit.shards if shard.name in missing}
+            missing -= found.keys()
+        if missing:
+            raise StoreError(f"{self.path}@{newest} in {self.root}: shard {min(missing)} {_FOREIGN}")
+        return [found[name] for name in sorted(found)]
+
     def shards(self, version: int | None = None) -> list[str]:
         """Return the names of the shards of one version, in the order in which they were written.
 
         Raises:
             NotFoundError: There is no such table or version.
         """
-        actions = pa.table(self._open(version).get_add_actions())
-        return sorted(actions.column("path").to_pylist())
+        return sorted(pa.table(self._open(version).get_add_actions()).column("path").to_pylist())
 
-    def open_shard(self, name: str) -> pq.ParquetFile:
-        """Open one shard by its name from `shards`.
+    def open_shard(self, record: ShardRecord) -> ShardReader:
+        """Open one shard by its record from `records`; what is read from it is checked.
 
         Raises:
-            StoreError: The file is gone, for example vacuumed away.
+            DamageError: It is not the file that was committed.
         """
-        try:
-            return pq.ParquetFile(self.folder / name)
-        except FileNotFoundError as error:
-            raise StoreError(
-                f"{self.path}: shard {name} is missing; restore it or pin a version that does not need it"
-            ) from error
+        return ShardReader(self.location, record, self.key, self.path)
+
+    def batches(self, version: int | None = None, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """Yield the row groups of one version in stored order, checked: the whole table in the memory of one row group.
+
+        Raises:
+            NotFoundError: There is no such table or version.
+            DamageError: A shard is not what was committed.
+        """
+        for record in self.records(version):
+            yield from self.open_shard(record).groups(columns)
 
     def num_rows(self, version: int | None = None) -> int:
         """Return the number of rows of one version."""
         return int(self.scan(version).select(pl.len()).collect().item())
+
+    def checksums(self, version: int | None = None) -> dict[str, int]:
+        """Return the recorded checksum of every column of one version, see `checksums.py`."""
+        records = self.records(version)
+        return sum_checksums({name: int(text, 16) for name, text in record.checksums.items()} for record in records)
 
     def pair_ids(self, version: int | None = None) -> pl.Series:
         """Return the `pair_id`s of one version, empty when the table does not exist yet."""
@@ -154,25 +208,68 @@ class Table:
             return pl.Series("pair_id", [], pl.String)
         return self.scan(version).select("pair_id").collect().to_series()
 
-    def append(self, rows: pa.Table, metadata: Mapping[str, Any]) -> TableVersion:
-        """Add the rows whose `pair_id` is not there yet, each exactly once, as one new version.
+    def key_ranges(self, max_bytes: int, version: int | None = None, num_bytes: int | None = None) -> list[KeyRange]:
+        """Cut one version into ranges of its first key column, each about `max_bytes` in memory, together everything.
+
+        Args:
+            max_bytes: Arrow bytes that one range may take.
+            version: Which version; the newest by default.
+            num_bytes: Bytes on disk of all that is to be read of these keys; the table's own by default.
+        """
+        records = self.records(version)
+        total = _MEMORY_PER_BYTE * (sum(record.num_bytes for record in records) if num_bytes is None else num_bytes)
+        num_ranges = -(-total // max_bytes)
+        if num_ranges <= 1:
+            return [KeyRange(None, None)]
+        samples = sorted(key for record in records for key in self._sample_keys(record))
+        cuts = sorted({samples[len(samples) * index // num_ranges] for index in range(1, num_ranges)})
+        return [KeyRange(low, high) for low, high in zip([None, *cuts], [*cuts, None], strict=True)]
+
+    def _sample_keys(self, record: ShardRecord) -> list[Any]:
+        """Return the first key of every row group of one shard."""
+        with self.location.filesystem.open_input_file(record.name) as file:
+            metadata = pq.read_metadata(file)
+        column = metadata.schema.to_arrow_schema().names.index(self.key[0])
+        groups = [metadata.row_group(index).column(column) for index in range(metadata.num_row_groups)]
+        return [group.statistics.min for group in groups]
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def writer(self) -> ShardWriter:
+        """Return a writer of shards for `commit`; rows come sorted by the key. Nothing is visible before the commit."""
+        return ShardWriter(self.location, self.schema, self.key)
+
+    def append(self, rows: pa.Table, metadata: Mapping[str, Any], known: int | None = None) -> TableVersion:
+        """Add the rows whose key is not there yet, each exactly once, as one new version.
 
         Rows already there are left out; when nothing is left, the newest version is returned and nothing is written.
+
+        Args:
+            rows: What to add, in any order.
+            metadata: What the commit records; `fingerprint` is needed.
+            known: A version that is known to hold none of the rows: only what came after it is looked at.
 
         Raises:
             ConflictError: Other writers won the race for the next version every time.
             StoreError: The folder cannot be written; nothing became visible.
         """
-        rows = _distinct(self._conform(rows))
+        rows = self._distinct(self._conform(rows))
+        base = self.version()
+        fresh = self._without_present(rows, base, known)
+        records: list[ShardRecord] | None = None
         for attempt in range(_MAX_TRIES):
-            base = self.version()
-            fresh = _without(rows, self.pair_ids(base)) if base is not None else rows
-            if base is not None and fresh.num_rows == 0:
+            if base is not None and not fresh.num_rows:
                 return self.reference(base)
-            reference = self._try_commit(fresh, metadata, base, mode="append")
-            if reference is not None:
-                return reference
-            time.sleep(0.01 * 2 ** min(attempt, 6))
+            if records is None:
+                records = self._write(fresh)
+            try:
+                return self.commit(records, metadata, base)
+            except ConflictError:
+                time.sleep(0.01 * 2 ** min(attempt, 6))
+            newest = self.version()
+            left = self._without_present(fresh, newest, base)
+            records = records if left.num_rows == fresh.num_rows else None
+            base, fresh = newest, left
         raise ConflictError(
             f"{self.path}: lost the race for the next version {_MAX_TRIES} times; run again when fewer write"
         )
@@ -185,10 +282,46 @@ class Table:
             StoreError: The folder cannot be written; nothing became visible.
         """
         base = self.version()
-        reference = self._try_commit(self._conform(rows), metadata, base, mode="overwrite")
-        if reference is None:
-            raise ConflictError(f"{self.path}: another writer made a version after {base}; run again")
-        return reference
+        return self.commit(self._write(self._conform(rows)), metadata, base, mode="overwrite")
+
+    def commit(
+        self,
+        shards: list[ShardRecord],
+        metadata: Mapping[str, Any],
+        base: int | None,
+        mode: Literal["append", "overwrite"] = "append",
+    ) -> TableVersion:
+        """Make shards visible as version `base` + 1, or fail.
+
+        Args:
+            shards: From a `writer`.
+            metadata: What the commit records; `fingerprint` is needed.
+            base: The version that the rows were computed from; None for the first.
+            mode: `overwrite`: the shards are the whole content of the new version.
+
+        Raises:
+            ConflictError: Another writer made that version first; nothing became visible.
+            StoreError: The table cannot be written; nothing became visible.
+        """
+        return self._commit_actions(shards, metadata, base, mode, removed=())
+
+    def optimize(self, max_bytes: int = 1 << 30) -> TableVersion | None:
+        """Write the newest version's rows anew, sorted by key, in as few shards as they need; None if they are.
+
+        Rows, fingerprint and column checksums stay as they are; older versions stay readable.
+
+        Args:
+            max_bytes: Memory for one range of keys.
+
+        Raises:
+            ConflictError: Another writer made a version meanwhile; nothing changed.
+            DamageError: A shard is not what was committed, or the new shards would not hold the same rows.
+        """
+        from weights_store.compaction import compact
+
+        return compact(self, max_bytes)
+
+    # --- inside ------------------------------------------------------------------------------------------------------
 
     def _open(self, version: int | None = None) -> Any:
         from deltalake import DeltaTable
@@ -198,11 +331,52 @@ class Table:
             raise NotFoundError(
                 f"no table {self.path} in {self.root}; `tokenweights ls --store {self.root}` lists what is there"
             )
+        options = self.location.storage_options
         try:
-            return DeltaTable(str(self.folder), version=version)
-        except (DeltaError, TableNotFoundError, ValueError) as error:
-            newest = DeltaTable(str(self.folder)).version()
+            return DeltaTable(str(self.location), version=version, storage_options=options)
+        except (DeltaError, TableNotFoundError, ValueError, OSError) as error:
+            try:
+                newest = DeltaTable(str(self.location), storage_options=options).version()
+            except (DeltaError, TableNotFoundError, ValueError, OSError):
+                raise StoreError(f"cannot open {self.path} in {self.root}: {one_line(error)}") from error
             raise NotFoundError(f"{self.path} has no version {version}; it has 0..{newest}") from error
+
+    def _resolve(self, version: int | None) -> int:
+        return int(self._open(version).version())
+
+    def _commit(self, version: int) -> Commit:
+        """Read one entry of the log. Ours are never cleaned up, see `_CONFIGURATION`."""
+        try:
+            text = self.location.read(_log_name(version)).decode()
+        except FileNotFoundError:  # somebody else's table, its old log gone
+            return Commit(version, None, None, [], [], [])
+        actions = [json.loads(line) for line in text.splitlines() if line.strip()]
+        info: dict[str, Any] = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
+        metadata = self._checked_metadata(info["tokenweights"], version) if "tokenweights" in info else None
+        return Commit(
+            version,
+            info.get("timestamp"),
+            metadata,
+            [ShardRecord(**record) for record in json.loads(info.get("tokenweightsShards", "[]"))],
+            [action["add"]["path"] for action in actions if "add" in action],
+            [action["remove"]["path"] for action in actions if "remove" in action],
+        )
+
+    def _commits(self, versions: range) -> Iterator[Commit]:
+        if self.root.is_local or len(versions) < 2:
+            yield from map(self._commit, versions)
+            return
+        with ThreadPoolExecutor(_LOG_READERS) as pool:
+            yield from pool.map(self._commit, versions)
+
+    def _checked_metadata(self, text: str, version: int) -> dict[str, Any]:
+        metadata: dict[str, Any] = json.loads(text)
+        if metadata["schema_version"] > SCHEMA_VERSION:
+            raise StoreError(
+                f"{self.path}@{version} has schema version {metadata['schema_version']}, this tokenweights reads up to "
+                f"{SCHEMA_VERSION}; upgrade tokenweights"
+            )
+        return metadata
 
     def _conform(self, rows: pa.Table) -> pa.Table:
         missing = [name for name in self.schema.names if name not in rows.column_names]
@@ -210,69 +384,130 @@ class Table:
             raise StoreError(f"{self.path}: rows lack the columns {missing}; expected {self.schema.names}")
         return rows.select(self.schema.names).cast(self.schema)
 
-    def _try_commit(
-        self, rows: pa.Table, metadata: Mapping[str, Any], base: int | None, mode: str
-    ) -> TableVersion | None:
-        """Write the shards and commit them on top of version `base`; None when another writer was first."""
+    def _distinct(self, rows: pa.Table) -> pa.Table:
+        """Keep the first row of every key."""
+        first = pl.DataFrame(pl.from_arrow(rows.select(self.key))).select(pl.struct(self.key).is_first_distinct())
+        keep = first.to_series()
+        return rows if keep.all() else rows.filter(pa.array(keep.to_list()))
+
+    def _without_present(self, rows: pa.Table, version: int | None, since: int | None) -> pa.Table:
+        """Return the rows whose key is in no shard of `version` that `since` did not have already."""
+        if version is None or version == since or not rows.num_rows:
+            return rows
+        if since is None:
+            present = self.scan(version)
+        else:
+            added = sorted(set(self.shards(version)) - set(self.shards(since)))
+            if not added:
+                return rows
+            present = pl.scan_parquet([f"{self.location}/{name}" for name in added])
+        first = rows[self.key[0]]
+        span = pc.min_max(first).as_py()
+        present = present.filter(pl.col(self.key[0]).is_between(pl.lit(span["min"]), pl.lit(span["max"]))).select(
+            self.key
+        )
+        keys = pl.DataFrame(pl.from_arrow(rows.select(self.key))).with_row_index("_row")
+        taken = keys.lazy().join(present, on=list(self.key), how="semi").collect()["_row"]
+        if taken.is_empty():
+            return rows
+        keep = ~pl.int_range(rows.num_rows, eager=True).is_in(taken.to_list())
+        return rows.filter(pa.array(keep.to_list()))
+
+    def _write(self, rows: pa.Table) -> list[ShardRecord]:
+        try:
+            writer = self.writer()
+            writer.write(rows.sort_by([(name, "ascending") for name in self.key]))
+            return writer.finish()
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def _cannot_write(self, error: BaseException) -> StoreError:
+        return StoreError(f"cannot write {self.path} in {self.root}: {one_line(error)}; nothing became visible")
+
+    def _commit_actions(
+        self,
+        shards: list[ShardRecord],
+        metadata: Mapping[str, Any],
+        base: int | None,
+        mode: str,
+        removed: tuple[ShardRecord, ...],
+    ) -> TableVersion:
         from deltalake import CommitProperties, DeltaTable, Schema
-        from deltalake.exceptions import CommitFailedError, DeltaError
+        from deltalake.exceptions import DeltaError
         from deltalake.transaction import create_table_with_add_actions
 
-        schema = Schema.from_arrow(self.schema)
-        record = {"schema_version": SCHEMA_VERSION, **metadata, "num_rows_written": rows.num_rows}
+        schema, uri, options = Schema.from_arrow(self.schema), str(self.location), self.location.storage_options
+        record = {"schema_version": SCHEMA_VERSION, **metadata, "num_rows_written": sum(s.num_rows for s in shards)}
+        record["commit_id"] = uuid.uuid4().hex
         properties = CommitProperties(
-            custom_metadata={"tokenweights": json.dumps(record, allow_nan=False)}, max_commit_retries=0
+            custom_metadata={
+                "tokenweights": json.dumps(record, allow_nan=False),
+                "tokenweightsShards": json.dumps([shard.to_json() for shard in shards]),
+            },
+            max_commit_retries=0,
         )
+        actions = _actions(self.key[0], shards, removed)
         try:
-            actions = self._write_shards(rows)
             if base is None:
+                if self.location.is_local:
+                    self.location.path.mkdir(parents=True, exist_ok=True)
                 create_table_with_add_actions(
-                    str(self.folder),
+                    uri,
                     schema,
                     actions,
                     mode="error",
-                    configuration={"delta.enableExpiredLogCleanup": "false"},  # else old versions vanish with their log
+                    configuration=_CONFIGURATION,
                     commit_properties=properties,
+                    storage_options=options,
                 )
-                version = 0
             else:
-                opened = DeltaTable(str(self.folder), version=base)
+                opened = DeltaTable(uri, version=base, storage_options=options)
                 opened.create_write_transaction(actions, mode, schema, commit_properties=properties)
-                version = base + 1
-        except DeltaError as error:
-            # Lost only if somebody else made a version meanwhile; a first version that is there already is a plain DeltaError.
-            if (isinstance(error, CommitFailedError) or base is None) and self.version() != base:
-                return None
-            raise StoreError(f"cannot commit {self.path} in {self.root}: {error}; nothing became visible") from error
-        except OSError as error:
-            raise StoreError(f"cannot write {self.path} in {self.root}: {error}; nothing became visible") from error
+        except (DeltaError, OSError) as error:
+            # An error does not say what happened: the commit may be there and only its reply lost, or another writer's is.
+            made = self._made(0 if base is None else base + 1)
+            if made is None:
+                raise self._cannot_write(error) from error
+            if made != record["commit_id"]:
+                raise ConflictError(f"{self.path}: another writer made a version after {base}; run again") from error
+        version = 0 if base is None else base + 1
         return TableVersion(str(self.root), self.path, version, record["fingerprint"])
 
-    def _write_shards(self, rows: pa.Table) -> list[Any]:
-        from deltalake.transaction import AddAction
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        actions = []
-        rows_per_shard = max(1, int(rows.num_rows * _ARROW_BYTES_PER_SHARD / max(rows.nbytes, 1)))
-        now_ms = int(time.time() * 1000)
-        # Names sort in writing order, within a commit and across commits, so that readers agree on the order of rows.
-        stem = f"{time.time_ns():020d}-{uuid.uuid4().hex[:12]}"
-        for part, start in enumerate(range(0, rows.num_rows, rows_per_shard)):
-            piece = rows.slice(start, rows_per_shard)
-            name = f"{stem}-{part:05d}.parquet"
-            size = write_shard(piece, self.folder / name)
-            stats = json.dumps({"numRecords": piece.num_rows})
-            actions.append(AddAction(name, size, {}, now_ms, True, stats))
-        return actions
+    def _made(self, version: int) -> str | None:
+        """Return the `commit_id` of a version, empty when it is somebody else's, None when there is no such version."""
+        if not self.location.exists(_log_name(version)):
+            return None
+        metadata = self._commit(version).metadata
+        return "" if metadata is None else str(metadata.get("commit_id", ""))
 
 
-def _distinct(rows: pa.Table) -> pa.Table:
-    """Keep the first row of every `pair_id`."""
-    if pc.count_distinct(rows["pair_id"]).as_py() == rows.num_rows:
-        return rows
-    first = pl.Series(rows["pair_id"].to_pylist()).is_first_distinct()
-    return rows.filter(pa.array(first.to_list()))
+_CONFIGURATION: dict[str, str | None] = {
+    "delta.enableExpiredLogCleanup": "false"  # else old versions vanish with their log
+}
+_FOREIGN = "was not written by tokenweights: its commit has no metadata of ours"
 
 
-def _without(rows: pa.Table, pair_ids: pl.Series) -> pa.Table:
-    return rows.filter(pc.invert(pc.is_in(rows["pair_id"], pair_ids.to_arrow().cast(pa.string()))))
+def _log_name(version: int) -> str:
+    return f"_delta_log/{version:020d}.json"
+
+
+def _actions(key: str, shards: list[ShardRecord], removed: tuple[ShardRecord, ...]) -> list[Any]:
+    from deltalake.transaction import AddAction, RemoveAction
+
+    now_ms = int(time.time() * 1000)
+    is_new = not removed  # else the rows were there before: change feeds must not see them again
+    actions: list[Any] = [
+        RemoveAction(
+            path=shard.name, data_change=False, deletion_timestamp=now_ms, size=shard.num_bytes, partition_values={}
+        )
+        for shard in removed
+    ]
+    for shard in shards:
+        stats = {
+            "numRecords": shard.num_rows,
+            "minValues": {key: shard.first_key},
+            "maxValues": {key: shard.last_key},
+            "nullCount": {key: 0},
+        }
+        actions.append(AddAction(shard.name, shard.num_bytes, {}, now_ms, is_new, json.dumps(stats)))
+    return actions

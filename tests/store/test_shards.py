@@ -3,8 +3,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from weights_store.location import Location
 from weights_store.schemas import LOGPS
-from weights_store.shards import round_mantissa, write_shard
+from weights_store.shards import ShardReader, ShardWriter, round_mantissa
 
 
 def test_rounding_by_hand():
@@ -38,17 +39,26 @@ def test_bits_out_of_range_are_refused(bits):
         round_mantissa(np.ones(1, np.float32), bits)
 
 
+def written(folder, rows):
+    """Write `rows` as one shard and return the open reader."""
+    writer = ShardWriter(Location(str(folder)), rows.schema, ["pair_id"])
+    writer.write(rows)
+    (record,) = writer.finish()
+    return ShardReader(Location(str(folder)), record, ["pair_id"], "logps/x")
+
+
 def test_shard_has_the_layout_of_the_store(tmp_path):
     rows = pa.table(
         {"pair_id": ["a", "b"], "chosen_logps": [[-0.1, -0.2], []], "rejected_logps": [[-3.0], [-4.0]]}, LOGPS
     )
-    size = write_shard(rows, tmp_path / "x.parquet")
-    assert size == (tmp_path / "x.parquet").stat().st_size
-    column = pq.ParquetFile(tmp_path / "x.parquet").metadata.row_group(0).column(1)
+    record = written(tmp_path, rows).record
+    assert record.num_bytes == (tmp_path / record.name).stat().st_size
+    assert (record.num_rows, record.first_key, record.last_key) == (2, "a", "b")
+    column = pq.ParquetFile(tmp_path / record.name).metadata.row_group(0).column(1)
     assert column.path_in_schema == "chosen_logps.list.element"
     assert (column.compression, column.has_dictionary_page) == ("ZSTD", False)
     assert "BYTE_STREAM_SPLIT" in column.encodings
-    back = pq.read_table(tmp_path / "x.parquet")
+    back = pq.read_table(tmp_path / record.name)
     assert [len(values) for values in back["chosen_logps"].to_pylist()] == [2, 0]
 
 
@@ -56,5 +66,30 @@ def test_slices_of_a_table_keep_their_own_rows(tmp_path):
     rows = pa.table(
         {"pair_id": list("abc"), "chosen_logps": [[-1.0], [-2.0], [-3.0]], "rejected_logps": [[-1.0]] * 3}, LOGPS
     )
-    write_shard(rows.slice(1, 2), tmp_path / "x.parquet")
-    assert pq.read_table(tmp_path / "x.parquet")["chosen_logps"].to_pylist() == [[-2.0], [-3.0]]
+    (back,) = written(tmp_path, rows.slice(1, 2)).groups()
+    assert back["chosen_logps"].to_pylist() == [[-2.0], [-3.0]]
+
+
+def test_row_groups_and_shards_are_cut_by_size_and_lose_nothing(tmp_path, monkeypatch):
+    # 40 pairs of 100 + 50 values come in tables of 7; a row group holds about 4 kB of them, a shard about 5 kB compressed.
+    monkeypatch.setattr("weights_store.shards.ROW_GROUP_BYTES", 4000)
+    monkeypatch.setattr("weights_store.shards.SHARD_BYTES", 5000)
+    values = -np.random.default_rng(0).exponential(size=(40, 150)).astype(np.float32)
+    ids = [f"{index:02d}" for index in range(40)]
+    columns = [ids, [list(row[:100]) for row in values], [list(row[100:]) for row in values]]
+    rows = pa.table(dict(zip(LOGPS.names, columns, strict=True)), LOGPS)
+    folder = Location(str(tmp_path))
+    writer = ShardWriter(folder, LOGPS, ["pair_id"])
+    for start in range(0, 40, 7):
+        writer.write(rows.slice(start, 7))
+    records = writer.finish()
+    readers = [ShardReader(folder, record, ["pair_id"], "logps/x") for record in records]
+    assert len(records) > 2
+    assert max(size for reader in readers for size in reader.group_sizes) <= 14
+    back = pa.concat_tables([group for reader in readers for group in reader.groups()])
+    assert back["pair_id"].to_pylist() == ids
+    np.testing.assert_array_equal(
+        np.concatenate(back["rejected_logps"].to_pylist()), round_mantissa(values[:, 100:].ravel())
+    )
+    assert [(r.first_key, r.last_key) for r in records][0][0] == "00"
+    assert records[-1].last_key == "39"

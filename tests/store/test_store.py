@@ -78,7 +78,7 @@ def test_missing_store_is_named(tmp_path):
 
 
 def test_unknown_scheme_is_refused():
-    with pytest.raises(SettingsError, match="local folders only"):
+    with pytest.raises(SettingsError, match="a store cannot lie at gopher://…: expected a folder"):
         _ = WeightStore("gopher://x").root
 
 

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from weights_store import WeightStore
-from weights_store.errors import NotFoundError, SettingsError, StoreError
+from weights_store.errors import ConflictError, NotFoundError, SettingsError, StoreError
 from weights_store.schemas import LOGPS, SCHEMA_VERSION
 
 METADATA = {"fingerprint": "f0", "statistics": {"num_pairs": 1}}
@@ -50,7 +50,7 @@ def test_old_versions_stay_readable_after_append_and_replace(table):
 def test_shards_come_in_the_order_of_writing(table):
     for name in "abcd":
         table.append(_rows(name), METADATA)
-    order = [table.open_shard(shard).read()["pair_id"].to_pylist() for shard in table.shards()]
+    order = [batch["pair_id"].to_pylist() for batch in table.batches()]
     assert order == [["a"], ["b"], ["c"], ["d"]]
 
 
@@ -114,7 +114,8 @@ def test_racing_writers_lose_no_pair_and_double_none(tmp_path):
 def test_loser_of_the_race_for_the_first_version_tries_again(table):
     # As if another process had made version 0 between our look and our commit.
     table.append(_rows("a"), METADATA)
-    assert table._try_commit(_rows("b"), METADATA, None, mode="append") is None
+    with pytest.raises(ConflictError, match="another writer made a version after None"):
+        table.commit([], METADATA, base=None)
     assert sorted(table.append(_rows("b"), METADATA) and table.pair_ids()) == ["a", "b"]
 
 
@@ -127,7 +128,7 @@ def test_a_commit_that_fails_for_another_reason_is_no_lost_race(table, monkeypat
 
     table.append(_rows("a"), METADATA)
     monkeypatch.setattr(DeltaTable, "create_write_transaction", fail)
-    with pytest.raises(StoreError, match="cannot commit logps/toy/x .*permission denied; nothing became visible"):
+    with pytest.raises(StoreError, match="cannot write logps/toy/x .*permission denied; nothing became visible"):
         table.append(_rows("b"), METADATA)
 
 
@@ -135,7 +136,7 @@ def test_old_versions_outlive_the_clean_up_of_old_logs(table):
     table.append(_rows("a"), METADATA)
     from deltalake import DeltaTable
 
-    assert DeltaTable(str(table.folder)).metadata().configuration["delta.enableExpiredLogCleanup"] == "false"
+    assert DeltaTable(str(table.location)).metadata().configuration["delta.enableExpiredLogCleanup"] == "false"
 
 
 def test_failed_write_leaves_no_version(table, monkeypatch):
@@ -144,7 +145,7 @@ def test_failed_write_leaves_no_version(table, monkeypatch):
     def full_disk(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("weights_store.shards.pq.write_table", full_disk)
+    monkeypatch.setattr("weights_store.location.os.fsync", full_disk)
     with pytest.raises(StoreError, match="No space left on device; nothing became visible"):
         table.append(_rows("b"), METADATA)
     assert table.version() == 0
