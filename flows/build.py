@@ -34,7 +34,7 @@ class BuildResult:
 
     prepared: Prepared
     published: Published
-    report: Path
+    report: str
     model_folder: Path
     scored: dict[str, Scored] = field(default_factory=dict)
     num_trained: int = 0
@@ -126,7 +126,7 @@ def publish_weights(recipe: Recipe, prepared: Prepared, scored: dict[str, Scored
 
 
 @task(name="report", task_run_name="report {recipe.weights.name}")
-def report_weights(published: Published, recipe: Recipe, model_folder: Path) -> Path:
+def report_weights(published: Published, recipe: Recipe, model_folder: Path) -> str:
     """Write the HTML report and the Markdown artifact."""
     path = write_report(published, model_folder, recipe.model.chat_template)
     key = "weights-" + "".join(c if c.isalnum() else "-" for c in published.name)

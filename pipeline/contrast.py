@@ -14,13 +14,12 @@ from typing import Any
 
 from pipeline.chat import Condition
 from pipeline.child import check_extra, run_child
-from pipeline.files import write_whole
+from pipeline.model_shelf import ModelShelf
 from pipeline.recipe import TRAINING_KEYS, ContrastSection
 from pipeline.score import Scorer
 from weights_store import TableVersion, WeightStore
 from weights_store.fingerprint import fingerprint, fingerprint_model
 
-_RECORD = "contrast.json"
 _SIDES = ("positive", "negative")
 _SAVE_EVERY_STEPS = 50
 
@@ -54,18 +53,19 @@ def contrast(
         positive, negative = (Scorer(model_folder, Condition(text, settings.role)) for text in prompts)
         return ContrastivePair(positive, negative)
     identities = {side: _identity(settings, side, model_folder, uniform) for side in _SIDES}
-    models = WeightStore(uniform.store).models
+    models = ModelShelf(WeightStore(uniform.store).root / "models")
     wanted = uniform.fingerprint if settings.retrain else None
     data = _data_of_both(models, identities, wanted) or uniform.fingerprint
     folders, num_trained = [], 0
     for side in _SIDES:
-        folder = models / fingerprint({**identities[side], "data": data})[:16]
-        if not (folder / _RECORD).is_file():
+        name = fingerprint({**identities[side], "data": data})[:16]
+        folder = models.find(name)
+        if folder is None:
+            folder = models.place(name)
             check_extra("torch", "pip install 'tokenweights[train]'", settings.python)
             report(f"training the {side} model ({settings.method}) on {uniform}")
             run_child(_command(settings, side, model_folder, uniform, folder), f"training {folder}", report)
-            record = {"identity": identities[side], "data": data, "version": uniform.version}
-            write_whole(folder / _RECORD, json.dumps(record, indent=2))
+            models.put(name, {"identity": identities[side], "data": data, "version": uniform.version})
             num_trained += 1
         folders.append(folder)
     return ContrastivePair(Scorer(folders[0]), Scorer(folders[1]), num_trained)
@@ -82,11 +82,10 @@ def _identity(settings: ContrastSection, side: str, model_folder: Path, uniform:
     }
 
 
-def _data_of_both(models: Path, identities: dict[str, dict[str, Any]], wanted: str | None) -> str | None:
+def _data_of_both(models: ModelShelf, identities: dict[str, dict[str, Any]], wanted: str | None) -> str | None:
     """Return the oldest data (a fingerprint) that both sides have been trained on: a pair never mixes two versions."""
     versions: dict[str, dict[str, int]] = {side: {} for side in identities}
-    for path in models.glob(f"*/{_RECORD}"):
-        record = json.loads(path.read_text(encoding="utf-8"))
+    for record in models.records():
         for side, identity in identities.items():
             if record["identity"] == identity:
                 versions[side][record["data"]] = record["version"]

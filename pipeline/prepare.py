@@ -3,12 +3,16 @@
 A tokens table is named for the dataset and for what cuts it into ids (tokenizer, template, limits), so that different cuts
 never mix. Its newest version holds exactly the usable pairs of the source as it is now: new pairs are tokenised and appended;
 when pairs have left the source, a new version without them is written.
+
+The source is read once and sorted by pair_id; then old and new pairs are compared one range of ids at a time, so that memory
+stays bounded however many there are.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +21,21 @@ import pyarrow as pa
 
 from pipeline.chat import ChatTokenizer
 from pipeline.load import RawRow, content_fingerprint, load_rows
-from pipeline.pairs import Unusable, read_pair
+from pipeline.pairs import Pair, Unusable, read_pair
 from pipeline.provenance import provenance
 from pipeline.recipe import DatasetSection, Recipe
+from pipeline.sorting import ExternalSort
 from weights_store import Table, TableVersion, WeightStore
-from weights_store.errors import InputError
-from weights_store.fingerprint import canonical_json, fingerprint, load_json
+from weights_store.errors import ConflictError, InputError
+from weights_store.fingerprint import canonical_json, explain_difference, fingerprint, load_json
 from weights_store.schemas import QUARANTINE, SCHEMA_VERSION, TOKENS, Reason
+from weights_store.shards import ShardRecord
+from weights_store.table import KeyRange
 
 _RAW_CHARACTERS = 2000
 _ROWS_PER_BATCH = 2000
+_MAX_TRIES = 5
+_READ_PAIRS = pa.schema([("pair_id", pa.string()), ("source_row", pa.int64()), ("pair", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ def prepare(recipe: Recipe, model_folder: Path, report: Callable[[str], None] = 
 
     Raises:
         InputError: The source or the model's tokenizer cannot be used, or no row of the source can.
+        ConflictError: Other builds of the same dataset kept winning the race for the next version.
     """
     tokenizer = ChatTokenizer(model_folder, recipe.model.chat_template)
     context = _model_context(model_folder)
@@ -61,19 +71,8 @@ def prepare(recipe: Recipe, model_folder: Path, report: Callable[[str], None] = 
     done = _already_done(tokens, quarantine, source)
     if done is not None:
         return done
-
-    recorded = _recorded(tokens, quarantine)
-    read_alike = recorded is not None and recorded["reading"] == source["reading"]
-    sorter = _Sorter(recipe.dataset, tokenizer, context, _known_rows(tokens) if read_alike else {})
-    batches = list(sorter.sort(load_rows(recipe.dataset), report))
-    if not sorter.kept:
-        reasons = _counts_text(sorter.reasons)
-        raise InputError(
-            f"dataset.source {recipe.dataset.source}: no usable pair in {sorter.num_rows} rows ({reasons})"
-        )
-    new_rows = pa.Table.from_batches(batches, TOKENS)
-    if not new_rows.num_rows and sorter.known == sorter.kept and recorded == sorter.account(source):
-        return Prepared(tokens.reference(), sorter.num_rows, len(sorter.kept), dict(sorter.reasons), num_new_pairs=0)
+    if not tokens.exists():
+        _explain_new_table(store, tokens, recipe.dataset.name, cut, report)
     metadata = {
         "cut": cut,
         "source": source,
@@ -82,107 +81,70 @@ def prepare(recipe: Recipe, model_folder: Path, report: Callable[[str], None] = 
         "parents": [],
         **provenance(),
     }
-    # Quarantine first: should the build die in between, the tokens are still the old ones and the next run does both again.
-    quarantine.replace(pa.Table.from_pylist(sorter.quarantined, QUARANTINE), _quarantine_metadata(metadata, sorter))
-    reference = _write_tokens(tokens, new_rows, sorter, metadata, whole=not read_alike)
-    return Prepared(reference, sorter.num_rows, len(sorter.kept), dict(sorter.reasons), new_rows.num_rows)
-
-
-def _write_tokens(
-    tokens: Table, new_rows: pa.Table, sorter: "_Sorter", metadata: dict[str, Any], whole: bool
-) -> TableVersion:
-    """Append the new rows; write all rows when some have left, stand elsewhere in the source, or are read differently."""
-    statistics = {
-        "num_source_rows": sorter.num_rows,
-        "num_pairs": len(sorter.kept),
-        "quarantined": dict(sorter.reasons),
-        "num_new_pairs": new_rows.num_rows,
-        "num_new_prompts_cut": sorter.prompts_cut,
-        "num_new_responses_cut": sorter.responses_cut,
-    }
-    content = {"cut": metadata["cut"], "reading": metadata["source"]["reading"], "pairs": sorted(sorter.kept)}
-    record = {**metadata, "fingerprint": fingerprint(content), "statistics": statistics}
-    if whole and tokens.exists():
-        return tokens.replace(new_rows, record)
-    if not tokens.exists() or (
-        sorter.kept.keys() > sorter.known.keys() and sorter.known.items() <= sorter.kept.items()
+    with (
+        ExternalSort(_READ_PAIRS, "pair_id", "source_row") as pairs,
+        ExternalSort(QUARANTINE, "source_row") as unusable,
     ):
-        return tokens.append(new_rows, record)
-    old = tokens.scan().collect()
-    stays = old.with_columns(
-        source_row=pl.col("pair_id").replace_strict(sorter.kept, default=None, return_dtype=pl.Int64)
-    )
-    stays = stays.filter(pl.col("source_row").is_not_null())
-    return tokens.replace(pa.concat_tables([stays.to_arrow().select(TOKENS.names).cast(TOKENS), new_rows]), record)
-
-
-def _source_settings(dataset: DatasetSection) -> dict[str, Any]:
-    """Return what is recorded of the source: its content, and how its rows are read."""
-    columns = ("prompt_column", "chosen_column", "rejected_column", "chosen_score_column", "rejected_score_column")
-    return {
-        "content": content_fingerprint(dataset),
-        "max_pairs": dataset.max_pairs,
-        "reading": {name: getattr(dataset, name) for name in (*columns, "split")},
-    }
-
-
-def _known_rows(tokens: Table) -> dict[str, int]:
-    """Return the pairs of the newest version with their row in the source."""
-    if not tokens.exists():
-        return {}
-    return dict(tokens.scan().select("pair_id", "source_row").collect().iter_rows())
+        intake = _Intake(recipe.dataset, tokenizer, context, pairs, unusable)
+        intake.read(load_rows(recipe.dataset), report)
+        for attempt in range(_MAX_TRIES):
+            try:
+                return _Update(tokens, quarantine, intake, metadata).run(report)
+            except ConflictError:  # another build of this dataset was faster: compare with what it made
+                if attempt == _MAX_TRIES - 1:
+                    raise
+    raise AssertionError("the loop above returns or raises")
 
 
 @dataclass
-class _Sorter:
-    """Sorts raw rows into new tokenised pairs, pairs already known, and quarantine."""
+class _Intake:
+    """Sorts raw rows into pairs, by pair_id, and quarantine; tokenises pairs."""
 
     dataset: DatasetSection
     tokenizer: ChatTokenizer
     context: int
-    known: dict[str, int]  # pair_id to source row, of the table's newest version
-    kept: dict[str, int] = field(default_factory=dict)  # the same for the source as it is now
-    quarantined: list[dict[str, Any]] = field(default_factory=list)
+    pairs: ExternalSort
+    unusable: ExternalSort
     reasons: Counter[str] = field(default_factory=Counter)
     num_rows: int = 0
-    prompts_cut: int = 0
-    responses_cut: int = 0
 
-    def sort(self, rows: Iterator[RawRow], report: Callable[[str], None]) -> Iterator[pa.RecordBatch]:
-        """Yield record batches of new tokenised pairs; the rest is counted in the fields."""
-        batch: list[dict[str, Any]] = []
+    def read(self, rows: Iterator[RawRow], report: Callable[[str], None]) -> None:
+        """Read every row of the source."""
+        pairs: list[dict[str, Any]] = []
+        unusable: list[dict[str, Any]] = []
         for row in rows:
             self.num_rows += 1
             try:
-                tokenised = self._one(row)
+                pair = self._pair(row)
+                pairs.append(
+                    {"pair_id": pair.pair_id, "source_row": row.source_row, "pair": canonical_json(asdict(pair))}
+                )
             except Unusable as problem:
-                self._quarantine(row, problem)
-                continue
-            if tokenised is not None:
-                batch.append(tokenised)
-            if len(batch) == _ROWS_PER_BATCH:
-                yield pa.RecordBatch.from_pylist(batch, TOKENS)
-                batch = []
-                report(f"prepare: {self.num_rows} rows read, {len(self.kept)} pairs usable")
-        if batch:
-            yield pa.RecordBatch.from_pylist(batch, TOKENS)
+                raw = row.raw or json.dumps(row.value, default=str, ensure_ascii=True)
+                self.reasons[problem.reason.value] += 1
+                unusable.append(_quarantine_row(row.source_row, raw, problem))
+            if self.num_rows % _ROWS_PER_BATCH == 0:
+                self._add(pairs, unusable)
+                pairs, unusable = [], []
+                report(f"prepare: {self.num_rows} rows read, {self.pairs.num_rows} of them are pairs")
+        self._add(pairs, unusable)
 
-    def account(self, source: dict[str, Any]) -> dict[str, Any]:
-        """Return where the rows came from and where they went, as `_recorded` does for the newest version."""
-        return {**source, "num_source_rows": self.num_rows, "quarantined": dict(self.reasons)}
+    def _add(self, pairs: list[dict[str, Any]], unusable: list[dict[str, Any]]) -> None:
+        self.pairs.add(pa.Table.from_pylist(pairs, _READ_PAIRS))
+        self.unusable.add(pa.Table.from_pylist(unusable, QUARANTINE))
 
-    def _one(self, row: RawRow) -> dict[str, Any] | None:
-        """Return the tokenised pair, None when the table already has it."""
+    def _pair(self, row: RawRow) -> Pair:
         if row.value is None:
             assert row.reason is not None
             raise Unusable(row.reason, row.detail)
-        pair = read_pair(row.value, self.dataset)
-        pair_id = pair.pair_id
-        if pair_id in self.kept:
-            raise Unusable(Reason.DUPLICATE_PAIR, f"pair {pair_id} stood in an earlier row")
-        if pair_id in self.known:
-            self.kept[pair_id] = row.source_row
-            return None
+        return read_pair(row.value, self.dataset)
+
+    def tokenize(self, pair: Pair) -> tuple[dict[str, Any], bool, bool]:
+        """Return the token columns of a pair, and whether its prompt and a response were cut.
+
+        Raises:
+            Unusable: Over a limit, or the template cannot render this chat.
+        """
         limits = self.dataset
         tokens = self.tokenizer.tokenize_pair(
             pair, limits.max_prompt_tokens, limits.max_response_tokens, limits.long_response == "cut"
@@ -193,32 +155,205 @@ class _Sorter:
                 Reason.RESPONSE_TOO_LONG,
                 f"prompt and response have {longest} tokens, the model's context is {self.context}",
             )
-        self.kept[pair_id] = row.source_row
-        self.prompts_cut += tokens.prompt_was_cut
-        self.responses_cut += tokens.response_was_cut
-        return {
-            "pair_id": pair_id,
+        columns = {
             "prompt": canonical_json(tokens.prompt),
             "prompt_ids": tokens.prompt_ids,
             "chosen_ids": tokens.chosen_ids,
             "rejected_ids": tokens.rejected_ids,
             "chosen_score": pair.chosen_score,
             "rejected_score": pair.rejected_score,
-            "source_row": row.source_row,
-            "split": self.dataset.split,
+            "split": limits.split,
         }
+        return columns, tokens.prompt_was_cut, tokens.response_was_cut
 
-    def _quarantine(self, row: RawRow, problem: Unusable) -> None:
-        self.reasons[problem.reason.value] += 1
-        raw = row.raw or json.dumps(row.value, default=str, ensure_ascii=True)
+
+class _Update:
+    """One try to bring the two tables from their newest versions to the source.
+
+    The new pairs are tokenised into shards that nobody sees yet. They are appended, or, when old pairs have left or stand
+    elsewhere in the source, merged with the old rows into a whole new version.
+    """
+
+    def __init__(self, tokens: Table, quarantine: Table, intake: _Intake, metadata: dict[str, Any]) -> None:
+        self.tokens = tokens
+        self.quarantine = quarantine
+        self.intake = intake
+        self.metadata = metadata
+        self.base = tokens.version()
+        self.quarantine_base = quarantine.version()
+        recorded = _recorded(tokens, quarantine)
+        self.recorded = recorded
+        # Read through other columns or as another split, the old rows say nothing about the new ones.
+        self.known = self.base if recorded and recorded["reading"] == metadata["source"]["reading"] else None
+        self.reasons = Counter(intake.reasons)
+        self.statistics: Counter[str] = Counter()
+        self.pair_ids = hashlib.sha256()
+        self.old_rows_stay = True
+
+    def run(self, report: Callable[[str], None]) -> Prepared:
+        """Write what has changed.
+
+        Raises:
+            InputError: No row of the source can be used.
+            ConflictError: Another writer made a version meanwhile.
+        """
+        with ExternalSort(QUARANTINE, "source_row") as unusable:
+            fresh = self._write_fresh(unusable, report)
+            num_pairs = self.statistics["num_pairs"]
+            if not num_pairs:
+                raise InputError(
+                    f"dataset.source {self.intake.dataset.source}: no usable pair in {self.intake.num_rows} rows "
+                    f"({_counts_text(self.reasons)})"
+                )
+            num_new = self.statistics["num_new_pairs"]
+            prepared = (self.intake.num_rows, num_pairs, dict(self.reasons), num_new)
+            if not num_new and self.old_rows_stay and self.base is not None and self.recorded == self._account():
+                return Prepared(self.tokens.reference(self.base), *prepared)
+            # Quarantine first: should the build die in between, the tokens are still the old ones and the next run does both.
+            self._commit_quarantine(unusable)
+        return Prepared(self._commit_tokens(fresh), *prepared)
+
+    def _write_fresh(self, unusable: ExternalSort, report: Callable[[str], None]) -> list[ShardRecord]:
+        writer = self.tokens.writer()
+        for piece, rows in self.intake.pairs.ranges():
+            known = self._known_rows(piece)
+            in_source: set[str] = set()
+            for start in range(0, rows.num_rows, _ROWS_PER_BATCH):
+                batch = rows.slice(start, _ROWS_PER_BATCH).to_pylist()
+                tokenised, problems = self._sort(batch, known, in_source)
+                writer.write(pa.Table.from_pylist(tokenised, TOKENS))
+                unusable.add(pa.Table.from_pylist(problems, QUARANTINE))
+                self.statistics["num_new_pairs"] += len(tokenised)
+                if tokenised:
+                    report(f"prepare: {self.statistics['num_new_pairs']} new pairs tokenised")
+            self.old_rows_stay &= known.keys() <= in_source
+        return writer.finish()
+
+    def _known_rows(self, piece: KeyRange) -> dict[str, int]:
+        """Return the pairs that the newest version has in a range, with their row in the source."""
+        if self.known is None:
+            return {}
+        return dict(piece.of(self.tokens.scan(self.known)).select("pair_id", "source_row").collect().iter_rows())
+
+    def _sort(
+        self, rows: list[dict[str, Any]], known: dict[str, int], in_source: set[str]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the new tokenised pairs and the quarantine records among `rows`, which come sorted by pair_id."""
+        tokenised, problems = [], []
+        for row in rows:
+            pair_id = row["pair_id"]
+            try:
+                if pair_id in in_source:
+                    raise Unusable(Reason.DUPLICATE_PAIR, f"pair {pair_id} stood in an earlier row")
+                in_source.add(pair_id)
+                if pair_id in known:
+                    self.old_rows_stay &= known[pair_id] == row["source_row"]
+                else:
+                    columns, prompt_was_cut, response_was_cut = self.intake.tokenize(_read_back(row["pair"]))
+                    tokenised.append({"pair_id": pair_id, "source_row": row["source_row"], **columns})
+                    self.statistics["num_new_prompts_cut"] += prompt_was_cut
+                    self.statistics["num_new_responses_cut"] += response_was_cut
+            except Unusable as problem:
+                self.reasons[problem.reason.value] += 1
+                problems.append(_quarantine_row(row["source_row"], row["pair"], problem))
+                continue
+            self.statistics["num_pairs"] += 1
+            self.pair_ids.update(pair_id.encode())
+        return tokenised, problems
+
+    def _account(self) -> dict[str, Any]:
+        """Return where the rows came from and where they went, as `_recorded` does for the newest version."""
+        rows = {"num_source_rows": self.intake.num_rows, "quarantined": dict(self.reasons)}
+        return {**self.metadata["source"], **rows}
+
+    def _commit_quarantine(self, unusable: ExternalSort) -> None:
+        if self.known is not None and self.quarantine_base is not None:  # what no scorer could score stays so
+            old = (
+                self.quarantine.scan(self.quarantine_base).filter(pl.col("reason") == Reason.UNSCORABLE.value).collect()
+            )
+            unusable.add(old.to_arrow().select(QUARANTINE.names).cast(QUARANTINE))
+        writer = self.quarantine.writer()
+        for _, rows in self.intake.unusable.ranges():
+            unusable.add(rows)
+        for _, rows in unusable.ranges():
+            writer.write(rows)
         record = {
-            "source_row": row.source_row,
-            "pair_id": None,
-            "reason": problem.reason.value,
-            "detail": _storable(problem.detail),
-            "raw": _storable(raw[:_RAW_CHARACTERS]),
+            **self.metadata,
+            "fingerprint": fingerprint([self.metadata["cut"], self.metadata["source"]["content"]]),
+            "statistics": {"num_source_rows": self.intake.num_rows, "reasons": dict(self.reasons)},
         }
-        self.quarantined.append(record)
+        self.quarantine.commit(writer.finish(), record, self.quarantine_base, mode="overwrite")
+
+    def _commit_tokens(self, fresh: list[ShardRecord]) -> TableVersion:
+        content = {
+            "cut": self.metadata["cut"],
+            "reading": self.metadata["source"]["reading"],
+            "pairs": self.pair_ids.hexdigest(),
+        }
+        statistics = {
+            "num_source_rows": self.intake.num_rows,
+            "quarantined": dict(self.reasons),
+            **{name: self.statistics[name] for name in _STATISTICS},
+        }
+        record = {**self.metadata, "fingerprint": fingerprint(content), "statistics": statistics}
+        if self.known is None:
+            return self.tokens.commit(fresh, record, self.base, mode="overwrite" if self.base is not None else "append")
+        if self.old_rows_stay:
+            return self.tokens.commit(fresh, record, self.base)
+        merged = self._merge(fresh)
+        reference = self.tokens.commit(merged, record, self.base, mode="overwrite")
+        for shard in fresh:
+            self.tokens.location.delete(shard.name)
+        return reference
+
+    def _merge(self, fresh: list[ShardRecord]) -> list[ShardRecord]:
+        """Write all rows: the old ones that are still in the source, where they stand now, and the new ones."""
+        writer = self.tokens.writer()
+        old = self.tokens.scan(self.known)
+        new = self.tokens.scan_shards(fresh)
+        for piece, rows in self.intake.pairs.ranges():
+            first = pl.DataFrame(pl.from_arrow(rows.select(["pair_id", "source_row"]))).unique("pair_id", keep="first")
+            stay = piece.of(old).drop("source_row").join(first.lazy(), on="pair_id").select(TOKENS.names)
+            merged = pl.concat([stay, piece.of(new).select(TOKENS.names)]).sort("pair_id").collect()
+            writer.write(merged.to_arrow().cast(TOKENS))
+        return writer.finish()
+
+
+_STATISTICS = ("num_pairs", "num_new_pairs", "num_new_prompts_cut", "num_new_responses_cut")
+
+
+def _read_back(text: str) -> Pair:
+    return Pair(**json.loads(text))
+
+
+def _quarantine_row(source_row: int, raw: str, problem: Unusable) -> dict[str, Any]:
+    return {
+        "source_row": source_row,
+        "pair_id": None,
+        "reason": problem.reason.value,
+        "detail": _storable(problem.detail),
+        "raw": _storable(raw[:_RAW_CHARACTERS]),
+    }
+
+
+def _explain_new_table(
+    store: WeightStore, tokens: Table, name: str, cut: dict[str, Any], report: Callable[[str], None]
+) -> None:
+    """Say why the pairs of a dataset that the store knows are tokenised anew."""
+    for other in store.tables("tokens"):
+        if other.path.rpartition("-")[0] == f"tokens/{name}":
+            changes = explain_difference(other.metadata()["cut"], cut)
+            report(f"prepare: {tokens.path} is a new table; unlike {other.path}: {'; '.join(changes)}")
+
+
+def _source_settings(dataset: DatasetSection) -> dict[str, Any]:
+    """Return what is recorded of the source: its content, and how its rows are read."""
+    columns = ("prompt_column", "chosen_column", "rejected_column", "chosen_score_column", "rejected_score_column")
+    return {
+        "content": content_fingerprint(dataset),
+        "max_pairs": dataset.max_pairs,
+        "reading": {name: getattr(dataset, name) for name in (*columns, "split")},
+    }
 
 
 def _storable(text: str) -> str:
@@ -254,15 +389,6 @@ def _already_done(tokens: Table, quarantine: Table, source: dict[str, Any]) -> P
     return Prepared(
         tokens.reference(), recorded["num_source_rows"], num_pairs, recorded["quarantined"], num_new_pairs=0
     )
-
-
-def _quarantine_metadata(metadata: dict[str, Any], sorter: _Sorter) -> dict[str, Any]:
-    statistics = {"num_source_rows": sorter.num_rows, "reasons": dict(sorter.reasons)}
-    return {
-        **metadata,
-        "fingerprint": fingerprint([metadata["cut"], metadata["source"]["content"]]),
-        "statistics": statistics,
-    }
 
 
 def _counts_text(reasons: Counter[str]) -> str:

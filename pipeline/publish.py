@@ -1,7 +1,8 @@
 """Stage publish: join ids, reference log-probs and weights into a weight dataset, and commit a version.
 
 A version is a function of its lineage: the same tokens, log-probs and settings give the same fingerprint, and the newest
-version with that fingerprint is returned as it is. Rows that are new are appended; changed settings write all rows anew.
+version with that fingerprint is returned as it is. Rows that are new are weighed and appended; changed settings write all rows
+anew. The join goes range by range of pair_ids, in bounded memory.
 """
 
 from collections.abc import Callable
@@ -16,11 +17,16 @@ from pipeline.provenance import provenance
 from pipeline.recipe import Recipe, WeightsSection
 from pipeline.weigh import ClampSettings, Side, SideScores, SideWeights, token_keys, weigh
 from weights_store import Table, TableVersion, WeightStore
-from weights_store.errors import InputError, MismatchError
+from weights_store.errors import ConflictError, InputError, MismatchError, StoreError
 from weights_store.fingerprint import explain_difference, fingerprint
-from weights_store.schemas import FLOATS, SCHEMA_VERSION, WEIGHTS, Reason
+from weights_store.location import one_line
+from weights_store.schemas import FLOATS, IDS, SCHEMA_VERSION, WEIGHTS, Reason
+from weights_store.shards import ShardRecord
+from weights_store.table import KeyRange
 
 _SIDES: tuple[Side, Side] = ("chosen", "rejected")
+_RANGE_BYTES = 512 << 20
+_MAX_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,24 @@ def publish(
     Raises:
         InputError: No pair has all its scores, or `expect_same` and the settings differ.
         MismatchError: A list of log-probs is not as long as its ids.
+        ConflictError: Other builds of the same dataset kept winning the race for the next version.
     """
+    for attempt in range(_MAX_TRIES):
+        try:
+            return _publish(recipe, weights, ingredients, expect_same, report)
+        except ConflictError:  # another build was faster: it may have made this very version
+            if attempt == _MAX_TRIES - 1:
+                raise
+    raise AssertionError("the loop above returns or raises")
+
+
+def _publish(
+    recipe: Recipe,
+    weights: WeightsSection,
+    ingredients: Ingredients,
+    expect_same: bool,
+    report: Callable[[str], None],
+) -> Published:
     store = WeightStore(ingredients.tokens.store)
     table = store.table(f"weights/{weights.name}")
     parents = ingredients.by_role()
@@ -80,21 +103,28 @@ def publish(
         "data": {role: parent.fingerprint for role, parent in parents.items()},
     }
     mark = fingerprint(identity)
-    newest = table.metadata() if table.exists() else None
+    base = table.version()
+    newest = table.metadata(base) if base is not None else None
     tokens_metadata = store.table(ingredients.tokens.table).metadata(ingredients.tokens.version)
     if newest and newest["fingerprint"] == mark:
         # The pairs are the same, and bad rows may still have come or gone.
         statistics = _with_balance(newest["statistics"], tokens_metadata["statistics"])
-        return Published(table.reference(), weights.name, statistics, newest["changes"], is_new=False)
+        return Published(table.reference(base), weights.name, statistics, newest["changes"], is_new=False)
     changes = explain_difference(newest["identity"], identity) if newest else []
     made_differently = [change for change in changes if not change.startswith("data.")]
     if made_differently and expect_same:
         raise InputError(
-            f"weights/{weights.name}@{table.version()} was made differently: {'; '.join(made_differently)}. "
+            f"weights/{weights.name}@{base} was made differently: {'; '.join(made_differently)}. "
             "Give the result another weights.name, or leave --expect-same out"
         )
 
-    rows, statistics = _weighed_rows(store, ingredients, weights)
+    join = _Join(store, ingredients)
+    appended_to = base if newest and not made_differently and join.has_all_of(table, base) else None
+    shards, statistics = _write_rows(join, table, weights, appended_to)
+    if newest and appended_to is not None:
+        statistics = merge_statistics(newest["statistics"], statistics) if statistics else newest["statistics"]
+    if not statistics:
+        raise InputError(f"no pair of {ingredients.tokens} has all its scores; nothing to publish")
     metadata = {
         "fingerprint": mark,
         "identity": identity,
@@ -105,9 +135,10 @@ def publish(
         "changes": changes,
         **provenance(),
     }
-    reference = _write(table, rows, metadata, append=newest is not None and not made_differently)
+    reference = table.commit(shards, metadata, base, mode="overwrite" if newest and appended_to is None else "append")
     report(
-        f"published {reference}: {statistics['num_pairs']} pairs, {statistics['num_response_tokens']} response tokens"
+        f"published {reference}: {statistics['num_pairs']} pairs, {statistics['num_response_tokens']} response tokens, "
+        f"{sum(shard.num_rows for shard in shards)} pairs weighed"
     )
     return Published(reference, weights.name, metadata["statistics"], changes, is_new=True)
 
@@ -121,34 +152,89 @@ def _with_balance(statistics: dict[str, Any], prepared: dict[str, Any]) -> dict[
     return {**statistics, "num_source_rows": prepared["num_source_rows"], "quarantined": quarantined}
 
 
-def _write(table: Table, rows: pa.Table, metadata: dict[str, Any], append: bool) -> TableVersion:
-    """Append when the rows there stay as they are; write all rows anew when settings changed or pairs have left."""
-    known = set(table.pair_ids().to_list())
-    if append and known < set(rows["pair_id"].to_pylist()):
-        return table.append(rows, metadata)
-    return table.replace(rows, metadata)
+class _Join:
+    """The pairs that have all their scores, ids and log-probs side by side, one range of pair_ids at a time."""
+
+    def __init__(self, store: WeightStore, ingredients: Ingredients) -> None:
+        self.tokens = store.table(ingredients.tokens.table)
+        self.version = ingredients.tokens.version
+        self.logps = {
+            role: (store.table(reference.table), reference.version)
+            for role in ("ref", "positive", "negative")
+            if (reference := getattr(ingredients, f"{role}_logps")) is not None
+        }
+
+    def ranges(self) -> list[KeyRange]:
+        """Return ranges that fit into memory."""
+        tables = [(self.tokens, self.version), *self.logps.values()]
+        num_bytes = sum(record.num_bytes for table, version in tables for record in table.records(version))
+        return self.tokens.key_ranges(_RANGE_BYTES, self.version, num_bytes)
+
+    def read(self, piece: KeyRange, without: pl.LazyFrame | None = None) -> pl.DataFrame:
+        """Return the pairs of a range by pair_id, apart from those in `without`.
+
+        Raises:
+            MismatchError: A list of log-probs is not as long as its ids.
+        """
+        columns = ("pair_id", "prompt_ids", "chosen_ids", "rejected_ids", "split")
+        frame = piece.of(self.tokens.scan(self.version)).select(columns)
+        if without is not None:
+            frame = frame.join(piece.of(without).select("pair_id"), on="pair_id", how="anti")
+        for role, (table, version) in self.logps.items():
+            renamed = piece.of(table.scan(version)).rename({f"{side}_logps": f"{side}_{role}_logps" for side in _SIDES})
+            frame = frame.join(renamed, on="pair_id", how="inner")
+        joined = frame.sort("pair_id").collect()
+        for name in joined.columns:
+            if name.endswith("_logps"):
+                _check_lengths(joined, f"{name.split('_')[0]}_ids", name)
+        return joined
+
+    def has_all_of(self, table: Table, version: int | None) -> bool:
+        """Return whether every pair of another table is still here."""
+        for piece in table.key_ranges(_RANGE_BYTES, version):
+            left = piece.of(table.scan(version)).select("pair_id")
+            for here, at in ((self.tokens, self.version), *self.logps.values()):
+                lost = left.join(piece.of(here.scan(at)).select("pair_id"), on="pair_id", how="anti")
+                if not lost.head(1).collect().is_empty():
+                    return False
+        return True
 
 
-def _weighed_rows(
-    store: WeightStore, ingredients: Ingredients, weights: WeightsSection
-) -> tuple[pa.Table, dict[str, Any]]:
-    joined = _join(store, ingredients)
-    if joined.is_empty():
-        raise InputError(f"no pair of {ingredients.tokens} has all its scores; nothing to publish")
+def _write_rows(
+    join: _Join, table: Table, weights: WeightsSection, appended_to: int | None
+) -> tuple[list[ShardRecord], dict[str, Any]]:
+    """Weigh and write the pairs that version `appended_to` does not have yet, all by default; nothing is visible yet."""
+    writer = table.writer()
+    statistics: dict[str, Any] = {}
+    present = table.scan(appended_to) if appended_to is not None else None
+    try:
+        for piece in join.ranges():
+            joined = join.read(piece, without=present)
+            if joined.is_empty():
+                continue
+            rows, of_piece = _weighed_rows(joined, weights)
+            statistics = merge_statistics(statistics, of_piece) if statistics else of_piece
+            writer.write(rows)
+        return writer.finish(), statistics
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {table.path} in {table.root}: {one_line(error)}; nothing became visible"
+        ) from error
+
+
+def _weighed_rows(joined: pl.DataFrame, weights: WeightsSection) -> tuple[pa.Table, dict[str, Any]]:
     settings = ClampSettings(weights.k, weights.mu, weights.lower, weights.upper, weights.seed)
-    columns = {
-        name: joined[name].to_arrow() for name in ("pair_id", "prompt_ids", "chosen_ids", "rejected_ids", "split")
-    }
-    columns |= {f"{side}_ref_logps": joined[f"{side}_ref_logps"].to_arrow() for side in _SIDES}
+    lists = joined.to_arrow().cast(_arrow_schema(joined)).combine_chunks()
+    columns = {name: lists[name] for name in ("pair_id", "prompt_ids", "chosen_ids", "rejected_ids", "split")}
+    columns |= {f"{side}_ref_logps": lists[f"{side}_ref_logps"] for side in _SIDES}
     per_side: dict[str, tuple[SideScores, SideWeights]] = {}
     for side in _SIDES:
-        scores = _side_scores(joined, side)
+        scores = _side_scores(lists, side, with_keys=weights.estimator == "random")
         weighed = weigh(scores, weights.estimator, settings)
         per_side[side] = (scores, weighed)
-        lengths = joined[f"{side}_ids"].list.len().to_numpy().astype(np.int64)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        offsets = np.asarray(_one(lists[f"{side}_ids"]).offsets)
         columns[f"{side}_token_weights"] = pa.ListArray.from_arrays(
-            pa.array(offsets), pa.array(weighed.token_weights), type=FLOATS
+            pa.array(offsets - offsets[0]), pa.array(weighed.token_weights), type=FLOATS
         )
     columns["pair_weight"] = pa.array(np.ones(joined.height, dtype=np.float32))
     for name in ("anchor_ids", "anchor_ref_logps"):
@@ -157,22 +243,15 @@ def _weighed_rows(
     return rows, _statistics(joined, per_side)
 
 
-def _join(store: WeightStore, ingredients: Ingredients) -> pl.DataFrame:
-    """Return the pairs that have all their scores, in the order of the source, ids and log-probs side by side."""
-    tokens = store.table(ingredients.tokens.table).scan(ingredients.tokens.version)
-    frame = tokens.select("pair_id", "prompt_ids", "chosen_ids", "rejected_ids", "split", "source_row")
-    for role in ("ref", "positive", "negative"):
-        reference = getattr(ingredients, f"{role}_logps")
-        if reference is None:
-            continue
-        logps = store.table(reference.table).scan(reference.version)
-        renamed = logps.rename({f"{side}_logps": f"{side}_{role}_logps" for side in _SIDES})
-        frame = frame.join(renamed, on="pair_id", how="inner")
-    joined = frame.sort("source_row", "pair_id").collect()
-    for name in joined.columns:
-        if name.endswith("_logps"):
-            _check_lengths(joined, f"{name.split('_')[0]}_ids", name)
-    return joined
+def _arrow_schema(joined: pl.DataFrame) -> pa.Schema:
+    """Return the types of the store for the columns of a join: Polars hands out 64-bit offsets."""
+    kinds = {name: FLOATS if name.endswith("_logps") else IDS for name in joined.columns}
+    return pa.schema([(name, pa.string() if name in ("pair_id", "split") else kinds[name]) for name in joined.columns])
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    assert column.num_chunks == 1, "combined above, and never empty"
+    return column.chunk(0)
 
 
 def _check_lengths(joined: pl.DataFrame, ids: str, logps: str) -> None:
@@ -185,13 +264,16 @@ def _check_lengths(joined: pl.DataFrame, ids: str, logps: str) -> None:
         )
 
 
-def _side_scores(joined: pl.DataFrame, side: Side) -> SideScores:
-    def flat(role: str) -> np.ndarray:
-        column = f"{side}_{role}_logps"
-        return joined[column].explode().to_numpy() if column in joined.columns else np.empty(0, np.float32)
+def _side_scores(lists: pa.Table, side: Side, with_keys: bool) -> SideScores:
+    """Return the flat arrays of one side, without copying."""
 
-    lengths = joined[f"{side}_ids"].list.len().to_numpy().astype(np.int64)
-    return SideScores(side, flat("positive"), flat("negative"), token_keys(joined["pair_id"].to_list(), side, lengths))
+    def flat(role: str) -> np.ndarray | None:
+        column = f"{side}_{role}_logps"
+        return _one(lists[column]).flatten().to_numpy() if column in lists.column_names else None
+
+    ids = _one(lists[f"{side}_ids"])
+    keys = token_keys(lists["pair_id"].to_pylist(), side, np.diff(np.asarray(ids.offsets))) if with_keys else None
+    return SideScores(side, len(ids.flatten()), flat("positive"), flat("negative"), keys)
 
 
 def _statistics(joined: pl.DataFrame, per_side: dict[str, tuple[SideScores, SideWeights]]) -> dict[str, Any]:
@@ -199,20 +281,38 @@ def _statistics(joined: pl.DataFrame, per_side: dict[str, tuple[SideScores, Side
         "num_pairs": joined.height,
         "num_prompt_tokens": int(joined["prompt_ids"].list.len().sum()),
         "num_response_tokens": sum(len(weighed.token_weights) for _, weighed in per_side.values()),
-        "constant_weights": len(
-            {float(w) for _, s in per_side.values() for w in (s.token_weights.min(), s.token_weights.max())}
-        )
-        == 1,
     }
     for side, (scores, weighed) in per_side.items():
         num_tokens = len(weighed.token_weights)
         statistics[side] = {
             "num_tokens": num_tokens,
             "mean_weight": float(weighed.token_weights.mean(dtype=np.float64)),
+            "min_weight": float(weighed.token_weights.min()),
+            "max_weight": float(weighed.token_weights.max()),
             "share_at_lower": weighed.num_at_lower / num_tokens,
             "share_at_upper": weighed.num_at_upper / num_tokens,
         }
-        if len(scores.positive_logps):
-            logratios = scores.positive_logps.astype(np.float64) - scores.negative_logps
-            statistics[side]["mean_logratio"] = float(logratios.mean())
-    return statistics
+        if scores.positive_logps is not None and scores.negative_logps is not None:
+            means = (logps.mean(dtype=np.float64) for logps in (scores.positive_logps, scores.negative_logps))
+            statistics[side]["mean_logratio"] = float(next(means) - next(means))
+    return {**statistics, "constant_weights": _are_constant(statistics)}
+
+
+def merge_statistics(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
+    """Return the statistics of the pairs of both, which have none in common."""
+    merged = {name: left[name] + right[name] for name in ("num_pairs", "num_prompt_tokens", "num_response_tokens")}
+    for side in _SIDES:
+        one, other = left[side], right[side]
+        num_tokens = one["num_tokens"] + other["num_tokens"]
+        means = [name for name in one if name.startswith(("mean_", "share_"))]
+        merged[side] = {
+            "num_tokens": num_tokens,
+            "min_weight": min(one["min_weight"], other["min_weight"]),
+            "max_weight": max(one["max_weight"], other["max_weight"]),
+            **{n: (one[n] * one["num_tokens"] + other[n] * other["num_tokens"]) / num_tokens for n in means},
+        }
+    return {**merged, "constant_weights": _are_constant(merged)}
+
+
+def _are_constant(statistics: dict[str, Any]) -> bool:
+    return len({statistics[side][end] for side in _SIDES for end in ("min_weight", "max_weight")}) == 1

@@ -11,22 +11,23 @@ import numpy as np
 import polars as pl
 
 from pipeline.chat import ChatTokenizer
-from pipeline.files import write_whole
 from pipeline.publish import Published
-from weights_store import WeightStore
+from weights_store import Table, WeightStore
 
+_SIDES = ("chosen", "rejected")
 _SAMPLE_PAIRS = 12
 _MAX_SHOWN_TOKENS = 300
 
 
-def write_report(published: Published, model_folder: Path, chat_template: str | None = None) -> Path:
-    """Write `reports/<name>@<version>.html` into the store and return its path; an existing one stays as it is."""
+def write_report(published: Published, model_folder: Path, chat_template: str | None = None) -> str:
+    """Write `reports/<name>@<version>.html` into the store and return its place; an existing one stays as it is."""
     from jinja2 import Environment
 
     store = WeightStore(published.weights.store)
-    path = store.root / "reports" / f"{published.name}@{published.weights.version}.html"
-    if path.is_file():
-        return path
+    file = f"{published.name}@{published.weights.version}.html"
+    folder = store.root / "reports"
+    if folder.exists(file):
+        return f"{folder}/{file}"
     frame = store.scan(published.name, published.weights.version)
     metadata = store.metadata(published.name, published.weights.version)
     context = {
@@ -35,11 +36,11 @@ def write_report(published: Published, model_folder: Path, chat_template: str | 
         "findings": findings(published.statistics),
         "parents": metadata["parents"],
         "recipe": metadata["recipe"],
-        "histograms": _histograms(frame),
+        "histograms": _histograms(store.table(published.weights.table), published),
         "pairs": _sample_pairs(frame, ChatTokenizer(model_folder, chat_template)),
     }
-    write_whole(path, Environment(autoescape=True).from_string(_TEMPLATE).render(context))
-    return path
+    folder.write(file, Environment(autoescape=True).from_string(_TEMPLATE).render(context).encode())
+    return f"{folder}/{file}"
 
 
 def summary_rows(published: Published) -> list[tuple[str, str]]:
@@ -79,7 +80,7 @@ def findings(statistics: dict[str, Any]) -> list[str]:
     return problems
 
 
-def summary_markdown(published: Published, report: Path | None = None) -> str:
+def summary_markdown(published: Published, report: str | None = None) -> str:
     """Return the summary as Markdown, for Prefect's artifact."""
     lines = [f"# {published.weights}", "", "| | |", "|---|---|"]
     lines += [f"| {label} | {value} |" for label, value in summary_rows(published)]
@@ -92,18 +93,26 @@ def summary_markdown(published: Published, report: Path | None = None) -> str:
     return "\n".join(lines)
 
 
-def _histograms(frame: pl.LazyFrame, num_bins: int = 40) -> list[dict[str, Any]]:
-    """Return one histogram of weights per side, as bar heights in 0..1."""
-    result = []
-    for side in ("chosen", "rejected"):
-        weights = frame.select(pl.col(f"{side}_token_weights").explode()).collect().to_series().to_numpy()
-        counts, edges = np.histogram(weights, bins=num_bins)
-        bars = [
-            {"x": 8 * i, "height": 100.0 * c / counts.max(), "label": f"{edges[i]:.2f}: {c}"}
-            for i, c in enumerate(counts)
-        ]
-        result.append({"side": side, "bars": bars, "low": f"{edges[0]:.2f}", "high": f"{edges[-1]:.2f}"})
-    return result
+def _histograms(table: Table, published: Published, num_bins: int = 40) -> list[dict[str, Any]]:
+    """Return one histogram of weights per side, as bar heights in 0..1, from one row group at a time."""
+    edges, counts = {}, {}
+    for side in _SIDES:
+        numbers = published.statistics[side]
+        edges[side] = np.histogram_bin_edges([numbers["min_weight"], numbers["max_weight"]], bins=num_bins)
+        counts[side] = np.zeros(num_bins, dtype=np.int64)
+    for rows in table.batches(published.weights.version, [f"{side}_token_weights" for side in _SIDES]):
+        for side in _SIDES:
+            weights = rows[f"{side}_token_weights"].combine_chunks().flatten().to_numpy()
+            # Stored weights are rounded and may lie a little outside the range of the exact ones.
+            counts[side] += np.histogram(np.clip(weights, edges[side][0], edges[side][-1]), bins=edges[side])[0]
+    return [_histogram(side, counts[side], edges[side]) for side in _SIDES]
+
+
+def _histogram(side: str, counts: np.ndarray, edges: np.ndarray) -> dict[str, Any]:
+    bars = [
+        {"x": 8 * i, "height": 100.0 * c / counts.max(), "label": f"{edges[i]:.2f}: {c}"} for i, c in enumerate(counts)
+    ]
+    return {"side": side, "bars": bars, "low": f"{edges[0]:.2f}", "high": f"{edges[-1]:.2f}"}
 
 
 def _sample_pairs(frame: pl.LazyFrame, tokenizer: ChatTokenizer) -> list[dict[str, Any]]:

@@ -23,10 +23,11 @@ from pipeline.provenance import provenance
 from pipeline.recipe import ScoreSection
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ScoringError
-from weights_store.fingerprint import fingerprint, fingerprint_model, load_json
+from weights_store.fingerprint import explain_difference, fingerprint, fingerprint_model, load_json
 from weights_store.schemas import LOGPS, QUARANTINE, SCHEMA_VERSION, Reason
 
 _PROGRESS = "PROGRESS "
+_RANGE_BYTES = 512 << 20
 _ENGINE_KEYS = {"batch_tokens", "kv_cache_gib", "gpu_memory_share", "tensor_parallel"}
 
 
@@ -111,9 +112,12 @@ def score(
     dtype = scorer.resolve_dtype(settings.dtype)
     identity = scorer.identity(dtype)
     table = logps_table(tokens, identity)
-    missing = _missing(tokens, table)
-    if missing.is_empty():
+    missing = [(part.height, int(part["num_tokens"].sum())) for part in _missing(tokens, table)]
+    num_pairs, num_tokens = (sum(counts) for counts in zip(*missing, strict=True))
+    if not num_pairs and table.exists():
         return Scored(table.reference(), 0, 0, 0, time.monotonic() - started)
+    if not table.exists():
+        _explain_new_table(table, identity, report)
     check_extra("vllm", "pip install 'tokenweights[score]' (GPU) or 'tokenweights[score-cpu]'", settings.python)
     before = table.num_rows() if table.exists() else 0
     request = _Request(
@@ -142,8 +146,7 @@ def score(
 
     _run_process(request, settings.python, passed_on)
     num_scored = table.num_rows() - before
-    num_tokens = int(missing["num_tokens"].sum())
-    unscorable = missing.height - num_scored
+    unscorable = num_pairs - num_scored
     return Scored(table.reference(), num_scored, num_tokens, unscorable, time.monotonic() - started)
 
 
@@ -153,23 +156,45 @@ def logps_table(tokens: TableVersion, identity: dict[str, Any]) -> Table:
     return WeightStore(tokens.store).table(f"logps/{key}/{fingerprint(identity)[:12]}")
 
 
-def _missing(tokens: TableVersion, table: Table) -> pl.DataFrame:
-    """Return the pairs without log-probs, longest first: pair_id and number of tokens to compute."""
+def _explain_new_table(table: Table, identity: dict[str, Any], report: Callable[[str], None]) -> None:
+    """Say how this scorer differs from those that have scored the same pairs already."""
+    folder = table.path.rpartition("/")[0]
+    for other in WeightStore(str(table.root)).tables("logps"):
+        if other.path.startswith(f"{folder}/"):
+            changes = explain_difference(other.metadata()["scorer"], identity)
+            report(f"score: {table.path} is a new table; unlike {other.path}: {'; '.join(changes)}")
+
+
+def _missing(tokens: TableVersion, table: Table) -> Iterator[pl.DataFrame]:
+    """Yield the pairs without log-probs, by pair_id, one range at a time: pair_id and number of tokens to compute."""
+    source = WeightStore(tokens.store).table(tokens.table)
+    pairs = source.scan(tokens.version)
     lengths = pl.sum_horizontal(pl.col(c).list.len() for c in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    pairs = WeightStore(tokens.store).table(tokens.table).scan(tokens.version)
-    wanted = pairs.select("pair_id", lengths.alias("num_tokens")).collect()
-    missing = wanted.join(table.pair_ids().to_frame(), on="pair_id", how="anti")
-    missing = missing.join(_known_unscorable(tokens, table), on="pair_id", how="anti")
-    return missing.sort("num_tokens", "pair_id", descending=[True, False])
+    done = [_known_unscorable(tokens, table), *([table.scan().select("pair_id")] if table.exists() else [])]
+    for piece in source.key_ranges(_RANGE_BYTES, tokens.version):
+        wanted = piece.of(pairs)
+        for frame in done:
+            wanted = wanted.join(piece.of(frame), on="pair_id", how="anti")
+        ids = wanted.select("pair_id").collect()
+        if ids.is_empty():  # the usual case of a second build: no list has been read
+            yield ids.with_columns(num_tokens=pl.lit(0, pl.UInt32))
+            continue
+        yield (
+            piece.of(pairs)
+            .join(ids.lazy(), on="pair_id", how="semi")
+            .select("pair_id", lengths.alias("num_tokens"))
+            .sort("pair_id")
+            .collect()
+        )
 
 
-def _known_unscorable(tokens: TableVersion, table: Table) -> pl.DataFrame:
+def _known_unscorable(tokens: TableVersion, table: Table) -> pl.LazyFrame:
     """Return the pairs that this very scorer has put into quarantine: trying them again would change nothing."""
     quarantine = WeightStore(tokens.store).table(_quarantine_path(tokens.table))
     if not quarantine.exists():
-        return pl.DataFrame(schema={"pair_id": pl.String})
+        return pl.LazyFrame(schema={"pair_id": pl.String})
     by_this = (pl.col("reason") == Reason.UNSCORABLE.value) & pl.col("detail").str.starts_with(f"{table.path}: ")
-    return quarantine.scan().filter(by_this).select("pair_id").collect()
+    return quarantine.scan().filter(by_this).select("pair_id")
 
 
 def _run_process(request: _Request, python: str | None, report: Callable[[str], None]) -> None:
@@ -205,9 +230,9 @@ def _score_request(request: _Request) -> None:
     store = WeightStore(request.store)
     tokens = TableVersion(request.store, request.tokens_table, request.tokens_version, "")
     table = store.table(request.logps_table)
-    missing = _missing(tokens, table)
-    total = int(missing["num_tokens"].sum())
-    _say(f"{missing.height} pairs, {total} tokens to score with {request.model}; starting the engine", 0)
+    parts = [(part.height, int(part["num_tokens"].sum())) for part in _missing(tokens, table)]
+    num_pairs, total = (sum(counts) for counts in zip(*parts, strict=True))
+    _say(f"{num_pairs} pairs, {total} tokens to score with {request.model}; starting the engine", 0)
     tokenizer = None
     condition = Condition(**request.condition) if request.condition else None  # type: ignore[arg-type]
     if condition:
@@ -215,8 +240,11 @@ def _score_request(request: _Request) -> None:
     engine = VllmEngine(Path(request.model), EngineSettings(**request.engine))
     pairs = store.table(request.tokens_table).scan(request.tokens_version)
     started, done = time.monotonic(), 0
-    for chunk in _chunks(missing, request.chunk_tokens):
-        rows = chunk.lazy().join(pairs, on="pair_id", how="left", maintain_order="left").collect()
+    known = (
+        table.version()
+    )  # holds none of the pairs to come, so that an append looks only at what others have added since
+    for chunk in _chunks(tokens, table, request.chunk_tokens):
+        rows = chunk.join(_rows_of(pairs, chunk), on="pair_id", how="left", maintain_order="left")
         if tokenizer is not None and condition is not None:
             prompt_ids = tokenizer.conditioned_prompt_ids(rows["prompt"].to_list(), condition)
             rows = rows.with_columns(pl.Series("prompt_ids", prompt_ids, pl.List(pl.Int32)))
@@ -226,7 +254,9 @@ def _score_request(request: _Request) -> None:
             _quarantine(store, request, unscorable)
         if scored.num_rows:
             statistics = {"num_pairs": scored.num_rows, "num_tokens": num_tokens}
-            table.append(scored, {**request.metadata, "statistics": statistics})
+            reference = table.append(scored, {**request.metadata, "statistics": statistics}, known)
+            if reference.version == (0 if known is None else known + 1):
+                known = reference.version  # nobody else has written: the next append need not look at ours
         done += num_tokens
         rate = done / (time.monotonic() - started)
         _say(
@@ -234,20 +264,25 @@ def _score_request(request: _Request) -> None:
             100 * done / total,
         )
     if not table.exists():
-        raise ScoringError(
-            f"none of {missing.height} pairs could be scored; see {_quarantine_path(request.tokens_table)}"
-        )
+        raise ScoringError(f"none of {num_pairs} pairs could be scored; see {_quarantine_path(request.tokens_table)}")
+
+
+def _rows_of(pairs: pl.LazyFrame, chunk: pl.DataFrame) -> pl.DataFrame:
+    """Read the pairs of a chunk; its span of pair_ids is what reaches the files."""
+    span = pl.col("pair_id").is_between(pl.lit(chunk["pair_id"].min()), pl.lit(chunk["pair_id"].max()))
+    return pairs.filter(span).join(chunk.lazy().select("pair_id"), on="pair_id", how="semi").collect()
 
 
 def _say(text: str, percent: float) -> None:
     print(f"{_PROGRESS}{percent:.1f} {text}", flush=True)
 
 
-def _chunks(missing: pl.DataFrame, chunk_tokens: int) -> Iterator[pl.DataFrame]:
-    """Cut the pairs, in their order, into chunks of about `chunk_tokens` tokens."""
-    numbered = missing.with_columns(((pl.col("num_tokens").cum_sum() - 1) // chunk_tokens).alias("chunk"))
-    for chunk in numbered.partition_by("chunk", maintain_order=True):
-        yield chunk.select("pair_id", "num_tokens")
+def _chunks(tokens: TableVersion, table: Table, chunk_tokens: int) -> Iterator[pl.DataFrame]:
+    """Cut what is missing into chunks of about `chunk_tokens`, each a span of pair_ids with the longest pairs first."""
+    for part in _missing(tokens, table):
+        numbered = part.with_columns(((pl.col("num_tokens").cum_sum() - 1) // chunk_tokens).alias("chunk"))
+        for chunk in numbered.partition_by("chunk", maintain_order=True):
+            yield chunk.sort("num_tokens", "pair_id", descending=[True, False]).select("pair_id", "num_tokens")
 
 
 def _score_rows(engine: Any, rows: pl.DataFrame) -> tuple[pa.Table, list[dict[str, Any]]]:
@@ -303,13 +338,8 @@ def _quarantine_path(tokens_table: str) -> str:
 def _quarantine(store: WeightStore, request: _Request, rows: list[dict[str, Any]]) -> None:
     """Put unscorable pairs into quarantine, once each, however often scoring is repeated."""
     table = store.table(_quarantine_path(request.tokens_table))
-    old = table.scan().collect().to_arrow().select(QUARANTINE.names).cast(QUARANTINE)
     marked = [{**row, "detail": f"{request.logps_table}: {row['detail']}"} for row in rows]
-    known = set(zip(old["pair_id"].to_pylist(), old["detail"].to_pylist(), strict=True))
-    fresh = [row for row in marked if (row["pair_id"], row["detail"]) not in known]
-    if fresh:
-        metadata = {key: value for key, value in table.metadata().items() if key != "num_rows_written"}
-        table.replace(pa.concat_tables([old, pa.Table.from_pylist(fresh, QUARANTINE)]), metadata)
+    table.append(pa.Table.from_pylist(marked, QUARANTINE), table.metadata())
 
 
 if __name__ == "__main__":

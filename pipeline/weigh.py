@@ -9,6 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from weights_store.checksums import mix
+
 Side = Literal["chosen", "rejected"]
 
 
@@ -16,13 +18,14 @@ Side = Literal["chosen", "rejected"]
 class SideScores:
     """What is known of all response tokens of one side, flat over the pairs, `[N]` each.
 
-    `token_keys` are 64-bit hashes of (pair, side, position), the randomness of `random_weights`.
+    The log-probs are needed by `tis` and `reversed`; `token_keys`, 64-bit hashes of (pair, side, position), by `random` alone.
     """
 
     side: Side
-    positive_logps: np.ndarray
-    negative_logps: np.ndarray
-    token_keys: np.ndarray
+    num_tokens: int
+    positive_logps: np.ndarray | None = None
+    negative_logps: np.ndarray | None = None
+    token_keys: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +63,32 @@ def weigh(scores: SideScores, estimator: str, settings: ClampSettings) -> SideWe
         ValueError: The estimator is unknown.
     """
     if estimator == "uniform":
-        return SideWeights(np.ones(scores.token_keys.shape, dtype=np.float32), 0, 0)
-    if estimator == "tis":
-        logratios = scores.positive_logps - scores.negative_logps
-    elif estimator == "reversed":
-        logratios = scores.negative_logps - scores.positive_logps
-    elif estimator == "random":
-        logratios = settings.lower + (settings.upper - settings.lower) * _uniform(scores.token_keys, settings.seed)
-    else:
-        raise ValueError(f"unknown estimator {estimator!r}: expected tis, uniform, random or reversed")
-    clamped = np.clip(logratios, settings.lower, settings.upper)
+        return SideWeights(np.ones(scores.num_tokens, dtype=np.float32), 0, 0)
+    logratios = _logratios(scores, estimator, settings)
     mu = settings.mu if scores.side == "chosen" else -settings.mu
-    token_weights = settings.k * np.exp(mu * clamped, dtype=np.float32)
+    token_weights = np.clip(logratios, np.float32(settings.lower), np.float32(settings.upper))
+    token_weights *= np.float32(mu)  # in place: the memory traffic is what costs
+    np.exp(token_weights, out=token_weights)
+    token_weights *= np.float32(settings.k)
     return SideWeights(
-        token_weights.astype(np.float32),
+        token_weights,
         int(np.count_nonzero(logratios <= settings.lower)),
         int(np.count_nonzero(logratios >= settings.upper)),
     )
+
+
+def _logratios(scores: SideScores, estimator: str, settings: ClampSettings) -> np.ndarray:
+    """Return what is clamped, flat `[N]` float32 nats."""
+    if estimator == "random":
+        assert scores.token_keys is not None, "random weights need keys"
+        drawn = _uniform(scores.token_keys, settings.seed)
+        return (settings.lower + (settings.upper - settings.lower) * drawn).astype(np.float32)
+    if estimator not in ("tis", "reversed"):
+        raise ValueError(f"unknown estimator {estimator!r}: expected tis, uniform, random or reversed")
+    assert scores.positive_logps is not None, f"{estimator} needs pi+"
+    assert scores.negative_logps is not None, f"{estimator} needs pi-"
+    logratios = np.subtract(scores.positive_logps, scores.negative_logps, dtype=np.float32)
+    return logratios if estimator == "tis" else -logratios
 
 
 def token_keys(pair_ids: list[str], side: Side, lengths: np.ndarray) -> np.ndarray:
@@ -91,18 +103,10 @@ def token_keys(pair_ids: list[str], side: Side, lengths: np.ndarray) -> np.ndarr
     offsets = np.cumsum(lengths) - lengths
     positions = (np.arange(int(lengths.sum())) - np.repeat(offsets, lengths)).astype(np.uint64)
     salt = np.uint64(1 if side == "chosen" else 2) << np.uint64(62)
-    return _mix(np.repeat(_mix(pairs), lengths) + positions + salt)
+    return mix(np.repeat(mix(pairs), lengths) + positions + salt)
 
 
 def _uniform(keys: np.ndarray, seed: int) -> np.ndarray:
     """Return a number in [0, 1) for each key, float32, independent of the keys around it."""
-    mixed = _mix(keys + _mix(np.full(1, seed, dtype=np.uint64)))
+    mixed = mix(keys + mix(np.full(1, seed, dtype=np.uint64)))
     return ((mixed >> np.uint64(40)).astype(np.float32)) * np.float32(2.0**-24)
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """Return the finaliser of SplitMix64 of each value (Steele, Lea, Flood 2014), wrapping around in uint64."""
-    z = values + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))

@@ -1,7 +1,8 @@
 """A map-style view of one pinned version of a weight dataset.
 
-Row groups are read on demand and kept in a small cache; the sampler makes neighbouring reads fall into the same groups.
-Ids are used as they are stored: nothing is tokenised here. Not here: order (`sampler.py`), padding (`collate.py`).
+Row groups are read on demand, checked against what was committed, and kept in a small cache; the sampler makes neighbouring
+reads fall into the same groups. Ids are used as they are stored: nothing is tokenised here. Not here: order (`sampler.py`),
+padding (`collate.py`).
 """
 
 from collections import OrderedDict
@@ -12,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
@@ -20,6 +20,7 @@ from train.config import DataConfig
 from train.sampler import WINDOW_GROUPS, BlockShuffle
 from weights_store import Table, TableVersion, WeightStore, split_name
 from weights_store.errors import MismatchError, NotFoundError
+from weights_store.shards import ShardReader, ShardRecord
 
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _FLOATS = {
@@ -83,7 +84,7 @@ class Pair:
 class _Group(NamedTuple):
     """A row group and how many of its rows are in the view."""
 
-    shard: str
+    shard: ShardRecord
     position: int  # in the shard
     num_rows: int
 
@@ -111,7 +112,7 @@ class PairDataset(Dataset[Pair]):
         self._groups = _list_groups(source, config)
         self._ends = np.cumsum([group.num_rows for group in self._groups])
         self._cache: OrderedDict[int, _Columns] = OrderedDict()
-        self._shards: dict[str, pq.ParquetFile] = {}
+        self._shards: dict[str, ShardReader] = {}
         if len(self) == 0:
             raise NotFoundError(
                 f"{source.name} has no pair with split {config.split!r}; leave data.split empty for all"
@@ -131,7 +132,7 @@ class PairDataset(Dataset[Pair]):
         Raises:
             IndexError: There is no such row.
             MismatchError: Ids, weights and reference log-probs of a row do not belong together, see `check_columns`.
-            StoreError: A shard is gone.
+            DamageError: A shard is not what was committed.
         """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} is outside {self.source.name} with {len(self)} rows")
@@ -156,27 +157,27 @@ class PairDataset(Dataset[Pair]):
 
     def _read_group(self, group: _Group) -> "_Columns":
         names = [*_COLUMNS, "split"] if self.config.split else _COLUMNS
-        rows = self._open(group.shard).read_row_group(group.position, columns=names)
+        rows = self._open(group.shard).read_group(group.position, names)
         if self.config.split:
             rows = rows.filter(pc.equal(rows["split"], self.config.split))
         columns = _Columns(rows.slice(0, group.num_rows).combine_chunks())
-        check_columns(columns, self.vocab_size, where=f"{self.source.name}, shard {group.shard}")
+        check_columns(columns, self.vocab_size, where=f"{self.source.name}, shard {group.shard.name}")
         return columns
 
-    def _open(self, shard: str) -> pq.ParquetFile:
-        if shard not in self._shards:
-            self._shards = {shard: self.source.table.open_shard(shard)}  # one open file is enough
-        return self._shards[shard]
+    def _open(self, shard: ShardRecord) -> ShardReader:
+        if shard.name not in self._shards:
+            self._shards = {shard.name: self.source.table.open_shard(shard)}  # one open file is enough
+        return self._shards[shard.name]
 
 
 def _list_groups(source: WeightSource, config: DataConfig) -> list[_Group]:
     """Read the footer of every shard and, with a split, its column; stop once `max_pairs` are there."""
     groups: list[_Group] = []
     left = config.max_pairs
-    for shard in source.table.shards(source.reference.version):
-        file = source.table.open_shard(shard)
-        for index in range(file.num_row_groups):
-            num_rows = _count_rows(file, index, config.split)
+    for shard in source.table.records(source.reference.version):
+        reader = source.table.open_shard(shard)
+        for index, size in enumerate(reader.group_sizes):
+            num_rows = _count_rows(reader, index, config.split) if config.split else size
             groups.append(_Group(shard, index, num_rows if left is None else min(num_rows, left)))
             left = None if left is None else left - groups[-1].num_rows
             if left == 0:
@@ -184,10 +185,8 @@ def _list_groups(source: WeightSource, config: DataConfig) -> list[_Group]:
     return groups
 
 
-def _count_rows(file: pq.ParquetFile, index: int, split: str) -> int:
-    if not split:
-        return int(file.metadata.row_group(index).num_rows)
-    column = file.read_row_group(index, columns=["split"])["split"]
+def _count_rows(reader: ShardReader, index: int, split: str) -> int:
+    column = reader.read_group(index, ["split"])["split"]
     return int(pc.sum(pc.equal(column, split)).as_py() or 0)
 
 

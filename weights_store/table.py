@@ -13,7 +13,7 @@ Not here: what the rows mean (`pipeline`), names and listings (`store.py`), chec
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -145,6 +145,15 @@ class Table:
             NotFoundError: There is no such table or version.
         """
         return pl.scan_delta(self._open(version))
+
+    def scan_shards(self, shards: Iterable[ShardRecord]) -> pl.LazyFrame:
+        """Return the rows of some shards, committed or not, as a lazy frame."""
+        return self._scan_files([shard.name for shard in shards])
+
+    def _scan_files(self, names: list[str]) -> pl.LazyFrame:
+        if not names:
+            return pl.LazyFrame(pl.from_arrow(self.schema.empty_table()))
+        return pl.scan_parquet([f"{self.location}/{name}" for name in names])
 
     def records(self, version: int | None = None) -> list[ShardRecord]:
         """Return what the commits recorded of the shards of one version, in the order in which they were written.
@@ -397,10 +406,7 @@ class Table:
         if since is None:
             present = self.scan(version)
         else:
-            added = sorted(set(self.shards(version)) - set(self.shards(since)))
-            if not added:
-                return rows
-            present = pl.scan_parquet([f"{self.location}/{name}" for name in added])
+            present = self._scan_files(sorted(set(self.shards(version)) - set(self.shards(since))))
         first = rows[self.key[0]]
         span = pc.min_max(first).as_py()
         present = present.filter(pl.col(self.key[0]).is_between(pl.lit(span["min"]), pl.lit(span["max"]))).select(

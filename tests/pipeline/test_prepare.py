@@ -59,7 +59,7 @@ def test_every_bad_row_is_quarantined_with_its_reason_and_the_rest_goes_on(run):
     assert prepared.quarantined == dict(Counter(reason for _, reason in BAD_ROWS))
     by_row = dict(zip(quarantine["source_row"], quarantine["reason"], strict=True))
     assert by_row == {2 + index: reason for index, (_, reason) in enumerate(BAD_ROWS)}
-    assert tokens["source_row"].to_list() == [0, 1, 2 + len(BAD_ROWS)]
+    assert sorted(tokens["source_row"]) == [0, 1, 2 + len(BAD_ROWS)]
     assert prepared.num_source_rows == len(rows) == tokens.height + quarantine.height
 
 
@@ -140,7 +140,7 @@ def test_another_limit_is_another_table(run):
 
 def test_max_pairs_takes_the_first_rows(run):
     prepared = run([pair(index) for index in range(5)], **{"dataset.max_pairs": 2})
-    assert tables(prepared)[0]["source_row"].to_list() == [0, 1]
+    assert sorted(tables(prepared)[0]["source_row"]) == [0, 1]
 
 
 def test_a_source_without_a_usable_pair_says_what_was_wrong(run):

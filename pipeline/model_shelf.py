@@ -1,0 +1,62 @@
+"""The contrastive models of a store: where they lie on this machine, and that they are in the store.
+
+In a local store they lie in its folder `models/`. For an object store they are trained and read in a cache folder of this
+machine (`TOKENWEIGHTS_CACHE`, by default `~/.cache/tokenweights`), uploaded when finished and fetched where they are needed.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weights_store.fingerprint import fingerprint
+from weights_store.location import Location
+
+RECORD = "contrast.json"
+"""Says what determined a model; written last, so a model without it is unfinished."""
+
+
+@dataclass(frozen=True)
+class ModelShelf:
+    """The folder `models/` of a store."""
+
+    location: Location
+
+    def place(self, name: str) -> Path:
+        """Return the folder of this machine where a model is trained and read."""
+        if self.location.is_local:
+            return self.location.path / name
+        cache = Path(os.environ.get("TOKENWEIGHTS_CACHE", "~/.cache/tokenweights")).expanduser()
+        return cache / fingerprint(self.location.uri)[:16] / name
+
+    def find(self, name: str) -> Path | None:
+        """Return the folder of a finished model, fetched if need be; None when the store has none of that name."""
+        folder = self.place(name)
+        if (folder / RECORD).is_file():
+            return folder
+        if not (self.location / name).exists(RECORD):
+            return None
+        shutil.rmtree(folder, ignore_errors=True)
+        partial = folder.with_name(f".{name}.{os.getpid()}.partial")
+        (self.location / name).download(partial)
+        partial.replace(folder)
+        return folder
+
+    def put(self, name: str, record: dict[str, Any]) -> None:
+        """Finish the model at `place(name)`: upload it where the store is remote, and write its record."""
+        target, folder = self.location / name, self.place(name)
+        text = json.dumps(record, indent=2).encode()
+        if not self.location.is_local:
+            target.upload(folder)
+        target.write(RECORD, text)
+        if not self.location.is_local:
+            Location(str(folder)).write(RECORD, text)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yield the record of every finished model."""
+        for name in self.location.folders():
+            if (self.location / name).exists(RECORD):
+                yield json.loads((self.location / name).read(RECORD))
