@@ -99,7 +99,9 @@ def score_tokens(role: str, prepared: Prepared, scorer: Scorer, recipe: Recipe, 
     def show(percent: float) -> None:
         update_progress_artifact(artifact, progress=percent)  # type: ignore[arg-type]
 
-    scored = score(prepared.tokens, scorer, recipe.score, model_folder, recipe.model.chat_template, logger.info, show)
+    scored = score(
+        prepared.tokens, scorer, recipe.score, model_folder, recipe.model.chat_template, logger.info, show, role
+    )
     show(100.0)
     if scored.num_scored_pairs == 0:
         logger.info(f"{scored.logps}: nothing to score")

@@ -92,6 +92,7 @@ def score(
     chat_template: str | None = None,
     report: Callable[[str], None] = print,
     progress: Callable[[float], None] = lambda percent: None,
+    role: str = "ref",
 ) -> Scored:
     """Bring the scorer's logps table up to a version of the tokens table; returns at once when nothing is missing.
 
@@ -103,6 +104,7 @@ def score(
         chat_template: The recipe's own template file, if any.
         report: Gets one line now and then.
         progress: Gets the percentage done, 0 to 100.
+        role: What the scorer is to the build: `ref`, `positive` or `negative`.
 
     Raises:
         MissingExtraError: There is something to score, and no vLLM.
@@ -117,7 +119,7 @@ def score(
     if not num_pairs and table.exists():
         return Scored(table.reference(), 0, 0, 0, time.monotonic() - started)
     if not table.exists():
-        _explain_new_table(table, identity, report)
+        _explain_new_table(table, role, identity, report)
     check_extra("vllm", "pip install 'tokenweights[score]' (GPU) or 'tokenweights[score-cpu]'", settings.python)
     before = table.num_rows() if table.exists() else 0
     request = _Request(
@@ -131,6 +133,7 @@ def score(
         condition=asdict(scorer.condition) if scorer.condition else None,
         metadata={
             "scorer": identity,
+            "role": role,
             "parents": [tokens.as_parent()],
             "fingerprint": fingerprint({"scorer": identity, "tokens": tokens.fingerprint}),
             **provenance(),
@@ -156,13 +159,20 @@ def logps_table(tokens: TableVersion, identity: dict[str, Any]) -> Table:
     return WeightStore(tokens.store).table(f"logps/{key}/{fingerprint(identity)[:12]}")
 
 
-def _explain_new_table(table: Table, identity: dict[str, Any], report: Callable[[str], None]) -> None:
-    """Say how this scorer differs from those that have scored the same pairs already."""
+def _explain_new_table(table: Table, role: str, identity: dict[str, Any], report: Callable[[str], None]) -> None:
+    """Say why pairs that were scored in this role before are scored anew: what differs from the last such scorer."""
     folder = table.path.rpartition("/")[0]
-    for other in WeightStore(str(table.root)).tables("logps"):
-        if other.path.startswith(f"{folder}/"):
-            changes = explain_difference(other.metadata()["scorer"], identity)
-            report(f"score: {table.path} is a new table; unlike {other.path}: {'; '.join(changes)}")
+    others = [t for t in WeightStore(str(table.root)).tables("logps") if t.path.startswith(f"{folder}/")]
+    newest = {other.path: other.history(limit=1)[0] for other in others}
+    same_role = [
+        (c.timestamp_ms, path, c.metadata)
+        for path, c in newest.items()
+        if c.metadata and c.metadata.get("role") == role
+    ]
+    if same_role:
+        _, path, metadata = max(same_role)
+        changes = explain_difference(metadata["scorer"], identity)
+        report(f"score {role}: {table.path} is a new table; unlike {path}: {'; '.join(changes)}")
 
 
 def _missing(tokens: TableVersion, table: Table) -> Iterator[pl.DataFrame]:

@@ -16,7 +16,9 @@ import pyarrow as pa
 
 from weights_store.table import KeyRange
 
-_ROWS_PER_SAMPLE = 1000
+DEFAULT_BYTES = 256 << 20
+_SAMPLES_PER_RUN = 64
+_ROWS_PER_BATCH = 1000
 
 
 class ExternalSort:
@@ -25,13 +27,13 @@ class ExternalSort:
     Args:
         schema: Columns of the tables.
         key: Sort columns; the first one cuts the ranges.
-        max_bytes: Arrow bytes kept in memory, and about the size of one range.
+        max_bytes: Arrow bytes kept in memory, and about the size of one range; `DEFAULT_BYTES` by default.
     """
 
-    def __init__(self, schema: pa.Schema, *key: str, max_bytes: int = 256 << 20) -> None:
+    def __init__(self, schema: pa.Schema, *key: str, max_bytes: int | None = None) -> None:
         self.schema = schema
         self.key = key
-        self.max_bytes = max_bytes
+        self.max_bytes = max_bytes or DEFAULT_BYTES
         self.num_rows = 0
         self._waiting: list[pa.Table] = []
         self._num_waiting_bytes = 0
@@ -54,6 +56,8 @@ class ExternalSort:
         Raises:
             OSError: The temporary folder (TMPDIR) is full.
         """
+        if not rows.num_rows:
+            return
         self._waiting.append(rows)
         self._num_waiting_bytes += rows.nbytes
         self._num_bytes += rows.nbytes
@@ -89,8 +93,9 @@ class ExternalSort:
         rows = self._sorted_waiting()
         path = self._folder / f"{len(self._runs)}.arrow"
         with pa.ipc.new_file(path, self.schema) as file:
-            file.write_table(rows, max_chunksize=_ROWS_PER_SAMPLE)
-        self._samples += rows[self.key[0]].take(list(range(0, rows.num_rows, _ROWS_PER_SAMPLE))).to_pylist()
+            file.write_table(rows, max_chunksize=_ROWS_PER_BATCH)
+        step = -(-rows.num_rows // _SAMPLES_PER_RUN)
+        self._samples += rows[self.key[0]].take(list(range(0, rows.num_rows, step))).to_pylist()
         self._runs.append(path)
         self._waiting, self._num_waiting_bytes = [], 0
 

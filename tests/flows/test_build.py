@@ -76,7 +76,7 @@ def test_build_publishes_every_good_pair_and_accounts_for_every_row(first_build)
     assert statistics["quarantined"] == {"unparsable_json": 1}
     assert statistics["num_source_rows"] == NUM_PAIRS + 1
     assert first_build.num_trained == 2
-    assert "toy/tis-dpo@0" in first_build.report.read_text(encoding="utf-8")
+    assert "toy/tis-dpo@0" in Path(first_build.report).read_text(encoding="utf-8")
 
 
 def test_progress_and_summary_are_artifacts(first_build):

@@ -2,11 +2,13 @@ import json
 from collections import Counter
 
 import polars as pl
+import pyarrow as pa
 import pytest
 
-from pipeline.prepare import prepare
+from pipeline.prepare import _Update, prepare
 from weights_store import WeightStore
 from weights_store.errors import InputError
+from weights_store.schemas import QUARANTINE
 
 
 def assistant(content):
@@ -187,6 +189,62 @@ def test_the_same_pairs_among_other_bad_rows_make_a_version_that_says_so(run):
     assert (
         second.tokens.fingerprint == first.tokens.fingerprint
     )  # the pairs are the same: nothing downstream is made anew
+
+
+@pytest.mark.parametrize("second_rows", [[0, 1, 2, 3, 4, 5, 6, 7], [6, 2, 9, 0, 8]])
+def test_little_memory_gives_the_same_tables(run, monkeypatch, second_rows):
+    # Appended, and once with pairs that left, moved and came, with memory for about one pair at a time.
+    def both_builds(name):
+        run([*(pair(index) for index in range(5)), pair(3), BAD_ROWS[0][0]], **{"dataset.name": name})
+        prepared = run([*(pair(index) for index in second_rows), BAD_ROWS[1][0]], **{"dataset.name": name})
+        tokens, quarantine = tables(prepared)
+        return prepared, tokens.sort("pair_id"), quarantine.sort("source_row")
+
+    roomy, tokens, quarantine = both_builds("roomy")
+    monkeypatch.setattr("pipeline.sorting.DEFAULT_BYTES", 300)
+    monkeypatch.setattr("pipeline.prepare._ROWS_PER_BATCH", 2)
+    tight, tight_tokens, tight_quarantine = both_builds("tight")
+    assert tight_tokens.equals(tokens)
+    assert tight_quarantine.equals(quarantine)
+    assert tight.tokens.fingerprint == roomy.tokens.fingerprint
+    assert (tight.num_new_pairs, tight.quarantined) == (roomy.num_new_pairs, roomy.quarantined)
+
+
+def test_what_a_scorer_could_not_score_stays_in_quarantine_when_rows_are_added(run):
+    first = run([pair(0), pair(1)])
+    table = WeightStore(first.tokens.store).table(f"quarantine/{first.dataset_key}")
+    pair_id = tables(first)[0]["pair_id"][0]
+    row = {"source_row": 0, "pair_id": pair_id, "reason": "unscorable", "detail": "logps/x: too long", "raw": ""}
+    table.append(pa.Table.from_pylist([row], QUARANTINE), table.metadata())
+    _, quarantine = tables(run([pair(0), pair(1), BAD_ROWS[0][0]]))
+    assert quarantine["reason"].to_list() == ["unscorable", "unparsable_json"]
+
+
+def test_another_build_of_the_same_dataset_that_was_faster_is_compared_with_again(run, monkeypatch):
+    # The other build appends pair 2 between our look and our commit.
+    run([pair(0), pair(1)])
+    original, raced = _Update._write_fresh, []
+
+    def write_fresh(update, *args):
+        shards = original(update, *args)
+        if not raced:
+            raced.append(True)
+            run([pair(0), pair(1), pair(2)])
+        return shards
+
+    monkeypatch.setattr("pipeline.prepare._Update._write_fresh", write_fresh)
+    prepared = run([pair(0), pair(1), pair(2), pair(3)])
+    assert sorted(tables(prepared)[0]["source_row"]) == [0, 1, 2, 3]
+    assert prepared.num_new_pairs == 1
+
+
+def test_another_limit_says_what_differs(run, make_recipe, toy_model):
+    run([pair(0)])
+    lines = []
+    settings = {"dataset.max_response_tokens": 59, "dataset.max_prompt_tokens": 100}
+    prepare(make_recipe(**settings), toy_model, report=lines.append)
+    assert any("is a new table; unlike tokens/toy-" in line for line in lines)
+    assert any("max_response_tokens: 60 -> 59" in line for line in lines)
 
 
 def test_real_transcripts(shared_folder, make_recipe):

@@ -5,6 +5,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+import pipeline.publish as publish_module
 from pipeline.publish import Ingredients, publish
 from weights_store import WeightStore
 from weights_store.errors import InputError, MismatchError
@@ -152,6 +153,53 @@ def test_log_probs_of_another_length_are_refused(store, make_recipe):
     short = _logps(store, "pos4", "ab", [-1.0, -1.0], [-2.0, -3.0])
     with pytest.raises(MismatchError, match="2 values in chosen_positive_logps for 3 chosen_ids"):
         _publish(make_recipe, Ingredients(ingredients.tokens, ingredients.ref_logps, short, ingredients.negative_logps))
+
+
+def test_appended_pairs_have_their_share_in_the_statistics(store, make_recipe):
+    # Published in two steps or in one, the numbers are the same; pair c has other log-probs than a and b.
+    def ingredients(names):
+        full = _ingredients(store, names)
+        for scorer, chosen, rejected in (("pos", [-9.0, -0.25, -1.0], [-1.0, -1.0]), ("neg", [-1.0] * 3, [-0.5, -3.0])):
+            _logps(store, scorer, "c", chosen, rejected)
+        return dataclasses.replace(
+            full,
+            positive_logps=store.table("logps/toy-1/pos").reference(),
+            negative_logps=store.table("logps/toy-1/neg").reference(),
+        )
+
+    _publish(make_recipe, ingredients("ab"))
+    grown = _publish(make_recipe, ingredients("abc"))
+    at_once = _publish(make_recipe, ingredients("abc"), **{"weights.name": "toy/other"})
+    assert grown.weights.version == 1
+    assert grown.statistics["chosen"] == pytest.approx(at_once.statistics["chosen"])
+    assert grown.statistics["rejected"] == pytest.approx(at_once.statistics["rejected"])
+    assert grown.statistics["num_response_tokens"] == at_once.statistics["num_response_tokens"] == 15
+
+
+def test_little_memory_publishes_the_same_rows(store, make_recipe, monkeypatch):
+    monkeypatch.setattr("weights_store.shards.ROW_GROUP_BYTES", 100)
+    ingredients = _ingredients(store, "abcdef")
+    _publish(make_recipe, ingredients)
+    monkeypatch.setattr("pipeline.publish._RANGE_BYTES", 4000)
+    assert len(store.table("tokens/toy-1").key_ranges(4000)) > 1
+    _publish(make_recipe, ingredients, **{"weights.name": "toy/tight"})
+    assert store.scan("toy/tight").collect().equals(store.scan("toy/tis-dpo").collect())
+
+
+def test_a_build_that_lost_the_race_to_the_same_build_takes_its_version(store, make_recipe, monkeypatch):
+    ingredients, raced = _ingredients(store), []
+
+    def write_rows(*args):
+        shards = original(*args)
+        if not raced:
+            raced.append(True)
+            raced.append(_publish(make_recipe, ingredients).weights)
+        return shards
+
+    original = publish_module._write_rows
+    monkeypatch.setattr(publish_module, "_write_rows", write_rows)
+    assert _publish(make_recipe, ingredients).weights == raced[1]
+    assert store.table("weights/toy/tis-dpo").version() == 0
 
 
 def test_uniform_needs_no_pair_and_says_that_it_is_constant(store, make_recipe):
