@@ -8,11 +8,11 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from weights_store.errors import MissingExtraError, TokenweightsError
-
-_DEFAULT_STORE = "stores/default"
+from weights_store.commands import add_commands, add_store_option
+from weights_store.errors import InputError, MissingExtraError, TokenweightsError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,13 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     demo = _command(commands, "demo", _demo, "run everything on a made-up language, in a folder of its own")
     demo.add_argument("--folder", default="demo", help="where the demo's store and models go (default: demo)")
 
-    listing = _command(commands, "ls", _list, "list the weight datasets of a store")
-    show = _command(commands, "show", _show, "show one weight dataset: statistics, lineage, versions, first rows")
-    show.add_argument("name", metavar="NAME[@VERSION]", help="for example hh-harmless/tis-dpo@3")
-    for command in (listing, show):
-        command.add_argument(
-            "--store", metavar="URI", default=_DEFAULT_STORE, help=f"root of the store (default: {_DEFAULT_STORE})"
-        )
+    def add(name: str, run: Any, what: str) -> argparse.ArgumentParser:
+        command = _command(commands, name, run, what)
+        add_store_option(command)
+        return command
+
+    add_commands(add, _load_tokenizer)
     return parser
 
 
@@ -131,71 +130,19 @@ def _demo(options: argparse.Namespace) -> None:
     _load("flows.demo", "flows").run_demo(options.folder, options.debug)
 
 
-def _list(options: argparse.Namespace) -> None:
-    from weights_store import WeightStore
+def _load_tokenizer(folder: str) -> Any:
+    """Return the tokenizer of a model folder.
 
-    listing = WeightStore(options.store).list()
-    if listing.is_empty():
-        print(f"no weight datasets in {options.store} yet")
-        return
-    _print_frame(listing.drop("changes"))
-
-
-def _show(options: argparse.Namespace) -> None:
-    from weights_store import WeightStore, split_name
-
-    name, version = split_name(options.name)
-    store = WeightStore(options.store)
-    metadata = store.metadata(name, version)
-    print(f"{store.resolve(name, version)}  fingerprint {metadata['fingerprint'][:12]}\n")
-    for label, value in _facts(metadata["statistics"]):
-        print(f"  {label:<36}{value}")
-    print("\nmade from")
-    for parent in metadata["parents"]:
-        print(f"  {parent['role']:<16}{parent['table']}@{parent['version']}  {parent['fingerprint'][:12]}")
-    print("\nversions")
-    _print_frame(store.history(name).drop("name"))
-    print("\nfirst rows")
-    _print_frame(_row_summary(store.scan(name, version).head(5)).collect())
-
-
-def _row_summary(rows: Any) -> Any:
-    """Return lengths and mean weights instead of lists, which no terminal can show."""
-    import polars as pl
-
-    sides = ("chosen", "rejected")
-    return rows.select(
-        "pair_id",
-        "split",
-        pl.col("prompt_ids").list.len().alias("prompt_tokens"),
-        *(pl.col(f"{side}_ids").list.len().alias(f"{side}_tokens") for side in sides),
-        *(pl.col(f"{side}_token_weights").list.mean().round(4).alias(f"{side}_mean_weight") for side in sides),
-    )
-
-
-def _facts(statistics: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    facts: list[tuple[str, str]] = []
-    for key, value in statistics.items():
-        label = f"{prefix}{key}"
-        if isinstance(value, dict):
-            facts += _facts(value, f"{label}.")
-        else:
-            facts.append((label, f"{value:.4f}" if isinstance(value, float) else str(value)))
-    return facts
-
-
-def _print_frame(frame: Any) -> None:
-    import polars as pl
-
-    with pl.Config(
-        tbl_rows=-1,
-        tbl_cols=-1,
-        tbl_width_chars=160,
-        fmt_str_lengths=60,
-        tbl_hide_dataframe_shape=True,
-        tbl_hide_column_data_types=True,
-    ):
-        print(frame)
+    Raises:
+        InputError: The folder has no tokenizer.json.
+        MissingExtraError: The package `tokenizers` is not installed.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(
+            f"{folder} has no tokenizer.json; give the folder of the model that the pairs were tokenised with"
+        )
+    return _load("tokenizers", "train").Tokenizer.from_file(str(path))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ def contrast(
             check_extra("torch", "pip install 'tokenweights[train]'", settings.python)
             report(f"training the {side} model ({settings.method}) on {uniform}")
             run_child(_command(settings, side, model_folder, uniform, folder), f"training {folder}", report)
-            models.put(name, {"identity": identities[side], "data": data, "version": uniform.version})
+            record = {"identity": identities[side], "data": data, "version": uniform.version}
+            models.put(name, {**record, "fingerprint": fingerprint_model(folder)})
             num_trained += 1
         folders.append(folder)
     return ContrastivePair(Scorer(folders[0]), Scorer(folders[1]), num_trained)

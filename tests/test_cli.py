@@ -107,10 +107,43 @@ def test_wrong_usage_is_exit_code_2(command):
     assert command()[0] == 2
 
 
-def test_ls_and_show_of_what_is_not_there(command, tmp_path):
-    for arguments in (("ls",), ("show", "hh/tis-dpo"), ("show", "hh@x")):
-        code, _, err = command(*arguments, "--store", str(tmp_path / "none"))
-        assert (code, err.count("\n")) == (1, 1)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("ls",),
+        ("show", "hh/tis-dpo"),
+        ("show", "hh@x"),
+        ("history", "hh/tis-dpo"),
+        ("lineage", "hh/tis-dpo@3"),
+        ("diff", "hh/tis-dpo", "hh/uniform"),
+        ("export", "hh/tis-dpo", "out"),
+        ("verify",),
+        ("verify", "hh/tis-dpo"),
+        ("vacuum",),
+        ("optimize", "logps/hh/x"),
+    ],
+    ids=" ".join,
+)
+def test_commands_on_what_is_not_there_give_one_line(command, tmp_path, arguments):
+    code, _, err = command(*arguments, "--store", str(tmp_path / "none"))
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith("error: ")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("diff", "hh/tis-dpo"),
+        ("export", "hh/tis-dpo"),
+        ("export", "a", "b", "--format", "csv"),
+        ("optimize",),
+        ("history",),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_of_the_stores_commands_is_exit_code_2(command, arguments):
+    assert command(*arguments)[0] == 2
 
 
 def test_train_is_the_training_job(command, tmp_path):

@@ -1,16 +1,24 @@
 """Where a store lies: a local folder, or a prefix in an object store that both pyarrow and deltalake speak.
 
 Credentials come from the usual environment variables and are never part of a URI, so that they reach no log, no lineage and
-no error message. Nothing here knows about tables.
+no error message. Servers' replies quote keys and tokens: errors about them go through `one_line`. Nothing here knows
+about tables.
 """
 
 import os
 import re
+import ssl
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import unquote, urlsplit
+from urllib.request import Request, urlopen
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -18,7 +26,15 @@ import pyarrow.fs as pafs
 from weights_store.errors import SettingsError, StoreError
 
 _SCHEMES = ("s3", "gs", "abfs", "abfss")
+_REMOTE_PART = re.compile(r"[A-Za-z0-9_.=+~@:,-]+")  # pyarrow, deltalake and Polars read all others differently
+_ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_XML_ERROR = re.compile(r"(?:<\?xml[^>]*\?>)?\s*<Error>.*?</Error>", re.DOTALL)
+_BACKTRACE = re.compile(r"\n\s+0: .*", re.DOTALL)
+_USER = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*@")
+_SECRET_NAME = re.compile(r"(AWS|AZURE|GOOGLE|GCS)_.*(KEY|SECRET|TOKEN|PASSWORD)")
+_PROBE_S = 4
+_PROBE_PAUSES_S = (1, 3)
 
 
 @dataclass(frozen=True)
@@ -32,18 +48,15 @@ class Location:
     uri: str
 
     def __post_init__(self) -> None:
-        text = self.uri.rstrip("/") or self.uri
-        scheme, colon, _ = text.partition("://")
+        scheme, colon, rest = self.uri.partition("://")
         if not colon or scheme == "file":
-            text = str(Path(text.removeprefix("file://")))
+            text = _local_path(self.uri)
         elif scheme not in _SCHEMES:
             known = ", ".join(f"{name}://…" for name in _SCHEMES)
             raise SettingsError(f"a store cannot lie at {scheme}://…: expected a folder, file://… or one of {known}")
-        elif (scheme in ("s3", "gs") and "@" in urlsplit(text).netloc) or "?" in text:
-            raise SettingsError(
-                f"the store's {scheme}:// URI carries credentials or options; give them as environment variables "
-                "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION, …)"
-            )
+        else:
+            text = self.uri.rstrip("/")
+            _check_remote(scheme, rest.rstrip("/"))
         object.__setattr__(self, "uri", text)
 
     def __str__(self) -> str:
@@ -70,8 +83,19 @@ class Location:
 
     @property
     def storage_options(self) -> dict[str, str]:
-        """What deltalake needs beside the environment: on S3 a commit is a conditional put, and no lock table is needed."""
-        return {"conditional_put": "etag"} if self.uri.startswith("s3://") else {}
+        """What deltalake needs beside the environment: on S3 a commit is a conditional put, and no lock table is needed.
+
+        Retries last about as long as pyarrow's, 6 s: a hiccup of the network is survived, whoever meets it.
+        """
+        if self.is_local:
+            return {}
+        retries = {"max_retries": "24", "retry_timeout": "30s", "backoff_config.max_backoff": "2s"}
+        return retries | ({"conditional_put": "etag"} if self.uri.startswith("s3://") else {})
+
+    @property
+    def scan_options(self) -> dict[str, Any]:
+        """What Polars needs beside the environment: the same patience as the others."""
+        return {} if self.is_local else {"max_retries": 24, "retry_timeout_ms": 30_000, "retry_max_backoff_ms": 2_000}
 
     @cached_property
     def filesystem(self) -> pafs.FileSystem:
@@ -82,11 +106,24 @@ class Location:
         """
         if self.is_local:
             return pafs.SubTreeFileSystem(str(self.path.absolute()), pafs.LocalFileSystem())
+        if self.uri.startswith("s3://") and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
+            _check_reachable(endpoint)
         try:
             base, path = pafs.FileSystem.from_uri(self.uri)
         except (OSError, pa.ArrowException) as error:
-            raise StoreError(f"cannot open {self.uri}: {one_line(error)}") from error
+            raise StoreError(f"cannot open {self.uri}: {one_line(error)}{_hint(error)}") from None
         return pafs.SubTreeFileSystem(path, base)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn what goes wrong in looking and reading into one line; a missing file stays a `FileNotFoundError`."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except (OSError, pa.ArrowException) as error:
+            text = f"cannot read {self.uri}: {one_line(error)}{_hint(error)}"
+            raise StoreError(text) from (error if self.is_local else None)
 
     def __getstate__(self) -> dict[str, str]:
         """Leave the open file system behind: every process has its own."""
@@ -96,8 +133,18 @@ class Location:
         object.__setattr__(self, "uri", state["uri"])
 
     def exists(self, name: str = "") -> bool:
-        """Return whether there is a file or a folder of that name."""
-        return bool(self.filesystem.get_file_info(name).type != pafs.FileType.NotFound)
+        """Return whether there is a file or a folder of that name.
+
+        Raises:
+            StoreError: It cannot be looked up; so do the other methods that look or read.
+        """
+        with self._reading():
+            return bool(self.filesystem.get_file_info(name).type != pafs.FileType.NotFound)
+
+    def has_file(self, *names: str) -> bool:
+        """Return whether one of the files is there."""
+        with self._reading():
+            return any(info.is_file for info in self.filesystem.get_file_info(list(names)))
 
     def files(self, recursive: bool = False) -> dict[str, pafs.FileInfo]:
         """Return the files in this folder by their name relative to it; none when the folder does not exist."""
@@ -109,7 +156,8 @@ class Location:
 
     def _entries(self, recursive: bool) -> list[pafs.FileInfo]:
         selector = pafs.FileSelector("", recursive=recursive, allow_not_found=True)
-        return list(self.filesystem.get_file_info(selector))
+        with self._reading():
+            return list(self.filesystem.get_file_info(selector))
 
     def read(self, name: str) -> bytes:
         """Return the bytes of one file.
@@ -117,7 +165,7 @@ class Location:
         Raises:
             FileNotFoundError: There is none.
         """
-        with self.filesystem.open_input_stream(name, compression=None) as file:
+        with self._reading(), self.filesystem.open_input_stream(name, compression=None) as file:
             return bytes(file.readall())
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
@@ -162,6 +210,83 @@ class Location:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message as one line, without the colours and trees some libraries print."""
-    text = " ".join(_ANSI.sub("", str(error)).replace("↳", " ").split())
-    return text or type(error).__name__
+    """Return an error's message as one line, without the colours and trees some libraries print, and without credentials."""
+    text = _XML_ERROR.sub(_code_and_message, _BACKTRACE.sub("", _ANSI.sub("", str(error))).replace("↳", " "))
+    text = _USER.sub("***@", text)
+    for name, value in os.environ.items():
+        if len(value) >= 6 and _SECRET_NAME.fullmatch(name):
+            text = text.replace(value, "***")
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _code_and_message(reply: re.Match[str]) -> str:
+    """Keep of a server's reply what it is about: it may quote the key, the signed request and the session token."""
+    found = (re.search(f"<{tag}>(.*?)</{tag}>", reply[0], re.DOTALL) for tag in ("Code", "Message"))
+    return ": ".join(part[1] for part in found if part)
+
+
+def _hint(error: BaseException) -> str:
+    text = str(error)
+    if "ACCESS_DENIED" in text or "403" in text:
+        return "; check the credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION)"
+    return "; check AWS_ENDPOINT_URL and the network" if "NETWORK_CONNECTION" in text else ""
+
+
+def _local_path(uri: str) -> str:
+    text = uri
+    if not uri:
+        raise SettingsError("a store needs a place: expected a folder or a URI, got an empty text")
+    if uri.startswith("file://"):
+        if not uri.startswith("file:///"):
+            raise SettingsError("a file:// URI of a store names a host: expected file:///absolute/path")
+        text = unquote(uri.removeprefix("file://"))
+    if _ESCAPE.search(text):
+        raise SettingsError(f"bad folder {text!r}: deltalake takes a % before two hex digits for another character")
+    return str(Path(text).expanduser() if text.startswith("~/") else Path(text))
+
+
+def _check_remote(scheme: str, rest: str) -> None:
+    """Refuse credentials, options, and names that the libraries do not read alike."""
+    host = urlsplit(f"{scheme}://{rest}").netloc
+    account = scheme.startswith("abfs") and ":" not in host.partition("@")[0]
+    if ("@" in host and not account) or "?" in rest or "#" in rest:
+        raise SettingsError(
+            f"the store's {scheme}:// URI carries credentials or options; give them as environment variables "
+            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION, …)"
+        )
+    for part in rest.split("/"):
+        if not _REMOTE_PART.fullmatch(part) or part in (".", ".."):
+            raise SettingsError(
+                f"bad part {part!r} in the store's {scheme}:// URI: expected {scheme}://bucket/prefix of letters, digits and "
+                "any of _.=+~@:,-"
+            )
+
+
+@lru_cache
+def _check_reachable(endpoint: str) -> None:
+    """Ask once a process whether anybody answers, within seconds: the libraries' own patience is minutes.
+
+    Raises:
+        SettingsError: It is no http:// or https:// URL.
+        StoreError: Nobody answers.
+    """
+    parts = urlsplit(endpoint)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise SettingsError("AWS_ENDPOINT_URL is no URL: expected http://host:port or https://host")
+    for pause_s in (*_PROBE_PAUSES_S, None):
+        try:
+            urlopen(Request(endpoint, method="HEAD"), timeout=_PROBE_S).close()
+        except (HTTPError, HTTPException, ssl.SSLError):  # somebody is there; the libraries have the last word
+            return
+        except OSError as error:
+            reason = error.reason if isinstance(error, URLError) else error
+            if isinstance(reason, ssl.SSLError):
+                return
+            if pause_s is None:
+                place = parts.netloc.rpartition("@")[2]
+                raise StoreError(
+                    f"cannot reach the object store at {place}: {reason}; check AWS_ENDPOINT_URL and the network"
+                ) from error
+            time.sleep(pause_s)
+        else:
+            return

@@ -63,10 +63,13 @@ def round_mantissa(values: np.ndarray, bits: int = MANTISSA_BITS) -> np.ndarray:
     drop = 23 - bits
     if drop == 0:
         return values.astype(np.float32)
-    raw = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    odd = (raw >> drop) & np.uint32(1)
-    rounded = (raw + (np.uint32((1 << (drop - 1)) - 1) + odd)) & np.uint32(~((1 << drop) - 1) & 0xFFFFFFFF)
-    return np.where(np.isfinite(values), rounded.view(np.float32), values).astype(np.float32)
+    raw = np.array(values, dtype=np.float32).view(np.uint32)
+    raw += (raw >> np.uint32(drop)) & np.uint32(1)  # half a step, less one unless the kept part is odd: ties to even
+    raw += np.uint32((1 << (drop - 1)) - 1)
+    raw &= np.uint32(~((1 << drop) - 1) & 0xFFFFFFFF)
+    rounded = raw.view(np.float32)
+    is_finite = np.isfinite(values)
+    return rounded if is_finite.all() else np.where(is_finite, rounded, values)
 
 
 def _round_floats(rows: pa.Table) -> pa.Table:
@@ -240,7 +243,7 @@ class ShardReader:
             raise DamageError(
                 f"{where}: shard {record.name} is missing; restore it or pin a version that does not need it"
             ) from error
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise DamageError(f"{where}: shard {record.name} cannot be opened: {error}; {_RESTORE}") from error
         self._groups = self._recorded_groups()
 
@@ -260,9 +263,10 @@ class ShardReader:
         where = f"{self.where}, shard {self.record.name}, row group {index}"
         try:
             rows = self._file.read_row_group(index, columns=wanted)
-        except (OSError, pa.ArrowException) as error:
+            found = column_checksums(rows, self._key)
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:  # also bad UTF-8, and columns that are gone
             raise DamageError(f"{where}: cannot be decoded: {error}; {_RESTORE}") from error
-        for name, checksum in column_checksums(rows, self._key).items():
+        for name, checksum in found.items():
             if checksum != self._groups[index][name]:
                 span = f"{rows[self._key[0]][0]} … {rows[self._key[0]][-1]}"
                 raise DamageError(

@@ -3,20 +3,26 @@
 The surface that analysts use; the tables behind it are in `table.py`.
 """
 
+import builtins
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 import pyarrow as pa
 
 from weights_store import schemas
+from weights_store.diff import Diff, diff_tables
 from weights_store.errors import NotFoundError, SettingsError
+from weights_store.export import export_table
+from weights_store.lineage import lineage
 from weights_store.location import Location
 from weights_store.table import Commit, Table, TableVersion
+from weights_store.token_texts import Tokenizer
+from weights_store.token_view import scan_tokens
 
 _SCHEMAS: dict[str, pa.Schema] = {
     "tokens": schemas.TOKENS,
@@ -113,6 +119,85 @@ class WeightStore:
             NotFoundError: No such store, name or version.
         """
         return self._weights(name).scan(version)
+
+    def scan_tokens(self, name: str, version: int | None = None, tokenizer: Tokenizer | None = None) -> pl.LazyFrame:
+        """Return one row per response token of one version of a weight dataset, lazily, chosen responses first.
+
+        Columns: `pair_id`, `side` ("chosen" or "rejected"), `position` (0-based in the response), `token_id`, `token` (its
+        text, with a tokenizer only), `weight`, and in nats `ref_logp`, `logp_pos`, `logp_neg` (the contrastive pair; null
+        where the estimator used none). Conditions on `pair_id` reach the files of every table.
+
+        Args:
+            name: The weight dataset.
+            version: Which version; the newest by default.
+            tokenizer: The model's tokenizer (anything with `decode`), or the texts by id as a mapping or a sequence.
+
+        Raises:
+            NotFoundError: No such store, name or version, or a table that the weights were made from is gone.
+            MismatchError: When collected: an id is not in the tokenizer.
+        """
+        return scan_tokens(self, self.resolve(name, version), tokenizer)
+
+    def lineage(self, name: str, version: int | None = None) -> pl.DataFrame:
+        """Return everything one version of a weight dataset came from, up to the raw pairs, each thing once.
+
+        One row per table version, model and source: `depth` (0 is the weight dataset itself), `role`, `kind` ("table",
+        "model" or "source"), `name`, `version`, `fingerprint` (12 hex digits), `rows`, `created`. What has left the store
+        since has no `rows` and no `created`.
+
+        Raises:
+            NotFoundError: No such store, name or version.
+        """
+        return lineage(self, self.resolve(name, version))
+
+    def diff(self, a: str, b: str) -> Diff:
+        """Compare two weight datasets, each as `name` or `name@version`, range by range in bounded memory.
+
+        Raises:
+            NotFoundError: No such store, name or version.
+            SettingsError: A name is malformed.
+        """
+        old, new = (self.resolve(*split_name(text)) for text in (a, b))
+        return diff_tables(self.table(old.table), old.version, self.table(new.table), new.version)
+
+    def export(
+        self,
+        name: str,
+        folder: str | Path,
+        version: int | None = None,
+        format: Literal["parquet", "jsonl"] = "parquet",
+        tokenizer: Tokenizer | None = None,
+    ) -> builtins.list[Path]:
+        """Write one version of a weight dataset into a new local folder, for programs that do not know this store.
+
+        `parquet`: plain files of bounded size with the columns of `schemas.WEIGHTS`, as `datasets` reads them. The tokenizer
+        is not used.
+
+        `jsonl`: the layout of the official TIS-DPO release, one file per split, one object per line: `prompt`, `chosen`,
+        `rejected` (text) and `chosen_weight`, `rejected_weight` (one number per response token, the last EOS left out: the
+        release gives it weight 0). Its loader negates `chosen_weight`, so the chosen weights stand there negated, and
+        `transform.method=origin` trains on exactly the weights of this store; its default transform would replace them by
+        ones. The release tokenises the text again and checks lengths only: pairs whose text does not come back as the same
+        tokens stop it. Without a tokenizer there is no text: `prompt_ids`, `chosen_ids`, `rejected_ids` stand in its place, and
+        the release cannot read the file. Left out in either case: reference log-probs, pair weights, anchors, `pair_id`.
+
+        Either way `tokenweights.json` names the version and its fingerprint. Returns the files, that one last.
+
+        Args:
+            name: The weight dataset.
+            folder: Where to; it appears whole or not at all.
+            version: Which version; the newest by default.
+            format: `parquet` or `jsonl`.
+            tokenizer: For the texts of `jsonl`, see `scan_tokens`.
+
+        Raises:
+            NotFoundError: No such store, name or version.
+            InputError: The folder is there and not empty, or the format is unknown.
+            MismatchError: An id is not in the tokenizer, or (`jsonl`) the version records no EOS id.
+            DamageError: A shard is not what was committed.
+        """
+        weights = self.resolve(name, version)
+        return export_table(self.table(weights.table), weights, Path(folder), format, tokenizer)
 
     def list(self) -> pl.DataFrame:
         """Return one row per weight dataset: name, newest version, estimator, pairs, tokens, fingerprint, time.

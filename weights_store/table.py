@@ -10,20 +10,23 @@ range in bounded memory (`key_ranges`).
 Not here: what the rows mean (`pipeline`), names and listings (`store.py`), checks of whole tables (`verify.py`).
 """
 
+import errno
 import json
+import random
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+from urllib.parse import quote
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from weights_store.errors import ConflictError, NotFoundError, StoreError
+from weights_store.errors import ConflictError, DamageError, NotFoundError, StoreError
 from weights_store.location import Location, one_line
 from weights_store.schemas import SCHEMA_VERSION
 from weights_store.shards import ShardReader, ShardRecord, ShardWriter, sum_checksums
@@ -31,6 +34,8 @@ from weights_store.shards import ShardReader, ShardRecord, ShardWriter, sum_chec
 _MAX_TRIES = 20
 _LOG_READERS = 16
 _MEMORY_PER_BYTE = 3  # measured: about 3 Arrow bytes to one on disk
+_NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_SPOILT = (OSError, UnicodeDecodeError, pa.ArrowException, pl.exceptions.PolarsError, pl.exceptions.PanicException)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +94,7 @@ class Table:
 
     def exists(self) -> bool:
         """Return whether the table has at least one version."""
-        log = (_log_name(0), "_delta_log/_last_checkpoint")
-        return any(info.is_file for info in self.location.filesystem.get_file_info(list(log)))
+        return self.location.has_file(_log_name(0), "_delta_log/_last_checkpoint")
 
     def version(self) -> int | None:
         """Return the newest version, None when there is none."""
@@ -144,7 +148,12 @@ class Table:
         Raises:
             NotFoundError: There is no such table or version.
         """
-        return pl.scan_delta(self._open(version))
+        opened = self._open(version)
+        path = self.location.uri
+        if self.location.is_local and (quote(path) != path or "~" in path):
+            # scan_delta takes deltalake's percent-encoded paths as they stand (Polars 2.1.0) and finds no file.
+            return self._scan_files(_paths(opened))
+        return pl.scan_delta(opened, storage_options=self.location.scan_options or None)
 
     def scan_shards(self, shards: Iterable[ShardRecord]) -> pl.LazyFrame:
         """Return the rows of some shards, committed or not, as a lazy frame."""
@@ -153,7 +162,8 @@ class Table:
     def _scan_files(self, names: list[str]) -> pl.LazyFrame:
         if not names:
             return pl.LazyFrame(pl.from_arrow(self.schema.empty_table()))
-        return pl.scan_parquet([f"{self.location}/{name}" for name in names])
+        options = self.location.scan_options or None
+        return pl.scan_parquet([f"{self.location}/{name}" for name in names], glob=False, storage_options=options)
 
     def records(self, version: int | None = None) -> list[ShardRecord]:
         """Return what the commits recorded of the shards of one version, in the order in which they were written.
@@ -163,7 +173,7 @@ class Table:
             StoreError: A shard was added by somebody else.
         """
         opened = self._open(version)
-        missing = set(pa.table(opened.get_add_actions()).column("path").to_pylist())
+        missing = set(_paths(opened))
         found: dict[str, ShardRecord] = {}
         newest = opened.version()
         for start in range(newest, -1, -_LOG_READERS):  # backwards: mostly the last commits are all that is needed
@@ -182,7 +192,7 @@ class Table:
         Raises:
             NotFoundError: There is no such table or version.
         """
-        return sorted(pa.table(self._open(version).get_add_actions()).column("path").to_pylist())
+        return _paths(self._open(version))
 
     def open_shard(self, record: ShardRecord) -> ShardReader:
         """Open one shard by its record from `records`; what is read from it is checked.
@@ -204,7 +214,7 @@ class Table:
 
     def num_rows(self, version: int | None = None) -> int:
         """Return the number of rows of one version."""
-        return int(self.scan(version).select(pl.len()).collect().item())
+        return int(self._collect(self.scan(version).select(pl.len())).item())
 
     def checksums(self, version: int | None = None) -> dict[str, int]:
         """Return the recorded checksum of every column of one version, see `checksums.py`."""
@@ -215,7 +225,7 @@ class Table:
         """Return the `pair_id`s of one version, empty when the table does not exist yet."""
         if version is None and not self.exists():
             return pl.Series("pair_id", [], pl.String)
-        return self.scan(version).select("pair_id").collect().to_series()
+        return self._collect(self.scan(version).select("pair_id")).to_series()
 
     def key_ranges(self, max_bytes: int, version: int | None = None, num_bytes: int | None = None) -> list[KeyRange]:
         """Cut one version into ranges of its first key column, each about `max_bytes` in memory, together everything.
@@ -230,17 +240,10 @@ class Table:
         num_ranges = -(-total // max_bytes)
         if num_ranges <= 1:
             return [KeyRange(None, None)]
-        samples = sorted(key for record in records for key in self._sample_keys(record))
-        cuts = sorted({samples[len(samples) * index // num_ranges] for index in range(1, num_ranges)})
-        return [KeyRange(low, high) for low, high in zip([None, *cuts], [*cuts, None], strict=True)]
+        from weights_store.key_ranges import cuts
 
-    def _sample_keys(self, record: ShardRecord) -> list[Any]:
-        """Return the first key of every row group of one shard."""
-        with self.location.filesystem.open_input_file(record.name) as file:
-            metadata = pq.read_metadata(file)
-        column = metadata.schema.to_arrow_schema().names.index(self.key[0])
-        groups = [metadata.row_group(index).column(column) for index in range(metadata.num_row_groups)]
-        return [group.statistics.min for group in groups]
+        found = cuts(self, records, num_ranges)
+        return [KeyRange(low, high) for low, high in zip([None, *found], [*found, None], strict=True)]
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -260,10 +263,11 @@ class Table:
 
         Raises:
             ConflictError: Other writers won the race for the next version every time.
-            StoreError: The folder cannot be written; nothing became visible.
+            StoreError: The rows do not fit the table, the table is not ours or newer, or the folder cannot be written;
+                nothing became visible.
         """
         rows = self._distinct(self._conform(rows))
-        base = self.version()
+        base = self._checked_version()
         fresh = self._without_present(rows, base, known)
         records: list[ShardRecord] | None = None
         for attempt in range(_MAX_TRIES):
@@ -274,10 +278,14 @@ class Table:
             try:
                 return self.commit(records, metadata, base)
             except ConflictError:
-                time.sleep(0.01 * 2 ** min(attempt, 6))
-            newest = self.version()
-            left = self._without_present(fresh, newest, base)
-            records = records if left.num_rows == fresh.num_rows else None
+                time.sleep(random.uniform(0.002, 0.01) * 2 ** min(attempt, 6))
+            newest = self._checked_version()
+            if base is not None and not set(self.shards(base)) <= set(self.shards(newest)):
+                left = self._without_present(rows, newest, known)  # replaced: what was there may be gone
+                records = records if left.equals(fresh) else None
+            else:
+                left = self._without_present(fresh, newest, base)
+                records = records if left.num_rows == fresh.num_rows else None
             base, fresh = newest, left
         raise ConflictError(
             f"{self.path}: lost the race for the next version {_MAX_TRIES} times; run again when fewer write"
@@ -288,9 +296,10 @@ class Table:
 
         Raises:
             ConflictError: Another writer made a version in between.
-            StoreError: The folder cannot be written; nothing became visible.
+            StoreError: The rows do not fit the table, the table is not ours or newer, or the folder cannot be written;
+                nothing became visible.
         """
-        base = self.version()
+        base = self._checked_version()
         return self.commit(self._write(self._conform(rows)), metadata, base, mode="overwrite")
 
     def commit(
@@ -328,7 +337,14 @@ class Table:
         """
         from weights_store.compaction import compact
 
-        return compact(self, max_bytes)
+        with self.reading():
+            self._check_sizes()
+            try:
+                return compact(self, max_bytes)
+            except OSError as error:
+                if error.errno in _NO_WRITING:
+                    raise self._cannot_write(error) from error
+                raise
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -343,23 +359,40 @@ class Table:
         options = self.location.storage_options
         try:
             return DeltaTable(str(self.location), version=version, storage_options=options)
-        except (DeltaError, TableNotFoundError, ValueError, OSError) as error:
+        except (DeltaError, TableNotFoundError, ValueError, OSError, OverflowError) as error:
+            cause = self._cause(error)
             try:
                 newest = DeltaTable(str(self.location), storage_options=options).version()
             except (DeltaError, TableNotFoundError, ValueError, OSError):
-                raise StoreError(f"cannot open {self.path} in {self.root}: {one_line(error)}") from error
-            raise NotFoundError(f"{self.path} has no version {version}; it has 0..{newest}") from error
+                raise StoreError(f"cannot open {self.path} in {self.root}: {one_line(error)}") from cause
+            if version is not None and not 0 <= version <= newest:
+                raise NotFoundError(f"{self.path} has no version {version}; it has 0..{newest}") from cause
+            raise StoreError(f"cannot open {self.path}@{version} in {self.root}: {one_line(error)}") from cause
 
     def _resolve(self, version: int | None) -> int:
         return int(self._open(version).version())
 
+    @property
+    def _configuration(self) -> dict[str, str | None]:
+        return {
+            "delta.enableExpiredLogCleanup": "false",  # else old versions vanish with their log
+            # Our commits have statistics of this column alone. pyarrow's datasets take missing ones for nulls, and a filter on
+            # another column would find no row.
+            "delta.dataSkippingStatsColumns": self.key[0],
+        }
+
     def _commit(self, version: int) -> Commit:
-        """Read one entry of the log. Ours are never cleaned up, see `_CONFIGURATION`."""
+        """Read one entry of the log. Ours are never cleaned up, see `_configuration`."""
         try:
-            text = self.location.read(_log_name(version)).decode()
+            text = self.location.read(_log_name(version)).decode(errors="replace")
         except FileNotFoundError:  # somebody else's table, its old log gone
             return Commit(version, None, None, [], [], [])
-        actions = [json.loads(line) for line in text.splitlines() if line.strip()]
+        try:
+            actions = [json.loads(line) for line in text.splitlines() if line.strip()]
+        except ValueError as error:
+            raise DamageError(
+                f"{self.path} in {self.root}: {_log_name(version)} is damaged: {error}; {_RESTORE}"
+            ) from error
         info: dict[str, Any] = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
         metadata = self._checked_metadata(info["tokenweights"], version) if "tokenweights" in info else None
         return Commit(
@@ -391,7 +424,14 @@ class Table:
         missing = [name for name in self.schema.names if name not in rows.column_names]
         if missing:
             raise StoreError(f"{self.path}: rows lack the columns {missing}; expected {self.schema.names}")
-        return rows.select(self.schema.names).cast(self.schema)
+        try:
+            rows = rows.select(self.schema.names).cast(self.schema)
+        except (pa.ArrowException, ValueError) as error:
+            raise StoreError(f"{self.path}: rows do not fit the columns of the table: {one_line(error)}") from error
+        for name in self.schema.names:
+            if pa.types.is_list(rows[name].type) and pc.list_flatten(rows[name]).null_count:
+                raise StoreError(f"{self.path}: rows have no value inside a list of column {name}; expected a number")
+        return rows
 
     def _distinct(self, rows: pa.Table) -> pa.Table:
         """Keep the first row of every key."""
@@ -413,11 +453,50 @@ class Table:
             self.key
         )
         keys = pl.DataFrame(pl.from_arrow(rows.select(self.key))).with_row_index("_row")
-        taken = keys.lazy().join(present, on=list(self.key), how="semi").collect()["_row"]
+        taken = self._collect(keys.lazy().join(present, on=list(self.key), how="semi"))["_row"]
         if taken.is_empty():
             return rows
         keep = ~pl.int_range(rows.num_rows, eager=True).is_in(taken.to_list())
         return rows.filter(pa.array(keep.to_list()))
+
+    def _collect(self, frame: pl.LazyFrame) -> pl.DataFrame:
+        with self.reading():
+            return frame.collect()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Say in one line that a shard cannot be read: pyarrow and Polars raise many things, and Polars panics."""
+        try:
+            yield
+        except _SPOILT as error:
+            if not self.root.is_local and not isinstance(error, FileNotFoundError):
+                raise StoreError(f"cannot read {self.path} in {self.root}: {one_line(error)}") from None
+            raise DamageError(
+                f"{self.path} in {self.root}: a shard cannot be read: {one_line(error)}; `tokenweights verify` names it. "
+                f"{_RESTORE.capitalize()}"
+            ) from self._cause(error)
+
+    def _check_sizes(self) -> None:
+        """Look for shards that are missing or cut off: Polars panics on them, loudly."""
+        files = self.location.files()
+        for record in self.records():
+            found = files[record.name].size if record.name in files else "none"
+            if found != record.num_bytes:
+                raise DamageError(
+                    f"{self.path} in {self.root}: shard {record.name} has {record.num_bytes} bytes in its commit, found "
+                    f"{found}; {_RESTORE}"
+                )
+
+    def _checked_version(self) -> int | None:
+        """Return the newest version, None when there is none, and refuse to write on top of what is not ours."""
+        version = self.version()
+        if version is not None:
+            self.metadata(version)
+        return version
+
+    def _cause(self, error: BaseException) -> BaseException | None:
+        """Return what to show as the cause: of an object store's nothing, replies there quote keys and tokens."""
+        return error if self.root.is_local else None
 
     def _write(self, rows: pa.Table) -> list[ShardRecord]:
         try:
@@ -425,7 +504,7 @@ class Table:
             writer.write(rows.sort_by([(name, "ascending") for name in self.key]))
             return writer.finish()
         except OSError as error:
-            raise self._cannot_write(error) from error
+            raise self._cannot_write(error) from self._cause(error)
 
     def _cannot_write(self, error: BaseException) -> StoreError:
         return StoreError(f"cannot write {self.path} in {self.root}: {one_line(error)}; nothing became visible")
@@ -462,7 +541,7 @@ class Table:
                     schema,
                     actions,
                     mode="error",
-                    configuration=_CONFIGURATION,
+                    configuration=self._configuration,
                     commit_properties=properties,
                     storage_options=options,
                 )
@@ -473,9 +552,11 @@ class Table:
             # An error does not say what happened: the commit may be there and only its reply lost, or another writer's is.
             made = self._made(0 if base is None else base + 1)
             if made is None:
-                raise self._cannot_write(error) from error
+                raise self._cannot_write(error) from self._cause(error)
             if made != record["commit_id"]:
-                raise ConflictError(f"{self.path}: another writer made a version after {base}; run again") from error
+                raise ConflictError(
+                    f"{self.path}: another writer made a version after {base}; run again"
+                ) from self._cause(error)
         version = 0 if base is None else base + 1
         return TableVersion(str(self.root), self.path, version, record["fingerprint"])
 
@@ -487,10 +568,13 @@ class Table:
         return "" if metadata is None else str(metadata.get("commit_id", ""))
 
 
-_CONFIGURATION: dict[str, str | None] = {
-    "delta.enableExpiredLogCleanup": "false"  # else old versions vanish with their log
-}
+_RESTORE = "restore the file from a copy, or build the table again"
 _FOREIGN = "was not written by tokenweights: its commit has no metadata of ours"
+
+
+def _paths(opened: Any) -> list[str]:
+    """Return the names of the shards of an open DeltaTable, in the order in which they were written."""
+    return sorted(pa.table(opened.get_add_actions()).column("path").to_pylist())
 
 
 def _log_name(version: int) -> str:

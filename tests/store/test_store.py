@@ -35,8 +35,8 @@ def metadata(fingerprint="f" * 64, changes=()):
 
 
 @pytest.fixture
-def store(tmp_path):
-    store = WeightStore(tmp_path)
+def store(store_uri):
+    store = WeightStore(store_uri)
     store.table("weights/hh/tis-dpo").append(weight_rows("a", "b"), metadata())
     store.table("weights/hh/tis-dpo").append(weight_rows("c"), metadata("e" * 64, ["weights.upper: 1.5 -> 2.0"]))
     return store
@@ -72,9 +72,10 @@ def test_unknown_name_lists_the_known_ones(store):
         store.scan("hh/tis")
 
 
-def test_missing_store_is_named(tmp_path):
-    with pytest.raises(NotFoundError, match="no store at .*nowhere"):
-        WeightStore(tmp_path / "nowhere").list()
+def test_missing_store_is_named(store_uri):
+    for use in (WeightStore.list, lambda store: store.scan("hh/x"), lambda store: store.history("hh/x")):
+        with pytest.raises(NotFoundError, match=f"no store at {store_uri}: expected a folder"):
+            use(WeightStore(store_uri))
 
 
 def test_unknown_scheme_is_refused():

@@ -1,0 +1,1 @@
+"""Benchmarks: one file per result in `results/`, run by `make bench-…`."""

@@ -1,0 +1,74 @@
+"""What `test_crash.py` starts and kills: two builds of a growing dataset through the real stages, with a made-up engine.
+
+Started from a fork server, so that a start costs milliseconds. The log-probs are a function of the ids, so that
+whoever scores a pair finds the same numbers.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+import pipeline.engine
+from pipeline.prepare import prepare
+from pipeline.publish import Ingredients, publish
+from pipeline.recipe import Recipe, WeightsSection
+from pipeline.score import _Request, _score_request, logps_table
+
+# Imported in the fork server once, instead of by every child.
+from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401  # isort: skip
+import deltalake  # noqa: F401  # isort: skip
+import weights_store.shards  # isort: skip
+
+
+class MadeUpEngine:
+    """Scores like a model would, in no time."""
+
+    vocab_size = 1 << 20
+    max_tokens = 1 << 20
+
+    def __init__(self, model, settings):
+        self.scale = float(model.name)
+
+    def score(self, sequences):
+        return [self._logps(sequence) for sequence in sequences]
+
+    def _logps(self, sequence):
+        ids = np.array(sequence.response_ids, dtype=np.float64) + sum(sequence.prompt_ids)
+        return (-self.scale * (1.5 + np.sin(ids))).astype(np.float32)
+
+
+def build(recipes: list[dict], model_folder: str) -> None:
+    """Run the builds one after the other; what is there already is not done again."""
+    weights_store.shards.ROW_GROUP_BYTES = 2000
+    weights_store.shards.SHARD_BYTES = 4000
+    pipeline.engine.VllmEngine = MadeUpEngine
+    for settings in recipes:
+        recipe = Recipe.model_validate(settings)
+        tokens = prepare(recipe, Path(model_folder), report=lambda line: None).tokens
+        logps = [_score(recipe, tokens, scale) for scale in ("1.0", "0.9", "1.1")]
+        uniform = WeightsSection(name="toy/uniform", estimator="uniform")
+        publish(recipe, uniform, Ingredients(tokens, logps[0]), report=lambda line: None)
+        publish(recipe, recipe.weights, Ingredients(tokens, *logps), report=lambda line: None)
+    os._exit(0)  # no clean-up that could hide what a kill leaves
+
+
+def _score(recipe, tokens, scale):
+    identity = {"schema_version": 1, "model": scale}
+    table = logps_table(tokens, identity)
+    metadata = {"scorer": identity, "parents": [tokens.as_parent()], "fingerprint": f"{scale}-{tokens.fingerprint}"}
+    request = _Request(
+        store=tokens.store,
+        tokens_table=tokens.table,
+        tokens_version=tokens.version,
+        logps_table=table.path,
+        model=scale,
+        tokenizer="",
+        chat_template=None,
+        condition=None,
+        metadata=metadata,
+        chunk_tokens=1200,
+        engine={},
+    )
+    _score_request(request)
+    return table.reference()

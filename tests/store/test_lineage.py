@@ -1,0 +1,100 @@
+import json
+import shutil
+
+import polars as pl
+import pytest
+
+from weights_store.errors import NotFoundError
+from weights_store.fingerprint import fingerprint
+
+NAME = "hh-harmless/tis-dpo"
+KEY = "hh-harmless-0123456789ab"
+
+
+def test_everything_up_to_the_raw_pairs_stands_there_once(small_store):
+    # Pairs a, b, c in version 0, d on top in version 1. The contrastive models were trained on version 0's pairs.
+    lineage = small_store.lineage(NAME)
+    assert lineage.select("depth", "role", "kind", "name", "version", "rows").rows() == [
+        (0, "weights", "table", f"weights/{NAME}", 1, 4),
+        (1, "tokens", "table", f"tokens/{KEY}", 1, 4),
+        (2, "source", "source", "data/hh_harmless.jsonl", None, 5),
+        (2, "quarantine", "table", f"quarantine/{KEY}", 0, 1),
+        (1, "ref_logps", "table", f"logps/{KEY}/ref", 1, 4),
+        (2, "model", "model", "models/tiny-chat", None, None),
+        (1, "positive_logps", "table", f"logps/{KEY}/positive", 1, 4),
+        (2, "positive model", "model", "models/positive-0123", None, None),
+        (3, "trained on", "table", "weights/hh-harmless/uniform", 0, 3),
+        (4, "tokens", "table", f"tokens/{KEY}", 0, 3),
+        (4, "ref_logps", "table", f"logps/{KEY}/ref", 0, 3),
+        (1, "negative_logps", "table", f"logps/{KEY}/negative", 1, 4),
+        (2, "negative model", "model", "models/negative-0123", None, None),
+    ]
+
+
+def test_fingerprints_are_the_recorded_ones_in_twelve_digits(small_store):
+    lineage = small_store.lineage(NAME)
+    recorded = small_store.metadata(NAME)["parents"]
+    shown = dict(zip(lineage["role"], lineage["fingerprint"], strict=True))
+    assert shown["positive_logps"] == recorded[2]["fingerprint"][:12]
+    assert shown["source"] == "50" * 6
+    assert shown["model"] == fingerprint("ref model")[:12]
+    assert shown["positive model"] == fingerprint("positive model")[:12]
+
+
+def test_times_are_those_of_the_commits(small_store):
+    lineage = small_store.lineage(NAME, 0)
+    assert lineage["created"][0] == small_store.history(NAME).row(-1, named=True)["created"]
+    assert lineage.filter(kind="source")["created"].to_list() == [None]
+    assert lineage.filter(role="positive model")["created"].null_count() == 0
+
+
+def test_uniform_weights_have_no_contrastive_models(small_store):
+    assert "positive model" not in small_store.lineage("hh-harmless/uniform")["role"].to_list()
+
+
+def test_what_has_left_the_store_keeps_its_row_without_number_and_time(small_store):
+    shutil.rmtree(small_store.root.path / "logps" / KEY / "negative")
+    row = small_store.lineage(NAME).row(by_predicate=_role("negative_logps"), named=True)
+    assert (row["version"], row["rows"], row["created"]) == (1, None, None)
+    assert row["fingerprint"] == small_store.metadata(NAME)["parents"][3]["fingerprint"][:12]
+
+
+def test_another_table_in_the_place_of_a_parent_is_not_taken_for_it(small_store):
+    table = small_store.table(f"logps/{KEY}/negative")
+    rows = table.scan().collect().to_arrow()
+    shutil.rmtree(table.location.path)
+    for version in (0, 1):
+        table.replace(rows, {"fingerprint": f"{version}" * 64})
+    row = small_store.lineage(NAME).row(by_predicate=_role("negative_logps"), named=True)
+    assert (row["rows"], row["created"]) == (None, None)
+
+
+def test_models_of_other_settings_are_not_taken_for_the_pair(small_store):
+    path = small_store.root.path / "models/positive-0123/contrast.json"
+    record = json.loads(path.read_text())
+    record["identity"]["training"]["seed"] = 7
+    path.write_text(json.dumps(record))
+    row = small_store.lineage(NAME).row(by_predicate=_role("positive_logps"), named=True)
+    assert row["rows"] == 4
+    assert "positive model" not in small_store.lineage(NAME)["role"].to_list()
+
+
+def test_with_two_models_of_the_same_settings_both_stand_there_until_a_fingerprint_decides(small_store):
+    models = small_store.root.path / "models"
+    shutil.copytree(models / "positive-0123", models / "positive-later")
+    roles = small_store.lineage(NAME)["role"].to_list()
+    assert roles.count("positive model, one of 2") == 2
+    for name, model in (("positive-0123", fingerprint("positive model")), ("positive-later", "ff")):
+        record = json.loads((models / name / "contrast.json").read_text())
+        (models / name / "contrast.json").write_text(json.dumps({**record, "fingerprint": model}))
+    lineage = small_store.lineage(NAME)
+    assert lineage.filter(role="positive model")["name"].to_list() == ["models/positive-0123"]
+
+
+def test_unknown_versions_are_refused(small_store):
+    with pytest.raises(NotFoundError, match="has no version 7"):
+        small_store.lineage(NAME, 7)
+
+
+def _role(role):
+    return pl.col("role") == role

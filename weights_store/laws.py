@@ -1,0 +1,134 @@
+"""Laws that the rows of one row group must obey by themselves, whatever they were made from.
+
+Vectorised over the flat values of a column; only the first bad row of each law is put into words.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from weights_store.schemas import Reason
+
+_SIDES = ("chosen", "rejected")
+_Mask = NDArray[np.bool_]
+
+
+class Violation(NamedTuple):
+    """One law broken in one row group."""
+
+    row: int  # the first such row
+    problem: str  # of that row
+    num_rows: int
+
+
+def violations(kind: str, rows: pa.Table, key: tuple[str, ...], vocab_size: int | None) -> Iterator[Violation]:
+    """Yield each law that `rows` break, with the first row that breaks it.
+
+    Args:
+        kind: Kind of table, see `schemas.KEYS`.
+        rows: One row group, all columns.
+        key: The table's key columns.
+        vocab_size: Upper end of ids, None where the table records none.
+    """
+    found = [_null(rows, name) for name in key] + _LAWS[kind](rows, vocab_size)
+    yield from (violation for violation in found if violation is not None)
+
+
+def _token_laws(rows: pa.Table, vocab_size: int | None) -> list[Violation | None]:
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [_empty(rows, name) for name in names] + [_outside(rows, name, vocab_size) for name in names]
+
+
+def _logp_laws(rows: pa.Table, _: int | None) -> list[Violation | None]:
+    return [_bad_values(rows, f"{side}_logps", _is_logp, _LOGP) for side in _SIDES]
+
+
+def _weight_laws(rows: pa.Table, vocab_size: int | None) -> list[Violation | None]:
+    found = _token_laws(rows, vocab_size)
+    for side in _SIDES:
+        for values in (f"{side}_token_weights", f"{side}_ref_logps"):
+            found.append(_bad_lengths(rows, values, f"{side}_ids"))
+        found.append(_bad_values(rows, f"{side}_token_weights", _is_weight, _WEIGHT))
+        found.append(_bad_values(rows, f"{side}_ref_logps", _is_logp, _LOGP))
+    found.append(_bad_lengths(rows, "anchor_ref_logps", "anchor_ids"))
+    found.append(_outside(rows, "anchor_ids", vocab_size))
+    found.append(_bad_values(rows, "anchor_ref_logps", _is_logp, _LOGP))
+    pair_weights = np.asarray(rows["pair_weight"].combine_chunks().fill_null(np.nan))
+    found.append(_first(~_is_weight(pair_weights), lambda row: f"pair_weight is {pair_weights[row]}, {_WEIGHT}"))
+    return found
+
+
+def _quarantine_laws(rows: pa.Table, _: int | None) -> list[Violation | None]:
+    reasons = rows["reason"].combine_chunks()
+    known = pc.is_in(reasons, value_set=pa.array([reason.value for reason in Reason]))
+    unknown = ~np.asarray(known.to_numpy(zero_copy_only=False), dtype=bool)
+    return [_first(unknown, lambda row: f"reason {reasons[row].as_py()!r} is none of the known ones")]
+
+
+_LAWS: dict[str, Callable[[pa.Table, int | None], list[Violation | None]]] = {
+    "tokens": _token_laws,
+    "logps": _logp_laws,
+    "weights": _weight_laws,
+    "quarantine": _quarantine_laws,
+}
+_LOGP = "expected a finite number <= 0"
+_WEIGHT = "expected a finite number >= 0"
+
+
+def _is_logp(values: NDArray[Any]) -> _Mask:
+    return np.isfinite(values) & (values <= 0)
+
+
+def _is_weight(values: NDArray[Any]) -> _Mask:
+    return np.isfinite(values) & (values >= 0)
+
+
+def _null(rows: pa.Table, name: str) -> Violation | None:
+    return _first(_nulls(rows[name]), lambda row: f"{name} is null in row {row} of the row group")
+
+
+def _empty(rows: pa.Table, name: str) -> Violation | None:
+    return _first(_lengths(rows[name]) == 0, lambda row: f"{name} is empty, expected at least one token")
+
+
+def _outside(rows: pa.Table, name: str, vocab_size: int | None) -> Violation | None:
+    def is_id(values: NDArray[Any]) -> _Mask:
+        return (values >= 0) if vocab_size is None else (values >= 0) & (values < vocab_size)
+
+    expected = "expected an id >= 0" if vocab_size is None else f"expected an id in 0..{vocab_size - 1}"
+    return _bad_values(rows, name, is_id, expected)
+
+
+def _bad_lengths(rows: pa.Table, values: str, ids: str) -> Violation | None:
+    left, right = _lengths(rows[values]), _lengths(rows[ids])
+    unequal = (left != right) | (_nulls(rows[values]) != _nulls(rows[ids]))
+    return _first(unequal, lambda row: f"{left[row]} {values} for {right[row]} {ids}")
+
+
+def _bad_values(rows: pa.Table, name: str, is_good: Callable[[NDArray[Any]], _Mask], expected: str) -> Violation | None:
+    values = np.asarray(rows[name].combine_chunks().flatten())
+    bad = np.flatnonzero(~is_good(values))
+    if not bad.size:
+        return None
+    offsets = np.concatenate([[0], np.cumsum(_lengths(rows[name]))])
+    bad_rows = np.searchsorted(offsets, bad, side="right") - 1  # the last of equal offsets: empty lists hold nothing
+    row = int(bad_rows[0])
+    problem = f"{name}[{bad[0] - offsets[row]}] is {values[bad[0]]}, {expected}"
+    return Violation(row, problem, int(np.unique(bad_rows).size))
+
+
+def _first(bad: _Mask, describe: Callable[[int], str]) -> Violation | None:
+    row = int(bad.argmax()) if bad.size else 0
+    return Violation(row, describe(row), int(bad.sum())) if bad.any() else None
+
+
+def _lengths(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    return np.asarray(pc.list_value_length(column).combine_chunks().fill_null(0)).astype(np.int64)
+
+
+def _nulls(column: pa.ChunkedArray) -> _Mask:
+    return np.asarray(column.is_null().combine_chunks().to_numpy(zero_copy_only=False), dtype=bool)

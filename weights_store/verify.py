@@ -1,0 +1,160 @@
+"""Verify a store: every byte of every version, the laws of every newest version, and the lineage between tables.
+
+`verify` reads every file that any version of a table needs, as a stream, and every row of the newest versions; it changes
+nothing. Memory stays at one row group, or one range of keys where tables are joined. Who is called: `tokenweights verify`.
+
+Not here: files that nobody needs (`vacuum.py`), model folders, and what commits say about recipes and packages, of which no
+second record exists.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from weights_store.damage import Examined, SoundTable, examine
+from weights_store.errors import DamageError, NotFoundError, SettingsError
+from weights_store.findings import Finding
+from weights_store.laws import violations
+from weights_store.log import TableLog, read_log
+from weights_store.recorded import check_balance, check_fingerprints, check_lineage, check_quarantine, parents
+from weights_store.relations import check_ids, check_keys, check_lengths
+from weights_store.schemas import KEYS
+from weights_store.store import WeightStore
+from weights_store.vacuum import Orphan, find_orphans, vacuum
+
+__all__ = ["Finding", "Orphan", "find_orphans", "vacuum", "verify"]
+
+
+def verify(
+    store: WeightStore, tables: Iterable[str] | None = None, report: Callable[[str], None] = lambda line: None
+) -> Iterator[Finding]:
+    """Yield every problem of a store, table by table; nothing when it is sound.
+
+    A damaged shard or commit is a finding, and everything else is checked all the same.
+
+    Args:
+        store: The store.
+        tables: Paths such as `weights/hh/tis-dpo`; all tables by default. Tables they were made from are read, too, and a
+            problem of those is reported as far as it keeps something from being checked.
+        report: Gets a line for each table and for each GiB.
+
+    Raises:
+        NotFoundError: There is no such store or table.
+        SettingsError: A path is malformed.
+    """
+    store._check_exists()
+    verification = _Verification(store, report)
+    if tables is None:
+        return verification.run([table.path for kind in KEYS for table in store.tables(kind)])
+    paths = [store.table(path).path for path in tables]
+    for path in paths:
+        log = verification.log(path)
+        if log is None or log.newest is None:
+            raise NotFoundError(f"no table {path} in {store.root}; `tokenweights ls --store {store.root}` lists them")
+    return verification.run(paths)
+
+
+@dataclass
+class _Verification:
+    """One run; the logs and files of every table are looked at once."""
+
+    store: WeightStore
+    report: Callable[[str], None]
+    _logs: dict[str, TableLog | None] = field(default_factory=dict)
+    _examined: dict[str, Examined] = field(default_factory=dict)
+
+    def run(self, paths: list[str]) -> Iterator[Finding]:
+        """Yield what is wrong with some tables."""
+        for path in paths:
+            log = self.log(path)
+            if log is not None and log.newest is not None:
+                yield from self._check(log, paths)
+
+    def log(self, path: str) -> TableLog | None:
+        """Return the log of a table, None when the path names none."""
+        if path not in self._logs:
+            try:
+                self._logs[path] = read_log(self.store.table(path))
+            except SettingsError:  # a lineage can hold any text
+                self._logs[path] = None
+        return self._logs[path]
+
+    def _sound(self, log: TableLog, version: int | None) -> SoundTable:
+        path = log.table.path
+        if path not in self._examined:
+            self._examined[path] = examine(log, self.report)
+        return self._examined[path].sound(version)
+
+    def _check(self, log: TableLog, asked: list[str]) -> Iterator[Finding]:
+        kind = log.table.path.partition("/")[0]
+        rows = self._sound(log, log.newest)
+        yield from self._examined[log.table.path].findings
+        yield from _tolerant(rows, _check_rows(kind, rows, _vocab_size(log)))
+        yield from _tolerant(rows, check_keys(rows))
+        if kind in ("logps", "weights"):
+            yield from _tolerant(rows, self._check_against_tokens(kind, log, rows, asked))
+        yield from check_lineage(log, self.log)
+        yield from check_fingerprints(log)
+        if kind in ("tokens", "weights"):
+            yield from check_balance(log)
+        if kind == "tokens":
+            yield from self._check_quarantine(log)
+
+    def _check_against_tokens(self, kind: str, log: TableLog, rows: SoundTable, asked: list[str]) -> Iterator[Finding]:
+        """Compare with the tokens of the lineage: of the newest commit, for log-probs of all, as each adds some pairs."""
+        commits = [log.newest] if kind == "weights" else sorted(log.commits, reverse=True)
+        tokens = list(self._tokens(parent for at in commits for parent in parents(log.metadata(at))))
+        if not tokens:
+            return
+        yield from check_lengths(rows, tokens) if kind == "logps" else check_ids(rows, tokens[0])
+        for parent in tokens:
+            if not parent.is_whole and parent.path not in asked:
+                problem = f"not all of it could be compared with {parent.name}, which is damaged; verify {parent.path}"
+                yield Finding(log.table.path, problem, log.newest)
+
+    def _tokens(self, references: Iterable[dict[str, Any]]) -> Iterator[SoundTable]:
+        """Yield the tokens tables among some parents, each version once; what is not there is the lineage's finding."""
+        places = dict.fromkeys((parent["table"], parent["version"]) for parent in references)
+        for path, version in places:
+            log = self.log(path) if path.startswith("tokens/") else None
+            if log is not None and version in log.commits:
+                yield self._sound(log, version)
+
+    def _check_quarantine(self, tokens: TableLog) -> Iterator[Finding]:
+        log = self.log(tokens.table.path.replace("tokens/", "quarantine/", 1))
+        if log is not None:  # a table without commits holds no rows
+            rows = self._sound(log, log.newest)
+            yield from _tolerant(rows, check_quarantine(tokens, rows))
+
+
+def _tolerant(table: SoundTable, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """Yield findings; a shard that was sound a moment ago and can no longer be read is one more of them."""
+    try:
+        yield from findings
+    except DamageError as error:
+        yield Finding(table.path, str(error), table.version_number)
+
+
+def _check_rows(kind: str, table: SoundTable, vocab_size: int | None) -> Iterator[Finding]:
+    """Yield the first row that breaks each law, for every row group."""
+    for record in table.records():
+        place = Finding(table.path, "", table.version_number, record.name)
+        reader = table.open_shard(record)
+        for index in range(len(reader.group_sizes)):
+            place = replace(place, row_group=index)
+            try:
+                rows = reader.read_group(index)
+            except DamageError as error:  # bytes as committed, values not: the memory or disk of the writer was bad
+                yield replace(place, problem=str(error))
+                continue
+            for violation in violations(kind, rows, table.key, vocab_size):
+                more = violation.num_rows - 1
+                tail = f" ({more} more rows like this in the row group)" if more else ""
+                pair_id = rows["pair_id"][violation.row].as_py()
+                yield replace(place, pair_id=pair_id, problem=violation.problem + tail)
+
+
+def _vocab_size(log: TableLog) -> int | None:
+    """Return the size of the vocabulary that the newest commit recorded, None where it did not."""
+    size = ((log.metadata(log.newest) or {}).get("tokenizer") or {}).get("vocab_size")
+    return size if isinstance(size, int) else None
