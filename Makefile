@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help install demo test lint format lock rehearse clean
+.PHONY: help install demo test bench-store lint format lock rehearse clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ demo: $(INSTALLED)  ## run the whole job on a made-up language, in demo/
 test: $(INSTALLED)  ## run the whole suite
 	$(BIN)/python -m pytest -q
 
+bench-store: $(INSTALLED)  ## size and speed of the weight store -> benchmarks/results/store.json (about ten minutes)
+	$(BIN)/python benchmarks/store.py
+
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,4 +55,4 @@ rehearse:  ## run the install steps of an image in a clean virtual environment: 
 	docker/rehearse.sh $(IMAGE)
 
 clean:  ## remove what demo and tools made; .venv stays
-	rm -rf demo .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf demo benchmarks/work .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -169,11 +169,11 @@ class Recipe(Section):
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that determine the weights, for fingerprints and for explaining what changed.
 
-        Left out: places, schedules, interpreters and engine settings that do not change numbers. The dataset's source and the
-        model's path are left out too: their content stands in the lineage.
+        Left out: places, schedules, interpreters and engine settings that do not change numbers. The dataset's source, how much
+        of it is read, and the model's path are left out too: their content stands in the lineage.
         """
         dataset = self.dataset.model_dump(
-            include={"name", "split", "max_prompt_tokens", "max_response_tokens", "long_response", "max_pairs"}
+            include={"name", "split", "max_prompt_tokens", "max_response_tokens", "long_response"}
         )
         method = self.contrast.method
         keep = {

@@ -91,5 +91,4 @@ def test_row_groups_and_shards_are_cut_by_size_and_lose_nothing(tmp_path, monkey
     np.testing.assert_array_equal(
         np.concatenate(back["rejected_logps"].to_pylist()), round_mantissa(values[:, 100:].ravel())
     )
-    assert [(r.first_key, r.last_key) for r in records][0][0] == "00"
-    assert records[-1].last_key == "39"
+    assert (records[0].first_key, records[-1].last_key) == ("00", "39")
