@@ -28,9 +28,9 @@ from pipeline.sorting import ExternalSort
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ConflictError, InputError
 from weights_store.fingerprint import canonical_json, explain_difference, fingerprint, load_json
+from weights_store.key_ranges import KeyRange
 from weights_store.schemas import QUARANTINE, SCHEMA_VERSION, TOKENS, Reason
 from weights_store.shards import ShardRecord
-from weights_store.table import KeyRange
 
 _RAW_CHARACTERS = 2000
 _ROWS_PER_BATCH = 2000

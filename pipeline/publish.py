@@ -19,10 +19,10 @@ from pipeline.weigh import ClampSettings, Side, SideScores, SideWeights, token_k
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ConflictError, InputError, MismatchError, StoreError
 from weights_store.fingerprint import explain_difference, fingerprint
+from weights_store.key_ranges import KeyRange
 from weights_store.location import one_line
 from weights_store.schemas import FLOATS, IDS, SCHEMA_VERSION, WEIGHTS, Reason
 from weights_store.shards import ShardRecord
-from weights_store.table import KeyRange
 
 _SIDES: tuple[Side, Side] = ("chosen", "rejected")
 _RANGE_BYTES = 512 << 20

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from weights_store.table import KeyRange
+from weights_store.key_ranges import KeyRange
 
 DEFAULT_BYTES = 256 << 20
 _SAMPLES_PER_RUN = 64

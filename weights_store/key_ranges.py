@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import polars as pl
 import pyarrow.parquet as pq
 
 if TYPE_CHECKING:
@@ -17,6 +18,19 @@ if TYPE_CHECKING:
 
 _SAMPLES = 16
 """Keys that stand for one row group whose span overlaps others."""
+
+
+class KeyRange(NamedTuple):
+    """Rows whose first key column is at least `low` and below `high`; None is open."""
+
+    low: str | int | None
+    high: str | int | None
+
+    def of(self, frame: pl.LazyFrame, key: str = "pair_id") -> pl.LazyFrame:
+        """Return the rows of `frame` in this range; the condition reaches the files."""
+        if self.low is not None:
+            frame = frame.filter(pl.col(key) >= self.low)
+        return frame if self.high is None else frame.filter(pl.col(key) < self.high)
 
 
 class _RowGroup(NamedTuple):

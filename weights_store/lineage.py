@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 
+from weights_store.commits import Commit, read_commit
 from weights_store.errors import NotFoundError
-from weights_store.table import Commit, Table
+from weights_store.table import Table
 
 if TYPE_CHECKING:
     from weights_store.store import WeightStore
@@ -151,7 +152,7 @@ def _commit(table: Table, version: int, fingerprint: str) -> Commit | None:
         table.reference(version)
     except NotFoundError:
         return None
-    commit = table._commit(version)
+    commit = read_commit(table.location, version)
     is_same = commit.metadata is not None and commit.metadata["fingerprint"] == fingerprint
     return commit if is_same else None
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
+from weights_store.commits import Commit, read_commit
 from weights_store.errors import StoreError
 from weights_store.location import one_line
 from weights_store.shards import ShardRecord
-from weights_store.table import Commit, Table
+from weights_store.table import Table
 
 _COMMIT = re.compile(r"(\d{20})\.json")
 _CHECKPOINT = re.compile(r"(\d{20})\.checkpoint(\.[\w-]+)*\.(parquet|json)")
@@ -107,7 +108,7 @@ def _gaps(versions: list[int], newest: int) -> dict[int, str]:
 def _read(table: Table, version: int) -> Commit | str:
     """Return one commit, or what is wrong with it."""
     try:
-        commit = table._commit(version)
+        commit = read_commit(table.location, version)
         _check(commit)
         if commit.metadata is None:
             _check_actions(table.location.read(f"_delta_log/{version:020d}.json"))

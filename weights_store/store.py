@@ -15,12 +15,13 @@ import polars as pl
 import pyarrow as pa
 
 from weights_store import schemas
+from weights_store.commits import Commit
 from weights_store.diff import Diff, diff_tables
 from weights_store.errors import NotFoundError, SettingsError
 from weights_store.export import export_table
 from weights_store.lineage import lineage
 from weights_store.location import Location
-from weights_store.table import Commit, Table, TableVersion
+from weights_store.table import Table, TableVersion
 from weights_store.token_texts import Tokenizer
 from weights_store.token_view import scan_tokens
 

@@ -11,28 +11,27 @@ Not here: what the rows mean (`pipeline`), names and listings (`store.py`), chec
 """
 
 import errno
-import json
 import random
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from urllib.parse import quote
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from weights_store.commits import READERS, Commit, custom_metadata, delta_actions, log_name, read_commit, read_commits
 from weights_store.errors import ConflictError, DamageError, NotFoundError, StoreError
+from weights_store.key_ranges import KeyRange, cuts
 from weights_store.location import Location, one_line
 from weights_store.schemas import SCHEMA_VERSION
 from weights_store.shards import ShardReader, ShardRecord, ShardWriter, sum_checksums
 
 _MAX_TRIES = 20
-_LOG_READERS = 16
 _MEMORY_PER_BYTE = 3  # measured: about 3 Arrow bytes to one on disk
 _NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _SPOILT = (OSError, UnicodeDecodeError, pa.ArrowException, pl.exceptions.PolarsError, pl.exceptions.PanicException)
@@ -55,31 +54,6 @@ class TableVersion:
         return {"table": self.table, "version": self.version, "fingerprint": self.fingerprint}
 
 
-class KeyRange(NamedTuple):
-    """Rows whose first key column is at least `low` and below `high`; None is open."""
-
-    low: str | int | None
-    high: str | int | None
-
-    def of(self, frame: pl.LazyFrame, key: str = "pair_id") -> pl.LazyFrame:
-        """Return the rows of `frame` in this range; the condition reaches the files."""
-        if self.low is not None:
-            frame = frame.filter(pl.col(key) >= self.low)
-        return frame if self.high is None else frame.filter(pl.col(key) < self.high)
-
-
-@dataclass(frozen=True)
-class Commit:
-    """One entry of a table's log."""
-
-    version: int
-    timestamp_ms: int | None
-    metadata: dict[str, Any] | None  # None: the commit is not ours
-    shards: list[ShardRecord]  # those it added
-    added: list[str]
-    removed: list[str]
-
-
 class Table:
     """One table by its path under the store's root, for example `weights/hh-harmless/tis-dpo`."""
 
@@ -94,7 +68,7 @@ class Table:
 
     def exists(self) -> bool:
         """Return whether the table has at least one version."""
-        return self.location.has_file(_log_name(0), "_delta_log/_last_checkpoint")
+        return self.location.has_file(log_name(0), "_delta_log/_last_checkpoint")
 
     def version(self) -> int | None:
         """Return the newest version, None when there is none."""
@@ -117,7 +91,7 @@ class Table:
             StoreError: The commit is not ours or was written by a newer tokenweights.
         """
         found = self._resolve(version)
-        metadata = self._commit(found).metadata
+        metadata = read_commit(self.location, found).metadata
         if metadata is None:
             raise StoreError(f"{self.path}@{found} in {self.root} {_FOREIGN}")
         return metadata
@@ -130,7 +104,9 @@ class Table:
         """
         newest = self._resolve(None)
         oldest = -1 if limit is None else max(-1, newest - limit)
-        return [commit for commit in self._commits(range(newest, oldest, -1)) if commit.metadata is not None]
+        return [
+            commit for commit in read_commits(self.location, range(newest, oldest, -1)) if commit.metadata is not None
+        ]
 
     def log(self) -> Iterator[Commit]:
         """Yield every commit, oldest first, whoever made it.
@@ -138,7 +114,7 @@ class Table:
         Raises:
             NotFoundError: There is no such table.
         """
-        yield from self._commits(range(self._resolve(None) + 1))
+        yield from read_commits(self.location, range(self._resolve(None) + 1))
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -176,10 +152,10 @@ class Table:
         missing = set(_paths(opened))
         found: dict[str, ShardRecord] = {}
         newest = opened.version()
-        for start in range(newest, -1, -_LOG_READERS):  # backwards: mostly the last commits are all that is needed
+        for start in range(newest, -1, -READERS):  # backwards: mostly the last commits are all that is needed
             if not missing:
                 break
-            for commit in self._commits(range(start, max(-1, start - _LOG_READERS), -1)):
+            for commit in read_commits(self.location, range(start, max(-1, start - READERS), -1)):
                 found |= {shard.name: shard for shard in commit.shards if shard.name in missing}
             missing -= found.keys()
         if missing:
@@ -240,8 +216,6 @@ class Table:
         num_ranges = -(-total // max_bytes)
         if num_ranges <= 1:
             return [KeyRange(None, None)]
-        from weights_store.key_ranges import cuts
-
         found = cuts(self, records, num_ranges)
         return [KeyRange(low, high) for low, high in zip([None, *found], [*found, None], strict=True)]
 
@@ -381,45 +355,6 @@ class Table:
             "delta.dataSkippingStatsColumns": self.key[0],
         }
 
-    def _commit(self, version: int) -> Commit:
-        """Read one entry of the log. Ours are never cleaned up, see `_configuration`."""
-        try:
-            text = self.location.read(_log_name(version)).decode(errors="replace")
-        except FileNotFoundError:  # somebody else's table, its old log gone
-            return Commit(version, None, None, [], [], [])
-        try:
-            actions = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except ValueError as error:
-            raise DamageError(
-                f"{self.path} in {self.root}: {_log_name(version)} is damaged: {error}; {_RESTORE}"
-            ) from error
-        info: dict[str, Any] = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
-        metadata = self._checked_metadata(info["tokenweights"], version) if "tokenweights" in info else None
-        return Commit(
-            version,
-            info.get("timestamp"),
-            metadata,
-            [ShardRecord(**record) for record in json.loads(info.get("tokenweightsShards", "[]"))],
-            [action["add"]["path"] for action in actions if "add" in action],
-            [action["remove"]["path"] for action in actions if "remove" in action],
-        )
-
-    def _commits(self, versions: range) -> Iterator[Commit]:
-        if self.root.is_local or len(versions) < 2:
-            yield from map(self._commit, versions)
-            return
-        with ThreadPoolExecutor(_LOG_READERS) as pool:
-            yield from pool.map(self._commit, versions)
-
-    def _checked_metadata(self, text: str, version: int) -> dict[str, Any]:
-        metadata: dict[str, Any] = json.loads(text)
-        if metadata["schema_version"] > SCHEMA_VERSION:
-            raise StoreError(
-                f"{self.path}@{version} has schema version {metadata['schema_version']}, this tokenweights reads up to "
-                f"{SCHEMA_VERSION}; upgrade tokenweights"
-            )
-        return metadata
-
     def _conform(self, rows: pa.Table) -> pa.Table:
         missing = [name for name in self.schema.names if name not in rows.column_names]
         if missing:
@@ -524,16 +459,11 @@ class Table:
         schema, uri, options = Schema.from_arrow(self.schema), str(self.location), self.location.storage_options
         record = {"schema_version": SCHEMA_VERSION, **metadata, "num_rows_written": sum(s.num_rows for s in shards)}
         record["commit_id"] = uuid.uuid4().hex
-        properties = CommitProperties(
-            custom_metadata={
-                "tokenweights": json.dumps(record, allow_nan=False),
-                "tokenweightsShards": json.dumps([shard.to_json() for shard in shards]),
-            },
-            max_commit_retries=0,
-        )
-        actions = _actions(self.key[0], shards, removed)
+        properties = CommitProperties(custom_metadata=custom_metadata(record, shards), max_commit_retries=0)
+        actions = delta_actions(self.key[0], shards, removed)
         try:
             if base is None:
+                self._check_stands_alone()
                 if self.location.is_local:
                     self.location.path.mkdir(parents=True, exist_ok=True)
                 create_table_with_add_actions(
@@ -560,11 +490,22 @@ class Table:
         version = 0 if base is None else base + 1
         return TableVersion(str(self.root), self.path, version, record["fingerprint"])
 
+    def _check_stands_alone(self) -> None:
+        """Refuse a table inside another one's folder, or around one: listings and `vacuum` look at whole folders."""
+        kind, *parts = self.path.split("/")
+        above = ["/".join([kind, *parts[:count]]) for count in range(1, len(parts))]
+        inside = [f"{self.path}/{name}" for name in self.location.folders()]
+        for path in (*above, *inside):
+            if (self.root / path).exists("_delta_log"):
+                raise StoreError(
+                    f"{self.path} and the table {path} in {self.root} would lie inside each other; choose another name"
+                )
+
     def _made(self, version: int) -> str | None:
         """Return the `commit_id` of a version, empty when it is somebody else's, None when there is no such version."""
-        if not self.location.exists(_log_name(version)):
+        if not self.location.exists(log_name(version)):
             return None
-        metadata = self._commit(version).metadata
+        metadata = read_commit(self.location, version).metadata
         return "" if metadata is None else str(metadata.get("commit_id", ""))
 
 
@@ -575,29 +516,3 @@ _FOREIGN = "was not written by tokenweights: its commit has no metadata of ours"
 def _paths(opened: Any) -> list[str]:
     """Return the names of the shards of an open DeltaTable, in the order in which they were written."""
     return sorted(pa.table(opened.get_add_actions()).column("path").to_pylist())
-
-
-def _log_name(version: int) -> str:
-    return f"_delta_log/{version:020d}.json"
-
-
-def _actions(key: str, shards: list[ShardRecord], removed: tuple[ShardRecord, ...]) -> list[Any]:
-    from deltalake.transaction import AddAction, RemoveAction
-
-    now_ms = int(time.time() * 1000)
-    is_new = not removed  # else the rows were there before: change feeds must not see them again
-    actions: list[Any] = [
-        RemoveAction(
-            path=shard.name, data_change=False, deletion_timestamp=now_ms, size=shard.num_bytes, partition_values={}
-        )
-        for shard in removed
-    ]
-    for shard in shards:
-        stats = {
-            "numRecords": shard.num_rows,
-            "minValues": {key: shard.first_key},
-            "maxValues": {key: shard.last_key},
-            "nullCount": {key: 0},
-        }
-        actions.append(AddAction(shard.name, shard.num_bytes, {}, now_ms, is_new, json.dumps(stats)))
-    return actions

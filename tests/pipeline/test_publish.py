@@ -110,6 +110,13 @@ def test_new_pairs_are_appended_and_the_old_rows_stay_in_their_shards(store, mak
     assert any(change.startswith("data.tokens") for change in second.changes)
 
 
+def test_reading_more_of_the_source_appends(store, make_recipe):
+    first = _publish(make_recipe, _ingredients(store), **{"dataset.max_pairs": 3})
+    second = _publish(make_recipe, _ingredients(store, "abc"), **{"dataset.max_pairs": 4})
+    table = store.table("weights/toy/tis-dpo")
+    assert set(table.shards(first.weights.version)) < set(table.shards(second.weights.version))
+
+
 def test_changed_settings_write_a_whole_new_version_and_say_what_changed(store, make_recipe):
     ingredients = _ingredients(store)
     _publish(make_recipe, ingredients)

@@ -227,7 +227,9 @@ def test_many_commits_leave_checkpoints_and_opening_starts_from_them(tmp_path):
         (log / f"{version:020d}.json").rename(log / f"{version:020d}.away")
     assert (table.version(), table.pair_ids().to_list()) == (250, ["a"])
     (log / "00000000000000000005.json").write_text('{"commitInfo":{"timest')
-    with pytest.raises(DamageError, match=r"_delta_log/00000000000000000005.json is damaged: .*; restore the file"):
+    with pytest.raises(
+        DamageError, match=r"_delta_log/00000000000000000005.json is damaged: .*; restore it from a copy"
+    ):
         list(table.log())
 
 

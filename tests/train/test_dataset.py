@@ -2,6 +2,8 @@ import copy
 import math
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from torch.utils.data import DataLoader
 
@@ -9,7 +11,9 @@ from train.collate import PairCollator
 from train.config import DataConfig
 from train.dataset import OrderedPairs, PairDataset, check_weights_vary, open_weights, sample_pairs
 from train.sampler import BlockShuffle, StepBatches
-from weights_store.errors import MismatchError, NotFoundError, SettingsError
+from weights_store import WeightStore
+from weights_store.errors import DamageError, MismatchError, NotFoundError, SettingsError
+from weights_store.schemas import WEIGHTS
 
 
 def open_pairs(uri: str, weights: str = "toy/tis", vocab_size: int = 128, **config) -> PairDataset:
@@ -75,6 +79,33 @@ def test_unknown_names_are_refused_with_the_known_ones(store, tmp_path) -> None:
         open_pairs(str(tmp_path / "nowhere"))
     with pytest.raises(SettingsError, match="bad version"):
         open_pairs(store, "toy/tis@newest")
+
+
+@pytest.mark.parametrize("column", ["chosen_ids", "rejected_token_weights", "chosen_ref_logps", "pair_id"])
+def test_a_flipped_bit_in_what_is_read_stops_the_reader(small_groups, store, column) -> None:
+    # The last byte of the column's values in the third row group: zstd has no checksum of its own here.
+    table = WeightStore(store).table("weights/toy/tis")
+    (record,) = table.records()
+    path = table.location.path / record.name
+    group = pq.read_metadata(path).row_group(2)
+    chunk = next(group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema.startswith(column))
+    data = bytearray(path.read_bytes())
+    data[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 0x04
+    path.write_bytes(data)
+    with pytest.raises(DamageError, match=rf"weights/toy/tis, shard {record.name}, row group 2: "):
+        ids_of(open_pairs(store))
+
+
+def test_two_shards_exchanged_are_no_pairs_of_this_version(write_weights, rows) -> None:
+    uri = write_weights(rows[:20])
+    table = WeightStore(uri).table("weights/toy/tis")
+    table.append(pa.Table.from_pylist(rows[20:], WEIGHTS), table.metadata())
+    first, second = (table.location.path / name for name in table.shards())
+    one, other = first.read_bytes(), second.read_bytes()
+    first.write_bytes(other)
+    second.write_bytes(one)
+    with pytest.raises(DamageError, match="is not the file that was committed"):
+        open_pairs(uri)
 
 
 def test_cache_reads_a_group_once_and_holds_a_window(small_groups, store, monkeypatch) -> None:
