@@ -301,7 +301,7 @@ def _scored_tokens(store: Path) -> int:
 
 def in_child(measurement: str, *args: str) -> dict[str, Any]:
     """Run one measurement in a process of its own."""
-    threads = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    threads = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     command = [sys.executable, __file__, "--measure", measurement, *args]
     done = subprocess.run(command, env={**os.environ, **threads}, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

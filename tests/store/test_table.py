@@ -106,6 +106,15 @@ def test_nothing_is_written_into_a_table_of_somebody_else(table):
     assert len(table.location.files()) == 1
 
 
+@pytest.mark.parametrize("path", ["logps/toy", "logps/toy/x/y"])
+def test_a_table_inside_another_or_around_one_is_refused(store_uri, path):
+    store = WeightStore(store_uri)
+    store.table("logps/toy/x").append(_rows("a"), METADATA)
+    with pytest.raises(StoreError, match=f"{path} and the table logps/toy/x in .* would lie inside each other"):
+        store.table(path).append(_rows("b"), METADATA)
+    assert [table.path for table in store.tables("logps")] == ["logps/toy/x"]
+
+
 def test_rows_without_a_column_are_refused(table):
     with pytest.raises(StoreError, match="lack the columns"):
         table.append(pa.table({"pair_id": ["a"]}), METADATA)

@@ -1,3 +1,4 @@
+import json
 import random
 import re
 import shutil
@@ -7,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from weights_store import WeightStore
+from weights_store import WeightStore, commits
 from weights_store.errors import NotFoundError, SettingsError
 from weights_store.fingerprint import fingerprint
 from weights_store.schemas import LOGPS, QUARANTINE, TOKENS, WEIGHTS
@@ -325,11 +326,24 @@ def test_a_missing_commit_is_a_finding(store):
     assert "commit 0 is missing from _delta_log" in only(verify(store, [LOGPS_PATH])).problem
 
 
-def edit_commit(store, path, version, old, new):
+def edit_commit(store, path, version, old, new, with_new_digest=True):
+    """Replace text of a commit, as damage does, or as a writer would that is wrong from the start."""
     file = log_file(store, path, version)
     text = file.read_text()
     assert old in text
-    file.write_text(text.replace(old, new))
+    lines = [json.loads(line) for line in text.replace(old, new).splitlines()]
+    for info in (line["commitInfo"] for line in lines if "commitInfo" in line):
+        if with_new_digest:
+            info["tokenweightsSha256"] = commits._digest(info["tokenweights"], info["tokenweightsShards"])
+    file.write_text("\n".join(json.dumps(line, separators=(",", ":")) for line in lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("vocab_size", "vocab_sise"), ("num_pairs", "num_pairt"), ("sha256", "sha257")]
+)
+def test_any_change_of_what_a_commit_says_is_found(store, old, new):
+    edit_commit(store, TOKENS_PATH, 0, old, new, with_new_digest=False)
+    assert "its digest differs" in only(verify(store, [TOKENS_PATH])).problem
 
 
 def test_a_changed_checksum_in_a_commit_is_found(store):
