@@ -55,4 +55,4 @@ rehearse:  ## run the install steps of an image in a clean virtual environment: 
 	docker/rehearse.sh $(IMAGE)
 
 clean:  ## remove what demo and tools made; .venv stays
-	rm -rf demo benchmarks/work .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf demo benchmarks/scratch .mypy_cache .pytest_cache .ruff_cache build *.egg-info

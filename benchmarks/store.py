@@ -388,7 +388,9 @@ def main() -> None:
     """Run the benchmark, or one measurement of it in a child."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--shared", type=Path, default=REPO.parent / "shared", help="folder with data/ and models/")
-    parser.add_argument("--work", type=Path, default=REPO / "benchmarks" / "work", help="scratch folder (about 3 GB)")
+    parser.add_argument(
+        "--work", type=Path, default=REPO / "benchmarks" / "scratch", help="scratch folder (about 3 GB)"
+    )
     parser.add_argument("--pairs", type=int, default=1500, help="real pairs to build (default: 1500)")
     parser.add_argument("--made-up", type=int, default=1_000_000, help="made-up pairs (default: a million)")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)

@@ -100,7 +100,7 @@ def test_another_job_in_the_folder_is_refused_field_by_field(make_config, write_
     other = make_config(loss={"beta": 0.2})
     with pytest.raises(SettingsError) as caught:
         run(other)
-    assert 'loss.beta: 0.1 -> 0.2; weights.fingerprint: 0000' in str(caught.value)
+    assert "loss.beta: 0.1 -> 0.2; weights.fingerprint: 0000" in str(caught.value)
     assert 'weights.name: "toy/tis@0" -> "toy/tis@1"; choose another folder, or give --overwrite' in str(caught.value)
     (folder / "model-00009-of-00009.safetensors").write_text("left over")
     result = run(other, overwrite=True)
