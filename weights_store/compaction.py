@@ -9,8 +9,9 @@ from typing import Any
 
 import polars as pl
 
+from weights_store import shards
 from weights_store.errors import DamageError
-from weights_store.shards import SHARD_BYTES, ShardRecord, sum_checksums
+from weights_store.shards import ShardRecord, sum_checksums
 from weights_store.table import Table, TableVersion
 
 
@@ -26,7 +27,7 @@ def compact(table: Table, max_bytes: int) -> TableVersion | None:
         frame: pl.DataFrame = piece.of(scan, table.key[0]).collect()
         writer.write(frame.sort(table.key).to_arrow().select(table.schema.names).cast(table.schema))
     new = writer.finish()
-    if _checksums(new) != _checksums(old):
+    if sum_checksums(r.sums for r in new) != sum_checksums(r.sums for r in old):
         raise DamageError(
             f"{base}: the rows read are not those that were committed; nothing was changed. "
             "`tokenweights verify` names the damaged shard"
@@ -39,8 +40,4 @@ def _is_worth_it(records: list[ShardRecord]) -> bool:
     """Return whether the shards are more than the bytes need, or their key ranges overlap."""
     spans: list[tuple[Any, Any]] = sorted((record.first_key, record.last_key) for record in records)
     overlap = any(left[1] >= right[0] for left, right in pairwise(spans))
-    return overlap or len(records) > 1 + sum(record.num_bytes for record in records) // (SHARD_BYTES // 2)
-
-
-def _checksums(records: list[ShardRecord]) -> dict[str, int]:
-    return sum_checksums({name: int(text, 16) for name, text in record.checksums.items()} for record in records)
+    return overlap or len(records) > 1 + sum(record.num_bytes for record in records) // (shards.SHARD_BYTES // 2)

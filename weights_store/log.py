@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
-from weights_store.commits import Commit, read_commit
+from weights_store.commits import READERS, Commit, log_name, read_commit
 from weights_store.errors import StoreError
 from weights_store.location import one_line
 from weights_store.shards import ShardRecord
@@ -19,7 +19,6 @@ from weights_store.table import Table
 
 _COMMIT = re.compile(r"(\d{20})\.json")
 _CHECKPOINT = re.compile(r"(\d{20})\.checkpoint(\.[\w-]+)*\.(parquet|json)")
-_READERS = 16
 _HEX = re.compile(r"[0-9a-f]+")
 _ACTIONS = {"add", "remove", "commitInfo", "metaData", "protocol", "txn", "cdc", "domainMetadata"}
 # Whatever a commit can turn into when its bytes change: no JSON, other JSON, keys gone, texts for numbers.
@@ -85,7 +84,7 @@ def read_log(table: Table) -> TableLog:
     """Read every commit of a table, which may have none."""
     names = (table.location / "_delta_log").files()
     versions = sorted({int(match[1]) for name in names if (match := _COMMIT.fullmatch(name))})
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         read = dict(zip(versions, pool.map(lambda version: _read(table, version), versions), strict=True))
     commits = {version: commit for version, commit in read.items() if isinstance(commit, Commit)}
     problems = {version: problem for version, problem in read.items() if isinstance(problem, str)}
@@ -111,13 +110,13 @@ def _read(table: Table, version: int) -> Commit | str:
         commit = read_commit(table.location, version)
         _check(commit)
         if commit.metadata is None:
-            _check_actions(table.location.read(f"_delta_log/{version:020d}.json"))
+            _check_actions(table.location.read(log_name(version)))
     except StoreError as error:
         return f"its commit cannot be read: {one_line(error)}"
     except _UNREADABLE as error:
         return (
             f"its commit cannot be read: {type(error).__name__}, {one_line(error)}; "
-            f"restore _delta_log/{version:020d}.json from a copy"
+            f"restore {log_name(version)} from a copy"
         )
     return commit
 

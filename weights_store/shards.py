@@ -47,6 +47,11 @@ class ShardRecord:
     last_key: str | int
     checksums: dict[str, str]
 
+    @property
+    def sums(self) -> dict[str, int]:
+        """The checksums as numbers."""
+        return {name: int(text, 16) for name, text in self.checksums.items()}
+
     def to_json(self) -> dict[str, Any]:
         """Return the record as it stands in the commit."""
         return asdict(self)
@@ -193,9 +198,6 @@ class _OpenShard:
         self._writer.add_key_value_metadata({_FOOTER_KEY: json.dumps({"columns": names, "groups": groups})})
         self._writer.close()
         data = self._sink.getvalue()
-        checksums: dict[str, int] = {}
-        for group in self._groups:
-            checksums = add_checksums(checksums, group)
         record = ShardRecord(
             name=name,
             num_rows=self._num_rows,
@@ -203,7 +205,7 @@ class _OpenShard:
             sha256=hashlib.sha256(data).hexdigest(),
             first_key=min(self._keys),
             last_key=max(self._keys),
-            checksums={column: f"{value:016x}" for column, value in checksums.items()},
+            checksums={column: f"{value:016x}" for column, value in sum_checksums(self._groups).items()},
         )
         return data, record
 
@@ -230,7 +232,7 @@ class ShardReader:
         where: The table and version, for messages.
 
     Raises:
-        DamageError: The file is gone, has another size, or its footer does not agree with the commit.
+        DamageError: The file is gone, or its footer does not agree with the commit.
     """
 
     def __init__(self, folder: Location, record: ShardRecord, key: Sequence[str], where: str) -> None:
@@ -290,9 +292,8 @@ class ShardReader:
         except (KeyError, ValueError, TypeError) as error:
             raise DamageError(f"{self.where}: shard {self.record.name} has a broken footer; {_RESTORE}") from error
         total = sum_checksums(groups)
-        expected = {name: int(text, 16) for name, text in self.record.checksums.items()}
         if (
-            total != expected
+            total != self.record.sums
             or len(groups) != self._file.num_row_groups
             or sum(self.group_sizes) != self.record.num_rows
         ):

@@ -194,8 +194,7 @@ class Table:
 
     def checksums(self, version: int | None = None) -> dict[str, int]:
         """Return the recorded checksum of every column of one version, see `checksums.py`."""
-        records = self.records(version)
-        return sum_checksums({name: int(text, 16) for name, text in record.checksums.items()} for record in records)
+        return sum_checksums(record.sums for record in self.records(version))
 
     def pair_ids(self, version: int | None = None) -> pl.Series:
         """Return the `pair_id`s of one version, empty when the table does not exist yet."""

@@ -3,8 +3,7 @@
 `verify` reads every file that any version of a table needs, as a stream, and every row of the newest versions; it changes
 nothing. Memory stays at one row group, or one range of keys where tables are joined. Who is called: `tokenweights verify`.
 
-Not here: files that nobody needs (`vacuum.py`), model folders, and what commits say about recipes and packages, of which no
-second record exists.
+Not here: files that nobody needs (`vacuum.py`) and model folders.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,9 +19,6 @@ from weights_store.recorded import check_balance, check_fingerprints, check_line
 from weights_store.relations import check_ids, check_keys, check_lengths
 from weights_store.schemas import KEYS
 from weights_store.store import WeightStore
-from weights_store.vacuum import Orphan, find_orphans, vacuum
-
-__all__ = ["Finding", "Orphan", "find_orphans", "vacuum", "verify"]
 
 
 def verify(
