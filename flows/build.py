@@ -16,16 +16,16 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
 
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_markdown_artifact
 
-from pipeline.contrast import ContrastivePair, contrast
+from flows.progress import scoring_progress
+from pipeline.contrast import ContrastivePair, contrast, prompt_pair
 from pipeline.models import resolve_model
 from pipeline.prepare import Prepared, prepare
 from pipeline.publish import Ingredients, Published, publish
 from pipeline.recipe import Recipe, WeightsSection, load_recipe
 from pipeline.report import summary_markdown, write_report
 from pipeline.score import Scored, Scorer, score
-from weights_store.errors import KilledError
 
 
 @dataclass
@@ -47,14 +47,18 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
     clock = _StageClock()
     model_folder = clock.time("model", find_model, recipe)
     prepared = clock.time("prepare", prepare_tokens, recipe, model_folder)
-    scored = {"ref": clock.time("score ref", score_tokens, "ref", prepared, Scorer(model_folder), recipe, model_folder)}
+    scorers = {"ref": Scorer(model_folder)}
+    needs_pair = recipe.weights.estimator in ("tis", "reversed")
+    if needs_pair and recipe.contrast.method == "prompt":  # one model: one engine start for all three
+        scorers |= prompt_pair(recipe.contrast, model_folder).scorers
+    scored = clock.time("score " + " ".join(scorers), score_tokens, prepared, scorers, recipe, model_folder)
     num_trained = 0
-    if recipe.weights.estimator in ("tis", "reversed"):
+    if needs_pair:
         uniform = clock.time("publish uniform", publish_uniform, recipe, prepared, scored)
-        pair = clock.time("contrast", build_contrast, recipe, model_folder, uniform)
-        num_trained = pair.num_trained
-        for role, scorer in (("positive", pair.positive), ("negative", pair.negative)):
-            scored[role] = clock.time(f"score {role}", score_tokens, role, prepared, scorer, recipe, model_folder)
+        if "positive" not in scored:
+            pair = clock.time("contrast", build_contrast, recipe, model_folder, uniform)
+            num_trained = pair.num_trained
+            scored |= clock.time("score pair", score_tokens, prepared, pair.scorers, recipe, model_folder)
     published = clock.time("publish", publish_weights, recipe, prepared, scored, expect_same)
     report = clock.time("report", report_weights, published, recipe, model_folder)
     return BuildResult(prepared, published, report, model_folder, scored, num_trained, clock.stage_s)
@@ -85,26 +89,19 @@ def prepare_tokens(recipe: Recipe, model_folder: Path) -> Prepared:
     return prepared
 
 
-def _worth_repeating(_task: Any, _run: Any, state: Any) -> bool:
-    """A killed process goes on where it was; any other failure would fail the same way again."""
-    return isinstance(state.result(raise_on_failure=False), KilledError)
-
-
-@task(name="score", task_run_name="score {role}", retries=1, retry_condition_fn=_worth_repeating)
-def score_tokens(role: str, prepared: Prepared, scorer: Scorer, recipe: Recipe, model_folder: Path) -> Scored:
-    """Score what has no log-probs yet, with progress as an artifact."""
+@task(name="score", task_run_name="score")
+def score_tokens(
+    prepared: Prepared, scorers: dict[str, Scorer], recipe: Recipe, model_folder: Path
+) -> dict[str, Scored]:
+    """Score what has no log-probs yet, with progress as artifacts. Restarts are score's own."""
     logger = get_run_logger()
-    artifact = create_progress_artifact(0.0, key=f"score-{role}", description=f"scoring {prepared.tokens} as {role}")
-
-    def show(percent: float) -> None:
-        update_progress_artifact(artifact, progress=percent)  # type: ignore[arg-type]
-
-    scored = score(
-        prepared.tokens, scorer, recipe.score, model_folder, recipe.model.chat_template, logger.info, show, role
-    )
-    show(100.0)
-    if scored.num_scored_pairs == 0:
-        logger.info(f"{scored.logps}: nothing to score")
+    with scoring_progress(list(scorers), str(prepared.tokens), logger.info) as progress:
+        scored = score(
+            prepared.tokens, scorers, recipe.score, model_folder, recipe.model.chat_template, logger.info, progress
+        )
+    for role, result in scored.items():
+        if result.num_scored_pairs == 0:
+            logger.info(f"score {role}: {result.logps}: nothing to score")
     return scored
 
 

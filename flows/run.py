@@ -36,9 +36,11 @@ def run_build(recipe: Recipe, expect_same: bool = False, debug: bool = False) ->
     for role, scored in result.scored.items():
         if scored.num_scored_pairs or scored.num_unscorable:
             unscorable = f", {scored.num_unscorable} unscorable" if scored.num_unscorable else ""
-            rate = scored.num_scored_tokens / scored.wall_s
+            rate = scored.num_scored_tokens / max(scored.wall_s, 1e-9)
             numbers = f"{scored.num_scored_pairs} pairs{unscorable}, {scored.num_scored_tokens:,} tokens, {rate:,.0f} tokens/s"
-            print(f"  {'scored ' + role:<18}{numbers} with the engine's start")
+            print(f"  {'scored ' + role:<18}{numbers} without the engine's start")
+        for restart in scored.restarts:
+            print(f"  warning           scoring {role} was started again: {restart}")
     print(f"  {'stages':<18}" + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.stage_s.items()))
     print(f"  {'':<18}{'published' if result.published.is_new else 'nothing to do: this version was there already'}")
     print(f"  {'store':<18}{recipe.store.uri}")

@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,10 +21,23 @@ def check_extra(package: str, remedy: str, python: str | None) -> None:
         raise MissingExtraError(f"this build needs the package {package!r}, which is not installed; {remedy}")
 
 
-def run_child(command: Sequence[str], what: str, report: Callable[[str], None], prefix: str = "") -> None:
+def run_child(
+    command: Sequence[str],
+    what: str,
+    report: Callable[[str], None],
+    prefix: str = "",
+    failures: Mapping[int, type[StageError]] = {},
+) -> None:
     """Run a child process to its end, pass its progress lines on, and stop it when we are stopped.
 
-    Lines that start with `prefix` are progress and go to `report` without it.
+    Lines that start with `prefix` are progress and go to `report` without it. The child's standard input closes when we die.
+
+    Args:
+        command: The child's command line.
+        what: What it does, for error messages.
+        report: Gets its progress lines.
+        prefix: How a progress line begins.
+        failures: The error that an exit code stands for.
 
     Raises:
         KilledError: It died by a signal.
@@ -35,6 +48,7 @@ def run_child(command: Sequence[str], what: str, report: Callable[[str], None], 
     tail: list[str] = []
     with subprocess.Popen(
         command,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -56,11 +70,10 @@ def run_child(command: Sequence[str], what: str, report: Callable[[str], None], 
         finally:
             _running.discard(child)
     if child.returncode < 0:
-        raise KilledError(
-            f"{what} was killed by signal {-child.returncode}; out of memory? Run again: it goes on where it was"
-        )
+        raise KilledError(f"{what} was killed by signal {-child.returncode} (out of memory?); what it had done stays")
     if child.returncode:
-        raise StageError(f"{what} failed with exit code {child.returncode}: {_cause(tail)}")
+        failure = failures.get(child.returncode, StageError)
+        raise failure(f"{what} failed with exit code {child.returncode}: {_cause(tail)}")
 
 
 def _cause(tail: list[str]) -> str:

@@ -32,6 +32,11 @@ class ContrastivePair:
     negative: Scorer
     num_trained: int = 0
 
+    @property
+    def scorers(self) -> dict[str, Scorer]:
+        """The two by their role."""
+        return {"positive": self.positive, "negative": self.negative}
+
 
 def contrast(
     settings: ContrastSection, model_folder: Path, uniform: TableVersion, report: Callable[[str], None] = print
@@ -49,27 +54,62 @@ def contrast(
         StageError: A training job failed; carries its message.
     """
     if settings.method == "prompt":
-        prompts = (settings.positive_prompt, settings.negative_prompt)
-        positive, negative = (Scorer(model_folder, Condition(text, settings.role)) for text in prompts)
-        return ContrastivePair(positive, negative)
-    identities = {side: _identity(settings, side, model_folder, uniform) for side in _SIDES}
-    models = ModelShelf(WeightStore(uniform.store).root / "models")
-    wanted = uniform.fingerprint if settings.retrain else None
-    data = _data_of_both(models, identities, wanted) or uniform.fingerprint
+        return prompt_pair(settings, model_folder)
+    models = model_shelf(uniform.store)
     folders, num_trained = [], 0
-    for side in _SIDES:
-        name = fingerprint({**identities[side], "data": data})[:16]
-        folder = models.find(name)
+    for model in wanted_models(settings, model_folder, uniform):
+        folder = model.folder
         if folder is None:
-            folder = models.place(name)
+            folder = models.place(model.name)
             check_extra("torch", "pip install 'tokenweights[train]'", settings.python)
-            report(f"training the {side} model ({settings.method}) on {uniform}")
-            run_child(_command(settings, side, model_folder, uniform, folder), f"training {folder}", report)
-            record = {"identity": identities[side], "data": data, "version": uniform.version}
-            models.put(name, {**record, "fingerprint": fingerprint_model(folder)})
+            report(f"training the {model.side} model ({settings.method}) on {uniform}")
+            run_child(_command(settings, model.side, model_folder, uniform, folder), f"training {folder}", report)
+            record = {"identity": model.identity, "data": model.data, "version": uniform.version}
+            models.put(model.name, {**record, "fingerprint": fingerprint_model(folder)})
             num_trained += 1
         folders.append(folder)
     return ContrastivePair(Scorer(folders[0]), Scorer(folders[1]), num_trained)
+
+
+def prompt_pair(settings: ContrastSection, model_folder: Path) -> ContrastivePair:
+    """Return the pair of construction P: one model behind two prompts, there without training."""
+    prompts = (settings.positive_prompt, settings.negative_prompt)
+    positive, negative = (Scorer(model_folder, Condition(text, settings.role)) for text in prompts)
+    return ContrastivePair(positive, negative)
+
+
+@dataclass(frozen=True)
+class WantedModel:
+    """One side's model of construction S or D: what determines it, its name in the store, and where it is."""
+
+    side: str
+    name: str
+    identity: dict[str, Any]
+    data: str
+    folder: Path | None
+    """None: it is not there, and has to be trained."""
+
+
+def model_shelf(store: str) -> ModelShelf:
+    """Return where a store keeps its contrastive models."""
+    return ModelShelf(WeightStore(store).root / "models")
+
+
+def wanted_models(settings: ContrastSection, model_folder: Path, uniform: TableVersion) -> list[WantedModel]:
+    """Return the positive and the negative model of construction S or D, each with its folder when it is there.
+
+    Args:
+        settings: Which construction, and its settings.
+        model_folder: The starting model of both.
+        uniform: What they are trained on. Its fingerprint matters only where `retrain` asks for the data of now, or where
+            no pair is there.
+    """
+    identities = {side: _identity(settings, side, model_folder, uniform) for side in _SIDES}
+    models = model_shelf(uniform.store)
+    wanted = uniform.fingerprint if settings.retrain else None
+    data = _data_of_both(models, identities, wanted) or uniform.fingerprint
+    names = {side: fingerprint({**identity, "data": data})[:16] for side, identity in identities.items()}
+    return [WantedModel(side, names[side], identities[side], data, models.find(names[side])) for side in _SIDES]
 
 
 def _identity(settings: ContrastSection, side: str, model_folder: Path, uniform: TableVersion) -> dict[str, Any]:

@@ -1,22 +1,36 @@
-"""vLLM behind one contract: token ids in, one log-probability per response token out. The only file that imports vLLM.
+"""vLLM behind one contract: token ids in, one log-probability per wanted token out. The only file that imports vLLM.
 
-Uses `prompt_logprobs=0` with flat log-probs, looked up by token id: entry order has changed between vLLM versions. Chosen and
-rejected of a pair share the prompt's KV blocks through the prefix cache. A cache hit that reaches into the response leaves
-rows unwritten (random numbers, wrong ids), so such a row is scored again without the cache.
+There are three ways in, from fast to slow:
+
+* `fixed_ids`: `prompt_logprob_token_ids` and `prompt_logprob_start` of the V2 runner (GPUs);
+* `response_rows`: the same on the V1 runner (CPUs, older GPUs) through our worker extension, `response_rows.py`;
+* `flat`: vLLM's prompt log-probs, flat, looked up by token id (their order has changed between versions). Works everywhere.
+
+The fast one of the runner at hand is checked against `flat` on the first sequences, and left where they differ. Sequences share
+KV blocks through the prefix cache. A hit that reaches into the wanted rows leaves them unwritten (random numbers, or no reply
+at all), so such a sequence is scored again without the cache.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from weights_store.errors import InputError, MissingExtraError, ScoringError
+from pipeline.sharing import Reply, ScoredSequence
+from weights_store.errors import EngineError, InputError, MissingExtraError, OutOfMemoryError, ScoringError
+
+FIXED_IDS, RESPONSE_ROWS, FLAT = "fixed_ids", "response_rows", "flat"
 
 _ROUNDING_NATS = 1e-3
 """Log-probs above 0 by less than this are rounding of log-softmax and become 0; anything above is an error."""
+_NUM_CHECKED = 8
+_MEAN_TOLERANCE_NATS = 0.02
+"""Mean difference of two ways that is rounding: bfloat16 moves by 2e-3 with the make-up of a batch, a row amiss by nats."""
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "No available memory for the cache blocks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +38,11 @@ class EngineSettings:
     """How the engine runs. Only `dtype` changes numbers."""
 
     dtype: str = "auto"
-    batch_tokens: int = 8192
+    batch_tokens: int = 4096
     kv_cache_gib: float = 2.0
     gpu_memory_share: float = 0.85
     tensor_parallel: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredSequence:
-    """One response behind its prompt, as ids."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
+    way: str | None = None
 
 
 class VllmEngine:
@@ -43,9 +50,10 @@ class VllmEngine:
 
     Raises:
         InputError: vLLM cannot load the model.
+        OutOfMemoryError: There is not enough memory for it.
     """
 
-    def __init__(self, model: Path, settings: EngineSettings) -> None:
+    def __init__(self, model: Path, settings: EngineSettings, report: Callable[[str], None] = print) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # we are a process of our own already
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(settings.kv_cache_gib))))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -57,7 +65,7 @@ class VllmEngine:
             on_cpu = current_platform.is_cpu()
             if on_cpu:  # else a helper of vLLM's is compiled, which needs g++ on the machine and changes no number
                 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-            from vllm import LLM
+            from vllm import EngineArgs, LLMEngine
         except ModuleNotFoundError as error:
             raise MissingExtraError(
                 f"scoring needs the package {error.name!r}, which is not installed; pip install 'tokenweights[score]' (GPU) or "
@@ -67,76 +75,216 @@ class VllmEngine:
         placement: dict[str, Any] = (
             {"block_size": 32} if on_cpu else {"gpu_memory_utilization": settings.gpu_memory_share}
         )
+        arguments = EngineArgs(
+            model=str(model),
+            dtype=settings.dtype,  # type: ignore[arg-type]
+            max_num_batched_tokens=settings.batch_tokens,
+            tensor_parallel_size=settings.tensor_parallel,
+            enable_prefix_caching=True,
+            enforce_eager=True,  # compiling costs more than it saves on prefill alone
+            disable_log_stats=True,
+            seed=0,
+            skip_tokenizer_init=True,
+            worker_extension_cls="pipeline.response_rows.ResponseRows",
+            **placement,
+        )
         try:
-            self._llm = LLM(
-                model=str(model),
-                dtype=settings.dtype,
-                max_num_batched_tokens=settings.batch_tokens,
-                tensor_parallel_size=settings.tensor_parallel,
-                enable_prefix_caching=True,
-                enforce_eager=True,  # compiling costs more than it saves on prefill alone
-                disable_log_stats=True,
-                seed=0,
-                **placement,
-            )
-        except (ValueError, OSError) as error:
-            raise InputError(f"vLLM cannot load the model {model}: {str(error).strip().splitlines()[0]}") from error
-        self.max_tokens: int = self._llm.llm_engine.model_config.max_model_len - 1
+            self._engine: Any = LLMEngine.from_engine_args(arguments)
+        except Exception as error:
+            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if _is_out_of_memory(error):
+                raise OutOfMemoryError(f"no memory for the model {model} in vLLM: {text}") from error
+            if not isinstance(error, ValueError | OSError):
+                raise
+            raise InputError(f"vLLM cannot load the model {model}: {text}") from error
+        self.max_tokens: int = self._engine.model_config.max_model_len - 1
         """Longest prompt + response that can be scored: the engine needs one free position."""
-        self.vocab_size: int = self._llm.llm_engine.model_config.get_vocab_size()
+        self.vocab_size: int = self._engine.model_config.get_vocab_size()
+        self.way = settings.way
+        """The way in, None until the first sequences have been scored."""
+        self._report = report
+        self._keys = count()
+        self._rows_installed = False
 
-    def score(self, sequences: Sequence[ScoredSequence]) -> list[np.ndarray | ScoringError]:
-        """Return for each sequence log pi(y_t | x, y_<t) of its response tokens, float32 `[len(response)]` nats.
+    def score(
+        self, sequences: Sequence[ScoredSequence], progress: Callable[[int], None] = lambda num_tokens: None
+    ) -> list[Reply]:
+        """Return for each sequence log pi(y_t | x, y_<t) of its wanted tokens, float32 `[num_wanted]` nats.
 
         A sequence whose reply breaks the contract has a `ScoringError` in its place; it never shifts its neighbours.
-        """
-        replies = self._generate(sequences, use_cache=True)
-        again = [
-            index
-            for index, (reply, sequence) in enumerate(zip(replies, sequences, strict=True))
-            if (reply.num_cached_tokens or 0) > len(sequence.prompt_ids) - 1
-        ]
-        for index, reply in zip(again, self._generate([sequences[i] for i in again], use_cache=False), strict=True):
-            replies[index] = reply
-        return [_read_reply(reply, sequence) for reply, sequence in zip(replies, sequences, strict=True)]
 
-    def _generate(self, sequences: Sequence[ScoredSequence], use_cache: bool) -> list[Any]:
+        Args:
+            sequences: Those that share a beginning should stand side by side.
+            progress: Gets the number of wanted tokens of each sequence that is done.
+
+        Raises:
+            OutOfMemoryError: A step did not fit into memory. The engine is spoilt; one with a smaller budget may do.
+            EngineError: A step failed otherwise. The engine is spoilt.
+        """
+        if self.way is None:
+            self.way = self._choose_way(sequences[:_NUM_CHECKED])
+        return self._score(sequences, self.way, progress)
+
+    def _choose_way(self, sample: Sequence[ScoredSequence]) -> str:
+        fast = FIXED_IDS if self._engine.vllm_config.use_v2_model_runner else RESPONSE_ROWS
+        try:
+            difference = _difference(self._score(sample, fast), self._score(sample, FLAT))
+        except EngineError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever another vLLM version makes of it, the slow way is left
+            self._report(f"scoring by vLLM's flat prompt log-probs: {fast} failed with {type(error).__name__}: {error}")
+            return FLAT
+        if difference <= _MEAN_TOLERANCE_NATS:
+            self._report(
+                f"scoring by {fast}: within {difference:.1e} nats of flat prompt log-probs on {len(sample)} sequences"
+            )
+            return fast
+        self._report(
+            f"scoring by vLLM's flat prompt log-probs: {fast} differs from them by {difference:.2g} nats in the mean on "
+            f"{len(sample)} sequences, expected at most {_MEAN_TOLERANCE_NATS}"
+        )
+        return FLAT
+
+    def _score(
+        self, sequences: Sequence[ScoredSequence], way: str, progress: Callable[[int], None] = lambda num_tokens: None
+    ) -> list[Reply]:
+        replies = self._ask(sequences, way, True, progress)
+        again = [i for i, reply in enumerate(replies) if reply is None]
+        for index, reply in zip(again, self._ask([sequences[i] for i in again], way, False), strict=True):
+            replies[index] = (
+                ScoringError("the engine took rows from its cache that it was told to compute")
+                if reply is None
+                else reply
+            )
+        return [reply for reply in replies if reply is not None]
+
+    def _ask(
+        self,
+        sequences: Sequence[ScoredSequence],
+        way: str,
+        use_cache: bool,
+        progress: Callable[[int], None] = lambda num_tokens: None,
+    ) -> list[Reply | None]:
+        """Run the sequences through the engine; None for one whose wanted rows were in the cache."""
         if not sequences:
             return []
-        from vllm import SamplingParams
+        if way == RESPONSE_ROWS and not self._rows_installed:
+            self._engine.collective_rpc("tokenweights_install")
+            self._rows_installed = True
+        keys = [next(self._keys) for _ in sequences]
+        outputs = self._run(dict(zip(keys, sequences, strict=True)), way, use_cache, progress)
+        taken = self._engine.collective_rpc("tokenweights_take")[0] if way == RESPONSE_ROWS else {}
+        replies: list[Reply | None] = []
+        for key, sequence in zip(keys, sequences, strict=True):
+            output = outputs[key]
+            if (output.num_cached_tokens or 0) > sequence.first_row:
+                replies.append(None)
+            elif way == FIXED_IDS:
+                replies.append(_read_fixed_ids(output.prompt_token_id_logprobs, sequence))
+            elif way == RESPONSE_ROWS:
+                replies.append(checked(taken.get(key), sequence))
+            else:
+                replies.append(_read_flat(output.prompt_logprobs, sequence))
+        return replies
+
+    def _run(
+        self, sequences: dict[int, ScoredSequence], way: str, use_cache: bool, progress: Callable[[int], None]
+    ) -> dict[int, Any]:
         from vllm.inputs import TokensPrompt
 
-        params = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            prompt_logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            skip_reading_prefix_cache=not use_cache,
-        )
-        prompts = [TokensPrompt(prompt_token_ids=s.prompt_ids + s.response_ids) for s in sequences]
-        return list(self._llm.generate(prompts, params, use_tqdm=False))
+        outputs: dict[int, Any] = {}
+        try:
+            for key, sequence in sequences.items():
+                prompt = TokensPrompt(prompt_token_ids=sequence.prompt_ids + sequence.response_ids)
+                self._engine.add_request(str(key), prompt, _params(key, sequence, way, use_cache))
+            while self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    outputs[int(output.request_id)] = output
+                    progress(sequences[int(output.request_id)].num_wanted)
+        except Exception as error:
+            text = (str(error).strip().splitlines() or [""])[0]
+            if _is_out_of_memory(error):
+                raise OutOfMemoryError(f"the engine ran out of memory: {text}") from error
+            raise EngineError(f"the engine failed: {type(error).__name__}: {text}") from error
+        return outputs
 
 
-def _read_reply(reply: Any, sequence: ScoredSequence) -> np.ndarray | ScoringError:
-    """Return the response's log-probs out of one engine reply, or what is wrong with it."""
-    flat = reply.prompt_logprobs
+def _params(key: int, sequence: ScoredSequence, way: str, use_cache: bool) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    from pipeline.response_rows import KEY
+
+    asked: dict[str, Any]
+    if way == FIXED_IDS:
+        ids = np.array(sequence.response_ids[sequence.start :], np.int32)[:, None]
+        asked = {"prompt_logprob_token_ids": ids, "prompt_logprob_start": sequence.first_row}
+    elif way == RESPONSE_ROWS:
+        asked = {"extra_args": {KEY: [key, sequence.first_row]}}
+    else:
+        asked = {"prompt_logprobs": 0, "flat_logprobs": True}
+    return SamplingParams(
+        max_tokens=1,  # the least that vLLM takes; the sampled token is thrown away
+        temperature=0.0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_reading_prefix_cache=not use_cache,
+        **asked,
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(text.lower() in str(error).lower() for text in _OUT_OF_MEMORY)
+
+
+def _difference(replies: list[Reply], expected: list[Reply]) -> float:
+    """Return the mean difference in nats, infinite where one has an answer and the other none."""
+    both = list(zip(replies, expected, strict=True))
+    if any(isinstance(a, ScoringError) != isinstance(b, ScoringError) for a, b in both):
+        return float("inf")
+    gaps = [np.abs(a - b) for a, b in both if isinstance(a, np.ndarray) and isinstance(b, np.ndarray)]
+    return float(np.concatenate(gaps).mean()) if gaps else 0.0
+
+
+def _read_fixed_ids(scores: Any, sequence: ScoredSequence) -> Reply:
+    """Return the log-probs out of a fixed-id reply, `[num_wanted, 1]`."""
+    if scores is None:
+        return ScoringError(f"expected log-probs for {sequence.num_wanted} response tokens, got none")
+    if scores.ndim != 2 or scores.shape[1] != 1:
+        return ScoringError(f"expected log-probs of shape [{sequence.num_wanted}, 1], got {list(scores.shape)}")
+    return checked(scores[:, 0], sequence)
+
+
+def _read_flat(flat: Any, sequence: ScoredSequence) -> Reply:
+    """Return the log-probs out of flat prompt log-probs, by token id, or what is wrong with them."""
     num_prompt, num_response = len(sequence.prompt_ids), len(sequence.response_ids)
     if flat is None or len(flat) != num_prompt + num_response:
         got = "none" if flat is None else str(len(flat))
         return ScoringError(f"expected log-probs for {num_prompt + num_response} tokens, got {got}")
-    logps = np.empty(num_response, dtype=np.float32)
+    logps = np.empty(sequence.num_wanted, dtype=np.float32)
     starts, ends = flat.start_indices, flat.end_indices
-    for row, token_id in enumerate(sequence.response_ids):
-        position = num_prompt + row
+    for row, token_id in enumerate(sequence.response_ids[sequence.start :]):
+        position = sequence.first_row + 1 + row
         entries = flat.token_ids[starts[position] : ends[position]]
         if token_id not in entries:
-            return ScoringError(f"response token {row}: id {token_id} is missing from the reply, which has {entries}")
+            return ScoringError(
+                f"response token {sequence.start + row}: id {token_id} is missing from the reply, which has {entries}"
+            )
         logps[row] = flat.logprobs[starts[position] + entries.index(token_id)]
+    return checked(logps, sequence)
+
+
+def checked(logps: np.ndarray | None, sequence: ScoredSequence) -> Reply:
+    """Return log-probs as float32 `[num_wanted]`, rounding above 0 taken off, or what is wrong with them."""
+    if logps is None or logps.shape != (sequence.num_wanted,):
+        got = "none" if logps is None else str(len(logps))
+        return ScoringError(f"expected log-probs for {sequence.num_wanted} response tokens, got {got}")
     if not np.isfinite(logps).all():
         row = int(np.flatnonzero(~np.isfinite(logps))[0])
-        return ScoringError(f"response token {row}: log-prob is {logps[row]}, expected a finite number")
+        return ScoringError(
+            f"response token {sequence.start + row}: log-prob is {logps[row]}, expected a finite number"
+        )
     if (logps > _ROUNDING_NATS).any():
         row = int(np.argmax(logps))
-        return ScoringError(f"response token {row}: log-prob is {logps[row]}, expected at most 0")
-    return np.minimum(logps, 0.0)
+        return ScoringError(f"response token {sequence.start + row}: log-prob is {logps[row]}, expected at most 0")
+    return np.minimum(logps, 0.0).astype(np.float32, copy=False)

@@ -46,9 +46,17 @@ class Pair:
 
     @property
     def pair_id(self) -> str:
-        """128-bit hash, 32 hex digits, of the prompt and both responses after Unicode NFC and trimming."""
-        text = canonical_json([_keys(self.prompt), _normal(self.chosen), _normal(self.rejected)])
-        return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
+        """128-bit hash, 32 hex digits, of the prompt and both responses after Unicode NFC and trimming.
+
+        The first 48 bits are the prompt's alone. Tables are sorted by pair_id, so pairs of one prompt lie side by side: whoever
+        reads them in order meets what they share (the prompt, often a whole response) close together, and scores it once.
+        """
+        prompt = _keys(self.prompt)
+        return _digest(prompt, 6) + _digest([prompt, _normal(self.chosen), _normal(self.rejected)], 10)
+
+
+def _digest(value: Any, num_bytes: int) -> str:
+    return hashlib.blake2b(canonical_json(value).encode("utf-8"), digest_size=num_bytes).hexdigest()
 
 
 def _normal(text: str) -> str:

@@ -11,10 +11,11 @@ stays bounded however many there are.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 import pyarrow as pa
@@ -61,43 +62,97 @@ def prepare(recipe: Recipe, model_folder: Path, report: Callable[[str], None] = 
         InputError: The source or the model's tokenizer cannot be used, or no row of the source can.
         ConflictError: Other builds of the same dataset kept winning the race for the next version.
     """
-    tokenizer = ChatTokenizer(model_folder, recipe.model.chat_template)
-    context = _model_context(model_folder)
-    cut = _cut_settings(recipe.dataset, tokenizer, context)
-    key = f"{recipe.dataset.name}-{fingerprint(cut)[:12]}"
-    store = WeightStore(recipe.store.uri)
-    tokens, quarantine = store.table(f"tokens/{key}"), store.table(f"quarantine/{key}")
-    source = _source_settings(recipe.dataset)
-    done = _already_done(tokens, quarantine, source)
+    start = Preparation.of(recipe, model_folder)
+    done = start.already_done()
     if done is not None:
         return done
-    if not tokens.exists():
-        _explain_new_table(store, tokens, recipe.dataset.name, cut, report)
+    for path, changes in start.other_cuts():
+        report(f"prepare: {start.tokens.path} is a new table; unlike {path}: {'; '.join(changes)}")
     metadata = {
-        "cut": cut,
-        "source": source,
-        "tokenizer": tokenizer.properties(_vocab_size(model_folder)),
+        "cut": start.cut,
+        "source": start.source,
+        "tokenizer": start.tokenizer.properties(_vocab_size(model_folder)),
         "recipe": recipe.model_dump(),
         "parents": [],
         **provenance(),
     }
-    with (
-        ExternalSort(_READ_PAIRS, "pair_id", "source_row") as pairs,
-        ExternalSort(QUARANTINE, "source_row") as unusable,
-    ):
-        intake = _Intake(recipe.dataset, tokenizer, context, pairs, unusable)
-        intake.read(load_rows(recipe.dataset), report)
+    with start.intake(report) as intake:
         for attempt in range(_MAX_TRIES):
             try:
-                return _Update(tokens, quarantine, intake, metadata).run(report)
+                return _Update(start.tokens, start.quarantine, intake, metadata).run(report)
             except ConflictError:  # another build of this dataset was faster: compare with what it made
                 if attempt == _MAX_TRIES - 1:
                     raise
     raise AssertionError("the loop above returns or raises")
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """What is known before a row is read: the two tables of a recipe's pairs, and what determines their content."""
+
+    dataset: DatasetSection
+    tokenizer: ChatTokenizer
+    context: int
+    cut: dict[str, Any]
+    source: dict[str, Any]
+    store: WeightStore
+    tokens: Table
+    quarantine: Table
+
+    @classmethod
+    def of(cls, recipe: Recipe, model_folder: Path) -> "Preparation":
+        """Look at the recipe's source and the model's tokenizer.
+
+        Raises:
+            InputError: The model's tokenizer cannot be used.
+        """
+        tokenizer = ChatTokenizer(model_folder, recipe.model.chat_template)
+        context = _model_context(model_folder)
+        cut = _cut_settings(recipe.dataset, tokenizer, context)
+        key = f"{recipe.dataset.name}-{fingerprint(cut)[:12]}"
+        store = WeightStore(recipe.store.uri)
+        tokens, quarantine = store.table(f"tokens/{key}"), store.table(f"quarantine/{key}")
+        source = _source_settings(recipe.dataset)
+        return cls(recipe.dataset, tokenizer, context, cut, source, store, tokens, quarantine)
+
+    def already_done(self) -> Prepared | None:
+        """Return the newest version when it was made from the same bytes; hub datasets are always read again."""
+        recorded = recorded_source(self.tokens, self.quarantine)
+        if self.source["content"] is None or recorded is None:
+            return None
+        if any(recorded[key] != self.source[key] for key in self.source):
+            return None
+        num_pairs = self.tokens.metadata()["statistics"]["num_pairs"]
+        return Prepared(
+            self.tokens.reference(), recorded["num_source_rows"], num_pairs, recorded["quarantined"], num_new_pairs=0
+        )
+
+    def other_cuts(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield why the pairs of a dataset that the store knows are tokenised anew: a table's path and what differs there."""
+        if self.tokens.exists():
+            return
+        for other in self.store.tables("tokens"):
+            if other.path.rpartition("-")[0] == f"tokens/{self.dataset.name}":
+                yield other.path, explain_difference(other.metadata()["cut"], self.cut)
+
+    @contextmanager
+    def intake(self, report: Callable[[str], None]) -> Iterator["Intake"]:
+        """Read the whole source, and keep it until the end of the `with` block.
+
+        Raises:
+            InputError: The source cannot be read.
+        """
+        with (
+            ExternalSort(_READ_PAIRS, "pair_id", "source_row") as pairs,
+            ExternalSort(QUARANTINE, "source_row") as unusable,
+        ):
+            intake = Intake(self.dataset, self.tokenizer, self.context, pairs, unusable)
+            intake.read(load_rows(self.dataset), report)
+            yield intake
+
+
 @dataclass
-class _Intake:
+class Intake:
     """Sorts raw rows into pairs, by pair_id, and quarantine; tokenises pairs."""
 
     dataset: DatasetSection
@@ -139,13 +194,13 @@ class _Intake:
             raise Unusable(row.reason, row.detail)
         return read_pair(row.value, self.dataset)
 
-    def tokenize(self, pair: Pair) -> tuple[dict[str, Any], bool, bool]:
-        """Return the token columns of a pair, and whether its prompt and a response were cut.
+    def tokenize(self, text: str) -> tuple[dict[str, Any], bool, bool]:
+        """Return the token columns of a pair (JSON, as read), and whether its prompt and a response were cut.
 
         Raises:
             Unusable: Over a limit, or the template cannot render this chat.
         """
-        limits = self.dataset
+        pair, limits = Pair(**json.loads(text)), self.dataset
         tokens = self.tokenizer.tokenize_pair(
             pair, limits.max_prompt_tokens, limits.max_response_tokens, limits.long_response == "cut"
         )
@@ -174,17 +229,15 @@ class _Update:
     elsewhere in the source, merged with the old rows into a whole new version.
     """
 
-    def __init__(self, tokens: Table, quarantine: Table, intake: _Intake, metadata: dict[str, Any]) -> None:
+    def __init__(self, tokens: Table, quarantine: Table, intake: Intake, metadata: dict[str, Any]) -> None:
         self.tokens = tokens
         self.quarantine = quarantine
         self.intake = intake
         self.metadata = metadata
         self.base = tokens.version()
         self.quarantine_base = quarantine.version()
-        recorded = _recorded(tokens, quarantine)
-        self.recorded = recorded
-        # Read through other columns or as another split, the old rows say nothing about the new ones.
-        self.known = self.base if recorded and recorded["reading"] == metadata["source"]["reading"] else None
+        self.recorded = recorded_source(tokens, quarantine)
+        self.known = comparable_version(self.base, self.recorded, metadata["source"])
         self.reasons = Counter(intake.reasons)
         self.statistics: Counter[str] = Counter()
         self.pair_ids = hashlib.sha256()
@@ -201,13 +254,11 @@ class _Update:
             fresh = self._write_fresh(unusable, report)
             num_pairs = self.statistics["num_pairs"]
             if not num_pairs:
-                raise InputError(
-                    f"dataset.source {self.intake.dataset.source}: no usable pair in {self.intake.num_rows} rows "
-                    f"({_counts_text(self.reasons)})"
-                )
+                raise no_usable_pair(self.intake, self.reasons)
             num_new = self.statistics["num_new_pairs"]
             prepared = (self.intake.num_rows, num_pairs, dict(self.reasons), num_new)
-            if not num_new and self.old_rows_stay and self.base is not None and self.recorded == self._account():
+            account = account_of(self.metadata["source"], self.intake.num_rows, self.reasons)
+            if not num_new and self.old_rows_stay and self.base is not None and self.recorded == account:
                 return Prepared(self.tokens.reference(self.base), *prepared)
             # Quarantine first: should the build die in between, the tokens are still the old ones and the next run does both.
             self._commit_quarantine(unusable)
@@ -216,7 +267,7 @@ class _Update:
     def _write_fresh(self, unusable: ExternalSort, report: Callable[[str], None]) -> list[ShardRecord]:
         writer = self.tokens.writer()
         for piece, rows in self.intake.pairs.ranges():
-            known = self._known_rows(piece)
+            known = known_rows(self.tokens, self.known, piece)
             in_source: set[str] = set()
             for start in range(0, rows.num_rows, _ROWS_PER_BATCH):
                 batch = rows.slice(start, _ROWS_PER_BATCH).to_pylist()
@@ -229,12 +280,6 @@ class _Update:
             self.old_rows_stay &= known.keys() <= in_source
         return writer.finish()
 
-    def _known_rows(self, piece: KeyRange) -> dict[str, int]:
-        """Return the pairs that the newest version has in a range, with their row in the source."""
-        if self.known is None:
-            return {}
-        return dict(piece.of(self.tokens.scan(self.known)).select("pair_id", "source_row").collect().iter_rows())
-
     def _sort(
         self, rows: list[dict[str, Any]], known: dict[str, int], in_source: set[str]
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -243,13 +288,12 @@ class _Update:
         for row in rows:
             pair_id = row["pair_id"]
             try:
-                if pair_id in in_source:
+                standing = standing_of(row, known, in_source)
+                if standing == "duplicate":
                     raise Unusable(Reason.DUPLICATE_PAIR, f"pair {pair_id} stood in an earlier row")
-                in_source.add(pair_id)
-                if pair_id in known:
-                    self.old_rows_stay &= known[pair_id] == row["source_row"]
-                else:
-                    columns, prompt_was_cut, response_was_cut = self.intake.tokenize(_read_back(row["pair"]))
+                self.old_rows_stay &= standing != "moved"
+                if standing == "new":
+                    columns, prompt_was_cut, response_was_cut = self.intake.tokenize(row["pair"])
                     tokenised.append({"pair_id": pair_id, "source_row": row["source_row"], **columns})
                     self.statistics["num_new_prompts_cut"] += prompt_was_cut
                     self.statistics["num_new_responses_cut"] += response_was_cut
@@ -260,11 +304,6 @@ class _Update:
             self.statistics["num_pairs"] += 1
             self.pair_ids.update(pair_id.encode())
         return tokenised, problems
-
-    def _account(self) -> dict[str, Any]:
-        """Return where the rows came from and where they went, as `_recorded` does for the newest version."""
-        rows = {"num_source_rows": self.intake.num_rows, "quarantined": dict(self.reasons)}
-        return {**self.metadata["source"], **rows}
 
     def _commit_quarantine(self, unusable: ExternalSort) -> None:
         if self.known is not None and self.quarantine_base is not None:  # what no scorer could score stays so
@@ -322,28 +361,19 @@ class _Update:
 _STATISTICS = ("num_pairs", "num_new_pairs", "num_new_prompts_cut", "num_new_responses_cut")
 
 
-def _read_back(text: str) -> Pair:
-    return Pair(**json.loads(text))
-
-
 def _quarantine_row(source_row: int, raw: str, problem: Unusable) -> dict[str, Any]:
     return {
         "source_row": source_row,
         "pair_id": None,
         "reason": problem.reason.value,
         "detail": _storable(problem.detail),
-        "raw": _storable(raw[:_RAW_CHARACTERS]),
+        "raw": stored_raw(raw),
     }
 
 
-def _explain_new_table(
-    store: WeightStore, tokens: Table, name: str, cut: dict[str, Any], report: Callable[[str], None]
-) -> None:
-    """Say why the pairs of a dataset that the store knows are tokenised anew."""
-    for other in store.tables("tokens"):
-        if other.path.rpartition("-")[0] == f"tokens/{name}":
-            changes = explain_difference(other.metadata()["cut"], cut)
-            report(f"prepare: {tokens.path} is a new table; unlike {other.path}: {'; '.join(changes)}")
+def stored_raw(text: str) -> str:
+    """Return what quarantine keeps of a row: its first characters."""
+    return _storable(text[:_RAW_CHARACTERS])
 
 
 def _source_settings(dataset: DatasetSection) -> dict[str, Any]:
@@ -372,7 +402,7 @@ def _cut_settings(dataset: DatasetSection, tokenizer: ChatTokenizer, context: in
     }
 
 
-def _recorded(tokens: Table, quarantine: Table) -> dict[str, Any] | None:
+def recorded_source(tokens: Table, quarantine: Table) -> dict[str, Any] | None:
     """Return what the newest version recorded of its source; None when there is no complete version."""
     if not tokens.exists() or not quarantine.exists():
         return None
@@ -380,14 +410,46 @@ def _recorded(tokens: Table, quarantine: Table) -> dict[str, Any] | None:
     return {**metadata["source"], **{key: metadata["statistics"][key] for key in ("num_source_rows", "quarantined")}}
 
 
-def _already_done(tokens: Table, quarantine: Table, source: dict[str, Any]) -> Prepared | None:
-    """Return the newest version when it was made from the same bytes; hub datasets are always read again."""
-    recorded = _recorded(tokens, quarantine)
-    if source["content"] is None or recorded is None or any(recorded[key] != source[key] for key in source):
-        return None
-    num_pairs = tokens.metadata()["statistics"]["num_pairs"]
-    return Prepared(
-        tokens.reference(), recorded["num_source_rows"], num_pairs, recorded["quarantined"], num_new_pairs=0
+def account_of(source: dict[str, Any], num_rows: int, reasons: Mapping[str, int]) -> dict[str, Any]:
+    """Return where rows came from and where they went, as `recorded_source` does for the newest version."""
+    return {**source, "num_source_rows": num_rows, "quarantined": dict(reasons)}
+
+
+def comparable_version(base: int | None, recorded: dict[str, Any] | None, source: dict[str, Any]) -> int | None:
+    """Return `base` where its rows can be kept, else None.
+
+    Read through other columns or as another split, the old rows say nothing about the new ones.
+    """
+    return base if recorded and recorded["reading"] == source["reading"] else None
+
+
+def known_rows(tokens: Table, version: int | None, piece: KeyRange) -> dict[str, int]:
+    """Return the pairs that a version has in a range, with their row in the source."""
+    if version is None:
+        return {}
+    return dict(piece.of(tokens.scan(version)).select("pair_id", "source_row").collect().iter_rows())
+
+
+def standing_of(
+    row: dict[str, Any], known: dict[str, int], in_source: set[str]
+) -> Literal["new", "stays", "moved", "duplicate"]:
+    """Return how a pair of the source stands to the known rows, and note in `in_source` that it has come.
+
+    Rows come sorted by pair_id and row in the source, so that the first of several equal pairs is the one that counts.
+    """
+    pair_id = row["pair_id"]
+    if pair_id in in_source:
+        return "duplicate"
+    in_source.add(pair_id)
+    if pair_id not in known:
+        return "new"
+    return "stays" if known[pair_id] == row["source_row"] else "moved"
+
+
+def no_usable_pair(intake: Intake, reasons: Counter[str]) -> InputError:
+    """Return the error for a source of which no row can be used."""
+    return InputError(
+        f"dataset.source {intake.dataset.source}: no usable pair in {intake.num_rows} rows ({_counts_text(reasons)})"
     )
 
 

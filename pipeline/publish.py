@@ -93,46 +93,34 @@ def _publish(
     report: Callable[[str], None],
 ) -> Published:
     store = WeightStore(ingredients.tokens.store)
-    table = store.table(f"weights/{weights.name}")
-    parents = ingredients.by_role()
-    recipe = recipe.model_copy(update={"weights": weights})
-    identity = {
-        "schema_version": SCHEMA_VERSION,
-        "settings": recipe.result_settings(),
-        "tables": {role: parent.table for role, parent in parents.items()},
-        "data": {role: parent.fingerprint for role, parent in parents.items()},
-    }
-    mark = fingerprint(identity)
-    base = table.version()
-    newest = table.metadata(base) if base is not None else None
+    wanted = Wanted.of(recipe, weights, ingredients)
+    table, base, newest = wanted.table, wanted.base, wanted.newest
     tokens_metadata = store.table(ingredients.tokens.table).metadata(ingredients.tokens.version)
-    if newest and newest["fingerprint"] == mark:
+    if newest and wanted.is_there:
         # The pairs are the same, and bad rows may still have come or gone.
         statistics = _with_balance(newest["statistics"], tokens_metadata["statistics"])
         return Published(table.reference(base), weights.name, statistics, newest["changes"], is_new=False)
-    changes = explain_difference(newest["identity"], identity) if newest else []
-    made_differently = [change for change in changes if not change.startswith("data.")]
-    if made_differently and expect_same:
+    if wanted.made_differently and expect_same:
         raise InputError(
-            f"weights/{weights.name}@{base} was made differently: {'; '.join(made_differently)}. "
+            f"weights/{weights.name}@{base} was made differently: {'; '.join(wanted.made_differently)}. "
             "Give the result another weights.name, or leave --expect-same out"
         )
 
     join = _Join(store, ingredients)
-    appended_to = base if newest and not made_differently and join.has_all_of(table, base) else None
+    appended_to = wanted.appended_to(ingredients)
     shards, statistics = _write_rows(join, table, weights, appended_to)
     if newest and appended_to is not None:
         statistics = merge_statistics(newest["statistics"], statistics) if statistics else newest["statistics"]
     if not statistics:
         raise InputError(f"no pair of {ingredients.tokens} has all its scores; nothing to publish")
     metadata = {
-        "fingerprint": mark,
-        "identity": identity,
-        "recipe": recipe.model_dump(),
-        "parents": [{"role": role, **parent.as_parent()} for role, parent in parents.items()],
+        "fingerprint": wanted.fingerprint,
+        "identity": wanted.identity,
+        "recipe": recipe.model_copy(update={"weights": weights}).model_dump(),
+        "parents": [{"role": role, **parent.as_parent()} for role, parent in ingredients.by_role().items()],
         "tokenizer": tokens_metadata["tokenizer"],
         "statistics": _with_balance(statistics, tokens_metadata["statistics"]),
-        "changes": changes,
+        "changes": wanted.changes,
         **provenance(),
     }
     reference = table.commit(shards, metadata, base, mode="overwrite" if newest and appended_to is None else "append")
@@ -140,7 +128,59 @@ def _publish(
         f"published {reference}: {statistics['num_pairs']} pairs, {statistics['num_response_tokens']} response tokens, "
         f"{sum(shard.num_rows for shard in shards)} pairs weighed"
     )
-    return Published(reference, weights.name, metadata["statistics"], changes, is_new=True)
+    return Published(reference, weights.name, metadata["statistics"], wanted.changes, is_new=True)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A version to be, against the newest one of the same name: what is there already, and what differs."""
+
+    table: Table
+    identity: dict[str, Any]
+    base: int | None
+    newest: dict[str, Any] | None
+    """What version `base` recorded."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, weights: WeightsSection, ingredients: Ingredients) -> "Wanted":
+        """Look up the newest version of `weights.name`."""
+        table = WeightStore(ingredients.tokens.store).table(f"weights/{weights.name}")
+        parents = ingredients.by_role()
+        identity = {
+            "schema_version": SCHEMA_VERSION,
+            "settings": recipe.model_copy(update={"weights": weights}).result_settings(),
+            "tables": {role: parent.table for role, parent in parents.items()},
+            "data": {role: parent.fingerprint for role, parent in parents.items()},
+        }
+        base = table.version()
+        return cls(table, identity, base, table.metadata(base) if base is not None else None)
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the version to be."""
+        return fingerprint(self.identity)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the newest version is this very one."""
+        return self.newest is not None and self.newest["fingerprint"] == self.fingerprint
+
+    @property
+    def changes(self) -> list[str]:
+        """What differs from the newest version, field by field."""
+        return explain_difference(self.newest["identity"], self.identity) if self.newest else []
+
+    @property
+    def made_differently(self) -> list[str]:
+        """The changes that new pairs do not bring by themselves: these write all rows anew."""
+        return [change for change in self.changes if not change.startswith("data.")]
+
+    def appended_to(self, ingredients: Ingredients) -> int | None:
+        """Return the version whose rows all stay, to which new ones are added; None where all rows are written anew."""
+        if self.newest is None or self.made_differently:
+            return None
+        join = _Join(WeightStore(ingredients.tokens.store), ingredients)
+        return self.base if join.has_all_of(self.table, self.base) else None
 
 
 def _with_balance(statistics: dict[str, Any], prepared: dict[str, Any]) -> dict[str, Any]:

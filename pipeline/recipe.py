@@ -95,11 +95,21 @@ class ScoreSection(Section):
         "auto", description="auto: the dtype the model is stored in"
     )
     chunk_tokens: int = Field(262_144, ge=1, description="tokens scored between two commits: what a kill can lose")
-    batch_tokens: int = Field(8192, ge=256, description="tokens in one engine step (max_num_batched_tokens)")
+    batch_tokens: int = Field(4096, ge=256, description="tokens in one engine step (max_num_batched_tokens)")
     kv_cache_gib: float = Field(2.0, gt=0, description="KV cache on the CPU back end")
     gpu_memory_share: float = Field(0.85, gt=0, le=1)
-    tensor_parallel: int = Field(1, ge=1)
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that share one model")
     python: str | None = Field(None, description="interpreter of the scorer; default: this one")
+    executor: Literal["process", "ray"] = Field("process", description="one engine here, or many on a Ray cluster")
+    num_actors: int = Field(1, ge=1, description="engines on Ray, each with tensor_parallel GPUs")
+    cpus_per_actor: float = Field(1.0, gt=0, description="CPU cores of an engine on Ray")
+    ray_address: str | None = Field(
+        None, description="of a running Ray cluster; default: the one at hand, or a local one"
+    )
+
+    def executor_settings(self) -> dict[str, Any]:
+        """Return where the engines run, as the scoring process takes it."""
+        return {"kind": self.executor, **self.model_dump(include={"num_actors", "cpus_per_actor", "ray_address"})}
 
 
 class WeightsSection(Section):

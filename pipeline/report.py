@@ -14,6 +14,7 @@ from pipeline.chat import ChatTokenizer
 from pipeline.publish import Published
 from weights_store import Table, WeightStore
 
+REPORTS = "reports"
 _SIDES = ("chosen", "rejected")
 _SAMPLE_PAIRS = 12
 _MAX_SHOWN_TOKENS = 300
@@ -24,8 +25,8 @@ def write_report(published: Published, model_folder: Path, chat_template: str | 
     from jinja2 import Environment
 
     store = WeightStore(published.weights.store)
-    file = f"{published.name}@{published.weights.version}.html"
-    folder = store.root / "reports"
+    file = report_file(published.name, published.weights.version)
+    folder = store.root / REPORTS
     if folder.exists(file):
         return f"{folder}/{file}"
     frame = store.scan(published.name, published.weights.version)
@@ -41,6 +42,11 @@ def write_report(published: Published, model_folder: Path, chat_template: str | 
     }
     folder.write(file, Environment(autoescape=True).from_string(_TEMPLATE).render(context).encode())
     return f"{folder}/{file}"
+
+
+def report_file(name: str, version: int) -> str:
+    """Return the file of a version's report in the store's folder `REPORTS`."""
+    return f"{name}@{version}.html"
 
 
 def summary_rows(published: Published) -> list[tuple[str, str]]:

@@ -9,7 +9,9 @@ The tree::
     ├── MismatchError(ValueError)       two things that must agree do not (tokenizer, vocabulary, ids)
     ├── ScoringError(RuntimeError)      the engine's reply breaks the scoring contract
     ├── StageError(RuntimeError)        a process that a stage started has failed
-    │   └── KilledError                 it died by a signal: out of memory, or somebody's kill
+    │   ├── KilledError                 it died by a signal: out of memory, or somebody's kill
+    │   └── EngineError                 the scoring engine failed; starting it again goes on where it was
+    │       └── OutOfMemoryError        for want of memory: a smaller token budget may do
     └── StoreError(RuntimeError)        the store cannot be read or written
         ├── NotFoundError(LookupError)  no such store, table or version
         ├── DamageError                 a file of the store is not what was committed
@@ -50,6 +52,14 @@ class StageError(TokenweightsError, RuntimeError):
 
 class KilledError(StageError):
     """A process that a stage started died by a signal; starting it again goes on where it was."""
+
+
+class EngineError(StageError):
+    """The scoring engine failed in the middle; a new one goes on where it was."""
+
+
+class OutOfMemoryError(EngineError):
+    """The scoring engine ran out of memory; one with a smaller token budget may do."""
 
 
 class StoreError(TokenweightsError, RuntimeError):

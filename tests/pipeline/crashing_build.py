@@ -13,7 +13,8 @@ import pipeline.engine
 from pipeline.prepare import prepare
 from pipeline.publish import Ingredients, publish
 from pipeline.recipe import Recipe, WeightsSection
-from pipeline.score import _Request, _score_request, logps_table
+from pipeline.score import logps_table
+from pipeline.scoring import Request, Target, run
 
 # Imported in the fork server once, instead of by every child.
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401  # isort: skip
@@ -26,12 +27,13 @@ class MadeUpEngine:
 
     vocab_size = 1 << 20
     max_tokens = 1 << 20
+    way = "made_up"
 
-    def __init__(self, model, settings):
+    def __init__(self, model, settings, report):
         self.scale = float(model.name)
 
-    def score(self, sequences):
-        return [self._logps(sequence) for sequence in sequences]
+    def score(self, sequences, progress=lambda num_tokens: None):
+        return [self._logps(sequence)[sequence.start :] for sequence in sequences]
 
     def _logps(self, sequence):
         ids = np.array(sequence.response_ids, dtype=np.float64) + sum(sequence.prompt_ids)
@@ -57,18 +59,17 @@ def _score(recipe, tokens, scale):
     identity = {"schema_version": 1, "model": scale}
     table = logps_table(tokens, identity)
     metadata = {"scorer": identity, "parents": [tokens.as_parent()], "fingerprint": f"{scale}-{tokens.fingerprint}"}
-    request = _Request(
+    request = Request(
         store=tokens.store,
         tokens_table=tokens.table,
         tokens_version=tokens.version,
-        logps_table=table.path,
         model=scale,
         tokenizer="",
         chat_template=None,
-        condition=None,
-        metadata=metadata,
+        targets=[Target("ref", table.path, None, metadata)],
         chunk_tokens=1200,
         engine={},
+        executor={"kind": "process"},
     )
-    _score_request(request)
+    run(request)
     return table.reference()

@@ -109,7 +109,7 @@ def test_scoring_without_vllm_names_the_extras(make_recipe, toy_model, toy_pairs
     with pytest.raises(
         MissingExtraError, match=r"needs the package 'vllm'.*tokenweights\[score\].*tokenweights\[score-cpu\]"
     ):
-        score(tokens, Scorer(toy_model), recipe.score, toy_model, report=_silent)
+        score(tokens, {"ref": Scorer(toy_model)}, recipe.score, toy_model, report=_silent)
 
 
 def test_failing_training_job_says_why_in_one_line(make_recipe, toy_model, uniform, tmp_path):

@@ -1,11 +1,10 @@
 """The scoring contract against made-up engine replies; the real engine is in test_vllm.py."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
-from pipeline.engine import ScoredSequence, _read_reply
+from pipeline.engine import _read_flat
+from pipeline.sharing import ScoredSequence
 from weights_store.errors import ScoringError
 
 SEQUENCE = ScoredSequence(prompt_ids=[11, 12], response_ids=[13, 11])
@@ -28,7 +27,7 @@ class _Flat:
 
 
 def _read(*positions):
-    return _read_reply(SimpleNamespace(prompt_logprobs=_Flat(*positions)), SEQUENCE)
+    return _read_flat(_Flat(*positions), SEQUENCE)
 
 
 def test_log_probs_are_those_of_the_response_ids_looked_up_by_id():
@@ -59,4 +58,4 @@ def test_a_reply_that_breaks_the_contract_says_how(positions, message):
 
 
 def test_no_reply_at_all():
-    assert "got none" in str(_read_reply(SimpleNamespace(prompt_logprobs=None), SEQUENCE))
+    assert "got none" in str(_read_flat(None, SEQUENCE))

@@ -1,0 +1,370 @@
+"""What the scoring process does: chunk by chunk, each a commit. Started by `score.py` through `python -m pipeline.score`.
+
+A chunk is a span of pair_ids of about `chunk_tokens`. The process looks by itself for what is missing, so whoever starts it
+again goes on where it was; a kill loses one chunk at most. The parent decides about restarts.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import polars as pl
+import pyarrow as pa
+
+from pipeline.chat import Condition
+from pipeline.sharing import Reply, ScoredSequence, score_once
+from weights_store import Table, TableVersion, WeightStore
+from weights_store.errors import ScoringError
+from weights_store.schemas import LOGPS, QUARANTINE, Reason
+
+MESSAGE = "SCORING "
+"""Begins every line that the process says to its parent: one JSON object."""
+EXIT_OUT_OF_MEMORY, EXIT_ENGINE = 76, 75
+_RANGE_BYTES = 512 << 20
+_PROGRESS_S = 0.5
+
+
+@dataclass(frozen=True)
+class Target:
+    """One table of log-probs to fill with the request's model, maybe behind a contrastive prompt."""
+
+    role: str
+    logps_table: str
+    condition: dict[str, str] | None
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The contract between the stage and its process, one JSON file."""
+
+    store: str
+    tokens_table: str
+    tokens_version: int
+    model: str
+    tokenizer: str
+    chat_template: str | None
+    targets: list[Target]
+    chunk_tokens: int
+    engine: dict[str, Any]
+    executor: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Request":
+        """Read a request file."""
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls(**{**content, "targets": [Target(**target) for target in content["targets"]]})
+
+    @property
+    def tokens(self) -> TableVersion:
+        """The pairs to score."""
+        return TableVersion(self.store, self.tokens_table, self.tokens_version, "")
+
+
+class Engine(Protocol):
+    """What scores: `VllmEngine`, or a made-up one in tests."""
+
+    max_tokens: int
+    vocab_size: int
+    way: str | None
+
+    def score(self, sequences: Any, progress: Callable[[int], None] = ...) -> list[Reply]:
+        """Return the wanted log-probs of each sequence."""
+        ...
+
+
+def run(request: Request) -> None:
+    """Fill the targets of a request.
+
+    Raises:
+        ScoringError: Of one target no pair could be scored.
+        TokenweightsError: The engine or the store failed; what was committed stays.
+    """
+    if request.executor["kind"] == "ray":
+        from pipeline.scoring_ray import run_on_ray
+
+        run_on_ray(request)
+        return
+    scorer = PairScorer(request)
+    for target in request.targets:
+        _fill(request, target, scorer)
+
+
+def _fill(request: Request, target: Target, scorer: "PairScorer") -> None:
+    store = WeightStore(request.store)
+    table = store.table(target.logps_table)
+    progress = Progress(target.role, *count_missing(request.tokens, table))
+    known = table.version()  # holds none of the pairs to come, so an append looks only at what others have added since
+    for chunk, rows in _ahead(_chunks_with_rows(request, target, scorer)):
+        num_tokens = int(chunk["num_tokens"].sum())
+        started = time.monotonic()
+        scored, unscorable = scorer.score(rows, progress.within(num_tokens))
+        if unscorable:
+            quarantine(request, target, unscorable)
+        if scored.num_rows:
+            metadata = commit_metadata(target, scored.num_rows, num_tokens, time.monotonic() - started, scorer.record)
+            reference = table.append(scored, metadata, known)
+            if reference.version == (0 if known is None else known + 1):
+                known = reference.version  # nobody else has written: the next append need not look at ours
+        progress.add(num_tokens)
+    check_filled(request, target, progress.num_pairs)
+
+
+def check_filled(request: Request, target: Target, num_pairs: int) -> None:
+    """Refuse to go on without a single log-prob.
+
+    Raises:
+        ScoringError: The target's table does not exist.
+    """
+    if not WeightStore(request.store).table(target.logps_table).exists():
+        raise ScoringError(f"none of {num_pairs} pairs could be scored; see {quarantine_path(request.tokens_table)}")
+
+
+def commit_metadata(
+    target: Target, num_pairs: int, num_tokens: int, wall_s: float, engine: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what a commit of log-probs records: identity and lineage, counts, seconds of scoring, how the engine ran."""
+    statistics = {"num_pairs": num_pairs, "num_tokens": num_tokens, "wall_s": round(wall_s, 3)}
+    return {**target.metadata, "statistics": statistics, "engine": engine}
+
+
+# --- what is missing ---------------------------------------------------------------------------------------------------
+
+
+def missing_pairs(tokens: TableVersion, table: Table) -> Iterator[pl.DataFrame]:
+    """Yield the pairs without log-probs, by pair_id, one range at a time: `pair_id` and `num_tokens` to compute."""
+    source = WeightStore(tokens.store).table(tokens.table)
+    pairs = source.scan(tokens.version)
+    lengths = pl.sum_horizontal(pl.col(c).list.len() for c in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    done = [_known_unscorable(tokens, table), *([table.scan().select("pair_id")] if table.exists() else [])]
+    for piece in source.key_ranges(_RANGE_BYTES, tokens.version):
+        wanted = piece.of(pairs)
+        for frame in done:
+            wanted = wanted.join(piece.of(frame), on="pair_id", how="anti")
+        ids = wanted.select("pair_id").collect()
+        if ids.is_empty():  # the usual case of a second build: no list has been read
+            yield ids.with_columns(num_tokens=pl.lit(0, pl.UInt32))
+            continue
+        yield (
+            piece.of(pairs)
+            .join(ids.lazy(), on="pair_id", how="semi")
+            .select("pair_id", lengths.alias("num_tokens"))
+            .sort("pair_id")
+            .collect()
+        )
+
+
+def count_missing(tokens: TableVersion, table: Table) -> tuple[int, int]:
+    """Return how many pairs have no log-probs yet, and their tokens."""
+    parts = [(part.height, int(part["num_tokens"].sum())) for part in missing_pairs(tokens, table)]
+    num_pairs, num_tokens = (sum(counts) for counts in zip(*parts, strict=True))
+    return num_pairs, num_tokens
+
+
+def _known_unscorable(tokens: TableVersion, table: Table) -> pl.LazyFrame:
+    """Return the pairs that this very scorer has put into quarantine: trying them again would change nothing."""
+    quarantined = WeightStore(tokens.store).table(quarantine_path(tokens.table))
+    if not quarantined.exists():
+        return pl.LazyFrame(schema={"pair_id": pl.String})
+    by_this = (pl.col("reason") == Reason.UNSCORABLE.value) & pl.col("detail").str.starts_with(f"{table.path}: ")
+    return quarantined.scan().filter(by_this).select("pair_id")
+
+
+def missing_chunks(tokens: TableVersion, table: Table, chunk_tokens: int) -> Iterator[pl.DataFrame]:
+    """Cut what is missing into spans of pair_ids of about `chunk_tokens`."""
+    for part in missing_pairs(tokens, table):
+        numbered = part.with_columns(((pl.col("num_tokens").cum_sum() - 1) // chunk_tokens).alias("chunk"))
+        for chunk in numbered.partition_by("chunk", maintain_order=True):
+            yield chunk.select("pair_id", "num_tokens")
+
+
+def rows_of(pairs: pl.LazyFrame, chunk: pl.DataFrame) -> pl.DataFrame:
+    """Read the pairs of a chunk; its span of pair_ids is what reaches the files."""
+    span = pl.col("pair_id").is_between(pl.lit(chunk["pair_id"].min()), pl.lit(chunk["pair_id"].max()))
+    return pairs.filter(span).join(chunk.lazy().select("pair_id"), on="pair_id", how="semi").collect()
+
+
+def _chunks_with_rows(
+    request: Request, target: Target, scorer: "PairScorer"
+) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
+    store = WeightStore(request.store)
+    pairs = store.table(request.tokens_table).scan(request.tokens_version)
+    for chunk in missing_chunks(request.tokens, store.table(target.logps_table), request.chunk_tokens):
+        yield chunk, scorer.under_condition(rows_of(pairs, chunk), target)
+
+
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """Yield the items, each fetched in a thread while the one before it is worked on: reading hides behind scoring."""
+    with ThreadPoolExecutor(1) as executor:
+        following = executor.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = executor.submit(next, items, None)
+            yield item
+
+
+# --- scoring -----------------------------------------------------------------------------------------------------------
+
+
+class PairScorer:
+    """The request's engine and tokenizer: rows of the tokens table in, rows of a logps table out."""
+
+    def __init__(self, request: Request) -> None:
+        from pipeline.chat import ChatTokenizer
+        from pipeline.engine import EngineSettings, VllmEngine
+
+        conditioned = any(target.condition for target in request.targets)
+        self._tokenizer = ChatTokenizer(Path(request.tokenizer), request.chat_template) if conditioned else None
+        say(f"starting the engine for {request.model}")
+        self._settings = {key: value for key, value in request.engine.items() if key != "restarts"}
+        self._restarts = request.engine.get("restarts", [])
+        self._engine: Engine = VllmEngine(Path(request.model), EngineSettings(**self._settings), say)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """How the engine runs, for the lineage: none of it but the dtype changes numbers."""
+        return {**self._settings, "way": self._engine.way, "restarts": self._restarts}
+
+    def under_condition(self, rows: pl.DataFrame, target: Target) -> pl.DataFrame:
+        """Put the target's contrastive prompt into the prompts; null where the chat has no place for it."""
+        if target.condition is None or self._tokenizer is None:
+            return rows
+        condition = Condition(**target.condition)  # type: ignore[arg-type]
+        prompt_ids = self._tokenizer.conditioned_prompt_ids(rows["prompt"].to_list(), condition)
+        return rows.with_columns(pl.Series("prompt_ids", prompt_ids, pl.List(pl.Int32)))
+
+    def score(
+        self, rows: pl.DataFrame, progress: Callable[[float], None] = lambda share: None
+    ) -> tuple[pa.Table, list[dict[str, Any]]]:
+        """Return the log-probs of the pairs that could be scored, and a quarantine row for each other.
+
+        Args:
+            rows: Of the tokens table.
+            progress: Gets the share of the rows that is done, 0 to 1.
+        """
+        problems = {index: self._why_not(row) for index, row in enumerate(rows.iter_rows(named=True))}
+        good = [row for index, row in enumerate(rows.iter_rows(named=True)) if problems[index] is None]
+        sequences = [
+            ScoredSequence(row["prompt_ids"], row[f"{side}_ids"]) for row in good for side in ("chosen", "rejected")
+        ]
+        replies = score_once(sequences, lambda wanted: self._engine.score(wanted, _counter(wanted, progress)))
+        unscorable = [
+            _unscorable(row, problem)
+            for row, problem in zip(rows.iter_rows(named=True), problems.values(), strict=True)
+            if problem is not None
+        ]
+        scored: dict[str, list[Any]] = {name: [] for name in LOGPS.names}
+        for row, chosen, rejected in zip(good, replies[::2], replies[1::2], strict=True):
+            sides = (("chosen", chosen), ("rejected", rejected))
+            refused = [f"{side}: {reply}" for side, reply in sides if isinstance(reply, ScoringError)]
+            if refused:
+                unscorable.append(_unscorable(row, "; ".join(refused)))
+                continue
+            for name, value in zip(LOGPS.names, (row["pair_id"], chosen, rejected), strict=True):
+                scored[name].append(value)
+        return pa.Table.from_pydict(scored, LOGPS), unscorable
+
+    def _why_not(self, row: dict[str, Any]) -> str | None:
+        """Return why a pair cannot be scored. The engine must not see it: some of these would kill it."""
+        if row["prompt_ids"] is None:
+            return "the chat has no place for the contrastive prompt"
+        ids = (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
+        if not all(ids):
+            return "prompt or response has no tokens"
+        longest = len(ids[0]) + max(len(ids[1]), len(ids[2]))
+        if longest > self._engine.max_tokens:
+            return f"prompt and response have {longest} tokens, the engine takes {self._engine.max_tokens}"
+        if min(map(min, ids)) < 0 or max(map(max, ids)) >= self._engine.vocab_size:
+            return f"a token id is outside the model's vocabulary of {self._engine.vocab_size}"
+        return None
+
+
+def _counter(sequences: list[ScoredSequence], progress: Callable[[float], None]) -> Callable[[int], None]:
+    total, done = sum(sequence.num_wanted for sequence in sequences), 0
+
+    def count(num_tokens: int) -> None:
+        nonlocal done
+        done += num_tokens
+        progress(min(1.0, done / total))
+
+    return count
+
+
+# --- quarantine --------------------------------------------------------------------------------------------------------
+
+
+def _unscorable(row: dict[str, Any], detail: str) -> dict[str, Any]:
+    return {
+        "source_row": row["source_row"],
+        "pair_id": row["pair_id"],
+        "reason": Reason.UNSCORABLE.value,
+        "detail": detail,
+        "raw": row["prompt"][:2000],
+    }
+
+
+def quarantine_path(tokens_table: str) -> str:
+    """Return the quarantine that belongs to a tokens table."""
+    return tokens_table.replace("tokens/", "quarantine/", 1)
+
+
+def quarantine(request: Request, target: Target, rows: list[dict[str, Any]]) -> None:
+    """Put unscorable pairs into quarantine, once each, however often scoring is repeated."""
+    table = WeightStore(request.store).table(quarantine_path(request.tokens_table))
+    marked = [{**row, "detail": f"{target.logps_table}: {row['detail']}"} for row in rows]
+    table.append(pa.Table.from_pylist(marked, QUARANTINE), table.metadata())
+
+
+# --- talking to the parent ---------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Counts tokens and tells the parent now and then."""
+
+    def __init__(self, role: str, num_pairs: int, num_tokens: int) -> None:
+        self.num_pairs = num_pairs
+        self._role, self._total, self._done = role, num_tokens, 0
+        self._started = self._said = time.monotonic()
+        self._say(0)
+
+    def within(self, num_tokens: int) -> Callable[[float], None]:
+        """Return a function that shows a share of the next `num_tokens` as done."""
+
+        def show(share: float) -> None:
+            if time.monotonic() - self._said >= _PROGRESS_S:
+                self._say(self._done + int(share * num_tokens))
+
+        return show
+
+    def add(self, num_tokens: int) -> None:
+        """Count tokens that are done and committed."""
+        self._done += num_tokens
+        self._say(self._done)
+
+    def _say(self, done: int) -> None:
+        self._said = time.monotonic()
+        _send({"role": self._role, "done": done, "total": self._total, "wall_s": self._said - self._started})
+
+
+def say(line: str) -> None:
+    """Say a line for people."""
+    _send({"line": line})
+
+
+def _send(message: dict[str, Any]) -> None:
+    print(MESSAGE + json.dumps(message), flush=True)
+
+
+def end_with_parent() -> None:
+    """End this process when its parent is gone without a word: its end of our standard input closes then."""
+
+    def wait() -> None:
+        os.read(0, 1)  # not sys.stdin: its lock would be held while the interpreter shuts down
+        os._exit(EXIT_ENGINE)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -1,0 +1,80 @@
+"""Score no token twice: what responses behind the same prompt have in common is scored once and copied.
+
+Preference data repeat themselves. Chosen and rejected often begin alike, and where several pairs come from one set of responses
+the same response stands in many of them. The engine's prefix cache shares only the computation of whole blocks; this shares
+the results, to the token.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from weights_store.errors import ScoringError
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSequence:
+    """One response behind its prompt, as ids; log-probs are wanted of the response's tokens from `start` on."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    start: int = 0
+
+    @property
+    def first_row(self) -> int:
+        """The row of the model's output that predicts the first wanted token."""
+        return len(self.prompt_ids) - 1 + self.start
+
+    @property
+    def num_wanted(self) -> int:
+        """How many log-probs are wanted."""
+        return len(self.response_ids) - self.start
+
+
+Reply = np.ndarray | ScoringError
+"""Log-probs, float32 `[num_wanted]` in nats, or why there are none."""
+
+
+def score_once(
+    sequences: Sequence[ScoredSequence], score: Callable[[list[ScoredSequence]], list[Reply]]
+) -> list[Reply]:
+    """Return the log-probs of all tokens of all responses, handing each distinct one to `score` once.
+
+    The log-prob of a token depends on nothing but the ids before it. In lexicographic order a response shares its longest
+    beginning with the one before it, so that one is where the values come from. `score` gets the sequences in that order,
+    those of one prompt side by side, as a prefix cache likes it.
+
+    Args:
+        sequences: With `start` 0.
+        score: Returns `num_wanted` log-probs for each sequence, or an error in their place.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: (sequences[i].prompt_ids, sequences[i].response_ids))
+    jobs: list[ScoredSequence] = []
+    for before, index in zip([None, *order], order, strict=False):
+        jobs.append(replace(sequences[index], start=_num_shared(sequences, before, index)))
+    wanted = [job for job in jobs if job.num_wanted]
+    fresh = iter(score(wanted))
+    replies: list[Reply] = [np.empty(0, np.float32)] * len(sequences)
+    alone: list[int] = []
+    last: Reply = np.empty(0, np.float32)
+    for index, job in zip(order, jobs, strict=True):
+        own = next(fresh) if job.num_wanted else np.empty(0, np.float32)
+        if isinstance(own, ScoringError) or not job.start:
+            last = own
+        elif isinstance(last, ScoringError):  # what it would have taken over is not there
+            alone.append(index)
+        else:
+            last = np.concatenate([last[: job.start], own])
+        replies[index] = last
+    for index, reply in zip(alone, score([sequences[i] for i in alone]) if alone else [], strict=True):
+        replies[index] = reply
+    return replies
+
+
+def _num_shared(sequences: Sequence[ScoredSequence], before: int | None, index: int) -> int:
+    if before is None or sequences[before].prompt_ids != sequences[index].prompt_ids:
+        return 0
+    one, other = sequences[before].response_ids, sequences[index].response_ids
+    both = zip(one, other, strict=False)
+    return next((place for place, (a, b) in enumerate(both) if a != b), min(len(one), len(other)))
