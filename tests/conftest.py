@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,20 @@ def write_jsonl():
         Path(path).write_bytes(b"\n".join(lines) + b"\n")
 
     return write
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 1 MiB, mounted for this test; returns its folder and a function that mounts it anew with options."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "tokenweights-test", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"cannot mount a small disk: {done.stderr.strip()}")
+
+    mount("size=1m")
+    yield folder, lambda options: mount(f"remount,{options}")
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -1,7 +1,6 @@
 """What people do wrong, and disks: each is one clear line, and the table stays as it was."""
 
 import multiprocessing
-import subprocess
 
 import numpy as np
 import pyarrow as pa
@@ -17,23 +16,6 @@ METADATA = {"fingerprint": "f0"}
 def rows(*pair_ids, length=1):
     values = [list(-np.random.default_rng(0).exponential(size=length))] * len(pair_ids)
     return pa.table([list(pair_ids), values, [[-2.0]] * len(pair_ids)], schema=LOGPS)
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A file system of 1 MiB, mounted for this test; returns its folder and a function that mounts it anew with options."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(options):
-        command = ["mount", "-t", "tmpfs", "-o", options, "tokenweights-test", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"cannot mount a small disk: {done.stderr.strip()}")
-
-    mount("size=1m")
-    yield folder, lambda options: mount(f"remount,{options}")
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.parametrize(

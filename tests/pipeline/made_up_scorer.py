@@ -1,0 +1,70 @@
+"""An interpreter for `score.python` that scores without a model, and dies, chokes or dawdles as the environment says.
+
+Started as the stage starts any interpreter, `made_up -m pipeline.score REQUEST …`; everything but the engine is the real thing.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+SETTINGS = json.loads(os.environ.get("MADE_UP", "{}"))
+"""`log`: a folder for what happened; `oom_above`: batch_tokens that do not fit; `dies_after`: calls of an engine that come
+back; `call_s`: seconds a call takes; `bad_id`: responses with this id are answered with NaN."""
+
+
+def log(name, text):
+    if "log" in SETTINGS:
+        with Path(SETTINGS["log"], name).open("a") as file:
+            file.write(f"{text}\n")
+
+
+def logps(sequence):
+    """A function of the ids up to each token, in nats."""
+    before = np.cumsum([sum(sequence.prompt_ids), *sequence.response_ids])
+    return (-1.5 - np.sin(before[:-1] + 2.0 * before[1:])).astype(np.float32)
+
+
+class MadeUpEngine:
+    vocab_size = 1000
+    max_tokens = 100
+    way = "made_up"
+
+    def __init__(self, model, settings, report):
+        self.batch_tokens, self.num_calls = settings.batch_tokens, 0
+        log("starts", settings.batch_tokens)
+
+    def score(self, sequences, progress=lambda num_tokens: None):
+        from weights_store.errors import EngineError, OutOfMemoryError, ScoringError
+
+        if self.batch_tokens > SETTINGS.get("oom_above", 1 << 30):
+            raise OutOfMemoryError("the engine ran out of memory: made up")
+        if self.num_calls >= SETTINGS.get("dies_after", 1 << 30):
+            raise EngineError("the engine failed: made up")
+        self.num_calls += 1
+        log("scored", sum(sequence.num_wanted for sequence in sequences))
+        time.sleep(SETTINGS.get("call_s", 0))
+        return [
+            ScoringError("response token 0: log-prob is nan, expected a finite number")
+            if SETTINGS.get("bad_id") in sequence.response_ids
+            else logps(sequence)[sequence.start :]
+            for sequence in sequences
+        ]
+
+
+def main():
+    log("pids", os.getpid())
+    log("prefixes", sys.prefix)
+    import pipeline.engine
+    import pipeline.score
+
+    pipeline.engine.VllmEngine = MadeUpEngine
+    assert sys.argv[1:3] == ["-m", "pipeline.score"]
+    return pipeline.score.main(sys.argv[3:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
