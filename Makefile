@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help install demo test bench-store lint format lock rehearse clean
+.PHONY: help install demo test bench-store bench-score lint format lock rehearse clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ test: $(INSTALLED)  ## run the whole suite
 
 bench-store: $(INSTALLED)  ## size and speed of the weight store -> benchmarks/results/store.json (about ten minutes)
 	$(BIN)/python benchmarks/store.py
+
+bench-score: $(INSTALLED)  ## speed of scoring against prefill, plain vLLM and the official way -> benchmarks/results/score.json
+	$(BIN)/python benchmarks/score.py
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

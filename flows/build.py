@@ -74,7 +74,7 @@ def refresh_weights(recipe_file: str, overrides: list[str] | None = None, store:
 @task(name="find model", task_run_name="find model")
 def find_model(recipe: Recipe) -> Path:
     """Resolve the starting model to a folder."""
-    return resolve_model(recipe.model)
+    return resolve_model(recipe.model, get_run_logger().info)
 
 
 @task(name="prepare", task_run_name="prepare {recipe.dataset.name}")

@@ -79,6 +79,8 @@ def _bars() -> Iterator[Callable[[Progress], None]]:
     bars: dict[str, Any] = {}
 
     def show(progress: Progress) -> None:
+        if not progress.done:  # lines of the engine's start still come
+            return
         if progress.role not in bars:
             bars[progress.role] = tqdm(
                 total=progress.total,

@@ -6,9 +6,9 @@ There are three ways in, from fast to slow:
 * `response_rows`: the same on the V1 runner (CPUs, older GPUs) through our worker extension, `response_rows.py`;
 * `flat`: vLLM's prompt log-probs, flat, looked up by token id (their order has changed between versions). Works everywhere.
 
-The fast one of the runner at hand is checked against `flat` on the first sequences, and left where they differ. Sequences share
-KV blocks through the prefix cache. A hit that reaches into the wanted rows leaves them unwritten (random numbers, or no reply
-at all), so such a sequence is scored again without the cache.
+The fast one of the runner at hand is checked against `flat` on the first sequences, and left where they differ or this vLLM
+refuses it. Sequences share KV blocks through the prefix cache. A hit that reaches into the wanted rows leaves them unwritten
+(random numbers, or no reply at all), so such a sequence is scored again without the cache.
 """
 
 import os
@@ -25,6 +25,8 @@ from weights_store.errors import EngineError, InputError, MissingExtraError, Out
 
 FIXED_IDS, RESPONSE_ROWS, FLAT = "fixed_ids", "response_rows", "flat"
 
+CPU_BLOCK_SIZE = 32
+"""Tokens in a block of the prefix cache: the least that vLLM's CPU back end likes; its default, 128, shares few prompts."""
 _ROUNDING_NATS = 1e-3
 """Log-probs above 0 by less than this are rounding of log-softmax and become 0; anything above is an error."""
 _NUM_CHECKED = 8
@@ -73,7 +75,7 @@ class VllmEngine:
             ) from error
 
         placement: dict[str, Any] = (
-            {"block_size": 32} if on_cpu else {"gpu_memory_utilization": settings.gpu_memory_share}
+            {"block_size": CPU_BLOCK_SIZE} if on_cpu else {"gpu_memory_utilization": settings.gpu_memory_share}
         )
         arguments = EngineArgs(
             model=str(model),
@@ -106,6 +108,22 @@ class VllmEngine:
         self._keys = count()
         self._rows_installed = False
 
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """The ways in that this engine has: the fast one of its model runner, and the flat one."""
+        return (FIXED_IDS if self._engine.vllm_config.use_v2_model_runner else RESPONSE_ROWS, FLAT)
+
+    def why_not(self, way: str) -> str | None:
+        """Return why this engine does not have one of the three ways; None where it has."""
+        if way in self.ways:
+            return None
+        if way == RESPONSE_ROWS:
+            return "vLLM runs its V2 model runner, this way is for V1"
+        from vllm.triton_utils import HAS_TRITON
+
+        why = "" if HAS_TRITON else ": it needs Triton, which has no back end for this machine"
+        return f"vLLM runs its V1 model runner, this way is for V2{why}"
+
     def score(
         self, sequences: Sequence[ScoredSequence], progress: Callable[[int], None] = lambda num_tokens: None
     ) -> list[Reply]:
@@ -119,21 +137,29 @@ class VllmEngine:
 
         Raises:
             OutOfMemoryError: A step did not fit into memory. The engine is spoilt; one with a smaller budget may do.
-            EngineError: A step failed otherwise. The engine is spoilt.
+            EngineError: A step failed otherwise, or vLLM does not take the requests. The engine is spoilt.
         """
-        if self.way is None:
-            self.way = self._choose_way(sequences[:_NUM_CHECKED])
-        return self._score(sequences, self.way, progress)
+        if not sequences:  # nothing to choose a way by either
+            return []
+        try:
+            if self.way is None:
+                self.way = self._choose_way(sequences[:_NUM_CHECKED])
+            return self._score(sequences, self.way, progress)
+        except EngineError:
+            raise
+        except Exception as error:
+            raise _engine_error(error) from error
 
     def _choose_way(self, sample: Sequence[ScoredSequence]) -> str:
-        fast = FIXED_IDS if self._engine.vllm_config.use_v2_model_runner else RESPONSE_ROWS
+        fast = self.ways[0]
         try:
-            difference = _difference(self._score(sample, fast), self._score(sample, FLAT))
-        except EngineError:
+            replies = self._score(sample, fast)
+        except EngineError:  # in a step: the engine is spoilt
             raise
         except Exception as error:  # noqa: BLE001 - whatever another vLLM version makes of it, the slow way is left
             self._report(f"scoring by vLLM's flat prompt log-probs: {fast} failed with {type(error).__name__}: {error}")
             return FLAT
+        difference = _difference(replies, self._score(sample, FLAT))
         if difference <= _MEAN_TOLERANCE_NATS:
             self._report(
                 f"scoring by {fast}: within {difference:.1e} nats of flat prompt log-probs on {len(sample)} sequences"
@@ -184,29 +210,34 @@ class VllmEngine:
             elif way == RESPONSE_ROWS:
                 replies.append(checked(taken.get(key), sequence))
             else:
-                replies.append(_read_flat(output.prompt_logprobs, sequence))
+                replies.append(_read_flat(output.prompt_logprobs, sequence, output.num_cached_tokens or 0))
         return replies
 
     def _run(
         self, sequences: dict[int, ScoredSequence], way: str, use_cache: bool, progress: Callable[[int], None]
     ) -> dict[int, Any]:
-        from vllm.inputs import TokensPrompt
-
+        self._add(sequences, way, use_cache)
         outputs: dict[int, Any] = {}
         try:
-            for key, sequence in sequences.items():
-                prompt = TokensPrompt(prompt_token_ids=sequence.prompt_ids + sequence.response_ids)
-                self._engine.add_request(str(key), prompt, _params(key, sequence, way, use_cache))
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():
                     outputs[int(output.request_id)] = output
                     progress(sequences[int(output.request_id)].num_wanted)
         except Exception as error:
-            text = (str(error).strip().splitlines() or [""])[0]
-            if _is_out_of_memory(error):
-                raise OutOfMemoryError(f"the engine ran out of memory: {text}") from error
-            raise EngineError(f"the engine failed: {type(error).__name__}: {text}") from error
+            raise _engine_error(error) from error
         return outputs
+
+    def _add(self, sequences: dict[int, ScoredSequence], way: str, use_cache: bool) -> None:
+        """Hand over all requests, or none: those before the one that vLLM refuses would run with the next that it takes."""
+        from vllm.inputs import TokensPrompt
+
+        try:
+            for key, sequence in sequences.items():
+                prompt = TokensPrompt(prompt_token_ids=sequence.prompt_ids + sequence.response_ids)
+                self._engine.add_request(str(key), prompt, _params(key, sequence, way, use_cache))
+        except Exception:
+            self._engine.abort_request([str(key) for key in sequences])
+            raise
 
 
 def _params(key: int, sequence: ScoredSequence, way: str, use_cache: bool) -> Any:
@@ -237,6 +268,13 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(text.lower() in str(error).lower() for text in _OUT_OF_MEMORY)
 
 
+def _engine_error(error: BaseException) -> EngineError:
+    text = (str(error).strip().splitlines() or [""])[0]
+    if _is_out_of_memory(error):
+        return OutOfMemoryError(f"the engine ran out of memory: {text}")
+    return EngineError(f"the engine failed: {type(error).__name__}: {text}")
+
+
 def _difference(replies: list[Reply], expected: list[Reply]) -> float:
     """Return the mean difference in nats, infinite where one has an answer and the other none."""
     both = list(zip(replies, expected, strict=True))
@@ -255,16 +293,24 @@ def _read_fixed_ids(scores: Any, sequence: ScoredSequence) -> Reply:
     return checked(scores[:, 0], sequence)
 
 
-def _read_flat(flat: Any, sequence: ScoredSequence) -> Reply:
-    """Return the log-probs out of flat prompt log-probs, by token id, or what is wrong with them."""
-    num_prompt, num_response = len(sequence.prompt_ids), len(sequence.response_ids)
-    if flat is None or len(flat) != num_prompt + num_response:
+def _read_flat(flat: Any, sequence: ScoredSequence, num_cached: int = 0) -> Reply:
+    """Return the log-probs out of flat prompt log-probs, by token id, or what is wrong with them.
+
+    Args:
+        flat: Of all tokens (V1, where rows in the cache hit are unwritten), or without the rows in the cache hit (V2).
+        sequence: Whose rows lie behind the cache hit.
+        num_cached: Length of the cache hit.
+    """
+    num_tokens = len(sequence.prompt_ids) + len(sequence.response_ids)
+    num_left_out = num_tokens - (0 if flat is None else len(flat))
+    if flat is None or num_left_out not in (0, num_cached):
         got = "none" if flat is None else str(len(flat))
-        return ScoringError(f"expected log-probs for {num_prompt + num_response} tokens, got {got}")
+        hit = f", or without the {num_cached} of them in the cache" if num_cached else ""
+        return ScoringError(f"expected log-probs for {num_tokens} tokens{hit}, got {got}")
     logps = np.empty(sequence.num_wanted, dtype=np.float32)
     starts, ends = flat.start_indices, flat.end_indices
     for row, token_id in enumerate(sequence.response_ids[sequence.start :]):
-        position = sequence.first_row + 1 + row
+        position = sequence.first_row + 1 + row - num_left_out
         entries = flat.token_ids[starts[position] : ends[position]]
         if token_id not in entries:
             return ScoringError(

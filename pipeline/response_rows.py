@@ -13,8 +13,9 @@ import torch
 KEY = "tokenweights"
 """In `SamplingParams.extra_args`: `[key, first_row]`, the name to answer under and the row of the first wanted token."""
 
-_CPU_BLOCK_BYTES = 2 << 20
-_GPU_BLOCK_BYTES = 256 << 20
+CPU_BLOCK_BYTES = 2 << 20
+GPU_BLOCK_BYTES = 256 << 20
+"""Of float32 log-probs computed at a time: what stays in a core's cache, and what a GPU has to spare."""
 
 
 class ResponseRows:
@@ -85,7 +86,5 @@ def _token_logps(model: Any, hidden: torch.Tensor, rows: torch.Tensor, targets: 
         logps = logits.log_softmax(-1, dtype=torch.float32)
         values[block] = logps.gather(-1, targets[block, None]).squeeze(-1)
         start += size
-        size = max(
-            32, (_CPU_BLOCK_BYTES if hidden.device.type == "cpu" else _GPU_BLOCK_BYTES) // (4 * logits.shape[-1])
-        )
+        size = max(32, (CPU_BLOCK_BYTES if hidden.device.type == "cpu" else GPU_BLOCK_BYTES) // (4 * logits.shape[-1]))
     return values

@@ -21,12 +21,14 @@ from pipeline.chat import Condition
 from pipeline.sharing import Reply, ScoredSequence, score_once
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ScoringError
+from weights_store.key_ranges import KeyRange
 from weights_store.schemas import LOGPS, QUARANTINE, Reason
 
 MESSAGE = "SCORING "
 """Begins every line that the process says to its parent: one JSON object."""
 EXIT_OUT_OF_MEMORY, EXIT_ENGINE = 76, 75
-_RANGE_BYTES = 512 << 20
+RANGE_BYTES = 512 << 20
+"""Memory for the pairs that are looked at together when what is missing is looked for."""
 _PROGRESS_S = 0.5
 
 
@@ -74,6 +76,15 @@ class Engine(Protocol):
     vocab_size: int
     way: str | None
 
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """The ways in that it has."""
+        ...
+
+    def why_not(self, way: str) -> str | None:
+        """Return why it does not have a way; None where it has."""
+        ...
+
     def score(self, sequences: Any, progress: Callable[[int], None] = ...) -> list[Reply]:
         """Return the wanted log-probs of each sequence."""
         ...
@@ -93,15 +104,21 @@ def run(request: Request) -> None:
         return
     scorer = PairScorer(request)
     for target in request.targets:
-        _fill(request, target, scorer)
+        fill(request, target, scorer)
 
 
-def _fill(request: Request, target: Target, scorer: "PairScorer") -> None:
+def fill(request: Request, target: Target, scorer: "PairScorer") -> None:
+    """Score what one target lacks, chunk by chunk.
+
+    Raises:
+        ScoringError: No pair could be scored.
+        TokenweightsError: The engine or the store failed; what was committed stays.
+    """
     store = WeightStore(request.store)
     table = store.table(target.logps_table)
     progress = Progress(target.role, *count_missing(request.tokens, table))
     known = table.version()  # holds none of the pairs to come, so an append looks only at what others have added since
-    for chunk, rows in _ahead(_chunks_with_rows(request, target, scorer)):
+    for chunk, rows in ahead(_chunks_with_rows(request, target, scorer)):
         num_tokens = int(chunk["num_tokens"].sum())
         started = time.monotonic()
         scored, unscorable = scorer.score(rows, progress.within(num_tokens))
@@ -139,25 +156,26 @@ def commit_metadata(
 
 def missing_pairs(tokens: TableVersion, table: Table) -> Iterator[pl.DataFrame]:
     """Yield the pairs without log-probs, by pair_id, one range at a time: `pair_id` and `num_tokens` to compute."""
-    source = WeightStore(tokens.store).table(tokens.table)
-    pairs = source.scan(tokens.version)
+    for piece in WeightStore(tokens.store).table(tokens.table).key_ranges(RANGE_BYTES, tokens.version):
+        yield missing_within(piece, tokens, table)
+
+
+def missing_within(piece: KeyRange, tokens: TableVersion, table: Table) -> pl.DataFrame:
+    """Return the pairs of one range without log-probs, by pair_id: `pair_id` and `num_tokens` to compute."""
+    pairs = piece.of(WeightStore(tokens.store).table(tokens.table).scan(tokens.version))
     lengths = pl.sum_horizontal(pl.col(c).list.len() for c in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    done = [_known_unscorable(tokens, table), *([table.scan().select("pair_id")] if table.exists() else [])]
-    for piece in source.key_ranges(_RANGE_BYTES, tokens.version):
-        wanted = piece.of(pairs)
-        for frame in done:
-            wanted = wanted.join(piece.of(frame), on="pair_id", how="anti")
-        ids = wanted.select("pair_id").collect()
-        if ids.is_empty():  # the usual case of a second build: no list has been read
-            yield ids.with_columns(num_tokens=pl.lit(0, pl.UInt32))
-            continue
-        yield (
-            piece.of(pairs)
-            .join(ids.lazy(), on="pair_id", how="semi")
-            .select("pair_id", lengths.alias("num_tokens"))
-            .sort("pair_id")
-            .collect()
-        )
+    wanted = pairs
+    for done in (_known_unscorable(tokens, table), *([table.scan().select("pair_id")] if table.exists() else [])):
+        wanted = wanted.join(piece.of(done), on="pair_id", how="anti")
+    ids = wanted.select("pair_id").collect()
+    if ids.is_empty():  # the usual case of a second build: no list has been read
+        return ids.with_columns(num_tokens=pl.lit(0, pl.UInt32))
+    return (
+        pairs.join(ids.lazy(), on="pair_id", how="semi")
+        .select("pair_id", lengths.alias("num_tokens"))
+        .sort("pair_id")
+        .collect()
+    )
 
 
 def count_missing(tokens: TableVersion, table: Table) -> tuple[int, int]:
@@ -179,9 +197,14 @@ def _known_unscorable(tokens: TableVersion, table: Table) -> pl.LazyFrame:
 def missing_chunks(tokens: TableVersion, table: Table, chunk_tokens: int) -> Iterator[pl.DataFrame]:
     """Cut what is missing into spans of pair_ids of about `chunk_tokens`."""
     for part in missing_pairs(tokens, table):
-        numbered = part.with_columns(((pl.col("num_tokens").cum_sum() - 1) // chunk_tokens).alias("chunk"))
-        for chunk in numbered.partition_by("chunk", maintain_order=True):
-            yield chunk.select("pair_id", "num_tokens")
+        yield from cut(part, chunk_tokens)
+
+
+def cut(part: pl.DataFrame, chunk_tokens: int) -> Iterator[pl.DataFrame]:
+    """Cut missing pairs, sorted by pair_id, into spans of about `chunk_tokens`."""
+    numbered = part.with_columns(((pl.col("num_tokens").cum_sum() - 1) // chunk_tokens).alias("chunk"))
+    for chunk in numbered.partition_by("chunk", maintain_order=True):
+        yield chunk.select("pair_id", "num_tokens")
 
 
 def rows_of(pairs: pl.LazyFrame, chunk: pl.DataFrame) -> pl.DataFrame:
@@ -199,7 +222,7 @@ def _chunks_with_rows(
         yield chunk, scorer.under_condition(rows_of(pairs, chunk), target)
 
 
-def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+def ahead(items: Iterator[Any]) -> Iterator[Any]:
     """Yield the items, each fetched in a thread while the one before it is worked on: reading hides behind scoring."""
     with ThreadPoolExecutor(1) as executor:
         following = executor.submit(next, items, None)
@@ -212,18 +235,29 @@ def _ahead(items: Iterator[Any]) -> Iterator[Any]:
 
 
 class PairScorer:
-    """The request's engine and tokenizer: rows of the tokens table in, rows of a logps table out."""
+    """The request's engine and tokenizer: rows of the tokens table in, rows of a logps table out.
 
-    def __init__(self, request: Request) -> None:
+    Args:
+        request: What is scored with what.
+        report: Gets lines for people; `say` by default.
+    """
+
+    def __init__(self, request: Request, report: Callable[[str], None] | None = None) -> None:
         from pipeline.chat import ChatTokenizer
         from pipeline.engine import EngineSettings, VllmEngine
 
         conditioned = any(target.condition for target in request.targets)
         self._tokenizer = ChatTokenizer(Path(request.tokenizer), request.chat_template) if conditioned else None
-        say(f"starting the engine for {request.model}")
+        report = report or say
+        report(f"starting the engine for {request.model}")
         self._settings = {key: value for key, value in request.engine.items() if key != "restarts"}
         self._restarts = request.engine.get("restarts", [])
-        self._engine: Engine = VllmEngine(Path(request.model), EngineSettings(**self._settings), say)
+        self._engine: Engine = VllmEngine(Path(request.model), EngineSettings(**self._settings), report)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, for who tries its ways."""
+        return self._engine
 
     @property
     def record(self) -> dict[str, Any]:
@@ -324,12 +358,12 @@ def quarantine(request: Request, target: Target, rows: list[dict[str, Any]]) -> 
 
 
 class Progress:
-    """Counts tokens and tells the parent now and then."""
+    """Counts tokens and tells the parent now and then; scoring began `since_s` seconds ago."""
 
-    def __init__(self, role: str, num_pairs: int, num_tokens: int) -> None:
+    def __init__(self, role: str, num_pairs: int, num_tokens: int, since_s: float = 0.0) -> None:
         self.num_pairs = num_pairs
         self._role, self._total, self._done = role, num_tokens, 0
-        self._started = self._said = time.monotonic()
+        self._started = self._said = time.monotonic() - since_s
         self._say(0)
 
     def within(self, num_tokens: int) -> Callable[[float], None]:

@@ -132,3 +132,11 @@ def test_pair_id_ignores_unicode_form_and_outer_blanks_and_sees_everything_else(
         Pair([USER, assistant("hm"), USER], composed, "x"),
     ]
     assert first not in {pair.pair_id for pair in others}
+
+
+def test_pairs_of_one_prompt_lie_side_by_side_in_the_order_of_pair_id():
+    prompts = [[{"role": "user", "content": f"question {index}"}] for index in range(20)]
+    pairs = [Pair(prompt, f"good {k}", f"bad {k}") for k in range(5) for prompt in prompts]
+    in_order = [pair.prompt[0]["content"] for pair in sorted(pairs, key=lambda pair: pair.pair_id)]
+    assert len({pair.pair_id for pair in pairs}) == 100
+    assert sum(a != b for a, b in zip(in_order, in_order[1:], strict=False)) == 19
