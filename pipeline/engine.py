@@ -144,13 +144,14 @@ class VllmEngine:
         try:
             if self.way is None:
                 self.way = self._choose_way(sequences[:_NUM_CHECKED])
-            return self._score(sequences, self.way, progress)
+            return self._score(sequences, self.way or FLAT, progress)
         except EngineError:
             raise
         except Exception as error:
             raise _engine_error(error) from error
 
-    def _choose_way(self, sample: Sequence[ScoredSequence]) -> str:
+    def _choose_way(self, sample: Sequence[ScoredSequence]) -> str | None:
+        """Return the way that this engine goes from now on; None when the sample had nothing to compare."""
         fast = self.ways[0]
         try:
             replies = self._score(sample, fast)
@@ -160,6 +161,8 @@ class VllmEngine:
             self._report(f"scoring by vLLM's flat prompt log-probs: {fast} failed with {type(error).__name__}: {error}")
             return FLAT
         difference = _difference(replies, self._score(sample, FLAT))
+        if difference is None:
+            return None
         if difference <= _MEAN_TOLERANCE_NATS:
             self._report(
                 f"scoring by {fast}: within {difference:.1e} nats of flat prompt log-probs on {len(sample)} sequences"
@@ -275,13 +278,13 @@ def _engine_error(error: BaseException) -> EngineError:
     return EngineError(f"the engine failed: {type(error).__name__}: {text}")
 
 
-def _difference(replies: list[Reply], expected: list[Reply]) -> float:
-    """Return the mean difference in nats, infinite where one has an answer and the other none."""
+def _difference(replies: list[Reply], expected: list[Reply]) -> float | None:
+    """Return the mean difference in nats, infinite where one has an answer and the other none; None without any answer."""
     both = list(zip(replies, expected, strict=True))
     if any(isinstance(a, ScoringError) != isinstance(b, ScoringError) for a, b in both):
         return float("inf")
     gaps = [np.abs(a - b) for a, b in both if isinstance(a, np.ndarray) and isinstance(b, np.ndarray)]
-    return float(np.concatenate(gaps).mean()) if gaps else 0.0
+    return float(np.concatenate(gaps).mean()) if gaps else None
 
 
 def _read_fixed_ids(scores: Any, sequence: ScoredSequence) -> Reply:

@@ -28,17 +28,27 @@ class ResponseRows:
         runner = self.model_runner
         own = runner._get_prompt_logprobs_dict
         answers: dict[int, torch.Tensor] = {}
+        failures: list[Exception] = []
 
         def with_response_rows(hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
-            _score_step(runner, hidden_states, num_scheduled_tokens, answers)
+            try:
+                _score_step(runner, hidden_states, num_scheduled_tokens, answers)
+            except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+                failures.append(error)  # not the runner that we know; the engine lives on, and `tokenweights_take` says it
             return own(hidden_states, num_scheduled_tokens)
 
         runner._get_prompt_logprobs_dict = with_response_rows
-        runner.tokenweights_answers = answers
+        runner.tokenweights_answers, runner.tokenweights_failures = answers, failures
 
     def tokenweights_take(self) -> dict[int, Any]:
-        """Return the answers by their key since the last call: float32 `[num_rows]` in nats, NaN where no row was computed."""
-        answers = self.model_runner.tokenweights_answers
+        """Return the answers by their key since the last call: float32 `[num_rows]` in nats, NaN where no row was computed.
+
+        Raises:
+            Exception: What went wrong in a step.
+        """
+        answers, failures = self.model_runner.tokenweights_answers, self.model_runner.tokenweights_failures
+        if failures:
+            raise failures[0]
         taken = {key: values.cpu().numpy() for key, values in answers.items()}
         answers.clear()
         return taken

@@ -59,3 +59,20 @@ def test_a_reply_that_breaks_the_contract_says_how(positions, message):
 
 def test_no_reply_at_all():
     assert "got none" in str(_read_flat(None, SEQUENCE))
+
+
+def test_a_runner_that_is_not_the_known_one_is_told_of_without_killing_the_engine():
+    """What vLLM calls goes on; the failure comes out where the answers are fetched."""
+    from types import SimpleNamespace
+
+    from pipeline.response_rows import KEY, ResponseRows
+
+    request = SimpleNamespace(sampling_params=SimpleNamespace(extra_args={KEY: [0, 1]}))  # without prompt_token_ids
+    worker = ResponseRows()
+    worker.model_runner = SimpleNamespace(
+        _get_prompt_logprobs_dict=lambda hidden, scheduled: {"own": scheduled}, requests={"a": request}
+    )
+    worker.tokenweights_install()
+    assert worker.model_runner._get_prompt_logprobs_dict(None, {"a": 4}) == {"own": {"a": 4}}
+    with pytest.raises(AttributeError, match="prompt_token_ids"):
+        worker.tokenweights_take()

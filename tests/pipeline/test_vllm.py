@@ -1,4 +1,7 @@
-"""The real engine against transformers in float32, and its way with prompts that two responses share."""
+"""The real engine against transformers in float32, and its way with prompts that two responses share.
+
+The contract in every way is in test_engine_ways.py.
+"""
 
 import json
 import subprocess
@@ -19,17 +22,23 @@ from pathlib import Path
 from pipeline.engine import EngineSettings, ScoredSequence, VllmEngine
 request = json.loads(Path(sys.argv[1]).read_text())
 engine = VllmEngine(Path(request["model"]), EngineSettings(dtype=request["dtype"], kv_cache_gib=1.0))
-replies = engine.score([ScoredSequence(*ids) for ids in request["sequences"]])
-Path(sys.argv[2]).write_text(json.dumps([reply.tolist() for reply in replies]))
+sequences = [ScoredSequence(*ids) for ids in request["sequences"]]
+result = {"replies": [reply.tolist() for reply in engine.score(sequences)], "way": engine.way}
+engine.way = "flat"
+result["flat"] = [reply.tolist() for reply in engine.score(sequences)]
+Path(sys.argv[2]).write_text(json.dumps(result))
 """
 
 
 def _score(model, dtype, sequences, tmp_path):
+    """The engine's log-probs by the fast way, which it must have chosen, and by the flat one, its cache warm by then."""
     (tmp_path / "request.json").write_text(json.dumps({"model": str(model), "dtype": dtype, "sequences": sequences}))
     command = [sys.executable, "-c", _SCRIPT, str(tmp_path / "request.json"), str(tmp_path / "reply.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [np.array(reply) for reply in json.loads((tmp_path / "reply.json").read_text())]
+    result = json.loads((tmp_path / "reply.json").read_text())
+    assert result["way"] != "flat"
+    return [[np.array(reply) for reply in result[name]] for name in ("replies", "flat")]
 
 
 @torch.no_grad()
@@ -67,11 +76,12 @@ def _with_long_shared_parts(sequences, min_tokens=150):
 @pytest.mark.parametrize(("dtype", "mean_nats", "max_nats"), [("float32", 1e-3, 1e-2), ("bfloat16", 2e-2, 0.5)])
 def test_engine_agrees_with_transformers(toy_model, toy_pairs, tmp_path, dtype, mean_nats, max_nats):
     sequences = _with_long_shared_parts(_sequences(toy_model, toy_pairs[:20]))
-    expected, got = _transformers(toy_model, sequences), _score(toy_model, dtype, sequences, tmp_path)
-    assert [len(logps) for logps in got] == [len(response_ids) for _, response_ids in sequences]
-    difference = np.abs(np.concatenate(expected) - np.concatenate(got))
-    assert difference.mean() < mean_nats
-    assert difference.max() < max_nats
+    expected = _transformers(toy_model, sequences)
+    for got in _score(toy_model, dtype, sequences, tmp_path):
+        assert [len(logps) for logps in got] == [len(response_ids) for _, response_ids in sequences]
+        difference = np.abs(np.concatenate(expected) - np.concatenate(got))
+        assert difference.mean() < mean_nats
+        assert difference.max() < max_nats
 
 
 def test_engine_agrees_with_transformers_on_a_real_model(shared_folder, tmp_path):
@@ -79,5 +89,6 @@ def test_engine_agrees_with_transformers_on_a_real_model(shared_folder, tmp_path
         pairs = [json.loads(line) for line, _ in zip(file, range(12), strict=False)]
     model = shared_folder / "models" / "tiny-chat"
     sequences = _sequences(model, pairs)
-    got = np.concatenate(_score(model, "bfloat16", sequences, tmp_path))
-    assert np.abs(np.concatenate(_transformers(model, sequences)) - got).mean() < 2e-2
+    expected = np.concatenate(_transformers(model, sequences))
+    for got in _score(model, "bfloat16", sequences, tmp_path):
+        assert np.abs(expected - np.concatenate(got)).mean() < 2e-2
