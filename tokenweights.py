@@ -76,6 +76,32 @@ def _parser() -> argparse.ArgumentParser:
         "--expect-same", action="store_true", help="refuse to make a version with other settings than the newest"
     )
 
+    plan = _command(commands, "plan", _plan, "say what a build of a recipe would do, and do nothing")
+    plan.add_argument("recipe", help="a TOML file, see recipes/")
+    plan.add_argument("--store", metavar="URI", help="root of the store; default: the recipe's store.uri")
+    _add_overrides(plan)
+
+    check = _command(
+        commands, "check-scorer", _check_scorer, "compare the scoring engine's log-probs with transformers in float32"
+    )
+    check.add_argument("recipe", help="a TOML file, see recipes/")
+    check.add_argument("--store", metavar="URI", help="root of the store; default: the recipe's store.uri")
+    _add_overrides(check)
+    check.add_argument("--pairs", metavar="N", type=_count, default=32, help="pairs to score (default: 32)")
+    check.add_argument(
+        "--tolerance",
+        metavar="NATS",
+        type=_nats,
+        help="largest mean |difference| per token that passes, in nats; no token may be off by more than 50 times as much "
+        "(default: 1e-3 and 0.05 where the engine computes in float32, 1e-2 and 0.5 in float16, 4e-2 and 2 in bfloat16)",
+    )
+    check.add_argument(
+        "--role",
+        choices=["ref", "positive", "negative"],
+        default="ref",
+        help="which scorer: the reference, or one of the contrastive pair (default: ref)",
+    )
+
     serve = _command(commands, "serve", _serve, "serve recipes as scheduled Prefect deployments, until stopped")
     serve.add_argument("recipes", nargs="+", metavar="RECIPE", help="TOML files, each with a [schedule]")
     serve.add_argument("--store", metavar="URI", help="root of the store; default: each recipe's store.uri")
@@ -103,6 +129,22 @@ def _command(commands: Any, name: str, run: Any, what: str) -> argparse.Argument
     return parser
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _nats(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of nats above 0, got {text!r}")
+    return number
+
+
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
@@ -118,6 +160,27 @@ def _build(options: argparse.Namespace) -> None:
     recipes, run = _load("pipeline.recipe", "flows"), _load("flows.run", "flows")
     recipe = recipes.load_recipe(options.recipe, options.overrides, options.store)
     run.run_build(recipe, options.expect_same, options.debug)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    recipes, planning = _load("pipeline.recipe", "flows"), _load("pipeline.plan", "flows")
+    recipe = recipes.load_recipe(options.recipe, options.overrides, options.store)
+    plans = planning.plan(recipe, lambda line: print(line, file=sys.stderr, flush=True))
+    print(f"A build of {recipe.weights.name} in {recipe.store.uri} would do this:\n")
+    print("\n".join(_load("pipeline.plan_table", "flows").plan_lines(plans)))
+
+
+def _check_scorer(options: argparse.Namespace) -> None:
+    recipes, parity = _load("pipeline.recipe", "flows"), _load("pipeline.parity", "flows")
+    found = parity.check_scorer(
+        recipes.load_recipe(options.recipe, options.overrides, options.store),
+        num_pairs=options.pairs,
+        tolerance_nats=options.tolerance,
+        role=options.role,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print("\n".join(parity.parity_lines(found)))
+    parity.check_parity(found)
 
 
 def _serve(options: argparse.Namespace) -> None:

@@ -19,6 +19,11 @@ RECORD = "contrast.json"
 """Says what determined a model; written last, so a model without it is unfinished."""
 
 
+def cache_folder() -> Path:
+    """Return where this machine keeps what it can make again: `TOKENWEIGHTS_CACHE`, by default `~/.cache/tokenweights`."""
+    return Path(os.environ.get("TOKENWEIGHTS_CACHE", "~/.cache/tokenweights")).expanduser()
+
+
 @dataclass(frozen=True)
 class ModelShelf:
     """The folder `models/` of a store."""
@@ -29,8 +34,7 @@ class ModelShelf:
         """Return the folder of this machine where a model is trained and read."""
         if self.location.is_local:
             return self.location.path / name
-        cache = Path(os.environ.get("TOKENWEIGHTS_CACHE", "~/.cache/tokenweights")).expanduser()
-        return cache / fingerprint(self.location.uri)[:16] / name
+        return cache_folder() / fingerprint(self.location.uri)[:16] / name
 
     def find(self, name: str) -> Path | None:
         """Return the folder of a finished model, fetched if need be; None when the store has none of that name."""

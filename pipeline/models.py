@@ -1,8 +1,13 @@
-"""Find a model: a folder on disk or a hub id, resolved to a folder."""
+"""Find a model: a folder on disk or a hub id, resolved to a folder. A LoRA adapter becomes a whole model first."""
 
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from pipeline import lora
+from pipeline.child import check_extra, run_child
+from pipeline.model_shelf import cache_folder
 from pipeline.recipe import ModelSection
 from weights_store.errors import InputError
 
@@ -16,26 +21,58 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None and path.suffix not in _FILE_ENDINGS and not path.exists()
 
 
-def resolve_model(model: ModelSection) -> Path:
-    """Return the folder of a model, downloading a hub id into the hub's cache.
+def resolve_model(model: ModelSection, report: Callable[[str], None] = print) -> Path:
+    """Return the folder of a whole model.
+
+    A hub id is downloaded into the hub's cache. A LoRA adapter is merged into its base, once, in a process of its own; the
+    merged model stays in `TOKENWEIGHTS_CACHE`, named for what adapter and base contain.
+
+    Args:
+        model: Names it.
+        report: Gets a line where an adapter stands for a merged model: trainings start from that folder.
 
     Raises:
-        InputError: No such folder, and no such model on the hub (or no way to reach it).
+        InputError: No such folder, and no such model on the hub (or no way to reach it); or an adapter that cannot be merged.
+        MissingExtraError: There is an adapter to merge, and no peft.
+        StageError: Merging failed; carries its message.
     """
-    folder = Path(model.path)
+    folder = _folder(model.path, model.revision, "model.path")
+    if lora.is_adapter(folder):
+        return _merged(folder, report)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model.path {folder} has no config.json: not a model folder")
+    return folder
+
+
+def _folder(path: str, revision: str | None, setting: str) -> Path:
+    """Return a folder as it is, or that of a hub id, downloaded if need be."""
+    folder = Path(path)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(f"model.path {folder} has no config.json: not a model folder")
         return folder
-    if not is_hub_id(model.path):
-        raise InputError(f"model.path {model.path} does not exist; give a model folder or a hub id (owner/name)")
+    if not is_hub_id(path):
+        raise InputError(f"{setting} {path} does not exist; give a model folder or a hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model.path, revision=model.revision))
+        return Path(snapshot_download(path, revision=revision))
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"model.path {model.path!r} is no folder here and could not be had from the hub: {reason}"
-        ) from error
+        raise InputError(f"{setting} {path!r} is no folder here and could not be had from the hub: {reason}") from error
+
+
+def _merged(adapter: Path, report: Callable[[str], None]) -> Path:
+    """Return the folder of the model that an adapter makes of its base."""
+    config = lora.check_adapter(adapter)
+    name = str(config["base_model_name_or_path"])
+    beside = adapter / name  # a relative folder: seen from here, or from the adapter
+    path = str(beside) if beside.is_dir() and not Path(name).is_dir() else name
+    base = _folder(path, config.get("revision"), f"adapter {adapter}: base_model_name_or_path")
+    target = cache_folder() / "merged" / lora.merged_fingerprint(adapter, base)[:16]
+    if not (target / lora.RECORD).is_file():
+        check_extra("peft", lora.INSTALL, None)
+        command = [sys.executable, "-m", "pipeline.lora", str(adapter), str(base), str(target)]
+        report(f"merging the adapter {adapter} into its base {base}")
+        run_child(command, f"merging the adapter {adapter}", lambda line: None)
+    report(f"the adapter {adapter} stands for the model {target}, merged with its base: trainings start from there")
+    return target

@@ -52,7 +52,7 @@ class DatasetSection(Section):
 class ModelSection(Section):
     """The starting model: reference of the training and origin of the contrastive pair."""
 
-    path: str = Field(description="a model folder or a hub id")
+    path: str = Field(description="a model folder, a LoRA adapter, which is merged into its base, or a hub id")
     revision: str | None = Field(None, description="revision of a hub model")
     chat_template: str | None = Field(None, description="a Jinja file, for models that ship none or a wrong one")
 

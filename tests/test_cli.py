@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,15 +27,20 @@ def command(capsys):
 
 
 @pytest.fixture
-def build(command, toy_model, toy_pairs, tmp_path, write_jsonl):
+def with_recipe(command, toy_model, toy_pairs, tmp_path, write_jsonl):
     write_jsonl(tmp_path / "pairs.jsonl", toy_pairs[:3])
 
-    def run(*overrides, extra=()):
+    def run(name, *overrides, extra=()):
         settings = [f"dataset.source={tmp_path / 'pairs.jsonl'}", f"model.path={toy_model}", *overrides]
         flags = [flag for setting in settings for flag in ("--set", setting)]
-        return command("build", RECIPE, "--store", str(tmp_path / "store"), *flags, *extra)
+        return command(name, RECIPE, "--store", str(tmp_path / "store"), *flags, *extra)
 
     return run
+
+
+@pytest.fixture
+def build(with_recipe):
+    return partial(with_recipe, "build")
 
 
 @pytest.mark.parametrize(
@@ -62,6 +68,33 @@ def test_wrong_input_gives_one_line_and_no_traceback(build, tmp_path, overrides,
     assert err.startswith("error: ")
     assert message in err
     assert err.count("\n") == 1
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.path=/no/such/model",
+        "dataset.source=nowhere.jsonl",
+        "dataset.chosen_column=better",
+        "dataset.sorce=x",
+        "score.python=/no/such/python",
+    ],
+)
+def test_a_plan_refuses_what_a_build_refuses_in_the_same_words(with_recipe, tmp_path, override):
+    planned, built = with_recipe("plan", override), with_recipe("build", override)
+    assert planned == built
+    assert (planned[0], planned[1], planned[2].count("\n")) == (1, "", 1)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_plan_says_what_a_build_would_do_and_leaves_no_store(with_recipe, tmp_path):
+    code, out, err = with_recipe("plan")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == f"A build of hh-harmless/tis-dpo in {tmp_path / 'store'} would do this:"
+    assert any(line.split()[:3] == ["prepare", "compute", "3"] for line in lines)
+    assert lines[-1].startswith("total: 8 of 8 stages to compute, ≈")
     assert not (tmp_path / "store").exists()
 
 

@@ -14,6 +14,7 @@ PIPELINE = BASE | {
     "datasets",
     "huggingface_hub",
     "jinja2",
+    "peft",
     "pydantic",
     "safetensors",
     "tokenizers",
@@ -72,6 +73,7 @@ def loaded_after(code):
         ("import train.run", {"torch", "pipeline", "flows", "prefect", "vllm", "datasets"}),
         ("import train.trainer", {"pipeline", "flows", "prefect", "vllm"}),
         ("import pipeline.score, pipeline.publish, pipeline.contrast", {"flows", "train", "prefect", "vllm", "torch"}),
+        ("import pipeline.plan, pipeline.plan_table", {"flows", "train", "prefect", "vllm", "torch"}),
     ],
 )
 def test_what_is_not_needed_is_not_loaded(code, absent):

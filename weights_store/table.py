@@ -14,10 +14,10 @@ import errno
 import random
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 import polars as pl
@@ -31,6 +31,7 @@ from weights_store.location import Location, one_line
 from weights_store.schemas import SCHEMA_VERSION
 from weights_store.shards import ShardReader, ShardRecord, ShardWriter, sum_checksums
 
+_Items = TypeVar("_Items", pa.Table, list[ShardRecord])
 _MAX_TRIES = 20
 _MEMORY_PER_BYTE = 3  # measured: about 3 Arrow bytes to one on disk
 _NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -220,6 +221,14 @@ class Table:
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
+    def write_shards(self, rows: pa.Table) -> list[ShardRecord]:
+        """Write rows, in any order, as shards for `append_shards`. Nothing is visible before they are committed.
+
+        Raises:
+            StoreError: The rows do not fit the table, or the folder cannot be written.
+        """
+        return self._write(self._conform(rows))
+
     def writer(self) -> ShardWriter:
         """Return a writer of shards for `commit`; rows come sorted by the key. Nothing is visible before the commit."""
         return ShardWriter(self.location, self.schema, self.key)
@@ -240,25 +249,57 @@ class Table:
                 nothing became visible.
         """
         rows = self._distinct(self._conform(rows))
+        return self._append(rows, self._without_present, self._write, metadata, known)
+
+    def append_shards(
+        self, shards: list[ShardRecord], metadata: Mapping[str, Any], known: int | None = None
+    ) -> TableVersion:
+        """Add the rows of shards that are written already, each key exactly once, as one new version.
+
+        A shard with rows that are there already is written anew without them; the old file is never committed. When nothing is
+        left, the newest version is returned.
+
+        Args:
+            shards: From `write_shards`, maybe of other processes; no key stands in two of them.
+            metadata: What the commit records; `fingerprint` is needed.
+            known: A version that is known to hold none of the rows: only what came after it is looked at.
+
+        Raises:
+            ConflictError: Other writers won the race for the next version every time.
+            StoreError: A shard is not in the table's folder, the table is not ours or newer, or the folder cannot be written;
+                nothing became visible.
+            DamageError: A shard that must be written anew is not what was written.
+        """
+        self._check_shards_are_here(shards)
+        return self._append(shards, self._shards_without_present, list, metadata, known)
+
+    def _append(
+        self,
+        items: _Items,
+        without_present: Callable[[_Items, int | None, int | None], _Items],
+        write: Callable[[_Items], list[ShardRecord]],
+        metadata: Mapping[str, Any],
+        known: int | None,
+    ) -> TableVersion:
+        """Commit what of `items` is new, and look again whenever another writer was faster."""
         base = self._checked_version()
-        fresh = self._without_present(rows, base, known)
+        fresh = without_present(items, base, known)
         records: list[ShardRecord] | None = None
         for attempt in range(_MAX_TRIES):
-            if base is not None and not fresh.num_rows:
+            if base is not None and not len(fresh):
                 return self.reference(base)
             if records is None:
-                records = self._write(fresh)
+                records = write(fresh)
             try:
                 return self.commit(records, metadata, base)
             except ConflictError:
                 time.sleep(random.uniform(0.002, 0.01) * 2 ** min(attempt, 6))
             newest = self._checked_version()
             if base is not None and not set(self.shards(base)) <= set(self.shards(newest)):
-                left = self._without_present(rows, newest, known)  # replaced: what was there may be gone
-                records = records if left.equals(fresh) else None
+                left = without_present(items, newest, known)  # replaced: what was there may be gone
             else:
-                left = self._without_present(fresh, newest, base)
-                records = records if left.num_rows == fresh.num_rows else None
+                left = without_present(fresh, newest, base)
+            records = records if left == fresh else None
             base, fresh = newest, left
         raise ConflictError(
             f"{self.path}: lost the race for the next version {_MAX_TRIES} times; run again when fewer write"
@@ -392,6 +433,33 @@ class Table:
             return rows
         keep = ~pl.int_range(rows.num_rows, eager=True).is_in(taken.to_list())
         return rows.filter(pa.array(keep.to_list()))
+
+    def _shards_without_present(
+        self, shards: list[ShardRecord], version: int | None, since: int | None
+    ) -> list[ShardRecord]:
+        """Return shards with the rows whose key is in no shard of `version` that `since` did not have already."""
+        if version is None or version == since:
+            return shards
+        left: list[ShardRecord] = []
+        for shard in shards:
+            keys = pa.concat_tables(self.open_shard(shard).groups(list(self.key)))
+            if self._without_present(keys, version, since).num_rows == keys.num_rows:
+                left.append(shard)
+                continue
+            rows = self._without_present(pa.concat_tables(self.open_shard(shard).groups()), version, since)
+            left += self._write(rows) if rows.num_rows else []
+        return left
+
+    def _check_shards_are_here(self, shards: list[ShardRecord]) -> None:
+        """Refuse shards in somebody else's folder of the same name: on another machine, where no storage is shared."""
+        if not self.location.is_local:
+            return
+        for shard in shards:
+            if not self.location.has_file(shard.name):
+                raise StoreError(
+                    f"{self.path}: shard {shard.name} was written, but is not in {self.location}; a store that several "
+                    "machines write lies in storage that all of them share"
+                )
 
     def _collect(self, frame: pl.LazyFrame) -> pl.DataFrame:
         with self.reading():

@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from weights_store import WeightStore
 from weights_store.errors import ConflictError, StoreError
 from weights_store.schemas import LOGPS
+from weights_store.vacuum import find_orphans
+from weights_store.verify import verify
 
 METADATA = {"fingerprint": "f0"}
 PAIRS = [f"p{index}" for index in range(8)]
@@ -175,6 +177,66 @@ def test_a_writer_that_always_loses_gives_up_with_a_count_and_writes_nothing(tab
     assert "a" not in content(table)
 
 
+def write_in_two_shards(table, pair_ids, value):
+    """What two actors would write: the first two pairs, and the others."""
+    parts = (pair_ids[:2], pair_ids[2:])
+    return [record for part in parts if part for record in table.write_shards(rows(part, value))]
+
+
+@pytest.mark.parametrize("before", [[], ["a"]])
+def test_shards_that_were_overtaken_by_other_rows_are_committed_as_they_are(table, commits, before):
+    def overtaken(commit):
+        table.append(rows(["z"], 5), METADATA)
+        commit()
+
+    if before:
+        table.append(rows(before, 1), METADATA)
+    shards = write_in_two_shards(table, ["b", "c", "d"], 2)
+    commits.waiting = [overtaken]
+    reference = table.append_shards(shards, METADATA)
+    assert reference.version == len(before) + 1
+    assert content(table) == {**dict.fromkeys(before, 1.0), "b": 2.0, "c": 2.0, "d": 2.0, "z": 5.0}
+    assert {shard.name for shard in shards} < {record.name for record in table.records()}
+
+
+@pytest.mark.parametrize("before", [[], ["a"]])
+def test_shards_that_were_overtaken_by_some_of_their_rows_leave_those_out(table, commits, before):
+    def overtaken(commit):
+        table.append(rows(["c", "z"], 5), METADATA)
+        commit()
+
+    if before:
+        table.append(rows(before, 1), METADATA)
+    shards = write_in_two_shards(table, ["b", "c", "d"], 2)
+    commits.waiting = [overtaken]
+    known = table.version()
+    table.append_shards(shards, METADATA, known)
+    assert content(table) == {**dict.fromkeys(before, 1.0), "b": 2.0, "c": 5.0, "d": 2.0, "z": 5.0}
+    named = {record.name for record in table.records()}
+    assert [shard.name in named for shard in shards] == [False, True]  # b and c were written anew without c
+    assert list(verify(WeightStore(table.root.uri), [table.path])) == []
+    assert [orphan.name for orphan in find_orphans(WeightStore(table.root.uri))] == [shards[0].name]
+
+
+def test_shards_whose_rows_were_all_there_already_make_no_version(table, commits):
+    def overtaken(commit):
+        table.append(rows(["a", "b", "c"], 5), METADATA)
+        commit()
+
+    commits.waiting = [overtaken]
+    assert table.append_shards(write_in_two_shards(table, ["a", "b", "c"], 2), METADATA).version == 0
+    assert table.append_shards(write_in_two_shards(table, ["c"], 3), METADATA).version == 0
+    assert content(table) == dict.fromkeys("abc", 5.0)
+
+
+def test_a_shard_that_is_not_in_the_folder_is_refused(table):
+    shards = write_in_two_shards(table, ["a", "b", "c"], 2)
+    table.location.delete(shards[1].name)
+    with pytest.raises(StoreError, match=f"shard {shards[1].name} was written, but is not in .*that all of them share"):
+        table.append_shards(shards, METADATA)
+    assert not table.exists()
+
+
 class Model:
     """What the table must hold: the first value committed of every pair, version by version."""
 
@@ -187,16 +249,23 @@ class Model:
     def newest(self):
         return self.versions[-1] if self.versions else {}
 
-    def append(self, pair_ids, value, use_known, happenings):
+    def append(self, pair_ids, value, use_known, as_shards, happenings):
         known = self.known_without(pair_ids) if use_known else None
         self.commits.waiting = [self.happening(*one) for one in happenings]
         try:
-            self.table.append(rows(pair_ids, value), METADATA, known)
+            self.add(pair_ids, value, known, as_shards)
         except StoreError:
             self.commits.waiting = []
-            self.table.append(rows(pair_ids, value), METADATA, known)  # a repeated stage
+            self.add(pair_ids, value, known, as_shards)  # a repeated stage
         self.commits.waiting = []
         self.took(dict.fromkeys(pair_ids, float(value)))
+
+    def add(self, pair_ids, value, known, as_shards):
+        if as_shards:
+            shards = write_in_two_shards(self.table, list(dict.fromkeys(pair_ids)), value)
+            self.table.append_shards(shards, METADATA, known)
+        else:
+            self.table.append(rows(pair_ids, value), METADATA, known)
 
     def known_without(self, pair_ids):
         free = [version for version, held in enumerate(self.versions) if not set(pair_ids) & set(held)]
@@ -223,7 +292,9 @@ class Model:
 
 pair_sets = st.lists(st.sampled_from(PAIRS), min_size=1, max_size=4)
 happening = st.tuples(st.sampled_from(["lost", "failed", "overtaken", "optimized"]), pair_sets, st.integers(100, 199))
-steps = st.lists(st.tuples(pair_sets, st.booleans(), st.lists(happening, max_size=3)), min_size=1, max_size=6)
+steps = st.lists(
+    st.tuples(pair_sets, st.booleans(), st.booleans(), st.lists(happening, max_size=3)), min_size=1, max_size=6
+)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -231,20 +302,26 @@ steps = st.lists(st.tuples(pair_sets, st.booleans(), st.lists(happening, max_siz
 def test_every_pair_stands_once_with_the_value_that_was_committed_first(tmp_path, commits, steps):
     table = WeightStore(tmp_path / uuid.uuid4().hex).table("logps/toy/x")
     model = Model(table, commits)
-    for value, (pair_ids, use_known, happenings) in enumerate(steps, start=1):
-        model.append(pair_ids, value, use_known, happenings)
+    for value, step in enumerate(steps, start=1):
+        pair_ids, use_known, as_shards, happenings = step
+        model.append(pair_ids, value, use_known, as_shards, happenings)
     assert [content(table, version) for version in range(table.version() + 1)] == model.versions
     assert sum(record.num_rows for record in table.records()) == len(model.newest)
 
 
 def write_overlapping(root, writer, start_line):
-    """Append p0..p29 in windows of 5 that shift by 3, each writer from another place; half of the time with `known`."""
+    """Append p0..p29 in windows of 5 that shift by 3, each writer from another place; half of the time with `known`, half of
+    the time as shards."""
     table = WeightStore(root).table("logps/toy/x")
     start_line.wait(60)
     for step in range(5):
         first = (3 * step + 9 * writer) % 30
         window = [f"p{(first + index) % 30}" for index in range(5)]
-        table.append(rows(window, 10 * writer + step), METADATA, known=0 if step % 2 else None)
+        value, known = 10 * writer + step, 0 if step % 2 else None
+        if (writer + step // 2) % 2:
+            table.append_shards(write_in_two_shards(table, window, value), METADATA, known)
+        else:
+            table.append(rows(window, value), METADATA, known)
 
 
 @pytest.mark.slow
