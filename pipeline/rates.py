@@ -16,9 +16,10 @@ RateSource = Literal["measured", "stated"]
 SCORED_TOKENS_PER_S = 20_000
 """Tokens of prompt, chosen and rejected, each once per pair."""
 ENGINE_START_S = 20.0
-TRAINED_TOKENS_PER_S = 1_500
+TRAINED_TOKENS_PER_S = 1_400
 """One contrastive model, forward and backward."""
-TRAINING_START_S = 15.0
+TRAINING_START_S = 40.0
+"""Most of it for measuring a sample before and after."""
 WEIGHED_TOKENS_PER_S = 1_000_000
 """Response tokens joined, weighed and written."""
 REPORT_S = 5.0

@@ -104,7 +104,7 @@ class ScoreSection(Section):
     num_actors: int = Field(1, ge=1, description="engines on Ray, each with tensor_parallel GPUs")
     cpus_per_actor: float = Field(1.0, gt=0, description="CPU cores of an engine on Ray")
     ray_address: str | None = Field(
-        None, description="of a running Ray cluster; default: the one at hand, or a local one"
+        None, description="of a running Ray cluster, or local; default: the one at hand, else a local one"
     )
 
     def executor_settings(self) -> dict[str, Any]:

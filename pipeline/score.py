@@ -137,7 +137,7 @@ def score(
         progress: Gets the state of the role that is being scored, at least at every commit.
 
     Raises:
-        MissingExtraError: There is something to score, and no vLLM.
+        MissingExtraError: There is something to score, and no vLLM or, for actors, no Ray.
         StageError: A scoring process failed, also when started again; carries its message. What it had committed stays.
     """
     jobs = [_Job.of(tokens, role, scorer, settings.dtype) for role, scorer in scorers.items()]
@@ -145,7 +145,10 @@ def score(
         if job.is_new:
             _report_new_table(job, report)
     for model, group in groupby([job for job in jobs if job.to_do], key=lambda job: job.scorer.model):
-        check_extra("vllm", "pip install 'tokenweights[score]' (GPU) or 'tokenweights[score-cpu]'", settings.python)
+        if settings.executor == "ray":  # vLLM is needed where the actors run
+            check_extra("ray", "pip install 'tokenweights[ray]'", settings.python)
+        else:
+            check_extra("vllm", "pip install 'tokenweights[score]' (GPU) or 'tokenweights[score-cpu]'", settings.python)
         of_model = list(group)
         request = Request(
             store=tokens.store,

@@ -99,7 +99,7 @@ def run_on_ray(request: Request) -> None:
             for scored in _score(request, chunks, is_ours):
                 fillings[scored.chunk.target_idx].add(scored)
         except RayError as error:
-            raise as_ours(error, any(filling.num_done for filling in fillings)) from error
+            raise as_ours(error, any(filling.done for filling in fillings)) from error
         finally:
             for filling in fillings:
                 filling.commit()
@@ -259,12 +259,13 @@ class _Filling:
 
     def __init__(self, request: Request, target: Target) -> None:
         self.target = target
-        self.num_pairs = self.num_done = 0
+        self.num_pairs = 0
+        self.done: set[Chunk] = set()
         self._request = request
         self._table = WeightStore(request.store).table(target.logps_table)
         self._known = self._table.version()  # holds none of the pairs to come
         self._num_tokens = 0
-        self._waiting: dict[Chunk, ScoredChunk] = {}
+        self._waiting: list[ScoredChunk] = []
         self._progress: Progress | None = None
         self._since = 0.0
         self._lines: set[str] = set()
@@ -275,7 +276,10 @@ class _Filling:
         self._num_tokens = sum(chunk.num_tokens for chunk in chunks)
 
     def add(self, scored: ScoredChunk) -> None:
-        """Take what an actor has brought, and commit when it is time."""
+        """Take what an actor has brought, once, and commit when it is time."""
+        if scored.chunk in self.done:
+            return
+        self.done.add(scored.chunk)
         for line in scored.lines:
             if line not in self._lines:  # every actor says the same
                 self._lines.add(line)
@@ -283,15 +287,14 @@ class _Filling:
         if self._progress is None:
             self._since = time.monotonic() - scored.wall_s
             self._progress = Progress(self.target.role, self.num_pairs, self._num_tokens, scored.wall_s)
-        self._waiting[scored.chunk] = scored
-        self.num_done += 1
+        self._waiting.append(scored)
         self._progress.add(scored.chunk.num_tokens)
         if len(self._waiting) >= _ROUND_CHUNKS or time.monotonic() - self._since >= _ROUND_S:
             self.commit()
 
     def commit(self) -> None:
         """Make what is waiting visible as one version, each pair once."""
-        scored, self._waiting = list(self._waiting.values()), {}
+        scored, self._waiting = self._waiting, []
         unscorable = [row for part in scored for row in part.unscorable]
         if unscorable:
             quarantine(self._request, self.target, unscorable)

@@ -24,8 +24,8 @@ PIPELINE = BASE | {
 ALLOWED = {
     "weights_store": BASE | {"weights_store"},
     "train": TRAIN | {"weights_store", "train"},
-    "pipeline": PIPELINE | {"weights_store", "pipeline", "vllm"},
-    "flows": PIPELINE | {"weights_store", "pipeline", "flows", "prefect"},
+    "pipeline": PIPELINE | {"weights_store", "pipeline", "vllm", "ray"},
+    "flows": PIPELINE | {"weights_store", "pipeline", "flows", "prefect", "tqdm"},
 }
 FILES = [path for package in ALLOWED for path in sorted((REPO / package).rglob("*.py"))]
 
@@ -50,6 +50,10 @@ def test_imports_point_downwards(path):
 
 def test_vllm_is_imported_in_exactly_one_file():
     assert [path.name for path in FILES if "vllm" in imported_by(path)] == ["engine.py"]
+
+
+def test_ray_is_imported_only_where_scoring_runs_on_it():
+    assert [path.name for path in FILES if "ray" in imported_by(path)] == ["ray_cluster.py", "scoring_ray.py"]
 
 
 def test_the_check_sees_an_import_inside_a_function(tmp_path):

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from dataclasses import asdict
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +24,7 @@ from tests.pipeline.made_up_scorer import MadeUpEngine
 from tests.pipeline.ray_engines import HOOK
 from tests.pipeline.test_score import NUM_PAIRS, PAIR_TOKENS, assert_whole, interpreter, make_tokens
 from weights_store import WeightStore
-from weights_store.errors import EngineError, InputError, OutOfMemoryError, SettingsError
+from weights_store.errors import EngineError, InputError, MissingExtraError, OutOfMemoryError, SettingsError
 from weights_store.schemas import LOGPS
 from weights_store.vacuum import find_orphans
 from weights_store.verify import verify
@@ -47,7 +48,7 @@ def run(tmp_path, monkeypatch):
             for name, value in environment.items():
                 monkeypatch.setenv(name, value)
             python = None if on_ray else str(interpreter(tmp_path))
-            section = ScoreSection(chunk_tokens=4 * PAIR_TOKENS, python=python, **settings)
+            section = ScoreSection(chunk_tokens=12 * PAIR_TOKENS, python=python, **settings)
             return score(tokens, scorers, section, tokenizer, None, self.lines.append, self.states.append)
 
         def log(self, name):
@@ -178,7 +179,7 @@ def test_chunks_are_spans_that_lie_side_by_side_and_cover_what_is_missing(reques
     assert [chunk.num_tokens for chunk in chunks] == [4 * PAIR_TOKENS] * 29
     ids = [_ids(request_, chunk).to_list() for chunk in chunks]
     assert [len(part) for part in ids] == [4] * 29
-    assert sum(ids, []) == sorted({f"{index:032x}" for index in range(NUM_PAIRS)} - set(done["pair_id"]))
+    assert list(chain(*ids)) == sorted({f"{index:032x}" for index in range(NUM_PAIRS)} - set(done["pair_id"]))
     # Cut from the middle of a range of pair_ids, no chunk reaches beyond it.
     inside = _chunks_of(Chunk(0, f"{5:032x}", f"{16:032x}", 0, 0), request_, max_chunks=1000)
     assert (inside[0].low, inside[-1].high) == (f"{5:032x}", f"{16:032x}")
@@ -186,8 +187,9 @@ def test_chunks_are_spans_that_lie_side_by_side_and_cover_what_is_missing(reques
 
 def test_a_large_table_is_cut_into_larger_chunks_instead_of_more(request_):
     chunks = _chunks_of(Chunk(0, "", "", 0, 0), request_, max_chunks=7)
-    assert [chunk.num_pairs for chunk in chunks] == [18, 17, 17, 17, 17, 17, 17]  # 1,800 tokens in parts of 258
-    assert sum((_ids(request_, chunk).to_list() for chunk in chunks), []) == [f"{i:032x}" for i in range(NUM_PAIRS)]
+    # 1,800 tokens in 7 parts: 258 each, which hold 17.2 pairs; the fifth part ends at 1,290 = 86 pairs.
+    assert [chunk.num_pairs for chunk in chunks] == [17, 17, 17, 17, 18, 17, 17]
+    assert list(chain(*(_ids(request_, chunk) for chunk in chunks))) == [f"{i:032x}" for i in range(NUM_PAIRS)]
 
 
 @pytest.mark.parametrize("where", ["__init__", "score"])
@@ -221,6 +223,23 @@ def test_the_driver_commits_when_a_round_is_full_or_old(request_, monkeypatch, l
     table = WeightStore(request_.store).table("logps/toy-1/x")
     assert [commit.metadata["num_rows_written"] for commit in table.log()] == sizes
     assert table.scan().collect()["pair_id"].n_unique() == table.num_rows() == NUM_PAIRS
+
+
+def test_a_build_on_ray_needs_ray_here_and_vllm_only_where_the_actors_run(tmp_path, model, monkeypatch):
+    class Started(Exception):
+        pass
+
+    def start(*_):
+        raise Started
+
+    tokens = make_tokens(tmp_path / "store")
+    monkeypatch.setattr("pipeline.score._run_to_the_end", start)
+    monkeypatch.setattr("pipeline.child.find_spec", lambda name: None if name == "ray" else "found")
+    with pytest.raises(MissingExtraError, match=r"needs the package 'ray'.*pip install 'tokenweights\[ray\]'"):
+        score(tokens, {"ref": Scorer(model)}, ScoreSection(**ON_RAY), model)
+    monkeypatch.setattr("pipeline.child.find_spec", lambda name: "found" if name == "ray" else None)
+    with pytest.raises(Started):
+        score(tokens, {"ref": Scorer(model)}, ScoreSection(**ON_RAY), model)
 
 
 @pytest.mark.parametrize(
