@@ -23,7 +23,7 @@ from pipeline.contrast import ContrastivePair, contrast, prompt_pair
 from pipeline.models import resolve_model
 from pipeline.prepare import Prepared, prepare
 from pipeline.publish import Ingredients, Published, publish
-from pipeline.recipe import Recipe, WeightsSection, load_recipe
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.report import summary_markdown, write_report
 from pipeline.score import Scored, Scorer, score
 
@@ -48,12 +48,11 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
     model_folder = clock.time("model", find_model, recipe)
     prepared = clock.time("prepare", prepare_tokens, recipe, model_folder)
     scorers = {"ref": Scorer(model_folder)}
-    needs_pair = recipe.weights.estimator in ("tis", "reversed")
-    if needs_pair and recipe.contrast.method == "prompt":  # one model: one engine start for all three
+    if recipe.needs_pair and recipe.contrast.method == "prompt":  # one model: one engine start for all three
         scorers |= prompt_pair(recipe.contrast, model_folder).scorers
     scored = clock.time("score " + " ".join(scorers), score_tokens, prepared, scorers, recipe, model_folder)
     num_trained = 0
-    if needs_pair:
+    if recipe.needs_pair:
         uniform = clock.time("publish uniform", publish_uniform, recipe, prepared, scored)
         if "positive" not in scored:
             pair = clock.time("contrast", build_contrast, recipe, model_folder, uniform)
@@ -114,8 +113,8 @@ def build_contrast(recipe: Recipe, model_folder: Path, uniform: Published) -> Co
 @task(name="publish uniform", task_run_name="publish {recipe.dataset.name}/uniform")
 def publish_uniform(recipe: Recipe, prepared: Prepared, scored: dict[str, Scored]) -> Published:
     """Publish the pairs with weights 1: what contrastive training and the plain DPO baseline read."""
-    weights = WeightsSection(name=f"{recipe.dataset.name}/uniform", estimator="uniform")
-    return publish(recipe, weights, _ingredients(prepared, scored), report=get_run_logger().info)
+    ingredients = Ingredients(prepared.tokens, scored["ref"].logps)
+    return publish(recipe, recipe.uniform, ingredients, report=get_run_logger().info)
 
 
 @task(name="publish", task_run_name="publish {recipe.weights.name}")

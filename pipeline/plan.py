@@ -87,9 +87,8 @@ class _Plan:
         self.history = rates.ScoringHistory(self.outlook.start.store)
         yield self._prepare()
         yield self._score("ref", Scorer(self.model_folder))
-        if self.recipe.weights.estimator in ("tis", "reversed"):
-            section = WeightsSection(name=f"{self.recipe.dataset.name}/uniform", estimator="uniform")
-            uniform, version = self._publish("publish uniform", section)
+        if self.recipe.needs_pair:
+            uniform, version = self._publish("publish uniform", self.recipe.uniform)
             contrast, scorers = self._contrast(version)
             yield from (uniform, contrast)
             yield from (self._score(role, scorers.get(role)) for role in _SIDES)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from textwrap import wrap
 
 from pipeline.plan import StagePlan
+from pipeline.score import duration
 
 _WIDTH = 110
 _HEADER = ("stage", "action", "pairs", "tokens", "time", "rate", "adds")
@@ -27,7 +28,7 @@ def _cells(plan: StagePlan) -> tuple[str, ...]:
     about = "" if plan.is_exact else "≈"
     has_counts = plan.num_pairs or plan.num_tokens
     counts = [f"{about}{count:,}" if has_counts else "" for count in (plan.num_pairs, plan.num_tokens)]
-    time, size = _about(_duration(plan.seconds)), _about(_size(plan.num_bytes))
+    time, size = _about(duration(plan.seconds)), _about(_size(plan.num_bytes))
     return plan.stage, plan.action, *counts, time, plan.rate_source or "", size
 
 
@@ -44,21 +45,11 @@ def _totals(plans: Sequence[StagePlan]) -> str:
         return "total: nothing to compute, 0 s, 0 B"
     seconds, num_bytes = sum(plan.seconds for plan in plans), sum(plan.num_bytes for plan in plans)
     what = f"{num_computed} of {len(plans)} stages to compute"
-    return f"total: {what}, {_about(_duration(seconds))}, {_about(_size(num_bytes))} more in the store"
+    return f"total: {what}, {_about(duration(seconds))}, {_about(_size(num_bytes))} more in the store"
 
 
 def _about(text: str) -> str:
     return text if text.startswith("<") else f"≈{text}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 1:
-        return "<1 s"
-    minutes, rest_s = divmod(round(seconds), 60)
-    hours, rest_min = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {rest_min:02d} min"
-    return f"{minutes} min {rest_s:02d} s" if minutes else f"{rest_s} s"
 
 
 def _size(num_bytes: int) -> str:

@@ -176,6 +176,16 @@ class Recipe(Section):
             )
         return self
 
+    @property
+    def needs_pair(self) -> bool:
+        """Whether the estimator compares a contrastive pair."""
+        return self.weights.estimator in ("tis", "reversed")
+
+    @property
+    def uniform(self) -> WeightsSection:
+        """The by-product of every build with a pair: weights 1, for contrastive training and the plain DPO baseline."""
+        return WeightsSection(name=f"{self.dataset.name}/uniform", estimator="uniform")
+
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that determine the weights, for fingerprints and for explaining what changed.
 
@@ -191,10 +201,9 @@ class Recipe(Section):
             "sft": TRAINING_KEYS,
             "dpo": {*TRAINING_KEYS, "beta"},
         }[method]
-        needs_pair = self.weights.estimator in ("tis", "reversed")
         return {
             "dataset": dataset,
-            "contrast": self.contrast.model_dump(include=keep) if needs_pair else {},
+            "contrast": self.contrast.model_dump(include=keep) if self.needs_pair else {},
             "score": self.score.model_dump(include={"dtype"}),
             "weights": self.weights.model_dump(include={"name", *_ESTIMATOR_KEYS[self.weights.estimator]}),
         }

@@ -34,7 +34,9 @@ class ResponseRows:
             try:
                 _score_step(runner, hidden_states, num_scheduled_tokens, answers)
             except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-                failures.append(error)  # not the runner that we know; the engine lives on, and `tokenweights_take` says it
+                failures.append(
+                    error
+                )  # not the runner that we know; the engine lives on, and `tokenweights_take` says it
             return own(hidden_states, num_scheduled_tokens)
 
         runner._get_prompt_logprobs_dict = with_response_rows

@@ -100,18 +100,18 @@ class Progress:
             return f"score {self.role}: {self.total:,} tokens to do"
         rate = self.done / max(self.wall_s, 1e-9)
         left = (self.total - self.done) / rate
-        return f"score {self.role}: {self.done:,}/{self.total:,} tokens, {rate:,.0f} tokens/s, {_duration(left)} left"
+        return f"score {self.role}: {self.done:,}/{self.total:,} tokens, {rate:,.0f} tokens/s, {duration(left)} left"
 
 
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds) // 60, 60)
-    return (
-        f"{hours} h {minutes} min"
-        if hours
-        else f"{minutes} min {round(seconds) % 60} s"
-        if minutes
-        else f"{seconds:.0f} s"
-    )
+def duration(seconds: float) -> str:
+    """Return seconds as people read them: `<1 s`, `12 s`, `3 min 05 s`, `1,204 h 07 min`."""
+    if seconds < 1:
+        return "<1 s"
+    minutes, rest_s = divmod(round(seconds), 60)
+    hours, rest_min = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {rest_min:02d} min"
+    return f"{minutes} min {rest_s:02d} s" if minutes else f"{rest_s} s"
 
 
 def score(
