@@ -1,4 +1,5 @@
 import unicodedata
+from itertools import pairwise
 
 import pytest
 
@@ -139,4 +140,4 @@ def test_pairs_of_one_prompt_lie_side_by_side_in_the_order_of_pair_id():
     pairs = [Pair(prompt, f"good {k}", f"bad {k}") for k in range(5) for prompt in prompts]
     in_order = [pair.prompt[0]["content"] for pair in sorted(pairs, key=lambda pair: pair.pair_id)]
     assert len({pair.pair_id for pair in pairs}) == 100
-    assert sum(a != b for a, b in zip(in_order, in_order[1:], strict=False)) == 19
+    assert sum(a != b for a, b in pairwise(in_order)) == 19
