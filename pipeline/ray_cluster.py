@@ -76,6 +76,7 @@ def _init(settings: dict[str, Any]) -> Any:
         ray.init(**settings)
     except Exception as error:
         raise StageError(f"Ray at {settings['address']} cannot be used: {_last_line(error)}") from error
+    ray.data.DataContext.get_current().enable_progress_bars = False
     return ray
 
 

@@ -122,7 +122,7 @@ def _find_chunks(request: Request) -> list[Chunk]:
     ]
     max_chunks = max(1, _MAX_CHUNKS // len(spans))
     found = ray.data.from_items(spans, override_num_blocks=len(spans)).map_batches(
-        _cut_span, batch_size=1, batch_format="pyarrow", fn_args=(request, max_chunks)
+        _cut_span, fn_args=(request, max_chunks), batch_size=1, batch_format="pyarrow", memory=RANGE_BYTES
     )
     return sorted((chunk for chunks in _replies(found) for chunk in chunks), key=lambda c: (c.target_idx, c.low))
 
@@ -149,7 +149,6 @@ def _score(request: Request, chunks: list[Chunk], is_ours: bool) -> Iterator[Sco
 
     if not chunks:
         return
-    ray.data.DataContext.get_current().enable_progress_bars = False
     num_actors = min(request.executor["num_actors"], len(chunks))
     scored = ray.data.from_items([asdict(chunk) for chunk in chunks], override_num_blocks=len(chunks)).map_batches(
         ChunkScorer,

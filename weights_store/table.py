@@ -422,6 +422,10 @@ class Table:
             present = self.scan(version)
         else:
             present = self._scan_files(sorted(set(self.shards(version)) - set(self.shards(since))))
+        return self._without(rows, present)
+
+    def _without(self, rows: pa.Table, present: pl.LazyFrame) -> pa.Table:
+        """Return the rows whose key is not in `present`."""
         first = rows[self.key[0]]
         span = pc.min_max(first).as_py()
         present = present.filter(pl.col(self.key[0]).is_between(pl.lit(span["min"]), pl.lit(span["max"]))).select(
@@ -440,13 +444,16 @@ class Table:
         """Return shards with the rows whose key is in no shard of `version` that `since` did not have already."""
         if version is None or version == since:
             return shards
+        known = set() if since is None else set(self.shards(since))
+        added = [record for record in self.records(version) if record.name not in known]
         left: list[ShardRecord] = []
         for shard in shards:
-            keys = pa.concat_tables(self.open_shard(shard).groups(list(self.key)))
-            if self._without_present(keys, version, since).num_rows == keys.num_rows:
+            near = [other for other in added if _overlap(shard, other)]
+            keys = pa.concat_tables(self.open_shard(shard).groups(list(self.key))) if near else None
+            if keys is None or len(self._without(keys, self.scan_shards(near))) == len(keys):
                 left.append(shard)
                 continue
-            rows = self._without_present(pa.concat_tables(self.open_shard(shard).groups()), version, since)
+            rows = self._without(pa.concat_tables(self.open_shard(shard).groups()), self.scan_shards(near))
             left += self._write(rows) if rows.num_rows else []
         return left
 
@@ -578,6 +585,10 @@ class Table:
 
 _RESTORE = "restore the file from a copy, or build the table again"
 _FOREIGN = "was not written by tokenweights: its commit has no metadata of ours"
+
+
+def _overlap(one: ShardRecord, other: ShardRecord) -> bool:
+    return one.first_key <= other.last_key and other.first_key <= one.last_key  # type: ignore[operator]
 
 
 def _paths(opened: Any) -> list[str]:
