@@ -22,7 +22,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,19 +51,19 @@ NUM_PROMPTS, NUM_HH, NUM_LONG = 30, 600, 100
 # --- the pairs ---------------------------------------------------------------------------------------------------------
 
 
-def make_sets(work: Path, shared: Path) -> dict[str, dict[str, Any]]:
-    """Tokenise the three sets into stores of their own; return where they are and what is in them."""
+def make_sets(work: Path, shared: Path, share: float = 1.0) -> dict[str, dict[str, Any]]:
+    """Tokenise a share of the three sets into stores of their own; return where they are and what is in them."""
     import polars as pl
 
     hh = [json.loads(line) for line in (shared / "data" / "hh_harmless.jsonl").read_text().splitlines()]
     alpaca = pl.read_parquet(shared / "data" / "alpaca_judged.parquet")
     # All pairs of some instructions, as a chunk of the real job holds them: they lie in the order of pair_id, which begins
     # with the prompt. The first rows of the file would be one pair of each instruction.
-    prompts = alpaca.select(pl.col("prompt").unique(maintain_order=True)).head(NUM_PROMPTS)
+    prompts = alpaca.select(pl.col("prompt").unique(maintain_order=True)).head(int(share * NUM_PROMPTS))
     sources = {
-        "hh": (hh[:NUM_HH], 1024),
+        "hh": (hh[: int(share * NUM_HH)], 1024),
         "alpaca": (alpaca.join(prompts, on="prompt", how="semi").to_dicts(), 1024),
-        "long": (_long_prompts(hh), 1536),
+        "long": (_long_prompts(hh)[: int(share * NUM_LONG)], 1536),
     }
     found = {}
     for name, (rows, max_prompt) in sources.items():
@@ -131,7 +132,7 @@ class Bench:
         settings = {"dtype": "bfloat16", "batch_tokens": 4096, "kv_cache_gib": 2.0, **engine}
         self.request = Request("", "", 0, model, model, None, [], 262_144, settings, {"kind": "process"})
         self.scorer = PairScorer(self.request)
-        self.engine: Any = self.scorer._engine._engine  # type: ignore[attr-defined]
+        self.engine: Any = self.scorer.engine._engine  # type: ignore[attr-defined]
         self.num_asked = 0
 
     def ours(self, tokens: dict[str, Any]) -> None:
@@ -334,44 +335,78 @@ def _longest_first(sequences: Any, score: Callable[[Any], Any]) -> Any:
     return [replies[i] for i in range(len(sequences))]
 
 
-IDEAS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "as it is": ({}, {}),
-    "batch_tokens 1024": ({"batch_tokens": 1024}, {}),
-    "batch_tokens 2048": ({"batch_tokens": 2048}, {}),
-    "batch_tokens 8192": ({"batch_tokens": 8192}, {}),
-    "blocks of 128 tokens": ({}, {"pipeline.engine.CPU_BLOCK_SIZE": 128}),
-    "flat prompt log-probs": ({"way": "flat"}, {}),
-    "sequences not shared": ({}, {"pipeline.scoring.score_once": _each_alone}),
-    "longest first, not shared": ({}, {"pipeline.scoring.score_once": _longest_first}),
-    "lm_head in one block": ({}, {"pipeline.response_rows.CPU_BLOCK_BYTES": 1 << 40}),
-    "lm_head in blocks of 16 MiB": ({}, {"pipeline.response_rows.CPU_BLOCK_BYTES": 16 << 20}),
-    "no reading ahead": ({}, {"pipeline.scoring.ahead": iter}),
+ENGINE_IDEAS: dict[str, dict[str, Any]] = {
+    "batch_tokens 1024": {"batch_tokens": 1024},
+    "batch_tokens 2048": {"batch_tokens": 2048},
+    "batch_tokens 8192": {"batch_tokens": 8192},
 }
-"""One change each: settings of the engine, and parts of the code exchanged."""
+"""Each needs an engine of its own."""
+CODE_IDEAS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "responses not shared": {"pipeline.scoring.score_once": _each_alone},
+    "longest first, not shared": {"pipeline.scoring.score_once": _longest_first},
+    "lm_head in one block": {"pipeline.response_rows.CPU_BLOCK_BYTES": 1 << 40},
+    "lm_head in blocks of 16 MiB": {"pipeline.response_rows.CPU_BLOCK_BYTES": 16 << 20},
+    "no reading ahead": {"pipeline.scoring.ahead": iter},
+    "flat prompt log-probs": {"engine.way": "flat"},
+}
+"""Parts of the code exchanged on one engine, which takes turns."""
 
 
-def measure_idea(model: str, sets: str, idea: str) -> dict[str, Any]:
-    """Time ours and prefill with one change; seconds of each run."""
-    engine, changes = IDEAS[idea]
+def measure_ideas(model: str, sets: str, runs: str = "3") -> dict[str, Any]:
+    """Time ours with each part of the code exchanged, and prefill; seconds of each run, in turns."""
+    bench = Bench(model)
+    result: dict[str, Any] = {}
+    for name, described in json.loads(sets).items():
+        tokens, sequences = described["tokens"], sequences_of(described["tokens"])
+        bench.prefill(sequences[:64])
+        bench.ours(tokens)
+        seconds: dict[str, list[float]] = {idea: [] for idea in (*CODE_IDEAS, "prefill")}
+        for _ in range(int(runs)):
+            for idea, changes in CODE_IDEAS.items():
+                bench.forget()
+                with _exchanged(changes, bench):
+                    seconds[idea].append(_timed(lambda t=tokens: bench.ours(t)))
+            bench.forget()
+            seconds["prefill"].append(_timed(lambda s=sequences: bench.prefill(s)))
+        result[name] = seconds
+    return result
+
+
+@contextmanager
+def _exchanged(changes: dict[str, Any], bench: Bench) -> Iterator[None]:
+    before = []
     for place, value in changes.items():
         module, _, attribute = place.rpartition(".")
-        setattr(importlib.import_module(module), attribute, value)
-    return measure_ways(model, sets, "3", "ours,prefill", json.dumps(engine))
+        holder = bench.scorer.engine if module == "engine" else importlib.import_module(module)
+        before.append((holder, attribute, getattr(holder, attribute)))
+        setattr(holder, attribute, value)
+    try:
+        yield
+    finally:
+        for holder, attribute, value in before:
+            setattr(holder, attribute, value)
 
 
 def run_ideas(work: Path, shared: Path) -> None:
     """Measure single changes against the engine's own prefill, and print response tokens/s of each set."""
-    model, sets = str(shared / "models" / "tiny-chat"), make_sets(work, shared)
-    print(f"{'response tokens/s':<28}" + "".join(f"{name:>10}{'/ prefill':>10}" for name in SETS))
-    for idea in IDEAS:
-        ways = in_child("idea", model, json.dumps(sets), idea)
+    model, sets = str(shared / "models" / "tiny-chat"), make_sets(work, shared, share=0.5)
+    print(f"{'response tokens/s':<28}" + "".join(f"{name:>10}{'/ prefill':>10}" for name in SETS), flush=True)
+
+    def show(idea: str, seconds: dict[str, dict[str, float]]) -> None:
         cells = ""
-        for name, seconds in ways.items():
-            ours, prefill = (
-                sets[name]["num_response_tokens"] / statistics.median(seconds[way]) for way in ("ours", "prefill")
-            )
+        for name, of in seconds.items():
+            ours, prefill = (sets[name]["num_response_tokens"] / of[way] for way in ("ours", "prefill"))
             cells += f"{ours:>10,.0f}{ours / prefill:>10.2f}"
         print(f"{idea:<28}{cells}", flush=True)
+
+    measured = in_child("ideas", model, json.dumps(sets))
+    for idea in CODE_IDEAS:
+        runs = {name: {"ours": of[idea], "prefill": of["prefill"]} for name, of in measured.items()}
+        show(idea, {n: {way: statistics.median(times) for way, times in of.items()} for n, of in runs.items()})
+    for idea, engine in ENGINE_IDEAS.items():
+        ways = in_child("ways", model, json.dumps(sets), "3", "ours,prefill", json.dumps(engine))
+        show(idea, {n: {way: statistics.median(times) for way, times in of.items()} for n, of in ways.items()})
 
 
 def _say(text: str) -> None:
@@ -394,7 +429,7 @@ def print_table(results: dict[str, Any]) -> None:
 
 MEASUREMENTS: dict[str, Callable[..., Any]] = {
     "ways": measure_ways,
-    "idea": measure_idea,
+    "ideas": measure_ideas,
     "memory": measure_memory,
     "official": measure_official,
 }

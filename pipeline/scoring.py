@@ -6,6 +6,7 @@ again goes on where it was; a kill loses one chunk at most. The parent decides a
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -391,7 +392,9 @@ def say(line: str) -> None:
 
 
 def _send(message: dict[str, Any]) -> None:
-    print(MESSAGE + json.dumps(message), flush=True)
+    # One write, on a line of its own: logs of Ray and vLLM go the same way, from other threads and processes.
+    sys.stdout.write(f"\n{MESSAGE}{json.dumps(message)}\n")
+    sys.stdout.flush()
 
 
 def end_with_parent() -> None:
