@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,14 +138,8 @@ class Bench:
     def ours(self, tokens: dict[str, Any]) -> None:
         """Score and commit, as the process does."""
         target = Target("ref", f"logps/bench/{time.monotonic_ns()}", None, {"fingerprint": "bench"})
-        request = Request(
-            **{
-                **vars(self.request),
-                "store": tokens["store"],
-                "tokens_table": tokens["table"],
-                "tokens_version": tokens["version"],
-            }
-        )
+        version = {"store": tokens["store"], "tokens_table": tokens["table"], "tokens_version": tokens["version"]}
+        request = replace(self.request, **version)
         fill(request, target, self.scorer)
         shutil.rmtree(Path(tokens["store"]) / target.logps_table)
 

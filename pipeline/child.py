@@ -2,12 +2,14 @@
 
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from weights_store.errors import KilledError, MissingExtraError, StageError
 
+_IS_CHILD = "TOKENWEIGHTS_CHILD"
 _running: set["subprocess.Popen[str]"] = set()
 
 
@@ -53,7 +55,7 @@ def run_child(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, _IS_CHILD: "1"},
     ) as child:
         assert child.stdout is not None
         _running.add(child)
@@ -79,6 +81,21 @@ def run_child(
 def _cause(tail: list[str]) -> str:
     errors = [line for line in tail if line.startswith("error: ")]
     return errors[-1].removeprefix("error: ") if errors else "\n".join(tail[-15:]) or "it printed nothing"
+
+
+def end_with_parent() -> None:
+    """End this process, one that `run_child` has started, when its parent is gone without a word.
+
+    The parent's end of our standard input closes then. A process started by hand or by a container is left alone.
+    """
+    if _IS_CHILD not in os.environ:
+        return
+
+    def wait() -> None:
+        os.read(0, 1)  # not sys.stdin: its lock would be held while the interpreter shuts down
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def stop_children() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import load_checkpoint
+from pipeline.child import end_with_parent
 from weights_store.errors import InputError, MissingExtraError, TokenweightsError
 from weights_store.fingerprint import (
     fingerprint,
@@ -245,8 +246,6 @@ def _first_line(error: BaseException) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Merge ADAPTER and BASE into TARGET; what `python -m pipeline.lora` runs."""
-    from pipeline.scoring import end_with_parent
-
     end_with_parent()
     adapter, base, target = map(Path, argv)
     try:

@@ -39,7 +39,6 @@ TOLERANCE_NATS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 4e-2}
 MAX_FACTOR = 50
 """A single token may be off by this many times the tolerance of the mean."""
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
-_ENGINE_KEYS = {"batch_tokens", "kv_cache_gib", "gpu_memory_share", "tensor_parallel"}
 
 
 @dataclass(frozen=True)
@@ -266,7 +265,7 @@ def _score_both(
     """Return what transformers made of a sample, and each way of the engine."""
     task = Task("transformers", str(scorer.model), sample.rows)
     expected = _run(task, settings.python, report)[TRANSFORMERS]
-    task = replace(task, side="engine", engine={"dtype": dtype, **settings.model_dump(include=_ENGINE_KEYS)})
+    task = replace(task, side="engine", engine=settings.engine_settings(dtype))
     columns = _run(replace(task, ways=list(WAYS)), settings.python, report)
     if columns[FIXED_IDS].failed is None and columns[RESPONSE_ROWS].failed:  # V2 runs here, and so does V1 when told to
         try:

@@ -16,7 +16,8 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline.checkpoint import load_checkpoint
-from pipeline.scoring import PairScorer, Request, end_with_parent, say
+from pipeline.child import end_with_parent
+from pipeline.scoring import PairScorer, Request, say
 from weights_store.errors import EngineError, TokenweightsError
 from weights_store.schemas import LOGPS, TOKENS
 

@@ -107,6 +107,11 @@ class ScoreSection(Section):
         None, description="of a running Ray cluster, or local; default: the one at hand, else a local one"
     )
 
+    def engine_settings(self, dtype: str) -> dict[str, Any]:
+        """Return how the engine runs, in a resolved dtype, as the scoring process takes it."""
+        keys = {"batch_tokens", "kv_cache_gib", "gpu_memory_share", "tensor_parallel"}
+        return {"dtype": dtype, **self.model_dump(include=keys)}
+
     def executor_settings(self) -> dict[str, Any]:
         """Return where the engines run, as the scoring process takes it."""
         return {"kind": self.executor, **self.model_dump(include={"num_actors", "cpus_per_actor", "ray_address"})}

@@ -34,9 +34,8 @@ class ResponseRows:
             try:
                 _score_step(runner, hidden_states, num_scheduled_tokens, answers)
             except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-                failures.append(
-                    error
-                )  # not the runner that we know; the engine lives on, and `tokenweights_take` says it
+                # Not the runner that we know. The engine lives on, and `tokenweights_take` says it.
+                failures.append(error)
             return own(hidden_states, num_scheduled_tokens)
 
         runner._get_prompt_logprobs_dict = with_response_rows
@@ -62,7 +61,7 @@ def _score_step(
     """Fill in the rows of this engine step. `hidden` is `[tokens, width]`, all requests one behind the other."""
     rows: list[torch.Tensor] = []
     targets: list[int] = []
-    places: list[tuple[torch.Tensor, int]] = []
+    places: list[torch.Tensor] = []
     for request_id, num_tokens in num_scheduled.items():
         request = runner.requests[request_id]
         asked = request.sampling_params and (request.sampling_params.extra_args or {}).get(KEY)
@@ -78,13 +77,13 @@ def _score_step(
         targets += ids[low + 1 : high + 1]
         if key not in answers:
             answers[key] = torch.full((len(ids) - 1 - first_row,), float("nan"), device=hidden.device)
-        places.append((answers[key][low - first_row : high - first_row], high - low))
+        places.append(answers[key][low - first_row : high - first_row])
     if not places:
         return
     values = _token_logps(
         runner.model, hidden, torch.cat(rows).to(hidden.device), torch.tensor(targets).to(hidden.device)
     )
-    for (place, _), part in zip(places, values.split([size for _, size in places]), strict=True):
+    for place, part in zip(places, values.split([len(place) for place in places]), strict=True):
         place.copy_(part)
 
 

@@ -10,13 +10,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from pipeline.chat import Condition
-from pipeline.child import check_extra, run_child
+from pipeline.child import check_extra, end_with_parent, run_child
 from pipeline.provenance import provenance
 from pipeline.recipe import ScoreSection
 from pipeline.scoring import (
@@ -26,7 +27,6 @@ from pipeline.scoring import (
     Request,
     Target,
     count_missing,
-    end_with_parent,
     run,
 )
 from weights_store import Table, TableVersion, WeightStore
@@ -37,8 +37,6 @@ from weights_store.schemas import SCHEMA_VERSION
 _MAX_RESTARTS = 3
 """In a row, without a commit in between."""
 _MIN_BATCH_TOKENS = 256
-_WATCHED = "--end-with-parent"
-_ENGINE_KEYS = {"batch_tokens", "kv_cache_gib", "gpu_memory_share", "tensor_parallel"}
 
 
 @dataclass(frozen=True)
@@ -159,10 +157,11 @@ def score(
             chat_template=chat_template,
             targets=[job.target(tokens) for job in of_model],
             chunk_tokens=settings.chunk_tokens,
-            engine={"dtype": of_model[0].identity["dtype"], **settings.model_dump(include=_ENGINE_KEYS)},
+            engine=settings.engine_settings(of_model[0].identity["dtype"]),
             executor=settings.executor_settings(),
         )
-        _run_to_the_end(request, of_model, settings.python, report, progress)
+        start = partial(_run_process, jobs=of_model, python=settings.python, report=report, progress=progress)
+        _run_to_the_end(request, of_model, start, report)
     return {job.role: job.result() for job in jobs}
 
 
@@ -254,11 +253,7 @@ def _report_new_table(job: _Job, report: Callable[[str], None]) -> None:
 
 
 def _run_to_the_end(
-    request: Request,
-    jobs: list[_Job],
-    python: str | None,
-    report: Callable[[str], None],
-    progress: Callable[[Progress], None],
+    request: Request, jobs: list[_Job], start: Callable[[Request], None], report: Callable[[str], None]
 ) -> None:
     """Run the scoring process, and start it again when it dies, with half the budget when that was for want of memory.
 
@@ -270,7 +265,7 @@ def _run_to_the_end(
         before = sum(job.num_scored() for job in jobs)
         engine = {**request.engine, "batch_tokens": budget, "restarts": restarts}
         try:
-            _run_process(Request(**{**vars(request), "engine": engine}), jobs, python, report, progress)
+            start(replace(request, engine=engine))
             return
         except (KilledError, EngineError) as error:
             if not any(count_missing(request.tokens, job.table)[0] for job in jobs):
@@ -311,7 +306,7 @@ def _run_process(
         progress(state)
 
     with _request_file(request) as path:
-        command = [python or sys.executable, "-m", "pipeline.score", str(path), _WATCHED]
+        command = [python or sys.executable, "-m", "pipeline.score", str(path)]
         failures = {EXIT_OUT_OF_MEMORY: OutOfMemoryError, EXIT_ENGINE: EngineError}
         run_child(command, f"scoring with {request.model}", heard, MESSAGE, failures)
 
@@ -328,19 +323,14 @@ def _request_file(request: Request) -> Iterator[Path]:
 
 def main(argv: Sequence[str]) -> int:
     """Score one request file; what `python -m pipeline.score` runs."""
-    if _WATCHED in argv:
-        end_with_parent()
+    end_with_parent()
     try:
         run(Request.load(argv[0]))
     except TokenweightsError as error:
         print(f"error: {error}", flush=True)
-        return (
-            EXIT_OUT_OF_MEMORY
-            if isinstance(error, OutOfMemoryError)
-            else EXIT_ENGINE
-            if isinstance(error, EngineError)
-            else 1
-        )
+        if isinstance(error, OutOfMemoryError):
+            return EXIT_OUT_OF_MEMORY
+        return EXIT_ENGINE if isinstance(error, EngineError) else 1
     except KeyboardInterrupt:
         return 130
     return 0

@@ -5,9 +5,7 @@ again goes on where it was; a kill loses one chunk at most. The parent decides a
 """
 
 import json
-import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -117,12 +115,12 @@ def fill(request: Request, target: Target, scorer: "PairScorer") -> None:
     """
     store = WeightStore(request.store)
     table = store.table(target.logps_table)
-    progress = Progress(target.role, *count_missing(request.tokens, table))
+    tally = Tally(target.role, *count_missing(request.tokens, table))
     known = table.version()  # holds none of the pairs to come, so an append looks only at what others have added since
     for chunk, rows in ahead(_chunks_with_rows(request, target, scorer)):
         num_tokens = int(chunk["num_tokens"].sum())
         started = time.monotonic()
-        scored, unscorable = scorer.score(rows, progress.within(num_tokens))
+        scored, unscorable = scorer.score(rows, tally.within(num_tokens))
         if unscorable:
             quarantine(request, target, unscorable)
         if scored.num_rows:
@@ -130,8 +128,8 @@ def fill(request: Request, target: Target, scorer: "PairScorer") -> None:
             reference = table.append(scored, metadata, known)
             if reference.version == (0 if known is None else known + 1):
                 known = reference.version  # nobody else has written: the next append need not look at ours
-        progress.add(num_tokens)
-    check_filled(request, target, progress.num_pairs)
+        tally.add(num_tokens)
+    check_filled(request, target, tally.num_pairs)
 
 
 def check_filled(request: Request, target: Target, num_pairs: int) -> None:
@@ -253,17 +251,12 @@ class PairScorer:
         report(f"starting the engine for {request.model}")
         self._settings = {key: value for key, value in request.engine.items() if key != "restarts"}
         self._restarts = request.engine.get("restarts", [])
-        self._engine: Engine = VllmEngine(Path(request.model), EngineSettings(**self._settings), report)
-
-    @property
-    def engine(self) -> Engine:
-        """The engine, for who tries its ways."""
-        return self._engine
+        self.engine: Engine = VllmEngine(Path(request.model), EngineSettings(**self._settings), report)
 
     @property
     def record(self) -> dict[str, Any]:
         """How the engine runs, for the lineage: none of it but the dtype changes numbers."""
-        return {**self._settings, "way": self._engine.way, "restarts": self._restarts}
+        return {**self._settings, "way": self.engine.way, "restarts": self._restarts}
 
     def under_condition(self, rows: pl.DataFrame, target: Target) -> pl.DataFrame:
         """Put the target's contrastive prompt into the prompts; null where the chat has no place for it."""
@@ -282,17 +275,18 @@ class PairScorer:
             rows: Of the tokens table.
             progress: Gets the share of the rows that is done, 0 to 1.
         """
-        problems = {index: self._why_not(row) for index, row in enumerate(rows.iter_rows(named=True))}
-        good = [row for index, row in enumerate(rows.iter_rows(named=True)) if problems[index] is None]
+        good: list[dict[str, Any]] = []
+        unscorable: list[dict[str, Any]] = []
+        for row in rows.iter_rows(named=True):
+            problem = self._why_not(row)
+            if problem is None:
+                good.append(row)
+            else:
+                unscorable.append(_unscorable(row, problem))
         sequences = [
             ScoredSequence(row["prompt_ids"], row[f"{side}_ids"]) for row in good for side in ("chosen", "rejected")
         ]
-        replies = score_once(sequences, lambda wanted: self._engine.score(wanted, _counter(wanted, progress)))
-        unscorable = [
-            _unscorable(row, problem)
-            for row, problem in zip(rows.iter_rows(named=True), problems.values(), strict=True)
-            if problem is not None
-        ]
+        replies = score_once(sequences, lambda wanted: self.engine.score(wanted, _counter(wanted, progress)))
         scored: dict[str, list[Any]] = {name: [] for name in LOGPS.names}
         for row, chosen, rejected in zip(good, replies[::2], replies[1::2], strict=True):
             sides = (("chosen", chosen), ("rejected", rejected))
@@ -312,10 +306,10 @@ class PairScorer:
         if not all(ids):
             return "prompt or response has no tokens"
         longest = len(ids[0]) + max(len(ids[1]), len(ids[2]))
-        if longest > self._engine.max_tokens:
-            return f"prompt and response have {longest} tokens, the engine takes {self._engine.max_tokens}"
-        if min(map(min, ids)) < 0 or max(map(max, ids)) >= self._engine.vocab_size:
-            return f"a token id is outside the model's vocabulary of {self._engine.vocab_size}"
+        if longest > self.engine.max_tokens:
+            return f"prompt and response have {longest} tokens, the engine takes {self.engine.max_tokens}"
+        if min(map(min, ids)) < 0 or max(map(max, ids)) >= self.engine.vocab_size:
+            return f"a token id is outside the model's vocabulary of {self.engine.vocab_size}"
         return None
 
 
@@ -358,7 +352,7 @@ def quarantine(request: Request, target: Target, rows: list[dict[str, Any]]) -> 
 # --- talking to the parent ---------------------------------------------------------------------------------------------
 
 
-class Progress:
+class Tally:
     """Counts tokens and tells the parent now and then; scoring began `since_s` seconds ago."""
 
     def __init__(self, role: str, num_pairs: int, num_tokens: int, since_s: float = 0.0) -> None:
@@ -395,13 +389,3 @@ def _send(message: dict[str, Any]) -> None:
     # One write, on a line of its own: logs of Ray and vLLM go the same way, from other threads and processes.
     sys.stdout.write(f"\n{MESSAGE}{json.dumps(message)}\n")
     sys.stdout.flush()
-
-
-def end_with_parent() -> None:
-    """End this process when its parent is gone without a word: its end of our standard input closes then."""
-
-    def wait() -> None:
-        os.read(0, 1)  # not sys.stdin: its lock would be held while the interpreter shuts down
-        os._exit(EXIT_ENGINE)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -25,8 +25,8 @@ from pipeline.ray_cluster import as_ours, connected
 from pipeline.scoring import (
     RANGE_BYTES,
     PairScorer,
-    Progress,
     Request,
+    Tally,
     Target,
     check_filled,
     commit_metadata,
@@ -265,7 +265,7 @@ class _Filling:
         self._known = self._table.version()  # holds none of the pairs to come
         self._num_tokens = 0
         self._waiting: list[ScoredChunk] = []
-        self._progress: Progress | None = None
+        self._tally: Tally | None = None
         self._since = 0.0
         self._lines: set[str] = set()
 
@@ -283,11 +283,11 @@ class _Filling:
             if line not in self._lines:  # every actor says the same
                 self._lines.add(line)
                 say(line)
-        if self._progress is None:
+        if self._tally is None:
             self._since = time.monotonic() - scored.wall_s
-            self._progress = Progress(self.target.role, self.num_pairs, self._num_tokens, scored.wall_s)
+            self._tally = Tally(self.target.role, self.num_pairs, self._num_tokens, scored.wall_s)
         self._waiting.append(scored)
-        self._progress.add(scored.chunk.num_tokens)
+        self._tally.add(scored.chunk.num_tokens)
         if len(self._waiting) >= _ROUND_CHUNKS or time.monotonic() - self._since >= _ROUND_S:
             self.commit()
 

@@ -58,15 +58,6 @@ def run(tmp_path, monkeypatch):
     return Run()
 
 
-@pytest.fixture
-def model(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text('{"dtype": "float32"}')
-    (folder / "model.safetensors").write_bytes(b"made up")
-    return folder
-
-
 def _rows(reference):
     return WeightStore(reference.store).table(reference.table).scan().sort("pair_id").collect()
 

@@ -31,15 +31,6 @@ NUM_PAIRS, PAIR_TOKENS = 120, 4 + 6 + 5
 
 
 @pytest.fixture
-def model(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text('{"dtype": "float32"}')
-    (folder / "model.safetensors").write_bytes(b"made up")
-    return folder
-
-
-@pytest.fixture
 def tokens(tmp_path):
     return make_tokens(tmp_path / "store")
 
