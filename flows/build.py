@@ -6,7 +6,9 @@ run of a finished build does nothing and takes seconds.
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from prefect.artifacts import create_markdown_artifact
 from flows.progress import scoring_progress
 from pipeline.contrast import ContrastivePair, contrast, prompt_pair
 from pipeline.models import resolve_model
+from pipeline.parity import check_stored
 from pipeline.prepare import Prepared, prepare
 from pipeline.publish import Ingredients, Published, publish
 from pipeline.recipe import Recipe, load_recipe
@@ -53,12 +56,12 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
     scored = clock.time("score " + " ".join(scorers), score_tokens, prepared, scorers, recipe, model_folder)
     num_trained = 0
     if recipe.needs_pair:
-        uniform = clock.time("publish uniform", publish_uniform, recipe, prepared, scored)
+        uniform = clock.time("publish uniform", publish_uniform, recipe, prepared, scored, model_folder)
         if "positive" not in scored:
             pair = clock.time("contrast", build_contrast, recipe, model_folder, uniform)
             num_trained = pair.num_trained
             scored |= clock.time("score pair", score_tokens, prepared, pair.scorers, recipe, model_folder)
-    published = clock.time("publish", publish_weights, recipe, prepared, scored, expect_same)
+    published = clock.time("publish", publish_weights, recipe, prepared, scored, model_folder, expect_same)
     report = clock.time("report", report_weights, published, recipe, model_folder)
     return BuildResult(prepared, published, report, model_folder, scored, num_trained, clock.stage_s)
 
@@ -111,16 +114,21 @@ def build_contrast(recipe: Recipe, model_folder: Path, uniform: Published) -> Co
 
 
 @task(name="publish uniform", task_run_name="publish {recipe.dataset.name}/uniform")
-def publish_uniform(recipe: Recipe, prepared: Prepared, scored: dict[str, Scored]) -> Published:
+def publish_uniform(recipe: Recipe, prepared: Prepared, scored: dict[str, Scored], model_folder: Path) -> Published:
     """Publish the pairs with weights 1: what contrastive training and the plain DPO baseline read."""
-    ingredients = Ingredients(prepared.tokens, scored["ref"].logps)
-    return publish(recipe, recipe.uniform, ingredients, report=get_run_logger().info)
+    ingredients, logger = Ingredients(prepared.tokens, scored["ref"].logps), get_run_logger()
+    check = _stored_check(recipe, ingredients, model_folder, logger.info)
+    return publish(recipe, recipe.uniform, ingredients, report=logger.info, check=check)
 
 
 @task(name="publish", task_run_name="publish {recipe.weights.name}")
-def publish_weights(recipe: Recipe, prepared: Prepared, scored: dict[str, Scored], expect_same: bool) -> Published:
+def publish_weights(
+    recipe: Recipe, prepared: Prepared, scored: dict[str, Scored], model_folder: Path, expect_same: bool
+) -> Published:
     """Weigh and publish."""
-    return publish(recipe, recipe.weights, _ingredients(prepared, scored), expect_same, get_run_logger().info)
+    ingredients, logger = _ingredients(prepared, scored), get_run_logger()
+    check = _stored_check(recipe, ingredients, model_folder, logger.info)
+    return publish(recipe, recipe.weights, ingredients, expect_same, logger.info, check)
 
 
 @task(name="report", task_run_name="report {recipe.weights.name}")
@@ -135,6 +143,13 @@ def report_weights(published: Published, recipe: Recipe, model_folder: Path) -> 
 def _ingredients(prepared: Prepared, scored: dict[str, Scored]) -> Ingredients:
     pair = {f"{role}_logps": scored[role].logps for role in ("positive", "negative") if role in scored}
     return Ingredients(prepared.tokens, scored["ref"].logps, **pair)
+
+
+def _stored_check(
+    recipe: Recipe, ingredients: Ingredients, model_folder: Path, report: Callable[[str], None]
+) -> Callable[[], dict[str, Any]]:
+    """Return the check of the reference's log-probs, for the first version that is made of them."""
+    return partial(check_stored, recipe, ingredients.tokens, ingredients.ref_logps, model_folder, report)
 
 
 class _StageClock:

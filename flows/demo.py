@@ -32,7 +32,7 @@ _POLICY_SETTINGS = {
     "optim.learning_rate": 3e-4,
     "optim.num_epochs": 1,
     "optim.pairs_per_step": 32,
-    "optim.pairs_per_batch": 32,
+    "optim.tokens_per_batch": 4096,
 }
 
 
@@ -91,7 +91,7 @@ def _recipe(folder: Path) -> Recipe:
             "learning_rate": 1e-3,
             "num_epochs": 2,
             "pairs_per_step": 32,
-            "pairs_per_batch": 32,
+            "tokens_per_batch": 4096,
         },
         "score": {"kv_cache_gib": 1.0},
         "weights": {"name": "toy/tis-dpo"},

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pipeline.pairs import Message, Pair, Unusable
 from weights_store.errors import InputError
-from weights_store.fingerprint import fingerprint, fingerprint_tokenizer, load_chat_template
+from weights_store.fingerprint import fingerprint, fingerprint_text, fingerprint_tokenizer, load_chat_template
 from weights_store.schemas import Reason
 
 
@@ -92,10 +92,15 @@ class ChatTokenizer:
         return self._fingerprint
 
     def properties(self, vocab_size: int) -> dict[str, Any]:
-        """Return what the store records of the tokenizer: trainers compare it with their own."""
+        """Return what the store records of the tokenizer: trainers compare it with their own.
+
+        `fingerprint` is the folder's, its own template included, as a trainer can compute it. `rendering` and `chat_template`
+        are of the template that was used; where a recipe gives another than the folder's, `rendering` is not `fingerprint`.
+        """
         return {
             "fingerprint": fingerprint_tokenizer(self.folder),
             "rendering": self.rendering_fingerprint,
+            "chat_template": fingerprint_text(self._template),
             "vocab_size": vocab_size,
             "eos_token_id": self.eos_token_id,
         }

@@ -146,7 +146,7 @@ def _command(
         "optim.learning_rate": settings.learning_rate,
         "optim.num_epochs": settings.num_epochs,
         "optim.pairs_per_step": settings.pairs_per_step,
-        "optim.pairs_per_batch": settings.pairs_per_batch,
+        "optim.tokens_per_batch": settings.tokens_per_batch,
         "optim.seed": settings.seed,
         "output.save_every_steps": _SAVE_EVERY_STEPS,
     }

@@ -1,8 +1,11 @@
-"""vLLM behind one contract: token ids in, one log-probability per wanted token out. The only file that imports vLLM.
+"""vLLM behind one contract: token ids in, one log-probability per wanted token out, on request also those of the likeliest ids.
+
+The only file that imports vLLM.
 
 There are three ways in, from fast to slow:
 
-* `fixed_ids`: `prompt_logprob_token_ids` and `prompt_logprob_start` of the V2 runner (GPUs);
+* `fixed_ids`: `prompt_logprob_token_ids` and `prompt_logprob_start` of the V2 runner (GPUs). It takes ids that are known
+  beforehand, so the likeliest ones are out of its reach;
 * `response_rows`: the same on the V1 runner (CPUs, older GPUs) through our worker extension, `response_rows.py`;
 * `flat`: vLLM's prompt log-probs, flat, looked up by token id (their order has changed between versions). Works everywhere.
 
@@ -12,7 +15,7 @@ refuses it. Sequences share KV blocks through the prefix cache. A hit that reach
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -20,19 +23,27 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.sharing import Reply, ScoredSequence
+from pipeline.replies import checked, read_fixed_ids, read_flat, read_rows
+from pipeline.sharing import Reply, ScoredSequence, Scores
 from weights_store.errors import EngineError, InputError, MissingExtraError, OutOfMemoryError, ScoringError
 
 FIXED_IDS, RESPONSE_ROWS, FLAT = "fixed_ids", "response_rows", "flat"
 
 CPU_BLOCK_SIZE = 32
 """Tokens in a block of the prefix cache: the least that vLLM's CPU back end likes; its default, 128, shares few prompts."""
-_ROUNDING_NATS = 1e-3
-"""Log-probs above 0 by less than this are rounding of log-softmax and become 0; anything above is an error."""
 _NUM_CHECKED = 8
 _MEAN_TOLERANCE_NATS = 0.02
 """Mean difference of two ways that is rounding: bfloat16 moves by 2e-3 with the make-up of a batch, a row amiss by nats."""
+_MAX_TOP_K = 256
+"""The most that `score.top_k` may ask for; vLLM itself would stop at 20."""
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "No available memory for the cache blocks")
+
+
+_READERS: dict[str, Callable[[Any, ScoredSequence], Scores]] = {
+    FIXED_IDS: read_fixed_ids,
+    RESPONSE_ROWS: read_rows,
+    FLAT: read_flat,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +98,7 @@ class VllmEngine:
             disable_log_stats=True,
             seed=0,
             skip_tokenizer_init=True,
+            max_logprobs=_MAX_TOP_K,
             worker_extension_cls="pipeline.response_rows.ResponseRows",
             **placement,
         )
@@ -104,6 +116,7 @@ class VllmEngine:
         self.vocab_size: int = self._engine.model_config.get_vocab_size()
         self.way = settings.way
         """The way in, None until the first sequences have been scored."""
+        self._top_k: int | None = None  # that `way` was chosen for; None where it was set from outside
         self._report = report
         self._keys = count()
         self._rows_installed = False
@@ -127,12 +140,13 @@ class VllmEngine:
     def score(
         self, sequences: Sequence[ScoredSequence], progress: Callable[[int], None] = lambda num_tokens: None
     ) -> list[Reply]:
-        """Return for each sequence log pi(y_t | x, y_<t) of its wanted tokens, float32 `[num_wanted]` nats.
+        """Return for each sequence log pi(y_t | x, y_<t) of its wanted tokens, and of the `top_k` likeliest ids in their place.
 
         A sequence whose reply breaks the contract has a `ScoringError` in its place; it never shifts its neighbours.
 
         Args:
-            sequences: Those that share a beginning should stand side by side.
+            sequences: Those that share a beginning should stand side by side. All with one `top_k`; where it is another than
+                before, the way is chosen anew.
             progress: Gets the number of wanted tokens of each sequence that is done.
 
         Raises:
@@ -142,8 +156,9 @@ class VllmEngine:
         if not sequences:  # nothing to choose a way by either
             return []
         try:
-            if self.way is None:
-                self.way = self._choose_way(sequences[:_NUM_CHECKED])
+            top_k = sequences[0].top_k
+            if self.way is None or self._top_k not in (None, top_k):
+                self.way, self._top_k = self._choose_way(sequences[:_NUM_CHECKED]), top_k
             return self._score(sequences, self.way or FLAT, progress)
         except EngineError:
             raise
@@ -152,7 +167,12 @@ class VllmEngine:
 
     def _choose_way(self, sample: Sequence[ScoredSequence]) -> str | None:
         """Return the way that this engine goes from now on; None when the sample had nothing to compare."""
-        fast = self.ways[0]
+        fast, top_k = self.ways[0], sample[0].top_k
+        if top_k and fast == FIXED_IDS:
+            self._report(
+                f"scoring by vLLM's flat prompt log-probs: {fast} cannot find the {top_k} likeliest tokens (score.top_k)"
+            )
+            return FLAT
         try:
             replies = self._score(sample, fast)
         except EngineError:  # in a step: the engine is spoilt
@@ -164,8 +184,10 @@ class VllmEngine:
         if difference is None:
             return None
         if difference <= _MEAN_TOLERANCE_NATS:
+            likeliest = f", {top_k} likeliest tokens included" if top_k else ""
             self._report(
                 f"scoring by {fast}: within {difference:.1e} nats of flat prompt log-probs on {len(sample)} sequences"
+                + likeliest
             )
             return fast
         self._report(
@@ -200,35 +222,47 @@ class VllmEngine:
         if way == RESPONSE_ROWS and not self._rows_installed:
             self._engine.collective_rpc("tokenweights_install")
             self._rows_installed = True
-        keys = [next(self._keys) for _ in sequences]
-        outputs = self._run(dict(zip(keys, sequences, strict=True)), way, use_cache, progress)
-        taken = self._engine.collective_rpc("tokenweights_take")[0] if way == RESPONSE_ROWS else {}
-        replies: list[Reply | None] = []
-        for key, sequence in zip(keys, sequences, strict=True):
-            output = outputs[key]
-            if (output.num_cached_tokens or 0) > sequence.first_row:
-                replies.append(None)
-            elif way == FIXED_IDS:
-                replies.append(_read_fixed_ids(output.prompt_token_id_logprobs, sequence))
-            elif way == RESPONSE_ROWS:
-                replies.append(checked(taken.get(key), sequence))
-            else:
-                replies.append(_read_flat(output.prompt_logprobs, sequence, output.num_cached_tokens or 0))
-        return replies
-
-    def _run(
-        self, sequences: dict[int, ScoredSequence], way: str, use_cache: bool, progress: Callable[[int], None]
-    ) -> dict[int, Any]:
-        self._add(sequences, way, use_cache)
-        outputs: dict[int, Any] = {}
+        asked = {next(self._keys): sequence for sequence in sequences}
+        self._add(asked, way, use_cache)
+        replies: dict[int, Reply | None] = {}
         try:
-            while self._engine.has_unfinished_requests():
-                for output in self._engine.step():
-                    outputs[int(output.request_id)] = output
-                    progress(sequences[int(output.request_id)].num_wanted)
-        except Exception as error:
-            raise _engine_error(error) from error
-        return outputs
+            for output in self._outputs():
+                key, num_cached = int(output.request_id), output.num_cached_tokens or 0
+                if num_cached > asked[key].first_row:
+                    replies[key] = None
+                elif way != RESPONSE_ROWS:  # at once: all flat log-probs of a chunk together would fill the memory
+                    replies[key] = self._reply(way, output, asked[key])
+                progress(asked[key].num_wanted)
+        except EngineError:
+            raise
+        except Exception:
+            self._abort(asked)
+            raise
+        if way == RESPONSE_ROWS:
+            taken = self._engine.collective_rpc("tokenweights_take")[0]
+            for key in asked.keys() - replies.keys():
+                replies[key] = self._reply(way, taken.get(key), asked[key])
+        return [replies[key] for key in asked]
+
+    def _reply(self, way: str, given: Any, sequence: ScoredSequence) -> Reply:
+        """Return what the engine has given for a sequence, read and checked, or what is wrong with it."""
+        try:
+            return checked(_READERS[way](given, sequence), sequence, self.vocab_size)
+        except ScoringError as error:
+            return error
+
+    def _outputs(self) -> Iterator[Any]:
+        """Yield what the engine finishes, until nothing is left.
+
+        Raises:
+            EngineError: A step failed.
+        """
+        while self._engine.has_unfinished_requests():
+            try:
+                finished = self._engine.step()
+            except Exception as error:
+                raise _engine_error(error) from error
+            yield from finished
 
     def _add(self, sequences: dict[int, ScoredSequence], way: str, use_cache: bool) -> None:
         """Hand over all requests, or none: those before the one that vLLM refuses would run with the next that it takes."""
@@ -239,8 +273,11 @@ class VllmEngine:
                 prompt = TokensPrompt(prompt_token_ids=sequence.prompt_ids + sequence.response_ids)
                 self._engine.add_request(str(key), prompt, _params(key, sequence, way, use_cache))
         except Exception:
-            self._engine.abort_request([str(key) for key in sequences])
+            self._abort(sequences)
             raise
+
+    def _abort(self, keys: Iterable[int]) -> None:
+        self._engine.abort_request([str(key) for key in keys])
 
 
 def _params(key: int, sequence: ScoredSequence, way: str, use_cache: bool) -> Any:
@@ -254,9 +291,9 @@ def _params(key: int, sequence: ScoredSequence, way: str, use_cache: bool) -> An
         ids = np.array(sequence.response_ids[sequence.start :], np.int32)[:, None]
         asked = {"prompt_logprob_token_ids": ids, "prompt_logprob_start": sequence.first_row}
     elif way == RESPONSE_ROWS:
-        asked = {"extra_args": {KEY: [key, sequence.first_row]}}
+        asked = {"extra_args": {KEY: [key, sequence.first_row, sequence.top_k]}}
     else:
-        asked = {"prompt_logprobs": 0, "flat_logprobs": True}
+        asked = {"prompt_logprobs": sequence.top_k, "flat_logprobs": True}
     return SamplingParams(
         max_tokens=1,  # the least that vLLM takes; the sampled token is thrown away
         temperature=0.0,
@@ -279,61 +316,17 @@ def _engine_error(error: BaseException) -> EngineError:
 
 
 def _difference(replies: list[Reply], expected: list[Reply]) -> float | None:
-    """Return the mean difference in nats, infinite where one has an answer and the other none; None without any answer."""
+    """Return the mean difference in nats, infinite where one has an answer and the other none; None without any answer.
+
+    Of the likeliest tokens the log-probs are compared, not the ids: of two that are as likely either may come first. They
+    have a mean of their own, or they would outnumber the tokens themselves; the larger mean counts.
+    """
     both = list(zip(replies, expected, strict=True))
     if any(isinstance(a, ScoringError) != isinstance(b, ScoringError) for a, b in both):
         return float("inf")
-    gaps = [np.abs(a - b) for a, b in both if isinstance(a, np.ndarray) and isinstance(b, np.ndarray)]
-    return float(np.concatenate(gaps).mean()) if gaps else None
-
-
-def _read_fixed_ids(scores: Any, sequence: ScoredSequence) -> Reply:
-    """Return the log-probs out of a fixed-id reply, `[num_wanted, 1]`."""
-    if scores is None:
-        return ScoringError(f"expected log-probs for {sequence.num_wanted} response tokens, got none")
-    if scores.ndim != 2 or scores.shape[1] != 1:
-        return ScoringError(f"expected log-probs of shape [{sequence.num_wanted}, 1], got {list(scores.shape)}")
-    return checked(scores[:, 0], sequence)
-
-
-def _read_flat(flat: Any, sequence: ScoredSequence, num_cached: int = 0) -> Reply:
-    """Return the log-probs out of flat prompt log-probs, by token id, or what is wrong with them.
-
-    Args:
-        flat: Of all tokens (V1, where rows in the cache hit are unwritten), or without the rows in the cache hit (V2).
-        sequence: Whose rows lie behind the cache hit.
-        num_cached: Length of the cache hit.
-    """
-    num_tokens = len(sequence.prompt_ids) + len(sequence.response_ids)
-    num_left_out = num_tokens - (0 if flat is None else len(flat))
-    if flat is None or num_left_out not in (0, num_cached):
-        got = "none" if flat is None else str(len(flat))
-        hit = f", or without the {num_cached} of them in the cache" if num_cached else ""
-        return ScoringError(f"expected log-probs for {num_tokens} tokens{hit}, got {got}")
-    logps = np.empty(sequence.num_wanted, dtype=np.float32)
-    starts, ends = flat.start_indices, flat.end_indices
-    for row, token_id in enumerate(sequence.response_ids[sequence.start :]):
-        position = sequence.first_row + 1 + row - num_left_out
-        entries = flat.token_ids[starts[position] : ends[position]]
-        if token_id not in entries:
-            return ScoringError(
-                f"response token {sequence.start + row}: id {token_id} is missing from the reply, which has {entries}"
-            )
-        logps[row] = flat.logprobs[starts[position] + entries.index(token_id)]
-    return checked(logps, sequence)
-
-
-def checked(logps: np.ndarray | None, sequence: ScoredSequence) -> Reply:
-    """Return log-probs as float32 `[num_wanted]`, rounding above 0 taken off, or what is wrong with them."""
-    if logps is None or logps.shape != (sequence.num_wanted,):
-        got = "none" if logps is None else str(len(logps))
-        return ScoringError(f"expected log-probs for {sequence.num_wanted} response tokens, got {got}")
-    if not np.isfinite(logps).all():
-        row = int(np.flatnonzero(~np.isfinite(logps))[0])
-        return ScoringError(
-            f"response token {sequence.start + row}: log-prob is {logps[row]}, expected a finite number"
-        )
-    if (logps > _ROUNDING_NATS).any():
-        row = int(np.argmax(logps))
-        return ScoringError(f"response token {sequence.start + row}: log-prob is {logps[row]}, expected at most 0")
-    return np.minimum(logps, 0.0).astype(np.float32, copy=False)
+    answers = [(a, b) for a, b in both if isinstance(a, Scores) and isinstance(b, Scores)]
+    if not answers:
+        return None
+    gaps = [np.concatenate([np.abs(a.logps - b.logps) for a, b in answers])]
+    gaps.append(np.concatenate([np.abs(a.top_logps - b.top_logps).ravel() for a, b in answers]))
+    return max(float(gap.mean()) for gap in gaps if gap.size)

@@ -1,7 +1,7 @@
 """Is the scorer right? Real pairs, scored by the engine in each of its ways and by transformers, compared token by token.
 
-Called by `tokenweights check-scorer`. Writes nothing to the store. The two sides are processes of their own in the scorer's
-interpreter (`parity_process.py`).
+Called by `tokenweights check-scorer`, and by builds for the log-probs that the store holds already (`check_stored`). Writes
+nothing to the store. The two sides are processes of their own in the scorer's interpreter (`parity_process.py`).
 """
 
 import json
@@ -27,9 +27,10 @@ from pipeline.prepare import Preparation
 from pipeline.recipe import Recipe, ScoreSection
 from pipeline.score import Scorer
 from pipeline.scoring import MESSAGE
-from weights_store import WeightStore
+from weights_store import TableVersion, WeightStore
 from weights_store.errors import InputError, MismatchError, StageError
 from weights_store.fingerprint import canonical_json
+from weights_store.location import one_line
 
 Role = Literal["ref", "positive", "negative"]
 WAYS = (FIXED_IDS, RESPONSE_ROWS, FLAT)
@@ -39,6 +40,10 @@ TOLERANCE_NATS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 4e-2}
 MAX_FACTOR = 50
 """A single token may be off by this many times the tolerance of the mean."""
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
+_MAX_STORED_TOKENS = 2048
+"""Of a sequence in the sample of a build: transformers' eager attention takes memory for the square of it."""
+_SAMPLE_BYTES = 64 << 20
+"""Memory for the pairs that a build's sample is taken from."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,111 @@ def check_parity(parity: Parity) -> None:
                 f"{parity.tolerance_nats:g}) and {agreement.max:.2g} at most (expected {_bound(parity):g}), over "
                 f"{agreement.num_tokens:,} tokens; farthest apart: {agreement.worst}"
             )
+
+
+# --- what is stored ----------------------------------------------------------------------------------------------------
+
+
+def check_stored(
+    recipe: Recipe,
+    tokens: TableVersion,
+    ref_logps: TableVersion,
+    model_folder: Path,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Compare the reference's stored log-probs with transformers in float32, on `score.parity_pairs` pairs.
+
+    The engine's side is what the store holds, so no engine is started. What a version of the recipe's weight datasets has
+    recorded of the same log-probs is taken as it is.
+
+    Returns:
+        What versions made from these log-probs record: `parity` with `num_pairs`, `num_tokens`, `mean`, `p99` and `max` of
+        |difference| in nats, and the `dtype` that the scorer computed in. Nothing when the check is off or transformers
+        cannot run.
+
+    Raises:
+        MismatchError: They differ by more than rounding in that dtype.
+    """
+    store = WeightStore(tokens.store)
+    recorded = _recorded_parity(store, recipe, ref_logps)
+    if recorded is not None or not recipe.score.parity_pairs:
+        return {"parity": recorded} if recorded else {}
+    sample, stored = stored_sample(store, tokens, ref_logps, recipe.score.parity_pairs)
+    if not sample.rows:
+        report(f"{ref_logps}: not compared with transformers: no pair has at most {_MAX_STORED_TOKENS} tokens")
+        return {}
+    try:
+        expected = _run(Task("transformers", str(model_folder), sample.rows), recipe.score.python, report)[TRANSFORMERS]
+    except StageError as error:
+        report(f"{ref_logps}: not compared with transformers: {one_line(error)}")
+        return {}
+    dtype = Scorer(model_folder).resolve_dtype(recipe.score.dtype)
+    found = _agreement_of_stored(sample, stored, expected, dtype)
+    report(f"{ref_logps} agrees with transformers: {parity_text(found)}")
+    return {"parity": found}
+
+
+def _agreement_of_stored(sample: Sample, stored: Column, expected: Column, dtype: str) -> dict[str, Any]:
+    """Return what a version records of the comparison.
+
+    Raises:
+        MismatchError: They differ by more than rounding in that dtype.
+    """
+    agreement = compare(sample, stored, expected)
+    tolerance_nats = TOLERANCE_NATS.get(dtype, TOLERANCE_NATS["bfloat16"])
+    try:
+        check_parity(Parity(sample, dtype, tolerance_nats, {sample.origin: agreement}, {}, expected.unscorable))
+    except MismatchError as error:
+        raise MismatchError(
+            f"{error}. Nothing was published. `tokenweights check-scorer` compares each way of the engine; once they agree, "
+            "delete the table and build again. `--set score.parity_pairs=0` publishes all the same"
+        ) from error
+    return {
+        "num_pairs": len(expected.logps),
+        "num_tokens": agreement.num_tokens,
+        "mean": agreement.mean,
+        "p99": agreement.percentiles[PERCENTILES.index(99.0)],
+        "max": agreement.max,
+        "dtype": dtype,
+    }
+
+
+def parity_text(found: Mapping[str, Any]) -> str:
+    """Return in words what a version recorded as its `parity`."""
+    numbers = ", ".join(f"{name} {found[key]:.1e}" for name, key in (("mean", "mean"), ("99 %", "p99"), ("max", "max")))
+    return f"{numbers} nats over {found['num_tokens']:,} tokens of {found['num_pairs']} pairs in {found['dtype']}"
+
+
+def stored_sample(
+    store: WeightStore, tokens: TableVersion, logps: TableVersion, num_pairs: int
+) -> tuple[Sample, Column]:
+    """Return the pairs with the lowest pair_ids that are scored and not too long, and their stored log-probs."""
+    pairs, scores = store.table(tokens.table), store.table(logps.table)
+    first = pairs.key_ranges(_SAMPLE_BYTES, tokens.version)[0]
+    num_tokens = pl.col("prompt_ids").list.len() + pl.max_horizontal(pl.col(f"{side}_ids").list.len() for side in SIDES)
+    rows = (
+        first.of(pairs.scan(tokens.version))
+        .select(SAMPLE.names)
+        .filter(num_tokens <= _MAX_STORED_TOKENS)
+        .join(
+            first.of(scores.scan(logps.version)).select("pair_id", *(f"{side}_logps" for side in SIDES)), on="pair_id"
+        )
+        .sort("pair_id")
+        .head(num_pairs)
+        .collect()
+    )
+    stored = {row["pair_id"]: [row[f"{side}_logps"] for side in SIDES] for row in rows.iter_rows(named=True)}
+    return Sample(str(logps), rows.select(SAMPLE.names).to_dicts()), Column(stored)
+
+
+def _recorded_parity(store: WeightStore, recipe: Recipe, ref_logps: TableVersion) -> dict[str, Any] | None:
+    for name in (recipe.uniform.name, recipe.weights.name):
+        table = store.table(f"weights/{name}")
+        metadata = table.metadata() if table.exists() else {}
+        if {"role": "ref_logps", **ref_logps.as_parent()} in metadata.get("parents", []) and "parity" in metadata:
+            found: dict[str, Any] = metadata["parity"]
+            return found
+    return None
 
 
 # --- the sample --------------------------------------------------------------------------------------------------------

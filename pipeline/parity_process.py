@@ -194,7 +194,7 @@ def main(argv: Sequence[str]) -> int:
     end_with_parent()
     try:
         columns = run(Task(**json.loads(Path(argv[0]).read_text(encoding="utf-8"))))
-    except TokenweightsError as error:
+    except (TokenweightsError, ImportError) as error:  # the scorer's interpreter may have no transformers
         print(f"error: {error}", flush=True)
         return 1
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from pipeline.prepare import Preparation
 from pipeline.publish import Ingredients, Wanted
 from pipeline.recipe import Recipe, WeightsSection
 from pipeline.report import REPORTS, report_file
-from pipeline.score import Scorer, changed_scorer, logps_table
+from pipeline.score import REFERENCE, Scorer, changed_scorer, identity_in, logps_table
 from weights_store import Table, TableVersion
 from weights_store.fingerprint import explain_difference
 
@@ -86,7 +86,7 @@ class _Plan:
         """Yield the stages; each looks at what those before it leave."""
         self.history = rates.ScoringHistory(self.outlook.start.store)
         yield self._prepare()
-        yield self._score("ref", Scorer(self.model_folder))
+        yield self._score(REFERENCE, Scorer(self.model_folder))
         if self.recipe.needs_pair:
             uniform, version = self._publish("publish uniform", self.recipe.uniform)
             contrast, scorers = self._contrast(version)
@@ -139,7 +139,7 @@ class _Plan:
     def _score(self, role: str, scorer: Scorer | None) -> StagePlan:
         """Plan the scoring in one role; without a scorer its model is yet to be trained."""
         stage, tokens = f"score {role}", self.outlook.tokens
-        identity = scorer.identity(scorer.resolve_dtype(self.recipe.score.dtype)) if scorer else None
+        identity = identity_in(role, scorer, self.recipe.score) if scorer else None
         table = logps_table(tokens, identity) if identity else None
         amount = self.outlook.missing_from(table)
         is_there = table is not None and table.exists()
@@ -149,6 +149,8 @@ class _Plan:
         path = table.path if table is not None else TO_BE_COMPUTED
         version = table.version() if table is not None and is_there else 0
         self.logps[role] = TableVersion(tokens.store, path, version or 0, TO_BE_COMPUTED)
+        top_k = identity.get("top_k", 0) if identity else 0
+        per_token = rates.LOGPS_BYTES + top_k * rates.TOP_BYTES
         rate, source = self.history.tokens_per_s(identity["model"] if identity else None)
         num_commits = 1 + amount.num_tokens // self.recipe.score.chunk_tokens
         return StagePlan(
@@ -158,8 +160,7 @@ class _Plan:
             amount.num_tokens,
             self._engine_start_s(role, scorer) + amount.num_tokens / rate,
             source,
-            round(amount.num_tokens * self.outlook.response_share() * rates.LOGPS_BYTES)
-            + num_commits * rates.COMMIT_BYTES,
+            round(amount.num_tokens * self.outlook.response_share() * per_token) + num_commits * rates.COMMIT_BYTES,
             tuple(self._why_score(role, table, identity)),
             amount.is_exact,
         )
@@ -256,15 +257,16 @@ class _Plan:
 
     def _rows_to_publish(self, wanted: Wanted, ingredients: Ingredients) -> tuple[int, int, float]:
         """Return the pairs and response tokens to weigh, and the bytes of one such token."""
-        newest, num_all = wanted.newest, self.outlook.num_pairs
+        newest, num_all, top_k = wanted.newest, self.outlook.num_pairs, self.recipe.score.top_k
         logps = [version.table for role, version in ingredients.by_role().items() if role != "tokens"]
         num_pairs = num_all - self.outlook.num_unscorable(logps)
         num_tokens = round(self.outlook.num_response_tokens() * num_pairs / max(1, num_all))
         if newest is None or wanted.base is None:
-            return num_pairs, num_tokens, rates.WEIGHTS_BYTES
+            return num_pairs, num_tokens, rates.WEIGHTS_BYTES + top_k * rates.TOP_BYTES
         statistics = newest["statistics"]
         num_bytes = sum(record.num_bytes for record in wanted.table.records(wanted.base))
         per_token = num_bytes / statistics["num_response_tokens"]
+        per_token += (top_k - statistics.get("ref_top_k", 0)) * rates.TOP_BYTES
         if self._is_appended(wanted, ingredients):
             num_pairs -= statistics["num_pairs"]
             num_tokens -= statistics["num_response_tokens"]

@@ -28,6 +28,8 @@ TOKENS_BYTES = 2.4
 """A token of the tokens table, the text of the prompt included."""
 LOGPS_BYTES = 2.5
 """A response token in a table of log-probs."""
+TOP_BYTES = 2.8
+"""One of the likeliest tokens at its place, id and log-prob; the same in a weight dataset."""
 WEIGHTS_BYTES = 5.1
 """A response token of a weight dataset, everything included."""
 QUARANTINE_BYTES = 400

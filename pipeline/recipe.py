@@ -70,7 +70,7 @@ class ContrastSection(Section):
     num_epochs: int = Field(1, ge=1)
     max_steps: int | None = Field(None, ge=1)
     pairs_per_step: int = Field(32, ge=1)
-    pairs_per_batch: int = Field(8, ge=1)
+    tokens_per_batch: int = Field(8192, ge=1)
     beta: float = Field(0.1, gt=0, description="of the two DPO runs (method dpo)")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="arithmetic of the forward pass; parameters are float32"
@@ -89,10 +89,17 @@ class ContrastSection(Section):
 
 
 class ScoreSection(Section):
-    """The scoring engine. Only `dtype` changes results; the rest is speed and memory."""
+    """The scoring engine. Only `dtype` and `top_k` change results; the rest is speed and memory."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: the dtype the model is stored in"
+    )
+    top_k: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="likeliest tokens at each place whose reference log-probs are stored too: tis_dpo's eta and tdpo "
+        "can take them in place of the reference model",
     )
     chunk_tokens: int = Field(262_144, ge=1, description="tokens scored between two commits: what a kill can lose")
     batch_tokens: int = Field(4096, ge=256, description="tokens in one engine step (max_num_batched_tokens)")
@@ -106,11 +113,18 @@ class ScoreSection(Section):
     ray_address: str | None = Field(
         None, description="of a running Ray cluster, or local; default: the one at hand, else a local one"
     )
+    parity_pairs: int = Field(
+        16, ge=0, description="pairs whose stored reference log-probs a build compares with transformers; 0: none"
+    )
 
     def engine_settings(self, dtype: str) -> dict[str, Any]:
         """Return how the engine runs, in a resolved dtype, as the scoring process takes it."""
         keys = {"batch_tokens", "kv_cache_gib", "gpu_memory_share", "tensor_parallel"}
         return {"dtype": dtype, **self.model_dump(include=keys)}
+
+    def result_settings(self) -> dict[str, Any]:
+        """Return what determines results."""
+        return self.model_dump(include={"dtype", "top_k"} if self.top_k else {"dtype"})
 
     def executor_settings(self) -> dict[str, Any]:
         """Return where the engines run, as the scoring process takes it."""
@@ -118,15 +132,16 @@ class ScoreSection(Section):
 
 
 class WeightsSection(Section):
-    """From scores to weights: w = k * exp(mu * clamp(log pi+ - log pi-, lower, upper))."""
+    """From scores to weights: w = k * exp(mu * clamp(log pi+ - log pi-, lower, upper)), or a selection of tokens (sepo)."""
 
     name: str = Field(description="name of the weight dataset in two parts, for example hh-harmless/tis-dpo")
-    estimator: Literal["tis", "uniform", "random", "reversed"] = "tis"
+    estimator: Literal["tis", "sepo", "uniform", "random", "reversed"] = "tis"
     k: float = Field(1.0, gt=0)
     mu: float = Field(1.0, gt=0, description="+mu on chosen, -mu on rejected tokens")
     lower: float = Field(-0.5, description="L, in nats")
     upper: float = Field(1.5, description="U, in nats")
     seed: int = Field(0, ge=0, description="of the random estimator")
+    share: float = Field(0.3, gt=0, le=1, description="of each response's tokens that sepo selects, at least one")
 
     @field_validator("name")
     @classmethod
@@ -139,6 +154,15 @@ class WeightsSection(Section):
     def _clamp_is_a_range(self) -> "WeightsSection":
         if self.lower >= self.upper:
             raise ValueError(f"weights.lower ({self.lower}) must be below weights.upper ({self.upper})")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> "WeightsSection":
+        """Compare values, not what was given: a deployment hands a recipe back with every key in it."""
+        unread = ("k", "mu", "lower", "upper", "seed") if self.estimator == "sepo" else ("share",)
+        for key in unread:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"weights.{key} has no effect with weights.estimator {self.estimator!r}: leave it out")
         return self
 
 
@@ -184,7 +208,7 @@ class Recipe(Section):
     @property
     def needs_pair(self) -> bool:
         """Whether the estimator compares a contrastive pair."""
-        return self.weights.estimator in ("tis", "reversed")
+        return self.weights.estimator in ("tis", "sepo", "reversed")
 
     @property
     def uniform(self) -> WeightsSection:
@@ -209,7 +233,7 @@ class Recipe(Section):
         return {
             "dataset": dataset,
             "contrast": self.contrast.model_dump(include=keep) if self.needs_pair else {},
-            "score": self.score.model_dump(include={"dtype"}),
+            "score": self.score.result_settings(),
             "weights": self.weights.model_dump(include={"name", *_ESTIMATOR_KEYS[self.weights.estimator]}),
         }
 
@@ -220,6 +244,7 @@ _CLAMP_KEYS = {"estimator", "k", "mu", "lower", "upper"}
 _ESTIMATOR_KEYS = {
     "tis": _CLAMP_KEYS,
     "reversed": _CLAMP_KEYS,
+    "sepo": {"estimator", "share"},
     "random": {*_CLAMP_KEYS, "seed"},
     "uniform": {"estimator"},
 }

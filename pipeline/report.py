@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.chat import ChatTokenizer
+from pipeline.parity import parity_text
 from pipeline.publish import Published
 from weights_store import Table, WeightStore
 
@@ -62,6 +63,12 @@ def summary_rows(published: Published) -> list[tuple[str, str]]:
         ("quarantined", reasons),
         ("response tokens", f"{statistics['num_response_tokens']:,}"),
     ]
+    if published.parity is not None:
+        rows.append(("reference log-probs", f"compared with transformers: {parity_text(published.parity)}"))
+    if statistics["ref_top_k"]:
+        rows.append(("reference top k", f"{statistics['ref_top_k']} tokens for each place"))
+    if statistics["num_scored_pairs"]:
+        rows.append(("annotator scores", f"of {statistics['num_scored_pairs']:,} pairs"))
     for side in ("chosen", "rejected"):
         numbers = statistics[side]
         clamped = f"{numbers['share_at_lower']:.1%} at L, {numbers['share_at_upper']:.1%} at U"

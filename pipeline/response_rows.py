@@ -11,7 +11,11 @@ from typing import Any
 import torch
 
 KEY = "tokenweights"
-"""In `SamplingParams.extra_args`: `[key, first_row]`, the name to answer under and the row of the first wanted token."""
+"""In `SamplingParams.extra_args`: `[key, first_row, top_k]`, the name to answer under, the row of the first wanted token, and
+how many of the likeliest ids are wanted at each place."""
+
+Answer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Log-probs of the wanted tokens, float32 `[N]`; the likeliest ids, int32 `[N, k]`, and their log-probs, float32 `[N, k]`."""
 
 CPU_BLOCK_BYTES = 2 << 20
 GPU_BLOCK_BYTES = 256 << 20
@@ -27,7 +31,7 @@ class ResponseRows:
         """Make the runner answer requests that carry `KEY`."""
         runner = self.model_runner
         own = runner._get_prompt_logprobs_dict
-        answers: dict[int, torch.Tensor] = {}
+        answers: dict[int, Answer] = {}
         failures: list[Exception] = []
 
         def with_response_rows(hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
@@ -42,7 +46,7 @@ class ResponseRows:
         runner.tokenweights_answers, runner.tokenweights_failures = answers, failures
 
     def tokenweights_take(self) -> dict[int, Any]:
-        """Return the answers by their key since the last call: float32 `[num_rows]` in nats, NaN where no row was computed.
+        """Return the answers by their key since the last call, see `Answer`; NaN where no row was computed.
 
         Raises:
             Exception: What went wrong in a step.
@@ -50,24 +54,22 @@ class ResponseRows:
         answers, failures = self.model_runner.tokenweights_answers, self.model_runner.tokenweights_failures
         if failures:
             raise failures[0]
-        taken = {key: values.cpu().numpy() for key, values in answers.items()}
+        taken = {key: tuple(values.cpu().numpy() for values in answer) for key, answer in answers.items()}
         answers.clear()
         return taken
 
 
-def _score_step(
-    runner: Any, hidden: torch.Tensor, num_scheduled: dict[str, int], answers: dict[int, torch.Tensor]
-) -> None:
+def _score_step(runner: Any, hidden: torch.Tensor, num_scheduled: dict[str, int], answers: dict[int, Answer]) -> None:
     """Fill in the rows of this engine step. `hidden` is `[tokens, width]`, all requests one behind the other."""
     rows: list[torch.Tensor] = []
     targets: list[int] = []
-    places: list[torch.Tensor] = []
+    places: list[Answer] = []
     for request_id, num_tokens in num_scheduled.items():
         request = runner.requests[request_id]
         asked = request.sampling_params and (request.sampling_params.extra_args or {}).get(KEY)
         if not asked:
             continue
-        key, first_row = asked
+        key, first_row, top_k = asked
         ids, done = request.prompt_token_ids, request.num_computed_tokens
         low, high = max(first_row, done), min(done + num_tokens, len(ids) - 1)
         if low >= high:
@@ -76,26 +78,49 @@ def _score_step(
         rows.append(torch.arange(offset + low, offset + high))
         targets += ids[low + 1 : high + 1]
         if key not in answers:
-            answers[key] = torch.full((len(ids) - 1 - first_row,), float("nan"), device=hidden.device)
-        places.append(answers[key][low - first_row : high - first_row])
+            answers[key] = _unwritten(len(ids) - 1 - first_row, top_k, hidden.device)
+        places.append(_part(answers[key], slice(low - first_row, high - first_row)))
     if not places:
         return
-    values = _token_logps(
-        runner.model, hidden, torch.cat(rows).to(hidden.device), torch.tensor(targets).to(hidden.device)
+    top_k = max(ids.shape[1] for _, ids, _ in places)
+    answer = _score_rows(
+        runner.model, hidden, torch.cat(rows).to(hidden.device), torch.tensor(targets).to(hidden.device), top_k
     )
-    for place, part in zip(places, values.split([len(place) for place in places]), strict=True):
-        place.copy_(part)
+    start = 0
+    for place in places:
+        end = start + len(place[0])
+        for values, part in zip(place, _part(answer, slice(start, end)), strict=True):
+            values.copy_(part[..., : values.shape[-1]])  # the likeliest k of a longer list are its first k
+        start = end
 
 
-def _token_logps(model: Any, hidden: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return log softmax(lm_head(hidden[rows]))[targets], float32 `[len(rows)]`, a block at a time: no `[rows, vocabulary]`."""
-    values = torch.empty(len(rows), device=hidden.device)
+def _unwritten(num_rows: int, top_k: int, device: torch.device) -> Answer:
+    return (
+        torch.full((num_rows,), float("nan"), device=device),
+        torch.full((num_rows, top_k), -1, dtype=torch.int32, device=device),
+        torch.full((num_rows, top_k), float("nan"), device=device),
+    )
+
+
+def _part(answer: Answer, rows: slice) -> Answer:
+    logps, top_ids, top_logps = answer
+    return logps[rows], top_ids[rows], top_logps[rows]
+
+
+def _score_rows(model: Any, hidden: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, top_k: int) -> Answer:
+    """Return log softmax(lm_head(hidden[rows])) at the targets and at its `top_k` largest, a block at a time.
+
+    No `[rows, vocabulary]` comes into being. Both come out of the same numbers: a target among the likeliest has one log-prob.
+    """
+    logps, top_ids, top_logps = answer = _unwritten(len(rows), top_k, hidden.device)
     start, size = 0, 32
     while start < len(rows):
         block = slice(start, start + size)
         logits = model.compute_logits(hidden[rows[block]])
-        logps = logits.log_softmax(-1, dtype=torch.float32)
-        values[block] = logps.gather(-1, targets[block, None]).squeeze(-1)
+        all_logps = logits.log_softmax(-1, dtype=torch.float32)
+        logps[block] = all_logps.gather(-1, targets[block, None]).squeeze(-1)
+        if top_k:
+            top_logps[block], top_ids[block] = all_logps.topk(top_k)
         start += size
         size = max(32, (CPU_BLOCK_BYTES if hidden.device.type == "cpu" else GPU_BLOCK_BYTES) // (4 * logits.shape[-1]))
-    return values
+    return answer

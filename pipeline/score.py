@@ -36,6 +36,7 @@ from weights_store.schemas import SCHEMA_VERSION
 
 _MAX_RESTARTS = 3
 """In a row, without a commit in between."""
+REFERENCE = "ref"
 _MIN_BATCH_TOKENS = 256
 
 
@@ -138,7 +139,7 @@ def score(
         MissingExtraError: There is something to score, and no vLLM or, for actors, no Ray.
         StageError: A scoring process failed, also when started again; carries its message. What it had committed stays.
     """
-    jobs = [_Job.of(tokens, role, scorer, settings.dtype) for role, scorer in scorers.items()]
+    jobs = [_Job.of(tokens, role, scorer, settings) for role, scorer in scorers.items()]
     for job in jobs:
         if job.is_new:
             _report_new_table(job, report)
@@ -181,8 +182,8 @@ class _Job:
     restarts: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, tokens: TableVersion, role: str, scorer: Scorer, dtype: str) -> "_Job":
-        identity = scorer.identity(scorer.resolve_dtype(dtype))
+    def of(cls, tokens: TableVersion, role: str, scorer: Scorer, settings: ScoreSection) -> "_Job":
+        identity = identity_in(role, scorer, settings)
         table = logps_table(tokens, identity)
         exists = table.exists()
         return cls(
@@ -201,8 +202,8 @@ class _Job:
             "fingerprint": fingerprint({"scorer": self.identity, "tokens": tokens.fingerprint}),
             **provenance(),
         }
-        condition = self.scorer.condition
-        return Target(self.role, self.table.path, asdict(condition) if condition else None, metadata)
+        condition = asdict(self.scorer.condition) if self.scorer.condition else None
+        return Target(self.role, self.table.path, condition, metadata, self.identity.get("top_k", 0))
 
     def num_scored(self) -> int:
         return self.table.num_rows() - self.num_rows_before if self.table.exists() else 0
@@ -217,6 +218,17 @@ class _Job:
             self.wall_s,
             tuple(self.restarts),
         )
+
+
+def identity_in(role: str, scorer: Scorer, settings: ScoreSection) -> dict[str, Any]:
+    """Return what determines what a scorer writes in a role of a build.
+
+    Likeliest tokens are the reference's alone, and part of this only where they are stored: tables without them stay as
+    they are.
+    """
+    identity = scorer.identity(scorer.resolve_dtype(settings.dtype))
+    stores_top = role == REFERENCE and settings.top_k > 0
+    return {**identity, "top_k": settings.top_k} if stores_top else identity
 
 
 def logps_table(tokens: TableVersion, identity: dict[str, Any]) -> Table:

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
 from pipeline.chat import Condition
-from pipeline.sharing import Reply, ScoredSequence, score_once
+from pipeline.sharing import Reply, ScoredSequence, Scores, score_once
 from weights_store import Table, TableVersion, WeightStore
-from weights_store.errors import ScoringError
+from weights_store.errors import InputError, ScoringError
 from weights_store.key_ranges import KeyRange
 from weights_store.schemas import LOGPS, QUARANTINE, Reason
 
@@ -33,12 +34,16 @@ _PROGRESS_S = 0.5
 
 @dataclass(frozen=True)
 class Target:
-    """One table of log-probs to fill with the request's model, maybe behind a contrastive prompt."""
+    """One table of log-probs to fill with the request's model, maybe behind a contrastive prompt.
+
+    With `top_k` > 0 it also gets those of the likeliest tokens at each place, that many.
+    """
 
     role: str
     logps_table: str
     condition: dict[str, str] | None
     metadata: dict[str, Any]
+    top_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class Engine(Protocol):
         ...
 
     def score(self, sequences: Any, progress: Callable[[int], None] = ...) -> list[Reply]:
-        """Return the wanted log-probs of each sequence."""
+        """Return the wanted scores of each sequence."""
         ...
 
 
@@ -120,7 +125,7 @@ def fill(request: Request, target: Target, scorer: "PairScorer") -> None:
     for chunk, rows in ahead(_chunks_with_rows(request, target, scorer)):
         num_tokens = int(chunk["num_tokens"].sum())
         started = time.monotonic()
-        scored, unscorable = scorer.score(rows, tally.within(num_tokens))
+        scored, unscorable = scorer.score(rows, tally.within(num_tokens), target.top_k)
         if unscorable:
             quarantine(request, target, unscorable)
         if scored.num_rows:
@@ -239,6 +244,10 @@ class PairScorer:
     Args:
         request: What is scored with what.
         report: Gets lines for people; `say` by default.
+
+    Raises:
+        InputError: vLLM cannot load the model, or a target wants more likely tokens than the vocabulary has.
+        OutOfMemoryError: There is not enough memory for the engine.
     """
 
     def __init__(self, request: Request, report: Callable[[str], None] | None = None) -> None:
@@ -252,6 +261,11 @@ class PairScorer:
         self._settings = {key: value for key, value in request.engine.items() if key != "restarts"}
         self._restarts = request.engine.get("restarts", [])
         self.engine: Engine = VllmEngine(Path(request.model), EngineSettings(**self._settings), report)
+        top_k = max((target.top_k for target in request.targets), default=0)
+        if top_k > self.engine.vocab_size:
+            raise InputError(
+                f"score.top_k is {top_k}, the vocabulary of {request.model} has {self.engine.vocab_size} ids"
+            )
 
     @property
     def record(self) -> dict[str, Any]:
@@ -267,13 +281,14 @@ class PairScorer:
         return rows.with_columns(pl.Series("prompt_ids", prompt_ids, pl.List(pl.Int32)))
 
     def score(
-        self, rows: pl.DataFrame, progress: Callable[[float], None] = lambda share: None
+        self, rows: pl.DataFrame, progress: Callable[[float], None] = lambda share: None, top_k: int = 0
     ) -> tuple[pa.Table, list[dict[str, Any]]]:
         """Return the log-probs of the pairs that could be scored, and a quarantine row for each other.
 
         Args:
             rows: Of the tokens table.
             progress: Gets the share of the rows that is done, 0 to 1.
+            top_k: How many of the likeliest tokens at each place are scored as well.
         """
         good: list[dict[str, Any]] = []
         unscorable: list[dict[str, Any]] = []
@@ -284,19 +299,21 @@ class PairScorer:
             else:
                 unscorable.append(_unscorable(row, problem))
         sequences = [
-            ScoredSequence(row["prompt_ids"], row[f"{side}_ids"]) for row in good for side in ("chosen", "rejected")
+            ScoredSequence(row["prompt_ids"], row[f"{side}_ids"], top_k=top_k)
+            for row in good
+            for side in ("chosen", "rejected")
         ]
         replies = score_once(sequences, lambda wanted: self.engine.score(wanted, _counter(wanted, progress)))
-        scored: dict[str, list[Any]] = {name: [] for name in LOGPS.names}
+        scored: list[dict[str, Any]] = []
         for row, chosen, rejected in zip(good, replies[::2], replies[1::2], strict=True):
-            sides = (("chosen", chosen), ("rejected", rejected))
-            refused = [f"{side}: {reply}" for side, reply in sides if isinstance(reply, ScoringError)]
-            if refused:
+            if isinstance(chosen, ScoringError) or isinstance(rejected, ScoringError):
+                sides = (("chosen", chosen), ("rejected", rejected))
+                refused = [f"{side}: {reply}" for side, reply in sides if isinstance(reply, ScoringError)]
                 unscorable.append(_unscorable(row, "; ".join(refused)))
                 continue
-            for name, value in zip(LOGPS.names, (row["pair_id"], chosen, rejected), strict=True):
-                scored[name].append(value)
-        return pa.Table.from_pydict(scored, LOGPS), unscorable
+            scored.append({"pair_id": row["pair_id"], **_columns("chosen", chosen), **_columns("rejected", rejected)})
+        columns = {name: [row[name] for row in scored] for name in LOGPS.names}
+        return pa.Table.from_pydict(columns, LOGPS), unscorable
 
     def _why_not(self, row: dict[str, Any]) -> str | None:
         """Return why a pair cannot be scored. The engine must not see it: some of these would kill it."""
@@ -311,6 +328,16 @@ class PairScorer:
         if min(map(min, ids)) < 0 or max(map(max, ids)) >= self.engine.vocab_size:
             return f"a token id is outside the model's vocabulary of {self.engine.vocab_size}"
         return None
+
+
+def _columns(side: str, scores: Scores) -> dict[str, np.ndarray | None]:
+    """Return the columns of one response; those of the likeliest tokens are flat, null where there are none."""
+    has_top = scores.top_ids.shape[1] > 0
+    return {
+        f"{side}_logps": scores.logps,
+        f"{side}_top_ids": scores.top_ids.ravel() if has_top else None,
+        f"{side}_top_logps": scores.top_logps.ravel() if has_top else None,
+    }
 
 
 def _counter(sequences: list[ScoredSequence], progress: Callable[[float], None]) -> Callable[[int], None]:

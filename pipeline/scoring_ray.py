@@ -221,7 +221,7 @@ class ChunkScorer:
         unscorable: list[dict[str, Any]] = []
         if not missing.is_empty():  # else somebody else has scored them meanwhile
             rows = rows_of(store.table(self._request.tokens_table).scan(self._request.tokens_version), missing)
-            logps, unscorable = self._scorer.score(self._scorer.under_condition(rows, target))
+            logps, unscorable = self._scorer.score(self._scorer.under_condition(rows, target), top_k=target.top_k)
             shards = table.write_shards(logps) if logps.num_rows else []
         lines, self._lines[:] = list(self._lines), []
         return ScoredChunk(chunk, shards, unscorable, time.monotonic() - started, self._scorer.record, lines)

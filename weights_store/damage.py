@@ -17,7 +17,7 @@ from weights_store.errors import DamageError, StoreError
 from weights_store.findings import Finding
 from weights_store.location import Location, one_line
 from weights_store.log import TableLog
-from weights_store.shards import ShardRecord
+from weights_store.shards import ShardRecord, lacking
 from weights_store.table import Table
 
 _READ_BYTES = 4 << 20
@@ -115,15 +115,16 @@ def _check_view(log: TableLog) -> Iterator[Finding]:
     except (StoreError, DeltaError, OSError, ValueError) as error:
         yield Finding(table.path, f"Delta cannot open it: {one_line(error)}", newest)
         return
-    if schema != Schema.from_arrow(table.schema):
-        names = [field.name for field in schema.fields]
+    names, active = [field.name for field in schema.fields], log.active(newest)
+    held = {name for _, record in log.records() if record.name in active for name in record.checksums}
+    later = {field.name for field in lacking(table.schema, names)} - held  # they came after all of its files
+    if schema.fields != [field for field in Schema.from_arrow(table.schema).fields if field.name not in later]:
         text = (
             f"its log gives it columns {names} or types that are not those of this tokenweights, {table.schema.names}"
         )
         yield Finding(table.path, text, newest)
     seen = {action["path"]: _stats(action, table.key[0]) for action in actions}
     recorded = {r.name: (r.num_bytes, r.num_rows, r.first_key, r.last_key) for _, r in log.records()}
-    active = log.active(newest)
     if seen.keys() != active:
         yield Finding(
             table.path,

@@ -67,7 +67,12 @@ def fingerprint(value: Any) -> str:
     Raises:
         TypeError, ValueError: `value` cannot be hashed stably, see `canonical_json`.
     """
-    return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()
+    return fingerprint_text(canonical_json(value))
+
+
+def fingerprint_text(text: str) -> str:
+    """Return the SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def fingerprint_file(path: str | Path) -> str:
@@ -118,6 +123,16 @@ def load_chat_template(folder: str | Path) -> str | None:
         named = {entry["name"]: entry["template"] for entry in template}
         template = named.get("default")
     return template
+
+
+def fingerprint_chat_template(folder: str | Path) -> str | None:
+    """Return the SHA-256 of the text of a tokenizer folder's chat template, None where it has none.
+
+    What a weight dataset records as `chat_template` of its tokenizer, unless its recipe gave a template of its own: with it one
+    can tell another template from another vocabulary where `fingerprint_tokenizer` differs.
+    """
+    template = load_chat_template(folder)
+    return None if template is None else fingerprint_text(template)
 
 
 def fingerprint_tokenizer(folder: str | Path) -> str:

@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 from weights_store.schemas import Reason
 
 _SIDES = ("chosen", "rejected")
+_SCORED_BY = {"logps": "", "weights": "ref_"}
+"""What stands between the side and the rest in the names of columns that may come with likeliest tokens."""
+_MASS_ROUNDING = 1e-3
+"""The probabilities of k tokens may add up to this much more than 1: their log-probs are stored to a relative 1.2e-4."""
 _Mask = NDArray[np.bool_]
 
 
@@ -25,7 +29,9 @@ class Violation(NamedTuple):
     num_rows: int
 
 
-def violations(kind: str, rows: pa.Table, key: tuple[str, ...], vocab_size: int | None) -> Iterator[Violation]:
+def violations(
+    kind: str, rows: pa.Table, key: tuple[str, ...], vocab_size: int | None, top_k: int | None = None
+) -> Iterator[Violation]:
     """Yield each law that `rows` break, with the first row that breaks it.
 
     Args:
@@ -33,8 +39,11 @@ def violations(kind: str, rows: pa.Table, key: tuple[str, ...], vocab_size: int 
         rows: One row group, all columns.
         key: The table's key columns.
         vocab_size: Upper end of ids, None where the table records none.
+        top_k: How many likeliest tokens a table has at each place; None for the number in its first list.
     """
     found = [_null(rows, name) for name in key] + _LAWS[kind](rows, vocab_size)
+    if kind in _SCORED_BY:
+        found += _top_laws(rows, _SCORED_BY[kind], vocab_size, top_k)
     yield from (violation for violation in found if violation is not None)
 
 
@@ -45,6 +54,55 @@ def _token_laws(rows: pa.Table, vocab_size: int | None) -> list[Violation | None
 
 def _logp_laws(rows: pa.Table, _: int | None) -> list[Violation | None]:
     return [_bad_values(rows, f"{side}_logps", _is_logp, _LOGP) for side in _SIDES]
+
+
+def _top_laws(rows: pa.Table, scorer: str, vocab_size: int | None, top_k: int | None) -> list[Violation | None]:
+    """Look at the likeliest tokens, where a table has columns for them: one written before does not."""
+    columns = [(f"{side}_{scorer}logps", f"{side}_{scorer}top_ids", f"{side}_{scorer}top_logps") for side in _SIDES]
+    if not {name for names in columns for name in names} <= set(rows.column_names):
+        return []
+    if top_k is None:
+        top_k = next((k for of_tokens, _, logps in columns if (k := _first_top_k(rows, of_tokens, logps))), 0)
+    found: list[Violation | None] = []
+    for of_tokens, ids, logps in columns:
+        found += [_outside(rows, ids, vocab_size), _bad_values(rows, logps, _is_logp, _LOGP)]
+        wrong = _bad_top_lengths(rows, of_tokens, logps, top_k)
+        found += [_bad_lengths(rows, logps, ids), wrong or _bad_places(rows, logps, top_k)]
+    return found
+
+
+def _first_top_k(rows: pa.Table, of_tokens: str, logps: str) -> int:
+    """Return how many likeliest tokens the first list of any has for each token of its response; 0 where there is none."""
+    num_tokens, num_listed = _lengths(rows[of_tokens]), _lengths(rows[logps])
+    listed = np.flatnonzero((num_tokens > 0) & (num_listed > 0))
+    return int(num_listed[listed[0]] // num_tokens[listed[0]]) if listed.size else 0
+
+
+def _bad_top_lengths(rows: pa.Table, of_tokens: str, logps: str, top_k: int) -> Violation | None:
+    num_tokens, num_listed, is_null = _lengths(rows[of_tokens]), _lengths(rows[logps]), _nulls(rows[logps])
+
+    def describe(row: int) -> str:
+        found = "no" if is_null[row] else num_listed[row]
+        return f"{found} {logps} for {num_tokens[row]} {of_tokens}, expected {top_k} for each"
+
+    return _first((num_listed != top_k * num_tokens) | (is_null & (top_k > 0)), describe)
+
+
+def _bad_places(rows: pa.Table, name: str, top_k: int) -> Violation | None:
+    """Look at whole lists of the k likeliest: they fall, and are no more than certain together."""
+    if top_k == 0:
+        return None
+    places = np.asarray(rows[name].combine_chunks().flatten()).astype(np.float64).reshape(-1, top_k)
+    too_likely = (
+        np.exp(np.minimum(places, 1.0)).sum(1) > 1 + _MASS_ROUNDING
+    )  # nothing overflows, and 1.0 is too much anyway
+    bad = np.flatnonzero(too_likely | (places[:, 1:] > places[:, :-1]).any(1))
+    if not bad.size:
+        return None
+    row, place, num_rows = _locate(bad, _lengths(rows[name]) // top_k)
+    listed = ", ".join(f"{logp:g}" for logp in places[bad[0]])
+    problem = f"{name} of response token {place} are {listed}, expected falling log-probs whose probabilities sum to 1 at most"
+    return Violation(row, problem, num_rows)
 
 
 def _weight_laws(rows: pa.Table, vocab_size: int | None) -> list[Violation | None]:
@@ -114,11 +172,15 @@ def _bad_values(rows: pa.Table, name: str, is_good: Callable[[NDArray[Any]], _Ma
     bad = np.flatnonzero(~is_good(values))
     if not bad.size:
         return None
-    offsets = np.concatenate([[0], np.cumsum(_lengths(rows[name]))])
+    row, place, num_rows = _locate(bad, _lengths(rows[name]))
+    return Violation(row, f"{name}[{place}] is {values[bad[0]]}, {expected}", num_rows)
+
+
+def _locate(bad: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[int, int, int]:
+    """Return the row of the first bad value and its place there, of values that lie flat; and how many rows have any."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
     bad_rows = np.searchsorted(offsets, bad, side="right") - 1  # the last of equal offsets: empty lists hold nothing
-    row = int(bad_rows[0])
-    problem = f"{name}[{bad[0] - offsets[row]}] is {values[bad[0]]}, {expected}"
-    return Violation(row, problem, int(np.unique(bad_rows).size))
+    return int(bad_rows[0]), int(bad[0] - offsets[bad_rows[0]]), int(np.unique(bad_rows).size)
 
 
 def _first(bad: _Mask, describe: Callable[[int], str]) -> Violation | None:

@@ -168,6 +168,16 @@ class Location:
         with self._reading(), self.filesystem.open_input_stream(name, compression=None) as file:
             return bytes(file.readall())
 
+    def stream(self, name: str, chunk_bytes: int = 16 << 20) -> Iterator[bytes]:
+        """Yield the bytes of one file in pieces: a large file in the memory of one piece.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+        with self._reading(), self.filesystem.open_input_stream(name, compression=None) as file:
+            while chunk := file.read(chunk_bytes):
+                yield chunk
+
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write one file, whole: on return it is on the disk; a failure leaves nothing behind.
 

@@ -1,4 +1,4 @@
-"""Laws between the rows of tables: each key once, ids as in the tokens, one log-prob per id.
+"""Laws between the rows of tables: each key once, one log-prob per id, what weights hold as in the tables it comes from.
 
 Tables are joined one range of keys at a time. Damaged shards are left out, and nothing is concluded about a row that may
 stand in one of them.
@@ -15,7 +15,12 @@ from weights_store.findings import Finding
 
 _JOIN_BYTES = 256 << 20
 _BYTES_PER_KEY = 64
-_ID_COLUMNS = {name: name for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+_TOKEN_COLUMNS = {name: name for name in ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_score", "rejected_score")}
+_REF_COLUMNS = {
+    f"{side}_ref_{what}": f"{side}_{what}"
+    for side in ("chosen", "rejected")
+    for what in ("logps", "top_ids", "top_logps")
+}
 _LOGP_COLUMNS = {"chosen_logps": "chosen_ids", "rejected_logps": "rejected_ids"}
 
 
@@ -33,9 +38,14 @@ def check_keys(table: SoundTable) -> Iterator[Finding]:
     yield from found.findings()
 
 
-def check_ids(weights: SoundTable, tokens: SoundTable) -> Iterator[Finding]:
-    """Yield the first pair whose ids are not those of the tokens it was made from, and the first that has none there."""
-    yield from _compare(weights, [tokens], _ID_COLUMNS, by_length=False)
+def check_tokens(weights: SoundTable, tokens: list[SoundTable]) -> Iterator[Finding]:
+    """Yield the first pair whose ids or scores are not those of the tokens it was made from, and the first that has none."""
+    yield from _compare(weights, tokens, _TOKEN_COLUMNS, by_length=False)
+
+
+def check_reference(weights: SoundTable, logps: list[SoundTable]) -> Iterator[Finding]:
+    """Yield the first pair whose reference log-probs, or top k of them, are not those it was made from."""
+    yield from _compare(weights, logps, _REF_COLUMNS, by_length=False)
 
 
 def check_lengths(logps: SoundTable, tokens: list[SoundTable]) -> Iterator[Finding]:
@@ -75,8 +85,9 @@ def _doubled(table: SoundTable, row: Mapping[str, Any]) -> Finding:
 def _compare(
     child: SoundTable, parents: list[SoundTable], columns: Mapping[str, str], by_length: bool
 ) -> Iterator[Finding]:
-    """Compare columns of each row with those of the first parent that has its pair."""
+    """Compare columns of each row with those of the first parent that has its pair, as far as both have the columns."""
     found = _Tally()
+    columns = {name: theirs for name, theirs in columns.items() if _has(child, name)}
     largest = max((child, *parents), key=lambda table: table.num_bytes)
     num_bytes = child.num_bytes + max(parent.num_bytes for parent in parents)
     for piece in largest.key_ranges(_JOIN_BYTES, num_bytes=num_bytes):
@@ -86,13 +97,14 @@ def _compare(
         for parent in parents:
             if left.is_empty():
                 break
-            right = piece.of(_values(parent, list(columns.values()), by_length, _THEIRS))
+            comparable = {name: theirs for name, theirs in columns.items() if _has(parent, theirs)}
+            right = piece.of(_values(parent, list(comparable.values()), by_length, _THEIRS))
             with parent.reading():
                 joined = left.lazy().join(right, on="pair_id").sort("pair_id").collect()
-            for name, theirs in columns.items():
+            for name, theirs in comparable.items():
                 bad = joined.filter(pl.col(name).ne_missing(pl.col(f"{theirs}{_THEIRS}")))
                 if bad.height:
-                    found.add(name, bad.height, _unlike(child, parent, name, theirs, bad.row(0, named=True)))
+                    found.add(name, bad.height, _unlike(child, parent, name, theirs, bad.row(0, named=True), by_length))
             left = left.join(joined.select("pair_id"), on="pair_id", how="anti")
         if left.height and all(parent.is_whole for parent in parents):
             found.add("lost", left.height, _lost(child, parents, str(left["pair_id"].min())))
@@ -107,17 +119,31 @@ def _values(table: SoundTable, names: list[str], by_length: bool, suffix: str) -
     return table.scan().select("pair_id", *columns)
 
 
-def _unlike(child: SoundTable, parent: SoundTable, name: str, theirs: str, row: Mapping[str, Any]) -> Finding:
-    """Put one row that differs into words; its values are lists of ids, or lengths."""
+def _has(table: SoundTable, name: str) -> bool:
+    """Return whether every shard has a column: those written before it came have not."""
+    return all(name in record.checksums for record in table.records())
+
+
+def _unlike(
+    child: SoundTable, parent: SoundTable, name: str, theirs: str, row: Mapping[str, Any], is_length: bool
+) -> Finding:
+    """Put one row that differs into words; its values are lists, single values, or lengths of lists."""
     here, there = row[name], row[f"{theirs}{_THEIRS}"]
-    if isinstance(here, list):
+    if isinstance(here, list) and isinstance(there, list):
         at = next((at for at, (left, right) in enumerate(zip(here, there, strict=False)) if left != right), None)
         if at is not None:
             problem = f"{name}[{at}] is {here[at]}, in {parent.name} it is {there[at]}"
             return Finding(child.path, problem, child.version_number, pair_id=row["pair_id"])
-        here, there = len(here), len(there)
-    problem = f"{here} {name} for {there} {theirs} of {parent.name}"
+        here, there, is_length = len(here), len(there), True
+    if is_length:
+        problem = f"{here} {name} for {there} {theirs} of {parent.name}"
+    else:
+        problem = f"{name} is {_shown(here)}, in {parent.name} it is {_shown(there)}"
     return Finding(child.path, problem, child.version_number, pair_id=row["pair_id"])
+
+
+def _shown(value: Any) -> str:
+    return f"a list of {len(value)}" if isinstance(value, list) else str(value)
 
 
 def _lost(child: SoundTable, parents: list[SoundTable], pair_id: str) -> Finding:

@@ -37,9 +37,18 @@ TOKENS = pa.schema(
 """One row per preference pair, tokenised."""
 
 LOGPS = pa.schema(
-    [_required("pair_id", pa.string()), _required("chosen_logps", FLOATS), _required("rejected_logps", FLOATS)]
+    [
+        _required("pair_id", pa.string()),
+        _required("chosen_logps", FLOATS),
+        _required("rejected_logps", FLOATS),
+        pa.field("chosen_top_ids", IDS),
+        pa.field("chosen_top_logps", FLOATS),
+        pa.field("rejected_top_ids", IDS),
+        pa.field("rejected_top_logps", FLOATS),
+    ]
 )
-"""Per-token log-probabilities (nats, <= 0) of one scorer."""
+"""Per-token log-probabilities (nats, <= 0) of one scorer; on request also those of the k likeliest tokens at each place,
+k entries per response token one after another, the likeliest first."""
 
 WEIGHTS = pa.schema(
     [
@@ -55,6 +64,12 @@ WEIGHTS = pa.schema(
         pa.field("anchor_ids", IDS),
         pa.field("anchor_ref_logps", FLOATS),
         _required("split", pa.string()),
+        pa.field("chosen_score", pa.float32()),
+        pa.field("rejected_score", pa.float32()),
+        pa.field("chosen_ref_top_ids", IDS),
+        pa.field("chosen_ref_top_logps", FLOATS),
+        pa.field("rejected_ref_top_ids", IDS),
+        pa.field("rejected_ref_top_logps", FLOATS),
     ]
 )
 """What training reads: self-contained, one row per pair."""

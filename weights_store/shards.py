@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,7 +37,11 @@ _FOOTER_KEY = b"tokenweights.checksums"
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What a commit records of one shard. Checksums are 16 hex digits per column, see `checksums.py`."""
+    """What a commit records of one shard. Checksums are 16 hex digits per column, see `checksums.py`.
+
+    `group_sizes` are the rows of its row groups, so that a trainer can plan its order without opening any shard; commits made
+    before they were recorded have none.
+    """
 
     name: str
     num_rows: int
@@ -46,6 +50,7 @@ class ShardRecord:
     first_key: str | int
     last_key: str | int
     checksums: dict[str, str]
+    group_sizes: Sequence[int] = ()
 
     @property
     def sums(self) -> dict[str, int]:
@@ -179,7 +184,7 @@ class _OpenShard:
         self._sink = pa.BufferOutputStream()
         self._writer = pq.ParquetWriter(self._sink, schema, **_layout(schema))
         self._groups: list[dict[str, int]] = []
-        self._num_rows = 0
+        self._sizes: list[int] = []
         self._keys: list[Any] = []
 
     @property
@@ -189,7 +194,7 @@ class _OpenShard:
     def write_group(self, rows: pa.Table, key: list[str]) -> None:
         self._groups.append(column_checksums(rows, key))
         self._writer.write_table(rows, row_group_size=rows.num_rows)
-        self._num_rows += rows.num_rows
+        self._sizes.append(rows.num_rows)
         self._keys += [rows[key[0]][0].as_py(), rows[key[0]][-1].as_py()]
 
     def close(self, name: str) -> tuple[pa.Buffer, ShardRecord]:
@@ -200,12 +205,13 @@ class _OpenShard:
         data = self._sink.getvalue()
         record = ShardRecord(
             name=name,
-            num_rows=self._num_rows,
+            num_rows=sum(self._sizes),
             num_bytes=data.size,
             sha256=hashlib.sha256(data).hexdigest(),
             first_key=min(self._keys),
             last_key=max(self._keys),
             checksums={column: f"{value:016x}" for column, value in sum_checksums(self._groups).items()},
+            group_sizes=self._sizes,
         )
         return data, record
 
@@ -296,12 +302,25 @@ class ShardReader:
             total != self.record.sums
             or len(groups) != self._file.num_row_groups
             or sum(self.group_sizes) != self.record.num_rows
+            or list(self.record.group_sizes) not in ([], self.group_sizes)
         ):
             raise DamageError(
                 f"{self.where}: shard {self.record.name} is not the file that was committed: its footer's checksums or rows "
                 f"differ; {_RESTORE}"
             )
         return groups
+
+
+def lacking(schema: pa.Schema, names: Collection[str]) -> list[pa.Field]:
+    """Return the columns of `schema` that may be null and are not among `names`: they came after a table was written."""
+    return [field for field in schema if field.nullable and field.name not in names]
+
+
+def with_nulls(rows: pa.Table, fields: Iterable[pa.Field]) -> pa.Table:
+    """Return rows with more columns, all null."""
+    for field in fields:
+        rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
+    return rows
 
 
 def sum_checksums(parts: Iterable[dict[str, int]]) -> dict[str, int]:

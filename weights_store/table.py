@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
@@ -29,7 +30,7 @@ from weights_store.errors import ConflictError, DamageError, NotFoundError, Stor
 from weights_store.key_ranges import KeyRange, cuts
 from weights_store.location import Location, one_line
 from weights_store.schemas import SCHEMA_VERSION
-from weights_store.shards import ShardReader, ShardRecord, ShardWriter, sum_checksums
+from weights_store.shards import ShardReader, ShardRecord, ShardWriter, lacking, sum_checksums, with_nulls
 
 _Items = TypeVar("_Items", pa.Table, list[ShardRecord])
 _MAX_TRIES = 20
@@ -120,7 +121,7 @@ class Table:
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def scan(self, version: int | None = None) -> pl.LazyFrame:
-        """Return one version as a lazy frame.
+        """Return one version as a lazy frame, with all columns: those that came after it was written are null.
 
         Raises:
             NotFoundError: There is no such table or version.
@@ -130,7 +131,9 @@ class Table:
         if self.location.is_local and (quote(path) != path or "~" in path):
             # scan_delta takes deltalake's percent-encoded paths as they stand (Polars 2.1.0) and finds no file.
             return self._scan_files(_paths(opened))
-        return pl.scan_delta(opened, storage_options=self.location.scan_options or None)
+        frame = pl.scan_delta(opened, storage_options=self.location.scan_options or None)
+        later = [field.name for field in lacking(self.schema, _columns(opened))]
+        return frame.with_columns(pl.lit(None, self._kinds[name]).alias(name) for name in later) if later else frame
 
     def scan_shards(self, shards: Iterable[ShardRecord]) -> pl.LazyFrame:
         """Return the rows of some shards, committed or not, as a lazy frame."""
@@ -139,8 +142,13 @@ class Table:
     def _scan_files(self, names: list[str]) -> pl.LazyFrame:
         if not names:
             return pl.LazyFrame(pl.from_arrow(self.schema.empty_table()))
-        options = self.location.scan_options or None
-        return pl.scan_parquet([f"{self.location}/{name}" for name in names], glob=False, storage_options=options)
+        return pl.scan_parquet(
+            [f"{self.location}/{name}" for name in names],
+            glob=False,
+            schema=self._kinds,
+            missing_columns="insert",  # files may be older than a column
+            storage_options=self.location.scan_options or None,
+        )
 
     def records(self, version: int | None = None) -> list[ShardRecord]:
         """Return what the commits recorded of the shards of one version, in the order in which they were written.
@@ -182,12 +190,18 @@ class Table:
     def batches(self, version: int | None = None, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Yield the row groups of one version in stored order, checked: the whole table in the memory of one row group.
 
+        Columns that came after a shard was written are null.
+
         Raises:
             NotFoundError: There is no such table or version.
             DamageError: A shard is not what was committed.
         """
+        names = self.schema.names if columns is None else columns
         for record in self.records(version):
-            yield from self.open_shard(record).groups(columns)
+            later = [field for field in lacking(self.schema, record.checksums) if field.name in names]
+            there = [name for name in names if name not in {field.name for field in later}]
+            for rows in self.open_shard(record).groups(there):
+                yield with_nulls(rows, later).select(names)
 
     def num_rows(self, version: int | None = None) -> int:
         """Return the number of rows of one version."""
@@ -362,6 +376,11 @@ class Table:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def _kinds(self) -> pl.Schema:
+        """The columns as Polars types."""
+        return pl.DataFrame(pl.from_arrow(self.schema.empty_table())).schema
+
     def _open(self, version: int | None = None) -> Any:
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError, TableNotFoundError
@@ -526,32 +545,65 @@ class Table:
         mode: str,
         removed: tuple[ShardRecord, ...],
     ) -> TableVersion:
-        from deltalake import CommitProperties, DeltaTable, Schema
-        from deltalake.exceptions import DeltaError
+        from deltalake import Schema
         from deltalake.transaction import create_table_with_add_actions
 
-        schema, uri, options = Schema.from_arrow(self.schema), str(self.location), self.location.storage_options
-        record = {"schema_version": SCHEMA_VERSION, **metadata, "num_rows_written": sum(s.num_rows for s in shards)}
-        record["commit_id"] = uuid.uuid4().hex
-        properties = CommitProperties(custom_metadata=custom_metadata(record, shards), max_commit_retries=0)
+        opened = None if base is None else self._open(base)
+        if opened is not None and mode == "append":  # an overwrite brings its columns along
+            opened = self._widened(opened, shards)
+        schema, base = Schema.from_arrow(self.schema), None if opened is None else int(opened.version())
         actions = delta_actions(self.key[0], shards, removed)
-        try:
-            if base is None:
+        with self._committing(base, metadata, shards) as properties:
+            if opened is not None:
+                opened.create_write_transaction(actions, mode, schema, commit_properties=properties)
+            else:
                 self._check_stands_alone()
                 if self.location.is_local:
                     self.location.path.mkdir(parents=True, exist_ok=True)
                 create_table_with_add_actions(
-                    uri,
+                    str(self.location),
                     schema,
                     actions,
                     mode="error",
                     configuration=self._configuration,
                     commit_properties=properties,
-                    storage_options=options,
+                    storage_options=self.location.storage_options,
                 )
-            else:
-                opened = DeltaTable(uri, version=base, storage_options=options)
-                opened.create_write_transaction(actions, mode, schema, commit_properties=properties)
+        version = 0 if base is None else base + 1
+        return TableVersion(str(self.root), self.path, version, metadata["fingerprint"])
+
+    def _widened(self, opened: Any, shards: list[ShardRecord]) -> Any:
+        """Return an open version with every column of `shards`: the given one, or the next, which adds columns and no rows.
+
+        Delta takes files with more columns than a table has, and no reader would ever see what stands in them.
+        """
+        from deltalake import Schema
+
+        there, written = _columns(opened), {name for shard in shards for name in shard.checksums}
+        later = [field for field in lacking(self.schema, there) if field.name in written]
+        if not later:
+            return opened
+        base = int(opened.version())
+        changes = [f"columns: new are {', '.join(field.name for field in later)}"]
+        with self._committing(base, self.metadata(base) | {"changes": changes}, []) as properties:
+            opened.alter.add_columns(Schema.from_arrow(pa.schema(later)).fields, commit_properties=properties)
+        return self._open(base + 1)
+
+    @contextmanager
+    def _committing(self, base: int | None, metadata: Mapping[str, Any], shards: list[ShardRecord]) -> Iterator[Any]:
+        """Yield the properties of a commit of version `base` + 1, and say what has become of it where committing it fails.
+
+        Raises:
+            ConflictError: Another writer made that version first.
+            StoreError: It was not made.
+        """
+        from deltalake import CommitProperties
+        from deltalake.exceptions import DeltaError
+
+        record = {"schema_version": SCHEMA_VERSION, **metadata, "num_rows_written": sum(s.num_rows for s in shards)}
+        record["commit_id"] = uuid.uuid4().hex
+        try:
+            yield CommitProperties(custom_metadata=custom_metadata(record, shards), max_commit_retries=0)
         except (DeltaError, OSError) as error:
             # An error does not say what happened: the commit may be there and only its reply lost, or another writer's is.
             made = self._made(0 if base is None else base + 1)
@@ -561,8 +613,6 @@ class Table:
                 raise ConflictError(
                     f"{self.path}: another writer made a version after {base}; run again"
                 ) from self._cause(error)
-        version = 0 if base is None else base + 1
-        return TableVersion(str(self.root), self.path, version, record["fingerprint"])
 
     def _check_stands_alone(self) -> None:
         """Refuse a table inside another one's folder, or around one: listings and `vacuum` look at whole folders."""
@@ -589,6 +639,11 @@ _FOREIGN = "was not written by tokenweights: its commit has no metadata of ours"
 
 def _overlap(one: ShardRecord, other: ShardRecord) -> bool:
     return one.first_key <= other.last_key and other.first_key <= one.last_key  # type: ignore[operator]
+
+
+def _columns(opened: Any) -> list[str]:
+    """Return the columns that an open DeltaTable has for its readers."""
+    return [field.name for field in opened.schema().fields]
 
 
 def _paths(opened: Any) -> list[str]:

@@ -16,9 +16,11 @@ from weights_store.findings import Finding
 from weights_store.laws import violations
 from weights_store.log import TableLog, read_log
 from weights_store.recorded import check_balance, check_fingerprints, check_lineage, check_quarantine, parents
-from weights_store.relations import check_ids, check_keys, check_lengths
+from weights_store.relations import check_keys, check_lengths, check_reference, check_tokens
 from weights_store.schemas import KEYS
 from weights_store.store import WeightStore
+
+_Relation = Callable[[SoundTable, list[SoundTable]], Iterator[Finding]]
 
 
 def verify(
@@ -85,10 +87,9 @@ class _Verification:
         kind = log.table.path.partition("/")[0]
         rows = self._sound(log, log.newest)
         yield from self._examined[log.table.path].findings
-        yield from _tolerant(rows, _check_rows(kind, rows, _vocab_size(log)))
+        yield from _tolerant(rows, _check_rows(kind, rows, _vocab_size(log), _top_k(log)))
         yield from _tolerant(rows, check_keys(rows))
-        if kind in ("logps", "weights"):
-            yield from _tolerant(rows, self._check_against_tokens(kind, log, rows, asked))
+        yield from _tolerant(rows, self._check_relations(kind, log, rows, asked))
         yield from check_lineage(log, self.log)
         yield from check_fingerprints(log)
         if kind in ("tokens", "weights"):
@@ -96,23 +97,35 @@ class _Verification:
         if kind == "tokens":
             yield from self._check_quarantine(log)
 
-    def _check_against_tokens(self, kind: str, log: TableLog, rows: SoundTable, asked: list[str]) -> Iterator[Finding]:
-        """Compare with the tokens of the lineage: of the newest commit, for log-probs of all, as each adds some pairs."""
-        commits = [log.newest] if kind == "weights" else sorted(log.commits, reverse=True)
-        tokens = list(self._tokens(parent for at in commits for parent in parents(log.metadata(at))))
-        if not tokens:
+    def _check_relations(self, kind: str, log: TableLog, rows: SoundTable, asked: list[str]) -> Iterator[Finding]:
+        """Compare rows with those that they were made from."""
+        if kind == "logps":  # by all commits: each adds some pairs
+            commits = sorted(log.commits, reverse=True)
+            references = [parent for version in commits for parent in parents(log.metadata(version))]
+            yield from self._compare(check_lengths, rows, _of_kind("tokens", references), asked)
+        if kind == "weights":
+            references = parents(log.metadata(log.newest))
+            yield from self._compare(check_tokens, rows, _of_kind("tokens", references), asked)
+            ref = [parent for parent in _of_kind("logps", references) if parent.get("role") == "ref_logps"]
+            yield from self._compare(check_reference, rows, ref, asked)
+
+    def _compare(
+        self, check: _Relation, rows: SoundTable, references: Iterable[dict[str, Any]], asked: list[str]
+    ) -> Iterator[Finding]:
+        made_from = list(self._tables(references))
+        if not made_from:
             return
-        yield from check_lengths(rows, tokens) if kind == "logps" else check_ids(rows, tokens[0])
-        for parent in tokens:
+        yield from check(rows, made_from)
+        for parent in made_from:
             if not parent.is_whole and parent.path not in asked:
                 problem = f"not all of it could be compared with {parent.name}, which is damaged; verify {parent.path}"
-                yield Finding(log.table.path, problem, log.newest)
+                yield Finding(rows.path, problem, rows.version_number)
 
-    def _tokens(self, references: Iterable[dict[str, Any]]) -> Iterator[SoundTable]:
-        """Yield the tokens tables among some parents, each version once; what is not there is the lineage's finding."""
+    def _tables(self, references: Iterable[dict[str, Any]]) -> Iterator[SoundTable]:
+        """Yield the tables of some references, each version once; what is not there is the lineage's finding."""
         places = dict.fromkeys((parent["table"], parent["version"]) for parent in references)
         for path, version in places:
-            log = self.log(path) if path.startswith("tokens/") else None
+            log = self.log(path)
             if log is not None and version in log.commits:
                 yield self._sound(log, version)
 
@@ -123,6 +136,10 @@ class _Verification:
             yield from _tolerant(rows, check_quarantine(tokens, rows))
 
 
+def _of_kind(kind: str, references: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [parent for parent in references if parent["table"].startswith(f"{kind}/")]
+
+
 def _tolerant(table: SoundTable, findings: Iterator[Finding]) -> Iterator[Finding]:
     """Yield findings; a shard that was sound a moment ago and can no longer be read is one more of them."""
     try:
@@ -131,7 +148,7 @@ def _tolerant(table: SoundTable, findings: Iterator[Finding]) -> Iterator[Findin
         yield Finding(table.path, str(error), table.version_number)
 
 
-def _check_rows(kind: str, table: SoundTable, vocab_size: int | None) -> Iterator[Finding]:
+def _check_rows(kind: str, table: SoundTable, vocab_size: int | None, top_k: int | None) -> Iterator[Finding]:
     """Yield the first row that breaks each law, for every row group."""
     for record in table.records():
         place = Finding(table.path, "", table.version_number, record.name)
@@ -143,7 +160,7 @@ def _check_rows(kind: str, table: SoundTable, vocab_size: int | None) -> Iterato
             except DamageError as error:  # bytes as committed, values not: the memory or disk of the writer was bad
                 yield replace(place, problem=str(error))
                 continue
-            for violation in violations(kind, rows, table.key, vocab_size):
+            for violation in violations(kind, rows, table.key, vocab_size, top_k):
                 more = violation.num_rows - 1
                 tail = f" ({more} more rows like this in the row group)" if more else ""
                 pair_id = rows["pair_id"][violation.row].as_py()
@@ -154,3 +171,9 @@ def _vocab_size(log: TableLog) -> int | None:
     """Return the size of the vocabulary that the newest commit recorded, None where it did not."""
     size = ((log.metadata(log.newest) or {}).get("tokenizer") or {}).get("vocab_size")
     return size if isinstance(size, int) else None
+
+
+def _top_k(log: TableLog) -> int | None:
+    """Return how many likeliest tokens a table of log-probs has for each place, None where its newest commit does not say."""
+    scorer = (log.metadata(log.newest) or {}).get("scorer")
+    return scorer.get("top_k", 0) if isinstance(scorer, dict) else None

@@ -149,6 +149,24 @@ def _fingerprint_model(result):
     return fingerprint_model(folder)
 
 
+def test_stored_log_probs_were_compared_with_transformers_once_for_both_datasets(world, first_build):
+    store = WeightStore(world / "store")
+    uniform, final = store.metadata("toy/uniform"), store.metadata("toy/tis-dpo")
+    parity = final["parity"]
+    assert parity == uniform["parity"]
+    assert (parity["num_pairs"], parity["dtype"]) == (16, "float32")
+    # The engine computes in float32, and log-probs are stored to a relative 1.2e-4.
+    assert 0 < parity["mean"] < 5e-4
+    assert parity["mean"] < parity["p99"] <= parity["max"] < 1e-2
+    scorer = store.table(first_build.scored["ref"].logps.table).metadata()["scorer"]
+    assert final["reference"] == {
+        "model_fingerprint": scorer["model"],
+        "dtype": "float32",
+        "model": str(first_build.model_folder),
+    }
+    assert "compared with transformers: mean" in Path(first_build.report).read_text(encoding="utf-8")
+
+
 def test_rebuild_does_nothing(world, first_build):
     before = _files(world / "store")
     again = _build(world)

@@ -15,6 +15,7 @@ from pipeline.publish import Ingredients, publish
 from pipeline.recipe import Recipe, WeightsSection
 from pipeline.score import logps_table
 from pipeline.scoring import Request, Target, run
+from pipeline.sharing import Scores
 
 # Imported in the fork server once, instead of by every child.
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401  # isort: skip
@@ -33,11 +34,11 @@ class MadeUpEngine:
         self.scale = float(model.name)
 
     def score(self, sequences, progress=lambda num_tokens: None):
-        return [self._logps(sequence)[sequence.start :] for sequence in sequences]
+        return [self._scores(sequence) for sequence in sequences]
 
-    def _logps(self, sequence):
-        ids = np.array(sequence.response_ids, dtype=np.float64) + sum(sequence.prompt_ids)
-        return (-self.scale * (1.5 + np.sin(ids))).astype(np.float32)
+    def _scores(self, sequence):
+        ids = np.array(sequence.response_ids[sequence.start :], dtype=np.float64) + sum(sequence.prompt_ids)
+        return Scores.of((-self.scale * (1.5 + np.sin(ids))).astype(np.float32))
 
 
 def build(recipes: list[dict], model_folder: str) -> None:

@@ -28,6 +28,16 @@ def logps(sequence):
     return (-1.5 - np.sin(before[:-1] + 2.0 * before[1:])).astype(np.float32)
 
 
+def scores(sequence):
+    """Those of the wanted tokens; the k likeliest are the token itself and the ids behind it, less likely by 3, 4, 5 … nats."""
+    from pipeline.sharing import Scores
+
+    own, steps = logps(sequence)[sequence.start :, None], np.arange(sequence.top_k)
+    ids = np.array(sequence.response_ids[sequence.start :])[:, None]
+    top_logps = own - np.where(steps > 0, steps + 2, 0)
+    return Scores(own[:, 0], ((ids + steps) % MadeUpEngine.vocab_size).astype(np.int32), top_logps.astype(np.float32))
+
+
 class MadeUpEngine:
     vocab_size = 1000
     max_tokens = 100
@@ -50,7 +60,7 @@ class MadeUpEngine:
         return [
             ScoringError("response token 0: log-prob is nan, expected a finite number")
             if SETTINGS.get("bad_id") in sequence.response_ids
-            else logps(sequence)[sequence.start :]
+            else scores(sequence)
             for sequence in sequences
         ]
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import pytest
@@ -5,6 +6,7 @@ import pytest
 from pipeline.chat import ChatTokenizer, Condition
 from pipeline.pairs import Pair, Unusable
 from weights_store.errors import InputError
+from weights_store.fingerprint import fingerprint_chat_template
 from weights_store.schemas import Reason
 
 USER = {"role": "user", "content": "How do I get started with baking?"}
@@ -143,3 +145,11 @@ def test_another_template_is_another_rendering_of_the_same_tokenizer(toy_model, 
     own, other = ChatTokenizer(toy_model), ChatTokenizer(toy_model, template)
     assert own.rendering_fingerprint != other.rendering_fingerprint
     assert own.properties(1)["fingerprint"] == other.properties(1)["fingerprint"]
+
+
+def test_the_recorded_template_is_the_one_that_rendered(toy_model, tmp_path):
+    template = _with_template(tmp_path, "{{ messages }}")
+    own, other = ChatTokenizer(toy_model).properties(1), ChatTokenizer(toy_model, template).properties(1)
+    assert own["chat_template"] == fingerprint_chat_template(toy_model)
+    assert other["chat_template"] == hashlib.sha256(b"{{ messages }}").hexdigest()
+    assert (own["rendering"] == own["fingerprint"], other["rendering"] == other["fingerprint"]) == (True, False)

@@ -3,6 +3,8 @@ import shutil
 
 import pyarrow as pa
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from pipeline.chat import Condition
 from pipeline.contrast import contrast
@@ -22,7 +24,14 @@ def _silent(_line):
 
 @pytest.fixture
 def uniform(make_recipe, toy_model, toy_pairs, tmp_path, write_jsonl):
-    """Return a function that publishes the first so many pairs with weights 1 and made-up reference log-probs."""
+    """Return a function that publishes the first so many pairs with weights 1 and the model's own log-probs."""
+    model = AutoModelForCausalLM.from_pretrained(toy_model, dtype=torch.float32)
+
+    def logps(prompt_ids, response_ids):
+        ids = torch.tensor([[*prompt_ids, *response_ids]])
+        with torch.no_grad():
+            all_logps = model(ids).logits[0, len(prompt_ids) - 1 : -1].log_softmax(-1)
+        return all_logps.gather(-1, ids[0, len(prompt_ids) :, None])[:, 0].tolist()
 
     def publish_uniform(num_pairs):
         write_jsonl(tmp_path / "pairs.jsonl", toy_pairs[:num_pairs])
@@ -32,14 +41,14 @@ def uniform(make_recipe, toy_model, toy_pairs, tmp_path, write_jsonl):
         rows = [
             {
                 "pair_id": row["pair_id"],
-                "chosen_logps": [-1.0] * len(row["chosen_ids"]),
-                "rejected_logps": [-1.0] * len(row["rejected_ids"]),
+                "chosen_logps": logps(row["prompt_ids"], row["chosen_ids"]),
+                "rejected_logps": logps(row["prompt_ids"], row["rejected_ids"]),
             }
             for row in store.table(tokens.table).scan().collect().iter_rows(named=True)
         ]
         metadata = {"fingerprint": f"r{num_pairs}", "statistics": {}}
-        logps = store.table("logps/toy/ref").append(pa.Table.from_pylist(rows, LOGPS), metadata)
-        return publish(recipe, recipe.weights, Ingredients(tokens, logps), report=_silent).weights
+        scored = store.table("logps/toy/ref").append(pa.Table.from_pylist(rows, LOGPS), metadata)
+        return publish(recipe, recipe.weights, Ingredients(tokens, scored), report=_silent).weights
 
     return publish_uniform
 

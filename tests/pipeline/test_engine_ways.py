@@ -5,6 +5,7 @@ test_fixed_ids.py (V2).
 """
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -26,6 +27,7 @@ SEQUENCES = [
 ]
 WAYS = [(FIXED_IDS, True), (RESPONSE_ROWS, False), (FLAT, True), (FLAT, False)]
 EVERY_WAY = pytest.mark.parametrize(("way", "v2"), WAYS, ids=["fixed_ids", "response_rows", "flat-v2", "flat-v1"])
+VOCAB_SIZE = 100
 FAST_WAYS = pytest.mark.parametrize(("way", "v2"), WAYS[:2], ids=[FIXED_IDS, RESPONSE_ROWS])
 
 
@@ -38,6 +40,19 @@ def _expected(sequence):
     ids = sequence.prompt_ids + sequence.response_ids
     first = len(sequence.prompt_ids) + sequence.start
     return [_logp(ids[:place], ids[place]) for place in range(first, len(ids))]
+
+
+def _likeliest(before, top_k):
+    """Ids and log-probs; of ids that are as likely the smaller comes first, as in no particular order of vLLM's."""
+    logps = sorted((-_logp(before, token_id), token_id) for token_id in range(VOCAB_SIZE))[:top_k]
+    return [(token_id, -logp) for logp, token_id in logps]
+
+
+def _expected_top(sequence):
+    """Log-probs of the likeliest at the places of the wanted tokens."""
+    ids = sequence.prompt_ids + sequence.response_ids
+    first = len(sequence.prompt_ids) + sequence.start
+    return [[logp for _, logp in _likeliest(ids[:place], sequence.top_k)] for place in range(first, len(ids))]
 
 
 def _ids(sequence):
@@ -56,13 +71,13 @@ class _MadeUpEngine:
 
     def __init__(self, v2, *, hits=None, unwritten=-0.5, spoil=None):
         self.vllm_config = SimpleNamespace(use_v2_model_runner=v2)
-        self.model_config = SimpleNamespace(max_model_len=64, get_vocab_size=lambda: 100)
+        self.model_config = SimpleNamespace(max_model_len=64, get_vocab_size=lambda: VOCAB_SIZE)
         self.hits, self.unwritten, self.spoil = hits or {}, unwritten, spoil or {}
         self.heeds_skip = True
         self.refuses = lambda num_added, params: None
         self.fails = lambda num_steps: None
         self.lacks: set[str] = set()
-        self.fast_shift = 0.0
+        self.fast_shift = self.fast_top_shift = 0.0
         self.added, self.waiting, self.ran, self.answers = [], [], [], {}
         self.num_steps = 0
 
@@ -112,7 +127,7 @@ class _MadeUpEngine:
             replies["prompt_token_id_logprobs"] = self._fixed_ids(ids, rows, num_cached, params)
         elif params.extra_args:
             self._answer(ids, rows, num_cached, *params.extra_args[KEY])
-        elif params.prompt_logprobs == 0:
+        elif params.prompt_logprobs is not None:
             replies["prompt_logprobs"] = self._flat(ids, rows, num_cached, params)
         return RequestOutput(
             request_id, None, list(ids), outputs=[], finished=True, num_cached_tokens=num_cached, **replies
@@ -128,13 +143,20 @@ class _MadeUpEngine:
         spoilt = self._spoilt(ids, rows)
         return None if spoilt is None else spoilt[start:, None] + np.float32(self.fast_shift)
 
-    def _answer(self, ids, rows, num_cached, key, first_row):
+    def _answer(self, ids, rows, num_cached, key, first_row, top_k):
         assert not self.vllm_config.use_v2_model_runner
         assert self.installed
         spoilt = self._spoilt(ids, rows)
         if spoilt is not None and num_cached < len(rows):
             spoilt[:num_cached] = self.unwritten
-            self.answers[key] = spoilt[first_row:] + np.float32(self.fast_shift)
+            listed = [_likeliest(ids[: row + 1], top_k) for row in range(first_row, len(ids) - 1)]
+            top = np.array(listed, np.float32).reshape(len(listed), top_k, 2)
+            shifted = top[..., 1] + np.float32(self.fast_shift + self.fast_top_shift)
+            self.answers[key] = (
+                spoilt[first_row:] + np.float32(self.fast_shift),
+                top[..., 0].astype(np.int32),
+                shifted,
+            )
 
     def _flat(self, ids, rows, num_cached, params):
         from vllm.logprobs import append_logprobs_for_next_position, create_prompt_logprobs
@@ -146,7 +168,12 @@ class _MadeUpEngine:
         spoilt[:num_cached] = self.unwritten
         first = num_cached if self.vllm_config.use_v2_model_runner else 0  # V2 leaves the rows of a hit out
         for row in range(first, len(spoilt)):
-            append_logprobs_for_next_position(flat, [ids[row + 1]], [float(spoilt[row])], [None], 1, 0)
+            top = _likeliest(ids[: row + 1], params.prompt_logprobs)
+            top_ids, top_logps = [each[0] for each in top], [each[1] for each in top]
+            names = [None] * (1 + len(top))
+            append_logprobs_for_next_position(
+                flat, [ids[row + 1], *top_ids], [float(spoilt[row]), *top_logps], names, 1, len(top)
+            )
         return flat
 
     def _spoilt(self, ids, rows):
@@ -179,7 +206,7 @@ def start(monkeypatch, tmp_path):
 
 
 def _values(replies):
-    return [reply if isinstance(reply, ScoringError) else reply.tolist() for reply in replies]
+    return [reply if isinstance(reply, ScoringError) else reply.logps.tolist() for reply in replies]
 
 
 # --- what all of this takes for granted --------------------------------------------------------------------------------
@@ -224,7 +251,7 @@ def test_replies_land_at_their_sequence_in_whatever_order_they_come(start, way, 
     replies = engine.score(SEQUENCES)
     assert [ids for _, ids, _ in made_up.ran] != [_ids(sequence) for sequence in SEQUENCES]
     assert _values(replies) == [_expected(sequence) for sequence in SEQUENCES]
-    assert {reply.dtype for reply in replies} == {np.dtype(np.float32)}
+    assert {reply.logps.dtype for reply in replies} == {np.dtype(np.float32)}
 
 
 @EVERY_WAY
@@ -254,9 +281,10 @@ def test_response_rows_asks_under_a_key_of_its_own_from_the_first_wanted_row_on(
     engine.score(SEQUENCES)
     engine.score(SEQUENCES[:1])
     asked = [params.extra_args[KEY] for _, _, params in made_up.added]
-    assert [first_row for _, first_row in asked] == [4, 2, 2, 1, 4]
-    assert len({key for key, _ in asked}) == 5
-    assert [int(request_id) for request_id, _, _ in made_up.added] == [key for key, _ in asked]
+    assert [first_row for _, first_row, _ in asked] == [4, 2, 2, 1, 4]
+    assert len({key for key, _, _ in asked}) == 5
+    assert [int(request_id) for request_id, _, _ in made_up.added] == [key for key, _, _ in asked]
+    assert {top_k for _, _, top_k in asked} == {0}
     assert all(
         params.prompt_logprobs is None and params.prompt_logprob_token_ids is None for _, _, params in made_up.added
     )
@@ -364,7 +392,7 @@ def test_an_error_names_the_place_in_the_whole_response(start, way, v2):
 @EVERY_WAY
 def test_rounding_above_zero_becomes_zero(start, way, v2):
     made_up = _MadeUpEngine(v2, spoil={_ids(SEQUENCES[3]): _changed(1, 5e-4)})
-    assert start(made_up, way)[0].score(SEQUENCES)[3].tolist() == [0.0]
+    assert start(made_up, way)[0].score(SEQUENCES)[3].logps.tolist() == [0.0]
 
 
 def test_fixed_ids_refuses_more_than_one_column(start):
@@ -465,6 +493,90 @@ def test_a_runner_without_what_the_hook_needs_is_scored_the_flat_way(start, meth
     assert _values(engine.score(SEQUENCES)) == [_expected(sequence) for sequence in SEQUENCES]
     assert engine.way == FLAT
     assert f"response_rows failed with AttributeError: no attribute '{method}'" in reports[0]
+
+
+def test_a_reply_that_cannot_be_read_leaves_the_fast_way_and_nothing_behind(start):
+    made_up = _MadeUpEngine(v2=True)
+    made_up._fixed_ids = lambda *request: "something else"
+    engine, reports = start(made_up)
+    assert _values(engine.score(SEQUENCES)) == [_expected(sequence) for sequence in SEQUENCES]
+    assert engine.way == FLAT
+    assert "fixed_ids failed with AttributeError: 'str' object has no attribute 'ndim'" in reports[0]
+    # Two of the first four had been run when the first of them was read.
+    assert [params.prompt_logprobs for _, _, params in made_up.ran] == [None] * 2 + [0] * 4
+
+
+# --- the likeliest tokens ----------------------------------------------------------------------------------------------
+
+TOP = [replace(sequence, top_k=3) for sequence in SEQUENCES]
+
+
+@pytest.mark.parametrize(("way", "v2"), WAYS[1:], ids=["response_rows", "flat-v2", "flat-v1"])
+def test_the_likeliest_tokens_come_with_those_of_the_response(start, way, v2):
+    made_up = _MadeUpEngine(v2, hits={_ids(TOP[0]): 5, _ids(TOP[1]): 2})  # the first is scored again without the cache
+    engine, _ = start(made_up, way)
+    replies = engine.score(TOP)
+    assert engine.way == way
+    assert _values(replies) == [_expected(sequence) for sequence in TOP]
+    assert [reply.top_logps.tolist() for reply in replies] == [_expected_top(sequence) for sequence in TOP]
+    for sequence, reply in zip(TOP, replies, strict=True):
+        ids = sequence.prompt_ids + sequence.response_ids
+        for row, (top_ids, top_logps) in enumerate(zip(reply.top_ids, reply.top_logps, strict=True)):
+            before = ids[: sequence.first_row + 1 + row]
+            assert [_logp(before, token_id) for token_id in top_ids.tolist()] == top_logps.tolist()
+
+
+def test_the_runner_that_takes_ids_beforehand_goes_the_flat_way_and_says_so(start):
+    made_up = _MadeUpEngine(v2=True)
+    engine, reports = start(made_up)
+    assert _values(engine.score(TOP)) == [_expected(sequence) for sequence in TOP]
+    assert engine.way == FLAT
+    assert reports == [
+        "scoring by vLLM's flat prompt log-probs: fixed_ids cannot find the 3 likeliest tokens (score.top_k)"
+    ]
+    assert {params.prompt_logprobs for _, _, params in made_up.ran} == {3}
+
+
+def test_the_way_is_chosen_anew_for_scorers_that_store_no_likeliest_tokens(start):
+    made_up = _MadeUpEngine(v2=True)
+    engine, reports = start(made_up)
+    engine.score(TOP)
+    assert _values(engine.score(SEQUENCES)) == [_expected(sequence) for sequence in SEQUENCES]
+    assert engine.way == FIXED_IDS
+    assert reports[1:] == ["scoring by fixed_ids: within 0.0e+00 nats of flat prompt log-probs on 4 sequences"]
+
+
+def test_response_rows_is_taken_where_its_likeliest_tokens_agree_as_well(start):
+    engine, reports = start(_MadeUpEngine(v2=False))
+    engine.score(TOP)
+    assert engine.way == RESPONSE_ROWS
+    assert reports == [
+        "scoring by response_rows: within 0.0e+00 nats of flat prompt log-probs on 4 sequences, 3 likeliest tokens included"
+    ]
+
+
+def test_a_way_is_left_whose_likeliest_tokens_alone_differ(start):
+    made_up = _MadeUpEngine(v2=False)
+    made_up.fast_top_shift = -0.03125
+    # Responses of tokens that are never among the likeliest.
+    sequences = [ScoredSequence([11, 12], [_unlikely([11, 12], place)], top_k=3) for place in range(4)]
+    engine, reports = start(made_up)
+    engine.score(sequences)
+    assert engine.way == FLAT
+    assert "response_rows differs from them by 0.031 nats in the mean on 4 sequences" in reports[0]
+
+
+def _unlikely(before, place):
+    return _likeliest(before, VOCAB_SIZE)[-1 - place][0]
+
+
+def test_a_response_whose_own_log_probs_contradict_the_likeliest_is_an_error_in_its_place_alone(start):
+    # Row 5 is that of response token 1 of the first sequence; nothing is as likely as -0.03125.
+    made_up = _MadeUpEngine(v2=False, spoil={_ids(TOP[0]): _changed(5, -0.03125)})
+    first, *others = start(made_up, RESPONSE_ROWS)[0].score(TOP)
+    with pytest.raises(ScoringError, match="response token 1, .*: the token itself is likelier, and not there"):
+        raise first
+    assert _values(others) == [_expected(sequence) for sequence in TOP[1:]]
 
 
 # --- failures of the engine --------------------------------------------------------------------------------------------

@@ -19,13 +19,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 _SCRIPT = """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 import triton.backends
 # vLLM leaves Triton alone on a CPU unless there is a backend of that name. The interpreter needs none, so it is never called.
 triton.backends.backends["cpu"] = SimpleNamespace(compiler=None, driver=SimpleNamespace(is_active=lambda: True))
 from pipeline.engine import EngineSettings, VllmEngine
-from pipeline.sharing import ScoredSequence
+from pipeline.sharing import ScoredSequence, Scores
 from weights_store.errors import EngineError
 
 model, sequences = Path(sys.argv[1]), [ScoredSequence(*each) for each in json.loads(Path(sys.argv[2]).read_text())]
@@ -47,12 +48,14 @@ def watched_step():
 engine._engine.step = watched_step
 
 def score(what):
-    return [reply.tolist() if hasattr(reply, "tolist") else str(reply) for reply in engine.score(what)]
+    return [reply.logps.tolist() if isinstance(reply, Scores) else str(reply) for reply in engine.score(what)]
 
 result = {"chosen": score(sequences), "way": engine.way, "reports": reports, "seen": seen[:]}
 engine.way = "flat"
 result["flat"] = score(sequences)
-engine.way = "fixed_ids"
+likeliest = engine.score([replace(sequence, top_k=4) for sequence in sequences])
+result["likeliest"] = [[each.logps.tolist(), each.top_ids.tolist(), each.top_logps.tolist()] for each in likeliest]
+engine.way, engine._top_k = "fixed_ids", None
 try:
     engine.score([sequences[0], ScoredSequence([1] * (engine.max_tokens + 1), [1])])
 except EngineError as error:
@@ -116,11 +119,13 @@ def _make_sequences():
 
 @torch.no_grad()
 def _transformers(model, sequences):
+    """Log-probs `[T]` of the wanted tokens and `[T, V]` of all, of each sequence."""
     result = []
     for prompt_ids, response_ids, start in sequences:
         ids = torch.tensor([prompt_ids + response_ids])
-        logps = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
-        result.append(logps[len(prompt_ids) - 1 + start :].numpy())
+        first = len(prompt_ids) + start
+        all_logps = model(ids).logits[0, first - 1 : -1].log_softmax(-1)
+        result.append((all_logps.gather(-1, ids[0, first:, None]).squeeze(-1).numpy(), all_logps.numpy()))
     return result
 
 
@@ -148,18 +153,27 @@ def scored(tmp_path_factory):
 def test_the_engine_chooses_fixed_ids_by_itself(scored):
     result, _ = scored
     assert result["way"] == "fixed_ids"
-    assert len(result["reports"]) == 1
     assert "scoring by fixed_ids: within" in result["reports"][0]
     assert "on 7 sequences" in result["reports"][0]
+    assert [report for report in result["reports"][1:] if "cannot find the 4 likeliest tokens" not in report] == []
 
 
 @pytest.mark.parametrize("replies", ["chosen", "flat"])
 def test_fixed_ids_and_flat_agree_with_transformers_on_the_v2_runner(scored, replies):
     result, expected = scored
     assert [len(reply) for reply in result[replies]] == [6, 5, 43, 42, 4, 3, 5]
-    difference = np.abs(np.concatenate(expected) - np.concatenate(result[replies]))
+    difference = np.abs(np.concatenate([logps for logps, _ in expected]) - np.concatenate(result[replies]))
     assert difference.mean() < 1e-3
     assert difference.max() < 1e-2
+
+
+def test_the_likeliest_tokens_of_the_v2_runner_come_the_flat_way_and_are_those_of_transformers(scored):
+    result, expected = scored
+    assert "fixed_ids cannot find the 4 likeliest tokens" in result["reports"][1]
+    for (logps, top_ids, top_logps), (_, all_logps) in zip(result["likeliest"], expected, strict=True):
+        assert np.shape(top_ids) == np.shape(top_logps) == (len(logps), 4)
+        np.testing.assert_allclose(top_logps, torch.tensor(all_logps).topk(4).values, atol=1e-2)
+        np.testing.assert_allclose(top_logps, np.take_along_axis(all_logps, np.array(top_ids), 1), atol=1e-2)
 
 
 def test_cache_hits_are_what_the_contract_tests_take_them_for(scored):
@@ -180,4 +194,4 @@ def test_a_refused_request_leaves_nothing_behind(scored):
     result, expected = scored
     assert "the engine failed: VLLMValidationError" in result["refused"]
     assert result["left_behind"] is False
-    np.testing.assert_allclose(result["after"][0], expected[0], atol=1e-2)
+    np.testing.assert_allclose(result["after"][0], expected[0][0], atol=1e-2)

@@ -9,8 +9,10 @@ import re
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import transformers
@@ -22,16 +24,19 @@ from pipeline.parity import (
     Sample,
     check_parity,
     check_scorer,
+    check_stored,
     compare,
     parity_lines,
     role_scorer,
     take_sample,
     under_condition,
 )
-from pipeline.parity_process import Column, score_with_transformers
+from pipeline.parity_process import SIDES, Column, run, score_with_transformers
 from pipeline.prepare import Preparation, prepare
 from pipeline.recipe import Recipe
+from weights_store import WeightStore
 from weights_store.errors import InputError, MismatchError
+from weights_store.schemas import LOGPS, WEIGHTS
 from weights_store.settings import parse_settings
 
 MEAN_NATS, MAX_NATS = 1e-3, 1e-2
@@ -67,14 +72,14 @@ from pathlib import Path
 from pipeline.engine import VllmEngine
 from pipeline.parity_process import Task, run
 
-run_of_engine, seen = VllmEngine._run, []
+outputs_of_engine, seen = VllmEngine._outputs, []
 
-def watched(self, *arguments):
-    outputs = run_of_engine(self, *arguments)
-    seen.extend(output.prompt_token_ids for output in outputs.values())
-    return outputs
+def watched(self):
+    for output in outputs_of_engine(self):
+        seen.append(output.prompt_token_ids)
+        yield output
 
-VllmEngine._run = watched
+VllmEngine._outputs = watched
 result = {}
 for name, task in json.loads(Path(sys.argv[1]).read_text()).items():
     columns = run(Task(**task), print)
@@ -446,3 +451,110 @@ def test_wrong_usage_of_the_command_is_exit_code_2(option, capsys):
     with pytest.raises(SystemExit, match="2"):
         tokenweights.main(["check-scorer", "recipe.toml", *option])
     assert "expected" in capsys.readouterr().err or option[0] == "--role"
+
+
+# --- what is stored ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(tmp_path, toy_model, toy_pairs, write_jsonl, monkeypatch):
+    """A recipe, its tokens, a function that stores reference log-probs off by so many nats, and one that checks them here."""
+    write_jsonl(tmp_path / "pairs.jsonl", toy_pairs[:6])
+    recipe = _recipe(tmp_path, toy_model, tmp_path / "pairs.jsonl")
+    tokens = prepare(recipe, toy_model, lambda line: None).tokens
+    store, ran = WeightStore(tokens.store), []
+    expected = score_with_transformers(toy_model, store.table(tokens.table).scan().collect().to_dicts(), print)
+
+    def write(off_nats):
+        rows = [
+            {
+                "pair_id": pair_id,
+                **{f"{side}_logps": np.array(v) - off_nats for side, v in zip(SIDES, values, strict=True)},
+            }
+            for pair_id, values in expected.logps.items()
+        ]
+        table = store.table("logps/toy-1/ref")
+        return table.replace(pa.Table.from_pylist(rows, LOGPS), {"fingerprint": f"off {off_nats}"})
+
+    def check(ref, report=lambda line: None, **score):
+        changed = recipe.model_copy(update={"score": recipe.score.model_copy(update=score)})
+        return check_stored(changed, tokens, ref, toy_model, report)
+
+    def run_here(task, _python, report):
+        ran.append([row["pair_id"] for row in task.rows])
+        return run(task, report)
+
+    monkeypatch.setattr("pipeline.parity._run", run_here)  # a process of its own costs seconds; builds have one
+    return SimpleNamespace(
+        store=store, tokens=tokens, write=write, check=check, ran=ran, pair_ids=sorted(expected.logps)
+    )
+
+
+def test_stored_log_probs_that_agree_are_recorded_with_their_rounding(stored):
+    found = stored.check(stored.write(2**-12))["parity"]
+    rows = stored.store.table(stored.tokens.table).scan().collect()
+    num_tokens = sum(rows[f"{side}_ids"].list.len().sum() for side in SIDES)
+    assert (found["num_pairs"], found["num_tokens"], found["dtype"]) == (6, num_tokens, "float32")
+    # Off by 2.4e-4, and rounded to 12 bits: a log-prob above -16 moves by less than 8 * 2**-12 nats then, mostly by far less.
+    assert found["mean"] == pytest.approx(2**-12, abs=2e-4)
+    assert found["mean"] < found["p99"] <= found["max"] < 1e-2
+
+
+def test_stored_log_probs_that_differ_are_refused(stored):
+    with pytest.raises(
+        MismatchError,
+        match=r"^logps/toy-1/ref@0 differs from transformers by 0\.5 nats in the mean \(expected at most 0\.001\).*"
+        r"farthest apart: pair .* Nothing was published\. .*score.parity_pairs=0",
+    ):
+        stored.check(stored.write(0.5))
+    assert stored.check(stored.write(0.5), parity_pairs=0) == {}
+
+
+def test_the_sample_of_a_build_is_the_pairs_with_the_lowest_ids_that_are_short_enough(stored, monkeypatch):
+    ref, lines = stored.write(0.0), []
+    stored.check(ref, parity_pairs=2)
+    assert stored.ran.pop() == stored.pair_ids[:2]
+    rows = stored.store.table(stored.tokens.table).scan().collect()
+    lengths = {
+        row["pair_id"]: len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        for row in rows.to_dicts()
+    }
+    monkeypatch.setattr("pipeline.parity._MAX_STORED_TOKENS", max(lengths.values()) - 1)
+    stored.check(ref)
+    assert stored.ran.pop() == [pair_id for pair_id in stored.pair_ids if lengths[pair_id] < max(lengths.values())]
+    monkeypatch.setattr("pipeline.parity._MAX_STORED_TOKENS", 3)
+    assert stored.check(ref, lines.append) == {}
+    assert lines == ["logps/toy-1/ref@0: not compared with transformers: no pair has at most 3 tokens"]
+    assert stored.ran == []
+
+
+@pytest.mark.parametrize("name", ["toy/uniform", "toy/tis-dpo"])
+def test_a_check_that_a_version_has_recorded_of_the_same_log_probs_is_not_repeated(stored, name):
+    ref = stored.write(0.5)
+    metadata = {"fingerprint": "w", "parents": [{"role": "ref_logps", **ref.as_parent()}], "parity": {"mean": 7.0}}
+    stored.store.table(f"weights/{name}").append(WEIGHTS.empty_table(), metadata)
+    assert stored.check(ref) == {"parity": {"mean": 7.0}}
+    with pytest.raises(MismatchError, match="differs"):
+        stored.check(stored.write(0.25))  # other log-probs
+    assert len(stored.ran) == 1
+
+
+def test_an_interpreter_without_transformers_is_said_in_one_line_and_nothing_recorded(
+    tmp_path, toy_model, toy_pairs, write_jsonl
+):
+    write_jsonl(tmp_path / "pairs.jsonl", toy_pairs[:2])
+    bare = tmp_path / "python"
+    bare.write_text(
+        f"#!{sys.executable}\nimport runpy, sys\nsys.modules['torch'] = None\nsys.argv = sys.argv[2:]\n"
+        "runpy.run_module('pipeline.parity_process', run_name='__main__', alter_sys=True)\n"
+    )
+    bare.chmod(0o755)
+    recipe = _recipe(tmp_path, toy_model, tmp_path / "pairs.jsonl", score={"python": str(bare)})
+    tokens = prepare(recipe, toy_model, lambda line: None).tokens
+    pair_ids = WeightStore(tokens.store).table(tokens.table).pair_ids()
+    rows = pa.Table.from_pylist(
+        [{"pair_id": i, "chosen_logps": [-1.0], "rejected_logps": [-1.0]} for i in pair_ids], LOGPS
+    )
+    ref, lines = WeightStore(tokens.store).table("logps/toy-1/ref").append(rows, {"fingerprint": "ref"}), []
+    assert check_stored(recipe, tokens, ref, toy_model, lines.append) == {}
+    assert re.fullmatch("logps/toy-1/ref@0: not compared with transformers: .*torch.*", lines[-1])

@@ -231,6 +231,18 @@ def test_another_dtype_scores_into_new_tables_and_says_why(built):
     assert 'settings.score.dtype: "auto" -> "bfloat16"' in plans["publish"].reasons
 
 
+def test_likeliest_tokens_are_the_references_alone_and_cost_their_bytes(built):
+    recipe = built(**{"score.top_k": 4})
+    plans = _plan(recipe)
+    assert _computed(plans) == ["score ref", "publish uniform", "publish", "report"]
+    assert plans["score ref"].reasons[1].endswith(": top_k: null -> 4")
+    assert "settings.score.top_k: null -> 4" in plans["publish"].reasons
+    rows = _rows(WeightStore(recipe.store.uri).table(_tokens_path(recipe)).reference())
+    num_tokens = _num_tokens(rows, ("chosen_ids", "rejected_ids"))
+    # 2.5 bytes for the log-prob of a token and 2.8 for each of the likeliest, and one commit.
+    assert plans["score ref"].num_bytes == pytest.approx(num_tokens * (2.5 + 4 * 2.8) + 6000, abs=1)
+
+
 def test_other_training_settings_train_and_score_a_new_pair(built):
     plans = _plan(built(**{"contrast.seed": 7}))
     assert _computed(plans) == ["contrast", "score positive", "score negative", "publish", "report"]

@@ -9,7 +9,8 @@ import pipeline.publish as publish_module
 from pipeline.publish import Ingredients, publish
 from weights_store import WeightStore
 from weights_store.errors import InputError, MismatchError
-from weights_store.schemas import LOGPS, TOKENS
+from weights_store.schemas import LOGPS, TOKENS, WEIGHTS
+from weights_store.store import _SCHEMAS
 
 SIDES = {"chosen": [5, 6, 2], "rejected": [7, 2]}
 
@@ -19,7 +20,7 @@ def store(tmp_path):
     return WeightStore(tmp_path / "store")
 
 
-def _tokens(store, *names):
+def _tokens(store, *names, scores=None):
     rows = [
         {
             "pair_id": name * 32,
@@ -27,8 +28,7 @@ def _tokens(store, *names):
             "prompt_ids": [1, 4],
             "chosen_ids": SIDES["chosen"],
             "rejected_ids": SIDES["rejected"],
-            "chosen_score": None,
-            "rejected_score": None,
+            **dict(zip(("chosen_score", "rejected_score"), (scores or {}).get(name, (None, None)), strict=True)),
             "source_row": index,
             "split": "train",
         }
@@ -42,8 +42,8 @@ def _tokens(store, *names):
     return store.table("tokens/toy-1").append(pa.Table.from_pylist(rows, TOKENS), metadata)
 
 
-def _logps(store, scorer, names, chosen, rejected):
-    rows = [{"pair_id": name * 32, "chosen_logps": chosen, "rejected_logps": rejected} for name in names]
+def _logps(store, scorer, names, chosen, rejected, **tops):
+    rows = [{"pair_id": name * 32, "chosen_logps": chosen, "rejected_logps": rejected, **tops} for name in names]
     metadata = {"fingerprint": f"{scorer}-{''.join(names)}", "statistics": {}}
     return store.table(f"logps/toy-1/{scorer}").append(pa.Table.from_pylist(rows, LOGPS), metadata)
 
@@ -80,6 +80,112 @@ def test_statistics_by_hand(store, make_recipe):
     assert statistics["chosen"]["mean_logratio"] == pytest.approx((0.5 + 3 - 0.25) / 3)
     assert statistics["num_source_rows"] == statistics["num_pairs"] + sum(statistics["quarantined"].values())
     assert statistics["constant_weights"] is False
+
+
+TOPS = {
+    "chosen_top_ids": [5, 1, 6, 3, 2, 4],
+    "chosen_top_logps": [-1.0, -1.5, -0.5, -2.0, -1.0, -3.0],
+    "rejected_top_ids": [3, 7, 2, 1],
+    "rejected_top_logps": [-0.5, -4.0, -0.25, -2.0],
+}
+
+
+def _with_tops(store, scorer="top", **changes):
+    ref = _logps(store, scorer, "ab", [-1.0, -2.0, -3.0], [-4.0, -5.0], **{**TOPS, **changes})
+    return dataclasses.replace(_ingredients(store), ref_logps=ref)
+
+
+def test_the_references_top_k_goes_along_as_it_is(store, make_recipe):
+    published = _publish(make_recipe, _with_tops(store))
+    row = store.scan("toy/tis-dpo").filter(pl.col("pair_id") == "b" * 32).collect().row(0, named=True)
+    assert {name.replace("_ref_top_", "_top_"): row[name] for name in row if "_ref_top_" in name} == TOPS
+    assert published.statistics["ref_top_k"] == 2
+
+
+def test_without_top_k_and_scores_their_columns_are_null_and_counted_as_none(store, make_recipe):
+    statistics = _publish(make_recipe, _ingredients(store)).statistics
+    rows = store.scan("toy/tis-dpo").select(r"^.*(_top_|_score).*$").collect()
+    assert (rows.width, set(rows.null_count().row(0))) == (6, {2})
+    assert (statistics["ref_top_k"], statistics["num_scored_pairs"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "change", [{"rejected_top_ids": None}, {"rejected_top_ids": [3, 7, 2]}, {"chosen_top_logps": [-1.0] * 9}], ids=str
+)
+def test_lists_of_another_k_are_refused(store, make_recipe, change):
+    with pytest.raises(
+        MismatchError, match=r"pair a{32}: .* values per token in .*_ref_top_.*, expected 2 as elsewhere"
+    ):
+        _publish(make_recipe, _with_tops(store, **change))
+
+
+def test_annotators_scores_go_along_and_pairs_with_both_are_counted(store, make_recipe):
+    full = _ingredients(store)
+    tokens = _tokens(store, *"abcd", scores={"c": (4.5, 1.0), "d": (2.0, None)})
+    logps = {role: store.table(f"logps/toy-1/{role}").reference() for role in ("ref", "pos", "neg")}
+    for role, chosen, rejected in (
+        ("ref", [-1.0] * 3, [-1.0] * 2),
+        ("pos", [-1.0] * 3, [-2.0] * 2),
+        ("neg", [-2.0] * 3, [-1.0] * 2),
+    ):
+        logps[role] = _logps(store, role, "cd", chosen, rejected)
+    first = _publish(make_recipe, full)
+    grown = _publish(make_recipe, Ingredients(tokens, logps["ref"], logps["pos"], logps["neg"]))
+    scores = store.scan("toy/tis-dpo").sort("pair_id").select("chosen_score", "rejected_score").collect().rows()
+    assert scores == [(None, None), (None, None), (4.5, 1.0), (2.0, None)]
+    assert (first.statistics["num_scored_pairs"], grown.statistics["num_scored_pairs"]) == (0, 1)
+
+
+def test_a_selection_by_hand(store, make_recipe):
+    # log-ratios: chosen 0.5, 3, -0.25; rejected 0.25, -2. floor(0.5 * 3) = 1 and floor(0.5 * 2) = 1 are selected.
+    published = _publish(make_recipe, _ingredients(store), **{"weights.estimator": "sepo", "weights.share": 0.5})
+    row = store.scan("toy/tis-dpo").collect().row(0, named=True)
+    assert (row["chosen_token_weights"], row["rejected_token_weights"]) == ([0, 1, 0], [0, 1])
+    assert published.statistics["chosen"]["mean_weight"] == pytest.approx(1 / 3)
+    assert published.statistics["constant_weights"] is False
+
+
+def test_a_version_without_the_later_columns_is_written_anew_and_says_so(store, make_recipe, monkeypatch):
+    ingredients = _ingredients(store)
+    with monkeypatch.context() as patch:  # as an earlier tokenweights wrote it
+        early = pa.schema([WEIGHTS.field(name) for name in WEIGHTS.names[: WEIGHTS.names.index("split") + 1]])
+        patch.setitem(_SCHEMAS, "weights", early)
+        patch.setattr(publish_module, "_statistics", lambda *args: _without_later(statistics_of(*args)))
+        old = _publish(make_recipe, ingredients)
+    new = _publish(make_recipe, ingredients, expect_same=True)
+    assert (new.is_new, new.weights.fingerprint, new.weights.version) == (True, old.weights.fingerprint, 1)
+    assert new.changes[0].startswith("columns: new are chosen_score, rejected_score, chosen_ref_top_ids")
+    assert store.scan("toy/tis-dpo").collect().columns == WEIGHTS.names
+    (shard,) = store.table("weights/toy/tis-dpo").records(0)
+    assert list(shard.checksums) == early.names
+    assert not _publish(make_recipe, ingredients).is_new
+
+
+statistics_of = publish_module._statistics
+
+
+def _without_later(statistics):
+    return {name: value for name, value in statistics.items() if name not in ("ref_top_k", "num_scored_pairs")}
+
+
+def test_a_version_records_whose_log_probs_it_holds_and_what_was_checked(store, make_recipe):
+    ingredients = _ingredients(store)
+    table = store.table("logps/toy-1/ref")
+    scorer = {"model": "f" * 64, "condition": None, "dtype": "bfloat16"}
+    ref = table.replace(table.scan().collect().to_arrow(), {**table.metadata(), "scorer": scorer})
+    recipe, calls = make_recipe(), []
+
+    def check():
+        calls.append("asked")
+        return {"parity": {"mean": 0.5}}
+
+    for _ in range(2):  # the second time the version is there, and nothing is checked
+        made_of = dataclasses.replace(ingredients, ref_logps=ref)
+        publish(recipe, recipe.weights, made_of, report=lambda line: None, check=check)
+    metadata = store.metadata("toy/tis-dpo")
+    assert metadata["parity"] == {"mean": 0.5}
+    assert metadata["reference"] == {"model_fingerprint": "f" * 64, "dtype": "bfloat16", "model": recipe.model.path}
+    assert calls == ["asked"]
 
 
 def test_same_ingredients_and_settings_publish_nothing(store, make_recipe):

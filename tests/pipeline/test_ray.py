@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from types import SimpleNamespace
 
@@ -164,7 +164,7 @@ def test_chunks_are_spans_that_lie_side_by_side_and_cover_what_is_missing(reques
     table = WeightStore(request_.store).table("logps/toy-1/x")
     done = {"pair_id": [f"{index:032x}" for index in (0, 17, 18, 119)]}
     done |= {f"{side}_logps": [[-1.0]] * 4 for side in ("chosen", "rejected")}
-    table.append(pa.table(done, LOGPS), {"fingerprint": "f"})
+    table.append(pa.Table.from_pylist(pa.table(done).to_pylist(), LOGPS), {"fingerprint": "f"})
     chunks = _chunks_of(Chunk(0, "", "", 0, 0), request_, max_chunks=1000)
     assert [chunk.num_pairs for chunk in chunks] == [4] * 29
     assert [chunk.num_tokens for chunk in chunks] == [4 * PAIR_TOKENS] * 29
@@ -195,6 +195,16 @@ def test_an_error_in_an_actor_comes_out_as_itself(request_, monkeypatch, where, 
     with pytest.raises(kind, match="^what is wrong, in one line$") as caught:
         list(_replies(SimpleNamespace(iter_batches=lambda **_: [reply])))
     assert type(caught.value) is kind
+
+
+def test_an_actor_writes_the_likeliest_tokens_of_its_target(request_, monkeypatch):
+    monkeypatch.setattr("pipeline.engine.VllmEngine", MadeUpEngine)
+    request_ = replace(request_, targets=[replace(request_.targets[0], top_k=2)])
+    batch = pa.Table.from_pylist([asdict(Chunk(0, "", "", NUM_PAIRS, NUM_PAIRS * PAIR_TOKENS))])
+    (scored,) = _replies(SimpleNamespace(iter_batches=lambda **_: [ChunkScorer(request_)(batch)]))
+    rows = WeightStore(request_.store).table("logps/toy-1/x").scan_shards(scored.shards).collect()
+    assert set(rows["chosen_top_ids"].list.len()) == {2 * 6}
+    assert set(rows["rejected_top_logps"].list.len()) == {2 * 5}
 
 
 @pytest.mark.parametrize(("limit", "value", "sizes"), [("_ROUND_CHUNKS", 12, [48, 48, 24]), ("_ROUND_S", 0, [4] * 30)])

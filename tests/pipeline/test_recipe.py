@@ -68,6 +68,9 @@ def test_overrides_reach_the_recipe(override, value):
         ("weights.name=hh-harmless", "has two parts"),
         ("weights.name=hh-harmless/uniform", "is kept for weights.estimator 'uniform'"),
         ("dataset.max_pairs=0", "greater than or equal to 1"),
+        ("score.top_k=257", "score.top_k: .*less than or equal to 256"),
+        ("weights.share=0.5", "weights.share has no effect with weights.estimator 'tis': leave it out"),
+        ("weights.share=0", "greater than 0"),
     ],
 )
 def test_wrong_overrides_say_what_and_where(override, message):
@@ -88,8 +91,15 @@ def test_settings_that_do_not_change_results_are_not_in_the_identity():
         ).result_settings()
         == base
     )
-    assert _load("contrast.pairs_per_batch=2", "contrast.python=/x", "dataset.source=/y").result_settings() == base
-    for override in ("score.dtype=float32", "contrast.beta=0.2", "weights.k=2", "dataset.max_response_tokens=9"):
+    assert _load("contrast.tokens_per_batch=2048", "contrast.python=/x", "dataset.source=/y").result_settings() == base
+    assert _load("score.top_k=0").result_settings() == base
+    for override in (
+        "score.dtype=float32",
+        "score.top_k=16",
+        "contrast.beta=0.2",
+        "weights.k=2",
+        "dataset.max_response_tokens=9",
+    ):
         assert _load(override).result_settings() != base, override
 
 
@@ -100,14 +110,42 @@ def test_settings_of_other_methods_and_estimators_are_not_in_the_identity():
     assert _load("weights.estimator=uniform", "weights.upper=9", "contrast.beta=3").result_settings() == uniform
 
 
+@pytest.mark.parametrize("override", ["k=2", "mu=0.5", "lower=-1", "upper=1", "seed=1"])
+def test_a_clamp_has_no_effect_on_a_selection_and_is_refused(override):
+    key = override.partition("=")[0]
+    with pytest.raises(SettingsError, match=f"weights.{key} has no effect with weights.estimator 'sepo'"):
+        _load("weights.estimator=sepo", f"weights.{override}")
+
+
+def test_a_selection_is_identified_by_its_share_and_its_contrastive_pair():
+    sepo = _load("weights.estimator=sepo")
+    assert sepo.needs_pair
+    assert sepo.result_settings()["weights"] == {"name": "hh-harmless/tis-dpo", "estimator": "sepo", "share": 0.3}
+    assert sepo.result_settings()["contrast"] == _load().result_settings()["contrast"]
+    assert _load("weights.estimator=sepo", "weights.share=0.5").result_settings() != sepo.result_settings()
+
+
+@pytest.mark.parametrize("estimator", ["tis", "sepo", "uniform", "random", "reversed"])
+def test_a_recipe_comes_back_from_a_deployment(estimator):
+    from pipeline.recipe import Recipe
+
+    recipe = _load(f"weights.estimator={estimator}")
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
 def test_every_key_stands_in_the_settings_page_and_no_other():
     import re
+    from typing import get_args
 
     from pipeline.recipe import Recipe
     from train.config import TrainConfig
 
+    def section(annotation):  # of an optional section: what stands beside None
+        return annotation if hasattr(annotation, "model_fields") else get_args(annotation)[0]
+
     page = (REPO / "docs" / "settings.md").read_text(encoding="utf-8")
     parts = page.split("## Training")
     for model, part in zip((Recipe, TrainConfig), parts, strict=True):
-        known = {f"{name}.{key}" for name, field in model.model_fields.items() for key in field.annotation.model_fields}
+        fields = model.model_fields.items()
+        known = {f"{name}.{key}" for name, field in fields for key in section(field.annotation).model_fields}
         assert set(re.findall(r"^\| `([a-z_]+\.[a-z_]+)`", part, flags=re.MULTILINE)) == known

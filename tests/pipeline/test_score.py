@@ -20,9 +20,9 @@ from pipeline.chat import Condition
 from pipeline.recipe import ScoreSection
 from pipeline.score import Scorer, score
 from pipeline.sharing import ScoredSequence
-from tests.pipeline.made_up_scorer import logps
+from tests.pipeline.made_up_scorer import logps, scores
 from weights_store import WeightStore
-from weights_store.errors import StageError
+from weights_store.errors import InputError, StageError
 from weights_store.schemas import TOKENS, Reason
 from weights_store.verify import verify
 
@@ -63,9 +63,12 @@ def run(tmp_path, model, monkeypatch):
             self.lines, self.states, self.folder = [], [], tmp_path / "log"
             self.folder.mkdir()
 
-        def __call__(self, tokens, scorers=None, chunk_tokens=4 * PAIR_TOKENS, python=None, tokenizer=None, **made_up):
+        def __call__(
+            self, tokens, scorers=None, chunk_tokens=4 * PAIR_TOKENS, python=None, tokenizer=None, top_k=0, **made_up
+        ):
             monkeypatch.setenv("MADE_UP", json.dumps({"log": str(self.folder), **made_up}))
-            settings = ScoreSection(chunk_tokens=chunk_tokens, python=str(python or interpreter(tmp_path)))
+            python = str(python or interpreter(tmp_path))
+            settings = ScoreSection(chunk_tokens=chunk_tokens, python=python, top_k=top_k)
             scorers = scorers or {"ref": Scorer(model)}
             return score(tokens, scorers, settings, tokenizer or model, None, self.lines.append, self.states.append)
 
@@ -121,16 +124,66 @@ def test_progress_ends_with_all_tokens(tokens, run):
 
 
 def test_scorers_of_one_model_share_one_engine(tokens, toy_model, run):
-    """Construction P: reference and both prompts."""
+    """Construction P: reference and both prompts; the reference alone gets its likeliest tokens."""
     prompts = {role: Scorer(toy_model, Condition(role, "system")) for role in ("positive", "negative")}
     make_tokens(
         tokens.store, **{f"row{i}": {"prompt": '[{"role": "user", "content": "hi"}]'} for i in range(NUM_PAIRS)}
     )
     tokens = WeightStore(tokens.store).table(tokens.table).reference()
-    scored = run(tokens, {"ref": Scorer(toy_model), **prompts}, tokenizer=toy_model)
+    scored = run(tokens, {"ref": Scorer(toy_model), **prompts}, tokenizer=toy_model, top_k=3)
     assert {role: result.num_scored_pairs for role, result in scored.items()} == dict.fromkeys(scored, NUM_PAIRS)
     assert len({result.logps.table for result in scored.values()}) == 3
     assert len(run.log("pids")) == len(run.log("starts")) == 1
+    assert_has_likeliest(tokens, scored["ref"], 3)
+    for role in prompts:
+        rows = WeightStore(tokens.store).table(scored[role].logps.table).scan().collect()
+        assert rows.select(pl.col("^.*_top_.*$").null_count()).row(0) == (NUM_PAIRS,) * 4
+    assert list(verify(WeightStore(tokens.store))) == []
+
+
+# --- the likeliest tokens ----------------------------------------------------------------------------------------------
+
+
+def assert_has_likeliest(tokens, scored, top_k):
+    """Every pair that was scored has the made-up engine's likeliest tokens, `top_k` for each of its own."""
+    store = WeightStore(tokens.store)
+    rows = store.table(tokens.table).scan().join(store.table(scored.logps.table).scan(), on="pair_id").collect()
+    for row in rows.iter_rows(named=True):
+        for side in ("chosen", "rejected"):
+            expected = scores(ScoredSequence(row["prompt_ids"], row[f"{side}_ids"], top_k=top_k))
+            assert row[f"{side}_top_ids"] == expected.top_ids.ravel().tolist()
+            np.testing.assert_allclose(row[f"{side}_top_logps"], expected.top_logps.ravel(), rtol=2e-4)
+            # The token itself is the first of its list, and has the same log-prob there.
+            assert row[f"{side}_top_logps"][::top_k] == row[f"{side}_logps"]
+
+
+def test_asking_for_likeliest_tokens_scores_into_another_table_and_leaves_the_plain_one_as_it_was(tmp_path, run):
+    """The engine dies after each chunk, and one response cannot be scored."""
+    tokens = make_tokens(tmp_path / "store", row8={"rejected_ids": [999, 4]})
+    plain = run(tokens, chunk_tokens=60 * PAIR_TOKENS, bad_id=999)["ref"]
+    with_top = run(tokens, chunk_tokens=60 * PAIR_TOKENS, bad_id=999, top_k=2, dies_after=1)["ref"]
+    assert with_top.logps.table != plain.logps.table
+    assert any(f"new table; unlike {plain.logps.table}: top_k: null -> 2" in line for line in run.lines)
+    assert "top_k" not in commits(plain)[0]["scorer"]
+    assert commits(with_top)[0]["scorer"] == {**commits(plain)[0]["scorer"], "top_k": 2}
+    assert_whole(tokens, with_top, without={8})
+    assert_has_likeliest(tokens, with_top, 2)
+    num_starts = len(run.log("starts"))
+    assert num_starts == 1 + 2
+    assert run(tokens)["ref"].logps == plain.logps
+    assert run(tokens, top_k=2)["ref"].logps == with_top.logps
+    assert len(run.log("starts")) == num_starts
+
+
+def test_more_likely_tokens_than_the_vocabulary_has_are_refused(tokens, model, monkeypatch):
+    from pipeline.scoring import PairScorer, Request, Target
+    from tests.pipeline.made_up_scorer import MadeUpEngine
+
+    monkeypatch.setattr("pipeline.engine.VllmEngine", type("Small", (MadeUpEngine,), {"vocab_size": 96}))
+    target = Target("ref", "logps/toy-1/x", None, {}, top_k=128)
+    places = (tokens.store, tokens.table, tokens.version, str(model), str(model))
+    with pytest.raises(InputError, match=f"score.top_k is 128, the vocabulary of {model} has 96 ids"):
+        PairScorer(Request(*places, None, [target], 100, {}, {"kind": "process"}), lambda line: None)
 
 
 # --- what goes wrong ---------------------------------------------------------------------------------------------------

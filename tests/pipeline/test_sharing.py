@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.sharing import ScoredSequence, score_once
+from pipeline.sharing import ScoredSequence, Scores, score_once
 from weights_store.errors import ScoringError
 
 # Two prompts and three ids: equal responses, common beginnings and responses that begin another are the rule. One prompt goes
@@ -28,8 +28,20 @@ def _alone(text):
     return [float(_logp(prompt_ids, response_ids[: i + 1])) for i in range(len(response_ids))]
 
 
-def _sequences(texts):
-    return [ScoredSequence(list(prompt_ids), list(response_ids)) for prompt_ids, response_ids in texts]
+def _top_alone(text, top_k):
+    """Ids and log-probs that depend on every id before their place, like the model's."""
+    prompt_ids, response_ids = text
+    firsts = [_logp(prompt_ids, response_ids[:i]) for i in range(len(response_ids))]
+    return [[(int(-1e6 * first) + place, float(first) - place) for place in range(top_k)] for first in firsts]
+
+
+def _scores(text, top_k):
+    pairs = np.array(_top_alone(text, top_k)).reshape(len(text[1]), top_k, 2)
+    return Scores(np.array(_alone(text), np.float32), pairs[..., 0].astype(np.int32), pairs[..., 1].astype(np.float32))
+
+
+def _sequences(texts, top_k=0):
+    return [ScoredSequence(list(prompt_ids), list(response_ids), top_k=top_k) for prompt_ids, response_ids in texts]
 
 
 class _Scorer:
@@ -48,7 +60,8 @@ class _Scorer:
         text = (tuple(sequence.prompt_ids), tuple(sequence.response_ids))
         if text in self.unscorable:
             return ScoringError(f"cannot score {text}")
-        return np.array(_alone(text)[sequence.start :], np.float32)
+        scores, start = _scores(text, sequence.top_k), sequence.start
+        return Scores(scores.logps[start:], scores.top_ids[start:], scores.top_logps[start:])
 
     def tokens(self):
         """Count the log-probs asked for: prompt, and response up to the token."""
@@ -68,8 +81,20 @@ def _distinct_tokens(texts):
 @given(TEXTS)
 def test_every_response_gets_the_log_probs_it_has_alone(texts):
     replies = score_once(_sequences(texts), _Scorer())
-    assert [reply.tolist() for reply in replies] == [_alone(text) for text in texts]
-    assert all(reply.dtype == np.float32 for reply in replies)
+    assert [reply.logps.tolist() for reply in replies] == [_alone(text) for text in texts]
+    assert all(reply.logps.dtype == np.float32 for reply in replies)
+
+
+@EXAMPLES
+@given(TEXTS)
+def test_every_token_gets_the_likeliest_ids_of_its_place_whoever_it_is_taken_from(texts):
+    replies = score_once(_sequences(texts, top_k=2), _Scorer())
+    for text, reply in zip(texts, replies, strict=True):
+        expected = _scores(text, 2)
+        assert reply.logps.tolist() == expected.logps.tolist()
+        assert reply.top_ids.tolist() == expected.top_ids.tolist()
+        assert reply.top_logps.tolist() == expected.top_logps.tolist()
+        assert reply.top_ids.shape == reply.top_logps.shape == (len(text[1]), 2)
 
 
 @EXAMPLES
@@ -88,7 +113,7 @@ def test_the_order_of_the_input_changes_nothing_but_the_order_of_the_output(text
     plain, shuffled = _Scorer(), _Scorer()
     expected = score_once(_sequences(texts), plain)
     got = score_once(_sequences([texts[i] for i in order]), shuffled)
-    assert [reply.tolist() for reply in got] == [expected[i].tolist() for i in order]
+    assert [reply.logps.tolist() for reply in got] == [expected[i].logps.tolist() for i in order]
     assert shuffled.calls == plain.calls
 
 
@@ -102,7 +127,7 @@ def test_an_error_reaches_nobody_else(texts, data):
             assert text in unscorable
             assert str(reply) == f"cannot score {text}"
         else:
-            assert reply.tolist() == _alone(text)
+            assert reply.logps.tolist() == _alone(text)
     assert {text for text, reply in zip(texts, replies, strict=True) if isinstance(reply, ScoringError)} == unscorable
 
 
@@ -132,7 +157,7 @@ def test_what_depends_on_an_error_is_scored_alone():
     scorer = _Scorer({((7,), (0, 0))})
     replies = score_once(_sequences([((7,), (0, 0)), ((7,), (0, 1)), ((7,), (0, 1, 2))]), scorer)
     assert isinstance(replies[0], ScoringError)
-    assert [reply.tolist() for reply in replies[1:]] == [_alone(((7,), (0, 1))), _alone(((7,), (0, 1, 2)))]
+    assert [reply.logps.tolist() for reply in replies[1:]] == [_alone(((7,), (0, 1))), _alone(((7,), (0, 1, 2)))]
     assert [sequence.start for sequence in scorer.calls[1]] == [0, 0]
 
 

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.weigh import ClampSettings, SideScores, token_keys, weigh
+from pipeline.weigh import ClampSettings, SideScores, select, token_keys, weigh
 
 PAIR_IDS = ["0" * 31 + "1", "f" * 32]
 
@@ -95,6 +95,56 @@ def test_keys_tell_pairs_sides_and_positions_apart():
     lengths = np.array([1000, 1000])
     keys = np.concatenate([token_keys(PAIR_IDS, side, lengths) for side in ("chosen", "rejected")])
     assert len(np.unique(keys)) == 4000
+
+
+def _selected(side, logratios, lengths, share):
+    negative = np.full(len(logratios), -9.0, np.float32)
+    scores = SideScores(side, len(logratios), negative + np.array(logratios, np.float32), negative, np.array(lengths))
+    return select(scores, share).token_weights.tolist()
+
+
+# Three responses of 5, 1 and 4 tokens. floor(0.4 * 5) = 2, max(1, floor(0.4 * 1)) = 1, floor(0.4 * 4) = 1.
+LOGRATIOS = [0.5, -0.25, 3.0, -2.0, 0.0, -7.0, -1.0, 2.0, 1.0, -3.0]
+LENGTHS = [5, 1, 4]
+
+
+def test_sepo_selects_the_best_chosen_tokens_of_each_response():
+    # 3 and 0.5 of the first, -7 as the only one, 2 of the last. The first token of a response can be selected.
+    assert _selected("chosen", LOGRATIOS, LENGTHS, 0.4) == [1, 0, 1, 0, 0, 1, 0, 1, 0, 0]
+
+
+def test_sepo_selects_the_worst_rejected_tokens_of_each_response():
+    # -2 and -0.25 of the first, -7, and -3 of the last: its EOS counts like any other.
+    assert _selected("rejected", LOGRATIOS, LENGTHS, 0.4) == [0, 1, 0, 1, 0, 1, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_of_equal_scores_sepo_selects_the_earlier(side):
+    # floor(0.5 * 5) = 2 of five equal ones. -0 equals 0: bits that differ are no order.
+    assert _selected(side, [1.0] * 5 + [-0.0, 0.0, -0.0], [5, 3], 0.5) == [1, 1, 0, 0, 0, 1, 0, 0]
+
+
+def test_sepo_rounds_the_number_of_tokens_down_but_never_to_none():
+    for n, expected in ((1, 1), (3, 1), (6, 1), (7, 2), (10, 3), (100, 30)):  # share 0.3
+        assert sum(_selected("chosen", [float(i % 13) for i in range(n)], [n], 0.3)) == expected
+
+
+def test_a_share_of_one_selects_every_token():
+    assert _selected("rejected", LOGRATIOS, LENGTHS, 1.0) == [1.0] * 10
+
+
+def test_sepo_selects_what_sorting_each_response_by_itself_selects():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 60, size=200).tolist()
+    logratios = (rng.integers(-40, 40, size=sum(lengths)) / 8).tolist()  # of both signs, with many ties
+    for side, sign in (("chosen", -1), ("rejected", 1)):
+        expected, start = [0] * len(logratios), 0
+        for n in lengths:
+            ranked = sorted(range(start, start + n), key=lambda at: (sign * logratios[at], at))
+            for at in ranked[: max(1, int(0.3 * n))]:
+                expected[at] = 1
+            start += n
+        assert _selected(side, logratios, lengths, 0.3) == expected
 
 
 def test_unknown_estimator_is_refused():

@@ -105,7 +105,8 @@ def _token_rows(pair_ids):
 
 
 def _logps_rows(pair_ids, logps):
-    return pa.table([list(pair_ids), *([logps[p][side] for p in pair_ids] for side in (0, 1))], schema=LOGPS)
+    rows = [{"pair_id": p, "chosen_logps": logps[p][0], "rejected_logps": logps[p][1]} for p in pair_ids]
+    return pa.Table.from_pylist(rows, LOGPS)
 
 
 def _weights_metadata(name, estimator, parents, token_weights, pair_ids):

@@ -15,7 +15,7 @@ METADATA = {"fingerprint": "f0"}
 
 def rows(*pair_ids, length=1):
     values = [list(-np.random.default_rng(0).exponential(size=length))] * len(pair_ids)
-    return pa.table([list(pair_ids), values, [[-2.0]] * len(pair_ids)], schema=LOGPS)
+    return pa.table([list(pair_ids), values, [[-2.0]] * len(pair_ids), *[[None] * len(pair_ids)] * 4], schema=LOGPS)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ RNG = np.random.default_rng(0)
 
 def logps_rows(pair_ids):
     values = [list(-RNG.exponential(size=length).astype(np.float32)) for length in RNG.integers(1, 60, len(pair_ids))]
-    return pa.table([pair_ids, values, values[::-1]], schema=LOGPS)
+    return pa.table([pair_ids, values, values[::-1], *[[None] * len(pair_ids)] * 4], schema=LOGPS)
 
 
 def quarantine_rows(keys):

@@ -39,7 +39,7 @@ def contents():
 
 
 def rows(pair_ids, value):
-    columns = [pair_ids, [[-value] * 200] * len(pair_ids), [[-1.0]] * len(pair_ids)]
+    columns = [pair_ids, [[-value] * 200] * len(pair_ids), [[-1.0]] * len(pair_ids), *[[None] * len(pair_ids)] * 4]
     return pa.table(columns, schema=LOGPS)
 
 

@@ -28,7 +28,12 @@ PAIRS = [f"p{index}" for index in range(8)]
 
 
 def rows(pair_ids, value):
-    columns = [list(pair_ids), [[-float(value)]] * len(pair_ids), [[-1.0]] * len(pair_ids)]
+    columns = [
+        list(pair_ids),
+        [[-float(value)]] * len(pair_ids),
+        [[-1.0]] * len(pair_ids),
+        *[[None] * len(pair_ids)] * 4,
+    ]
     return pa.table(columns, schema=LOGPS)
 
 

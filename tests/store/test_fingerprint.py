@@ -4,7 +4,13 @@ import json
 import pytest
 
 from weights_store.errors import InputError
-from weights_store.fingerprint import explain_difference, fingerprint, fingerprint_model, fingerprint_tokenizer
+from weights_store.fingerprint import (
+    explain_difference,
+    fingerprint,
+    fingerprint_chat_template,
+    fingerprint_model,
+    fingerprint_tokenizer,
+)
 
 
 def test_fingerprint_is_sha256_of_canonical_json():
@@ -69,6 +75,17 @@ def test_tokenizer_fingerprint_ignores_truncation_and_sees_vocabulary_and_templa
     assert first == fingerprint_tokenizer(_tokenizer(tmp_path / "b", truncation={"max_length": 3}))
     assert first != fingerprint_tokenizer(_tokenizer(tmp_path / "c", model={"vocab": {"b": 0}}))
     assert first != fingerprint_tokenizer(_tokenizer(tmp_path / "d", template="{{ y }}"))
+
+
+def test_chat_template_fingerprint_is_sha256_of_its_text_wherever_it_stands(tmp_path):
+    folder = _tokenizer(tmp_path / "a", template="{{ é }}")
+    expected = hashlib.sha256("{{ é }}".encode()).hexdigest()
+    assert fingerprint_chat_template(folder) == expected
+    (folder / "chat_template.jinja").unlink()
+    assert fingerprint_chat_template(folder) is None
+    for template in ("{{ é }}", [{"name": "tools", "template": "x"}, {"name": "default", "template": "{{ é }}"}]):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        assert fingerprint_chat_template(folder) == expected
 
 
 def test_eos_as_object_equals_eos_as_text(tmp_path):

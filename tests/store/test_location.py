@@ -21,7 +21,10 @@ METADATA = {"fingerprint": "f0"}
 
 
 def rows(*pair_ids):
-    return pa.table([list(pair_ids), [[-1.0]] * len(pair_ids), [[-2.0]] * len(pair_ids)], schema=LOGPS)
+    return pa.table(
+        [list(pair_ids), [[-1.0]] * len(pair_ids), [[-2.0]] * len(pair_ids), *[[None] * len(pair_ids)] * 4],
+        schema=LOGPS,
+    )
 
 
 @pytest.mark.parametrize(

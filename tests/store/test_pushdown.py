@@ -55,7 +55,8 @@ def store(server):
     patch.setattr("weights_store.shards.ROW_GROUP_BYTES", 200_000)
     store = WeightStore("s3://bucket/store")
     rows = random_rows()
-    logps = rows.select(["pair_id", "chosen_ref_logps", "rejected_ref_logps"]).rename_columns(LOGPS.names)
+    names = [name for name in rows.column_names if name.startswith(("chosen_ref_", "rejected_ref_"))]
+    logps = rows.select(["pair_id", *names]).rename_columns(LOGPS.names)
     parents = []
     for role in ("positive_logps", "negative_logps"):
         reference = store.table(f"logps/hh/{role}").append(logps, {"fingerprint": "f"})
@@ -79,7 +80,7 @@ def random_rows():
     columns = {"pair_id": pa.array(pair_ids), "split": pa.array(["train"] * NUM_PAIRS)}
     columns["pair_weight"] = pa.array(np.ones(NUM_PAIRS, np.float32))
     for name in WEIGHTS.names:
-        if name.startswith("anchor"):
+        if WEIGHTS.field(name).nullable:
             columns[name] = pa.nulls(NUM_PAIRS, WEIGHTS.field(name).type)
         elif name not in columns:
             columns[name] = ragged(name.split("_")[0], IDS if name.endswith("_ids") else FLOATS)

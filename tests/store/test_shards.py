@@ -47,10 +47,13 @@ def written(folder, rows):
     return ShardReader(Location(str(folder)), record, ["pair_id"], "logps/x")
 
 
+def logps_rows(columns):
+    """Rows without top k, whose columns are null."""
+    return pa.table({name: columns.get(name, [None] * len(columns["pair_id"])) for name in LOGPS.names}, LOGPS)
+
+
 def test_shard_has_the_layout_of_the_store(tmp_path):
-    rows = pa.table(
-        {"pair_id": ["a", "b"], "chosen_logps": [[-0.1, -0.2], []], "rejected_logps": [[-3.0], [-4.0]]}, LOGPS
-    )
+    rows = logps_rows({"pair_id": ["a", "b"], "chosen_logps": [[-0.1, -0.2], []], "rejected_logps": [[-3.0], [-4.0]]})
     record = written(tmp_path, rows).record
     assert record.num_bytes == (tmp_path / record.name).stat().st_size
     assert (record.num_rows, record.first_key, record.last_key) == (2, "a", "b")
@@ -63,8 +66,8 @@ def test_shard_has_the_layout_of_the_store(tmp_path):
 
 
 def test_slices_of_a_table_keep_their_own_rows(tmp_path):
-    rows = pa.table(
-        {"pair_id": list("abc"), "chosen_logps": [[-1.0], [-2.0], [-3.0]], "rejected_logps": [[-1.0]] * 3}, LOGPS
+    rows = logps_rows(
+        {"pair_id": list("abc"), "chosen_logps": [[-1.0], [-2.0], [-3.0]], "rejected_logps": [[-1.0]] * 3}
     )
     (back,) = written(tmp_path, rows.slice(1, 2)).groups()
     assert back["chosen_logps"].to_pylist() == [[-2.0], [-3.0]]
@@ -77,7 +80,7 @@ def test_row_groups_and_shards_are_cut_by_size_and_lose_nothing(tmp_path, monkey
     values = -np.random.default_rng(0).exponential(size=(40, 150)).astype(np.float32)
     ids = [f"{index:02d}" for index in range(40)]
     columns = [ids, [list(row[:100]) for row in values], [list(row[100:]) for row in values]]
-    rows = pa.table(dict(zip(LOGPS.names, columns, strict=True)), LOGPS)
+    rows = logps_rows(dict(zip(LOGPS.names[:3], columns, strict=True)))
     folder = Location(str(tmp_path))
     writer = ShardWriter(folder, LOGPS, ["pair_id"])
     for start in range(0, 40, 7):

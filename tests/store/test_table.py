@@ -15,14 +15,8 @@ METADATA = {"fingerprint": "f0", "statistics": {"num_pairs": 1}}
 
 
 def _rows(*pair_ids, value=-1.0):
-    return pa.table(
-        {
-            "pair_id": list(pair_ids),
-            "chosen_logps": [[value]] * len(pair_ids),
-            "rejected_logps": [[-2.0]] * len(pair_ids),
-        },
-        LOGPS,
-    )
+    logps = {"chosen_logps": [value], "rejected_logps": [-2.0]}
+    return pa.Table.from_pylist([{"pair_id": pair_id, **logps} for pair_id in pair_ids], LOGPS)
 
 
 @pytest.fixture
@@ -198,7 +192,12 @@ def test_failed_write_leaves_no_version(tmp_path, monkeypatch):
     ],
 )
 def test_rows_that_do_not_fit_are_refused_before_anything_is_written(table, column, values, text):
-    columns = {"pair_id": ["a"], "chosen_logps": [[-1.0]], "rejected_logps": [[-2.0]], column: values}
+    columns = {name: [None] for name in LOGPS.names} | {
+        "pair_id": ["a"],
+        "chosen_logps": [[-1.0]],
+        "rejected_logps": [[-2.0]],
+    }
+    columns[column] = values
     for write in (table.append, table.replace):
         with pytest.raises(StoreError, match=f"logps/toy/x: rows .*{text}"):
             write(pa.table(columns), METADATA)
@@ -278,7 +277,7 @@ def test_key_ranges_part_the_rows_and_are_about_equally_large(tmp_path, monkeypa
 
 def _long_rows(pair_ids, rng):
     values = -rng.exponential(size=(len(pair_ids), 50)).astype(np.float32)
-    return pa.table([pair_ids, list(values), [[-1.0]] * len(pair_ids)], schema=LOGPS)
+    return pa.table([pair_ids, list(values), [[-1.0]] * len(pair_ids), *[[None] * len(pair_ids)] * 4], schema=LOGPS)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -13,12 +13,8 @@ PATH = "logps/toy/x"
 
 
 def rows(*pair_ids):
-    columns = {
-        "pair_id": list(pair_ids),
-        "chosen_logps": [[-1.0]] * len(pair_ids),
-        "rejected_logps": [[-2.0]] * len(pair_ids),
-    }
-    return pa.table(columns, LOGPS)
+    made = {"chosen_logps": [-1.0], "rejected_logps": [-2.0]}
+    return pa.Table.from_pylist([{"pair_id": pair_id, **made} for pair_id in pair_ids], LOGPS)
 
 
 @pytest.fixture
