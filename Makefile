@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help install demo test bench-store bench-score lint format lock rehearse clean
+.PHONY: help install demo test bench-store bench-score bench-train lint format lock rehearse clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,10 @@ bench-store: $(INSTALLED)  ## size and speed of the weight store -> benchmarks/r
 
 bench-score: $(INSTALLED)  ## speed of scoring against prefill, plain vLLM and the official way -> benchmarks/results/score.json
 	$(BIN)/python benchmarks/score.py
+
+DEVICE ?= cpu
+bench-train: $(INSTALLED)  ## a training step against TRL's and the official one -> benchmarks/results/train.json (15 minutes; DEVICE=cuda)
+	$(BIN)/python benchmarks/train.py --device $(DEVICE)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ from weights_store.schemas import FLOATS, IDS, WEIGHTS
 REPO = Path(__file__).resolve().parent.parent
 RUNS = 5
 NAME = "bench/tis-dpo"
-COLUMNS = [name for name in WEIGHTS.names if name not in ("pair_weight", "anchor_ids", "anchor_ref_logps", "split")]
+COLUMNS = [field.name for field in WEIGHTS if not field.nullable and field.name not in ("pair_weight", "split")]
 TARGETS = {
     "bytes_per_response_token": ("at most", 5.5),
     "jsonl_over_ours": ("at least", 5),
@@ -135,10 +135,10 @@ def _schema() -> pa.Schema:
 
 
 def _whole(rows: pa.Table) -> pa.Table:
-    """Add the columns that training does not read today, as publish does."""
+    """Add the columns that no loss here needs, as publish does."""
     columns = {name: rows[name] for name in rows.column_names}
     columns["pair_weight"] = pa.array(np.ones(rows.num_rows, np.float32))
-    columns |= {name: pa.nulls(rows.num_rows, WEIGHTS.field(name).type) for name in ("anchor_ids", "anchor_ref_logps")}
+    columns |= {field.name: pa.nulls(rows.num_rows, field.type) for field in WEIGHTS if field.nullable}
     columns["split"] = pa.array(["train"] * rows.num_rows)
     return pa.table({name: columns[name] for name in WEIGHTS.names}, WEIGHTS)
 

@@ -75,7 +75,7 @@ def _scorings(table: Table) -> Iterator[_Scoring]:
         statistics = metadata.get("statistics", {})
         num_tokens, wall_s = statistics.get("num_tokens"), statistics.get("wall_s")
         # Older commits do not say how long they took; compaction repeats what the commit before it said.
-        if num_tokens and wall_s and not commit.removed:
+        if num_tokens and wall_s and commit.added and not commit.removed:
             yield _Scoring(commit.timestamp_ms or 0, metadata["scorer"]["model"], num_tokens, wall_s)
 
 

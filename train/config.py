@@ -8,6 +8,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from train.loss_config import LossConfig
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -26,6 +28,12 @@ class DataConfig(_Section):
     """Only pairs of this split; empty for all."""
     max_pairs: int | None = Field(default=None, ge=1)
     """Only the first so many pairs in stored order; None for all."""
+    num_workers: int = Field(default=0, ge=0)
+    """Processes that read; the next step is read while one is computed anyway, so that 0 is right on local disks."""
+    cache_folder: str | None = None
+    """Where shards of an object store are copied to; None: `shards` in `TOKENWEIGHTS_CACHE` or `~/.cache/tokenweights`."""
+    cache_gib: float = Field(default=50.0, gt=0)
+    """Size of that folder in GiB; the shards that were not used for longest go first."""
 
 
 class ModelConfig(_Section):
@@ -37,20 +45,27 @@ class ModelConfig(_Section):
     """Commit, tag or branch of a hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward pass. Parameters and optimizer are float32 either way (bfloat16 is autocast)."""
+    packing: bool = True
+    """One row per micro-batch with every prompt once; false, and for models that cannot, two padded sequences per pair."""
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4`: the frozen weights in 4 bits (QLoRA); needs [lora] and bitsandbytes."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of layers and compute the rest again: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile of the decoder's layers: pays on GPUs after some minutes of compiling."""
 
 
-class LossConfig(_Section):
-    """What is minimised."""
+class LoraSection(_Section):
+    """Train low-rank adapters instead of all parameters (LoRA, arXiv 2106.09685), through peft."""
 
-    name: Literal["dpo", "tis_dpo", "sft"]
-    beta: float | None = Field(default=None, gt=0)
-    """Strength of the pull to the reference, > 0. Identifies a result, so it has no default; `sft` needs none."""
-
-    @model_validator(mode="after")
-    def _check_beta(self) -> Self:
-        if self.name != "sft" and self.beta is None:
-            raise ValueError(f"loss.name={self.name!r} needs loss.beta > 0, for example 0.1; it has no default")
-        return self
+    rank: int = Field(default=16, ge=1)
+    """Rank of the update."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the layers with an adapter."""
+    merge: bool = True
+    """Merge the adapter into the saved model, which then loads like any other; the adapter lies beside it in `adapter/`."""
 
 
 class OptimConfig(_Section):
@@ -63,8 +78,8 @@ class OptimConfig(_Section):
     """Exactly so many optimizer steps, whatever num_epochs says; None for num_epochs."""
     pairs_per_step: int = Field(default=16, ge=1)
     """Pairs behind one optimizer step, over all devices and accumulated micro-batches."""
-    pairs_per_batch: int = Field(default=8, ge=1)
-    """Pairs that one device holds at a time; changes memory and speed only."""
+    tokens_per_batch: int = Field(default=8192, ge=1)
+    """Tokens that one device computes at a time (a longer pair goes alone); changes memory and speed only."""
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
     """Share of all steps with a rising learning rate, 0..1."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -73,16 +88,55 @@ class OptimConfig(_Section):
     schedule: Literal["linear", "constant", "cosine"] = "linear"
     """Learning rate after the warm-up."""
     seed: int = Field(default=0, ge=0)
-    """Of the order of pairs."""
+    """Of the order of pairs, and of new adapters."""
+
+
+class EvalSection(_Section):
+    """What is held out and measured on the way."""
+
+    split: str = ""
+    """Pairs of this split of the dataset, when data.split names another."""
+    share: float = Field(default=0.0, ge=0, lt=1)
+    """Or this share of the prompts, 0..1, with all their pairs, chosen by hash; they are then not trained on."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Steps between two measurements; None for one after the last step."""
+    max_pairs: int = Field(default=512, ge=1)
+    """At most so many pairs are measured."""
+    best: Literal["", "loss", "rewards/accuracies", "rewards/margins"] = ""
+    """Save the checkpoint that is best by this held-out metric instead of the last; empty for the last."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is held out."""
+        return bool(self.split) or self.share > 0
 
     @model_validator(mode="after")
-    def _check_batch(self) -> Self:
-        if self.pairs_per_batch > self.pairs_per_step:
+    def _check(self) -> Self:
+        if self.split and self.share:
+            raise ValueError("eval.split and eval.share are two ways to hold pairs out; give one of them")
+        if (self.best or self.every_steps) and not self.is_on:
             raise ValueError(
-                f"optim.pairs_per_batch={self.pairs_per_batch} is larger than "
-                f"optim.pairs_per_step={self.pairs_per_step}; lower the first or raise the second"
+                "eval.best and eval.every_steps need something held out; set eval.share=0.05 or eval.split"
             )
+        if self.best and not self.every_steps:
+            raise ValueError("eval.best needs eval.every_steps, to have something to choose from")
         return self
+
+
+class GateSection(_Section):
+    """The check before the first step that the model gives the reference's stored log-probs."""
+
+    pairs: int = Field(default=32, ge=0)
+    """Pairs to compare; 0 leaves the gate out."""
+    tolerance_nats: float | None = Field(default=None, gt=0)
+    """Largest mean |difference| per token; None for what the parity check of the stored scorer allows."""
+
+
+class ParallelSection(_Section):
+    """How several processes (torchrun, accelerate launch) share the work."""
+
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """`ddp`: the whole model on each; `fsdp2`: parameters, gradients and optimizer cut up."""
 
 
 class OutputConfig(_Section):
@@ -105,6 +159,33 @@ class TrainConfig(_Section):
 
     data: DataConfig
     model: ModelConfig
+    lora: LoraSection | None = None
     loss: LossConfig
     optim: OptimConfig
+    eval: EvalSection = EvalSection()
+    gate: GateSection = GateSection()
+    parallel: ParallelSection = ParallelSection()
     output: OutputConfig
+
+    @model_validator(mode="after")
+    def _check_sections(self) -> Self:
+        if self.eval.split and self.eval.split == self.data.split:
+            raise ValueError(f"eval.split={self.eval.split!r} is data.split too; hold out another split")
+        if self.eval.split and not self.data.split:
+            raise ValueError(
+                "data.split is empty, so that eval.split would be trained on; set data.split, for example 'train'"
+            )
+        if self.model.quantization != "none" and self.lora is None:
+            raise ValueError(
+                "model.quantization freezes the model's weights; add a [lora] section to train adapters on it"
+            )
+        if self.model.quantization != "none" and self.lora is not None and self.lora.merge:
+            raise ValueError("an adapter cannot be merged into 4-bit weights; set lora.merge=false")
+        if self.eval.best and not self.output.save_every_steps:
+            raise ValueError("eval.best chooses among checkpoints; set output.save_every_steps")
+        if self.eval.best and (self.output.save_every_steps or 1) % (self.eval.every_steps or 1):
+            raise ValueError(
+                f"output.save_every_steps={self.output.save_every_steps} must be a multiple of "
+                f"eval.every_steps={self.eval.every_steps}, so that every checkpoint has been measured"
+            )
+        return self

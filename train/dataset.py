@@ -1,33 +1,41 @@
 """A map-style view of one pinned version of a weight dataset.
 
 Row groups are read on demand, checked against what was committed, and kept in a small cache; the sampler makes neighbouring
-reads fall into the same groups. Ids are used as they are stored: nothing is tokenised here. Not here: order (`sampler.py`),
-padding (`collate.py`).
+reads fall into the same groups. Ids are used as they are stored: nothing is tokenised here. Not here: what a row must be
+(`stored_pairs.py`), order (`sampler.py`), padding (`collate.py`).
 """
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from train.config import DataConfig
 from train.sampler import WINDOW_GROUPS, BlockShuffle
+from train.selection import Selection
+from train.shard_cache import ShardCache
+from train.stored_pairs import Pair, PairColumns, StoredResponse, column_names, remedy
 from weights_store import Table, TableVersion, WeightStore, split_name
+from weights_store.commits import READERS
 from weights_store.errors import MismatchError, NotFoundError
 from weights_store.shards import ShardReader, ShardRecord
 
-_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-_FLOATS = {
-    "chosen": ("chosen_token_weights", "chosen_ref_logps"),
-    "rejected": ("rejected_token_weights", "rejected_ref_logps"),
-}
-_COLUMNS = ["pair_id", *_IDS, *(name for names in _FLOATS.values() for name in names)]
+__all__ = [
+    "OrderedPairs",
+    "Pair",
+    "PairDataset",
+    "StoredResponse",
+    "WeightSource",
+    "check_weights_vary",
+    "open_weights",
+    "sample_pairs",
+]
 
 
 @dataclass(frozen=True)
@@ -57,71 +65,62 @@ def open_weights(config: DataConfig) -> WeightSource:
     return WeightSource(table, reference, table.metadata(reference.version))
 
 
-@dataclass(frozen=True, slots=True)
-class StoredResponse:
-    """One response as stored, one entry per token, end-of-text included: shapes `[T]`."""
-
-    ids: NDArray[np.int32]
-    token_weights: NDArray[np.float32]
-    ref_logps: NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One preference pair; chosen and rejected are exchanged already where the config says `swap`."""
-
-    pair_id: str
-    prompt_ids: NDArray[np.int32]
-    chosen: StoredResponse
-    rejected: StoredResponse
-
-    @property
-    def num_tokens(self) -> int:
-        """Length of the longer of its two sequences, prompt + response."""
-        return len(self.prompt_ids) + max(len(self.chosen.ids), len(self.rejected.ids))
-
-
-class _Group(NamedTuple):
-    """A row group and how many of its rows are in the view."""
-
-    shard: ShardRecord
-    position: int  # in the shard
-    num_rows: int
-
-
 class PairDataset(Dataset[Pair]):
     """The pairs of one version, by row number in stored order.
 
+    Opening it reads the log, and no shard whose commit recorded its row groups, unless a split must be counted. Shards of an
+    object store are copied to the local disk as they are needed.
+
     Args:
         source: The pinned version.
-        config: Split, `max_pairs`, `swap`.
+        config: Split, `max_pairs`, `swap`, where copies of shards go.
         vocab_size: Ids must be below it.
+        selection: Which rows; None for those of the config's split, up to its `max_pairs`.
+        with_ref_top: Read the reference's top-k log-probs too, 2 K numbers more per response token.
+        with_scores: Read the annotators' scores too.
         cache_groups: Row groups kept in memory, about 1 MiB each.
 
     Raises:
         NotFoundError: No pair is left: unknown split, or an empty dataset.
+        MismatchError: The dataset was written without a column that is asked for.
+        DamageError: A shard is not what was committed.
+        StoreError: The store cannot be read, or the folder for copies of shards cannot be written.
     """
 
     def __init__(
-        self, source: WeightSource, config: DataConfig, *, vocab_size: int, cache_groups: int = WINDOW_GROUPS + 1
+        self,
+        source: WeightSource,
+        config: DataConfig,
+        *,
+        vocab_size: int,
+        selection: Selection | None = None,
+        with_ref_top: bool = False,
+        with_scores: bool = False,
+        cache_groups: int = WINDOW_GROUPS + 1,
     ) -> None:
         self.source = source
         self.config = config
         self.vocab_size = vocab_size
         self.cache_groups = cache_groups
-        self._groups = _list_groups(source, config)
-        self._ends = np.cumsum([group.num_rows for group in self._groups])
-        self._cache: OrderedDict[int, _Columns] = OrderedDict()
-        self._shards: dict[str, ShardReader] = {}
+        self._columns = column_names(with_ref_top=with_ref_top, with_scores=with_scores)
+        self._records = source.table.records(source.reference.version)
+        _check_written(self._columns, self._records, source.name)
+        self.selection = selection or Selection(config.split, max_pairs=config.max_pairs)
+        self._groups = _find_groups(source.table, self._records, self.selection)
+        self._ends = np.cumsum(self._groups.num_rows)
+        self._cache: OrderedDict[int, PairColumns] = OrderedDict()
+        self._open_shards: dict[int, ShardReader] = {}
+        self._copies = None if source.table.location.is_local else _open_copies(config, self._records)
         if len(self) == 0:
             raise NotFoundError(
-                f"{source.name} has no pair with split {config.split!r}; leave data.split empty for all"
+                f"{source.name} has no pair of {self.selection}; leave data.split empty for all splits, or hold out more"
             )
 
     @property
-    def group_sizes(self) -> list[int]:
-        """Rows of every row group, for the sampler."""
-        return [group.num_rows for group in self._groups]
+    def group_sizes(self) -> list[list[int]]:
+        """Rows of every row group, by shard, for the sampler."""
+        shards, num_rows = self._groups.shards, self._groups.num_rows
+        return [part.tolist() for part in np.split(num_rows, np.flatnonzero(np.diff(shards)) + 1)]
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -131,168 +130,129 @@ class PairDataset(Dataset[Pair]):
 
         Raises:
             IndexError: There is no such row.
-            MismatchError: Ids, weights and reference log-probs of a row do not belong together, see `check_columns`.
+            MismatchError: Ids, weights and reference log-probs of a row do not belong together, see `PairColumns`.
             DamageError: A shard is not what was committed.
         """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} is outside {self.source.name} with {len(self)} rows")
         group = int(np.searchsorted(self._ends, row, side="right"))
-        first = int(self._ends[group]) - self._groups[group].num_rows
+        first = int(self._ends[group] - self._groups.num_rows[group])
         pair = self._load_group(group).pair(row - first)
-        return Pair(pair.pair_id, pair.prompt_ids, pair.rejected, pair.chosen) if self.config.swap else pair
+        return pair.swapped() if self.config.swap else pair
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave open files and cached rows behind: every worker has its own."""
-        return {**self.__dict__, "_cache": OrderedDict(), "_shards": {}}
+        return {**self.__dict__, "_cache": OrderedDict(), "_open_shards": {}}
 
-    def _load_group(self, group: int) -> "_Columns":
+    def _load_group(self, group: int) -> PairColumns:
         if group in self._cache:
             self._cache.move_to_end(group)
             return self._cache[group]
-        columns = self._read_group(self._groups[group])
+        columns = self._read_group(group)
         self._cache[group] = columns
         if len(self._cache) > self.cache_groups:
             self._cache.popitem(last=False)
         return columns
 
-    def _read_group(self, group: _Group) -> "_Columns":
-        names = [*_COLUMNS, "split"] if self.config.split else _COLUMNS
-        rows = self._open(group.shard).read_group(group.position, names)
-        if self.config.split:
-            rows = rows.filter(pc.equal(rows["split"], self.config.split))
-        columns = _Columns(rows.slice(0, group.num_rows).combine_chunks())
-        check_columns(columns, self.vocab_size, where=f"{self.source.name}, shard {group.shard.name}")
-        return columns
+    def _read_group(self, group: int) -> PairColumns:
+        shard, position, num_rows = (int(values[group]) for values in self._groups)
+        names = list(dict.fromkeys([*self._columns, *self.selection.columns]))
+        rows = self._open(shard).read_group(position, names)
+        if self.selection.columns:
+            rows = rows.filter(self.selection.keeps(rows))
+        where = f"{self.source.name}, shard {self._records[shard].name}"
+        return PairColumns(rows.slice(0, num_rows).select(self._columns), vocab_size=self.vocab_size, where=where)
 
-    def _open(self, shard: ShardRecord) -> ShardReader:
-        if shard.name not in self._shards:
-            self._shards = {shard.name: self.source.table.open_shard(shard)}  # one open file is enough
-        return self._shards[shard.name]
-
-
-def _list_groups(source: WeightSource, config: DataConfig) -> list[_Group]:
-    """Read the footer of every shard and, with a split, its column; stop once `max_pairs` are there."""
-    groups: list[_Group] = []
-    left = config.max_pairs
-    for shard in source.table.records(source.reference.version):
-        reader = source.table.open_shard(shard)
-        for index, size in enumerate(reader.group_sizes):
-            num_rows = _count_rows(reader, index, config.split) if config.split else size
-            groups.append(_Group(shard, index, num_rows if left is None else min(num_rows, left)))
-            left = None if left is None else left - groups[-1].num_rows
-            if left == 0:
-                return groups
-    return groups
+    def _open(self, shard: int) -> ShardReader:
+        if shard not in self._open_shards:
+            table, record = self.source.table, self._records[shard]
+            reader = table.open_shard(record) if self._copies is None else self._copies.open(table, record)
+            self._open_shards = {shard: reader}  # one open file is enough
+        return self._open_shards[shard]
 
 
-def _count_rows(reader: ShardReader, index: int, split: str) -> int:
-    column = reader.read_group(index, ["split"])["split"]
-    return int(pc.sum(pc.equal(column, split)).as_py() or 0)
+class _Groups(NamedTuple):
+    """The row groups with rows in the view, in stored order, `[G]` each: arrays, as there may be a million."""
+
+    shards: NDArray[np.int64]  # index of the record
+    positions: NDArray[np.int64]  # in the shard
+    num_rows: NDArray[np.int64]  # in the view
 
 
-class _Ragged:
-    """A list column as flat values and offsets."""
-
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        chunk = column.combine_chunks()
-        array = chunk.chunk(0) if isinstance(chunk, pa.ChunkedArray) else chunk
-        self.offsets: NDArray[np.int64] = np.asarray(array.offsets).astype(np.int64)
-        self.values: NDArray[Any] = array.values.to_numpy(zero_copy_only=False)
-
-    def __getitem__(self, row: int) -> NDArray[Any]:
-        return self.values[self.offsets[row] : self.offsets[row + 1]]
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        return np.diff(self.offsets)
-
-    def row_of_first(self, bad: NDArray[np.bool_]) -> int | None:
-        """Return the row of the first True among values within the rows, None where there is none."""
-        first, last = self.offsets[0], self.offsets[-1]
-        hits = np.flatnonzero(bad[first:last])
-        return int(np.searchsorted(self.offsets, first + hits[0], side="right")) - 1 if len(hits) else None
+def _open_copies(config: DataConfig, records: Sequence[ShardRecord]) -> ShardCache:
+    copies = ShardCache(config.cache_folder, config.cache_gib)
+    oversized = copies.oversized(records)
+    if oversized and os.environ.get("RANK", "0") == "0":
+        print(oversized, flush=True)
+    return copies
 
 
-class _Columns:
-    """The decoded columns of one row group."""
-
-    def __init__(self, rows: pa.Table) -> None:
-        self.pair_ids = rows["pair_id"]
-        self.ragged = {name: _Ragged(rows[name]) for name in _COLUMNS if name != "pair_id"}
-
-    def pair(self, row: int) -> Pair:
-        return Pair(
-            self.pair_id(row),
-            self.ragged["prompt_ids"][row],
-            self._response("chosen", row),
-            self._response("rejected", row),
-        )
-
-    def pair_id(self, row: int) -> str:
-        return str(self.pair_ids[row].as_py())
-
-    def _response(self, side: str, row: int) -> StoredResponse:
-        weights, ref_logps = _FLOATS[side]
-        return StoredResponse(self.ragged[f"{side}_ids"][row], self.ragged[weights][row], self.ragged[ref_logps][row])
+def _check_written(columns: Sequence[str], records: Sequence[ShardRecord], name: str) -> None:
+    """Refuse a dataset that was written before a column was there."""
+    for record in records:
+        for column in columns:
+            if column not in record.checksums:
+                raise MismatchError(f"{name} has no column {column} (shard {record.name}); {remedy(column)}")
 
 
-def check_columns(columns: _Columns, vocab_size: int, where: str) -> None:
-    """Check that every row of a group belongs together, without a loop over rows.
-
-    Raises:
-        MismatchError: A prompt or response is empty, an id is outside the vocabulary, there is not exactly one weight and
-            one reference log-prob per response token, or one of them is not finite. Names pair, side and place.
-    """
-    for name in _IDS:
-        _check_ids(columns, name, vocab_size, where)
-    for side, names in _FLOATS.items():
-        for name in names:
-            _check_floats(columns, side, name, where)
+def _find_groups(table: Table, records: Sequence[ShardRecord], selection: Selection) -> _Groups:
+    sizes = _list_sizes(table, records, selection)
+    shards = np.repeat(np.arange(len(sizes)), [len(part) for part in sizes])
+    positions = np.array([position for part in sizes for position in range(len(part))], dtype=np.int64)
+    num_rows = np.array([size for part in sizes for size in part], dtype=np.int64)
+    if selection.max_pairs is not None:
+        num_rows = np.diff(np.minimum(np.cumsum(num_rows), selection.max_pairs), prepend=0)
+    kept = num_rows > 0
+    return _Groups(shards[kept], positions[kept], num_rows[kept])
 
 
-def _check_ids(columns: _Columns, name: str, vocab_size: int, where: str) -> None:
-    column = columns.ragged[name]
-    empty = np.flatnonzero(column.lengths == 0)
-    if len(empty):
-        raise MismatchError(f"pair {columns.pair_id(int(empty[0]))}: {name} is empty ({where}); {_REBUILD}")
-    row = column.row_of_first((column.values < 0) | (column.values >= vocab_size))
-    if row is not None:
-        raise MismatchError(
-            f"pair {columns.pair_id(row)}: {name} goes up to {column[row].max()}, the model's vocabulary has {vocab_size} "
-            f"ids ({where}); train the model that the dataset was tokenised for"
-        )
+def _list_sizes(table: Table, records: Sequence[ShardRecord], selection: Selection) -> list[list[int]]:
+    """Return how many rows in view each row group has, by shard; enough shards for `max_pairs`."""
+    sizes: list[list[int]] = []
+    num_rows = 0
+    with ThreadPoolExecutor(READERS) as pool:
+        for begin in range(0, len(records), READERS):
+            part = records[begin : begin + READERS]
+            sizes += pool.map(lambda record: _sizes_of_shard(table, record, selection), part)
+            num_rows += sum(sum(found) for found in sizes[begin:])
+            if selection.max_pairs is not None and num_rows >= selection.max_pairs:
+                break
+    return sizes
 
 
-def _check_floats(columns: _Columns, side: str, name: str, where: str) -> None:
-    lengths, expected = columns.ragged[name].lengths, columns.ragged[f"{side}_ids"].lengths
-    unequal = np.flatnonzero(lengths != expected)
-    if len(unequal):
-        row = int(unequal[0])
-        raise MismatchError(
-            f"pair {columns.pair_id(row)}, {side}: {lengths[row]} {name} for {expected[row]} response tokens ({where}); "
-            f"{_REBUILD}"
-        )
-    bad_row = columns.ragged[name].row_of_first(~np.isfinite(columns.ragged[name].values))
-    if bad_row is not None:
-        raise MismatchError(
-            f"pair {columns.pair_id(bad_row)}, {side}: {name} holds NaN or infinity ({where}); {_REBUILD}"
-        )
-
-
-_REBUILD = "rebuild the dataset with `tokenweights build`"
+def _sizes_of_shard(table: Table, record: ShardRecord, selection: Selection) -> list[int]:
+    if record.group_sizes and not selection.columns:
+        return list(record.group_sizes)
+    reader = table.open_shard(record)
+    if not selection.columns:
+        return reader.group_sizes
+    groups = (reader.read_group(index, selection.columns) for index in range(len(reader.group_sizes)))
+    return [int(selection.keeps(rows).sum()) for rows in groups]
 
 
 class OrderedPairs(Dataset[Pair]):
-    """The pairs of a dataset by position in the training order instead of by row; positions go on over epochs."""
+    """The pairs of a dataset by position in a training of `num_positions`, epochs after each other, instead of by row.
 
-    def __init__(self, pairs: PairDataset, order: BlockShuffle) -> None:
+    Positions from `num_positions` on are fillers: they make the last step equally long for every rank, and repeat its last
+    real pair, which mostly lies in the cache, marked `is_filler`.
+    """
+
+    def __init__(self, pairs: PairDataset, order: BlockShuffle, num_positions: int) -> None:
         self.pairs = pairs
         self.order = order
+        self.num_positions = num_positions
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return self.num_positions
 
     def __getitem__(self, position: int) -> Pair:
+        """Return the pair at `position`.
+
+        Raises:
+            MismatchError, DamageError: See `PairDataset`.
+        """
+        if position >= self.num_positions:
+            return replace(self[self.num_positions - 1], is_filler=True)
         return self.pairs[self.order.rows([position])[0]]
 
 

@@ -1,73 +1,221 @@
 """Per-token log-probabilities of responses. The next-token shift happens here and nowhere else.
 
-The decoder runs over whole sequences, the output layer only on the positions that predict a response token, in chunks that
-the backward pass computes again. So the largest tensor over the vocabulary is one chunk, never `[B, T, V]`.
+The decoder runs over a whole micro-batch, the output layer only on positions that predict a response token, in chunks. So the
+largest tensor over the vocabulary holds response tokens alone, and when even those are many, each chunk is computed again in
+the backward pass: there is never a `[B, T, V]`.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from train.attention import Packing
+from train.divergence import exact_kl, top_k_kl
+from train.loss_config import KlDirection
 from weights_store.errors import InputError
 
 CHUNK_LOGITS = 1 << 25
-"""Logits that exist at a time, 128 MiB in float32."""
+"""Logits that are worked on at a time, 128 MiB in float32."""
+KEPT_LOGITS = 1 << 26
+"""Up to so many logits of a micro-batch are kept for the backward pass (128 MiB in bfloat16); more are computed again."""
 _PROBE_TOKENS = 8
 _PROBE_TOLERANCE = 1e-3  # nats, float32
+
+Head = Callable[[Tensor], Tensor]
+
+
+class TokenTerms(NamedTuple):
+    """What the model says of the tokens of 2 B sequences (chosen ones first), `[2 B, T]` float32 nats; 0 outside responses."""
+
+    logps: Tensor
+    """log pi(token t | tokens < t)."""
+    kls: Tensor | None = None
+    """KL divergence of the distributions that token t is drawn from, where a loss asks for it."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Which KL divergence is computed besides the log-probs.
+
+    Args:
+        direction: KL(pi‖ref) or KL(ref‖pi).
+        top_k: From stored log-probs of the reference's k likeliest tokens, instead of running the reference.
+        reference: The reference model, frozen; None for the policy with its adapters off.
+    """
+
+    direction: KlDirection
+    top_k: bool = False
+    reference: nn.Module | None = None
 
 
 def per_token_logps(
     model: nn.Module,
     input_ids: Tensor,
-    attention_mask: Tensor,
     position_ids: Tensor,
+    places: Tensor,
     completion_mask: Tensor,
+    branch_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    ref_top_ids: Tensor | None = None,
+    ref_top_logps: Tensor | None = None,
+    *,
+    divergence: Divergence | None = None,
     chunk_logits: int = CHUNK_LOGITS,
-) -> Tensor:
-    """Return log pi(token t | tokens < t), `[B, T]` float32 nats; 0 where `completion_mask` is False.
+    kept_logits: int = KEPT_LOGITS,
+) -> TokenTerms:
+    """Return the log-probs of all response tokens, as `collate.py` lays them out.
 
     Args:
-        model: A causal language model of transformers.
-        input_ids: `[B, T]`.
-        attention_mask: `[B, T]`, 1 on tokens, 0 on padding.
-        position_ids: `[B, T]`.
-        completion_mask: `[B, T]` bool, True on response tokens; False in the first column (nothing predicts it).
-        chunk_logits: Logits computed at a time.
+        model: A causal language model of transformers, or peft's wrapper of one.
+        input_ids: Packed pairs `[1, N]`, or padded sequences `[2 B, T]`.
+        position_ids: Likewise.
+        places: `[2 B, T]`, where each token of each sequence lies in the flattened `input_ids`.
+        completion_mask: `[2 B, T]` bool, True on response tokens; False in the first column (nothing predicts it).
+        branch_ids: `[1, N]`, see `attention.Packing`; None for padded sequences.
+        attention_mask: Of padded sequences, 1 on tokens, 0 on padding.
+        ref_top_ids: `[2 B, T, K]`, for a divergence from stored log-probs.
+        ref_top_logps: Likewise.
+        divergence: What to compute besides.
+        chunk_logits: Logits worked on at a time.
+        kept_logits: Above so many, logits are computed again in the backward pass.
     """
     assert not completion_mask[:, 0].any(), "the first token of a sequence cannot be scored"
-    decoder: Any = model.base_model
-    output = decoder(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
-    row_idx, token_idx = completion_mask.nonzero(as_tuple=True)
-    hidden = output.last_hidden_state[row_idx, token_idx - 1]  # the state before token t predicts token t
-    flat_logps = _chunked_logps(model, hidden, input_ids[row_idx, token_idx], chunk_logits)
-    logps = flat_logps.new_zeros(input_ids.shape)
-    return logps.index_put((row_idx, token_idx), flat_logps)
+    decode = partial(_decode, input_ids, position_ids, branch_ids, attention_mask)
+    sequence_idx, token_idx = completion_mask.nonzero(as_tuple=True)
+    previous = places[sequence_idx, token_idx - 1]  # the state at the token before predicts a token
+    target_ids = input_ids.flatten()[places[sequence_idx, token_idx]]
+    head, extra = _output_layer(model), []
+    compute: Callable[..., tuple[Tensor, ...]] = partial(_logps_alone, head)
+    if divergence is not None and divergence.top_k:
+        assert ref_top_ids is not None, "dataset.py gives them on request"
+        assert ref_top_logps is not None
+        extra = [ref_top_ids[sequence_idx, token_idx], ref_top_logps[sequence_idx, token_idx]]
+        compute = partial(_logps_and_top_k_kl, head, divergence.direction)
+    elif divergence is not None:
+        reference_head, reference_hidden = _run_reference(model, divergence.reference, decode)
+        extra = [reference_hidden[previous]]
+        compute = partial(_logps_and_exact_kl, head, reference_head, divergence.direction)
+    columns = [decode(model)[previous], target_ids, *extra]
+    # Rows of full distributions cost several times as much as rows of logits.
+    rows = max(1, chunk_logits // _vocab_size(model) // (1 if divergence is None else 4))
+    again = len(target_ids) * _vocab_size(model) > kept_logits or divergence is not None
+    if again:
+        compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
+    chunks = [compute(*chunk) for chunk in zip(*(column.split(rows) for column in columns), strict=True)]
+    where = (sequence_idx, token_idx)
+    return TokenTerms(*(_scatter(torch.cat(parts), where, places.shape) for parts in zip(*chunks, strict=True)))
 
 
-def _chunked_logps(model: nn.Module, hidden: Tensor, target_ids: Tensor, chunk_logits: int) -> Tensor:
-    """Return log-probs of `target_ids` `[N]` under `hidden` `[N, H]`, `[N]` float32."""
+def _scatter(values: Tensor, where: tuple[Tensor, Tensor], shape: torch.Size) -> Tensor:
+    return values.new_zeros(shape).index_put(where, values)
+
+
+def _decode(
+    input_ids: Tensor, position_ids: Tensor, branch_ids: Tensor | None, attention_mask: Tensor | None, model: nn.Module
+) -> Tensor:
+    """Return the last hidden states of all tokens, `[N, H]` (or `[2 B T, H]`)."""
+    decoder: Any = _causal_model(model).base_model
+    context: dict[str, Any] = {"attention_mask": attention_mask}
+    if branch_ids is not None:
+        context = {"packing": Packing(branch_ids[0], position_ids[0])}
+    output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **context)
+    return output.last_hidden_state.flatten(0, 1)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _run_reference(
+    model: nn.Module, reference: nn.Module | None, decode: Callable[[nn.Module], Tensor]
+) -> tuple[Head, Tensor]:
+    """Return the reference's output layer and its hidden states."""
+    if reference is not None:
+        return _output_layer(reference), decode(reference)
     head = _output_layer(model)
-    rows = max(1, chunk_logits // _vocab_size(model))
-    chunks = zip(hidden.split(rows), target_ids.split(rows), strict=True)
-    return torch.cat(
-        [checkpoint(_head_logps, head, h, ids, use_reentrant=False, preserve_rng_state=False) for h, ids in chunks]
-    )
+
+    def head_without_adapters(hidden: Tensor) -> Tensor:
+        with _adapters_off(model):
+            return head(hidden)
+
+    with _adapters_off(model):
+        return head_without_adapters, decode(model)
 
 
-def _head_logps(head: Callable[[Tensor], Tensor], hidden: Tensor, target_ids: Tensor) -> Tensor:
+def _adapters_off(model: nn.Module) -> AbstractContextManager[Any]:
+    disable: Any = getattr(model, "disable_adapter", nullcontext)
+    return disable()  # type: ignore[no-any-return]
+
+
+# --- what is computed of a chunk of rows: hidden states [n, H], ids [n], and more, to [n] each -----------------------------
+
+
+def _logps_alone(head: Head, hidden: Tensor, target_ids: Tensor) -> tuple[Tensor]:
+    return (_SelectedLogps.apply(head(hidden), target_ids),)
+
+
+def _logps_and_top_k_kl(
+    head: Head, direction: KlDirection, hidden: Tensor, target_ids: Tensor, top_ids: Tensor, top_logps: Tensor
+) -> tuple[Tensor, Tensor]:
+    logps = head(hidden).float().log_softmax(-1)
+    return _select(logps, target_ids), top_k_kl(logps.gather(-1, top_ids), top_logps, direction)
+
+
+def _logps_and_exact_kl(
+    head: Head,
+    reference_head: Head,
+    direction: KlDirection,
+    hidden: Tensor,
+    target_ids: Tensor,
+    reference_hidden: Tensor,
+) -> tuple[Tensor, Tensor]:
     logits = head(hidden).float()
-    return logits.gather(-1, target_ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    with torch.no_grad():
+        reference_logits = reference_head(reference_hidden).float()
+    return _select(logits.log_softmax(-1), target_ids), exact_kl(logits, reference_logits, direction)
 
 
-def _output_layer(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def _select(values: Tensor, ids: Tensor) -> Tensor:
+    return values.gather(-1, ids[:, None]).squeeze(-1)
+
+
+class _SelectedLogps(torch.autograd.Function):
+    """log softmax(logits)[ids], `[n, V]` and `[n]` to `[n]` float32. The gradient is made in one buffer, in place.
+
+    d logp / d logits = onehot(id) - softmax(logits): autograd would make half a dozen tensors over the vocabulary for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:  # type: ignore[override]
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        log_sums = wide.logsumexp(-1)
+        ctx.save_for_backward(logits, ids, log_sums)
+        return _select(wide, ids) - log_sums
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        logits, ids, log_sums = ctx.saved_tensors
+        wide = logits.to(log_sums.dtype, copy=True)
+        wide.sub_(log_sums[:, None]).exp_().mul_(-gradient[:, None])
+        wide.scatter_add_(1, ids[:, None], gradient[:, None])
+        return wide.to(logits.dtype), None
+
+
+def _causal_model(model: nn.Module) -> Any:
+    """The model of transformers inside peft's wrapper, if it is in one."""
+    unwrap: Any = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
+
+
+def _output_layer(model: nn.Module) -> Head:
     """The map from hidden states to logits, with what some families do to logits afterwards."""
-    config: Any = model.config
-    text_config = config.get_text_config()
-    lm_head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    causal_model = _causal_model(model)
+    text_config = causal_model.config.get_text_config()
+    lm_head: Any = causal_model.get_output_embeddings()
     multiplier = getattr(text_config, "logit_scale", None)  # Cohere
     divisor = getattr(text_config, "logits_scaling", None)  # Granite
     cap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
@@ -84,8 +232,7 @@ def _output_layer(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _vocab_size(model: nn.Module) -> int:
-    config: Any = model.config
-    return int(config.get_text_config().vocab_size)
+    return int(_causal_model(model).config.get_text_config().vocab_size)
 
 
 @torch.no_grad()
@@ -102,11 +249,12 @@ def check_output_layer(model: nn.Module) -> None:
     device = next(model.parameters()).device
     input_ids = (torch.arange(1, _PROBE_TOKENS + 1, device=device)[None] * 7) % vocab_size
     positions = torch.arange(_PROBE_TOKENS, device=device)[None]
-    ones = torch.ones_like(input_ids)
-    logits = model(input_ids=input_ids, attention_mask=ones, position_ids=positions).logits.float()
-    expected = logits.log_softmax(-1)[0, :-1].gather(-1, input_ids[0, 1:, None]).squeeze(-1)
-    got = per_token_logps(model, input_ids, ones, positions, positions > 0)[0, 1:]
-    difference = (expected - got).abs().max().item()
+    logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), position_ids=positions).logits
+    expected = _select(logits.float().log_softmax(-1)[0, :-1], input_ids[0, 1:])
+    got = per_token_logps(
+        model, input_ids, positions, positions, positions > 0, attention_mask=torch.ones_like(input_ids)
+    )
+    difference = (expected - got.logps[0, 1:]).abs().max().item()
     if not difference <= _PROBE_TOLERANCE:
         raise InputError(
             f"{type(model).__name__}: log-probs computed from its hidden states differ from its own forward pass by "
@@ -115,10 +263,10 @@ def check_output_layer(model: nn.Module) -> None:
         )
 
 
-def route_forward(model: nn.Module) -> None:
+def route_forward(model: nn.Module, divergence: Divergence | None = None) -> None:
     """Make `model(...)` compute `per_token_logps`.
 
     DDP, FSDP and autocast hook into `forward`; calling the decoder and the output layer around them would train without
     gradient exchange. The class and what `save_pretrained` writes stay as they are.
     """
-    model.forward = MethodType(per_token_logps, model)
+    model.forward = MethodType(partial(per_token_logps, divergence=divergence), model)

@@ -1,8 +1,12 @@
 """Preference losses as pure functions of per-token log-probabilities.
 
-Called by the trainer; usable alone. Weights and reference log-probs are data: no gradient flows into them. The end-of-text
-token is a token like any other here, in every loss. Not here: the next-token shift (`logps.py`), reduction over pairs
-(`trainer.py`), and the eta term of TIS-DPO.
+Called through `objective.py`; usable alone. Weights, reference log-probs and annotator scores are data: no gradient
+flows into them. The end-of-text token is a token like any other here, in every loss. The mean of a response without any
+token is 0, as its sum is. Not here: the next-token shift (`logps.py`), the per-token KL (`divergence.py`), and reduction
+over pairs (the caller's).
+
+Notation in comments: w chosen, l rejected, m(y) = sum_t log pi/ref, a(y) = mean_t log pi, K(y) = sum_t KL_t, sg stops
+gradients.
 """
 
 from typing import NamedTuple
@@ -10,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from weights_store.errors import InputError
 
 
 class ResponseLogps(NamedTuple):
@@ -22,52 +28,244 @@ class ResponseLogps(NamedTuple):
     ref_logps: Tensor | None = None
     """log ref(y_t | x, y_<t), nats."""
     token_weights: Tensor | None = None
-    """w_t, unitless."""
+    """w_t >= 0, unitless."""
+    kls: Tensor | None = None
+    """KL of the two next-token distributions at position t, nats, with gradient; in the direction that the loss names."""
 
 
 class PairLosses(NamedTuple):
-    """What a loss returns, `[B]` each; rewards are detached, in nats, and None where they cannot be known."""
+    """What a loss returns, `[B]` each; rewards are detached and None where they cannot be known."""
 
     losses: Tensor
     chosen_rewards: Tensor | None
+    """What the loss compares, beta included: it is a function of chosen - rejected. Nats, for means nats per token."""
     rejected_rewards: Tensor | None
 
 
-def dpo(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float) -> PairLosses:
+def dpo(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, label_smoothing: float = 0.0) -> PairLosses:
     """Per-pair DPO loss, `[B]` nats. Token weights are ignored.
 
     Args:
         chosen: Preferred responses, with `ref_logps`.
         rejected: The others, with `ref_logps`.
         beta: > 0.
+        label_smoothing: Probability that a pair is labelled the wrong way round, 0..0.5 ("conservative DPO").
+
+    Raises:
+        ValueError: `ref_logps` are missing, or `beta` or `label_smoothing` is out of range.
+
+    References:
+        Rafailov et al. 2023, arXiv 2305.18290, Eq. 7; label smoothing as in the authors' release, trainers.py.
+    """
+    return _logistic(sum_logratios(chosen), sum_logratios(rejected), beta, label_smoothing=label_smoothing)
+
+
+def ipo(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float) -> PairLosses:
+    """Per-pair IPO loss, `[B]` (nats per token, squared).
+
+    Args:
+        chosen: Preferred responses, with `ref_logps`.
+        rejected: The others, with `ref_logps`.
+        beta: tau of the paper, > 0; the margin aimed at is 1 / (2 beta).
 
     Raises:
         ValueError: `ref_logps` are missing or `beta` is not positive.
 
     References:
-        Rafailov et al. 2023, arXiv 2305.18290, Eq. 7.
+        Azar et al. 2023, arXiv 2310.12036, Eq. 17. Departure, the same as TRL's: the paper writes sums of log-ratios,
+        here they are means over the tokens of each response, so that the target does not depend on length. TRL (1.16,
+        `DPOTrainer`) has it from the authors that their results were made so.
     """
-    return _logistic(sum_logratios(chosen), sum_logratios(rejected), beta)
+    _check_beta(beta)
+    chosen_means, rejected_means = _mean(_logratios(chosen), chosen), _mean(_logratios(rejected), rejected)
+    losses = (chosen_means - rejected_means - 1 / (2 * beta)) ** 2  # Eq. 17
+    return PairLosses(losses, beta * chosen_means.detach(), beta * rejected_means.detach())
 
 
-def tis_dpo(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float) -> PairLosses:
-    """Per-pair TIS-DPO loss with eta off, `[B]` nats. Rewards are the weighted ones that the loss sees.
-
-    With all weights 1 it equals `dpo` bit for bit, value and gradient: the end-of-text token is weighted too, where the
-    official release gives it 0.
+def tdpo1(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float) -> PairLosses:
+    """Per-pair TDPO1 loss, `[B]` nats.
 
     Args:
-        chosen: Preferred responses, with `ref_logps` and `token_weights`.
+        chosen: Preferred responses, with `ref_logps` and `kls` in the direction KL(ref‖pi).
         rejected: The others, likewise.
         beta: > 0.
 
     Raises:
-        ValueError: `ref_logps` or `token_weights` are missing or `beta` is not positive.
+        ValueError: `ref_logps` or `kls` are missing or `beta` is not positive.
 
     References:
-        Liu et al. 2024, arXiv 2410.04350 (ICLR 2025); u as in the official release, trainers.py, `token_level=false`.
+        Zeng et al. 2024, arXiv 2404.11999, the loss named TDPO1; rewards beta (m + K) as the official release logs them.
     """
-    return _logistic(sum_weighted_logratios(chosen), sum_weighted_logratios(rejected), beta)
+    # beta [m(w) - m(l) - (K(l) - K(w))]
+    return _logistic(sum_logratios(chosen) + sum_kls(chosen), sum_logratios(rejected) + sum_kls(rejected), beta)
+
+
+def tdpo2(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, alpha: float) -> PairLosses:
+    """Per-pair TDPO2 loss, `[B]` nats: the KL of the chosen side takes no gradient.
+
+    With `alpha` 0 it is `dpo`; with 1 it has the value of `tdpo1`, not its gradient.
+
+    Args:
+        chosen: Preferred responses, with `ref_logps` and `kls` in the direction KL(ref‖pi).
+        rejected: The others, likewise.
+        beta: > 0.
+        alpha: Factor of the KL term, >= 0.
+
+    Raises:
+        ValueError: `ref_logps` or `kls` are missing or `beta` is not positive.
+
+    References:
+        Zeng et al. 2024, arXiv 2404.11999, the loss named TDPO2. Departure: the official release logs beta (m + K) as
+        rewards for it too; here they are beta (m + alpha K), whose difference is what the loss sees.
+    """
+    # beta [m(w) - m(l) - alpha (K(l) - sg K(w))]
+    chosen_sums = sum_logratios(chosen) + alpha * sum_kls(chosen).detach()
+    return _logistic(chosen_sums, sum_logratios(rejected) + alpha * sum_kls(rejected), beta)
+
+
+def tis_dpo(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, eta_scale: float = 0.0) -> PairLosses:
+    """Per-pair TIS-DPO loss, `[B]` nats. Rewards are the weighted ones that the loss sees, eta included.
+
+    With all weights 1 and eta off it equals `dpo` bit for bit, value and gradient: the end-of-text token is weighted
+    too, where the official release gives it 0.
+
+    Args:
+        chosen: Preferred responses, with `ref_logps` and `token_weights`; with eta `kls` as well, KL(pi‖ref).
+        rejected: The others, likewise.
+        beta: > 0.
+        eta_scale: Factor of eta, >= 0; 0 is off and needs no `kls`.
+
+    Raises:
+        ValueError: `ref_logps`, `token_weights` or `kls` are missing or `beta` is not positive.
+
+    References:
+        Liu et al. 2024, arXiv 2410.04350 (ICLR 2025); u and eta as in the official release, trainers.py, which switches
+        eta by `token_level` (false) and multiplies it by alpha (0.5). Gradients flow through eta on both sides, as
+        there. Its sign is the opposite of TDPO's and its KL the other way round.
+    """
+    chosen_sums, rejected_sums = sum_weighted_logratios(chosen), sum_weighted_logratios(rejected)
+    if eta_scale:  # u - eta; eta = beta [sum_t w_t KL_t(w) - sum_t w_t KL_t(l)]
+        chosen_sums = chosen_sums - eta_scale * _weighted_sum(_kls(chosen), chosen)
+        rejected_sums = rejected_sums - eta_scale * _weighted_sum(_kls(rejected), rejected)
+    return _logistic(chosen_sums, rejected_sums, beta)
+
+
+def simpo(
+    chosen: ResponseLogps,
+    rejected: ResponseLogps,
+    *,
+    beta: float,
+    gamma_beta_ratio: float,
+    label_smoothing: float = 0.0,
+) -> PairLosses:
+    """Per-pair SimPO loss, `[B]` nats. No reference: rewards are beta times the mean log-prob.
+
+    Args:
+        chosen: Preferred responses.
+        rejected: The others.
+        beta: > 0; 2 to 10 in the paper, for means are small.
+        gamma_beta_ratio: Margin that chosen should win by, nats per token. TRL's `simpo_gamma` is this times beta.
+        label_smoothing: As in `dpo`.
+
+    Raises:
+        ValueError: `beta` or `label_smoothing` is out of range.
+
+    References:
+        Meng et al. 2024, arXiv 2405.14734, Eq. 6; label smoothing as in the official release, simpo_trainer.py.
+    """
+    chosen_means, rejected_means = mean_logps(chosen), mean_logps(rejected)
+    target = beta * gamma_beta_ratio
+    return _logistic(chosen_means, rejected_means, beta, label_smoothing=label_smoothing, target=target)
+
+
+def sepo(chosen: ResponseLogps, rejected: ResponseLogps) -> PairLosses:
+    """Per-pair SePO loss, `[B]` nats: mean log-prob over selected tokens, no reference, no beta.
+
+    With all weights 1 it is `simpo` with beta 1 and no margin. Looks at the weights, which costs one wait for the device.
+
+    Args:
+        chosen: Preferred responses, with `token_weights`: 1 on selected tokens and 0 elsewhere, or any weights >= 0 for
+            a weighted mean.
+        rejected: The others, likewise.
+
+    Raises:
+        ValueError: `token_weights` are missing.
+        InputError: A weight is negative or no number, or a response has none above 0: the mean of nothing is unknown,
+            and training on an invented 0 would push the other side alone.
+
+    References:
+        Yang et al. 2024, arXiv 2408.13518 (EMNLP 2024); the form of the official release, utils_selective.py, whose
+        --beta this loss never reads. Departure: there the first response token can never be selected, here any can.
+    """
+    return _logistic(_selected_means(chosen, "chosen"), _selected_means(rejected, "rejected"), 1.0)
+
+
+def d2po(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, gamma: float) -> PairLosses:
+    """Per-pair D2PO loss, `[B]` nats: `tis_dpo` with the weights of `decay_weights`; stored token weights are ignored.
+
+    Args:
+        chosen: Preferred responses, with `ref_logps`.
+        rejected: The others, with `ref_logps`.
+        beta: > 0.
+        gamma: Decay per token, 0..1; 1 is `dpo`.
+
+    Raises:
+        ValueError: `ref_logps` are missing or `beta` is not positive.
+
+    References:
+        arXiv 2502.14340; in the official release, trainer_utils.py, t counts from 1, and so it does here.
+    """
+    sides = (side._replace(token_weights=decay_weights(side, gamma)) for side in (chosen, rejected))
+    return tis_dpo(*sides, beta=beta)
+
+
+def uni_dpo(
+    chosen: ResponseLogps,
+    rejected: ResponseLogps,
+    *,
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    beta: float,
+    quality_eta: float,
+    tau_ref: float,
+    focal_gamma: float,
+    nll_lambda: float,
+    tau_good: float,
+) -> PairLosses:
+    """Per-pair Uni-DPO loss, `[B]` nats: length-normalised DPO, weighted by quality and by what the policy can do
+    already.
+
+    More parameters than elsewhere: they are the method's own five, and a record around them would only rename them.
+
+    Args:
+        chosen: Preferred responses, with `ref_logps`.
+        rejected: The others, with `ref_logps`.
+        chosen_scores: `[B]`, the annotator's score of each.
+        rejected_scores: `[B]`, likewise.
+        beta: > 0.
+        quality_eta: eta, slope of w_qual in the difference of scores; 0 makes it 1/2 everywhere.
+        tau_ref: Margin, in beta x nats per token, at which w_perf is half way down.
+        focal_gamma: gamma, exponent of w_perf, >= 0.
+        nll_lambda: lambda, factor of the c-NLL term, >= 0.
+        tau_good: Score from which the c-NLL term acts.
+
+    Raises:
+        ValueError: `ref_logps` are missing or `beta` is not positive.
+
+    References:
+        arXiv 2506.10054 (ICLR 2026), in the form of the official release, uni_dpo_trainer.py: w_perf looks at the policy
+        only and is not detached, so its gradient counts; the c-NLL term is a mean over tokens.
+    """
+    chosen_means, rejected_means = mean_logps(chosen), mean_logps(rejected)  # a_pi
+    chosen_logratios, rejected_logratios = _mean(_logratios(chosen), chosen), _mean(_logratios(rejected), rejected)
+    preference = _logistic(chosen_logratios, rejected_logratios, beta)
+    quality_weights = torch.sigmoid(quality_eta * (chosen_scores - rejected_scores).detach())
+    # (1 - sigmoid(x))^gamma = exp(gamma log sigmoid(-x)): finite gradient where the power of a probability of 0 has none
+    policy_margins = beta * (chosen_means - rejected_means)
+    focal_weights = torch.exp(focal_gamma * F.logsigmoid(tau_ref - policy_margins))
+    falls_behind = (chosen_scores >= tau_good) & (chosen_logratios < 0)  # good, and ref likes it better than pi does
+    nll = torch.where(falls_behind, -nll_lambda * chosen_means, 0.0)
+    return preference._replace(losses=quality_weights * focal_weights * preference.losses + nll)
 
 
 def sft(chosen: ResponseLogps, rejected: ResponseLogps | None = None, *, beta: float = 1.0) -> PairLosses:
@@ -87,7 +285,12 @@ def sft(chosen: ResponseLogps, rejected: ResponseLogps | None = None, *, beta: f
 
 def sum_logps(side: ResponseLogps) -> Tensor:
     """Return log pi(y | x), `[B]` nats, summed over response tokens."""
-    return _masked(side.policy_logps, side.completion_mask).sum(-1)
+    return _logps(side).sum(-1)
+
+
+def mean_logps(side: ResponseLogps) -> Tensor:
+    """Return log pi(y | x) / |y|, `[B]` nats per token."""
+    return _mean(_logps(side), side)
 
 
 def sum_logratios(side: ResponseLogps) -> Tensor:
@@ -96,7 +299,7 @@ def sum_logratios(side: ResponseLogps) -> Tensor:
     Raises:
         ValueError: `ref_logps` are missing.
     """
-    return _per_token_logratios(side).sum(-1)
+    return _logratios(side).sum(-1)
 
 
 def sum_weighted_logratios(side: ResponseLogps) -> Tensor:
@@ -105,24 +308,87 @@ def sum_weighted_logratios(side: ResponseLogps) -> Tensor:
     Raises:
         ValueError: `ref_logps` or `token_weights` are missing.
     """
-    if side.token_weights is None:
-        raise ValueError("this loss needs token_weights; none were given")
-    return _masked(side.token_weights.detach() * _per_token_logratios(side), side.completion_mask).sum(-1)
+    return _weighted_sum(_logratios(side), side)
 
 
-def _logistic(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> PairLosses:
-    """-log sigmoid(beta * (chosen - rejected)), `[B]`."""
+def sum_kls(side: ResponseLogps) -> Tensor:
+    """Return the KL of a response, `[B]` nats, summed over its tokens.
+
+    Raises:
+        ValueError: `kls` are missing.
+    """
+    return _kls(side).sum(-1)
+
+
+def decay_weights(side: ResponseLogps, gamma: float) -> Tensor:
+    """Return gamma^t on response token t = 1, 2, ..., `[B, T]`; 0 elsewhere."""
+    mask = side.completion_mask
+    return _masked(gamma ** mask.cumsum(-1).to(side.policy_logps.dtype), mask)
+
+
+def _logistic(
+    chosen: Tensor, rejected: Tensor, beta: float, *, label_smoothing: float = 0.0, target: float = 0.0
+) -> PairLosses:
+    """-log sigmoid(margin), `[B]`, margin = beta * (chosen - rejected) - target; that of -margin for a smoothed share."""
+    _check_beta(beta)
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be at least 0 and below 0.5, got {label_smoothing}")
+    margins = beta * (chosen - rejected) - target  # u of TIS-DPO; Eq. 7 of DPO for weights 1
+    losses = -F.logsigmoid(margins)
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-margins)
+    return PairLosses(losses, beta * chosen.detach(), beta * rejected.detach())
+
+
+def _check_beta(beta: float) -> None:
     if not beta > 0:
         raise ValueError(f"beta must be > 0, got {beta}")
-    margins = beta * (chosen_logratios - rejected_logratios)  # u of TIS-DPO; Eq. 7 of DPO for weights 1
-    losses = -F.logsigmoid(margins)
-    return PairLosses(losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach())
 
 
-def _per_token_logratios(side: ResponseLogps) -> Tensor:
-    if side.ref_logps is None:
-        raise ValueError("this loss needs ref_logps; none were given")
-    return _masked(side.policy_logps - side.ref_logps.detach(), side.completion_mask)
+def _logps(side: ResponseLogps) -> Tensor:
+    return _masked(side.policy_logps, side.completion_mask)
+
+
+def _logratios(side: ResponseLogps) -> Tensor:
+    return _masked(side.policy_logps - _given(side, "ref_logps").detach(), side.completion_mask)
+
+
+def _kls(side: ResponseLogps) -> Tensor:
+    return _masked(_given(side, "kls"), side.completion_mask)
+
+
+def _token_weights(side: ResponseLogps) -> Tensor:
+    return _masked(_given(side, "token_weights").detach(), side.completion_mask)
+
+
+def _given(side: ResponseLogps, field: str) -> Tensor:
+    values: Tensor | None = getattr(side, field)
+    if values is None:
+        raise ValueError(f"this loss needs {field}; none were given")
+    return values
+
+
+def _weighted_sum(values: Tensor, side: ResponseLogps) -> Tensor:
+    """sum_t w_t v_t, `[B]`; `values` are masked already."""
+    return (_token_weights(side) * values).sum(-1)
+
+
+def _mean(values: Tensor, side: ResponseLogps) -> Tensor:
+    """Mean over response tokens, `[B]`; `values` are masked already."""
+    return values.sum(-1) / side.completion_mask.sum(-1).clamp(min=1)
+
+
+def _selected_means(side: ResponseLogps, name: str) -> Tensor:
+    """sum_t w_t log pi_t / sum_t w_t, `[B]`."""
+    token_weights = _token_weights(side)
+    total_weights = token_weights.sum(-1)
+    bad = ~((token_weights >= 0).all(-1) & (total_weights > 0))
+    if bad.any():
+        raise InputError(
+            f"sepo, {name} response {int(bad.int().argmax())} of the batch: expected token weights >= 0, at least one of "
+            "them above 0; build the dataset with weights.estimator='sepo', which always selects a token"
+        )
+    return _weighted_sum(_logps(side), side) / total_weights
 
 
 def _rewards_if_known(side: ResponseLogps | None, beta: float) -> Tensor | None:

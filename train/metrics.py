@@ -1,7 +1,8 @@
 """What is logged about a batch, and its mean over a logging window.
 
 TRL's names (`rewards/*`, `logps/*`) always mean unweighted sums, so that runs with and without token weights compare;
-what the weighted loss sees has names of its own (`weighted_rewards/*`).
+what another loss compares instead (weighted sums, means, a KL) has names of its own (`weighted_rewards/*`), and a KL has
+its direction in the name, for KL(pi‖ref) and KL(ref‖pi) are not comparable.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,37 +10,46 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from train.losses import PairLosses, ResponseLogps, sum_logps, sum_logratios
+from train.loss_config import KlDirection
+from train.losses import PairLosses, ResponseLogps, sum_kls, sum_logps, sum_logratios
 
 
 @torch.no_grad()
 def pair_metrics(
-    chosen: ResponseLogps, rejected: ResponseLogps | None, *, beta: float, weighted: PairLosses | None = None
+    chosen: ResponseLogps,
+    rejected: ResponseLogps | None,
+    *,
+    beta: float,
+    weighted: PairLosses | None = None,
+    kl_direction: KlDirection | None = None,
 ) -> dict[str, Tensor]:
-    """Values `[B]` by name; without `rejected` only those of the chosen side.
+    """Values `[B]` by name; without `rejected` only those of the chosen side, and no rewards without `ref_logps`.
 
     Args:
-        chosen: With `ref_logps`.
-        rejected: Likewise, or None.
+        chosen: One side.
+        rejected: The other, or None.
         beta: Scale of the rewards.
-        weighted: What a weighted loss returned, for the `weighted_rewards/*`.
+        weighted: What a loss returned whose rewards are not the plain ones, for the `weighted_rewards/*`.
+        kl_direction: Direction of the `kls`, for the `kl_*`: sums over the response, unweighted; None for no KL.
     """
-    metrics = {"rewards/chosen": beta * sum_logratios(chosen), "logps/chosen": sum_logps(chosen)}
-    if rejected is not None:
-        metrics |= _rewards("rewards", metrics["rewards/chosen"], beta * sum_logratios(rejected))
-        metrics["logps/rejected"] = sum_logps(rejected)
+    sides = {"chosen": chosen} if rejected is None else {"chosen": chosen, "rejected": rejected}
+    metrics = {f"logps/{name}": sum_logps(side) for name, side in sides.items()}
+    if all(side.ref_logps is not None for side in sides.values()):
+        metrics |= _rewards("rewards", {name: beta * sum_logratios(side) for name, side in sides.items()})
     if weighted is not None and weighted.chosen_rewards is not None and weighted.rejected_rewards is not None:
-        metrics |= _rewards("weighted_rewards", weighted.chosen_rewards, weighted.rejected_rewards)
+        rewards = {"chosen": weighted.chosen_rewards, "rejected": weighted.rejected_rewards}
+        metrics |= _rewards("weighted_rewards", rewards)
+    if kl_direction is not None:
+        metrics |= {f"kl_{kl_direction}/{name}": sum_kls(side) for name, side in sides.items()}
     return metrics
 
 
-def _rewards(name: str, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:
-    return {
-        f"{name}/chosen": chosen_rewards,
-        f"{name}/rejected": rejected_rewards,
-        f"{name}/margins": chosen_rewards - rejected_rewards,
-        f"{name}/accuracies": (chosen_rewards > rejected_rewards).float(),
-    }
+def _rewards(prefix: str, rewards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    metrics = {f"{prefix}/{name}": values for name, values in rewards.items()}
+    if "rejected" in rewards:
+        metrics[f"{prefix}/margins"] = rewards["chosen"] - rewards["rejected"]
+        metrics[f"{prefix}/accuracies"] = (rewards["chosen"] > rewards["rejected"]).float()
+    return metrics
 
 
 class MetricWindow:

@@ -4,7 +4,8 @@
       train.json      what this folder is for (identity) and the resolved config; written first
       checkpoints/    of transformers' Trainer; gone when the job is finished
       .staging/       the model while it is written
-      config.json, model*.safetensors, tokenizer …, metrics.json, lineage.json
+      config.json, model*.safetensors, tokenizer …, README.md (the card), metrics.json, lineage.json
+      adapter/        of a training with [lora]; alone, without a model, where lora.merge is false
 
 `config.json` is moved in when all other model files are there, and `lineage.json` last: a reader sees a whole model or none,
 and a folder with `lineage.json` is finished. Files are moved one by one, so OUTPUT may be a mount point.
@@ -12,7 +13,8 @@ and a folder with `lineage.json` is finished. Files are moved one by one, so OUT
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,10 @@ from weights_store.fingerprint import explain_difference
 
 RECORD, LINEAGE, METRICS = "train.json", "lineage.json", "metrics.json"
 _LAST = ("config.json", METRICS, LINEAGE)  # moved in this order behind everything else
-_CHECKPOINT_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+_CHECKPOINT_FILES = ("optimizer*", "scheduler.pt", "trainer_state.json")  # FSDP names its optimizer file otherwise
+
+_HARDLY_ANY_BYTES = 32 << 20
+"""So little room may be left when a file did not fit; what there was of it is gone by then, or not."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class OutputFolder:
 
         Raises:
             InputError: The folder holds something that was not made by a training job.
-            SettingsError: It holds another job and `overwrite` is False.
+            SettingsError: It holds another job that came to a checkpoint or a model, and `overwrite` is False.
         """
         if not self.path.exists() or not any(self.path.glob("[!.]*")):
             return None
@@ -55,7 +60,7 @@ class OutputFolder:
                 f"output.folder={str(self.path)!r} is not empty and has no {RECORD}, so it was not made by training; "
                 "choose another folder"
             )
-        if overwrite:
+        if overwrite or not self._holds_work():
             return None
         changes = explain_difference(_read_json(self.path / RECORD)["identity"], identity)
         if changes:
@@ -64,6 +69,11 @@ class OutputFolder:
                 "folder, or give --overwrite to delete what is there"
             )
         return _read_json(self.path / LINEAGE) if (self.path / LINEAGE).is_file() else None
+
+    def _holds_work(self) -> bool:
+        """Return whether anything would be lost: a job that was refused at its start leaves its record alone."""
+        others = {path.name for path in self.path.glob("[!.]*")} - {RECORD, self.checkpoints.name}
+        return bool(others) or any(self.checkpoints.glob("checkpoint-*"))
 
     def claim(self, identity: Mapping[str, Any], config: Mapping[str, Any], *, overwrite: bool, resume: bool) -> None:
         """Write the record, after `check`; with `overwrite` everything else goes, without `resume` the checkpoints.
@@ -98,7 +108,7 @@ class OutputFolder:
         _write_json(self.staging / METRICS, metrics)
         _write_json(self.staging / LINEAGE, lineage)
         names = sorted(path.name for path in self.staging.iterdir() if path.name not in _LAST)
-        for name in [*names, *_LAST]:
+        for name in [*names, *(name for name in _LAST if (self.staging / name).exists())]:
             target = self.path / name
             if target.is_dir():
                 shutil.rmtree(target)
@@ -108,9 +118,30 @@ class OutputFolder:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
+@contextmanager
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Say that the disk of `folder` is full where writing fails for it: torch and safetensors fail with other words.
+
+    Raises:
+        InputError: Something failed while there was hardly any room.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free_bytes = shutil.disk_usage(folder).free
+        if free_bytes > _HARDLY_ANY_BYTES:
+            raise
+        raise InputError(
+            f"the run failed with {free_bytes / 2**20:.1f} MiB left on the disk of output.folder={str(folder)!r} ({error}); "
+            "make room and give the same command again, it goes on from the last complete checkpoint"
+        ) from error
+
+
 def _is_complete(checkpoint: Path) -> bool:
     """Return whether the Trainer finished writing `checkpoint`; it writes its state last."""
-    if not all((checkpoint / name).is_file() for name in _CHECKPOINT_FILES):
+    if not all(any(checkpoint.glob(pattern)) for pattern in _CHECKPOINT_FILES):
         return False
     try:
         return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))

@@ -9,8 +9,29 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils.logging import tqdm
 
 from train.stopping import StopRequest
+from weights_store.errors import MissingExtraError, SettingsError
 
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "weighted_rewards/margins", "learning_rate")
+
+
+def check_tracker(name: str) -> None:
+    """Check that `output.report_to` names a tracker that can be used here.
+
+    Raises:
+        SettingsError: transformers does not know it.
+        MissingExtraError: Its package is not installed.
+    """
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    if name == "none" or name in get_available_reporting_integrations():
+        return
+    if name in INTEGRATION_TO_CALLBACK:
+        raise MissingExtraError(f"output.report_to={name!r} needs a package that is not installed; pip install {name}")
+    known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+    raise SettingsError(f"output.report_to={name!r} is no tracker that transformers knows; expected none, {known}")
 
 
 class ProgressLines(TrainerCallback):
@@ -44,14 +65,21 @@ class ProgressLines(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Print the line."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        if not state.is_world_process_zero or not logs:
+            return
+        if "eval_loss" in logs:
+            values = "  ".join(f"{name} {logs[f'eval_{name}']:.4g}" for name in _SHOWN if f"eval_{name}" in logs)
+            self._print(f"held out at step {state.global_step}  {values}")
+        if "loss" not in logs:
             return
         now_s = time.monotonic()
         pairs = (state.global_step - self._logged_step) * self.pairs_per_step
         rate = pairs / max(now_s - self._logged_at_s, 1e-9)
         self._logged_step, self._logged_at_s = state.global_step, now_s
         values = "  ".join(f"{name} {logs[name]:.4g}" for name in _SHOWN if name in logs)
-        line = f"step {state.global_step}/{state.max_steps}  {values}  {rate:.1f} pairs/s"
+        self._print(f"step {state.global_step}/{state.max_steps}  {values}  {rate:.1f} pairs/s")
+
+    def _print(self, line: str) -> None:
         (print if self._bar is None else self._bar.write)(line)
         sys.stdout.flush()
 

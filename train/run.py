@@ -5,7 +5,9 @@ wrong key answer at once.
 """
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +19,18 @@ from weights_store.settings import apply_overrides, load_toml, parse_settings
 if TYPE_CHECKING:
     from train.config import TrainConfig
     from train.dataset import Pair, PairDataset, WeightSource
+    from train.output import OutputFolder
     from train.stopping import StopRequest
     from train.trainer import PairTrainer
 
 SAMPLE_PAIRS = 256
 """Pairs that are measured before and after."""
 
+_SILENCE_S = 5.0
+"""How long the other processes hold an error back."""
 _FLAGS = {"store": "data.store", "weights": "data.weights", "model": "model.path", "output": "output.folder"}
+_MODEL_KEYS = {"dtype", "quantization"}
+_DATA_KEYS = {"swap", "split", "max_pairs"}
 _PACKAGES = ("tokenweights", "torch", "transformers", "accelerate", "numpy")
 
 
@@ -46,30 +53,36 @@ class TrainResult:
     was_trained_before: bool = False
 
 
-def run(config: "TrainConfig", *, overwrite: bool = False, stop: "StopRequest | None" = None) -> TrainResult:
+def run(
+    config: "TrainConfig", *, overwrite: bool = False, dry_run: bool = False, stop: "StopRequest | None" = None
+) -> TrainResult | None:
     """Train as `config` says and return where the model is.
 
     Args:
         config: The job.
         overwrite: Delete what an earlier job left in the output folder.
+        dry_run: Only check everything that can be checked without loading the model, and print what would be trained on.
         stop: Looked at after every step; on request a checkpoint is written and `KeyboardInterrupt` raised.
 
     Raises:
         SettingsError: The output folder holds another job, or `pairs_per_step` cannot be shared by the processes, or the
             loss became infinite.
         InputError: The model or the output folder cannot be used.
-        MismatchError: Model and dataset do not belong together, rows of the dataset do not, or `tis_dpo` meets constant
-            weights.
+        MismatchError: Model and dataset do not belong together (tokenizer, vocabulary, step-0 gate), rows of the dataset don't,
+            it lacks what the loss needs, or `tis_dpo` meets constant weights.
         NotFoundError: No such store, dataset, version or split.
+        MissingExtraError: The config asks for a package that is not installed.
         KeyboardInterrupt: A stop was requested; a later run goes on from the checkpoint.
     """
-    from accelerate import PartialState
-
     from train.dataset import PairDataset, open_weights, sample_pairs
-    from train.output import OutputFolder
+    from train.loss_config import loss_needs
+    from train.output import OutputFolder, explain_full_disk
     from train.policy import check_model_fits, find_model
+    from train.ranks import join_ranks
+    from train.selection import Selection
 
     source = open_weights(config.data)
+    _check_columns(config, source)
     model_folder = find_model(config.model)
     vocab_size = check_model_fits(model_folder, source)
     identity = build_identity(config, source, model_folder)
@@ -79,27 +92,48 @@ def run(config: "TrainConfig", *, overwrite: bool = False, stop: "StopRequest | 
         _say(f"already trained: {output.path} (--overwrite trains again)")
         return _result(output.path, finished, was_trained_before=True)
 
-    pairs = PairDataset(source, config.data, vocab_size=vocab_size)
+    needs = loss_needs(config.loss)
+    views: dict[str, Any] = {"vocab_size": vocab_size, "with_ref_top": needs.ref_top, "with_scores": needs.scores}
+    pairs = PairDataset(source, config.data, selection=Selection.for_training(config.data, config.eval), **views)
     sample = sample_pairs(pairs, SAMPLE_PAIRS)
     _check_method(config, source, sample)
-    processes = PartialState()
+    held_out: Sequence[Pair] = []
+    if config.eval.is_on:
+        others = PairDataset(source, config.data, selection=Selection.for_evaluation(config.data, config.eval), **views)
+        held_out = sample_pairs(others, config.eval.max_pairs)
+    if dry_run:
+        from train.outlook import outlook_lines
+
+        _say("\n".join(outlook_lines(config, source, pairs, held_out, identity)))
+        return None
+    processes = join_ranks()
+    _check_before_claiming(config, len(pairs), processes.num_processes)
     processes.wait_for_everyone()  # every process has read the folder before one changes it
     if processes.is_main_process:
-        output.claim(identity, config.model_dump(), overwrite=overwrite, resume=config.output.resume)
+        output.claim(identity, config.model_dump(exclude_none=True), overwrite=overwrite, resume=config.output.resume)
     processes.wait_for_everyone()
 
-    trainer = _build_trainer(config, model_folder, pairs, output.checkpoints, stop)
-    record = _train(trainer, sample, output.last_checkpoint(), stop)
-    lineage = build_lineage(config, source, identity, record)
-    if processes.is_main_process:
-        from train.policy import save_policy
-
-        save_policy(trainer.accelerator.unwrap_model(trainer.model), model_folder, output.start_staging())
-        metrics = {**record, "history": trainer.state.log_history}
-        output.publish(lineage, metrics, keep_checkpoints=config.output.keep_checkpoints)
-    processes.wait_for_everyone()
+    trainer = _build_trainer(config, model_folder, pairs, held_out, output.checkpoints, stop)
+    _pass_gate(trainer, source, sample, identity)
+    with explain_full_disk(output.path):
+        record = _train(trainer, sample, output.last_checkpoint(), stop)
+        lineage = build_lineage(config, source, identity, record)
+        _save(trainer, source, model_folder, output, lineage)
     _say(f"wrote {output.path}")
     return _result(output.path, lineage)
+
+
+def _check_columns(config: "TrainConfig", source: "WeightSource") -> None:
+    """Refuse a dataset that lacks what the loss needs; its commit says what it holds."""
+    from train.objective import check_columns_for
+
+    statistics = source.metadata.get("statistics", {})
+    present = {f"{side}_{name}" for side in ("chosen", "rejected") for name in ("ref_logps", "token_weights")}
+    if statistics.get("num_scored_pairs", 0) == statistics.get("num_pairs"):
+        present |= {"chosen_score", "rejected_score"}
+    if statistics.get("ref_top_k"):
+        present |= {f"{side}_ref_top_{name}" for side in ("chosen", "rejected") for name in ("ids", "logps")}
+    check_columns_for(config.loss, source.name, present)
 
 
 def _check_method(config: "TrainConfig", source: "WeightSource", sample: "Sequence[Pair]") -> None:
@@ -109,13 +143,28 @@ def _check_method(config: "TrainConfig", source: "WeightSource", sample: "Sequen
         check_weights_vary(source, sample)
 
 
+def _check_before_claiming(config: "TrainConfig", num_pairs: int, num_processes: int) -> None:
+    """Refuse what the Trainer could not do, while the output folder is as it was."""
+    from train.progress import check_tracker
+    from train.trainer import build_batches
+
+    check_tracker(config.output.report_to)
+    build_batches(config, num_pairs, world_size=num_processes)
+
+
 def _build_trainer(
-    config: "TrainConfig", model_folder: Path, pairs: "PairDataset", checkpoints: Path, stop: "StopRequest | None"
+    config: "TrainConfig",
+    model_folder: Path,
+    pairs: "PairDataset",
+    held_out: "Sequence[Pair]",
+    checkpoints: Path,
+    stop: "StopRequest | None",
 ) -> "PairTrainer":
-    from transformers import PrinterCallback
+    from transformers import PrinterCallback, set_seed
     from transformers.utils import logging
 
-    from train.policy import load_policy
+    from train.loss_config import loss_needs
+    from train.policy import load_policy, load_reference
     from train.progress import ProgressLines, StopAfterStep
     from train.trainer import PairTrainer
 
@@ -124,13 +173,50 @@ def _build_trainer(
     callbacks: list[Any] = [ProgressLines(config.optim.pairs_per_step)]
     if stop is not None:
         callbacks.append(StopAfterStep(stop))
-    trainer = PairTrainer(load_policy(model_folder), pairs, config, checkpoints=checkpoints, callbacks=callbacks)
+    set_seed(config.optim.seed)  # new adapters begin at random
+    policy = load_policy(model_folder, config.model, config.lora)
+    if policy.not_packed is not None:
+        _say(f"two padded sequences per pair: {policy.not_packed}")
+    needs_reference = (
+        loss_needs(config.loss).reference_model and config.lora is None
+    )  # else the adapters are switched off
+    reference = load_reference(model_folder, config.model) if needs_reference else None
+    trainer = PairTrainer(
+        policy, pairs, config, checkpoints=checkpoints, held_out=held_out, reference=reference, callbacks=callbacks
+    )
     trainer.remove_callback(PrinterCallback)
     _say(
         f"training {config.loss.name} on {pairs.source.name} ({len(pairs):,} pairs): {trainer.batches.num_steps:,} steps "
         f"of {config.optim.pairs_per_step} pairs"
     )
     return trainer
+
+
+def _pass_gate(
+    trainer: "PairTrainer", source: "WeightSource", sample: "Sequence[Pair]", identity: dict[str, Any]
+) -> None:
+    """Compare the model with the stored reference, for losses that take it for the same function."""
+    from train.gate import check_step_0, tolerance_of
+    from train.loss_config import loss_needs
+
+    config = trainer.config
+    if not config.gate.pairs or not loss_needs(config.loss).ref_logps:
+        return
+    few = sample[: config.gate.pairs]
+    tolerance_nats = tolerance_of(config.gate, source.metadata)
+    found = check_step_0(
+        lambda dtype: trainer.response_logps(few, dtype),
+        tolerance_nats=tolerance_nats,
+        dtype=config.model.dtype,
+        metadata=source.metadata,
+        model=config.model.path,
+        model_fingerprint=identity["model"]["fingerprint"],
+        quantized=config.model.quantization != "none",
+    )
+    _say(
+        f"step-0 gate: {found.mean:.2g} nats per token from the stored reference (at most {tolerance_nats:.2g}), over "
+        f"{found.num_tokens:,} tokens"
+    )
 
 
 def _train(
@@ -146,7 +232,43 @@ def _train(
         raise KeyboardInterrupt
     after = trainer.measure(sample)
     _say(f"after:  {_line(after)}")
-    return {"steps": trainer.state.global_step, "before": before, "after": after, "num_sample_pairs": len(sample)}
+    record: dict[str, Any] = {"steps": trainer.state.global_step, "before": before, "after": after}
+    record["num_sample_pairs"] = len(sample)
+    if trainer.held_out:
+        record["held_out"] = trainer.measure(trainer.held_out)
+        _say(f"held out: {_line(record['held_out'])}")
+    if trainer.config.eval.best:
+        record["best_step"] = trainer.state.best_global_step
+        _say(f"best by held-out {trainer.config.eval.best}: step {trainer.state.best_global_step}")
+    return record
+
+
+def _save(
+    trainer: "PairTrainer",
+    source: "WeightSource",
+    model_folder: Path,
+    output: "OutputFolder",
+    lineage: dict[str, Any],
+) -> None:
+    """Write the model, its card, its metrics and its lineage; all ranks take part where the model is cut up."""
+    from train.card import model_card
+    from train.policy import load_policy, save_policy
+    from train.ranks import gather_parameters
+
+    config, accelerator = trainer.config, trainer.accelerator
+    model: Any = accelerator.unwrap_model(trainer.model)
+    whole = gather_parameters(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+    if accelerator.is_main_process:
+        if whole is not None:
+            model = load_policy(model_folder, config.model, config.lora).model
+            model.load_state_dict(whole)
+        staging = output.start_staging()
+        is_hub_id = not Path(config.model.path).expanduser().is_dir()
+        save_policy(model, config.lora, model_folder, staging, config.model.path if is_hub_id else None)
+        (staging / "README.md").write_text(model_card(lineage, source), encoding="utf-8")
+        metrics = {**lineage["result"], "history": trainer.state.log_history}
+        output.publish(lineage, metrics, keep_checkpoints=config.output.keep_checkpoints)
+    accelerator.wait_for_everyone()
 
 
 def build_identity(config: "TrainConfig", source: "WeightSource", model_folder: Path) -> dict[str, Any]:
@@ -159,10 +281,12 @@ def build_identity(config: "TrainConfig", source: "WeightSource", model_folder: 
 
     return {
         "weights": {"name": source.name, "fingerprint": source.reference.fingerprint},
-        "model": {"fingerprint": fingerprint_model(model_folder), "dtype": config.model.dtype},
-        "data": config.data.model_dump(exclude={"store", "weights"}),
-        "loss": config.loss.model_dump(),
-        "optim": config.optim.model_dump(exclude={"pairs_per_batch"}),
+        "model": {"fingerprint": fingerprint_model(model_folder), **config.model.model_dump(include=_MODEL_KEYS)},
+        "lora": config.lora and config.lora.model_dump(),
+        "data": config.data.model_dump(include=_DATA_KEYS),
+        "loss": config.loss.model_dump(exclude_none=True),
+        "optim": config.optim.model_dump(exclude={"tokens_per_batch"}),
+        "eval": config.eval.model_dump(exclude=set() if config.eval.best else {"every_steps", "max_pairs"}),
     }
 
 
@@ -178,8 +302,8 @@ def build_lineage(
         "identity": identity,
         "parents": [source.reference.as_parent()],
         "model": {"path": config.model.path, "revision": config.model.revision, **identity["model"]},
-        "config": config.model_dump(),
-        **record,
+        "config": config.model_dump(exclude_none=True),
+        "result": record,
         "packages": _package_versions(),
     }
 
@@ -197,7 +321,8 @@ def _package_versions() -> dict[str, str]:
 
 
 def _result(folder: Path, lineage: dict[str, Any], *, was_trained_before: bool = False) -> TrainResult:
-    return TrainResult(folder, lineage["steps"], lineage["before"], lineage["after"], was_trained_before)
+    result = lineage["result"]
+    return TrainResult(folder, result["steps"], result["before"], result["after"], was_trained_before)
 
 
 def _line(metrics: dict[str, float]) -> str:
@@ -207,9 +332,9 @@ def _line(metrics: dict[str, float]) -> str:
 
 def _say(line: str) -> None:
     """Print on the first process only."""
-    from accelerate import PartialState
+    from train.ranks import join_ranks
 
-    if PartialState().is_main_process:
+    if join_ranks().is_main_process:
         print(line, flush=True)
 
 
@@ -218,8 +343,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tokenweights train",
         description="Train a model on one pinned version of a weight dataset. Flags win over the file.",
+        epilog="Several processes: torchrun --nproc-per-node N -m train.run CONFIG.toml, or accelerate launch.",
     )
-    parser.add_argument("config", nargs="?", metavar="CONFIG.toml", help="sections data, model, loss, optim, output")
+    parser.add_argument(
+        "config",
+        nargs="?",
+        metavar="CONFIG.toml",
+        help="sections data, model, lora, loss, optim, eval, gate, parallel, output; see docs/training.md",
+    )
     parser.add_argument("--store", metavar="URI", help="root of the store (data.store)")
     parser.add_argument(
         "--weights", metavar="NAME[@V]", help="weight dataset, newest version by default (data.weights)"
@@ -232,6 +363,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="SECTION.KEY=VALUE",
         help="any other key, for example loss.beta=0.1",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be trained on, and do nothing; the model is not loaded"
     )
     parser.add_argument("--overwrite", action="store_true", help="delete what another job left in the output folder")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -257,6 +391,11 @@ def load_config(arguments: argparse.Namespace) -> "TrainConfig":
     return parse_settings(TrainConfig, settings, where=arguments.config or "flags")
 
 
+def _is_first_process() -> bool:
+    """Return whether this is the process that speaks; asked of the launcher, for nothing may have been joined yet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 when done, 1 on an error, 2 on wrong usage, 130 when stopped by a signal."""
     try:
@@ -268,14 +407,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = StopRequest()
     try:
         with catch_signals(stop):
-            run(load_config(arguments), overwrite=arguments.overwrite, stop=stop)
+            run(load_config(arguments), overwrite=arguments.overwrite, dry_run=arguments.dry_run, stop=stop)
     except TokenweightsError as error:
         if arguments.debug:
             raise
+        if not _is_first_process():  # it mostly has the same to say; when it has, the launcher ends this one
+            time.sleep(_SILENCE_S)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        if _is_first_process():
+            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 

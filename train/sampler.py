@@ -1,7 +1,8 @@
 """The order in which pairs are trained on: a pure function of (seed, epoch, position).
 
-Row groups are put in a random order, then rows are shuffled inside windows of a few groups. So a reader holds one window at
-a time, and every rank, worker and resumed run can work out any position by itself, without replaying what came before.
+Shards are put in a random order, row groups are shuffled inside blocks of a few shards, and rows inside windows of a few
+groups. So a reader holds one window in memory and the shards of one block on its disk at a time, and every rank, worker and
+resumed run can work out any position by itself, without replaying what came before.
 Which rank takes which positions of a step is `StepBatches`; the order itself knows nothing of ranks.
 """
 
@@ -14,22 +15,35 @@ from numpy.typing import NDArray
 WINDOW_GROUPS = 32
 """Row groups that rows are mixed over; a group is about 1 MiB."""
 
+BLOCK_GROUPS = 256
+"""Row groups that windows are chosen from: those of a handful of full shards, which must lie on the local disk meanwhile."""
+
 Rows = NDArray[np.int64]
 
 
 class BlockShuffle:
-    """A permutation of rows for every epoch, local to windows of row groups.
+    """A permutation of rows for every epoch, local to windows of row groups, and these to blocks of shards.
 
     Args:
-        group_sizes: Rows of each row group, in stored order.
+        group_sizes: Rows of each row group, by shard, in stored order.
         seed: Two seeds give two orders.
         window_groups: Row groups per window.
+        block_groups: Row groups of shards that are gone through together, about.
     """
 
-    def __init__(self, group_sizes: Sequence[int], *, seed: int, window_groups: int = WINDOW_GROUPS) -> None:
+    def __init__(
+        self,
+        group_sizes: Sequence[Sequence[int]],
+        *,
+        seed: int,
+        window_groups: int = WINDOW_GROUPS,
+        block_groups: int = BLOCK_GROUPS,
+    ) -> None:
         self.seed = seed
         self.window_groups = window_groups
-        self._sizes: Rows = np.asarray(group_sizes, dtype=np.int64)
+        self.block_groups = block_groups
+        self._groups_per_shard: Rows = np.array([len(sizes) for sizes in group_sizes], dtype=np.int64)
+        self._sizes: Rows = np.array([size for sizes in group_sizes for size in sizes], dtype=np.int64)
         self._starts: Rows = np.cumsum(self._sizes) - self._sizes
         self.num_rows = int(self._sizes.sum())
 
@@ -51,10 +65,20 @@ class BlockShuffle:
 
     def plan_epoch(self, epoch: int) -> tuple[Rows, Rows]:
         """Return the order of groups and the first position of every window."""
-        group_order = _permutation(len(self._sizes), self.seed, epoch)
+        group_order = self._order_groups(epoch)
         ends = np.cumsum(self._sizes[group_order])
         window_starts = np.concatenate([[0], ends])[:-1][:: self.window_groups]
         return group_order, window_starts
+
+    def _order_groups(self, epoch: int) -> Rows:
+        """Return all row groups at random, but those of one block of shards together."""
+        group_order = _permutation(len(self._sizes), self.seed, epoch)
+        shard_order = _permutation(len(self._groups_per_shard), self.seed, epoch, 0, 1)  # 0, 0 would be the bits above
+        num_groups = self._groups_per_shard[shard_order]
+        block_of_shard = np.empty_like(shard_order)
+        block_of_shard[shard_order] = (np.cumsum(num_groups) - num_groups) // self.block_groups
+        block_of_group = np.repeat(block_of_shard, self._groups_per_shard)
+        return group_order[np.argsort(block_of_group[group_order], kind="stable")]
 
     def shuffle_window(self, epoch: int, window: int) -> Rows:
         """Return the rows of one window in training order."""
@@ -86,46 +110,36 @@ def _permutation(length: int, *entropy: int) -> Rows:
 
 
 class StepBatches:
-    """Positions of every micro-batch of one rank, as ranges, in order: a batch sampler.
+    """Positions of every step of one rank, as ranges, in order: a batch sampler with one batch per step.
 
     Step s takes the positions s * pairs_per_step and following, whatever the number of ranks; epochs follow each other
-    without a gap, so that only the last step of a run may be smaller. There, up to `world_size - 1` positions run into
-    the next epoch, so that all ranks get equally many. A range costs nothing, so skipping to a step reads no data.
+    without a gap, so that only the last step of a run may be smaller. There all ranks get equally many: positions from
+    `num_positions` on, fewer than `world_size`, are fillers, which stand for no pair. A range costs nothing, so skipping to a
+    step reads no data.
 
     Args:
         num_positions: Pairs to train on over the whole run, epochs included.
         pairs_per_step: Over all ranks.
-        pairs_per_batch: Of one rank at a time.
         rank: This rank.
         world_size: Number of ranks; divides `pairs_per_step`.
     """
 
-    def __init__(
-        self, num_positions: int, *, pairs_per_step: int, pairs_per_batch: int, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, num_positions: int, *, pairs_per_step: int, rank: int = 0, world_size: int = 1) -> None:
         assert pairs_per_step % world_size == 0, "checked by the caller"
         self.num_positions = num_positions
         self.pairs_per_step = pairs_per_step
-        self.pairs_per_batch = pairs_per_batch
         self.rank = rank
         self.world_size = world_size
         self.num_steps = -(-num_positions // pairs_per_step)
 
     def __iter__(self) -> Iterator[range]:
-        for step in range(self.num_steps):
-            yield from self.batches_of_step(step)
+        return (self.positions_of_step(step) for step in range(self.num_steps))
 
     def __len__(self) -> int:
-        return (self.num_steps - 1) * self.batches_per_step + len(self.batches_of_step(self.num_steps - 1))
+        return self.num_steps
 
-    @property
-    def batches_per_step(self) -> int:
-        """Micro-batches of one rank behind one (full) step."""
-        return -(-self.pairs_per_step // (self.world_size * self.pairs_per_batch))
-
-    def batches_of_step(self, step: int) -> list[range]:
-        """Return the micro-batches of this rank in one step."""
+    def positions_of_step(self, step: int) -> range:
+        """Return the positions of this rank in one step."""
         first = step * self.pairs_per_step
         share = -(-min(self.pairs_per_step, self.num_positions - first) // self.world_size)
-        begin, end = first + self.rank * share, first + (self.rank + 1) * share
-        return [range(b, min(b + self.pairs_per_batch, end)) for b in range(begin, end, self.pairs_per_batch)]
+        return range(first + self.rank * share, first + (self.rank + 1) * share)

@@ -1,42 +1,59 @@
 """The training loop: transformers' Trainer with our order of pairs, our log-probs, our losses and our metrics.
 
-The mean of a step is exact: every pair (for SFT, every response token) of a step counts the same, however it is cut into
-micro-batches and spread over ranks. Not here: what is trained on (`dataset.py`), where it goes (`output.py`).
+A batch of the Trainer is a whole step; it is cut into micro-batches here, by a budget of tokens. The mean of a step is exact:
+every pair (for SFT, every response token) of a step counts the same, however it is cut and spread over ranks. Not here: what is
+trained on (`dataset.py`), how a loss is computed (`objective.py`), where the model goes (`output.py`).
 """
 
 import math
+import time
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from train import losses
 from train.collate import MODEL_INPUTS, Batch, PairCollator
-from train.config import LossConfig, TrainConfig
+from train.config import TrainConfig
 from train.dataset import OrderedPairs, Pair, PairDataset
-from train.logps import route_forward
-from train.losses import PairLosses, ResponseLogps
-from train.metrics import MetricWindow, pair_metrics
+from train.logps import Divergence, TokenTerms, route_forward
+from train.loss_config import loss_needs
+from train.metrics import MetricWindow
+from train.objective import compute_pair_losses, count_units
+from train.policy import Policy
 from train.progress import LogLastStep
+from train.ranks import join_ranks, shard_on_cpus
 from train.sampler import BlockShuffle, StepBatches
 from weights_store.errors import SettingsError
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one rank computes in one optimizer step."""
+
+    batches: list[Batch]
+    num_units: Tensor | int
+    """Pairs or tokens that the loss is averaged over, of all ranks."""
+
+
 class PairTrainer(Trainer):
-    """Train `model` on `pairs`. From here on `model(...)` returns per-token log-probs, see `logps.route_forward`.
+    """Train a policy on `pairs`. From here on `model(...)` returns per-token log-probs, see `logps.route_forward`.
 
     Args:
-        model: The policy, dropout already off.
+        policy: The model, dropout already off, and whether it computes packed pairs.
         pairs: The dataset.
         config: The whole job.
+        checkpoints: Folder for them.
+        held_out: Pairs that are measured on the way, and never trained on.
+        reference: The frozen reference model, for an exact KL without adapters.
         callbacks: Progress, stopping.
 
     Raises:
@@ -45,89 +62,183 @@ class PairTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        policy: Policy,
         pairs: PairDataset,
         config: TrainConfig,
         *,
         checkpoints: Path,
+        held_out: Sequence[Pair] = (),
+        reference: nn.Module | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.config = config
         self.num_pairs = len(pairs)
-        self.collator = PairCollator(with_rejected=config.loss.name != "sft")
+        self.held_out = held_out
+        needs = loss_needs(config.loss)
+        self.collator = PairCollator(packed=policy.not_packed is None, with_rejected=needs.rejected)
         self.window = MetricWindow()
-        processes = PartialState()
+        self.waited_s = 0.0
+        self.reader = ThreadPoolExecutor(1)
+        self.ahead: Future[list[Pair] | None] | None = None
+        processes = join_ranks()
         self.batches = build_batches(
             config, len(pairs), rank=processes.process_index, world_size=processes.num_processes
         )
-        route_forward(model)
-        ordered = OrderedPairs(pairs, BlockShuffle(pairs.group_sizes, seed=config.optim.seed))
+        ordered = OrderedPairs(
+            pairs, BlockShuffle(pairs.group_sizes, seed=config.optim.seed), self.batches.num_positions
+        )
         arguments = build_arguments(config, self.batches, checkpoints)
-        super().__init__(model, arguments, self.collator, ordered, callbacks=[LogLastStep(), *callbacks])
-        self.loss_is_scaled_for_ga = True  # compute_loss divides by the units of the whole step
+        measured: Any = held_out or None  # `evaluate` is ours, but the Trainer insists
+        super().__init__(policy.model, arguments, None, ordered, measured, callbacks=[LogLastStep(), *callbacks])
+        if reference is not None:
+            reference.to(self.args.device)
+        divergence = needs.kl_direction and Divergence(needs.kl_direction, needs.ref_top, reference)
+        route_forward(policy.model, divergence or None)
+        self.loss_is_scaled_for_ga = True  # training_step divides by the units of the whole step
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Set accelerate up as the Trainer does, and for FSDP2 on CPUs too."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is not None:
+            shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return batches of this rank; accelerate must not shard them again, so it never sees the loader."""
+        """Return the steps of this rank; accelerate must not shard them again, so it never sees the loader."""
         batch_sampler: Any = self.batches  # ranges do where torch's types ask for lists
+        num_workers = self.args.dataloader_num_workers
         return DataLoader(
             self.train_dataset,
             batch_sampler=batch_sampler,
-            collate_fn=list,  # pairs stay pairs until the whole step is there, see get_batch_samples
-            num_workers=self.args.dataloader_num_workers,
+            collate_fn=list,  # pairs stay pairs until they are cut into micro-batches
+            num_workers=num_workers,
             # Arrow, Polars and Delta run threads of their own, which do not survive a fork.
-            multiprocessing_context="spawn" if self.args.dataloader_num_workers else None,
+            multiprocessing_context="spawn" if num_workers else None,
         )
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[list[Pair]], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], Tensor | None]:
-        """Return the micro-batches of one step and how many units (pairs or tokens) they hold over all ranks.
-
-        The pairs of a step are cut into micro-batches of similar length: the step's mean stays the same, and far less of
-        a batch is padding.
-        """
-        pairs = [pair for batch in islice(epoch_iterator, num_batches) for pair in batch]
-        if not pairs:
-            return [], None
-        batches = [self.collator(part) for part in cut_by_length(pairs, self.config.optim.pairs_per_batch)]
-        num_units = sum(count_units(self.config.loss, batch, self.collator) for batch in batches)
-        return batches, self.accelerator.reduce(torch.tensor(num_units, device=device), reduction="sum")
-
-    def compute_loss(
         self,
-        model: nn.Module,
-        inputs: Batch,
-        return_outputs: bool = False,  # noqa: ARG002  (the Trainer's signature)
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Share of this micro-batch in the mean loss of its step, a scalar; adds to the metrics."""
-        total_loss, num_units = self._add_batch(model, inputs, self.collator, self.window)
-        # DDP averages gradients over ranks, while the units of a step are counted over all of them.
-        num_units_of_step = num_units if num_items_in_batch is None else num_items_in_batch
-        return total_loss * self.accelerator.num_processes / num_units_of_step
+        epoch_iterator: Iterator[list[Pair]],
+        num_batches: int,  # noqa: ARG002  (the Trainer's signature; always 1)
+        device: torch.device,
+    ) -> tuple[list[Step], None]:
+        """Return the next step of this rank, as the one batch that the Trainer sees."""
+        begin = time.perf_counter()
+        # The next step's pairs are read while this one is computed: opening a window of row groups takes 0.2 s and more.
+        pairs = (self.ahead or self.reader.submit(next, epoch_iterator, None)).result()
+        self.ahead = None if pairs is None else self.reader.submit(next, epoch_iterator, None)
+        if pairs is None:
+            return [], None
+        step = self._cut(pairs, device)
+        self.waited_s += time.perf_counter() - begin
+        return [step], None
 
-    def _add_batch(
-        self, model: nn.Module, batch: Batch, collator: PairCollator, window: MetricWindow
-    ) -> tuple[Tensor, int]:
-        """Run one batch, put its metrics into `window`, return the sum of its losses and its number of units."""
-        per_token_logps = model(**{name: batch[name] for name in MODEL_INPUTS})
-        chosen, rejected = collator.split_sides(batch, per_token_logps)
-        result, values = compute_pair_losses(self.config.loss, chosen, rejected)
-        num_units = count_units(self.config.loss, batch, collator)
-        total_loss = result.losses.sum()
-        window.add(values, total_loss=total_loss, num_units=num_units)
-        return total_loss, num_units
+    def training_step(self, model: nn.Module, inputs: Step, num_items_in_batch: Any = None) -> Tensor:  # noqa: ARG002
+        """Forward and backward of a whole step; return its share in the mean loss, a scalar. Adds to the metrics."""
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        for batch in inputs.batches:
+            is_last = batch is inputs.batches[-1]
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    total_loss = self._add_batch(model, self._prepare_inputs(batch), self.window)
+                    # DDP averages gradients over ranks, while the units of a step are counted over all of them.
+                    loss = total_loss * self.accelerator.num_processes / inputs.num_units
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def floating_point_ops(self, inputs: Step) -> int:  # noqa: ARG002
+        """Return 0: the Trainer's estimate wants padded batches."""
+        return 0
+
+    def _add_batch(self, model: nn.Module, batch: Batch, window: MetricWindow) -> Tensor:
+        """Run one micro-batch, put its metrics into `window`, return the sum of its losses."""
+        terms: TokenTerms = model(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
+        chosen, rejected = self.collator.split_sides(batch, terms)
+        scores = (batch["chosen_scores"], batch["rejected_scores"]) if "chosen_scores" in batch else None
+        result, values = compute_pair_losses(self.config.loss, chosen, rejected, scores)
+        counts = batch["counts"]
+        total_loss = (result.losses * batch["pair_weights"] * counts).sum()
+        values = {name: value[counts] for name, value in values.items()}
+        window.add(values, total_loss=total_loss, num_units=self._count_units(batch))
+        return total_loss
+
+    def _count_units(self, batch: Batch) -> int:
+        counts = batch["counts"]
+        tokens = batch["completion_mask"][: len(counts)][counts].sum()
+        return count_units(self.config.loss, num_pairs=int(counts.sum()), num_chosen_tokens=int(tokens))
+
+    def _cut(self, pairs: Sequence[Pair], device: torch.device) -> Step:
+        """Cut the pairs of this rank into micro-batches; all ranks make equally many, since they compute in step."""
+        budget = self.config.optim.tokens_per_batch
+        parts = cut_by_tokens(pairs, [self.collator.num_tokens(pair) for pair in pairs], budget)
+        if self.accelerator.num_processes > 1:
+            most = torch.tensor(len(parts), device=device)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+            while len(parts) < int(most):
+                longest = max(range(len(parts)), key=lambda part: len(parts[part]))
+                middle = len(parts[longest]) // 2
+                parts[longest : longest + 1] = [parts[longest][:middle], parts[longest][middle:]]
+        batches = [self.collator(part) for part in parts]
+        num_units: Tensor | int = sum(map(self._count_units, batches))
+        if self.accelerator.num_processes > 1:
+            num_units = self.accelerator.reduce(torch.tensor(num_units, device=device), reduction="sum")
+        return Step(batches, num_units)
 
     @torch.no_grad()
     def measure(self, sample: Sequence[Pair]) -> dict[str, float]:
-        """Return the mean metrics over `sample` as the model is now; for SFT, `loss` is nats per chosen token."""
-        self.model.eval()
-        collator, window, size = PairCollator(), MetricWindow(), self.config.optim.pairs_per_batch
-        for begin in range(0, len(sample), size):
-            batch = self._prepare_inputs(collator(sample[begin : begin + size]))
-            with self.accelerator.autocast():
-                self._add_batch(self.model, batch, collator, window)
-        return window.pop_means()
+        """Return the mean metrics over `sample` as the model is now, shared by all ranks; for SFT, `loss` is nats per token."""
+        model, ordinary = self.model_wrapped, self.collator
+        model.eval()
+        # The rejected side counts here for every loss that has numbers for it.
+        self.collator = replace(ordinary, with_rejected=True)
+        window = MetricWindow()
+        device = next(model.parameters()).device
+        for batch in self._cut(self._share(sample), self.args.device).batches:
+            with self.compute_loss_context_manager():
+                self._add_batch(model, {name: tensor.to(device) for name, tensor in batch.items()}, window)
+        self.collator = ordinary
+        return window.pop_means(self.accelerator.reduce if self.accelerator.num_processes > 1 else None)
+
+    def _share(self, sample: Sequence[Pair]) -> list[Pair]:
+        """Return this rank's part of `sample`; fillers make the parts equally long."""
+        num_processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        size = -(-len(sample) // num_processes)
+        filler = replace(sample[-1], is_filler=True)
+        mine = list(sample[rank * size : (rank + 1) * size])
+        return mine + [filler] * (size - len(mine))
+
+    @torch.no_grad()
+    def response_logps(self, sample: Sequence[Pair], dtype: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield policy and stored reference log-probs of all response tokens of `sample`, `[n]` each, nats.
+
+        Every rank sees the whole sample, so that all come to the same judgement.
+
+        Args:
+            sample: Pairs.
+            dtype: Of the arithmetic.
+        """
+        model, collator = self.model_wrapped, replace(self.collator, with_rejected=True)
+        device = next(model.parameters()).device
+        sizes = [collator.num_tokens(pair) for pair in sample]
+        for part in cut_by_tokens(sample, sizes, self.config.optim.tokens_per_batch):
+            batch = {name: tensor.to(device) for name, tensor in collator(part).items()}
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+                terms: TokenTerms = model.eval()(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
+            yield terms.logps[batch["completion_mask"]], batch["ref_logps"][batch["completion_mask"]]
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,  # noqa: ARG002  (the Trainer's signature)
+        ignore_keys: Any = None,  # noqa: ARG002
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Measure the held-out pairs, log it, and return it under names that begin with `eval_`."""
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure(self.held_out).items()}
+        self.log(dict(metrics))
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the means of the window since the last log, next to what the Trainer logs.
@@ -137,7 +248,9 @@ class PairTrainer(Trainer):
         """
         if "train_runtime" in logs:
             return  # the Trainer's summary; its rates take every micro-batch for a full one
-        logs |= self.window.pop_means(self.accelerator.reduce)
+        if "loss" in logs:
+            logs |= self.window.pop_means(self.accelerator.reduce)
+            logs["data_wait_s"], self.waited_s = self.waited_s, 0.0
         if not math.isfinite(logs.get("loss", 0.0)):
             raise SettingsError(
                 f"the loss became {logs['loss']} by step {self.state.global_step}; lower optim.learning_rate "
@@ -148,31 +261,21 @@ class PairTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def compute_pair_losses(
-    loss: LossConfig, chosen: ResponseLogps, rejected: ResponseLogps | None
-) -> tuple[PairLosses, dict[str, Tensor]]:
-    """Return the losses `[B]` that `loss` names, and the metrics `[B]` that go with them."""
-    if loss.name == "sft":
-        beta = loss.beta or 1.0
-        return losses.sft(chosen, rejected, beta=beta), pair_metrics(chosen, rejected, beta=beta)
-    assert rejected is not None
-    assert loss.beta is not None, "LossConfig checks that"
-    if loss.name == "dpo":
-        return losses.dpo(chosen, rejected, beta=loss.beta), pair_metrics(chosen, rejected, beta=loss.beta)
-    result = losses.tis_dpo(chosen, rejected, beta=loss.beta)
-    return result, pair_metrics(chosen, rejected, beta=loss.beta, weighted=result)
+def cut_by_tokens(pairs: Sequence[Pair], sizes: Sequence[int], tokens_per_batch: int) -> list[list[Pair]]:
+    """Return the pairs in batches of at most `tokens_per_batch` tokens, the longest first; a longer pair goes alone.
 
-
-def count_units(loss: LossConfig, batch: Batch, collator: PairCollator) -> int:
-    """Return what the loss is a mean over: pairs, or for SFT chosen response tokens."""
-    num_pairs = collator.num_pairs(batch)
-    return int(batch["completion_mask"][:num_pairs].sum()) if loss.name == "sft" else num_pairs
-
-
-def cut_by_length(pairs: Sequence[Pair], pairs_per_batch: int) -> list[list[Pair]]:
-    """Return the pairs in batches of `pairs_per_batch`, the longest first; the last batch may be smaller."""
-    longest_first = sorted(pairs, key=lambda pair: pair.num_tokens, reverse=True)
-    return [longest_first[begin : begin + pairs_per_batch] for begin in range(0, len(pairs), pairs_per_batch)]
+    Pairs of similar length lie together, so that little of what is padded (attention, `[2 B, T]`) is padding.
+    """
+    longest_first = sorted(range(len(pairs)), key=lambda index: sizes[index], reverse=True)
+    batches: list[list[Pair]] = []
+    left = 0
+    for index in longest_first:
+        if not batches or sizes[index] > left:
+            batches.append([])
+            left = tokens_per_batch
+        batches[-1].append(pairs[index])
+        left -= sizes[index]
+    return batches
 
 
 def build_batches(config: TrainConfig, num_pairs: int, *, rank: int = 0, world_size: int = 1) -> StepBatches:
@@ -188,23 +291,16 @@ def build_batches(config: TrainConfig, num_pairs: int, *, rank: int = 0, world_s
             f"make it a multiple of {world_size}"
         )
     num_positions = optim.max_steps * optim.pairs_per_step if optim.max_steps else optim.num_epochs * num_pairs
-    return StepBatches(
-        num_positions,
-        pairs_per_step=optim.pairs_per_step,
-        pairs_per_batch=optim.pairs_per_batch,
-        rank=rank,
-        world_size=world_size,
-    )
+    return StepBatches(num_positions, pairs_per_step=optim.pairs_per_step, rank=rank, world_size=world_size)
 
 
 def build_arguments(config: TrainConfig, batches: StepBatches, checkpoints: Path) -> TrainingArguments:
     """Return the Trainer's own settings; what is ours (data, loss, order) is not among them."""
-    optim, output = config.optim, config.output
+    optim, output, evaluation = config.optim, config.output, config.eval
     return TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=batches.num_steps,
-        per_device_train_batch_size=optim.pairs_per_batch,
-        gradient_accumulation_steps=batches.batches_per_step,
+        gradient_accumulation_steps=1,  # training_step accumulates
         learning_rate=optim.learning_rate,
         lr_scheduler_type=_SCHEDULES[optim.schedule],
         warmup_steps=optim.warmup_share,  # below 1 it is a share
@@ -213,14 +309,28 @@ def build_arguments(config: TrainConfig, batches: StepBatches, checkpoints: Path
         seed=optim.seed,
         use_cpu=not torch.accelerator.is_available(),  # else the Trainer refuses bf16 there
         bf16=config.model.dtype == "bfloat16",
+        dataloader_num_workers=config.data.num_workers,
         logging_steps=output.log_every_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # would put an earlier loss in the place of a NaN
         save_strategy="steps" if output.save_every_steps else "no",
         save_steps=output.save_every_steps or 1,
         save_total_limit=1,
+        eval_strategy="steps" if evaluation.every_steps else "no",
+        eval_steps=evaluation.every_steps,
+        load_best_model_at_end=bool(evaluation.best),
+        metric_for_best_model=f"eval_{evaluation.best}" if evaluation.best else None,
+        greater_is_better=evaluation.best != "loss" if evaluation.best else None,
         report_to=output.report_to,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         disable_tqdm=True,  # progress.py
+        **_sharding(config),
     )
+
+
+def _sharding(config: TrainConfig) -> dict[str, Any]:
+    """Return the Trainer's settings of FSDP2; a single process has nothing to cut up."""
+    if config.parallel.strategy != "fsdp2" or join_ranks().num_processes == 1:
+        return {}
+    return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}

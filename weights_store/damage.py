@@ -118,7 +118,8 @@ def _check_view(log: TableLog) -> Iterator[Finding]:
     names, active = [field.name for field in schema.fields], log.active(newest)
     held = {name for _, record in log.records() if record.name in active for name in record.checksums}
     later = {field.name for field in lacking(table.schema, names)} - held  # they came after all of its files
-    if schema.fields != [field for field in Schema.from_arrow(table.schema).fields if field.name not in later]:
+    expected = {field.name: field for field in Schema.from_arrow(table.schema).fields if field.name not in later}
+    if {field.name: field for field in schema.fields} != expected:
         text = (
             f"its log gives it columns {names} or types that are not those of this tokenweights, {table.schema.names}"
         )

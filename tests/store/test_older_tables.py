@@ -9,15 +9,17 @@ import pyarrow as pa
 import pytest
 from deltalake.table import TableAlterer
 
+from tests.store.conftest import build_small_store
 from weights_store import WeightStore
 from weights_store.errors import DamageError
-from weights_store.schemas import LOGPS
+from weights_store.schemas import LOGPS, WEIGHTS
 from weights_store.store import _SCHEMAS
 from weights_store.table import Table
 from weights_store.verify import verify
 
-PATH = "logps/toy/x"
+PATH, NAME = "logps/toy/x", "hh-harmless/tis-dpo"
 LATER = ["chosen_top_ids", "chosen_top_logps", "rejected_top_ids", "rejected_top_logps"]
+EARLY_WEIGHTS = WEIGHTS.names[: WEIGHTS.names.index("split") + 1]
 EARLY = pa.schema([field for field in LOGPS if field.name not in LATER])
 
 
@@ -152,3 +154,20 @@ def test_columns_that_the_log_hides_from_readers_are_a_finding(early, monkeypatc
     assert found.problem == (
         f"its log gives it columns {EARLY.names} or types that are not those of this tokenweights, {LOGPS.names}"
     )
+
+
+def test_tokens_differences_and_the_layout_of_the_release_are_those_of_a_store_made_today(
+    small_store, monkeypatch, tmp_path
+):
+    with monkeypatch.context() as patch:
+        patch.setitem(_SCHEMAS, "logps", EARLY)
+        patch.setitem(_SCHEMAS, "weights", pa.schema([field for field in WEIGHTS if field.name in EARLY_WEIGHTS]))
+        old = build_small_store(tmp_path / "old")
+    assert old.scan_tokens(NAME).collect().equals(small_store.scan_tokens(NAME).collect())
+    here, there = (vars(store.diff(NAME, "hh-harmless/reversed")) for store in (old, small_store))
+    assert here.pop("largest").equals(there.pop("largest"))
+    assert here == there
+    here, there = (
+        store.export(NAME, tmp_path / f"out-{store.root.path.name}", format="jsonl") for store in (old, small_store)
+    )
+    assert [path.read_bytes() for path in here] == [path.read_bytes() for path in there]

@@ -135,7 +135,7 @@ def settings(store: str, model_folder: Path, tmp_path: Path) -> dict[str, dict[s
         "data": {"store": store, "weights": "toy/tis"},
         "model": {"path": str(model_folder)},
         "loss": {"name": "tis_dpo", "beta": 0.1},
-        "optim": {"learning_rate": 1e-3, "pairs_per_step": 8, "pairs_per_batch": 4},
+        "optim": {"learning_rate": 1e-3, "pairs_per_step": 8, "tokens_per_batch": 128},
         "output": {"folder": str(tmp_path / "out"), "log_every_steps": 1},
     }
 
@@ -148,6 +148,7 @@ def make_config(settings: dict[str, dict[str, Any]]) -> MakeConfig:
     """Return a function that builds the config with some keys changed: `make_config(loss={"name": "dpo"})`."""
 
     def make(**changes: dict[str, Any]) -> TrainConfig:
-        return TrainConfig.model_validate({s: {**v, **changes.get(s, {})} for s, v in settings.items()})
+        sections = {**settings, **{section: {} for section in changes.keys() - settings.keys()}}
+        return TrainConfig.model_validate({s: {**v, **changes.get(s, {})} for s, v in sections.items()})
 
     return make

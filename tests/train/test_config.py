@@ -39,7 +39,7 @@ def test_defaults_are_the_documented_ones(load) -> None:
         "num_epochs": 1,
         "max_steps": None,
         "pairs_per_step": 16,
-        "pairs_per_batch": 8,
+        "tokens_per_batch": 8192,
         "warmup_share": 0.1,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
@@ -66,12 +66,14 @@ def test_flags_alone_are_enough() -> None:
     ("change", "message"),
     [
         ("loss.betta=1", "unknown key 'loss.betta'; did you mean 'loss.beta'?"),
-        ("loss.name=kto", "loss.name: Input should be 'dpo', 'tis_dpo' or 'sft', got 'kto'"),
+        ("loss.name=kto", "loss.name: Input should be 'dpo', 'ipo', 'tdpo1', 'tdpo2', 'tis_dpo', 'simpo'"),
         ("loss.beta=0", "loss.beta: Input should be greater than 0, got 0"),
         ("optim.learning_rate=0", "optim.learning_rate: Input should be greater than 0"),
         ("optim.warmup_share=1.0", "optim.warmup_share: Input should be less than 1"),
         ("model.dtype=float16", "model.dtype: Input should be 'float32' or 'bfloat16'"),
-        ("optim.pairs_per_step=4", "optim.pairs_per_batch=8 is larger than optim.pairs_per_step=4"),
+        ("eval.split=train", "data.split is empty, so that eval.split would be trained on"),
+        ("eval.best=loss", "eval.best and eval.every_steps need something held out"),
+        ("model.quantization=nf4", "model.quantization freezes the model's weights; add a [lora] section"),
     ],
 )
 def test_wrong_values_are_refused(load, change: str, message: str) -> None:

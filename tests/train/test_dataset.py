@@ -1,24 +1,34 @@
 import copy
+import dataclasses
 import math
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from torch.utils.data import DataLoader
 
-from train.collate import PairCollator
 from train.config import DataConfig
-from train.dataset import OrderedPairs, PairDataset, check_weights_vary, open_weights, sample_pairs
-from train.sampler import BlockShuffle, StepBatches
-from weights_store import WeightStore
+from train.dataset import (
+    OrderedPairs,
+    PairDataset,
+    StoredResponse,
+    check_weights_vary,
+    open_weights,
+    sample_pairs,
+)
+from train.sampler import BlockShuffle
+from weights_store import Table, WeightStore
 from weights_store.errors import DamageError, MismatchError, NotFoundError, SettingsError
 from weights_store.schemas import WEIGHTS
+from weights_store.shards import ShardReader
+from weights_store.store import _SCHEMAS
 
 
-def open_pairs(uri: str, weights: str = "toy/tis", vocab_size: int = 128, **config) -> PairDataset:
+def open_pairs(
+    uri: str, weights: str = "toy/tis", with_ref_top: bool = False, with_scores: bool = False, **config
+) -> PairDataset:
     data = DataConfig(store=uri, weights=weights, **config)
-    return PairDataset(open_weights(data), data, vocab_size=vocab_size)
+    return PairDataset(open_weights(data), data, vocab_size=128, with_ref_top=with_ref_top, with_scores=with_scores)
 
 
 def ids_of(pairs: PairDataset) -> list[str]:
@@ -27,8 +37,9 @@ def ids_of(pairs: PairDataset) -> list[str]:
 
 def test_rows_come_back_as_they_were_stored(small_groups, store, rows) -> None:
     pairs = open_pairs(store)
-    assert len(pairs.group_sizes) > 3
-    assert sum(pairs.group_sizes) == len(pairs) == 40
+    (sizes,) = pairs.group_sizes  # of one shard
+    assert len(sizes) > 3
+    assert sum(sizes) == len(pairs) == 40
     for i in (39, 0, 17, 16, 39):
         pair = pairs[i]
         assert (pair.pair_id, pair.prompt_ids.tolist()) == (rows[i]["pair_id"], rows[i]["prompt_ids"])
@@ -40,12 +51,49 @@ def test_rows_come_back_as_they_were_stored(small_groups, store, rows) -> None:
             assert response.ref_logps == pytest.approx(rows[i][f"{side}_ref_logps"], rel=1.3e-4)
 
 
-def test_swap_exchanges_sides_with_weights_and_reference(store) -> None:
-    plain, swapped = open_pairs(store)[5], open_pairs(store, swap=True)[5]
-    assert swapped.pair_id == plain.pair_id
+def add_optional(rows: list[dict], top_k: int = 3) -> list[dict]:
+    """Scores, and top-k numbers that tell where they belong: token t of row i has ids from 10 t and log-probs from -(i + t)."""
+    added = []
+    for i, row in enumerate(rows):
+        more: dict = {"pair_weight": 0.5 + i, "chosen_score": 4.0 + i, "rejected_score": 1.0 - i}
+        for side in ("chosen", "rejected"):
+            places = range(len(row[f"{side}_ids"]))
+            more[f"{side}_ref_top_ids"] = [10 * t + k for t in places for k in range(top_k)]
+            more[f"{side}_ref_top_logps"] = [-1.0 * (i + t) - k / 4 for t in places for k in range(top_k)]
+        added.append(row | more)
+    return added
+
+
+def test_scores_pair_weight_and_top_k_come_back_as_they_were_stored(small_groups, write_weights, rows) -> None:
+    pairs = open_pairs(write_weights(add_optional(rows)), with_ref_top=True, with_scores=True)
+    for i in (5, 39):
+        pair = pairs[i]
+        assert (pair.pair_weight, pair.chosen_score, pair.rejected_score) == (0.5 + i, 4.0 + i, 1.0 - i)
+        num_tokens = len(rows[i]["rejected_ids"])
+        assert pair.rejected.ref_top_ids.tolist() == [[10 * t, 10 * t + 1, 10 * t + 2] for t in range(num_tokens)]
+        assert pair.rejected.ref_top_logps[0].tolist() == [-i, -i - 0.25, -i - 0.5]
+        assert len(pair.chosen.ref_top_logps) == len(pair.chosen.ids)
+
+
+def test_columns_that_nobody_asked_for_are_not_read(write_weights, rows, monkeypatch) -> None:
+    asked: list[str] = []
+    ordinary = ShardReader.read_group
+    monkeypatch.setattr(
+        ShardReader, "read_group", lambda self, index, names: (asked.extend(names), ordinary(self, index, names))[1]
+    )
+    pair = open_pairs(write_weights(add_optional(rows)))[0]
+    assert (pair.chosen.ref_top_ids, pair.rejected.ref_top_logps, pair.chosen_score, pair.rejected_score) == (None,) * 4
+    assert not [name for name in asked if "top" in name or name.endswith("score")]
+
+
+def test_swap_exchanges_everything_of_the_two_sides(write_weights, rows) -> None:
+    uri = write_weights(add_optional(rows))
+    plain, swapped = (open_pairs(uri, with_ref_top=True, with_scores=True, swap=swap)[5] for swap in (False, True))
+    assert (swapped.pair_id, swapped.pair_weight) == (plain.pair_id, plain.pair_weight)
+    assert (swapped.chosen_score, swapped.rejected_score) == (plain.rejected_score, plain.chosen_score) == (-4.0, 9.0)
     for ours, theirs in ((swapped.chosen, plain.rejected), (swapped.rejected, plain.chosen)):
-        for field in ("ids", "token_weights", "ref_logps"):
-            assert np.array_equal(getattr(ours, field), getattr(theirs, field))
+        for field in dataclasses.fields(StoredResponse):
+            assert np.array_equal(getattr(ours, field.name), getattr(theirs, field.name))
 
 
 def test_split_and_max_pairs_choose_rows_in_stored_order(small_groups, store, rows) -> None:
@@ -58,7 +106,7 @@ def test_split_and_max_pairs_choose_rows_in_stored_order(small_groups, store, ro
 
 
 def test_unknown_split_is_refused(store) -> None:
-    with pytest.raises(NotFoundError, match=r"toy/tis@0 has no pair with split 'dev'; leave data.split empty"):
+    with pytest.raises(NotFoundError, match=r"toy/tis@0 has no pair of split 'dev'; leave data.split empty"):
         open_pairs(store, split="dev")
 
 
@@ -105,7 +153,7 @@ def test_two_shards_exchanged_are_no_pairs_of_this_version(write_weights, rows) 
     first.write_bytes(other)
     second.write_bytes(one)
     with pytest.raises(DamageError, match="is not the file that was committed"):
-        open_pairs(uri)
+        ids_of(open_pairs(uri))
 
 
 def test_cache_reads_a_group_once_and_holds_a_window(small_groups, store, monkeypatch) -> None:
@@ -113,38 +161,16 @@ def test_cache_reads_a_group_once_and_holds_a_window(small_groups, store, monkey
     reads = []
     ordinary = pairs._read_group
     monkeypatch.setattr(pairs, "_read_group", lambda group: (reads.append(group), ordinary(group))[1])
-    order = BlockShuffle(pairs.group_sizes, seed=0)
+    ordered = OrderedPairs(pairs, BlockShuffle(pairs.group_sizes, seed=0), 40)
     for position in range(40):
-        OrderedPairs(pairs, order)[position]
-    assert len(reads) == len(pairs.group_sizes)
+        ordered[position]
+    assert len(reads) == len(pairs.group_sizes[0])
     pairs.cache_groups = 1
     pairs._cache.clear()
     for row in (0, 39, 0):
         pairs[row]
     assert len(pairs._cache) == 1
-    assert len(reads) == len(pairs.group_sizes) + 3
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_workers_do_not_change_the_order_and_skipping_reads_nothing(small_groups, store, num_workers) -> None:
-    pairs = open_pairs(store)
-    order = BlockShuffle(pairs.group_sizes, seed=4)
-    loader = DataLoader(
-        OrderedPairs(pairs, order),
-        batch_sampler=StepBatches(60, pairs_per_step=8, pairs_per_batch=4),
-        num_workers=num_workers,
-        collate_fn=list,
-        multiprocessing_context="spawn" if num_workers else None,  # as the trainer does
-    )
-    got = [pair.pair_id for batch in loader for pair in batch]
-    assert got == [f"pair-{row:04d}" for row in order.rows(range(60))]
-    if num_workers == 0:
-        from accelerate import skip_first_batches
-
-        pairs._cache.clear()
-        rest = iter(skip_first_batches(loader, 9))
-        assert [pair.pair_id for pair in next(rest)] == [f"pair-{row:04d}" for row in order.rows(range(36, 40))]
-        assert len(pairs._cache) <= 4  # the four rows of this batch
+    assert len(reads) == len(pairs.group_sizes[0]) + 3
 
 
 def damage(rows: list[dict], row: int, **changes) -> list[dict]:
@@ -160,7 +186,7 @@ def test_a_missing_value_is_refused_with_pair_side_and_place(write_weights, rows
     pairs = open_pairs(write_weights(damage(rows, 6, **{column: rows[6][column][:-1]})))
     with pytest.raises(
         MismatchError,
-        match=rf"pair pair-0006, {side}: {num_tokens - 1} {column} for {num_tokens} response tokens "
+        match=rf"pair pair-0006: {num_tokens - 1} {column} for {num_tokens} response tokens "
         r"\(toy/tis@0, shard .*\.parquet\); rebuild",
     ):
         pairs[0]
@@ -170,13 +196,15 @@ def test_a_missing_value_is_refused_with_pair_side_and_place(write_weights, rows
 def test_values_that_are_not_finite_are_refused(write_weights, rows, bad) -> None:
     values = [*rows[6]["rejected_token_weights"][:-1], bad]
     pairs = open_pairs(write_weights(damage(rows, 6, rejected_token_weights=values)))
-    with pytest.raises(MismatchError, match="pair pair-0006, rejected: rejected_token_weights holds NaN or infinity"):
+    with pytest.raises(MismatchError, match="pair pair-0006: rejected_token_weights holds NaN or infinity"):
         pairs[0]
 
 
 def test_an_id_outside_the_vocabulary_is_refused(write_weights, rows) -> None:
     pairs = open_pairs(write_weights(damage(rows, 7, prompt_ids=[1, 128])))
-    with pytest.raises(MismatchError, match=r"pair pair-0007: prompt_ids goes up to 128, .* vocabulary has 128 ids"):
+    with pytest.raises(
+        MismatchError, match=r"pair pair-0007: prompt_ids goes from 1 to 128, .* vocabulary has 128 ids"
+    ):
         pairs[0]
 
 
@@ -189,6 +217,96 @@ def test_a_bad_row_of_another_split_does_not_matter(write_weights, rows) -> None
 def test_empty_parts_are_refused(write_weights, rows, name) -> None:
     pairs = open_pairs(write_weights(damage(rows, 2, **{name: []})))
     with pytest.raises(MismatchError, match=f"pair pair-0002: {name} is empty"):
+        pairs[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"chosen_score": None},
+            "has no chosen_score .*; build the dataset again from pairs that carry both annotator scores",
+        ),
+        (
+            {"rejected_ref_top_ids": None},
+            "has no rejected_ref_top_ids .*; build the dataset again with score.top_k above 0",
+        ),
+        ({"chosen_ref_top_logps": []}, "0 chosen_ref_top_logps for [0-9]+ response tokens with 3 each"),
+        ({"rejected_ref_top_ids": [1] * 4}, "4 rejected_ref_top_ids for [0-9]+ response tokens with 3 each"),
+        ({"chosen_score": math.nan}, "chosen_score is nan, expected a finite number"),
+        ({"pair_weight": -0.5}, "pair_weight is -0.5, expected a finite number >= 0"),
+        ({"pair_weight": math.inf}, "pair_weight is inf, expected a finite number >= 0"),
+    ],
+)
+def test_optional_columns_that_do_not_fit_are_refused(write_weights, rows, changes, message) -> None:
+    pairs = open_pairs(write_weights(damage(add_optional(rows), 6, **changes)), with_ref_top=True, with_scores=True)
+    with pytest.raises(MismatchError, match=rf"pair pair-0006: {message}"):
+        pairs[0]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("chosen_ref_top_ids", 128, "goes from .* to 128, the model's vocabulary has 128 ids"),
+        ("rejected_ref_top_ids", -1, "goes from -1 to .* vocabulary has 128 ids"),
+        ("chosen_ref_top_logps", -math.inf, "holds NaN or infinity"),
+        ("rejected_ref_top_logps", 0.25, "goes up to 0.25, a log-prob is at most 0"),
+        ("chosen_ref_logps", 0.25, "goes up to 0.25, a log-prob is at most 0"),
+    ],
+)
+def test_one_bad_value_in_a_list_is_refused(write_weights, rows, column, value, message) -> None:
+    rows = add_optional(rows)
+    values = [*rows[6][column][:-1], value]
+    pairs = open_pairs(write_weights(damage(rows, 6, **{column: values})), with_ref_top=True)
+    with pytest.raises(MismatchError, match=rf"pair pair-0006: {column} {message}"):
+        pairs[0]
+
+
+def test_a_version_without_the_columns_is_refused_at_once_only_if_they_are_needed(
+    write_weights, rows, monkeypatch
+) -> None:
+    old = pa.schema([field for field in WEIGHTS if not field.name.endswith(("_score", "_top_ids", "_top_logps"))])
+    monkeypatch.setitem(_SCHEMAS, "weights", old)
+    uri = write_weights(rows)
+    monkeypatch.undo()
+    assert open_pairs(uri)[39].pair_id == "pair-0039"
+    with pytest.raises(
+        MismatchError, match=r"toy/tis@0 has no column chosen_score \(shard .*\); build the dataset again"
+    ):
+        open_pairs(uri, with_scores=True)
+    with pytest.raises(MismatchError, match="has no column chosen_ref_top_ids"):
+        open_pairs(uri, with_ref_top=True)
+
+
+def test_opening_reads_no_shard_unless_a_split_is_counted_or_the_commit_is_an_old_one(
+    small_groups, write_weights, rows, monkeypatch
+) -> None:
+    uri = write_weights(rows)
+    opened: list[str] = []
+    ordinary = ShardReader.__init__
+    monkeypatch.setattr(
+        ShardReader,
+        "__init__",
+        lambda self, folder, record, *rest: (opened.append(record.name), ordinary(self, folder, record, *rest))[1],
+    )
+    recorded = open_pairs(uri, max_pairs=30)
+    assert opened == []
+    ordinary_records = Table.records
+    monkeypatch.setattr(
+        Table,
+        "records",
+        lambda self, version: [dataclasses.replace(r, group_sizes=[]) for r in ordinary_records(self, version)],
+    )
+    assert open_pairs(uri, max_pairs=30).group_sizes == recorded.group_sizes
+    assert len(opened) == 1
+
+
+def test_a_shard_whose_row_groups_are_not_the_recorded_ones_is_refused(small_groups, store) -> None:
+    pairs = open_pairs(store)
+    (sizes,) = pairs.group_sizes
+    wrong = [sizes[0] + 1, sizes[1] - 1, *sizes[2:]]
+    pairs._records = [dataclasses.replace(record, group_sizes=wrong) for record in pairs._records]
+    with pytest.raises(DamageError, match="is not the file that was committed: its footer's checksums or rows differ"):
         pairs[0]
 
 
@@ -217,10 +335,3 @@ def test_constant_weights_are_refused_when_seen_and_when_recorded(write_weights,
 def test_varying_weights_pass(store) -> None:
     pairs = open_pairs(store)
     check_weights_vary(pairs.source, sample_pairs(pairs, 10))
-
-
-def test_collating_a_dataset_keeps_pairs_together(store, rows) -> None:
-    batch = PairCollator()([open_pairs(store)[row] for row in (3, 8)])
-    for place, (row, side) in enumerate([(3, "chosen"), (8, "chosen"), (3, "rejected"), (8, "rejected")]):
-        ids = rows[row]["prompt_ids"] + rows[row][f"{side}_ids"]
-        assert batch["input_ids"][place][: len(ids)].tolist() == ids

@@ -22,15 +22,15 @@ def as_pair(row: dict) -> Pair:
 
 @pytest.fixture
 def batch(rows):
-    return PairCollator()([as_pair(row) for row in rows[:6]])
+    return PairCollator(packed=False)([as_pair(row) for row in rows[:6]])
 
 
 def model_inputs(batch):
-    return {name: batch[name] for name in MODEL_INPUTS}
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
 
 def test_logps_equal_those_of_each_sequence_alone(model, batch, rows) -> None:
-    logps = per_token_logps(model, **model_inputs(batch))
+    logps = per_token_logps(model, **model_inputs(batch)).logps
     for row, stored in enumerate(rows[:6]):
         for place, side in ((row, "chosen"), (row + 6, "rejected")):
             got = logps[place][batch["completion_mask"][place]].tolist()
@@ -39,7 +39,7 @@ def test_logps_equal_those_of_each_sequence_alone(model, batch, rows) -> None:
 
 def test_logps_equal_cross_entropy_of_full_logits_in_value_and_gradient(model, batch) -> None:
     model = copy.deepcopy(model)
-    logps = per_token_logps(model, **model_inputs(batch), chunk_logits=5 * 128)  # 5 tokens at a time
+    logps = per_token_logps(model, **model_inputs(batch), chunk_logits=5 * 128).logps  # 5 tokens at a time
     logps.sum().backward()
     ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
@@ -66,28 +66,45 @@ def test_no_tensor_over_all_tokens_and_the_vocabulary_exists(model, batch, monke
     assert max(seen) == (7, 128)
 
 
+def test_logits_are_kept_up_to_a_limit_and_computed_again_above_it(model, batch) -> None:
+    model = copy.deepcopy(model)
+    num_tokens = int(batch["completion_mask"].sum())
+    gradients = []
+    for kept_logits, runs in ((num_tokens * 128, 1), (num_tokens * 128 - 1, 2)):
+        seen = []
+        handle = model.lm_head.register_forward_hook(lambda module, args, output, seen=seen: seen.append(len(output)))
+        model.zero_grad()
+        per_token_logps(
+            model, **model_inputs(batch), chunk_logits=7 * 128, kept_logits=kept_logits
+        ).logps.sum().backward()
+        handle.remove()
+        assert sum(seen) == runs * num_tokens
+        gradients.append(model.lm_head.weight.grad.clone())
+    assert torch.equal(*gradients)
+
+
 def test_padding_and_batch_composition_change_nothing(model, rows) -> None:
     pairs = [as_pair(row) for row in rows[:6]]
-    together = PairCollator()(pairs)
-    logps = per_token_logps(model, **model_inputs(together))
+    together = PairCollator(packed=False)(pairs)
+    logps = per_token_logps(model, **model_inputs(together)).logps
     for i, pair in enumerate(pairs):
-        alone = PairCollator()([pair])
-        alone_logps = per_token_logps(model, **model_inputs(alone))
+        alone = PairCollator(packed=False)([pair])
+        alone_logps = per_token_logps(model, **model_inputs(alone)).logps
         for place, alone_place in ((i, 0), (i + len(pairs), 1)):
             whole = logps[place][together["completion_mask"][place]]
             assert torch.allclose(whole, alone_logps[alone_place][alone["completion_mask"][alone_place]], atol=1e-5)
 
 
 def test_padding_id_does_not_matter(model, batch) -> None:
-    logps = per_token_logps(model, **model_inputs(batch))
+    logps = per_token_logps(model, **model_inputs(batch)).logps
     batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 77)
-    assert torch.equal(logps, per_token_logps(model, **model_inputs(batch)))
+    assert torch.equal(logps, per_token_logps(model, **model_inputs(batch)).logps)
 
 
 def test_routed_model_returns_logps_and_keeps_its_class(model, batch) -> None:
     routed = copy.deepcopy(model)
     route_forward(routed)
-    assert torch.equal(routed(**model_inputs(batch)), per_token_logps(model, **model_inputs(batch)))
+    assert torch.equal(routed(**model_inputs(batch)).logps, per_token_logps(model, **model_inputs(batch)).logps)
     assert type(routed) is type(model)
 
 

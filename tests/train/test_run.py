@@ -28,7 +28,7 @@ def flags_of(settings: dict, **more: object) -> list[str]:
 
 def history_of(folder: Path) -> list[dict]:
     metrics = json.loads((folder / "metrics.json").read_text())
-    return [{k: v for k, v in log.items() if "per_second" not in k} for log in metrics["history"] if "loss" in log]
+    return [{k: v for k, v in log.items() if k != "data_wait_s"} for log in metrics["history"] if "loss" in log]
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_lineage_leads_back_to_the_dataset(make_config, store) -> None:
     lineage = json.loads((folder / "lineage.json").read_text())
     assert lineage["parents"] == [{"table": "weights/toy/tis", "version": 0, "fingerprint": f"{40:064d}"}]
     assert lineage["identity"]["weights"]["name"] == "toy/tis@0"
-    assert lineage["config"]["loss"] == {"name": "tis_dpo", "beta": 0.1}
+    assert lineage["config"]["loss"] == {"name": "tis_dpo", "beta": 0.1, "kl": "off"}
     assert lineage["packages"]["torch"] == torch.__version__
     record = json.loads((folder / "train.json").read_text())
     assert record["config"] == lineage["config"]
@@ -87,7 +87,7 @@ def test_a_finished_folder_is_not_trained_again(make_config, capsys) -> None:
     first = run(make_config())
     written = (first.folder / "model.safetensors").stat().st_mtime_ns
     # micro-batches and logging are no part of what a model is
-    second = run(make_config(optim={"pairs_per_batch": 2}, output={"log_every_steps": 3}))
+    second = run(make_config(optim={"tokens_per_batch": 64}, output={"log_every_steps": 3}))
     assert second.was_trained_before
     assert (second.steps, second.before, second.after) == (first.steps, first.before, first.after)
     assert (first.folder / "model.safetensors").stat().st_mtime_ns == written
@@ -272,12 +272,13 @@ def test_progress_is_plain_lines_with_the_values_logged(make_config, capsys) -> 
     result = run(make_config())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "training tis_dpo on toy/tis@0 (40 pairs): 5 steps of 8 pairs"
-    assert lines[1].startswith("before: loss 0.6931  rewards/accuracies ")
+    assert lines[1].startswith("step-0 gate: 0.000")
+    assert lines[2].startswith("before: loss 0.6931  rewards/accuracies ")
     logged = history_of(result.folder)
-    assert lines[2].startswith(f"step 1/5  loss {logged[0]['loss']:.4g}  rewards/accuracies ")
-    assert lines[6].endswith(" pairs/s")
+    assert lines[3].startswith(f"step 1/5  loss {logged[0]['loss']:.4g}  rewards/accuracies ")
+    assert lines[7].endswith(" pairs/s")
     assert lines[-1] == f"wrote {result.folder}"
-    assert len(lines) == 9
+    assert len(lines) == 10
 
 
 def test_help_is_quick_and_needs_no_torch() -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from train.sampler import BlockShuffle, StepBatches
 
-SIZES = [7, 1, 12, 5, 9, 3, 8]  # 45 rows
+SIZES = [[7, 1, 12], [5], [9, 3, 8]]  # row groups of three shards, 45 rows
 
 
 def epoch_rows(order: BlockShuffle, epoch: int) -> list[int]:
@@ -40,7 +40,7 @@ def test_positions_go_on_over_epochs() -> None:
 
 def test_rows_stay_within_their_window_of_groups() -> None:
     order = BlockShuffle(SIZES, seed=0, window_groups=2)
-    group_of_row = np.repeat(np.arange(len(SIZES)), SIZES)
+    group_of_row = np.repeat(np.arange(7), [size for shard in SIZES for size in shard])
     groups = [int(group_of_row[row]) for row in epoch_rows(order, 0)]
     first_seen = list(dict.fromkeys(groups))
     for window in range(0, 7, 2):
@@ -50,13 +50,13 @@ def test_rows_stay_within_their_window_of_groups() -> None:
 
 
 def test_rows_of_a_window_are_mixed() -> None:
-    rows = epoch_rows(BlockShuffle([200, 200], seed=0), 0)
+    rows = epoch_rows(BlockShuffle([[200, 200]], seed=0), 0)
     from_first_group = sum(row < 200 for row in rows[:100])
     assert 30 < from_first_group < 70  # 50 expected, standard deviation 4.4
 
 
 def test_empty_groups_are_skipped() -> None:
-    assert sorted(epoch_rows(BlockShuffle([0, 3, 0, 0, 2, 0], seed=1, window_groups=1), 0)) == [0, 1, 2, 3, 4]
+    assert sorted(epoch_rows(BlockShuffle([[0, 3], [0, 0, 2], [0]], seed=1, window_groups=1), 0)) == [0, 1, 2, 3, 4]
 
 
 def test_order_survives_pickling_to_a_worker() -> None:
@@ -67,43 +67,54 @@ def test_order_survives_pickling_to_a_worker() -> None:
 
 def test_order_is_the_recorded_one() -> None:
     """Golden: a change here breaks the resume of runs that are under way."""
-    assert epoch_rows(BlockShuffle([3, 2, 4], seed=0, window_groups=2), 0) == GOLDEN
+    assert epoch_rows(BlockShuffle([[3, 2, 4]], seed=0, window_groups=2), 0) == GOLDEN
 
 
 GOLDEN = [3, 4, 8, 6, 5, 7, 1, 0, 2]
 
 
-def positions_of_step(world_size: int, step: int, **sizes: int) -> list[int]:
-    ranks = [StepBatches(50, rank=r, world_size=world_size, **sizes) for r in range(world_size)]
-    return [position for batches in ranks for batch in batches.batches_of_step(step) for position in batch]
+@pytest.mark.parametrize("block_groups", [1, 4, 6])
+def test_shards_of_a_block_are_left_before_those_of_the_next_come(block_groups: int) -> None:
+    # Six shards of 2 row groups of 3 rows. A shard belongs to the block in which its first group falls.
+    order = BlockShuffle([[3, 3]] * 6, seed=1, block_groups=block_groups, window_groups=1)
+    shards_per_block = -(-block_groups // 2)
+    for epoch in range(2):
+        shards = [row // 6 for row in epoch_rows(order, epoch)]
+        blocks = [set(shards[begin : begin + 6 * shards_per_block]) for begin in range(0, 36, 6 * shards_per_block)]
+        assert [len(block) for block in blocks] == [shards_per_block] * (6 // shards_per_block)
 
 
-@pytest.mark.parametrize("pairs_per_batch", [1, 3, 4, 12])
-def test_a_step_holds_the_same_pairs_for_any_number_of_ranks(pairs_per_batch: int) -> None:
-    for step in range(4):
-        expected = list(range(step * 12, step * 12 + 12))
-        for world_size in (1, 2, 3, 4):
-            got = positions_of_step(world_size, step, pairs_per_step=12, pairs_per_batch=pairs_per_batch)
-            assert got == expected
+def test_shards_of_a_block_are_mixed() -> None:
+    shards = [row // 100 for row in epoch_rows(BlockShuffle([[1] * 100] * 2, seed=0, window_groups=1), 0)]
+    assert 35 < sum(shards[:100]) < 65  # 50 expected, standard deviation 3.5
 
 
-def test_the_last_step_holds_the_rest_and_serves_all_ranks_equally() -> None:
-    sizes = {"pairs_per_step": 12, "pairs_per_batch": 4}
-    assert positions_of_step(1, 4, **sizes) == [48, 49]
-    assert positions_of_step(4, 4, **sizes) == [48, 49, 50, 51]  # 50 and 51 are the first of the next epoch
+def test_the_order_of_shards_differs_between_epochs() -> None:
+    order = BlockShuffle([[1]] * 20, seed=0, block_groups=1)
+    assert len({tuple(epoch_rows(order, epoch)) for epoch in range(5)}) == 5
 
 
-def test_one_rank_sees_every_pair_of_two_epochs_twice() -> None:
-    order = BlockShuffle(SIZES, seed=0)
-    batches = StepBatches(90, pairs_per_step=16, pairs_per_batch=5)
-    rows = [row for batch in batches for row in order.rows(batch)]
-    assert sorted(rows) == sorted([*range(45), *range(45)])
+def steps_of_ranks(num_positions: int, world_size: int, pairs_per_step: int) -> list[tuple[range, ...]]:
+    ranks = [
+        StepBatches(num_positions, pairs_per_step=pairs_per_step, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    return list(zip(*ranks, strict=True))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("num_positions", [1, 12, 13, 50])
-def test_length_counts_the_micro_batches(world_size: int, num_positions: int) -> None:
-    for rank in range(world_size):
-        batches = StepBatches(num_positions, pairs_per_step=12, pairs_per_batch=2, rank=rank, world_size=world_size)
-        assert len(list(batches)) == len(batches)
-        assert all(0 < len(batch) <= 2 for batch in batches)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_a_step_holds_the_same_positions_for_any_number_of_ranks(world_size: int) -> None:
+    for step, parts in enumerate(steps_of_ranks(48, world_size, pairs_per_step=12)):
+        assert [position for part in parts for position in part] == list(range(step * 12, step * 12 + 12))
+        assert {len(part) for part in parts} == {12 // world_size}
+
+
+def test_the_last_step_holds_the_rest_and_fillers_behind_it() -> None:
+    assert steps_of_ranks(50, 1, pairs_per_step=12)[4] == (range(48, 50),)
+    # 50 pairs to train on: positions 50 and 51 stand for none
+    assert steps_of_ranks(50, 4, pairs_per_step=12)[4] == (range(48, 49), range(49, 50), range(50, 51), range(51, 52))
+
+
+def test_length_counts_the_steps() -> None:
+    for num_positions, num_steps in [(1, 1), (12, 1), (13, 2), (50, 5)]:
+        assert len(StepBatches(num_positions, pairs_per_step=12, rank=1, world_size=3)) == num_steps

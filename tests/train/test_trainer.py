@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from train.config import ModelConfig
 from train.dataset import PairDataset, open_weights, sample_pairs
 from train.policy import disable_dropout, load_policy
 from train.trainer import PairTrainer, build_batches
@@ -20,7 +21,9 @@ def make_trainer(make_config, model_folder, tmp_path):
     def make(**changes) -> PairTrainer:
         config = make_config(**changes)
         pairs = PairDataset(open_weights(config.data), config.data, vocab_size=128)
-        return PairTrainer(load_policy(model_folder), pairs, config, checkpoints=tmp_path / "checkpoints")
+        return PairTrainer(
+            load_policy(model_folder, config.model, config.lora), pairs, config, checkpoints=tmp_path / "checkpoints"
+        )
 
     return make
 
@@ -42,8 +45,8 @@ def parameters_of(trainer: PairTrainer) -> torch.Tensor:
 @pytest.mark.parametrize("loss", [{"name": "tis_dpo"}, {"name": "sft", "beta": None}])
 def test_micro_batches_do_not_change_the_result(make_trainer, loss) -> None:
     results = []
-    for pairs_per_batch in (8, 3, 1):  # 3: micro-batches of 3, 3 and 2 pairs
-        optim = {"pairs_per_step": 8, "pairs_per_batch": pairs_per_batch, "max_steps": 2, "warmup_share": 0}
+    for tokens_per_batch in (10_000, 45, 1):  # all 8 pairs at once, two or three, one
+        optim = {"pairs_per_step": 8, "tokens_per_batch": tokens_per_batch, "max_steps": 2, "warmup_share": 0}
         trainer = make_trainer(loss=loss, optim=optim)
         trainer.train()
         history = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
@@ -55,7 +58,7 @@ def test_micro_batches_do_not_change_the_result(make_trainer, loss) -> None:
 
 
 def test_metrics_are_means_over_all_pairs_of_the_window(make_trainer, shifted_store, rows) -> None:
-    optim = {"learning_rate": RATE_OF_NOTHING, "pairs_per_step": 8, "pairs_per_batch": 3}
+    optim = {"learning_rate": RATE_OF_NOTHING, "pairs_per_step": 8, "tokens_per_batch": 45}
     trainer = make_trainer(data={"store": shifted_store}, optim=optim, output={"log_every_steps": 2})
     trainer.train()
     logs = {log["step"]: log for log in trainer.state.log_history if "loss" in log}
@@ -148,7 +151,7 @@ def test_every_pair_is_trained_on_once_per_epoch_and_max_steps_wins(make_trainer
 
 def test_dropout_is_off_in_training_mode(model_folder, rows) -> None:
     ids = torch.tensor([rows[0]["prompt_ids"] + rows[0]["chosen_ids"]])
-    model = load_policy(model_folder)
+    model = load_policy(model_folder, ModelConfig(path=str(model_folder), packing=False)).model
     assert model.config.attention_dropout == 0.1
     assert torch.equal(model.train()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
     untouched = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).train()

@@ -1,0 +1,67 @@
+"""Which rows of a weight dataset are in view: a split, the prompts that are held out, or all others."""
+
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from train.config import DataConfig, EvalSection
+
+_PROMPT_DIGITS = 12
+"""A pair_id begins with so many hex digits of a hash of its prompt: all pairs of a prompt fall on the same side."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What of a dataset is read.
+
+    Args:
+        split: Only rows of this split; empty for all.
+        share: Of the prompts, 0..1, is held out.
+        held_out: The prompts that are held out instead of the others.
+        max_pairs: Only the first so many rows.
+    """
+
+    split: str = ""
+    share: float = 0.0
+    held_out: bool = False
+    max_pairs: int | None = None
+
+    @classmethod
+    def for_training(cls, data: DataConfig, evaluation: EvalSection) -> "Selection":
+        """Return the rows that are trained on."""
+        return cls(data.split, evaluation.share, held_out=False, max_pairs=data.max_pairs)
+
+    @classmethod
+    def for_evaluation(cls, data: DataConfig, evaluation: EvalSection) -> "Selection":
+        """Return the rows that are held out."""
+        return cls(evaluation.split or data.split, evaluation.share, held_out=True)
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that `keeps` looks at; empty when every row is in view."""
+        return ["split"] * bool(self.split) + ["pair_id"] * bool(self.share)
+
+    def keeps(self, rows: pa.Table) -> NDArray[np.bool_]:
+        """Return which rows are in view, `[N]`."""
+        kept = np.ones(len(rows), np.bool_)
+        if self.split:
+            kept &= pc.equal(rows["split"], self.split).to_numpy()
+        if self.share:
+            kept &= (
+                np.array([is_held_out(pair_id, self.share) for pair_id in rows["pair_id"].to_pylist()]) == self.held_out
+            )
+        return kept
+
+    def __str__(self) -> str:
+        part = f"split {self.split!r}" if self.split else "any split"
+        return f"{part}, {'held out' if self.held_out else 'not held out'} (share {self.share})" if self.share else part
+
+
+def is_held_out(pair_id: str, share: float) -> bool:
+    """Return whether a pair is among the held-out `share` of prompts: by a hash, the same in every version and every run."""
+    digest = blake2b(pair_id[:_PROMPT_DIGITS].encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < share * 2.0**64

@@ -1,0 +1,221 @@
+"""TRL's own DPOTrainer on a weight dataset, for those who stay with TRL (extra `trl`).
+
+Three things are exchanged, all else is TRL's: batches are the stored ids, so nothing is tokenised again; the stored reference
+log-probs stand where a reference model or TRL's precomputing would be; per-token log-probs are multiplied by the stored token
+weights before TRL sums them. Not here: packing, resume without replay, the step-0 gate; those are our trainer's.
+
+Written for TRL 1.16: three of the hooks are private, two of TRL and one of transformers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from train.config import DataConfig, ModelConfig
+from train.dataset import Pair, PairDataset, StoredResponse, check_weights_vary, open_weights, sample_pairs
+from train.policy import check_model_fits, disable_dropout, find_model
+from train.sampler import BlockShuffle
+from weights_store.errors import MismatchError, MissingExtraError, SettingsError
+
+try:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+except ImportError as error:
+    raise MissingExtraError(
+        f"train.trl_adapter needs packages that are not installed ({error}); pip install 'tokenweights[trl]'"
+    ) from error
+
+_SAMPLE_PAIRS = 256
+_NEEDED = {
+    "loss_type": ["sigmoid"],  # the others are no function of the two weighted sums, or nobody has checked them here
+    "f_divergence_type": "reverse_kl",
+    "label_smoothing": 0.0,  # TRL's sigmoid loss does not read it
+    "ld_alpha": None,  # sums of its own over the reference log-probs
+    "use_weighting": False,  # WPO reads per-token log-probs, which are weighted already
+    "train_sampling_strategy": "random",  # the order is ours, see `_StoredOrder`
+    "dataloader_num_workers": 0,  # forked workers would inherit Arrow's threads; reading takes next to no time
+}
+
+
+class WeightedDPOTrainer(DPOTrainer):
+    """`trl.DPOTrainer` with the loss `dpo` or `tis_dpo` (eta off) of a weight dataset; one model in memory.
+
+    With `tis_dpo`, what TRL logs as `rewards/*` and `logps/*` are the weighted sums that the loss sees.
+
+    Args:
+        model: Folder or hub id, with the tokenizer that the dataset was made with.
+        args: TRL's settings; `beta` is the loss's. `precompute_ref_log_probs` and `remove_unused_columns` are set here.
+        data: What to train on; pairs come in the order of our own trainer, seeded with `args.seed`.
+        loss: `dpo` leaves the token weights out.
+        eval_data: Evaluated on, for example another split.
+        **kwargs: Further arguments of `trl.DPOTrainer`, for example `peft_config` and `callbacks`.
+
+    Raises:
+        SettingsError: `args` asks for something that does not go together with stored weights, or `data` is malformed.
+        InputError: The model cannot be used.
+        MismatchError: Model and dataset do not belong together, `tis_dpo` meets constant weights, or (seen when its turn
+            comes) a pair is longer than `args.max_length` or has a `pair_weight` other than 1.
+        NotFoundError: No such store, dataset, version or split.
+
+    References:
+        u of arXiv 2410.04350 is linear in the per-token log-ratios: beta * (sum_t w_t log pi - sum_t w_t log ref), chosen
+        minus rejected. So weighted sums in the place of TRL's two sums per side make TRL's sigmoid loss TIS-DPO's.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        args: DPOConfig,
+        data: DataConfig,
+        *,
+        loss: Literal["dpo", "tis_dpo"] = "tis_dpo",
+        eval_data: DataConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _check_arguments(args)
+        revision = (args.model_init_kwargs or {}).get("revision")
+        folder = find_model(ModelConfig(path=model, revision=revision))
+        self._stored = {"train": _open_pairs(folder, data, loss)}
+        if eval_data is not None:
+            self._stored["eval"] = _open_pairs(folder, eval_data, loss)
+        args.precompute_ref_log_probs = True
+        args.remove_unused_columns = False
+        stand_in = Dataset.from_dict({"prompt_ids": [[0]]})  # TRL takes no other class; `_prepare_dataset` exchanges it
+        super().__init__(
+            str(folder),
+            args=args,
+            data_collator=StoredPairCollator(
+                with_token_weights=loss == "tis_dpo",
+                max_length=args.max_length,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+            ),
+            train_dataset=stand_in,
+            eval_dataset=None if eval_data is None else stand_in,
+            **kwargs,
+        )
+        if args.disable_dropout:
+            disable_dropout(self.model)  # TRL misses the rates that attention layers keep as plain numbers
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:  # noqa: ARG002
+        """Where TRL tokenises: hand out the stored pairs."""
+        return self._stored[dataset_name]
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:  # noqa: ARG002
+        """Where TRL runs its reference: the collator has what it would compute."""
+        return dataset
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:  # noqa: ARG002
+        return _StoredOrder(self._stored["train"], seed=self.args.seed)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss of `model`, its per-token log-probs `[2B, T - 1]` multiplied by the token weights."""
+        token_weights = inputs["token_weights"][:, 1:]  # TRL's log-probs are shifted: its column t is token t + 1
+
+        def weighted_model(**model_inputs: Any) -> Any:
+            outputs = model(**model_inputs)
+            if model_inputs.get("fused_lm_head"):  # not the call for logits that `return_outputs` adds
+                # prompt-learning adapters put columns in front, which TRL cuts off in the same way
+                outputs.log_probs = outputs.log_probs[:, -token_weights.shape[1] :] * token_weights
+            return outputs
+
+        inputs = {name: value for name, value in inputs.items() if name != "token_weights"}
+        return super().compute_loss(weighted_model, inputs, return_outputs, num_items_in_batch)
+
+
+@dataclass(frozen=True)
+class StoredPairCollator:
+    """Collate B stored pairs into what TRL's DPOTrainer reads, rows 0..B-1 chosen, rows B..2B-1 rejected.
+
+    To TRL's own keys it adds `token_weights`, `[2B, T]` float32 aligned to their token, and `ref_chosen_logps`,
+    `ref_rejected_logps` `[B]`: the stored reference log-probs, each multiplied by its token's weight, summed.
+
+    Args:
+        with_token_weights: False takes 1 for every weight.
+        max_length: Longest prompt + response that is taken, None for any: nothing is cut here.
+        pad_to_multiple_of: T is rounded up to it.
+    """
+
+    with_token_weights: bool
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+        """Return the batch of `pairs`.
+
+        Raises:
+            MismatchError: A pair is longer than `max_length`, or its `pair_weight` is not 1.
+        """
+        pad = DataCollatorForPreference(pad_token_id=0, pad_to_multiple_of=self.pad_to_multiple_of)  # TRL goes by masks
+        batch: dict[str, Tensor] = pad([self._example(pair) for pair in pairs])
+        responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        flat = torch.from_numpy(np.concatenate([self._weights(response) for response in responses]))
+        mask = batch["completion_mask"].bool()  # row after row, its True are the response tokens in their order
+        batch["token_weights"] = torch.zeros(mask.shape).masked_scatter(mask, flat)
+        return batch
+
+    def _example(self, pair: Pair) -> dict[str, Any]:
+        if pair.pair_weight != 1:
+            raise MismatchError(
+                f"pair {pair.pair_id} has pair_weight {pair.pair_weight}, and TRL's mean counts every pair once; train with "
+                "`tokenweights train`, or build the dataset without pair weights"
+            )
+        if self.max_length is not None and pair.num_tokens > self.max_length:
+            raise MismatchError(
+                f"pair {pair.pair_id} has {pair.num_tokens} tokens, max_length={self.max_length}: cutting it here would tear "
+                "tokens from their weights; raise max_length (None for any), or build with lower dataset.max_…_tokens"
+            )
+        return {
+            "prompt_ids": pair.prompt_ids.tolist(),
+            "chosen_ids": pair.chosen.ids.tolist(),
+            "rejected_ids": pair.rejected.ids.tolist(),
+            "ref_chosen_logps": self._ref_sum(pair.chosen),
+            "ref_rejected_logps": self._ref_sum(pair.rejected),
+        }
+
+    def _ref_sum(self, response: StoredResponse) -> float:
+        return float(np.dot(self._weights(response).astype(np.float64), response.ref_logps))
+
+    def _weights(self, response: StoredResponse) -> NDArray[np.float32]:
+        return response.token_weights if self.with_token_weights else np.ones_like(response.token_weights)
+
+
+class _StoredOrder(Sampler[int]):
+    """Rows in the order of our own trainer, another one in every epoch; accelerate says which epoch it is."""
+
+    def __init__(self, pairs: PairDataset, *, seed: int) -> None:
+        self.order = BlockShuffle(pairs.group_sizes, seed=seed)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.order.num_rows
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.epoch * len(self)
+        return iter(self.order.rows(range(first, first + len(self))))
+
+
+def _check_arguments(args: DPOConfig) -> None:
+    for name, needed in _NEEDED.items():
+        if (got := getattr(args, name)) != needed:
+            raise SettingsError(f"stored token weights need {name}={needed!r} in the DPOConfig, got {got!r}")
+
+
+def _open_pairs(model_folder: Path, data: DataConfig, loss: str) -> PairDataset:
+    source = open_weights(data)
+    pairs = PairDataset(source, data, vocab_size=check_model_fits(model_folder, source))
+    if loss == "tis_dpo":
+        check_weights_vary(source, sample_pairs(pairs, _SAMPLE_PAIRS))
+    return pairs
