@@ -161,6 +161,8 @@ def packed_attention(
         mask = packing.block_mask(sliding_window)
         output, _ = flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)
         return output, None
+    # Rotation is in float32 under autocast; a matrix product would cast every time.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     sizes = [group.num_tokens for group in packing.groups]
     parts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = []
@@ -194,15 +196,39 @@ def _attend(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    if softcap is None and query.shape[0] * query.shape[2] ** 2 > MAX_DENSE_SCORES:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = (query * scale) @ key.transpose(-1, -2)
     if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    # Softmax in float32 under autocast as well: a sum of many small probabilities does not survive eight bits.
-    shares = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
-    return shares.to(value.dtype) @ value
+        scores = torch.tanh((query * scale) @ key.transpose(-1, -2) / softcap) * softcap
+        return _shares(scores, mask, value.dtype) @ value
+    if query.shape[0] * query.shape[2] ** 2 > MAX_DENSE_SCORES:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return _DenseAttention.apply(query, key, value, mask, scale)  # type: ignore[no-any-return]
+
+
+def _shares(scores: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the softmax over what the mask allows. In float32: sums of many small numbers do not survive eight bits."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide).to(dtype)
+
+
+class _DenseAttention(torch.autograd.Function):
+    """`_attend` by plain matrix products. Of all that is as large as the scores only the shares are kept for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+        shares = _shares((query * scale) @ key.transpose(-1, -2), mask, value.dtype)
+        ctx.save_for_backward(query, key, value, shares)
+        ctx.scale = scale
+        return shares @ value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+        query, key, value, shares = ctx.saved_tensors
+        of_shares = gradient @ value.transpose(-1, -2)
+        of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+        of_query = (of_scores @ key) * ctx.scale
+        of_key = (of_scores.transpose(-1, -2) @ query) * ctx.scale
+        return of_query, of_key, shares.transpose(-1, -2) @ gradient, None, None
 
 
 AttentionInterface.register(PACKED, packed_attention)

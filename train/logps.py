@@ -22,7 +22,9 @@ from train.loss_config import KlDirection
 from weights_store.errors import InputError
 
 CHUNK_LOGITS = 1 << 25
-"""Logits that are worked on at a time, 128 MiB in float32."""
+"""Logits that are worked on at a time on a GPU, 128 MiB in float32."""
+CHUNK_ROWS = 256
+"""Rows of logits that are worked on at a time at least; on CPUs no more, since larger chunks leave the cache."""
 KEPT_LOGITS = 1 << 26
 """Up to so many logits of a micro-batch are kept for the backward pass (128 MiB in bfloat16); more are computed again."""
 _PROBE_TOKENS = 8
@@ -67,7 +69,7 @@ def per_token_logps(
     ref_top_logps: Tensor | None = None,
     *,
     divergence: Divergence | None = None,
-    chunk_logits: int = CHUNK_LOGITS,
+    chunk_logits: int | None = None,
     kept_logits: int = KEPT_LOGITS,
 ) -> TokenTerms:
     """Return the log-probs of all response tokens, as `collate.py` lays them out.
@@ -83,7 +85,7 @@ def per_token_logps(
         ref_top_ids: `[2 B, T, K]`, for a divergence from stored log-probs.
         ref_top_logps: Likewise.
         divergence: What to compute besides.
-        chunk_logits: Logits worked on at a time.
+        chunk_logits: Logits worked on at a time; None for what suits the device.
         kept_logits: Above so many, logits are computed again in the backward pass.
     """
     assert not completion_mask[:, 0].any(), "the first token of a sequence cannot be scored"
@@ -103,6 +105,8 @@ def per_token_logps(
         extra = [reference_hidden[previous]]
         compute = partial(_logps_and_exact_kl, head, reference_head, divergence.direction)
     columns = [decode(model)[previous], target_ids, *extra]
+    if chunk_logits is None:
+        chunk_logits = max(CHUNK_LOGITS if input_ids.is_cuda else 0, CHUNK_ROWS * _vocab_size(model))
     # Rows of full distributions cost several times as much as rows of logits.
     rows = max(1, chunk_logits // _vocab_size(model) // (1 if divergence is None else 4))
     again = len(target_ids) * _vocab_size(model) > kept_logits or divergence is not None
@@ -192,9 +196,9 @@ class _SelectedLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:  # type: ignore[override]
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        log_sums = wide.logsumexp(-1)
-        ctx.save_for_backward(logits, ids, log_sums)
-        return _select(wide, ids) - log_sums
+        logps = _select(wide.log_softmax(-1), ids)  # torch's logsumexp makes two tensors of this size, and takes twice as long
+        ctx.save_for_backward(logits, ids, _select(wide, ids) - logps)
+        return logps
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
