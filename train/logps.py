@@ -196,7 +196,7 @@ class _SelectedLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:  # type: ignore[override]
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        logps = _select(wide.log_softmax(-1), ids)  # torch's logsumexp makes two tensors of this size, and takes twice as long
+        logps = _select(wide.log_softmax(-1), ids)  # logsumexp makes more tensors of this size, and takes twice as long
         ctx.save_for_backward(logits, ids, _select(wide, ids) - logps)
         return logps
 
