@@ -19,7 +19,7 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.child import end_with_parent
 from pipeline.scoring import PairScorer, Request, say
 from weights_store.errors import EngineError, TokenweightsError
-from weights_store.schemas import LOGPS, TOKENS
+from weights_store.schemas import TOKENS
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,7 @@ def _by_way(scorer: PairScorer, way: str, rows: pl.DataFrame) -> Column:
     scorer.engine.way = way
     scored, unscorable = scorer.score(rows)
     return Column(
-        {row["pair_id"]: [row[name] for name in LOGPS.names[1:]] for row in scored.to_pylist()},
+        {row["pair_id"]: [row["chosen_logps"], row["rejected_logps"]] for row in scored.to_pylist()},
         {row["pair_id"]: row["detail"] for row in unscorable},
     )
 

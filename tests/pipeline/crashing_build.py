@@ -57,7 +57,7 @@ def build(recipes: list[dict], model_folder: str) -> None:
 
 
 def _score(recipe, tokens, scale):
-    identity = {"schema_version": 1, "model": scale}
+    identity = {"schema_version": 1, "model": scale, "dtype": "float32"}
     table = logps_table(tokens, identity)
     metadata = {"scorer": identity, "parents": [tokens.as_parent()], "fingerprint": f"{scale}-{tokens.fingerprint}"}
     request = Request(
