@@ -3,6 +3,9 @@
 import json
 import os
 import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,26 @@ os.environ.update(
 def _prefect_home(tmp_path_factory):
     """Keep the suite's flow runs out of the user's own Prefect database."""
     os.environ["PREFECT_HOME"] = str(tmp_path_factory.mktemp("prefect"))
+
+
+@pytest.fixture(scope="module")
+def counting_s3(tmp_path_factory):
+    """The URL of an S3 server with an empty bucket that counts the bytes it sends."""
+    port_file = tmp_path_factory.mktemp("s3") / "port"
+    command = [sys.executable, str(REPO / "tests" / "store" / "counting_s3.py"), str(port_file)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (port_file.exists() and port_file.read_text()):
+            assert process.poll() is None, "the S3 server has ended"
+            assert time.monotonic() < deadline, "the S3 server did not start"
+            time.sleep(0.05)
+        url = f"http://127.0.0.1:{port_file.read_text()}"
+        urllib.request.urlopen(urllib.request.Request(f"{url}/bucket", method="PUT"), timeout=30).close()
+        yield url
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="session")

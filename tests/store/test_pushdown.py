@@ -1,10 +1,6 @@
 """How much of the files a query reads, counted in bytes that a server sends."""
 
-import subprocess
-import sys
-import time
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -19,27 +15,7 @@ NAME = "hh-harmless/tis-dpo"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The URL of an S3 server with an empty bucket."""
-    port_file = tmp_path_factory.mktemp("s3") / "port"
-    command = [sys.executable, str(Path(__file__).with_name("counting_s3.py")), str(port_file)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while not (port_file.exists() and port_file.read_text()):
-            assert process.poll() is None, "the S3 server has ended"
-            assert time.monotonic() < deadline, "the S3 server did not start"
-            time.sleep(0.05)
-        url = f"http://127.0.0.1:{port_file.read_text()}"
-        urllib.request.urlopen(urllib.request.Request(f"{url}/bucket", method="PUT"), timeout=30).close()
-        yield url
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.fixture(scope="module")
-def store(server):
+def store(counting_s3):
     """3,000 pairs of random tokens, in some fifty row groups instead of one."""
     patch = pytest.MonkeyPatch()
     environment = {
@@ -47,7 +23,7 @@ def store(server):
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_REGION": "us-east-1",
         "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": server,
+        "AWS_ENDPOINT_URL": counting_s3,
         "AWS_ALLOW_HTTP": "true",
     }
     for name, value in environment.items():
@@ -88,13 +64,13 @@ def random_rows():
 
 
 @pytest.fixture
-def bytes_read(server):
+def bytes_read(counting_s3):
     """Return a function that collects a query and returns its rows and how many bytes of Parquet it took."""
 
     def read(query):
-        count(server)
+        count(counting_s3)
         rows = query.collect()
-        return rows, count(server)
+        return rows, count(counting_s3)
 
     return read
 

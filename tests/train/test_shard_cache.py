@@ -24,7 +24,6 @@ from weights_store.errors import DamageError, SettingsError, StoreError
 from weights_store.location import Location
 from weights_store.schemas import WEIGHTS
 
-STORE_TESTS = Path(__file__).resolve().parent.parent / "store"
 TOKENIZER = {"fingerprint": "0" * 64, "vocab_size": 128, "eos_token_id": 2}
 
 
@@ -248,46 +247,26 @@ def test_the_cache_lies_where_the_environment_says_unless_the_config_does(tmp_pa
     assert ShardCache(None, 1).folder == tmp_path / "home" / ".cache" / "tokenweights" / "shards"
 
 
-@pytest.fixture(scope="module")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of an S3 server with an empty bucket that counts the bytes of shards it sends."""
-    port_file = tmp_path_factory.mktemp("s3") / "port"
-    command = [sys.executable, str(STORE_TESTS / "counting_s3.py"), str(port_file)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while not (port_file.exists() and port_file.read_text()):
-            assert process.poll() is None, "the S3 server has ended"
-            assert time.monotonic() < deadline, "the S3 server did not start"
-            time.sleep(0.05)
-        url = f"http://127.0.0.1:{port_file.read_text()}"
-        urllib.request.urlopen(urllib.request.Request(f"{url}/bucket", method="PUT"), timeout=30).close()
-        yield url
-    finally:
-        process.kill()
-        process.wait()
-
-
 def bytes_sent(server: str) -> int:
     with urllib.request.urlopen(f"{server}/-/bytes", timeout=30) as reply:
         return int(reply.read())
 
 
 def test_shards_of_an_object_store_are_sent_once_and_a_second_epoch_asks_for_nothing(
-    s3_server, tmp_path, monkeypatch, capsys
+    counting_s3, tmp_path, monkeypatch, capsys
 ) -> None:
     environment = {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "REGION": "us-east-1", "ALLOW_HTTP": "true"}
-    for name, value in (environment | {"ENDPOINT_URL": s3_server}).items():
+    for name, value in (environment | {"ENDPOINT_URL": counting_s3}).items():
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     table = write_shards("s3://bucket/store", 3)
     config = DataConfig(store="s3://bucket/store", weights="toy/tis", cache_folder=str(tmp_path / "cache"))
-    bytes_sent(s3_server)
+    bytes_sent(counting_s3)
 
     pairs = PairDataset(open_weights(config), config, vocab_size=128)
-    assert bytes_sent(s3_server) == 0  # the log knows the row groups
+    assert bytes_sent(counting_s3) == 0  # the log knows the row groups
     first_epoch = [pairs[row].pair_id for row in range(60)]
-    assert bytes_sent(s3_server) == sum(record.num_bytes for record in table.records())
+    assert bytes_sent(counting_s3) == sum(record.num_bytes for record in table.records())
 
     assert capsys.readouterr().out == ""
 
