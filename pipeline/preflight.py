@@ -6,7 +6,6 @@ from pipeline.chat import ChatTokenizer
 from pipeline.load import load_rows
 from pipeline.models import is_hub_id, resolve_model
 from pipeline.recipe import Recipe
-from pipeline.score import Scorer
 from weights_store.errors import InputError
 
 
@@ -17,17 +16,9 @@ def check_inputs(recipe: Recipe) -> None:
     out to need them: weighing anew what is scored already needs neither.
 
     Raises:
-        InputError: Something is missing or unusable, or two settings contradict each other; names them.
+        InputError: Something is missing or unusable; names the setting.
     """
-    model_folder = resolve_model(recipe.model)
-    ChatTokenizer(model_folder, recipe.model.chat_template)
-    scored = Scorer(model_folder).resolve_dtype(recipe.score.dtype)
-    if recipe.contrast.method == "dpo" and recipe.contrast.dtype == "bfloat16" and scored in ("float32", "float16"):
-        # Training would refuse it at its step-0 gate, hours later.
-        raise InputError(
-            f"contrast.dtype='bfloat16' trains another function than the reference, which is scored in {scored}; set "
-            "contrast.dtype='float32' or score.dtype='bfloat16'"
-        )
+    ChatTokenizer(resolve_model(recipe.model), recipe.model.chat_template)
     if not is_hub_id(recipe.dataset.source):
         next(iter(load_rows(recipe.dataset)), None)
     for setting, python in (("score.python", recipe.score.python), ("contrast.python", recipe.contrast.python)):
