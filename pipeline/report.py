@@ -64,7 +64,7 @@ def summary_rows(published: Published) -> list[tuple[str, str]]:
         ("response tokens", f"{statistics['num_response_tokens']:,}"),
     ]
     if published.parity is not None:
-        rows.append(("reference log-probs", f"compared with transformers: {parity_text(published.parity)}"))
+        rows.append(("reference", f"log-probs compared with transformers: {parity_text(published.parity)}"))
     if statistics["ref_top_k"]:
         rows.append(("reference top k", f"{statistics['ref_top_k']} tokens for each place"))
     if statistics["num_scored_pairs"]:
