@@ -50,9 +50,9 @@ class ModelConfig(_Section):
     quantization: Literal["none", "nf4"] = "none"
     """`nf4`: the frozen weights in 4 bits (QLoRA); needs [lora] and bitsandbytes."""
     gradient_checkpointing: bool = False
-    """Keep only the inputs of layers and compute the rest again: less memory, about a third more time."""
+    """Keep only the inputs of layers and compute the rest again: less memory, more time."""
     compile: bool = False
-    """torch.compile of the decoder's layers: pays on GPUs after some minutes of compiling."""
+    """torch.compile of the decoder's layers, which takes a minute and more at the start; whether it pays was not measured."""
 
 
 class LoraSection(_Section):

@@ -262,12 +262,13 @@ def sample_pairs(pairs: PairDataset, num_pairs: int) -> list[Pair]:
     return [pairs[row] for row in sorted(order.rows(range(min(num_pairs, len(pairs)))))]
 
 
-def check_weights_vary(source: WeightSource, sample: Iterable[Pair]) -> None:
-    """Refuse token weights that are all the same: TIS-DPO would silently train something like plain DPO.
+def check_weights_vary(source: WeightSource, sample: Iterable[Pair], loss_name: str) -> None:
+    """Refuse token weights that are all the same: a weighted loss would silently train something like the plain one.
 
     Args:
         source: Its metadata may know already (`statistics.constant_weights`).
         sample: Looked at where it does not.
+        loss_name: For the message.
 
     Raises:
         MismatchError: The weights are constant.
@@ -277,7 +278,7 @@ def check_weights_vary(source: WeightSource, sample: Iterable[Pair]) -> None:
         constant = _is_constant([side.token_weights for pair in sample for side in (pair.chosen, pair.rejected)])
     if constant:
         raise MismatchError(
-            f"loss.name='tis_dpo' needs token weights that differ, but all weights of {source.name} are equal; use "
+            f"loss.name={loss_name!r} needs token weights that differ, but all weights of {source.name} are equal; use "
             "loss.name='dpo' or a dataset with another estimator"
         )
 

@@ -133,12 +133,15 @@ def load_policy(folder: Path, config: ModelConfig, lora: LoraSection | None = No
         MissingExtraError: `model.quantization` or `[lora]` need a package that is not installed.
     """
     model = _load_model(folder, config)
-    not_packed = enable_packing_of(model, config)
+    not_packed = _enable_packing(model, config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = model if lora is None else add_adapters(model, lora)
     if config.compile:
-        for layer in model.base_model.layers:
+        layers = getattr(model.base_model, "layers", None)
+        if layers is None:
+            raise InputError(f"model.compile: {type(model).__name__} has no list of layers to compile; leave it out")
+        for layer in layers:
             layer.compile(dynamic=True)
     return Policy(trained, not_packed)
 
@@ -152,11 +155,11 @@ def load_reference(folder: Path, config: ModelConfig) -> "nn.Module":
     import torch
 
     model = _load_model(folder, config)
-    enable_packing_of(model, config)
+    _enable_packing(model, config)
     return model.to(getattr(torch, config.dtype)).requires_grad_(False)
 
 
-def enable_packing_of(model: Any, config: ModelConfig) -> str | None:
+def _enable_packing(model: Any, config: ModelConfig) -> str | None:
     """Switch `model` to packed attention where it can and the config wants it; return the reason where not."""
     from train.packing import enable_packing
 
@@ -174,9 +177,8 @@ def _load_model(folder: Path, config: ModelConfig) -> Any:
     if config.quantization == "nf4":
         options["quantization_config"] = _nf4_settings()
     if getattr(_load_config(folder).get_text_config(), "attn_logit_softcapping", None):
-        options["attn_implementation"] = (
-            "eager"  # transformers' default leaves Gemma 2's soft-capping out, without a word
-        )
+        # transformers' default leaves Gemma 2's soft-capping out, without a word.
+        options["attn_implementation"] = "eager"
     try:
         model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError) as error:
@@ -283,9 +285,8 @@ def save_policy(
     if lora is not None:
         if base_name is not None:
             model.peft_config["default"].base_model_name_or_path = base_name
-        model.save_pretrained(
-            target / "adapter", save_embedding_layers=False
-        )  # else peft asks the hub whether they were resized
+        # Left to itself peft asks the hub whether the embeddings were resized.
+        model.save_pretrained(target / "adapter", save_embedding_layers=False)
         (target / "adapter" / "README.md").unlink(missing_ok=True)  # peft's form to fill in; our card lies above it
         if not lora.merge:
             return

@@ -69,7 +69,7 @@ def run(
             loss became infinite.
         InputError: The model or the output folder cannot be used.
         MismatchError: Model and dataset do not belong together (tokenizer, vocabulary, step-0 gate), rows of the dataset don't,
-            it lacks what the loss needs, or `tis_dpo` meets constant weights.
+            it lacks what the loss needs, or its token weights are constant where the loss reads them.
         NotFoundError: No such store, dataset, version or split.
         MissingExtraError: The config asks for a package that is not installed.
         KeyboardInterrupt: A stop was requested; a later run goes on from the checkpoint.
@@ -101,13 +101,13 @@ def run(
     if config.eval.is_on:
         others = PairDataset(source, config.data, selection=Selection.for_evaluation(config.data, config.eval), **views)
         held_out = sample_pairs(others, config.eval.max_pairs)
+    processes = join_ranks()
+    _check_before_claiming(config, len(pairs), processes.num_processes)
     if dry_run:
         from train.outlook import outlook_lines
 
         _say("\n".join(outlook_lines(config, source, pairs, held_out, identity)))
         return None
-    processes = join_ranks()
-    _check_before_claiming(config, len(pairs), processes.num_processes)
     processes.wait_for_everyone()  # every process has read the folder before one changes it
     if processes.is_main_process:
         output.claim(identity, config.model_dump(exclude_none=True), overwrite=overwrite, resume=config.output.resume)
@@ -138,9 +138,10 @@ def _check_columns(config: "TrainConfig", source: "WeightSource") -> None:
 
 def _check_method(config: "TrainConfig", source: "WeightSource", sample: "Sequence[Pair]") -> None:
     from train.dataset import check_weights_vary
+    from train.loss_config import loss_needs
 
-    if config.loss.name == "tis_dpo":
-        check_weights_vary(source, sample)
+    if loss_needs(config.loss).token_weights:
+        check_weights_vary(source, sample, config.loss.name)
 
 
 def _check_before_claiming(config: "TrainConfig", num_pairs: int, num_processes: int) -> None:
@@ -177,9 +178,8 @@ def _build_trainer(
     policy = load_policy(model_folder, config.model, config.lora)
     if policy.not_packed is not None:
         _say(f"two padded sequences per pair: {policy.not_packed}")
-    needs_reference = (
-        loss_needs(config.loss).reference_model and config.lora is None
-    )  # else the adapters are switched off
+    # With adapters these are switched off instead.
+    needs_reference = loss_needs(config.loss).reference_model and config.lora is None
     reference = load_reference(model_folder, config.model) if needs_reference else None
     trainer = PairTrainer(
         policy, pairs, config, checkpoints=checkpoints, held_out=held_out, reference=reference, callbacks=callbacks

@@ -92,8 +92,8 @@ class PairTrainer(Trainer):
         super().__init__(policy.model, arguments, None, ordered, measured, callbacks=[LogLastStep(), *callbacks])
         if reference is not None:
             reference.to(self.args.device)
-        divergence = needs.kl_direction and Divergence(needs.kl_direction, needs.ref_top, reference)
-        route_forward(policy.model, divergence or None)
+        direction = needs.kl_direction
+        route_forward(policy.model, Divergence(direction, needs.ref_top, reference) if direction else None)
         self.loss_is_scaled_for_ga = True  # training_step divides by the units of the whole step
 
     def create_accelerator_and_postprocess(self) -> None:

@@ -217,5 +217,5 @@ def _open_pairs(model_folder: Path, data: DataConfig, loss: str) -> PairDataset:
     source = open_weights(data)
     pairs = PairDataset(source, data, vocab_size=check_model_fits(model_folder, source))
     if loss == "tis_dpo":
-        check_weights_vary(source, sample_pairs(pairs, _SAMPLE_PAIRS))
+        check_weights_vary(source, sample_pairs(pairs, _SAMPLE_PAIRS), loss)
     return pairs

@@ -177,3 +177,13 @@ def test_bfloat16_keeps_float32_parameters(make_trainer) -> None:
     trainer.train()
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
     assert trainer.measure(sample)["loss"] < before["loss"]
+
+
+def test_a_pair_counts_as_much_as_its_weight_says(make_trainer, write_weights, rows) -> None:
+    weights = [0.0 if i % 4 else 3.0 for i in range(len(rows))]  # ten of forty pairs
+    store = write_weights([{**row, "pair_weight": weight} for row, weight in zip(rows, weights, strict=True)])
+    trainer = make_trainer(data={"store": store}, loss={"name": "dpo"})
+    # policy = reference: every pair's loss is log 2; 10 * 3 log 2 / 40
+    assert trainer.measure(sample_pairs(trainer.train_dataset.pairs, 40))["loss"] == pytest.approx(
+        0.75 * math.log(2), abs=1e-4
+    )
