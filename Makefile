@@ -33,8 +33,9 @@ $(INSTALLED): $(PINNED) pyproject.toml
 demo: $(INSTALLED)  ## run the whole job on a made-up language, in demo/
 	$(BIN)/tokenweights demo
 
-test: $(INSTALLED)  ## run the whole suite
-	$(BIN)/python -m pytest -q
+WORKERS ?= 2
+test: $(INSTALLED)  ## run the whole suite (WORKERS=2 processes, ten minutes on two cores)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 bench-store: $(INSTALLED)  ## size and speed of the weight store -> benchmarks/results/store.json (about ten minutes)
 	$(BIN)/python benchmarks/store.py

@@ -20,6 +20,8 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="180",
 )
+if "PYTEST_XDIST_WORKER" in os.environ:  # engines and trainings of several workers would fight over the same cores
+    os.environ.update(OMP_NUM_THREADS="1", POLARS_MAX_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
 
 
 @pytest.fixture(scope="session", autouse=True)
