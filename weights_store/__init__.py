@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weights_store.store import WeightStore, split_name
-    from weights_store.table import Table, TableVersion
+    from weights_store.table import Table
+    from weights_store.table_reader import TableVersion
 
 __all__ = ["Table", "TableVersion", "WeightStore", "split_name"]
 
@@ -16,7 +17,7 @@ def __getattr__(name: str) -> Any:
     """Load the public names when they are first asked for: Polars and pyarrow cost a quarter of a second."""
     from importlib import import_module
 
-    home = {"WeightStore": "store", "split_name": "store", "Table": "table", "TableVersion": "table"}.get(name)
+    home = {"WeightStore": "store", "split_name": "store", "Table": "table", "TableVersion": "table_reader"}.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{home}"), name)

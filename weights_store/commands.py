@@ -32,7 +32,7 @@ def add_commands(add: Add, load_tokenizer: Callable[[str], Any]) -> None:
     history = add("history", _history, "list the versions of a weight dataset, and what changed in each")
     history.add_argument("name", metavar="NAME", help="for example hh-harmless/tis-dpo")
     _named(add("lineage", _lineage, "show everything a weight dataset came from, up to the raw pairs"))
-    diff = add("diff", _diff, "compare two weight datasets: settings, pairs, weights token by token")
+    diff = add("diff", _diff, "compare two weight datasets: settings, pairs, weights token by token, anchors")
     diff.add_argument("a", metavar="A", help="NAME or NAME@VERSION")
     diff.add_argument("b", metavar="B", help="NAME or NAME@VERSION")
     _add_export(add, load_tokenizer)
@@ -174,7 +174,10 @@ def _diff(options: argparse.Namespace) -> None:
     counts = ("common", "only_in_a", "only_in_b", "not_comparable")
     _print_table([{name: getattr(diff, f"num_{name}") for name in counts}], _GAP)
     print("\nweights")
-    _print_table([_side_row("chosen", diff.chosen), _side_row("rejected", diff.rejected)], _GAP)
+    sides = {"chosen": diff.chosen, "rejected": diff.rejected, "pair weights": diff.pair_weights}
+    _print_table([_side_row(side, changes) for side, changes in sides.items()], _GAP)
+    if diff.num_anchors_changed:
+        print(f"\nanchors: {_count(diff.num_anchors_changed, 'pair')} with another one or none")
     if not diff.largest.is_empty():
         print("\nlargest changes")
         _print_table(diff.largest.to_dicts(), _GAP)

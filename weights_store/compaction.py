@@ -16,7 +16,8 @@ from weights_store import shards
 from weights_store.checksums import column_checksums
 from weights_store.errors import DamageError
 from weights_store.shards import ShardRecord, ShardWriter, lacking, sum_checksums, with_nulls
-from weights_store.table import Table, TableVersion
+from weights_store.table import Table
+from weights_store.table_reader import TableVersion
 
 
 def compact(table: Table, max_bytes: int) -> TableVersion | None:

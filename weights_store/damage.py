@@ -19,6 +19,7 @@ from weights_store.location import Location, one_line
 from weights_store.log import TableLog
 from weights_store.shards import ShardRecord, lacking
 from weights_store.table import Table
+from weights_store.table_reader import TableReader
 
 _READ_BYTES = 4 << 20
 _BYTES_PER_REPORT = 1 << 30
@@ -39,7 +40,7 @@ class Examined:
         return SoundTable(self, version)
 
 
-class SoundTable(Table):
+class SoundTable(TableReader):
     """One version of a table as far as it is undamaged; whoever reads it skips the other shards."""
 
     def __init__(self, examined: Examined, version: int | None) -> None:

@@ -1,4 +1,4 @@
-"""What lies between two weight datasets: settings field by field, pairs, and weights token by token.
+"""What lies between two weight datasets: settings field by field, pairs, weights token by token, pair weights and anchors.
 
 Both are read range by range of `pair_id`, so that memory stays bounded however large they are.
 """
@@ -12,13 +12,18 @@ from weights_store.fingerprint import explain_difference
 from weights_store.table import Table
 
 _SIDES = ("chosen", "rejected")
+_PAIR = "pair"
+"""Takes the place of a side: the weight of a pair is compared like that of a response of one token."""
 _NUM_LARGEST = 10
 _CHANGES = {"pair_id": pl.String, "side": pl.String, "mean_abs_change": pl.Float64, "max_abs_change": pl.Float64}
 
 
 @dataclass(frozen=True)
 class SideDiff:
-    """Changes of one side's weights over the pairs that can be compared; means are None where no token was."""
+    """Changes of one side's weights over the pairs that can be compared; means are None where no token was.
+
+    Of pair weights: then each pair counts as one token.
+    """
 
     num_tokens: int
     num_tokens_changed: int
@@ -31,7 +36,8 @@ class Diff:
     """The difference of two versions of weight datasets, from `a` to `b`.
 
     `settings` has one line per field of their identities that differs. Common pairs whose response ids differ are
-    `num_not_comparable`: their weights belong to other tokens. `largest` has the (pair, side)s that changed most, by mean.
+    `num_not_comparable`: their weights belong to other tokens. `num_anchors_changed` of the others have an anchor of other
+    tokens, or in one dataset only. `largest` has the (pair, side)s whose token weights changed most, by mean.
     """
 
     a: str
@@ -43,13 +49,16 @@ class Diff:
     num_not_comparable: int
     chosen: SideDiff
     rejected: SideDiff
+    pair_weights: SideDiff
+    num_anchors_changed: int
     largest: pl.DataFrame
 
     @property
     def is_empty(self) -> bool:
-        """Whether both hold the same pairs with the same weights; settings may differ all the same."""
-        tokens = self.chosen.num_tokens_changed + self.rejected.num_tokens_changed
-        return not (tokens or self.num_only_in_a or self.num_only_in_b or self.num_not_comparable)
+        """Whether both hold the same pairs with the same weights and anchors; settings may differ all the same."""
+        weights = sum(side.num_tokens_changed for side in (self.chosen, self.rejected, self.pair_weights))
+        pairs = self.num_only_in_a + self.num_only_in_b + self.num_not_comparable
+        return not (weights or pairs or self.num_anchors_changed)
 
 
 def diff_tables(a: Table, version_a: int, b: Table, version_b: int, max_bytes: int = 1 << 30) -> Diff:
@@ -62,8 +71,8 @@ def diff_tables(a: Table, version_a: int, b: Table, version_b: int, max_bytes: i
         version_b: Its version.
         max_bytes: Memory for one range of pairs.
     """
-    counts = {"common": 0, "only_in_a": 0, "only_in_b": 0, "not_comparable": 0}
-    sums = {side: _SideSums() for side in _SIDES}
+    counts = {"common": 0, "only_in_a": 0, "only_in_b": 0, "not_comparable": 0, "anchors_changed": 0}
+    sums = {side: _SideSums() for side in (*_SIDES, _PAIR)}
     largest = pl.DataFrame(schema=_CHANGES)
     for old, new in _ranges(a, version_a, b, version_b, max_bytes):
         common = old.join(new, on="pair_id", suffix="_b")
@@ -73,6 +82,8 @@ def diff_tables(a: Table, version_a: int, b: Table, version_b: int, max_bytes: i
         counts["only_in_a"] += old.height - common.height
         counts["only_in_b"] += new.height - common.height
         counts["not_comparable"] += common.height - comparable.height
+        counts["anchors_changed"] += comparable.filter(pl.col("anchor_ids").ne_missing(pl.col("anchor_ids_b"))).height
+        sums[_PAIR].add(_changes(comparable, _PAIR))
         for side in _SIDES:
             changes = _changes(comparable, side)
             sums[side].add(changes)
@@ -87,6 +98,8 @@ def diff_tables(a: Table, version_a: int, b: Table, version_b: int, max_bytes: i
         num_not_comparable=counts["not_comparable"],
         chosen=sums["chosen"].result(),
         rejected=sums["rejected"].result(),
+        pair_weights=sums[_PAIR].result(),
+        num_anchors_changed=counts["anchors_changed"],
         largest=largest,
     )
 
@@ -120,7 +133,8 @@ def _ranges(
     a: Table, version_a: int, b: Table, version_b: int, max_bytes: int
 ) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
     """Yield both tables' ids and weights, one range of pairs after the other."""
-    columns = ["pair_id", *(f"{side}_{what}" for side in _SIDES for what in ("ids", "token_weights"))]
+    names = ["pair_id", "anchor_ids", *(f"{side}_{what}" for side in _SIDES for what in ("ids", "token_weights"))]
+    columns = [*names, pl.concat_list("pair_weight").alias(f"{_PAIR}_token_weights")]
     sizes = [sum(record.num_bytes for record in t.records(v)) for t, v in ((a, version_a), (b, version_b))]
     larger, version = (a, version_a) if sizes[0] >= sizes[1] else (b, version_b)
     scans = [a.scan(version_a).select(columns), b.scan(version_b).select(columns)]

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from weights_store.errors import InputError, MismatchError
-from weights_store.table import Table, TableVersion
+from weights_store.table import Table
+from weights_store.table_reader import TableVersion
 from weights_store.token_texts import Tokenizer, TokenTexts
 
 FORMATS = ("parquet", "jsonl")

@@ -1,8 +1,8 @@
 """Where to cut a table's keys, so that one range of them fits in memory, without reading the table.
 
-Called by `Table.key_ranges`. Row groups are sorted by key. As long as their spans lie apart, the first key of each stands for
-all its bytes and only footers are read. Where spans overlap, as after appends in any order, first keys all lie at the
-low end: there some keys of the row group itself are read.
+Called by `TableReader.key_ranges`. Row groups are sorted by key. As long as their spans lie apart, the first key of each
+stands for all its bytes and only footers are read. Where spans overlap, as after appends in any order, first keys all lie
+at the low end: there some keys of the row group itself are read.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 if TYPE_CHECKING:
     from weights_store.shards import ShardRecord
-    from weights_store.table import Table
+    from weights_store.table_reader import TableReader
 
 _SAMPLES = 16
 """Keys that stand for one row group whose span overlaps others."""
@@ -41,7 +41,7 @@ class _RowGroup(NamedTuple):
     num_bytes: int
 
 
-def cuts(table: "Table", records: "list[ShardRecord]", num_ranges: int) -> list[Any]:
+def cuts(table: "TableReader", records: "list[ShardRecord]", num_ranges: int) -> list[Any]:
     """Return at most `num_ranges` - 1 keys, rising, between which lie about equally many bytes.
 
     Raises:
@@ -58,7 +58,7 @@ def cuts(table: "Table", records: "list[ShardRecord]", num_ranges: int) -> list[
     return found
 
 
-def _samples(table: "Table", records: "list[ShardRecord]") -> Iterator[tuple[Any, float]]:
+def _samples(table: "TableReader", records: "list[ShardRecord]") -> Iterator[tuple[Any, float]]:
     """Yield keys, each with the bytes of the rows from it to the next key of its row group."""
     groups = sorted(group for record in records for group in _row_groups(table, record))
     ends = list(accumulate((group.last for group in groups), max))
@@ -69,7 +69,7 @@ def _samples(table: "Table", records: "list[ShardRecord]") -> Iterator[tuple[Any
         yield from ((key, group.num_bytes / len(keys)) for key in keys)
 
 
-def _row_groups(table: "Table", record: "ShardRecord") -> Iterator[_RowGroup]:
+def _row_groups(table: "TableReader", record: "ShardRecord") -> Iterator[_RowGroup]:
     with table.reading(), table.location.filesystem.open_input_file(record.name) as file:
         footer = pq.read_metadata(file)
         column = footer.schema.to_arrow_schema().names.index(table.key[0])
@@ -79,7 +79,7 @@ def _row_groups(table: "Table", record: "ShardRecord") -> Iterator[_RowGroup]:
             yield _RowGroup(span.min, span.max, record.name, index, group.total_byte_size)
 
 
-def _own_keys(table: "Table", group: _RowGroup) -> list[Any]:
+def _own_keys(table: "TableReader", group: _RowGroup) -> list[Any]:
     with table.reading(), table.location.filesystem.open_input_file(group.shard) as file:
         column = pq.ParquetFile(file).read_row_group(group.position, columns=[table.key[0]])[table.key[0]]
         keys = column.to_pylist()

@@ -3,7 +3,7 @@
 Vectorised over the flat values of a column; only the first bad row of each law is put into words.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,8 @@ from weights_store.schemas import Reason
 _SIDES = ("chosen", "rejected")
 _SCORED_BY = {"logps": "", "weights": "ref_"}
 """What stands between the side and the rest in the names of columns that may come with likeliest tokens."""
+_ON_REQUEST = {"prompts": "prompt_attribution", "activations": "activations"}
+"""What attributions hold on request: setting of the scorer to the columns' name behind the side."""
 _MASS_ROUNDING = 1e-3
 """The probabilities of k tokens may add up to this much more than 1: their log-probs are stored to a relative 1.2e-4."""
 _Mask = NDArray[np.bool_]
@@ -30,7 +32,11 @@ class Violation(NamedTuple):
 
 
 def violations(
-    kind: str, rows: pa.Table, key: tuple[str, ...], vocab_size: int | None, top_k: int | None = None
+    kind: str,
+    rows: pa.Table,
+    key: tuple[str, ...],
+    vocab_size: int | None,
+    scorer: Mapping[str, Any] | None = None,
 ) -> Iterator[Violation]:
     """Yield each law that `rows` break, with the first row that breaks it.
 
@@ -39,11 +45,14 @@ def violations(
         rows: One row group, all columns.
         key: The table's key columns.
         vocab_size: Upper end of ids, None where the table records none.
-        top_k: How many likeliest tokens a table has at each place; None for the number in its first list.
+        scorer: What made the numbers, as the table's commit says it: which optional columns hold values (`top_k`, how many
+            likeliest tokens at each place; `prompts`; `activations`). None where no commit does: the first row decides.
     """
     found = [_null(rows, name) for name in key] + _LAWS[kind](rows, vocab_size)
     if kind in _SCORED_BY:
-        found += _top_laws(rows, _SCORED_BY[kind], vocab_size, top_k)
+        found += _top_laws(rows, _SCORED_BY[kind], vocab_size, None if scorer is None else scorer.get("top_k", 0))
+    if kind == "attributions":
+        found += [_partly_null(rows, option, scorer) for option in _ON_REQUEST]
     yield from (violation for violation in found if violation is not None)
 
 
@@ -54,6 +63,41 @@ def _token_laws(rows: pa.Table, vocab_size: int | None) -> list[Violation | None
 
 def _logp_laws(rows: pa.Table, _: int | None) -> list[Violation | None]:
     return [_bad_values(rows, f"{side}_logps", _is_logp, _LOGP) for side in _SIDES]
+
+
+def _attribution_laws(rows: pa.Table, _: int | None) -> list[Violation | None]:
+    found: list[Violation | None] = []
+    for side in _SIDES:
+        activations = f"{side}_activations"
+        found.append(_bad_values(rows, f"{side}_attributions", _is_weight, _WEIGHT))
+        found.append(_bad_number(rows, f"{side}_prompt_attribution", may_be_null=True))
+        found.append(_bad_values(rows, activations, _is_size, _SIZE))
+        found.append(_bad_lengths(rows, activations, f"{side}_attributions", may_be_null=True))
+    return found
+
+
+def _partly_null(rows: pa.Table, option: str, scorer: Mapping[str, Any] | None) -> Violation | None:
+    """Look at columns that hold a value in every row of a table or in none, both sides alike."""
+    names = [f"{side}_{_ON_REQUEST[option]}" for side in _SIDES]
+    is_null = np.stack([_nulls(rows[name]) for name in names], axis=1)
+    if not is_null.size:
+        return None
+    wanted = not is_null[0, 0] if scorer is None else bool(scorer.get(option, False))
+
+    def describe(row: int) -> str:
+        name, found = names[int((is_null[row] == wanted).argmax())], "null" if wanted else "there"
+        return f"{name} is {found}, expected {'a value' if wanted else 'null'}: a table has them for all responses or for none"
+
+    return _first((is_null == wanted).any(1), describe)
+
+
+def _anchor_laws(rows: pa.Table, vocab_size: int | None) -> list[Violation | None]:
+    return [
+        _empty(rows, "anchor_ids"),
+        _outside(rows, "anchor_ids", vocab_size),
+        _bad_lengths(rows, "anchor_logps", "anchor_ids"),
+        _bad_values(rows, "anchor_logps", _is_logp, _LOGP),
+    ]
 
 
 def _top_laws(rows: pa.Table, scorer: str, vocab_size: int | None, top_k: int | None) -> list[Violation | None]:
@@ -115,8 +159,7 @@ def _weight_laws(rows: pa.Table, vocab_size: int | None) -> list[Violation | Non
     found.append(_bad_lengths(rows, "anchor_ref_logps", "anchor_ids"))
     found.append(_outside(rows, "anchor_ids", vocab_size))
     found.append(_bad_values(rows, "anchor_ref_logps", _is_logp, _LOGP))
-    pair_weights = np.asarray(rows["pair_weight"].combine_chunks().fill_null(np.nan))
-    found.append(_first(~_is_weight(pair_weights), lambda row: f"pair_weight is {pair_weights[row]}, {_WEIGHT}"))
+    found.append(_bad_number(rows, "pair_weight"))
     return found
 
 
@@ -130,11 +173,14 @@ def _quarantine_laws(rows: pa.Table, _: int | None) -> list[Violation | None]:
 _LAWS: dict[str, Callable[[pa.Table, int | None], list[Violation | None]]] = {
     "tokens": _token_laws,
     "logps": _logp_laws,
+    "attributions": _attribution_laws,
+    "anchors": _anchor_laws,
     "weights": _weight_laws,
     "quarantine": _quarantine_laws,
 }
 _LOGP = "expected a finite number <= 0"
 _WEIGHT = "expected a finite number >= 0"
+_SIZE = "expected a finite number > 0"
 
 
 def _is_logp(values: NDArray[Any]) -> _Mask:
@@ -143,6 +189,10 @@ def _is_logp(values: NDArray[Any]) -> _Mask:
 
 def _is_weight(values: NDArray[Any]) -> _Mask:
     return np.isfinite(values) & (values >= 0)
+
+
+def _is_size(values: NDArray[Any]) -> _Mask:
+    return np.isfinite(values) & (values > 0)
 
 
 def _null(rows: pa.Table, name: str) -> Violation | None:
@@ -161,10 +211,17 @@ def _outside(rows: pa.Table, name: str, vocab_size: int | None) -> Violation | N
     return _bad_values(rows, name, is_id, expected)
 
 
-def _bad_lengths(rows: pa.Table, values: str, ids: str) -> Violation | None:
-    left, right = _lengths(rows[values]), _lengths(rows[ids])
-    unequal = (left != right) | (_nulls(rows[values]) != _nulls(rows[ids]))
+def _bad_lengths(rows: pa.Table, values: str, ids: str, may_be_null: bool = False) -> Violation | None:
+    left, right, is_null = _lengths(rows[values]), _lengths(rows[ids]), _nulls(rows[values])
+    unequal = ~is_null & (left != right) if may_be_null else (left != right) | (is_null != _nulls(rows[ids]))
     return _first(unequal, lambda row: f"{left[row]} {values} for {right[row]} {ids}")
+
+
+def _bad_number(rows: pa.Table, name: str, may_be_null: bool = False) -> Violation | None:
+    """Look at a column with one number >= 0 per row."""
+    numbers = np.asarray(rows[name].combine_chunks().fill_null(np.nan))
+    bad = ~_is_weight(numbers) & ~(_nulls(rows[name]) & may_be_null)
+    return _first(bad, lambda row: f"{name} is {numbers[row]}, {_WEIGHT}")
 
 
 def _bad_values(rows: pa.Table, name: str, is_good: Callable[[NDArray[Any]], _Mask], expected: str) -> Violation | None:

@@ -17,7 +17,7 @@ from weights_store.table import Table
 
 if TYPE_CHECKING:
     from weights_store.store import WeightStore
-    from weights_store.table import TableVersion
+    from weights_store.table_reader import TableVersion
 
 _CONTRAST_RECORD = "contrast.json"
 _SIDES = {"positive_logps": "positive", "negative_logps": "negative"}

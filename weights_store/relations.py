@@ -1,4 +1,4 @@
-"""Laws between the rows of tables: each key once, one log-prob per id, what weights hold as in the tables it comes from.
+"""Laws between the rows of tables: each key once, one number per id, what weights hold as in the tables it comes from.
 
 Tables are joined one range of keys at a time. Damaged shards are left out, and nothing is concluded about a row that may
 stand in one of them.
@@ -21,7 +21,10 @@ _REF_COLUMNS = {
     for side in ("chosen", "rejected")
     for what in ("logps", "top_ids", "top_logps")
 }
-_LOGP_COLUMNS = {"chosen_logps": "chosen_ids", "rejected_logps": "rejected_ids"}
+_PER_TOKEN_COLUMNS = {
+    f"{side}_{what}": f"{side}_ids" for side in ("chosen", "rejected") for what in ("logps", "attributions")
+}
+_ANCHOR_COLUMNS = {"anchor_ids": "anchor_ids", "anchor_ref_logps": "anchor_logps"}
 
 
 def check_keys(table: SoundTable) -> Iterator[Finding]:
@@ -48,14 +51,20 @@ def check_reference(weights: SoundTable, logps: list[SoundTable]) -> Iterator[Fi
     yield from _compare(weights, logps, _REF_COLUMNS, by_length=False)
 
 
-def check_lengths(logps: SoundTable, tokens: list[SoundTable]) -> Iterator[Finding]:
-    """Yield the first pair with another number of log-probs than ids, and the first that has no ids.
+def check_anchors(weights: SoundTable, anchors: list[SoundTable]) -> Iterator[Finding]:
+    """Yield the first pair whose anchor, or its reference log-probs, are not those it was made from."""
+    yield from _compare(weights, anchors, _ANCHOR_COLUMNS, by_length=False)
+
+
+def check_lengths(scored: SoundTable, tokens: list[SoundTable]) -> Iterator[Finding]:
+    """Yield the first pair with another number of log-probs or attributions than ids, and the first that has no ids.
 
     Args:
-        logps: Log-probs of one scorer.
+        scored: Log-probs of one scorer, attributions, or anchors, whose lengths are their own.
         tokens: Versions that they were made from, newest first: pairs scored long ago may have left the newest.
     """
-    yield from _compare(logps, tokens, _LOGP_COLUMNS, by_length=True)
+    columns = {name: ids for name, ids in _PER_TOKEN_COLUMNS.items() if name in scored.schema.names}
+    yield from _compare(scored, tokens, columns, by_length=True)
 
 
 @dataclass

@@ -50,6 +50,31 @@ LOGPS = pa.schema(
 """Per-token log-probabilities (nats, <= 0) of one scorer; on request also those of the k likeliest tokens at each place,
 k entries per response token one after another, the likeliest first."""
 
+ATTRIBUTIONS = pa.schema(
+    [
+        _required("pair_id", pa.string()),
+        _required("chosen_attributions", FLOATS),
+        _required("rejected_attributions", FLOATS),
+        pa.field("chosen_prompt_attribution", pa.float32()),
+        pa.field("rejected_prompt_attribution", pa.float32()),
+        pa.field("chosen_activations", FLOATS),
+        pa.field("rejected_activations", FLOATS),
+    ]
+)
+"""L1 norms of the gradient of a target with respect to each response token's input embedding (>= 0, un-normalised); on request
+also their sum over the prompt's tokens behind which that response stands, and the mean size of the hidden states that predict
+each token (> 0, relative to the response's mean)."""
+
+ANCHORS = pa.schema(
+    [
+        _required("pair_id", pa.string()),
+        _required("anchor_ids", IDS),
+        _required("anchor_logps", FLOATS),
+    ]
+)
+"""A response that the reference policy sampled for each pair's prompt, and its log-probs under it (nats, <= 0, as they are
+without temperature or cut)."""
+
 WEIGHTS = pa.schema(
     [
         _required("pair_id", pa.string()),
@@ -89,6 +114,8 @@ QUARANTINE = pa.schema(
 KEYS = {
     "tokens": ("pair_id",),
     "logps": ("pair_id",),
+    "attributions": ("pair_id",),
+    "anchors": ("pair_id",),
     "weights": ("pair_id",),
     "quarantine": ("source_row", "detail"),
 }

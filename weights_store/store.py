@@ -21,13 +21,16 @@ from weights_store.errors import NotFoundError, SettingsError
 from weights_store.export import export_table
 from weights_store.lineage import lineage
 from weights_store.location import Location
-from weights_store.table import Table, TableVersion
+from weights_store.table import Table
+from weights_store.table_reader import TableVersion
 from weights_store.token_texts import Tokenizer
 from weights_store.token_view import scan_tokens
 
 _SCHEMAS: dict[str, pa.Schema] = {
     "tokens": schemas.TOKENS,
     "logps": schemas.LOGPS,
+    "attributions": schemas.ATTRIBUTIONS,
+    "anchors": schemas.ANCHORS,
     "weights": schemas.WEIGHTS,
     "quarantine": schemas.QUARANTINE,
 }

@@ -13,7 +13,7 @@ from weights_store.token_texts import Tokenizer, TokenTexts
 
 if TYPE_CHECKING:
     from weights_store.store import WeightStore
-    from weights_store.table import TableVersion
+    from weights_store.table_reader import TableVersion
 
 _SIDES = ("chosen", "rejected")
 _CONTRASTIVE = {"logp_pos": "positive_logps", "logp_neg": "negative_logps"}  # column to role

@@ -6,7 +6,7 @@ nothing. Memory stays at one row group, or one range of keys where tables are jo
 Not here: files that nobody needs (`vacuum.py`) and model folders.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from weights_store.findings import Finding
 from weights_store.laws import violations
 from weights_store.log import TableLog, read_log
 from weights_store.recorded import check_balance, check_fingerprints, check_lineage, check_quarantine, parents
-from weights_store.relations import check_keys, check_lengths, check_reference, check_tokens
+from weights_store.relations import check_anchors, check_keys, check_lengths, check_reference, check_tokens
 from weights_store.schemas import KEYS
 from weights_store.store import WeightStore
 
@@ -87,7 +87,7 @@ class _Verification:
         kind = log.table.path.partition("/")[0]
         rows = self._sound(log, log.newest)
         yield from self._examined[log.table.path].findings
-        yield from _tolerant(rows, _check_rows(kind, rows, _vocab_size(log), _top_k(log)))
+        yield from _tolerant(rows, _check_rows(kind, rows, self._vocab_size(log), _scorer(log)))
         yield from _tolerant(rows, check_keys(rows))
         yield from _tolerant(rows, self._check_relations(kind, log, rows, asked))
         yield from check_lineage(log, self.log)
@@ -99,15 +99,22 @@ class _Verification:
 
     def _check_relations(self, kind: str, log: TableLog, rows: SoundTable, asked: list[str]) -> Iterator[Finding]:
         """Compare rows with those that they were made from."""
-        if kind == "logps":  # by all commits: each adds some pairs
+        if kind in ("logps", "attributions", "anchors"):  # by all commits: each adds some pairs
             commits = sorted(log.commits, reverse=True)
             references = [parent for version in commits for parent in parents(log.metadata(version))]
             yield from self._compare(check_lengths, rows, _of_kind("tokens", references), asked)
         if kind == "weights":
             references = parents(log.metadata(log.newest))
             yield from self._compare(check_tokens, rows, _of_kind("tokens", references), asked)
-            ref = [parent for parent in _of_kind("logps", references) if parent.get("role") == "ref_logps"]
-            yield from self._compare(check_reference, rows, ref, asked)
+            yield from self._compare(check_reference, rows, _in_role("ref_logps", "logps", references), asked)
+            yield from self._compare(check_anchors, rows, _in_role("anchors", "anchors", references), asked)
+
+    def _vocab_size(self, log: TableLog) -> int | None:
+        """Return the size of the vocabulary that the newest commit or that of its tokens recorded, None where neither did."""
+        of_tokens = _of_kind("tokens", parents(log.metadata(log.newest)))
+        logs = [(log, log.newest), *((self.log(parent["table"]), parent["version"]) for parent in of_tokens)]
+        sizes = (_recorded_size(made.metadata(version)) for made, version in logs if made is not None)
+        return next((size for size in sizes if size is not None), None)
 
     def _compare(
         self, check: _Relation, rows: SoundTable, references: Iterable[dict[str, Any]], asked: list[str]
@@ -140,6 +147,10 @@ def _of_kind(kind: str, references: Iterable[dict[str, Any]]) -> list[dict[str, 
     return [parent for parent in references if parent["table"].startswith(f"{kind}/")]
 
 
+def _in_role(role: str, kind: str, references: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [parent for parent in _of_kind(kind, references) if parent.get("role") == role]
+
+
 def _tolerant(table: SoundTable, findings: Iterator[Finding]) -> Iterator[Finding]:
     """Yield findings; a shard that was sound a moment ago and can no longer be read is one more of them."""
     try:
@@ -148,7 +159,9 @@ def _tolerant(table: SoundTable, findings: Iterator[Finding]) -> Iterator[Findin
         yield Finding(table.path, str(error), table.version_number)
 
 
-def _check_rows(kind: str, table: SoundTable, vocab_size: int | None, top_k: int | None) -> Iterator[Finding]:
+def _check_rows(
+    kind: str, table: SoundTable, vocab_size: int | None, scorer: dict[str, Any] | None
+) -> Iterator[Finding]:
     """Yield the first row that breaks each law, for every row group."""
     for record in table.records():
         place = Finding(table.path, "", table.version_number, record.name)
@@ -160,20 +173,19 @@ def _check_rows(kind: str, table: SoundTable, vocab_size: int | None, top_k: int
             except DamageError as error:  # bytes as committed, values not: the memory or disk of the writer was bad
                 yield replace(place, problem=str(error))
                 continue
-            for violation in violations(kind, rows, table.key, vocab_size, top_k):
+            for violation in violations(kind, rows, table.key, vocab_size, scorer):
                 more = violation.num_rows - 1
                 tail = f" ({more} more rows like this in the row group)" if more else ""
                 pair_id = rows["pair_id"][violation.row].as_py()
                 yield replace(place, pair_id=pair_id, problem=violation.problem + tail)
 
 
-def _vocab_size(log: TableLog) -> int | None:
-    """Return the size of the vocabulary that the newest commit recorded, None where it did not."""
-    size = ((log.metadata(log.newest) or {}).get("tokenizer") or {}).get("vocab_size")
+def _recorded_size(metadata: Mapping[str, Any] | None) -> int | None:
+    size = ((metadata or {}).get("tokenizer") or {}).get("vocab_size")
     return size if isinstance(size, int) else None
 
 
-def _top_k(log: TableLog) -> int | None:
-    """Return how many likeliest tokens a table of log-probs has for each place, None where its newest commit does not say."""
+def _scorer(log: TableLog) -> dict[str, Any] | None:
+    """Return what made the numbers of a table, None where its newest commit does not say."""
     scorer = (log.metadata(log.newest) or {}).get("scorer")
-    return scorer.get("top_k", 0) if isinstance(scorer, dict) else None
+    return scorer if isinstance(scorer, dict) else None

@@ -17,7 +17,7 @@ import pytest
 
 from weights_store import WeightStore
 from weights_store.fingerprint import explain_difference, fingerprint
-from weights_store.schemas import LOGPS, QUARANTINE, TOKENS, WEIGHTS
+from weights_store.schemas import ANCHORS, ATTRIBUTIONS, LOGPS, QUARANTINE, TOKENS, WEIGHTS
 
 PROMPTS = {"a": [1, 2], "b": [1], "c": [2, 1, 2], "d": [1, 1]}
 IDS = {
@@ -55,6 +55,24 @@ REVERSED = {
     "b": ([0.25, 1.0, 2.0, 0.75], [0.5, 0.75, 1.0]),
     "c": ([2.0, 1.25], [0.75, 0.75, 1.0, 0.75, 1.0]),
     "d": ([0.75], [1.25]),
+}
+ATTRIBUTED = {
+    "a": ([2.0, 1.0, 1.0], [0.5, 1.5]),
+    "b": ([4.0, 0.0, 2.0, 2.0], [1.0, 3.0, 2.0]),
+    "c": ([1.0, 3.0], [1.0, 1.0, 2.0, 4.0, 2.0]),
+    "d": ([0.0], [0.5]),
+}
+TI = {  # attributions over their mean; d's chosen response has none and one token
+    "a": ([1.5, 0.75, 0.75], [0.5, 1.5]),
+    "b": ([2.0, 0.0, 1.0, 1.0], [0.5, 1.5, 1.0]),
+    "c": ([0.5, 1.5], [0.5, 0.5, 1.0, 2.0, 1.0]),
+    "d": ([1.0], [1.0]),
+}
+ANCHORED = {
+    "a": ([7, 9], [-1.5, -0.25]),
+    "b": ([3, 8, 9], [-2.0, -0.5, -1.0]),
+    "c": ([6], [-4.0]),
+    "d": ([5, 5, 4, 9], [-1.0, -2.0, -0.75, 0.0]),
 }
 ONES = {pair_id: tuple([1.0] * len(ids) for ids in sides) for pair_id, sides in IDS.items()}
 TEXTS = {1: "Q", 2: "?", 3: "Yes", 4: " sir", 5: "No", 6: " caf", 7: "é", 8: "!", 9: "</s>"}
@@ -111,10 +129,10 @@ def _logps_rows(pair_ids, logps):
 
 def _weights_metadata(name, estimator, parents, token_weights, pair_ids):
     weights = {"name": name, "estimator": estimator}
-    if estimator != "uniform":
+    if estimator in ("tis", "reversed"):
         weights |= {"k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5}
     identity = {
-        "settings": {"weights": weights, "contrast": {} if estimator == "uniform" else TRAINING},
+        "settings": {"weights": weights, "contrast": {} if estimator in ("uniform", "ti") else TRAINING},
         "data": {role: parent.fingerprint for role, parent in parents.items()},
     }
     num_tokens = sum(len(side) for pair_id in pair_ids for side in token_weights[pair_id])
@@ -181,6 +199,49 @@ def build_small_store(root):
 def small_store(tmp_path):
     """The store of this file, one's own."""
     return build_small_store(tmp_path / "store")
+
+
+def add_ti(store):
+    """Add what a build of TI-DPO leaves: attributions and anchors of the same reference in two commits, weights of both."""
+    attributions, anchors = (store.table(f"{kind}/{DATASET}/ti") for kind in ("attributions", "anchors"))
+    for version, pair_ids in enumerate(["abc", "d"]):
+        tokens = store.table(f"tokens/{DATASET}").reference(version)
+        for table, rows in ((attributions, _attribution_rows(pair_ids)), (anchors, _anchor_rows(pair_ids))):
+            metadata = {
+                "fingerprint": fingerprint(f"{table.path} {version}"),
+                "scorer": {"model": fingerprint("ref model"), "dtype": "float32"},
+                "parents": [tokens.as_parent()],
+            }
+            table.append(rows, metadata)
+    parents = {"tokens": tokens, "ref_logps": store.table(f"logps/{DATASET}/ref").reference()}
+    parents |= {"attributions": attributions.reference(), "anchors": anchors.reference()}
+    metadata = _weights_metadata("hh-harmless/ti-dpo", "ti", parents, TI, "abcd")
+    columns = zip(*(ANCHORED[pair_id] for pair_id in "abcd"), strict=True)
+    rows = weight_rows("abcd", TI)
+    for name, values in zip(("anchor_ids", "anchor_ref_logps"), columns, strict=True):
+        field = WEIGHTS.field(name)
+        rows = rows.set_column(WEIGHTS.names.index(name), field, pa.array(values, field.type))
+    store.table("weights/hh-harmless/ti-dpo").append(rows, metadata)
+    return store
+
+
+def _attribution_rows(pair_ids):
+    rows = [
+        {"pair_id": p, "chosen_attributions": ATTRIBUTED[p][0], "rejected_attributions": ATTRIBUTED[p][1]}
+        for p in pair_ids
+    ]
+    return pa.Table.from_pylist(rows, ATTRIBUTIONS)
+
+
+def _anchor_rows(pair_ids):
+    rows = [{"pair_id": p, "anchor_ids": ANCHORED[p][0], "anchor_logps": ANCHORED[p][1]} for p in pair_ids]
+    return pa.Table.from_pylist(rows, ANCHORS)
+
+
+@pytest.fixture
+def ti_store(small_store):
+    """The small store with TI-DPO beside TIS-DPO."""
+    return add_ti(small_store)
 
 
 @pytest.fixture(scope="session")

@@ -72,6 +72,13 @@ def test_diff_says_settings_pairs_and_weights(command):
     assert ["4", "0", "0", "0"] in rows(out)
     assert ["chosen", "10", "8", "1.1500", "3.7500"] in rows(out)
     assert ["a", "rejected", "1.8750", "3.7500"] in rows(out)
+    assert ["pair", "weights", "4", "0", "0.0000", "0.0000"] in rows(out)
+    assert "anchors" not in out
+
+
+def test_diff_counts_anchors_that_differ(ti_store, command):
+    _, out, _ = command("diff", NAME, "hh-harmless/ti-dpo")
+    assert "\nanchors: 4 pairs with another one or none\n" in out
 
 
 def test_diff_of_the_same_has_no_largest_changes(command):

@@ -72,7 +72,8 @@ def check_versions(table, first):
 @pytest.fixture(scope="module")
 def children():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["weights_store.table", "deltalake.transaction"])
+    # pyarrow imports pandas on its first conversion: 0.15 s of the 0.3 s at most that a child has, and all of them under load.
+    context.set_forkserver_preload(["weights_store.store", "deltalake.transaction", "pandas"])
     return context
 
 

@@ -1,8 +1,10 @@
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from weights_store.diff import SideDiff, diff_tables
 from weights_store.errors import NotFoundError, SettingsError
+from weights_store.schemas import WEIGHTS
 
 TIS, REVERSED = "hh-harmless/tis-dpo", "hh-harmless/reversed"
 
@@ -20,6 +22,35 @@ def test_two_estimators_by_hand(small_store):
     # a: 3.75 + 0, b: 1.5 + 0.75 + 0, c: 0.75 + 0.5 + 0 + 0.5 + 0, d: 0.5; together 8.25 over 11 tokens, 7 not zero.
     assert diff.rejected == SideDiff(11, 7, 0.75, 3.75)
     assert not diff.is_empty
+    assert (diff.pair_weights, diff.num_anchors_changed) == (SideDiff(4, 0, 0.0, 0.0), 0)
+
+
+def test_pair_weights_and_anchors_that_differ_are_counted(ti_store):
+    # Token weights stay. Pair weights: a 1 -> 1.5, c 1 -> 0.25; anchors: b's is another, d has none, a's log-probs are others.
+    table = ti_store.table("weights/hh-harmless/ti-dpo")
+    changes = {
+        "a": {"pair_weight": 1.5, "anchor_ref_logps": [-1.0, -1.0]},
+        "b": {"anchor_ids": [3, 8, 8]},
+        "c": {"pair_weight": 0.25},
+        "d": {"anchor_ids": None, "anchor_ref_logps": None},
+    }
+    rows = [row | changes[row["pair_id"]] for row in table.scan().collect().to_dicts()]
+    table.replace(pa.Table.from_pylist(rows, WEIGHTS), table.metadata())
+    diff = ti_store.diff("hh-harmless/ti-dpo@0", "hh-harmless/ti-dpo@1")
+    assert (diff.settings, diff.chosen.num_tokens_changed, diff.rejected.num_tokens_changed) == ([], 0, 0)
+    assert diff.pair_weights == SideDiff(4, 2, 1.25 / 4, 0.75)
+    assert diff.num_anchors_changed == 2
+    assert diff.largest.is_empty()
+    assert not diff.is_empty
+
+
+@pytest.mark.parametrize("change", [{"pair_weight": 1.5}, {"anchor_ids": [7], "anchor_ref_logps": [-1.0]}])
+def test_a_pair_weight_or_an_anchor_alone_makes_two_datasets_differ(ti_store, change):
+    table = ti_store.table("weights/hh-harmless/ti-dpo")
+    rows = [row | (change if row["pair_id"] == "a" else {}) for row in table.scan().collect().to_dicts()]
+    table.replace(pa.Table.from_pylist(rows, WEIGHTS), table.metadata())
+    assert ti_store.diff("hh-harmless/ti-dpo@0", "hh-harmless/ti-dpo@0").is_empty
+    assert not ti_store.diff("hh-harmless/ti-dpo@0", "hh-harmless/ti-dpo@1").is_empty
 
 
 def test_pairs_that_changed_most_come_first(small_store):

@@ -9,13 +9,13 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "polars.md"
 
 
 @pytest.fixture
-def results(small_store):
+def results(ti_store):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     opening = 'WeightStore("stores/default")'
     assert opening in blocks[0]
     names = {}
     for number, block in enumerate(blocks):
-        code = block.replace(opening, f"WeightStore({str(small_store.root)!r})")
+        code = block.replace(opening, f"WeightStore({str(ti_store.root)!r})")
         exec(compile(code, f"{PAGE.name}, block {number}", "exec"), names)
     return names
 
@@ -55,6 +55,16 @@ def test_comparisons_are_those_worked_out_by_hand(results):
     assert results["chosen_change"] == 1.15  # 11.5 over 10 tokens, see test_diff.py
     assert results["both"].collect().height == 21
     assert (results["agreement"]["rank_correlation"] < -0.9).all()  # the one is large where the other is small
+    # TI weights are attributions over their mean, 0.5 for d's rejected token and 1 for its chosen one that has none.
+    tis = {"chosen": [1, 2, 0.5, 4, 1, 0.5, 1.5, 0.5, 0.75, 1.25]}
+    tis["rejected"] = [0.25, 1, 2, 1.5, 1, 1.5, 1.25, 1, 1.25, 1, 0.75]
+    ti = {"chosen": [1.5, 0.75, 0.75, 2, 0, 1, 1, 0.5, 1.5, 1]}
+    ti["rejected"] = [0.5, 1.5, 0.5, 1.5, 1, 0.5, 0.5, 1, 2, 1, 1]
+    raw = {"chosen": [2, 1, 1, 4, 0, 2, 2, 1, 3, 0], "rejected": [0.5, 1.5, 1, 3, 2, 1, 1, 2, 4, 2, 0.5]}
+    assert results["ti_agreement"].rows() == [
+        (side, len(tis[side]), *(pytest.approx(correlation(tis[side], other[side]), rel=1e-5) for other in (ti, raw)))
+        for side in ("chosen", "rejected")
+    ]
     # Chosen of a, b, c: 3.5 + 7 + 1.25 over 9 tokens; rejected: 1.25 + 4.5 + 6 over 10.
     assert results["by_split"].rows() == [
         ("test", 1, 1.25, 0.75),
