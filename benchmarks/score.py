@@ -141,7 +141,7 @@ class Bench:
         version = {"store": tokens["store"], "tokens_table": tokens["table"], "tokens_version": tokens["version"]}
         request = replace(self.request, **version)
         fill(request, target, self.scorer)
-        shutil.rmtree(Path(tokens["store"]) / target.logps_table)
+        shutil.rmtree(Path(tokens["store"]) / target.table)
 
     def prefill(self, sequences: list[tuple[list[int], list[int]]]) -> None:
         """Compute every sequence alone, and nothing else."""

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import describe
-from pipeline.weigh import ClampSettings, SideScores, weigh
+from pipeline.estimators import SideScores, tis
 from weights_store import WeightStore
 from weights_store.schemas import FLOATS, IDS, WEIGHTS
 
@@ -254,8 +254,8 @@ def measure_weigh() -> dict[str, Any]:
     _one_core()
     rng = np.random.default_rng(0)
     positive, negative = (-rng.exponential(2.0, 10_000_000).astype(np.float32) for _ in range(2))
-    scores = SideScores("chosen", len(positive), positive, negative)
-    runs = [_timed(lambda: weigh(scores, "tis", ClampSettings())) for _ in range(2 * RUNS)]
+    scores = SideScores("chosen", np.array([len(positive)]), positive, negative)
+    runs = [_timed(lambda: tis(scores, k=1.0, mu=1.0, lower=-0.5, upper=1.5)) for _ in range(2 * RUNS)]
     return {"tokens_per_s": len(positive) / statistics.median(runs), "s": runs}
 
 

@@ -20,15 +20,18 @@ os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 
-from flows.progress import scoring_progress
+from flows.progress import stage_progress
+from pipeline.anchors import sample_anchors
+from pipeline.attribute import attribute
 from pipeline.contrast import ContrastivePair, contrast, prompt_pair
+from pipeline.jobs import Filled
 from pipeline.models import resolve_model
 from pipeline.parity import check_stored
 from pipeline.prepare import Prepared, prepare
 from pipeline.publish import Ingredients, Published, publish
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.report import summary_markdown, write_report
-from pipeline.score import Scored, Scorer, score
+from pipeline.score import Scorer, score
 
 
 @dataclass
@@ -39,14 +42,22 @@ class BuildResult:
     published: Published
     report: str
     model_folder: Path
-    scored: dict[str, Scored] = field(default_factory=dict)
+    scored: dict[str, Filled] = field(default_factory=dict)
+    attributed: Filled | None = None
+    anchors: Filled | None = None
     num_trained: int = 0
     stage_s: dict[str, float] = field(default_factory=dict)
+
+    def filled(self) -> dict[str, Filled]:
+        """Return what each stage that ran a model over the pairs has come to, by stage and role."""
+        others = {"attribute ref": self.attributed, "anchors ref": self.anchors}
+        scored = {f"score {role}": result for role, result in self.scored.items()}
+        return scored | {what: result for what, result in others.items() if result is not None}
 
 
 @flow(name="build-weights")
 def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
-    """Build the weight dataset of a recipe: prepare, score, contrast, score, weigh, publish, report."""
+    """Build the weight dataset of a recipe: prepare, score, contrast, score, attribute, anchors, weigh, publish, report."""
     clock = _StageClock()
     model_folder = clock.time("model", find_model, recipe)
     prepared = clock.time("prepare", prepare_tokens, recipe, model_folder)
@@ -61,9 +72,17 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
             pair = clock.time("contrast", build_contrast, recipe, model_folder, uniform)
             num_trained = pair.num_trained
             scored |= clock.time("score pair", score_tokens, prepared, pair.scorers, recipe, model_folder)
-    published = clock.time("publish", publish_weights, recipe, prepared, scored, model_folder, expect_same)
+    attributed = anchors = None
+    if recipe.needs_attributions:
+        attributed = clock.time("attribute", attribute_tokens, prepared, recipe, model_folder)
+    if recipe.anchors is not None:
+        anchors = clock.time("anchors", sample_anchor_responses, prepared, recipe, model_folder)
+    ingredients = _ingredients(prepared, scored, attributed, anchors)
+    published = clock.time("publish", publish_weights, recipe, ingredients, model_folder, expect_same)
     report = clock.time("report", report_weights, published, recipe, model_folder)
-    return BuildResult(prepared, published, report, model_folder, scored, num_trained, clock.stage_s)
+    return BuildResult(
+        prepared, published, report, model_folder, scored, attributed, anchors, num_trained, clock.stage_s
+    )
 
 
 @flow(name="refresh-weights")
@@ -94,17 +113,35 @@ def prepare_tokens(recipe: Recipe, model_folder: Path) -> Prepared:
 @task(name="score", task_run_name="score")
 def score_tokens(
     prepared: Prepared, scorers: dict[str, Scorer], recipe: Recipe, model_folder: Path
-) -> dict[str, Scored]:
+) -> dict[str, Filled]:
     """Score what has no log-probs yet, with progress as artifacts. Restarts are score's own."""
     logger = get_run_logger()
-    with scoring_progress(list(scorers), str(prepared.tokens), logger.info) as progress:
+    with stage_progress("score", list(scorers), str(prepared.tokens), logger.info) as progress:
         scored = score(
             prepared.tokens, scorers, recipe.score, model_folder, recipe.model.chat_template, logger.info, progress
         )
     for role, result in scored.items():
-        if result.num_scored_pairs == 0:
-            logger.info(f"score {role}: {result.logps}: nothing to score")
+        if result.num_pairs == 0:
+            logger.info(f"score {role}: {result.output}: nothing to score")
     return scored
+
+
+@task(name="attribute", task_run_name="attribute {recipe.attribute.target}")
+def attribute_tokens(prepared: Prepared, recipe: Recipe, model_folder: Path) -> Filled:
+    """Attribute what has no attributions yet to its tokens, with progress as an artifact."""
+    logger = get_run_logger()
+    with stage_progress("attribute", ["ref"], str(prepared.tokens), logger.info) as progress:
+        executor = recipe.score.executor_settings()
+        return attribute(prepared.tokens, model_folder, recipe.attribute, executor, logger.info, progress)
+
+
+@task(name="anchors", task_run_name="anchors")
+def sample_anchor_responses(prepared: Prepared, recipe: Recipe, model_folder: Path) -> Filled:
+    """Sample an anchor for every prompt that has none yet, with progress as an artifact."""
+    logger = get_run_logger()
+    assert recipe.anchors is not None, "the flow asks"
+    with stage_progress("anchors", ["ref"], str(prepared.tokens), logger.info) as progress:
+        return sample_anchors(prepared.tokens, model_folder, recipe.anchors, recipe.score, logger.info, progress)
 
 
 @task(name="contrast", task_run_name="contrast {recipe.contrast.method}")
@@ -114,21 +151,19 @@ def build_contrast(recipe: Recipe, model_folder: Path, uniform: Published) -> Co
 
 
 @task(name="publish uniform", task_run_name="publish {recipe.dataset.name}/uniform")
-def publish_uniform(recipe: Recipe, prepared: Prepared, scored: dict[str, Scored], model_folder: Path) -> Published:
+def publish_uniform(recipe: Recipe, prepared: Prepared, scored: dict[str, Filled], model_folder: Path) -> Published:
     """Publish the pairs with weights 1: what contrastive training and the plain DPO baseline read."""
-    ingredients, logger = Ingredients(prepared.tokens, scored["ref"].logps), get_run_logger()
+    ingredients, logger = Ingredients(prepared.tokens, scored["ref"].output), get_run_logger()
     check = _stored_check(recipe, ingredients, model_folder, logger.info)
     return publish(recipe, recipe.uniform, ingredients, report=logger.info, check=check)
 
 
 @task(name="publish", task_run_name="publish {recipe.weights.name}")
-def publish_weights(
-    recipe: Recipe, prepared: Prepared, scored: dict[str, Scored], model_folder: Path, expect_same: bool
-) -> Published:
+def publish_weights(recipe: Recipe, ingredients: Ingredients, model_folder: Path, expect_same: bool) -> Published:
     """Weigh and publish."""
-    ingredients, logger = _ingredients(prepared, scored), get_run_logger()
+    logger = get_run_logger()
     check = _stored_check(recipe, ingredients, model_folder, logger.info)
-    return publish(recipe, recipe.weights, ingredients, expect_same, logger.info, check)
+    return publish(recipe, recipe.weights, ingredients, expect_same, logger.info, check, model_folder)
 
 
 @task(name="report", task_run_name="report {recipe.weights.name}")
@@ -140,9 +175,17 @@ def report_weights(published: Published, recipe: Recipe, model_folder: Path) -> 
     return path
 
 
-def _ingredients(prepared: Prepared, scored: dict[str, Scored]) -> Ingredients:
-    pair = {f"{role}_logps": scored[role].logps for role in ("positive", "negative") if role in scored}
-    return Ingredients(prepared.tokens, scored["ref"].logps, **pair)
+def _ingredients(
+    prepared: Prepared, scored: dict[str, Filled], attributed: Filled | None, anchors: Filled | None
+) -> Ingredients:
+    pair = {f"{role}_logps": scored[role].output for role in ("positive", "negative") if role in scored}
+    return Ingredients(
+        prepared.tokens,
+        scored["ref"].output,
+        **pair,
+        attributions=attributed.output if attributed else None,
+        anchors=anchors.output if anchors else None,
+    )
 
 
 def _stored_check(

@@ -118,7 +118,7 @@ def _agreement(recipe: Recipe, result: BuildResult, language: ToyLanguage) -> di
     store = WeightStore(recipe.store.uri)
     tokens, *logps = (
         store.table(reference.table).scan(reference.version)
-        for reference in (result.prepared.tokens, result.scored["positive"].logps, result.scored["negative"].logps)
+        for reference in (result.prepared.tokens, result.scored["positive"].output, result.scored["negative"].output)
     )
     for role, frame in zip(("positive", "negative"), logps, strict=True):
         renamed = frame.rename({"chosen_logps": f"chosen_{role}", "rejected_logps": f"rejected_{role}"})

@@ -1,4 +1,4 @@
-"""How far scoring is: a bar on a terminal, plain lines elsewhere, and an artifact for every role in Prefect."""
+"""How far a stage is: a bar on a terminal, plain lines elsewhere, and an artifact for every role in Prefect."""
 
 import sys
 import time
@@ -8,24 +8,26 @@ from typing import Any
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from pipeline.score import Progress
+from pipeline.jobs import Progress
+from pipeline.scoring import Stage
 
 _ARTIFACT_EVERY_S = 2.0
 _LINE_EVERY_S = 10.0
 
 
 @contextmanager
-def scoring_progress(
-    roles: list[str], what: str, report: Callable[[str], None]
+def stage_progress(
+    stage: Stage, roles: list[str], what: str, report: Callable[[str], None]
 ) -> Iterator[Callable[[Progress], None]]:
     """Yield a function that shows the state of a role; at the end every role's artifact stands at 100 %.
 
     Args:
-        roles: That will be scored.
+        stage: What is done.
+        roles: That it is done for.
         what: The pairs, for the artifacts' descriptions.
         report: Gets plain lines where standard error is no terminal.
     """
-    artifacts = {role: _Artifact(role, what) for role in roles}
+    artifacts = {role: _Artifact(stage, role, what) for role in roles}
     with _bars() if sys.stderr.isatty() else _lines(report) as show:
 
         def shown(progress: Progress) -> None:
@@ -40,10 +42,10 @@ def scoring_progress(
 class _Artifact:
     """One role's progress artifact; each update is a call of Prefect's API, so it comes every few seconds."""
 
-    def __init__(self, role: str, what: str) -> None:
-        self._what = f"scoring {what} as {role}"
-        self._id: Any = create_progress_artifact(0.0, key=f"score-{role}", description=self._what)
-        self._text = "nothing to score"
+    def __init__(self, stage: Stage, role: str, what: str) -> None:
+        self._what = f"{stage} {role}, {what}"
+        self._id: Any = create_progress_artifact(0.0, key=f"{stage}-{role}", description=self._what)
+        self._text = "nothing to do"
         self._shown_at = 0.0
 
     def show(self, progress: Progress) -> None:
@@ -84,7 +86,7 @@ def _bars() -> Iterator[Callable[[Progress], None]]:
         if progress.role not in bars:
             bars[progress.role] = tqdm(
                 total=progress.total,
-                desc=f"score {progress.role}",
+                desc=progress.name,
                 unit=" tokens",
                 unit_scale=True,
                 dynamic_ncols=True,

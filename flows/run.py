@@ -33,14 +33,14 @@ def run_build(recipe: Recipe, expect_same: bool = False, debug: bool = False) ->
         print(f"  warning           {finding}")
     for change in result.published.changes if result.published.is_new else []:
         print(f"  changed           {change}")
-    for role, scored in result.scored.items():
-        if scored.num_scored_pairs or scored.num_unscorable:
-            unscorable = f", {scored.num_unscorable} unscorable" if scored.num_unscorable else ""
-            rate = scored.num_scored_tokens / max(scored.wall_s, 1e-9)
-            numbers = f"{scored.num_scored_pairs} pairs{unscorable}, {scored.num_scored_tokens:,} tokens, {rate:,.0f} tokens/s"
-            print(f"  {'scored ' + role:<18}{numbers} without the engine's start")
-        for restart in scored.restarts:
-            print(f"  warning           scoring {role} was started again: {restart}")
+    for what, filled in result.filled().items():
+        if filled.num_pairs or filled.num_unscorable:
+            unscorable = f", {filled.num_unscorable} unscorable" if filled.num_unscorable else ""
+            rate = filled.num_tokens / max(filled.wall_s, 1e-9)
+            numbers = f"{filled.num_pairs} pairs{unscorable}, {filled.num_tokens:,} tokens, {rate:,.0f} tokens/s"
+            print(f"  {what:<18}{numbers} without the model's start")
+        for restart in filled.restarts:
+            print(f"  warning           {what} was started again: {restart}")
     print(f"  {'stages':<18}" + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.stage_s.items()))
     print(f"  {'':<18}{'published' if result.published.is_new else 'nothing to do: this version was there already'}")
     print(f"  {'store':<18}{recipe.store.uri}")

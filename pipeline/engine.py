@@ -1,8 +1,8 @@
 """vLLM behind one contract: token ids in, one log-probability per wanted token out, on request also those of the likeliest ids.
 
-The only file that imports vLLM.
+The only file that imports vLLM. It samples as well (`VllmEngine.generate`): the anchors of TI-DPO.
 
-There are three ways in, from fast to slow:
+There are three ways in to log-probs, from fast to slow:
 
 * `fixed_ids`: `prompt_logprob_token_ids` and `prompt_logprob_start` of the V2 runner (GPUs). It takes ids that are known
   beforehand, so the likeliest ones are out of its reach;
@@ -15,7 +15,8 @@ refuses it. Sequences share KV blocks through the prefix cache. A hit that reach
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -56,6 +57,25 @@ class EngineSettings:
     gpu_memory_share: float = 0.85
     tensor_parallel: int = 1
     way: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How continuations are sampled.
+
+    Args:
+        max_new_tokens: The most tokens of one; fewer where the model takes no more behind its prompt.
+        temperature: 0.01 to 2, as vLLM takes it.
+        top_k: Among how many of the likeliest tokens; 0 for all.
+        top_p: Among the likeliest with this much probability together, 0 to 1.
+        stop_ids: What ends a continuation, as its last token. vLLM adds those of the model's generation_config.json.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    stop_ids: tuple[int, ...]
 
 
 class VllmEngine:
@@ -165,6 +185,93 @@ class VllmEngine:
         except Exception as error:
             raise _engine_error(error) from error
 
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        progress: Callable[[int], None] = lambda num_prompts: None,
+    ) -> list[list[int]]:
+        """Return one sampled continuation of each prompt as ids, at least one and with the stop id that ends it.
+
+        Prompt and continuation can be scored: together they have `max_tokens` at most.
+
+        Args:
+            prompts: As ids, each shorter than `max_tokens`; those that share a beginning should stand side by side.
+            sampling: How they are continued.
+            seeds: Of each prompt its own, 0 to 2**63 - 1: with the same one it is continued alike whatever is beside it, as far
+                as rounding goes, which moves with the make-up of a batch.
+            progress: Gets the number of prompts that have come to their end, one by one.
+
+        Raises:
+            OutOfMemoryError: A step did not fit into memory. The engine is spoilt; one with a smaller budget may do.
+            EngineError: A step failed otherwise, or vLLM does not take the requests. The engine is spoilt.
+        """
+        try:
+            asked = {
+                next(self._keys): (prompt, self._sampling_params(len(prompt), sampling, seed))
+                for prompt, seed in zip(prompts, seeds, strict=True)
+            }
+            ids = self._continue(asked, progress)
+            # What they leave in the cache reaches into the rows that are wanted when they are scored, see above.
+            self._engine.reset_prefix_cache()
+        except EngineError:
+            raise
+        except Exception as error:
+            raise _engine_error(error) from error
+        return [ids[key] for key in asked]
+
+    def _continue(
+        self, asked: Mapping[int, tuple[list[int], Any]], progress: Callable[[int], None]
+    ) -> dict[int, list[int]]:
+        """Run sampled requests so that no seeded prompt of V1 is computed in parts.
+
+        Each part would use up random numbers: V1 takes them back by an offset that generators on the CPU do not have, and
+        fails there. V2 draws by seed and place.
+        """
+        scheduler = self._engine.vllm_config.scheduler_config
+        most = scheduler.max_num_batched_tokens
+        is_v2 = self._engine.vllm_config.use_v2_model_runner
+        whole = {
+            key: request for key, request in asked.items() if is_v2 or len(request[0]) + request[1].max_tokens <= most
+        }
+        with _in_whole_prompts(scheduler) if not is_v2 else nullcontext():
+            ids = self._sampled_ids(whole, progress)
+        for key, (prompt, params) in asked.items():
+            if key in whole:
+                continue
+            # Longer than a step: computed in parts without a seed, and then taken from the cache but for its last block.
+            self._sampled_ids({next(self._keys): (prompt, _greedy_params())})
+            ids |= self._sampled_ids({key: (prompt, params)}, progress)
+        return ids
+
+    def _sampled_ids(
+        self,
+        asked: Mapping[int, tuple[list[int], Any]],
+        progress: Callable[[int], None] = lambda num_prompts: None,
+    ) -> dict[int, list[int]]:
+        self._add(asked)
+        ids: dict[int, list[int]] = {}
+        for output in self._outputs():
+            ids[int(output.request_id)] = list(output.outputs[0].token_ids)
+            progress(1)
+        return ids
+
+    def _sampling_params(self, prompt_tokens: int, sampling: Sampling, seed: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            max_tokens=min(sampling.max_new_tokens, self.max_tokens - prompt_tokens),
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            stop_token_ids=list(sampling.stop_ids),
+            seed=seed,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
     def _choose_way(self, sample: Sequence[ScoredSequence]) -> str | None:
         """Return the way that this engine goes from now on; None when the sample had nothing to compare."""
         fast, top_k = self.ways[0], sample[0].top_k
@@ -223,7 +330,12 @@ class VllmEngine:
             self._engine.collective_rpc("tokenweights_install")
             self._rows_installed = True
         asked = {next(self._keys): sequence for sequence in sequences}
-        self._add(asked, way, use_cache)
+        self._add(
+            {
+                key: (sequence.prompt_ids + sequence.response_ids, _params(key, sequence, way, use_cache))
+                for key, sequence in asked.items()
+            }
+        )
         replies: dict[int, Reply | None] = {}
         try:
             for output in self._outputs():
@@ -264,16 +376,18 @@ class VllmEngine:
                 raise _engine_error(error) from error
             yield from finished
 
-    def _add(self, sequences: dict[int, ScoredSequence], way: str, use_cache: bool) -> None:
-        """Hand over all requests, or none: those before the one that vLLM refuses would run with the next that it takes."""
+    def _add(self, requests: Mapping[int, tuple[list[int], Any]]) -> None:
+        """Hand over all requests, ids and parameters by key, or none.
+
+        Those before the one that vLLM refuses would run with the next that it takes.
+        """
         from vllm.inputs import TokensPrompt
 
         try:
-            for key, sequence in sequences.items():
-                prompt = TokensPrompt(prompt_token_ids=sequence.prompt_ids + sequence.response_ids)
-                self._engine.add_request(str(key), prompt, _params(key, sequence, way, use_cache))
+            for key, (ids, params) in requests.items():
+                self._engine.add_request(str(key), TokensPrompt(prompt_token_ids=ids), params)
         except Exception:
-            self._abort(sequences)
+            self._abort(requests)
             raise
 
     def _abort(self, keys: Iterable[int]) -> None:
@@ -281,9 +395,6 @@ class VllmEngine:
 
 
 def _params(key: int, sequence: ScoredSequence, way: str, use_cache: bool) -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
     from pipeline.response_rows import KEY
 
     asked: dict[str, Any]
@@ -294,14 +405,28 @@ def _params(key: int, sequence: ScoredSequence, way: str, use_cache: bool) -> An
         asked = {"extra_args": {KEY: [key, sequence.first_row, sequence.top_k]}}
     else:
         asked = {"prompt_logprobs": sequence.top_k, "flat_logprobs": True}
+    return _greedy_params(skip_reading_prefix_cache=not use_cache, **asked)
+
+
+def _greedy_params(**asked: Any) -> Any:
+    """Return those of a request for what its ids alone say: it samples the least that vLLM takes, for nobody."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
     return SamplingParams(
-        max_tokens=1,  # the least that vLLM takes; the sampled token is thrown away
-        temperature=0.0,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        skip_reading_prefix_cache=not use_cache,
-        **asked,
+        max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **asked
     )
+
+
+@contextmanager
+def _in_whole_prompts(scheduler: Any) -> Iterator[None]:
+    """Have vLLM compute each prompt in one step, for a while."""
+    before = scheduler.enable_chunked_prefill
+    scheduler.enable_chunked_prefill = False
+    try:
+        yield
+    finally:
+        scheduler.enable_chunked_prefill = before
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

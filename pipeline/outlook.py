@@ -12,6 +12,7 @@ from typing import NamedTuple
 import polars as pl
 import pyarrow.compute as pc
 
+from pipeline.jobs import FOLDERS
 from pipeline.prepare import Preparation, Prepared
 from pipeline.scoring import missing_pairs, quarantine_path
 from pipeline.survey import Overlap, Survey, survey
@@ -48,8 +49,13 @@ class Outlook:
         done = start.already_done()
         if done is not None:
             return cls(start, done, None)
-        folder = start.tokens.path.replace("tokens/", "logps/", 1)
-        tables = [table for table in start.store.tables("logps") if table.path.startswith(f"{folder}/")]
+        key = start.tokens.path.removeprefix("tokens/")
+        tables = [
+            table
+            for folder in FOLDERS.values()
+            for table in start.store.tables(folder)
+            if table.path.startswith(f"{folder}/{key}/")
+        ]
         return cls(start, None, survey(start, tables, report))
 
     @property
@@ -83,7 +89,7 @@ class Outlook:
         return self.num_response_tokens() / max(1, self.all().num_tokens)
 
     def missing_from(self, table: Table | None) -> Amount:
-        """Return how much has no log-probs in a table yet; one that does not exist, or is not known yet (None), has none."""
+        """Return how much has no row in a stage's table yet; one that does not exist, or is not known yet (None), has none."""
         if table is None or not table.exists():
             return self.all()
         overlap = self.found.overlaps[table.path] if self.found else Overlap()
@@ -99,12 +105,12 @@ class Outlook:
             num_tokens += num_new * sum(self.found.new_tokens)
         return Amount(num_pairs, round(num_tokens), self.found is None or self.found.is_exact)
 
-    def num_unscorable(self, logps_tables: Sequence[str]) -> int:
-        """Return the pairs that the scorer of one of these tables has put into quarantine."""
+    def num_unscorable(self, tables: Sequence[str]) -> int:
+        """Return the pairs that what fills one of these tables has put into quarantine."""
         table = self.start.store.table(quarantine_path(self.start.tokens.path))
         if not table.exists():
             return 0
-        by_one = pl.any_horizontal(pl.col("detail").str.starts_with(f"{path}: ") for path in logps_tables)
+        by_one = pl.any_horizontal(pl.col("detail").str.starts_with(f"{path}: ") for path in tables)
         rows = table.scan().filter((pl.col("reason") == Reason.UNSCORABLE.value) & by_one)
         return int(rows.select(pl.col("pair_id").n_unique()).collect().item())
 

@@ -8,18 +8,22 @@ reads "to be computed".
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline import rates
+from pipeline.anchors import anchors_identity
+from pipeline.attribute import attribution_identity
 from pipeline.contrast import WantedModel, model_shelf, prompt_pair, wanted_models
+from pipeline.jobs import changed_identity, stage_table
 from pipeline.models import resolve_model
-from pipeline.outlook import TO_BE_COMPUTED, Outlook
+from pipeline.outlook import TO_BE_COMPUTED, Amount, Outlook
 from pipeline.preflight import check_inputs
 from pipeline.prepare import Preparation
 from pipeline.publish import Ingredients, Wanted
-from pipeline.recipe import Recipe, WeightsSection
+from pipeline.recipe import AnchorsSection, Recipe, WeightsSection
 from pipeline.report import REPORTS, report_file
-from pipeline.score import REFERENCE, Scorer, changed_scorer, identity_in, logps_table
+from pipeline.score import REFERENCE, Scorer, identity_in
+from pipeline.scoring import Stage
 from weights_store import Table, TableVersion
 from weights_store.fingerprint import explain_difference
 
@@ -78,13 +82,12 @@ class _Plan:
     recipe: Recipe
     model_folder: Path
     outlook: Outlook
-    logps: dict[str, TableVersion] = field(default_factory=dict)
-    """By role, what the stages so far have come to."""
+    filled: dict[str, TableVersion] = field(default_factory=dict)
+    """What the stages so far have come to, by stage and role."""
     started_engines: set[Path | str] = field(default_factory=set)
 
     def stages(self) -> Iterator[StagePlan]:
         """Yield the stages; each looks at what those before it leave."""
-        self.history = rates.ScoringHistory(self.outlook.start.store)
         yield self._prepare()
         yield self._score(REFERENCE, Scorer(self.model_folder))
         if self.recipe.needs_pair:
@@ -92,6 +95,10 @@ class _Plan:
             contrast, scorers = self._contrast(version)
             yield from (uniform, contrast)
             yield from (self._score(role, scorers.get(role)) for role in _SIDES)
+        if self.recipe.needs_attributions:
+            yield self._attribute()
+        if self.recipe.anchors is not None:
+            yield self._anchors(self.recipe.anchors)
         published, version = self._publish("publish", self.recipe.weights)
         yield published
         yield self._report(published.action, version.version)
@@ -134,53 +141,82 @@ class _Plan:
         yield f"{start.tokens.reference()}: {about}{found.num_new:,} pairs new, {found.num_gone:,} gone; {how}"
         yield from explain_difference(start.tokens.metadata()["source"], start.source, "source")
 
-    # --- score -------------------------------------------------------------------------------------------------------
+    # --- score, attribute, anchors -----------------------------------------------------------------------------------
 
     def _score(self, role: str, scorer: Scorer | None) -> StagePlan:
         """Plan the scoring in one role; without a scorer its model is yet to be trained."""
-        stage, tokens = f"score {role}", self.outlook.tokens
         identity = identity_in(role, scorer, self.recipe.score) if scorer else None
-        table = logps_table(tokens, identity) if identity else None
+        top_k = identity.get("top_k", 0) if identity else 0
+        per_token = rates.LOGPS_BYTES + top_k * rates.TOP_BYTES
+        model = scorer.model if scorer else role
+        # One start of the engine for all scorers of a model.
+        start_s = 0.0 if model in self.started_engines else rates.ENGINE_START_S
+        found = self._fill("score", role, identity, start_s, self._response_bytes(per_token))
+        if found.action == "compute":
+            self.started_engines.add(model)
+        return found
+
+    def _attribute(self) -> StagePlan:
+        settings = self.recipe.attribute
+        identity = attribution_identity(self.model_folder, settings)
+        per_token = rates.ATTRIBUTION_BYTES * (2 if settings.activations else 1)
+        size = self._response_bytes(per_token)
+        return self._fill("attribute", REFERENCE, identity, rates.ATTRIBUTE_START_S, size)
+
+    def _anchors(self, settings: AnchorsSection) -> StagePlan:
+        """Plan the sampling; how long the anchors will be nobody knows: as long as they may be."""
+        identity = anchors_identity(self.model_folder, settings, self.recipe.score)
+        per_pair = settings.max_new_tokens * rates.ANCHOR_BYTES
+        return self._fill(
+            "anchors", REFERENCE, identity, rates.ENGINE_START_S, lambda amount: amount.num_pairs * per_pair
+        )
+
+    def _response_bytes(self, per_token: float) -> Callable[[Amount], float]:
+        return lambda amount: amount.num_tokens * self.outlook.response_share() * per_token
+
+    def _fill(
+        self,
+        stage: Stage,
+        role: str,
+        identity: dict[str, Any] | None,
+        start_s: float,
+        num_bytes: Callable[[Amount], float],
+    ) -> StagePlan:
+        """Plan what a model does over all pairs; without an identity the model is yet to be trained."""
+        name, tokens = f"{stage} {role}", self.outlook.tokens
+        table = stage_table(stage, tokens, identity) if identity else None
         amount = self.outlook.missing_from(table)
         is_there = table is not None and table.exists()
         if table is not None and is_there and not amount.num_pairs:
-            self.logps[role] = table.reference()
-            return StagePlan(stage, "reuse", reasons=(f"{table.reference()}: {table.num_rows():,} pairs",))
+            self.filled[name] = table.reference()
+            return StagePlan(name, "reuse", reasons=(f"{table.reference()}: {table.num_rows():,} pairs",))
         path = table.path if table is not None else TO_BE_COMPUTED
         version = table.version() if table is not None and is_there else 0
-        self.logps[role] = TableVersion(tokens.store, path, version or 0, TO_BE_COMPUTED)
-        top_k = identity.get("top_k", 0) if identity else 0
-        per_token = rates.LOGPS_BYTES + top_k * rates.TOP_BYTES
-        rate, source = self.history.tokens_per_s(identity["model"] if identity else None)
-        num_commits = 1 + amount.num_tokens // self.recipe.score.chunk_tokens
+        self.filled[name] = TableVersion(tokens.store, path, version or 0, TO_BE_COMPUTED)
+        history = rates.StageHistory(self.outlook.start.store, stage)
+        rate, source = history.tokens_per_s(identity["model"] if identity else None)
+        chunk_tokens = (self.recipe.attribute if stage == "attribute" else self.recipe.score).chunk_tokens
+        num_commits = 1 + amount.num_tokens // chunk_tokens
         return StagePlan(
-            stage,
+            name,
             "compute",
             amount.num_pairs,
             amount.num_tokens,
-            self._engine_start_s(role, scorer) + amount.num_tokens / rate,
+            start_s + amount.num_tokens / rate,
             source,
-            round(amount.num_tokens * self.outlook.response_share() * per_token) + num_commits * rates.COMMIT_BYTES,
-            tuple(self._why_score(role, table, identity)),
+            round(num_bytes(amount)) + num_commits * rates.COMMIT_BYTES,
+            tuple(self._why_fill(role, table, identity)),
             amount.is_exact,
         )
 
-    def _engine_start_s(self, role: str, scorer: Scorer | None) -> float:
-        """Return the seconds of the engine's start: one for all scorers of a model."""
-        model = scorer.model if scorer else role
-        if model in self.started_engines:
-            return 0.0
-        self.started_engines.add(model)
-        return rates.ENGINE_START_S
-
-    def _why_score(self, role: str, table: Table | None, identity: dict[str, object] | None) -> Iterator[str]:
+    def _why_fill(self, role: str, table: Table | None, identity: dict[str, Any] | None) -> Iterator[str]:
         if table is None or identity is None:
             yield f"the {role} model is not trained yet"
         elif table.exists():
             yield f"{table.reference()} lacks these pairs"
         else:
             yield f"new table {table.path}"
-            changed = changed_scorer(table, role, identity)
+            changed = changed_identity(table, role, identity)
             if changed is not None:
                 yield f"unlike {changed[0]}: {'; '.join(changed[1])}"
 
@@ -230,9 +266,7 @@ class _Plan:
 
     def _publish(self, stage: str, section: WeightsSection) -> tuple[StagePlan, TableVersion]:
         """Plan a weight dataset, and return its version to be."""
-        roles = ("ref",) if section.estimator in ("uniform", "random") else ("ref", *_SIDES)
-        logps = {f"{role}_logps": self.logps[role] for role in roles}
-        ingredients = Ingredients(self.outlook.tokens, **logps)
+        ingredients = self._ingredients(section)
         wanted = Wanted.of(self.recipe, section, ingredients)
         if wanted.is_there:
             version = wanted.table.reference(wanted.base)
@@ -255,17 +289,29 @@ class _Plan:
             self.outlook.all().is_exact,
         ), version
 
+    def _ingredients(self, section: WeightsSection) -> Ingredients:
+        """Return what the flow hands to publish: for the by-product of weights 1 the reference's log-probs alone."""
+        names = {"positive_logps": "score positive", "negative_logps": "score negative"}
+        names |= {"attributions": "attribute ref", "anchors": "anchors ref"}
+        if section is not self.recipe.weights:
+            names = {}
+        there = {role: self.filled[name] for role, name in names.items() if name in self.filled}
+        return Ingredients(self.outlook.tokens, self.filled[f"score {REFERENCE}"], **there)
+
     def _rows_to_publish(self, wanted: Wanted, ingredients: Ingredients) -> tuple[int, int, float]:
         """Return the pairs and response tokens to weigh, and the bytes of one such token."""
         newest, num_all, top_k = wanted.newest, self.outlook.num_pairs, self.recipe.score.top_k
-        logps = [version.table for role, version in ingredients.by_role().items() if role != "tokens"]
-        num_pairs = num_all - self.outlook.num_unscorable(logps)
+        filled = [version.table for role, version in ingredients.by_role().items() if role != "tokens"]
+        num_pairs = num_all - self.outlook.num_unscorable(filled)
         num_tokens = round(self.outlook.num_response_tokens() * num_pairs / max(1, num_all))
+        anchor_bytes, before = 0.0, newest["identity"]["tables"] if newest else ()
+        if self.recipe.anchors and ingredients.anchors and "anchors" not in before:
+            anchor_bytes = self.recipe.anchors.max_new_tokens * rates.ANCHOR_BYTES * num_pairs / max(1, num_tokens)
         if newest is None or wanted.base is None:
-            return num_pairs, num_tokens, rates.WEIGHTS_BYTES + top_k * rates.TOP_BYTES
+            return num_pairs, num_tokens, rates.WEIGHTS_BYTES + top_k * rates.TOP_BYTES + anchor_bytes
         statistics = newest["statistics"]
         num_bytes = sum(record.num_bytes for record in wanted.table.records(wanted.base))
-        per_token = num_bytes / statistics["num_response_tokens"]
+        per_token = num_bytes / statistics["num_response_tokens"] + anchor_bytes
         per_token += (top_k - statistics.get("ref_top_k", 0)) * rates.TOP_BYTES
         if self._is_appended(wanted, ingredients):
             num_pairs -= statistics["num_pairs"]

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from textwrap import wrap
 
+from pipeline.jobs import duration
 from pipeline.plan import StagePlan
-from pipeline.score import duration
 
 _WIDTH = 110
 _HEADER = ("stage", "action", "pairs", "tokens", "time", "rate", "adds")

@@ -5,8 +5,9 @@ version with that fingerprint is returned as it is. Rows that are new are weighe
 anew. The join goes range by range of pair_ids, in bounded memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,34 +16,47 @@ import pyarrow as pa
 
 from pipeline.provenance import provenance
 from pipeline.recipe import Recipe, WeightsSection
-from pipeline.weigh import ClampSettings, Side, SideScores, SideWeights, select, token_keys, weigh
+from pipeline.weigh import SIDES, PositionCurves, Weigher, one_chunk, pair_weights
+from pipeline.weight_statistics import count_up, merge_statistics
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ConflictError, InputError, MismatchError, StoreError
 from weights_store.fingerprint import explain_difference, fingerprint
 from weights_store.key_ranges import KeyRange
 from weights_store.location import one_line
-from weights_store.schemas import FLOATS, SCHEMA_VERSION, TOKENS, WEIGHTS, Reason
+from weights_store.schemas import ATTRIBUTIONS, FLOATS, SCHEMA_VERSION, TOKENS, WEIGHTS, Reason
 from weights_store.shards import ShardRecord
 
-_SIDES: tuple[Side, Side] = ("chosen", "rejected")
 _LATER_COLUMNS = WEIGHTS.names[WEIGHTS.names.index("split") + 1 :]
 """Columns that came after the first stores were written."""
+_LENGTHS_OF = {
+    **{
+        f"{side}_{what}": f"{side}_ids"
+        for side in SIDES
+        for what in ("ref_logps", "positive_logps", "negative_logps", "attributions", "activations")
+    },
+    "anchor_ref_logps": "anchor_ids",
+}
+"""Lists of a join, and the ids that each has one value for."""
 _RANGE_BYTES = 512 << 20
+_BATCH_PAIRS = 16_384
+"""Pairs weighed at a time: what is computed on the way takes several times the space of what is stored."""
 _MAX_TRIES = 5
 
 
 @dataclass(frozen=True)
 class Ingredients:
-    """Versions of the tables a weight dataset is made of; the pair's only where the estimator needs them."""
+    """Versions of the tables a weight dataset is made of; those besides the first two only where the recipe needs them."""
 
     tokens: TableVersion
     ref_logps: TableVersion
     positive_logps: TableVersion | None = None
     negative_logps: TableVersion | None = None
+    attributions: TableVersion | None = None
+    anchors: TableVersion | None = None
 
     def by_role(self) -> dict[str, TableVersion]:
         """Return the references that are there, by role."""
-        roles = ("tokens", "ref_logps", "positive_logps", "negative_logps")
+        roles = ("tokens", "ref_logps", "positive_logps", "negative_logps", "attributions", "anchors")
         return {role: reference for role in roles if (reference := getattr(self, role)) is not None}
 
 
@@ -57,6 +71,8 @@ class Published:
     is_new: bool
     parity: dict[str, Any] | None = None
     """How the reference's log-probs compare with transformers', see `parity.check_stored`; None where nobody has looked."""
+    settings: dict[str, Any] | None = None
+    """The recipe's [weights] as far as it determines the weights."""
 
 
 def publish(
@@ -66,6 +82,7 @@ def publish(
     expect_same: bool = False,
     report: Callable[[str], None] = print,
     check: Callable[[], dict[str, Any]] = dict,
+    tokenizer_folder: Path | None = None,
 ) -> Published:
     """Weigh every pair that has all its scores and publish the result as `weights/<name>`.
 
@@ -77,15 +94,17 @@ def publish(
         report: Gets a line or two.
         check: Called once a new version turns out to be needed, before anything is weighed. May refuse by raising; what it
             returns is recorded, see `parity.check_stored`.
+        tokenizer_folder: Where the tokenizer of the pairs is; only read to smooth weights over words.
 
     Raises:
-        InputError: No pair has all its scores, or `expect_same` and the settings differ.
-        MismatchError: A list of log-probs is not as long as its ids, or what `check` raises.
+        InputError: No pair has all its scores, `expect_same` and the settings differ, or the settings need annotators' scores
+            or a tokenizer that are not there.
+        MismatchError: A list is not as long as its ids, a value cannot be weighed, or what `check` raises.
         ConflictError: Other builds of the same dataset kept winning the race for the next version.
     """
     for attempt in range(_MAX_TRIES):
         try:
-            return _publish(recipe, weights, ingredients, expect_same, report, check)
+            return _publish(recipe, weights, ingredients, expect_same, report, check, tokenizer_folder)
         except ConflictError:  # another build was faster: it may have made this very version
             if attempt == _MAX_TRIES - 1:
                 raise
@@ -99,6 +118,7 @@ def _publish(
     expect_same: bool,
     report: Callable[[str], None],
     check: Callable[[], dict[str, Any]],
+    tokenizer_folder: Path | None,
 ) -> Published:
     store = WeightStore(ingredients.tokens.store)
     wanted = Wanted.of(recipe, weights, ingredients)
@@ -114,6 +134,7 @@ def _publish(
             newest["changes"],
             is_new=False,
             parity=newest.get("parity"),
+            settings=wanted.settings,
         )
     if wanted.made_differently and expect_same:
         raise InputError(
@@ -121,14 +142,20 @@ def _publish(
             "Give the result another weights.name, or leave --expect-same out"
         )
 
+    join = _Join(store, ingredients, weights)
+    join.check_annotations()
+    weigher = Weigher.of(weights, tokenizer_folder)
     checked = check()
-    join = _Join(store, ingredients)
     appended_to = wanted.appended_to(ingredients)
-    shards, statistics = _write_rows(join, table, weights, appended_to)
+    if "position" in weights.transforms:
+        weigher = _with_curves(weigher, join)
+    shards, statistics = _write_rows(join, table, weigher, appended_to)
     if newest and appended_to is not None:
         statistics = merge_statistics(newest["statistics"], statistics) if statistics else newest["statistics"]
     if not statistics:
         raise InputError(f"no pair of {ingredients.tokens} has all its scores; nothing to publish")
+    if weigher.curves is not None:
+        statistics["mean_weight_by_position"] = {side: curve.tolist() for side, curve in weigher.curves.items()}
     metadata = {
         "fingerprint": wanted.fingerprint,
         "identity": wanted.identity,
@@ -147,7 +174,13 @@ def _publish(
         f"{sum(shard.num_rows for shard in shards)} pairs weighed"
     )
     return Published(
-        reference, weights.name, metadata["statistics"], wanted.changes, is_new=True, parity=checked.get("parity")
+        reference,
+        weights.name,
+        metadata["statistics"],
+        wanted.changes,
+        is_new=True,
+        parity=checked.get("parity"),
+        settings=wanted.settings,
     )
 
 
@@ -174,6 +207,8 @@ class Wanted:
         """Look up the newest version of `weights.name`."""
         table = WeightStore(ingredients.tokens.store).table(f"weights/{weights.name}")
         parents = ingredients.by_role()
+        if "anchors" not in parents:  # the by-product has none, whatever the recipe says of them
+            recipe = recipe.model_copy(update={"anchors": None})
         identity = {
             "schema_version": SCHEMA_VERSION,
             "settings": recipe.model_copy(update={"weights": weights}).result_settings(),
@@ -187,6 +222,12 @@ class Wanted:
     def fingerprint(self) -> str:
         """Fingerprint of the version to be."""
         return fingerprint(self.identity)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The part of [weights] that determines the weights."""
+        settings: dict[str, Any] = self.identity["settings"]["weights"]
+        return settings
 
     @property
     def is_there(self) -> bool:
@@ -212,8 +253,13 @@ class Wanted:
         return [change for change in self.changes if not change.startswith(("data.", "columns:"))]
 
     def appended_to(self, ingredients: Ingredients) -> int | None:
-        """Return the version whose rows all stay, to which new ones are added; None where all rows are written anew."""
+        """Return the version whose rows all stay, to which new ones are added; None where all rows are written anew.
+
+        A weight that is divided by the dataset's mean at its position changes with every pair that comes.
+        """
         if self.newest is None or self.made_differently or self.lacks_columns:
+            return None
+        if "position" in self.settings.get("transforms", ()):
             return None
         join = _Join(WeightStore(ingredients.tokens.store), ingredients)
         return self.base if join.has_all_of(self.table, self.base) else None
@@ -229,76 +275,119 @@ def _with_balance(statistics: dict[str, Any], prepared: dict[str, Any]) -> dict[
 
 
 class _Join:
-    """The pairs that have all their scores, ids and log-probs side by side, one range of pair_ids at a time."""
+    """The pairs that have all their scores, ids and scores side by side, one range of pair_ids at a time.
 
-    def __init__(self, store: WeightStore, ingredients: Ingredients) -> None:
+    Args:
+        store: Where the ingredients are.
+        ingredients: What to join.
+        weights: Says which columns are wanted; None where none are read.
+    """
+
+    def __init__(self, store: WeightStore, ingredients: Ingredients, weights: WeightsSection | None = None) -> None:
         self.tokens = store.table(ingredients.tokens.table)
         self.version = ingredients.tokens.version
-        self.logps = {
+        self.weights = weights
+        self.others = {
             role: (store.table(reference.table), reference.version)
-            for role in ("ref", "positive", "negative")
-            if (reference := getattr(ingredients, f"{role}_logps")) is not None
+            for role, reference in ingredients.by_role().items()
+            if role != "tokens"
         }
 
     def ranges(self) -> list[KeyRange]:
         """Return ranges that fit into memory."""
-        tables = [(self.tokens, self.version), *self.logps.values()]
+        tables = [(self.tokens, self.version), *self.others.values()]
         num_bytes = sum(record.num_bytes for table, version in tables for record in table.records(version))
         return self.tokens.key_ranges(_RANGE_BYTES, self.version, num_bytes)
 
-    def read(self, piece: KeyRange, without: pl.LazyFrame | None = None) -> pl.DataFrame:
-        """Return the pairs of a range by pair_id, apart from those in `without`.
+    def batches(self, without: pl.LazyFrame | None = None) -> Iterator[pl.DataFrame]:
+        """Yield all pairs by pair_id, apart from those in `without`, some at a time and never none.
 
         Raises:
-            MismatchError: A list of log-probs is not as long as its ids.
+            MismatchError: A list is not as long as its ids, or a column that is read is not there.
         """
+        for piece in self.ranges():
+            yield from self._read(piece, without).iter_slices(_BATCH_PAIRS)
+
+    def _read(self, piece: KeyRange, without: pl.LazyFrame | None) -> pl.DataFrame:
         columns = [name for name in WEIGHTS.names if name in TOKENS.names]
         frame = piece.of(self.tokens.scan(self.version)).select(columns)
         if without is not None:
             frame = frame.join(piece.of(without).select("pair_id"), on="pair_id", how="anti")
-        for role, (table, version) in self.logps.items():
-            frame = frame.join(_named_for(role, piece.of(table.scan(version))), on="pair_id", how="inner")
+        for role, (table, version) in self.others.items():
+            wanted = self._wanted(role, piece.of(table.scan(version)))
+            frame = frame.join(wanted, on="pair_id", how="inner")
         joined = frame.sort("pair_id").collect()
-        for role in self.logps:
-            for side in _SIDES:
-                _check_lengths(joined, f"{side}_ids", f"{side}_{role}_logps")
+        for values, ids in _LENGTHS_OF.items():
+            if values in joined.columns:
+                _check_lengths(joined, ids, values)
         return joined
+
+    def _wanted(self, role: str, rows: pl.LazyFrame) -> pl.LazyFrame:
+        """Return what is wanted of one ingredient, under the names that it has in a join."""
+        if role == "anchors":
+            return rows.select("pair_id", "anchor_ids", pl.col("anchor_logps").alias("anchor_ref_logps"))
+        if role == "attributions":
+            inputs = self.weights.inputs() if self.weights is not None else set()
+            kinds = {"attributions": "attributions", "prompts": "prompt_attribution", "activations": "activations"}
+            return rows.select(
+                "pair_id", *(f"{side}_{what}" for kind, what in kinds.items() if kind in inputs for side in SIDES)
+            )
+        role = role.removesuffix("_logps")
+        names = {f"{side}_logps": f"{side}_{role}_logps" for side in SIDES}
+        if role == "ref":  # tables written before top k had columns do not have them
+            there = rows.collect_schema().names()
+            tops = [f"{side}_top_{what}" for side in SIDES for what in ("ids", "logps")]
+            names |= {name: name.replace("_top_", "_ref_top_") for name in tops if name in there}
+        return rows.select("pair_id", *names).rename(names)
+
+    def check_annotations(self) -> None:
+        """Refuse to weigh pairs by annotators' scores that some do not have.
+
+        Raises:
+            InputError: Some do not.
+        """
+        if self.weights is None or self.weights.pair_weight != "quality":
+            return
+        lacks = pl.any_horizontal(pl.col(f"{side}_score").is_null() for side in SIDES)
+        num_pairs, num_lacking = self.tokens.scan(self.version).select(pl.len(), lacks.sum()).collect().row(0)
+        if num_lacking:
+            raise InputError(
+                f"weights.pair_weight 'quality' needs annotators' scores of both responses, and {num_lacking} of {num_pairs} "
+                f"pairs of {self.tokens.path}@{self.version} lack one. Name the columns that hold them in "
+                "dataset.chosen_score_column and dataset.rejected_score_column, leave such pairs out of the source, or set "
+                "weights.pair_weight to 'margin' or 'none'"
+            )
 
     def has_all_of(self, table: Table, version: int | None) -> bool:
         """Return whether every pair of another table is still here."""
         for piece in table.key_ranges(_RANGE_BYTES, version):
             left = piece.of(table.scan(version)).select("pair_id")
-            for here, at in ((self.tokens, self.version), *self.logps.values()):
+            for here, at in ((self.tokens, self.version), *self.others.values()):
                 lost = left.join(piece.of(here.scan(at)).select("pair_id"), on="pair_id", how="anti")
                 if not lost.head(1).collect().is_empty():
                     return False
         return True
 
 
-def _named_for(role: str, logps: pl.LazyFrame) -> pl.LazyFrame:
-    """Return what a weight dataset takes from the log-probs of one role, under the names that it has there."""
-    names = {f"{side}_logps": f"{side}_{role}_logps" for side in _SIDES}
-    if role == "ref":  # tables written before top k had columns do not have them
-        there = logps.collect_schema().names()
-        tops = [f"{side}_top_{what}" for side in _SIDES for what in ("ids", "logps")]
-        names |= {name: name.replace("_top_", "_ref_top_") for name in tops if name in there}
-    return logps.select("pair_id", *names).rename(names)
+def _with_curves(weigher: Weigher, join: _Join) -> Weigher:
+    """Return the weigher with mean weights by position over all pairs of the join."""
+    curves = PositionCurves(weigher)
+    for joined in join.batches():
+        curves.add(_lists(joined))
+    return curves.weigher()
 
 
 def _write_rows(
-    join: _Join, table: Table, weights: WeightsSection, appended_to: int | None
+    join: _Join, table: Table, weigher: Weigher, appended_to: int | None
 ) -> tuple[list[ShardRecord], dict[str, Any]]:
     """Weigh and write the pairs that version `appended_to` does not have yet, all by default; nothing is visible yet."""
     writer = table.writer()
     statistics: dict[str, Any] = {}
     present = table.scan(appended_to) if appended_to is not None else None
     try:
-        for piece in join.ranges():
-            joined = join.read(piece, without=present)
-            if joined.is_empty():
-                continue
-            rows, of_piece = _weighed_rows(joined, weights)
-            statistics = merge_statistics(statistics, of_piece) if statistics else of_piece
+        for joined in join.batches(without=present):
+            rows, of_batch = _weighed_rows(joined, weigher)
+            statistics = merge_statistics(statistics, of_batch) if statistics else of_batch
             writer.write(rows)
         return writer.finish(), statistics
     except OSError as error:
@@ -307,134 +396,36 @@ def _write_rows(
         ) from error
 
 
-def _weighed_rows(joined: pl.DataFrame, weights: WeightsSection) -> tuple[pa.Table, dict[str, Any]]:
-    lists = joined.to_arrow().cast(_arrow_schema(joined)).combine_chunks()
+def _weighed_rows(joined: pl.DataFrame, weigher: Weigher) -> tuple[pa.Table, dict[str, Any]]:
+    lists = _lists(joined)
     columns = {name: lists[name] for name in WEIGHTS.names if name in lists.column_names}
-    per_side: dict[str, tuple[SideScores, SideWeights]] = {}
-    for side in _SIDES:
-        scores = _side_scores(lists, side, with_keys=weights.estimator == "random")
-        weighed = _weigh(scores, weights)
-        per_side[side] = (scores, weighed)
-        offsets = np.asarray(_one(lists[f"{side}_ids"]).offsets)
+    sides = weigher.sides(lists)
+    for side, (_, weighed) in sides.items():
+        offsets = np.asarray(one_chunk(lists[f"{side}_ids"]).offsets)
         columns[f"{side}_token_weights"] = pa.ListArray.from_arrays(
             pa.array(offsets - offsets[0]), pa.array(weighed.token_weights), type=FLOATS
         )
-    columns["pair_weight"] = pa.array(np.ones(joined.height, dtype=np.float32))
+    of_pairs = pair_weights(weigher.section, lists, sides)
+    columns["pair_weight"] = pa.array(of_pairs)
     for field in WEIGHTS:
         if field.nullable and field.name not in columns:  # nothing has made it
             columns[field.name] = pa.nulls(joined.height, field.type)
     rows = pa.table({name: columns[name] for name in WEIGHTS.names}).cast(WEIGHTS)
-    return rows, _statistics(joined, per_side)
+    return rows, count_up(joined, sides, of_pairs if weigher.section.pair_weight != "none" else None)
 
 
-def _weigh(scores: SideScores, weights: WeightsSection) -> SideWeights:
-    if weights.estimator == "sepo":
-        return select(scores, weights.share)
-    settings = ClampSettings(weights.k, weights.mu, weights.lower, weights.upper, weights.seed)
-    return weigh(scores, weights.estimator, settings)
+def _lists(joined: pl.DataFrame) -> pa.Table:
+    """Return a join as Arrow has it, in the types of the store: Polars hands out 64-bit offsets."""
+    kinds = {field.name: field.type for schema in (WEIGHTS, ATTRIBUTIONS) for field in schema}
+    schema = pa.schema([(name, kinds.get(name, FLOATS)) for name in joined.columns])
+    return joined.to_arrow().cast(schema).combine_chunks()
 
 
-def _arrow_schema(joined: pl.DataFrame) -> pa.Schema:
-    """Return the types of the store for the columns of a join: Polars hands out 64-bit offsets."""
-    kinds = {field.name: field.type for field in WEIGHTS}
-    return pa.schema([(name, kinds.get(name, FLOATS)) for name in joined.columns])
-
-
-def _one(column: pa.ChunkedArray) -> pa.Array:
-    assert column.num_chunks == 1, "combined above, and never empty"
-    return column.chunk(0)
-
-
-def _check_lengths(joined: pl.DataFrame, ids: str, logps: str) -> None:
-    bad = joined.filter(pl.col(ids).list.len() != pl.col(logps).list.len())
+def _check_lengths(joined: pl.DataFrame, ids: str, values: str) -> None:
+    bad = joined.filter(pl.col(ids).list.len().ne_missing(pl.col(values).list.len()))
     if bad.height:
         row = bad.row(0, named=True)
         raise MismatchError(
-            f"pair {row['pair_id']}: {len(row[logps])} values in {logps} for {len(row[ids])} {ids}; "
-            f"{bad.height} such pairs. Delete the logps table and build again"
+            f"pair {row['pair_id']}: {len(row[values] or ())} values in {values} for {len(row[ids])} {ids}; "
+            f"{bad.height} such pairs. Delete the table that they come from and build again"
         )
-
-
-def _top_k(joined: pl.DataFrame) -> int:
-    """Return how many of the reference's likeliest tokens are stored for each place, 0 where none are.
-
-    Raises:
-        MismatchError: The lists are not one whole number times as long as the ids, the same for all pairs.
-    """
-    names = [name for name in joined.columns if "_ref_top_" in name]
-    if not names:
-        return 0
-    lengths = (
-        (pl.col(name).list.len() / pl.col(f"{name.split('_')[0]}_ids").list.len()).fill_null(0) for name in names
-    )
-    counts = joined.select("pair_id", *lengths).unpivot(index="pair_id", value_name="k")
-    k = counts["k"][0]
-    bad = counts.filter((pl.col("k") != k) | (pl.col("k") % 1 != 0))
-    if bad.height:
-        pair_id, name, found = bad.row(0)
-        raise MismatchError(
-            f"pair {pair_id}: {found:g} values per token in {name}, expected {k:g} as elsewhere, a whole number; "
-            f"{bad.height} such lists. Delete the reference's logps table and build again"
-        )
-    return int(k)
-
-
-def _side_scores(lists: pa.Table, side: Side, with_keys: bool) -> SideScores:
-    """Return the flat arrays of one side, without copying."""
-
-    def flat(role: str) -> np.ndarray | None:
-        column = f"{side}_{role}_logps"
-        return _one(lists[column]).flatten().to_numpy() if column in lists.column_names else None
-
-    ids = _one(lists[f"{side}_ids"])
-    lengths = np.diff(np.asarray(ids.offsets))
-    keys = token_keys(lists["pair_id"].to_pylist(), side, lengths) if with_keys else None
-    return SideScores(side, len(ids.flatten()), flat("positive"), flat("negative"), lengths, keys)
-
-
-def _statistics(joined: pl.DataFrame, per_side: dict[str, tuple[SideScores, SideWeights]]) -> dict[str, Any]:
-    statistics: dict[str, Any] = {
-        "num_pairs": joined.height,
-        "num_prompt_tokens": int(joined["prompt_ids"].list.len().sum()),
-        "num_response_tokens": sum(len(weighed.token_weights) for _, weighed in per_side.values()),
-        "num_scored_pairs": joined.drop_nulls(["chosen_score", "rejected_score"]).height,
-        "ref_top_k": _top_k(joined),
-    }
-    for side, (scores, weighed) in per_side.items():
-        num_tokens = len(weighed.token_weights)
-        statistics[side] = {
-            "num_tokens": num_tokens,
-            "mean_weight": float(weighed.token_weights.mean(dtype=np.float64)),
-            "min_weight": float(weighed.token_weights.min()),
-            "max_weight": float(weighed.token_weights.max()),
-            "share_at_lower": weighed.num_at_lower / num_tokens,
-            "share_at_upper": weighed.num_at_upper / num_tokens,
-        }
-        if scores.positive_logps is not None and scores.negative_logps is not None:
-            means = (logps.mean(dtype=np.float64) for logps in (scores.positive_logps, scores.negative_logps))
-            statistics[side]["mean_logratio"] = float(next(means) - next(means))
-    return {**statistics, "constant_weights": _are_constant(statistics)}
-
-
-_COUNTS = ("num_pairs", "num_prompt_tokens", "num_response_tokens", "num_scored_pairs")
-
-
-def merge_statistics(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
-    """Return the statistics of the pairs of both, which have none in common."""
-    merged = {name: left[name] + right[name] for name in _COUNTS}
-    merged["ref_top_k"] = min(left["ref_top_k"], right["ref_top_k"])  # the same in all rows of one reference's table
-    for side in _SIDES:
-        one, other = left[side], right[side]
-        num_tokens = one["num_tokens"] + other["num_tokens"]
-        means = [name for name in one if name.startswith(("mean_", "share_"))]
-        merged[side] = {
-            "num_tokens": num_tokens,
-            "min_weight": min(one["min_weight"], other["min_weight"]),
-            "max_weight": max(one["max_weight"], other["max_weight"]),
-            **{n: (one[n] * one["num_tokens"] + other[n] * other["num_tokens"]) / num_tokens for n in means},
-        }
-    return {**merged, "constant_weights": _are_constant(merged)}
-
-
-def _are_constant(statistics: dict[str, Any]) -> bool:
-    return len({statistics[side][end] for side in _SIDES for end in ("min_weight", "max_weight")}) == 1

@@ -69,12 +69,35 @@ def summary_rows(published: Published) -> list[tuple[str, str]]:
         rows.append(("reference top k", f"{statistics['ref_top_k']} tokens for each place"))
     if statistics["num_scored_pairs"]:
         rows.append(("annotator scores", f"of {statistics['num_scored_pairs']:,} pairs"))
-    for side in ("chosen", "rejected"):
-        numbers = statistics[side]
-        clamped = f"{numbers['share_at_lower']:.1%} at L, {numbers['share_at_upper']:.1%} at U"
-        logratio = f", mean log-ratio {numbers['mean_logratio']:+.4f} nats" if "mean_logratio" in numbers else ""
-        rows.append((f"{side} tokens", f"mean weight {numbers['mean_weight']:.4f}, clamped {clamped}{logratio}"))
+    if statistics.get("num_anchored_pairs"):
+        rows.append(("anchors", f"of {statistics['num_anchored_pairs']:,} pairs"))
+    if published.settings is not None:
+        rows.append(("weights", _settings_text(published.settings)))
+    rows += [(f"{side} tokens", _side_text(statistics[side])) for side in _SIDES]
+    if "mean_pair_weight" in statistics:
+        rows.append(("pair weights", f"mean {statistics['mean_pair_weight']:.4f}"))
     return rows
+
+
+def _settings_text(settings: dict[str, Any]) -> str:
+    """Return an estimator and what it was told, like "ti: ti_lambda 0.7, sigma_divisor 4.0, span response"."""
+    values = {key: ", ".join(value) if isinstance(value, list) else value for key, value in settings.items()}
+    told = ", ".join(f"{key} {value}" for key, value in values.items() if key not in ("name", "estimator"))
+    return f"{values['estimator']}: {told}" if told else str(values["estimator"])
+
+
+def _side_text(numbers: dict[str, Any]) -> str:
+    """Return the numbers of one side, those that its estimator has."""
+    parts = [f"mean weight {numbers['mean_weight']:.4f}"]
+    ends = {"share_at_lower": "at L", "share_at_upper": "at U"}
+    clamped = [f"{numbers[name]:.1%} {end}" for name, end in ends.items() if name in numbers]
+    if clamped:
+        parts.append(f"clamped {', '.join(clamped)}")
+    if "mean_logratio" in numbers:
+        parts.append(f"mean log-ratio {numbers['mean_logratio']:+.4f} nats")
+    if numbers.get("num_without_mass"):
+        parts.append(f"{numbers['num_without_mass']:,} responses with nothing to be weighed by")
+    return ", ".join(parts)
 
 
 def findings(statistics: dict[str, Any]) -> list[str]:
@@ -183,7 +206,7 @@ h2{margin-top:2.2rem}code,.tokens,.prompt{font-family:ui-monospace,monospace;fon
 <h2>Lineage</h2><table><tr><th>role</th><th>table</th><th>version</th><th>fingerprint</th></tr>
 {% for p in parents %}<tr><td>{{ p.role }}</td><td><code>{{ p.table }}</code></td><td>{{ p.version }}</td>
 <td><code>{{ p.fingerprint[:12] }}</code></td></tr>{% endfor %}</table>
-<h2>Recipe</h2><table>{% for section, values in recipe.items() %}{% for key, value in values.items() %}
+<h2>Recipe</h2><table>{% for section, values in recipe.items() if values %}{% for key, value in values.items() %}
 <tr><th><code>{{ section }}.{{ key }}</code></th><td><code>{{ value }}</code></td></tr>{% endfor %}{% endfor %}</table>
 </html>
 """

@@ -1,7 +1,8 @@
-"""What the scoring process does: chunk by chunk, each a commit. Started by `score.py` through `python -m pipeline.score`.
+"""What the process of a stage does: score, attribute or sample chunk by chunk, each a commit. Started by `jobs.py`.
 
 A chunk is a span of pair_ids of about `chunk_tokens`. The process looks by itself for what is missing, so whoever starts it
-again goes on where it was; a kill loses one chunk at most. The parent decides about restarts.
+again goes on where it was; a kill loses one chunk at most. The parent decides about restarts. What is done with a chunk is the
+worker's: `PairScorer` here, `AnchorSampler` (anchors.py), `PairAttributor` (attribution.py).
 """
 
 import json
@@ -9,9 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import polars as pl
@@ -32,15 +33,19 @@ RANGE_BYTES = 512 << 20
 _PROGRESS_S = 0.5
 
 
+Stage = Literal["score", "attribute", "anchors"]
+"""The stages that run a model over all pairs."""
+
+
 @dataclass(frozen=True)
 class Target:
-    """One table of log-probs to fill with the request's model, maybe behind a contrastive prompt.
+    """One table to fill with what the request's model says, maybe behind a contrastive prompt.
 
-    With `top_k` > 0 it also gets those of the likeliest tokens at each place, that many.
+    With `top_k` > 0 log-probs come with those of the likeliest tokens at each place, that many.
     """
 
     role: str
-    logps_table: str
+    table: str
     condition: dict[str, str] | None
     metadata: dict[str, Any]
     top_k: int = 0
@@ -60,6 +65,9 @@ class Request:
     chunk_tokens: int
     engine: dict[str, Any]
     executor: dict[str, Any]
+    stage: Stage = "score"
+    options: dict[str, Any] = field(default_factory=dict)
+    """What the stage's worker is told besides: how anchors are sampled, what is attributed."""
 
     @classmethod
     def load(cls, path: str | Path) -> "Request":
@@ -93,12 +101,65 @@ class Engine(Protocol):
         """Return the wanted scores of each sequence."""
         ...
 
+    def generate(
+        self, prompts: Any, sampling: Any, seeds: Any, progress: Callable[[int], None] = ...
+    ) -> list[list[int]]:
+        """Return a sampled continuation of each prompt."""
+        ...
+
+
+class Worker(Protocol):
+    """What a stage does with rows of the tokens table; holds a loaded model."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """How it runs, for the lineage: none of it but the dtype changes numbers."""
+        ...
+
+    def under_condition(self, rows: pl.DataFrame, target: Target) -> pl.DataFrame:
+        """Return the rows as the model will see them; called in a thread, ahead of `fill_in`."""
+        ...
+
+    def fill_in(
+        self, rows: pl.DataFrame, target: Target, progress: Callable[[float], None] = ...
+    ) -> tuple[pa.Table, list[dict[str, Any]]]:
+        """Return the rows of the target's table, by pair_id, and a quarantine row for each pair that has none.
+
+        Args:
+            rows: From `under_condition`.
+            target: The table to fill.
+            progress: Gets the share of the rows that is done, 0 to 1.
+        """
+        ...
+
+
+def start_worker(request: Request, report: Callable[[str], None] | None = None) -> Worker:
+    """Load the model of a request for what its stage does.
+
+    Args:
+        request: The work.
+        report: Gets lines for people; `say` by default.
+
+    Raises:
+        InputError: The model cannot be loaded, or cannot do this.
+        OutOfMemoryError: There is not enough memory for it.
+    """
+    if request.stage == "anchors":
+        from pipeline.anchor_sampling import AnchorSampler
+
+        return AnchorSampler(request, report)
+    if request.stage == "attribute":
+        from pipeline.attribution import PairAttributor
+
+        return PairAttributor(request, report)
+    return PairScorer(request, report)
+
 
 def run(request: Request) -> None:
     """Fill the targets of a request.
 
     Raises:
-        ScoringError: Of one target no pair could be scored.
+        ScoringError: Nothing came of any pair of one target.
         TokenweightsError: The engine or the store failed; what was committed stays.
     """
     if request.executor["kind"] == "ray":
@@ -106,31 +167,31 @@ def run(request: Request) -> None:
 
         run_on_ray(request)
         return
-    scorer = PairScorer(request)
+    worker = start_worker(request)
     for target in request.targets:
-        fill(request, target, scorer)
+        fill(request, target, worker)
 
 
-def fill(request: Request, target: Target, scorer: "PairScorer") -> None:
-    """Score what one target lacks, chunk by chunk.
+def fill(request: Request, target: Target, worker: Worker) -> None:
+    """Compute what one target lacks, chunk by chunk.
 
     Raises:
-        ScoringError: No pair could be scored.
+        ScoringError: Nothing came of any pair.
         TokenweightsError: The engine or the store failed; what was committed stays.
     """
     store = WeightStore(request.store)
-    table = store.table(target.logps_table)
-    tally = Tally(target.role, *count_missing(request.tokens, table))
+    table = store.table(target.table)
+    tally = Tally(request.stage, target.role, *count_missing(request.tokens, table))
     known = table.version()  # holds none of the pairs to come, so an append looks only at what others have added since
-    for chunk, rows in ahead(_chunks_with_rows(request, target, scorer)):
+    for chunk, rows in ahead(_chunks_with_rows(request, target, worker)):
         num_tokens = int(chunk["num_tokens"].sum())
         started = time.monotonic()
-        scored, unscorable = scorer.score(rows, tally.within(num_tokens), target.top_k)
+        filled, unscorable = worker.fill_in(rows, target, tally.within(num_tokens))
         if unscorable:
             quarantine(request, target, unscorable)
-        if scored.num_rows:
-            metadata = commit_metadata(target, scored.num_rows, num_tokens, time.monotonic() - started, scorer.record)
-            reference = table.append(scored, metadata, known)
+        if filled.num_rows:
+            metadata = commit_metadata(target, filled.num_rows, num_tokens, time.monotonic() - started, worker.record)
+            reference = table.append(filled, metadata, known)
             if reference.version == (0 if known is None else known + 1):
                 known = reference.version  # nobody else has written: the next append need not look at ours
         tally.add(num_tokens)
@@ -138,19 +199,20 @@ def fill(request: Request, target: Target, scorer: "PairScorer") -> None:
 
 
 def check_filled(request: Request, target: Target, num_pairs: int) -> None:
-    """Refuse to go on without a single log-prob.
+    """Refuse to go on with nothing at all.
 
     Raises:
         ScoringError: The target's table does not exist.
     """
-    if not WeightStore(request.store).table(target.logps_table).exists():
-        raise ScoringError(f"none of {num_pairs} pairs could be scored; see {quarantine_path(request.tokens_table)}")
+    if not WeightStore(request.store).table(target.table).exists():
+        done = {"score": "scored", "attribute": "attributed", "anchors": "given an anchor"}[request.stage]
+        raise ScoringError(f"none of {num_pairs} pairs could be {done}; see {quarantine_path(request.tokens_table)}")
 
 
 def commit_metadata(
     target: Target, num_pairs: int, num_tokens: int, wall_s: float, engine: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what a commit of log-probs records: identity and lineage, counts, seconds of scoring, how the engine ran."""
+    """Return what a commit records: identity and lineage, counts, seconds of computing, how the engine ran."""
     statistics = {"num_pairs": num_pairs, "num_tokens": num_tokens, "wall_s": round(wall_s, 3)}
     return {**target.metadata, "statistics": statistics, "engine": engine}
 
@@ -159,13 +221,13 @@ def commit_metadata(
 
 
 def missing_pairs(tokens: TableVersion, table: Table) -> Iterator[pl.DataFrame]:
-    """Yield the pairs without log-probs, by pair_id, one range at a time: `pair_id` and `num_tokens` to compute."""
+    """Yield the pairs that have no row yet, by pair_id, one range at a time: `pair_id` and `num_tokens` to compute."""
     for piece in WeightStore(tokens.store).table(tokens.table).key_ranges(RANGE_BYTES, tokens.version):
         yield missing_within(piece, tokens, table)
 
 
 def missing_within(piece: KeyRange, tokens: TableVersion, table: Table) -> pl.DataFrame:
-    """Return the pairs of one range without log-probs, by pair_id: `pair_id` and `num_tokens` to compute."""
+    """Return the pairs of one range that have no row yet, by pair_id: `pair_id` and `num_tokens` to compute."""
     pairs = piece.of(WeightStore(tokens.store).table(tokens.table).scan(tokens.version))
     lengths = pl.sum_horizontal(pl.col(c).list.len() for c in ("prompt_ids", "chosen_ids", "rejected_ids"))
     wanted = pairs
@@ -183,7 +245,7 @@ def missing_within(piece: KeyRange, tokens: TableVersion, table: Table) -> pl.Da
 
 
 def count_missing(tokens: TableVersion, table: Table) -> tuple[int, int]:
-    """Return how many pairs have no log-probs yet, and their tokens."""
+    """Return how many pairs have no row yet, and their tokens."""
     parts = [(part.height, int(part["num_tokens"].sum())) for part in missing_pairs(tokens, table)]
     num_pairs, num_tokens = (sum(counts) for counts in zip(*parts, strict=True))
     return num_pairs, num_tokens
@@ -217,13 +279,11 @@ def rows_of(pairs: pl.LazyFrame, chunk: pl.DataFrame) -> pl.DataFrame:
     return pairs.filter(span).join(chunk.lazy().select("pair_id"), on="pair_id", how="semi").collect()
 
 
-def _chunks_with_rows(
-    request: Request, target: Target, scorer: "PairScorer"
-) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
+def _chunks_with_rows(request: Request, target: Target, worker: Worker) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
     store = WeightStore(request.store)
     pairs = store.table(request.tokens_table).scan(request.tokens_version)
-    for chunk in missing_chunks(request.tokens, store.table(target.logps_table), request.chunk_tokens):
-        yield chunk, scorer.under_condition(rows_of(pairs, chunk), target)
+    for chunk in missing_chunks(request.tokens, store.table(target.table), request.chunk_tokens):
+        yield chunk, worker.under_condition(rows_of(pairs, chunk), target)
 
 
 def ahead(items: Iterator[Any]) -> Iterator[Any]:
@@ -280,6 +340,12 @@ class PairScorer:
         prompt_ids = self._tokenizer.conditioned_prompt_ids(rows["prompt"].to_list(), condition)
         return rows.with_columns(pl.Series("prompt_ids", prompt_ids, pl.List(pl.Int32)))
 
+    def fill_in(
+        self, rows: pl.DataFrame, target: Target, progress: Callable[[float], None] = lambda share: None
+    ) -> tuple[pa.Table, list[dict[str, Any]]]:
+        """Return the log-probs of the pairs that could be scored, and a quarantine row for each other."""
+        return self.score(rows, progress, target.top_k)
+
     def score(
         self, rows: pl.DataFrame, progress: Callable[[float], None] = lambda share: None, top_k: int = 0
     ) -> tuple[pa.Table, list[dict[str, Any]]]:
@@ -293,11 +359,11 @@ class PairScorer:
         good: list[dict[str, Any]] = []
         unscorable: list[dict[str, Any]] = []
         for row in rows.iter_rows(named=True):
-            problem = self._why_not(row)
+            problem = why_not(row, self.engine.max_tokens, self.engine.vocab_size)
             if problem is None:
                 good.append(row)
             else:
-                unscorable.append(_unscorable(row, problem))
+                unscorable.append(unscorable_row(row, problem))
         sequences = [
             ScoredSequence(row["prompt_ids"], row[f"{side}_ids"], top_k=top_k)
             for row in good
@@ -309,25 +375,26 @@ class PairScorer:
             if isinstance(chosen, ScoringError) or isinstance(rejected, ScoringError):
                 sides = (("chosen", chosen), ("rejected", rejected))
                 refused = [f"{side}: {reply}" for side, reply in sides if isinstance(reply, ScoringError)]
-                unscorable.append(_unscorable(row, "; ".join(refused)))
+                unscorable.append(unscorable_row(row, "; ".join(refused)))
                 continue
             scored.append({"pair_id": row["pair_id"], **_columns("chosen", chosen), **_columns("rejected", rejected)})
         columns = {name: [row[name] for row in scored] for name in LOGPS.names}
         return pa.Table.from_pydict(columns, LOGPS), unscorable
 
-    def _why_not(self, row: dict[str, Any]) -> str | None:
-        """Return why a pair cannot be scored. The engine must not see it: some of these would kill it."""
-        if row["prompt_ids"] is None:
-            return "the chat has no place for the contrastive prompt"
-        ids = (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
-        if not all(ids):
-            return "prompt or response has no tokens"
-        longest = len(ids[0]) + max(len(ids[1]), len(ids[2]))
-        if longest > self.engine.max_tokens:
-            return f"prompt and response have {longest} tokens, the engine takes {self.engine.max_tokens}"
-        if min(map(min, ids)) < 0 or max(map(max, ids)) >= self.engine.vocab_size:
-            return f"a token id is outside the model's vocabulary of {self.engine.vocab_size}"
-        return None
+
+def why_not(row: dict[str, Any], max_tokens: int, vocab_size: int) -> str | None:
+    """Return why a pair cannot be computed. The model must not see it: some of these would kill an engine."""
+    if row["prompt_ids"] is None:
+        return "the chat has no place for the contrastive prompt"
+    ids = (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
+    if not all(ids):
+        return "prompt or response has no tokens"
+    longest = len(ids[0]) + max(len(ids[1]), len(ids[2]))
+    if longest > max_tokens:
+        return f"prompt and response have {longest} tokens, the model takes {max_tokens}"
+    if min(map(min, ids)) < 0 or max(map(max, ids)) >= vocab_size:
+        return f"a token id is outside the model's vocabulary of {vocab_size}"
+    return None
 
 
 def _columns(side: str, scores: Scores) -> dict[str, np.ndarray | None]:
@@ -354,7 +421,8 @@ def _counter(sequences: list[ScoredSequence], progress: Callable[[float], None])
 # --- quarantine --------------------------------------------------------------------------------------------------------
 
 
-def _unscorable(row: dict[str, Any], detail: str) -> dict[str, Any]:
+def unscorable_row(row: dict[str, Any], detail: str) -> dict[str, Any]:
+    """Return the quarantine row of a pair of the tokens table."""
     return {
         "source_row": row["source_row"],
         "pair_id": row["pair_id"],
@@ -372,7 +440,7 @@ def quarantine_path(tokens_table: str) -> str:
 def quarantine(request: Request, target: Target, rows: list[dict[str, Any]]) -> None:
     """Put unscorable pairs into quarantine, once each, however often scoring is repeated."""
     table = WeightStore(request.store).table(quarantine_path(request.tokens_table))
-    marked = [{**row, "detail": f"{target.logps_table}: {row['detail']}"} for row in rows]
+    marked = [{**row, "detail": f"{target.table}: {row['detail']}"} for row in rows]
     table.append(pa.Table.from_pylist(marked, QUARANTINE), table.metadata())
 
 
@@ -380,11 +448,11 @@ def quarantine(request: Request, target: Target, rows: list[dict[str, Any]]) -> 
 
 
 class Tally:
-    """Counts tokens and tells the parent now and then; scoring began `since_s` seconds ago."""
+    """Counts tokens and tells the parent now and then; the work began `since_s` seconds ago."""
 
-    def __init__(self, role: str, num_pairs: int, num_tokens: int, since_s: float = 0.0) -> None:
+    def __init__(self, stage: Stage, role: str, num_pairs: int, num_tokens: int, since_s: float = 0.0) -> None:
         self.num_pairs = num_pairs
-        self._role, self._total, self._done = role, num_tokens, 0
+        self._stage, self._role, self._total, self._done = stage, role, num_tokens, 0
         self._started = self._said = time.monotonic() - since_s
         self._say(0)
 
@@ -404,7 +472,8 @@ class Tally:
 
     def _say(self, done: int) -> None:
         self._said = time.monotonic()
-        _send({"role": self._role, "done": done, "total": self._total, "wall_s": self._said - self._started})
+        wall_s = self._said - self._started
+        _send({"stage": self._stage, "role": self._role, "done": done, "total": self._total, "wall_s": wall_s})
 
 
 def say(line: str) -> None:

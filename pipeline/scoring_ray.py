@@ -24,10 +24,10 @@ import pyarrow as pa
 from pipeline.ray_cluster import as_ours, connected
 from pipeline.scoring import (
     RANGE_BYTES,
-    PairScorer,
     Request,
     Tally,
     Target,
+    Worker,
     check_filled,
     commit_metadata,
     cut,
@@ -35,6 +35,7 @@ from pipeline.scoring import (
     quarantine,
     rows_of,
     say,
+    start_worker,
 )
 from weights_store import WeightStore
 from weights_store.errors import SettingsError, TokenweightsError
@@ -132,7 +133,7 @@ def _cut_span(batch: pa.Table, request: Request, max_chunks: int) -> pa.Table:
 
 
 def _chunks_of(whole: Chunk, request: Request, max_chunks: int) -> list[Chunk]:
-    table = WeightStore(request.store).table(request.targets[whole.target_idx].logps_table)
+    table = WeightStore(request.store).table(request.targets[whole.target_idx].table)
     missing = missing_within(whole.span, request.tokens, table)
     chunk_tokens = max(request.chunk_tokens, -(-int(missing["num_tokens"].sum()) // max_chunks))
     parts = list(cut(missing, chunk_tokens))
@@ -199,32 +200,32 @@ class ChunkScorer:
     def __init__(self, request: Request) -> None:
         self._request = request
         self._lines: list[str] = []
-        self._scorer: PairScorer | TokenweightsError
+        self._worker: Worker | TokenweightsError
         try:
-            self._scorer = PairScorer(request, self._lines.append)
+            self._worker = start_worker(request, self._lines.append)
         except TokenweightsError as error:
-            self._scorer = error  # for the first chunk to bring back
+            self._worker = error  # for the first chunk to bring back
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Score the one chunk of a batch."""
         return _reply(lambda: self._score(Chunk(**batch.to_pylist()[0])))
 
     def _score(self, chunk: Chunk) -> ScoredChunk:
-        if isinstance(self._scorer, TokenweightsError):
-            raise self._scorer
+        if isinstance(self._worker, TokenweightsError):
+            raise self._worker
         started = time.monotonic()
         target = self._request.targets[chunk.target_idx]
         store = WeightStore(self._request.store)
-        table = store.table(target.logps_table)
+        table = store.table(target.table)
         missing = missing_within(chunk.span, self._request.tokens, table)
         shards: list[ShardRecord] = []
         unscorable: list[dict[str, Any]] = []
         if not missing.is_empty():  # else somebody else has scored them meanwhile
             rows = rows_of(store.table(self._request.tokens_table).scan(self._request.tokens_version), missing)
-            logps, unscorable = self._scorer.score(self._scorer.under_condition(rows, target), top_k=target.top_k)
-            shards = table.write_shards(logps) if logps.num_rows else []
+            filled, unscorable = self._worker.fill_in(self._worker.under_condition(rows, target), target)
+            shards = table.write_shards(filled) if filled.num_rows else []
         lines, self._lines[:] = list(self._lines), []
-        return ScoredChunk(chunk, shards, unscorable, time.monotonic() - started, self._scorer.record, lines)
+        return ScoredChunk(chunk, shards, unscorable, time.monotonic() - started, self._worker.record, lines)
 
 
 def _reply(work: Callable[[], Any]) -> pa.Table:
@@ -261,7 +262,7 @@ class _Filling:
         self.num_pairs = 0
         self.done: set[Chunk] = set()
         self._request = request
-        self._table = WeightStore(request.store).table(target.logps_table)
+        self._table = WeightStore(request.store).table(target.table)
         self._known = self._table.version()  # holds none of the pairs to come
         self._num_tokens = 0
         self._waiting: list[ScoredChunk] = []
@@ -285,7 +286,7 @@ class _Filling:
                 say(line)
         if self._tally is None:
             self._since = time.monotonic() - scored.wall_s
-            self._tally = Tally(self.target.role, self.num_pairs, self._num_tokens, scored.wall_s)
+            self._tally = Tally(self._request.stage, self.target.role, self.num_pairs, self._num_tokens, scored.wall_s)
         self._waiting.append(scored)
         self._tally.add(scored.chunk.num_tokens)
         if len(self._waiting) >= _ROUND_CHUNKS or time.monotonic() - self._since >= _ROUND_S:

@@ -1,160 +1,209 @@
-"""Stage weigh: log-probs of the contrastive pair to token weights, on flat arrays, without a loop over tokens.
-
-Weights are computed from the stored log-probs, so that another estimator or clamp is a derivation on the CPU.
-EOS is a token like any other. Nothing here is normalised: the paper's weights are not.
+"""Stage weigh: what a recipe's [weights] says, done to the joined columns of some pairs. The formulas stand in `estimators.py`
+and `transforms.py`; `publish.py` calls this for one batch of pairs after another.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
-from weights_store.checksums import mix
+from pipeline import transforms
+from pipeline.estimators import ESTIMATORS, EstimatorName, Side, SideScores, SideWeights, ensemble, token_keys
+from pipeline.recipe import WeightsSection
+from pipeline.transforms import TransformName
+from pipeline.words import WordStarts
+from weights_store.errors import InputError, MismatchError
 
-Side = Literal["chosen", "rejected"]
-
-
-@dataclass(frozen=True, slots=True)
-class SideScores:
-    """What is known of all response tokens of one side, flat over the pairs, `[N]` each.
-
-    The log-probs are needed by `tis`, `sepo` and `reversed`; `lengths`, tokens of each response `[B]`, by `sepo` alone;
-    `token_keys`, 64-bit hashes of (pair, side, position), by `random` alone.
-    """
-
-    side: Side
-    num_tokens: int
-    positive_logps: np.ndarray | None = None
-    negative_logps: np.ndarray | None = None
-    lengths: np.ndarray | None = None
-    token_keys: np.ndarray | None = None
+SIDES: tuple[Side, Side] = ("chosen", "rejected")
 
 
-@dataclass(frozen=True, slots=True)
-class ClampSettings:
-    """k, mu, L and U of TIS-DPO."""
+class Weighed(NamedTuple):
+    """One side of some pairs: what went in and what came out."""
 
-    k: float = 1.0
-    mu: float = 1.0
-    lower: float = -0.5
-    upper: float = 1.5
-    seed: int = 0
+    scores: SideScores
+    weights: SideWeights
 
 
-@dataclass(frozen=True, slots=True)
-class SideWeights:
-    """Weights of one side, flat `[N]` float32, and how many log-ratios were at each end of the clamp."""
+@dataclass(frozen=True)
+class Weigher:
+    """Weighs pairs as a recipe says, each by itself."""
 
-    token_weights: np.ndarray
-    num_at_lower: int
-    num_at_upper: int
+    section: WeightsSection
+    words: WordStarts | None = None
+    curves: Mapping[Side, np.ndarray] | None = None
+    """Mean weight by relative position over the whole dataset, for transform `position`."""
+
+    @classmethod
+    def of(cls, section: WeightsSection, tokenizer_folder: Path | None = None) -> "Weigher":
+        """Read what the settings need besides the pairs.
+
+        Raises:
+            InputError: Words are to be told apart, and nobody says where the tokenizer is.
+        """
+        if "words" not in section.inputs():
+            return cls(section)
+        if tokenizer_folder is None:
+            raise InputError(
+                "weights.smooth_over 'words' needs the tokenizer that the pairs were tokenised with, got none: give its folder"
+            )
+        return cls(section, WordStarts.of_folder(tokenizer_folder))
+
+    def sides(self, lists: pa.Table) -> dict[Side, Weighed]:
+        """Return the weights of both sides.
+
+        Args:
+            lists: Joined columns of some pairs, at least one, each in one chunk.
+
+        Raises:
+            MismatchError: A value that is read is none that there can be, or a weight is 0 where a transform takes its log.
+        """
+        found: dict[Side, Weighed] = {}
+        for side in SIDES:
+            scores = self._scores(lists, side)
+            curve = self.curves[side] if self.curves is not None else None
+            try:
+                found[side] = Weighed(scores, weigh(scores, self.section, curve))
+            except ValueError as error:
+                first, last = (lists["pair_id"][at].as_py() for at in (0, -1))
+                raise MismatchError(f"{side} responses of the pairs {first} to {last}: {error}") from error
+        return found
+
+    def _scores(self, lists: pa.Table, side: Side) -> SideScores:
+        """Return the flat arrays of one side, without copying what is stored."""
+
+        def flat(column: str) -> np.ndarray | None:
+            if column not in lists.column_names or lists[column].null_count:
+                return None
+            values = one_chunk(lists[column])
+            is_list = pa.types.is_list(values.type)
+            found: np.ndarray = (values.flatten() if is_list else values).to_numpy()
+            return found
+
+        lengths, inputs = _lengths(lists, f"{side}_ids"), self.section.inputs()
+        scores = SideScores(
+            side,
+            lengths,
+            positive_logps=flat(f"{side}_positive_logps"),
+            negative_logps=flat(f"{side}_negative_logps"),
+            ref_logps=flat(f"{side}_ref_logps"),
+            top_logps=flat(f"{side}_ref_top_logps"),
+            attributions=flat(f"{side}_attributions"),
+            prompt_attributions=flat(f"{side}_prompt_attribution"),
+            prompt_lengths=_lengths(lists, "prompt_ids"),
+            activations=flat(f"{side}_activations"),
+        )
+        if "keys" in inputs:
+            scores = replace(scores, token_keys=token_keys(lists["pair_id"].to_pylist(), side, lengths))
+        ids = flat(f"{side}_ids")
+        if self.words is not None and ids is not None:
+            scores = replace(scores, word_starts=self.words.starts(ids, lengths))
+        return scores
 
 
-def weigh(scores: SideScores, estimator: str, settings: ClampSettings) -> SideWeights:
-    """Return the token weights of one side.
+def weigh(scores: SideScores, section: WeightsSection, curve: np.ndarray | None = None) -> SideWeights:
+    """Return the weights of one side: of the estimator, or of the ensemble, with the transforms in their order.
 
     Args:
-        scores: Flat log-probs of the contrastive pair.
-        estimator: `tis`: w = k * exp(mu * clamp(log pi+ - log pi-, L, U)), mu < 0 on rejected tokens (TIS-DPO,
-            arXiv 2410.04350, eq. 19 of the submission; the clamp stands before mu). `reversed`: the same with pi+ and pi-
-            swapped, an ablation that should hurt. `random`: the log-ratio is drawn from U(L, U) instead, the same for the
-            same token whatever is built around it. `uniform`: 1.
-        settings: k, mu, L, U and the seed.
+        scores: What is known of the side.
+        section: The settings.
+        curve: Mean weight by relative position, for transform `position`; see `PositionCurves`.
 
     Raises:
-        ValueError: The estimator is unknown.
+        ValueError: A value that is read is none that there can be, or a weight is 0 where a transform takes its log.
     """
-    if estimator == "uniform":
-        return SideWeights(np.ones(scores.num_tokens, dtype=np.float32), 0, 0)
-    logratios = _drawn(scores, settings) if estimator == "random" else _clampable(scores, estimator)
-    mu = settings.mu if scores.side == "chosen" else -settings.mu
-    token_weights = np.clip(logratios, np.float32(settings.lower), np.float32(settings.upper))
-    token_weights *= np.float32(mu)  # in place: the memory traffic is what costs
-    np.exp(token_weights, out=token_weights)
-    token_weights *= np.float32(settings.k)
-    return SideWeights(
-        token_weights,
-        int(np.count_nonzero(logratios <= settings.lower)),
-        int(np.count_nonzero(logratios >= settings.upper)),
-    )
+    members = [_estimate(name, scores, section) for name in section.estimators]
+    weighed = ensemble(members) if section.estimator == "ensemble" else members[0]
+    for name in section.transforms:
+        weighed = replace(weighed, token_weights=_transform(name, weighed.token_weights, scores, section, curve))
+    return weighed
 
 
-def select(scores: SideScores, share: float) -> SideWeights:
-    """Return 1 for the tokens that SePO trains on, 0 for all others: estimator `sepo`.
+def _estimate(name: EstimatorName, scores: SideScores, section: WeightsSection) -> SideWeights:
+    estimator = ESTIMATORS[name]
+    return estimator.estimate(scores, **{key: getattr(section, key) for key in estimator.settings})
 
-    Of a chosen response these are the tokens with the highest log pi+ - log pi-, of a rejected one those with the lowest (SePO,
-    arXiv 2408.13518, by its release; there the score is that of a DPO model over its SFT start, here of the contrastive pair).
-    Of n tokens max(1, floor(share * n)) are selected: the release takes floor(share * n), which leaves short responses without
-    any. Of equal scores the earlier token is selected. The first response token counts like the others; the release can never
-    select it.
 
-    Args:
-        scores: Flat log-probs of the contrastive pair, and the lengths of the responses.
-        share: Of each response's tokens, above 0, at most 1.
+def _transform(
+    name: TransformName, weights: np.ndarray, scores: SideScores, section: WeightsSection, curve: np.ndarray | None
+) -> np.ndarray:
+    lengths = scores.lengths
+    match name:
+        case "position":
+            assert curve is not None, "measured over the whole dataset first"
+            return transforms.divide_by_position(weights, lengths, curve)
+        case "smooth" if section.smooth_over == "words":
+            assert scores.word_starts is not None, "nobody knows where words start"
+            return transforms.smooth_words(weights, scores.word_starts)
+        case "smooth":
+            return transforms.smooth(weights, lengths, section.smooth_window)
+        case "shrink":
+            return transforms.shrink(weights, lengths)
+        case "decay":
+            return transforms.decay(weights, lengths, section.decay_gamma)
+        case "mean_one":
+            return transforms.mean_one(weights, lengths)
+
+
+class PositionCurves:
+    """Sums up weights by relative position over all pairs: the first of the two passes of transform `position`."""
+
+    def __init__(self, weigher: Weigher) -> None:
+        section = weigher.section
+        before = section.transforms[: section.transforms.index("position")]
+        self._whole = weigher
+        self._weigher = replace(weigher, section=section.model_copy(update={"transforms": before}))
+        self._sums = {side: np.zeros(section.position_bins) for side in SIDES}
+        self._counts = {side: np.zeros(section.position_bins, dtype=np.int64) for side in SIDES}
+
+    def add(self, lists: pa.Table) -> None:
+        """Take in some pairs, as they are before the transform.
+
+        Raises:
+            MismatchError: As `Weigher.sides`.
+        """
+        for side, (scores, weights) in self._weigher.sides(lists).items():
+            sums, counts = transforms.position_sums(weights.token_weights, scores.lengths, len(self._sums[side]))
+            self._sums[side] += sums
+            self._counts[side] += counts
+
+    def weigher(self) -> Weigher:
+        """Return what weighs with these curves; where no token is, the curve is 0 and nobody looks."""
+        curves = {side: self._sums[side] / np.maximum(self._counts[side], 1) for side in SIDES}
+        return replace(self._whole, curves=curves)
+
+
+def pair_weights(section: WeightsSection, lists: pa.Table, sides: Mapping[Side, Weighed]) -> np.ndarray:
+    """Return one weight per pair, `[B]` float32, at least 0: a factor on its loss. The sum is still divided by the pairs.
+
+    `quality`: sigmoid(quality_eta * (S_w - S_l)), w_qual of Uni-DPO (arXiv 2506.10054): from 1/2 to 1 where the annotators'
+    scores agree with the label, below 1/2 where they do not. `margin`: tanh(|m| / (2 margin_tau)) with m the log-ratios of the
+    contrastive pair summed over the chosen minus over the rejected response; it equals |2 sigmoid(m / margin_tau) - 1|: a pair
+    that the contrastive models do not tell apart has a doubtful label, and little weight. Our own.
     """
-    assert scores.lengths is not None, "a selection is made response by response"
-    logratios = _logratios(scores)
-    responses = np.repeat(np.arange(len(scores.lengths)), scores.lengths)
-    # One integer per token, by response and then by score: each response keeps its span. One stable sort of integers is eight
-    # times as fast as np.lexsort, and breaks ties by position.
-    keys = responses.astype(np.uint64) << np.uint64(32) | _sortable(
-        -logratios if scores.side == "chosen" else logratios
-    )
-    order = np.argsort(keys, kind="stable")
-    starts = np.cumsum(scores.lengths) - scores.lengths
-    ranks = np.arange(scores.num_tokens) - starts[responses]
-    counts = np.maximum(1, (share * scores.lengths).astype(np.int64))
-    token_weights = np.zeros(scores.num_tokens, dtype=np.float32)
-    token_weights[order[ranks < counts[responses]]] = 1
-    return SideWeights(token_weights, 0, 0)
-
-
-def _sortable(values: np.ndarray) -> np.ndarray:
-    """Return uint32 in the order of float32 values: negative ones have all bits turned, others the sign alone; -0 is 0."""
-    bits = (values + np.float32(0)).view(np.uint32)
-    return bits ^ np.where(bits >> np.uint32(31), np.uint32(0xFFFFFFFF), np.uint32(0x80000000))
-
-
-def _drawn(scores: SideScores, settings: ClampSettings) -> np.ndarray:
-    """Return log-ratios from U(L, U), flat `[N]` float32 nats."""
-    assert scores.token_keys is not None, "random weights need keys"
-    drawn = _uniform(scores.token_keys, settings.seed)
-    return (settings.lower + (settings.upper - settings.lower) * drawn).astype(np.float32)
-
-
-def _clampable(scores: SideScores, estimator: str) -> np.ndarray:
-    """Return the log-ratios that `tis` or `reversed` clamp, flat `[N]` float32 nats."""
-    if estimator not in ("tis", "reversed"):
-        raise ValueError(
-            f"unknown estimator {estimator!r}: expected tis, uniform, random or reversed; sepo is `select`"
+    if section.pair_weight == "quality":
+        chosen, rejected = (one_chunk(lists[f"{side}_score"]).to_numpy().astype(np.float64) for side in SIDES)
+        return _sigmoid(section.quality_eta * (chosen - rejected)).astype(np.float32)
+    if section.pair_weight == "margin":
+        chosen, rejected = (
+            transforms.means(scores.logratios(), scores.lengths) * scores.lengths
+            for scores, _ in (sides["chosen"], sides["rejected"])
         )
-    logratios = _logratios(scores)
-    return logratios if estimator == "tis" else -logratios
+        return np.tanh(np.abs(chosen - rejected) / (2 * section.margin_tau)).astype(np.float32)
+    return np.ones(lists.num_rows, dtype=np.float32)
 
 
-def _logratios(scores: SideScores) -> np.ndarray:
-    """Return log pi+ - log pi-, flat `[N]` float32 nats."""
-    assert scores.positive_logps is not None, "no log-probs of pi+"
-    assert scores.negative_logps is not None, "no log-probs of pi-"
-    return np.subtract(scores.positive_logps, scores.negative_logps, dtype=np.float32)
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(x / 2))
 
 
-def token_keys(pair_ids: list[str], side: Side, lengths: np.ndarray) -> np.ndarray:
-    """Return one 64-bit key per token, flat `[N]` uint64: a hash of pair, side and position.
-
-    Args:
-        pair_ids: One per pair, 32 hex digits.
-        side: Which response.
-        lengths: Tokens of each response, `[B]`.
-    """
-    pairs = np.array([int(pair_id[:16], 16) for pair_id in pair_ids], dtype=np.uint64)
-    offsets = np.cumsum(lengths) - lengths
-    positions = (np.arange(int(lengths.sum())) - np.repeat(offsets, lengths)).astype(np.uint64)
-    salt = np.uint64(1 if side == "chosen" else 2) << np.uint64(62)
-    return mix(np.repeat(mix(pairs), lengths) + positions + salt)
+def one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """Return the only chunk of a column."""
+    assert column.num_chunks == 1, "combined, and never empty"
+    return column.chunk(0)
 
 
-def _uniform(keys: np.ndarray, seed: int) -> np.ndarray:
-    """Return a number in [0, 1) for each key, float32, independent of the keys around it."""
-    mixed = mix(keys + mix(np.full(1, seed, dtype=np.uint64)))
-    return ((mixed >> np.uint64(40)).astype(np.float32)) * np.float32(2.0**-24)
+def _lengths(lists: pa.Table, column: str) -> np.ndarray:
+    return np.diff(np.asarray(one_chunk(lists[column]).offsets)).astype(np.int64)

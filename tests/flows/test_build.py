@@ -174,7 +174,7 @@ def test_rebuild_does_nothing(world, first_build):
     assert again.published.weights == first_build.published.weights
     assert again.published.is_new is False
     assert again.num_trained == 0
-    assert {scored.num_scored_pairs for scored in again.scored.values()} == {0}
+    assert {scored.num_pairs for scored in again.scored.values()} == {0}
 
 
 def _files(folder):
@@ -222,7 +222,7 @@ def test_appended_pairs_are_the_only_ones_scored(world, first_build, toy_pairs, 
         world / "pairs.jsonl", [*toy_pairs[:NUM_PAIRS], b"{broken", *toy_pairs[NUM_PAIRS : NUM_PAIRS + NUM_MORE]]
     )
     grown = _build(world)
-    assert {role: scored.num_scored_pairs for role, scored in grown.scored.items()} == dict.fromkeys(
+    assert {role: scored.num_pairs for role, scored in grown.scored.items()} == dict.fromkeys(
         ("ref", "positive", "negative"), NUM_MORE
     )
     assert grown.num_trained == 0

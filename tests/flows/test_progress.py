@@ -1,12 +1,13 @@
 """What people see while scoring: a bar on a terminal, lines elsewhere, and Prefect's artifacts."""
 
 import io
+from dataclasses import replace
 
 import pytest
 
 import flows.progress
-from flows.progress import scoring_progress
-from pipeline.score import Progress
+from flows.progress import stage_progress
+from pipeline.jobs import Progress
 
 STATES = [Progress("ref", 0, 3000, 0.0), Progress("ref", 1000, 3000, 2.0), Progress("ref", 3000, 3000, 6.0)]
 
@@ -24,12 +25,12 @@ def artifacts(monkeypatch):
     return told
 
 
-def run(monkeypatch, is_terminal):
+def run(monkeypatch, is_terminal, states=STATES):
     screen, lines = io.StringIO(), []
     screen.isatty = lambda: is_terminal
     monkeypatch.setattr("sys.stderr", screen)
-    with scoring_progress(["ref"], "tokens/toy-1@0", lines.append) as show:
-        for state in STATES:
+    with stage_progress(states[0].stage, ["ref"], "tokens/toy-1@0", lines.append) as show:
+        for state in states:
             show(state)
     return screen.getvalue(), lines
 
@@ -54,8 +55,27 @@ def test_the_artifact_says_tokens_rate_and_time_left_and_ends_at_a_hundred_per_c
     assert {key for key, _, _ in artifacts} == {"score-ref"}
     assert artifacts[-1][1:] == (
         100.0,
-        "scoring tokens/toy-1@0 as ref: score ref: 3,000/3,000 tokens, 500 tokens/s, <1 s left",
+        "score ref, tokens/toy-1@0: score ref: 3,000/3,000 tokens, 500 tokens/s, <1 s left",
     )
+
+
+@pytest.mark.parametrize("stage", ["attribute", "anchors"])
+def test_the_stages_of_ti_dpo_show_themselves_by_name(monkeypatch, artifacts, stage):
+    states = [replace(state, stage=stage) for state in STATES]
+    end = f"{stage} ref: 3,000/3,000 tokens, 500 tokens/s, <1 s left"
+    _, lines = run(monkeypatch, False, states)
+    assert lines == [f"{stage} ref: 3,000 tokens to do", end]
+    assert {key for key, _, _ in artifacts} == {f"{stage}-ref"}
+    assert artifacts[-1][1:] == (100.0, f"{stage} ref, tokens/toy-1@0: {end}")
+    screen, _ = run(monkeypatch, True, states)
+    assert f"{stage} ref: 100%" in screen
+    assert "score" not in screen
+
+
+def test_a_stage_with_nothing_to_do_says_so(monkeypatch, artifacts):
+    with stage_progress("anchors", ["ref"], "tokens/toy-1@0", lambda line: None):
+        pass
+    assert artifacts == [("anchors-ref", 100.0, "anchors ref, tokens/toy-1@0: nothing to do")]
 
 
 def test_the_time_left_follows_from_the_rate():

@@ -1,8 +1,9 @@
-"""An interpreter for `score.python` that scores without a model, and dies, chokes or dawdles as the environment says.
+"""An interpreter for `score.python` that works without a model, and dies, chokes or dawdles as the environment says.
 
-Started as the stage starts any interpreter, `made_up -m pipeline.score REQUEST …`; everything but the engine is the real thing.
+Started as a stage starts any interpreter, `made_up -m pipeline.score REQUEST …`; everything but the engine is the real thing.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -38,6 +39,17 @@ def scores(sequence):
     return Scores(own[:, 0], ((ids + steps) % MadeUpEngine.vocab_size).astype(np.int32), top_logps.astype(np.float32))
 
 
+def continuation(prompt_ids, sampling, seed):
+    """Ids that follow from the seed; behind the first one in eight ends the turn, where something can."""
+    draw = np.random.default_rng(seed)
+    ids = []
+    while len(ids) < min(sampling.max_new_tokens, MadeUpEngine.max_tokens - len(prompt_ids)):
+        if ids and sampling.stop_ids and draw.random() < 1 / 8:
+            return [*ids, sampling.stop_ids[-1]]
+        ids.append(int(draw.integers(3, 900)))
+    return ids
+
+
 class MadeUpEngine:
     vocab_size = 1000
     max_tokens = 100
@@ -48,15 +60,9 @@ class MadeUpEngine:
         log("starts", settings.batch_tokens)
 
     def score(self, sequences, progress=lambda num_tokens: None):
-        from weights_store.errors import EngineError, OutOfMemoryError, ScoringError
+        from weights_store.errors import ScoringError
 
-        if self.batch_tokens > SETTINGS.get("oom_above", 1 << 30):
-            raise OutOfMemoryError("the engine ran out of memory: made up")
-        if self.num_calls >= SETTINGS.get("dies_after", 1 << 30):
-            raise EngineError("the engine failed: made up")
-        self.num_calls += 1
-        log("scored", sum(sequence.num_wanted for sequence in sequences))
-        time.sleep(SETTINGS.get("call_s", 0))
+        self.call("scored", sum(sequence.num_wanted for sequence in sequences))
         return [
             ScoringError("response token 0: log-prob is nan, expected a finite number")
             if SETTINGS.get("bad_id") in sequence.response_ids
@@ -64,16 +70,33 @@ class MadeUpEngine:
             for sequence in sequences
         ]
 
+    def generate(self, prompts, sampling, seeds, progress=lambda num_prompts: None):
+        self.call("continued", len(prompts))
+        for _ in prompts:
+            progress(1)
+        return [continuation(prompt, sampling, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+    def call(self, name, amount):
+        from weights_store.errors import EngineError, OutOfMemoryError
+
+        if self.batch_tokens > SETTINGS.get("oom_above", 1 << 30):
+            raise OutOfMemoryError("the engine ran out of memory: made up")
+        if self.num_calls >= SETTINGS.get("dies_after", 1 << 30):
+            raise EngineError("the engine failed: made up")
+        self.num_calls += 1
+        log(name, amount)
+        time.sleep(SETTINGS.get("call_s", 0))
+
 
 def main():
     log("pids", os.getpid())
     log("prefixes", sys.prefix)
     import pipeline.engine
-    import pipeline.score
 
     pipeline.engine.VllmEngine = MadeUpEngine
-    assert sys.argv[1:3] == ["-m", "pipeline.score"]
-    return pipeline.score.main(sys.argv[3:])
+    option, stage, request = sys.argv[1:]
+    assert (option, stage) in (("-m", "pipeline.score"), ("-m", "pipeline.anchors"))
+    return importlib.import_module(stage).main([request])
 
 
 if __name__ == "__main__":

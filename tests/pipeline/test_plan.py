@@ -9,18 +9,21 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from pipeline.anchors import anchors_identity
+from pipeline.attribute import attribution_identity
 from pipeline.contrast import contrast
+from pipeline.jobs import stage_table
 from pipeline.plan import StagePlan, plan
 from pipeline.plan_table import plan_lines
 from pipeline.prepare import prepare
 from pipeline.publish import Ingredients, publish
 from pipeline.recipe import Recipe, WeightsSection
 from pipeline.report import write_report
-from pipeline.score import Scorer, logps_table
+from pipeline.score import Scorer
 from weights_store import WeightStore
 from weights_store.errors import InputError
 from weights_store.fingerprint import fingerprint
-from weights_store.schemas import LOGPS, QUARANTINE
+from weights_store.schemas import ANCHORS, ATTRIBUTIONS, LOGPS, QUARANTINE
 
 SIDES = ("chosen", "rejected")
 STAGES = [
@@ -71,16 +74,37 @@ def _build(recipe):
 def _score(tokens, scorer, recipe, role, leave_out=(), wall_s=0.5):
     """Bring a scorer's table up to the tokens with made-up log-probs, as the scoring process does it."""
     identity = scorer.identity(scorer.resolve_dtype(recipe.score.dtype))
-    table = logps_table(tokens, identity)
+    return _fill("score", tokens, identity, role, leave_out, wall_s)
+
+
+def _attribute(tokens, recipe, leave_out=(), wall_s=0.5):
+    identity = attribution_identity(Path(recipe.model.path), recipe.attribute)
+    return _fill("attribute", tokens, identity, "ref", leave_out, wall_s)
+
+
+def _sample(tokens, recipe, leave_out=(), wall_s=0.5):
+    identity = anchors_identity(Path(recipe.model.path), recipe.anchors, recipe.score)
+    return _fill("anchors", tokens, identity, "ref", leave_out, wall_s)
+
+
+SCHEMAS = {"score": LOGPS, "attribute": ATTRIBUTIONS, "anchors": ANCHORS}
+
+
+def _made_up_row(stage, row):
+    if stage == "anchors":
+        return {"anchor_ids": row["prompt_ids"][:3], "anchor_logps": [-1.5] * 3}
+    name, value = {"score": ("logps", -1.5), "attribute": ("attributions", 0.5)}[stage]
+    return {f"{side}_{name}": [value] * len(row[f"{side}_ids"]) for side in SIDES}
+
+
+def _fill(stage, tokens, identity, role, leave_out, wall_s):
+    table = stage_table(stage, tokens, identity)
     done = [*leave_out, *table.pair_ids()]
     rows = WeightStore(tokens.store).table(tokens.table).scan(tokens.version)
     frame = rows.filter(~pl.col("pair_id").is_in(done)).collect()
     if frame.is_empty():
         return table.reference()
-    logps = [
-        {"pair_id": row["pair_id"], **{f"{side}_logps": [-1.5] * len(row[f"{side}_ids"]) for side in SIDES}}
-        for row in frame.iter_rows(named=True)
-    ]
+    filled = [{"pair_id": row["pair_id"], **_made_up_row(stage, row)} for row in frame.iter_rows(named=True)]
     statistics = {"num_pairs": frame.height, "num_tokens": _num_tokens(frame), "wall_s": wall_s}
     metadata = {
         "scorer": identity,
@@ -89,7 +113,7 @@ def _score(tokens, scorer, recipe, role, leave_out=(), wall_s=0.5):
         "fingerprint": fingerprint({"scorer": identity, "tokens": tokens.fingerprint}),
         "statistics": {name: value for name, value in statistics.items() if value is not None},
     }
-    return table.append(pa.Table.from_pylist(logps, LOGPS), metadata)
+    return table.append(pa.Table.from_pylist(filled, SCHEMAS[stage]), metadata)
 
 
 def _num_tokens(frame, columns=("prompt_ids", "chosen_ids", "rejected_ids")):
@@ -100,13 +124,13 @@ def _rows(tokens):
     return WeightStore(tokens.store).table(tokens.table).scan(tokens.version).collect()
 
 
-def _plan(recipe):
+def _plan(recipe, stages=STAGES):
     """Return the plan by stage; nothing may change in the store."""
     store = Path(recipe.store.uri)
     before = _files(store)
     plans = plan(recipe)
     assert _files(store) == before
-    assert [found.stage for found in plans] == STAGES
+    assert [found.stage for found in plans] == stages
     return {found.stage: found for found in plans}
 
 
@@ -419,6 +443,115 @@ def test_a_source_without_a_usable_pair_fails_as_the_build_does(make_recipe, sou
         messages.append(str(caught.value))
     assert "no usable pair in 2 rows (2 unparsable_json)" in messages[0]
     assert messages[0] == messages[1]
+
+
+# --- attributions and anchors ------------------------------------------------------------------------------------------
+
+TI_STAGES = ["prepare", "score ref", "attribute ref", "anchors ref", "publish", "report"]
+TI = {"weights.estimator": "ti", "weights.name": "toy/ti-dpo", "anchors.max_new_tokens": 8}
+
+
+@pytest.fixture
+def prepared(make_recipe, source, toy_model):
+    """Pairs with reference log-probs, and nothing else; returns a function that makes a TI-DPO recipe, and the tokens."""
+    source(*FIRST_ROWS)
+    recipe = make_recipe(**TI)
+    tokens = prepare(recipe, toy_model, report=_silent).tokens
+    _score(tokens, Scorer(toy_model), recipe, "ref")
+    return lambda **settings: make_recipe(**{**TI, **settings}), tokens
+
+
+def test_attributions_and_anchors_are_planned_where_the_recipe_needs_them(prepared, make_recipe):
+    make, tokens = prepared
+    plans = _plan(make(), TI_STAGES)
+    assert _computed(plans) == ["attribute ref", "anchors ref", "publish", "report"]
+    rows = _rows(tokens)
+    num_tokens, num_response_tokens = _num_tokens(rows), _num_tokens(rows, ("chosen_ids", "rejected_ids"))
+    attributed, sampled = plans["attribute ref"], plans["anchors ref"]
+    for found in (attributed, sampled):
+        assert (found.num_pairs, found.num_tokens, found.rate_source) == (NUM_PAIRS, num_tokens, "stated")
+    # 10 s of starting and 3,000 tokens/s; 20 s and 4,000 tokens/s.
+    assert attributed.seconds == pytest.approx(10 + num_tokens / 3000)
+    assert sampled.seconds == pytest.approx(20 + num_tokens / 4000)
+    # 2.5 bytes a response token; 3.6 a token of an anchor, of which a pair has eight at most; and one commit.
+    assert attributed.num_bytes == pytest.approx(num_response_tokens * 2.5 + 6000, abs=1)
+    assert sampled.num_bytes == pytest.approx(NUM_PAIRS * 8 * 3.6 + 6000, abs=1)
+    anchor_bytes = NUM_PAIRS * 8 * 3.6
+    assert plans["publish"].num_bytes == pytest.approx(num_response_tokens * 5.1 + anchor_bytes + 6000, abs=1)
+
+    without = make_recipe(**{"weights.estimator": "ti", "weights.name": "toy/ti-dpo"})
+    assert "anchors ref" not in _plan(without, [stage for stage in TI_STAGES if stage != "anchors ref"])
+    anchors_alone = make_recipe(**{**TI, "weights.estimator": "uniform"})
+    assert "anchors ref" in _plan(anchors_alone, [stage for stage in TI_STAGES if stage != "attribute ref"])
+
+
+def test_both_go_on_where_they_were_at_the_rate_of_their_own_stage(prepared):
+    make, tokens = prepared
+    rows = _rows(tokens)
+    ids = rows["pair_id"].to_list()
+    _attribute(tokens, make(), leave_out=ids[9:], wall_s=3.0)
+    _sample(tokens, make(), leave_out=ids[9:], wall_s=6.0)
+    plans = _plan(make(), TI_STAGES)
+    done, left = _num_tokens(rows[:9]), _num_tokens(rows[9:])
+    for stage, start_s, wall_s in (("attribute ref", 10, 3.0), ("anchors ref", 20, 6.0)):
+        assert (plans[stage].num_pairs, plans[stage].num_tokens, plans[stage].rate_source) == (3, left, "measured")
+        assert plans[stage].seconds == pytest.approx(start_s + left / (done / wall_s))
+        assert plans[stage].reasons[0].endswith("@0 lacks these pairs")
+    _attribute(tokens, make())
+    _sample(tokens, make())
+    plans = _plan(make(), TI_STAGES)
+    assert _computed(plans) == ["publish", "report"]
+    assert plans["anchors ref"].reasons[0].endswith(f"@1: {NUM_PAIRS} pairs")
+
+
+def test_other_settings_of_one_of_them_leave_the_other_as_it_is(prepared):
+    make, tokens = prepared
+    _attribute(tokens, make())
+    _sample(tokens, make())
+    plans = _plan(make(**{"anchors.seed": 1}), TI_STAGES)
+    assert _computed(plans) == ["anchors ref", "publish", "report"]
+    assert plans["anchors ref"].reasons[1].endswith(": sampling.seed: 0 -> 1")
+    plans = _plan(make(**{"attribute.target": "gold_logps"}), TI_STAGES)
+    assert _computed(plans) == ["attribute ref", "publish", "report"]
+    assert '"max_logit" -> "gold_logps"' in plans["attribute ref"].reasons[1]
+
+
+def test_new_pairs_are_the_only_ones_to_attribute_and_to_sample_for(prepared, source, toy_model):
+    make, tokens = prepared
+    _attribute(tokens, make())
+    _sample(tokens, make())
+    source(*FIRST_ROWS, *range(NUM_PAIRS, NUM_PAIRS + 3))
+    plans = _plan(make(), TI_STAGES)
+    new = _rows(prepare(make(), toy_model, report=_silent).tokens).join(_rows(tokens), on="pair_id", how="anti")
+    for stage in ("attribute ref", "anchors ref"):
+        assert (
+            (plans[stage].num_pairs, plans[stage].num_tokens) == (3, _num_tokens(new)) == (new.height, _num_tokens(new))
+        )
+
+
+def test_a_pair_without_an_anchor_is_not_published(prepared):
+    make, tokens = prepared
+    bad = _pair_id(tokens, 3)
+    _attribute(tokens, make())
+    anchors = _sample(tokens, make(), leave_out=[bad])
+    quarantine = WeightStore(tokens.store).table(tokens.table.replace("tokens/", "quarantine/"))
+    row = {"source_row": 3, "pair_id": bad, "reason": "unscorable", "detail": f"{anchors.table}: no", "raw": "x"}
+    quarantine.append(pa.Table.from_pylist([row], QUARANTINE), quarantine.metadata())
+    plans = _plan(make(), TI_STAGES)
+    assert (plans["anchors ref"].action, plans["publish"].num_pairs) == ("reuse", NUM_PAIRS - 1)
+
+
+def test_a_finished_build_with_attributions_and_anchors_is_reused_whole(prepared):
+    make, tokens = prepared
+    recipe = make()
+    ingredients = Ingredients(
+        tokens,
+        _score(tokens, Scorer(Path(recipe.model.path)), recipe, "ref"),
+        attributions=_attribute(tokens, recipe),
+        anchors=_sample(tokens, recipe),
+    )
+    publish(recipe, recipe.weights, ingredients, report=_silent)
+    assert _computed(_plan(recipe, TI_STAGES)) == ["report"]
 
 
 def test_the_table_is_aligned_and_narrow():

@@ -7,9 +7,11 @@ import pytest
 
 import pipeline.publish as publish_module
 from pipeline.publish import Ingredients, publish
+from pipeline.report import summary_markdown, write_report
+from pipeline.weight_statistics import count_up
 from weights_store import WeightStore
 from weights_store.errors import InputError, MismatchError
-from weights_store.schemas import LOGPS, TOKENS, WEIGHTS
+from weights_store.schemas import ANCHORS, ATTRIBUTIONS, LOGPS, TOKENS, WEIGHTS
 from weights_store.store import _SCHEMAS
 
 SIDES = {"chosen": [5, 6, 2], "rejected": [7, 2]}
@@ -150,7 +152,7 @@ def test_a_version_without_the_later_columns_is_written_anew_and_says_so(store, 
     with monkeypatch.context() as patch:  # as an earlier tokenweights wrote it
         early = pa.schema([WEIGHTS.field(name) for name in WEIGHTS.names[: WEIGHTS.names.index("split") + 1]])
         patch.setitem(_SCHEMAS, "weights", early)
-        patch.setattr(publish_module, "_statistics", lambda *args: _without_later(statistics_of(*args)))
+        patch.setattr(publish_module, "count_up", lambda *args: _without_later(count_up(*args)))
         old = _publish(make_recipe, ingredients)
     new = _publish(make_recipe, ingredients, expect_same=True)
     assert (new.is_new, new.weights.fingerprint, new.weights.version) == (True, old.weights.fingerprint, 1)
@@ -161,11 +163,9 @@ def test_a_version_without_the_later_columns_is_written_anew_and_says_so(store, 
     assert not _publish(make_recipe, ingredients).is_new
 
 
-statistics_of = publish_module._statistics
-
-
 def _without_later(statistics):
-    return {name: value for name, value in statistics.items() if name not in ("ref_top_k", "num_scored_pairs")}
+    later = ("ref_top_k", "num_scored_pairs", "num_anchored_pairs")
+    return {name: value for name, value in statistics.items() if name not in later}
 
 
 def test_a_version_records_whose_log_probs_it_holds_and_what_was_checked(store, make_recipe):
@@ -320,3 +320,154 @@ def test_uniform_needs_no_pair_and_says_that_it_is_constant(store, make_recipe):
     published = _publish(make_recipe, Ingredients(full.tokens, full.ref_logps), **{"weights.estimator": "uniform"})
     assert published.statistics["constant_weights"] is True
     assert store.scan("toy/tis-dpo").select(pl.col("rejected_token_weights").explode().unique()).collect().item() == 1.0
+
+
+def _attributions(store, names="ab", chosen=(2.0, 0.0, 6.0), rejected=(0.0, 0.0), **more):
+    row = {"chosen_attributions": list(chosen), "rejected_attributions": list(rejected), **more}
+    rows = [{"pair_id": name * 32, **row} for name in names]
+    metadata = {"fingerprint": f"attributions-{names}", "statistics": {}}
+    return store.table("attributions/toy-1/ref").append(pa.Table.from_pylist(rows, ATTRIBUTIONS), metadata)
+
+
+def _anchors(store, names="ab", logps=(-0.5, -1.5)):
+    rows = [{"pair_id": name * 32, "anchor_ids": [7, 2], "anchor_logps": list(logps)} for name in names]
+    metadata = {"fingerprint": f"anchors-{names}", "statistics": {}}
+    return store.table("anchors/toy-1/ref").append(pa.Table.from_pylist(rows, ANCHORS), metadata)
+
+
+def _for_ti(store, names="ab", **more):
+    full = _ingredients(store, names)
+    return Ingredients(full.tokens, full.ref_logps, attributions=_attributions(store, names, **more))
+
+
+def test_ti_weights_and_anchors_by_hand(store, make_recipe):
+    ingredients = dataclasses.replace(_for_ti(store), anchors=_anchors(store))
+    settings = {"weights.estimator": "ti", "weights.ti_lambda": 0.5, "anchors.seed": 3}
+    published = _publish(make_recipe, ingredients, **settings)
+    row = store.scan("toy/tis-dpo").collect().row(1, named=True)
+    # By hand in tests/store/test_hybrid.py; two tokens without attribution have the prior alone, 1 each.
+    np.testing.assert_allclose(row["chosen_token_weights"], [0.7861029, 0.6777942, 1.5361029], rtol=2**-13)
+    np.testing.assert_allclose(row["rejected_token_weights"], [1, 1], rtol=2**-13)
+    assert (row["anchor_ids"], row["anchor_ref_logps"], row["pair_weight"]) == ([7, 2], [-0.5, -1.5], 1)
+    statistics = published.statistics
+    assert (statistics["num_anchored_pairs"], statistics["num_pairs"]) == (2, 2)
+    assert [statistics[side]["num_without_mass"] for side in SIDES] == [0, 2]
+    assert not {"share_at_lower", "mean_logratio"} & set(statistics["chosen"])
+    metadata = store.metadata("toy/tis-dpo")
+    assert {parent["role"] for parent in metadata["parents"]} == {"tokens", "ref_logps", "attributions", "anchors"}
+    assert metadata["identity"]["settings"]["anchors"]["seed"] == 3
+    assert metadata["identity"]["settings"]["weights"]["ti_lambda"] == 0.5
+
+
+def test_what_has_no_attribution_or_no_anchor_is_counted_out(store, make_recipe):
+    # Rows in = published + quarantined: pairs a and b have attributions, b and c anchors.
+    full = _ingredients(store, "abc")
+    made_of = Ingredients(
+        full.tokens, full.ref_logps, attributions=_attributions(store, "ab"), anchors=_anchors(store, "bc")
+    )
+    published = _publish(make_recipe, made_of, **{"weights.estimator": "ti", "anchors.seed": 0})
+    assert store.scan("toy/tis-dpo").collect()["pair_id"].to_list() == ["b" * 32]
+    assert published.statistics["quarantined"] == {"not_text": 1, "unscorable": 2}
+
+
+def test_the_span_of_prompt_and_response_by_hand(store, make_recipe):
+    prompts = {"chosen_prompt_attribution": 8.0, "rejected_prompt_attribution": 1.0}
+    settings = {"weights.estimator": "ti", "weights.ti_lambda": 0.5, "weights.span": "sequence"}
+    _publish(make_recipe, _for_ti(store, **prompts), **settings, **{"attribute.prompts": True})
+    row = store.scan("toy/tis-dpo").collect().row(0, named=True)
+    # As in tests/store/test_hybrid.py: the prompt has two tokens and an attribution of 8.
+    expected = [5 * (0.5 * i / 16 + 0.5 * g / 3.0083726) for i, g in ((2, 1.0), (0, 0.7261490), (6, 0.2780373))]
+    np.testing.assert_allclose(row["chosen_token_weights"], expected, rtol=2**-13)
+
+
+def test_activations_by_hand(store, make_recipe):
+    made_of = _for_ti(store, chosen_activations=[1.0, 2.0, 3.0], rejected_activations=[3.0, 1.0])
+    _publish(make_recipe, made_of, **{"weights.estimator": "activation", "attribute.activations": True})
+    row = store.scan("toy/tis-dpo").collect().row(0, named=True)
+    assert (row["chosen_token_weights"], row["rejected_token_weights"]) == ([0.5, 1, 1.5], [1.5, 0.5])
+
+
+@pytest.mark.parametrize("bad", [{"chosen": (1.0, 2.0)}, {"rejected_activations": None}], ids=str)
+def test_values_that_are_not_one_per_token_are_refused(store, make_recipe, bad):
+    made_of = _for_ti(store, **{"chosen_activations": [1.0] * 3, "rejected_activations": [1.0] * 2, **bad})
+    settings = {"weights.estimator": "ensemble", "weights.members": ["ti", "activation"]}
+    with pytest.raises(MismatchError, match=r"pair a{32}: [02] values in \w+_a\w+ for [23] \w+_ids; 2 such pairs"):
+        _publish(make_recipe, made_of, **settings, **{"attribute.activations": True})
+
+
+def test_anchors_with_another_number_of_log_probs_are_refused(store, make_recipe):
+    made_of = dataclasses.replace(_for_ti(store), anchors=_anchors(store, logps=[-1.0]))
+    with pytest.raises(MismatchError, match="1 values in anchor_ref_logps for 2 anchor_ids"):
+        _publish(make_recipe, made_of, **{"weights.estimator": "ti", "anchors.seed": 0})
+
+
+def test_the_by_product_does_not_change_with_anchors(store, make_recipe):
+    full = _ingredients(store)
+    ingredients = Ingredients(full.tokens, full.ref_logps)
+    plain, anchored = (make_recipe(**settings) for settings in ({}, {"anchors.seed": 0}))
+    first, second = (publish(r, r.uniform, ingredients, report=lambda line: None) for r in (plain, anchored))
+    assert (first.weights, second.is_new) == (second.weights, False)
+
+
+def test_positions_are_measured_over_all_pairs_and_all_are_written_anew(store, make_recipe):
+    settings = {"weights.transforms": ["position"], "weights.position_bins": 2}
+    first = _publish(make_recipe, _ingredients(store), **settings)
+    # e^0.5 stands in the first half; e^1.5 and e^-0.25 in the second. The same in every pair.
+    row = store.scan("toy/tis-dpo").collect().row(0, named=True)
+    mean = (4.4816891 + 0.7788008) / 2
+    np.testing.assert_allclose(row["chosen_token_weights"], [1, 4.4816891 / mean, 0.7788008 / mean], rtol=2**-12)
+    curve = first.statistics["mean_weight_by_position"]["chosen"]
+    assert curve == pytest.approx([1.6487213, mean])
+    second = _publish(make_recipe, _ingredients(store, "abc"), **settings)
+    table = store.table("weights/toy/tis-dpo")
+    assert set(table.shards(first.weights.version)).isdisjoint(table.shards(second.weights.version))
+    assert (table.num_rows(), _publish(make_recipe, _ingredients(store, "abc"), **settings).is_new) == (3, False)
+
+
+def test_pairs_are_weighed_by_their_scores_and_pairs_without_are_counted(store, make_recipe):
+    settings = {"weights.estimator": "uniform", "weights.pair_weight": "quality", "weights.quality_eta": 0.5}
+    _tokens(store, *"ab", scores={"a": (3.0, 1.0), "b": (1.0, 5.0)})
+    ref = _logps(store, "ref", "abc", [-1.0] * 3, [-1.0] * 2)
+    published = _publish(make_recipe, Ingredients(store.table("tokens/toy-1").reference(), ref), **settings)
+    weights = store.scan("toy/tis-dpo").sort("pair_id").collect()["pair_weight"].to_list()
+    assert weights == pytest.approx([0.7310586, 0.1192029], rel=2**-12)
+    assert published.statistics["mean_pair_weight"] == pytest.approx((0.7310586 + 0.1192029) / 2)
+    with pytest.raises(InputError, match=r"and 1 of 3 pairs of tokens/toy-1@1 lack one"):
+        _publish(make_recipe, Ingredients(_tokens(store, *"abc"), ref), **settings)
+
+
+def test_words_of_the_recipes_tokenizer_are_smoothed(store, make_recipe, toy_model, monkeypatch):
+    monkeypatch.setitem(SIDES, "chosen", [10, 11, 2])  # two characters without white space, and the end of turn
+    recipe = make_recipe(**{"weights.transforms": ["smooth"], "weights.smooth_over": "words"})
+    publish(recipe, recipe.weights, _ingredients(store), report=lambda line: None, tokenizer_folder=toy_model)
+    row = store.scan("toy/tis-dpo").collect().row(0, named=True)
+    word = (1.6487213 + 4.4816891) / 2
+    np.testing.assert_allclose(row["chosen_token_weights"], [word, word, 0.7788008], rtol=2**-12)
+
+
+def test_few_pairs_at_a_time_publish_the_same(store, make_recipe, monkeypatch):
+    ingredients = _ingredients(store, "abcdef")
+    at_once = _publish(make_recipe, ingredients)
+    monkeypatch.setattr("pipeline.publish._BATCH_PAIRS", 4)
+    batched = _publish(make_recipe, ingredients, **{"weights.name": "toy/batched"})
+    assert store.scan("toy/batched").collect().equals(store.scan("toy/tis-dpo").collect())
+    assert batched.statistics["chosen"] == pytest.approx(at_once.statistics["chosen"])
+
+
+def test_the_report_says_what_was_done_and_what_was_missing(store, make_recipe, toy_model):
+    ingredients = dataclasses.replace(_for_ti(store), anchors=_anchors(store))
+    published = _publish(make_recipe, ingredients, **{"weights.estimator": "ti", "anchors.seed": 0})
+    text = summary_markdown(published)
+    assert "| weights | ti: ti_lambda 0.7, sigma_divisor 4.0, span response |" in text
+    assert "| anchors | of 2 pairs |" in text
+    assert "| rejected tokens | mean weight 1.0000, 2 responses with nothing to be weighed by |" in text
+    assert write_report(published, toy_model).endswith("toy/tis-dpo@0.html")
+
+
+def test_the_report_of_a_selection_has_no_clamp(store, make_recipe, toy_model):
+    settings = {"weights.estimator": "sepo", "weights.share": 0.5, "weights.transforms": ["smooth", "mean_one"]}
+    published = _publish(make_recipe, _ingredients(store), **settings)
+    text = summary_markdown(published)
+    assert "| weights | sepo: share 0.5, transforms smooth, mean_one, smooth_over tokens, smooth_window 3 |" in text
+    assert "clamped" not in text
+    assert write_report(published, toy_model).endswith(".html")

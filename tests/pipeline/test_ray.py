@@ -78,11 +78,11 @@ def test_actors_score_what_the_process_scores_and_the_driver_commits_each_table_
         results[name] = run(tokens, scorers, settings, toy_model, bad_id=999, oom_above=2048)
     for role in scorers:
         process, on_ray = results["process"][role], results["ray"][role]
-        assert _rows(on_ray.logps).equals(_rows(process.logps))
-        assert _rows(on_ray.logps).height == NUM_PAIRS - 2
+        assert _rows(on_ray.output).equals(_rows(process.output))
+        assert _rows(on_ray.output).height == NUM_PAIRS - 2
         assert on_ray.num_unscorable == process.num_unscorable == 2
-        (commit,) = _commits(on_ray.logps)
-        expected = _commits(process.logps)[0]
+        (commit,) = _commits(on_ray.output)
+        expected = _commits(process.output)[0]
         assert {key: commit[key] for key in ("scorer", "role", "fingerprint")} == {
             key: expected[key] for key in ("scorer", "role", "fingerprint")
         }
@@ -117,11 +117,11 @@ def test_an_actor_that_is_killed_is_replaced_and_its_chunk_scored_again(tmp_path
     killer.join()
     assert_whole(tokens, scored)
     assert scored.restarts == ()  # the process went on
-    assert len(_commits(scored.logps)) == 1
+    assert len(_commits(scored.output)) == 1
     assert len(set(run.log("engines"))) == 3
     assert list(verify(WeightStore(tokens.store))) == []
     (orphan,) = find_orphans(WeightStore(tokens.store))  # what the dead actor had written
-    assert orphan.table == scored.logps.table
+    assert orphan.table == scored.output.table
 
 
 @pytest.mark.slow
@@ -133,9 +133,9 @@ def test_two_real_engines_agree_with_the_one_of_the_process(tmp_path, toy_model,
         recipe = make_recipe(**keys, **{f"score.{key}": value for key, value in settings.items()})
         tokens = prepare(recipe, toy_model, report=lambda line: None).tokens
         scored = score(tokens, {"ref": Scorer(toy_model)}, recipe.score, toy_model, report=lambda line: None)["ref"]
-        assert scored.num_scored_pairs == len(toy_pairs)
-        frames.append(_rows(scored.logps))
-    assert len(_commits(scored.logps)) == 1
+        assert scored.num_pairs == len(toy_pairs)
+        frames.append(_rows(scored.output))
+    assert len(_commits(scored.output)) == 1
     process, on_ray = frames
     assert process["pair_id"].equals(on_ray["pair_id"])
     for side in ("chosen", "rejected"):
@@ -234,7 +234,7 @@ def test_a_build_on_ray_needs_ray_here_and_vllm_only_where_the_actors_run(tmp_pa
         raise Started
 
     tokens = make_tokens(tmp_path / "store")
-    monkeypatch.setattr("pipeline.score._run_to_the_end", start)
+    monkeypatch.setattr("pipeline.jobs._run_to_the_end", start)
     monkeypatch.setattr("pipeline.child.find_spec", lambda name: None if name == "ray" else "found")
     with pytest.raises(MissingExtraError, match=r"needs the package 'ray'.*pip install 'tokenweights\[ray\]'"):
         score(tokens, {"ref": Scorer(model)}, ScoreSection(**ON_RAY), model)

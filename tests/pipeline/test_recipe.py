@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.estimators import ESTIMATORS
 from pipeline.recipe import load_recipe
 from weights_store.errors import SettingsError
 
@@ -71,6 +72,25 @@ def test_overrides_reach_the_recipe(override, value):
         ("score.top_k=257", "score.top_k: .*less than or equal to 256"),
         ("weights.share=0.5", "weights.share has no effect with weights.estimator 'tis': leave it out"),
         ("weights.share=0", "greater than 0"),
+        ("weights.ti_lambda=1.01", "weights.ti_lambda .*: expected 0 to 1"),
+        ("weights.ti_lambda=-0.1", "weights.ti_lambda .*: expected 0 to 1"),
+        ("weights.ti_lambda=0.5", "weights.ti_lambda has no effect with weights.estimator 'tis': leave it out"),
+        ("weights.sigma_divisor=0", "weights.sigma_divisor: .*greater than 0"),
+        ("weights.estimator=tiss", "weights.estimator: .*'tis', 'sepo', 'ti'.*got 'tiss'"),
+        ("weights.min_weight=2", r"weights.min_weight \(2.0\) must be below weights.max_weight \(1.3\)"),
+        ("weights.members=['ti']", "weights.members has no effect with weights.estimator 'tis'"),
+        ("weights.estimator=ensemble", "put at least two different estimators into weights.members"),
+        ("weights.transforms=['blur']", "weights.transforms.*'position', 'smooth'.*got 'blur'"),
+        ("weights.transforms=['decay','smooth','decay']", "names one of them twice"),
+        ("weights.smooth_window=4", "weights.smooth_window: expected an odd number of tokens"),
+        (
+            "weights.smooth_window=5",
+            r"weights.smooth_window has no effect with weights.estimator 'tis' and weights.transforms \[\]",
+        ),
+        ("weights.decay_gamma=0.5", "weights.decay_gamma has no effect"),
+        ("weights.quality_eta=0.1", "weights.quality_eta has no effect with weights.pair_weight 'none': leave it out"),
+        ("weights.estimator=entropy", "estimator 'entropy' .*: set score.top_k"),
+        ("weights.estimator=activation", "set attribute.activations = true"),
     ],
 )
 def test_wrong_overrides_say_what_and_where(override, message):
@@ -110,6 +130,98 @@ def test_settings_of_other_methods_and_estimators_are_not_in_the_identity():
     assert _load("weights.estimator=uniform", "weights.upper=9", "contrast.beta=3").result_settings() == uniform
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["estimator=ti", "span=sequence"], "weights.span 'sequence' .*: set attribute.prompts = true"),
+        (["estimator=ti", "share=0.5"], "weights.share has no effect with weights.estimator 'ti'"),
+        (["estimator=ti", "lower=-1"], "weights.lower has no effect with weights.estimator 'ti'"),
+        (
+            ["estimator=threshold", "lower=-2", "upper=0"],
+            r"weights.upper \(0.0\) must be above 0 with estimator 'threshold'",
+        ),
+        (["estimator=origin", "transforms=['shrink']"], "estimator 'origin' gives weights of 0: leave 'shrink' out"),
+        (
+            ["estimator=ensemble", "members=['tis','surprise']", "transforms=['shrink']"],
+            "estimator 'surprise' gives weights of 0",
+        ),
+        (["estimator=ensemble", "members=['tis','tis']"], "at least two different estimators"),
+        (["estimator=ensemble", "members=['tis','ti','tis']"], "names one of them twice"),
+        (
+            ["transforms=['smooth']", "smooth_over=words", "smooth_window=5"],
+            "weights.smooth_window has no effect .* and weights.smooth_over 'words'",
+        ),
+        (["name=hh-harmless/uniform", "estimator=uniform", "transforms=['decay']"], "without transforms, pair weights"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(overrides, message):
+    with pytest.raises(SettingsError, match=message):
+        _load(*(f"weights.{override}" for override in overrides))
+
+
+def test_versions_of_earlier_recipes_keep_their_identity():
+    # What stood in the identity before there were other estimators, to the letter.
+    clamp = {"k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5}
+    before = {
+        "tis": clamp,
+        "reversed": clamp,
+        "random": {**clamp, "seed": 0},
+        "sepo": {"share": 0.3},
+        "uniform": {},
+    }
+    for estimator, settings in before.items():
+        found = _load(f"weights.estimator={estimator}").result_settings()
+        assert found["weights"] == {"name": "hh-harmless/tis-dpo", "estimator": estimator, **settings}
+        assert set(found) == {"dataset", "contrast", "score", "weights"}
+
+
+def test_each_estimator_asks_for_what_it_reads():
+    def asks(*overrides):
+        recipe = _load(*overrides)
+        return recipe.needs_pair, recipe.needs_attributions
+
+    assert asks() == asks("weights.estimator=rank_based") == (True, False)
+    assert asks("weights.estimator=ti") == (False, True)
+    assert asks("weights.estimator=surprise") == asks("weights.estimator=decay") == (False, False)
+    assert asks("weights.estimator=activation", "attribute.activations=true") == (False, True)
+    assert asks("weights.estimator=ensemble", "weights.members=['ti','surprise']") == (False, True)
+    assert asks("weights.estimator=ensemble", "weights.members=['ti','tis']") == (True, True)
+    assert asks("weights.estimator=ti", "weights.pair_weight=margin") == (True, True)
+    assert asks("weights.estimator=ti", "weights.pair_weight=quality") == (False, True)
+
+
+def test_what_changes_weights_is_in_the_identity_and_nothing_else():
+    ti = _load("weights.estimator=ti").result_settings()
+    assert ti["weights"] == {
+        "name": "hh-harmless/tis-dpo",
+        "estimator": "ti",
+        "ti_lambda": 0.7,
+        "sigma_divisor": 4.0,
+        "span": "response",
+    }
+    assert ti["contrast"] == {}
+    assert ti["attribute"]["target"] == "max_logit"
+    whole = _load(
+        "weights.estimator=ensemble",
+        "weights.members=['ti','rank_based']",
+        "weights.transforms=['smooth','decay']",
+        "weights.smooth_over=words",
+        "weights.pair_weight=margin",
+    ).result_settings()["weights"]
+    read = {"members", "ti_lambda", "sigma_divisor", "span", "min_weight", "max_weight"}
+    read |= {"transforms", "smooth_over", "decay_gamma", "pair_weight", "margin_tau"}
+    assert set(whole) == {"name", "estimator", *read}
+
+
+def test_the_releases_transforms_have_its_own_ends():
+    ends = {"threshold": (-1, 1), "threshold_and_scale": (-1.5, 1.5), "tis": (-0.5, 1.5)}
+    for estimator, expected in ends.items():
+        weights = _load(f"weights.estimator={estimator}").weights
+        assert (weights.lower, weights.upper) == expected
+    weights = _load("weights.estimator=threshold_and_scale", "weights.upper=2").weights
+    assert (weights.lower, weights.upper) == (-1.5, 2)
+
+
 @pytest.mark.parametrize("override", ["k=2", "mu=0.5", "lower=-1", "upper=1", "seed=1"])
 def test_a_clamp_has_no_effect_on_a_selection_and_is_refused(override):
     key = override.partition("=")[0]
@@ -125,11 +237,13 @@ def test_a_selection_is_identified_by_its_share_and_its_contrastive_pair():
     assert _load("weights.estimator=sepo", "weights.share=0.5").result_settings() != sepo.result_settings()
 
 
-@pytest.mark.parametrize("estimator", ["tis", "sepo", "uniform", "random", "reversed"])
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, "ensemble"])
 def test_a_recipe_comes_back_from_a_deployment(estimator):
     from pipeline.recipe import Recipe
 
-    recipe = _load(f"weights.estimator={estimator}")
+    inputs = ["score.top_k=8", "attribute.activations=true"]
+    members = ["weights.members=['threshold','ti']"] if estimator == "ensemble" else []
+    recipe = _load(f"weights.estimator={estimator}", *inputs, *members)
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
 
 

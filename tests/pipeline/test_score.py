@@ -90,8 +90,8 @@ def interpreter(folder, python=sys.executable):
 def assert_whole(tokens, scored, without=()):
     """Every pair that is not in `without` is there once, with the made-up engine's numbers."""
     store = WeightStore(tokens.store)
-    rows = store.table(tokens.table).scan().join(store.table(scored.logps.table).scan(), on="pair_id").collect()
-    assert store.table(scored.logps.table).num_rows() == rows.height == NUM_PAIRS - len(without)
+    rows = store.table(tokens.table).scan().join(store.table(scored.output.table).scan(), on="pair_id").collect()
+    assert store.table(scored.output.table).num_rows() == rows.height == NUM_PAIRS - len(without)
     assert set(rows["source_row"]).isdisjoint(without)
     for row in rows.iter_rows(named=True):
         for side in ("chosen", "rejected"):
@@ -100,18 +100,18 @@ def assert_whole(tokens, scored, without=()):
 
 
 def commits(scored):
-    return [commit.metadata for commit in WeightStore(scored.logps.store).table(scored.logps.table).history()]
+    return [commit.metadata for commit in WeightStore(scored.output.store).table(scored.output.table).history()]
 
 
 def test_every_pair_is_scored_once_in_chunks_that_say_how_long_they_took(tokens, run):
     scored = run(tokens)["ref"]
     assert_whole(tokens, scored)
-    assert (scored.num_scored_pairs, scored.num_unscorable) == (NUM_PAIRS, 0)
-    assert scored.num_scored_tokens == NUM_PAIRS * PAIR_TOKENS
+    assert (scored.num_pairs, scored.num_unscorable) == (NUM_PAIRS, 0)
+    assert scored.num_tokens == NUM_PAIRS * PAIR_TOKENS
     made = commits(scored)
     assert [commit["statistics"]["num_pairs"] for commit in made] == [4] * (NUM_PAIRS // 4)
     assert all(commit["statistics"]["wall_s"] >= 0 and commit["engine"]["way"] == "made_up" for commit in made)
-    assert run(tokens)["ref"].num_scored_pairs == 0
+    assert run(tokens)["ref"].num_pairs == 0
     assert len(run.log("starts")) == 1
 
 
@@ -131,12 +131,12 @@ def test_scorers_of_one_model_share_one_engine(tokens, toy_model, run):
     )
     tokens = WeightStore(tokens.store).table(tokens.table).reference()
     scored = run(tokens, {"ref": Scorer(toy_model), **prompts}, tokenizer=toy_model, top_k=3)
-    assert {role: result.num_scored_pairs for role, result in scored.items()} == dict.fromkeys(scored, NUM_PAIRS)
-    assert len({result.logps.table for result in scored.values()}) == 3
+    assert {role: result.num_pairs for role, result in scored.items()} == dict.fromkeys(scored, NUM_PAIRS)
+    assert len({result.output.table for result in scored.values()}) == 3
     assert len(run.log("pids")) == len(run.log("starts")) == 1
     assert_has_likeliest(tokens, scored["ref"], 3)
     for role in prompts:
-        rows = WeightStore(tokens.store).table(scored[role].logps.table).scan().collect()
+        rows = WeightStore(tokens.store).table(scored[role].output.table).scan().collect()
         assert rows.select(pl.col("^.*_top_.*$").null_count()).row(0) == (NUM_PAIRS,) * 4
     assert list(verify(WeightStore(tokens.store))) == []
 
@@ -147,7 +147,7 @@ def test_scorers_of_one_model_share_one_engine(tokens, toy_model, run):
 def assert_has_likeliest(tokens, scored, top_k):
     """Every pair that was scored has the made-up engine's likeliest tokens, `top_k` for each of its own."""
     store = WeightStore(tokens.store)
-    rows = store.table(tokens.table).scan().join(store.table(scored.logps.table).scan(), on="pair_id").collect()
+    rows = store.table(tokens.table).scan().join(store.table(scored.output.table).scan(), on="pair_id").collect()
     for row in rows.iter_rows(named=True):
         for side in ("chosen", "rejected"):
             expected = scores(ScoredSequence(row["prompt_ids"], row[f"{side}_ids"], top_k=top_k))
@@ -162,16 +162,16 @@ def test_asking_for_likeliest_tokens_scores_into_another_table_and_leaves_the_pl
     tokens = make_tokens(tmp_path / "store", row8={"rejected_ids": [999, 4]})
     plain = run(tokens, chunk_tokens=60 * PAIR_TOKENS, bad_id=999)["ref"]
     with_top = run(tokens, chunk_tokens=60 * PAIR_TOKENS, bad_id=999, top_k=2, dies_after=1)["ref"]
-    assert with_top.logps.table != plain.logps.table
-    assert any(f"new table; unlike {plain.logps.table}: top_k: null -> 2" in line for line in run.lines)
+    assert with_top.output.table != plain.output.table
+    assert any(f"new table; unlike {plain.output.table}: top_k: null -> 2" in line for line in run.lines)
     assert "top_k" not in commits(plain)[0]["scorer"]
     assert commits(with_top)[0]["scorer"] == {**commits(plain)[0]["scorer"], "top_k": 2}
     assert_whole(tokens, with_top, without={8})
     assert_has_likeliest(tokens, with_top, 2)
     num_starts = len(run.log("starts"))
     assert num_starts == 1 + 2
-    assert run(tokens)["ref"].logps == plain.logps
-    assert run(tokens, top_k=2)["ref"].logps == with_top.logps
+    assert run(tokens)["ref"].output == plain.output
+    assert run(tokens, top_k=2)["ref"].output == with_top.output
     assert len(run.log("starts")) == num_starts
 
 
@@ -273,7 +273,7 @@ def test_poisonous_rows_are_quarantined_alone_and_never_tried_again(tmp_path, ru
     assert set(quarantine["reason"]) == {Reason.UNSCORABLE.value}
     details = [detail.partition(": ")[2] for detail in quarantine["detail"]]
     assert details == [
-        "prompt and response have 101 tokens, the engine takes 100",
+        "prompt and response have 101 tokens, the model takes 100",
         "a token id is outside the model's vocabulary of 1000",
         "a token id is outside the model's vocabulary of 1000",
         "rejected: response token 0: log-prob is nan, expected a finite number",
@@ -364,7 +364,7 @@ def test_an_interpreter_without_vllm_says_what_to_install(tokens, model, tmp_pat
 def test_log_probs_lie_beside_their_pairs(tokens, run):
     """Sorted by pair_id within each commit, as joins by ranges need it."""
     scored = run(tokens)["ref"]
-    table = WeightStore(tokens.store).table(scored.logps.table)
+    table = WeightStore(tokens.store).table(scored.output.table)
     for record in table.records():
         ids = table.scan_shards([record]).select("pair_id").collect().to_series()
         assert ids.equals(ids.sort())

@@ -1,0 +1,65 @@
+"""Where words start among the tokens of a response, from the tokenizer's own vocabulary; read once, without tokenising.
+
+A word is what stands between white space: its punctuation belongs to it. Special tokens stand alone. Languages written
+without spaces are not cut.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from weights_store.errors import MismatchError
+
+_SPACES_OF_BYTES = tuple("ĠĊĉč")
+"""How byte-level vocabularies write space, line feed, tab and carriage return."""
+_SPACES = ("▁", " ", "\n", "\t", "\r", "<0x20>", "<0x0A>", "<0x09>", "<0x0D>")
+"""How SentencePiece's do."""
+
+
+@dataclass(frozen=True)
+class WordStarts:
+    """For each token of a vocabulary, `[V]` bool: whether a word starts with it, and whether one ends before the next token."""
+
+    before: np.ndarray
+    after: np.ndarray
+
+    @classmethod
+    def of_vocabulary(cls, tokens: list[str], special: set[int]) -> "WordStarts":
+        """Look at the raw tokens, in which white space is still there; decoding one alone may drop it.
+
+        Args:
+            tokens: By id.
+            special: Ids of special tokens.
+        """
+        spaces = _SPACES_OF_BYTES if "Ġ" in tokens else _SPACES
+        is_special = np.isin(np.arange(len(tokens)), list(special))
+        before = np.array([token.startswith(spaces) for token in tokens], dtype=bool)
+        lone = ("Ġ", "▁")  # the space of the token behind it, where that has none of its own
+        after = np.array([token.endswith(spaces) and token not in lone for token in tokens], dtype=bool)
+        return cls(before | is_special, after | is_special)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "WordStarts":
+        """Read the vocabulary of a tokenizer's folder."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        return cls.of_vocabulary([token or "" for token in tokens], set(tokenizer.all_special_ids))
+
+    def starts(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Return whether a word starts at each token, flat `[N]` bool; one does at the start of each response.
+
+        Raises:
+            MismatchError: An id is not in the vocabulary.
+        """
+        if ids.size and int(ids.max()) >= len(self.before):
+            raise MismatchError(
+                f"token id {int(ids.max())} is not in the tokenizer's vocabulary of {len(self.before)}: smoothing over words "
+                "needs the tokenizer that the pairs were tokenised with. Check model.path"
+            )
+        found = self.before[ids]
+        found[1:] |= self.after[ids[:-1]]
+        found[np.cumsum(lengths) - lengths] = True
+        return found
