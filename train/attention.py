@@ -17,6 +17,9 @@ from transformers import AttentionInterface
 
 PACKED = "tokenweights_packed"
 """Name of the attention implementation."""
+CHOSEN, REJECTED, ANCHOR = 1, 2, 3
+"""Branches of a pair: a response's own tokens. What all of them share is branch 0."""
+NUM_BRANCHES = 4
 MAX_DENSE_SCORES = 1 << 19
 """Scores of one head up to which plain matrix products are used on CPUs. While scores fit into the cache they take half the
 time of the flash kernel. With 8 heads, forward and backward of one pair: 1.8 against 3.6 ms at 256 tokens, 6.7 against 15
@@ -71,7 +74,7 @@ class Packing:
     """Who may see whom in a packed row of N tokens.
 
     Args:
-        branch_ids: `[N]`, 3 * pair + branch: 0 for what both responses share, 1 for the chosen one's own, 2 the rejected one's.
+        branch_ids: `[N]`, NUM_BRANCHES * pair + branch: 0 for what all responses share, else the response whose own it is.
         positions: `[N]`, in the sequence that the token belongs to.
     """
 
@@ -82,18 +85,18 @@ class Packing:
     def sees(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
         """Return whether the tokens at `query` may see those at `key`, broadcast.
 
-        Within a pair, a key is seen from its own branch, and from both responses where they share it; never a later one.
+        Within a pair, a key is seen from its own branch, and from every response where they share it; never a later one.
         """
         query_branch, key_branch = self.branch_ids[query], self.branch_ids[key]
-        same_pair = query_branch // 3 == key_branch // 3
+        same_pair = query_branch // NUM_BRANCHES == key_branch // NUM_BRANCHES
         distance = self.positions[query] - self.positions[key]
-        allowed = same_pair & ((key_branch % 3 == 0) | (key_branch == query_branch)) & (distance >= 0)
+        allowed = same_pair & ((key_branch % NUM_BRANCHES == 0) | (key_branch == query_branch)) & (distance >= 0)
         return allowed if window is None else allowed & (distance < window)
 
     @cached_property
     def groups(self) -> list[RowGroup]:
         """The pairs in groups of similar length, in their order."""
-        lengths = torch.bincount(self.branch_ids // 3)
+        lengths = torch.bincount(self.branch_ids // NUM_BRANCHES)
         groups: list[RowGroup] = []
         begin, begin_token = 0, 0
         for size in _cut_by_length(lengths.tolist()):
@@ -126,6 +129,35 @@ class Packing:
             self._masks[window] = create_block_mask(mask_mod, None, None, length, length, str(self.branch_ids.device))
         return self._masks[window]
 
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Return what the tokens of the row get to see, `[1, N, H, D]`; see `packed_attention`."""
+        if query.is_cuda:
+            from transformers.integrations.flex_attention import flex_attention_forward
+
+            mask = self.block_mask(window)
+            output, _ = flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)
+            return output  # type: ignore[no-any-return]
+        # Rotation is in float32 under autocast; a matrix product would cast every time.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        sizes = [group.num_tokens for group in self.groups]
+        parts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
+        outputs = []
+        for group, mask, tensors in zip(self.groups, self.row_masks(window), parts, strict=True):
+            rows = (Spread.apply(tensor, group.places, group.is_token) for tensor in tensors)
+            attended = attend(*rows, mask=mask, scaling=scaling, softcap=softcap)
+            outputs.append(attended.transpose(1, 2)[group.is_token])
+        return torch.cat(outputs)[None]
+
 
 def packed_attention(
     module: nn.Module,
@@ -155,25 +187,10 @@ def packed_attention(
         softcap: Scores are squeezed into (-softcap, softcap).
     """
     assert dropout == 0.0, "policy.py turns dropout off"
-    if query.is_cuda:
-        from transformers.integrations.flex_attention import flex_attention_forward
-
-        mask = packing.block_mask(sliding_window)
-        output, _ = flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)
-        return output, None
-    # Rotation is in float32 under autocast; a matrix product would cast every time.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    sizes = [group.num_tokens for group in packing.groups]
-    parts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = []
-    for group, mask, tensors in zip(packing.groups, packing.row_masks(sliding_window), parts, strict=True):
-        rows = (_Spread.apply(tensor, group.places, group.is_token) for tensor in tensors)
-        attended = _attend(*rows, mask=mask, scaling=scaling, softcap=softcap)
-        outputs.append(attended.transpose(1, 2)[group.is_token])
-    return torch.cat(outputs)[None], None
+    return packing.attend(module, query, key, value, scaling=scaling, window=sliding_window, softcap=softcap), None
 
 
-class _Spread(torch.autograd.Function):
+class Spread(torch.autograd.Function):
     """`[1, H, N, D]` to `[B, H, T, D]` by `places`. Every token has one place, so the way back is a plain gather."""
 
     @staticmethod
@@ -189,20 +206,30 @@ class _Spread(torch.autograd.Function):
         return gradient.transpose(1, 2)[is_token].transpose(0, 1)[None], None, None
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor, scaling: float | None, softcap: float | None
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    before: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Softmax attention with a mask, `[B, H, T, D]`."""
+    """Softmax attention with a mask, `[B, H, T, D]`; `before` has constant keys and values, in front of the others."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        before = before and (before[0].repeat_interleave(groups, dim=1), before[1].repeat_interleave(groups, dim=1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if softcap is None and query.shape[0] * query.shape[2] * mask.shape[3] <= MAX_DENSE_SCORES:
+        return _DenseAttention.apply(query, key, value, mask, scale, before)  # type: ignore[no-any-return]
+    if before is not None:
+        key, value = (torch.cat(parts, dim=2) for parts in zip(before, (key, value), strict=True))
     if softcap is not None:
         scores = torch.tanh((query * scale) @ key.transpose(-1, -2) / softcap) * softcap
         return _shares(scores, mask, value.dtype) @ value
-    if query.shape[0] * query.shape[2] ** 2 > MAX_DENSE_SCORES:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    return _DenseAttention.apply(query, key, value, mask, scale)  # type: ignore[no-any-return]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 def _shares(scores: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -212,23 +239,34 @@ def _shares(scores: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _DenseAttention(torch.autograd.Function):
-    """`_attend` by plain matrix products. Of all that is as large as the scores only the shares are kept for the way back."""
+    """`attend` by plain matrix products. Of all that is as large as the scores only the shares are kept for the way back."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor,
+        scale: float,
+        before: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        ctx.num_before = 0 if before is None else before[0].shape[2]
+        if before is not None:
+            key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
         shares = _shares((query * scale) @ key.transpose(-1, -2), mask, value.dtype)
         ctx.save_for_backward(query, key, value, shares)
         ctx.scale = scale
         return shares @ value
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:  # type: ignore[override]
         query, key, value, shares = ctx.saved_tensors
         of_shares = gradient @ value.transpose(-1, -2)
         of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
         of_query = (of_scores @ key) * ctx.scale
-        of_key = (of_scores.transpose(-1, -2) @ query) * ctx.scale
-        return of_query, of_key, shares.transpose(-1, -2) @ gradient, None, None
+        own_scores, own_shares = (whole[..., ctx.num_before :].transpose(-1, -2) for whole in (of_scores, shares))
+        return of_query, (own_scores @ query) * ctx.scale, own_shares @ gradient, None, None, None
 
 
 AttentionInterface.register(PACKED, packed_attention)

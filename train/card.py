@@ -20,6 +20,7 @@ _TITLES = {
     "tdpo1": "TDPO1 (arXiv 2404.11999)",
     "tdpo2": "TDPO2 (arXiv 2404.11999)",
     "tis_dpo": "TIS-DPO (arXiv 2410.04350)",
+    "ti_dpo": "TI-DPO (arXiv 2505.19653)",
     "simpo": "SimPO (arXiv 2405.14734)",
     "sepo": "SePO (arXiv 2408.13518)",
     "d2po": "D2PO (arXiv 2502.14340)",

@@ -1,19 +1,22 @@
-"""Put pairs into one micro-batch: packed, or two padded sequences per pair.
+"""Put pairs into one micro-batch: packed, or a padded sequence per response.
 
-Packed, all pairs lie behind each other in one row without padding: the prompt once (with what both responses begin with), then
-the rest of the chosen and of the rejected response, positions continued from the prompt. Who sees whom is `attention.py`.
-Padded, every response has its prompt in front of it, for models that cannot be packed. Either way `places` says where token
-t of each sequence is, and all values per token are `[2 B, T]`, chosen sequences first.
+Packed, all pairs lie behind each other in one row without padding: the prompt once (with what all responses begin with), then
+the rest of the chosen response, of the rejected one and of the anchor, positions continued from the prompt. Who sees whom is
+`attention.py`. Padded, every response has its prompt in front of it, for models that cannot be packed. Either way `places` says
+where token t of each sequence is, and all values per token are `[2 B, T]`, chosen sequences first; with anchors behind the
+rejected ones `[3 B, T]`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from train.attention import ANCHOR, CHOSEN, NUM_BRANCHES, REJECTED
 from train.dataset import Pair, StoredResponse
 from train.logps import TokenTerms
 from train.losses import ResponseLogps
@@ -28,6 +31,7 @@ MODEL_INPUTS = (
     "attention_mask",
     "ref_top_ids",
     "ref_top_logps",
+    "has_kl",
 )
 PADDING_ID = 0  # any id does: padding is told by the masks, never by its id
 
@@ -42,84 +46,105 @@ class PairCollator:
     `attention_mask` when padded; `places` (int64), `completion_mask` (bool, True on response tokens), `token_weights` and
     `ref_logps` (float32, aligned to their token, 0 elsewhere), `[2 B, T]`; `pair_weights` (float32) and `counts` (bool, False
     for fillers), `[B]`. Where the pairs have them `ref_top_ids`, `ref_top_logps` `[2 B, T, K]`, `chosen_scores` and
-    `rejected_scores` `[B]`.
+    `rejected_scores` `[B]`; with anchors `has_kl` `[3 B]`, False for them: no loss looks at their divergence.
 
     Args:
         packed: Otherwise padded.
         with_rejected: False leaves the rejected responses out (B sequences), for losses that do not need them.
+        with_anchors: True puts every pair's anchor behind (3 B sequences).
+        share_beginnings: Packed, what all responses of a pair begin with is computed once; False shares the prompt alone, so
+            that every response token has an embedding of its own.
     """
 
     packed: bool = True
     with_rejected: bool = True
+    with_anchors: bool = False
+    share_beginnings: bool = True
 
     def __call__(self, pairs: Sequence[Pair]) -> Batch:
         """Return the micro-batch of `pairs`."""
-        responses = [pair.chosen for pair in pairs] + ([pair.rejected for pair in pairs] if self.with_rejected else [])
-        prompts = [pair.prompt_ids for pair in pairs] * (2 if self.with_rejected else 1)
+        responses = list(chain(*zip(*(self._responses(pair).values() for pair in pairs), strict=True)))
+        prompts = [pair.prompt_ids for pair in pairs] * (len(responses) // len(pairs))
         arrays = self._pack(pairs) if self.packed else _pad(prompts, responses)
         arrays |= _align(prompts, responses)
         arrays["pair_weights"] = np.array([pair.pair_weight for pair in pairs], np.float32)
         arrays["counts"] = np.array([not pair.is_filler for pair in pairs])
+        if self.with_anchors:
+            arrays["has_kl"] = np.arange(len(responses)) < len(responses) - len(pairs)
         if pairs[0].chosen_score is not None:
             for side in ("chosen", "rejected"):
                 arrays[f"{side}_scores"] = np.array([getattr(pair, f"{side}_score") for pair in pairs], np.float32)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def num_tokens(self, pair: Pair) -> int:
-        """Return what a pair adds to a micro-batch (padded: before padding)."""
-        num_tokens = len(pair.prompt_ids) + len(pair.chosen.ids)
-        if not self.with_rejected:
-            return num_tokens
-        return num_tokens + len(pair.rejected.ids) + (0 if self.packed else len(pair.prompt_ids))
+        """Return what a pair adds to a micro-batch (padded: before padding; packed: as if no beginning were shared)."""
+        responses = self._responses(pair).values()
+        num_prompts = 1 if self.packed else len(responses)
+        return num_prompts * len(pair.prompt_ids) + sum(len(response.ids) for response in responses)
 
     def num_pairs(self, batch: Batch) -> int:
         """Return B of a micro-batch."""
         return len(batch["pair_weights"])
 
-    def split_sides(self, batch: Batch, terms: TokenTerms) -> tuple[ResponseLogps, ResponseLogps | None]:
-        """Return chosen and rejected, `[B, T]` each, of a batch that this collator made; rejected may be left out."""
+    def split_sides(
+        self, batch: Batch, terms: TokenTerms
+    ) -> tuple[ResponseLogps, ResponseLogps | None, ResponseLogps | None]:
+        """Return chosen, rejected and anchor, `[B, T]` each, of a batch that this collator made; None for what is left out."""
         num_pairs = self.num_pairs(batch)
         fields = (terms.logps, batch["completion_mask"], batch["ref_logps"], batch["token_weights"], terms.kls)
-        chosen = ResponseLogps(*(field if field is None else field[:num_pairs] for field in fields))  # type: ignore[arg-type]
-        rejected = ResponseLogps(*(field if field is None else field[num_pairs:] for field in fields))  # type: ignore[arg-type]
-        return chosen, rejected if self.with_rejected else None
+
+        def side(index: int) -> ResponseLogps:
+            rows = slice(index * num_pairs, (index + 1) * num_pairs)
+            return ResponseLogps(*(field if field is None else field[rows] for field in fields))  # type: ignore[arg-type]
+
+        rejected = side(1) if self.with_rejected else None
+        return side(0), rejected, side(1 + self.with_rejected) if self.with_anchors else None
+
+    def _responses(self, pair: Pair) -> dict[int, StoredResponse]:
+        """Return the responses of a pair that go into the batch, by branch."""
+        responses = {CHOSEN: pair.chosen}
+        if self.with_rejected:
+            responses[REJECTED] = pair.rejected
+        if self.with_anchors:
+            assert pair.anchor is not None, "dataset.py gives them on request"
+            responses[ANCHOR] = pair.anchor
+        return responses
 
     def _pack(self, pairs: Sequence[Pair]) -> dict[str, NDArray]:
         ids: list[Ids] = []
         branches: list[tuple[int, int]] = []  # branch id and number of tokens
         positions: list[NDArray] = []
-        chosen_places: list[NDArray] = []
-        rejected_places: list[NDArray] = []
-        begin = 0
+        places: list[list[NDArray]] = []  # of each pair, of each response
+        end = 0
         for pair_idx, pair in enumerate(pairs):
-            length = len(pair.prompt_ids) + len(pair.chosen.ids)
-            places = np.arange(begin, begin + length)
-            ids += [pair.prompt_ids, pair.chosen.ids]
-            positions.append(places - begin)
-            chosen_places.append(places)
-            begin += length
-            if not self.with_rejected:
-                branches.append((3 * pair_idx, length))
-                continue
-            common = _count_common(pair.chosen.ids, pair.rejected.ids)
-            shared, own = len(pair.prompt_ids) + common, len(pair.rejected.ids) - common
-            ids.append(pair.rejected.ids[common:])
-            positions.append(np.arange(shared, shared + own))
-            rejected_places.append(np.concatenate([places[:shared], np.arange(begin, begin + own)]))
-            branches += [(3 * pair_idx, shared), (3 * pair_idx + 1, length - shared), (3 * pair_idx + 2, own)]
-            begin += own
+            responses = self._responses(pair)
+            common = _count_common([response.ids for response in responses.values()]) if self.share_beginnings else 0
+            num_shared = len(pair.prompt_ids) + common
+            shared = np.arange(end, end + num_shared)
+            ids += [pair.prompt_ids, pair.chosen.ids[:common]]
+            branches.append((NUM_BRANCHES * pair_idx, num_shared))
+            positions.append(shared - end)
+            places.append([])
+            end += num_shared
+            for branch, response in responses.items():
+                own = np.arange(len(response.ids) - common)
+                ids.append(response.ids[common:])
+                branches.append((NUM_BRANCHES * pair_idx + branch, len(own)))
+                positions.append(num_shared + own)
+                places[-1].append(np.concatenate([shared, end + own]))
+                end += len(own)
         return {
             "input_ids": np.concatenate(ids).astype(np.int64)[None],
             "position_ids": np.concatenate(positions).astype(np.int64)[None],
             "branch_ids": np.repeat(*(np.array(column) for column in zip(*branches, strict=True)))[None],
-            "places": _stack(chosen_places + rejected_places),
+            "places": _stack(list(chain(*zip(*places, strict=True)))),
         }
 
 
-def _count_common(first: Ids, second: Ids) -> int:
-    """Return how many ids two responses share at their beginning."""
-    length = min(len(first), len(second))
-    differing = np.flatnonzero(first[:length] != second[:length])
+def _count_common(responses: Sequence[Ids]) -> int:
+    """Return how many ids all responses share at their beginning."""
+    length = min(map(len, responses))
+    differing = np.flatnonzero(np.any([ids[:length] != responses[0][:length] for ids in responses], axis=0))
     return int(differing[0]) if len(differing) else length
 
 
@@ -159,5 +184,7 @@ def _align(prompts: Sequence[Ids], responses: Sequence[StoredResponse]) -> dict[
         tokens = slice(len(prompt_ids), len(prompt_ids) + len(response.ids))
         aligned["completion_mask"][row, tokens] = True
         for name in aligned.keys() - {"completion_mask"}:
-            aligned[name][row, tokens] = getattr(response, name)
+            values = getattr(response, name)
+            if values is not None:  # an anchor has no top k
+                aligned[name][row, tokens] = values
     return aligned

@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from train.loss_config import LossConfig
+from train.loss_config import LossConfig, loss_needs
 
 
 class _Section(BaseModel):
@@ -181,6 +181,12 @@ class TrainConfig(_Section):
             )
         if self.model.quantization != "none" and self.lora is not None and self.lora.merge:
             raise ValueError("an adapter cannot be merged into 4-bit weights; set lora.merge=false")
+        needs = loss_needs(self.loss)
+        if self.parallel.strategy == "fsdp2" and (needs.fresh_weights or needs.fresh_anchors):
+            raise ValueError(
+                "loss.anchor='online' and loss.importance='online' need the whole model on each process, and "
+                "parallel.strategy='fsdp2' cuts it up; set parallel.strategy='ddp', or train on stored ones"
+            )
         if self.eval.best and not self.output.save_every_steps:
             raise ValueError("eval.best chooses among checkpoints; set output.save_every_steps")
         if self.eval.best and (self.output.save_every_steps or 1) % (self.eval.every_steps or 1):

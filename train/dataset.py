@@ -78,6 +78,7 @@ class PairDataset(Dataset[Pair]):
         selection: Which rows; None for those of the config's split, up to its `max_pairs`.
         with_ref_top: Read the reference's top-k log-probs too, 2 K numbers more per response token.
         with_scores: Read the annotators' scores too.
+        with_anchors: Read the anchors and their reference log-probs too.
         cache_groups: Row groups kept in memory, about 1 MiB each.
 
     Raises:
@@ -96,13 +97,14 @@ class PairDataset(Dataset[Pair]):
         selection: Selection | None = None,
         with_ref_top: bool = False,
         with_scores: bool = False,
+        with_anchors: bool = False,
         cache_groups: int = WINDOW_GROUPS + 1,
     ) -> None:
         self.source = source
         self.config = config
         self.vocab_size = vocab_size
         self.cache_groups = cache_groups
-        self._columns = column_names(with_ref_top=with_ref_top, with_scores=with_scores)
+        self._columns = column_names(with_ref_top=with_ref_top, with_scores=with_scores, with_anchors=with_anchors)
         self._records = source.table.records(source.reference.version)
         _check_written(self._columns, self._records, source.name)
         self.selection = selection or Selection(config.split, max_pairs=config.max_pairs)

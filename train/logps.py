@@ -34,7 +34,8 @@ Head = Callable[[Tensor], Tensor]
 
 
 class TokenTerms(NamedTuple):
-    """What the model says of the tokens of 2 B sequences (chosen ones first), `[2 B, T]` float32 nats; 0 outside responses."""
+    """What the model says of the tokens of 2 B sequences (chosen ones first, anchors last), `[2 B, T]` float32 nats; 0 outside
+    responses."""
 
     logps: Tensor
     """log pi(token t | tokens < t)."""
@@ -67,6 +68,7 @@ def per_token_logps(
     attention_mask: Tensor | None = None,
     ref_top_ids: Tensor | None = None,
     ref_top_logps: Tensor | None = None,
+    has_kl: Tensor | None = None,
     *,
     divergence: Divergence | None = None,
     chunk_logits: int | None = None,
@@ -84,6 +86,7 @@ def per_token_logps(
         attention_mask: Of padded sequences, 1 on tokens, 0 on padding.
         ref_top_ids: `[2 B, T, K]`, for a divergence from stored log-probs.
         ref_top_logps: Likewise.
+        has_kl: `[3 B]` bool, the sequences that the divergence is computed of, before all others; None for all.
         divergence: What to compute besides.
         chunk_logits: Logits worked on at a time; None for what suits the device.
         kept_logits: Above so many, logits are computed again in the backward pass.
@@ -104,21 +107,33 @@ def per_token_logps(
         reference_head, reference_hidden = _run_reference(model, divergence.reference, decode)
         extra = [reference_hidden[previous]]
         compute = partial(_logps_and_exact_kl, head, reference_head, divergence.direction)
-    columns = [decode(model)[previous], target_ids, *extra]
+    columns = [decode(model)[previous], target_ids]
     if chunk_logits is None:
         chunk_logits = max(CHUNK_LOGITS if input_ids.is_cuda else 0, CHUNK_ROWS * _vocab_size(model))
     # Rows of full distributions cost several times as much as rows of logits.
     rows = max(1, chunk_logits // _vocab_size(model) // (1 if divergence is None else 4))
     again = len(target_ids) * _vocab_size(model) > kept_logits or divergence is not None
+    num_with_kl = len(target_ids) if has_kl is None or divergence is None else int(completion_mask[has_kl].sum())
+    chunks = _run(compute, [column[:num_with_kl] for column in (*columns, *extra)], rows, again=again)
+    if num_with_kl < len(target_ids):
+        chunks += _run(partial(_logps_alone, head), [column[num_with_kl:] for column in columns], rows, again=again)
+    terms = [torch.cat([chunk[i] for chunk in chunks if i < len(chunk)]) for i in range(len(chunks[0]))]
+    return TokenTerms(*(_scatter(values, (sequence_idx, token_idx), places.shape) for values in terms))
+
+
+def _run(
+    compute: Callable[..., tuple[Tensor, ...]], columns: list[Tensor], rows: int, *, again: bool
+) -> list[tuple[Tensor, ...]]:
+    """Return what `compute` makes of every chunk of so many rows; `again` computes it again in the backward pass."""
     if again:
         compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
-    chunks = [compute(*chunk) for chunk in zip(*(column.split(rows) for column in columns), strict=True)]
-    where = (sequence_idx, token_idx)
-    return TokenTerms(*(_scatter(torch.cat(parts), where, places.shape) for parts in zip(*chunks, strict=True)))
+    return [compute(*chunk) for chunk in zip(*(column.split(rows) for column in columns), strict=True)]
 
 
 def _scatter(values: Tensor, where: tuple[Tensor, Tensor], shape: torch.Size) -> Tensor:
-    return values.new_zeros(shape).index_put(where, values)
+    """Put the values of the first response tokens in their places, 0 elsewhere."""
+    first = tuple(indices[: len(values)] for indices in where)
+    return values.new_zeros(shape).index_put(first, values)
 
 
 def _decode(

@@ -150,6 +150,85 @@ def tis_dpo(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, eta_
     return _logistic(chosen_sums, rejected_sums, beta)
 
 
+def ti_dpo(
+    chosen: ResponseLogps,
+    rejected: ResponseLogps,
+    anchor: ResponseLogps | None = None,
+    *,
+    beta: float,
+    alpha: float = 0.0,
+    triplet_gamma: float = 0.0,
+    triplet_margin: float = 0.0,
+) -> PairLosses:
+    """Per-pair TI-DPO loss, `[B]` nats: DPO or TDPO2 on weighted log-ratios, and a share of the triplet loss.
+
+    Without the triplet it equals `tis_dpo` bit for bit with `alpha` 0, and `tdpo2` where all weights are 1. Rewards are
+    what the logistic sees; the triplet is not in them.
+
+    Args:
+        chosen: Preferred responses, with `ref_logps` and `token_weights`; with alpha `kls` as well, KL(ref‖pi).
+        rejected: The others, likewise.
+        anchor: Responses sampled for the same prompts, with `ref_logps`; None without the triplet.
+        beta: > 0.
+        alpha: Factor of the KL term, >= 0; 0 for the paper's loss, which has none.
+        triplet_gamma: Factor of the triplet loss, >= 0; 0 is off.
+        triplet_margin: See `triplet`.
+
+    Raises:
+        ValueError: `ref_logps`, `token_weights`, `kls` or the anchor are missing or `beta` is not positive.
+
+    References:
+        arXiv 2505.19653 (ICLR 2026), Eq. 11, 12, 14; beta stands inside the sigmoid as in Algorithm 1, Eq. 12 leaves it
+        out. With alpha as in the official release: TDPO2's KL term, without token weights, of which the paper has the
+        factor's name only.
+    """
+    chosen_sums, rejected_sums = sum_weighted_logratios(chosen), sum_weighted_logratios(rejected)  # Eq. 11
+    if alpha:  # beta [m_w(w) - m_w(l) - alpha (K(l) - sg K(w))]
+        chosen_sums = chosen_sums + alpha * sum_kls(chosen).detach()
+        rejected_sums = rejected_sums + alpha * sum_kls(rejected)
+    result = _logistic(chosen_sums, rejected_sums, beta)
+    if not triplet_gamma:
+        return result
+    if anchor is None:
+        raise ValueError("ti_dpo with triplet_gamma above 0 needs an anchor; none was given")
+    triplets = triplet(chosen, rejected, anchor, margin=triplet_margin).losses
+    return result._replace(losses=result.losses + triplet_gamma * triplets)  # Eq. 14
+
+
+class Triplet(NamedTuple):
+    """The triplet loss and what it compares, `[B]` nats squared each."""
+
+    losses: Tensor
+    to_chosen: Tensor
+    """Squared distance of the anchor from the chosen response."""
+    to_rejected: Tensor
+    """And from the rejected one."""
+
+
+def triplet(chosen: ResponseLogps, rejected: ResponseLogps, anchor: ResponseLogps, *, margin: float) -> Triplet:
+    """Per-pair triplet loss, `[B]` nats squared: the anchor shall be nearer to chosen than to rejected.
+
+    Distances are those of per-token log-ratios. Where the policy is the reference they are all 0, and so is the gradient
+    of a square: the loss is the margin, and does nothing until another term has moved the policy.
+
+    Args:
+        chosen: Preferred responses, with `ref_logps`. Token weights play no part.
+        rejected: The others, likewise.
+        anchor: The policy's own responses to the same prompts, likewise. Gradients flow through its log-probs too.
+        margin: By how much nearer, nats squared, >= 0.
+
+    Raises:
+        ValueError: `ref_logps` are missing.
+
+    References:
+        arXiv 2505.19653, Eq. 13. What the paper leaves open is as in the official release: token 1 is compared with token
+        1 of the other response, as far as both go; squares are added up, not averaged.
+    """
+    ours, good, bad = (_by_ordinal(side) for side in (anchor, chosen, rejected))
+    to_chosen, to_rejected = _squared_distance(ours, good), _squared_distance(ours, bad)
+    return Triplet(F.relu(to_chosen - to_rejected + margin), to_chosen, to_rejected)  # Eq. 13
+
+
 def simpo(
     chosen: ResponseLogps,
     rejected: ResponseLogps,
@@ -371,6 +450,19 @@ def _given(side: ResponseLogps, field: str) -> Tensor:
 def _weighted_sum(values: Tensor, side: ResponseLogps) -> Tensor:
     """sum_t w_t v_t, `[B]`; `values` are masked already."""
     return (_token_weights(side) * values).sum(-1)
+
+
+def _by_ordinal(side: ResponseLogps) -> tuple[Tensor, Tensor]:
+    """Return log-ratios and mask, `[B, T]`, with the first response token of every row in column 0."""
+    order = (~side.completion_mask).to(torch.uint8).argsort(dim=-1, stable=True)
+    return _logratios(side).gather(-1, order), side.completion_mask.gather(-1, order)
+
+
+def _squared_distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """Return sum_t (u_t - v_t)^2, `[B]`, over the places where both responses have a token."""
+    length = min(first[0].shape[-1], second[0].shape[-1])
+    (values, mask), (other_values, other_mask) = ((field[:, :length] for field in side) for side in (first, second))
+    return _masked(values - other_values, mask & other_mask).square().sum(-1)
 
 
 def _mean(values: Tensor, side: ResponseLogps) -> Tensor:

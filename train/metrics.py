@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from train.loss_config import KlDirection
-from train.losses import PairLosses, ResponseLogps, sum_kls, sum_logps, sum_logratios
+from train.losses import PairLosses, ResponseLogps, sum_kls, sum_logps, sum_logratios, triplet
 
 
 @torch.no_grad()
@@ -42,6 +42,20 @@ def pair_metrics(
     if kl_direction is not None:
         metrics |= {f"kl_{kl_direction}/{name}": sum_kls(side) for name, side in sides.items()}
     return metrics
+
+
+@torch.no_grad()
+def triplet_metrics(
+    chosen: ResponseLogps, rejected: ResponseLogps, anchor: ResponseLogps, *, margin: float
+) -> dict[str, Tensor]:
+    """Values `[B]` by name: the triplet loss without its factor, where it acts (0 or 1), and the anchor's distances."""
+    found = triplet(chosen, rejected, anchor, margin=margin)
+    return {
+        "triplet": found.losses,
+        "triplet/active": (found.losses > 0).float(),
+        "triplet/to_chosen": found.to_chosen,
+        "triplet/to_rejected": found.to_rejected,
+    }
 
 
 def _rewards(prefix: str, rewards: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from train import losses
 from train.loss_config import LossConfig, loss_needs
 from train.losses import PairLosses, ResponseLogps
-from train.metrics import pair_metrics
+from train.metrics import pair_metrics, triplet_metrics
 from weights_store.errors import MismatchError
 
 _PAIRWISE: dict[str, Callable[..., PairLosses]] = {
@@ -33,6 +33,7 @@ def compute_pair_losses(
     chosen: ResponseLogps,
     rejected: ResponseLogps | None,
     scores: tuple[Tensor, Tensor] | None = None,
+    anchor: ResponseLogps | None = None,
 ) -> tuple[PairLosses, dict[str, Tensor]]:
     """Return the losses `[B]` that `loss` names, and the metrics `[B]` that go with them.
 
@@ -41,12 +42,13 @@ def compute_pair_losses(
         chosen: With what `loss_needs(loss)` says.
         rejected: Likewise; None only for `sft`.
         scores: Annotator scores `[B]` of chosen and rejected, for `uni_dpo`.
+        anchor: Responses sampled for the same prompts, for `ti_dpo` with the triplet.
 
     Raises:
         ValueError: Something that the loss needs was not given.
         InputError: See `losses.sepo`.
     """
-    result = _compute(loss, chosen, rejected, scores)
+    result = _compute(loss, chosen, rejected, scores, anchor)
     metrics = pair_metrics(
         chosen,
         rejected,
@@ -54,16 +56,24 @@ def compute_pair_losses(
         weighted=None if loss.name in ("dpo", "sft") else result,  # theirs are the plain ones
         kl_direction=loss_needs(loss).kl_direction,
     )
+    if loss.triplet_margin is not None and rejected is not None and anchor is not None:
+        metrics |= triplet_metrics(chosen, rejected, anchor, margin=loss.triplet_margin)
     return result, metrics
 
 
 def _compute(
-    loss: LossConfig, chosen: ResponseLogps, rejected: ResponseLogps | None, scores: tuple[Tensor, Tensor] | None
+    loss: LossConfig,
+    chosen: ResponseLogps,
+    rejected: ResponseLogps | None,
+    scores: tuple[Tensor, Tensor] | None,
+    anchor: ResponseLogps | None,
 ) -> PairLosses:
     if loss.name == "sft":
         return losses.sft(chosen, rejected, **loss.arguments())
     if rejected is None:
         raise ValueError(f"{loss.name} needs the rejected side; none was given")
+    if loss.name == "ti_dpo":
+        return losses.ti_dpo(chosen, rejected, anchor, **loss.arguments())
     if loss.name != "uni_dpo":
         return _PAIRWISE[loss.name](chosen, rejected, **loss.arguments())
     if scores is None:
@@ -89,7 +99,8 @@ def check_columns_for(loss: LossConfig, source_name: str, columns: Collection[st
     """
     needs = loss_needs(loss)
     build = "build it again with `tokenweights build RECIPE"
-    estimator = "sepo" if loss.name == "sepo" else "tis"
+    estimator = {"sepo": "sepo", "ti_dpo": "ti"}.get(loss.name, "tis")
+    anchors = f"{build} --set anchors.seed=0`, or train with loss.anchor='online' or loss.triplet_gamma=0"
     required = {
         "{}_ref_logps": (needs.ref_logps, f"{build}`"),
         "{}_token_weights": (needs.token_weights, f"{build} --set weights.estimator={estimator}`"),
@@ -98,6 +109,8 @@ def check_columns_for(loss: LossConfig, source_name: str, columns: Collection[st
             "the source needs annotator scores of both responses (columns chosen_score and rejected_score); "
             f"then {build}`",
         ),
+        "anchor_ids": (needs.anchors and not needs.fresh_anchors, anchors),
+        "anchor_ref_logps": (needs.anchors and not needs.fresh_anchors, anchors),
         "{}_ref_top_ids": (needs.ref_top, f"{build} --set score.top_k=16`, or train with loss.kl='exact'"),
         "{}_ref_top_logps": (needs.ref_top, f"{build} --set score.top_k=16`, or train with loss.kl='exact'"),
     }

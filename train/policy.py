@@ -117,11 +117,13 @@ class Policy:
 
     Args:
         model: Of transformers, or peft's wrapper of one.
-        not_packed: Why micro-batches are two padded sequences per pair; None when they are packed.
+        not_packed: Why micro-batches are a padded sequence per response; None when they are packed.
+        attention: The implementation that the model was loaded with, by transformers' name, for its own forward pass.
     """
 
     model: "nn.Module"
     not_packed: str | None = None
+    attention: str = "sdpa"
 
 
 def load_policy(folder: Path, config: ModelConfig, lora: LoraSection | None = None) -> Policy:
@@ -133,6 +135,7 @@ def load_policy(folder: Path, config: ModelConfig, lora: LoraSection | None = No
         MissingExtraError: `model.quantization` or `[lora]` need a package that is not installed.
     """
     model = _load_model(folder, config)
+    attention = str(model.config._attn_implementation)
     not_packed = _enable_packing(model, config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -143,7 +146,7 @@ def load_policy(folder: Path, config: ModelConfig, lora: LoraSection | None = No
             raise InputError(f"model.compile: {type(model).__name__} has no list of layers to compile; leave it out")
         for layer in layers:
             layer.compile(dynamic=True)
-    return Policy(trained, not_packed)
+    return Policy(trained, not_packed, attention)
 
 
 def load_reference(folder: Path, config: ModelConfig) -> "nn.Module":

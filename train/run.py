@@ -69,7 +69,8 @@ def run(
             loss became infinite.
         InputError: The model or the output folder cannot be used.
         MismatchError: Model and dataset do not belong together (tokenizer, vocabulary, step-0 gate), rows of the dataset don't,
-            it lacks what the loss needs, or its token weights are constant where the loss reads them.
+            it lacks what the loss needs, its token weights are constant where the loss reads them, or made in another way
+            than the loss would make them anew.
         NotFoundError: No such store, dataset, version or split.
         MissingExtraError: The config asks for a package that is not installed.
         KeyboardInterrupt: A stop was requested; a later run goes on from the checkpoint.
@@ -93,7 +94,12 @@ def run(
         return _result(output.path, finished, was_trained_before=True)
 
     needs = loss_needs(config.loss)
-    views: dict[str, Any] = {"vocab_size": vocab_size, "with_ref_top": needs.ref_top, "with_scores": needs.scores}
+    views: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "with_ref_top": needs.ref_top,
+        "with_scores": needs.scores,
+        "with_anchors": needs.anchors and not needs.fresh_anchors,
+    }
     pairs = PairDataset(source, config.data, selection=Selection.for_training(config.data, config.eval), **views)
     sample = sample_pairs(pairs, SAMPLE_PAIRS)
     _check_method(config, source, sample)
@@ -133,15 +139,19 @@ def _check_columns(config: "TrainConfig", source: "WeightSource") -> None:
         present |= {"chosen_score", "rejected_score"}
     if statistics.get("ref_top_k"):
         present |= {f"{side}_ref_top_{name}" for side in ("chosen", "rejected") for name in ("ids", "logps")}
+    if statistics.get("num_anchored_pairs", 0) == statistics.get("num_pairs"):
+        present |= {"anchor_ids", "anchor_ref_logps"}
     check_columns_for(config.loss, source.name, present)
 
 
 def _check_method(config: "TrainConfig", source: "WeightSource", sample: "Sequence[Pair]") -> None:
     from train.dataset import check_weights_vary
     from train.loss_config import loss_needs
+    from train.refresh import check_refreshing
 
     if loss_needs(config.loss).token_weights:
         check_weights_vary(source, sample, config.loss.name)
+    check_refreshing(config, source)
 
 
 def _check_before_claiming(config: "TrainConfig", num_pairs: int, num_processes: int) -> None:

@@ -13,15 +13,17 @@ from numpy.typing import NDArray
 from weights_store.errors import MismatchError
 
 _SIDES = ("chosen", "rejected")
-_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _ALWAYS = [
     "pair_id",
-    *_IDS,
+    "prompt_ids",
+    "chosen_ids",
+    "rejected_ids",
     *(f"{side}_{name}" for side in _SIDES for name in ("token_weights", "ref_logps")),
     "pair_weight",
 ]
 _REF_TOP = [f"{side}_{name}" for side in _SIDES for name in ("ref_top_ids", "ref_top_logps")]
 _SCORES = [f"{side}_score" for side in _SIDES]
+_ANCHORS = ["anchor_ids", "anchor_ref_logps"]
 
 _ROUNDING_NATS = 1e-3
 """Log-probs above 0 by less than this are rounding of a log-softmax."""
@@ -29,7 +31,15 @@ _ROUNDING_NATS = 1e-3
 REBUILD = "rebuild the dataset with `tokenweights build`"
 _ADD_REF_TOP = "build the dataset again with score.top_k above 0, or choose a loss that needs no reference top-k"
 _ADD_SCORES = "build the dataset again from pairs that carry both annotator scores, or choose a loss that needs none"
-_REMEDIES = {**dict.fromkeys(_REF_TOP, _ADD_REF_TOP), **dict.fromkeys(_SCORES, _ADD_SCORES)}
+_ADD_ANCHORS = (
+    "build the dataset again with an [anchors] section in the recipe (`tokenweights build RECIPE --set anchors.seed=0`), or "
+    "train with loss.anchor='online' or loss.triplet_gamma=0"
+)
+_REMEDIES = {
+    **dict.fromkeys(_REF_TOP, _ADD_REF_TOP),
+    **dict.fromkeys(_SCORES, _ADD_SCORES),
+    **dict.fromkeys(_ANCHORS, _ADD_ANCHORS),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +62,9 @@ class Pair:
     """One preference pair; chosen and rejected are exchanged already where the config says `swap`.
 
     `pair_weight` (unitless, >= 0) is the pair's share in the loss; the scores are the annotators', None unless the dataset was
-    opened `with_scores`. A filler stands where a rank has no pair left: whoever trains on it counts it 0 times.
+    opened `with_scores`. The anchor is a response that was sampled for the prompt, None unless the dataset was opened
+    `with_anchors`; its token weights are 1, and no loss reads them. A filler stands where a rank has no pair left: whoever
+    trains on it counts it 0 times.
     """
 
     pair_id: str
@@ -62,6 +74,7 @@ class Pair:
     pair_weight: float = 1.0
     chosen_score: float | None = None
     rejected_score: float | None = None
+    anchor: StoredResponse | None = None
     is_filler: bool = False
 
     @property
@@ -79,13 +92,15 @@ class Pair:
             pair_weight=self.pair_weight,
             chosen_score=self.rejected_score,
             rejected_score=self.chosen_score,
+            anchor=self.anchor,
             is_filler=self.is_filler,
         )
 
 
-def column_names(*, with_ref_top: bool = False, with_scores: bool = False) -> list[str]:
+def column_names(*, with_ref_top: bool = False, with_scores: bool = False, with_anchors: bool = False) -> list[str]:
     """Return the columns of `schemas.WEIGHTS` that pairs are made from."""
-    return [*_ALWAYS, *(_REF_TOP if with_ref_top else []), *(_SCORES if with_scores else [])]
+    wanted = ((_REF_TOP, with_ref_top), (_SCORES, with_scores), (_ANCHORS, with_anchors))
+    return [*_ALWAYS, *(name for names, asked in wanted if asked for name in names)]
 
 
 def remedy(column: str) -> str:
@@ -138,9 +153,9 @@ class PairColumns:
         is_list = {field.name: pa.types.is_list(field.type) for field in rows.schema}
         self._ragged = {name: _Ragged(rows[name]) for name, ragged in is_list.items() if ragged}
         self._numbers = {name: rows[name].to_numpy() for name in ("pair_weight", *_SCORES) if name in is_list}
-        for name in _IDS:
-            self._check_ids(name, vocab_size)
-        for side in _SIDES:
+        self._check_ids("prompt_ids", vocab_size)
+        for side in (*_SIDES, *(["anchor"] if "anchor_ids" in is_list else [])):
+            self._check_ids(f"{side}_ids", vocab_size)
             self._check_side(side, vocab_size)
         self._check_numbers()
 
@@ -153,8 +168,15 @@ class PairColumns:
             self._response("chosen", row),
             self._response("rejected", row),
             float(self._numbers["pair_weight"][row]),
+            anchor=self._anchor(row),
             **scores,
         )
+
+    def _anchor(self, row: int) -> StoredResponse | None:
+        if "anchor_ids" not in self._ragged:
+            return None
+        ids = self._ragged["anchor_ids"][row]
+        return StoredResponse(ids, np.ones(len(ids), np.float32), self._ragged["anchor_ref_logps"][row])
 
     def _response(self, side: str, row: int) -> StoredResponse:
         ragged = self._ragged
@@ -191,8 +213,9 @@ class PairColumns:
     def _check_side(self, side: str, vocab_size: int) -> None:
         num_tokens = self._ragged[f"{side}_ids"].lengths
         for name in (f"{side}_token_weights", f"{side}_ref_logps"):
-            self._check_lengths(name, num_tokens)
-            self._check_finite(name)
+            if name in self._ragged:  # an anchor has no token weights
+                self._check_lengths(name, num_tokens)
+                self._check_finite(name)
         self._check_logps(f"{side}_ref_logps")
         if f"{side}_ref_top_ids" in self._ragged:
             self._check_vocabulary(f"{side}_ref_top_ids", vocab_size)

@@ -7,6 +7,7 @@ trained on (`dataset.py`), how a loss is computed (`objective.py`), where the mo
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -14,10 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from train.collate import MODEL_INPUTS, Batch, PairCollator
 from train.config import TrainConfig
@@ -29,7 +32,9 @@ from train.objective import compute_pair_losses, count_units
 from train.policy import Policy
 from train.progress import LogLastStep
 from train.ranks import join_ranks, shard_on_cpus
+from train.refresh import FRESH_FILES, Refresher, load_fresh, save_fresh
 from train.sampler import BlockShuffle, StepBatches
+from train.token_budget import cut_by_tokens
 from weights_store.errors import SettingsError
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -53,11 +58,12 @@ class PairTrainer(Trainer):
         config: The whole job.
         checkpoints: Folder for them.
         held_out: Pairs that are measured on the way, and never trained on.
-        reference: The frozen reference model, for an exact KL without adapters.
+        reference: The frozen reference model, for an exact KL or fresh anchors without adapters.
         callbacks: Progress, stopping.
 
     Raises:
         SettingsError: `optim.pairs_per_step` cannot be shared equally by the processes.
+        MismatchError: The loss makes token weights anew, and the dataset does not say how.
     """
 
     def __init__(
@@ -75,11 +81,21 @@ class PairTrainer(Trainer):
         self.num_pairs = len(pairs)
         self.held_out = held_out
         needs = loss_needs(config.loss)
-        self.collator = PairCollator(packed=policy.not_packed is None, with_rejected=needs.rejected)
+        self.loss = config.loss
+        self.collator = PairCollator(
+            packed=policy.not_packed is None, with_rejected=needs.rejected, with_anchors=needs.anchors
+        )
+        # Measured is the rejected side too, for every loss that has numbers for it; and anchors that stay the same.
+        stored_anchors = needs.anchors and not needs.fresh_anchors
+        self.measured = replace(self.collator, with_rejected=True, with_anchors=stored_anchors)
         self.window = MetricWindow()
         self.waited_s = 0.0
         self.reader = ThreadPoolExecutor(1)
         self.ahead: Future[list[Pair] | None] | None = None
+        self.refresher = Refresher.of(policy, config, pairs, reference)
+        self.fresh: deque[list[Pair]] = deque()
+        self.refreshed_s = 0.0
+        self.resumed_from: Path | None = None
         processes = join_ranks()
         self.batches = build_batches(
             config, len(pairs), rank=processes.process_index, world_size=processes.num_processes
@@ -123,15 +139,67 @@ class PairTrainer(Trainer):
         device: torch.device,
     ) -> tuple[list[Step], None]:
         """Return the next step of this rank, as the one batch that the Trainer sees."""
-        begin = time.perf_counter()
-        # The next step's pairs are read while this one is computed: opening a window of row groups takes 0.2 s and more.
-        pairs = (self.ahead or self.reader.submit(next, epoch_iterator, None)).result()
-        self.ahead = None if pairs is None else self.reader.submit(next, epoch_iterator, None)
+        begin, refreshed_s = time.perf_counter(), self.refreshed_s
+        pairs = self._read(epoch_iterator) if self.refresher is None else self._read_fresh(epoch_iterator)
         if pairs is None:
             return [], None
         step = self._cut(pairs, device)
-        self.waited_s += time.perf_counter() - begin
+        self.waited_s += time.perf_counter() - begin - (self.refreshed_s - refreshed_s)
         return [step], None
+
+    def _read(self, epoch_iterator: Iterator[list[Pair]]) -> list[Pair] | None:
+        """Return the pairs of the next step of this rank as they are stored; None behind the last step."""
+        # The next step's pairs are read while this one is computed: opening a window of row groups takes 0.2 s and more.
+        pairs = (self.ahead or self.reader.submit(next, epoch_iterator, None)).result()
+        self.ahead = None if pairs is None else self.reader.submit(next, epoch_iterator, None)
+        return pairs
+
+    def _read_fresh(self, epoch_iterator: Iterator[list[Pair]]) -> list[Pair] | None:
+        """Return the pairs of the next step of this rank, with token weights or anchors of the policy that began the window."""
+        if not self.fresh:
+            length = self.config.loss.refresh_steps or 1
+            num_steps = length - self.state.global_step % length  # fewer where a run was resumed within a window
+            window = [pairs for _ in range(num_steps) if (pairs := self._read(epoch_iterator)) is not None]
+            if window:
+                begin = time.perf_counter()
+                self.fresh.extend(self._refresh(window))
+                self.refreshed_s += time.perf_counter() - begin
+        return self.fresh.popleft() if self.fresh else None
+
+    def _refresh(self, window: Sequence[list[Pair]]) -> Iterator[list[Pair]]:
+        """Yield the steps of a window with what is fresh, made now or, within a window, when it began."""
+        assert self.refresher is not None
+        step = self.state.global_step
+        pairs = [pair for pairs in window for pair in pairs]
+        if step % (self.config.loss.refresh_steps or 1):
+            assert self.resumed_from is not None
+            stored = dict(zip(self._positions(len(window)), pairs, strict=True))
+            fresh = iter(load_fresh(self.resumed_from, stored).values())
+        else:
+            entropy = (self.config.optim.seed, step, self.args.process_index)
+            seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+            fresh = iter(self.refresher.refresh(pairs, seed))
+        return ([next(fresh) for _ in pairs] for pairs in window)
+
+    def _positions(self, num_steps: int) -> list[int]:
+        """Return the positions of this rank in the next steps."""
+        first = self.state.global_step
+        return [position for step in range(num_steps) for position in self.batches.positions_of_step(first + step)]
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
+        """Train, see `Trainer.train`."""
+        self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        return super().train(resume_from_checkpoint, *args, **options)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save what the Trainer saves, and before it, since its state comes last, what is fresh of a window that has begun."""
+        if self.fresh:
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            pairs = [pair for pairs in self.fresh for pair in pairs]
+            kept = dict(zip(self._positions(len(self.fresh)), pairs, strict=True))
+            save_fresh(folder / FRESH_FILES.replace("*", str(self.args.process_index)), kept)
+            self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
 
     def training_step(self, model: nn.Module, inputs: Step, num_items_in_batch: Any = None) -> Tensor:  # noqa: ARG002
         """Forward and backward of a whole step; return its share in the mean loss, a scalar. Adds to the metrics."""
@@ -155,9 +223,9 @@ class PairTrainer(Trainer):
     def _add_batch(self, model: nn.Module, batch: Batch, window: MetricWindow) -> Tensor:
         """Run one micro-batch, put its metrics into `window`, return the sum of its losses."""
         terms: TokenTerms = model(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
-        chosen, rejected = self.collator.split_sides(batch, terms)
+        chosen, rejected, anchor = self.collator.split_sides(batch, terms)
         scores = (batch["chosen_scores"], batch["rejected_scores"]) if "chosen_scores" in batch else None
-        result, values = compute_pair_losses(self.config.loss, chosen, rejected, scores)
+        result, values = compute_pair_losses(self.loss, chosen, rejected, scores, anchor)
         counts = batch["counts"]
         total_loss = (result.losses * batch["pair_weights"] * counts).sum()
         values = {name: value[counts] for name, value in values.items()}
@@ -188,17 +256,22 @@ class PairTrainer(Trainer):
 
     @torch.no_grad()
     def measure(self, sample: Sequence[Pair]) -> dict[str, float]:
-        """Return the mean metrics over `sample` as the model is now, shared by all ranks; for SFT, `loss` is nats per token."""
-        model, ordinary = self.model_wrapped, self.collator
+        """Return the mean metrics over `sample` as the model is now, shared by all ranks; for SFT, `loss` is nats per token.
+
+        What a training makes anew on the way would be another yardstick at every step: the sample is measured with the stored
+        token weights, and without the triplet where anchors are sampled on the way.
+        """
+        model, ordinary = self.model_wrapped, (self.loss, self.collator)
         model.eval()
-        # The rejected side counts here for every loss that has numbers for it.
-        self.collator = replace(ordinary, with_rejected=True)
+        if self.collator.with_anchors and not self.measured.with_anchors:
+            self.loss = self.loss.model_copy(update={"triplet_gamma": 0.0})
+        self.collator = self.measured
         window = MetricWindow()
         device = next(model.parameters()).device
         for batch in self._cut(self._share(sample), self.args.device).batches:
             with self.compute_loss_context_manager():
                 self._add_batch(model, {name: tensor.to(device) for name, tensor in batch.items()}, window)
-        self.collator = ordinary
+        self.loss, self.collator = ordinary
         return window.pop_means(self.accelerator.reduce if self.accelerator.num_processes > 1 else None)
 
     def _share(self, sample: Sequence[Pair]) -> list[Pair]:
@@ -219,7 +292,7 @@ class PairTrainer(Trainer):
             sample: Pairs.
             dtype: Of the arithmetic.
         """
-        model, collator = self.model_wrapped, replace(self.collator, with_rejected=True)
+        model, collator = self.model_wrapped, self.measured
         device = next(model.parameters()).device
         sizes = [collator.num_tokens(pair) for pair in sample]
         for part in cut_by_tokens(sample, sizes, self.config.optim.tokens_per_batch):
@@ -251,6 +324,8 @@ class PairTrainer(Trainer):
         if "loss" in logs:
             logs |= self.window.pop_means(self.accelerator.reduce)
             logs["data_wait_s"], self.waited_s = self.waited_s, 0.0
+            if self.refresher is not None:
+                logs["refresh_s"], self.refreshed_s = self.refreshed_s, 0.0
         if not math.isfinite(logs.get("loss", 0.0)):
             raise SettingsError(
                 f"the loss became {logs['loss']} by step {self.state.global_step}; lower optim.learning_rate "
@@ -259,23 +334,6 @@ class PairTrainer(Trainer):
         done = min(self.state.global_step * self.config.optim.pairs_per_step, self.batches.num_positions)
         self.state.epoch = done / self.num_pairs  # the Trainer sees the whole run as one epoch
         super().log(logs, start_time)
-
-
-def cut_by_tokens(pairs: Sequence[Pair], sizes: Sequence[int], tokens_per_batch: int) -> list[list[Pair]]:
-    """Return the pairs in batches of at most `tokens_per_batch` tokens, the longest first; a longer pair goes alone.
-
-    Pairs of similar length lie together, so that little of what is padded (attention, `[2 B, T]`) is padding.
-    """
-    longest_first = sorted(range(len(pairs)), key=lambda index: sizes[index], reverse=True)
-    batches: list[list[Pair]] = []
-    left = 0
-    for index in longest_first:
-        if not batches or sizes[index] > left:
-            batches.append([])
-            left = tokens_per_batch
-        batches[-1].append(pairs[index])
-        left -= sizes[index]
-    return batches
 
 
 def build_batches(config: TrainConfig, num_pairs: int, *, rank: int = 0, world_size: int = 1) -> StepBatches:

@@ -59,7 +59,8 @@ class WeightedDPOTrainer(DPOTrainer):
         **kwargs: Further arguments of `trl.DPOTrainer`, for example `peft_config` and `callbacks`.
 
     Raises:
-        SettingsError: `args` asks for something that does not go together with stored weights, or `data` is malformed.
+        SettingsError: `args` asks for something that does not go together with stored weights, `loss` is another one, or
+            `data` is malformed.
         InputError: The model cannot be used.
         MismatchError: Model and dataset do not belong together, `tis_dpo` meets constant weights, or (seen when its turn
             comes) a pair is longer than `args.max_length` or has a `pair_weight` other than 1.
@@ -80,6 +81,7 @@ class WeightedDPOTrainer(DPOTrainer):
         eval_data: DataConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        _check_loss(loss)
         _check_arguments(args)
         revision = (args.model_init_kwargs or {}).get("revision")
         folder = find_model(ModelConfig(path=model, revision=revision))
@@ -205,6 +207,17 @@ class _StoredOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         first = self.epoch * len(self)
         return iter(self.order.rows(range(first, first + len(self))))
+
+
+def _check_loss(loss: str) -> None:
+    if loss not in ("dpo", "tis_dpo"):
+        hint = ""
+        if loss == "ti_dpo":
+            hint = "; its triplet and its KL term are no part of TRL's loss. 'tis_dpo' on TI weights is the rest of it"
+        raise SettingsError(
+            f"WeightedDPOTrainer has the losses 'dpo' and 'tis_dpo', got {loss!r}{hint}; train with `tokenweights train` "
+            "for the others"
+        )
 
 
 def _check_arguments(args: DPOConfig) -> None:

@@ -94,6 +94,18 @@ def rows(model: torch.nn.Module) -> list[Row]:
     return make_rows(model, 40)
 
 
+@pytest.fixture(scope="session")
+def anchored_rows(model: torch.nn.Module, rows: list[Row]) -> list[Row]:
+    """The same with an anchor each, some shorter and some longer than the responses."""
+    rng = np.random.default_rng(1)
+    anchored = []
+    for row in rows:
+        ids = [*rng.integers(3, VOCAB_SIZE, rng.integers(1, 12)).tolist(), EOS]
+        logps = compute_full_logps(model, row["prompt_ids"], ids)
+        anchored.append({**row, "anchor_ids": ids, "anchor_ref_logps": logps})
+    return anchored
+
+
 @pytest.fixture
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row groups of a handful of rows, so that small datasets have many."""

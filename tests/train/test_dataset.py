@@ -25,10 +25,16 @@ from weights_store.store import _SCHEMAS
 
 
 def open_pairs(
-    uri: str, weights: str = "toy/tis", with_ref_top: bool = False, with_scores: bool = False, **config
+    uri: str,
+    weights: str = "toy/tis",
+    with_ref_top: bool = False,
+    with_scores: bool = False,
+    with_anchors: bool = False,
+    **config,
 ) -> PairDataset:
     data = DataConfig(store=uri, weights=weights, **config)
-    return PairDataset(open_weights(data), data, vocab_size=128, with_ref_top=with_ref_top, with_scores=with_scores)
+    flags = {"with_ref_top": with_ref_top, "with_scores": with_scores, "with_anchors": with_anchors}
+    return PairDataset(open_weights(data), data, vocab_size=128, **flags)
 
 
 def ids_of(pairs: PairDataset) -> list[str]:
@@ -73,6 +79,25 @@ def test_scores_pair_weight_and_top_k_come_back_as_they_were_stored(small_groups
         assert pair.rejected.ref_top_ids.tolist() == [[10 * t, 10 * t + 1, 10 * t + 2] for t in range(num_tokens)]
         assert pair.rejected.ref_top_logps[0].tolist() == [-i, -i - 0.25, -i - 0.5]
         assert len(pair.chosen.ref_top_logps) == len(pair.chosen.ids)
+
+
+def add_anchors(rows: list[dict]) -> list[dict]:
+    """Anchors that tell where they belong: row i has 1 + i % 3 tokens, ids from i, log-probs from -i / 4."""
+    return [
+        row
+        | {"anchor_ids": [i + t for t in range(1 + i % 3)], "anchor_ref_logps": [-i / 4 - t for t in range(1 + i % 3)]}
+        for i, row in enumerate(rows)
+    ]
+
+
+def test_anchors_come_back_as_they_were_stored(small_groups, write_weights, rows) -> None:
+    uri = write_weights(add_anchors(rows))
+    for swap in (False, True):
+        anchor = open_pairs(uri, with_anchors=True, swap=swap)[38].anchor
+        assert anchor.ids.tolist() == [38, 39, 40]
+        assert anchor.ref_logps.tolist() == [-9.5, -10.5, -11.5]
+        assert anchor.token_weights.tolist() == [1, 1, 1]
+    assert open_pairs(uri)[38].anchor is None
 
 
 def test_columns_that_nobody_asked_for_are_not_read(write_weights, rows, monkeypatch) -> None:
@@ -242,6 +267,29 @@ def test_optional_columns_that_do_not_fit_are_refused(write_weights, rows, chang
     pairs = open_pairs(write_weights(damage(add_optional(rows), 6, **changes)), with_ref_top=True, with_scores=True)
     with pytest.raises(MismatchError, match=rf"pair pair-0006: {message}"):
         pairs[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"anchor_ids": None},
+            r"has no anchor_ids \(.*\); build the dataset again with an \[anchors\] section in the recipe "
+            r"\(`tokenweights build RECIPE --set anchors.seed=0`\), or train with loss.anchor='online'",
+        ),
+        ({"anchor_ref_logps": None}, "has no anchor_ref_logps .*anchors.seed=0"),
+        ({"anchor_ids": []}, "anchor_ids is empty"),
+        ({"anchor_ids": [128]}, "anchor_ids goes from 128 to 128, the model's vocabulary has 128 ids"),
+        ({"anchor_ref_logps": [-1.0, -1.0]}, "2 anchor_ref_logps for 1 response tokens"),
+        ({"anchor_ref_logps": [math.nan]}, "anchor_ref_logps holds NaN or infinity"),
+        ({"anchor_ref_logps": [0.25]}, "anchor_ref_logps goes up to 0.25, a log-prob is at most 0"),
+    ],
+)
+def test_anchors_that_do_not_fit_are_refused_where_they_are_asked_for(write_weights, rows, changes, message) -> None:
+    uri = write_weights(damage(add_anchors(rows), 6, **changes))
+    assert open_pairs(uri)[6].anchor is None
+    with pytest.raises(MismatchError, match=rf"pair pair-0006: {message}"):
+        open_pairs(uri, with_anchors=True)[6]
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,16 @@ def sides() -> tuple[ResponseLogps, ResponseLogps]:
     )
 
 
+def anchor() -> ResponseLogps:
+    """Log-ratios 0.1, 0.2, the last masked."""
+    chosen, _ = sides()
+    return chosen._replace(policy_logps=torch.tensor([[-1.4, -1.8, 9.0]]))
+
+
 REWARDS = {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
 PLAIN = REWARDS | {"logps/chosen", "logps/rejected"}
 WEIGHTED = PLAIN | {f"weighted_{name}" for name in REWARDS}
+TRIPLET = {"triplet", "triplet/active", "triplet/to_chosen", "triplet/to_rejected"}
 
 
 def test_the_table_of_settings_is_that_of_the_loss_functions() -> None:
@@ -42,9 +49,8 @@ def test_the_table_of_settings_is_that_of_the_loss_functions() -> None:
     for name in NAMES:
         parameters = inspect.signature(getattr(losses, name)).parameters.values()
         takes = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"chosen_scores", "rejected_scores"}
-        kl = {"kl": "exact"} if name == "tis_dpo" else {}
-        beta = {"beta": 0.1} if name == "sft" else {}
-        assert set(config(name, **kl, **beta).arguments()) == takes
+        switched_on = {"tis_dpo": {"kl": "exact"}, "ti_dpo": {"variant": "release"}, "sft": {"beta": 0.1}}
+        assert set(config(name, **switched_on.get(name, {})).arguments()) == takes
 
 
 @pytest.mark.parametrize(
@@ -53,6 +59,31 @@ def test_the_table_of_settings_is_that_of_the_loss_functions() -> None:
         ({"name": "dpo", "beta": 0.1}, {"label_smoothing": 0.0}),
         ({"name": "tis_dpo", "beta": 0.1}, {"kl": "off"}),
         ({"name": "tis_dpo", "beta": 0.1, "kl": "top_k"}, {"eta_scale": 1.0}),
+        (
+            {"name": "ti_dpo", "beta": 0.1},
+            {
+                "variant": "paper",
+                "triplet_gamma": 0.1,
+                "triplet_margin": 0.5,
+                "anchor": "stored",
+                "importance": "stored",
+            },
+        ),
+        (
+            {"name": "ti_dpo", "beta": 0.2, "variant": "release", "anchor": "online"},
+            {
+                "kl": "exact",
+                "alpha": 0.5,
+                "triplet_gamma": 0.001,
+                "triplet_margin": 0.001,
+                "importance": "stored",
+                "refresh_steps": 1,
+            },
+        ),
+        (
+            {"name": "ti_dpo", "beta": 0.1, "triplet_gamma": 0.0, "importance": "online", "refresh_steps": 4},
+            {"variant": "paper"},
+        ),
         ({"name": "tdpo1", "beta": 0.1}, {"kl": "exact"}),
         ({"name": "tdpo2", "beta": 0.1}, {"kl": "exact", "alpha": 0.5}),
         ({"name": "simpo", "beta": 2.0}, {"label_smoothing": 0.0, "gamma_beta_ratio": 0.5}),
@@ -81,6 +112,33 @@ def test_defaults_are_filled_in_and_a_dumped_config_loads_again(settings, resolv
         ({"name": "tis_dpo", "beta": 0.1, "eta_scale": 0.5}, "loss.eta_scale=0.5 without eta; set loss.kl"),
         ({"name": "tis_dpo", "beta": 0.1, "eta_scale": 0.5, "kl": "off"}, "loss.eta_scale=0.5 without eta"),
         ({"name": "tdpo2", "beta": 0.1, "kl": "off"}, "loss.name='tdpo2' needs loss.kl 'exact' or 'top_k', got 'off'"),
+        ({"name": "tis_dpo", "beta": 0.1, "triplet_gamma": 0.1}, r"does not read loss.triplet_gamma.*to ti_dpo\)"),
+        (
+            {"name": "ti_dpo", "beta": 0.1, "alpha": 0.5},
+            "loss.alpha=0.5 without a KL term; set loss.variant to 'release', or leave alpha out",
+        ),
+        ({"name": "ti_dpo", "beta": 0.1, "variant": "paper", "kl": "top_k"}, "loss.kl='top_k' without a KL term"),
+        (
+            {"name": "ti_dpo", "beta": 0.1, "variant": "release", "kl": "off"},
+            "loss.name='ti_dpo' needs loss.kl 'exact' or 'top_k', got 'off'; without it, use loss.variant='paper'",
+        ),
+        (
+            {"name": "ti_dpo", "beta": 0.1, "triplet_gamma": 0, "triplet_margin": 0.5},
+            "loss.triplet_margin=0.5 without the triplet; set loss.triplet_gamma above 0",
+        ),
+        (
+            {"name": "ti_dpo", "beta": 0.1, "triplet_gamma": 0, "anchor": "online", "refresh_steps": 2},
+            "loss.anchor='online' without the triplet",
+        ),
+        (
+            {"name": "ti_dpo", "beta": 0.1, "refresh_steps": 8},
+            "loss.refresh_steps=8 without anything to refresh; set loss.anchor or loss.importance to 'online'",
+        ),
+        ({"name": "ti_dpo", "beta": 0.1, "variant": "fork"}, "variant: Input should be 'paper' or 'release'"),
+        (
+            {"name": "ti_dpo", "beta": 0.1, "triplet_gamma": -0.1},
+            "triplet_gamma: Input should be greater than or equal",
+        ),
         ({"name": "dpo", "beta": 0.1, "label_smoothing": 0.5}, "label_smoothing: Input should be less than 0.5"),
         ({"name": "d2po", "beta": 0.1, "gamma": 1.1}, "gamma: Input should be less than or equal to 1"),
         ({"name": "kto"}, "name: Input should be 'dpo', 'ipo', .* or 'sft', got 'kto'"),
@@ -115,6 +173,21 @@ def test_beta_has_no_silent_default(name: str) -> None:
             config("tis_dpo", kl="top_k"),
             Needs(ref_logps=True, token_weights=True, kl_direction="policy_ref", ref_top=True),
         ),
+        (config("ti_dpo"), Needs(ref_logps=True, token_weights=True, anchors=True)),
+        (config("ti_dpo", triplet_gamma=0.0), Needs(ref_logps=True, token_weights=True)),
+        (
+            config("ti_dpo", variant="release"),
+            Needs(ref_logps=True, token_weights=True, anchors=True, kl_direction="ref_policy", reference_model=True),
+        ),
+        (
+            config("ti_dpo", variant="release", kl="top_k"),
+            Needs(ref_logps=True, token_weights=True, anchors=True, kl_direction="ref_policy", ref_top=True),
+        ),
+        (
+            config("ti_dpo", anchor="online"),
+            Needs(ref_logps=True, token_weights=True, anchors=True, fresh_anchors=True, reference_model=True),
+        ),
+        (config("ti_dpo", importance="online"), Needs(ref_logps=True, fresh_weights=True, anchors=True)),
         (config("simpo"), Needs()),
         (config("sepo"), Needs(token_weights=True)),
         (config("uni_dpo"), Needs(ref_logps=True, scores=True)),
@@ -127,10 +200,12 @@ def test_what_a_loss_needs_is_enough_for_it(loss: LossConfig, needs: Needs) -> N
     for side in sides():
         ref_logps, token_weights = side.ref_logps, side.token_weights
         kls = side.kls if needs.kl_direction else None
-        keep = (ref_logps if needs.ref_logps else None, token_weights if needs.token_weights else None, kls)
+        has_weights = needs.token_weights or needs.fresh_weights
+        keep = (ref_logps if needs.ref_logps else None, token_weights if has_weights else None, kls)
         bare.append(ResponseLogps(side.policy_logps, side.completion_mask, *keep))
     scores = (torch.tensor([4.0]), torch.tensor([3.0])) if needs.scores else None
-    result, metrics = compute_pair_losses(loss, bare[0], bare[1] if needs.rejected else None, scores)
+    bare_anchor = anchor()._replace(token_weights=None, kls=None) if needs.anchors else None
+    result, metrics = compute_pair_losses(loss, bare[0], bare[1] if needs.rejected else None, scores, bare_anchor)
     assert result.losses.isfinite().all()
     assert ("rewards/chosen" in metrics) == needs.ref_logps
 
@@ -147,12 +222,19 @@ def test_what_a_loss_needs_is_enough_for_it(loss: LossConfig, needs: Needs) -> N
         (config("uni_dpo"), WEIGHTED),
         (config("tis_dpo"), WEIGHTED),
         (config("tis_dpo", kl="top_k"), WEIGHTED | {"kl_policy_ref/chosen", "kl_policy_ref/rejected"}),
+        (config("ti_dpo"), WEIGHTED | TRIPLET),
+        (config("ti_dpo", triplet_gamma=0.0), WEIGHTED),
+        (
+            config("ti_dpo", variant="release"),
+            WEIGHTED | TRIPLET | {"kl_ref_policy/chosen", "kl_ref_policy/rejected"},
+        ),
         (config("tdpo1"), WEIGHTED | {"kl_ref_policy/chosen", "kl_ref_policy/rejected"}),
         (config("tdpo2"), WEIGHTED | {"kl_ref_policy/chosen", "kl_ref_policy/rejected"}),
     ],
 )
 def test_metric_names_are_those_of_trl_and_everything_else_apart(loss: LossConfig, names: set[str]) -> None:
-    _, metrics = compute_pair_losses(loss, *sides(), scores=(torch.tensor([4.0]), torch.tensor([3.0])))
+    scores = (torch.tensor([4.0]), torch.tensor([3.0]))
+    _, metrics = compute_pair_losses(loss, *sides(), scores=scores, anchor=anchor())
     assert set(metrics) == names
     assert all(values.shape == (1,) and not values.requires_grad for values in metrics.values())
 
@@ -175,6 +257,24 @@ def test_metrics_are_unweighted_sums_and_weighted_ones_what_the_loss_sees() -> N
     }
     assert {name: values.item() for name, values in metrics.items()} == pytest.approx(expected, abs=1e-6)
     assert result.losses.item() == pytest.approx(math.log1p(math.exp(-0.115)), abs=1e-6)
+
+
+def test_the_triplet_is_logged_without_its_factor_and_is_no_part_of_the_rewards() -> None:
+    result, metrics = compute_pair_losses(config("ti_dpo", triplet_margin=0.7), *sides(), anchor=anchor())
+    expected = {
+        "triplet": 0.76,  # 0.32 - 0.26 + 0.7
+        "triplet/active": 1.0,
+        "triplet/to_chosen": 0.32,  # (0.1 - 0.5)^2 + (0.2 + 0.2)^2
+        "triplet/to_rejected": 0.26,  # (0.1 + 0.4)^2 + (0.2 - 0.3)^2
+        "weighted_rewards/chosen": 0.08,  # 0.1 * (2*0.5 - 0.2)
+        "weighted_rewards/rejected": 0.03,  # 0.1 * (-0.5*0.4 + 0.3 + 2*0.1)
+    }
+    assert {name: metrics[name].item() for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert result.losses.item() == pytest.approx(math.log1p(math.exp(-0.05)) + 0.1 * 0.76, abs=1e-6)
+    near_chosen = anchor()._replace(policy_logps=sides()[0].policy_logps)
+    _, metrics = compute_pair_losses(config("ti_dpo", triplet_margin=0.7), *sides(), anchor=near_chosen)
+    # 0 - (0.9^2 + 0.5^2) + 0.7 < 0
+    assert (metrics["triplet"].item(), metrics["triplet/active"].item()) == (0.0, 0.0)
 
 
 def test_losses_without_a_beta_log_plain_log_ratios() -> None:
@@ -200,9 +300,13 @@ def test_settings_reach_their_loss() -> None:
         ("uni_dpo", {"quality_eta": 0.1}),
         ("uni_dpo", {"tau_ref": 0.1}),
         ("uni_dpo", {"focal_gamma": 1.0}),
+        ("ti_dpo", {"triplet_gamma": 0.3}),
+        ("ti_dpo", {"triplet_gamma": 0.0}),
+        ("ti_dpo", {"triplet_margin": 0.9}),
+        ("ti_dpo", {"variant": "release", "triplet_gamma": 0.1, "triplet_margin": 0.5}),
     ]:
-        plain, _ = compute_pair_losses(config(name), chosen, rejected, scores)
-        other, _ = compute_pair_losses(config(name, **changed), chosen, rejected, scores)
+        plain, _ = compute_pair_losses(config(name), chosen, rejected, scores, anchor())
+        other, _ = compute_pair_losses(config(name, **changed), chosen, rejected, scores, anchor())
         assert abs(plain.losses.item() - other.losses.item()) > 1e-5, (name, changed)
 
 
@@ -211,6 +315,8 @@ def test_a_side_or_scores_that_are_missing_are_refused() -> None:
         compute_pair_losses(config("dpo"), sides()[0], None)
     with pytest.raises(ValueError, match="uni_dpo needs annotator scores; none were given"):
         compute_pair_losses(config("uni_dpo"), *sides())
+    with pytest.raises(ValueError, match="ti_dpo with triplet_gamma above 0 needs an anchor; none was given"):
+        compute_pair_losses(config("ti_dpo"), *sides())
 
 
 def test_sft_is_a_mean_over_tokens_and_the_others_over_pairs() -> None:
@@ -229,6 +335,14 @@ def test_sft_is_a_mean_over_tokens_and_the_others_over_pairs() -> None:
             "rejected_token_weights",
             "needs rejected_token_weights,.*--set weights.estimator=tis`",
         ),
+        (config("ti_dpo"), "token_weights", "needs chosen_token_weights, rejected_.*--set weights.estimator=ti`"),
+        (
+            config("ti_dpo", variant="release"),
+            "anchor",
+            "needs anchor_ids, anchor_ref_logps, which toy/x@3 lacks in some or all rows; build it again with `tokenweights "
+            "build RECIPE --set anchors.seed=0`, or train with loss.anchor='online' or loss.triplet_gamma=0$",
+        ),
+        (config("ti_dpo", variant="release", kl="top_k"), "ref_top", "loss.kl='top_k' needs chosen_ref_top_ids, "),
         (config("sepo"), "chosen_token_weights", "needs chosen_token_weights,.*--set weights.estimator=sepo`"),
         (
             config("uni_dpo"),
@@ -256,3 +370,9 @@ def test_losses_that_need_less_take_a_dataset_that_has_less() -> None:
         check_columns_for(config(name), "toy/x@3", set())
     for name in ("dpo", "ipo", "d2po", "tdpo1"):
         check_columns_for(config(name), "toy/x@3", {"chosen_ref_logps", "rejected_ref_logps"})
+    for settings in ({"triplet_gamma": 0.0}, {"anchor": "online"}):
+        check_columns_for(
+            config("ti_dpo", **settings), "toy/x@3", set(WEIGHTS.names) - {"anchor_ids", "anchor_ref_logps"}
+        )
+    ref_logps = {"chosen_ref_logps", "rejected_ref_logps"}
+    check_columns_for(config("ti_dpo", anchor="online", importance="online"), "toy/x@3", ref_logps)

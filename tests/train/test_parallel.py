@@ -16,7 +16,8 @@ from train.collate import PairCollator
 from train.dataset import OrderedPairs, PairDataset, open_weights
 from train.run import run
 from train.sampler import BlockShuffle
-from train.trainer import build_batches, cut_by_tokens
+from train.token_budget import cut_by_tokens
+from train.trainer import build_batches
 
 REPO = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -62,7 +63,7 @@ def history_of(folder: Path) -> list[float]:
     """All numbers of all steps, one after the other."""
     logs = [log for log in json.loads((folder / "metrics.json").read_text())["history"] if "loss" in log]
     assert [log["step"] for log in logs] == [1, 2, 3, 4, 5, 6]
-    return [value for log in logs for name, value in sorted(log.items()) if name != "data_wait_s"]
+    return [value for log in logs for name, value in sorted(log.items()) if not name.endswith("_s")]
 
 
 def assert_same_model(folder: Path, expected: Path) -> None:
@@ -97,6 +98,21 @@ def test_two_processes_with_whole_models_train_as_one_does(settings_of_41, make_
     for when in ("before", "after"):
         recorded = json.loads((tmp_path / "two" / "metrics.json").read_text())[when]
         assert recorded == pytest.approx(getattr(one, when), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_token_weights_that_one_does(
+    settings_of_41, make_config, write_weights, rows, tmp_path
+) -> None:
+    weights = {"estimator": "ti", "ti_lambda": 0.7, "sigma_divisor": 4.0, "span": "response"}
+    recipe = {"weights": weights, "attribute": {"target": "max_logit"}}
+    write_weights([*rows, {**rows[5], "pair_id": "pair-0040"}], recipe=recipe)
+    loss = {"name": "ti_dpo", "beta": 0.1, "triplet_gamma": 0, "importance": "online", "refresh_steps": 2}
+    one = run(make_config(loss=loss))
+    done = launch(ACCELERATE, "-m", "train.run", write_config(settings_of_41, tmp_path / "two", loss=loss))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert history_of(tmp_path / "two") == pytest.approx(history_of(one.folder), rel=1e-4, abs=1e-5)
+    assert_same_model(tmp_path / "two", one.folder)
 
 
 def test_two_processes_with_halves_go_on_after_a_kill_and_train_as_one_does(

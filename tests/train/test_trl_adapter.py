@@ -176,6 +176,13 @@ def test_settings_that_weights_do_not_go_with_are_refused_by_name(make_trainer, 
         make_trainer(**setting)
 
 
+def test_losses_that_trl_does_not_have_are_refused_instead_of_trained_as_dpo(make_trainer) -> None:
+    with pytest.raises(SettingsError, match="got 'ti_dpo'; its triplet and its KL term are no part of TRL's loss"):
+        make_trainer("ti_dpo")
+    with pytest.raises(SettingsError, match="has the losses 'dpo' and 'tis_dpo', got 'ipo'; train with `tokenweights"):
+        make_trainer("ipo")
+
+
 def test_a_pair_over_max_length_is_refused_not_cut(make_trainer) -> None:
     trainer = make_trainer(max_length=8)
     pair = max((trainer.train_dataset[row] for row in range(40)), key=lambda pair: pair.num_tokens)
