@@ -17,6 +17,7 @@ from pipeline.sharing import Reply, ScoredSequence, score_once
 from weights_store import TableVersion, WeightStore
 from weights_store.errors import ScoringError
 from weights_store.fingerprint import fingerprint, load_json
+from weights_store.sampling import closing_ids
 from weights_store.schemas import ANCHORS
 
 _NUM_LOOKED_AT = 1000
@@ -42,7 +43,7 @@ class AnchorSampler:
         self._seed: int = options.pop("seed")
         self._scorer = PairScorer(request, report)
         self._engine = self._scorer.engine
-        stop_ids = config_stop_ids(Path(request.model)) | closing_ids(request.tokens)
+        stop_ids = config_stop_ids(Path(request.model)) | dataset_stop_ids(request.tokens)
         self._sampling = Sampling(**options, stop_ids=tuple(sorted(stop_ids)))
 
     @property
@@ -127,14 +128,8 @@ def config_stop_ids(model: Path) -> set[int]:
     return {int(token_id) for ids in found if ids is not None for token_id in (ids if isinstance(ids, list) else [ids])}
 
 
-def closing_ids(tokens: TableVersion) -> set[int]:
-    """Return the id that ends a turn in these chats, which a model's configs need not name; none where responses end variously.
-
-    A response that was cut at `dataset.max_response_tokens` ends anywhere: none is longer, so only shorter ones count.
-    """
+def dataset_stop_ids(tokens: TableVersion) -> set[int]:
+    """Return the id that ends the responses of a dataset, see `closing_ids`."""
     pairs = WeightStore(tokens.store).table(tokens.table).scan(tokens.version).head(_NUM_LOOKED_AT)
     responses = pl.concat([pairs.select(ids=f"{side}_ids") for side in ("chosen", "rejected")]).collect()["ids"]
-    lengths = responses.list.len()
-    last = responses.filter(lengths < lengths.max()).list.last().drop_nulls()
-    most_common, num_times = last.value_counts(sort=True).row(0) if last.len() else (None, 0)
-    return {most_common} if 2 * num_times > last.len() else set()
+    return set(closing_ids(responses.list.len().to_numpy(), responses.list.last().to_numpy()))

@@ -45,13 +45,9 @@ def sample_anchors(
     report_new_tables([job], report)
     if job.to_do:
         check_engine(engine)
-        request = Request(
-            store=tokens.store,
-            tokens_table=tokens.table,
-            tokens_version=tokens.version,
-            model=str(model),
-            tokenizer=str(model),
-            chat_template=None,
+        request = Request.over(
+            tokens,
+            model,
             targets=[job.target(tokens)],
             chunk_tokens=engine.chunk_tokens,
             engine=engine.engine_settings(identity["dtype"]),

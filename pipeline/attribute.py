@@ -47,13 +47,9 @@ def attribute(
             check_extra("ray", "pip install 'tokenweights[ray]'", settings.python)
         else:
             check_extra("torch", "pip install 'tokenweights[score]' or 'tokenweights[train]'", settings.python)
-        request = Request(
-            store=tokens.store,
-            tokens_table=tokens.table,
-            tokens_version=tokens.version,
-            model=str(model),
-            tokenizer=str(model),
-            chat_template=None,
+        request = Request.over(
+            tokens,
+            model,
             targets=[job.target(tokens)],
             chunk_tokens=settings.chunk_tokens,
             engine={"dtype": identity["dtype"], "batch_tokens": settings.batch_tokens},

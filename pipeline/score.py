@@ -71,11 +71,9 @@ def score(
     for model, group in groupby([job for job in jobs if job.to_do], key=lambda job: job.model):
         check_engine(settings)
         of_model = list(group)
-        request = Request(
-            store=tokens.store,
-            tokens_table=tokens.table,
-            tokens_version=tokens.version,
-            model=str(model),
+        request = Request.over(
+            tokens,
+            model,
             tokenizer=str(tokenizer_folder),
             chat_template=chat_template,
             targets=[job.target(tokens) for job in of_model],

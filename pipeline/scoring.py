@@ -70,6 +70,12 @@ class Request:
     """What the stage's worker is told besides: how anchors are sampled, what is attributed."""
 
     @classmethod
+    def over(cls, tokens: TableVersion, model: Path, **settings: Any) -> "Request":
+        """Return a request over the pairs of a tokens table; `settings` are the other fields."""
+        defaults: dict[str, Any] = {"tokenizer": str(model), "chat_template": None}
+        return cls(tokens.store, tokens.table, tokens.version, str(model), **{**defaults, **settings})
+
+    @classmethod
     def load(cls, path: str | Path) -> "Request":
         """Read a request file."""
         content = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -6,7 +6,6 @@ Both are data: no gradient flows through how they were made. How weights are mad
 is what the dataset records of its build; nothing is configured twice. Not here: when a window begins (`trainer.py`).
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from train.policy import Policy
 from train.token_budget import cut_by_tokens
 from weights_store.errors import InputError, MismatchError, SettingsError
 from weights_store.hybrid import hybrid_weights
-from weights_store.sampling import AnchorSampling
+from weights_store.sampling import AnchorSampling, closing_ids
 
 _NUM_LOOKED_AT = 256
 """Pairs whose responses show how a turn ends."""
@@ -136,7 +135,7 @@ class Refresher:
             reference,
             HybridSettings.of(pairs.source) if needs.fresh_weights else None,
             sampling_of(pairs.source) if needs.fresh_anchors else None,
-            closing_ids(sample_pairs(pairs, _NUM_LOOKED_AT)) if needs.fresh_anchors else (),
+            _end_ids(sample_pairs(pairs, _NUM_LOOKED_AT)) if needs.fresh_anchors else (),
             config.optim.tokens_per_batch,
             config.model.dtype,
         )
@@ -167,7 +166,7 @@ class Refresher:
         for part in self._parts(rows, collator):
             batch = self._collate(rows, part, collator)
             with self._arithmetic(batch):
-                found = attribute_tokens(self.policy.model, batch, hybrid.target)
+                found = attribute_tokens(self.policy.model, batch, hybrid.target, with_prompts=hybrid.with_prompts)
             sides = [divmod(row, len(pairs))[::-1] for row in part]
             if collator.with_rejected:
                 sides += [(index, 1) for index, _ in sides]
@@ -237,15 +236,10 @@ class Refresher:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
-def closing_ids(pairs: Sequence[Pair]) -> tuple[int, ...]:
-    """Return the id that ends a turn in these chats, which a model's config need not name; none where responses end variously.
-
-    A response that a build cut to a maximum ends anywhere; none is longer, so only shorter ones are looked at.
-    """
+def _end_ids(pairs: Sequence[Pair]) -> tuple[int, ...]:
+    """Return the id that ends the responses of these pairs, see `closing_ids`."""
     responses = [response.ids for pair in pairs for response in (pair.chosen, pair.rejected)]
-    longest = max(map(len, responses))
-    last = Counter(int(ids[-1]) for ids in responses if len(ids) < longest)
-    return tuple(end_id for end_id, times in last.most_common(1) if 2 * times > last.total())
+    return closing_ids(np.array([len(ids) for ids in responses]), np.array([ids[-1] for ids in responses]))
 
 
 def anchor_of(ids: NDArray[np.int32], ref_logps: Floats) -> StoredResponse:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.anchor_sampling import AnchorSampler, closing_ids, config_stop_ids, seed_of
+from pipeline.anchor_sampling import AnchorSampler, config_stop_ids, dataset_stop_ids, seed_of
 from pipeline.anchors import anchors_identity, sample_anchors
 from pipeline.engine import Sampling
 from pipeline.recipe import AnchorsSection, Recipe, ScoreSection
@@ -307,11 +307,13 @@ def test_another_end_of_a_text_makes_other_anchors(policy):
 
 
 def test_the_end_of_a_turn_is_what_responses_end_with_that_were_not_cut(tmp_path):
-    assert closing_ids(make_tokens(tmp_path / "a")) == {TURN_END}
+    assert dataset_stop_ids(make_tokens(tmp_path / "a")) == {TURN_END}
     # Cut at 6 tokens, all of them alike; every other response is shorter.
     cut = {f"row{i}": {"chosen_ids": [1, 2, 3, 4, 5, 99]} for i in range(20)}
-    assert closing_ids(make_tokens(tmp_path / "b", **cut)) == {TURN_END}
-    assert closing_ids(make_tokens(tmp_path / "c", **{f"row{i}": {"rejected_ids": [i]} for i in range(24)})) == set()
+    assert dataset_stop_ids(make_tokens(tmp_path / "b", **cut)) == {TURN_END}
+    assert (
+        dataset_stop_ids(make_tokens(tmp_path / "c", **{f"row{i}": {"rejected_ids": [i]} for i in range(24)})) == set()
+    )
 
 
 # --- the real engine ---------------------------------------------------------------------------------------------------
