@@ -2,7 +2,6 @@
 
 import copy
 import json
-import copy
 import math
 import signal
 from dataclasses import replace
