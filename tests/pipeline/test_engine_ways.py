@@ -5,7 +5,7 @@ test_fixed_ids.py (V2).
 """
 
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -214,7 +214,7 @@ def _values(replies):
 
 def test_vllm_has_what_the_engine_uses_by_these_names():
     from vllm import LLMEngine, RequestOutput, SamplingParams
-    from vllm.config import VllmConfig
+    from vllm.config import SchedulerConfig, VllmConfig
     from vllm.logprobs import create_prompt_logprobs
     from vllm.sampling_params import RequestOutputKind
 
@@ -229,6 +229,10 @@ def test_vllm_has_what_the_engine_uses_by_these_names():
         "extra_args": {"tokenweights": [0, 3]},
         "prompt_logprob_token_ids": np.array([[5]], np.int32),
         "prompt_logprob_start": 3,
+        "seed": 7,
+        "top_k": 50,
+        "top_p": 0.95,
+        "stop_token_ids": [2],
     }
     params = SamplingParams(**asked)
     assert {name: getattr(params, name) for name in asked} == asked
@@ -237,8 +241,10 @@ def test_vllm_has_what_the_engine_uses_by_these_names():
     assert read <= vars(output).keys()
     assert {"start_indices", "end_indices", "token_ids", "logprobs"} <= vars(create_prompt_logprobs(True)).keys()
     called = ("from_engine_args", "add_request", "abort_request", "has_unfinished_requests", "step", "collective_rpc")
+    called += ("reset_prefix_cache",)
     assert [name for name in called if not callable(getattr(LLMEngine, name, None))] == []
     assert isinstance(VllmConfig.use_v2_model_runner, property)
+    assert {"enable_chunked_prefill", "max_num_batched_tokens"} <= {field.name for field in fields(SchedulerConfig)}
 
 
 # --- what is asked, and what comes back --------------------------------------------------------------------------------
