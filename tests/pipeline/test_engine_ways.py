@@ -229,13 +229,12 @@ def test_vllm_has_what_the_engine_uses_by_these_names():
         "extra_args": {"tokenweights": [0, 3]},
         "prompt_logprob_token_ids": np.array([[5]], np.int32),
         "prompt_logprob_start": 3,
-        "seed": 7,
-        "top_k": 50,
-        "top_p": 0.95,
-        "stop_token_ids": [2],
     }
     params = SamplingParams(**asked)
     assert {name: getattr(params, name) for name in asked} == asked
+    sampled = {"temperature": 0.8, "seed": 7, "top_k": 50, "top_p": 0.95, "stop_token_ids": [2]}
+    params = SamplingParams(**sampled)
+    assert {name: getattr(params, name) for name in sampled} == sampled
     output = RequestOutput("7", None, [1, 2], prompt_logprobs=None, outputs=[], finished=True)
     read = {"request_id", "num_cached_tokens", "prompt_logprobs", "prompt_token_id_logprobs", "finished"}
     assert read <= vars(output).keys()
