@@ -11,10 +11,10 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help install demo test bench-store bench-score bench-train lint format lock rehearse clean
+.PHONY: help install demo test bench-store bench-score bench-attribute bench-train lint format lock rehearse clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 install: $(INSTALLED)  ## make .venv with everything in it (about two minutes, 4.5 GB)
 
@@ -42,6 +42,9 @@ bench-store: $(INSTALLED)  ## size and speed of the weight store -> benchmarks/r
 
 bench-score: $(INSTALLED)  ## speed of scoring against prefill, plain vLLM and the official way -> benchmarks/results/score.json
 	$(BIN)/python benchmarks/score.py
+
+bench-attribute: $(INSTALLED)  ## speed of attribution against the naive loop and a forward pass -> benchmarks/results/attribute.json
+	$(BIN)/python benchmarks/attribute.py
 
 DEVICE ?= cpu
 bench-train: $(INSTALLED)  ## a training step against TRL's and the official one -> benchmarks/results/train.json (15 minutes; DEVICE=cuda)

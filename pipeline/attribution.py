@@ -160,13 +160,10 @@ class PairAttributor:
             packed=self._not_packed is None, with_rejected=len(groups[0]) == 2, share_beginnings=False
         )
         batch = collate([_as_pair(group) for group in groups])
-        target, options = (
-            self._options["target"],
-            {f"with_{name}": self._options[name] for name in ("prompts", "activations")},
-        )
+        wanted = {f"with_{name}": self._options[name] for name in ("prompts", "activations")}
         with _memory_told():
             on_device = {name: tensor.to(self._device) for name, tensor in batch.items()}
-            result = attribute_tokens(self._model, on_device, target, **options)
+            result = attribute_tokens(self._model, on_device, self._options["target"], **wanted)
             mask = batch["completion_mask"]
             sequences = [group[index] for index in range(len(groups[0])) for group in groups]
             return dict(zip(sequences, _rows_of(result, mask), strict=True))

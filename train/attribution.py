@@ -10,7 +10,7 @@ the backward pass. Without gradients of parameters that is far less than a train
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from train.attention import NUM_BRANCHES, Packing
 from train.collate import MODEL_INPUTS, Batch
-from train.continuation import Continuation, KeptPrompts, SplitBatch
+from train.continuation import Continuation, EnoughError, KeptPrompts, SplitBatch
 from train.logps import _causal_model, _decode, _output_layer, per_token_logps
 from weights_store.errors import InputError
 
@@ -74,9 +74,9 @@ def attribute_tokens(
     _check_layout(batch, with_prompts=with_prompts)
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
-        sizes = stack.enter_context(_measured_layers(model)) if with_activations else []
+        sizes: list[Tensor] = stack.enter_context(_measured_layers(model)) if with_activations else []
         if "branch_ids" in batch and not with_prompts:
-            norms, token_sizes = _attribute_responses(model, batch, target, sizes)
+            norms, token_sizes = _attribute_responses(model, batch, target, sizes if with_activations else None)
         else:
             norms = _differentiate(model, batch, target)
             token_sizes = sizes[0] if with_activations else None
@@ -104,26 +104,30 @@ def _differentiate(model: nn.Module, batch: Batch, target: AttributionTarget) ->
 
 
 def _attribute_responses(
-    model: nn.Module, batch: Batch, target: AttributionTarget, sizes: list[Tensor]
+    model: nn.Module, batch: Batch, target: AttributionTarget, sizes: list[Tensor] | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the norms at every place of a packed row, 0 on prompts, and the hidden states' sizes where `sizes` gets them.
 
     The prompts' own forward pass has no gradients (`continuation.py`). What they predict, each response's first token, is not
-    among the targets then, and would not depend on any token of a response.
+    among the targets then, and would not depend on any token of a response. Where nobody measures them, states behind the last
+    layer that no target reads are not computed: with few layers that is a good part of all.
     """
     split = SplitBatch.of(batch)
-    prompts = KeptPrompts(split.prompts["branch_ids"][0], split.prompts["position_ids"][0])
-    with torch.no_grad(), _packing(model, prompts):
-        _decode(**split.prompts, attention_mask=None, model=model)
     row = split.responses
+    last_layer = None if sizes is not None else _causal_model(model).config.get_text_config().num_hidden_layers - 1
+    prompt_row = (split.prompts["branch_ids"][0], split.prompts["position_ids"][0])
+    prompts = KeptPrompts(*prompt_row, last_layer=last_layer)
+    with torch.no_grad(), _packing(model, prompts), suppress(EnoughError):
+        _decode(**split.prompts, attention_mask=None, model=model)
     continuation = Continuation(
         row["branch_ids"][0], row["position_ids"][0], prompts=prompts, response_groups=split.groups
     )
-    with _packing(model, continuation):
+    ends_alone = sizes is None and target == "max_logit"
+    with _packing(model, continuation), _last_mlp_at(model, _last_places(row)) if ends_alone else nullcontext():
         own_norms = _differentiate(model, row, target)
     norms = own_norms.new_zeros(split.is_prompt.shape)
     norms[split.own_places] = own_norms
-    if not sizes:
+    if sizes is None:
         return norms, None
     token_sizes = torch.empty_like(norms)
     token_sizes[split.is_prompt], token_sizes[split.own_places] = sizes
@@ -169,13 +173,17 @@ def _sum_targets(model: nn.Module, batch: Batch, target: AttributionTarget) -> T
 
 def _largest_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Return the largest logit behind each sequence's last response token, `[S]` float32 (Eq. 5); one row of logits each."""
-    mask, places = batch["completion_mask"], batch["places"]
-    steps = torch.arange(mask.shape[1], device=mask.device)
-    last = places.gather(1, (mask * steps).argmax(1, keepdim=True)).squeeze(1)
     hidden = _decode(
         batch["input_ids"], batch["position_ids"], batch.get("branch_ids"), batch.get("attention_mask"), model
     )
-    return _output_layer(model)(hidden[last]).float().max(-1).values
+    return _output_layer(model)(hidden[_last_places(batch)]).float().max(-1).values
+
+
+def _last_places(batch: Batch) -> Tensor:
+    """Return where each sequence's last response token lies, `[S]`."""
+    mask = batch["completion_mask"]
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    return batch["places"].gather(1, (mask * steps).argmax(1, keepdim=True)).squeeze(1)
 
 
 # --- the model while it is attributed ----------------------------------------------------------------------------------
@@ -210,6 +218,35 @@ def _packing(model: nn.Module, packing: Packing) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _last_mlp_at(model: nn.Module, places: Tensor) -> Iterator[None]:
+    """Run the last layer's MLP, the larger part of a layer, at a few places of a packed row; it adds nothing elsewhere.
+
+    Plain MLPs by their usual names alone: a mixture of experts may do more than map each token.
+    """
+    layers = getattr(_causal_model(model).base_model, "layers", [None])
+    mlp: Any = getattr(layers[-1], "mlp", None)
+    if not isinstance(getattr(mlp, "down_proj", None), nn.Linear):
+        yield
+        return
+
+    shapes: list[torch.Size] = []
+
+    def narrow(_mlp: nn.Module, args: tuple[Tensor]) -> Tensor:
+        shapes.append(args[0].shape)
+        return args[0][:, places]
+
+    def widen(_mlp: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return output.new_zeros(shapes.pop()).index_copy(1, places, output)
+
+    handles = [mlp.register_forward_pre_hook(narrow), mlp.register_forward_hook(widen)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -19,15 +19,30 @@ _FULL = 0.7
 """Responses are laid out together as long as this share of their scores is not padding."""
 
 
+class EnoughError(Exception):
+    """All layers' keys and values are there; of the last layer nothing else is wanted."""
+
+
 @dataclass
 class KeptPrompts(Packing):
-    """Prompts behind each other in one row; the keys and values of every layer, `[1, H, N, D]`, are kept."""
+    """Prompts behind each other in one row; the keys and values of every layer, `[1, H, N, D]`, are kept.
 
+    Args:
+        last_layer: Index of the layer whose keys and values are the last that are wanted; None to go through all of it.
+    """
+
+    last_layer: int | None = field(default=None, kw_only=True)
     kept: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
-        """Attend as in any packed row."""
+        """Attend as in any packed row.
+
+        Raises:
+            EnoughError: This was the last layer.
+        """
         self.kept[module] = key.to(value.dtype), value
+        if self.last_layer is not None and getattr(module, "layer_idx", None) == self.last_layer:
+            raise EnoughError
         return super().attend(module, query, key, value, **settings)
 
 

@@ -16,6 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import train.attention
 from train.attribution import AttributionTarget, TokenAttributions, attribute_tokens
 from train.collate import Batch, PairCollator
 from train.dataset import Pair, StoredResponse
@@ -126,7 +127,6 @@ def test_packed_attributions_are_those_of_single_sequences(family: str) -> None:
         got = attribute_tokens(model, batch, target)
         for row, whole in zip(rows_of(got.attributions, batch), expected[target], strict=True):
             np.testing.assert_allclose(row, whole[-len(row) :], rtol=1e-5)
-        assert got.prompt_attributions is None
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -171,6 +171,43 @@ def test_the_last_token_has_no_part_in_the_log_probs_and_the_first_ones_have() -
         for row in rows_of(attribute_tokens(model, batch, target).attributions, batch):  # type: ignore[arg-type]
             assert (row[-1] > 0) == last_counts
             assert (row[:-1] > 0).all()
+
+
+@pytest.mark.parametrize("limit", ["MAX_DENSE_SCORES", "MAX_GROUP_SCORES"])
+def test_how_attention_is_computed_and_laid_out_changes_nothing(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    """Without dense products it is PyTorch's own kernel; without room for two, every response is a group of its own."""
+    model = make_model("gemma3")
+    assert enable_packing(model) is None
+    batch = PairCollator(share_beginnings=False)(make_pairs())
+    expected = attribute_tokens(model, batch, "gold_logps").attributions
+    monkeypatch.setattr("train.attention." + limit, 0)
+    monkeypatch.setattr("train.continuation.MAX_GROUP_SCORES", train.attention.MAX_GROUP_SCORES)
+    torch.testing.assert_close(attribute_tokens(model, batch, "gold_logps").attributions, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("target", ["max_logit", "gold_logps"])
+def test_prompts_without_gradients_leave_those_of_the_response_as_they_are(target: AttributionTarget) -> None:
+    """With prompts wanted gradients go through all of the packed row; without, prompts are a constant and layers cut short."""
+    model = make_model("gemma2")
+    assert enable_packing(model) is None
+    batch = PairCollator(with_rejected=False, share_beginnings=False)(make_pairs())
+    whole = attribute_tokens(model, batch, target, with_prompts=True)
+    alone = attribute_tokens(model, batch, target)
+    measured = attribute_tokens(model, batch, target, with_activations=True)
+    torch.testing.assert_close(alone.attributions, whole.attributions, rtol=1e-5, atol=0)
+    torch.testing.assert_close(measured.attributions, whole.attributions, rtol=1e-5, atol=0)
+    assert alone.prompt_attributions is None
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_responses_of_one_token_have_no_part_in_their_log_probs(packed: bool) -> None:
+    model, pair = make_model(), make_pairs()[0]
+    alone = [Pair("p", pair.prompt_ids, make_response(pair.chosen.ids[:1]), make_response(pair.rejected.ids[:1]))]
+    if packed:
+        assert enable_packing(model) is None
+    batch = PairCollator(packed=packed, share_beginnings=False)(alone)
+    assert not attribute_tokens(model, batch, "gold_logps").attributions.any()
+    assert (attribute_tokens(model, batch, "max_logit").attributions > 0).equal(batch["completion_mask"])
 
 
 # --- by hand -----------------------------------------------------------------------------------------------------------
@@ -316,6 +353,13 @@ def test_an_empty_response_is_refused() -> None:
     batch["completion_mask"][4] = False
     with pytest.raises(InputError, match=r"sequences \[4\] of the micro-batch have no response tokens"):
         attribute_tokens(make_model(), batch, "max_logit")
+
+
+def test_prompt_sums_of_responses_that_share_a_packed_prompt_are_refused() -> None:
+    model = make_model()
+    assert enable_packing(model) is None
+    with pytest.raises(AssertionError, match="responses share a prompt"):
+        attribute_tokens(model, PairCollator(share_beginnings=False)(make_pairs()), "max_logit", with_prompts=True)
 
 
 def test_responses_that_share_their_first_tokens_are_refused() -> None:
