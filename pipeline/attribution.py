@@ -1,9 +1,9 @@
 """Attributes the responses of pairs by gradients, a micro-batch at a time: what the process of `attribute.py` does.
 
 The only file of the pipeline that imports `train`: gradients, packed layout and the attention over it are the trainer's
-(`train/attribution.py`), so that stored and fresh attributions are the same numbers. Each response behind its prompt is
-computed once, in however many pairs it stands; two responses of one prompt lie in one packed sequence and share it, unless
-what falls on the prompt is wanted too, which is each response's own.
+(`train/attribution.py`), so that stored and fresh attributions come from one code. Each response behind its prompt is
+computed once, in however many pairs of a chunk it stands; two responses of one prompt lie in one packed sequence and share
+it, unless what falls on the prompt is wanted too, which is each response's own.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

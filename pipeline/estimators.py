@@ -282,10 +282,14 @@ def activation(scores: SideScores) -> SideWeights:
 
 
 def ensemble(members: Sequence[SideWeights]) -> SideWeights:
-    """Return the geometric mean of several weights of each token; it is 0 where one of them is. Our own."""
+    """Return the geometric mean of several weights of each token; it is 0 where one of them is. Our own.
+
+    Responses without anything to be weighed by are counted once for each member.
+    """
     with np.errstate(divide="ignore"):
         logs = sum(np.log(member.token_weights, dtype=np.float64) for member in members)
-    return SideWeights(np.exp(logs / len(members)).astype(np.float32))
+    counts = [member.num_without_mass for member in members if member.num_without_mass is not None]
+    return SideWeights(np.exp(logs / len(members)).astype(np.float32), num_without_mass=sum(counts) if counts else None)
 
 
 def _relative(values: np.ndarray, lengths: np.ndarray) -> SideWeights:

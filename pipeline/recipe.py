@@ -265,6 +265,10 @@ class WeightsSection(Section):
             if len(set(names)) < len(names):
                 raise ValueError(f"weights.{key} {names} names one of them twice")
         with_zeros = [name for name in self.estimators if ESTIMATORS[name].has_zeros]
+        with_zeros += ["ti"] if "ti" in self.estimators and self.ti_lambda == 1 else []  # an attribution may be 0
+        with_zeros += [
+            name for name in self.estimators if "min_weight" in ESTIMATORS[name].settings and not self.min_weight
+        ]
         if "shrink" in self.transforms and with_zeros:
             raise ValueError(
                 f"weights.transforms: 'shrink' takes the log of weights, and estimator {with_zeros[0]!r} gives weights of 0: "
@@ -378,6 +382,11 @@ class Recipe(Section):
         inputs = self.weights.inputs()
         if "prompts" in inputs and not self.attribute.prompts:
             raise ValueError("weights.span 'sequence' reads what falls on prompts: set attribute.prompts = true")
+        if self.attribute.prompts and self.attribute.target == "dpo_margin":
+            raise ValueError(
+                "attribute.prompts stores what falls on a prompt for each response, and the margin of attribute.target "
+                "'dpo_margin' belongs to both: take 'gold_logps', whose numbers are the same on response tokens"
+            )
         if "activations" in inputs and not self.attribute.activations:
             raise ValueError("estimator 'activation' reads the size of hidden states: set attribute.activations = true")
         if "top_k" in inputs and not self.score.top_k:

@@ -235,7 +235,7 @@ def attend(
 def _shares(scores: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the softmax over what the mask allows. In float32: sums of many small numbers do not survive eight bits."""
     wide = torch.promote_types(dtype, torch.float32)
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide).to(dtype)
+    return scores.masked_fill_(~mask, -torch.inf).softmax(-1, dtype=wide).to(dtype)  # in place: they are nobody else's
 
 
 class _DenseAttention(torch.autograd.Function):

@@ -71,6 +71,7 @@ def attribute_tokens(
     Raises:
         InputError: A response is empty, or the model gives no access to its input embeddings.
     """
+    assert not (with_prompts and target == "dpo_margin"), "a prompt's part in the margin belongs to both responses"
     _check_layout(batch, with_prompts=with_prompts)
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))

@@ -94,7 +94,7 @@ def _rooms(prompts: Sequence[Ids], causal_model: Any, max_new_tokens: int) -> li
     if min(rooms) < 1:
         raise InputError(
             f"a prompt of {max(map(len, prompts))} tokens leaves no room for an anchor: the model takes at most {longest} "
-            "tokens; drop such pairs with dataset.max_tokens in the recipe, or train a model with a longer context"
+            "tokens; build the dataset with a smaller dataset.max_prompt_tokens, or train with loss.anchor='stored'"
         )
     return rooms
 

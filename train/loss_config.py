@@ -87,8 +87,8 @@ class LossConfig(BaseModel):
     on the way."""
     importance: Literal["stored", "online"] | None = None
     """`ti_dpo`: token weights of the dataset (default), or made from the policy's gradients on the way."""
-    refresh_steps: int | None = Field(default=None, ge=1)
-    """`ti_dpo` with anything online: make it anew every so many steps (default 1)."""
+    refresh_steps: int | None = Field(default=None, ge=1, le=1000)
+    """`ti_dpo` with anything online: make it anew every so many steps (default 1), whose pairs are held in memory."""
     gamma_beta_ratio: float | None = Field(default=None, ge=0)
     """`simpo`: margin that chosen should win by, as a share of beta, nats per token (default 0.5)."""
     gamma: float | None = Field(default=None, gt=0, le=1)

@@ -174,7 +174,10 @@ class Refresher:
             lengths = mask.sum(1).cpu().numpy()
             attributions = found.attributions[mask].cpu().numpy()
             prompts = found.prompt_attributions if hybrid.with_prompts else None
-            _check_finite(attributions, lengths, [pairs[index].pair_id for index, _ in sides])
+            pair_ids = [pairs[index].pair_id for index, _ in sides]
+            _check_finite(attributions, lengths, pair_ids)
+            if prompts is not None:
+                _check_finite(prompts.cpu().numpy(), np.ones_like(lengths), pair_ids)
             hybrids = hybrid_weights(
                 attributions,
                 lengths,

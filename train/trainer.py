@@ -195,6 +195,12 @@ class PairTrainer(Trainer):
         """Save what the Trainer saves, and before it, since its state comes last, what is fresh of a window that has begun."""
         if self.fresh:
             folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if (
+                self.args.should_save and folder.is_dir()
+            ):  # left by a run that was killed here, with more processes maybe
+                for path in folder.glob(FRESH_FILES):
+                    path.unlink()
+            self.accelerator.wait_for_everyone()
             pairs = [pair for pairs in self.fresh for pair in pairs]
             kept = dict(zip(self._positions(len(self.fresh)), pairs, strict=True))
             save_fresh(folder / FRESH_FILES.replace("*", str(self.args.process_index)), kept)

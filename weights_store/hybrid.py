@@ -36,7 +36,7 @@ def hybrid_weights(
     below 1 the prior of a short span would stand on its middle alone. The paper writes G with peak 1, which would make
     the mix depend on the length; we divide by its sum, as the release does, and multiply by T, so that weighted and
     unweighted margins have one scale and one beta. Without any attribution over the span the weights are the prior's alone.
-    A response of one token has weight 1 (the release: 0).
+    A response of one token has weight 1 over either span (the release: 0).
 
     Args:
         attributions: I of every response token, flat `[N]`, at least 0, in any unit.
@@ -74,6 +74,7 @@ def hybrid_weights(
     token_weights = prior[np.arange(len(attributions)) + np.repeat(starts + before - firsts, lengths)]
     token_weights *= np.repeat(of_prior, lengths)
     token_weights += np.repeat(of_attribution, lengths) * attributions
+    token_weights[np.repeat(lengths == 1, lengths)] = 1
     return HybridWeights(token_weights.astype(np.float32), int(np.count_nonzero(~with_mass)))
 
 

@@ -111,10 +111,12 @@ def naive(model_folder):
 # --- what is stored ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["max_logit", "gold_logps", "dpo_margin"])
-@pytest.mark.parametrize("prompts", [False, True])
+@pytest.mark.parametrize(
+    ("target", "prompts"),
+    [("max_logit", False), ("max_logit", True), ("gold_logps", False), ("gold_logps", True), ("dpo_margin", False)],
+)
 def test_the_worker_attributes_like_the_naive_loop(make_request, naive, target, prompts):
-    """With prompts each response is computed behind its own, where the margin's prompt sums are those of the log-probs."""
+    """With prompts each response is computed behind its own."""
     request = make_request(target=target, prompts=prompts, row1={"chosen_ids": [5]})
     table, unscorable = run(request)
     assert unscorable == []

@@ -140,6 +140,14 @@ def test_settings_of_other_methods_and_estimators_are_not_in_the_identity():
             ["estimator=threshold", "lower=-2", "upper=0"],
             r"weights.upper \(0.0\) must be above 0 with estimator 'threshold'",
         ),
+        (
+            ["estimator=ti", "ti_lambda=1", "transforms=['shrink']"],
+            "estimator 'ti' gives weights of 0: leave 'shrink' out",
+        ),
+        (
+            ["estimator=rank_based", "min_weight=0", "transforms=['shrink']"],
+            "estimator 'rank_based' gives weights of 0: leave 'shrink' out",
+        ),
         (["estimator=origin", "transforms=['shrink']"], "estimator 'origin' gives weights of 0: leave 'shrink' out"),
         (
             ["estimator=ensemble", "members=['tis','surprise']", "transforms=['shrink']"],
@@ -157,6 +165,11 @@ def test_settings_of_other_methods_and_estimators_are_not_in_the_identity():
 def test_settings_that_do_not_go_together_are_refused(overrides, message):
     with pytest.raises(SettingsError, match=message):
         _load(*(f"weights.{override}" for override in overrides))
+
+
+def test_what_falls_on_a_prompt_is_not_parted_between_the_sides_of_a_margin():
+    with pytest.raises(SettingsError, match="belongs to both: take 'gold_logps'"):
+        _load("weights.estimator=ti", "attribute.target=dpo_margin", "attribute.prompts=true")
 
 
 def test_versions_of_earlier_recipes_keep_their_identity():

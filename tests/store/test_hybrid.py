@@ -76,6 +76,8 @@ def test_the_unit_of_attributions_changes_nothing():
 @pytest.mark.parametrize("mix", [0.0, 0.2, 0.7, 1.0])
 def test_a_response_of_one_token_has_weight_exactly_one(attribution, mix):
     assert _weights([1, 2, attribution], [2, 1], mix).token_weights[2] == 1
+    prompts = {"prompt_lengths": np.array([60, 60]), "prompt_attributions": np.array([3.0, 3.0])}
+    assert _weights([1, 2, attribution], [2, 1], mix, **prompts).token_weights[2] == 1
 
 
 def test_without_attribution_the_prior_stands_alone_and_is_counted():

@@ -101,6 +101,21 @@ def assert_like_naive(model: nn.Module, pairs: list[Pair], batch: Batch, target:
         np.testing.assert_allclose(row, naive(model, prompt, response, target)[len(prompt) :], rtol=1e-5)
 
 
+def naive_margin(model: Any, pair: Pair) -> list[np.ndarray]:
+    """Attributions of the response tokens of a pair: one graph for both responses, behind one embedding of the prompt."""
+    lookup, num_before = model.get_input_embeddings(), len(pair.prompt_ids)
+    parts = [
+        lookup(torch.tensor(ids.astype(np.int64))[None]).detach().requires_grad_()
+        for ids in (pair.prompt_ids, pair.chosen.ids, pair.rejected.ids)
+    ]
+    margin = torch.zeros(())
+    for sign, own, response in ((1, parts[1], pair.chosen), (-1, parts[2], pair.rejected)):
+        logits = model(inputs_embeds=torch.cat([parts[0], own], 1), use_cache=False).logits[0].float()
+        ids = torch.tensor(response.ids.astype(np.int64))
+        margin = margin + sign * logits[num_before - 1 : -1].log_softmax(-1).gather(1, ids[:, None]).sum()
+    return [gradient[0].abs().sum(-1).numpy() for gradient in torch.autograd.grad(margin, parts[1:])]
+
+
 def pad_left(batch: Batch) -> Batch:
     """A right-padded batch, with the padding moved to the front of every sequence."""
     lengths = batch["attention_mask"].sum(1).tolist()
@@ -155,10 +170,15 @@ def test_sums_over_the_prompt_are_those_of_the_naive_loop(packed: bool, target: 
 
 def test_a_response_token_matters_to_the_dpo_margin_as_much_as_to_its_own_log_probs() -> None:
     """The margin is the difference of two sums, and a response token is in one of them: |+g| = |-g|."""
-    model = make_model()
+    model, pairs = make_model(), make_pairs()
+    expected = [naive_margin(model, pair) for pair in pairs]
     assert enable_packing(model) is None
-    batch = PairCollator(share_beginnings=False)(make_pairs())
+    batch = PairCollator(share_beginnings=False)(pairs)
     margin, gold = (attribute_tokens(model, batch, target) for target in ("dpo_margin", "gold_logps"))
+    of_margin = rows_of(margin.attributions, batch)
+    for chosen, rejected, both in zip(of_margin[: len(pairs)], of_margin[len(pairs) :], expected, strict=True):
+        np.testing.assert_allclose(chosen, both[0], rtol=1e-5)
+        np.testing.assert_allclose(rejected, both[1], rtol=1e-5)
     torch.testing.assert_close(margin.attributions, gold.attributions, rtol=1e-6, atol=0)
     assert margin.attributions.sum() > 0
 
