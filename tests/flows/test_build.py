@@ -91,7 +91,7 @@ def test_progress_and_summary_are_artifacts(first_build):
 def _joined(store, result):
     frame = store.scan("toy/tis-dpo", result.published.weights.version)
     for role in ("positive", "negative"):
-        reference = result.scored[role].logps
+        reference = result.scored[role].output
         logps = store.table(reference.table).scan(reference.version)
         frame = frame.join(
             logps.rename({f"{side}_logps": f"{side}_{role}" for side in ("chosen", "rejected")}), on="pair_id"
@@ -158,7 +158,7 @@ def test_stored_log_probs_were_compared_with_transformers_once_for_both_datasets
     # The engine computes in float32, and log-probs are stored to a relative 1.2e-4.
     assert 0 < parity["mean"] < 5e-4
     assert parity["mean"] < parity["p99"] <= parity["max"] < 1e-2
-    scorer = store.table(first_build.scored["ref"].logps.table).metadata()["scorer"]
+    scorer = store.table(first_build.scored["ref"].output.table).metadata()["scorer"]
     assert final["reference"] == {
         "model_fingerprint": scorer["model"],
         "dtype": "float32",

@@ -45,7 +45,8 @@ def test_builds_killed_at_random_moments_end_with_the_rows_of_an_undisturbed_one
 ):
     recipes = _recipes(tmp_path, toy_model, write_jsonl, language)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.pipeline.crashing_build"])
+    # pyarrow imports pandas on its first conversion, which would cost every child 0.2 s.
+    context.set_forkserver_preload(["tests.pipeline.crashing_build", "pandas"])
 
     def start(uri):
         from tests.pipeline.crashing_build import build
