@@ -15,7 +15,7 @@ from weights_store import Table, WeightStore
 
 RateSource = Literal["measured", "stated"]
 
-TOKENS_PER_S: dict[Stage, float] = {"score": 20_000, "attribute": 3_000, "anchors": 4_000}
+TOKENS_PER_S: dict[Stage, float] = {"score": 20_000, "attribute": 7_000, "anchors": 5_500}
 """Tokens of prompt, chosen and rejected, each once per pair, also where those that are sampled behind the prompt count."""
 ENGINE_START_S = 20.0
 ATTRIBUTE_START_S = 10.0
