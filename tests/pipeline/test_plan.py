@@ -471,8 +471,8 @@ def test_attributions_and_anchors_are_planned_where_the_recipe_needs_them(prepar
     for found in (attributed, sampled):
         assert (found.num_pairs, found.num_tokens, found.rate_source) == (NUM_PAIRS, num_tokens, "stated")
     # 10 s of starting and 3,000 tokens/s; 20 s and 4,000 tokens/s.
-    assert attributed.seconds == pytest.approx(10 + num_tokens / 3000)
-    assert sampled.seconds == pytest.approx(20 + num_tokens / 4000)
+    assert attributed.seconds == pytest.approx(10 + num_tokens / 7000)
+    assert sampled.seconds == pytest.approx(20 + num_tokens / 5500)
     # 2.5 bytes a response token; 3.6 a token of an anchor, of which a pair has eight at most; and one commit.
     assert attributed.num_bytes == pytest.approx(num_response_tokens * 2.5 + 6000, abs=1)
     assert sampled.num_bytes == pytest.approx(NUM_PAIRS * 8 * 3.6 + 6000, abs=1)
