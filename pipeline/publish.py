@@ -125,17 +125,7 @@ def _publish(
     table, base, newest = wanted.table, wanted.base, wanted.newest
     tokens_metadata = store.table(ingredients.tokens.table).metadata(ingredients.tokens.version)
     if newest and wanted.is_there:
-        # The pairs are the same, and bad rows may still have come or gone.
-        statistics = _with_balance(newest["statistics"], tokens_metadata["statistics"])
-        return Published(
-            table.reference(base),
-            weights.name,
-            statistics,
-            newest["changes"],
-            is_new=False,
-            parity=newest.get("parity"),
-            settings=wanted.settings,
-        )
+        return _as_it_stands(wanted, newest, weights.name, tokens_metadata["statistics"])
     if wanted.made_differently and expect_same:
         raise InputError(
             f"weights/{weights.name}@{base} was made differently: {'; '.join(wanted.made_differently)}. "
@@ -157,12 +147,7 @@ def _publish(
     if weigher.curves is not None:
         statistics["mean_weight_by_position"] = {side: curve.tolist() for side, curve in weigher.curves.items()}
     metadata = {
-        "fingerprint": wanted.fingerprint,
-        "identity": wanted.identity,
-        "recipe": recipe.model_copy(update={"weights": weights}).model_dump(),
-        "parents": [{"role": role, **parent.as_parent()} for role, parent in ingredients.by_role().items()],
-        "tokenizer": tokens_metadata["tokenizer"],
-        **_reference(recipe, store.table(ingredients.ref_logps.table).metadata(ingredients.ref_logps.version)),
+        **_lineage(recipe.model_copy(update={"weights": weights}), ingredients, wanted),
         **checked,
         "statistics": _with_balance(statistics, tokens_metadata["statistics"]),
         "changes": wanted.changes,
@@ -182,6 +167,35 @@ def _publish(
         parity=checked.get("parity"),
         settings=wanted.settings,
     )
+
+
+def _as_it_stands(wanted: "Wanted", newest: dict[str, Any], name: str, prepared: dict[str, Any]) -> Published:
+    """Return the newest version. Its pairs are the same, and bad rows may still have come or gone."""
+    return Published(
+        wanted.table.reference(wanted.base),
+        name,
+        _with_balance(newest["statistics"], prepared),
+        newest["changes"],
+        is_new=False,
+        parity=newest.get("parity"),
+        settings=wanted.settings,
+    )
+
+
+def _lineage(recipe: Recipe, ingredients: Ingredients, wanted: "Wanted") -> dict[str, Any]:
+    """Return what a version records of how it was made, and of what."""
+    tokens, ref_logps = (
+        WeightStore(version.store).table(version.table).metadata(version.version)
+        for version in (ingredients.tokens, ingredients.ref_logps)
+    )
+    return {
+        "fingerprint": wanted.fingerprint,
+        "identity": wanted.identity,
+        "recipe": recipe.model_dump(),
+        "parents": [{"role": role, **parent.as_parent()} for role, parent in ingredients.by_role().items()],
+        "tokenizer": tokens["tokenizer"],
+        **_reference(recipe, ref_logps),
+    }
 
 
 def _reference(recipe: Recipe, scored: dict[str, Any]) -> dict[str, Any]:
