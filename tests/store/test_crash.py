@@ -5,7 +5,6 @@ table how far the last one came. What each version must hold is worked out by a 
 """
 
 import multiprocessing
-import os
 import random
 import signal
 
@@ -84,8 +83,7 @@ def kill_soon(children, root, delay_s):
     child.start()
     assert receiver.poll(60)
     child.join(delay_s)
-    if child.exitcode is None:
-        os.kill(child.pid, signal.SIGKILL)
+    child.kill()  # SIGKILL; nothing where it has ended by itself
     child.join(60)
     assert child.exitcode in (0, -signal.SIGKILL)
     return child.exitcode != 0
