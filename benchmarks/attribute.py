@@ -7,8 +7,7 @@ All attribute every response token of chosen and rejected, target `max_logit`, w
 * `forward`: the decoder over the micro-batches of `ours` without gradients, and the same rows of logits. Nothing else: neither
   cutting nor collating nor tables.
 
-In turns in one process, in float32 and in bfloat16; medians of `RUNS`. `--profile` prints where the time of `ours` goes;
-`--ideas` measures what might make it faster, one change at a time.
+In turns in one process, in float32 and in bfloat16; medians of `RUNS`.
 """
 
 import argparse
@@ -45,14 +44,6 @@ NUM_PAIRS = 200
 DTYPES = ("float32", "bfloat16")
 TARGETS = {"vs_naive": ("at least", 3.0), "vs_forward_only": ("at most", 3.2)}
 TARGET = Target("ref", "attributions/bench", None, {})
-IDEAS: dict[str, dict[str, Any]] = {
-    "as it is": {},
-    "1,024 tokens in a batch": {"batch_tokens": 1024},
-    "2,048 tokens in a batch": {"batch_tokens": 2048},
-    "8,192 tokens in a batch": {"batch_tokens": 8192},
-    "each response with its own prompt": {"prompts": True},
-}
-"""Settings of [attribute]."""
 
 
 def make_tokens(work: Path, shared: Path, num_pairs: int) -> pl.DataFrame:
@@ -86,8 +77,8 @@ def describe_pairs(rows: pl.DataFrame) -> dict[str, Any]:
 class Bench:
     """One loaded model, and the contenders."""
 
-    def __init__(self, model: Path, rows: pl.DataFrame, dtype: str, **changed: Any) -> None:
-        settings = AttributeSection(dtype=dtype, **changed)  # type: ignore[arg-type]
+    def __init__(self, model: Path, rows: pl.DataFrame, dtype: str) -> None:
+        settings = AttributeSection(dtype=dtype)  # type: ignore[arg-type]
         engine = {"dtype": dtype, "batch_tokens": settings.batch_tokens}
         options = settings.model_dump(include={"target", "prompts", "activations"})
         folder = str(model)
@@ -192,26 +183,6 @@ def run_all(work: Path, shared: Path, num_pairs: int, runs: int) -> dict[str, An
     }
 
 
-def run_ideas(work: Path, shared: Path, num_pairs: int, runs: int) -> None:
-    """Print seconds of `ours` with one change at a time, in turns."""
-    rows = make_tokens(work, shared, num_pairs)
-    for dtype in DTYPES:
-        benches = {name: Bench(shared / "models" / "tiny-chat", rows, dtype, **idea) for name, idea in IDEAS.items()}
-        seconds = time_in_turns({name: bench.ours for name, bench in benches.items()}, runs)
-        for name, times in seconds.items():
-            print(f"{dtype:<10}{name:<40}{statistics.median(times):7.2f} s", flush=True)
-
-
-def profile(work: Path, shared: Path, num_pairs: int) -> None:
-    """Print where the time of `ours` goes."""
-    rows = make_tokens(work, shared, num_pairs)
-    for dtype in DTYPES:
-        bench = Bench(shared / "models" / "tiny-chat", rows, dtype)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
-            bench.ours()
-        print(dtype, found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25), sep="\n")
-
-
 def print_table(results: dict[str, Any]) -> None:
     """Print the figures with their targets."""
     print(f"\n{'figure':<20}" + "".join(f"{dtype:>12}" for dtype in DTYPES) + "   target")
@@ -232,18 +203,10 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=int, default=NUM_PAIRS)
     parser.add_argument("--runs", type=int, default=RUNS)
-    parser.add_argument("--profile", action="store_true", help="print where the time goes instead")
-    parser.add_argument("--ideas", action="store_true", help="measure single changes instead, and print them")
     parser.add_argument("--dry", action="store_true", help="print the figures without writing the result file")
     options = parser.parse_args()
     if not (options.shared / "data" / "hh_harmless.jsonl").is_file():
         raise SystemExit(f"{options.shared} has no data/hh_harmless.jsonl: give the folder with --shared")
-    if options.profile:
-        profile(options.work, options.shared, options.pairs)
-        return
-    if options.ideas:
-        run_ideas(options.work, options.shared, options.pairs, options.runs)
-        return
     results = run_all(options.work, options.shared, options.pairs, options.runs)
     print_table(results)
     if not options.dry:

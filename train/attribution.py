@@ -135,10 +135,6 @@ def _attribute_responses(
     return norms, token_sizes
 
 
-def _num_pairs(batch: Batch) -> int:
-    return len(batch["pair_weights"])
-
-
 def _check_layout(batch: Batch, *, with_prompts: bool) -> None:
     """Refuse sequences without a response, and gradients that would mix.
 
@@ -154,7 +150,7 @@ def _check_layout(batch: Batch, *, with_prompts: bool) -> None:
         assert branches.all(), (
             "responses share their first tokens, whose gradients mix: collate with share_beginnings=False"
         )
-        is_shared = with_prompts and len(places) > _num_pairs(batch)
+        is_shared = with_prompts and len(places) > len(batch["pair_weights"])
         assert not is_shared, "responses share a prompt, whose gradients mix: collate one response per pair, or padded"
 
 
@@ -162,14 +158,14 @@ def _check_layout(batch: Batch, *, with_prompts: bool) -> None:
 
 
 def _sum_targets(model: nn.Module, batch: Batch, target: AttributionTarget) -> Tensor:
-    """Return the sum over sequences, a scalar. A token reaches its own sequence's target alone: no gradients mix."""
+    """Return the sum over sequences, a scalar. A token reaches its own sequence's target alone: no gradients mix.
+
+    In the margin the rejected responses' log-probs are negative, which changes no norm: it is computed as `gold_logps`.
+    """
     if target == "max_logit":
         return _largest_logits(model, batch).sum()
     inputs: dict[str, Any] = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-    logps = per_token_logps(model, **inputs).logps.sum(1)
-    if target == "dpo_margin":
-        logps = torch.cat([logps[: _num_pairs(batch)], -logps[_num_pairs(batch) :]])
-    return logps.sum()
+    return per_token_logps(model, **inputs).logps.sum()
 
 
 def _largest_logits(model: nn.Module, batch: Batch) -> Tensor:

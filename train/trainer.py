@@ -193,17 +193,16 @@ class PairTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save what the Trainer saves, and before it, since its state comes last, what is fresh of a window that has begun."""
-        if self.fresh:
+        if self.refresher is not None:
             folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            if (
-                self.args.should_save and folder.is_dir()
-            ):  # left by a run that was killed here, with more processes maybe
+            if self.args.should_save:  # left by a run that was killed here, with more processes maybe
                 for path in folder.glob(FRESH_FILES):
                     path.unlink()
             self.accelerator.wait_for_everyone()
             pairs = [pair for pairs in self.fresh for pair in pairs]
-            kept = dict(zip(self._positions(len(self.fresh)), pairs, strict=True))
-            save_fresh(folder / FRESH_FILES.replace("*", str(self.args.process_index)), kept)
+            if pairs:
+                kept = dict(zip(self._positions(len(self.fresh)), pairs, strict=True))
+                save_fresh(folder / FRESH_FILES.replace("*", str(self.args.process_index)), kept)
             self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
 

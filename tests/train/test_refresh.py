@@ -316,16 +316,18 @@ def test_a_run_stopped_within_a_window_goes_on_as_if_nothing_had_happened(
     undisturbed, at_once = history_of(tmp_path / "undisturbed"), refreshed.copy()
     assert len(undisturbed) == 5
     ordinary = ProgressLines.on_step_end
+    checkpoint = Path(settings["output"]["folder"]) / "checkpoints" / f"checkpoint-{stopped_after}"
 
     def stop(self, args, state, control, **kwargs):
         if state.global_step == stopped_after:
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "fresh-7.parquet").write_bytes(b"of a run with more processes that was killed here")
             signal.raise_signal(signal.SIGTERM)
         return ordinary(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patched:
         patched.setattr(ProgressLines, "on_step_end", stop)
         assert main(flags_of(settings)) == 130
-    checkpoint = Path(settings["output"]["folder"]) / "checkpoints" / f"checkpoint-{stopped_after}"
     assert [path.name for path in checkpoint.glob("fresh-*")] == (["fresh-0.parquet"] if stopped_after == 2 else [])
     assert main(flags_of(settings)) == 0
     assert history_of(Path(settings["output"]["folder"])) == undisturbed
