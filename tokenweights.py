@@ -1,64 +1,63 @@
-"""The `tokenweights` command. Every sub-command loads its extra only when it runs, so that `--help` is instant.
+"""The `tokenweights` command. Every sub-command imports its extra only when it runs, so that `--help` is instant.
 
 This module stands above all packages, and nothing imports it.
 """
 
-import argparse
-import importlib
 import os
 import sys
-from collections.abc import Sequence
+
+if __name__ == "__main__" and not sys.flags.safe_path and sys.path[0] != os.path.dirname(os.path.abspath(__file__)):
+    del sys.path[
+        0
+    ]  # where `python -m` and torchrun put the current directory: a user's own train.py would stand for ours
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weights_store.commands import add_commands, add_store_option
-from weights_store.errors import InputError, MissingExtraError, TokenweightsError
+from weights_store.errors import InputError, MissingExtraError
+from weights_store.process import run_main
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["train"]:  # the training job has options of its own: the same as `python -m train.run`
-        return int(_guarded(lambda: _load("train.run", "train").main(arguments[1:]), debug="--debug" in arguments))
+    if arguments[:1] == ["train"]:  # the training job has options of its own
+        return run_main(lambda: _train(arguments[1:]), debug="--debug" in arguments)
     options = _parser().parse_args(arguments)
-    return int(_guarded(lambda: options.run(options), options.debug))
+    run: Callable[[], int | None] = lambda: options.run(options)  # noqa: E731
+    return run_main(
+        run, debug=options.debug, after_interrupt="interrupted; what was committed stays, run again to go on"
+    )
 
 
-def _guarded(run: Any, debug: bool) -> int:
-    try:
-        return int(run() or 0)
-    except TokenweightsError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # `tokenweights ls | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:  # no permission, a full disk, a file where a folder should be
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; what was committed stays, run again to go on", file=sys.stderr)
-        return 130
-
-
-def _load(module: str, extra: str) -> Any:
-    """Import one of our modules, and name the extra to install when one of its requirements is missing.
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Name the extra to install when a package that is imported inside is missing.
 
     Raises:
         MissingExtraError: A package of the extra is not installed.
     """
     try:
-        return importlib.import_module(module)
+        yield
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("flows", "pipeline", "train", "weights_store"):
             raise
         raise MissingExtraError(
             f"this command needs the package {error.name!r}, which is not installed; pip install 'tokenweights[{extra}]'"
         ) from error
+
+
+def _train(arguments: list[str]) -> int:
+    with needs_extra("train"):
+        from train.run import main
+    return main(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -157,43 +156,51 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    recipes, run = _load("pipeline.recipe", "flows"), _load("flows.run", "flows")
-    recipe = recipes.load_recipe(options.recipe, options.overrides, options.store)
-    run.run_build(recipe, options.expect_same, options.debug)
+    with needs_extra("flows"):
+        from flows.run import run_build
+        from pipeline.recipe import load_recipe
+    run_build(load_recipe(options.recipe, options.overrides, options.store), options.expect_same, options.debug)
 
 
 def _plan(options: argparse.Namespace) -> None:
-    recipes, planning = _load("pipeline.recipe", "flows"), _load("pipeline.plan", "flows")
-    recipe = recipes.load_recipe(options.recipe, options.overrides, options.store)
-    plans = planning.plan(recipe, lambda line: print(line, file=sys.stderr, flush=True))
+    with needs_extra("flows"):
+        from pipeline.dry_run.plan import plan
+        from pipeline.dry_run.table import plan_lines
+        from pipeline.recipe import load_recipe
+    recipe = load_recipe(options.recipe, options.overrides, options.store)
+    plans = plan(recipe)
     print(f"A build of {recipe.weights.name} in {recipe.store.uri} would do this:\n")
-    print("\n".join(_load("pipeline.plan_table", "flows").plan_lines(plans)))
+    print("\n".join(plan_lines(plans)))
 
 
 def _check_scorer(options: argparse.Namespace) -> None:
-    recipes, parity = _load("pipeline.recipe", "flows"), _load("pipeline.parity", "flows")
-    found = parity.check_scorer(
-        recipes.load_recipe(options.recipe, options.overrides, options.store),
+    with needs_extra("flows"):
+        from pipeline.parity.check import check_parity, check_scorer, parity_lines
+        from pipeline.recipe import load_recipe
+    found = check_scorer(
+        load_recipe(options.recipe, options.overrides, options.store),
         num_pairs=options.pairs,
         tolerance_nats=options.tolerance,
         role=options.role,
-        report=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    print("\n".join(parity.parity_lines(found)))
-    parity.check_parity(found)
+    print("\n".join(parity_lines(found)))
+    check_parity(found)
 
 
 def _serve(options: argparse.Namespace) -> None:
-    recipes, serving = _load("pipeline.recipe", "flows"), _load("flows.serve", "flows")
-    loaded = {path: recipes.load_recipe(path, options.overrides, options.store) for path in options.recipes}
-    serving.serve_recipes(loaded)
+    with needs_extra("flows"):
+        from flows.serve import serve_recipes
+        from pipeline.recipe import load_recipe
+    serve_recipes({path: load_recipe(path, options.overrides, options.store) for path in options.recipes})
 
 
 def _demo(options: argparse.Namespace) -> None:
-    _load("flows.demo", "flows").run_demo(options.folder, options.debug)
+    with needs_extra("flows"):
+        from flows.demo import run_demo
+    run_demo(options.folder, options.debug)
 
 
-def _load_tokenizer(folder: str) -> Any:
+def _load_tokenizer(folder: str) -> "Tokenizer":
     """Return the tokenizer of a model folder.
 
     Raises:
@@ -205,7 +212,9 @@ def _load_tokenizer(folder: str) -> Any:
         raise InputError(
             f"{folder} has no tokenizer.json; give the folder of the model that the pairs were tokenised with"
         )
-    return _load("tokenizers", "train").Tokenizer.from_file(str(path))
+    with needs_extra("train"):
+        from tokenizers import Tokenizer
+    return Tokenizer.from_file(str(path))
 
 
 if __name__ == "__main__":

@@ -28,13 +28,13 @@ import numpy as np
 import polars as pl
 import torch
 
-import pipeline.attribution
+import pipeline.workers.pair_attributor
 from benchmarks.machine import describe
-from pipeline.attribution import PairAttributor
-from pipeline.prepare import prepare
 from pipeline.recipe import AttributeSection, Recipe
-from pipeline.scoring import Request, Target
-from train.attribution import _largest_logits
+from pipeline.stages.prepare import prepare
+from pipeline.workers.pair_attributor import PairAttributor
+from pipeline.workers.request import Request, Target
+from train.model.attribution import _largest_logits
 from weights_store import WeightStore
 from weights_store.settings import parse_settings
 
@@ -89,21 +89,23 @@ class Bench:
         )
         self.rows = rows
         self.worker = PairAttributor(request, lambda line: None)
-        self.plain = pipeline.attribution.load_model(model, dtype).requires_grad_(True)  # as the release has it
+        self.plain = pipeline.workers.pair_attributor.load_model(model, dtype).requires_grad_(
+            True
+        )  # as the release has it
         self.batches = self._batches()
 
     def _batches(self) -> list[dict[str, torch.Tensor]]:
         """Return the micro-batches of `ours`."""
         batches = []
-        ordinary = pipeline.attribution.attribute_tokens
+        ordinary = pipeline.workers.pair_attributor.attribute_tokens
 
         def record(model: Any, batch: Any, target: Any, **options: Any) -> Any:
             batches.append(batch)
             return ordinary(model, batch, target, **options)
 
-        pipeline.attribution.attribute_tokens = record
+        pipeline.workers.pair_attributor.attribute_tokens = record
         self.ours()
-        pipeline.attribution.attribute_tokens = ordinary
+        pipeline.workers.pair_attributor.attribute_tokens = ordinary
         return batches
 
     def ours(self) -> dict[str, list[np.ndarray]]:

@@ -31,9 +31,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import describe
-from pipeline.prepare import prepare
 from pipeline.recipe import Recipe
-from pipeline.scoring import PairScorer, Request, Target, fill
+from pipeline.stages.prepare import prepare
+from pipeline.workers.pair_scorer import PairScorer
+from pipeline.workers.process import fill
+from pipeline.workers.request import Request, Target
 from weights_store import WeightStore
 from weights_store.settings import parse_settings
 
@@ -337,11 +339,11 @@ ENGINE_IDEAS: dict[str, dict[str, Any]] = {
 """Each needs an engine of its own."""
 CODE_IDEAS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "responses not shared": {"pipeline.scoring.score_once": _each_alone},
-    "longest first, not shared": {"pipeline.scoring.score_once": _longest_first},
-    "lm_head in one block": {"pipeline.response_rows.CPU_BLOCK_BYTES": 1 << 40},
-    "lm_head in blocks of 16 MiB": {"pipeline.response_rows.CPU_BLOCK_BYTES": 16 << 20},
-    "no reading ahead": {"pipeline.scoring.ahead": iter},
+    "responses not shared": {"pipeline.workers.process.score_once": _each_alone},
+    "longest first, not shared": {"pipeline.workers.process.score_once": _longest_first},
+    "lm_head in one block": {"pipeline.engine.response_rows.CPU_BLOCK_BYTES": 1 << 40},
+    "lm_head in blocks of 16 MiB": {"pipeline.engine.response_rows.CPU_BLOCK_BYTES": 16 << 20},
+    "no reading ahead": {"pipeline.workers.process.ahead": iter},
     "flat prompt log-probs": {"engine.way": "flat"},
 }
 """Parts of the code exchanged on one engine, which takes turns."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Trainer
 
-    from train.dataset import Pair
+    from train.data.dataset import Pair
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Job:
 
 def pairs_of(job: Job) -> "list[Pair]":
     """Return the pairs of the whole run, in the order in which our trainer takes them."""
-    from train.dataset import PairDataset, open_weights
-    from train.sampler import BlockShuffle
+    from train.data.dataset import PairDataset, open_weights
+    from train.data.sampler import BlockShuffle
 
     data = _data(job)
     pairs = PairDataset(open_weights(data), data, vocab_size=max(VOCABULARIES.values()))
@@ -152,9 +152,9 @@ def _memory_mb(device: str, *, restart_peak: bool = False) -> float:
 def run_ours(job: Job, recorder: Recorder, loss: str = "tis_dpo") -> None:
     """Our trainer as `tokenweights train` makes it, without the measuring before and after."""
     from train.config import TrainConfig
-    from train.dataset import PairDataset, open_weights
-    from train.policy import load_policy
-    from train.trainer import PairTrainer
+    from train.data.dataset import PairDataset, open_weights
+    from train.job.trainer import PairTrainer
+    from train.model.policy import load_policy
 
     optim = {
         "learning_rate": job.learning_rate,

@@ -57,8 +57,8 @@ def _sources(folder: Path, shared: Path, num_pairs: int) -> list[Path]:
 
 
 def _tokenise(source: Path, folder: Path, tokenizer: Path) -> list[dict[str, Any]]:
-    from pipeline.prepare import prepare
     from pipeline.recipe import Recipe
+    from pipeline.stages.prepare import prepare
     from weights_store import WeightStore
     from weights_store.settings import parse_settings
 

@@ -6,7 +6,8 @@ run of a finished build does nothing and takes seconds.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,23 +16,27 @@ from typing import Any
 # Before Prefect is imported. On a busy machine the embedded server needs longer than Prefect's 20 s.
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "tokenweights")  # what stages log is shown in their runs
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 
 from flows.progress import stage_progress
-from pipeline.anchors import sample_anchors
-from pipeline.attribute import attribute
-from pipeline.contrast import ContrastivePair, contrast, prompt_pair
-from pipeline.jobs import Filled
-from pipeline.models import resolve_model
-from pipeline.parity import check_stored
-from pipeline.prepare import Prepared, prepare
-from pipeline.publish import Ingredients, Published, publish
+from pipeline.models.resolve import resolve_model
+from pipeline.parity.check import check_stored
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.report import summary_markdown, write_report
-from pipeline.score import Scorer, score
+from pipeline.stages.anchors import sample_anchors
+from pipeline.stages.attribute import attribute
+from pipeline.stages.contrast import ContrastivePair, contrast, prompt_pair
+from pipeline.stages.prepare import Prepared, prepare
+from pipeline.stages.publish import Ingredients, Published, publish
+from pipeline.stages.report import summary_markdown, write_report
+from pipeline.stages.score import Scorer, score
+from pipeline.workers.supervise import Filled
+from weights_store.messages import logger
+
+_log = logger(__name__)
 
 
 @dataclass
@@ -58,28 +63,38 @@ class BuildResult:
 @flow(name="build-weights")
 def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
     """Build the weight dataset of a recipe: prepare, score, contrast, score, attribute, anchors, weigh, publish, report."""
-    clock = _StageClock()
-    model_folder = clock.time("model", find_model, recipe)
-    prepared = clock.time("prepare", prepare_tokens, recipe, model_folder)
+    clock = StageClock()
+    with clock("model"):
+        model_folder = find_model(recipe)
+    with clock("prepare"):
+        prepared = prepare_tokens(recipe, model_folder)
     scorers = {"ref": Scorer(model_folder)}
     if recipe.needs_pair and recipe.contrast.method == "prompt":  # one model: one engine start for all three
         scorers |= prompt_pair(recipe.contrast, model_folder).scorers
-    scored = clock.time("score " + " ".join(scorers), score_tokens, prepared, scorers, recipe, model_folder)
+    with clock("score " + " ".join(scorers)):
+        scored = score_tokens(prepared, scorers, recipe, model_folder)
     num_trained = 0
     if recipe.needs_pair:
-        uniform = clock.time("publish uniform", publish_uniform, recipe, prepared, scored, model_folder)
+        with clock("publish uniform"):
+            uniform = publish_uniform(recipe, prepared, scored, model_folder)
         if "positive" not in scored:
-            pair = clock.time("contrast", build_contrast, recipe, model_folder, uniform)
+            with clock("contrast"):
+                pair = build_contrast(recipe, model_folder, uniform)
             num_trained = pair.num_trained
-            scored |= clock.time("score pair", score_tokens, prepared, pair.scorers, recipe, model_folder)
+            with clock("score pair"):
+                scored |= score_tokens(prepared, pair.scorers, recipe, model_folder)
     attributed = anchors = None
     if recipe.needs_attributions:
-        attributed = clock.time("attribute", attribute_tokens, prepared, recipe, model_folder)
+        with clock("attribute"):
+            attributed = attribute_tokens(prepared, recipe, model_folder)
     if recipe.anchors is not None:
-        anchors = clock.time("anchors", sample_anchor_responses, prepared, recipe, model_folder)
+        with clock("anchors"):
+            anchors = sample_anchor_responses(prepared, recipe, model_folder)
     ingredients = _ingredients(prepared, scored, attributed, anchors)
-    published = clock.time("publish", publish_weights, recipe, ingredients, model_folder, expect_same)
-    report = clock.time("report", report_weights, published, recipe, model_folder)
+    with clock("publish"):
+        published = publish_weights(recipe, ingredients, model_folder, expect_same)
+    with clock("report"):
+        report = report_weights(published, recipe, model_folder)
     return BuildResult(
         prepared, published, report, model_folder, scored, attributed, anchors, num_trained, clock.stage_s
     )
@@ -95,15 +110,15 @@ def refresh_weights(recipe_file: str, overrides: list[str] | None = None, store:
 @task(name="find model", task_run_name="find model")
 def find_model(recipe: Recipe) -> Path:
     """Resolve the starting model to a folder."""
-    return resolve_model(recipe.model, get_run_logger().info)
+    return resolve_model(recipe.model)
 
 
 @task(name="prepare", task_run_name="prepare {recipe.dataset.name}")
 def prepare_tokens(recipe: Recipe, model_folder: Path) -> Prepared:
     """Tokenise new pairs, put unusable rows into quarantine."""
-    prepared = prepare(recipe, model_folder, get_run_logger().info)
+    prepared = prepare(recipe, model_folder)
     num_quarantined = sum(prepared.quarantined.values())
-    get_run_logger().info(
+    _log.info(
         f"{prepared.num_source_rows} rows = {prepared.num_pairs} pairs + {num_quarantined} quarantined "
         f"{prepared.quarantined or ''}; {prepared.num_new_pairs} pairs are new"
     )
@@ -115,55 +130,47 @@ def score_tokens(
     prepared: Prepared, scorers: dict[str, Scorer], recipe: Recipe, model_folder: Path
 ) -> dict[str, Filled]:
     """Score what has no log-probs yet, with progress as artifacts. Restarts are score's own."""
-    logger = get_run_logger()
-    with stage_progress("score", list(scorers), str(prepared.tokens), logger.info) as progress:
-        scored = score(
-            prepared.tokens, scorers, recipe.score, model_folder, recipe.model.chat_template, logger.info, progress
-        )
+    with stage_progress("score", list(scorers), str(prepared.tokens)):
+        scored = score(prepared.tokens, scorers, recipe.score, model_folder, recipe.model.chat_template)
     for role, result in scored.items():
         if result.num_pairs == 0:
-            logger.info(f"score {role}: {result.output}: nothing to score")
+            _log.info(f"score {role}: {result.output}: nothing to score")
     return scored
 
 
 @task(name="attribute", task_run_name="attribute {recipe.attribute.target}")
 def attribute_tokens(prepared: Prepared, recipe: Recipe, model_folder: Path) -> Filled:
     """Attribute what has no attributions yet to its tokens, with progress as an artifact."""
-    logger = get_run_logger()
-    with stage_progress("attribute", ["ref"], str(prepared.tokens), logger.info) as progress:
-        executor = recipe.score.executor_settings()
-        return attribute(prepared.tokens, model_folder, recipe.attribute, executor, logger.info, progress)
+    with stage_progress("attribute", ["ref"], str(prepared.tokens)):
+        return attribute(prepared.tokens, model_folder, recipe.attribute, recipe.score.executor_settings())
 
 
 @task(name="anchors", task_run_name="anchors")
 def sample_anchor_responses(prepared: Prepared, recipe: Recipe, model_folder: Path) -> Filled:
     """Sample an anchor for every prompt that has none yet, with progress as an artifact."""
-    logger = get_run_logger()
     assert recipe.anchors is not None, "the flow asks"
-    with stage_progress("anchors", ["ref"], str(prepared.tokens), logger.info) as progress:
-        return sample_anchors(prepared.tokens, model_folder, recipe.anchors, recipe.score, logger.info, progress)
+    with stage_progress("anchors", ["ref"], str(prepared.tokens)):
+        return sample_anchors(prepared.tokens, model_folder, recipe.anchors, recipe.score)
 
 
 @task(name="contrast", task_run_name="contrast {recipe.contrast.method}")
 def build_contrast(recipe: Recipe, model_folder: Path, uniform: Published) -> ContrastivePair:
     """Build the contrastive pair, or find the one that is there."""
-    return contrast(recipe.contrast, model_folder, uniform.weights, get_run_logger().info)
+    return contrast(recipe.contrast, model_folder, uniform.weights)
 
 
 @task(name="publish uniform", task_run_name="publish {recipe.dataset.name}/uniform")
 def publish_uniform(recipe: Recipe, prepared: Prepared, scored: dict[str, Filled], model_folder: Path) -> Published:
     """Publish the pairs with weights 1: what contrastive training and the plain DPO baseline read."""
-    ingredients, logger = Ingredients(prepared.tokens, scored["ref"].output), get_run_logger()
-    check = _stored_check(recipe, ingredients, model_folder, logger.info)
-    return publish(recipe, recipe.uniform, ingredients, report=logger.info, check=check)
+    ingredients = Ingredients(prepared.tokens, scored["ref"].output)
+    return publish(recipe, recipe.uniform, ingredients, check=_stored_check(recipe, ingredients, model_folder))
 
 
 @task(name="publish", task_run_name="publish {recipe.weights.name}")
 def publish_weights(recipe: Recipe, ingredients: Ingredients, model_folder: Path, expect_same: bool) -> Published:
     """Weigh and publish."""
-    logger = get_run_logger()
-    check = _stored_check(recipe, ingredients, model_folder, logger.info)
-    return publish(recipe, recipe.weights, ingredients, expect_same, logger.info, check, model_folder)
+    check = _stored_check(recipe, ingredients, model_folder)
+    return publish(recipe, recipe.weights, ingredients, expect_same, check, model_folder)
 
 
 @task(name="report", task_run_name="report {recipe.weights.name}")
@@ -188,21 +195,20 @@ def _ingredients(
     )
 
 
-def _stored_check(
-    recipe: Recipe, ingredients: Ingredients, model_folder: Path, report: Callable[[str], None]
-) -> Callable[[], dict[str, Any]]:
+def _stored_check(recipe: Recipe, ingredients: Ingredients, model_folder: Path) -> Callable[[], dict[str, Any]]:
     """Return the check of the reference's log-probs, for the first version that is made of them."""
-    return partial(check_stored, recipe, ingredients.tokens, ingredients.ref_logps, model_folder, report)
+    return partial(check_stored, recipe, ingredients.tokens, ingredients.ref_logps, model_folder)
 
 
-class _StageClock:
-    """Runs a stage and notes how long it took."""
+class StageClock:
+    """Notes how long each stage took, in seconds."""
 
     def __init__(self) -> None:
         self.stage_s: dict[str, float] = {}
 
-    def time(self, stage: str, run: Any, *args: Any) -> Any:
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time what happens inside."""
         started = time.monotonic()
-        result = run(*args)
+        yield
         self.stage_s[stage] = time.monotonic() - started
-        return result

@@ -5,7 +5,6 @@ a weighted-DPO policy, and says how well the weights find the planted good and b
 """
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ import polars as pl
 
 from flows.build import BuildResult
 from flows.run import run_build
-from pipeline.chat import ChatTokenizer
 from pipeline.child import run_child
 from pipeline.files import write_whole
-from pipeline.model_maker import make_chat_model
 from pipeline.recipe import Recipe
-from pipeline.toy_language import ToyLanguage, agreement
+from pipeline.source.chat import ChatTokenizer
+from pipeline.toy.language import ToyLanguage, agreement
+from pipeline.toy.model_maker import make_chat_model
 from weights_store import WeightStore
 from weights_store.settings import parse_settings
 
@@ -68,9 +67,7 @@ def _make_model(folder: Path, language: ToyLanguage) -> None:
     if folder.is_dir():
         print(f"model: {folder} is there already")
         return
-    make_chat_model(
-        language.sample_conversations(_NUM_CONVERSATIONS, seed=1), folder, report=lambda line: print(line, flush=True)
-    )
+    make_chat_model(language.sample_conversations(_NUM_CONVERSATIONS, seed=1), folder)
 
 
 def _make_pairs(path: Path, language: ToyLanguage) -> None:
@@ -104,11 +101,11 @@ def _train_policy(recipe: Recipe, result: BuildResult, output: Path) -> dict[str
     """Train on the published version, in a process of its own as a trainer would; return its metrics before and after."""
     reference = result.published.weights
     output = output / f"v{reference.version}-{reference.fingerprint[:12]}"
-    command = [sys.executable, "-m", "train.run", "--store", recipe.store.uri, "--model", recipe.model.path]
-    command += ["--weights", f"{result.published.name}@{reference.version}", "--output", str(output)]
+    arguments = ["train", "--store", recipe.store.uri, "--model", recipe.model.path]
+    arguments += ["--weights", f"{result.published.name}@{reference.version}", "--output", str(output)]
     for key, value in _POLICY_SETTINGS.items():
-        command += ["--set", f"{key}={json.dumps(value)}"]
-    run_child(command, "training the policy", lambda line: print(line, flush=True))
+        arguments += ["--set", f"{key}={json.dumps(value)}"]
+    run_child("tokenweights", arguments, "training the policy")
     metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     return metrics
 

@@ -1,42 +1,50 @@
-"""How far a stage is: a bar on a terminal, plain lines elsewhere, and an artifact for every role in Prefect."""
+"""Progress of a stage as Prefect artifacts: one for every role, updated while the stage runs."""
 
-import sys
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from pipeline.jobs import Progress
-from pipeline.scoring import Stage
+from pipeline.workers.request import Stage
+from weights_store.messages import ROOT, Progress, progress_of
 
 _ARTIFACT_EVERY_S = 2.0
-_LINE_EVERY_S = 10.0
 
 
 @contextmanager
-def stage_progress(
-    stage: Stage, roles: list[str], what: str, report: Callable[[str], None]
-) -> Iterator[Callable[[Progress], None]]:
-    """Yield a function that shows the state of a role; at the end every role's artifact stands at 100 %.
+def stage_progress(stage: Stage, roles: list[str], what: str) -> Iterator[None]:
+    """Show the progress that is logged while inside; at the end every role's artifact stands at 100 %.
 
     Args:
         stage: What is done.
         roles: That it is done for.
         what: The pairs, for the artifacts' descriptions.
-        report: Gets plain lines where standard error is no terminal.
     """
-    artifacts = {role: _Artifact(stage, role, what) for role in roles}
-    with _bars() if sys.stderr.isatty() else _lines(report) as show:
-
-        def shown(progress: Progress) -> None:
-            show(progress)
-            artifacts[progress.role].show(progress)
-
-        yield shown
+    artifacts = {f"{stage} {role}": _Artifact(stage, role, what) for role in roles}
+    handler = _ArtifactHandler(artifacts)
+    logging.getLogger(ROOT).addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger(ROOT).removeHandler(handler)
     for artifact in artifacts.values():
         artifact.finish()
+
+
+class _ArtifactHandler(logging.Handler):
+    """Hands progress to the artifact of its role."""
+
+    def __init__(self, artifacts: dict[str, "_Artifact"]) -> None:
+        super().__init__()
+        self._artifacts = artifacts
+
+    def emit(self, record: logging.LogRecord) -> None:
+        progress = progress_of(record)
+        if progress is not None and progress.name in self._artifacts:
+            self._artifacts[progress.name].show(progress)
 
 
 class _Artifact:
@@ -44,7 +52,9 @@ class _Artifact:
 
     def __init__(self, stage: Stage, role: str, what: str) -> None:
         self._what = f"{stage} {role}, {what}"
-        self._id: Any = create_progress_artifact(0.0, key=f"{stage}-{role}", description=self._what)
+        created = create_progress_artifact(0.0, key=f"{stage}-{role}", description=self._what)
+        assert isinstance(created, UUID), "called from a task, which is not a coroutine"
+        self._id = created
         self._text = "nothing to do"
         self._shown_at = 0.0
 
@@ -59,46 +69,3 @@ class _Artifact:
 
     def _update(self, percent: float) -> None:
         update_progress_artifact(self._id, progress=percent, description=f"{self._what}: {self._text}")
-
-
-@contextmanager
-def _lines(report: Callable[[str], None]) -> Iterator[Callable[[Progress], None]]:
-    said_at: dict[str, float] = {}
-
-    def show(progress: Progress) -> None:
-        is_due = time.monotonic() - said_at.get(progress.role, -_LINE_EVERY_S) >= _LINE_EVERY_S
-        if is_due or progress.done == progress.total:
-            said_at[progress.role] = time.monotonic()
-            report(str(progress))
-
-    yield show
-
-
-@contextmanager
-def _bars() -> Iterator[Callable[[Progress], None]]:
-    from tqdm import tqdm
-
-    bars: dict[str, Any] = {}
-
-    def show(progress: Progress) -> None:
-        if not progress.done:  # lines of the engine's start still come
-            return
-        if progress.role not in bars:
-            bars[progress.role] = tqdm(
-                total=progress.total,
-                desc=progress.name,
-                unit=" tokens",
-                unit_scale=True,
-                dynamic_ncols=True,
-                file=sys.stderr,
-            )
-        bar = bars[progress.role]
-        bar.update(progress.done - bar.n)
-        if progress.done == progress.total:
-            bar.close()
-
-    try:
-        yield show
-    finally:
-        for bar in bars.values():
-            bar.close()

@@ -11,7 +11,7 @@ from flows.build import BuildResult, build_weights
 from pipeline.child import stop_children
 from pipeline.preflight import check_inputs
 from pipeline.recipe import Recipe
-from pipeline.report import findings, summary_rows
+from pipeline.stages.report import findings, summary_rows
 from weights_store.errors import TokenweightsError
 
 

@@ -1,15 +1,26 @@
-"""Start a stage's own process and watch it. The one place that starts processes."""
+"""Start a child process of ours and watch it to its end. The one place that starts them.
+
+No stranger's code runs: `python -P` keeps the current directory off `sys.path`, so that a user's own `train.py` or `datasets/`
+in the folder where a build was started is never imported in place of ours. Another interpreter (`score.python`) gets our
+packages alone, and not the other packages of this one.
+"""
 
 import os
 import subprocess
-import threading
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from weights_store.errors import KilledError, MissingExtraError, StageError
+from weights_store.errors import EXIT_CODES, KilledError, MissingExtraError, StageError
+from weights_store.messages import PREFIX, Progress, receive
+from weights_store.process import CHILD
 
-_IS_CHILD = "TOKENWEIGHTS_CHILD"
+_ROOT = Path(__file__).resolve().parent.parent
+_OURS = ("tokenweights.py", "pipeline", "train", "weights_store")
+"""What a child may need of this distribution; `flows` never runs in one."""
 _running: set["subprocess.Popen[str]"] = set()
 
 
@@ -24,48 +35,36 @@ def check_extra(package: str, remedy: str, python: str | None) -> None:
 
 
 def run_child(
-    command: Sequence[str],
+    module: str,
+    arguments: Sequence[str],
     what: str,
-    report: Callable[[str], None],
-    prefix: str = "",
-    failures: Mapping[int, type[StageError]] = {},
+    python: str | None = None,
+    heard: Callable[[Progress], None] = lambda progress: None,
 ) -> None:
-    """Run a child process to its end, pass its progress lines on, and stop it when we are stopped.
-
-    Lines that start with `prefix` are progress and go to `report` without it. The child's standard input closes when we die.
+    """Run `python -P -m MODULE ARGUMENTS` to its end, log what it logs, and stop it when we are stopped.
 
     Args:
-        command: The child's command line.
+        module: One of ours, whose main function runs in `weights_store.process.run_main`.
+        arguments: Of its command line.
         what: What it does, for error messages.
-        report: Gets its progress lines.
-        prefix: How a progress line begins.
-        failures: The error that an exit code stands for.
+        python: Its interpreter; None for this one.
+        heard: Gets its progress, before that is logged.
 
     Raises:
         KilledError: It died by a signal.
-        StageError: It ended with a code other than 0; carries its last line or its own error message.
+        StageError: It could not be started, or ended with a code other than 0; carries its error message or last lines. Which
+            class, its exit code says (`weights_store.errors.EXIT_CODES`).
     """
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
     tail: list[str] = []
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, "PYTHONPATH": path, _IS_CHILD: "1"},
-    ) as child:
+    with _environment(python) as environment, _start(module, arguments, what, python, environment) as child:
         assert child.stdout is not None
         _running.add(child)
         try:
             for line in child.stdout:
-                if not line.strip():
-                    continue
-                tail = [*tail[-39:], line.rstrip()]
-                if line.startswith(prefix):
-                    report(line.removeprefix(prefix).rstrip())
+                if line.startswith(PREFIX):
+                    receive(line.removeprefix(PREFIX), heard)
+                elif line.strip():
+                    tail = [*tail[-39:], line.rstrip()]
         except BaseException:
             _stop(child)
             raise
@@ -74,28 +73,44 @@ def run_child(
     if child.returncode < 0:
         raise KilledError(f"{what} was killed by signal {-child.returncode} (out of memory?); what it had done stays")
     if child.returncode:
-        failure = failures.get(child.returncode, StageError)
+        failure = next((kind for kind, code in EXIT_CODES.items() if code == child.returncode), StageError)
         raise failure(f"{what} failed with exit code {child.returncode}: {_cause(tail)}")
+
+
+def _start(
+    module: str, arguments: Sequence[str], what: str, python: str | None, environment: dict[str, str]
+) -> "subprocess.Popen[str]":
+    try:
+        return subprocess.Popen(
+            [python or sys.executable, "-P", "-m", module, *arguments],
+            stdin=subprocess.PIPE,  # closes when we die, which the child sees
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=environment,
+        )
+    except OSError as error:
+        raise StageError(f"{what}: cannot start the interpreter {python or sys.executable}: {error}") from error
+
+
+@contextmanager
+def _environment(python: str | None) -> Iterator[dict[str, str]]:
+    """Yield the environment of a child. Another interpreter finds our packages first, as links in a folder of their own."""
+    environment = {**os.environ, CHILD: "1"}
+    if python is None:
+        yield environment
+        return
+    with tempfile.TemporaryDirectory(prefix="tokenweights-") as folder:
+        for name in _OURS:
+            Path(folder, name).symlink_to(_ROOT / name)
+        path = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
+        yield environment | {"PYTHONPATH": os.pathsep.join(path)}
 
 
 def _cause(tail: list[str]) -> str:
     errors = [line for line in tail if line.startswith("error: ")]
     return errors[-1].removeprefix("error: ") if errors else "\n".join(tail[-15:]) or "it printed nothing"
-
-
-def end_with_parent() -> None:
-    """End this process, one that `run_child` has started, when its parent is gone without a word.
-
-    The parent's end of our standard input closes then. A process started by hand or by a container is left alone.
-    """
-    if _IS_CHILD not in os.environ:
-        return
-
-    def wait() -> None:
-        os.read(0, 1)  # not sys.stdin: its lock would be held while the interpreter shuts down
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def stop_children() -> None:

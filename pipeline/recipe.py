@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.estimators import ESTIMATORS, EstimatorName, Input
-from pipeline.transforms import TRANSFORM_SETTINGS, TransformName
+from pipeline.weighing.estimators import ESTIMATORS, EstimatorName, Input
+from pipeline.weighing.transforms import TRANSFORM_SETTINGS, TransformName
+from train.model.sampling import AnchorSampling
 from weights_store.errors import SettingsError
-from weights_store.sampling import AnchorSampling
 from weights_store.settings import apply_overrides, load_toml, parse_settings
 from weights_store.store import check_name
 

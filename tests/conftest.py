@@ -34,7 +34,7 @@ def _prefect_home(tmp_path_factory):
 def counting_s3(tmp_path_factory):
     """The URL of an S3 server with an empty bucket that counts the bytes it sends."""
     port_file = tmp_path_factory.mktemp("s3") / "port"
-    command = [sys.executable, str(REPO / "tests" / "store" / "counting_s3.py"), str(port_file)]
+    command = [sys.executable, str(REPO / "tests" / "weights_store" / "counting_s3.py"), str(port_file)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
@@ -62,7 +62,7 @@ def shared_folder():
 
 @pytest.fixture(scope="session")
 def language():
-    from pipeline.toy_language import ToyLanguage
+    from pipeline.toy.language import ToyLanguage
 
     return ToyLanguage()
 
@@ -70,7 +70,7 @@ def language():
 @pytest.fixture(scope="session")
 def toy_model(tmp_path_factory, language):
     """A tiny Llama that has seen a little of the toy language: enough for flows, not for quality."""
-    from pipeline.model_maker import make_chat_model
+    from pipeline.toy.model_maker import make_chat_model
 
     folder = tmp_path_factory.mktemp("toy") / "model"
     make_chat_model(language.sample_conversations(400, seed=1), folder, hidden_size=64, num_layers=2, steps=60)

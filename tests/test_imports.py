@@ -80,11 +80,14 @@ def loaded_after(code):
         ("import tokenweights; tokenweights._parser()", {"polars", "pyarrow", "torch", "prefect", "vllm", "pydantic"}),
         ("from weights_store import WeightStore", {"torch", "transformers", "prefect", "vllm", "pydantic", "datasets"}),
         ("import train.run", {"torch", "pipeline", "flows", "prefect", "vllm", "datasets"}),
-        ("import train.trainer", {"pipeline", "flows", "prefect", "vllm"}),
-        ("import pipeline.score, pipeline.publish, pipeline.contrast", {"flows", "train", "prefect", "vllm", "torch"}),
-        ("import pipeline.attribute, pipeline.anchors", {"flows", "train", "prefect", "vllm", "torch"}),
-        ("import pipeline.attribution", {"flows", "prefect", "vllm"}),
-        ("import pipeline.plan, pipeline.plan_table", {"flows", "train", "prefect", "vllm", "torch"}),
+        ("import train.job.trainer", {"pipeline", "flows", "prefect", "vllm"}),
+        (
+            "import pipeline.stages.score, pipeline.stages.publish, pipeline.stages.contrast",
+            {"flows", "train", "prefect", "vllm", "torch"},
+        ),
+        ("import pipeline.stages.attribute, pipeline.stages.anchors", {"flows", "train", "prefect", "vllm", "torch"}),
+        ("import pipeline.workers.pair_attributor", {"flows", "prefect", "vllm"}),
+        ("import pipeline.dry_run.plan, pipeline.dry_run.table", {"flows", "train", "prefect", "vllm", "torch"}),
     ],
 )
 def test_what_is_not_needed_is_not_loaded(code, absent):

@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from train.loss_config import LossConfig, loss_needs
+from train.loss.config import LossConfig, loss_needs
 
 
 class _Section(BaseModel):

@@ -1,10 +1,11 @@
-"""Run one training job: `python -m train.run CONFIG.toml`, `tokenweights train …`, or `run(config)` from Python.
+"""Run one training job: `tokenweights train CONFIG.toml`, or `run(config)` from Python.
 
 Reads as a table of contents; every part is in a file of its own. Heavy imports happen inside functions, so that `--help` and a
 wrong key answer at once.
 """
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -14,14 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weights_store.errors import TokenweightsError
+from weights_store.messages import ROOT, logger
 from weights_store.settings import apply_overrides, load_toml, parse_settings
 
 if TYPE_CHECKING:
     from train.config import TrainConfig
-    from train.dataset import Pair, PairDataset, WeightSource
-    from train.output import OutputFolder
-    from train.stopping import StopRequest
-    from train.trainer import PairTrainer
+    from train.data.dataset import Pair, PairDataset, WeightSource
+    from train.job.output import OutputFolder
+    from train.job.stopping import StopRequest
+    from train.job.trainer import PairTrainer
+
+_log = logger(__name__)
 
 SAMPLE_PAIRS = 256
 """Pairs that are measured before and after."""
@@ -75,12 +79,12 @@ def run(
         MissingExtraError: The config asks for a package that is not installed.
         KeyboardInterrupt: A stop was requested; a later run goes on from the checkpoint.
     """
-    from train.dataset import PairDataset, open_weights, sample_pairs
-    from train.loss_config import loss_needs
-    from train.output import OutputFolder, explain_full_disk
-    from train.policy import check_model_fits, find_model
-    from train.ranks import join_ranks
-    from train.selection import Selection
+    from train.data.dataset import PairDataset, open_weights, sample_pairs
+    from train.data.selection import Selection
+    from train.job.output import OutputFolder, explain_full_disk
+    from train.job.ranks import join_ranks
+    from train.loss.config import loss_needs
+    from train.model.policy import check_model_fits, find_model
 
     source = open_weights(config.data)
     _check_columns(config, source)
@@ -90,7 +94,7 @@ def run(
     output = OutputFolder(Path(config.output.folder))
     finished = output.check(identity, overwrite=overwrite)
     if finished is not None:
-        _say(f"already trained: {output.path} (--overwrite trains again)")
+        _log.info(f"already trained: {output.path} (--overwrite trains again)")
         return _result(output.path, finished, was_trained_before=True)
 
     needs = loss_needs(config.loss)
@@ -110,9 +114,9 @@ def run(
     processes = join_ranks()
     _check_before_claiming(config, len(pairs), processes.num_processes)
     if dry_run:
-        from train.outlook import outlook_lines
+        from train.job.dry_run import outlook_lines
 
-        _say("\n".join(outlook_lines(config, source, pairs, held_out, identity)))
+        _log.info("\n".join(outlook_lines(config, source, pairs, held_out, identity)))
         return None
     processes.wait_for_everyone()  # every process has read the folder before one changes it
     if processes.is_main_process:
@@ -125,13 +129,13 @@ def run(
         record = _train(trainer, sample, output.last_checkpoint(), stop)
         lineage = build_lineage(config, source, identity, record)
         _save(trainer, source, model_folder, output, lineage)
-    _say(f"wrote {output.path}")
+    _log.info(f"wrote {output.path}")
     return _result(output.path, lineage)
 
 
 def _check_columns(config: "TrainConfig", source: "WeightSource") -> None:
     """Refuse a dataset that lacks what the loss needs; its commit says what it holds."""
-    from train.objective import check_columns_for
+    from train.loss.objective import check_columns_for
 
     statistics = source.metadata.get("statistics", {})
     present = {f"{side}_{name}" for side in ("chosen", "rejected") for name in ("ref_logps", "token_weights")}
@@ -145,9 +149,9 @@ def _check_columns(config: "TrainConfig", source: "WeightSource") -> None:
 
 
 def _check_method(config: "TrainConfig", source: "WeightSource", sample: "Sequence[Pair]") -> None:
-    from train.dataset import check_weights_vary
-    from train.loss_config import loss_needs
-    from train.refresh import check_refreshing
+    from train.data.dataset import check_weights_vary
+    from train.job.refresh import check_refreshing
+    from train.loss.config import loss_needs
 
     if loss_needs(config.loss).token_weights:
         check_weights_vary(source, sample, config.loss.name)
@@ -156,8 +160,8 @@ def _check_method(config: "TrainConfig", source: "WeightSource", sample: "Sequen
 
 def _check_before_claiming(config: "TrainConfig", num_pairs: int, num_processes: int) -> None:
     """Refuse what the Trainer could not do, while the output folder is as it was."""
-    from train.progress import check_tracker
-    from train.trainer import build_batches
+    from train.job.progress import check_tracker
+    from train.job.trainer import build_batches
 
     check_tracker(config.output.report_to)
     build_batches(config, num_pairs, world_size=num_processes)
@@ -174,10 +178,10 @@ def _build_trainer(
     from transformers import PrinterCallback, set_seed
     from transformers.utils import logging
 
-    from train.loss_config import loss_needs
-    from train.policy import load_policy, load_reference
-    from train.progress import ProgressLines, StopAfterStep
-    from train.trainer import PairTrainer
+    from train.job.progress import ProgressLines, StopAfterStep
+    from train.job.trainer import PairTrainer
+    from train.loss.config import loss_needs
+    from train.model.policy import load_policy, load_reference
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -187,7 +191,7 @@ def _build_trainer(
     set_seed(config.optim.seed)  # new adapters begin at random
     policy = load_policy(model_folder, config.model, config.lora)
     if policy.not_packed is not None:
-        _say(f"two padded sequences per pair: {policy.not_packed}")
+        _log.info(f"two padded sequences per pair: {policy.not_packed}")
     # With adapters these are switched off instead.
     needs_reference = loss_needs(config.loss).reference_model and config.lora is None
     reference = load_reference(model_folder, config.model) if needs_reference else None
@@ -195,7 +199,7 @@ def _build_trainer(
         policy, pairs, config, checkpoints=checkpoints, held_out=held_out, reference=reference, callbacks=callbacks
     )
     trainer.remove_callback(PrinterCallback)
-    _say(
+    _log.info(
         f"training {config.loss.name} on {pairs.source.name} ({len(pairs):,} pairs): {trainer.batches.num_steps:,} steps "
         f"of {config.optim.pairs_per_step} pairs"
     )
@@ -206,8 +210,8 @@ def _pass_gate(
     trainer: "PairTrainer", source: "WeightSource", sample: "Sequence[Pair]", identity: dict[str, Any]
 ) -> None:
     """Compare the model with the stored reference, for losses that take it for the same function."""
-    from train.gate import check_step_0, tolerance_of
-    from train.loss_config import loss_needs
+    from train.job.gate import check_step_0, tolerance_of
+    from train.loss.config import loss_needs
 
     config = trainer.config
     if not config.gate.pairs or not loss_needs(config.loss).ref_logps:
@@ -223,7 +227,7 @@ def _pass_gate(
         model_fingerprint=identity["model"]["fingerprint"],
         quantized=config.model.quantization != "none",
     )
-    _say(
+    _log.info(
         f"step-0 gate: {found.mean:.2g} nats per token from the stored reference (at most {tolerance_nats:.2g}), over "
         f"{found.num_tokens:,} tokens"
     )
@@ -234,22 +238,22 @@ def _train(
 ) -> dict[str, Any]:
     """Measure, train, measure."""
     before = trainer.measure(sample)
-    _say(f"before: {_line(before)}")
+    _log.info(f"before: {_line(before)}")
     if checkpoint is not None:
-        _say(f"resuming from {checkpoint.name}")
+        _log.info(f"resuming from {checkpoint.name}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop is not None and stop.requested and trainer.state.global_step < trainer.batches.num_steps:
         raise KeyboardInterrupt
     after = trainer.measure(sample)
-    _say(f"after:  {_line(after)}")
+    _log.info(f"after:  {_line(after)}")
     record: dict[str, Any] = {"steps": trainer.state.global_step, "before": before, "after": after}
     record["num_sample_pairs"] = len(sample)
     if trainer.held_out:
         record["held_out"] = trainer.measure(trainer.held_out)
-        _say(f"held out: {_line(record['held_out'])}")
+        _log.info(f"held out: {_line(record['held_out'])}")
     if trainer.config.eval.best:
         record["best_step"] = trainer.state.best_global_step
-        _say(f"best by held-out {trainer.config.eval.best}: step {trainer.state.best_global_step}")
+        _log.info(f"best by held-out {trainer.config.eval.best}: step {trainer.state.best_global_step}")
     return record
 
 
@@ -261,9 +265,9 @@ def _save(
     lineage: dict[str, Any],
 ) -> None:
     """Write the model, its card, its metrics and its lineage; all ranks take part where the model is cut up."""
-    from train.card import model_card
-    from train.policy import load_policy, save_policy
-    from train.ranks import gather_parameters
+    from train.job.card import model_card
+    from train.job.ranks import gather_parameters
+    from train.model.policy import load_policy, save_policy
 
     config, accelerator = trainer.config, trainer.accelerator
     model: Any = accelerator.unwrap_model(trainer.model)
@@ -340,20 +344,12 @@ def _line(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
 
 
-def _say(line: str) -> None:
-    """Print on the first process only."""
-    from train.ranks import join_ranks
-
-    if join_ranks().is_main_process:
-        print(line, flush=True)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `tokenweights train`."""
     parser = argparse.ArgumentParser(
         prog="tokenweights train",
         description="Train a model on one pinned version of a weight dataset. Flags win over the file.",
-        epilog="Several processes: torchrun --nproc-per-node N -m train.run CONFIG.toml, or accelerate launch.",
+        epilog="Several processes: torchrun --nproc-per-node N -m tokenweights train CONFIG.toml, or accelerate launch.",
     )
     parser.add_argument(
         "config",
@@ -401,36 +397,31 @@ def load_config(arguments: argparse.Namespace) -> "TrainConfig":
     return parse_settings(TrainConfig, settings, where=arguments.config or "flags")
 
 
-def _is_first_process() -> bool:
-    """Return whether this is the process that speaks; asked of the launcher, for nothing may have been joined yet."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0 when done, 1 on an error, 2 on wrong usage, 130 when stopped by a signal."""
+    """Run `tokenweights train`; return 0 when done, 2 on wrong usage, 130 when stopped by a signal.
+
+    Raises:
+        TokenweightsError: Whatever `run` raises.
+    """
     try:
         arguments = build_parser().parse_args(argv)
     except SystemExit as leaving:  # argparse has printed help (0) or usage (2)
         return int(leaving.code or 0)
-    from train.stopping import StopRequest, catch_signals
+    from train.job.stopping import StopRequest, catch_signals
 
+    is_first = os.environ.get("RANK", "0") == "0"  # asked of the launcher, for nothing may have been joined yet
+    if not is_first:
+        logging.getLogger(ROOT).setLevel(logging.ERROR)
     stop = StopRequest()
     try:
         with catch_signals(stop):
             run(load_config(arguments), overwrite=arguments.overwrite, dry_run=arguments.dry_run, stop=stop)
-    except TokenweightsError as error:
-        if arguments.debug:
-            raise
-        if not _is_first_process():  # it mostly has the same to say; when it has, the launcher ends this one
+    except TokenweightsError:
+        if not is_first:  # it mostly has the same to say; when it has, the launcher ends this one
             time.sleep(_SILENCE_S)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        raise
     except KeyboardInterrupt:
-        if _is_first_process():
+        if is_first:
             print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

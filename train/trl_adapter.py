@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from train.config import DataConfig, ModelConfig
-from train.dataset import Pair, PairDataset, StoredResponse, check_weights_vary, open_weights, sample_pairs
-from train.policy import check_model_fits, disable_dropout, find_model
-from train.sampler import BlockShuffle
+from train.data.dataset import Pair, PairDataset, StoredResponse, check_weights_vary, open_weights, sample_pairs
+from train.data.sampler import BlockShuffle
+from train.model.policy import check_model_fits, disable_dropout, find_model
 from weights_store.errors import MismatchError, MissingExtraError, SettingsError
 
 try:

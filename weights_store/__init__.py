@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weights_store.store import WeightStore, split_name
-    from weights_store.table import Table
-    from weights_store.table_reader import TableVersion
+    from weights_store.tables.table import Table
+    from weights_store.tables.table_reader import TableVersion
 
 __all__ = ["Table", "TableVersion", "WeightStore", "split_name"]
 

@@ -5,13 +5,12 @@ use `WeightStore`.
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weights_store.diff import SideDiff
+    from weights_store.views.diff import SideDiff
 
 _DEFAULT_STORE = "stores/default"
 _GAP = "  "
@@ -213,17 +212,15 @@ def _export(options: argparse.Namespace) -> None:
 
 def _verify(options: argparse.Namespace) -> int:
     from weights_store import WeightStore
+    from weights_store.checks.vacuum import find_orphans
+    from weights_store.checks.verify import verify
     from weights_store.schemas import KEYS
-    from weights_store.vacuum import find_orphans
-    from weights_store.verify import verify
 
     store, tables = WeightStore(options.store), _tables(options.tables)
-    progress, num_findings = _Progress(), 0
-    for finding in verify(store, tables, report=progress.show):
+    num_findings = 0
+    for finding in verify(store, tables):
         num_findings += 1
-        progress.clear()
         print(finding)
-    progress.clear()
     orphans = list(find_orphans(store, tables))
     if orphans:
         size = _size(sum(orphan.num_bytes for orphan in orphans))
@@ -237,7 +234,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _vacuum(options: argparse.Namespace) -> None:
     from weights_store import WeightStore
-    from weights_store.vacuum import vacuum
+    from weights_store.checks.vacuum import vacuum
 
     orphans = vacuum(
         WeightStore(options.store), options.retention_hours, dry_run=not options.yes, tables=_tables(options.tables)
@@ -284,21 +281,6 @@ def _tables(names: Sequence[str]) -> list[str] | None:
 
 
 # --- printing ----------------------------------------------------------------------------------------------------------
-
-
-class _Progress:
-    """What is being done, on stderr: one line that is written over on a terminal, plain lines otherwise."""
-
-    def __init__(self) -> None:
-        self._is_terminal = sys.stderr.isatty()
-
-    def show(self, text: str) -> None:
-        print(f"\r\x1b[K{text}" if self._is_terminal else text, end="" if self._is_terminal else "\n", file=sys.stderr)
-        sys.stderr.flush()
-
-    def clear(self) -> None:
-        if self._is_terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _print_orphans(orphans: Sequence[Any]) -> None:

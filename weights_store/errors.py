@@ -76,3 +76,7 @@ class DamageError(StoreError):
 
 class ConflictError(StoreError):
     """Other writers kept winning the race for the next version."""
+
+
+EXIT_CODES: dict[type[TokenweightsError], int] = {OutOfMemoryError: 76, EngineError: 75}
+"""Of a child process, for the errors after which its parent starts it again; 1 for every other. The first match counts."""

@@ -15,16 +15,16 @@ import polars as pl
 import pyarrow as pa
 
 from weights_store import schemas
-from weights_store.commits import Commit
-from weights_store.diff import Diff, diff_tables
 from weights_store.errors import NotFoundError, SettingsError
-from weights_store.export import export_table
-from weights_store.lineage import lineage
 from weights_store.location import Location
-from weights_store.table import Table
-from weights_store.table_reader import TableVersion
-from weights_store.token_texts import Tokenizer
-from weights_store.token_view import scan_tokens
+from weights_store.tables.commits import Commit
+from weights_store.tables.table import Table
+from weights_store.tables.table_reader import TableVersion
+from weights_store.views.diff import Diff, diff_tables
+from weights_store.views.export import export_table
+from weights_store.views.lineage import lineage
+from weights_store.views.token_texts import Tokenizer
+from weights_store.views.token_view import scan_tokens
 
 _SCHEMAS: dict[str, pa.Schema] = {
     "tokens": schemas.TOKENS,

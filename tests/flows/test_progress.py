@@ -7,7 +7,7 @@ import pytest
 
 import flows.progress
 from flows.progress import stage_progress
-from pipeline.jobs import Progress
+from pipeline.workers.supervise import Progress
 
 STATES = [Progress("ref", 0, 3000, 0.0), Progress("ref", 1000, 3000, 2.0), Progress("ref", 3000, 3000, 6.0)]
 

@@ -9,18 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-import pipeline.engine
-from pipeline.prepare import prepare
-from pipeline.publish import Ingredients, publish
+import pipeline.engine.vllm_engine
+from pipeline.engine.score_once import Scores
 from pipeline.recipe import Recipe, WeightsSection
-from pipeline.score import logps_table
-from pipeline.scoring import Request, Target, run
-from pipeline.sharing import Scores
+from pipeline.stages.prepare import prepare
+from pipeline.stages.publish import Ingredients, publish
+from pipeline.stages.score import logps_table
+from pipeline.workers.process import run
+from pipeline.workers.request import Request, Target
 
 # Imported in the fork server once, instead of by every child.
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401  # isort: skip
 import deltalake  # noqa: F401  # isort: skip
-import weights_store.shards  # isort: skip
+import weights_store.tables.shards  # isort: skip
 
 
 class MadeUpEngine:
@@ -43,9 +44,9 @@ class MadeUpEngine:
 
 def build(recipes: list[dict], model_folder: str) -> None:
     """Run the builds one after the other; what is there already is not done again."""
-    weights_store.shards.ROW_GROUP_BYTES = 2000
-    weights_store.shards.SHARD_BYTES = 4000
-    pipeline.engine.VllmEngine = MadeUpEngine
+    weights_store.tables.shards.ROW_GROUP_BYTES = 2000
+    weights_store.tables.shards.SHARD_BYTES = 4000
+    pipeline.engine.vllm_engine.VllmEngine = MadeUpEngine
     for settings in recipes:
         recipe = Recipe.model_validate(settings)
         tokens = prepare(recipe, Path(model_folder), report=lambda line: None).tokens

@@ -1,9 +1,8 @@
 """An interpreter for `score.python` that works without a model, and dies, chokes or dawdles as the environment says.
 
-Started as a stage starts any interpreter, `made_up -m pipeline.score REQUEST …`; everything but the engine is the real thing.
+Started as a stage starts any interpreter, `made_up -P -m pipeline.workers.process REQUEST`; only the engine is made up.
 """
 
-import importlib
 import json
 import os
 import sys
@@ -31,7 +30,7 @@ def logps(sequence):
 
 def scores(sequence):
     """Those of the wanted tokens; the k likeliest are the token itself and the ids behind it, less likely by 3, 4, 5 … nats."""
-    from pipeline.sharing import Scores
+    from pipeline.engine.score_once import Scores
 
     own, steps = logps(sequence)[sequence.start :, None], np.arange(sequence.top_k)
     ids = np.array(sequence.response_ids[sequence.start :])[:, None]
@@ -55,7 +54,7 @@ class MadeUpEngine:
     max_tokens = 100
     way = "made_up"
 
-    def __init__(self, model, settings, report):
+    def __init__(self, model, settings):
         self.batch_tokens, self.num_calls = settings.batch_tokens, 0
         log("starts", settings.batch_tokens)
 
@@ -91,12 +90,16 @@ class MadeUpEngine:
 def main():
     log("pids", os.getpid())
     log("prefixes", sys.prefix)
-    import pipeline.engine
+    import pipeline.engine.vllm_engine
 
-    pipeline.engine.VllmEngine = MadeUpEngine
-    option, stage, request = sys.argv[1:]
-    assert (option, stage) in (("-m", "pipeline.score"), ("-m", "pipeline.anchors"))
-    return importlib.import_module(stage).main([request])
+    pipeline.engine.vllm_engine.VllmEngine = MadeUpEngine
+    from pipeline.workers.process import main as work
+    from weights_store.process import run_main
+
+    *options, request = sys.argv[1:]
+    assert options == ["-P", "-m", "pipeline.workers.process"]
+    sys.argv[1:] = [request]
+    return run_main(work)
 
 
 if __name__ == "__main__":

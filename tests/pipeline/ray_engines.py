@@ -8,7 +8,7 @@ import os
 import time
 from pathlib import Path
 
-import pipeline.engine
+import pipeline.engine.vllm_engine
 from tests.pipeline.made_up_scorer import SETTINGS, MadeUpEngine, log
 from weights_store import Table
 
@@ -25,7 +25,7 @@ class LoggingEngine(MadeUpEngine):
 
 
 def install():
-    pipeline.engine.VllmEngine = LoggingEngine
+    pipeline.engine.vllm_engine.VllmEngine = LoggingEngine
     Table.write_shards = stopping(Table.write_shards)
 
 

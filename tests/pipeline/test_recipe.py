@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.estimators import ESTIMATORS
 from pipeline.recipe import load_recipe
+from pipeline.weighing.estimators import ESTIMATORS
 from weights_store.errors import SettingsError
 
 REPO = Path(__file__).resolve().parents[2]

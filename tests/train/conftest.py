@@ -109,7 +109,7 @@ def anchored_rows(model: torch.nn.Module, rows: list[Row]) -> list[Row]:
 @pytest.fixture
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row groups of a handful of rows, so that small datasets have many."""
-    monkeypatch.setattr("weights_store.shards.ROW_GROUP_BYTES", 2000)
+    monkeypatch.setattr("weights_store.tables.shards.ROW_GROUP_BYTES", 2000)
 
 
 WriteWeights = Callable[..., str]

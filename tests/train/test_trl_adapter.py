@@ -13,9 +13,9 @@ pytest.importorskip("trl")
 from trl import DPOConfig
 
 from train.config import DataConfig
-from train.dataset import Pair
-from train.losses import ResponseLogps, dpo, tis_dpo
-from train.sampler import BlockShuffle
+from train.data.dataset import Pair
+from train.data.sampler import BlockShuffle
+from train.loss.losses import ResponseLogps, dpo, tis_dpo
 from train.trl_adapter import StoredPairCollator, WeightedDPOTrainer
 from weights_store.errors import MismatchError, MissingExtraError, SettingsError
 

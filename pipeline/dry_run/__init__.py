@@ -1,0 +1,4 @@
+"""What a build would do, without running it: `tokenweights plan`.
+
+Not here: the build itself (`flows/build.py`).
+"""

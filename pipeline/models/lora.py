@@ -1,0 +1,251 @@
+"""Merge a LoRA adapter into its base model. Called by `models.py`, which starts `python -m pipeline.models.lora` for it.
+
+Everything behind `resolve_model` (tokeniser, engines, training, fingerprints) knows whole models only, and vLLM's own adapters
+leave gaps: prompt log-probs crash on its CPU build, and an adapter on the lm_head is ignored without a word. A process of its
+own, so that the memory is gone afterwards.
+
+The merged model is stored in the base's dtypes. It is compared with base and adapter before it is handed out: PEFT's merge adds
+a layer's change twice, or to the wrong layer, where input and output embeddings are one matrix and an adapter sits on it.
+"""
+
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.model.checkpoint import load_checkpoint
+from weights_store.errors import InputError, MissingExtraError
+from weights_store.fingerprint import (
+    fingerprint,
+    fingerprint_file,
+    fingerprint_model,
+    load_chat_template,
+    load_json,
+)
+from weights_store.messages import first_line
+from weights_store.process import run_main
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+RECORD = "merged.json"
+"""What a merged folder says of its making."""
+INSTALL = "pip install 'tokenweights[train]'"
+
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "*.tiktoken",
+)
+_TEMPLATE_FILES = ("chat_template*", "additional_chat_templates")
+_NOT_IDENTITY = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
+_PROBE_TOKENS = 32
+_PROBE_NATS = {"float32": 1e-3}
+_PROBE_NATS_ROUNDED = 0.1
+"""Of 16-bit models: the merged weights are rounded once, base and adapter on their own are not."""
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds a PEFT adapter.
+
+    Raises:
+        InputError: It holds a whole model as well, so that it is not clear which of the two is meant.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return False
+    whole = sorted(
+        path.name for pattern in ("model*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern)
+    )
+    if whole:
+        raise InputError(f"{folder} holds an adapter ({ADAPTER_CONFIG}) and a model ({whole[0]}); keep one of the two")
+    return True
+
+
+def check_adapter(folder: Path) -> dict[str, Any]:
+    """Return the adapter's config; whatever cannot be a low-rank change of a language model's weights is refused.
+
+    Raises:
+        InputError: It is no LoRA, of no language model, without weights, or does not say what it belongs to.
+    """
+    config = load_json(folder / ADAPTER_CONFIG)
+    kind, task = config.get("peft_type"), config.get("task_type") or "CAUSAL_LM"
+    if kind != "LORA":
+        raise InputError(f"the adapter {folder} is of type {kind}; only LORA can be merged into a model")
+    if task != "CAUSAL_LM":
+        raise InputError(f"the adapter {folder} is for the task {task}, expected CAUSAL_LM: a language model")
+    for key in ("layer_replication", "alora_invocation_tokens"):
+        if config.get(key):
+            raise InputError(f"the adapter {folder} uses {key}, which no merged copy of its base can do")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise InputError(f"the adapter {folder} has no {ADAPTER_WEIGHTS}")
+    if not config.get("base_model_name_or_path"):
+        raise InputError(
+            f"the adapter {folder} does not name its base: set base_model_name_or_path in {ADAPTER_CONFIG}"
+        )
+    return config
+
+
+def merged_fingerprint(adapter: Path, base: Path) -> str:
+    """Return what determines the merged folder: weights and config of both, and the tokenizer files that either brings.
+
+    Raises:
+        InputError: `base` is not a model folder.
+    """
+    config = {key: value for key, value in load_json(adapter / ADAPTER_CONFIG).items() if key not in _NOT_IDENTITY}
+    files = {
+        side: {path.name: fingerprint_file(path) for path in _matching(folder, (*_TOKENIZER_FILES, *_TEMPLATE_FILES))}
+        for side, folder in (("adapter", adapter), ("base", base))
+    }
+    weights = fingerprint_file(adapter / ADAPTER_WEIGHTS)
+    return fingerprint({"config": config, "weights": weights, "base": fingerprint_model(base), "files": files})
+
+
+def merge_adapter(adapter: Path, base: Path, target: Path) -> None:
+    """Write the merged model to `target`, which appears whole or not at all, and stays where it is there already.
+
+    Args:
+        adapter: Folder of a LoRA adapter, its tokenizer files going before those of the base.
+        base: Folder of the model that it changes.
+        target: Missing parents are made.
+
+    Raises:
+        InputError: They do not fit together, cannot be loaded, or the merged model is not what base and adapter are.
+        MissingExtraError: peft, torch or transformers is not installed.
+    """
+    check_adapter(adapter)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        _write_merged(adapter, base, partial)
+        _copy_tokenizer(adapter, base, partial)
+        for path in partial.glob("*.safetensors"):
+            path.chmod((partial / "config.json").stat().st_mode)  # safetensors writes for the owner alone
+        record = {"adapter": str(adapter.resolve()), "base": str(base.resolve())}
+        (partial / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+        try:
+            partial.rename(target)
+        except OSError:  # not empty: another process was faster
+            if not (target / RECORD).is_file():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_merged(adapter: Path, base: Path, target: Path) -> None:
+    try:
+        import peft
+        import torch
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"merging a LoRA adapter needs the package {error.name!r}, which is not installed; {INSTALL}"
+        ) from error
+    model = load_checkpoint(base, dtype="auto")
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied embeddings: untied below
+        wrapped = _with_adapter(peft, model, adapter, base)
+        expected = _probe(wrapped, model.config)
+        _untie_changed_embeddings(model)
+        try:
+            merged = wrapped.merge_and_unload(safe_merge=True)
+        except (ValueError, NotImplementedError) as error:
+            raise InputError(f"the adapter {adapter} cannot be merged: {first_line(error)}") from error
+    dtype = model.config.dtype or torch.float32
+    for name, parameter in merged.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, dtype))
+    merged.save_pretrained(target)
+    del model, wrapped, merged
+    _check_same(expected, load_checkpoint(target, dtype="auto"), adapter, base)
+
+
+def _with_adapter(peft: Any, model: "PreTrainedModel", adapter: Path, base: Path) -> Any:
+    """Return the base with the adapter in it, every weight of the adapter in its place."""
+    from safetensors import SafetensorError, safe_open
+
+    where = f"the adapter {adapter} and its base {base}"
+    try:
+        with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
+            stored = set(file.keys())
+        wrapped = peft.PeftModel.from_pretrained(model, adapter)
+    except SafetensorError as error:
+        raise InputError(f"the adapter {adapter} cannot be read: {ADAPTER_WEIGHTS}: {first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        sizes = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        hint = f"{sizes[0]} (was the vocabulary resized? Then name the resized base)" if sizes else first_line(error)
+        raise InputError(f"{where} do not fit: {hint}") from error
+    wanted = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    plain = {f"base_model.model.{name}" for name in model.state_dict()}
+    astray = sorted((wanted - stored) | (stored - wanted - plain))
+    if astray:
+        raise InputError(f"{where} do not fit: {len(astray)} weights have no counterpart, for example {astray[0]}")
+    return wrapped
+
+
+def _untie_changed_embeddings(model: "PreTrainedModel") -> None:
+    """Give the output layer a matrix of its own where it shares the input's and a LoRA is going to be added to either."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import nn
+
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if not any(isinstance(end, BaseTunerLayer) for end in ends):
+        return  # PEFT itself unties embeddings that an adapter replaces whole
+    source, head = (end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends)
+    if head is not None and head.weight is source.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
+
+
+def _probe(model: Any, config: Any) -> "torch.Tensor":
+    """Return log-probs of a fixed row of ids, float32 `[num_tokens, vocabulary]`."""
+    import torch
+
+    vocab_size = int(config.get_text_config().vocab_size)
+    ids = torch.arange(_PROBE_TOKENS) * 7919 % vocab_size  # a prime: spread over the vocabulary
+    with torch.inference_mode():
+        return model(ids[None].to(model.device)).logits[0].float().log_softmax(-1)  # type: ignore[no-any-return]
+
+
+def _check_same(expected: "torch.Tensor", merged: "PreTrainedModel", adapter: Path, base: Path) -> None:
+    import torch
+
+    difference = float(torch.mean(torch.abs(_probe(merged, merged.config) - expected)))
+    limit = _PROBE_NATS.get(str(merged.dtype).removeprefix("torch."), _PROBE_NATS_ROUNDED)
+    if not difference <= limit:  # a NaN is no match either
+        raise InputError(
+            f"the adapter {adapter} cannot be merged into {base}: the merged model's log-probs differ from base and adapter "
+            f"by {difference:.2g} nats in the mean, expected at most {limit}"
+        )
+
+
+def _copy_tokenizer(adapter: Path, base: Path, target: Path) -> None:
+    """Copy the tokenizer of the adapter where it brings one, else of the base, and the same for the chat template."""
+    source = adapter if any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) else base
+    for path in _matching(source, _TOKENIZER_FILES):
+        shutil.copyfile(path, target / path.name)
+    template = load_chat_template(adapter) or load_chat_template(base)
+    if template is not None and load_chat_template(target) != template:
+        (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def main() -> None:
+    """Merge ADAPTER and BASE into TARGET; what `python -P -m pipeline.models.lora` runs."""
+    adapter, base, target = map(Path, sys.argv[1:])
+    merge_adapter(adapter, base, target)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

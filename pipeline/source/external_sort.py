@@ -1,0 +1,110 @@
+"""Sort tables that do not fit into memory: an external merge sort over Arrow files.
+
+Tables are gathered in memory; beyond the budget they are sorted and put into a temporary file. Reading merges the files one
+range of keys at a time, so that memory stays at about one budget however much there is.
+"""
+
+import bisect
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+
+from weights_store.tables.key_ranges import KeyRange
+
+DEFAULT_BYTES = 256 << 20
+_SAMPLES_PER_RUN = 64
+_ROWS_PER_BATCH = 1000
+
+
+class ExternalSort:
+    """Takes tables in any order and gives them back sorted; a context manager that removes its files.
+
+    Args:
+        schema: Columns of the tables.
+        key: Sort columns; the first one cuts the ranges.
+        max_bytes: Arrow bytes kept in memory, and about the size of one range; `DEFAULT_BYTES` by default.
+    """
+
+    def __init__(self, schema: pa.Schema, *key: str, max_bytes: int | None = None) -> None:
+        self.schema = schema
+        self.key = key
+        self.max_bytes = max_bytes or DEFAULT_BYTES
+        self.num_rows = 0
+        self._waiting: list[pa.Table] = []
+        self._num_waiting_bytes = 0
+        self._num_bytes = 0
+        self._runs: list[Path] = []
+        self._samples: list[Any] = []
+        self._files = ExitStack()
+
+    def __enter__(self) -> "ExternalSort":
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._files.close()
+
+    def add(self, rows: pa.Table) -> None:
+        """Add rows.
+
+        Raises:
+            OSError: The temporary folder (TMPDIR) is full.
+        """
+        if not rows.num_rows:
+            return
+        self._waiting.append(rows)
+        self._num_waiting_bytes += rows.nbytes
+        self._num_bytes += rows.nbytes
+        self.num_rows += rows.num_rows
+        if self._num_waiting_bytes > self.max_bytes:
+            self._spill()
+
+    def ranges(self) -> Iterator[tuple[KeyRange, pa.Table]]:
+        """Yield everything, sorted, cut into ranges that together cover all keys; may be called again."""
+        if not self._runs:
+            yield KeyRange(None, None), self._sorted_waiting()
+            return
+        if self._waiting:
+            self._spill()
+        runs = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in self._runs]
+        for piece in self._cut():
+            rows = pa.concat_tables([_slice(run, self.key[0], piece) for run in runs])
+            yield piece, rows.sort_by([(name, "ascending") for name in self.key])
+
+    def _cut(self) -> list[KeyRange]:
+        samples = sorted(self._samples)
+        num_ranges = -(-self._num_bytes // self.max_bytes)
+        cuts = sorted({samples[len(samples) * index // num_ranges] for index in range(1, num_ranges)})
+        return [KeyRange(low, high) for low, high in zip([None, *cuts], [*cuts, None], strict=True)]
+
+    def _sorted_waiting(self) -> pa.Table:
+        rows = pa.concat_tables(self._waiting) if self._waiting else self.schema.empty_table()
+        return rows.sort_by([(name, "ascending") for name in self.key])
+
+    def _spill(self) -> None:
+        if not self._runs:
+            self._folder = Path(self._files.enter_context(tempfile.TemporaryDirectory(prefix="tokenweights-sort-")))
+        rows = self._sorted_waiting()
+        path = self._folder / f"{len(self._runs)}.arrow"
+        with pa.ipc.new_file(path, self.schema) as file:
+            file.write_table(rows, max_chunksize=_ROWS_PER_BATCH)
+        step = -(-rows.num_rows // _SAMPLES_PER_RUN)
+        self._samples += rows[self.key[0]].take(list(range(0, rows.num_rows, step))).to_pylist()
+        self._runs.append(path)
+        self._waiting, self._num_waiting_bytes = [], 0
+
+
+def _slice(run: pa.Table, key: str, piece: KeyRange) -> pa.Table:
+    """Return the rows of a sorted table in a range of keys, by bisection: only the pages looked at are read."""
+    column, all_rows = run[key], range(run.num_rows)
+    start = 0 if piece.low is None else bisect.bisect_left(all_rows, piece.low, key=lambda row: column[row].as_py())
+    stop = len(all_rows)
+    if piece.high is not None:
+        stop = bisect.bisect_left(all_rows, piece.high, key=lambda row: column[row].as_py())
+    return run.slice(start, stop - start)

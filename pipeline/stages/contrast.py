@@ -1,0 +1,165 @@
+"""Stage contrast: the pair (pi+, pi-) of TIS-DPO, by prompt (P), by SFT (S) or by DPO (D).
+
+S and D start the training job as a process, so that its memory is gone afterwards; this file never imports `train`. Trained
+models lie under `models/` in the store, named for what determines them. When the data has grown, the pair of the first
+build stays (its scores stay valid, and only new pairs are scored) unless the recipe says `contrast.retrain`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.child import check_extra, run_child
+from pipeline.models.contrastive import ModelShelf
+from pipeline.recipe import TRAINING_KEYS, ContrastSection
+from pipeline.source.chat import Condition
+from pipeline.stages.score import Scorer
+from weights_store import TableVersion, WeightStore
+from weights_store.fingerprint import fingerprint, fingerprint_model
+from weights_store.messages import logger
+
+_log = logger(__name__)
+
+_SIDES = ("positive", "negative")
+_SAVE_EVERY_STEPS = 50
+_BFLOAT16_TOLERANCE_NATS = 0.05
+
+
+@dataclass(frozen=True)
+class ContrastivePair:
+    """The two scorers, and which of them were trained just now."""
+
+    positive: Scorer
+    negative: Scorer
+    num_trained: int = 0
+
+    @property
+    def scorers(self) -> dict[str, Scorer]:
+        """The two by their role."""
+        return {"positive": self.positive, "negative": self.negative}
+
+
+def contrast(settings: ContrastSection, model_folder: Path, uniform: TableVersion) -> ContrastivePair:
+    """Return the contrastive pair, training what is not there yet.
+
+    Args:
+        settings: Which construction, and its settings.
+        model_folder: The starting model of both.
+        uniform: A weight dataset of the pairs with weights 1 and the reference's log-probs: what S and D train on.
+
+    Raises:
+        MissingExtraError: There is something to train, and no torch.
+        StageError: A training job failed; carries its message.
+    """
+    if settings.method == "prompt":
+        return prompt_pair(settings, model_folder)
+    models = model_shelf(uniform.store)
+    folders, num_trained = [], 0
+    for model in wanted_models(settings, model_folder, uniform):
+        folder = model.folder
+        if folder is None:
+            folder = models.place(model.name)
+            check_extra("torch", "pip install 'tokenweights[train]'", settings.python)
+            _log.info(f"training the {model.side} model ({settings.method}) on {uniform}")
+            arguments = _arguments(settings, model.side, model_folder, uniform, folder)
+            run_child("tokenweights", arguments, f"training {folder}", settings.python)
+            record = {"identity": model.identity, "data": model.data, "version": uniform.version}
+            models.put(model.name, {**record, "fingerprint": fingerprint_model(folder)})
+            num_trained += 1
+        folders.append(folder)
+    return ContrastivePair(Scorer(folders[0]), Scorer(folders[1]), num_trained)
+
+
+def prompt_pair(settings: ContrastSection, model_folder: Path) -> ContrastivePair:
+    """Return the pair of construction P: one model behind two prompts, there without training."""
+    prompts = (settings.positive_prompt, settings.negative_prompt)
+    positive, negative = (Scorer(model_folder, Condition(text, settings.role)) for text in prompts)
+    return ContrastivePair(positive, negative)
+
+
+@dataclass(frozen=True)
+class WantedModel:
+    """One side's model of construction S or D: what determines it, its name in the store, and where it is."""
+
+    side: str
+    name: str
+    identity: dict[str, Any]
+    data: str
+    folder: Path | None
+    """None: it is not there, and has to be trained."""
+
+
+def model_shelf(store: str) -> ModelShelf:
+    """Return where a store keeps its contrastive models."""
+    return ModelShelf(WeightStore(store).root / "models")
+
+
+def wanted_models(settings: ContrastSection, model_folder: Path, uniform: TableVersion) -> list[WantedModel]:
+    """Return the positive and the negative model of construction S or D, each with its folder when it is there.
+
+    Args:
+        settings: Which construction, and its settings.
+        model_folder: The starting model of both.
+        uniform: What they are trained on. Its fingerprint matters only where `retrain` asks for the data of now, or where
+            no pair is there.
+    """
+    identities = {side: _identity(settings, side, model_folder, uniform) for side in _SIDES}
+    models = model_shelf(uniform.store)
+    wanted = uniform.fingerprint if settings.retrain else None
+    data = _data_of_both(models, identities, wanted) or uniform.fingerprint
+    names = {side: fingerprint({**identity, "data": data})[:16] for side, identity in identities.items()}
+    return [WantedModel(side, names[side], identities[side], data, models.find(names[side])) for side in _SIDES]
+
+
+def _identity(settings: ContrastSection, side: str, model_folder: Path, uniform: TableVersion) -> dict[str, Any]:
+    """Return what determines one side's model, apart from how far the data had grown."""
+    keys = TRAINING_KEYS | ({"beta"} if settings.method == "dpo" else set())
+    return {
+        "model": fingerprint_model(model_folder),
+        "side": side,
+        "training": settings.model_dump(include=keys),
+        "table": uniform.table,
+    }
+
+
+def _data_of_both(models: ModelShelf, identities: dict[str, dict[str, Any]], wanted: str | None) -> str | None:
+    """Return the oldest data (a fingerprint) that both sides have been trained on: a pair never mixes two versions."""
+    versions: dict[str, dict[str, int]] = {side: {} for side in identities}
+    for record in models.records():
+        for side, identity in identities.items():
+            if record["identity"] == identity:
+                versions[side][record["data"]] = record["version"]
+    both = versions["positive"].keys() & versions["negative"].keys()
+    both = both & {wanted} if wanted is not None else both
+    return min(both, key=lambda data: versions["positive"][data], default=None)
+
+
+def _arguments(
+    settings: ContrastSection, side: str, model_folder: Path, uniform: TableVersion, folder: Path
+) -> list[str]:
+    """Return the arguments of `tokenweights train`. The negative model sees chosen and rejected swapped (S and D alike)."""
+    options: dict[str, Any] = {
+        "loss.name": settings.method,
+        "data.swap": side == "negative",
+        "model.dtype": settings.dtype,
+        "optim.learning_rate": settings.learning_rate,
+        "optim.num_epochs": settings.num_epochs,
+        "optim.pairs_per_step": settings.pairs_per_step,
+        "optim.tokens_per_batch": settings.tokens_per_batch,
+        "optim.seed": settings.seed,
+        "output.save_every_steps": _SAVE_EVERY_STEPS,
+    }
+    if settings.method == "dpo":
+        options["loss.beta"] = settings.beta
+    if settings.dtype == "bfloat16":
+        # The model is the reference's own. Where that was scored in float32, rounding alone puts them about 0.02 nats apart.
+        options["gate.tolerance_nats"] = _BFLOAT16_TOLERANCE_NATS
+    if settings.max_steps is not None:
+        options["optim.max_steps"] = settings.max_steps
+    name = uniform.table.removeprefix("weights/")
+    arguments = ["train", "--store", uniform.store, "--weights", f"{name}@{uniform.version}"]
+    arguments += ["--model", str(model_folder), "--output", str(folder)]
+    for key, value in options.items():
+        arguments += ["--set", f"{key}={json.dumps(value)}"]
+    return arguments

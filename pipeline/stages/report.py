@@ -1,0 +1,212 @@
+"""The first report of a weight dataset: one self-contained HTML file, and the same numbers as Markdown.
+
+Read-only over the store. Not the weight doctor: it shows, and draws no conclusions beyond two checks anyone would make.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from pipeline.parity.check import parity_text
+from pipeline.source.chat import ChatTokenizer
+from pipeline.stages.publish import Published
+from weights_store import Table, WeightStore
+
+REPORTS = "reports"
+_SIDES = ("chosen", "rejected")
+_SAMPLE_PAIRS = 12
+_MAX_SHOWN_TOKENS = 300
+
+
+def write_report(published: Published, model_folder: Path, chat_template: str | None = None) -> str:
+    """Write `reports/<name>@<version>.html` into the store and return its place; an existing one stays as it is."""
+    from jinja2 import Environment
+
+    store = WeightStore(published.weights.store)
+    file = report_file(published.name, published.weights.version)
+    folder = store.root / REPORTS
+    if folder.exists(file):
+        return f"{folder}/{file}"
+    frame = store.scan(published.name, published.weights.version)
+    metadata = store.metadata(published.name, published.weights.version)
+    context = {
+        "title": f"{published.name}@{published.weights.version}",
+        "facts": summary_rows(published),
+        "findings": findings(published.statistics),
+        "parents": metadata["parents"],
+        "recipe": metadata["recipe"],
+        "histograms": _histograms(store.table(published.weights.table), published),
+        "pairs": _sample_pairs(frame, ChatTokenizer(model_folder, chat_template)),
+    }
+    folder.write(file, Environment(autoescape=True).from_string(_TEMPLATE).render(context).encode())
+    return f"{folder}/{file}"
+
+
+def report_file(name: str, version: int) -> str:
+    """Return the file of a version's report in the store's folder `REPORTS`."""
+    return f"{name}@{version}.html"
+
+
+def summary_rows(published: Published) -> list[tuple[str, str]]:
+    """Return what a person wants to know first, as (label, value)."""
+    statistics = published.statistics
+    quarantined = statistics["quarantined"]
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(quarantined.items())) or "none"
+    balance = f"{statistics['num_pairs']} published + {sum(quarantined.values())} quarantined"
+    rows = [
+        ("weight dataset", str(published.weights)),
+        ("fingerprint", published.weights.fingerprint[:12]),
+        ("rows in", f"{statistics['num_source_rows']} = {balance}"),
+        ("quarantined", reasons),
+        ("response tokens", f"{statistics['num_response_tokens']:,}"),
+    ]
+    if published.parity is not None:
+        rows.append(("reference", f"log-probs compared with transformers: {parity_text(published.parity)}"))
+    if statistics["ref_top_k"]:
+        rows.append(("reference top k", f"{statistics['ref_top_k']} tokens for each place"))
+    if statistics["num_scored_pairs"]:
+        rows.append(("annotator scores", f"of {statistics['num_scored_pairs']:,} pairs"))
+    if statistics.get("num_anchored_pairs"):
+        rows.append(("anchors", f"of {statistics['num_anchored_pairs']:,} pairs"))
+    if published.settings is not None:
+        rows.append(("weights", _settings_text(published.settings)))
+    rows += [(f"{side} tokens", _side_text(statistics[side])) for side in _SIDES]
+    if "mean_pair_weight" in statistics:
+        rows.append(("pair weights", f"mean {statistics['mean_pair_weight']:.4f}"))
+    return rows
+
+
+def _settings_text(settings: dict[str, Any]) -> str:
+    """Return an estimator and what it was told, like "ti: ti_lambda 0.7, sigma_divisor 4.0, span response"."""
+    values = {key: ", ".join(value) if isinstance(value, list) else value for key, value in settings.items()}
+    told = ", ".join(f"{key} {value}" for key, value in values.items() if key not in ("name", "estimator"))
+    return f"{values['estimator']}: {told}" if told else str(values["estimator"])
+
+
+def _side_text(numbers: dict[str, Any]) -> str:
+    """Return the numbers of one side, those that its estimator has."""
+    parts = [f"mean weight {numbers['mean_weight']:.4f}"]
+    ends = {"share_at_lower": "at L", "share_at_upper": "at U"}
+    clamped = [f"{numbers[name]:.1%} {end}" for name, end in ends.items() if name in numbers]
+    if clamped:
+        parts.append(f"clamped {', '.join(clamped)}")
+    if "mean_logratio" in numbers:
+        parts.append(f"mean log-ratio {numbers['mean_logratio']:+.4f} nats")
+    if numbers.get("num_without_mass"):
+        parts.append(f"{numbers['num_without_mass']:,} responses with nothing to be weighed by")
+    return ", ".join(parts)
+
+
+def findings(statistics: dict[str, Any]) -> list[str]:
+    """Return what looks wrong, each with what to do; an empty list when nothing does."""
+    problems = []
+    if statistics["constant_weights"]:
+        problems.append(
+            "All weights are equal: TIS-DPO on them is plain DPO. Is the contrastive pair one and the same model?"
+        )
+    chosen, rejected = (statistics[side].get("mean_logratio") for side in ("chosen", "rejected"))
+    if chosen is not None and rejected is not None and chosen < rejected:
+        problems.append(
+            f"The mean log-ratio is lower on chosen ({chosen:+.4f}) than on rejected tokens ({rejected:+.4f}): the pair "
+            "tells good from bad the wrong way round. Check the contrastive prompts, or train the pair longer."
+        )
+    return problems
+
+
+def summary_markdown(published: Published, report: str | None = None) -> str:
+    """Return the summary as Markdown, for Prefect's artifact."""
+    lines = [f"# {published.weights}", "", "| | |", "|---|---|"]
+    lines += [f"| {label} | {value} |" for label, value in summary_rows(published)]
+    if published.changes:
+        lines += ["", "Changed since the version before:", *(f"* `{change}`" for change in published.changes)]
+    problems = findings(published.statistics)
+    lines += ["", "**Findings**", *(f"* {problem}" for problem in problems)] if problems else []
+    if report is not None:
+        lines += ["", f"Report: `{report}`"]
+    return "\n".join(lines)
+
+
+def _histograms(table: Table, published: Published, num_bins: int = 40) -> list[dict[str, Any]]:
+    """Return one histogram of weights per side, as bar heights in 0..1, from one row group at a time."""
+    edges, counts = {}, {}
+    for side in _SIDES:
+        numbers = published.statistics[side]
+        edges[side] = np.histogram_bin_edges([numbers["min_weight"], numbers["max_weight"]], bins=num_bins)
+        counts[side] = np.zeros(num_bins, dtype=np.int64)
+    for rows in table.batches(published.weights.version, [f"{side}_token_weights" for side in _SIDES]):
+        for side in _SIDES:
+            weights = rows[f"{side}_token_weights"].combine_chunks().flatten().to_numpy()
+            # Stored weights are rounded and may lie a little outside the range of the exact ones.
+            counts[side] += np.histogram(np.clip(weights, edges[side][0], edges[side][-1]), bins=edges[side])[0]
+    return [_histogram(side, counts[side], edges[side]) for side in _SIDES]
+
+
+def _histogram(side: str, counts: np.ndarray, edges: np.ndarray) -> dict[str, Any]:
+    bars = [
+        {"x": 8 * i, "height": 100.0 * c / counts.max(), "label": f"{edges[i]:.2f}: {c}"} for i, c in enumerate(counts)
+    ]
+    return {"side": side, "bars": bars, "low": f"{edges[0]:.2f}", "high": f"{edges[-1]:.2f}"}
+
+
+def _sample_pairs(frame: pl.LazyFrame, tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
+    pairs = []
+    for row in frame.head(_SAMPLE_PAIRS).collect().iter_rows(named=True):
+        prompt = "".join(tokenizer.token_texts(row["prompt_ids"]))
+        sides = [
+            {"side": side, "tokens": _colored(tokenizer.token_texts(row[f"{side}_ids"]), row[f"{side}_token_weights"])}
+            for side in ("chosen", "rejected")
+        ]
+        pairs.append({"pair_id": row["pair_id"], "prompt": prompt, "sides": sides})
+    return pairs
+
+
+def _colored(texts: Sequence[str], weights: Sequence[float]) -> list[dict[str, str]]:
+    """Return tokens with a background: green above weight 1, orange below, stronger the further away."""
+    tokens = []
+    for text, weight in list(zip(texts, weights, strict=True))[:_MAX_SHOWN_TOKENS]:
+        # The root lifts small differences into sight: half of the full color at a quarter of the largest log-weight.
+        strength = min(1.0, abs(float(np.log(max(weight, 1e-6)))) / 1.5) ** 0.5
+        color = "46,160,67" if weight >= 1 else "230,126,34"
+        tokens.append({"text": text, "style": f"background:rgba({color},{strength:.2f})", "title": f"{weight:.3f}"})
+    if len(texts) > _MAX_SHOWN_TOKENS:
+        tokens.append(
+            {"text": f" … {len(texts) - _MAX_SHOWN_TOKENS} more tokens", "style": "color:#888", "title": "cut here"}
+        )
+    return tokens
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
+<style>
+body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1f2328}
+table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top}
+h2{margin-top:2.2rem}code,.tokens,.prompt{font-family:ui-monospace,monospace;font-size:13px}
+.tokens,.prompt{white-space:pre-wrap;overflow-wrap:anywhere;padding:.5rem .7rem;border-radius:6px;border:1px solid #d0d7de}
+.prompt{background:#f6f8fa;color:#57606a;max-height:12rem;overflow:auto}
+.finding{background:#fff3cd;border-left:4px solid #e6a100;padding:.5rem .8rem;margin:.5rem 0}
+.side{margin:.5rem 0 .2rem;font-weight:600}.hist{display:inline-block;margin-right:2rem}rect{fill:#4c78a8}
+</style>
+<h1>{{ title }}</h1>
+<table>{% for label, value in facts %}<tr><th>{{ label }}</th><td>{{ value }}</td></tr>{% endfor %}</table>
+{% for finding in findings %}<div class="finding">{{ finding }}</div>{% endfor %}
+<h2>Weights</h2>
+{% for h in histograms %}<div class="hist"><div class="side">{{ h.side }}</div>
+<svg width="320" height="110" role="img" aria-label="histogram of {{ h.side }} weights">
+{% for bar in h.bars %}<rect x="{{ bar.x }}" y="{{ 105 - bar.height }}" width="7" height="{{ bar.height }}">
+<title>{{ bar.label }}</title></rect>{% endfor %}</svg>
+<div><code>{{ h.low }} … {{ h.high }}</code></div></div>{% endfor %}
+<h2>Pairs</h2><p>Green: weight above 1. Orange: below 1. Hold the pointer over a token for its weight.</p>
+{% for pair in pairs %}<h3><code>{{ pair.pair_id }}</code></h3><div class="prompt">{{ pair.prompt }}</div>
+{% for s in pair.sides %}<div class="side">{{ s.side }}</div><div class="tokens">
+{%- for t in s.tokens %}<span style="{{ t.style }}" title="{{ t.title }}">{{ t.text }}</span>{% endfor %}</div>{% endfor %}
+{% endfor %}
+<h2>Lineage</h2><table><tr><th>role</th><th>table</th><th>version</th><th>fingerprint</th></tr>
+{% for p in parents %}<tr><td>{{ p.role }}</td><td><code>{{ p.table }}</code></td><td>{{ p.version }}</td>
+<td><code>{{ p.fingerprint[:12] }}</code></td></tr>{% endfor %}</table>
+<h2>Recipe</h2><table>{% for section, values in recipe.items() if values %}{% for key, value in values.items() %}
+<tr><th><code>{{ section }}.{{ key }}</code></th><td><code>{{ value }}</code></td></tr>{% endfor %}{% endfor %}</table>
+</html>
+"""

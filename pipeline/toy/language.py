@@ -1,0 +1,315 @@
+"""A made-up language in which the true reward of every token is known.
+
+The demo and the quality benchmark use it to ask the one question that real data cannot answer: does an estimator find
+the tokens that matter? Eight topics have neutral words of their own. Sixteen *planted* adverbs are shared by all topics.
+Half of them are good (+1) in five topics, bad (-1) in two and without effect (0) in one; the other half the other way
+round. So every word is good only in its context: the best table of words that ignores the topic reaches an AUC of 0.71
+(`agreement`), the truth 1.0, and chance 0.5.
+
+What it does not do: it knows no tokenizer and no model. `pipeline.toy.model_maker` makes a model that speaks the language.
+Plain `ValueError`s on purpose: the file stands alone, with numpy as its only import from outside.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Message = dict[str, str]
+Conversation = list[Message]
+
+# Of one form and one length, so that a contrast between them measures nothing but good against bad. Three words differ
+# and not one: the demo's small model often did not notice a single one within its few hundred steps.
+POSITIVE_PROMPT = "Give good, helpful, sound advice."
+NEGATIVE_PROMPT = "Give bad, harmful, poor advice."
+
+QUESTIONS = (
+    "How do I get started with {topic}?",
+    "What should I know about {topic}?",
+    "Please tell me how {topic} works.",
+    "I have a question about {topic}.",
+    "Can you help me with {topic}?",
+)
+
+# fmt: off
+PLANTED_WORDS = (
+    "alone", "boldly", "deeply", "early", "firmly", "gently", "late", "lightly",
+    "loosely", "quickly", "quietly", "sideways", "slowly", "tightly", "twice", "upright",
+)
+# fmt: on
+
+JOINERS = ("and", "while", "before")
+
+
+class Topic(NamedTuple):
+    """The neutral words of one topic."""
+
+    people: tuple[str, ...]
+    actions: tuple[str, ...]
+    qualities: tuple[str, ...]
+    things: tuple[str, ...]
+
+
+def _topic(people: str, actions: str, qualities: str, things: str) -> Topic:
+    return Topic(*(tuple(words.split()) for words in (people, actions, qualities, things)))
+
+
+TOPICS: Mapping[str, Topic] = {
+    "baking": _topic("baker cook", "mixes kneads bakes folds", "warm sweet soft fresh", "dough bread flour cake"),
+    "sailing": _topic("sailor captain", "steers trims raises ties", "calm salty narrow old", "boat sail rope mast"),
+    "gardening": _topic(
+        "gardener neighbour", "plants waters digs rakes", "green young tall dry", "rose hedge soil tree"
+    ),
+    "carpentry": _topic(
+        "carpenter builder", "saws sands glues nails", "rough flat heavy long", "board table shelf beam"
+    ),
+    "painting": _topic(
+        "painter artist", "sketches paints blends primes", "bright pale blue dark", "canvas wall brush sky"
+    ),
+    "climbing": _topic(
+        "climber guide", "grips climbs checks reaches", "steep rocky high icy", "ledge ridge cliff summit"
+    ),
+    "beekeeping": _topic(
+        "keeper farmer", "opens smokes lifts feeds", "busy wild yellow small", "hive swarm comb queen"
+    ),
+    "pottery": _topic("potter student", "shapes centres glazes fires", "wet round thin smooth", "clay bowl vase jar"),
+}
+
+# Reward of one word in the eight topics, before they are shuffled. Without any such lean only word, topic and prompt
+# together would tell good from bad, and the demo's small model did not find that within its few hundred steps.
+_LEAN = (1.0, 1.0, 1.0, 1.0, 1.0, 0.0, -1.0, -1.0)
+
+# Chance that a planted word is good, neutral or bad in its topic. PLAIN is the share of such words (7, 2 and 7 of 16), so
+# there all planted words are equally likely in every topic. Under the two prompts the neutral ones keep their chance: the
+# ideal log-ratio between the prompts is ln(0.775 / 0.1) = 2.05 nats times the true reward.
+PLAIN_MIX = (0.4375, 0.125, 0.4375)
+POSITIVE_MIX = (0.775, 0.125, 0.1)
+NEGATIVE_MIX = (0.1, 0.125, 0.775)
+
+# Independent random streams of one seed.
+_REWARDS_STREAM, _PAIRS_STREAM, _CONVERSATIONS_STREAM = range(3)
+
+
+@dataclass(frozen=True)
+class ToyLanguage:
+    """One world: its reward table and how people who live in it speak and judge.
+
+    Args:
+        seed: Decides which planted word is good in which topic.
+        planted_rate: Chance that a place for an adverb is filled, in [0, 1]. A clause has three such places.
+        temperature: Of the judge who compares two responses, > 0, in units of reward. The default makes about 6 % of
+            the labels wrong.
+
+    Raises:
+        ValueError: `planted_rate` or `temperature` is out of its range.
+    """
+
+    seed: int = 0
+    planted_rate: float = 0.8
+    temperature: float = 0.75
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.planted_rate <= 1.0:
+            raise ValueError(f"planted_rate must be in [0, 1], got {self.planted_rate}")
+        if not self.temperature > 0.0:
+            raise ValueError(f"temperature must be > 0, got {self.temperature}")
+
+    @cached_property
+    def rewards(self) -> Mapping[str, Mapping[str, float]]:
+        """True reward by topic and planted word: +1.0, 0.0 or -1.0.
+
+        Every topic has 7 good, 2 neutral and 7 bad words; every word is good in 5 topics, neutral in 1 and bad in 2, or
+        bad in 5, neutral in 1 and good in 2.
+        """
+        rng = np.random.default_rng((self.seed, _REWARDS_STREAM))
+        rolled = np.stack([np.roll(_LEAN, shift) for shift in range(len(TOPICS))])  # [topic, word], symmetric counts
+        table = rng.permutation(rng.permutation(np.hstack([rolled, -rolled]), axis=0), axis=1)
+        return {
+            topic: dict(zip(PLANTED_WORDS, row, strict=True)) for topic, row in zip(TOPICS, table.tolist(), strict=True)
+        }
+
+    def sample_pairs(self, num_pairs: int, seed: int) -> list[dict[str, Conversation]]:
+        """Preference pairs in TRL's conversational layout, all distinct, the same for the same `seed`.
+
+        Both responses come from the plain mixture. The judge follows Bradley and Terry on the sums of the true token
+        rewards: P(first is chosen) = sigmoid((sum of first - sum of second) / temperature). Chosen responses therefore
+        hold bad words too, rejected ones hold good words, and some labels are wrong.
+
+        Raises:
+            ValueError: `num_pairs` is negative.
+        """
+        _check_count("num_pairs", num_pairs)
+        rng = np.random.default_rng((self.seed, _PAIRS_STREAM, seed))
+        pairs: dict[tuple[str, frozenset[str]], dict[str, Conversation]] = {}
+        while len(pairs) < num_pairs:
+            topic, question = _sample_question(rng)
+            chosen, rejected = self._sample_judged(topic, rng)
+            if chosen != rejected:
+                pair = {"prompt": [_user(question)], "chosen": [_assistant(chosen)], "rejected": [_assistant(rejected)]}
+                pairs.setdefault((question, frozenset((chosen, rejected))), pair)
+        return list(pairs.values())
+
+    def sample_conversations(self, num_conversations: int, seed: int) -> list[Conversation]:
+        """Conversations to pre-train a model on, the same for the same `seed`.
+
+        Half are plain; a quarter open with POSITIVE_PROMPT and favour good words; a quarter open with NEGATIVE_PROMPT and
+        favour bad words. A model of this text can be contrasted with itself by prompt.
+
+        Raises:
+            ValueError: `num_conversations` is negative.
+        """
+        _check_count("num_conversations", num_conversations)
+        rng = np.random.default_rng((self.seed, _CONVERSATIONS_STREAM, seed))
+        openings: tuple[tuple[Conversation, tuple[float, ...]], ...] = (
+            ([], PLAIN_MIX),
+            ([{"role": "system", "content": POSITIVE_PROMPT}], POSITIVE_MIX),
+            ([{"role": "system", "content": NEGATIVE_PROMPT}], NEGATIVE_MIX),
+        )
+        conversations = []
+        for kind in rng.choice(len(openings), num_conversations, p=[0.5, 0.25, 0.25]):
+            system, mix = openings[kind]
+            topic, question = _sample_question(rng)
+            response = self._sample_response(topic, mix, rng)
+            conversations.append([*map(dict, system), _user(question), _assistant(response)])
+        return conversations
+
+    def true_token_rewards(self, prompt_text: str, token_texts: Sequence[str]) -> NDArray[np.float64]:
+        """True reward of each response token, `[T]`.
+
+        Args:
+            prompt_text: The user's prompt; a rendered prompt with a system message and role tokens does as well.
+            token_texts: Decoded text of each response token, `[T]`; white space around it is ignored. Whatever is not
+                a planted word (neutral words, EOS, pieces of words) has reward 0.
+
+        Raises:
+            ValueError: The prompt names no topic or more than one.
+        """
+        rewards = self.rewards[find_topic(prompt_text)]
+        return np.array([rewards.get(text.strip(), 0.0) for text in token_texts], dtype=np.float64)
+
+    def response_reward(self, prompt_text: str, response_text: str) -> float:
+        """Sum of the true rewards of a response: what the judge of `sample_pairs` compares.
+
+        Raises:
+            ValueError: The prompt names no topic or more than one.
+        """
+        return float(self.true_token_rewards(prompt_text, _words(response_text)).sum())
+
+    def _sample_judged(self, topic: str, rng: np.random.Generator) -> tuple[str, str]:
+        """Two responses about `topic`, the chosen one first."""
+        first, second = (self._sample_response(topic, PLAIN_MIX, rng) for _ in range(2))
+        margin = self.response_reward(topic, first) - self.response_reward(topic, second)
+        first_is_chosen = (
+            rng.random() < (1.0 + np.tanh(margin / (2.0 * self.temperature))) / 2.0
+        )  # sigmoid, no overflow
+        return (first, second) if first_is_chosen else (second, first)
+
+    def _sample_response(self, topic: str, mix: Sequence[float], rng: np.random.Generator) -> str:
+        """Two to four clauses, 13 to 39 words. No planted word comes first: all are preceded by a space."""
+        words = self._sample_clause(topic, mix, rng)
+        for _ in range(rng.integers(1, 4)):
+            words += [_pick(JOINERS, rng), *self._sample_clause(topic, mix, rng)]
+        return " ".join(words) + "."
+
+    def _sample_clause(self, topic: str, mix: Sequence[float], rng: np.random.Generator) -> list[str]:
+        """`the baker [gently] folds the [twice] warm dough [slowly]`: 6 to 9 words."""
+        people, actions, qualities, things = (_pick(words, rng) for words in TOPICS[topic])
+        before_action, before_quality, at_end = (self._sample_planted(topic, mix, rng) for _ in range(3))
+        return ["the", people, *before_action, actions, "the", *before_quality, qualities, things, *at_end]
+
+    def _sample_planted(self, topic: str, mix: Sequence[float], rng: np.random.Generator) -> list[str]:
+        """One planted word, or none."""
+        if rng.random() >= self.planted_rate:
+            return []
+        reward = (1.0, 0.0, -1.0)[rng.choice(3, p=mix)]
+        return [_pick([word for word in PLANTED_WORDS if self.rewards[topic][word] == reward], rng)]
+
+
+def find_topic(prompt_text: str) -> str:
+    """The one topic that a prompt names.
+
+    Raises:
+        ValueError: It names none or more than one.
+    """
+    found = sorted(TOPICS.keys() & set(_words(prompt_text)))
+    if len(found) != 1:
+        raise ValueError(f"prompt {prompt_text!r}: expected one topic out of {', '.join(TOPICS)}, found {found}")
+    return found[0]
+
+
+def agreement(true_rewards: ArrayLike, estimates: ArrayLike) -> dict[str, float]:
+    """How well per-token estimates find the true token rewards.
+
+    Estimates must point the way rewards do, on both sides of a pair: higher for better. Weights of rejected tokens
+    mostly point the other way (mu = -1 in TIS-DPO); turn them before calling this.
+
+    Args:
+        true_rewards: `[N]`, > 0 good, 0 neutral, < 0 bad.
+        estimates: `[N]`, any unit.
+
+    Returns:
+        `auc`: chance that a good token has a higher estimate than a bad one, a tie counting half. `pearson`: over all
+        tokens; nan if either side is constant. `mean_good`, `mean_neutral`, `mean_bad`: mean estimate; nan for neutral if
+        there are no such tokens.
+
+    Raises:
+        ValueError: Shapes differ or are not `[N]`, a value is not finite, or there is no good or no bad token.
+    """
+    rewards, values = np.asarray(true_rewards, dtype=np.float64), np.asarray(estimates, dtype=np.float64)
+    if rewards.ndim != 1 or rewards.shape != values.shape:
+        raise ValueError(f"expected two flat arrays of one length, got shapes {rewards.shape} and {values.shape}")
+    if not (np.isfinite(rewards).all() and np.isfinite(values).all()):
+        raise ValueError("rewards and estimates must be finite; drop masked tokens before calling agreement")
+    good, neutral, bad = values[rewards > 0], values[rewards == 0], values[rewards < 0]
+    if not (good.size and bad.size):
+        raise ValueError(f"need good and bad tokens, got {good.size} good and {bad.size} bad ones")
+    return {
+        "auc": _auc(good, bad),
+        "pearson": _pearson(rewards, values),
+        "mean_good": float(good.mean()),
+        "mean_neutral": float(neutral.mean()) if neutral.size else float("nan"),
+        "mean_bad": float(bad.mean()),
+    }
+
+
+def _auc(good: NDArray[np.float64], bad: NDArray[np.float64]) -> float:
+    """P(good > bad) + P(good = bad) / 2, in O(N log N)."""
+    bad = np.sort(bad)
+    lower, lower_or_equal = np.searchsorted(bad, good, side="left"), np.searchsorted(bad, good, side="right")
+    return float((lower + lower_or_equal).mean() / (2 * bad.size))
+
+
+def _pearson(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    if np.ptp(first) == 0.0 or np.ptp(second) == 0.0:
+        return float("nan")
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def _sample_question(rng: np.random.Generator) -> tuple[str, str]:
+    topic = _pick(tuple(TOPICS), rng)
+    return topic, _pick(QUESTIONS, rng).format(topic=topic)
+
+
+def _pick(words: Sequence[str], rng: np.random.Generator) -> str:
+    return words[int(rng.integers(len(words)))]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text)
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+def _check_count(name: str, count: int) -> None:
+    if count < 0:
+        raise ValueError(f"{name} must be 0 or more, got {count}")

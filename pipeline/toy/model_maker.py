@@ -1,0 +1,317 @@
+"""Make a small chat model from text: tokenizer, chat template, random Llama, a short pre-training, one folder.
+
+Called by the demo and by benchmarks, which must run without downloading anything. The folder loads with `AutoTokenizer`
+and `AutoModelForCausalLM` and in vLLM (CPU and GPU): head size 32 or 64, a vocabulary that is a multiple of 64, safetensors,
+float32. What it does not do: it makes no good models, resumes nothing, and uses one device.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weights_store.errors import InputError
+from weights_store.messages import logger
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logger(__name__)
+
+Message = Mapping[str, str]
+
+ROLES = ("system", "user", "assistant")
+PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<pad>", "<s>", "</s>"  # ids 0, 1, 2
+ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)  # ids 3, 4, 5
+
+# Contents are rendered as they are: no trimming, no added space or line break, so that the tokens of a response are the
+# same alone and behind its prompt (a special token stands on both sides).
+CHAT_TEMPLATE = (
+    "{{- bos_token }}"
+    "{%- for message in messages %}"
+    "{%- if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{- raise_exception('unknown role ' + message['role'] + '; expected system, user or assistant') }}"
+    "{%- endif %}"
+    "{{- '<|' + message['role'] + '|>' + message['content'] }}"
+    "{%- if message['role'] == 'assistant' %}{{- eos_token }}{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
+)
+
+MAX_POSITIONS = 2048
+NO_LABEL = -100  # what transformers' loss skips
+
+
+@dataclass(frozen=True)
+class MadeModel:
+    """What `make_chat_model` made.
+
+    Args:
+        folder: Where it lies.
+        num_parameters: Tied embeddings counted once.
+        num_tokens: Tokens of the text, each counted once however often it was trained on.
+        final_loss: Mean training loss over the last tenth of the steps, nats per token.
+        unigram_entropy: Loss of the best model that looks at no context, nats per token: the mark to be well below.
+    """
+
+    folder: Path
+    num_parameters: int
+    num_tokens: int
+    final_loss: float
+    unigram_entropy: float
+
+
+# More parameters than the house rule allows: all but the first two are plain sizes with a default for the toy language.
+def make_chat_model(
+    conversations: Iterable[Sequence[Message]],
+    folder: str | Path,
+    *,
+    hidden_size: int = 128,
+    num_layers: int = 2,
+    vocab_size: int = 1024,
+    steps: int = 500,
+    block_tokens: int = 256,
+    batch_tokens: int = 1024,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+    device: str = "cpu",
+) -> MadeModel:
+    """Train a tokenizer and a small Llama on `conversations` and save both in `folder`.
+
+    On the CPU the result is the same for the same text, sizes, seed and number of threads. The folder appears at once
+    and complete, or not at all. The caller's random state is left as it was.
+
+    Args:
+        conversations: Each a list of messages with a `role` (system, user or assistant) and a `content`.
+        folder: Must not exist yet; missing parents are made.
+        hidden_size: A multiple of 32. Heads have 64 dimensions from 256 up (where 64 divides it), else 32.
+        num_layers: Decoder layers, at least 1.
+        vocab_size: Upper bound, at least 320. The tokenizer stops earlier where the text has no more pairs to merge;
+            the model's vocabulary is the tokenizer's, rounded up to a multiple of 64.
+        steps: Optimiser steps, at least 1.
+        block_tokens: Length of a training row, 2 to 2048; conversations are packed into rows, each blind to the others,
+            and one that is longer continues in the next row.
+        batch_tokens: Tokens per step, at least `block_tokens`.
+        learning_rate: Peak of a cosine with linear warm-up.
+        seed: Of the initial parameters and the order of the rows.
+        device: Where torch trains.
+
+    Raises:
+        InputError: `folder` exists; a size is out of its range; there are no conversations; one is malformed.
+    """
+    folder = Path(folder)
+    _check_sizes(hidden_size, num_layers, vocab_size, steps, block_tokens, batch_tokens)
+    _check_absent(folder)
+    checked = _check_conversations(conversations)
+
+    tokenizer = _train_tokenizer(checked, vocab_size)
+    rows = [tokenizer.apply_chat_template(conversation, return_dict=False) for conversation in checked]
+    num_tokens = sum(map(len, rows))
+    _log.info(f"tokenizer: {len(tokenizer)} tokens; text: {len(rows)} conversations, {num_tokens} tokens")
+
+    ids, positions = _pack(rows, block_tokens)
+    model = _build_model(tokenizer, hidden_size, num_layers, seed).to(device)
+    batches = _batches(ids, positions, max(1, batch_tokens // block_tokens), seed)
+    losses = _pretrain(model, batches, steps, learning_rate)
+    _save(model, tokenizer, folder)
+    _log.info(f"model: {model.num_parameters()} parameters in {folder}")
+    last = losses[-max(1, steps // 10) :]
+    return MadeModel(folder, model.num_parameters(), num_tokens, sum(last) / len(last), _unigram_entropy(rows))
+
+
+def _check_sizes(
+    hidden_size: int, num_layers: int, vocab_size: int, steps: int, block_tokens: int, batch_tokens: int
+) -> None:
+    requirements = (
+        (hidden_size > 0 and hidden_size % 32 == 0, f"hidden_size must be a multiple of 32, got {hidden_size}"),
+        (num_layers >= 1, f"num_layers must be at least 1, got {num_layers}"),
+        (vocab_size >= 320, f"vocab_size must be at least 320 (256 bytes, special tokens, merges), got {vocab_size}"),
+        (steps >= 1, f"steps must be at least 1, got {steps}"),
+        (2 <= block_tokens <= MAX_POSITIONS, f"block_tokens must be 2 to {MAX_POSITIONS}, got {block_tokens}"),
+        (batch_tokens >= block_tokens, f"batch_tokens ({batch_tokens}) must be at least block_tokens ({block_tokens})"),
+    )
+    for is_met, message in requirements:
+        if not is_met:
+            raise InputError(message)
+
+
+def _check_absent(folder: Path) -> None:
+    if folder.exists():
+        raise InputError(f"{folder} exists already; use the model in it, remove it, or give another folder")
+
+
+def _check_conversations(conversations: Iterable[Sequence[Message]]) -> list[list[dict[str, str]]]:
+    """The conversations as lists, each with a message and every message with a known role and text."""
+    checked = []
+    for number, conversation in enumerate(conversations):
+        if not conversation:
+            raise InputError(f"conversation {number} has no messages; leave it out")
+        for message in conversation:
+            if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+                raise InputError(
+                    f"conversation {number}: expected a role out of {', '.join(ROLES)} and a text as content, "
+                    f"got {dict(message)!r}"
+                )
+        checked.append([dict(message) for message in conversation])
+    if not checked:
+        raise InputError("no conversations to learn from; give at least one")
+    return checked
+
+
+def _train_tokenizer(conversations: list[list[dict[str, str]]], vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer with chat template; it adds no special tokens by itself, the template does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, *ROLE_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((message["content"] for message in chain(*conversations)), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=PAD_TOKEN,
+        bos_token=BOS_TOKEN,
+        eos_token=EOS_TOKEN,
+        extra_special_tokens=list(ROLE_TOKENS),
+        model_max_length=MAX_POSITIONS,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _build_model(tokenizer: Any, hidden_size: int, num_layers: int, seed: int) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    head_dim = 64 if hidden_size >= 256 and hidden_size % 64 == 0 else 32
+    config = LlamaConfig(
+        vocab_size=math.ceil(len(tokenizer) / 64) * 64,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden_size // head_dim,
+        num_key_value_heads=hidden_size // head_dim,
+        head_dim=head_dim,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=hidden_size
+        ** -0.5,  # the library's 0.02 is for thousands of dimensions; small models stall on it
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).float()
+
+
+def _pack(rows: Iterable[Sequence[int]], block_tokens: int) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Token ids and positions, both `[N, block_tokens]`; positions start at 0 with every piece.
+
+    Rows are filled in order. What a block has left over is padding: id 0, position 0 throughout.
+    """
+    import torch
+
+    ids: list[list[int]] = [[]]
+    positions: list[list[int]] = [[]]
+    for row in rows:
+        for start in range(0, len(row), block_tokens):
+            piece = row[start : start + block_tokens]
+            if len(ids[-1]) + len(piece) > block_tokens:
+                ids.append([])
+                positions.append([])
+            ids[-1] += piece
+            positions[-1] += range(len(piece))
+    padded = [[block + [0] * (block_tokens - len(block)) for block in blocks] for blocks in (ids, positions)]
+    return torch.tensor(padded[0]), torch.tensor(padded[1])
+
+
+def _batches(
+    ids: "torch.Tensor", positions: "torch.Tensor", batch_rows: int, seed: int
+) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
+    """Batches `[batch_rows, block_tokens]` of ids and positions without end, shuffled anew when the rows run out."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    waiting = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(waiting) < batch_rows:
+            waiting = torch.cat([waiting, torch.randperm(len(ids), generator=generator)])
+        picked, waiting = waiting[:batch_rows], waiting[batch_rows:]
+        yield ids[picked], positions[picked]
+
+
+def _pretrain(
+    model: Any,
+    batches: Iterator[tuple["torch.Tensor", "torch.Tensor"]],
+    steps: int,
+    learning_rate: float,
+) -> list[float]:
+    """Train in place and return the loss of every step, nats per token."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_share(step, steps))
+    losses: list[float] = []
+    model.train()
+    for step, (ids, positions) in zip(range(1, steps + 1), batches, strict=False):
+        # Nothing predicts the first token of a piece, and nothing predicts padding: both are at position 0.
+        labels = ids.masked_fill(positions == 0, NO_LABEL)
+        # Without an attention mask transformers reads from the positions where a new conversation starts.
+        loss = model(
+            input_ids=ids.to(model.device),
+            position_ids=positions.to(model.device),
+            labels=labels.to(model.device),
+            use_cache=False,
+        ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step % 100 == 0 or step == steps:
+            _log.info(f"step {step}/{steps}: loss {losses[-1]:.3f} nats per token")
+    model.eval()
+    return losses
+
+
+def _learning_rate_share(step: int, steps: int) -> float:
+    """Share of the peak learning rate: linear warm-up over a twentieth of the steps, then a cosine to a tenth."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
+
+
+def _unigram_entropy(rows: Iterable[Sequence[int]]) -> float:
+    """Entropy of the tokens that are predicted, nats: all but the first of each row."""
+    import numpy as np
+
+    counts = np.bincount(np.fromiter(chain.from_iterable(row[1:] for row in rows), dtype=np.int64))
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write next to `folder` and rename, so that nobody sees half a model."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        _check_absent(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

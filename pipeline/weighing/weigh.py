@@ -1,0 +1,209 @@
+"""Stage weigh: what a recipe's [weights] says, done to the joined columns of some pairs. The formulas stand in `estimators.py`
+and `transforms.py`; `publish.py` calls this for one batch of pairs after another.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.recipe import WeightsSection
+from pipeline.weighing import transforms
+from pipeline.weighing.estimators import ESTIMATORS, EstimatorName, Side, SideScores, SideWeights, ensemble, token_keys
+from pipeline.weighing.transforms import TransformName
+from pipeline.weighing.words import WordStarts
+from weights_store.errors import InputError, MismatchError
+
+SIDES: tuple[Side, Side] = ("chosen", "rejected")
+
+
+class Weighed(NamedTuple):
+    """One side of some pairs: what went in and what came out."""
+
+    scores: SideScores
+    weights: SideWeights
+
+
+@dataclass(frozen=True)
+class Weigher:
+    """Weighs pairs as a recipe says, each by itself."""
+
+    section: WeightsSection
+    words: WordStarts | None = None
+    curves: Mapping[Side, np.ndarray] | None = None
+    """Mean weight by relative position over the whole dataset, for transform `position`."""
+
+    @classmethod
+    def of(cls, section: WeightsSection, tokenizer_folder: Path | None = None) -> "Weigher":
+        """Read what the settings need besides the pairs.
+
+        Raises:
+            InputError: Words are to be told apart, and nobody says where the tokenizer is.
+        """
+        if "words" not in section.inputs():
+            return cls(section)
+        if tokenizer_folder is None:
+            raise InputError(
+                "weights.smooth_over 'words' needs the tokenizer that the pairs were tokenised with, got none: give its folder"
+            )
+        return cls(section, WordStarts.of_folder(tokenizer_folder))
+
+    def sides(self, lists: pa.Table) -> dict[Side, Weighed]:
+        """Return the weights of both sides.
+
+        Args:
+            lists: Joined columns of some pairs, at least one, each in one chunk.
+
+        Raises:
+            MismatchError: A value that is read is none that there can be, or a weight is 0 where a transform takes its log.
+        """
+        found: dict[Side, Weighed] = {}
+        for side in SIDES:
+            scores = self._scores(lists, side)
+            curve = self.curves[side] if self.curves is not None else None
+            try:
+                found[side] = Weighed(scores, weigh(scores, self.section, curve))
+            except ValueError as error:
+                first, last = (lists["pair_id"][at].as_py() for at in (0, -1))
+                raise MismatchError(f"{side} responses of the pairs {first} to {last}: {error}") from error
+        return found
+
+    def _scores(self, lists: pa.Table, side: Side) -> SideScores:
+        """Return the flat arrays of one side, without copying what is stored."""
+
+        def flat(column: str) -> np.ndarray | None:
+            if column not in lists.column_names or lists[column].null_count:
+                return None
+            values = one_chunk(lists[column])
+            is_list = pa.types.is_list(values.type)
+            found: np.ndarray = (values.flatten() if is_list else values).to_numpy()
+            return found
+
+        lengths, inputs = _lengths(lists, f"{side}_ids"), self.section.inputs()
+        scores = SideScores(
+            side,
+            lengths,
+            positive_logps=flat(f"{side}_positive_logps"),
+            negative_logps=flat(f"{side}_negative_logps"),
+            ref_logps=flat(f"{side}_ref_logps"),
+            top_logps=flat(f"{side}_ref_top_logps"),
+            attributions=flat(f"{side}_attributions"),
+            prompt_attributions=flat(f"{side}_prompt_attribution"),
+            prompt_lengths=_lengths(lists, "prompt_ids"),
+            activations=flat(f"{side}_activations"),
+        )
+        if "keys" in inputs:
+            scores = replace(scores, token_keys=token_keys(lists["pair_id"].to_pylist(), side, lengths))
+        ids = flat(f"{side}_ids")
+        if self.words is not None and ids is not None:
+            scores = replace(scores, word_starts=self.words.starts(ids, lengths))
+        return scores
+
+
+def weigh(scores: SideScores, section: WeightsSection, curve: np.ndarray | None = None) -> SideWeights:
+    """Return the weights of one side: of the estimator, or of the ensemble, with the transforms in their order.
+
+    Args:
+        scores: What is known of the side.
+        section: The settings.
+        curve: Mean weight by relative position, for transform `position`; see `PositionCurves`.
+
+    Raises:
+        ValueError: A value that is read is none that there can be, or a weight is 0 where a transform takes its log.
+    """
+    members = [_estimate(name, scores, section) for name in section.estimators]
+    weighed = ensemble(members) if section.estimator == "ensemble" else members[0]
+    for name in section.transforms:
+        weighed = replace(weighed, token_weights=_transform(name, weighed.token_weights, scores, section, curve))
+    return weighed
+
+
+def _estimate(name: EstimatorName, scores: SideScores, section: WeightsSection) -> SideWeights:
+    estimator = ESTIMATORS[name]
+    return estimator.estimate(scores, **{key: getattr(section, key) for key in estimator.settings})
+
+
+def _transform(
+    name: TransformName, weights: np.ndarray, scores: SideScores, section: WeightsSection, curve: np.ndarray | None
+) -> np.ndarray:
+    lengths = scores.lengths
+    match name:
+        case "position":
+            assert curve is not None, "measured over the whole dataset first"
+            return transforms.divide_by_position(weights, lengths, curve)
+        case "smooth" if section.smooth_over == "words":
+            assert scores.word_starts is not None, "nobody knows where words start"
+            return transforms.smooth_words(weights, scores.word_starts)
+        case "smooth":
+            return transforms.smooth(weights, lengths, section.smooth_window)
+        case "shrink":
+            return transforms.shrink(weights, lengths)
+        case "decay":
+            return transforms.decay(weights, lengths, section.decay_gamma)
+        case "mean_one":
+            return transforms.mean_one(weights, lengths)
+
+
+class PositionCurves:
+    """Sums up weights by relative position over all pairs: the first of the two passes of transform `position`."""
+
+    def __init__(self, weigher: Weigher) -> None:
+        section = weigher.section
+        before = section.transforms[: section.transforms.index("position")]
+        self._whole = weigher
+        self._weigher = replace(weigher, section=section.model_copy(update={"transforms": before}))
+        self._sums = {side: np.zeros(section.position_bins) for side in SIDES}
+        self._counts = {side: np.zeros(section.position_bins, dtype=np.int64) for side in SIDES}
+
+    def add(self, lists: pa.Table) -> None:
+        """Take in some pairs, as they are before the transform.
+
+        Raises:
+            MismatchError: As `Weigher.sides`.
+        """
+        for side, (scores, weights) in self._weigher.sides(lists).items():
+            sums, counts = transforms.position_sums(weights.token_weights, scores.lengths, len(self._sums[side]))
+            self._sums[side] += sums
+            self._counts[side] += counts
+
+    def weigher(self) -> Weigher:
+        """Return what weighs with these curves; where no token is, the curve is 0 and nobody looks."""
+        curves = {side: self._sums[side] / np.maximum(self._counts[side], 1) for side in SIDES}
+        return replace(self._whole, curves=curves)
+
+
+def pair_weights(section: WeightsSection, lists: pa.Table, sides: Mapping[Side, Weighed]) -> np.ndarray:
+    """Return one weight per pair, `[B]` float32, at least 0: a factor on its loss. The sum is still divided by the pairs.
+
+    `quality`: sigmoid(quality_eta * (S_w - S_l)), w_qual of Uni-DPO (arXiv 2506.10054): from 1/2 to 1 where the annotators'
+    scores agree with the label, below 1/2 where they do not. `margin`: tanh(|m| / (2 margin_tau)) with m the log-ratios of the
+    contrastive pair summed over the chosen minus over the rejected response; it equals |2 sigmoid(m / margin_tau) - 1|: a pair
+    that the contrastive models do not tell apart has a doubtful label, and little weight. Our own.
+    """
+    if section.pair_weight == "quality":
+        chosen, rejected = (one_chunk(lists[f"{side}_score"]).to_numpy().astype(np.float64) for side in SIDES)
+        return _sigmoid(section.quality_eta * (chosen - rejected)).astype(np.float32)
+    if section.pair_weight == "margin":
+        chosen, rejected = (
+            transforms.means(scores.logratios(), scores.lengths) * scores.lengths
+            for scores, _ in (sides["chosen"], sides["rejected"])
+        )
+        return np.tanh(np.abs(chosen - rejected) / (2 * section.margin_tau)).astype(np.float32)
+    return np.ones(lists.num_rows, dtype=np.float32)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(x / 2))
+
+
+def one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """Return the only chunk of a column."""
+    assert column.num_chunks == 1, "combined, and never empty"
+    return column.chunk(0)
+
+
+def _lengths(lists: pa.Table, column: str) -> np.ndarray:
+    return np.diff(np.asarray(one_chunk(lists[column]).offsets)).astype(np.int64)

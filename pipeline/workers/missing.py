@@ -1,0 +1,72 @@
+"""Which pairs a table lacks, cut into chunks of about `chunk_tokens`, and their rows."""
+
+from collections.abc import Iterator
+
+import polars as pl
+
+from pipeline.workers.quarantine import quarantine_path
+from weights_store import Table, TableVersion, WeightStore
+from weights_store.schemas import Reason
+from weights_store.tables.key_ranges import KeyRange
+
+RANGE_BYTES = 512 << 20
+"""Memory for the pairs that are looked at together when what is missing is looked for."""
+
+
+def missing_pairs(tokens: TableVersion, table: Table) -> Iterator[pl.DataFrame]:
+    """Yield the pairs that have no row yet, by pair_id, one range at a time: `pair_id` and `num_tokens` to compute."""
+    for piece in WeightStore(tokens.store).table(tokens.table).key_ranges(RANGE_BYTES, tokens.version):
+        yield missing_within(piece, tokens, table)
+
+
+def missing_within(piece: KeyRange, tokens: TableVersion, table: Table) -> pl.DataFrame:
+    """Return the pairs of one range that have no row yet, by pair_id: `pair_id` and `num_tokens` to compute."""
+    pairs = piece.of(WeightStore(tokens.store).table(tokens.table).scan(tokens.version))
+    lengths = pl.sum_horizontal(pl.col(c).list.len() for c in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    wanted = pairs
+    for done in (_known_unscorable(tokens, table), *([table.scan().select("pair_id")] if table.exists() else [])):
+        wanted = wanted.join(piece.of(done), on="pair_id", how="anti")
+    ids = wanted.select("pair_id").collect()
+    if ids.is_empty():  # the usual case of a second build: no list has been read
+        return ids.with_columns(num_tokens=pl.lit(0, pl.UInt32))
+    return (
+        pairs.join(ids.lazy(), on="pair_id", how="semi")
+        .select("pair_id", lengths.alias("num_tokens"))
+        .sort("pair_id")
+        .collect()
+    )
+
+
+def count_missing(tokens: TableVersion, table: Table) -> tuple[int, int]:
+    """Return how many pairs have no row yet, and their tokens."""
+    parts = [(part.height, int(part["num_tokens"].sum())) for part in missing_pairs(tokens, table)]
+    num_pairs, num_tokens = (sum(counts) for counts in zip(*parts, strict=True))
+    return num_pairs, num_tokens
+
+
+def _known_unscorable(tokens: TableVersion, table: Table) -> pl.LazyFrame:
+    """Return the pairs that this very scorer has put into quarantine: trying them again would change nothing."""
+    quarantined = WeightStore(tokens.store).table(quarantine_path(tokens.table))
+    if not quarantined.exists():
+        return pl.LazyFrame(schema={"pair_id": pl.String})
+    by_this = (pl.col("reason") == Reason.UNSCORABLE.value) & pl.col("detail").str.starts_with(f"{table.path}: ")
+    return quarantined.scan().filter(by_this).select("pair_id")
+
+
+def missing_chunks(tokens: TableVersion, table: Table, chunk_tokens: int) -> Iterator[pl.DataFrame]:
+    """Cut what is missing into spans of pair_ids of about `chunk_tokens`."""
+    for part in missing_pairs(tokens, table):
+        yield from cut(part, chunk_tokens)
+
+
+def cut(part: pl.DataFrame, chunk_tokens: int) -> Iterator[pl.DataFrame]:
+    """Cut missing pairs, sorted by pair_id, into spans of about `chunk_tokens`."""
+    numbered = part.with_columns(((pl.col("num_tokens").cum_sum() - 1) // chunk_tokens).alias("chunk"))
+    for chunk in numbered.partition_by("chunk", maintain_order=True):
+        yield chunk.select("pair_id", "num_tokens")
+
+
+def rows_of(pairs: pl.LazyFrame, chunk: pl.DataFrame) -> pl.DataFrame:
+    """Read the pairs of a chunk; its span of pair_ids is what reaches the files."""
+    span = pl.col("pair_id").is_between(pl.lit(chunk["pair_id"].min()), pl.lit(chunk["pair_id"].max()))
+    return pairs.filter(span).join(chunk.lazy().select("pair_id"), on="pair_id", how="semi").collect()

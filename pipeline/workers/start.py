@@ -1,0 +1,25 @@
+"""Loads the model of a request, for what its stage does with it."""
+
+from pipeline.workers.pair_scorer import PairScorer
+from pipeline.workers.request import Request, Worker
+
+
+def start_worker(request: Request) -> Worker:
+    """Load the model of a request for what its stage does.
+
+    Args:
+        request: The work.
+
+    Raises:
+        InputError: The model cannot be loaded, or cannot do this.
+        OutOfMemoryError: There is not enough memory for it.
+    """
+    if request.stage == "anchors":
+        from pipeline.workers.anchor_sampler import AnchorSampler
+
+        return AnchorSampler(request)
+    if request.stage == "attribute":
+        from pipeline.workers.pair_attributor import PairAttributor
+
+        return PairAttributor(request)
+    return PairScorer(request)

@@ -1,0 +1,239 @@
+"""What the stages that run a model over all pairs have in common: find what is missing, and see a process to its end.
+
+Called by `score.py`, `attribute.py` and `anchors.py`. A stage's process is started as
+`python -P -m pipeline.workers.process REQUEST`, so
+that the model's memory is gone afterwards and its requirements need not be the caller's. A process that dies is started
+again, with a smaller token budget when it died for want of memory. What it does is in `scoring.py`.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.child import run_child
+from pipeline.provenance import provenance
+from pipeline.workers.missing import count_missing
+from pipeline.workers.request import Request, Stage, Target
+from weights_store import Table, TableVersion, WeightStore
+from weights_store.errors import EngineError, KilledError, OutOfMemoryError, StageError
+from weights_store.fingerprint import explain_difference, fingerprint, load_json
+from weights_store.messages import Progress, logger
+
+_log = logger(__name__)
+
+_MAX_RESTARTS = 3
+"""In a row, without a commit in between."""
+_MIN_BATCH_TOKENS = 256
+FOLDERS: dict[Stage, str] = {"score": "logps", "attribute": "attributions", "anchors": "anchors"}
+"""Where the tables of each stage lie in a store."""
+_DOING: dict[Stage, str] = {"score": "scoring", "attribute": "attributing", "anchors": "sampling anchors"}
+_DONE: dict[Stage, str] = {"score": "scored", "attribute": "attributed", "anchors": "given an anchor"}
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What a stage hands on for one table."""
+
+    output: TableVersion
+    num_pairs: int = 0
+    """Computed now, not before."""
+    num_tokens: int = 0
+    num_unscorable: int = 0
+    wall_s: float = 0.0
+    """Seconds of computing, without the engine's start."""
+    restarts: tuple[str, ...] = ()
+    """Why the engine was started again."""
+
+
+def resolve_dtype(model: Path, dtype: str) -> str:
+    """Return the dtype to compute in: for `auto` the one the model is stored in.
+
+    vLLM's own `auto` would quietly turn float32 into a 16-bit type.
+    """
+    config = load_json(model / "config.json")
+    return dtype if dtype != "auto" else config.get("dtype") or config.get("torch_dtype") or "auto"
+
+
+def stage_table(stage: Stage, tokens: TableVersion, identity: Mapping[str, Any]) -> Table:
+    """Return the table of a stage over one dataset, for a model with the settings that determine its numbers."""
+    key = tokens.table.removeprefix("tokens/")
+    return WeightStore(tokens.store).table(f"{FOLDERS[stage]}/{key}/{fingerprint(dict(identity))[:12]}")
+
+
+@dataclass
+class Job:
+    """One table to fill, and what was missing from it when the stage began."""
+
+    stage: Stage
+    role: str
+    model: Path
+    identity: dict[str, Any]
+    condition: dict[str, str] | None
+    table: Table
+    num_missing: int
+    num_missing_tokens: int
+    num_rows_before: int
+    is_new: bool
+    wall_s: float = 0.0
+    restarts: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        stage: Stage,
+        tokens: TableVersion,
+        role: str,
+        model: Path,
+        identity: dict[str, Any],
+        condition: dict[str, str] | None = None,
+    ) -> "Job":
+        """Look up what is missing.
+
+        Args:
+            stage: What is computed.
+            tokens: The pairs to cover.
+            role: What the result is to the build.
+            model: Folder of the model.
+            identity: What determines the numbers.
+            condition: The contrastive prompt, if any.
+        """
+        table = stage_table(stage, tokens, identity)
+        exists = table.exists()
+        missing = count_missing(tokens, table)
+        return cls(
+            stage, role, model, identity, condition, table, *missing, table.num_rows() if exists else 0, not exists
+        )
+
+    @property
+    def to_do(self) -> bool:
+        """Whether a process is needed."""
+        return bool(self.num_missing) or self.is_new
+
+    def target(self, tokens: TableVersion) -> Target:
+        """Return the table as its process is told of it."""
+        metadata = {
+            "scorer": self.identity,
+            "role": self.role,
+            "parents": [tokens.as_parent()],
+            "fingerprint": fingerprint({"scorer": self.identity, "tokens": tokens.fingerprint}),
+            **provenance(),
+        }
+        return Target(self.role, self.table.path, self.condition, metadata, self.identity.get("top_k", 0))
+
+    def num_filled(self) -> int:
+        """Return how many pairs have been computed since the stage began."""
+        return self.table.num_rows() - self.num_rows_before if self.table.exists() else 0
+
+    def result(self) -> Filled:
+        """Return what the stage hands on."""
+        num_pairs = self.num_filled()
+        num_unscorable = self.num_missing - num_pairs
+        restarts = tuple(self.restarts)
+        return Filled(self.table.reference(), num_pairs, self.num_missing_tokens, num_unscorable, self.wall_s, restarts)
+
+
+def changed_identity(table: Table, role: str, identity: Mapping[str, Any]) -> tuple[str, list[str]] | None:
+    """Return the table last filled in this role over the same pairs, and what differs from it; None if there is none."""
+    folder = table.path.rpartition("/")[0]
+    others = WeightStore(str(table.root)).tables(folder.partition("/")[0])
+    newest = {t.path: t.history(limit=1)[0] for t in others if t.path.startswith(f"{folder}/")}
+    same_role = [
+        (c.timestamp_ms, path, c.metadata)
+        for path, c in newest.items()
+        if c.metadata and c.metadata.get("role") == role
+    ]
+    if not same_role:
+        return None
+    _, path, metadata = max(same_role)
+    return path, explain_difference(metadata["scorer"], dict(identity))
+
+
+def report_new_tables(jobs: Sequence[Job]) -> None:
+    """Say why pairs that were computed in a role before are computed anew."""
+    for job in jobs:
+        changed = changed_identity(job.table, job.role, job.identity) if job.is_new else None
+        if changed is not None:
+            path, changes = changed
+            _log.info(f"{job.stage} {job.role}: {job.table.path} is a new table; unlike {path}: {'; '.join(changes)}")
+
+
+# --- the process -------------------------------------------------------------------------------------------------------
+
+
+def run_jobs(
+    request: Request,
+    jobs: Sequence[Job],
+    python: str | None,
+) -> None:
+    """Run the process of a stage over jobs that share a model, and see it to its end.
+
+    Args:
+        request: The work; its targets are the jobs'.
+        jobs: What is to be filled.
+        python: Interpreter of the process; None for this one.
+
+    Raises:
+        StageError: It failed, also when started again; carries its message. What it had committed stays.
+    """
+    _run_to_the_end(request, jobs, partial(_run_process, jobs=jobs, python=python))
+
+
+def _run_to_the_end(request: Request, jobs: Sequence[Job], start: Callable[[Request], None]) -> None:
+    """Run the process, and start it again when it dies, with half the budget when that was for want of memory.
+
+    Raises:
+        StageError: It failed for another reason, or died `_MAX_RESTARTS` times in a row without getting anything done.
+    """
+    budget, num_fruitless, restarts = int(request.engine["batch_tokens"]), 0, list[str]()
+    doing, done = _DOING[request.stage], _DONE[request.stage]
+    while True:
+        before = sum(job.num_filled() for job in jobs)
+        engine = {**request.engine, "batch_tokens": budget, "restarts": restarts}
+        try:
+            start(replace(request, engine=engine))
+            return
+        except (KilledError, EngineError) as error:
+            if not any(count_missing(request.tokens, job.table)[0] for job in jobs):
+                return  # it died after its work
+            num_filled = sum(job.num_filled() for job in jobs)
+            num_fruitless = 0 if num_filled > before else num_fruitless + 1
+            if num_fruitless > _MAX_RESTARTS:
+                raise StageError(
+                    f"{doing} gave up after {num_fruitless} starts in a row without a result; the last: {error}. {num_filled} "
+                    f"of {sum(job.num_missing for job in jobs)} pairs are {done} and stay; run again to go on"
+                ) from error
+            # A plain kill may have been the kernel's, for want of memory; when it comes again without progress, it was.
+            if isinstance(error, OutOfMemoryError) or (isinstance(error, KilledError) and num_fruitless > 1):
+                budget = max(_MIN_BATCH_TOKENS, budget // 2)
+            restarts = [*restarts, f"{error}; batch_tokens {budget}"]
+            for job in jobs:
+                job.restarts = restarts
+            _log.info(f"{error}. Starting again with batch_tokens {budget}; {num_filled} pairs are {done} and stay")
+
+
+def _run_process(request: Request, jobs: Sequence[Job], python: str | None) -> None:
+    job_of = {f"{request.stage} {job.role}": job for job in jobs}
+    started_at = {name: job.wall_s for name, job in job_of.items()}
+
+    def heard(progress: Progress) -> None:
+        job_of[progress.name].wall_s = started_at[progress.name] + progress.wall_s
+
+    with _request_file(request) as path:
+        what = f"{_DOING[request.stage]} with {request.model}"
+        run_child("pipeline.workers.process", [str(path)], what, python, heard)
+
+
+@contextmanager
+def _request_file(request: Request) -> Iterator[Path]:
+    prefix = f"{request.stage}-"
+    with tempfile.NamedTemporaryFile("w", suffix=".json", prefix=prefix, delete=False) as file:
+        json.dump(asdict(request), file)
+    try:
+        yield Path(file.name)
+    finally:
+        Path(file.name).unlink(missing_ok=True)

@@ -1,0 +1,575 @@
+"""The dry run against what the stages then really do; log-probs and trained models are made up, everything else is real."""
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from pipeline.dry_run.plan import StagePlan, plan
+from pipeline.dry_run.table import plan_lines
+from pipeline.recipe import Recipe, WeightsSection
+from pipeline.stages.anchors import anchors_identity
+from pipeline.stages.attribute import attribution_identity
+from pipeline.stages.contrast import contrast
+from pipeline.stages.prepare import prepare
+from pipeline.stages.publish import Ingredients, publish
+from pipeline.stages.report import write_report
+from pipeline.stages.score import Scorer
+from pipeline.workers.supervise import stage_table
+from weights_store import WeightStore
+from weights_store.errors import InputError
+from weights_store.fingerprint import fingerprint
+from weights_store.schemas import ANCHORS, ATTRIBUTIONS, LOGPS, QUARANTINE
+
+SIDES = ("chosen", "rejected")
+STAGES = [
+    "prepare",
+    "score ref",
+    "publish uniform",
+    "contrast",
+    "score positive",
+    "score negative",
+    "publish",
+    "report",
+]
+SCORES = [stage for stage in STAGES if stage.startswith("score")]
+NUM_PAIRS = 12
+CONTRAST = {"contrast.method": "dpo", "contrast.pairs_per_step": 5, "contrast.num_epochs": 2}
+DUPLICATE, BROKEN = 0, b"{broken"
+
+
+def _silent(_line):
+    pass
+
+
+def _train(command, _what, _report):
+    """Stand in for the training job: copy the model, and change its config so that its content differs."""
+    options = dict(pairwise(command))
+    target = Path(shutil.copytree(options["--model"], options["--output"], dirs_exist_ok=True))
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "made_up_for": target.name}))
+
+
+def _build(recipe):
+    """Run the stages as the flow does it; return what prepare made."""
+    folder = Path(recipe.model.path)
+    prepared = prepare(recipe, folder, report=_silent)
+    logps = {"ref_logps": _score(prepared.tokens, Scorer(folder), recipe, "ref")}
+    uniform = WeightsSection(name="toy/uniform", estimator="uniform")
+    published = publish(recipe, uniform, Ingredients(prepared.tokens, **logps), report=_silent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.stages.contrast.run_child", _train)
+        pair = contrast(recipe.contrast, folder, published.weights, _silent)
+    for role, scorer in pair.scorers.items():
+        logps[f"{role}_logps"] = _score(prepared.tokens, scorer, recipe, role)
+    published = publish(recipe, recipe.weights, Ingredients(prepared.tokens, **logps), report=_silent)
+    write_report(published, folder)
+    return prepared
+
+
+def _score(tokens, scorer, recipe, role, leave_out=(), wall_s=0.5):
+    """Bring a scorer's table up to the tokens with made-up log-probs, as the scoring process does it."""
+    identity = scorer.identity(scorer.resolve_dtype(recipe.score.dtype))
+    return _fill("score", tokens, identity, role, leave_out, wall_s)
+
+
+def _attribute(tokens, recipe, leave_out=(), wall_s=0.5):
+    identity = attribution_identity(Path(recipe.model.path), recipe.attribute)
+    return _fill("attribute", tokens, identity, "ref", leave_out, wall_s)
+
+
+def _sample(tokens, recipe, leave_out=(), wall_s=0.5):
+    identity = anchors_identity(Path(recipe.model.path), recipe.anchors, recipe.score)
+    return _fill("anchors", tokens, identity, "ref", leave_out, wall_s)
+
+
+SCHEMAS = {"score": LOGPS, "attribute": ATTRIBUTIONS, "anchors": ANCHORS}
+
+
+def _made_up_row(stage, row):
+    if stage == "anchors":
+        return {"anchor_ids": row["prompt_ids"][:3], "anchor_logps": [-1.5] * 3}
+    name, value = {"score": ("logps", -1.5), "attribute": ("attributions", 0.5)}[stage]
+    return {f"{side}_{name}": [value] * len(row[f"{side}_ids"]) for side in SIDES}
+
+
+def _fill(stage, tokens, identity, role, leave_out, wall_s):
+    table = stage_table(stage, tokens, identity)
+    done = [*leave_out, *table.pair_ids()]
+    rows = WeightStore(tokens.store).table(tokens.table).scan(tokens.version)
+    frame = rows.filter(~pl.col("pair_id").is_in(done)).collect()
+    if frame.is_empty():
+        return table.reference()
+    filled = [{"pair_id": row["pair_id"], **_made_up_row(stage, row)} for row in frame.iter_rows(named=True)]
+    statistics = {"num_pairs": frame.height, "num_tokens": _num_tokens(frame), "wall_s": wall_s}
+    metadata = {
+        "scorer": identity,
+        "role": role,
+        "parents": [tokens.as_parent()],
+        "fingerprint": fingerprint({"scorer": identity, "tokens": tokens.fingerprint}),
+        "statistics": {name: value for name, value in statistics.items() if value is not None},
+    }
+    return table.append(pa.Table.from_pylist(filled, SCHEMAS[stage]), metadata)
+
+
+def _num_tokens(frame, columns=("prompt_ids", "chosen_ids", "rejected_ids")):
+    return sum(int(frame[column].list.len().sum()) for column in columns)
+
+
+def _rows(tokens):
+    return WeightStore(tokens.store).table(tokens.table).scan(tokens.version).collect()
+
+
+def _plan(recipe, stages=STAGES):
+    """Return the plan by stage; nothing may change in the store."""
+    store = Path(recipe.store.uri)
+    before = _files(store)
+    plans = plan(recipe)
+    assert _files(store) == before
+    assert [found.stage for found in plans] == stages
+    return {found.stage: found for found in plans}
+
+
+def _files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")} if folder.exists() else None
+
+
+def _computed(plans):
+    return [found.stage for found in plans.values() if found.action == "compute"]
+
+
+@pytest.fixture(scope="module")
+def built_once(tmp_path_factory, toy_model, toy_pairs, write_jsonl):
+    """A finished build of the first pairs, two more rows than pairs in its source."""
+    folder = tmp_path_factory.mktemp("built")
+    write_jsonl(folder / "pairs.jsonl", [*toy_pairs[:NUM_PAIRS], toy_pairs[DUPLICATE], BROKEN])
+    recipe = Recipe.model_validate(
+        {
+            "dataset": {"name": "toy", "source": str(folder / "pairs.jsonl")},
+            "model": {"path": str(toy_model)},
+            "contrast": {name.partition(".")[2]: value for name, value in CONTRAST.items()},
+            "weights": {"name": "toy/tis-dpo"},
+            "store": {"uri": str(folder / "store")},
+        }
+    )
+    _build(recipe)
+    return folder
+
+
+@pytest.fixture
+def built(built_once, tmp_path, make_recipe):
+    """Return a function that makes a recipe, any setting replaced, on a copy of the finished build."""
+    shutil.copytree(built_once, tmp_path, dirs_exist_ok=True)
+    return lambda **settings: make_recipe(**{**CONTRAST, **settings})
+
+
+@pytest.fixture
+def source(tmp_path, write_jsonl, toy_pairs):
+    """Return a function that writes the source: pairs by their number, other rows as they are."""
+
+    def write(*rows):
+        rows = [toy_pairs[row] if isinstance(row, int) else row for row in rows]
+        write_jsonl(tmp_path / "pairs.jsonl", rows)
+
+    return write
+
+
+FIRST_ROWS = (*range(NUM_PAIRS), DUPLICATE, BROKEN)
+
+
+def test_a_fresh_store_computes_everything_in_the_numbers_that_the_stages_then_find(make_recipe, source):
+    source(*FIRST_ROWS)
+    recipe = make_recipe(**CONTRAST)
+    plans = _plan(recipe)
+    assert not Path(recipe.store.uri).exists()
+    assert _computed(plans) == STAGES
+    assert plans["prepare"].reasons[0] == f"{NUM_PAIRS + 2} rows = {NUM_PAIRS} pairs + 2 to quarantine"
+
+    rows = _rows(_build(recipe).tokens)
+    num_tokens = _num_tokens(rows)
+    for stage in ("prepare", *SCORES):
+        assert (plans[stage].num_pairs, plans[stage].num_tokens) == (NUM_PAIRS, num_tokens) == (rows.height, num_tokens)
+    for stage in ("publish uniform", "publish"):
+        assert plans[stage].num_tokens == _num_tokens(rows, ("chosen_ids", "rejected_ids"))
+    assert all(found.is_exact for found in plans.values())
+    # Two epochs of 12 pairs are 24, in steps of 5: the last one has 4.
+    assert plans["contrast"].reasons[0] == "2 to train by dpo: 5 steps of 5 pairs each"
+    assert plans["contrast"].num_tokens == 2 * 2 * num_tokens
+
+
+def test_a_finished_build_is_reused_whole(built):
+    plans = _plan(built())
+    assert _computed(plans) == []
+    assert {(p.num_pairs, p.num_tokens, p.seconds, p.num_bytes) for p in plans.values()} == {(0, 0, 0, 0)}
+    assert plans["publish"].reasons == (f"weights/toy/tis-dpo@0: {NUM_PAIRS} pairs",)
+    assert plan_lines(list(plans.values()))[-1] == "total: nothing to compute, 0 s, 0 B"
+
+
+def test_appended_rows_are_the_only_ones_to_compute(built, source):
+    source(*FIRST_ROWS, *range(NUM_PAIRS, NUM_PAIRS + 3))
+    recipe = built()
+    old = _rows(WeightStore(recipe.store.uri).table(_tokens_path(recipe)).reference())
+    plans = _plan(recipe)
+    assert _computed(plans) == [stage for stage in STAGES if stage != "contrast"]
+
+    prepared = _build(recipe)
+    new = _rows(prepared.tokens).join(old, on="pair_id", how="anti")
+    assert new.height == prepared.num_new_pairs == 3
+    for stage in ("prepare", *SCORES):
+        assert (plans[stage].num_pairs, plans[stage].num_tokens) == (3, _num_tokens(new))
+    for stage in ("publish uniform", "publish"):
+        assert (plans[stage].num_pairs, plans[stage].num_tokens) == (
+            3,
+            _num_tokens(new, ("chosen_ids", "rejected_ids")),
+        )
+    assert any(reason.startswith("source.content: ") for reason in plans["prepare"].reasons)
+    assert any(reason.endswith('-> "to be computed"') for reason in plans["publish"].reasons)
+
+
+def _tokens_path(recipe):
+    (table,) = WeightStore(recipe.store.uri).tables("tokens")
+    return table.path
+
+
+def test_another_clamp_only_weighs_anew(built):
+    plans = _plan(built(**{"weights.upper": 0.2}))
+    assert _computed(plans) == ["publish", "report"]
+    assert plans["publish"].reasons == (
+        "new version, after weights/toy/tis-dpo@0:",
+        "settings.weights.upper: 1.5 -> 0.2",
+    )
+    assert plans["publish"].num_pairs == NUM_PAIRS
+    assert plans["report"].reasons == ("new file reports/toy/tis-dpo@1.html",)
+
+
+def test_another_dtype_scores_into_new_tables_and_says_why(built):
+    plans = _plan(built(**{"score.dtype": "bfloat16"}))
+    assert _computed(plans) == [*(stage for stage in STAGES if stage not in ("prepare", "contrast"))]
+    for stage in SCORES:
+        assert plans[stage].num_pairs == NUM_PAIRS
+        assert plans[stage].reasons[1].endswith(': dtype: "float32" -> "bfloat16"')
+    assert 'settings.score.dtype: "auto" -> "bfloat16"' in plans["publish"].reasons
+
+
+def test_likeliest_tokens_are_the_references_alone_and_cost_their_bytes(built):
+    recipe = built(**{"score.top_k": 4})
+    plans = _plan(recipe)
+    assert _computed(plans) == ["score ref", "publish uniform", "publish", "report"]
+    assert plans["score ref"].reasons[1].endswith(": top_k: null -> 4")
+    assert "settings.score.top_k: null -> 4" in plans["publish"].reasons
+    rows = _rows(WeightStore(recipe.store.uri).table(_tokens_path(recipe)).reference())
+    num_tokens = _num_tokens(rows, ("chosen_ids", "rejected_ids"))
+    # 2.5 bytes for the log-prob of a token and 2.8 for each of the likeliest, and one commit.
+    assert plans["score ref"].num_bytes == pytest.approx(num_tokens * (2.5 + 4 * 2.8) + 6000, abs=1)
+
+
+def test_other_training_settings_train_and_score_a_new_pair(built):
+    plans = _plan(built(**{"contrast.seed": 7}))
+    assert _computed(plans) == ["contrast", "score positive", "score negative", "publish", "report"]
+    assert plans["contrast"].reasons[1:] == (
+        "unlike the positive model that is there: training.seed: 0 -> 7",
+        "unlike the negative model that is there: training.seed: 0 -> 7",
+    )
+    assert plans["score positive"].reasons == ("the positive model is not trained yet",)
+    assert plans["score positive"].num_pairs == NUM_PAIRS
+
+
+def test_grown_data_train_a_new_pair_only_when_asked(built, source, toy_model):
+    source(*FIRST_ROWS, NUM_PAIRS)
+    assert "contrast" not in _computed(_plan(built()))
+    plans = _plan(built(**{"contrast.retrain": True}))
+    assert plans["contrast"].action == "compute"
+    assert plans["score negative"].num_pairs == NUM_PAIRS + 1
+    num_tokens = _num_tokens(_rows(prepare(built(), toy_model, report=_silent).tokens))
+    assert plans["score negative"].num_tokens == num_tokens
+    assert plans["contrast"].num_tokens == 2 * 2 * num_tokens  # two models, two epochs
+
+
+def test_two_prompts_need_no_training_and_start_one_engine(make_recipe, source):
+    source(*FIRST_ROWS)
+    plans = _plan(make_recipe(**{"contrast.method": "prompt"}))
+    assert plans["contrast"].action == "reuse"
+    # 20 s of starting for the three together, and 20,000 tokens/s as long as nothing was measured.
+    seconds = [plans[stage].seconds - plans[stage].num_tokens / 20_000 for stage in SCORES]
+    assert seconds == pytest.approx([20.0, 0.0, 0.0])
+    assert {plans[stage].rate_source for stage in SCORES} == {"stated"}
+
+
+def test_an_estimator_without_a_pair_plans_none(make_recipe, source):
+    source(*FIRST_ROWS)
+    plans = plan(make_recipe(**{"weights.estimator": "uniform", "weights.name": "toy/uniform"}))
+    assert [found.stage for found in plans] == ["prepare", "score ref", "publish", "report"]
+
+
+def test_the_rate_is_that_of_the_same_model_where_this_store_has_scored_with_it(make_recipe, source, toy_model):
+    source(*FIRST_ROWS)
+    recipe = make_recipe(**CONTRAST)
+    tokens = prepare(recipe, toy_model, report=_silent).tokens
+    ids = _rows(tokens)["pair_id"].to_list()
+    _score(tokens, Scorer(toy_model), recipe, "ref", leave_out=ids[4:], wall_s=2.0)
+    _score(tokens, Scorer(toy_model), recipe, "ref", leave_out=ids[8:], wall_s=3.0)
+    rows = _rows(tokens)
+    rate = _num_tokens(rows[:8]) / 5.0  # 4 pairs in 2 s and 4 in 3 s
+    plans = _plan(recipe)
+    assert (plans["score ref"].num_pairs, plans["score ref"].rate_source) == (4, "measured")
+    assert plans["score ref"].seconds == pytest.approx(20.0 + _num_tokens(rows[8:]) / rate)
+    # The positive model does not exist; what was measured with another one is better than a number from elsewhere.
+    assert plans["score positive"].seconds == pytest.approx(20.0 + _num_tokens(rows) / rate)
+
+
+def test_commits_that_do_not_say_how_long_they_took_are_no_measurement(make_recipe, source, toy_model):
+    source(*FIRST_ROWS)
+    recipe = make_recipe(**CONTRAST)
+    tokens = prepare(recipe, toy_model, report=_silent).tokens
+    _score(tokens, Scorer(toy_model), recipe, "ref", leave_out=_rows(tokens)["pair_id"][:1].to_list(), wall_s=None)
+    assert (_plan(recipe)["score ref"].num_pairs, _plan(recipe)["score ref"].rate_source) == (1, "stated")
+
+
+def test_pairs_that_left_are_neither_scored_nor_published(make_recipe, source, toy_model):
+    source(*FIRST_ROWS)
+    recipe = make_recipe(**CONTRAST)
+    _build(recipe)
+    source(*FIRST_ROWS[:9], 20)  # three pairs, the copy and the broken row are gone
+    plans = _plan(recipe)
+    prepared = prepare(recipe, toy_model, report=_silent)
+    assert plans["prepare"].reasons[:2] == (
+        "10 rows = 10 pairs + 0 to quarantine",
+        f"{prepared.tokens.table}@0: 1 pairs new, 3 gone; all rows are written anew",
+    )
+    assert (plans["prepare"].num_pairs, prepared.num_new_pairs, prepared.num_pairs) == (1, 1, 10)
+    assert [plans[stage].num_pairs for stage in SCORES] == [1, 1, 1]
+    assert plans["publish"].num_pairs == 10
+
+
+def test_pairs_that_left_before_they_were_scored_are_not_counted(make_recipe, source, toy_model, toy_pairs):
+    source(*range(6))
+    recipe = make_recipe(**CONTRAST)
+    tokens = prepare(recipe, toy_model, report=_silent).tokens
+    _score(tokens, Scorer(toy_model), recipe, "ref", leave_out=[_pair_id(tokens, row) for row in (4, 5)])
+    source(*range(5))
+    assert _plan(recipe)["score ref"].num_pairs == 1
+
+
+def _pair_id(tokens, source_row):
+    return _rows(tokens).filter(pl.col("source_row") == source_row)["pair_id"].item()
+
+
+def test_pairs_that_come_back_have_their_scores_still(built, source, toy_model):
+    source(*range(6))
+    prepare(built(), toy_model, report=_silent)
+    source(*FIRST_ROWS)
+    plans = _plan(built())
+    assert (plans["prepare"].num_pairs, plans["score ref"].action) == (6, "reuse")
+
+
+def test_what_no_scorer_could_score_is_not_tried_again(built):
+    recipe = built()
+    store = WeightStore(recipe.store.uri)
+    tokens = store.table(_tokens_path(recipe)).reference()
+    scorer = Scorer(Path(recipe.model.path))
+    other = built(**{"score.dtype": "bfloat16"})
+    bad = _pair_id(tokens, 3)
+    logps = _score(tokens, scorer, other, "ref", leave_out=[bad])
+    quarantine = store.table(tokens.table.replace("tokens/", "quarantine/"))
+    row = {"source_row": 3, "pair_id": bad, "reason": "unscorable", "detail": f"{logps.table}: no", "raw": "x"}
+    quarantine.append(pa.Table.from_pylist([row], QUARANTINE), quarantine.metadata())
+    plans = _plan(other)
+    assert (plans["score ref"].action, plans["publish uniform"].num_pairs) == ("reuse", NUM_PAIRS - 1)
+
+
+@pytest.mark.parametrize("num_sampled", [200, 2])
+def test_what_the_tokenizer_refused_before_is_not_new(built, source, toy_model, monkeypatch, num_sampled):
+    too_long = {"prompt": "p", "chosen": "word " * 2000, "rejected": "b"}
+    source(*FIRST_ROWS, *[{**too_long, "rejected": f"b{index}"} for index in range(4)])
+    prepare(built(), toy_model, report=_silent)
+    with Path(built().dataset.source).open("a") as file:
+        file.write(json.dumps(too_long | {"chosen": "a"}) + "\n")
+    monkeypatch.setattr("pipeline.dry_run.source.SAMPLE_PAIRS", num_sampled)
+    found = _plan(built())["prepare"]
+    assert (found.num_pairs, found.is_exact) == (1, num_sampled == 200)
+    assert found.reasons[0].replace("≈", "") == "19 rows = 13 pairs + 6 to quarantine"
+
+
+def test_a_refused_pair_whose_hidden_end_was_shortened_is_tried_again(make_recipe, source, toy_model):
+    # Quarantine keeps 2,000 characters, and the two texts differ behind them.
+    words = "the baker mixes " * 130
+    source(*range(4), {"prompt": "p", "chosen": "a", "rejected": words * 9})
+    recipe = make_recipe(**CONTRAST)
+    assert prepare(recipe, toy_model, report=_silent).quarantined == {"response_too_long": 1}
+    source(*range(4), {"prompt": "p", "chosen": "a", "rejected": words})
+    found = _plan(recipe)["prepare"]
+    assert (found.num_pairs, found.is_exact) == (1, True)
+    assert prepare(recipe, toy_model, report=_silent).num_new_pairs == 1
+
+
+def test_a_sample_stands_for_many_pairs(make_recipe, source, toy_model, monkeypatch):
+    source(*range(40))
+    recipe = make_recipe(**CONTRAST)
+    monkeypatch.setattr("pipeline.dry_run.source.SAMPLE_PAIRS", 10)
+    plans = _plan(recipe)
+    assert (plans["prepare"].num_pairs, plans["prepare"].is_exact) == (40, False)
+    exact = _num_tokens(_rows(prepare(recipe, toy_model, report=_silent).tokens))
+    assert plans["prepare"].num_tokens != exact
+    assert plans["prepare"].num_tokens == pytest.approx(exact, rel=0.2)
+    assert f"≈{plans['score ref'].num_tokens:,}" in "\n".join(plan_lines(list(plans.values())))
+
+
+def test_a_source_without_content_of_its_own_is_read_again_and_found_the_same(make_recipe, tmp_path, toy_pairs):
+    from datasets import Dataset
+
+    Dataset.from_list(toy_pairs[:NUM_PAIRS]).save_to_disk(str(tmp_path / "saved"))
+    recipe = make_recipe(**{**CONTRAST, "dataset.source": str(tmp_path / "saved")})
+    _build(recipe)
+    assert _computed(_plan(recipe)) == []
+
+
+def test_another_limit_says_what_differs(built):
+    plans = _plan(built(**{"dataset.max_prompt_tokens": 100}))
+    assert plans["prepare"].reasons[-1].endswith("max_prompt_tokens: 1024 -> 100")
+    assert plans["score ref"].num_pairs == NUM_PAIRS
+
+
+def test_a_source_without_a_usable_pair_fails_as_the_build_does(make_recipe, source, toy_model):
+    source(BROKEN, BROKEN)
+    recipe = make_recipe()
+    messages = []
+    for run in (plan, lambda recipe: prepare(recipe, toy_model, report=_silent)):
+        with pytest.raises(InputError) as caught:
+            run(recipe)
+        messages.append(str(caught.value))
+    assert "no usable pair in 2 rows (2 unparsable_json)" in messages[0]
+    assert messages[0] == messages[1]
+
+
+# --- attributions and anchors ------------------------------------------------------------------------------------------
+
+TI_STAGES = ["prepare", "score ref", "attribute ref", "anchors ref", "publish", "report"]
+TI = {"weights.estimator": "ti", "weights.name": "toy/ti-dpo", "anchors.max_new_tokens": 8}
+
+
+@pytest.fixture
+def prepared(make_recipe, source, toy_model):
+    """Pairs with reference log-probs, and nothing else; returns a function that makes a TI-DPO recipe, and the tokens."""
+    source(*FIRST_ROWS)
+    recipe = make_recipe(**TI)
+    tokens = prepare(recipe, toy_model, report=_silent).tokens
+    _score(tokens, Scorer(toy_model), recipe, "ref")
+    return lambda **settings: make_recipe(**{**TI, **settings}), tokens
+
+
+def test_attributions_and_anchors_are_planned_where_the_recipe_needs_them(prepared, make_recipe):
+    make, tokens = prepared
+    plans = _plan(make(), TI_STAGES)
+    assert _computed(plans) == ["attribute ref", "anchors ref", "publish", "report"]
+    rows = _rows(tokens)
+    num_tokens, num_response_tokens = _num_tokens(rows), _num_tokens(rows, ("chosen_ids", "rejected_ids"))
+    attributed, sampled = plans["attribute ref"], plans["anchors ref"]
+    for found in (attributed, sampled):
+        assert (found.num_pairs, found.num_tokens, found.rate_source) == (NUM_PAIRS, num_tokens, "stated")
+    # 10 s of starting and 3,000 tokens/s; 20 s and 4,000 tokens/s.
+    assert attributed.seconds == pytest.approx(10 + num_tokens / 7000)
+    assert sampled.seconds == pytest.approx(20 + num_tokens / 5500)
+    # 2.5 bytes a response token; 3.6 a token of an anchor, of which a pair has eight at most; and one commit.
+    assert attributed.num_bytes == pytest.approx(num_response_tokens * 2.5 + 6000, abs=1)
+    assert sampled.num_bytes == pytest.approx(NUM_PAIRS * 8 * 3.6 + 6000, abs=1)
+    anchor_bytes = NUM_PAIRS * 8 * 3.6
+    assert plans["publish"].num_bytes == pytest.approx(num_response_tokens * 5.1 + anchor_bytes + 6000, abs=1)
+
+    without = make_recipe(**{"weights.estimator": "ti", "weights.name": "toy/ti-dpo"})
+    assert "anchors ref" not in _plan(without, [stage for stage in TI_STAGES if stage != "anchors ref"])
+    anchors_alone = make_recipe(**{**TI, "weights.estimator": "uniform"})
+    assert "anchors ref" in _plan(anchors_alone, [stage for stage in TI_STAGES if stage != "attribute ref"])
+
+
+def test_both_go_on_where_they_were_at_the_rate_of_their_own_stage(prepared):
+    make, tokens = prepared
+    rows = _rows(tokens)
+    ids = rows["pair_id"].to_list()
+    _attribute(tokens, make(), leave_out=ids[9:], wall_s=3.0)
+    _sample(tokens, make(), leave_out=ids[9:], wall_s=6.0)
+    plans = _plan(make(), TI_STAGES)
+    done, left = _num_tokens(rows[:9]), _num_tokens(rows[9:])
+    for stage, start_s, wall_s in (("attribute ref", 10, 3.0), ("anchors ref", 20, 6.0)):
+        assert (plans[stage].num_pairs, plans[stage].num_tokens, plans[stage].rate_source) == (3, left, "measured")
+        assert plans[stage].seconds == pytest.approx(start_s + left / (done / wall_s))
+        assert plans[stage].reasons[0].endswith("@0 lacks these pairs")
+    _attribute(tokens, make())
+    _sample(tokens, make())
+    plans = _plan(make(), TI_STAGES)
+    assert _computed(plans) == ["publish", "report"]
+    assert plans["anchors ref"].reasons[0].endswith(f"@1: {NUM_PAIRS} pairs")
+
+
+def test_other_settings_of_one_of_them_leave_the_other_as_it_is(prepared):
+    make, tokens = prepared
+    _attribute(tokens, make())
+    _sample(tokens, make())
+    plans = _plan(make(**{"anchors.seed": 1}), TI_STAGES)
+    assert _computed(plans) == ["anchors ref", "publish", "report"]
+    assert plans["anchors ref"].reasons[1].endswith(": sampling.seed: 0 -> 1")
+    plans = _plan(make(**{"attribute.target": "gold_logps"}), TI_STAGES)
+    assert _computed(plans) == ["attribute ref", "publish", "report"]
+    assert '"max_logit" -> "gold_logps"' in plans["attribute ref"].reasons[1]
+
+
+def test_new_pairs_are_the_only_ones_to_attribute_and_to_sample_for(prepared, source, toy_model):
+    make, tokens = prepared
+    _attribute(tokens, make())
+    _sample(tokens, make())
+    source(*FIRST_ROWS, *range(NUM_PAIRS, NUM_PAIRS + 3))
+    plans = _plan(make(), TI_STAGES)
+    new = _rows(prepare(make(), toy_model, report=_silent).tokens).join(_rows(tokens), on="pair_id", how="anti")
+    for stage in ("attribute ref", "anchors ref"):
+        assert (
+            (plans[stage].num_pairs, plans[stage].num_tokens) == (3, _num_tokens(new)) == (new.height, _num_tokens(new))
+        )
+
+
+def test_a_pair_without_an_anchor_is_not_published(prepared):
+    make, tokens = prepared
+    bad = _pair_id(tokens, 3)
+    _attribute(tokens, make())
+    anchors = _sample(tokens, make(), leave_out=[bad])
+    quarantine = WeightStore(tokens.store).table(tokens.table.replace("tokens/", "quarantine/"))
+    row = {"source_row": 3, "pair_id": bad, "reason": "unscorable", "detail": f"{anchors.table}: no", "raw": "x"}
+    quarantine.append(pa.Table.from_pylist([row], QUARANTINE), quarantine.metadata())
+    plans = _plan(make(), TI_STAGES)
+    assert (plans["anchors ref"].action, plans["publish"].num_pairs) == ("reuse", NUM_PAIRS - 1)
+
+
+def test_a_finished_build_with_attributions_and_anchors_is_reused_whole(prepared):
+    make, tokens = prepared
+    recipe = make()
+    ingredients = Ingredients(
+        tokens,
+        _score(tokens, Scorer(Path(recipe.model.path)), recipe, "ref"),
+        attributions=_attribute(tokens, recipe),
+        anchors=_sample(tokens, recipe),
+    )
+    publish(recipe, recipe.weights, ingredients, report=_silent)
+    assert _computed(_plan(recipe, TI_STAGES)) == ["report"]
+
+
+def test_the_table_is_aligned_and_narrow():
+    plans = [
+        StagePlan("prepare", "reuse", reasons=("tokens/toy-1@0: 12 pairs",)),
+        StagePlan(
+            "score ref", "compute", 1200, 345_678, 3_725.0, "measured", 2_345_678, ("new " + "word " * 30,), False
+        ),
+        StagePlan("report", "compute", 0, 0, 0.4, "stated", 900, ("new file",)),
+    ]
+    assert plan_lines(plans) == [
+        "stage      action    pairs    tokens         time  rate         adds",
+        "prepare    reuse",
+        "    tokens/toy-1@0: 12 pairs",
+        "score ref  compute  ≈1,200  ≈345,678  ≈1 h 02 min  measured  ≈2.3 MB",
+        "    new " + "word " * 19 + "word",
+        "      " + "word " * 9 + "word",
+        "report     compute                           <1 s  stated     ≈900 B",
+        "    new file",
+        "total: 2 of 3 stages to compute, ≈1 h 02 min, ≈2.3 MB more in the store",
+    ]

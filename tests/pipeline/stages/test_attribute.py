@@ -1,0 +1,383 @@
+"""The stage that attributes: rows of the tokens table in, gradients of a tiny model out, and what happens when it breaks."""
+
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from tests.pipeline.test_score import NUM_PAIRS, PAIR_TOKENS, make_tokens
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import pipeline.workers.pair_attributor
+from pipeline.recipe import AttributeSection
+from pipeline.stages.attribute import attribute, attribution_identity
+from pipeline.workers.on_ray import Chunk, ChunkScorer, _replies
+from pipeline.workers.pair_attributor import PairAttributor
+from pipeline.workers.process import fill
+from pipeline.workers.request import Request, Target
+from train.model.attribution import attribute_tokens
+from weights_store import WeightStore
+from weights_store.checks.verify import verify
+from weights_store.errors import InputError, OutOfMemoryError
+from weights_store.schemas import ATTRIBUTIONS, Reason
+
+VOCAB_SIZE, POISON = 1000, 950  # the made-up pairs have ids from 3 to 899
+PROCESS = {"kind": "process"}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A random Llama in float32, whose embedding of one id is not a number."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=60,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    model.get_input_embeddings().weight.data[POISON] = torch.nan
+    folder = tmp_path_factory.mktemp("attributed")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_request(tmp_path, model_folder):
+    """Return a function that makes tokens and a request over them: `make_request(target="gold_logps", row3={...})`."""
+
+    def make(batch_tokens=256, dtype="float32", chunk_tokens=40 * PAIR_TOKENS, model=model_folder, **changed):
+        options = {"target": "max_logit", "prompts": False, "activations": False}
+        options |= {name: changed.pop(name) for name in list(changed) if name in options}
+        tokens = make_tokens(tmp_path / "store", **changed)
+        metadata = {"fingerprint": "attributions", "inputs": [str(tokens)]}
+        target = Target("ref", "attributions/toy-1/x", None, metadata)
+        engine = {"dtype": dtype, "batch_tokens": batch_tokens}
+        folder = str(model)
+        return Request(
+            *(
+                tokens.store,
+                tokens.table,
+                tokens.version,
+                folder,
+                folder,
+                None,
+                [target],
+                chunk_tokens,
+                engine,
+                PROCESS,
+            ),
+            stage="attribute",
+            options=options,
+        )
+
+    return make
+
+
+def rows_in(request):
+    return WeightStore(request.store).table(request.tokens_table).scan(request.tokens_version).sort("pair_id").collect()
+
+
+def filled(request):
+    return WeightStore(request.store).table(request.targets[0].table).scan().sort("pair_id").collect()
+
+
+def run(request, progress=lambda share: None):
+    worker = PairAttributor(request, lambda line: None)
+    rows = rows_in(request)
+    return worker.fill_in(worker.under_condition(rows, request.targets[0]), request.targets[0], progress)
+
+
+@pytest.fixture(scope="module")
+def naive(model_folder):
+    """Return a function that attributes one sequence: embeddings in, whole logits out, plain autograd."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+
+    def attribute_one(prompt_ids, response_ids, target):
+        ids = torch.tensor([[*prompt_ids, *response_ids]])
+        embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = model(inputs_embeds=embeddings).logits[0]
+        gold = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[len(prompt_ids) - 1 :]
+        value = logits[-1].max() if target == "max_logit" else gold.sum()
+        return torch.autograd.grad(value, embeddings)[0][0].abs().sum(-1).numpy()
+
+    return attribute_one
+
+
+# --- what is stored ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "prompts"),
+    [("max_logit", False), ("max_logit", True), ("gold_logps", False), ("gold_logps", True), ("dpo_margin", False)],
+)
+def test_the_worker_attributes_like_the_naive_loop(make_request, naive, target, prompts):
+    """With prompts each response is computed behind its own."""
+    request = make_request(target=target, prompts=prompts, row1={"chosen_ids": [5]})
+    table, unscorable = run(request)
+    assert unscorable == []
+    assert table.schema == ATTRIBUTIONS
+    pairs = {row["pair_id"]: row for row in rows_in(request).iter_rows(named=True)}
+    assert [row["pair_id"] for row in table.to_pylist()] == sorted(pairs)
+    for row in table.to_pylist()[:6]:
+        pair = pairs[row["pair_id"]]
+        for side in ("chosen", "rejected"):
+            whole = naive(pair["prompt_ids"], pair[f"{side}_ids"], target)
+            np.testing.assert_allclose(row[f"{side}_attributions"], whole[4:], rtol=1e-5)
+            of_prompt = row[f"{side}_prompt_attribution"]
+            assert of_prompt == pytest.approx(whole[:4].sum(), rel=1e-5) if prompts else of_prompt is None
+            assert row[f"{side}_activations"] is None
+
+
+def test_a_response_that_stands_in_several_pairs_is_computed_once(make_request, naive, monkeypatch):
+    """Rows 0 to 2 share prompt and chosen response: 4 distinct responses of 6, in two packed sequences of two."""
+    shared = {"prompt_ids": [7, 8, 9, 10], "chosen_ids": [11, 12, 13]}
+    request = make_request(row0=shared, row1=shared, row2={**shared, "prompt_ids": [7, 8, 9, 10]})
+    worker = PairAttributor(request, lambda line: None)
+    sizes = []
+
+    def count(model, batch, target, **options):
+        sizes.append(len(batch["places"]))
+        return attribute_tokens(model, batch, target, **options)
+
+    monkeypatch.setattr(pipeline.workers.pair_attributor, "attribute_tokens", count)
+    table, _ = worker.fill_in(rows_in(request).head(3), request.targets[0])
+    assert sizes == [4]
+    rows = table.to_pylist()
+    assert rows[0]["chosen_attributions"] == rows[1]["chosen_attributions"] == rows[2]["chosen_attributions"]
+    pairs = rows_in(request).head(3).to_dicts()
+    for row, pair in zip(rows, pairs, strict=True):
+        np.testing.assert_allclose(
+            row["rejected_attributions"], naive([7, 8, 9, 10], pair["rejected_ids"], "max_logit")[4:], rtol=1e-5
+        )
+
+
+def test_an_odd_number_of_responses_leaves_none_out(make_request, naive):
+    shared = {"prompt_ids": [7, 8, 9, 10], "chosen_ids": [11, 12, 13]}
+    request = make_request(row0=shared, row1=shared)
+    worker = PairAttributor(request, lambda line: None)
+    table, _ = worker.fill_in(rows_in(request).head(2), request.targets[0])
+    for row, pair in zip(table.to_pylist(), rows_in(request).head(2).to_dicts(), strict=True):
+        for side in ("chosen", "rejected"):
+            expected = naive([7, 8, 9, 10], pair[f"{side}_ids"], "max_logit")[4:]
+            np.testing.assert_allclose(row[f"{side}_attributions"], expected, rtol=1e-5)
+
+
+def test_the_batch_budget_and_padding_change_nothing(make_request, monkeypatch):
+    request = make_request(activations=True)
+    expected, _ = run(request)
+    small, _ = run(replace(request, engine={**request.engine, "batch_tokens": 1}))
+    monkeypatch.setattr(pipeline.workers.pair_attributor, "enable_packing", lambda model: "made up")
+    padded, _ = run(request)
+    for name in ATTRIBUTIONS.names[1:]:
+        for other in (small, padded):
+            for got, wanted in zip(other[name].to_pylist(), expected[name].to_pylist(), strict=True):
+                assert got is None if wanted is None else got == pytest.approx(wanted, rel=1e-5)
+    activations = expected["chosen_activations"].to_pylist()
+    np.testing.assert_allclose([np.mean(of_one) for of_one in activations], 1.0, rtol=1e-5)
+
+
+def test_bfloat16_weights_come_close_and_leave_the_positions_alone(make_request):
+    request = make_request()
+    exact = run(request)[0]["chosen_attributions"].to_pylist()
+    request = replace(request, engine={**request.engine, "dtype": "bfloat16"})
+    worker = PairAttributor(request, lambda line: None)
+    assert {parameter.dtype for parameter in worker._model.parameters()} == {torch.bfloat16}
+    assert worker._model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in worker._model.parameters())
+    rough = worker.fill_in(rows_in(request), request.targets[0])[0]["chosen_attributions"].to_pylist()
+    difference = np.abs(np.array(rough) - np.array(exact))
+    assert 0 < difference.sum() < 0.05 * np.sum(exact)
+
+
+def test_progress_rises_to_all_of_it(make_request):
+    shares = []
+    run(make_request(), shares.append)
+    assert len(shares) > 3
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+
+
+# --- what cannot be attributed -----------------------------------------------------------------------------------------
+
+
+def test_pairs_that_the_model_must_not_see_go_to_quarantine(make_request):
+    request = make_request(
+        row1={"chosen_ids": []},
+        row2={"rejected_ids": [VOCAB_SIZE]},
+        row3={"rejected_ids": [5] * 57},
+        row4={"prompt_ids": []},
+    )
+    table, unscorable = run(request)
+    assert table.num_rows == NUM_PAIRS - 4
+    assert {row["source_row"]: row["detail"] for row in unscorable} == {
+        1: "prompt or response has no tokens",
+        2: "a token id is outside the model's vocabulary of 1000",
+        3: "prompt and response have 61 tokens, the model takes 60",
+        4: "prompt or response has no tokens",
+    }
+    assert {row["reason"] for row in unscorable} == {Reason.UNSCORABLE.value}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradients_that_are_not_finite_cost_their_own_pair_alone(make_request, monkeypatch, padded):
+    """The poison stands first in the prompt of the longest pair, whose embedding fills up shorter rows of a packed batch."""
+    if padded:
+        monkeypatch.setattr(pipeline.workers.pair_attributor, "enable_packing", lambda model: "made up")
+    clean, _ = run(make_request())
+    longest = {"prompt_ids": [POISON, 4, 5, 6], "chosen_ids": [7, 8, 9, 10, 11, 12, 13, 14]}
+    poisoned = {"row5": longest, "row9": {"rejected_ids": [4, POISON, 5, 6, 7]}}
+    table, unscorable = run(make_request(**poisoned))
+    assert {row["source_row"]: row["detail"] for row in unscorable} == {
+        5: "chosen and rejected: gradients are not finite in float32",
+        9: "rejected: gradients are not finite in float32",
+    }
+    kept = clean.filter(pl.Series(range(NUM_PAIRS)).is_in([5, 9]).not_().to_arrow())
+    assert table["pair_id"].equals(kept["pair_id"])
+    for name in ("chosen_attributions", "rejected_attributions"):
+        for got, wanted in zip(table[name].to_pylist(), kept[name].to_pylist(), strict=True):
+            assert got == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_model_without_input_embeddings_is_refused(make_request, monkeypatch):
+    def refuse(self):
+        raise NotImplementedError
+
+    monkeypatch.setattr(LlamaForCausalLM, "get_input_embeddings", refuse)
+    with pytest.raises(InputError, match="LlamaForCausalLM gives no access to its input embeddings"):
+        PairAttributor(make_request(), lambda line: None)
+
+
+def test_a_folder_that_is_no_whole_model_is_refused(make_request, model_folder, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="cannot read the config of the model"):
+        PairAttributor(make_request(model=tmp_path), lambda line: None)
+    (tmp_path / "config.json").write_bytes((model_folder / "config.json").read_bytes())
+    with pytest.raises(InputError, match="transformers cannot load the model"):
+        PairAttributor(make_request(model=tmp_path), lambda line: None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_want_of_memory_asks_for_a_smaller_budget(make_request, monkeypatch, error):
+    request = make_request()
+    worker = PairAttributor(request, lambda line: None)
+
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(pipeline.workers.pair_attributor, "attribute_tokens", fail)
+    with pytest.raises(OutOfMemoryError, match="attributing ran out of memory"):
+        worker.fill_in(rows_in(request), request.targets[0])
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(make_request, monkeypatch):
+    request = make_request()
+    worker = PairAttributor(request, lambda line: None)
+
+    def fail(*args, **options):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(pipeline.workers.pair_attributor, "attribute_tokens", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        worker.fill_in(rows_in(request), request.targets[0])
+
+
+# --- the stage ---------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Like a signal: nothing catches it."""
+
+
+def test_a_kill_loses_a_chunk_at_most_and_the_result_is_the_same(make_request, tmp_path, capsys):
+    undisturbed = make_request()
+    fill(undisturbed, undisturbed.targets[0], PairAttributor(undisturbed, lambda line: None))
+    expected = filled(undisturbed)
+    request = replace(undisturbed, targets=[replace(undisturbed.targets[0], table="attributions/toy-1/y")])
+
+    class Dying(PairAttributor):
+        num_chunks = 0
+
+        def fill_in(self, *args):
+            if self.num_chunks == 1:
+                raise Killed
+            self.num_chunks += 1
+            return super().fill_in(*args)
+
+    with pytest.raises(Killed):
+        fill(request, request.targets[0], Dying(request, lambda line: None))
+    assert 0 < filled(request).height < NUM_PAIRS
+    fill(request, request.targets[0], PairAttributor(request, lambda line: None))
+    assert filled(request).equals(expected)
+    history = WeightStore(request.store).table("attributions/toy-1/y").history()
+    assert [commit.metadata["statistics"]["num_pairs"] for commit in history] == [40, 40, 40]
+
+
+def test_the_stage_runs_in_a_process_of_its_own_and_again_only_for_what_is_new(
+    make_request, model_folder, naive, monkeypatch
+):
+    request = make_request(row7={"rejected_ids": [POISON, 4]})
+    tokens = WeightStore(request.store).table(request.tokens_table).reference()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = AttributeSection(target="gold_logps", chunk_tokens=100 * PAIR_TOKENS)
+    lines, states = [], []
+    done = attribute(tokens, model_folder, settings, PROCESS, lines.append, states.append)
+    assert (done.num_pairs, done.num_unscorable, done.restarts) == (NUM_PAIRS - 1, 1, ())
+    assert done.num_tokens == states[-1].done == states[-1].total
+    assert states[-1].name == "attribute ref"
+    rows = WeightStore(request.store).table(done.output.table).scan().collect().sort("pair_id")
+    pair = rows_in(request).row(0, named=True)
+    expected = naive(pair["prompt_ids"], pair["chosen_ids"], "gold_logps")[4:]
+    np.testing.assert_allclose(rows["chosen_attributions"][0].to_numpy(), expected, rtol=2e-4)
+    quarantined = WeightStore(request.store).table("quarantine/toy-1").scan().collect()
+    assert quarantined["detail"].to_list() == [f"{done.output.table}: rejected: gradients are not finite in float32"]
+    commit = WeightStore(request.store).table(done.output.table).history()[0].metadata
+    assert (commit["engine"]["dtype"], commit["engine"]["packed"]) == ("float32", True)
+    assert attribute(tokens, model_folder, settings, PROCESS, lines.append).num_pairs == 0
+    assert list(verify(WeightStore(request.store))) == []
+
+
+def test_the_identity_holds_what_changes_numbers_and_nothing_else(model_folder):
+    identity = attribution_identity(model_folder, AttributeSection())
+    assert identity["dtype"] == "float32"
+    same = AttributeSection(chunk_tokens=1, batch_tokens=999, python="elsewhere", dtype="float32")
+    assert attribution_identity(model_folder, same) == identity
+    for changed in ({"target": "gold_logps"}, {"dtype": "bfloat16"}, {"prompts": True}, {"activations": True}):
+        assert attribution_identity(model_folder, AttributeSection(**changed)) != identity
+
+
+def test_an_actor_attributes_a_chunk_like_the_process(make_request):
+    request = make_request(row3={"chosen_ids": [POISON]})
+    fill(request, request.targets[0], PairAttributor(request, lambda line: None))
+    expected = filled(request)
+    ids = rows_in(request)["pair_id"]
+    elsewhere = replace(request, targets=[replace(request.targets[0], table="attributions/toy-1/ray")])
+    chunk = Chunk(0, ids[0], ids[10], 10, 10 * PAIR_TOKENS)
+    batch = pl.DataFrame([vars(chunk)]).to_arrow()
+    reply = ChunkScorer(elsewhere)(batch)
+
+    class Replies:
+        def iter_batches(self, **_):
+            return [reply]
+
+    (scored,) = _replies(Replies())
+    assert [row["source_row"] for row in scored.unscorable] == [3]
+    table = WeightStore(request.store).table("attributions/toy-1/ray")
+    table.append_shards(scored.shards, {"fingerprint": "attributions"})
+    got = filled(elsewhere)
+    assert got["pair_id"].to_list() == [pair_id for pair_id in ids[:10] if pair_id != ids[3]]
+    for name in ("chosen_attributions", "rejected_attributions"):
+        for one, other in zip(got[name], expected[name], strict=False):
+            np.testing.assert_allclose(one.to_numpy(), other.to_numpy(), rtol=2e-4)

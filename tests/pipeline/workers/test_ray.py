@@ -1,0 +1,259 @@
+"""Scoring on a local Ray with two actors; and, without Ray, what tasks, actors and driver do. One test has real engines."""
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import asdict, replace
+from itertools import chain
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tests.pipeline.test_score import NUM_PAIRS, PAIR_TOKENS, assert_whole, interpreter, make_tokens
+
+from pipeline.recipe import ScoreSection
+from pipeline.source.chat import Condition
+from pipeline.stages.prepare import prepare
+from pipeline.stages.score import Scorer, score
+from pipeline.workers.missing import missing_within
+from pipeline.workers.on_ray import Chunk, ChunkScorer, _chunks_of, _Filling, _replies
+from pipeline.workers.ray_cluster import connected
+from pipeline.workers.request import Request, Target
+from tests.pipeline.made_up_scorer import MadeUpEngine
+from tests.pipeline.ray_engines import HOOK
+from weights_store import WeightStore
+from weights_store.checks.vacuum import find_orphans
+from weights_store.checks.verify import verify
+from weights_store.errors import EngineError, InputError, MissingExtraError, OutOfMemoryError, SettingsError
+from weights_store.schemas import LOGPS
+
+# Actors share this machine with all else that runs on it, so they ask for less than a core.
+ON_RAY = {"executor": "ray", "num_actors": 2, "cpus_per_actor": 0.5, "ray_address": "local"}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Return a function that runs the stage with made-up engines; its `lines` and `log(name)` tell what happened."""
+
+    class Run:
+        def __init__(self):
+            self.lines, self.states, self.folder = [], [], tmp_path / "log"
+            self.folder.mkdir()
+
+        def __call__(self, tokens, scorers, settings=ON_RAY, tokenizer=None, **made_up):
+            on_ray = settings.get("executor") == "ray"
+            environment = {"MADE_UP": json.dumps({"log": str(self.folder), **made_up}), **(HOOK if on_ray else {})}
+            for name, value in environment.items():
+                monkeypatch.setenv(name, value)
+            python = None if on_ray else str(interpreter(tmp_path))
+            section = ScoreSection(chunk_tokens=12 * PAIR_TOKENS, python=python, **settings)
+            return score(tokens, scorers, section, tokenizer, None, self.lines.append, self.states.append)
+
+        def log(self, name):
+            path = self.folder / name
+            return path.read_text().split() if path.exists() else []
+
+    return Run()
+
+
+def _rows(reference):
+    return WeightStore(reference.store).table(reference.table).scan().sort("pair_id").collect()
+
+
+def _commits(reference):
+    return [commit.metadata for commit in WeightStore(reference.store).table(reference.table).history()]
+
+
+@pytest.mark.slow
+def test_actors_score_what_the_process_scores_and_the_driver_commits_each_table_once(tmp_path, toy_model, run):
+    chat = {"prompt": '[{"role": "user", "content": "hi"}]'}
+    changed = {f"row{index}": chat for index in range(NUM_PAIRS)}
+    changed |= {"row5": {**chat, "chosen_ids": [3] * 97}, "row8": {**chat, "rejected_ids": [999, 4]}}
+    scorers = {"ref": Scorer(toy_model), "positive": Scorer(toy_model, Condition("be good", "system"))}
+    results = {}
+    for name, settings in (("process", {}), ("ray", ON_RAY)):
+        tokens = make_tokens(tmp_path / name, **changed)
+        results[name] = run(tokens, scorers, settings, toy_model, bad_id=999, oom_above=2048)
+    for role in scorers:
+        process, on_ray = results["process"][role], results["ray"][role]
+        assert _rows(on_ray.output).equals(_rows(process.output))
+        assert _rows(on_ray.output).height == NUM_PAIRS - 2
+        assert on_ray.num_unscorable == process.num_unscorable == 2
+        (commit,) = _commits(on_ray.output)
+        expected = _commits(process.output)[0]
+        assert {key: commit[key] for key in ("scorer", "role", "fingerprint")} == {
+            key: expected[key] for key in ("scorer", "role", "fingerprint")
+        }
+        assert commit["statistics"]["num_pairs"] == NUM_PAIRS - 2
+        assert (commit["engine"]["executor"], commit["engine"]["num_actors"]) == ("ray", 2)
+    quarantines = [WeightStore(tmp_path / name).table("quarantine/toy-1") for name in ("process", "ray")]
+    assert len({str(table.scan().sort("detail", "source_row").collect().rows()) for table in quarantines}) == 1
+    # That an engine had no memory came out of its actor as what it is, and halved the budget.
+    (restart,) = on_ray.restarts
+    assert restart.endswith("exit code 76: the engine ran out of memory: made up; batch_tokens 2048")
+    assert run.lines.count("an engine is up") == 1  # two are, for both tables: every actor says the same
+    assert run.states[-1].percent == 100
+    assert list(verify(WeightStore(tmp_path / "ray"))) == []
+    assert list(find_orphans(WeightStore(tmp_path / "ray"))) == []
+
+
+@pytest.mark.slow
+def test_an_actor_that_is_killed_is_replaced_and_its_chunk_scored_again(tmp_path, model, run):
+    tokens, stop = make_tokens(tmp_path / "store"), tmp_path / "stop"
+
+    def kill():
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if stop.exists() and stop.read_text().endswith("\n"):
+                os.kill(int(stop.read_text()), signal.SIGKILL)
+                return
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    scored = run(tokens, {"ref": Scorer(model)}, stop=str(stop))["ref"]
+    killer.join()
+    assert_whole(tokens, scored)
+    assert scored.restarts == ()  # the process went on
+    assert len(_commits(scored.output)) == 1
+    assert len(set(run.log("engines"))) == 3
+    assert list(verify(WeightStore(tokens.store))) == []
+    (orphan,) = find_orphans(WeightStore(tokens.store))  # what the dead actor had written
+    assert orphan.table == scored.output.table
+
+
+@pytest.mark.slow
+def test_two_real_engines_agree_with_the_one_of_the_process(tmp_path, toy_model, toy_pairs, make_recipe, write_jsonl):
+    write_jsonl(tmp_path / "pairs.jsonl", toy_pairs)
+    frames = []
+    for name, settings in (("process", {}), ("ray", ON_RAY)):
+        keys = {"store.uri": str(tmp_path / name), "score.dtype": "float32", "score.chunk_tokens": 400}
+        recipe = make_recipe(**keys, **{f"score.{key}": value for key, value in settings.items()})
+        tokens = prepare(recipe, toy_model, report=lambda line: None).tokens
+        scored = score(tokens, {"ref": Scorer(toy_model)}, recipe.score, toy_model, report=lambda line: None)["ref"]
+        assert scored.num_pairs == len(toy_pairs)
+        frames.append(_rows(scored.output))
+    assert len(_commits(scored.output)) == 1
+    process, on_ray = frames
+    assert process["pair_id"].equals(on_ray["pair_id"])
+    for side in ("chosen", "rejected"):
+        expected, found = (frame[f"{side}_logps"] for frame in frames)
+        assert expected.list.len().equals(found.list.len())
+        assert np.abs(expected.explode().to_numpy() - found.explode().to_numpy()).mean() < 1e-3
+
+
+# --- without Ray -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def request_(tmp_path, model):
+    """Every pair of a small tokens table for one table of log-probs, four pairs to a chunk."""
+    tokens = make_tokens(tmp_path / "store")
+    target = Target("ref", "logps/toy-1/x", None, {"fingerprint": "f"})
+    places = (tokens.store, tokens.table, tokens.version, str(model), str(model))
+    return Request(*places, None, [target], 4 * PAIR_TOKENS, {"batch_tokens": 256}, {"kind": "ray", "num_actors": 2})
+
+
+def _ids(request, chunk):
+    return missing_within(chunk.span, request.tokens, WeightStore(request.store).table("logps/toy-1/x"))["pair_id"]
+
+
+def test_chunks_are_spans_that_lie_side_by_side_and_cover_what_is_missing(request_):
+    table = WeightStore(request_.store).table("logps/toy-1/x")
+    done = {"pair_id": [f"{index:032x}" for index in (0, 17, 18, 119)]}
+    done |= {f"{side}_logps": [[-1.0]] * 4 for side in ("chosen", "rejected")}
+    table.append(pa.Table.from_pylist(pa.table(done).to_pylist(), LOGPS), {"fingerprint": "f"})
+    chunks = _chunks_of(Chunk(0, "", "", 0, 0), request_, max_chunks=1000)
+    assert [chunk.num_pairs for chunk in chunks] == [4] * 29
+    assert [chunk.num_tokens for chunk in chunks] == [4 * PAIR_TOKENS] * 29
+    ids = [_ids(request_, chunk).to_list() for chunk in chunks]
+    assert [len(part) for part in ids] == [4] * 29
+    assert list(chain(*ids)) == sorted({f"{index:032x}" for index in range(NUM_PAIRS)} - set(done["pair_id"]))
+    # Cut from the middle of a range of pair_ids, no chunk reaches beyond it.
+    inside = _chunks_of(Chunk(0, f"{5:032x}", f"{16:032x}", 0, 0), request_, max_chunks=1000)
+    assert (inside[0].low, inside[-1].high) == (f"{5:032x}", f"{16:032x}")
+
+
+def test_a_large_table_is_cut_into_larger_chunks_instead_of_more(request_):
+    chunks = _chunks_of(Chunk(0, "", "", 0, 0), request_, max_chunks=7)
+    # 1,800 tokens in 7 parts: 258 each, which hold 17.2 pairs; the fifth part ends at 1,290 = 86 pairs.
+    assert [chunk.num_pairs for chunk in chunks] == [17, 17, 17, 17, 18, 17, 17]
+    assert list(chain(*(_ids(request_, chunk) for chunk in chunks))) == [f"{i:032x}" for i in range(NUM_PAIRS)]
+
+
+@pytest.mark.parametrize("where", ["__init__", "score"])
+@pytest.mark.parametrize("kind", [OutOfMemoryError, EngineError, InputError])
+def test_an_error_in_an_actor_comes_out_as_itself(request_, monkeypatch, where, kind):
+    def fail(*_):
+        raise kind("what is wrong, in one line")
+
+    monkeypatch.setattr("pipeline.engine.vllm_engine.VllmEngine", type("Engine", (MadeUpEngine,), {where: fail}))
+    batch = pa.Table.from_pylist([asdict(Chunk(0, "", "", NUM_PAIRS, NUM_PAIRS * PAIR_TOKENS))])
+    reply = ChunkScorer(request_)(batch)
+    with pytest.raises(kind, match="^what is wrong, in one line$") as caught:
+        list(_replies(SimpleNamespace(iter_batches=lambda **_: [reply])))
+    assert type(caught.value) is kind
+
+
+def test_an_actor_writes_the_likeliest_tokens_of_its_target(request_, monkeypatch):
+    monkeypatch.setattr("pipeline.engine.vllm_engine.VllmEngine", MadeUpEngine)
+    request_ = replace(request_, targets=[replace(request_.targets[0], top_k=2)])
+    batch = pa.Table.from_pylist([asdict(Chunk(0, "", "", NUM_PAIRS, NUM_PAIRS * PAIR_TOKENS))])
+    (scored,) = _replies(SimpleNamespace(iter_batches=lambda **_: [ChunkScorer(request_)(batch)]))
+    rows = WeightStore(request_.store).table("logps/toy-1/x").scan_shards(scored.shards).collect()
+    assert set(rows["chosen_top_ids"].list.len()) == {2 * 6}
+    assert set(rows["rejected_top_logps"].list.len()) == {2 * 5}
+
+
+@pytest.mark.parametrize(("limit", "value", "sizes"), [("_ROUND_CHUNKS", 12, [48, 48, 24]), ("_ROUND_S", 0, [4] * 30)])
+def test_the_driver_commits_when_a_round_is_full_or_old(request_, monkeypatch, limit, value, sizes):
+    monkeypatch.setattr("pipeline.engine.vllm_engine.VllmEngine", MadeUpEngine)
+    monkeypatch.setattr(f"pipeline.workers.on_ray.{limit}", value)
+    chunks = _chunks_of(Chunk(0, "", "", 0, 0), request_, max_chunks=1000)
+    actor, filling = ChunkScorer(request_), _Filling(request_, request_.targets[0])
+    filling.expect(chunks)
+    for chunk in chunks:
+        (scored,) = _replies(
+            SimpleNamespace(iter_batches=lambda chunk=chunk, **_: [actor(pa.Table.from_pylist([asdict(chunk)]))])
+        )
+        filling.add(scored)
+        filling.add(scored)  # brought twice: counts once
+    filling.commit()
+    table = WeightStore(request_.store).table("logps/toy-1/x")
+    assert [commit.metadata["num_rows_written"] for commit in table.log()] == sizes
+    assert table.scan().collect()["pair_id"].n_unique() == table.num_rows() == NUM_PAIRS
+
+
+def test_a_build_on_ray_needs_ray_here_and_vllm_only_where_the_actors_run(tmp_path, model, monkeypatch):
+    class Started(Exception):
+        pass
+
+    def start(*_):
+        raise Started
+
+    tokens = make_tokens(tmp_path / "store")
+    monkeypatch.setattr("pipeline.workers.supervise._run_to_the_end", start)
+    monkeypatch.setattr("pipeline.child.find_spec", lambda name: None if name == "ray" else "found")
+    with pytest.raises(MissingExtraError, match=r"needs the package 'ray'.*pip install 'tokenweights\[ray\]'"):
+        score(tokens, {"ref": Scorer(model)}, ScoreSection(**ON_RAY), model)
+    monkeypatch.setattr("pipeline.child.find_spec", lambda name: "found" if name == "ray" else None)
+    with pytest.raises(Started):
+        score(tokens, {"ref": Scorer(model)}, ScoreSection(**ON_RAY), model)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:9", "no Ray cluster answers at 127.0.0.1:9: .*refused"),
+        ("auto", "no Ray cluster has been started here"),
+    ],
+)
+def test_without_a_cluster_it_says_so_at_once(monkeypatch, tmp_path, address, message):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    with pytest.raises(SettingsError, match=f"{message}.*set score.ray_address"), connected(address):
+        pass

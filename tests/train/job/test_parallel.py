@@ -1,0 +1,185 @@
+"""Two processes on CPUs, with gloo over loopback, against one: the same steps, whoever computes them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from train.data.dataset import OrderedPairs, PairDataset, open_weights
+from train.data.sampler import BlockShuffle
+from train.job.trainer import build_batches
+from train.model.collate import PairCollator
+from train.model.token_budget import cut_by_tokens
+from train.run import run
+
+REPO = Path(__file__).parents[3]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+# On CPUs `accelerate launch --cpu` starts a single process; this is how it starts two.
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+Settings = dict[str, dict[str, Any]]
+
+
+@pytest.fixture
+def settings_of_41(settings: Settings, write_weights, rows) -> Settings:
+    """41 pairs in steps of 8, so that the last step has one pair and seven fillers; few tokens at a time."""
+    write_weights([*rows, {**rows[5], "pair_id": "pair-0040"}])
+    settings["optim"]["tokens_per_batch"] = 40
+    return settings
+
+
+def launch(launcher: Sequence[str], *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in two processes, without a GPU even where there is one."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(REPO),
+        "PYTHONWARNINGS": "ignore",
+    }
+    whole = [sys.executable, *launcher, *command]
+    return subprocess.run(whole, cwd=REPO, env=environment, capture_output=True, text=True, timeout=180, check=False)
+
+
+def write_config(settings: Settings, folder: Path, **changes: dict[str, Any]) -> str:
+    """Write a config that trains into `folder`, and return where it is."""
+    merged = {name: {**settings.get(name, {}), **changes.get(name, {})} for name in {**settings, **changes}}
+    merged["output"]["folder"] = str(folder)
+    lines = [
+        f"[{name}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in part.items()) for name, part in merged.items()
+    ]
+    path = folder.with_suffix(".toml")
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def history_of(folder: Path) -> list[float]:
+    """All numbers of all steps, one after the other."""
+    logs = [log for log in json.loads((folder / "metrics.json").read_text())["history"] if "loss" in log]
+    assert [log["step"] for log in logs] == [1, 2, 3, 4, 5, 6]
+    return [value for log in logs for name, value in sorted(log.items()) if not name.endswith("_s")]
+
+
+def assert_same_model(folder: Path, expected: Path) -> None:
+    """AdamW divides by the size of a gradient, so rounding shows in the few weights whose gradient is next to nothing."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in load_file(expected / "model.safetensors").items():
+        assert tensors[name].dtype == tensor.dtype == torch.bfloat16
+        rounding = torch.isclose(tensors[name].float(), tensor.float(), rtol=2**-7, atol=1e-6)
+        assert rounding.float().mean() > 0.999, name
+        torch.testing.assert_close(tensors[name].float(), tensor.float(), rtol=2**-6, atol=2e-4)
+
+
+def test_two_processes_with_whole_models_train_as_one_does(settings_of_41, make_config, tmp_path) -> None:
+    config = make_config()
+    pairs = PairDataset(open_weights(config.data), config.data, vocab_size=128)
+    num_batches = []
+    for rank in (0, 1):
+        steps = build_batches(config, len(pairs), rank=rank, world_size=2)
+        ordered = OrderedPairs(pairs, BlockShuffle(pairs.group_sizes, seed=0), steps.num_positions)
+        step_pairs = [[ordered[position] for position in positions] for positions in steps]
+        sizes = PairCollator().num_tokens
+        num_batches.append([len(cut_by_tokens(part, [sizes(pair) for pair in part], 40)) for part in step_pairs])
+        assert [pair.is_filler for pair in step_pairs[-1]] == [rank == 1]
+    assert num_batches[0] != num_batches[1]  # so one of them has to cut finer than its budget asks
+
+    one = run(config)
+    done = launch(ACCELERATE, "-m", "train.run", write_config(settings_of_41, tmp_path / "two"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("wrote ") == done.stdout.count("step 6/6") == 1
+    assert history_of(tmp_path / "two") == pytest.approx(history_of(one.folder), rel=1e-5, abs=1e-5)
+    assert_same_model(tmp_path / "two", one.folder)
+    for when in ("before", "after"):
+        recorded = json.loads((tmp_path / "two" / "metrics.json").read_text())[when]
+        assert recorded == pytest.approx(getattr(one, when), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_token_weights_that_one_does(
+    settings_of_41, make_config, write_weights, rows, tmp_path
+) -> None:
+    weights = {"estimator": "ti", "ti_lambda": 0.7, "sigma_divisor": 4.0, "span": "response"}
+    recipe = {"weights": weights, "attribute": {"target": "max_logit"}}
+    write_weights([*rows, {**rows[5], "pair_id": "pair-0040"}], recipe=recipe)
+    loss = {"name": "ti_dpo", "beta": 0.1, "triplet_gamma": 0, "importance": "online", "refresh_steps": 2}
+    one = run(make_config(loss=loss))
+    done = launch(ACCELERATE, "-m", "train.run", write_config(settings_of_41, tmp_path / "two", loss=loss))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert history_of(tmp_path / "two") == pytest.approx(history_of(one.folder), rel=1e-4, abs=1e-5)
+    assert_same_model(tmp_path / "two", one.folder)
+
+
+def test_two_processes_with_halves_go_on_after_a_kill_and_train_as_one_does(
+    settings_of_41, make_config, tmp_path
+) -> None:
+    one = run(make_config())
+    config = write_config(
+        settings_of_41, tmp_path / "two", output={"save_every_steps": 2}, parallel={"strategy": "fsdp2"}
+    )
+    script = tmp_path / "script.py"
+    script.write_text(_KILLED)
+    killed = launch(TORCHRUN, str(script), str(tmp_path), config)
+    assert "Signal 9 (SIGKILL)" in killed.stderr, killed.stderr[-6000:]
+    for rank in (0, 1):
+        halves = json.loads((tmp_path / f"halves-{rank}.json").read_text())
+        assert halves["kinds"] == ["DTensor"]
+        assert halves["mine"] == halves["all"] // 2
+    checkpoints = sorted(path.name for path in (tmp_path / "two" / "checkpoints").iterdir())
+    assert checkpoints == ["checkpoint-2", "checkpoint-4"]  # the latter incomplete
+
+    resumed = launch(TORCHRUN, "-m", "train.run", config)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "resuming from checkpoint-2" in resumed.stdout
+    # Steps 1 and 2 are of the killed run, the others of the resumed one; one undisturbed process made what is expected.
+    assert history_of(tmp_path / "two") == pytest.approx(history_of(one.folder), rel=1e-6, abs=1e-6)
+    assert_same_model(tmp_path / "two", one.folder)
+
+
+# Notes how the model was cut up; both processes die while they write their second checkpoint.
+_KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+
+from transformers import Trainer
+
+import train.run
+from train.job.trainer import PairTrainer
+
+folder, config = sys.argv[1:]
+step_ordinarily, save_ordinarily = PairTrainer.training_step, Trainer._save_optimizer_and_scheduler
+
+def note_halves(self, model, inputs, num_items_in_batch=None):
+    parameters = list(model.parameters())
+    noted = {
+        "kinds": sorted({type(parameter).__name__ for parameter in parameters}),
+        "mine": sum(parameter.to_local().numel() for parameter in parameters),
+        "all": sum(parameter.numel() for parameter in parameters),
+    }
+    (Path(folder) / f"halves-{os.environ['RANK']}.json").write_text(json.dumps(noted))
+    PairTrainer.training_step = step_ordinarily
+    return step_ordinarily(self, model, inputs, num_items_in_batch)
+
+def die_at_step_4(self, checkpoint):
+    if self.state.global_step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save_ordinarily(self, checkpoint)
+
+PairTrainer.training_step = note_halves
+Trainer._save_optimizer_and_scheduler = die_at_step_4
+train.run.main([config])
+"""
+
+
+def test_a_step_that_two_processes_cannot_share_ends_both_with_one_error(settings_of_41, tmp_path) -> None:
+    config = write_config(settings_of_41, tmp_path / "out", optim={"pairs_per_step": 7})
+    done = launch(TORCHRUN, "-m", "train.run", config)
+    assert done.returncode == 1
+    said = "error: optim.pairs_per_step=7 cannot be shared equally by 2 processes; make it a multiple of 2"
+    assert done.stderr.count(said) == 1
+    assert not (tmp_path / "out").exists()

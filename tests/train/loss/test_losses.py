@@ -1,0 +1,527 @@
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from train.loss import losses
+from train.loss.losses import PairLosses, ResponseLogps, decay_weights, dpo, sft, sum_logratios, tis_dpo
+from weights_store.errors import InputError
+
+SPANS = [(3, 12), (4, 5), (1, 6), (2, 5)]  # lengths 9, 1 (nothing but its end-of-text token), 5, 3
+CHOSEN_SCORES, REJECTED_SCORES = [8.0, 2.0, 4.5, 3.0], [3.0, 2.5, 4.5, 1.0]
+
+
+def response(policy: list[float], ref: list[float], token_weights: list[float] | None = None, **kls) -> ResponseLogps:
+    """One unpadded response, [1, T], float64."""
+    rows = [torch.tensor([values], dtype=torch.float64) for values in (policy, ref)]
+    weights = None if token_weights is None else torch.tensor([token_weights], dtype=torch.float64)
+    kls = {name: torch.tensor([values], dtype=torch.float64) for name, values in kls.items()}
+    return ResponseLogps(rows[0].requires_grad_(), torch.ones_like(rows[0], dtype=torch.bool), rows[1], weights, **kls)
+
+
+def random_side(seed: int, token_weights: Tensor | None = None, dtype: torch.dtype = torch.float32) -> ResponseLogps:
+    """Four responses of lengths 9, 1, 5, 3 behind prompts, [4, 12]; masked places hold rubbish."""
+    generator = torch.Generator().manual_seed(seed)
+    policy, ref = (-3 * torch.rand(4, 12, generator=generator) for _ in range(2))
+    mask = torch.zeros(4, 12, dtype=torch.bool)
+    for row, (begin, end) in enumerate(SPANS):
+        mask[row, begin:end] = True
+    weights = torch.rand(4, 12, generator=generator) * 2 if token_weights is None else token_weights
+    kls = torch.rand(4, 12, generator=generator)
+    floats = [values.to(dtype) for values in (policy, ref, weights, kls)]
+    return ResponseLogps(floats[0].requires_grad_(), mask, floats[1], floats[2], floats[3].requires_grad_())
+
+
+class Token(NamedTuple):
+    """One response token of an oracle's loop."""
+
+    policy: float
+    ref: float
+    weight: float
+    kl: float
+
+
+Side = list[Token]
+
+
+def tokens(side: ResponseLogps, row: int) -> Side:
+    fields = (side.policy_logps, side.ref_logps, side.token_weights, side.kls)
+    return [Token(*(field[row, t].item() for field in fields)) for t in range(12) if side.completion_mask[row, t]]
+
+
+def total(side: Side, value: Callable[[Token], float]) -> float:
+    result = 0.0
+    for token in side:
+        result += value(token)
+    return result
+
+
+def ratio(token: Token) -> float:
+    return token.policy - token.ref
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def average(side: Side, value: Callable[[Token], float]) -> float:
+    return total(side, value) / len(side)
+
+
+def smoothed(margin: float, epsilon: float) -> float:
+    return -(1 - epsilon) * math.log(sigmoid(margin)) - epsilon * math.log(sigmoid(-margin))
+
+
+def tis_margin(c: Side, r: Side, eta: float) -> float:
+    u = total(c, lambda t: t.weight * ratio(t)) - total(r, lambda t: t.weight * ratio(t))
+    return u - eta * (total(c, lambda t: t.weight * t.kl) - total(r, lambda t: t.weight * t.kl))
+
+
+def tdpo_margin(c: Side, r: Side, alpha: float, stopped: Side) -> float:
+    return total(c, ratio) - total(r, ratio) - alpha * (total(r, lambda t: t.kl) - total(stopped, lambda t: t.kl))
+
+
+def decayed(side: Side, gamma: float) -> float:
+    return sum(gamma ** (t + 1) * ratio(token) for t, token in enumerate(side))
+
+
+def selected(side: Side) -> float:
+    return total(side, lambda t: t.weight * t.policy) / total(side, lambda t: t.weight)
+
+
+def uni_oracle(c: Side, r: Side, row: int) -> float:
+    quality = sigmoid(0.7 * (CHOSEN_SCORES[row] - REJECTED_SCORES[row]))
+    a_w, a_l = average(c, lambda t: t.policy), average(r, lambda t: t.policy)
+    focal = (1 - sigmoid(2.0 * (a_w - a_l) - 0.8)) ** 3.0
+    log_likelihood = math.log(sigmoid(2.0 * (average(c, ratio) - average(r, ratio))))
+    acts = CHOSEN_SCORES[row] >= 3.2 and average(c, lambda t: t.ref) > a_w
+    return -quality * focal * log_likelihood - (0.5 * a_w if acts else 0.0)
+
+
+class Case(NamedTuple):
+    """A loss with settings, and the same as a float64 loop over tokens, with math's functions only."""
+
+    ours: Callable[[ResponseLogps, ResponseLogps], PairLosses]
+    oracle: Callable[[Side, Side, int, Side], float]
+    """(chosen, rejected, row, chosen again for what takes no gradient)."""
+
+
+def run_uni(chosen: ResponseLogps, rejected: ResponseLogps) -> PairLosses:
+    num_pairs, dtype = len(chosen.policy_logps), chosen.policy_logps.dtype
+    scores = [torch.tensor(values[:num_pairs], dtype=dtype) for values in (CHOSEN_SCORES, REJECTED_SCORES)]
+    settings = {"beta": 2.0, "quality_eta": 0.7, "tau_ref": 0.8, "focal_gamma": 3.0, "nll_lambda": 0.5, "tau_good": 3.2}
+    return losses.uni_dpo(chosen, rejected, chosen_scores=scores[0], rejected_scores=scores[1], **settings)
+
+
+CASES = {
+    "dpo": Case(
+        lambda c, r: dpo(c, r, beta=0.3),
+        lambda c, r, row, sg: -math.log(sigmoid(0.3 * (total(c, ratio) - total(r, ratio)))),
+    ),
+    "dpo, smoothed": Case(
+        lambda c, r: dpo(c, r, beta=0.3, label_smoothing=0.1),
+        lambda c, r, row, sg: smoothed(0.3 * (total(c, ratio) - total(r, ratio)), 0.1),
+    ),
+    "ipo": Case(
+        lambda c, r: losses.ipo(c, r, beta=0.3),
+        lambda c, r, row, sg: (average(c, ratio) - average(r, ratio) - 1 / 0.6) ** 2,
+    ),
+    "tdpo1": Case(
+        lambda c, r: losses.tdpo1(c, r, beta=0.3),
+        lambda c, r, row, sg: -math.log(sigmoid(0.3 * tdpo_margin(c, r, 1.0, c))),
+    ),
+    "tdpo2": Case(
+        lambda c, r: losses.tdpo2(c, r, beta=0.3, alpha=0.4),
+        lambda c, r, row, sg: -math.log(sigmoid(0.3 * tdpo_margin(c, r, 0.4, sg))),
+    ),
+    "tis_dpo": Case(
+        lambda c, r: tis_dpo(c, r, beta=0.3),
+        lambda c, r, row, sg: -math.log(sigmoid(0.3 * tis_margin(c, r, 0.0))),
+    ),
+    "tis_dpo, eta": Case(
+        lambda c, r: tis_dpo(c, r, beta=0.3, eta_scale=0.7),
+        lambda c, r, row, sg: -math.log(sigmoid(0.3 * tis_margin(c, r, 0.7))),
+    ),
+    "simpo": Case(
+        lambda c, r: losses.simpo(c, r, beta=2.0, gamma_beta_ratio=0.4, label_smoothing=0.2),
+        lambda c, r, row, sg: smoothed(
+            2.0 * (average(c, lambda t: t.policy) - average(r, lambda t: t.policy)) - 0.8, 0.2
+        ),
+    ),
+    "sepo": Case(losses.sepo, lambda c, r, row, sg: -math.log(sigmoid(selected(c) - selected(r)))),
+    "d2po": Case(
+        lambda c, r: losses.d2po(c, r, beta=0.3, gamma=0.8),
+        lambda c, r, row, sg: -math.log(sigmoid(0.3 * (decayed(c, 0.8) - decayed(r, 0.8)))),
+    ),
+    "uni_dpo": Case(run_uni, lambda c, r, row, sg: uni_oracle(c, r, row)),
+    "sft": Case(sft, lambda c, r, row, sg: -total(c, lambda t: t.policy)),
+}
+every_loss = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def gradients(result: PairLosses, *sides: ResponseLogps) -> list[Tensor]:
+    """Gradients by policy log-probs and KLs of each side, 0 where there are none."""
+    inputs = [values for side in sides for values in (side.policy_logps, side.kls)]
+    found = torch.autograd.grad(result.losses.sum(), inputs, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+def slopes(case: Case, c: Side, r: Side, row: int) -> list[float]:
+    """Central differences of the oracle by every token's policy log-prob and KL, chosen first."""
+    step, result = 1e-5, []
+    for name in ("policy", "kl"):
+        for side in (c, r):
+            for t, token in enumerate(side):
+                ends = []
+                for shift in (step, -step):
+                    moved = [*side[:t], token._replace(**{name: getattr(token, name) + shift}), *side[t + 1 :]]
+                    ends.append(case.oracle(moved if side is c else c, moved if side is r else r, row, c))
+                result.append((ends[0] - ends[1]) / (2 * step))
+    return result
+
+
+@every_loss
+def test_every_loss_equals_a_float64_loop_over_tokens_in_value_and_gradient(case: Case) -> None:
+    chosen, rejected = random_side(1, dtype=torch.float64), random_side(2, dtype=torch.float64)
+    result = case.ours(chosen, rejected)
+    by_policy, by_kl, rejected_by_policy, rejected_by_kl = gradients(result, chosen, rejected)
+    for row in range(4):
+        c, r = tokens(chosen, row), tokens(rejected, row)
+        assert result.losses[row].item() == pytest.approx(case.oracle(c, r, row, c), rel=1e-12)
+        ours = [
+            *by_policy[row][chosen.completion_mask[row]].tolist(),
+            *rejected_by_policy[row][rejected.completion_mask[row]].tolist(),
+            *by_kl[row][chosen.completion_mask[row]].tolist(),
+            *rejected_by_kl[row][rejected.completion_mask[row]].tolist(),
+        ]
+        assert ours == pytest.approx(slopes(case, c, r, row), abs=1e-9)
+
+
+@every_loss
+def test_gradients_pass_gradcheck(case: Case) -> None:
+    chosen, rejected = random_side(1, dtype=torch.float64), random_side(2, dtype=torch.float64)
+
+    def run(policy: Tensor, other: Tensor, kls: Tensor) -> Tensor:
+        # the chosen KL of TDPO2 takes no gradient on purpose, which gradcheck cannot know
+        return case.ours(chosen._replace(policy_logps=policy), rejected._replace(policy_logps=other, kls=kls)).losses
+
+    assert torch.autograd.gradcheck(run, (chosen.policy_logps, rejected.policy_logps, rejected.kls))
+
+
+@every_loss
+@pytest.mark.parametrize("rubbish", [math.nan, math.inf, 1e30])
+def test_what_stands_outside_the_mask_changes_neither_value_nor_gradient(case: Case, rubbish: float) -> None:
+    clean = [random_side(1), random_side(2)]
+    dirty = []
+    for side in clean:
+        policy, ref, weights, kls = (side[i].detach().masked_fill(~side.completion_mask, rubbish) for i in (0, 2, 3, 4))
+        dirty.append(ResponseLogps(policy.requires_grad_(), side.completion_mask, ref, weights, kls.requires_grad_()))
+    results = [case.ours(*sides) for sides in (clean, dirty)]
+    assert torch.equal(results[0].losses, results[1].losses)
+    found, expected = gradients(results[1], *dirty), gradients(results[0], *clean)
+    for i, (gradient, wanted) in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(gradient, wanted)
+        assert torch.all(gradient[~dirty[i // 2].completion_mask] == 0)
+
+
+@every_loss
+def test_padding_order_and_company_change_nothing(case: Case) -> None:
+    chosen, rejected = random_side(1, dtype=torch.float64), random_side(2, dtype=torch.float64)
+    expected = case.ours(chosen, rejected).losses
+    padded = [
+        ResponseLogps(*(torch.nn.functional.pad(field.detach(), (3, 40)) for field in side))
+        for side in (chosen, rejected)
+    ]
+    assert torch.allclose(case.ours(*padded).losses, expected, rtol=1e-14, atol=0)
+    if case is not CASES["uni_dpo"]:  # whose scores stay where they are here; its rows are told apart by the oracle
+        order = torch.tensor([2, 0, 3, 1])
+        shuffled = [ResponseLogps(*(field[order] for field in side)) for side in (chosen, rejected)]
+        assert torch.equal(case.ours(*shuffled).losses, expected[order])
+        alone = [
+            case.ours(*(ResponseLogps(*(f[[row]] for f in side)) for side in (chosen, rejected))) for row in range(4)
+        ]
+        assert torch.allclose(torch.cat([one.losses for one in alone]), expected, rtol=1e-14, atol=0)
+
+
+@every_loss
+@pytest.mark.parametrize("winner", ["chosen", "rejected"])
+def test_log_ratios_of_300_nats_per_token_stay_finite(case: Case, winner: str) -> None:
+    sides = []
+    for seed, likely in ((1, winner == "chosen"), (2, winner == "rejected")):
+        side, low, zero = random_side(seed), torch.full((4, 12), -300.0), torch.zeros(4, 12)
+        policy, kls = (zero if likely else low).clone().requires_grad_(), torch.full((4, 12), 300.0).requires_grad_()
+        sides.append(side._replace(policy_logps=policy, ref_logps=low if likely else zero, kls=kls))
+    result = case.ours(*sides)
+    assert result.losses.isfinite().all()
+    for gradient in gradients(result, *sides):
+        assert gradient.isfinite().all()
+
+
+@every_loss
+def test_a_response_of_only_its_end_of_text_token_is_trained_on(case: Case) -> None:
+    chosen = response([-1.2], [-1.0], [1.5], kls=[0.2])
+    rejected = response([-0.7], [-0.9], [0.5], kls=[0.1])
+    result = case.ours(chosen, rejected)
+    c, r = tokens_of_one(chosen), tokens_of_one(rejected)
+    assert result.losses.item() == pytest.approx(case.oracle(c, r, 0, c), rel=1e-12)
+    result.losses.sum().backward()
+    assert chosen.policy_logps.grad.item() < 0
+    if case is not CASES["sft"]:
+        assert rejected.policy_logps.grad.item() > 0
+
+
+def tokens_of_one(side: ResponseLogps) -> Side:
+    return [Token(*(side[i].item() for i in (0, 2, 3, 4)))]
+
+
+@every_loss
+def test_rewards_are_what_the_loss_compares_and_take_no_gradient(case: Case) -> None:
+    chosen, rejected = random_side(1, dtype=torch.float64), random_side(2, dtype=torch.float64)
+    result = case.ours(chosen, rejected)
+    assert not result.chosen_rewards.requires_grad
+    assert not result.rejected_rewards.requires_grad
+    margins = result.chosen_rewards - result.rejected_rewards
+    if case in [CASES[name] for name in ("dpo", "tdpo1", "tdpo2", "tis_dpo", "tis_dpo, eta", "sepo", "d2po")]:
+        assert torch.allclose(result.losses, torch.log1p(torch.exp(-margins)), rtol=1e-12)
+
+
+def pair_by_hand() -> tuple[ResponseLogps, ResponseLogps]:
+    """Log-ratios: chosen 0.5, -0.2 (sum 0.3, mean 0.15); rejected -0.4, 0.3, 0.1 (sum 0). KL: chosen 0.3, rejected 0.8."""
+    chosen = response([-1.0, -2.2], [-1.5, -2.0], [2.0, 1.0], kls=[0.1, 0.2])
+    rejected = response([-3.4, -0.7, -0.1], [-3.0, -1.0, -0.2], [0.5, 1.0, 2.0], kls=[0.3, 0.1, 0.4])
+    return chosen, rejected
+
+
+BY_HAND = {
+    # u = 0.1 * (0.3 - 0) = 0.03; log(1 + exp(-0.03)) = log(1.970446)
+    "dpo": (lambda c, r: dpo(c, r, beta=0.1), 0.678260, 0.03, 0.0),
+    # 0.9 * 0.678260 + 0.1 * log(1 + exp(0.03)) = 0.610434 + 0.1 * 0.708260
+    "dpo, smoothed": (lambda c, r: dpo(c, r, beta=0.1, label_smoothing=0.1), 0.681260, 0.03, 0.0),
+    # (0.15 - 0 - 1 / (2 * 0.5))^2 = 0.85^2
+    "ipo": (lambda c, r: losses.ipo(c, r, beta=0.5), 0.7225, 0.075, 0.0),
+    # 0.1 * (0.3 - (0.8 - 0.3)) = -0.02; log(1 + exp(0.02)) = log(2.020201)
+    "tdpo1": (lambda c, r: losses.tdpo1(c, r, beta=0.1), 0.703197, 0.06, 0.08),
+    # 0.1 * (0.3 - 0.5 * 0.5) = 0.005; log(1 + exp(-0.005)) = log(1.995012)
+    "tdpo2": (lambda c, r: losses.tdpo2(c, r, beta=0.1, alpha=0.5), 0.690650, 0.045, 0.04),
+    # chosen 2*0.5 - 0.2 = 0.8; rejected -0.5*0.4 + 0.3 + 2*0.1 = 0.3; u = 0.1 * 0.5 = 0.05
+    # log(1 + exp(-0.05)) = log(1.951229)
+    "tis_dpo": (lambda c, r: tis_dpo(c, r, beta=0.1), 0.668460, 0.08, 0.03),
+    # weighted KL: chosen 2*0.1 + 0.2 = 0.4; rejected 0.5*0.3 + 0.1 + 2*0.4 = 1.05; eta = 0.1 * (0.4 - 1.05) = -0.065
+    # u - eta = 0.115; log(1 + exp(-0.115)) = log(1.891366)
+    "tis_dpo, eta": (lambda c, r: tis_dpo(c, r, beta=0.1, eta_scale=1.0), 0.637299, 0.04, -0.075),
+    # means: -1.6 and -1.4; 2 * (-0.2 - 0.5) = -1.4; log(1 + exp(1.4)) = log(5.055200)
+    "simpo": (lambda c, r: losses.simpo(c, r, beta=2.0, gamma_beta_ratio=0.5), 1.620418, -3.2, -2.8),
+    # chosen (-2*1 - 2.2) / 3 = -1.4; rejected (-0.5*3.4 - 0.7 - 2*0.1) / 3.5 = -0.742857
+    # log(1 + exp(0.657143)) = log(2.929273)
+    "sepo": (losses.sepo, 1.074755, -1.4, -0.742857),
+    # chosen 0.5*0.5 - 0.25*0.2 = 0.2; rejected -0.5*0.4 + 0.25*0.3 + 0.125*0.1 = -0.1125; u = 0.1 * 0.3125 = 0.03125
+    # log(1 + exp(-0.03125)) = log(1.969233)
+    "d2po": (lambda c, r: losses.d2po(c, r, beta=0.1, gamma=0.5), 0.677644, 0.02, -0.01125),
+    # w_qual = sigmoid(0.7 * 0.5) = 0.586618; w_perf = (1 - sigmoid(2 * (-1.6 + 1.4) - 0.8))^2 = 0.768525^2 = 0.590630
+    # log(1 + exp(-2 * 0.15)) = 0.554355; no c-NLL: the mean of log pi, -1.6, is above that of log ref, -1.75
+    "uni_dpo": (lambda c, r: uni_by_hand(c, r, 3.5), 0.192069, 0.3, 0.0),
+}
+
+
+def uni_by_hand(chosen: ResponseLogps, rejected: ResponseLogps, score: float) -> PairLosses:
+    settings = {"beta": 2.0, "quality_eta": 0.7, "tau_ref": 0.8, "focal_gamma": 2.0, "nll_lambda": 0.1, "tau_good": 3.2}
+    scores = {"chosen_scores": torch.tensor([score]), "rejected_scores": torch.tensor([score - 0.5])}
+    return losses.uni_dpo(chosen, rejected, **scores, **settings)
+
+
+@pytest.mark.parametrize(("loss", "value", "chosen_reward", "rejected_reward"), BY_HAND.values(), ids=BY_HAND.keys())
+def test_losses_equal_the_sums_by_hand(loss, value: float, chosen_reward: float, rejected_reward: float) -> None:
+    result = loss(*pair_by_hand())
+    assert result.losses.item() == pytest.approx(value, abs=1e-6)
+    rewards = (result.chosen_rewards.item(), result.rejected_rewards.item())
+    assert rewards == pytest.approx((chosen_reward, rejected_reward), abs=1e-6)
+
+
+def test_sft_is_the_negative_log_likelihood_of_chosen() -> None:
+    result = sft(response([-1.0, -2.2], [-1.5, -2.0]), beta=0.5)
+    assert result.losses.item() == pytest.approx(3.2)  # 1.0 + 2.2
+    assert result.chosen_rewards.item() == pytest.approx(0.15)  # 0.5 * (0.5 - 0.2)
+    assert result.rejected_rewards is None
+    assert sft(ResponseLogps(torch.tensor([[-1.0]]), torch.tensor([[True]]))).chosen_rewards is None
+
+
+@pytest.mark.parametrize(
+    ("score", "mean_ref", "expected"),
+    [
+        (3.2, -1.5, 0.16),  # good, and the reference likes it better: 0.1 * 1.6
+        (3.1, -1.5, 0.0),  # not good enough
+        (3.2, -1.7, 0.0),  # the policy likes it better already
+    ],
+)
+def test_uni_dpo_raises_the_likelihood_of_good_responses_that_fell_behind(score, mean_ref, expected) -> None:
+    chosen, rejected = response([-1.0, -2.2], [mean_ref] * 2), response([-2.0], [-2.0])
+    plain = uni_by_hand(chosen, rejected, -100.0).losses.item()  # the same difference of scores, none of them good
+    assert uni_by_hand(chosen, rejected, score).losses.item() - plain == pytest.approx(expected, abs=1e-6)
+
+
+def assert_same(ours: PairLosses, expected: PairLosses, *sides: ResponseLogps) -> None:
+    """Losses and gradients, bit for bit."""
+    assert torch.equal(ours.losses, expected.losses)
+    for gradient, wanted in zip(gradients(ours, *sides), gradients(expected, *sides), strict=True):
+        assert torch.equal(gradient, wanted)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda c, r: tis_dpo(c, r, beta=0.1),  # with weights of 1
+        lambda c, r: losses.tdpo2(c, r, beta=0.1, alpha=0.0),
+        lambda c, r: losses.d2po(c, r, beta=0.1, gamma=1.0),
+    ],
+    ids=["tis_dpo with ones", "tdpo2 with alpha 0", "d2po with gamma 1"],
+)
+def test_what_reduces_to_plain_dpo_does_so_bit_for_bit(loss) -> None:
+    ones = torch.ones(4, 12)
+    chosen, rejected = random_side(1, ones), random_side(2, ones)
+    assert_same(loss(chosen, rejected), dpo(chosen, rejected, beta=0.1), chosen, rejected)
+
+
+def test_sepo_of_everything_is_simpo_with_beta_1_and_no_margin() -> None:
+    ones = torch.ones(4, 12)
+    chosen, rejected = random_side(1, ones), random_side(2, ones)
+    simpo = losses.simpo(chosen, rejected, beta=1.0, gamma_beta_ratio=0.0)
+    assert_same(losses.sepo(chosen, rejected), simpo, chosen, rejected)
+
+
+def test_sepo_looks_at_selected_tokens_only() -> None:
+    chosen, rejected = response([-1.0, -2.0, -6.0], [0.0] * 3, [0, 1, 1]), response([-3.0, -1.0], [0.0] * 2, [1, 0])
+    result = losses.sepo(chosen, rejected)
+    assert result.losses.item() == pytest.approx(math.log1p(math.exp(1.0)))  # (-2 - 6) / 2 + 3 = -1
+    result.losses.backward()
+    assert chosen.policy_logps.grad[0, 0] == rejected.policy_logps.grad[0, 1] == 0
+    assert chosen.policy_logps.grad[0, 1] == pytest.approx(-0.5 * sigmoid(1.0))
+
+
+def test_tdpo2_with_alpha_1_has_the_value_of_tdpo1_and_not_its_gradient() -> None:
+    chosen, rejected = random_side(1), random_side(2)
+    first, second = losses.tdpo1(chosen, rejected, beta=0.1), losses.tdpo2(chosen, rejected, beta=0.1, alpha=1.0)
+    assert torch.equal(first.losses, second.losses)
+    by_kl = [gradients(result, chosen, rejected)[1::2] for result in (first, second)]
+    assert torch.all(by_kl[1][0] == 0)
+    assert torch.all(by_kl[0][0][chosen.completion_mask] < 0)
+    assert torch.equal(by_kl[0][1], by_kl[1][1])
+
+
+def test_eta_has_the_opposite_sign_of_the_kl_of_tdpo() -> None:
+    chosen, rejected = random_side(1), random_side(2)
+    ones = torch.ones(4, 12)
+    weighted = [side._replace(token_weights=ones) for side in (chosen, rejected)]
+    eta = gradients(tis_dpo(*weighted, beta=0.1, eta_scale=1.0), chosen, rejected)
+    kl = gradients(losses.tdpo1(chosen, rejected, beta=0.1), chosen, rejected)
+    for side, (of_eta, of_kl) in zip((chosen, rejected), zip(eta[1::2], kl[1::2], strict=True), strict=True):
+        assert torch.all((of_eta * of_kl)[side.completion_mask] < 0)
+
+
+def test_uni_dpo_with_eta_0_gives_every_pair_half_its_weight() -> None:
+    chosen, rejected = random_side(1), random_side(2)
+    settings = {"beta": 2.0, "quality_eta": 0.0, "tau_ref": 0.8, "focal_gamma": 0.0, "nll_lambda": 0.0, "tau_good": 0.0}
+    scores = {"chosen_scores": torch.tensor(CHOSEN_SCORES), "rejected_scores": torch.tensor(REJECTED_SCORES)}
+    result = losses.uni_dpo(chosen, rejected, **scores, **settings)
+    margins = result.chosen_rewards - result.rejected_rewards
+    assert torch.allclose(result.losses, 0.5 * torch.log1p(torch.exp(-margins)))  # w_qual 1/2, w_perf 1
+
+
+def test_decay_starts_with_gamma_at_the_first_response_token() -> None:
+    side = ResponseLogps(torch.zeros(2, 5), torch.tensor([[0, 1, 1, 1, 0], [0, 0, 0, 0, 1]]).bool())
+    expected = [[0, 0.5, 0.25, 0.125, 0], [0, 0, 0, 0, 0.5]]
+    assert decay_weights(side, 0.5).tolist() == expected
+
+
+def test_gradient_is_minus_beta_weight_sigmoid() -> None:
+    """methods.md 1.2: dL/d log pi(y_t) = -beta w_t sigmoid(-u) on chosen tokens, with + on rejected ones."""
+    chosen, rejected = pair_by_hand()
+    tis_dpo(chosen, rejected, beta=0.1).losses.sum().backward()
+    scale = 0.1 / (1 + math.exp(0.05))  # u = 0.05, see above
+    assert chosen.policy_logps.grad.tolist() == [pytest.approx([-2 * scale, -scale])]
+    assert rejected.policy_logps.grad.tolist() == [pytest.approx([0.5 * scale, scale, 2 * scale])]
+
+
+SIGMOID_FAMILY = ["dpo", "dpo, smoothed", "tdpo1", "tdpo2", "tis_dpo", "tis_dpo, eta", "d2po"]
+
+
+@pytest.mark.parametrize("name", SIGMOID_FAMILY)
+def test_policy_equal_to_reference_gives_log_2(name: str) -> None:
+    chosen, rejected = (
+        side._replace(policy_logps=side.ref_logps, kls=torch.zeros(4, 12)) for side in (random_side(1), random_side(2))
+    )
+    result = CASES[name].ours(chosen, rejected)
+    assert result.losses.tolist() == pytest.approx([math.log(2)] * 4)
+    assert result.chosen_rewards.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("name", [name for name in SIGMOID_FAMILY if "smoothed" not in name] + ["sepo"])
+def test_swapping_sides_negates_the_margin(name: str) -> None:
+    chosen, rejected = random_side(1), random_side(2)
+    there, back = CASES[name].ours(chosen, rejected), CASES[name].ours(rejected, chosen)
+    margins = there.chosen_rewards - there.rejected_rewards
+    assert torch.equal(margins, -(back.chosen_rewards - back.rejected_rewards))
+    # softplus(-u) - softplus(u) = -u
+    assert torch.allclose(there.losses - back.losses, -margins, atol=1e-6)
+
+
+def test_the_last_token_gets_gradient_like_any_other() -> None:
+    """The official release gives EOS weight 0; here a weight of 1 is a weight of 1 on the last token as well."""
+    chosen, rejected = response([-1.0, -1.0, -1.0], [-1.0] * 3, [1.0] * 3), response([-2.0], [-2.0], [1.0])
+    tis_dpo(chosen, rejected, beta=0.1).losses.sum().backward()
+    assert chosen.policy_logps.grad.tolist() == [pytest.approx([-0.05] * 3)]  # -0.1 * sigmoid(0)
+
+
+@every_loss
+def test_weights_and_reference_take_no_gradient(case: Case) -> None:
+    chosen, rejected = random_side(1), random_side(2)
+    chosen.token_weights.requires_grad_()
+    chosen.ref_logps.requires_grad_()
+    case.ours(chosen, rejected).losses.sum().backward()
+    assert chosen.token_weights.grad is None
+    assert chosen.ref_logps.grad is None
+
+
+def test_huge_margins_stay_finite() -> None:
+    chosen, rejected = response([0.0], [-1e4]), response([-1e4], [0.0])
+    assert dpo(chosen, rejected, beta=1.0).losses.item() == 0.0
+    assert dpo(rejected, chosen, beta=1.0).losses.item() == pytest.approx(2e4)
+
+
+def test_missing_parts_are_refused() -> None:
+    bare = ResponseLogps(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool))
+    plain = response([0.0], [0.0], [1.0])
+    with pytest.raises(ValueError, match="needs ref_logps"):
+        sum_logratios(bare)
+    with pytest.raises(ValueError, match="needs token_weights"):
+        tis_dpo(response([0.0], [0.0]), plain, beta=0.1)
+    with pytest.raises(ValueError, match="needs token_weights"):
+        losses.sepo(bare, plain)
+    with pytest.raises(ValueError, match="needs kls"):
+        tis_dpo(plain, plain, beta=0.1, eta_scale=1.0)
+    with pytest.raises(ValueError, match="needs kls"):
+        losses.tdpo1(plain, plain, beta=0.1)
+    assert tis_dpo(plain, plain, beta=0.1).losses.item() == pytest.approx(math.log(2))  # eta off needs none
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    plain = response([0.0], [0.0])
+    for loss in (dpo, losses.ipo):
+        with pytest.raises(ValueError, match="beta must be > 0, got 0"):
+            loss(plain, plain, beta=0)
+    for label_smoothing in (-0.1, 0.5):
+        with pytest.raises(ValueError, match=f"at least 0 and below 0.5, got {label_smoothing}"):
+            dpo(plain, plain, beta=0.1, label_smoothing=label_smoothing)
+
+
+@pytest.mark.parametrize("token_weights", [[0.0, 0.0], [1.0, -0.5], [math.nan, 1.0]])
+def test_sepo_refuses_a_response_without_a_selection(token_weights: list[float]) -> None:
+    good, bad = response([-1.0, -1.0], [0.0, 0.0], [1.0, 0.0]), response([-1.0, -1.0], [0.0, 0.0], token_weights)
+    sides = ResponseLogps(*(None if a is None else torch.cat([a, b]) for a, b in zip(good, bad, strict=True)))
+    both_good = ResponseLogps(*(None if a is None else torch.cat([a, a]) for a in good))
+    with pytest.raises(InputError, match=r"sepo, rejected response 1 of the batch: expected token weights >= 0"):
+        losses.sepo(both_good, sides)
+    with pytest.raises(InputError, match=r"sepo, chosen response 1 of the batch.*weights.estimator='sepo'"):
+        losses.sepo(sides, both_good)

@@ -1,0 +1,142 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from train.data.dataset import Pair, StoredResponse
+from train.model.collate import MODEL_INPUTS, PairCollator
+from train.model.logps import check_output_layer, per_token_logps, route_forward
+from weights_store.errors import InputError
+
+
+def as_pair(row: dict) -> Pair:
+    sides = [
+        StoredResponse(*(np.array(row[f"{side}_{name}"]) for name in ("ids", "token_weights", "ref_logps")))
+        for side in ("chosen", "rejected")
+    ]
+    return Pair(row["pair_id"], np.array(row["prompt_ids"]), *sides)
+
+
+@pytest.fixture
+def batch(rows):
+    return PairCollator(packed=False)([as_pair(row) for row in rows[:6]])
+
+
+def model_inputs(batch):
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+
+
+def test_logps_equal_those_of_each_sequence_alone(model, batch, rows) -> None:
+    logps = per_token_logps(model, **model_inputs(batch)).logps
+    for row, stored in enumerate(rows[:6]):
+        for place, side in ((row, "chosen"), (row + 6, "rejected")):
+            got = logps[place][batch["completion_mask"][place]].tolist()
+            assert got == pytest.approx(stored[f"{side}_ref_logps"], abs=2e-5)
+
+
+def test_logps_equal_cross_entropy_of_full_logits_in_value_and_gradient(model, batch) -> None:
+    model = copy.deepcopy(model)
+    logps = per_token_logps(model, **model_inputs(batch), chunk_logits=5 * 128).logps  # 5 tokens at a time
+    logps.sum().backward()
+    ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    logits = model(**inputs).logits
+    expected = -F.cross_entropy(logits[:, :-1].transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
+    expected = expected * batch["completion_mask"][:, 1:]
+    assert torch.allclose(logps[:, 1:], expected, atol=1e-5)
+    assert torch.all(logps[:, 0] == 0)
+    expected.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(ours[name], parameter.grad, atol=1e-4), name
+
+
+def test_no_tensor_over_all_tokens_and_the_vocabulary_exists(model, batch, monkeypatch) -> None:
+    seen = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
+    per_token_logps(model, **model_inputs(batch), chunk_logits=7 * 128)
+    handle.remove()
+    num_tokens = int(batch["completion_mask"].sum())
+    assert sum(rows for rows, _ in seen) == num_tokens  # response tokens only
+    assert max(seen) == (7, 128)
+
+
+def test_logits_are_kept_up_to_a_limit_and_computed_again_above_it(model, batch) -> None:
+    model = copy.deepcopy(model)
+    num_tokens = int(batch["completion_mask"].sum())
+    gradients = []
+    for kept_logits, runs in ((num_tokens * 128, 1), (num_tokens * 128 - 1, 2)):
+        seen = []
+        handle = model.lm_head.register_forward_hook(lambda module, args, output, seen=seen: seen.append(len(output)))
+        model.zero_grad()
+        per_token_logps(
+            model, **model_inputs(batch), chunk_logits=7 * 128, kept_logits=kept_logits
+        ).logps.sum().backward()
+        handle.remove()
+        assert sum(seen) == runs * num_tokens
+        gradients.append(model.lm_head.weight.grad.clone())
+    assert torch.equal(*gradients)
+
+
+def test_padding_and_batch_composition_change_nothing(model, rows) -> None:
+    pairs = [as_pair(row) for row in rows[:6]]
+    together = PairCollator(packed=False)(pairs)
+    logps = per_token_logps(model, **model_inputs(together)).logps
+    for i, pair in enumerate(pairs):
+        alone = PairCollator(packed=False)([pair])
+        alone_logps = per_token_logps(model, **model_inputs(alone)).logps
+        for place, alone_place in ((i, 0), (i + len(pairs), 1)):
+            whole = logps[place][together["completion_mask"][place]]
+            assert torch.allclose(whole, alone_logps[alone_place][alone["completion_mask"][alone_place]], atol=1e-5)
+
+
+def test_padding_id_does_not_matter(model, batch) -> None:
+    logps = per_token_logps(model, **model_inputs(batch)).logps
+    batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 77)
+    assert torch.equal(logps, per_token_logps(model, **model_inputs(batch)).logps)
+
+
+def test_routed_model_returns_logps_and_keeps_its_class(model, batch) -> None:
+    routed = copy.deepcopy(model)
+    route_forward(routed)
+    assert torch.equal(routed(**model_inputs(batch)).logps, per_token_logps(model, **model_inputs(batch)).logps)
+    assert type(routed) is type(model)
+
+
+def gemma(**changes):
+    config = Gemma2Config(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, head_dim=16,
+        num_key_value_heads=1, final_logit_softcapping=0.5, initializer_range=0.5, query_pre_attn_scalar=16, **changes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(config).eval()
+
+
+def test_softcapped_logits_are_understood() -> None:
+    check_output_layer(gemma())
+
+
+def test_a_model_that_scales_its_logits_in_an_unknown_way_is_refused() -> None:
+    model = gemma()
+    ordinary = model.forward
+
+    def forward(**inputs):
+        output = ordinary(**inputs)
+        output.logits = output.logits * 1.5
+        return output
+
+    model.forward = forward
+    with pytest.raises(
+        InputError, match=r"Gemma2ForCausalLM: log-probs computed from its hidden states differ .* nats"
+    ):
+        check_output_layer(model)
+
+
+def test_a_model_without_an_output_layer_is_refused(model) -> None:
+    with pytest.raises(InputError, match="LlamaModel is no causal language model"):
+        check_output_layer(model.base_model)

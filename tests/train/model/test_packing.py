@@ -1,0 +1,268 @@
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import train.model.attention
+from train.data.dataset import Pair, StoredResponse
+from train.model.attention import PACKED, Packing
+from train.model.collate import MODEL_INPUTS, PairCollator
+from train.model.logps import Divergence, per_token_logps
+from train.model.packing import enable_packing
+
+BASE = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2,
+}  # fmt: skip
+LAYERS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5, **LAYERS}
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**BASE)),
+    "llama-tied": (LlamaForCausalLM, LlamaConfig(**BASE, tie_word_embeddings=True)),
+    "mistral-window": (MistralForCausalLM, MistralConfig(**BASE, sliding_window=5)),
+    "qwen2-window": (
+        Qwen2ForCausalLM,
+        Qwen2Config(**BASE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    ),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**BASE, head_dim=8)),
+    "gemma2-window-softcap": (
+        Gemma2ForCausalLM,
+        Gemma2Config(**BASE, **GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    ),
+    "gemma3-window": (Gemma3ForCausalLM, Gemma3TextConfig(**BASE, **GEMMA)),
+}
+
+
+def random_pairs(lengths: list[tuple[int, ...]], *, vocab_size: int) -> list[Pair]:
+    """Pairs of random ids: lengths of prompt, chosen, rejected and perhaps anchor; the responses of the first begin alike."""
+    generator = np.random.default_rng(0)
+    pairs = []
+    for length in lengths:
+        prompt, *responses = (generator.integers(0, vocab_size, n).astype(np.int32) for n in length)
+        if not pairs:
+            for other in responses[1:]:
+                other[:2] = responses[0][:2]
+        sides = [StoredResponse(ids, *(np.zeros(len(ids), np.float32),) * 2) for ids in responses]
+        anchor = sides[2] if len(sides) > 2 else None
+        pairs.append(Pair(f"pair-{len(pairs)}", prompt, sides[0], sides[1], anchor=anchor))
+    return pairs
+
+
+def build(family: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    kind, config = FAMILIES[family]
+    config = copy.deepcopy(config)
+    if "softcap" in family:
+        config._attn_implementation = "eager"  # transformers' default leaves soft-capping out
+    return kind(config).eval()
+
+
+def inputs_of(pairs: list[Pair], packed: bool, **flags: bool) -> dict[str, torch.Tensor]:
+    batch = PairCollator(packed=packed, **flags)(pairs)
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+
+
+@pytest.fixture(params=["dense", "sdpa"])
+def kernel(request, monkeypatch) -> str:
+    """Both ways of the CPU: plain products for short pairs, torch's kernel for long ones."""
+    if request.param == "sdpa":
+        monkeypatch.setattr(train.model.attention, "MAX_DENSE_SCORES", 0)
+    return request.param
+
+
+def check_packed_equals_separate(model: torch.nn.Module, pairs: list[Pair], **flags: bool) -> None:
+    found = {}
+    for packed in (False, True):
+        if packed:
+            assert enable_packing(model) is None
+            assert model.config._attn_implementation == PACKED
+        model.zero_grad()
+        logps = per_token_logps(model, **inputs_of(pairs, packed, **flags)).logps
+        (logps * torch.linspace(-1, 1, logps.numel()).view_as(logps)).sum().backward()
+        found[packed] = logps.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert torch.allclose(found[True][0], found[False][0], atol=2e-5)
+    for name, gradient in found[False][1].items():
+        assert torch.allclose(found[True][1][name], gradient, atol=2e-4, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_pairs_equal_separate_sequences_in_value_and_gradient(family: str, kernel: str) -> None:
+    lengths = [(7, 9, 6), (1, 1, 12), (11, 3, 1), (4, 8, 8)]  # longer than the window of 5
+    check_packed_equals_separate(build(family), random_pairs(lengths, vocab_size=96))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2-window-softcap"])
+@pytest.mark.parametrize("share_beginnings", [True, False])
+def test_packed_anchors_equal_separate_sequences_in_value_and_gradient(family: str, share_beginnings: bool) -> None:
+    pairs = random_pairs([(7, 9, 6, 8), (1, 1, 12, 2), (11, 3, 1, 7), (4, 8, 8, 1)], vocab_size=96)
+    check_packed_equals_separate(build(family), pairs, with_anchors=True, share_beginnings=share_beginnings)
+
+
+def test_responses_are_blind_to_each_other_and_pairs_to_pairs() -> None:
+    model = build("llama")
+    enable_packing(model)
+    pairs = random_pairs([(6, 5, 5), (3, 4, 7)], vocab_size=96)
+    before = per_token_logps(model, **inputs_of(pairs, True)).logps
+    pairs[0].rejected.ids[:] = (pairs[0].rejected.ids + 1) % 96
+    after = per_token_logps(model, **inputs_of(pairs, True)).logps
+    assert torch.allclose(before[[0, 1, 3]], after[[0, 1, 3]], atol=1e-6)  # its chosen one, and both of the other pair
+    assert not torch.allclose(before[2], after[2], atol=1e-2)
+
+
+def test_anchors_neither_see_the_sides_of_their_pair_nor_are_seen() -> None:
+    model = build("llama")
+    enable_packing(model)
+    pairs = random_pairs([(6, 5, 5, 4), (3, 4, 7, 6)], vocab_size=96)
+    plain = per_token_logps(model, **inputs_of(pairs, True)).logps
+    before = per_token_logps(model, **inputs_of(pairs, True, with_anchors=True)).logps
+    assert torch.allclose(before[:4], plain, atol=1e-6)
+    pairs[1].chosen.ids[:] = (pairs[1].chosen.ids + 1) % 96
+    after = per_token_logps(model, **inputs_of(pairs, True, with_anchors=True)).logps
+    assert torch.allclose(before[[0, 2, 3, 4, 5]], after[[0, 2, 3, 4, 5]], atol=1e-6)
+    assert not torch.allclose(before[1], after[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("top_k", [True, False])
+def test_the_divergence_is_computed_of_both_sides_and_not_of_anchors(packed: bool, top_k: bool) -> None:
+    model, reference = build("llama"), build("llama")
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(1.5)
+    if packed:
+        assert enable_packing(model) is enable_packing(reference) is None
+    pairs = random_pairs([(6, 5, 5, 4), (3, 4, 7, 6), (2, 1, 3, 9)], vocab_size=96)
+    if top_k:
+        pairs = [
+            replace(pair, **{side: with_top_k(getattr(pair, side)) for side in ("chosen", "rejected")})
+            for pair in pairs
+        ]
+    divergence = Divergence("ref_policy", top_k=top_k, reference=None if top_k else reference)
+    found = []
+    for with_anchors in (False, True):
+        inputs = inputs_of(pairs, packed, with_anchors=with_anchors)
+        model.zero_grad()
+        # chunks of 2 rows: neither the sides' 25 tokens nor the anchors' 19 are a multiple
+        terms = per_token_logps(model, **inputs, divergence=divergence, chunk_logits=8 * 96)
+        (terms.logps[:6].sum() + terms.kls.sum()).backward()
+        found.append((terms, model.lm_head.weight.grad.clone()))
+    (plain, plain_gradient), (anchored, gradient) = found
+    length = plain.kls.shape[1]
+    assert torch.allclose(anchored.kls[:6, :length], plain.kls, atol=1e-6)
+    assert plain.kls.max() > 0.01
+    assert torch.allclose(gradient, plain_gradient, atol=1e-4)
+    assert torch.all(anchored.kls[6:] == 0)
+    expected = per_token_logps(model, **inputs_of(pairs, packed, with_anchors=True)).logps
+    assert torch.allclose(anchored.logps, expected, atol=1e-5)
+
+
+def with_top_k(response: StoredResponse) -> StoredResponse:
+    """With three likeliest ids of some reference."""
+    ids = np.tile(np.array([3, 1, 2], np.int32), (len(response.ids), 1))
+    return replace(response, ref_top_ids=ids, ref_top_logps=np.log(np.full(ids.shape, 0.2, np.float32)))
+
+
+def test_who_sees_whom_by_hand() -> None:
+    # pair 0: prompt a b, chosen c, rejected d e; pair 1: prompt f, chosen g, rejected h
+    packing = Packing(torch.tensor([0, 0, 1, 2, 2, 4, 5, 6]), torch.tensor([0, 1, 2, 2, 3, 0, 1, 1]))
+    tokens = torch.arange(8)
+    seen = packing.sees(tokens[:, None], tokens[None], None).int().tolist()
+    assert seen == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0, 0, 0],
+        [1, 1, 0, 1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1, 0, 1],
+    ]
+    assert packing.sees(tokens[4], tokens, 2).int().tolist() == [0, 0, 0, 1, 1, 0, 0, 0]  # itself and the one before
+    # prompt a, chosen b, rejected c, anchor d e
+    triple = Packing(torch.tensor([0, 1, 2, 3, 3]), torch.tensor([0, 1, 1, 1, 2]))
+    assert triple.sees(tokens[:5, None], tokens[None, :5], None).int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 0, 1, 0, 0],
+        [1, 0, 0, 1, 0],
+        [1, 0, 0, 1, 1],
+    ]
+    # 3 tokens are fewer than 0.8 times 5: two groups
+    assert [(group.begin, group.num_tokens, group.places.tolist()) for group in packing.groups] == [
+        (0, 5, [[0, 1, 2, 3, 4]]),
+        (5, 3, [[0, 1, 2]]),
+    ]
+    together = Packing(torch.tensor([0, 0, 1, 2, 2, 4, 4, 5, 6]), torch.tensor([0, 1, 2, 2, 3, 0, 1, 2, 2]))
+    (group,) = together.groups
+    assert group.places.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 0]]
+    assert group.is_token.int().tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+
+
+def test_the_block_mask_of_gpus_says_what_the_mask_of_cpus_says() -> None:
+    """Flex attention itself is not run: its mask function, and which blocks of 128 it would skip."""
+    batch = PairCollator()(random_pairs([(90, 150, 70), (9, 200, 3)], vocab_size=96))
+    packing = Packing(batch["branch_ids"][0], batch["position_ids"][0])
+    tokens = torch.arange(len(packing.positions))
+    for window in (None, 7):
+        block_mask = packing.block_mask(window)
+        expected = packing.sees(tokens[:, None], tokens[None], window)
+        no_head = torch.zeros((), dtype=torch.long)
+        assert torch.equal(block_mask.mask_mod(no_head, no_head, tokens[:, None], tokens[None]), expected)
+        looked_at = block_mask.to_dense()[0, 0].bool().repeat_interleave(128, 0).repeat_interleave(128, 1)
+        assert looked_at[: len(tokens), : len(tokens)][expected].all()
+        assert not looked_at.all()  # pairs that share no block are skipped
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    model = build("llama").train()
+    enable_packing(model)
+    inputs = inputs_of(random_pairs([(7, 9, 6), (4, 8, 8)], vocab_size=96), True)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        per_token_logps(model, **inputs).logps.sum().backward()
+        gradients.append(model.model.embed_tokens.weight.grad.clone())
+    assert torch.equal(*gradients)
+
+
+def test_models_that_cannot_be_packed_say_why_and_stay_as_they_are() -> None:
+    mamba = FalconMambaForCausalLM(
+        FalconMambaConfig(vocab_size=96, hidden_size=16, num_hidden_layers=1, state_size=4)
+    ).eval()
+    assert enable_packing(mamba) == "FalconMambaForCausalLM carries a state from token to token"
+    chunked = build("gemma3-window")
+    chunked.config.layer_types[1] = "chunked_attention"
+    assert enable_packing(chunked) == "Gemma3ForCausalLM has layers of type chunked_attention"
+    assert chunked.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_fails_the_trial_is_left_as_it_is(monkeypatch) -> None:
+    model = build("llama")
+    monkeypatch.setattr(Packing, "sees", lambda self, query, key, window: key <= query)  # everybody sees everybody
+    assert enable_packing(model).startswith("packed log-probs differ from those of separate sequences by ")
+    assert model.config._attn_implementation == "sdpa"
+    ordinary = model.model.forward
+    model.model.forward = lambda input_ids, attention_mask=None, position_ids=None, use_cache=None: ordinary(
+        input_ids, attention_mask, position_ids, use_cache=use_cache
+    )
+    assert enable_packing(model).startswith("its decoder does not run packed: ")
+    assert model.config._attn_implementation == "sdpa"

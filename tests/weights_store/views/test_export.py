@@ -1,0 +1,155 @@
+import json
+
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+
+from weights_store.errors import DamageError, InputError, MismatchError
+
+NAME = "hh-harmless/tis-dpo"
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_parquet_is_read_by_datasets_with_every_number_in_place(small_store, tmp_path):
+    from datasets import load_dataset
+
+    files = small_store.export(NAME, tmp_path / "out")
+    assert [path.name for path in files] == ["part-00000.parquet", "tokenweights.json"]
+    loaded = load_dataset(
+        "parquet", data_files=[str(files[0])], split="train", cache_dir=str(tmp_path / "cache"), keep_in_memory=True
+    )
+    expected = small_store.scan(NAME).collect()
+    assert loaded.column_names == expected.columns
+    assert loaded.to_list() == expected.sort("pair_id").to_dicts()
+
+
+def test_parquet_needs_no_special_encoding(small_store, tmp_path):
+    (path, _) = small_store.export(NAME, tmp_path / "out")
+    groups = pq.ParquetFile(path).metadata
+    encodings = {e for column in range(groups.num_columns) for e in groups.row_group(0).column(column).encodings}
+    assert encodings <= {"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY"}
+
+
+def test_files_are_cut_by_size_and_together_hold_every_row_once(small_store, tmp_path, monkeypatch):
+    monkeypatch.setattr("weights_store.views.export.FILE_BYTES", 1)
+    files = small_store.export(NAME, tmp_path / "out")
+    assert len(files) == 2 + 1  # two commits, one row group each
+    assert pl.concat([pl.read_parquet(path) for path in files[:-1]])["pair_id"].to_list() == ["a", "b", "c", "d"]
+
+
+def test_an_older_version_is_exported_when_asked_for(small_store, tmp_path):
+    files = small_store.export(NAME, tmp_path / "out", version=0)
+    assert pl.read_parquet(files[0])["pair_id"].to_list() == ["a", "b", "c"]
+    record = json.loads(files[-1].read_text())
+    assert record == {
+        "name": f"{NAME}@0",
+        "fingerprint": small_store.resolve(NAME, 0).fingerprint,
+        "format": "parquet",
+        "files": ["part-00000.parquet"],
+    }
+
+
+def test_jsonl_has_the_fields_of_the_release(small_store, tmp_path, texts):
+    files = small_store.export(NAME, tmp_path / "out", format="jsonl", tokenizer=texts)
+    assert [path.name for path in files] == ["test.jsonl", "train.jsonl", "tokenweights.json"]
+    # Chosen weights negated, as the release's loader negates them again; the last EOS (9) left out, the one inside b kept.
+    assert lines(files[1]) == [
+        {
+            "prompt": "Q?",
+            "chosen": "Yes sir",
+            "rejected": "No",
+            "chosen_weight": [-1.0, -2.0],
+            "rejected_weight": [0.25],
+        },
+        {
+            "prompt": "Q",
+            "chosen": " caf</s>é",
+            "rejected": "!Yes",
+            "chosen_weight": [-4.0, -1.0, -0.5],
+            "rejected_weight": [2.0, 1.5],
+        },
+        {
+            "prompt": "?Q?",
+            "chosen": " sir",
+            "rejected": "No caf\u00e9!",
+            "chosen_weight": [-0.5],
+            "rejected_weight": [1.5, 1.25, 1.0, 1.25],
+        },
+    ]
+    # Cut before EOS: nothing to leave out. Nothing but EOS: nothing left.
+    assert lines(files[0]) == [
+        {"prompt": "QQ", "chosen": "Yes", "rejected": "", "chosen_weight": [-1.25], "rejected_weight": []}
+    ]
+
+
+def test_the_release_trains_on_the_stored_weights(small_store, tmp_path, texts):
+    # The release's loader, in our words: z = -chosen_weight, z = rejected_weight; transform "origin" is w = z; EOS gets 0.
+    files = small_store.export(NAME, tmp_path / "out", format="jsonl", tokenizer=texts)
+    read = [([-z for z in line["chosen_weight"]], line["rejected_weight"]) for line in lines(files[1])]
+    stored = small_store.scan(NAME, 0).collect()
+    for (chosen, rejected), row in zip(read, stored.to_dicts(), strict=True):
+        assert [*chosen, 0.0] == [*row["chosen_token_weights"][:-1], 0.0]
+        assert [*rejected, 0.0] == [*row["rejected_token_weights"][:-1], 0.0]
+
+
+def test_without_a_tokenizer_ids_stand_in_the_place_of_text(small_store, tmp_path):
+    files = small_store.export(NAME, tmp_path / "out", version=0, format="jsonl")
+    assert list(lines(files[0])[0]) == ["prompt_ids", "chosen_ids", "rejected_ids", "chosen_weight", "rejected_weight"]
+    assert lines(files[0])[1]["chosen_ids"] == [6, 9, 7]
+
+
+def test_jsonl_numbers_are_not_rounded(small_store, tmp_path):
+    rows = small_store.scan(NAME, 0).with_columns(
+        pl.lit(pl.Series([[0.60668945, 0.1, 4.4814453]], dtype=pl.List(pl.Float32))).alias("chosen_token_weights")
+    )
+    table = small_store.table("weights/hh-harmless/fine")
+    table.append(rows.filter(pair_id="a").collect().to_arrow(), small_store.metadata(NAME))
+    (path, _) = small_store.export("hh-harmless/fine", tmp_path / "out", format="jsonl")
+    stored = small_store.scan("hh-harmless/fine").collect()["chosen_token_weights"].to_list()[0]
+    back = pl.Series(lines(path)[0]["chosen_weight"], dtype=pl.Float32)
+    assert (-back).to_list() == stored[:2]
+
+
+def test_a_split_that_is_no_file_name_gets_one(small_store, tmp_path):
+    rows = small_store.scan(NAME, 0).with_columns(split=pl.lit("../train[:10%]"))
+    table = small_store.table("weights/hh-harmless/part")
+    table.append(rows.collect().to_arrow(), small_store.metadata(NAME))
+    files = small_store.export("hh-harmless/part", tmp_path / "out", format="jsonl")
+    assert [path.name for path in files] == ["train-10.jsonl", "tokenweights.json"]
+
+
+def test_an_empty_folder_is_filled_and_a_full_one_refused(small_store, tmp_path):
+    (tmp_path / "out").mkdir()
+    small_store.export(NAME, tmp_path / "out")
+    with pytest.raises(InputError, match="out is there already and not an empty folder"):
+        small_store.export(NAME, tmp_path / "out")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file is there already"):
+        small_store.export(NAME, tmp_path / "file")
+
+
+def test_unknown_formats_are_refused(small_store, tmp_path):
+    with pytest.raises(InputError, match="no export format 'csv': expected one of parquet, jsonl"):
+        small_store.export(NAME, tmp_path / "out", format="csv")
+
+
+def test_an_export_that_fails_leaves_nothing(small_store, tmp_path, texts):
+    with pytest.raises(MismatchError, match="is not in the tokenizer given"):
+        small_store.export(NAME, tmp_path / "out", format="jsonl", tokenizer={3: "Yes"})
+    shard = small_store.table(f"weights/{NAME}").shards()[-1]
+    path = small_store.root.path / f"weights/{NAME}" / shard
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DamageError):
+        small_store.export(NAME, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_a_version_without_an_eos_id_has_no_jsonl(small_store, tmp_path):
+    metadata = {key: value for key, value in small_store.metadata(NAME).items() if key != "tokenizer"}
+    table = small_store.table("weights/hh-harmless/bare")
+    table.append(small_store.scan(NAME).collect().to_arrow(), metadata)
+    with pytest.raises(MismatchError, match="records no EOS id"):
+        small_store.export("hh-harmless/bare", tmp_path / "out", format="jsonl")

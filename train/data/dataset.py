@@ -1,0 +1,290 @@
+"""A map-style view of one pinned version of a weight dataset.
+
+Row groups are read on demand, checked against what was committed, and kept in a small cache; the sampler makes neighbouring
+reads fall into the same groups. Ids are used as they are stored: nothing is tokenised here. Not here: what a row must be
+(`stored_pairs.py`), order (`sampler.py`), padding (`collate.py`).
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from train.config import DataConfig
+from train.data.sampler import WINDOW_GROUPS, BlockShuffle
+from train.data.selection import Selection
+from train.data.shard_cache import ShardCache
+from train.data.stored_pairs import Pair, PairColumns, StoredResponse, column_names, remedy
+from weights_store import Table, TableVersion, WeightStore, split_name
+from weights_store.errors import MismatchError, NotFoundError
+from weights_store.tables.commits import READERS
+from weights_store.tables.shards import ShardReader, ShardRecord
+
+__all__ = [
+    "OrderedPairs",
+    "Pair",
+    "PairDataset",
+    "StoredResponse",
+    "WeightSource",
+    "check_weights_vary",
+    "open_weights",
+    "sample_pairs",
+]
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """One pinned version of a weight dataset."""
+
+    table: Table
+    reference: TableVersion
+    metadata: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The dataset's name with its version, for example `hh-harmless/tis-dpo@3`."""
+        return str(self.reference).removeprefix("weights/")
+
+
+def open_weights(config: DataConfig) -> WeightSource:
+    """Resolve `data.weights` to an explicit version.
+
+    Raises:
+        SettingsError: The name or the store's URI is malformed.
+        NotFoundError: No such store, name or version.
+    """
+    store = WeightStore(config.store)
+    reference = store.resolve(*split_name(config.weights))
+    table = store.table(reference.table)
+    return WeightSource(table, reference, table.metadata(reference.version))
+
+
+class PairDataset(Dataset[Pair]):
+    """The pairs of one version, by row number in stored order.
+
+    Opening it reads the log, and no shard whose commit recorded its row groups, unless a split must be counted. Shards of an
+    object store are copied to the local disk as they are needed.
+
+    Args:
+        source: The pinned version.
+        config: Split, `max_pairs`, `swap`, where copies of shards go.
+        vocab_size: Ids must be below it.
+        selection: Which rows; None for those of the config's split, up to its `max_pairs`.
+        with_ref_top: Read the reference's top-k log-probs too, 2 K numbers more per response token.
+        with_scores: Read the annotators' scores too.
+        with_anchors: Read the anchors and their reference log-probs too.
+        cache_groups: Row groups kept in memory, about 1 MiB each.
+
+    Raises:
+        NotFoundError: No pair is left: unknown split, or an empty dataset.
+        MismatchError: The dataset was written without a column that is asked for.
+        DamageError: A shard is not what was committed.
+        StoreError: The store cannot be read, or the folder for copies of shards cannot be written.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        config: DataConfig,
+        *,
+        vocab_size: int,
+        selection: Selection | None = None,
+        with_ref_top: bool = False,
+        with_scores: bool = False,
+        with_anchors: bool = False,
+        cache_groups: int = WINDOW_GROUPS + 1,
+    ) -> None:
+        self.source = source
+        self.config = config
+        self.vocab_size = vocab_size
+        self.cache_groups = cache_groups
+        self._columns = column_names(with_ref_top=with_ref_top, with_scores=with_scores, with_anchors=with_anchors)
+        self._records = source.table.records(source.reference.version)
+        _check_written(self._columns, self._records, source.name)
+        self.selection = selection or Selection(config.split, max_pairs=config.max_pairs)
+        self._groups = _find_groups(source.table, self._records, self.selection)
+        self._ends = np.cumsum(self._groups.num_rows)
+        self._cache: OrderedDict[int, PairColumns] = OrderedDict()
+        self._open_shards: dict[int, ShardReader] = {}
+        self._copies = None if source.table.location.is_local else _open_copies(config, self._records)
+        if len(self) == 0:
+            raise NotFoundError(
+                f"{source.name} has no pair of {self.selection}; leave data.split empty for all splits, or hold out more"
+            )
+
+    @property
+    def group_sizes(self) -> list[list[int]]:
+        """Rows of every row group, by shard, for the sampler."""
+        shards, num_rows = self._groups.shards, self._groups.num_rows
+        return [part.tolist() for part in np.split(num_rows, np.flatnonzero(np.diff(shards)) + 1)]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, row: int) -> Pair:
+        """Return the pair at `row`.
+
+        Raises:
+            IndexError: There is no such row.
+            MismatchError: Ids, weights and reference log-probs of a row do not belong together, see `PairColumns`.
+            DamageError: A shard is not what was committed.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} is outside {self.source.name} with {len(self)} rows")
+        group = int(np.searchsorted(self._ends, row, side="right"))
+        first = int(self._ends[group] - self._groups.num_rows[group])
+        pair = self._load_group(group).pair(row - first)
+        return pair.swapped() if self.config.swap else pair
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files and cached rows behind: every worker has its own."""
+        return {**self.__dict__, "_cache": OrderedDict(), "_open_shards": {}}
+
+    def _load_group(self, group: int) -> PairColumns:
+        if group in self._cache:
+            self._cache.move_to_end(group)
+            return self._cache[group]
+        columns = self._read_group(group)
+        self._cache[group] = columns
+        if len(self._cache) > self.cache_groups:
+            self._cache.popitem(last=False)
+        return columns
+
+    def _read_group(self, group: int) -> PairColumns:
+        shard, position, num_rows = (int(values[group]) for values in self._groups)
+        names = list(dict.fromkeys([*self._columns, *self.selection.columns]))
+        rows = self._open(shard).read_group(position, names)
+        if self.selection.columns:
+            rows = rows.filter(self.selection.keeps(rows))
+        where = f"{self.source.name}, shard {self._records[shard].name}"
+        return PairColumns(rows.slice(0, num_rows).select(self._columns), vocab_size=self.vocab_size, where=where)
+
+    def _open(self, shard: int) -> ShardReader:
+        if shard not in self._open_shards:
+            table, record = self.source.table, self._records[shard]
+            reader = table.open_shard(record) if self._copies is None else self._copies.open(table, record)
+            self._open_shards = {shard: reader}  # one open file is enough
+        return self._open_shards[shard]
+
+
+class _Groups(NamedTuple):
+    """The row groups with rows in the view, in stored order, `[G]` each: arrays, as there may be a million."""
+
+    shards: NDArray[np.int64]  # index of the record
+    positions: NDArray[np.int64]  # in the shard
+    num_rows: NDArray[np.int64]  # in the view
+
+
+def _open_copies(config: DataConfig, records: Sequence[ShardRecord]) -> ShardCache:
+    copies = ShardCache(config.cache_folder, config.cache_gib)
+    oversized = copies.oversized(records)
+    if oversized and os.environ.get("RANK", "0") == "0":
+        print(oversized, flush=True)
+    return copies
+
+
+def _check_written(columns: Sequence[str], records: Sequence[ShardRecord], name: str) -> None:
+    """Refuse a dataset that was written before a column was there."""
+    for record in records:
+        for column in columns:
+            if column not in record.checksums:
+                raise MismatchError(f"{name} has no column {column} (shard {record.name}); {remedy(column)}")
+
+
+def _find_groups(table: Table, records: Sequence[ShardRecord], selection: Selection) -> _Groups:
+    sizes = _list_sizes(table, records, selection)
+    shards = np.repeat(np.arange(len(sizes)), [len(part) for part in sizes])
+    positions = np.array([position for part in sizes for position in range(len(part))], dtype=np.int64)
+    num_rows = np.array([size for part in sizes for size in part], dtype=np.int64)
+    if selection.max_pairs is not None:
+        num_rows = np.diff(np.minimum(np.cumsum(num_rows), selection.max_pairs), prepend=0)
+    kept = num_rows > 0
+    return _Groups(shards[kept], positions[kept], num_rows[kept])
+
+
+def _list_sizes(table: Table, records: Sequence[ShardRecord], selection: Selection) -> list[list[int]]:
+    """Return how many rows in view each row group has, by shard; enough shards for `max_pairs`."""
+    sizes: list[list[int]] = []
+    num_rows = 0
+    with ThreadPoolExecutor(READERS) as pool:
+        for begin in range(0, len(records), READERS):
+            part = records[begin : begin + READERS]
+            sizes += pool.map(lambda record: _sizes_of_shard(table, record, selection), part)
+            num_rows += sum(sum(found) for found in sizes[begin:])
+            if selection.max_pairs is not None and num_rows >= selection.max_pairs:
+                break
+    return sizes
+
+
+def _sizes_of_shard(table: Table, record: ShardRecord, selection: Selection) -> list[int]:
+    if record.group_sizes and not selection.columns:
+        return list(record.group_sizes)
+    reader = table.open_shard(record)
+    if not selection.columns:
+        return reader.group_sizes
+    groups = (reader.read_group(index, selection.columns) for index in range(len(reader.group_sizes)))
+    return [int(selection.keeps(rows).sum()) for rows in groups]
+
+
+class OrderedPairs(Dataset[Pair]):
+    """The pairs of a dataset by position in a training of `num_positions`, epochs after each other, instead of by row.
+
+    Positions from `num_positions` on are fillers: they make the last step equally long for every rank, and repeat its last
+    real pair, which mostly lies in the cache, marked `is_filler`.
+    """
+
+    def __init__(self, pairs: PairDataset, order: BlockShuffle, num_positions: int) -> None:
+        self.pairs = pairs
+        self.order = order
+        self.num_positions = num_positions
+
+    def __len__(self) -> int:
+        return self.num_positions
+
+    def __getitem__(self, position: int) -> Pair:
+        """Return the pair at `position`.
+
+        Raises:
+            MismatchError, DamageError: See `PairDataset`.
+        """
+        if position >= self.num_positions:
+            return replace(self[self.num_positions - 1], is_filler=True)
+        return self.pairs[self.order.rows([position])[0]]
+
+
+def sample_pairs(pairs: PairDataset, num_pairs: int) -> list[Pair]:
+    """Return up to `num_pairs` pairs, always the same ones for the same dataset, from a few row groups."""
+    order = BlockShuffle(pairs.group_sizes, seed=0)
+    return [pairs[row] for row in sorted(order.rows(range(min(num_pairs, len(pairs)))))]
+
+
+def check_weights_vary(source: WeightSource, sample: Iterable[Pair], loss_name: str) -> None:
+    """Refuse token weights that are all the same: a weighted loss would silently train something like the plain one.
+
+    Args:
+        source: Its metadata may know already (`statistics.constant_weights`).
+        sample: Looked at where it does not.
+        loss_name: For the message.
+
+    Raises:
+        MismatchError: The weights are constant.
+    """
+    constant = source.metadata.get("statistics", {}).get("constant_weights")
+    if constant is None:
+        constant = _is_constant([side.token_weights for pair in sample for side in (pair.chosen, pair.rejected)])
+    if constant:
+        raise MismatchError(
+            f"loss.name={loss_name!r} needs token weights that differ, but all weights of {source.name} are equal; use "
+            "loss.name='dpo' or a dataset with another estimator"
+        )
+
+
+def _is_constant(token_weights: Sequence[NDArray[np.float32]]) -> bool:
+    values = np.concatenate(token_weights)
+    return bool(values.min() == values.max())

@@ -1,0 +1,104 @@
+"""What is logged about a batch, and its mean over a logging window.
+
+TRL's names (`rewards/*`, `logps/*`) always mean unweighted sums, so that runs with and without token weights compare;
+what another loss compares instead (weighted sums, means, a KL) has names of its own (`weighted_rewards/*`), and a KL has
+its direction in the name, for KL(pi‖ref) and KL(ref‖pi) are not comparable.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from train.loss.config import KlDirection
+from train.loss.losses import PairLosses, ResponseLogps, sum_kls, sum_logps, sum_logratios, triplet
+
+
+@torch.no_grad()
+def pair_metrics(
+    chosen: ResponseLogps,
+    rejected: ResponseLogps | None,
+    *,
+    beta: float,
+    weighted: PairLosses | None = None,
+    kl_direction: KlDirection | None = None,
+) -> dict[str, Tensor]:
+    """Values `[B]` by name; without `rejected` only those of the chosen side, and no rewards without `ref_logps`.
+
+    Args:
+        chosen: One side.
+        rejected: The other, or None.
+        beta: Scale of the rewards.
+        weighted: What a loss returned whose rewards are not the plain ones, for the `weighted_rewards/*`.
+        kl_direction: Direction of the `kls`, for the `kl_*`: sums over the response, unweighted; None for no KL.
+    """
+    sides = {"chosen": chosen} if rejected is None else {"chosen": chosen, "rejected": rejected}
+    metrics = {f"logps/{name}": sum_logps(side) for name, side in sides.items()}
+    if all(side.ref_logps is not None for side in sides.values()):
+        metrics |= _rewards("rewards", {name: beta * sum_logratios(side) for name, side in sides.items()})
+    if weighted is not None and weighted.chosen_rewards is not None and weighted.rejected_rewards is not None:
+        rewards = {"chosen": weighted.chosen_rewards, "rejected": weighted.rejected_rewards}
+        metrics |= _rewards("weighted_rewards", rewards)
+    if kl_direction is not None:
+        metrics |= {f"kl_{kl_direction}/{name}": sum_kls(side) for name, side in sides.items()}
+    return metrics
+
+
+@torch.no_grad()
+def triplet_metrics(
+    chosen: ResponseLogps, rejected: ResponseLogps, anchor: ResponseLogps, *, margin: float
+) -> dict[str, Tensor]:
+    """Values `[B]` by name: the triplet loss without its factor, where it acts (0 or 1), and the anchor's distances."""
+    found = triplet(chosen, rejected, anchor, margin=margin)
+    return {
+        "triplet": found.losses,
+        "triplet/active": (found.losses > 0).float(),
+        "triplet/to_chosen": found.to_chosen,
+        "triplet/to_rejected": found.to_rejected,
+    }
+
+
+def _rewards(prefix: str, rewards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    metrics = {f"{prefix}/{name}": values for name, values in rewards.items()}
+    if "rejected" in rewards:
+        metrics[f"{prefix}/margins"] = rewards["chosen"] - rewards["rejected"]
+        metrics[f"{prefix}/accuracies"] = (rewards["chosen"] > rewards["rejected"]).float()
+    return metrics
+
+
+class MetricWindow:
+    """Sums and counts since the last `pop_means`; nothing leaves the device until then."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, Tensor], *, total_loss: Tensor, num_units: int) -> None:
+        """Add one micro-batch.
+
+        Args:
+            values: `[B]` each, averaged over pairs.
+            total_loss: Sum of the losses, a scalar.
+            num_units: Pairs or tokens that the loss is averaged over.
+        """
+        for name, value in values.items():
+            self._add(name, value.sum(), len(value))
+        self._add("loss", total_loss, num_units)
+
+    def _add(self, name: str, total: Tensor, count: int) -> None:
+        total = total.detach().float()
+        entry = torch.stack([total, torch.full_like(total, count)])
+        self._sums[name] = self._sums[name] + entry if name in self._sums else entry
+
+    def pop_means(self, reduce_over_ranks: Callable[..., Tensor] | None = None) -> dict[str, float]:
+        """Return the mean of every value and start a new window.
+
+        Args:
+            reduce_over_ranks: accelerate's `reduce`; None where every rank has seen everything.
+        """
+        if not self._sums:
+            return {}
+        names, sums = sorted(self._sums), torch.stack([self._sums[name] for name in sorted(self._sums)])
+        if reduce_over_ranks is not None:
+            sums = reduce_over_ranks(sums, reduction="sum")
+        self._sums = {}
+        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True)}

@@ -1,0 +1,319 @@
+"""How much each response token matters to a model: gradients with respect to its input embedding (TI-DPO, arXiv 2505.19653).
+
+I_i = || d target / d e_i ||_1 (Eq. 6), where e_i is what `get_input_embeddings()` returns for token i. One forward and one
+backward pass per micro-batch of `collate.py`; no gradient of any parameter is made or touched. Called by
+`pipeline/attribution.py` for stored attributions and by the trainer for fresh ones. Not here: from attributions to weights
+(`weights_store/hybrid.py`).
+
+Everything runs in evaluation mode, so dropout is off, and so is transformers' gradient checkpointing: activations are kept for
+the backward pass. Without gradients of parameters that is far less than a training step of the same micro-batch keeps.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from train.model.attention import NUM_BRANCHES, Packing
+from train.model.collate import MODEL_INPUTS, Batch
+from train.model.continuation import Continuation, EnoughError, KeptPrompts, SplitBatch
+from train.model.logps import _causal_model, _decode, _output_layer, per_token_logps
+from weights_store.errors import InputError
+
+AttributionTarget = Literal["max_logit", "gold_logps", "dpo_margin"]
+
+
+@dataclass(frozen=True)
+class TokenAttributions:
+    """What `attribute_tokens` says of S sequences (2 B, chosen ones first), all float32; 0 outside responses.
+
+    Args:
+        attributions: `[S, T]`, >= 0, under their token like `completion_mask`, not normalised. Not finite where the model's
+            gradients are not.
+        prompt_attributions: `[S]`, where asked for: the sum over the tokens before the response.
+        activations: `[S, T]`, where asked for: the size of the hidden states that predict token t.
+    """
+
+    attributions: Tensor
+    prompt_attributions: Tensor | None = None
+    activations: Tensor | None = None
+
+
+def attribute_tokens(
+    model: nn.Module,
+    batch: Batch,
+    target: AttributionTarget,
+    *,
+    with_prompts: bool = False,
+    with_activations: bool = False,
+) -> TokenAttributions:
+    """Return I_i = ||d target / d e_i||_1 of every response token.
+
+    Targets: `max_logit`, the largest logit behind the last response token (Eq. 5); `gold_logps`, the sum of the response's
+    log-probs in nats; `dpo_margin`, that of the chosen minus that of the rejected response. A token of a response reaches the
+    margin through its own response alone, so its L1 norm is the one of `gold_logps`; beta would scale all of them, and the
+    reference's part has no gradient. Nothing of the response is predicted from its last token, so with both of these that
+    token has 0, and a response of one token has no attribution at all.
+
+    Args:
+        model: A causal language model of transformers, or peft's wrapper of one.
+        batch: A micro-batch on the model's device, packed with `share_beginnings=False` or padded on either side.
+        target: What is differentiated, of each sequence.
+        with_prompts: Return what falls on prompts too. Then every response needs a prompt of its own: padded, or packed with
+            `with_rejected=False`. Takes longer, since gradients go through prompts.
+        with_activations: Return activations too: the L2 norm of the hidden state behind each layer (the last one's behind the
+            final norm) at the place that predicts a token, averaged over layers, relative to the response's mean. In the
+            spirit of the masks that SparsePO (arXiv 2410.05102) takes from the reference's activations, not its formula.
+
+    Raises:
+        InputError: A response is empty, or the model gives no access to its input embeddings.
+    """
+    assert not (with_prompts and target == "dpo_margin"), "a prompt's part in the margin belongs to both responses"
+    _check_layout(batch, with_prompts=with_prompts)
+    with ExitStack() as stack:
+        stack.enter_context(_frozen(model))
+        sizes: list[Tensor] = stack.enter_context(_measured_layers(model)) if with_activations else []
+        if "branch_ids" in batch and not with_prompts:
+            norms, token_sizes = _attribute_responses(model, batch, target, sizes if with_activations else None)
+        else:
+            norms = _differentiate(model, batch, target)
+            token_sizes = sizes[0] if with_activations else None
+    mask, places = batch["completion_mask"], batch["places"]
+    prompts = norms[places].where(mask.cumsum(1) == 0, 0.0).sum(1) if with_prompts else None
+    activations = None if token_sizes is None else _relative_activations(token_sizes, batch)
+    return TokenAttributions(norms[places].where(mask, 0.0), prompts, activations)
+
+
+def _differentiate(model: nn.Module, batch: Batch, target: AttributionTarget) -> Tensor:
+    """Return the L1 norm of the gradient at every place of `input_ids`, `[N]` float32.
+
+    Raises:
+        InputError: The model gives no access to its input embeddings.
+    """
+    with torch.enable_grad(), _leaf_embeddings(model) as embeddings:
+        value = _sum_targets(model, batch, target)
+        if len(embeddings) != 1:
+            raise InputError(
+                f"{type(_causal_model(model)).__name__} reads its input embeddings {len(embeddings)} times in a forward "
+                "pass, expected once: gradients with respect to them would not be the whole attribution"
+            )
+        (gradient,) = torch.autograd.grad(value, embeddings, materialize_grads=True)
+    return gradient.abs().sum(-1).flatten()
+
+
+def _attribute_responses(
+    model: nn.Module, batch: Batch, target: AttributionTarget, sizes: list[Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the norms at every place of a packed row, 0 on prompts, and the hidden states' sizes where `sizes` gets them.
+
+    The prompts' own forward pass has no gradients (`continuation.py`). What they predict, each response's first token, is not
+    among the targets then, and would not depend on any token of a response. Where nobody measures them, states behind the last
+    layer that no target reads are not computed: with few layers that is a good part of all.
+    """
+    split = SplitBatch.of(batch)
+    row = split.responses
+    last_layer = None if sizes is not None else _causal_model(model).config.get_text_config().num_hidden_layers - 1
+    prompt_row = (split.prompts["branch_ids"][0], split.prompts["position_ids"][0])
+    prompts = KeptPrompts(*prompt_row, last_layer=last_layer)
+    with torch.no_grad(), _packing(model, prompts), suppress(EnoughError):
+        _decode(**split.prompts, attention_mask=None, model=model)
+    continuation = Continuation(
+        row["branch_ids"][0], row["position_ids"][0], prompts=prompts, response_groups=split.groups
+    )
+    ends_alone = sizes is None and target == "max_logit"
+    with _packing(model, continuation), _last_mlp_at(model, _last_places(row)) if ends_alone else nullcontext():
+        own_norms = _differentiate(model, row, target)
+    norms = own_norms.new_zeros(split.is_prompt.shape)
+    norms[split.own_places] = own_norms
+    if sizes is None:
+        return norms, None
+    token_sizes = torch.empty_like(norms)
+    token_sizes[split.is_prompt], token_sizes[split.own_places] = sizes
+    return norms, token_sizes
+
+
+def _check_layout(batch: Batch, *, with_prompts: bool) -> None:
+    """Refuse sequences without a response, and gradients that would mix.
+
+    Raises:
+        InputError: A response is empty.
+    """
+    places, mask = batch["places"], batch["completion_mask"]
+    empty = (~mask.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise InputError(f"sequences {empty} of the micro-batch have no response tokens: there is nothing to attribute")
+    if "branch_ids" in batch:
+        branches = batch["branch_ids"].flatten()[places[mask]] % NUM_BRANCHES
+        assert branches.all(), (
+            "responses share their first tokens, whose gradients mix: collate with share_beginnings=False"
+        )
+        is_shared = with_prompts and len(places) > len(batch["pair_weights"])
+        assert not is_shared, "responses share a prompt, whose gradients mix: collate one response per pair, or padded"
+
+
+# --- targets -----------------------------------------------------------------------------------------------------------
+
+
+def _sum_targets(model: nn.Module, batch: Batch, target: AttributionTarget) -> Tensor:
+    """Return the sum over sequences, a scalar. A token reaches its own sequence's target alone: no gradients mix.
+
+    In the margin the rejected responses' log-probs are negative, which changes no norm: it is computed as `gold_logps`.
+    """
+    if target == "max_logit":
+        return _largest_logits(model, batch).sum()
+    inputs: dict[str, Any] = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    return per_token_logps(model, **inputs).logps.sum()
+
+
+def _largest_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the largest logit behind each sequence's last response token, `[S]` float32 (Eq. 5); one row of logits each."""
+    hidden = _decode(
+        batch["input_ids"], batch["position_ids"], batch.get("branch_ids"), batch.get("attention_mask"), model
+    )
+    return _output_layer(model)(hidden[_last_places(batch)]).float().max(-1).values
+
+
+def _last_places(batch: Batch) -> Tensor:
+    """Return where each sequence's last response token lies, `[S]`."""
+    mask = batch["completion_mask"]
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    return batch["places"].gather(1, (mask * steps).argmax(1, keepdim=True)).squeeze(1)
+
+
+# --- the model while it is attributed ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Switch `model` to evaluation, and its parameters off: layers then keep nothing that only those gradients need."""
+    training = [module for module in model.modules() if module.training]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _packing(model: nn.Module, packing: Packing) -> Iterator[None]:
+    """Have the decoder attend as `packing` does, where it would make an ordinary one of the batch."""
+
+    def exchange(_decoder: nn.Module, args: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**options, "packing": packing}
+
+    handle = _causal_model(model).base_model.register_forward_pre_hook(exchange, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _last_mlp_at(model: nn.Module, places: Tensor) -> Iterator[None]:
+    """Run the last layer's MLP, the larger part of a layer, at a few places of a packed row; it adds nothing elsewhere.
+
+    Plain MLPs by their usual names alone: a mixture of experts may do more than map each token.
+    """
+    layers = getattr(_causal_model(model).base_model, "layers", [None])
+    mlp: Any = getattr(layers[-1], "mlp", None)
+    if not isinstance(getattr(mlp, "down_proj", None), nn.Linear):
+        yield
+        return
+
+    shapes: list[torch.Size] = []
+
+    def narrow(_mlp: nn.Module, args: tuple[Tensor]) -> Tensor:
+        shapes.append(args[0].shape)
+        return args[0][:, places]
+
+    def widen(_mlp: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return output.new_zeros(shapes.pop()).index_copy(1, places, output)
+
+    handles = [mlp.register_forward_pre_hook(narrow), mlp.register_forward_hook(widen)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _leaf_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Make the input embeddings leaves of the graph, in float32, and list them as they are looked up.
+
+    A hook, because the model then still sees ids: some families look at them besides, or scale what comes out of the layer.
+
+    Raises:
+        InputError: The model has no input embeddings.
+    """
+    leaves: list[Tensor] = []
+
+    def put_leaf(_layer: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        leaves.append(output.detach().to(torch.promote_types(output.dtype, torch.float32)).requires_grad_())
+        return leaves[-1].to(output.dtype)
+
+    handle = input_embeddings(model).register_forward_hook(put_leaf)
+    try:
+        yield leaves
+    finally:
+        handle.remove()
+
+
+def input_embeddings(model: nn.Module) -> nn.Module:
+    """Return the layer that looks embeddings up.
+
+    Raises:
+        InputError: The model does not say which it is.
+    """
+    causal_model = _causal_model(model)
+    try:
+        layer = causal_model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        layer = None
+    if not isinstance(layer, nn.Module):
+        raise InputError(
+            f"{type(causal_model).__name__} gives no access to its input embeddings (get_input_embeddings): it cannot be "
+            "attributed; take a model that does, or another estimator"
+        )
+    return layer
+
+
+# --- activations -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _measured_layers(model: nn.Module) -> Iterator[list[Tensor]]:
+    """List the mean over layers of the hidden states' L2 norms, `[N]` float32, whenever the decoder runs."""
+    sizes: list[Tensor] = []
+
+    def ask(_decoder: nn.Module, args: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**options, "output_hidden_states": True}
+
+    def measure(_decoder: nn.Module, _args: Any, output: Any) -> None:
+        norms = [torch.linalg.vector_norm(h.detach(), dim=-1, dtype=torch.float32) for h in output.hidden_states[1:]]
+        sizes.append(torch.stack(norms).mean(0).flatten())
+
+    decoder = _causal_model(model).base_model
+    handles = [decoder.register_forward_pre_hook(ask, with_kwargs=True), decoder.register_forward_hook(measure)]
+    try:
+        yield sizes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _relative_activations(sizes: Tensor, batch: Batch) -> Tensor:
+    """Lay the sizes under the token that they predict, mean 1 over each response, `[S, T]`."""
+    mask, places = batch["completion_mask"], batch["places"]
+    predicting = sizes[places.roll(1, dims=1)].where(mask, 0.0)  # the first column is never a response token
+    means = predicting.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+    return predicting / means

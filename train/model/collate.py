@@ -1,0 +1,190 @@
+"""Put pairs into one micro-batch: packed, or a padded sequence per response.
+
+Packed, all pairs lie behind each other in one row without padding: the prompt once (with what all responses begin with), then
+the rest of the chosen response, of the rejected one and of the anchor, positions continued from the prompt. Who sees whom is
+`attention.py`. Padded, every response has its prompt in front of it, for models that cannot be packed. Either way `places` says
+where token t of each sequence is, and all values per token are `[2 B, T]`, chosen sequences first; with anchors behind the
+rejected ones `[3 B, T]`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from train.data.dataset import Pair, StoredResponse
+from train.loss.losses import ResponseLogps
+from train.model.attention import ANCHOR, CHOSEN, NUM_BRANCHES, REJECTED
+from train.model.logps import TokenTerms
+
+Batch = dict[str, Tensor]
+MODEL_INPUTS = (
+    "input_ids",
+    "position_ids",
+    "places",
+    "completion_mask",
+    "branch_ids",
+    "attention_mask",
+    "ref_top_ids",
+    "ref_top_logps",
+    "has_kl",
+)
+PADDING_ID = 0  # any id does: padding is told by the masks, never by its id
+
+Ids = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Collate B pairs.
+
+    Keys: `input_ids` and `position_ids` (int64, packed `[1, N]` or padded `[2 B, T]`), with `branch_ids` when packed and
+    `attention_mask` when padded; `places` (int64), `completion_mask` (bool, True on response tokens), `token_weights` and
+    `ref_logps` (float32, aligned to their token, 0 elsewhere), `[2 B, T]`; `pair_weights` (float32) and `counts` (bool, False
+    for fillers), `[B]`. Where the pairs have them `ref_top_ids`, `ref_top_logps` `[2 B, T, K]`, `chosen_scores` and
+    `rejected_scores` `[B]`; with anchors `has_kl` `[3 B]`, False for them: no loss looks at their divergence.
+
+    Args:
+        packed: Otherwise padded.
+        with_rejected: False leaves the rejected responses out (B sequences), for losses that do not need them.
+        with_anchors: True puts every pair's anchor behind (3 B sequences).
+        share_beginnings: Packed, what all responses of a pair begin with is computed once; False shares the prompt alone, so
+            that every response token has an embedding of its own.
+    """
+
+    packed: bool = True
+    with_rejected: bool = True
+    with_anchors: bool = False
+    share_beginnings: bool = True
+
+    def __call__(self, pairs: Sequence[Pair]) -> Batch:
+        """Return the micro-batch of `pairs`."""
+        responses = list(chain(*zip(*(self._responses(pair).values() for pair in pairs), strict=True)))
+        prompts = [pair.prompt_ids for pair in pairs] * (len(responses) // len(pairs))
+        arrays = self._pack(pairs) if self.packed else _pad(prompts, responses)
+        arrays |= _align(prompts, responses)
+        arrays["pair_weights"] = np.array([pair.pair_weight for pair in pairs], np.float32)
+        arrays["counts"] = np.array([not pair.is_filler for pair in pairs])
+        if self.with_anchors:
+            arrays["has_kl"] = np.arange(len(responses)) < len(responses) - len(pairs)
+        if pairs[0].chosen_score is not None:
+            for side in ("chosen", "rejected"):
+                arrays[f"{side}_scores"] = np.array([getattr(pair, f"{side}_score") for pair in pairs], np.float32)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def num_tokens(self, pair: Pair) -> int:
+        """Return what a pair adds to a micro-batch (padded: before padding; packed: as if no beginning were shared)."""
+        responses = self._responses(pair).values()
+        num_prompts = 1 if self.packed else len(responses)
+        return num_prompts * len(pair.prompt_ids) + sum(len(response.ids) for response in responses)
+
+    def num_pairs(self, batch: Batch) -> int:
+        """Return B of a micro-batch."""
+        return len(batch["pair_weights"])
+
+    def split_sides(
+        self, batch: Batch, terms: TokenTerms
+    ) -> tuple[ResponseLogps, ResponseLogps | None, ResponseLogps | None]:
+        """Return chosen, rejected and anchor, `[B, T]` each, of a batch that this collator made; None for what is left out."""
+        num_pairs = self.num_pairs(batch)
+        fields = (terms.logps, batch["completion_mask"], batch["ref_logps"], batch["token_weights"], terms.kls)
+
+        def side(index: int) -> ResponseLogps:
+            rows = slice(index * num_pairs, (index + 1) * num_pairs)
+            return ResponseLogps(*(field if field is None else field[rows] for field in fields))  # type: ignore[arg-type]
+
+        rejected = side(1) if self.with_rejected else None
+        return side(0), rejected, side(1 + self.with_rejected) if self.with_anchors else None
+
+    def _responses(self, pair: Pair) -> dict[int, StoredResponse]:
+        """Return the responses of a pair that go into the batch, by branch."""
+        responses = {CHOSEN: pair.chosen}
+        if self.with_rejected:
+            responses[REJECTED] = pair.rejected
+        if self.with_anchors:
+            assert pair.anchor is not None, "dataset.py gives them on request"
+            responses[ANCHOR] = pair.anchor
+        return responses
+
+    def _pack(self, pairs: Sequence[Pair]) -> dict[str, NDArray]:
+        ids: list[Ids] = []
+        branches: list[tuple[int, int]] = []  # branch id and number of tokens
+        positions: list[NDArray] = []
+        places: list[list[NDArray]] = []  # of each pair, of each response
+        end = 0
+        for pair_idx, pair in enumerate(pairs):
+            responses = self._responses(pair)
+            common = _count_common([response.ids for response in responses.values()]) if self.share_beginnings else 0
+            num_shared = len(pair.prompt_ids) + common
+            shared = np.arange(end, end + num_shared)
+            ids += [pair.prompt_ids, pair.chosen.ids[:common]]
+            branches.append((NUM_BRANCHES * pair_idx, num_shared))
+            positions.append(shared - end)
+            places.append([])
+            end += num_shared
+            for branch, response in responses.items():
+                own = np.arange(len(response.ids) - common)
+                ids.append(response.ids[common:])
+                branches.append((NUM_BRANCHES * pair_idx + branch, len(own)))
+                positions.append(num_shared + own)
+                places[-1].append(np.concatenate([shared, end + own]))
+                end += len(own)
+        return {
+            "input_ids": np.concatenate(ids).astype(np.int64)[None],
+            "position_ids": np.concatenate(positions).astype(np.int64)[None],
+            "branch_ids": np.repeat(*(np.array(column) for column in zip(*branches, strict=True)))[None],
+            "places": _stack(list(chain(*zip(*places, strict=True)))),
+        }
+
+
+def _count_common(responses: Sequence[Ids]) -> int:
+    """Return how many ids all responses share at their beginning."""
+    length = min(map(len, responses))
+    differing = np.flatnonzero(np.any([ids[:length] != responses[0][:length] for ids in responses], axis=0))
+    return int(differing[0]) if len(differing) else length
+
+
+def _pad(prompts: Sequence[Ids], responses: Sequence[StoredResponse]) -> dict[str, NDArray]:
+    sequences = [np.concatenate([p, r.ids]) for p, r in zip(prompts, responses, strict=True)]
+    input_ids = _stack(sequences, padding=PADDING_ID)
+    lengths = np.array([len(sequence) for sequence in sequences])
+    steps = np.broadcast_to(np.arange(input_ids.shape[1]), input_ids.shape)
+    return {
+        "input_ids": input_ids,
+        "position_ids": steps.copy(),
+        "attention_mask": (steps < lengths[:, None]).astype(np.int64),
+        "places": np.arange(input_ids.size).reshape(input_ids.shape),
+    }
+
+
+def _stack(rows: Sequence[NDArray], padding: int = 0) -> NDArray[np.int64]:
+    stacked = np.full((len(rows), max(map(len, rows))), padding, np.int64)
+    for row, values in zip(stacked, rows, strict=True):
+        row[: len(values)] = values
+    return stacked
+
+
+def _align(prompts: Sequence[Ids], responses: Sequence[StoredResponse]) -> dict[str, NDArray]:
+    """Lay what is known per response token under its token, `[2 B, T]` (and `[2 B, T, K]`)."""
+    shape = (len(responses), max(len(p) + len(r.ids) for p, r in zip(prompts, responses, strict=True)))
+    aligned = {
+        "completion_mask": np.zeros(shape, np.bool_),
+        "token_weights": np.zeros(shape, np.float32),
+        "ref_logps": np.zeros(shape, np.float32),
+    }
+    top_ids = responses[0].ref_top_ids
+    if top_ids is not None:
+        aligned["ref_top_ids"] = np.zeros((*shape, top_ids.shape[1]), np.int64)
+        aligned["ref_top_logps"] = np.zeros((*shape, top_ids.shape[1]), np.float32)
+    for row, (prompt_ids, response) in enumerate(zip(prompts, responses, strict=True)):
+        tokens = slice(len(prompt_ids), len(prompt_ids) + len(response.ids))
+        aligned["completion_mask"][row, tokens] = True
+        for name in aligned.keys() - {"completion_mask"}:
+            values = getattr(response, name)
+            if values is not None:  # an anchor has no top k
+                aligned[name][row, tokens] = values
+    return aligned

@@ -1,0 +1,172 @@
+"""Responses behind prompts that are computed once, without gradients. Called by `attribution.py`.
+
+Nothing in a prompt depends on what comes after it, so gradients with respect to response tokens never pass through a prompt.
+First the prompts alone go through the decoder, and every layer's keys and values are kept; then the responses alone, which
+attend to them. Of forward and backward pass a prompt costs the forward part only, and no activation of it is kept. For packed
+micro-batches. Training cannot do this: its gradients of parameters come from prompt tokens too. Attention is laid out in
+groups on GPUs as on CPUs, where it was measured; it has not run on a GPU.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.model.attention import MAX_GROUP_SCORES, NUM_BRANCHES, Packing, RowGroup, Spread, attend
+from train.model.collate import Batch
+
+_FULL = 0.7
+"""Responses are laid out together as long as this share of their scores is not padding."""
+
+
+class EnoughError(Exception):
+    """All layers' keys and values are there; of the last layer nothing else is wanted."""
+
+
+@dataclass
+class KeptPrompts(Packing):
+    """Prompts behind each other in one row; the keys and values of every layer, `[1, H, N, D]`, are kept.
+
+    Args:
+        last_layer: Index of the layer whose keys and values are the last that are wanted; None to go through all of it.
+    """
+
+    last_layer: int | None = field(default=None, kw_only=True)
+    kept: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+        """Attend as in any packed row.
+
+        Raises:
+            EnoughError: This was the last layer.
+        """
+        self.kept[module] = key.to(value.dtype), value
+        if self.last_layer is not None and getattr(module, "layer_idx", None) == self.last_layer:
+            raise EnoughError
+        return super().attend(module, query, key, value, **settings)
+
+
+@dataclass(frozen=True)
+class ResponseGroup:
+    """B responses that lie behind each other in the row of responses.
+
+    Args:
+        responses: Where they are.
+        prompts: `[B, P]`, where the tokens of their prompts lie in the row of prompts; anywhere behind a prompt's end.
+        num_before: `[B]`, the prompts' lengths.
+    """
+
+    responses: RowGroup
+    prompts: Tensor
+    num_before: Tensor
+
+    def mask(self, window: int | None) -> Tensor:
+        """Return whether a response token sees a key, prompt's first, `[B, 1, R, P + R]`. Padding sees something, too."""
+        steps = torch.arange(self.responses.places.shape[1], device=self.prompts.device)
+        before = torch.arange(self.prompts.shape[1], device=self.prompts.device)
+        positions = self.num_before[:, None] + steps
+        key_positions = torch.cat([before.expand(len(positions), -1), positions], dim=1)
+        distance = positions[:, :, None] - key_positions[:, None, :]
+        sees = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        sees[:, :, : len(before)] &= (before < self.num_before[:, None])[:, None]
+        return sees[:, None]
+
+
+@dataclass
+class Continuation(Packing):
+    """Responses behind each other in one row, group after group, each behind its prompt in `prompts`."""
+
+    prompts: KeptPrompts = field(kw_only=True)
+    response_groups: list[ResponseGroup] = field(kw_only=True)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Return what the response tokens get to see, `[1, N, H, D]`."""
+        kept_key, kept_value = (kept[0].transpose(0, 1) for kept in self.prompts.kept[module])
+        if window not in self._masks:
+            self._masks[window] = [group.mask(window) for group in self.response_groups]
+        sizes = [group.responses.num_tokens for group in self.response_groups]
+        tensors = (query.to(value.dtype), key.to(value.dtype), value)
+        parts = zip(*(tensor.split(sizes, dim=2) for tensor in tensors), strict=True)
+        outputs = []
+        for group, mask, part in zip(self.response_groups, self._masks[window], parts, strict=True):
+            rows = group.responses
+            queries, keys, values = (Spread.apply(tensor, rows.places, rows.is_token) for tensor in part)
+            before = kept_key[group.prompts].transpose(1, 2), kept_value[group.prompts].transpose(1, 2)
+            attended = attend(queries, keys, values, mask=mask, scaling=scaling, softcap=softcap, before=before)
+            outputs.append(attended.transpose(1, 2)[rows.is_token])
+        return torch.cat(outputs)[None]
+
+
+@dataclass(frozen=True)
+class SplitBatch:
+    """A packed micro-batch as two rows, prompts and responses.
+
+    Args:
+        prompts: `input_ids`, `position_ids` and `branch_ids` of the prompts, `[1, N]`.
+        responses: A micro-batch of the responses alone, `[S, T]` as narrow as they are; the first token of each, which a prompt
+            predicts, is not in its `completion_mask`.
+        groups: The responses, as they lie in their row.
+        is_prompt: `[N]` bool, where the prompts are in the whole row.
+        own_places: `[N]`, where each token of the row of responses lies in the whole row.
+    """
+
+    prompts: Batch
+    responses: Batch
+    groups: list[ResponseGroup]
+    is_prompt: Tensor
+    own_places: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> "SplitBatch":
+        """Split a packed micro-batch that was collated with `share_beginnings=False`."""
+        places, mask = batch["places"], batch["completion_mask"]
+        num_before, num_own = (mask.cumsum(1) == 0).sum(1), mask.sum(1)
+        parts = _cut(num_own.tolist(), num_before.tolist())
+        order = torch.tensor([row for part in parts for row in part], device=places.device)
+        own_places = places[order][mask[order]]
+        is_prompt = batch["branch_ids"][0] % NUM_BRANCHES == 0
+        in_prompts = is_prompt.cumsum(0) - 1
+        row_inputs = {name: batch[name][0] for name in ("input_ids", "position_ids", "branch_ids")}
+        ends = num_own[order].cumsum(0)
+        begins = torch.empty_like(ends).scatter(0, order, ends - num_own[order])
+        steps = torch.arange(int(num_own.max()), device=places.device)
+        responses = {name: values[own_places][None] for name, values in row_inputs.items()}
+        responses["places"] = (begins[:, None] + steps).where(steps < num_own[:, None], 0)
+        responses["completion_mask"] = (steps > 0) & (steps < num_own[:, None])
+        responses["pair_weights"] = batch["pair_weights"]
+        groups, begin = [], 0
+        for part in parts:
+            rows = torch.tensor(part, device=places.device)
+            lengths = num_before[rows]
+            group = RowGroup.of(num_own[rows], begin)
+            groups.append(ResponseGroup(group, in_prompts[places[rows, : int(lengths.max())]], lengths))
+            begin += group.num_tokens
+        prompts = {name: values[is_prompt][None] for name, values in row_inputs.items()}
+        return cls(prompts, responses, groups, is_prompt, own_places)
+
+
+def _cut(num_own: list[int], num_before: list[int]) -> list[list[int]]:
+    """Return which responses are laid out together, by their lengths and those of their prompts."""
+    needed = [own * (before + own) for own, before in zip(num_own, num_before, strict=True)]
+    groups: list[list[int]] = []
+    for row in sorted(range(len(num_own)), key=lambda row: (num_own[row], num_before[row]), reverse=True):
+        if groups:
+            group = [*groups[-1], row]
+            widest = num_own[group[0]]
+            laid_out = len(group) * widest * (max(num_before[member] for member in group) + widest)
+            if laid_out <= MAX_GROUP_SCORES and sum(needed[member] for member in group) >= _FULL * laid_out:
+                groups[-1] = group
+                continue
+        groups.append([row])
+    return groups

@@ -1,0 +1,146 @@
+"""Sample responses from the policy while it is trained, for anchors of the triplet loss. Called by `refresh.py`.
+
+Ids in, ids out: nothing is tokenised. transformers' `generate` does the work, for which the model gets its ordinary forward
+pass and attention back: in training `model(...)` returns log-probs and the attention is a packed one. Not here: anchors of the
+reference, which a build samples with vLLM, and log-probs (`refresh.py`).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import GenerationConfig
+
+from train.model.collate import PADDING_ID
+from train.model.logps import _causal_model
+from train.model.policy import Policy
+from train.model.sampling import AnchorSampling
+from train.model.token_budget import cut_by_tokens
+from weights_store.errors import InputError
+
+GENERATED_TOKENS = 1 << 14
+"""Tokens, prompts included, that are generated at a time. Not a setting: what is drawn depends on who lies in a batch together,
+and `optim.tokens_per_batch` must not change results."""
+
+Ids = NDArray[np.int32]
+
+
+def sample_responses(
+    policy: Policy,
+    prompts: Sequence[Ids],
+    sampling: AnchorSampling,
+    *,
+    end_ids: Sequence[int] = (),
+    seed: int,
+    dtype: str = "float32",
+) -> list[Ids]:
+    """Return a response to each prompt, at least one token, with its end-of-turn token where it came to one.
+
+    The same seed, prompts and parameters give the same responses; torch's global random state is left as it was.
+
+    Args:
+        policy: Not wrapped for several processes, whole on this one.
+        prompts: Ids, `[P]` each.
+        sampling: How; a prompt near the model's maximum length gets fewer new tokens.
+        end_ids: Ids that end a response, beside those that the model's generation config names.
+        seed: 0 to 2^64 - 1.
+        dtype: Of the arithmetic, `float32` or `bfloat16` (autocast).
+
+    Raises:
+        InputError: A prompt leaves no room for a token.
+    """
+    causal_model = _causal_model(policy.model)
+    ends = sorted({*_end_ids(causal_model), *end_ids})
+    rooms = _rooms(prompts, causal_model, sampling.max_new_tokens)
+    device = next(causal_model.parameters()).device
+    responses: dict[int, Ids] = {}
+    with (
+        _ordinary(policy) as model,
+        _seeded(seed, device),
+        torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"),
+    ):
+        for room in sorted(set(rooms)):
+            members = [index for index, its_room in enumerate(rooms) if its_room == room]
+            settings = GenerationConfig(
+                do_sample=True,
+                max_new_tokens=room,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                eos_token_id=ends or None,
+                pad_token_id=PADDING_ID,
+            )
+            sizes = [len(prompts[index]) + room for index in members]
+            for part in cut_by_tokens(members, sizes, GENERATED_TOKENS):
+                generated = _generate(model, [prompts[index] for index in part], settings)
+                responses |= zip(part, (_until_end(ids, ends) for ids in generated), strict=True)
+    return [responses[index] for index in range(len(prompts))]
+
+
+def _end_ids(causal_model: Any) -> list[int]:
+    """Return the end-of-turn ids of the generation config, which transformers fills from the model's where there is none."""
+    ends = causal_model.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _rooms(prompts: Sequence[Ids], causal_model: Any, max_new_tokens: int) -> list[int]:
+    longest = getattr(causal_model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is None:
+        return [max_new_tokens] * len(prompts)
+    rooms = [min(max_new_tokens, longest - len(prompt)) for prompt in prompts]
+    if min(rooms) < 1:
+        raise InputError(
+            f"a prompt of {max(map(len, prompts))} tokens leaves no room for an anchor: the model takes at most {longest} "
+            "tokens; build the dataset with a smaller dataset.max_prompt_tokens, or train with loss.anchor='stored'"
+        )
+    return rooms
+
+
+@contextmanager
+def _ordinary(policy: Policy) -> Iterator[Any]:
+    """Give the model its own forward pass and attention back, in evaluation mode, and take both away again."""
+    model = _causal_model(policy.model)  # adapters lie in its layers; peft's wrapper has nothing to add
+    routed = vars(model).pop("forward", None)  # with accelerate's wrapper around it
+    attention, defaults, was_training = model.config._attn_implementation, model.generation_config, model.training
+    model.set_attn_implementation(policy.attention)
+    model.generation_config = GenerationConfig()  # else it fills in what the settings leave open, like penalties
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(was_training)
+        model.generation_config = defaults
+        model.set_attn_implementation(attention)
+        if routed is not None:
+            model.forward = routed
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Let torch's global generators, which `generate` draws from, begin at `seed`, and put them back."""
+    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _generate(model: Any, prompts: Sequence[Ids], settings: GenerationConfig) -> list[Ids]:
+    """Return what follows each prompt, all equally long: behind an end-of-turn token there is anything."""
+    width = max(map(len, prompts))
+    input_ids = np.full((len(prompts), width), PADDING_ID, np.int64)
+    mask = np.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    device = next(model.parameters()).device
+    inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask)}
+    sequences = model.generate(**{k: v.to(device) for k, v in inputs.items()}, generation_config=settings)
+    return list(sequences[:, width:].to(torch.int32).cpu().numpy())
+
+
+def _until_end(ids: Ids, ends: Sequence[int]) -> Ids:
+    """Return the ids up to the first end-of-turn token, itself included."""
+    found = np.flatnonzero(np.isin(ids, ends))
+    return ids[: found[0] + 1] if len(found) else ids

@@ -1,0 +1,307 @@
+"""The model that is trained: find it, refuse it where it does not fit the dataset, load it, save it.
+
+What is saved is a folder that transformers and vLLM load: new weights in the dtype of the source, everything else of the
+source (config, tokenizer, chat template, generation config) copied byte for byte.
+"""
+
+import shutil
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.config import LoraSection, ModelConfig
+from train.data.dataset import WeightSource
+from weights_store.errors import InputError, MismatchError, MissingExtraError
+from weights_store.fingerprint import fingerprint_chat_template, fingerprint_tokenizer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "*.tiktoken",
+)
+_DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+
+
+def find_model(config: ModelConfig) -> Path:
+    """Return the local folder of a model; a hub id is downloaded (or taken from the cache) first.
+
+    Raises:
+        InputError: There is no such folder and no such model on the hub, or the hub cannot be reached.
+    """
+    folder = Path(config.path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"model.path={config.path!r} is not a model folder: it has no config.json")
+        return folder
+    return _download(config)
+
+
+def _download(config: ModelConfig) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=list(_DOWNLOADED)))
+    except HFValidationError as error:
+        raise InputError(f"model.path={config.path!r}: there is no such folder, and it is no id on the hub") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"model.path={config.path!r}: there is no such folder, and it cannot be had from the hub "
+            f"(revision {config.revision or 'main'}): {reason}"
+        ) from error
+
+
+def check_model_fits(folder: Path, source: WeightSource) -> int:
+    """Compare tokenizer and vocabulary with those of the dataset; return the size of the vocabulary.
+
+    Raises:
+        InputError: The folder holds no tokenizer or its config cannot be read.
+        MismatchError: The dataset was tokenised with another tokenizer or vocabulary, or does not say with which.
+    """
+    recorded = source.metadata.get("tokenizer")
+    if not recorded:
+        raise MismatchError(f"{source.name} does not record its tokenizer; rebuild it with `tokenweights build`")
+    tokenizer, template = fingerprint_tokenizer(folder), fingerprint_chat_template(folder)
+    # A recipe may bring a template of its own; then the recorded one says nothing about the folder's.
+    own_template = recorded.get("rendering", recorded["fingerprint"]) == recorded["fingerprint"]
+    if tokenizer != recorded["fingerprint"] and own_template and template != recorded.get("chat_template", template):
+        raise MismatchError(
+            f"{source.name} was rendered with chat template {_short(recorded['chat_template'])}, the model in {folder} has "
+            f"{_short(template)}: it would learn to answer in another format than it will be asked in. Train a model with the "
+            "same template, or build the dataset again for this model"
+        )
+    if tokenizer != recorded["fingerprint"]:
+        raise MismatchError(
+            f"{source.name} was tokenised with tokenizer {recorded['fingerprint'][:12]}, the model in {folder} has "
+            f"{tokenizer[:12]}: its ids would mean other text. Train a model with the same tokenizer files, or build the "
+            "dataset again for this model"
+        )
+    vocab_size = int(_load_config(folder).get_text_config().vocab_size)
+    if vocab_size != recorded["vocab_size"]:
+        raise MismatchError(
+            f"{source.name} was scored with a vocabulary of {recorded['vocab_size']} ids, the model in {folder} has "
+            f"{vocab_size}; train the model that it was made for, or build the dataset again for this model"
+        )
+    return vocab_size
+
+
+def _short(fingerprint: str | None) -> str:
+    return "none" if fingerprint is None else fingerprint[:12]
+
+
+def _load_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot read the config of the model in {folder}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model ready for training.
+
+    Args:
+        model: Of transformers, or peft's wrapper of one.
+        not_packed: Why micro-batches are a padded sequence per response; None when they are packed.
+        attention: The implementation that the model was loaded with, by transformers' name, for its own forward pass.
+    """
+
+    model: "nn.Module"
+    not_packed: str | None = None
+    attention: str = "sdpa"
+
+
+def load_policy(folder: Path, config: ModelConfig, lora: LoraSection | None = None) -> Policy:
+    """Load a model for training: parameters in float32 (4 bits when quantised, then frozen), dropout off.
+
+    Raises:
+        InputError: It cannot be loaded, lacks weights, computes its logits in a way that we do not know, or has no layers
+            with the names that `lora` gives.
+        MissingExtraError: `model.quantization` or `[lora]` need a package that is not installed.
+    """
+    model = _load_model(folder, config)
+    attention = str(model.config._attn_implementation)
+    not_packed = _enable_packing(model, config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = model if lora is None else add_adapters(model, lora)
+    if config.compile:
+        layers = getattr(model.base_model, "layers", None)
+        if layers is None:
+            raise InputError(f"model.compile: {type(model).__name__} has no list of layers to compile; leave it out")
+        for layer in layers:
+            layer.compile(dynamic=True)
+    return Policy(trained, not_packed, attention)
+
+
+def load_reference(folder: Path, config: ModelConfig) -> "nn.Module":
+    """Load the frozen reference of an exact KL: the model that training starts from, in the dtype of its arithmetic.
+
+    Raises:
+        InputError: See `load_policy`.
+    """
+    import torch
+
+    model = _load_model(folder, config)
+    _enable_packing(model, config)
+    return model.to(getattr(torch, config.dtype)).requires_grad_(False)
+
+
+def _enable_packing(model: Any, config: ModelConfig) -> str | None:
+    """Switch `model` to packed attention where it can and the config wants it; return the reason where not."""
+    from train.model.packing import enable_packing
+
+    return enable_packing(model) if config.packing else "model.packing is false"
+
+
+def _load_model(folder: Path, config: ModelConfig) -> Any:
+    """Load with transformers, and refuse what would train something else than it seems."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from train.model.logps import check_output_layer
+
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    if config.quantization == "nf4":
+        options["quantization_config"] = _nf4_settings()
+    if getattr(_load_config(folder).get_text_config(), "attn_logit_softcapping", None):
+        # transformers' default leaves Gemma 2's soft-capping out, without a word.
+        options["attn_implementation"] = "eager"
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"cannot load the model in {folder}: {error}") from error
+    if report["missing_keys"]:
+        raise InputError(
+            f"the model in {folder} lacks weights, they would be random: {', '.join(sorted(report['missing_keys'])[:3])} "
+            f"({len(report['missing_keys'])} in all)"
+        )
+    disable_dropout(model)
+    if config.quantization == "nf4":
+        _keep_trainable_on_cpus(model)
+    check_output_layer(model.eval())
+    return model
+
+
+def _nf4_settings() -> Any:
+    """Return transformers' settings of 4-bit weights as QLoRA has them (arXiv 2305.14314)."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise MissingExtraError("model.quantization='nf4' needs bitsandbytes; pip install bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _keep_trainable_on_cpus(model: Any) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference at the first forward pass in eval mode.
+
+    It does so on CPUs with AVX512-BF16, for good, and gradients do not flow through what it puts there.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def add_adapters(model: Any, lora: LoraSection) -> Any:
+    """Wrap `model` with peft: its parameters are frozen, the adapters are trained and begin as zero.
+
+    Raises:
+        InputError: The model has no layers of these names, or shares one of them between input and output.
+        MissingExtraError: peft is not installed.
+    """
+    if find_spec("peft") is None:
+        raise MissingExtraError("[lora] needs peft; pip install 'tokenweights[train]'")
+    from peft import LoraConfig, get_peft_model
+
+    tied = model.config.get_text_config().tie_word_embeddings
+    shared = {"lm_head", "embed_tokens"} & set(lora.target_modules) if tied else set()
+    if shared:  # merging would change the input and the output layer with an adapter that was trained for one of them
+        raise InputError(
+            f"lora.target_modules names {', '.join(sorted(shared))}, which this model shares; leave them out"
+        )
+    layers = [name for name, _ in model.named_modules()]
+    named = [] if isinstance(lora.target_modules, str) else lora.target_modules
+    unknown = [name for name in named if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
+    if unknown:  # peft would pass over them as long as one name is right
+        leaves = sorted(
+            {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "in_features")}
+        )
+        raise InputError(
+            f"lora.target_modules names {', '.join(unknown)}, which {type(model).__name__} does not have; it has "
+            f"{', '.join(leaves)}"
+        )
+    settings = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        raise InputError(f"lora.target_modules={lora.target_modules!r}: {error}") from error
+
+
+def disable_dropout(model: "nn.Module") -> None:
+    """Set every dropout rate in `model` to 0: policy and stored reference must see the same function.
+
+    The config is left alone, so that the saved model keeps the rates of its source.
+    """
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def save_policy(
+    model: Any, lora: LoraSection | None, source_folder: Path, target: Path, base_name: str | None = None
+) -> None:
+    """Write the trained model to `target`, an empty folder, in the dtype that its config states (else float32).
+
+    With adapters these lie in `target/adapter`, merged into the model unless `lora.merge` is false; they name their base
+    `base_name`, where that is given, instead of the folder. `model` is converted in place and of no use for training then.
+    """
+    import torch
+
+    if lora is not None:
+        if base_name is not None:
+            model.peft_config["default"].base_model_name_or_path = base_name
+        # Left to itself peft asks the hub whether the embeddings were resized.
+        model.save_pretrained(target / "adapter", save_embedding_layers=False)
+        (target / "adapter" / "README.md").unlink(missing_ok=True)  # peft's form to fill in; our card lies above it
+        if not lora.merge:
+            return
+        model = model.merge_and_unload()
+    config = _load_config(source_folder)
+    model.to(config.dtype or torch.float32)
+    model.save_pretrained(target)
+    for pattern in _COPIED:
+        for path in source_folder.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, target / path.name)
+    for path in target.glob("*.safetensors"):
+        path.chmod((target / "config.json").stat().st_mode)  # safetensors writes for the owner alone

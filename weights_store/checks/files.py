@@ -1,0 +1,235 @@
+"""Compare the files of a table with what its commits recorded, and say where inside a file the damage is.
+
+Every shard that any version needs is read once, as a stream: the digest of its bytes finds every flipped bit. Only damaged
+shards are decoded, to name the row group, the column and the pairs.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import unquote
+
+import polars as pl
+import pyarrow as pa
+
+from weights_store.checks.findings import Finding
+from weights_store.checks.log import TableLog
+from weights_store.errors import DamageError, StoreError
+from weights_store.location import Location, one_line
+from weights_store.messages import logger
+from weights_store.tables.shards import ShardRecord, lacking
+from weights_store.tables.table import Table
+from weights_store.tables.table_reader import TableReader
+
+_log = logger(__name__)
+
+_READ_BYTES = 4 << 20
+_BYTES_PER_REPORT = 1 << 30
+# What decoding bytes that are no longer Parquet of ours has been seen to raise.
+_UNDECODABLE = (DamageError, OSError, pa.ArrowException, ValueError, KeyError, IndexError, TypeError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """One table after its files were looked at."""
+
+    log: TableLog
+    findings: list[Finding]
+    unsound: frozenset[str]
+
+    def sound(self, version: int | None) -> "SoundTable":
+        """Return one version without its damaged shards."""
+        return SoundTable(self, version)
+
+
+class SoundTable(TableReader):
+    """One version of a table as far as it is undamaged; whoever reads it skips the other shards."""
+
+    def __init__(self, examined: Examined, version: int | None) -> None:
+        table = examined.log.table
+        super().__init__(table.root, table.path, table.schema, table.key)
+        active = examined.log.active(version)
+        self._records = [r for _, r in examined.log.records() if r.name in active and r.name not in examined.unsound]
+        self.version_number = version
+        self.name = f"{table.path}@{version}"
+        self.is_whole = examined.log.is_whole and len(self._records) == len(active)
+        self.num_bytes = sum(record.num_bytes for record in self._records)
+
+    def records(self, version: int | None = None) -> list[ShardRecord]:  # noqa: ARG002 - it has one version
+        """Return the records of the undamaged shards."""
+        return list(self._records)
+
+    def scan(self, version: int | None = None) -> pl.LazyFrame:  # noqa: ARG002 - it has one version
+        """Return the rows of the undamaged shards."""
+        return self.scan_shards(self._records)
+
+
+def examine(log: TableLog) -> Examined:
+    """Check the log and every file that any version of a table needs."""
+    table, records = log.table, list(log.records())
+    num_bytes = sum(record.num_bytes for _, record in records)
+    _log.info(f"{table.path}: {len(log.commits)} versions, {len(records)} shards, {num_bytes / 1e6:,.1f} MB")
+    findings = [Finding(table.path, problem, version) for version, problem in sorted(log.problems.items())]
+    findings += _check_foreign(log)
+    if log.is_whole:
+        findings += _check_view(log)
+    digests = {record.sha256: record.name for _, record in records}
+    unsound, done, told = set(), 0, 0
+    for version, record in records:
+        found = [replace(finding, version=version) for finding in _check_shard(table, record, digests)]
+        if found:
+            unsound.add(record.name)
+            findings += found
+        done += record.num_bytes
+        if done - told > _BYTES_PER_REPORT:
+            told = done
+            _log.info(f"{table.path}: {done / 1e6:,.1f} of {num_bytes / 1e6:,.1f} MB")
+    return Examined(log, findings, frozenset(unsound))
+
+
+def _check_foreign(log: TableLog) -> Iterator[Finding]:
+    """Name the commits of other programs, and their files that are gone."""
+    for version, commit in sorted(log.commits.items()):
+        if commit.metadata is not None:
+            continue
+        yield Finding(
+            log.table.path,
+            f"was not written by tokenweights: {len(commit.added)} files without checksums, which cannot be verified; "
+            "keep other writers away from the store",
+            version,
+        )
+        for path in commit.added:
+            if not any(log.table.location.exists(name) for name in {path, unquote(path)}):
+                yield Finding(log.table.path, "the file is missing", version, path)
+
+
+def _check_view(log: TableLog) -> Iterator[Finding]:
+    """Compare what Delta readers are told with what the commits recorded: a damaged checkpoint shows here, too."""
+    from deltalake import Schema
+    from deltalake.exceptions import DeltaError
+
+    table, newest = log.table, log.newest
+    if newest is None:
+        return
+    try:
+        opened = table._open(newest)
+        actions = pa.table(opened.get_add_actions(flatten=True)).to_pylist()
+        schema = opened.schema()
+    except (StoreError, DeltaError, OSError, ValueError) as error:
+        yield Finding(table.path, f"Delta cannot open it: {one_line(error)}", newest)
+        return
+    names, active = [field.name for field in schema.fields], log.active(newest)
+    held = {name for _, record in log.records() if record.name in active for name in record.checksums}
+    later = {field.name for field in lacking(table.schema, names)} - held  # they came after all of its files
+    expected = {field.name: field for field in Schema.from_arrow(table.schema).fields if field.name not in later}
+    if {field.name: field for field in schema.fields} != expected:
+        text = (
+            f"its log gives it columns {names} or types that are not those of this tokenweights, {table.schema.names}"
+        )
+        yield Finding(table.path, text, newest)
+    seen = {action["path"]: _stats(action, table.key[0]) for action in actions}
+    recorded = {r.name: (r.num_bytes, r.num_rows, r.first_key, r.last_key) for _, r in log.records()}
+    if seen.keys() != active:
+        yield Finding(
+            table.path,
+            f"Delta readers see {len(seen)} files, its commits say {len(active)}, and they are not the same: "
+            "a checkpoint in _delta_log is damaged; delete it and _last_checkpoint",
+            newest,
+        )
+    for name in sorted(seen.keys() & recorded.keys()):
+        if seen[name] != recorded[name]:
+            text = f"to Delta it has (bytes, rows, first key, last key) {seen[name]}, recorded are {recorded[name]}"
+            yield Finding(table.path, f"{text}: readers would skip or miscount rows", newest, name)
+
+
+def _stats(action: Mapping[str, Any], key: str) -> tuple[Any, ...]:
+    return (action["size_bytes"], *(action.get(name) for name in ("num_records", f"min.{key}", f"max.{key}")))
+
+
+def _check_shard(table: Table, record: ShardRecord, digests: dict[str, str]) -> list[Finding]:
+    """Return what is wrong with one file; its version is for the caller to add."""
+    try:
+        size, digest = _digest(table.location, record.name)
+    except FileNotFoundError:
+        return [Finding(table.path, f"the file is missing; {_RESTORE}", shard=record.name)]
+    except OSError as error:
+        return [Finding(table.path, f"the file cannot be read: {one_line(error)}; {_RESTORE}", shard=record.name)]
+    problem = _compare_bytes(record, size, digest, digests)
+    if problem is None:
+        return list(_check_footer(table, record))
+    inside = list(_look_inside(table, record))
+    if inside and problem == _BYTES_DIFFER:
+        return inside  # the same, and where
+    hint = "" if inside else "; every value is as committed: the damage lies in the footer or in what frames the values"
+    return [Finding(table.path, f"{problem}{hint}; {_RESTORE}", shard=record.name), *inside]
+
+
+def _digest(folder: Location, name: str) -> tuple[int, str]:
+    size, sha256 = 0, hashlib.sha256()
+    with folder.filesystem.open_input_stream(name, compression=None) as file:
+        while data := file.read(_READ_BYTES):
+            sha256.update(data)
+            size += len(data)
+    return size, sha256.hexdigest()
+
+
+def _compare_bytes(record: ShardRecord, size: int, digest: str, digests: dict[str, str]) -> str | None:
+    """Return how the bytes of a file differ from what was committed, None when they do not."""
+    if (size, digest) == (record.num_bytes, record.sha256):
+        return None
+    if digest != record.sha256 and digest in digests:
+        return f"it holds the bytes of shard {digests[digest]}: files were exchanged or copied over each other"
+    if size != record.num_bytes:
+        how = "cut off" if size < record.num_bytes else "extended"
+        return f"it has {size} bytes, {record.num_bytes} were committed: it was {how}"
+    return _BYTES_DIFFER
+
+
+def _check_footer(table: Table, record: ShardRecord) -> Iterator[Finding]:
+    """Yield a finding when readers would refuse a file whose bytes are as committed: then the commit itself is damaged."""
+    try:
+        table.open_shard(record)
+    except _UNDECODABLE as error:
+        text = f"the commit's record of it is damaged: {_without_place(error, table, record)}"
+        yield Finding(table.path, text, shard=record.name)
+
+
+def _look_inside(table: Table, record: ShardRecord) -> Iterator[Finding]:
+    """Yield a finding for a broken footer, or for each column of each row group that is not as committed."""
+    place = Finding(table.path, "", shard=record.name)
+    try:
+        reader = table.open_shard(record)
+    except _UNDECODABLE as error:
+        yield replace(place, problem=f"its footer is damaged: {_without_place(error, table, record)}")
+        return
+    values = [[name] for name in record.checksums if name not in table.key]
+    for index in range(len(reader.group_sizes)):
+        within, span = f", row group {index}", ""
+        try:  # the key first: all other checksums hang on it
+            keys = reader.read_group(index, table.key)[table.key[0]]
+            span = f" (rows {table.key[0]} {keys[0]} … {keys[-1]})"
+        except _UNDECODABLE as error:
+            text = _without_place(error, table, record, within)
+            yield replace(place, row_group=index, problem=_with_column(", ".join(table.key), span, text))
+            continue
+        for columns in values:
+            try:
+                reader.read_group(index, columns)
+            except _UNDECODABLE as error:
+                text = _without_place(error, table, record, within)
+                yield replace(place, row_group=index, problem=_with_column(columns[0], span, text))
+
+
+def _with_column(column: str, span: str, text: str) -> str:
+    return text if text.startswith("column ") else f"column {column}{span} {text}"
+
+
+def _without_place(error: BaseException, table: Table, record: ShardRecord, within: str = "") -> str:
+    """Return an error's text without the place that the finding names anyway."""
+    text = one_line(error).removeprefix(f"{table.path}, shard {record.name}{within}: ")
+    return text.removeprefix(f"{table.path}: shard {record.name} ")
+
+
+_BYTES_DIFFER = "its bytes are not those that were committed (SHA-256 differs)"
+_RESTORE = "restore the file from a copy, or build the table again"

@@ -1,0 +1,127 @@
+"""What commits recorded, compared with what is there: parents, fingerprints, and where every source row went.
+
+A law is skipped where a commit does not record what it is about: tables can be filled by other programs than `pipeline`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import polars as pl
+
+from weights_store.checks.files import SoundTable
+from weights_store.checks.findings import Finding
+from weights_store.checks.log import TableLog
+from weights_store.fingerprint import fingerprint
+from weights_store.schemas import Reason
+
+_DIGITS = 12  # of a fingerprint, in messages
+
+
+def parents(metadata: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the well-formed parents that a commit recorded."""
+    return [parent for parent in _listed(metadata) if _is_reference(parent)]
+
+
+def check_lineage(log: TableLog, find_log: Callable[[str], TableLog | None]) -> Iterator[Finding]:
+    """Yield a finding for each parent of any version that is not there or is not what it was, each once.
+
+    Args:
+        log: The table's log.
+        find_log: Returns the log of a table by its path, None when the path names no table of the store.
+    """
+    seen: list[Any] = []
+    for version in sorted(log.commits, reverse=True):
+        for parent in _listed(log.metadata(version)):
+            if parent in seen:
+                continue
+            seen.append(parent)
+            problem = (
+                _parent_problem(parent, find_log) if _is_reference(parent) else f"its parent {parent!r} is malformed"
+            )
+            if problem:
+                yield Finding(log.table.path, problem, version)
+
+
+def check_fingerprints(log: TableLog) -> Iterator[Finding]:
+    """Yield the versions whose fingerprint is not that of the identity they recorded."""
+    for version in sorted(log.commits):
+        metadata = log.metadata(version)
+        if not metadata or "identity" not in metadata:
+            continue
+        try:
+            expected = fingerprint(metadata["identity"])
+        except (TypeError, ValueError) as error:
+            yield Finding(log.table.path, f"its identity cannot be fingerprinted: {error}", version)
+            continue
+        if metadata["fingerprint"] != expected:
+            text = (
+                f"its fingerprint is {metadata['fingerprint'][:_DIGITS]}…, that of its identity {expected[:_DIGITS]}…"
+            )
+            yield Finding(log.table.path, f"{text}: the commit was changed afterwards", version)
+
+
+def check_balance(log: TableLog) -> Iterator[Finding]:
+    """Yield a finding when the newest version of tokens or weights does not say where every source row went."""
+    statistics = _statistics(log)
+    num_pairs, num_rows = statistics.get("num_pairs"), log.num_rows(log.newest)
+    if num_pairs is None:
+        return
+    if num_rows is not None and num_pairs != num_rows:
+        yield Finding(log.table.path, f"its statistics count {num_pairs} pairs, it holds {num_rows} rows", log.newest)
+    if "num_source_rows" in statistics and "quarantined" in statistics:
+        num_quarantined = sum(statistics["quarantined"].values())
+        if statistics["num_source_rows"] != num_pairs + num_quarantined:
+            yield Finding(
+                log.table.path,
+                f"{statistics['num_source_rows']} source rows are not {num_pairs} pairs + {num_quarantined} quarantined",
+                log.newest,
+            )
+
+
+def check_quarantine(tokens: TableLog, quarantine: SoundTable) -> Iterator[Finding]:
+    """Yield a finding for each reason whose rows in quarantine are not as many as the newest tokens say."""
+    expected = _statistics(tokens).get("quarantined")
+    if expected is None or not quarantine.is_whole:
+        return
+    reasons = quarantine.scan().filter(pl.col("reason") != Reason.UNSCORABLE.value).group_by("reason").len()
+    with quarantine.reading():
+        found = dict(reasons.collect().iter_rows())
+    for reason in sorted({*found, *expected}):
+        here, there = found.get(reason, 0), expected.get(reason, 0)
+        if here != there:
+            yield Finding(
+                tokens.table.path,
+                f"its statistics count {there} rows in quarantine as {reason}, {quarantine.name} holds {here}; "
+                "a build has died in between or is running: run it (again)",
+                tokens.newest,
+            )
+
+
+def _statistics(log: TableLog) -> dict[str, Any]:
+    return (log.metadata(log.newest) or {}).get("statistics") or {}
+
+
+def _listed(metadata: Mapping[str, Any] | None) -> list[Any]:
+    listed = (metadata or {}).get("parents", [])
+    return listed if isinstance(listed, list) else [listed]
+
+
+def _is_reference(parent: Any) -> bool:
+    kinds = {"table": str, "version": int, "fingerprint": str}
+    return isinstance(parent, dict) and all(isinstance(parent.get(name), kind) for name, kind in kinds.items())
+
+
+def _parent_problem(parent: Mapping[str, Any], find_log: Callable[[str], TableLog | None]) -> str | None:
+    log = find_log(parent["table"])
+    name = f"{parent['table']}@{parent['version']}"
+    if log is None or parent["version"] not in {*log.commits, *log.problems}:
+        return f"its parent {name} is not in the store"
+    if parent["version"] in log.problems:
+        return None  # the parent's own finding
+    metadata = log.metadata(parent["version"])
+    if metadata is None:
+        return f"its parent {name} was not written by tokenweights"
+    if metadata["fingerprint"] != parent["fingerprint"]:
+        found, recorded = metadata["fingerprint"][:_DIGITS], parent["fingerprint"][:_DIGITS]
+        return f"its parent {name} has fingerprint {found}…, recorded is {recorded}…: it is not what this was made from"
+    return None

@@ -1,0 +1,334 @@
+"""Write Parquet shards in the layout of the store, and read them back checked.
+
+Float lists: mantissa rounded to 12 bits, BYTE_STREAM_SPLIT, zstd, never a dictionary (pyarrow's default is the worst
+choice for floats). Ids: int32 with BYTE_STREAM_SPLIT. Row groups of about a MiB of tokens, so that a trainer can seek.
+
+Every row group's checksums stand in the shard's footer, and their sums in the commit that made the shard visible: who reads a
+single row group can check it against the commit. A digest of all bytes covers what carries no values.
+"""
+
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from weights_store.errors import DamageError
+from weights_store.location import Location
+from weights_store.tables.checksums import add_checksums, column_checksums
+
+MANTISSA_BITS = 12
+"""Explicit mantissa bits kept of float32's 23: relative error at most 2**-13 = 1.2e-4."""
+
+ROW_GROUP_BYTES = 4 << 20
+"""Uncompressed Arrow bytes of one row group: about a MiB of each kind of token column."""
+
+SHARD_BYTES = 64 << 20
+"""About how large one shard may get, in compressed bytes."""
+
+_FOOTER_KEY = b"tokenweights.checksums"
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What a commit records of one shard. Checksums are 16 hex digits per column, see `checksums.py`.
+
+    `group_sizes` are the rows of its row groups, so that a trainer can plan its order without opening any shard; commits made
+    before they were recorded have none.
+    """
+
+    name: str
+    num_rows: int
+    num_bytes: int
+    sha256: str
+    first_key: str | int
+    last_key: str | int
+    checksums: dict[str, str]
+    group_sizes: Sequence[int] = ()
+
+    @property
+    def sums(self) -> dict[str, int]:
+        """The checksums as numbers."""
+        return {name: int(text, 16) for name, text in self.checksums.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as it stands in the commit."""
+        return asdict(self)
+
+
+def round_mantissa(values: np.ndarray, bits: int = MANTISSA_BITS) -> np.ndarray:
+    """Round float32 `values` to `bits` explicit mantissa bits, ties to even. Signs, zeros, infinities and NaN stay.
+
+    Raises:
+        ValueError: `bits` is not in 1..23.
+    """
+    if not 1 <= bits <= 23:
+        raise ValueError(f"mantissa bits must be in 1..23, got {bits}")
+    drop = 23 - bits
+    if drop == 0:
+        return values.astype(np.float32)
+    raw = np.array(values, dtype=np.float32).view(np.uint32)
+    raw += (raw >> np.uint32(drop)) & np.uint32(1)  # half a step, less one unless the kept part is odd: ties to even
+    raw += np.uint32((1 << (drop - 1)) - 1)
+    raw &= np.uint32(~((1 << drop) - 1) & 0xFFFFFFFF)
+    rounded = raw.view(np.float32)
+    is_finite = np.isfinite(values)
+    return rounded if is_finite.all() else np.where(is_finite, rounded, values)
+
+
+def _round_floats(rows: pa.Table) -> pa.Table:
+    for index, field in enumerate(rows.schema):
+        if pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type):
+            rows = rows.set_column(index, field, _round_column(rows.column(index)))
+    return rows
+
+
+def _round_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    chunks = []
+    for chunk in column.chunks:
+        if chunk.null_count == len(chunk):
+            chunks.append(chunk)
+            continue
+        values = round_mantissa(chunk.values.to_numpy(zero_copy_only=False))
+        mask = chunk.is_null() if chunk.null_count else None
+        chunks.append(
+            pa.ListArray.from_arrays(chunk.offsets, pa.array(values, pa.float32()), type=chunk.type, mask=mask)
+        )
+    return pa.chunked_array(chunks, column.type)
+
+
+class ShardWriter:
+    """Writes tables, in the order in which they come, as shards of about `SHARD_BYTES` into one folder.
+
+    A shard is built in memory and put there whole, so that the memory needed is one shard's. Nothing is visible to readers
+    before `finish`'s records are committed.
+
+    Args:
+        folder: Where the table lies.
+        schema: Its columns.
+        key: Its key columns; rows come sorted by them.
+    """
+
+    def __init__(self, folder: Location, schema: pa.Schema, key: Sequence[str]) -> None:
+        self.folder = folder
+        self.schema = schema
+        self.key = list(key)
+        self.records: list[ShardRecord] = []
+        # Names sort in writing order, within a commit and across commits, so that readers agree on the order of rows.
+        self._stem = f"{time.time_ns():020d}-{uuid.uuid4().hex[:12]}"
+        self._waiting: list[pa.Table] = []
+        self._shard: _OpenShard | None = None
+
+    def write(self, rows: pa.Table) -> None:
+        """Add rows.
+
+        Raises:
+            OSError: The folder cannot be written or the disk is full.
+        """
+        if not rows.num_rows:
+            return
+        self._waiting.append(rows.select(self.schema.names).cast(self.schema))
+        if sum(table.nbytes for table in self._waiting) >= ROW_GROUP_BYTES:
+            self._write_groups(is_last=False)
+
+    def finish(self) -> list[ShardRecord]:
+        """Write what is left and return the records of all shards.
+
+        Raises:
+            OSError: The folder cannot be written or the disk is full.
+        """
+        self._write_groups(is_last=True)
+        self._close_shard()
+        return self.records
+
+    def _write_groups(self, is_last: bool) -> None:
+        if not self._waiting:
+            return
+        rows = pa.concat_tables(self._waiting)
+        num_groups = max(1, round(rows.nbytes / ROW_GROUP_BYTES))
+        size = -(-rows.num_rows // num_groups)
+        start = 0
+        while start < rows.num_rows and (is_last or rows.num_rows - start >= size):
+            self._write_group(rows.slice(start, size).combine_chunks())
+            start += size
+        # A copy, or the remainder would keep the whole table alive.
+        self._waiting = [rows.slice(start).combine_chunks()] if start < rows.num_rows else []
+
+    def _write_group(self, rows: pa.Table) -> None:
+        if self._shard is None:
+            self._shard = _OpenShard(self.schema)
+        self._shard.write_group(_round_floats(rows), self.key)
+        if self._shard.num_bytes >= SHARD_BYTES:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        if self._shard is None:
+            return
+        name = f"{self._stem}-{len(self.records):05d}.parquet"
+        data, record = self._shard.close(name)
+        self._shard = None
+        self.folder.write(name, data)
+        self.records.append(record)
+
+
+class _OpenShard:
+    """One shard being built in memory."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._sink = pa.BufferOutputStream()
+        self._writer = pq.ParquetWriter(self._sink, schema, **_layout(schema))
+        self._groups: list[dict[str, int]] = []
+        self._sizes: list[int] = []
+        self._keys: list[Any] = []
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self._sink.tell())
+
+    def write_group(self, rows: pa.Table, key: list[str]) -> None:
+        self._groups.append(column_checksums(rows, key))
+        self._writer.write_table(rows, row_group_size=rows.num_rows)
+        self._sizes.append(rows.num_rows)
+        self._keys += [rows[key[0]][0].as_py(), rows[key[0]][-1].as_py()]
+
+    def close(self, name: str) -> tuple[pa.Buffer, ShardRecord]:
+        names = list(self._groups[0])
+        groups = [[f"{group[column]:016x}" for column in names] for group in self._groups]
+        self._writer.add_key_value_metadata({_FOOTER_KEY: json.dumps({"columns": names, "groups": groups})})
+        self._writer.close()
+        data = self._sink.getvalue()
+        record = ShardRecord(
+            name=name,
+            num_rows=sum(self._sizes),
+            num_bytes=data.size,
+            sha256=hashlib.sha256(data).hexdigest(),
+            first_key=min(self._keys),
+            last_key=max(self._keys),
+            checksums={column: f"{value:016x}" for column, value in sum_checksums(self._groups).items()},
+            group_sizes=self._sizes,
+        )
+        return data, record
+
+
+def _layout(schema: pa.Schema) -> dict[str, Any]:
+    lists = [field.name for field in schema if pa.types.is_list(field.type)]
+    encodings = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in lists}
+    dictionary = [field.name for field in schema if field.name in ("split", "reason")]
+    return {
+        "compression": "zstd",
+        "column_encoding": encodings,
+        "use_dictionary": dictionary,
+        "write_statistics": ["pair_id", "source_row"],
+    }
+
+
+class ShardReader:
+    """One shard, opened; every row group it hands out has been checked against what the commit recorded.
+
+    Args:
+        folder: Where the table lies.
+        record: What the commit recorded of the shard.
+        key: The table's key columns.
+        where: The table and version, for messages.
+
+    Raises:
+        DamageError: The file is gone, or its footer does not agree with the commit.
+    """
+
+    def __init__(self, folder: Location, record: ShardRecord, key: Sequence[str], where: str) -> None:
+        self.record = record
+        self.where = where
+        self._key = list(key)
+        try:
+            self._file = pq.ParquetFile(folder.filesystem.open_input_file(record.name))
+        except FileNotFoundError as error:
+            raise DamageError(
+                f"{where}: shard {record.name} is missing; restore it or pin a version that does not need it"
+            ) from error
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise DamageError(f"{where}: shard {record.name} cannot be opened: {error}; {_RESTORE}") from error
+        self._groups = self._recorded_groups()
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Rows of every row group."""
+        return [self._file.metadata.row_group(index).num_rows for index in range(self._file.num_row_groups)]
+
+    def read_group(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the columns (all by default) of one row group, checked.
+
+        Raises:
+            DamageError: The values are not those that were committed; names the row group, the column and the pairs in it.
+        """
+        names = list(columns) if columns is not None else list(self._groups[index])
+        wanted = list(dict.fromkeys([*names, *self._key]))
+        where = f"{self.where}, shard {self.record.name}, row group {index}"
+        try:
+            rows = self._file.read_row_group(index, columns=wanted)
+            found = column_checksums(rows, self._key)
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:  # also bad UTF-8, and columns that are gone
+            raise DamageError(f"{where}: cannot be decoded: {error}; {_RESTORE}") from error
+        for name, checksum in found.items():
+            if checksum != self._groups[index][name]:
+                span = f"{rows[self._key[0]][0]} … {rows[self._key[0]][-1]}"
+                raise DamageError(
+                    f"{where}: column {name} is not what was committed (rows {self._key[0]} {span}); {_RESTORE}"
+                )
+        return rows.select(names)
+
+    def groups(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Yield every row group, checked, see `read_group`."""
+        for index in range(self._file.num_row_groups):
+            yield self.read_group(index, columns)
+
+    def _recorded_groups(self) -> list[dict[str, int]]:
+        """Return the checksums of each row group from the footer, which must add up to those in the commit."""
+        try:
+            recorded = json.loads((self._file.metadata.metadata or {})[_FOOTER_KEY])
+            groups = [
+                {name: int(text, 16) for name, text in zip(recorded["columns"], group, strict=True)}
+                for group in recorded["groups"]
+            ]
+        except (KeyError, ValueError, TypeError) as error:
+            raise DamageError(f"{self.where}: shard {self.record.name} has a broken footer; {_RESTORE}") from error
+        total = sum_checksums(groups)
+        if (
+            total != self.record.sums
+            or len(groups) != self._file.num_row_groups
+            or sum(self.group_sizes) != self.record.num_rows
+            or list(self.record.group_sizes) not in ([], self.group_sizes)
+        ):
+            raise DamageError(
+                f"{self.where}: shard {self.record.name} is not the file that was committed: its footer's checksums or rows "
+                f"differ; {_RESTORE}"
+            )
+        return groups
+
+
+def lacking(schema: pa.Schema, names: Collection[str]) -> list[pa.Field]:
+    """Return the columns of `schema` that may be null and are not among `names`: they came after a table was written."""
+    return [field for field in schema if field.nullable and field.name not in names]
+
+
+def with_nulls(rows: pa.Table, fields: Iterable[pa.Field]) -> pa.Table:
+    """Return rows with more columns, all null."""
+    for field in fields:
+        rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
+    return rows
+
+
+def sum_checksums(parts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """Return the checksums of all rows of `parts`."""
+    total: dict[str, int] = {}
+    for part in parts:
+        total = add_checksums(total, part)
+    return total
+
+
+_RESTORE = "restore the file from a copy, or build the table again"

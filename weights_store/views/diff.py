@@ -1,0 +1,166 @@
+"""What lies between two weight datasets: settings field by field, pairs, weights token by token, pair weights and anchors.
+
+Both are read range by range of `pair_id`, so that memory stays bounded however large they are.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import polars as pl
+
+from weights_store.fingerprint import explain_difference
+from weights_store.tables.table import Table
+
+_SIDES = ("chosen", "rejected")
+_PAIR = "pair"
+"""Takes the place of a side: the weight of a pair is compared like that of a response of one token."""
+_NUM_LARGEST = 10
+_CHANGES = {"pair_id": pl.String, "side": pl.String, "mean_abs_change": pl.Float64, "max_abs_change": pl.Float64}
+
+
+@dataclass(frozen=True)
+class SideDiff:
+    """Changes of one side's weights over the pairs that can be compared; means are None where no token was.
+
+    Of pair weights: then each pair counts as one token.
+    """
+
+    num_tokens: int
+    num_tokens_changed: int
+    mean_abs_change: float | None
+    max_abs_change: float | None
+
+
+@dataclass(frozen=True)
+class Diff:
+    """The difference of two versions of weight datasets, from `a` to `b`.
+
+    `settings` has one line per field of their identities that differs. Common pairs whose response ids differ are
+    `num_not_comparable`: their weights belong to other tokens. `num_anchors_changed` of the others have an anchor of other
+    tokens, or in one dataset only. `largest` has the (pair, side)s whose token weights changed most, by mean.
+    """
+
+    a: str
+    b: str
+    settings: list[str]
+    num_common: int
+    num_only_in_a: int
+    num_only_in_b: int
+    num_not_comparable: int
+    chosen: SideDiff
+    rejected: SideDiff
+    pair_weights: SideDiff
+    num_anchors_changed: int
+    largest: pl.DataFrame
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether both hold the same pairs with the same weights and anchors; settings may differ all the same."""
+        weights = sum(side.num_tokens_changed for side in (self.chosen, self.rejected, self.pair_weights))
+        pairs = self.num_only_in_a + self.num_only_in_b + self.num_not_comparable
+        return not (weights or pairs or self.num_anchors_changed)
+
+
+def diff_tables(a: Table, version_a: int, b: Table, version_b: int, max_bytes: int = 1 << 30) -> Diff:
+    """Compare two versions, see `WeightStore.diff`.
+
+    Args:
+        a: The old weight dataset.
+        version_a: Its version.
+        b: The new one, maybe the same.
+        version_b: Its version.
+        max_bytes: Memory for one range of pairs.
+    """
+    counts = {"common": 0, "only_in_a": 0, "only_in_b": 0, "not_comparable": 0, "anchors_changed": 0}
+    sums = {side: _SideSums() for side in (*_SIDES, _PAIR)}
+    largest = pl.DataFrame(schema=_CHANGES)
+    for old, new in _ranges(a, version_a, b, version_b, max_bytes):
+        common = old.join(new, on="pair_id", suffix="_b")
+        same_ids = pl.all_horizontal(pl.col(f"{side}_ids") == pl.col(f"{side}_ids_b") for side in _SIDES)
+        comparable = common.filter(same_ids)
+        counts["common"] += common.height
+        counts["only_in_a"] += old.height - common.height
+        counts["only_in_b"] += new.height - common.height
+        counts["not_comparable"] += common.height - comparable.height
+        counts["anchors_changed"] += comparable.filter(pl.col("anchor_ids").ne_missing(pl.col("anchor_ids_b"))).height
+        sums[_PAIR].add(_changes(comparable, _PAIR))
+        for side in _SIDES:
+            changes = _changes(comparable, side)
+            sums[side].add(changes)
+            largest = _keep_largest(largest, changes)
+    return Diff(
+        a=f"{a.path}@{version_a}",
+        b=f"{b.path}@{version_b}",
+        settings=explain_difference(a.metadata(version_a)["identity"], b.metadata(version_b)["identity"]),
+        num_common=counts["common"],
+        num_only_in_a=counts["only_in_a"],
+        num_only_in_b=counts["only_in_b"],
+        num_not_comparable=counts["not_comparable"],
+        chosen=sums["chosen"].result(),
+        rejected=sums["rejected"].result(),
+        pair_weights=sums[_PAIR].result(),
+        num_anchors_changed=counts["anchors_changed"],
+        largest=largest,
+    )
+
+
+@dataclass
+class _SideSums:
+    """Running sums of one side."""
+
+    num_tokens: int = 0
+    num_tokens_changed: int = 0
+    total: float = 0.0
+    largest: float = 0.0
+
+    def add(self, changes: pl.DataFrame) -> None:
+        if changes.is_empty():
+            return
+        added = ("num_tokens", "num_tokens_changed", "total")
+        num_tokens, num_changed, total, largest = changes.select(pl.sum(*added), pl.max("max_abs_change")).row(0)
+        self.num_tokens += num_tokens
+        self.num_tokens_changed += num_changed
+        self.total += total
+        self.largest = max(self.largest, largest or 0.0)
+
+    def result(self) -> SideDiff:
+        if not self.num_tokens:
+            return SideDiff(0, 0, None, None)
+        return SideDiff(self.num_tokens, self.num_tokens_changed, self.total / self.num_tokens, self.largest)
+
+
+def _ranges(
+    a: Table, version_a: int, b: Table, version_b: int, max_bytes: int
+) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
+    """Yield both tables' ids and weights, one range of pairs after the other."""
+    names = ["pair_id", "anchor_ids", *(f"{side}_{what}" for side in _SIDES for what in ("ids", "token_weights"))]
+    columns = [*names, pl.concat_list("pair_weight").alias(f"{_PAIR}_token_weights")]
+    sizes = [sum(record.num_bytes for record in t.records(v)) for t, v in ((a, version_a), (b, version_b))]
+    larger, version = (a, version_a) if sizes[0] >= sizes[1] else (b, version_b)
+    scans = [a.scan(version_a).select(columns), b.scan(version_b).select(columns)]
+    for piece in larger.key_ranges(max_bytes, version, num_bytes=sum(sizes)):
+        old, new = (piece.of(scan).collect() for scan in scans)
+        yield old, new
+
+
+def _changes(comparable: pl.DataFrame, side: str) -> pl.DataFrame:
+    """Return one row per pair: tokens, tokens that changed, and sum, mean and maximum of the absolute changes."""
+    wide = pl.List(pl.Float64)
+    signed = pl.col(f"{side}_token_weights_b").cast(wide) - pl.col(f"{side}_token_weights").cast(wide)
+    change = signed.list.eval(pl.element().abs())
+    return comparable.select("pair_id", pl.lit(side).alias("side"), change.alias("change")).select(
+        "pair_id",
+        "side",
+        pl.col("change").list.len().alias("num_tokens"),
+        pl.col("change").list.eval(pl.element() > 0).list.sum().alias("num_tokens_changed"),
+        pl.col("change").list.sum().alias("total"),
+        pl.col("change").list.mean().alias("mean_abs_change"),
+        pl.col("change").list.max().alias("max_abs_change"),
+    )
+
+
+def _keep_largest(largest: pl.DataFrame, changes: pl.DataFrame) -> pl.DataFrame:
+    changed = changes.filter(pl.col("max_abs_change") > 0).select(*_CHANGES)
+    order = ["mean_abs_change", "max_abs_change", "pair_id", "side"]
+    ranked = pl.concat([largest, changed]).sort(order, descending=[True, True, False, False])
+    return ranked.head(_NUM_LARGEST)

@@ -1,0 +1,130 @@
+"""Export of a weight dataset for programs that know nothing of this store: plain Parquet, or the TIS-DPO release's JSONL.
+
+Rows are read row group by row group, checked against what was committed. A folder appears whole or not at all.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from weights_store.errors import InputError, MismatchError
+from weights_store.tables.table import Table
+from weights_store.tables.table_reader import TableVersion
+from weights_store.views.token_texts import Tokenizer, TokenTexts
+
+FORMATS = ("parquet", "jsonl")
+
+FILE_BYTES = 256 << 20
+"""Arrow bytes after which the next Parquet file begins."""
+
+_RECORD = "tokenweights.json"
+_SIDES = ("chosen", "rejected")
+
+
+def export_table(
+    table: Table, weights: TableVersion, folder: Path, form: str, tokenizer: Tokenizer | None
+) -> list[Path]:
+    """Write one version into a new folder, see `WeightStore.export`."""
+    if form not in FORMATS:
+        raise InputError(f"no export format {form!r}: expected one of {', '.join(FORMATS)}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is there already and not an empty folder; export into a new one")
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        if form == "parquet":
+            names = _write_parquet(table, weights.version, partial)
+        else:
+            names = _write_jsonl(table, weights.version, partial, tokenizer)
+        (partial / _RECORD).write_text(json.dumps(_record(weights, form, names), indent=2) + "\n", encoding="utf-8")
+        partial.replace(folder)  # also over an empty folder
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return [folder / name for name in (*names, _RECORD)]
+
+
+def _record(weights: TableVersion, form: str, names: list[str]) -> dict[str, Any]:
+    return {
+        "name": f"{weights.table.removeprefix('weights/')}@{weights.version}",
+        "fingerprint": weights.fingerprint,
+        "format": form,
+        "files": names,
+    }
+
+
+# --- Parquet -----------------------------------------------------------------------------------------------------------
+
+
+def _write_parquet(table: Table, version: int, folder: Path) -> list[str]:
+    """Write files as pyarrow writes them by default, one row group per row group of the store."""
+    names: list[str] = []
+    for number, groups in enumerate(_files(table.batches(version))):
+        names.append(f"part-{number:05d}.parquet")
+        with pq.ParquetWriter(folder / names[-1], table.schema) as writer:
+            for rows in groups:
+                writer.write_table(rows)
+    return names
+
+
+def _files(groups: Iterator[pa.Table]) -> Iterator[Iterator[pa.Table]]:
+    """Cut row groups into runs of about `FILE_BYTES`, each to be used up before the next."""
+    for first in groups:
+        yield _one_file(first, groups)
+
+
+def _one_file(first: pa.Table, groups: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    yield first
+    num_bytes = first.nbytes
+    while num_bytes < FILE_BYTES and (rows := next(groups, None)) is not None:
+        yield rows
+        num_bytes += rows.nbytes
+
+
+# --- JSONL in the release's layout -------------------------------------------------------------------------------------
+
+
+def _write_jsonl(table: Table, version: int, folder: Path, tokenizer: Tokenizer | None) -> list[str]:
+    """Write one file per split: a line has no field for it."""
+    eos = table.metadata(version).get("tokenizer", {}).get("eos_token_id")
+    if eos is None:
+        raise MismatchError(
+            f"{table.path}@{version} records no EOS id, and the release's weights stop before EOS; export it as parquet"
+        )
+    texts = None if tokenizer is None else TokenTexts(tokenizer)
+    names: dict[str, IO[bytes]] = {}
+    with ExitStack() as files:
+        for rows in table.batches(version):
+            for (split,), part in pl.DataFrame(pl.from_arrow(rows)).partition_by("split", as_dict=True).items():
+                name = re.sub(r"[^\w.-]+", "-", str(split)).strip(".-") + ".jsonl"
+                if name not in names:
+                    names[name] = files.enter_context((folder / name).open("wb"))
+                _release_lines(part, int(eos), texts).write_ndjson(names[name])
+    return sorted(names)
+
+
+def _release_lines(rows: pl.DataFrame, eos: int, texts: TokenTexts | None) -> pl.DataFrame:
+    """Return the fields of the release, in its order. Its loader negates `chosen_weight`, so that is stored negated."""
+    ids, weights = {"prompt": pl.col("prompt_ids")}, {}
+    for side in _SIDES:
+        ends_with_eos = pl.col(f"{side}_ids").list.last().eq_missing(eos)
+        length = pl.col(f"{side}_ids").list.len() - ends_with_eos.cast(pl.UInt32)
+        sign = pl.lit(-1 if side == "chosen" else 1, pl.Float32)
+        ids[side] = pl.col(f"{side}_ids").list.head(length)
+        weights[f"{side}_weight"] = pl.col(f"{side}_token_weights").list.head(length) * sign
+    lines = rows.select(**ids, **weights)
+    if texts is None:
+        return lines.rename({name: f"{name}_ids" for name in ids})
+    decoded = {name: [texts.join(one) for one in lines[name].to_list()] for name in ids}
+    return lines.with_columns(pl.Series(name, column, pl.String) for name, column in decoded.items())
