@@ -88,7 +88,7 @@ class Bench:
             options=options,
         )
         self.rows = rows
-        self.worker = PairAttributor(request, lambda line: None)
+        self.worker = PairAttributor(request)
         self.plain = pipeline.workers.pair_attributor.load_model(model, dtype).requires_grad_(
             True
         )  # as the release has it
