@@ -32,7 +32,7 @@ from pipeline.stages.contrast import ContrastivePair, contrast, prompt_pair
 from pipeline.stages.prepare import Prepared, prepare
 from pipeline.stages.publish import Ingredients, Published, publish
 from pipeline.stages.report import summary_markdown, write_report
-from pipeline.stages.score import Scorer, score
+from pipeline.stages.score import Scorer, executor_of, score
 from pipeline.workers.supervise import Filled
 from weights_store.messages import logger
 
@@ -142,7 +142,7 @@ def score_tokens(
 def attribute_tokens(prepared: Prepared, recipe: Recipe, model_folder: Path) -> Filled:
     """Attribute what has no attributions yet to its tokens, with progress as an artifact."""
     with stage_progress("attribute", ["ref"], str(prepared.tokens)):
-        return attribute(prepared.tokens, model_folder, recipe.attribute, recipe.score.executor_settings())
+        return attribute(prepared.tokens, model_folder, recipe.attribute, executor_of(recipe.score))
 
 
 @task(name="anchors", task_run_name="anchors")

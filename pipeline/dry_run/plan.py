@@ -145,7 +145,7 @@ class _Plan:
     def _score(self, role: str, scorer: Scorer | None) -> StagePlan:
         """Plan the scoring in one role; without a scorer its model is yet to be trained."""
         identity = identity_in(role, scorer, self.recipe.score) if scorer else None
-        top_k = identity.get("top_k", 0) if identity else 0
+        top_k = self.recipe.score.top_k if scorer and role == REFERENCE else 0
         per_token = rates.LOGPS_BYTES + top_k * rates.TOP_BYTES
         model = scorer.model if scorer else role
         # One start of the engine for all scorers of a model.
