@@ -1,6 +1,7 @@
 """What can be known of docker/, requirements/ and prefect.yaml without a Docker engine."""
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -75,6 +76,17 @@ def test_image_ends_as_a_user_other_than_root_with_an_entrypoint(image: str) -> 
     after = [keyword for keyword, _ in body[[keyword for keyword, _ in body].index("USER") :]]
     assert "RUN" not in after, "what is installed must belong to root"
     assert "ENTRYPOINT" in after
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_image_starts_a_command_or_python_without_the_current_folder_on_its_path(image: str) -> None:
+    body = stages(REPO / "docker/Dockerfile")[image]
+    (command,) = [json.loads(rest) for keyword, rest in body if keyword == "ENTRYPOINT"]
+    if command[0] == "python":
+        assert command[1:3] == ["-P", "-m"]
+        assert (REPO / command[3].replace(".", "/")).with_suffix(".py").exists()
+    else:
+        assert command[0] in ("tokenweights", "prefect")
 
 
 @pytest.mark.parametrize("image", IMAGES)
