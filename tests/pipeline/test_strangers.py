@@ -107,7 +107,9 @@ def test_a_build_trains_with_dpo_attributes_and_samples_anchors(built, folder, t
 
 def _train(folder, model, output, flags=PLAIN, python=sys.executable):
     arguments = ["train", "--store", "store", "--weights", "toy/p@0", "--model", str(model), "--output", output]
-    _run(folder, [*flags, *arguments, "--set", "optim.max_steps=1"], python)
+    for setting in ('loss.name="tis_dpo"', "loss.beta=0.1", "optim.learning_rate=1e-4", "optim.max_steps=1"):
+        arguments += ["--set", setting]
+    _run(folder, [*flags, *arguments], python)
     assert (folder / output / "model.safetensors").exists()
 
 
