@@ -17,7 +17,12 @@ def __getattr__(name: str) -> Any:
     """Load the public names when they are first asked for: Polars and pyarrow cost a quarter of a second."""
     from importlib import import_module
 
-    home = {"WeightStore": "store", "split_name": "store", "Table": "table", "TableVersion": "table_reader"}.get(name)
+    home = {
+        "WeightStore": "store",
+        "split_name": "store",
+        "Table": "tables.table",
+        "TableVersion": "tables.table_reader",
+    }.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{home}"), name)
