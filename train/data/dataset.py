@@ -10,13 +10,14 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from train.config import DataConfig
+from train.data.metadata import Statistics, WeightMetadata
 from train.data.sampler import WINDOW_GROUPS, BlockShuffle
 from train.data.selection import Selection
 from train.data.shard_cache import ShardCache
@@ -44,12 +45,30 @@ class WeightSource:
 
     table: Table
     reference: TableVersion
-    metadata: dict[str, Any]
+    metadata: WeightMetadata
 
     @property
     def name(self) -> str:
         """The dataset's name with its version, for example `hh-harmless/tis-dpo@3`."""
         return str(self.reference).removeprefix("weights/")
+
+    @property
+    def statistics(self) -> Statistics:
+        """Counts over the whole version; empty if none were recorded."""
+        return self.metadata.get("statistics", {})
+
+    def filled_columns(self) -> set[str]:
+        """Return the columns with a value in every row, of those that a loss may need."""
+        statistics, sides = self.statistics, ("chosen", "rejected")
+        num_pairs = statistics.get("num_pairs")
+        filled = {f"{side}_{name}" for side in sides for name in ("ref_logps", "token_weights")}
+        if statistics.get("num_scored_pairs", 0) == num_pairs:
+            filled |= {f"{side}_score" for side in sides}
+        if statistics.get("ref_top_k"):
+            filled |= {f"{side}_ref_top_{name}" for side in sides for name in ("ids", "logps")}
+        if statistics.get("num_anchored_pairs", 0) == num_pairs:
+            filled |= {"anchor_ids", "anchor_ref_logps"}
+        return filled
 
 
 def open_weights(config: DataConfig) -> WeightSource:
@@ -62,7 +81,7 @@ def open_weights(config: DataConfig) -> WeightSource:
     store = WeightStore(config.store)
     reference = store.resolve(*split_name(config.weights))
     table = store.table(reference.table)
-    return WeightSource(table, reference, table.metadata(reference.version))
+    return WeightSource(table, reference, cast("WeightMetadata", table.metadata(reference.version)))
 
 
 class PairDataset(Dataset[Pair]):
@@ -275,7 +294,7 @@ def check_weights_vary(source: WeightSource, sample: Iterable[Pair], loss_name: 
     Raises:
         MismatchError: The weights are constant.
     """
-    constant = source.metadata.get("statistics", {}).get("constant_weights")
+    constant = source.statistics.get("constant_weights")
     if constant is None:
         constant = _is_constant([side.token_weights for pair in sample for side in (pair.chosen, pair.rejected)])
     if constant:

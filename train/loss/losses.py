@@ -2,8 +2,8 @@
 
 Called through `objective.py`; usable alone. Weights, reference log-probs and annotator scores are data: no gradient
 flows into them. The end-of-text token is a token like any other here, in every loss. The mean of a response without any
-token is 0, as its sum is. Not here: the next-token shift (`logps.py`), the per-token KL (`divergence.py`), and reduction
-over pairs (the caller's).
+token is 0, as its sum is. Not here: the sums over a response (`terms.py`), the next-token shift (`logps.py`), the
+per-token KL (`divergence.py`), and reduction over pairs, which is the caller's.
 
 Notation in comments: w chosen, l rejected, m(y) = sum_t log pi/ref, a(y) = mean_t log pi, K(y) = sum_t KL_t, sg stops
 gradients.
@@ -15,31 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from train.loss.terms import (
+    PairLosses,
+    ResponseLogps,
+    decay_weights,
+    masked,
+    masked_kls,
+    masked_logps,
+    masked_logratios,
+    masked_token_weights,
+    mean_logps,
+    mean_logratios,
+    sum_kls,
+    sum_logps,
+    sum_logratios,
+    sum_weighted_logratios,
+    weighted_sum,
+)
 from weights_store.errors import InputError
-
-
-class ResponseLogps(NamedTuple):
-    """One side of a batch of pairs, aligned to tokens: position t holds values of token t. Shapes `[B, T]`."""
-
-    policy_logps: Tensor
-    """log pi(y_t | x, y_<t), nats, with gradient."""
-    completion_mask: Tensor
-    """bool, True on response tokens; nothing else counts, whatever the other fields hold there."""
-    ref_logps: Tensor | None = None
-    """log ref(y_t | x, y_<t), nats."""
-    token_weights: Tensor | None = None
-    """w_t >= 0, unitless."""
-    kls: Tensor | None = None
-    """KL of the two next-token distributions at position t, nats, with gradient; in the direction that the loss names."""
-
-
-class PairLosses(NamedTuple):
-    """What a loss returns, `[B]` each; rewards are detached and None where they cannot be known."""
-
-    losses: Tensor
-    chosen_rewards: Tensor | None
-    """What the loss compares, beta included: it is a function of chosen - rejected. Nats, for means nats per token."""
-    rejected_rewards: Tensor | None
 
 
 def dpo(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, label_smoothing: float = 0.0) -> PairLosses:
@@ -77,7 +70,7 @@ def ipo(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float) -> PairL
         `DPOTrainer`) has it from the authors that their results were made so.
     """
     _check_beta(beta)
-    chosen_means, rejected_means = _mean(_logratios(chosen), chosen), _mean(_logratios(rejected), rejected)
+    chosen_means, rejected_means = mean_logratios(chosen), mean_logratios(rejected)
     losses = (chosen_means - rejected_means - 1 / (2 * beta)) ** 2  # Eq. 17
     return PairLosses(losses, beta * chosen_means.detach(), beta * rejected_means.detach())
 
@@ -145,8 +138,8 @@ def tis_dpo(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, eta_
     """
     chosen_sums, rejected_sums = sum_weighted_logratios(chosen), sum_weighted_logratios(rejected)
     if eta_scale:  # u - eta; eta = beta [sum_t w_t KL_t(w) - sum_t w_t KL_t(l)]
-        chosen_sums = chosen_sums - eta_scale * _weighted_sum(_kls(chosen), chosen)
-        rejected_sums = rejected_sums - eta_scale * _weighted_sum(_kls(rejected), rejected)
+        chosen_sums = chosen_sums - eta_scale * weighted_sum(masked_kls(chosen), chosen)
+        rejected_sums = rejected_sums - eta_scale * weighted_sum(masked_kls(rejected), rejected)
     return _logistic(chosen_sums, rejected_sums, beta)
 
 
@@ -336,7 +329,7 @@ def uni_dpo(
         only and is not detached, so its gradient counts; the c-NLL term is a mean over tokens.
     """
     chosen_means, rejected_means = mean_logps(chosen), mean_logps(rejected)  # a_pi
-    chosen_logratios, rejected_logratios = _mean(_logratios(chosen), chosen), _mean(_logratios(rejected), rejected)
+    chosen_logratios, rejected_logratios = mean_logratios(chosen), mean_logratios(rejected)
     preference = _logistic(chosen_logratios, rejected_logratios, beta)
     quality_weights = torch.sigmoid(quality_eta * (chosen_scores - rejected_scores).detach())
     # (1 - sigmoid(x))^gamma = exp(gamma log sigmoid(-x)): finite gradient where the power of a probability of 0 has none
@@ -362,49 +355,6 @@ def sft(chosen: ResponseLogps, rejected: ResponseLogps | None = None, *, beta: f
     return PairLosses(losses, _rewards_if_known(chosen, beta), _rewards_if_known(rejected, beta))
 
 
-def sum_logps(side: ResponseLogps) -> Tensor:
-    """Return log pi(y | x), `[B]` nats, summed over response tokens."""
-    return _logps(side).sum(-1)
-
-
-def mean_logps(side: ResponseLogps) -> Tensor:
-    """Return log pi(y | x) / |y|, `[B]` nats per token."""
-    return _mean(_logps(side), side)
-
-
-def sum_logratios(side: ResponseLogps) -> Tensor:
-    """Return log pi(y | x) - log ref(y | x), `[B]` nats.
-
-    Raises:
-        ValueError: `ref_logps` are missing.
-    """
-    return _logratios(side).sum(-1)
-
-
-def sum_weighted_logratios(side: ResponseLogps) -> Tensor:
-    """sum_t w_t (log pi - log ref), `[B]` nats.
-
-    Raises:
-        ValueError: `ref_logps` or `token_weights` are missing.
-    """
-    return _weighted_sum(_logratios(side), side)
-
-
-def sum_kls(side: ResponseLogps) -> Tensor:
-    """Return the KL of a response, `[B]` nats, summed over its tokens.
-
-    Raises:
-        ValueError: `kls` are missing.
-    """
-    return _kls(side).sum(-1)
-
-
-def decay_weights(side: ResponseLogps, gamma: float) -> Tensor:
-    """Return gamma^t on response token t = 1, 2, ..., `[B, T]`; 0 elsewhere."""
-    mask = side.completion_mask
-    return _masked(gamma ** mask.cumsum(-1).to(side.policy_logps.dtype), mask)
-
-
 def _logistic(
     chosen: Tensor, rejected: Tensor, beta: float, *, label_smoothing: float = 0.0, target: float = 0.0
 ) -> PairLosses:
@@ -424,55 +374,22 @@ def _check_beta(beta: float) -> None:
         raise ValueError(f"beta must be > 0, got {beta}")
 
 
-def _logps(side: ResponseLogps) -> Tensor:
-    return _masked(side.policy_logps, side.completion_mask)
-
-
-def _logratios(side: ResponseLogps) -> Tensor:
-    return _masked(side.policy_logps - _given(side, "ref_logps").detach(), side.completion_mask)
-
-
-def _kls(side: ResponseLogps) -> Tensor:
-    return _masked(_given(side, "kls"), side.completion_mask)
-
-
-def _token_weights(side: ResponseLogps) -> Tensor:
-    return _masked(_given(side, "token_weights").detach(), side.completion_mask)
-
-
-def _given(side: ResponseLogps, field: str) -> Tensor:
-    values: Tensor | None = getattr(side, field)
-    if values is None:
-        raise ValueError(f"this loss needs {field}; none were given")
-    return values
-
-
-def _weighted_sum(values: Tensor, side: ResponseLogps) -> Tensor:
-    """sum_t w_t v_t, `[B]`; `values` are masked already."""
-    return (_token_weights(side) * values).sum(-1)
-
-
 def _by_ordinal(side: ResponseLogps) -> tuple[Tensor, Tensor]:
     """Return log-ratios and mask, `[B, T]`, with the first response token of every row in column 0."""
     order = (~side.completion_mask).to(torch.uint8).argsort(dim=-1, stable=True)
-    return _logratios(side).gather(-1, order), side.completion_mask.gather(-1, order)
+    return masked_logratios(side).gather(-1, order), side.completion_mask.gather(-1, order)
 
 
 def _squared_distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
     """Return sum_t (u_t - v_t)^2, `[B]`, over the places where both responses have a token."""
     length = min(first[0].shape[-1], second[0].shape[-1])
     (values, mask), (other_values, other_mask) = ((field[:, :length] for field in side) for side in (first, second))
-    return _masked(values - other_values, mask & other_mask).square().sum(-1)
-
-
-def _mean(values: Tensor, side: ResponseLogps) -> Tensor:
-    """Mean over response tokens, `[B]`; `values` are masked already."""
-    return values.sum(-1) / side.completion_mask.sum(-1).clamp(min=1)
+    return masked(values - other_values, mask & other_mask).square().sum(-1)
 
 
 def _selected_means(side: ResponseLogps, name: str) -> Tensor:
     """sum_t w_t log pi_t / sum_t w_t, `[B]`."""
-    token_weights = _token_weights(side)
+    token_weights = masked_token_weights(side)
     total_weights = token_weights.sum(-1)
     bad = ~((token_weights >= 0).all(-1) & (total_weights > 0))
     if bad.any():
@@ -480,15 +397,10 @@ def _selected_means(side: ResponseLogps, name: str) -> Tensor:
             f"sepo, {name} response {int(bad.int().argmax())} of the batch: expected token weights >= 0, at least one of "
             "them above 0; build the dataset with weights.estimator='sepo', which always selects a token"
         )
-    return _weighted_sum(_logps(side), side) / total_weights
+    return weighted_sum(masked_logps(side), side) / total_weights
 
 
 def _rewards_if_known(side: ResponseLogps | None, beta: float) -> Tensor | None:
     if side is None or side.ref_logps is None:
         return None
     return beta * sum_logratios(side).detach()
-
-
-def _masked(values: Tensor, mask: Tensor) -> Tensor:
-    """Zero outside the mask; a NaN there reaches neither value nor gradient (multiplying by 0 would keep it)."""
-    return torch.where(mask, values, values.new_zeros(()))

@@ -12,18 +12,17 @@ the backward pass. Without gradients of parameters that is far less than a train
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from train.data.metadata import AttributionTarget
 from train.model.attention import NUM_BRANCHES, Packing
-from train.model.collate import MODEL_INPUTS, Batch
+from train.model.collate import Batch, model_inputs
 from train.model.continuation import Continuation, EnoughError, KeptPrompts, SplitBatch
-from train.model.logps import _causal_model, _decode, _output_layer, per_token_logps
+from train.model.logps import decode, output_layer, per_token_logps, unwrap_adapters
 from weights_store.errors import InputError
-
-AttributionTarget = Literal["max_logit", "gold_logps", "dpo_margin"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def _differentiate(model: nn.Module, batch: Batch, target: AttributionTarget) ->
         value = _sum_targets(model, batch, target)
         if len(embeddings) != 1:
             raise InputError(
-                f"{type(_causal_model(model)).__name__} reads its input embeddings {len(embeddings)} times in a forward "
+                f"{type(unwrap_adapters(model)).__name__} reads its input embeddings {len(embeddings)} times in a forward "
                 "pass, expected once: gradients with respect to them would not be the whole attribution"
             )
         (gradient,) = torch.autograd.grad(value, embeddings, materialize_grads=True)
@@ -115,11 +114,11 @@ def _attribute_responses(
     """
     split = SplitBatch.of(batch)
     row = split.responses
-    last_layer = None if sizes is not None else _causal_model(model).config.get_text_config().num_hidden_layers - 1
+    last_layer = None if sizes is not None else unwrap_adapters(model).config.get_text_config().num_hidden_layers - 1
     prompt_row = (split.prompts["branch_ids"][0], split.prompts["position_ids"][0])
     prompts = KeptPrompts(*prompt_row, last_layer=last_layer)
     with torch.no_grad(), _packing(model, prompts), suppress(EnoughError):
-        _decode(**split.prompts, attention_mask=None, model=model)
+        decode(**split.prompts, attention_mask=None, model=model)
     continuation = Continuation(
         row["branch_ids"][0], row["position_ids"][0], prompts=prompts, response_groups=split.groups
     )
@@ -164,16 +163,15 @@ def _sum_targets(model: nn.Module, batch: Batch, target: AttributionTarget) -> T
     """
     if target == "max_logit":
         return _largest_logits(model, batch).sum()
-    inputs: dict[str, Any] = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-    return per_token_logps(model, **inputs).logps.sum()
+    return per_token_logps(model, **model_inputs(batch)).logps.sum()
 
 
 def _largest_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Return the largest logit behind each sequence's last response token, `[S]` float32 (Eq. 5); one row of logits each."""
-    hidden = _decode(
+    hidden = decode(
         batch["input_ids"], batch["position_ids"], batch.get("branch_ids"), batch.get("attention_mask"), model
     )
-    return _output_layer(model)(hidden[_last_places(batch)]).float().max(-1).values
+    return output_layer(model)(hidden[_last_places(batch)]).float().max(-1).values
 
 
 def _last_places(batch: Batch) -> Tensor:
@@ -205,12 +203,12 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _packing(model: nn.Module, packing: Packing) -> Iterator[None]:
-    """Have the decoder attend as `packing` does, where it would make an ordinary one of the batch."""
+    """Make the decoder attend with `packing` instead of the ordinary one of the batch."""
 
     def exchange(_decoder: nn.Module, args: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**options, "packing": packing}
 
-    handle = _causal_model(model).base_model.register_forward_pre_hook(exchange, with_kwargs=True)
+    handle = unwrap_adapters(model).base_model.register_forward_pre_hook(exchange, with_kwargs=True)
     try:
         yield
     finally:
@@ -223,7 +221,7 @@ def _last_mlp_at(model: nn.Module, places: Tensor) -> Iterator[None]:
 
     Plain MLPs by their usual names alone: a mixture of experts may do more than map each token.
     """
-    layers = getattr(_causal_model(model).base_model, "layers", [None])
+    layers = getattr(unwrap_adapters(model).base_model, "layers", [None])
     mlp: Any = getattr(layers[-1], "mlp", None)
     if not isinstance(getattr(mlp, "down_proj", None), nn.Linear):
         yield
@@ -274,7 +272,7 @@ def input_embeddings(model: nn.Module) -> nn.Module:
     Raises:
         InputError: The model does not say which it is.
     """
-    causal_model = _causal_model(model)
+    causal_model = unwrap_adapters(model)
     try:
         layer = causal_model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -302,7 +300,7 @@ def _measured_layers(model: nn.Module) -> Iterator[list[Tensor]]:
         norms = [torch.linalg.vector_norm(h.detach(), dim=-1, dtype=torch.float32) for h in output.hidden_states[1:]]
         sizes.append(torch.stack(norms).mean(0).flatten())
 
-    decoder = _causal_model(model).base_model
+    decoder = unwrap_adapters(model).base_model
     handles = [decoder.register_forward_pre_hook(ask, with_kwargs=True), decoder.register_forward_hook(measure)]
     try:
         yield sizes

@@ -10,6 +10,7 @@ rejected ones `[3 B, T]`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,25 +18,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from train.data.dataset import Pair, StoredResponse
-from train.loss.losses import ResponseLogps
+from train.loss.terms import ResponseLogps
 from train.model.attention import ANCHOR, CHOSEN, NUM_BRANCHES, REJECTED
-from train.model.logps import TokenTerms
+from train.model.logps import ModelInputs, TokenTerms
 
 Batch = dict[str, Tensor]
-MODEL_INPUTS = (
-    "input_ids",
-    "position_ids",
-    "places",
-    "completion_mask",
-    "branch_ids",
-    "attention_mask",
-    "ref_top_ids",
-    "ref_top_logps",
-    "has_kl",
-)
-PADDING_ID = 0  # any id does: padding is told by the masks, never by its id
+PADDING_ID = 0  # any id does: masks tell what is padding
 
 Ids = NDArray[np.int32]
+
+
+def model_inputs(batch: Batch) -> ModelInputs:
+    """Return the part of a batch that `per_token_logps` takes."""
+    return cast("ModelInputs", {name: batch[name] for name in ModelInputs.__annotations__ if name in batch})
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig
 
 from train.model.collate import PADDING_ID
-from train.model.logps import _causal_model
+from train.model.logps import unwrap_adapters
 from train.model.policy import Policy
 from train.model.sampling import AnchorSampling
 from train.model.token_budget import cut_by_tokens
@@ -52,7 +52,7 @@ def sample_responses(
     Raises:
         InputError: A prompt leaves no room for a token.
     """
-    causal_model = _causal_model(policy.model)
+    causal_model = unwrap_adapters(policy.model)
     ends = sorted({*_end_ids(causal_model), *end_ids})
     rooms = _rooms(prompts, causal_model, sampling.max_new_tokens)
     device = next(causal_model.parameters()).device
@@ -102,7 +102,7 @@ def _rooms(prompts: Sequence[Ids], causal_model: Any, max_new_tokens: int) -> li
 @contextmanager
 def _ordinary(policy: Policy) -> Iterator[Any]:
     """Give the model its own forward pass and attention back, in evaluation mode, and take both away again."""
-    model = _causal_model(policy.model)  # adapters lie in its layers; peft's wrapper has nothing to add
+    model = unwrap_adapters(policy.model)  # adapters lie in its layers; peft's wrapper has nothing to add
     routed = vars(model).pop("forward", None)  # with accelerate's wrapper around it
     attention, defaults, was_training = model.config._attn_implementation, model.generation_config, model.training
     model.set_attn_implementation(policy.attention)

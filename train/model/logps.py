@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,22 @@ _PROBE_TOLERANCE = 1e-3  # nats, float32
 Head = Callable[[Tensor], Tensor]
 
 
+class ModelInputs(TypedDict):
+    """The tensors of a micro-batch that `per_token_logps` takes."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    places: Tensor
+    completion_mask: Tensor
+    branch_ids: NotRequired[Tensor]
+    attention_mask: NotRequired[Tensor]
+    ref_top_ids: NotRequired[Tensor]
+    ref_top_logps: NotRequired[Tensor]
+    has_kl: NotRequired[Tensor]
+
+
 class TokenTerms(NamedTuple):
-    """What the model says of the tokens of 2 B sequences (chosen ones first, anchors last), `[2 B, T]` float32 nats; 0 outside
+    """Per-token results for 2 B sequences (chosen first, then rejected, then anchors), `[2 B, T]` float32 nats; 0 outside
     responses."""
 
     logps: Tensor
@@ -92,11 +106,11 @@ def per_token_logps(
         kept_logits: Above so many, logits are computed again in the backward pass.
     """
     assert not completion_mask[:, 0].any(), "the first token of a sequence cannot be scored"
-    decode = partial(_decode, input_ids, position_ids, branch_ids, attention_mask)
+    run_decoder = partial(decode, input_ids, position_ids, branch_ids, attention_mask)
     sequence_idx, token_idx = completion_mask.nonzero(as_tuple=True)
     previous = places[sequence_idx, token_idx - 1]  # the state at the token before predicts a token
     target_ids = input_ids.flatten()[places[sequence_idx, token_idx]]
-    head, extra = _output_layer(model), []
+    head, extra = output_layer(model), []
     compute: Callable[..., tuple[Tensor, ...]] = partial(_logps_alone, head)
     if divergence is not None and divergence.top_k:
         assert ref_top_ids is not None, "dataset.py gives them on request"
@@ -104,10 +118,10 @@ def per_token_logps(
         extra = [ref_top_ids[sequence_idx, token_idx], ref_top_logps[sequence_idx, token_idx]]
         compute = partial(_logps_and_top_k_kl, head, divergence.direction)
     elif divergence is not None:
-        reference_head, reference_hidden = _run_reference(model, divergence.reference, decode)
+        reference_head, reference_hidden = _run_reference(model, divergence.reference, run_decoder)
         extra = [reference_hidden[previous]]
         compute = partial(_logps_and_exact_kl, head, reference_head, divergence.direction)
-    columns = [decode(model)[previous], target_ids]
+    columns = [run_decoder(model)[previous], target_ids]
     if chunk_logits is None:
         chunk_logits = max(CHUNK_LOGITS if input_ids.is_cuda else 0, CHUNK_ROWS * _vocab_size(model))
     # Rows of full distributions cost several times as much as rows of logits.
@@ -136,11 +150,11 @@ def _scatter(values: Tensor, where: tuple[Tensor, Tensor], shape: torch.Size) ->
     return values.new_zeros(shape).index_put(first, values)
 
 
-def _decode(
+def decode(
     input_ids: Tensor, position_ids: Tensor, branch_ids: Tensor | None, attention_mask: Tensor | None, model: nn.Module
 ) -> Tensor:
     """Return the last hidden states of all tokens, `[N, H]` (or `[2 B T, H]`)."""
-    decoder: Any = _causal_model(model).base_model
+    decoder: Any = unwrap_adapters(model).base_model
     context: dict[str, Any] = {"attention_mask": attention_mask}
     if branch_ids is not None:
         context = {"packing": Packing(branch_ids[0], position_ids[0])}
@@ -150,24 +164,25 @@ def _decode(
 
 @torch.no_grad()
 def _run_reference(
-    model: nn.Module, reference: nn.Module | None, decode: Callable[[nn.Module], Tensor]
+    model: nn.Module, reference: nn.Module | None, run_decoder: Callable[[nn.Module], Tensor]
 ) -> tuple[Head, Tensor]:
     """Return the reference's output layer and its hidden states."""
     if reference is not None:
-        return _output_layer(reference), decode(reference)
-    head = _output_layer(model)
+        return output_layer(reference), run_decoder(reference)
+    head = output_layer(model)
 
     def head_without_adapters(hidden: Tensor) -> Tensor:
-        with _adapters_off(model):
+        with adapters_off(model):
             return head(hidden)
 
-    with _adapters_off(model):
-        return head_without_adapters, decode(model)
+    with adapters_off(model):
+        return head_without_adapters, run_decoder(model)
 
 
-def _adapters_off(model: nn.Module) -> AbstractContextManager[Any]:
-    disable: Any = getattr(model, "disable_adapter", nullcontext)
-    return disable()  # type: ignore[no-any-return]
+def adapters_off(model: nn.Module) -> AbstractContextManager[None]:
+    """Switch the adapters of peft's wrapper off; do nothing for another model."""
+    disable: Callable[[], AbstractContextManager[None]] = getattr(model, "disable_adapter", nullcontext)
+    return disable()
 
 
 # --- what is computed of a chunk of rows: hidden states [n, H], ids [n], and more, to [n] each -----------------------------
@@ -224,17 +239,17 @@ class _SelectedLogps(torch.autograd.Function):
         return wide.to(logits.dtype), None
 
 
-def _causal_model(model: nn.Module) -> Any:
+def unwrap_adapters(model: nn.Module) -> Any:
     """The model of transformers inside peft's wrapper, if it is in one."""
     unwrap: Any = getattr(model, "get_base_model", None)
     return model if unwrap is None else unwrap()
 
 
-def _output_layer(model: nn.Module) -> Head:
+def output_layer(model: nn.Module) -> Head:
     """The map from hidden states to logits, with what some families do to logits afterwards."""
-    causal_model = _causal_model(model)
-    text_config = causal_model.config.get_text_config()
-    lm_head: Any = causal_model.get_output_embeddings()
+    causal_lm = unwrap_adapters(model)
+    text_config = causal_lm.config.get_text_config()
+    lm_head: Any = causal_lm.get_output_embeddings()
     multiplier = getattr(text_config, "logit_scale", None)  # Cohere
     divisor = getattr(text_config, "logits_scaling", None)  # Granite
     cap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
@@ -251,7 +266,7 @@ def _output_layer(model: nn.Module) -> Head:
 
 
 def _vocab_size(model: nn.Module) -> int:
-    return int(_causal_model(model).config.get_text_config().vocab_size)
+    return int(unwrap_adapters(model).config.get_text_config().vocab_size)
 
 
 @torch.no_grad()

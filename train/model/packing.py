@@ -8,7 +8,7 @@ from torch import nn
 
 from train.data.dataset import Pair, StoredResponse
 from train.model.attention import PACKED
-from train.model.collate import MODEL_INPUTS, PairCollator
+from train.model.collate import PairCollator, model_inputs
 from train.model.logps import per_token_logps
 
 _PROBE_LENGTHS = ((9, 5, 7), (4, 1, 3))  # prompt, chosen, rejected
@@ -57,8 +57,7 @@ def _known_obstacle(model: Any) -> str | None:
 def _probe(model: nn.Module, pairs: list[Pair], *, packed: bool) -> torch.Tensor:
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in PairCollator(packed=packed)(pairs).items()}
-    inputs: dict[str, Any] = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-    return per_token_logps(model, **inputs).logps
+    return per_token_logps(model, **model_inputs(batch)).logps
 
 
 def _probe_pairs(vocab_size: int) -> list[Pair]:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from train.config import GateSection
 from train.job.gate import Agreement, compare, tolerance_of
-from train.run import run
+from train.job.job import run_job
 from weights_store.errors import MismatchError
 from weights_store.fingerprint import fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
 
@@ -39,13 +39,13 @@ def other_model(model_folder, tmp_path) -> Path:
 
 def refusal(config, folder: Path) -> str:
     with pytest.raises(MismatchError) as caught:
-        run(config)
+        run_job(config)
     assert not (folder / "config.json").exists()
     return str(caught.value)
 
 
 def test_the_right_model_passes_and_the_log_says_by_how_much(make_config, exact_store, capsys) -> None:
-    run(make_config(optim={"max_steps": 1}))
+    run_job(make_config(optim={"max_steps": 1}))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step-0 gate"))
     # 12 bits of mantissa are stored: log-probs of about -5 are off by up to 6e-4
     assert line.startswith("step-0 gate: 0.000")
@@ -120,12 +120,12 @@ def test_one_wrong_token_per_response_is_enough(make_config, write_weights, rows
 def test_the_gate_can_be_widened_and_left_out(make_config, exact_store, other_model) -> None:
     for gate in ({"pairs": 0}, {"tolerance_nats": 5.0}):
         config = make_config(model={"path": str(other_model)}, optim={"max_steps": 1}, gate=gate)
-        assert run(config, overwrite=True).steps == 1
+        assert run_job(config, overwrite=True).steps == 1
 
 
 def test_losses_without_a_reference_need_no_gate(make_config, exact_store, other_model) -> None:
     loss = {"name": "simpo", "beta": 2.0}
-    assert run(make_config(model={"path": str(other_model)}, loss=loss, optim={"max_steps": 1})).steps == 1
+    assert run_job(make_config(model={"path": str(other_model)}, loss=loss, optim={"max_steps": 1})).steps == 1
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from train.data.dataset import OrderedPairs, PairDataset, open_weights
 from train.data.sampler import BlockShuffle
+from train.job.job import run_job
 from train.job.trainer import build_batches
 from train.model.collate import PairCollator
 from train.model.token_budget import cut_by_tokens
-from train.run import run
 
 REPO = Path(__file__).parents[3]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -89,7 +89,7 @@ def test_two_processes_with_whole_models_train_as_one_does(settings_of_41, make_
         assert [pair.is_filler for pair in step_pairs[-1]] == [rank == 1]
     assert num_batches[0] != num_batches[1]  # so one of them has to cut finer than its budget asks
 
-    one = run(config)
+    one = run_job(config)
     done = launch(ACCELERATE, "-m", "train.run", write_config(settings_of_41, tmp_path / "two"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("wrote ") == done.stdout.count("step 6/6") == 1
@@ -108,7 +108,7 @@ def test_two_processes_make_the_token_weights_that_one_does(
     recipe = {"weights": weights, "attribute": {"target": "max_logit"}}
     write_weights([*rows, {**rows[5], "pair_id": "pair-0040"}], recipe=recipe)
     loss = {"name": "ti_dpo", "beta": 0.1, "triplet_gamma": 0, "importance": "online", "refresh_steps": 2}
-    one = run(make_config(loss=loss))
+    one = run_job(make_config(loss=loss))
     done = launch(ACCELERATE, "-m", "train.run", write_config(settings_of_41, tmp_path / "two", loss=loss))
     assert done.returncode == 0, done.stderr[-3000:]
     assert history_of(tmp_path / "two") == pytest.approx(history_of(one.folder), rel=1e-4, abs=1e-5)
@@ -118,7 +118,7 @@ def test_two_processes_make_the_token_weights_that_one_does(
 def test_two_processes_with_halves_go_on_after_a_kill_and_train_as_one_does(
     settings_of_41, make_config, tmp_path
 ) -> None:
-    one = run(make_config())
+    one = run_job(make_config())
     config = write_config(
         settings_of_41, tmp_path / "two", output={"save_every_steps": 2}, parallel={"strategy": "fsdp2"}
     )

@@ -12,17 +12,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import tokenweights
 from train.config import LoraSection, ModelConfig, TrainConfig
 from train.data.dataset import PairDataset, open_weights
+from train.job.job import run_job
 from train.job.progress import ProgressLines
 from train.job.refresh import HybridSettings, Refresher, _end_ids, load_fresh, sampling_of, save_fresh
 from train.job.trainer import PairTrainer
 from train.model.logps import route_forward
 from train.model.policy import load_policy
 from train.model.sampling import AnchorSampling
-from train.run import main, run
 from weights_store.errors import InputError, MismatchError, SettingsError
 from weights_store.settings import parse_settings
+
+
+def main(flags: list[str]) -> int:
+    """Return the exit code of `tokenweights train`."""
+    return tokenweights.main(["train", *flags])
+
 
 MIX, SIGMA_DIVISOR = 0.7, 4.0
 RECIPE = {
@@ -208,7 +215,7 @@ def test_a_turn_ends_where_most_responses_do(pairs) -> None:
 
 
 def test_stored_anchors_add_the_margin_to_the_first_loss(make_config, ti_store) -> None:
-    result = run(make_config(data={"store": ti_store}, loss=PAPER))
+    result = run_job(make_config(data={"store": ti_store}, loss=PAPER))
     # policy = reference: log 2 + gamma * margin, and gradients of the first term alone
     assert result.before["loss"] == pytest.approx(math.log(2) + 0.1 * 0.5, abs=1e-4)
     assert result.before["triplet"] == pytest.approx(0.5, abs=1e-4)
@@ -222,7 +229,7 @@ def test_a_dataset_without_anchors_is_refused_before_the_folder_is_claimed(make_
         config = make_config(data={"store": uri}, loss=PAPER)
         for dry_run in (True, False):
             with pytest.raises(MismatchError, match=r"needs anchor_ids, anchor_ref_logps, which toy/tis@\d lacks"):
-                run(config, dry_run=dry_run)
+                run_job(config, dry_run=dry_run)
         assert not Path(config.output.folder).exists()
 
 
@@ -232,7 +239,7 @@ def test_online_weights_need_ti_weights_before_the_folder_is_claimed(make_config
         with pytest.raises(
             MismatchError, match=r"loss\.importance='online' makes weights the way the dataset's were made"
         ):
-            run(config, dry_run=dry_run)
+            run_job(config, dry_run=dry_run)
     assert not Path(config.output.folder).exists()
 
 
@@ -312,7 +319,7 @@ def test_a_run_stopped_within_a_window_goes_on_as_if_nothing_had_happened(
     settings, ti_store, make_config, tmp_path, monkeypatch, refreshed, stopped_after
 ) -> None:
     settings["data"]["store"], settings["loss"] = ti_store, ONLINE
-    run(make_config(data={"store": ti_store}, output={"folder": str(tmp_path / "undisturbed")}))
+    run_job(make_config(data={"store": ti_store}, output={"folder": str(tmp_path / "undisturbed")}))
     undisturbed, at_once = history_of(tmp_path / "undisturbed"), refreshed.copy()
     assert len(undisturbed) == 5
     ordinary = ProgressLines.on_step_end
