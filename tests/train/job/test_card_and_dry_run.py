@@ -94,7 +94,12 @@ def test_a_dry_run_of_what_cannot_be_trained_is_the_error_of_the_training(settin
     for section, key, wrong, message in [
         ("data", "weights", "toy/none", "error: no weight dataset 'toy/none'"),
         ("loss", "kl", "top_k", "error: loss.name='tis_dpo' with loss.kl='top_k' needs chosen_ref_top_ids"),
-        ("model", "path", "no/where/at/all", "error: model.path='no/where/at/all': there is no such folder"),
+        (
+            "model",
+            "path",
+            "no/where/at/all",
+            "error: model.path no/where/at/all does not exist; give a model folder or a hub id",
+        ),
         ("optim", "learning_rat", 1, "error: flags: unknown key"),
     ]:
         changed = {**settings, section: {**settings[section], key: wrong}}
@@ -102,10 +107,10 @@ def test_a_dry_run_of_what_cannot_be_trained_is_the_error_of_the_training(settin
         assert capsys.readouterr().err.startswith(message), wrong
 
 
-def test_a_dry_run_of_a_finished_job_says_so(make_config, capsys) -> None:
+def test_a_dry_run_of_a_finished_job_says_so(make_config, caplog) -> None:
     run_job(make_config(optim={"max_steps": 1}))
     assert run_job(make_config(optim={"max_steps": 1}), dry_run=True).was_trained_before
-    assert "already trained" in capsys.readouterr().out
+    assert "already trained" in caplog.text
 
 
 def test_the_card_can_be_pushed_and_leads_back_to_the_pairs(
@@ -174,10 +179,10 @@ def test_a_disk_that_is_full_is_said_to_be_and_the_run_goes_on_when_there_is_roo
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: the run failed with 0.")
     assert f"MiB left on the disk of output.folder='{folder}/out' (" in said
-    assert said.endswith("make room and give the same command again, it goes on from the last complete checkpoint")
+    assert said.endswith("make room and run the same command again; it continues from the last complete checkpoint")
     remount("size=16m")
     assert main(flags_of(settings)) == 0
-    assert "resuming" not in capsys.readouterr().out  # there was no complete one
+    assert "resuming" not in capsys.readouterr().err  # there was no complete one
 
 
 def test_a_job_that_was_refused_at_its_start_leaves_the_folder_to_the_next(make_config) -> None:

@@ -138,7 +138,7 @@ def test_another_split_is_measured_and_the_split_of_the_training_trained_on(make
     assert set(measured[2]) <= {row["pair_id"] for row in rows if row["split"] == "test"}
 
 
-def test_the_best_checkpoint_is_saved_and_not_the_last(make_config, write_weights, rows, monkeypatch, capsys) -> None:
+def test_the_best_checkpoint_is_saved_and_not_the_last(make_config, write_weights, rows, monkeypatch, caplog) -> None:
     """From the fifth step on every pair is the wrong way round."""
     copies = [
         {**row, "pair_id": f"{split}-{i:04d}", "split": split}
@@ -167,7 +167,7 @@ def test_the_best_checkpoint_is_saved_and_not_the_last(make_config, write_weight
     record = json.loads((result.folder / "metrics.json").read_text())
     assert record["best_step"] == best + 1
     assert record["held_out"]["loss"] == pytest.approx(losses[best], abs=1e-6)
-    said = capsys.readouterr().out
+    said = caplog.text
     assert f"held out at step 8  loss {losses[7]:.4g}  " in said
     assert f"best by held-out loss: step {best + 1}\n" in said
     saved = oracle(result.folder, rows)  # of what was saved, rounded to bfloat16

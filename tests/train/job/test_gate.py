@@ -44,9 +44,9 @@ def refusal(config, folder: Path) -> str:
     return str(caught.value)
 
 
-def test_the_right_model_passes_and_the_log_says_by_how_much(make_config, exact_store, capsys) -> None:
+def test_the_right_model_passes_and_the_log_says_by_how_much(make_config, exact_store, caplog) -> None:
     run_job(make_config(optim={"max_steps": 1}))
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step-0 gate"))
+    line = next(line for line in caplog.messages if line.startswith("step-0 gate"))
     # 12 bits of mantissa are stored: log-probs of about -5 are off by up to 6e-4
     assert line.startswith("step-0 gate: 0.000")
     assert "(at most 0.001)" in line

@@ -17,6 +17,7 @@ from train.job.output import OutputFolder
 from train.job.progress import ProgressLines
 from weights_store.errors import InputError, MismatchError, NotFoundError, SettingsError
 from weights_store.fingerprint import fingerprint_tokenizer
+from weights_store.messages import progress_of
 
 
 def main(flags: list[str]) -> int:
@@ -90,7 +91,7 @@ def test_lineage_leads_back_to_the_dataset(make_config, store) -> None:
     assert record["config"] == lineage["config"]
 
 
-def test_a_finished_folder_is_not_trained_again(make_config, capsys) -> None:
+def test_a_finished_folder_is_not_trained_again(make_config, caplog) -> None:
     first = run_job(make_config())
     written = (first.folder / "model.safetensors").stat().st_mtime_ns
     # micro-batches and logging are no part of what a model is
@@ -98,7 +99,7 @@ def test_a_finished_folder_is_not_trained_again(make_config, capsys) -> None:
     assert second.was_trained_before
     assert (second.steps, second.before, second.after) == (first.steps, first.before, first.after)
     assert (first.folder / "model.safetensors").stat().st_mtime_ns == written
-    assert f"already trained: {first.folder}" in capsys.readouterr().out
+    assert f"already trained: {first.folder}" in caplog.text
 
 
 def test_another_job_in_the_folder_is_refused_field_by_field(make_config, write_weights, rows) -> None:
@@ -132,12 +133,12 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(settings, undisturbed,
     monkeypatch.setattr(ProgressLines, "on_step_end", stop_at_step_3)
     assert main(flags_of(settings)) == 130
     assert "stopping after this step" in (said := capsys.readouterr().err)
-    assert "stopped; the same command goes on from the last checkpoint" in said
+    assert "stopped; the same command continues from the last checkpoint" in said
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-3"]
     assert not (folder / "config.json").exists()
     monkeypatch.undo()
     assert main(flags_of(settings)) == 0
-    assert "resuming from checkpoint-3" in capsys.readouterr().out
+    assert "resuming from checkpoint-3" in capsys.readouterr().err
     assert history_of(folder) == undisturbed
 
 
@@ -168,13 +169,13 @@ main(sys.argv[1:])
 """
 
 
-def test_resume_false_starts_again(settings, make_config, undisturbed, monkeypatch, capsys) -> None:
+def test_resume_false_starts_again(settings, make_config, undisturbed, monkeypatch, caplog) -> None:
     monkeypatch.setattr("train.job.job.save_policy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(flags_of(settings, **{"output.save_every_steps": 2})) == 130
     monkeypatch.undo()
-    capsys.readouterr()
+    caplog.clear()
     run_job(make_config(output={"resume": False}))
-    assert "resuming" not in capsys.readouterr().out
+    assert "resuming" not in caplog.text
     assert history_of(Path(settings["output"]["folder"])) == undisturbed
 
 
@@ -239,9 +240,9 @@ def test_constant_weights_are_refused_for_tis_dpo_only(make_config, write_weight
 def test_models_that_cannot_be_had_are_one_clear_error(make_config, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     for path, match in {
-        str(tmp_path / "empty"): "is not a model folder: it has no config.json",
-        str(tmp_path / "nowhere"): "there is no such folder, and it is no id on the hub",
-        "nobody/no-such-model": r"there is no such folder, and it cannot be had from the hub \(revision main\)",
+        str(tmp_path / "empty"): "has no config.json: not a model folder",
+        str(tmp_path / "nowhere"): "model.path .* does not exist; give a model folder or a hub id",
+        "nobody/no-such-model": r"is not a local folder, and it could not be downloaded from the hub \(revision main\)",
     }.items():
         with pytest.raises(InputError, match=match):
             run_job(make_config(model={"path": path}))
@@ -255,7 +256,7 @@ def test_a_model_that_lacks_weights_is_refused(make_config, model_folder, tmp_pa
     tensors = load_file(other / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"lacks weights, they would be random: model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(InputError, match=r"lacks weights; they would be random: model\.layers\.1\.mlp\.up_proj"):
         run_job(make_config(model={"path": str(other)}))
 
 
@@ -275,9 +276,10 @@ def test_wrong_usage_exits_2_and_help_0(capsys) -> None:
     assert "--store URI" in capsys.readouterr().out
 
 
-def test_progress_is_plain_lines_with_the_values_logged(make_config, capsys) -> None:
+def test_progress_is_plain_lines_with_the_values_logged(make_config, caplog) -> None:
     result = run_job(make_config())
-    lines = capsys.readouterr().out.splitlines()
+    shown = [progress for record in caplog.records if (progress := progress_of(record))]
+    lines = [record.getMessage() for record in caplog.records if progress_of(record) is None]
     assert lines[0] == "training tis_dpo on toy/tis@0 (40 pairs): 5 steps of 8 pairs"
     assert lines[1].startswith("step-0 gate: 0.000")
     assert lines[2].startswith("before: loss 0.6931  rewards/accuracies ")
@@ -286,6 +288,9 @@ def test_progress_is_plain_lines_with_the_values_logged(make_config, capsys) -> 
     assert lines[7].endswith(" pairs/s")
     assert lines[-1] == f"wrote {result.folder}"
     assert len(lines) == 10
+    assert [(progress.name, progress.done, progress.total, progress.unit) for progress in shown] == [
+        ("train", 8 * step, 40, "pairs") for step in (1, 2, 3, 4, 5)
+    ]
 
 
 def test_help_is_quick_and_needs_no_torch() -> None:

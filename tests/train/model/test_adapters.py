@@ -106,7 +106,7 @@ def test_the_merged_model_and_the_adapter_on_its_base_are_the_trained_one(
     assert moved > 0.1
 
 
-def test_an_adapter_alone_is_a_finished_job(make_config, capsys) -> None:
+def test_an_adapter_alone_is_a_finished_job(make_config, caplog) -> None:
     config = make_config(lora={**LORA, "merge": False}, optim=QUICK)
     folder = run_job(config).folder
     assert {path.name for path in folder.iterdir()} == {
@@ -118,7 +118,7 @@ def test_an_adapter_alone_is_a_finished_job(make_config, capsys) -> None:
     }
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     assert run_job(config).was_trained_before
-    assert "already trained" in capsys.readouterr().out
+    assert "already trained" in caplog.text
     with pytest.raises(SettingsError, match=r"holds another training job: lora.merge: false -> true"):
         run_job(make_config(lora=LORA, optim=QUICK))
 
