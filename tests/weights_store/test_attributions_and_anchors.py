@@ -6,7 +6,7 @@ import os
 import polars as pl
 import pyarrow as pa
 import pytest
-from tests.store.conftest import ANCHORED, DATASET
+from tests.weights_store.conftest import ANCHORED, DATASET
 
 import tokenweights
 from weights_store.checks.vacuum import find_orphans, vacuum

@@ -8,7 +8,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 from deltalake.table import TableAlterer
-from tests.store.conftest import build_small_store
+from tests.weights_store.conftest import build_small_store
 
 from weights_store import WeightStore
 from weights_store.checks.verify import verify
