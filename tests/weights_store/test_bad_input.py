@@ -9,6 +9,7 @@ import pytest
 from weights_store import WeightStore
 from weights_store.errors import NotFoundError, SettingsError, StoreError
 from weights_store.schemas import LOGPS
+from weights_store.tables.compaction import optimize
 
 METADATA = {"fingerprint": "f0"}
 
@@ -154,7 +155,7 @@ def append_in_batches(root, num_batches):
     for batch in range(num_batches):
         table.append(rows(*(f"{batch}-{index}" for index in range(10))), METADATA)
         if batch % 10 == 9:
-            table.optimize()
+            optimize(table)
 
 
 def test_readers_see_whole_versions_while_another_process_writes(tmp_path):

@@ -19,8 +19,7 @@ from train.data.dataset import (
 from train.data.sampler import BlockShuffle
 from weights_store import Table, WeightStore
 from weights_store.errors import DamageError, MismatchError, NotFoundError, SettingsError
-from weights_store.schemas import WEIGHTS
-from weights_store.store import _SCHEMAS
+from weights_store.schemas import SCHEMAS, WEIGHTS
 from weights_store.tables.shards import ShardReader
 
 
@@ -314,7 +313,7 @@ def test_a_version_without_the_columns_is_refused_at_once_only_if_they_are_neede
     write_weights, rows, monkeypatch
 ) -> None:
     old = pa.schema([field for field in WEIGHTS if not field.name.endswith(("_score", "_top_ids", "_top_logps"))])
-    monkeypatch.setitem(_SCHEMAS, "weights", old)
+    monkeypatch.setitem(SCHEMAS, "weights", old)
     uri = write_weights(rows)
     monkeypatch.undo()
     assert open_pairs(uri)[39].pair_id == "pair-0039"
