@@ -69,7 +69,8 @@ def violations(
         scorer: What made the numbers: says which optional columns hold values. If None, the first row decides.
     """
     for name in key:
-        yield from null(rows, name)
+        for found in null(rows, name):
+            yield found._replace(problem=f"{found.problem} in row {found.row} of the row group")
     match kind:
         case "tokens":
             yield from _token_laws(rows, vocab_size)
@@ -184,7 +185,7 @@ def _unknown_reason(rows: pa.Table) -> Iterator[Violation]:
 def null(rows: pa.Table, name: str) -> Iterator[Violation]:
     """Yield a violation if a column has a null."""
     for row, num_rows in _first(_nulls(rows[name])):
-        yield Violation(name, row, f"{name} is null in row {row} of the row group", num_rows)
+        yield Violation(name, row, f"{name} is null", num_rows)
 
 
 def empty(rows: pa.Table, name: str) -> Iterator[Violation]:

@@ -127,7 +127,7 @@ def test_an_empty_folder_is_filled_and_a_full_one_refused(small_store, tmp_path)
     with pytest.raises(InputError, match="out exists and is not an empty folder"):
         small_store.export(NAME, tmp_path / "out")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="file is there already"):
+    with pytest.raises(InputError, match="file exists"):
         small_store.export(NAME, tmp_path / "file")
 
 
