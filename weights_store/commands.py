@@ -1,7 +1,7 @@
 """The store's commands: list, compare, export, check and tidy weight datasets. `tokenweights.py` registers them.
 
 Results go to standard output: text for people, or one JSON document with `--json`. Programs in Python use `WeightStore`.
-Importing this module is fast: Polars and pyarrow load when a command runs.
+Importing this module is fast: Polars and pyarrow load when a command runs, see `weights_store.__getattr__`.
 """
 
 import argparse
@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
+
+import weights_store
 
 if TYPE_CHECKING:
     import polars as pl
@@ -68,6 +70,10 @@ def add_store_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _store(options: argparse.Namespace) -> "weights_store.WeightStore":
+    return weights_store.WeightStore(options.store)
+
+
 def _add_name(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME[@VERSION]", help="for example hh-harmless/tis-dpo@3")
 
@@ -94,9 +100,7 @@ def _add_export_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _list(options: argparse.Namespace) -> None:
-    from weights_store import WeightStore
-
-    rows = WeightStore(options.store).list().drop("changes").to_dicts()
+    rows = _store(options).list().drop("changes").to_dicts()
     if options.json:
         _print_json(rows)
     elif rows:
@@ -106,10 +110,8 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from weights_store import WeightStore, split_name
-
-    name, version = split_name(options.name)
-    store = WeightStore(options.store)
+    name, version = weights_store.split_name(options.name)
+    store = _store(options)
     reference = store.resolve(name, version)
     metadata = store.metadata(name, reference.version)
     statistics, parents = metadata["statistics"], metadata["parents"]
@@ -158,9 +160,7 @@ def _facts(statistics: Mapping[str, object], prefix: str = "") -> list[tuple[str
 
 
 def _history(options: argparse.Namespace) -> None:
-    from weights_store import WeightStore
-
-    versions = _versions(WeightStore(options.store).history(options.name))
+    versions = _versions(_store(options).history(options.name))
     if options.json:
         _print_json(versions)
     else:
@@ -185,9 +185,7 @@ def _print_versions(versions: Sequence[Mapping[str, object]], indent: str = "") 
 
 
 def _lineage(options: argparse.Namespace) -> None:
-    from weights_store import WeightStore, split_name
-
-    rows = WeightStore(options.store).lineage(*split_name(options.name)).to_dicts()
+    rows = _store(options).lineage(*weights_store.split_name(options.name)).to_dicts()
     if options.json:
         _print_json(rows)
         return
@@ -200,9 +198,7 @@ def _lineage(options: argparse.Namespace) -> None:
 
 
 def _diff(options: argparse.Namespace) -> None:
-    from weights_store import WeightStore
-
-    diff = WeightStore(options.store).diff(options.a, options.b)
+    diff = _store(options).diff(options.a, options.b)
     if options.json:
         _print_json(diff)
         return
@@ -232,11 +228,9 @@ def _diff(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from weights_store import WeightStore, split_name
-
-    name, version = split_name(options.name)
+    name, version = weights_store.split_name(options.name)
     tokenizer = options.load_tokenizer(options.tokenizer) if options.tokenizer else None
-    paths = WeightStore(options.store).export(name, options.folder, version, options.format, tokenizer)
+    paths = _store(options).export(name, options.folder, version, options.format, tokenizer)
     if options.json:
         _print_json([{"path": str(path), "num_bytes": path.stat().st_size} for path in paths])
         return
@@ -249,12 +243,11 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from weights_store import WeightStore
     from weights_store.catalog import list_tables
     from weights_store.checks.vacuum import find_orphans
     from weights_store.checks.verify import verify
 
-    store, tables = WeightStore(options.store), _table_paths(options.tables)
+    store, tables = _store(options), _table_paths(options.tables)
     findings = []
     for finding in verify(store, tables):
         findings.append(finding)
@@ -276,10 +269,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _vacuum(options: argparse.Namespace) -> None:
-    from weights_store import WeightStore
     from weights_store.checks.vacuum import vacuum
 
-    store, tables = WeightStore(options.store), _table_paths(options.tables)
+    store, tables = _store(options), _table_paths(options.tables)
     orphans = vacuum(store, options.retention_hours, dry_run=not options.yes, tables=tables)
     if options.json:
         document = {"store": options.store, "retention_hours": options.retention_hours, "deleted": options.yes}
@@ -296,10 +288,9 @@ def _vacuum(options: argparse.Namespace) -> None:
 
 
 def _optimize(options: argparse.Namespace) -> None:
-    from weights_store import WeightStore
     from weights_store.tables.compaction import optimize
 
-    table = WeightStore(options.store).table(_table_path(options.table))
+    table = _store(options).table(_table_path(options.table))
     base = table.reference()
     before = table.records(base.version)
     made = optimize(table)

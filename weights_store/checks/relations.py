@@ -16,10 +16,12 @@ from weights_store.schemas import SIDES
 
 _JOIN_BYTES = 256 << 20
 _BYTES_PER_KEY = 64
-_TOKEN_COLUMNS = {name: name for name in ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_score", "rejected_score")}
-_REF_COLUMNS = {f"{side}_ref_{what}": f"{side}_{what}" for side in SIDES for what in ("logps", "top_ids", "top_logps")}
-_PER_TOKEN_COLUMNS = {f"{side}_{what}": f"{side}_ids" for side in SIDES for what in ("logps", "attributions")}
-_ANCHOR_COLUMNS = {"anchor_ids": "anchor_ids", "anchor_ref_logps": "anchor_logps"}
+TOKEN_COLUMNS = {name: name for name in ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_score", "rejected_score")}
+REF_COLUMNS = {f"{side}_ref_{what}": f"{side}_{what}" for side in SIDES for what in ("logps", "top_ids", "top_logps")}
+ANCHOR_COLUMNS = {"anchor_ids": "anchor_ids", "anchor_ref_logps": "anchor_logps"}
+"""Columns of weights, and the columns of tokens, reference log-probs and anchors that they are copied from."""
+PER_TOKEN_COLUMNS = {f"{side}_{what}": f"{side}_ids" for side in SIDES for what in ("logps", "attributions")}
+"""Columns with one number per id, and the column of the ids."""
 _THEIRS = "_of_parent"
 
 
@@ -35,32 +37,6 @@ def check_keys(table: SoundTable) -> Iterator[Finding]:
         if frame.height:
             found.add("", frame.height, _doubled(table, frame.row(0, named=True)))
     yield from found.findings()
-
-
-def check_tokens(weights: SoundTable, tokens: list[SoundTable]) -> Iterator[Finding]:
-    """Yield the first pair whose ids or scores differ from the tokens, and the first that the tokens do not have."""
-    yield from _compare(weights, tokens, _TOKEN_COLUMNS, by_length=False)
-
-
-def check_reference(weights: SoundTable, logps: list[SoundTable]) -> Iterator[Finding]:
-    """Yield the first pair whose reference log-probs, or top k, differ from the table that they came from."""
-    yield from _compare(weights, logps, _REF_COLUMNS, by_length=False)
-
-
-def check_anchors(weights: SoundTable, anchors: list[SoundTable]) -> Iterator[Finding]:
-    """Yield the first pair whose anchor, or its log-probs, differ from the table that they came from."""
-    yield from _compare(weights, anchors, _ANCHOR_COLUMNS, by_length=False)
-
-
-def check_lengths(scored: SoundTable, tokens: list[SoundTable]) -> Iterator[Finding]:
-    """Yield the first pair with another number of log-probs or attributions than ids, and the first that has no ids.
-
-    Args:
-        scored: Log-probs of one scorer, attributions, or anchors, whose lengths are their own.
-        tokens: Versions that they were made from, newest first: the newest may no longer have pairs that were scored long ago.
-    """
-    columns = {name: ids for name, ids in _PER_TOKEN_COLUMNS.items() if name in scored.schema.names}
-    yield from _compare(scored, tokens, columns, by_length=True)
 
 
 @dataclass
@@ -87,10 +63,18 @@ def _doubled(table: SoundTable, row: Mapping[str, Any]) -> Finding:
     return Finding(table.path, problem, table.version_number, pair_id=row.get("pair_id"))
 
 
-def _compare(
-    child: SoundTable, parents: list[SoundTable], columns: Mapping[str, str], by_length: bool
+def compare(
+    child: SoundTable, parents: list[SoundTable], columns: Mapping[str, str], by_length: bool = False
 ) -> Iterator[Finding]:
-    """Compare columns of each row with those of the first parent that has its pair."""
+    """Yield, for each column, the first pair that differs from its parent, and the first pair that no parent has.
+
+    Args:
+        child: The table to check.
+        parents: Versions that it was made from. Each pair is compared with the first one that has it.
+        columns: Columns of the child, if it has them, and those of the parents.
+        by_length: Compare lengths of lists instead of values.
+    """
+    columns = {name: theirs for name, theirs in columns.items() if name in child.schema.names}
     found = _Tally()
     largest = max((child, *parents), key=lambda table: table.num_bytes)
     num_bytes = child.num_bytes + max(parent.num_bytes for parent in parents)

@@ -6,7 +6,7 @@ nothing. It needs the memory of one row group, or of one range of keys when tabl
 Not here: files that no version needs (`vacuum.py`), and model folders.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from weights_store.catalog import check_store, list_tables
@@ -14,14 +14,19 @@ from weights_store.checks.files import Examined, SoundTable, examine
 from weights_store.checks.findings import Finding
 from weights_store.checks.log import TableLog, read_log
 from weights_store.checks.metadata import check_balance, check_fingerprints, check_lineage, check_quarantine, parents
-from weights_store.checks.relations import check_anchors, check_keys, check_lengths, check_reference, check_tokens
+from weights_store.checks.relations import (
+    ANCHOR_COLUMNS,
+    PER_TOKEN_COLUMNS,
+    REF_COLUMNS,
+    TOKEN_COLUMNS,
+    check_keys,
+    compare,
+)
 from weights_store.checks.rows import violations
 from weights_store.errors import DamageError, NotFoundError, SettingsError
 from weights_store.names import quarantine_path
 from weights_store.store import WeightStore
 from weights_store.tables.metadata import CommitMetadata, Parent, ScorerRecord
-
-_Relation = Callable[[SoundTable, list[SoundTable]], Iterator[Finding]]
 
 
 def verify(store: WeightStore, tables: Iterable[str] | None = None) -> Iterator[Finding]:
@@ -99,12 +104,12 @@ class _Verification:
         if kind in ("logps", "attributions", "anchors"):  # of all commits: each adds some pairs
             versions = sorted(log.commits, reverse=True)
             references = [parent for version in versions for parent in parents(log.metadata(version))]
-            yield from self._compare(check_lengths, rows, _of_kind("tokens", references), asked)
+            yield from self._compare(PER_TOKEN_COLUMNS, rows, _of_kind("tokens", references), asked, by_length=True)
         if kind == "weights":
             references = parents(log.metadata(log.newest))
-            yield from self._compare(check_tokens, rows, _of_kind("tokens", references), asked)
-            yield from self._compare(check_reference, rows, _in_role("ref_logps", "logps", references), asked)
-            yield from self._compare(check_anchors, rows, _in_role("anchors", "anchors", references), asked)
+            yield from self._compare(TOKEN_COLUMNS, rows, _of_kind("tokens", references), asked)
+            yield from self._compare(REF_COLUMNS, rows, _in_role("ref_logps", "logps", references), asked)
+            yield from self._compare(ANCHOR_COLUMNS, rows, _in_role("anchors", "anchors", references), asked)
 
     def _vocab_size(self, log: TableLog) -> int | None:
         """Return the vocabulary size that the newest commit or that of its tokens recorded, None if neither did."""
@@ -114,12 +119,17 @@ class _Verification:
         return next((size for size in sizes if size is not None), None)
 
     def _compare(
-        self, check: _Relation, rows: SoundTable, references: Iterable[Parent], asked: list[str]
+        self,
+        columns: Mapping[str, str],
+        rows: SoundTable,
+        references: Iterable[Parent],
+        asked: list[str],
+        by_length: bool = False,
     ) -> Iterator[Finding]:
         made_from = list(self._tables(references))
         if not made_from:
             return
-        yield from check(rows, made_from)
+        yield from compare(rows, made_from, columns, by_length)
         for parent in made_from:
             if not parent.is_whole and parent.path not in asked:
                 problem = f"not all of it could be compared with {parent.name}, which is damaged; verify {parent.path}"
