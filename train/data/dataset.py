@@ -10,14 +10,13 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from train.config import DataConfig
-from train.data.metadata import Statistics, WeightMetadata
 from train.data.sampler import WINDOW_GROUPS, BlockShuffle
 from train.data.selection import Selection
 from train.data.shard_cache import ShardCache
@@ -25,6 +24,7 @@ from train.data.stored_pairs import Pair, PairColumns, StoredResponse, column_na
 from weights_store import Table, TableVersion, WeightStore, split_name
 from weights_store.errors import MismatchError, NotFoundError
 from weights_store.tables.commits import READERS
+from weights_store.tables.metadata import CommitMetadata, Statistics
 from weights_store.tables.shards import ShardReader, ShardRecord
 
 __all__ = [
@@ -45,7 +45,7 @@ class WeightSource:
 
     table: Table
     reference: TableVersion
-    metadata: WeightMetadata
+    metadata: CommitMetadata
 
     @property
     def name(self) -> str:
@@ -81,7 +81,7 @@ def open_weights(config: DataConfig) -> WeightSource:
     store = WeightStore(config.store)
     reference = store.resolve(*split_name(config.weights))
     table = store.table(reference.table)
-    return WeightSource(table, reference, cast("WeightMetadata", table.metadata(reference.version)))
+    return WeightSource(table, reference, table.metadata(reference.version))
 
 
 class PairDataset(Dataset[Pair]):
@@ -242,11 +242,9 @@ def _list_sizes(table: Table, records: Sequence[ShardRecord], selection: Selecti
 
 
 def _sizes_of_shard(table: Table, record: ShardRecord, selection: Selection) -> list[int]:
-    if record.group_sizes and not selection.columns:
+    if not selection.columns:
         return list(record.group_sizes)
     reader = table.open_shard(record)
-    if not selection.columns:
-        return reader.group_sizes
     groups = (reader.read_group(index, selection.columns) for index in range(len(reader.group_sizes)))
     return [int(selection.keeps(rows).sum()) for rows in groups]
 

@@ -10,10 +10,11 @@ from pathlib import Path, PurePosixPath
 import polars as pl
 
 from train.data.dataset import WeightSource
-from train.job.output import Lineage, Result, Section
+from train.job.output import Lineage, Result
 from train.loss.config import LOSSES
 from weights_store import WeightStore, split_name
 from weights_store.errors import StoreError
+from weights_store.tables.metadata import Section
 
 _SECTIONS = ("loss", "optim", "model", "lora", "data", "eval")
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from train.config import GateSection, ModelConfig
-from train.data.metadata import RecordedReference, WeightMetadata
 from weights_store.errors import MismatchError
+from weights_store.tables.metadata import CommitMetadata, ReferenceRecord
 
 _PARITY_FACTOR = 3.0
 """How far the trainer may be off, as a multiple of how far the stored scorer itself is from transformers in float32."""
@@ -42,7 +42,7 @@ class Agreement:
         return self.mean <= tolerance_nats and self.max <= _MAX_FACTOR * tolerance_nats
 
 
-def tolerance_of(gate: GateSection, metadata: WeightMetadata) -> float:
+def tolerance_of(gate: GateSection, metadata: CommitMetadata) -> float:
     """Return the largest mean |difference| per token that passes, nats.
 
     It follows from the parity check that the build recorded for its scorer: the trainer's rounding errors are about as large as
@@ -68,7 +68,7 @@ def check_step_0(
     model: ModelConfig,
     *,
     tolerance_nats: float,
-    metadata: WeightMetadata,
+    metadata: CommitMetadata,
     model_fingerprint: str,
 ) -> Agreement:
     """Refuse a model that is not the reference the dataset was scored with.
@@ -111,7 +111,7 @@ def _describe(found: Agreement, tolerance_nats: float) -> str:
     )
 
 
-def _blame_dtype(dtype: str, metadata: WeightMetadata) -> str:
+def _blame_dtype(dtype: str, metadata: CommitMetadata) -> str:
     reference, parity = metadata.get("reference") or {}, metadata.get("parity") or {}
     scored = reference.get("dtype") or parity.get("dtype") or "another dtype"
     return (
@@ -120,7 +120,7 @@ def _blame_dtype(dtype: str, metadata: WeightMetadata) -> str:
     )
 
 
-def _blame_model(path: str, fingerprint: str, reference: RecordedReference) -> str:
+def _blame_model(path: str, fingerprint: str, reference: ReferenceRecord) -> str:
     recorded = reference.get("model_fingerprint")
     if recorded == fingerprint:
         return (

@@ -21,9 +21,7 @@ from typing import Any, NotRequired, TypedDict
 
 from weights_store.errors import InputError, SettingsError
 from weights_store.fingerprint import explain_difference
-
-Section = dict[str, object]
-"""A section of a config, as JSON."""
+from weights_store.tables.metadata import Parent, Section
 
 
 class Identity(TypedDict):
@@ -55,7 +53,7 @@ class Lineage(TypedDict):
     kind: str
     fingerprint: str
     identity: Identity
-    parents: list[dict[str, object]]
+    parents: list[Parent]
     model: dict[str, str | None]
     config: dict[str, Section]
     result: Result

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +21,7 @@ from torch import nn
 
 from train.config import TrainConfig
 from train.data.dataset import Pair, PairDataset, StoredResponse, WeightSource, sample_pairs
-from train.data.metadata import AttributionTarget
-from train.model.attribution import attribute_tokens
+from train.model.attribution import AttributionTarget, attribute_tokens
 from train.model.collate import Batch, PairCollator, model_inputs
 from train.model.generation import sample_responses
 from train.model.hybrid import hybrid_weights
@@ -62,10 +61,10 @@ class HybridSettings:
             MismatchError: They are not hybrid weights, or were transformed.
         """
         recipe = source.metadata.get("recipe") or {}
-        weights = recipe.get("weights") or {}
-        target = (recipe.get("attribute") or {}).get("target")
+        weights: dict[str, Any] = recipe.get("weights") or {}
+        target: Any = (recipe.get("attribute") or {}).get("target")
         missing = {"ti_lambda", "sigma_divisor", "span"} - weights.keys()
-        if weights.get("estimator") != "ti" or target is None or target not in get_args(AttributionTarget) or missing:
+        if weights.get("estimator") != "ti" or target not in get_args(AttributionTarget) or missing:
             raise MismatchError(
                 "loss.importance='online' computes weights with the settings of the dataset, so it needs a dataset that was "
                 f"built with weights.estimator='ti'; {source.name} was built with {weights.get('estimator')!r}. Build it again "
@@ -81,7 +80,7 @@ class HybridSettings:
 
 def sampling_of(source: WeightSource) -> AnchorSampling:
     """Return how the dataset's anchors were sampled; the defaults if it has none."""
-    recorded = (source.metadata.get("recipe") or {}).get("anchors") or {}
+    recorded: dict[str, Any] = (source.metadata.get("recipe") or {}).get("anchors") or {}
     return AnchorSampling(**{k: v for k, v in recorded.items() if k in AnchorSampling.__dataclass_fields__})
 
 

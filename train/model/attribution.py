@@ -12,17 +12,18 @@ the backward pass. Without gradients of parameters that is far less than a train
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from train.data.metadata import AttributionTarget
 from train.model.attention import NUM_BRANCHES, Packing
 from train.model.collate import Batch, model_inputs
 from train.model.continuation import Continuation, EnoughError, KeptPrompts, SplitBatch
 from train.model.logps import decode, output_layer, per_token_logps, unwrap_adapters
 from weights_store.errors import InputError
+
+AttributionTarget = Literal["max_logit", "gold_logps", "dpo_margin"]
 
 
 @dataclass(frozen=True)
