@@ -135,7 +135,7 @@ class Refresher:
             reference,
             HybridSettings.of(pairs.source) if needs.fresh_weights else None,
             sampling_of(pairs.source) if needs.fresh_anchors else None,
-            _end_ids(sample_pairs(pairs, _NUM_END_SAMPLES)) if needs.fresh_anchors else (),
+            find_end_ids(sample_pairs(pairs, _NUM_END_SAMPLES)) if needs.fresh_anchors else (),
             needs.refresh_steps,
             config.optim.tokens_per_batch,
             config.model.dtype,
@@ -239,7 +239,7 @@ class Refresher:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
-def _end_ids(pairs: Sequence[Pair]) -> tuple[int, ...]:
+def find_end_ids(pairs: Sequence[Pair]) -> tuple[int, ...]:
     """Return the id that ends most responses of these pairs, see `closing_ids`."""
     responses = [response.ids for pair in pairs for response in (pair.chosen, pair.rejected)]
     return closing_ids(np.array([len(ids) for ids in responses]), np.array([ids[-1] for ids in responses]))

@@ -224,7 +224,7 @@ def test_a_tracker_that_nobody_knows_is_one_clear_error(settings, capsys, monkey
     assert main([part for flag in flags for part in ("--set", flag)]) == 1
     said = capsys.readouterr().err
     assert said.startswith(
-        "error: output.report_to='tensorbord' is no tracker that transformers knows; expected none, "
+        "error: output.report_to='tensorbord' is not a tracker that transformers knows; expected none, "
     )
     assert "tensorboard" in said
     assert not Path(settings["output"]["folder"]).exists()
