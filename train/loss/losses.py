@@ -1,15 +1,16 @@
 """Preference losses as pure functions of per-token log-probabilities.
 
-Called through `objective.py`; usable alone. Weights, reference log-probs and annotator scores are data: no gradient flows into
-them. The end-of-text token counts like any other, in every loss. Not here: the sums over a response (`terms.py`), the next-token
-shift (`logps.py`), the per-token KL (`divergence.py`), and reduction over pairs, which is the caller's.
+Called through `objective.py`; usable alone. In every loss, `chosen` and `rejected` are the two sides with the fields that the
+loss reads (`Needs` in `config.py`), `beta` is > 0, and a missing field or a setting out of its range is a `ValueError`. Weights,
+reference log-probs and annotator scores are data: no gradient flows into them. The end-of-text token counts like any other.
 
-In every loss `chosen` and `rejected` are the two sides with the fields that the loss reads (`Needs` in `config.py`), and `beta` is
-> 0. A missing field or a setting out of its range is a `ValueError`.
+Not here: the sums over a response (`terms.py`), the next-token shift (`logps.py`), the per-token KL (`divergence.py`), and the
+reduction over pairs, which is the caller's.
 
 Notation in comments: w chosen, l rejected, m(y) = sum_t log pi/ref, a(y) = mean_t log pi, K(y) = sum_t KL_t, sg stops
 gradients.
 """
+# ruff: noqa: D417  (the docstring above describes what all losses take)
 
 from typing import NamedTuple
 
