@@ -1,8 +1,9 @@
 """Preference losses as pure functions of per-token log-probabilities.
 
 Called through `objective.py`; usable alone. In every loss, `chosen` and `rejected` are the two sides with the fields that the
-loss reads (`Needs` in `config.py`), `beta` is > 0, and a missing field or a setting out of its range is a `ValueError`. Weights,
-reference log-probs and annotator scores are data: no gradient flows into them. The end-of-text token counts like any other.
+loss reads (`Needs` in `config.py`), `beta` is > 0, and a missing field or a setting out of its range is a `ValueError`.
+Weights, reference log-probs and annotator scores are data: no gradient flows into them. The end-of-text token counts like any
+other.
 
 Not here: the sums over a response (`terms.py`), the next-token shift (`logps.py`), the per-token KL (`divergence.py`), and the
 reduction over pairs, which is the caller's.
