@@ -19,7 +19,7 @@ from train.job.dry_run import dry_run_lines
 from train.job.gate import check_step_0, tolerance_of
 from train.job.output import Lineage, OutputFolder, Result, explain_full_disk
 from train.job.prepare import JobInputs, JobPairs, open_inputs, open_pairs
-from train.job.progress import ProgressLines, StopAfterStep, check_tracker
+from train.job.progress import ProgressLines, StopAfterStep, check_tracker, metrics_line
 from train.job.ranks import gather_parameters, join_ranks
 from train.job.stopping import StopRequest
 from train.job.trainer import PairTrainer, build_batches
@@ -30,7 +30,6 @@ from weights_store.messages import logger
 _log = logger(__name__)
 
 _PACKAGES = ("tokenweights", "torch", "transformers", "accelerate", "numpy")
-_SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "weighted_rewards/margins")
 
 
 @dataclass(frozen=True)
@@ -157,18 +156,18 @@ def _pass_gate(trainer: PairTrainer, inputs: JobInputs, sample: Sequence[Pair]) 
 def _train(trainer: PairTrainer, sample: Sequence[Pair], checkpoint: Path | None, stop: StopRequest | None) -> Result:
     """Measure, train, measure."""
     before = trainer.measure(sample)
-    _log.info(f"before: {_line(before)}")
+    _log.info(f"before: {metrics_line(before)}")
     if checkpoint is not None:
         _log.info(f"resuming from {checkpoint.name}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop is not None and stop.requested and trainer.state.global_step < trainer.batches.num_steps:
         raise KeyboardInterrupt
     after = trainer.measure(sample)
-    _log.info(f"after:  {_line(after)}")
+    _log.info(f"after:  {metrics_line(after)}")
     result = Result(steps=trainer.state.global_step, before=before, after=after, num_sample_pairs=len(sample))
     if trainer.held_out:
         result["held_out"] = trainer.measure(trainer.held_out)
-        _log.info(f"held out: {_line(result['held_out'])}")
+        _log.info(f"held out: {metrics_line(result['held_out'])}")
     if trainer.config.eval.best:
         result["best_step"] = trainer.state.best_global_step
         _log.info(f"best by held-out {trainer.config.eval.best}: step {trainer.state.best_global_step}")
@@ -221,7 +220,3 @@ def _package_versions() -> dict[str, str]:
 def _result(folder: Path, lineage: Lineage, *, was_trained_before: bool = False) -> TrainResult:
     result = lineage["result"]
     return TrainResult(folder, result["steps"], result["before"], result["after"], was_trained_before)
-
-
-def _line(metrics: dict[str, float]) -> str:
-    return "  ".join(f"{name} {metrics[name]:.4g}" for name in _SHOWN if name in metrics)

@@ -11,7 +11,7 @@ from train.config import TrainConfig
 from train.data.dataset import Pair, PairDataset, WeightSource, check_weights_vary, open_weights, sample_pairs
 from train.data.selection import Selection
 from train.job.output import Identity
-from train.job.refresh import check_refreshing
+from train.job.refresh import HybridSettings
 from train.loss.objective import check_columns_for
 from train.model.hub import check_model_folder, find_folder
 from train.model.policy import check_model_fits
@@ -83,7 +83,8 @@ def open_pairs(inputs: JobInputs) -> JobPairs:
     sample = sample_pairs(trained, SAMPLE_PAIRS)
     if needs.token_weights:
         check_weights_vary(source, sample, config.loss.name)
-    check_refreshing(config, source)
+    if needs.fresh_weights:
+        HybridSettings.of(source)  # refuses a dataset that does not record how its weights were computed
     held_out: Sequence[Pair] = []
     if config.eval.is_on:
         held_out = sample_pairs(view(Selection.for_evaluation(config.data, config.eval)), config.eval.max_pairs)

@@ -30,6 +30,11 @@ def check_tracker(name: str) -> None:
     raise SettingsError(f"output.report_to={name!r} is not a tracker that transformers knows; expected none, {known}")
 
 
+def metrics_line(metrics: dict[str, float]) -> str:
+    """Return the most important of the metrics, as text."""
+    return "  ".join(f"{name} {metrics[name]:.4g}" for name in _SHOWN if name in metrics)
+
+
 class ProgressLines(TrainerCallback):
     """Show how far the training is, and log one line for each log of the Trainer."""
 
@@ -66,16 +71,15 @@ class ProgressLines(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if "eval_loss" in logs:
-            values = "  ".join(f"{name} {logs[f'eval_{name}']:.4g}" for name in _SHOWN if f"eval_{name}" in logs)
-            _log.info(f"held out at step {state.global_step}  {values}")
+            held_out = {name.removeprefix("eval_"): value for name, value in logs.items()}
+            _log.info(f"held out at step {state.global_step}  {metrics_line(held_out)}")
         if "loss" not in logs:
             return
         now_s = time.monotonic()
         pairs = (state.global_step - self._logged_step) * self.pairs_per_step
         rate = pairs / max(now_s - self._logged_at_s, 1e-9)
         self._logged_step, self._logged_at_s = state.global_step, now_s
-        values = "  ".join(f"{name} {logs[name]:.4g}" for name in _SHOWN if name in logs)
-        _log.info(f"step {state.global_step}/{state.max_steps}  {values}  {rate:.1f} pairs/s")
+        _log.info(f"step {state.global_step}/{state.max_steps}  {metrics_line(logs)}  {rate:.1f} pairs/s")
 
 
 class LogLastStep(TrainerCallback):

@@ -84,16 +84,6 @@ def sampling_of(source: WeightSource) -> AnchorSampling:
     return AnchorSampling(**{k: v for k, v in recorded.items() if k in AnchorSampling.__dataclass_fields__})
 
 
-def check_refreshing(config: TrainConfig, source: WeightSource) -> None:
-    """Refuse weights that cannot be refreshed, before anything is loaded.
-
-    Raises:
-        MismatchError: See `HybridSettings.of`.
-    """
-    if config.loss.needs.fresh_weights:
-        HybridSettings.of(source)
-
-
 @dataclass(frozen=True)
 class Refresher:
     """Computes token weights and samples anchors with the current policy.

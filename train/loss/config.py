@@ -54,6 +54,8 @@ class LossConfig(BaseModel):
     """Name and paper, for the model card."""
     reads: ClassVar[Needs]
     """What is needed whatever the settings; see `needs`."""
+    kl_direction: ClassVar[KlDirection | None] = None
+    """Of the KL term, for losses with a setting `kl`."""
     estimator: ClassVar[str] = "tis"
     """The `weights.estimator` of a recipe that makes the token weights of this loss."""
     per_token: ClassVar[bool] = False
@@ -74,12 +76,15 @@ class LossConfig(BaseModel):
     @property
     def needs(self) -> Needs:
         """What the loss needs with these settings."""
-        return self.reads
+        kl: str | None = getattr(self, "kl", None)
+        if kl not in ("exact", "top_k"):
+            return self.reads
+        return replace(self.reads, kl_direction=self.kl_direction, ref_top=kl == "top_k", reference_model=kl == "exact")
 
     @property
     def reward_scale(self) -> float:
-        """Factor of the logged rewards."""
-        return 1.0
+        """Factor of the logged rewards: beta if the loss has one."""
+        return getattr(self, "beta", None) or 1.0
 
     def arguments(self) -> dict[str, float]:
         """Return the keyword arguments of the function of that name in `losses.py`."""
@@ -93,21 +98,10 @@ class LossConfig(BaseModel):
 
 
 class _BetaLoss(LossConfig):
+    reads = Needs(ref_logps=True)
+
     beta: float = Field(gt=0, examples=[0.1])
     """Strength of the pull towards the reference, > 0. It identifies a result, so it has no default."""
-
-    @property
-    def reward_scale(self) -> float:
-        """Factor of the logged rewards."""
-        return self.beta
-
-
-def _with_kl(needs: Needs, kl: str | None, direction: KlDirection) -> Needs:
-    """Add what the KL term needs: `exact` the reference model, `top_k` the stored top k."""
-    if kl not in ("exact", "top_k"):
-        return needs
-    runs_reference = needs.reference_model or kl == "exact"
-    return replace(needs, kl_direction=direction, ref_top=kl == "top_k", reference_model=runs_reference)
 
 
 Kl = Literal["exact", "top_k"]
@@ -120,7 +114,6 @@ class Dpo(_BetaLoss):
     """Sums of log-ratios."""
 
     title = "DPO (arXiv 2305.18290)"
-    reads = Needs(ref_logps=True)
     has_plain_rewards = True
 
     name: Literal["dpo"]
@@ -131,23 +124,17 @@ class Ipo(_BetaLoss):
     """Means of log-ratios per token as in TRL; the squared distance of their difference to 1 / (2 beta)."""
 
     title = "IPO (arXiv 2310.12036)"
-    reads = Needs(ref_logps=True)
 
     name: Literal["ipo"]
 
 
 class _TdpoLoss(_BetaLoss):
-    reads = Needs(ref_logps=True)
+    kl_direction = "ref_policy"
     switches = frozenset({"kl"})
 
     kl: Kl = "exact"
     """`exact` runs the reference model along and uses the whole vocabulary; `top_k` needs the reference's top-k log-probs in
     the dataset, and no reference model."""
-
-    @property
-    def needs(self) -> Needs:
-        """What the loss needs with these settings."""
-        return _with_kl(self.reads, self.kl, "ref_policy")
 
 
 class Tdpo1(_TdpoLoss):
@@ -173,6 +160,7 @@ class TisDpo(_BetaLoss):
 
     title = "TIS-DPO (arXiv 2410.04350)"
     reads = Needs(ref_logps=True, token_weights=True)
+    kl_direction = "policy_ref"
     switches = frozenset({"kl"})
 
     name: Literal["tis_dpo"]
@@ -186,11 +174,6 @@ class TisDpo(_BetaLoss):
         if self.kl == "off":
             self._refuse(["eta_scale"], "without eta; set loss.kl to 'exact' or 'top_k'")
         return self
-
-    @property
-    def needs(self) -> Needs:
-        """What the loss needs with these settings."""
-        return _with_kl(self.reads, self.kl, "policy_ref")
 
 
 Given = Mapping[str, object]
@@ -213,7 +196,7 @@ class TiDpo(_BetaLoss):
     """Weighted sums of log-ratios, and a triplet with an anchor; `variant = "release"` adds the KL term of TDPO2."""
 
     title = "TI-DPO (arXiv 2505.19653)"
-    reads = Needs(ref_logps=True)
+    kl_direction = "ref_policy"
     estimator = "ti"
     switches = frozenset({"kl", "variant", "anchor", "importance", "refresh_steps"})
 
@@ -252,16 +235,16 @@ class TiDpo(_BetaLoss):
     @property
     def needs(self) -> Needs:
         """What the loss needs with these settings."""
-        needs = replace(
-            self.reads,
+        needs = super().needs
+        return replace(
+            needs,
             token_weights=self.importance == "stored",
             fresh_weights=self.importance == "online",
             anchors=self.anchor is not None,
             fresh_anchors=self.anchor == "online",
-            reference_model=self.anchor == "online",
+            reference_model=needs.reference_model or self.anchor == "online",
             refresh_steps=self.refresh_steps,
         )
-        return _with_kl(needs, self.kl, "ref_policy")
 
 
 class Simpo(LossConfig):
@@ -276,11 +259,6 @@ class Simpo(LossConfig):
     label_smoothing: LabelSmoothing = 0.0
     gamma_beta_ratio: float = Field(default=0.5, ge=0)
     """Margin by which chosen should win, as a share of beta, nats per token."""
-
-    @property
-    def reward_scale(self) -> float:
-        """Factor of the logged rewards."""
-        return self.beta
 
 
 class Sepo(LossConfig):
@@ -297,7 +275,6 @@ class D2po(_BetaLoss):
     """Sums of log-ratios that decay with `gamma`^t."""
 
     title = "D2PO (arXiv 2502.14340)"
-    reads = Needs(ref_logps=True)
 
     name: Literal["d2po"]
     gamma: float = Field(default=0.98, gt=0, le=1)
@@ -334,11 +311,6 @@ class Sft(LossConfig):
     name: Literal["sft"]
     beta: float | None = Field(default=None, gt=0)
     """Factor of the logged rewards; 1 if it is not given."""
-
-    @property
-    def reward_scale(self) -> float:
-        """Factor of the logged rewards."""
-        return self.beta or 1.0
 
 
 LossSection = Annotated[

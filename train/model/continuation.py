@@ -2,8 +2,8 @@
 
 A prompt does not depend on what comes after it, so gradients with respect to response tokens never pass through a prompt. First
 the prompts alone go through the decoder, and the keys and values of every layer are kept; then the responses alone, which
-attend to them. So a prompt costs no backward pass and no stored activations. Training cannot do this: prompt tokens contribute to the
-gradients of its parameters. Attention runs in groups on CPUs and GPUs; it has not been run on a GPU.
+attend to them. So a prompt costs no backward pass and no stored activations. Training cannot do this: prompt tokens contribute
+to the gradients of its parameters. Attention runs in groups on CPUs and GPUs; it has not been run on a GPU.
 """
 
 from dataclasses import dataclass, field

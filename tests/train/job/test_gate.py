@@ -83,7 +83,9 @@ def test_another_chat_template_is_refused_and_named(make_config, write_weights, 
     said = refusal(config, Path(config.output.folder))
     assert f"was rendered with chat template {template[:12]}, the model in {other} has " in said
     (other / "chat_template.jinja").unlink()
-    assert f"the model in {other} has none: it would learn another format" in refusal(config, Path(config.output.folder))
+    assert f"the model in {other} has none: it would learn another format" in refusal(
+        config, Path(config.output.folder)
+    )
 
 
 def test_another_vocabulary_of_the_tokenizer_is_refused_and_named(make_config, model_folder, tmp_path) -> None:
@@ -104,7 +106,10 @@ def test_stored_numbers_that_are_wrong_are_told_from_a_wrong_model(
     write_weights(rows, parity=PARITY, reference={"model_fingerprint": fingerprint_model(model_folder)})
     config = make_config()
     said = refusal(config, Path(config.output.folder))
-    assert "the model's files are those of the reference, so the stored numbers or the ones of this machine are wrong" in said
+    assert (
+        "the model's files are those of the reference, so the stored numbers or the ones of this machine are wrong"
+        in said
+    )
 
 
 def test_one_wrong_token_per_response_is_enough(make_config, write_weights, rows) -> None:
