@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from train.loss.config import LossConfig, loss_needs
+from train.loss.config import LossSection
 
 
 class _Section(BaseModel):
@@ -160,7 +160,7 @@ class TrainConfig(_Section):
     data: DataConfig
     model: ModelConfig
     lora: LoraSection | None = None
-    loss: LossConfig
+    loss: LossSection
     optim: OptimConfig
     eval: EvalSection = EvalSection()
     gate: GateSection = GateSection()
@@ -181,7 +181,7 @@ class TrainConfig(_Section):
             )
         if self.model.quantization != "none" and self.lora is not None and self.lora.merge:
             raise ValueError("an adapter cannot be merged into 4-bit weights; set lora.merge=false")
-        needs = loss_needs(self.loss)
+        needs = self.loss.needs
         if self.parallel.strategy == "fsdp2" and (needs.fresh_weights or needs.fresh_anchors):
             raise ValueError(
                 "loss.anchor='online' and loss.importance='online' need the whole model on each process, and "

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from train.config import DataConfig, ModelConfig
+from train.config import DataConfig
 from train.data.dataset import Pair, PairDataset, StoredResponse, check_weights_vary, open_weights, sample_pairs
 from train.data.sampler import BlockShuffle
-from train.model.policy import check_model_fits, disable_dropout, find_model
+from train.model.hub import check_model_folder, find_folder
+from train.model.policy import check_model_fits, disable_dropout
 from weights_store.errors import MismatchError, MissingExtraError, SettingsError
 
 try:
@@ -84,7 +85,7 @@ class WeightedDPOTrainer(DPOTrainer):
         _check_loss(loss)
         _check_arguments(args)
         revision = (args.model_init_kwargs or {}).get("revision")
-        folder = find_model(ModelConfig(path=model, revision=revision))
+        folder = check_model_folder(find_folder(model, revision, "model"), "model")
         self._stored = {"train": _open_pairs(folder, data, loss)}
         if eval_data is not None:
             self._stored["eval"] = _open_pairs(folder, eval_data, loss)

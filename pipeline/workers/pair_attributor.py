@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.workers.pair_row import PairRow, QuarantineRow, why_not
 from pipeline.workers.request import AttributionOptions, Request, Target
@@ -26,9 +26,9 @@ from train.model.collate import PairCollator
 from train.model.logps import check_output_layer
 from train.model.packing import enable_packing
 from train.model.token_budget import cut_by_tokens
-from weights_store.errors import InputError, OutOfMemoryError
+from weights_store.errors import OutOfMemoryError
 from weights_store.messages import first_line, logger
-from weights_store.schemas import ATTRIBUTIONS, SIDES
+from weights_store.schemas import ATTRIBUTIONS, SIDES, Side
 
 _log = logger(__name__)
 
@@ -175,13 +175,7 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     Raises:
         InputError: It cannot be loaded, or gives no access to its input embeddings.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot read the config of the model in {folder}: {error}") from error
-    # transformers' default ignores Gemma 2's soft-capping.
-    capped = getattr(config, "attn_logit_softcapping", None)
-    model = load_checkpoint(folder, dtype=dtype, **({"attn_implementation": "eager"} if capped else {}))
+    model = load_checkpoint(folder, dtype=dtype)
     input_embeddings(model)
     return model.requires_grad_(False)
 
@@ -257,7 +251,7 @@ def _attributed(result: TokenAttributions, mask: torch.Tensor) -> list[Attribute
     return [Attributed(*parts) for parts in zip(attributions, prompts, activations, strict=True)]
 
 
-def _row(pair: PairRow, results: Mapping[str, Attributed]) -> dict[str, object]:
+def _row(pair: PairRow, results: Mapping[Side, Attributed]) -> dict[str, object]:
     """Return a pair's row of the attributions table."""
     row: dict[str, object] = {"pair_id": pair.pair_id}
     for side, result in results.items():

@@ -15,7 +15,8 @@ from trl import DPOConfig
 from train.config import DataConfig
 from train.data.dataset import Pair
 from train.data.sampler import BlockShuffle
-from train.loss.losses import ResponseLogps, dpo, tis_dpo
+from train.loss.losses import dpo, tis_dpo
+from train.loss.terms import ResponseLogps
 from train.trl_adapter import StoredPairCollator, WeightedDPOTrainer
 from weights_store.errors import MismatchError, MissingExtraError, SettingsError
 

@@ -253,7 +253,7 @@ def bytes_sent(server: str) -> int:
 
 
 def test_shards_of_an_object_store_are_sent_once_and_a_second_epoch_asks_for_nothing(
-    counting_s3, tmp_path, monkeypatch, capsys
+    counting_s3, tmp_path, monkeypatch, caplog
 ) -> None:
     environment = {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "REGION": "us-east-1", "ALLOW_HTTP": "true"}
     for name, value in (environment | {"ENDPOINT_URL": counting_s3}).items():
@@ -268,16 +268,16 @@ def test_shards_of_an_object_store_are_sent_once_and_a_second_epoch_asks_for_not
     first_epoch = [pairs[row].pair_id for row in range(60)]
     assert bytes_sent(counting_s3) == sum(record.num_bytes for record in table.records())
 
-    assert capsys.readouterr().out == ""
+    assert caplog.messages == []
 
     tiny = config.model_copy(update={"cache_gib": 1e-7})
     in_place = PairDataset(open_weights(tiny), tiny, vocab_size=128)
-    assert capsys.readouterr().out.startswith("3 of 3 shards are larger than data.cache_gib=")
+    assert caplog.messages[0].startswith("3 of 3 shards are larger than data.cache_gib=")
     assert [in_place[row].pair_id for row in range(60)] == first_epoch
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "nowhere")
     worker = pickle.loads(pickle.dumps(pairs))  # nothing in memory, no open connection
     assert [worker[row].pair_id for row in range(60)] == first_epoch
     shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(SettingsError, match="AWS_ENDPOINT_URL is no URL"):
+    with pytest.raises(SettingsError, match="AWS_ENDPOINT_URL is not a URL"):
         pickle.loads(pickle.dumps(pairs))[0]

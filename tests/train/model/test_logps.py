@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from train.data.dataset import Pair, StoredResponse
-from train.model.collate import MODEL_INPUTS, PairCollator
+from train.model.collate import PairCollator, model_inputs
 from train.model.logps import check_output_layer, per_token_logps, route_forward
 from weights_store.errors import InputError
 
@@ -23,10 +23,6 @@ def as_pair(row: dict) -> Pair:
 @pytest.fixture
 def batch(rows):
     return PairCollator(packed=False)([as_pair(row) for row in rows[:6]])
-
-
-def model_inputs(batch):
-    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
 
 def test_logps_equal_those_of_each_sequence_alone(model, batch, rows) -> None:
