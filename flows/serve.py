@@ -54,6 +54,7 @@ def serve_recipes(recipes: Mapping[str, Recipe]) -> None:
 
 def _deployment(name: str, recipe: Recipe) -> "RunnerDeployment":
     """Return the deployment of one recipe, with the flow's parameters and the schedule."""
+    from prefect.deployments.runner import RunnerDeployment
     from prefect.schedules import Cron, Interval
     from prefect.types.entrypoint import EntrypointType
 
@@ -65,7 +66,7 @@ def _deployment(name: str, recipe: Recipe) -> "RunnerDeployment":
         if schedule.cron
         else Interval(float(schedule.interval_s or 0), timezone=schedule.timezone)
     )
-    return build_weights.to_deployment(
+    deployment = build_weights.to_deployment(
         name=name,
         parameters={"recipe": recipe.model_dump(mode="json"), "expect_same": False},
         schedules=[when],
@@ -74,6 +75,8 @@ def _deployment(name: str, recipe: Recipe) -> "RunnerDeployment":
         entrypoint_type=EntrypointType.MODULE_PATH,  # works from any folder
         description=f"Builds {recipe.weights.name} from {recipe.dataset.source}.",
     )
+    assert isinstance(deployment, RunnerDeployment), "a coroutine only where an event loop runs"
+    return deployment
 
 
 @contextmanager
