@@ -25,32 +25,8 @@ from weights_store.location import Location
 
 _NUM_PAIRS = 1000
 _NUM_CONVERSATIONS = 6000
-_RECIPE = """\
-# `tokenweights demo` writes this file each time it runs. Copy it before you change it.
-
-[dataset]
-name = "toy"
-source = {pairs}
-
-[model]
-path = {model}
-
-[contrast]  # a DPO and a reverse-DPO model, trained on the pairs
-method = "dpo"
-learning_rate = 1e-3
-num_epochs = 2
-pairs_per_step = 32
-tokens_per_batch = 4096
-
-[score]
-kv_cache_gib = 1.0
-
-[weights]
-name = "toy/tis-dpo"
-
-[store]
-uri = {store}
-"""
+_RECIPE = Path(__file__).with_suffix(".toml")
+"""The recipe of a demo in the folder `demo`."""
 _POLICY_SETTINGS = (
     "loss.name=tis_dpo",
     "loss.beta=0.1",
@@ -98,8 +74,8 @@ def run_demo(folder: str | Path, debug: bool = False) -> None:
 
 def write_recipe(folder: Path) -> Path:
     """Write the demo's recipe and return its path; the paths in it are relative to where the demo was started."""
-    paths = {"pairs": folder / "pairs.jsonl", "model": folder / "model", "store": folder / "store"}
-    text = _RECIPE.format(**{name: json.dumps(str(path), ensure_ascii=False) for name, path in paths.items()})
+    start = json.dumps(f"{folder}/", ensure_ascii=False).removesuffix('"')
+    text = _RECIPE.read_text(encoding="utf-8").replace('"demo/', start)
     Location(str(folder)).write("recipe.toml", text.encode())
     return folder / "recipe.toml"
 
