@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -283,6 +285,7 @@ def test_a_schedule_fires_and_the_users_own_files_are_not_imported(world, first_
         serving = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=stream, stderr=stream)
         try:
             text = _wait_for(log, serving, "Finished in state Completed()", "Flow run", timeout_s=240)
+            _wait_for_log_line(re.search(r"Prefect server: (\S+)", text)[1], "score ref: logps/")
         finally:
             serving.send_signal(signal.SIGINT)
             try:
@@ -293,6 +296,21 @@ def test_a_schedule_fires_and_the_users_own_files_are_not_imported(world, first_
     first_run = text[: text.index("Finished in state Completed()", text.index("published weights/toy/tis-dpo"))]
     assert first_run.count("score ref: logps/") == 1
     assert "a stranger was imported" not in text
+
+
+def _wait_for_log_line(server, start):
+    """Wait until the logs of the server's runs have a line that starts so."""
+    request = urllib.request.Request(
+        f"{server}/api/logs/filter", b'{"limit": 200}', {"Content-Type": "application/json"}
+    )
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            messages = [log["message"] for log in json.load(answer)]
+        if any(message.startswith(start) for message in messages):
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"no line starts with {start!r}: {messages}")
 
 
 def _wait_for(log, process, *parts, timeout_s):
