@@ -1,5 +1,6 @@
 """What a stage logs reaches its Prefect run and the terminal, each line once, and progress becomes an artifact."""
 
+import io
 import time
 from uuid import uuid4
 
@@ -54,6 +55,21 @@ def test_each_role_has_an_artifact_and_a_role_with_nothing_to_do_says_so(artifac
         "score-positive": f"score positive, {PAIRS}: nothing to do",
         "score-negative": f"score negative, {PAIRS}: score negative: 10/10 tokens, 10 tokens/s",
     }
+
+
+@pytest.mark.parametrize("stage", ["score", "attribute", "anchors"])
+def test_a_terminal_gets_a_bar_with_share_and_rate_and_lines_above_it(stage):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    with show_on_terminal(screen):
+        logger("pipeline.stages.score").info("starting the engine")
+        for state in states(stage):
+            show(state)
+    first, _, bar = screen.getvalue().partition("\n")
+    assert first == "starting the engine"
+    assert f"{stage} ref: 100%" in bar
+    assert "3.00k/3.00k" in bar
+    assert "tokens/s" in bar
 
 
 @pytest.fixture
