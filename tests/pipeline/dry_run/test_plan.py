@@ -42,13 +42,9 @@ CONTRAST = {"contrast.method": "dpo", "contrast.pairs_per_step": 5, "contrast.nu
 DUPLICATE, BROKEN = 0, b"{broken"
 
 
-def _silent(_line):
-    pass
-
-
-def _train(command, _what, _report):
+def _train(_module, command, _what, _python):
     """Stand in for the training job: copy the model, and change its config so that its content differs."""
-    options = dict(pairwise(command))
+    options = dict(pairwise(command[1:]))
     target = Path(shutil.copytree(options["--model"], options["--output"], dirs_exist_ok=True))
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**config, "made_up_for": target.name}))
@@ -57,16 +53,16 @@ def _train(command, _what, _report):
 def _build(recipe):
     """Run the stages as the flow does it; return what prepare made."""
     folder = Path(recipe.model.path)
-    prepared = prepare(recipe, folder, report=_silent)
+    prepared = prepare(recipe, folder)
     logps = {"ref_logps": _score(prepared.tokens, Scorer(folder), recipe, "ref")}
     uniform = WeightsSection(name="toy/uniform", estimator="uniform")
-    published = publish(recipe, uniform, Ingredients(prepared.tokens, **logps), report=_silent)
+    published = publish(recipe, uniform, Ingredients(prepared.tokens, **logps))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.stages.contrast.run_child", _train)
-        pair = contrast(recipe.contrast, folder, published.weights, _silent)
+        pair = contrast(recipe.contrast, folder, published.weights)
     for role, scorer in pair.scorers.items():
         logps[f"{role}_logps"] = _score(prepared.tokens, scorer, recipe, role)
-    published = publish(recipe, recipe.weights, Ingredients(prepared.tokens, **logps), report=_silent)
+    published = publish(recipe, recipe.weights, Ingredients(prepared.tokens, **logps))
     write_report(published, folder)
     return prepared
 
@@ -284,7 +280,7 @@ def test_grown_data_train_a_new_pair_only_when_asked(built, source, toy_model):
     plans = _plan(built(**{"contrast.retrain": True}))
     assert plans["contrast"].action == "compute"
     assert plans["score negative"].num_pairs == NUM_PAIRS + 1
-    num_tokens = _num_tokens(_rows(prepare(built(), toy_model, report=_silent).tokens))
+    num_tokens = _num_tokens(_rows(prepare(built(), toy_model).tokens))
     assert plans["score negative"].num_tokens == num_tokens
     assert plans["contrast"].num_tokens == 2 * 2 * num_tokens  # two models, two epochs
 
@@ -308,7 +304,7 @@ def test_an_estimator_without_a_pair_plans_none(make_recipe, source):
 def test_the_rate_is_that_of_the_same_model_where_this_store_has_scored_with_it(make_recipe, source, toy_model):
     source(*FIRST_ROWS)
     recipe = make_recipe(**CONTRAST)
-    tokens = prepare(recipe, toy_model, report=_silent).tokens
+    tokens = prepare(recipe, toy_model).tokens
     ids = _rows(tokens)["pair_id"].to_list()
     _score(tokens, Scorer(toy_model), recipe, "ref", leave_out=ids[4:], wall_s=2.0)
     _score(tokens, Scorer(toy_model), recipe, "ref", leave_out=ids[8:], wall_s=3.0)
@@ -324,7 +320,7 @@ def test_the_rate_is_that_of_the_same_model_where_this_store_has_scored_with_it(
 def test_commits_that_do_not_say_how_long_they_took_are_no_measurement(make_recipe, source, toy_model):
     source(*FIRST_ROWS)
     recipe = make_recipe(**CONTRAST)
-    tokens = prepare(recipe, toy_model, report=_silent).tokens
+    tokens = prepare(recipe, toy_model).tokens
     _score(tokens, Scorer(toy_model), recipe, "ref", leave_out=_rows(tokens)["pair_id"][:1].to_list(), wall_s=None)
     assert (_plan(recipe)["score ref"].num_pairs, _plan(recipe)["score ref"].rate_source) == (1, "stated")
 
@@ -335,7 +331,7 @@ def test_pairs_that_left_are_neither_scored_nor_published(make_recipe, source, t
     _build(recipe)
     source(*FIRST_ROWS[:9], 20)  # three pairs, the copy and the broken row are gone
     plans = _plan(recipe)
-    prepared = prepare(recipe, toy_model, report=_silent)
+    prepared = prepare(recipe, toy_model)
     assert plans["prepare"].reasons[:2] == (
         "10 rows = 10 pairs + 0 to quarantine",
         f"{prepared.tokens.table}@0: 1 pairs new, 3 gone; all rows are written anew",
@@ -348,7 +344,7 @@ def test_pairs_that_left_are_neither_scored_nor_published(make_recipe, source, t
 def test_pairs_that_left_before_they_were_scored_are_not_counted(make_recipe, source, toy_model, toy_pairs):
     source(*range(6))
     recipe = make_recipe(**CONTRAST)
-    tokens = prepare(recipe, toy_model, report=_silent).tokens
+    tokens = prepare(recipe, toy_model).tokens
     _score(tokens, Scorer(toy_model), recipe, "ref", leave_out=[_pair_id(tokens, row) for row in (4, 5)])
     source(*range(5))
     assert _plan(recipe)["score ref"].num_pairs == 1
@@ -360,7 +356,7 @@ def _pair_id(tokens, source_row):
 
 def test_pairs_that_come_back_have_their_scores_still(built, source, toy_model):
     source(*range(6))
-    prepare(built(), toy_model, report=_silent)
+    prepare(built(), toy_model)
     source(*FIRST_ROWS)
     plans = _plan(built())
     assert (plans["prepare"].num_pairs, plans["score ref"].action) == (6, "reuse")
@@ -385,7 +381,7 @@ def test_what_no_scorer_could_score_is_not_tried_again(built):
 def test_what_the_tokenizer_refused_before_is_not_new(built, source, toy_model, monkeypatch, num_sampled):
     too_long = {"prompt": "p", "chosen": "word " * 2000, "rejected": "b"}
     source(*FIRST_ROWS, *[{**too_long, "rejected": f"b{index}"} for index in range(4)])
-    prepare(built(), toy_model, report=_silent)
+    prepare(built(), toy_model)
     with Path(built().dataset.source).open("a") as file:
         file.write(json.dumps(too_long | {"chosen": "a"}) + "\n")
     monkeypatch.setattr("pipeline.dry_run.source.SAMPLE_PAIRS", num_sampled)
@@ -399,11 +395,11 @@ def test_a_refused_pair_whose_hidden_end_was_shortened_is_tried_again(make_recip
     words = "the baker mixes " * 130
     source(*range(4), {"prompt": "p", "chosen": "a", "rejected": words * 9})
     recipe = make_recipe(**CONTRAST)
-    assert prepare(recipe, toy_model, report=_silent).quarantined == {"response_too_long": 1}
+    assert prepare(recipe, toy_model).quarantined == {"response_too_long": 1}
     source(*range(4), {"prompt": "p", "chosen": "a", "rejected": words})
     found = _plan(recipe)["prepare"]
     assert (found.num_pairs, found.is_exact) == (1, True)
-    assert prepare(recipe, toy_model, report=_silent).num_new_pairs == 1
+    assert prepare(recipe, toy_model).num_new_pairs == 1
 
 
 def test_a_sample_stands_for_many_pairs(make_recipe, source, toy_model, monkeypatch):
@@ -412,7 +408,7 @@ def test_a_sample_stands_for_many_pairs(make_recipe, source, toy_model, monkeypa
     monkeypatch.setattr("pipeline.dry_run.source.SAMPLE_PAIRS", 10)
     plans = _plan(recipe)
     assert (plans["prepare"].num_pairs, plans["prepare"].is_exact) == (40, False)
-    exact = _num_tokens(_rows(prepare(recipe, toy_model, report=_silent).tokens))
+    exact = _num_tokens(_rows(prepare(recipe, toy_model).tokens))
     assert plans["prepare"].num_tokens != exact
     assert plans["prepare"].num_tokens == pytest.approx(exact, rel=0.2)
     assert f"≈{plans['score ref'].num_tokens:,}" in "\n".join(plan_lines(list(plans.values())))
@@ -437,7 +433,7 @@ def test_a_source_without_a_usable_pair_fails_as_the_build_does(make_recipe, sou
     source(BROKEN, BROKEN)
     recipe = make_recipe()
     messages = []
-    for run in (plan, lambda recipe: prepare(recipe, toy_model, report=_silent)):
+    for run in (plan, lambda recipe: prepare(recipe, toy_model)):
         with pytest.raises(InputError) as caught:
             run(recipe)
         messages.append(str(caught.value))
@@ -456,7 +452,7 @@ def prepared(make_recipe, source, toy_model):
     """Pairs with reference log-probs, and nothing else; returns a function that makes a TI-DPO recipe, and the tokens."""
     source(*FIRST_ROWS)
     recipe = make_recipe(**TI)
-    tokens = prepare(recipe, toy_model, report=_silent).tokens
+    tokens = prepare(recipe, toy_model).tokens
     _score(tokens, Scorer(toy_model), recipe, "ref")
     return lambda **settings: make_recipe(**{**TI, **settings}), tokens
 
@@ -522,7 +518,7 @@ def test_new_pairs_are_the_only_ones_to_attribute_and_to_sample_for(prepared, so
     _sample(tokens, make())
     source(*FIRST_ROWS, *range(NUM_PAIRS, NUM_PAIRS + 3))
     plans = _plan(make(), TI_STAGES)
-    new = _rows(prepare(make(), toy_model, report=_silent).tokens).join(_rows(tokens), on="pair_id", how="anti")
+    new = _rows(prepare(make(), toy_model).tokens).join(_rows(tokens), on="pair_id", how="anti")
     for stage in ("attribute ref", "anchors ref"):
         assert (
             (plans[stage].num_pairs, plans[stage].num_tokens) == (3, _num_tokens(new)) == (new.height, _num_tokens(new))
@@ -550,7 +546,7 @@ def test_a_finished_build_with_attributions_and_anchors_is_reused_whole(prepared
         attributions=_attribute(tokens, recipe),
         anchors=_sample(tokens, recipe),
     )
-    publish(recipe, recipe.weights, ingredients, report=_silent)
+    publish(recipe, recipe.weights, ingredients)
     assert _computed(_plan(recipe, TI_STAGES)) == ["report"]
 
 
