@@ -54,9 +54,10 @@ class Account(NamedTuple):
         statistics = metadata["statistics"]
         return cls(metadata["source"], statistics["num_source_rows"], statistics["quarantined"])
 
-    def is_read_like(self, source: SourceSettings) -> bool:
-        """Return whether rows are read the same way. If not, the old rows say nothing about the new ones."""
-        return self.source["reading"] == source["reading"]
+
+def kept_version(newest: int | None, recorded: Account | None, source: SourceSettings) -> int | None:
+    """Return the newest version if its rows can be kept: rows read in another way say nothing about the new ones."""
+    return newest if recorded and recorded.source["reading"] == source["reading"] else None
 
 
 @dataclass

@@ -4,7 +4,8 @@ A tokens table is named for its dataset and for everything that decides how text
 that tokens of two kinds never mix. The newest version holds exactly the usable pairs of the source as it is now. New pairs are
 tokenised and appended. When pairs have left the source or changed their row, all rows are rewritten.
 
-The source is read once and sorted by pair_id. Then old and new pairs are compared one range of ids at a time, in bounded memory.
+The source is read once and sorted by pair_id. Then old and new pairs are compared one range of ids at a time, in bounded
+memory.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ import pyarrow as pa
 from pipeline.provenance import provenance
 from pipeline.recipe import DatasetSection, Recipe
 from pipeline.source.chat import ChatTokenizer, TokenizedPair
-from pipeline.source.compare import Account, PairRow, SourceSettings, Standing, compared_ranges
+from pipeline.source.compare import Account, PairRow, SourceSettings, Standing, compared_ranges, kept_version
 from pipeline.source.external_sort import ExternalSort
 from pipeline.source.intake import Intake, quarantine_row, read_source
 from pipeline.source.load import content_fingerprint
@@ -151,8 +152,7 @@ class _Update:
         self.base = start.tokens.version()
         self.quarantine_base = start.quarantine.version()
         self.recorded = Account.recorded(start.tokens, start.quarantine)
-        # The version whose rows can be kept.
-        self.known = self.base if self.recorded and self.recorded.is_read_like(start.source) else None
+        self.known = kept_version(self.base, self.recorded, start.source)
         self.reasons = Counter(intake.reasons)
         self.statistics = Counter(num_pairs=0, num_new_pairs=0, num_new_prompts_cut=0, num_new_responses_cut=0)
         self.pair_ids = hashlib.sha256()
