@@ -1,11 +1,10 @@
-"""What every commit records of how it came to be: package versions and the git commit of this code."""
+"""What every commit records of the code that made it: package versions and the git commit."""
 
 import platform
 import subprocess
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 _PACKAGES = (
     "tokenweights",
@@ -22,7 +21,7 @@ _PACKAGES = (
 
 
 @lru_cache(maxsize=1)
-def provenance() -> dict[str, Any]:
+def provenance() -> dict[str, object]:
     """Return package versions, Python version and git commit (None outside a checkout)."""
     packages = {}
     for name in _PACKAGES:

@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 from pipeline.dry_run.source import Overlap, Survey
 from pipeline.stages.prepare import Preparation
 from pipeline.workers.missing import missing_pairs
-from pipeline.workers.quarantine import quarantine_path
 from weights_store import Table, TableVersion
 from weights_store.schemas import Reason
 
@@ -69,11 +68,10 @@ class Outlook:
 
     def num_unscorable(self, tables: Sequence[str]) -> int:
         """Return the pairs that are in quarantine because one of these tables could not get a row for them."""
-        quarantine = self.start.store.table(quarantine_path(self.start.tokens.path))
-        if not quarantine.exists():
+        if not self.start.quarantine.exists():
             return 0
         by_one = pl.any_horizontal(pl.col("detail").str.starts_with(f"{path}: ") for path in tables)
-        rows = quarantine.scan().filter((pl.col("reason") == Reason.UNSCORABLE.value) & by_one)
+        rows = self.start.quarantine.scan().filter((pl.col("reason") == Reason.UNSCORABLE.value) & by_one)
         return int(rows.select(pl.col("pair_id").n_unique()).collect().item())
 
     def _tokens(self) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
-from pipeline.source.compare import Account, ComparedRange, PairRow, compared_ranges, kept_version
+from pipeline.source.compare import Account, ComparedRange, compared_ranges, kept_version
 from pipeline.source.intake import Intake, stored_raw
 from pipeline.source.pairs import Unusable
 from pipeline.stages.prepare import Preparation
@@ -84,6 +84,8 @@ class _Count:
         self.recorded = Account.recorded(start.tokens, start.quarantine)
         self.base = kept_version(start.tokens.version(), self.recorded, start.source)
         self.standings: Counter[str] = Counter()
+        self.num_fresh = 0
+        """New pairs, without what the tokenizer has refused before."""
         self.num_gone = 0
         self.tables = _filled_tables(start)
         self.overlaps = {table.path: Overlap() for table in self.tables}
@@ -101,16 +103,15 @@ class _Count:
 
     def result(self) -> Survey:
         """Count everything and tokenise the sample."""
-        for part in compared_ranges(self.intake.pairs.ranges(), self.start.tokens, self.base):
+        for part in compared_ranges(self.intake.pairs, self.start.tokens, self.base):
             self._add(part)
-        num_fresh = self.standings["new"]
-        is_exact = num_fresh + self.refused_again.total() <= SAMPLE_PAIRS
+        is_exact = self.num_fresh + self.refused_again.total() <= SAMPLE_PAIRS
         if is_exact:  # what was refused before is tried again: quarantine has only the beginning of its text
             lengths, refused = _tokenize(self.intake, self.sample + self.refused_texts)
             num_new = len(lengths)
         else:
             lengths, refused = _tokenize(self.intake, self.sample)
-            num_new = round(num_fresh * len(lengths) / max(1, len(self.sample)))
+            num_new = round(self.num_fresh * len(lengths) / max(1, len(self.sample)))
             refused += self.refused_again
         duplicates = Counter({Reason.DUPLICATE_PAIR.value: self.standings["duplicate"]})
         reasons = self.intake.reasons + duplicates + refused
@@ -133,36 +134,29 @@ class _Count:
         )
 
     def _add(self, part: ComparedRange) -> None:
+        self.standings.update(part.rows["standing"])
         new: set[str] = set()
-        for batch in part.batches():
-            for row, standing in batch:
-                if standing == "new" and self._was_refused(row):
-                    continue
-                self.standings[standing] += 1
-                if standing == "new":
-                    new.add(row["pair_id"])
-                    self._add_to_sample(row["pair"])
-        gone = part.gone()
+        for pair_id, row, text in part.rows.filter(standing="new").select("pair_id", "source_row", "pair").iter_rows():
+            reason = self.refused.get((row, _digest(stored_raw(text))))
+            if reason is None:
+                new.add(pair_id)
+                self._add_to_sample(text)
+            else:
+                self.refused_again[reason] += 1
+                self.refused_texts = [*self.refused_texts, text][:SAMPLE_PAIRS]
+        gone = set(part.gone)
         self.num_gone += len(gone)
         for table in self.tables:
             present = set(part.piece.of(table.scan()).select("pair_id").collect()["pair_id"])
             self.overlaps[table.path].num_new_present += len(new & present)
             self.overlaps[table.path].gone_absent |= gone - present
 
-    def _was_refused(self, row: PairRow) -> bool:
-        reason = self.refused.get((row["source_row"], _digest(stored_raw(row["pair"]))))
-        if reason is None:
-            return False
-        self.refused_again[reason] += 1
-        if len(self.refused_texts) < SAMPLE_PAIRS:
-            self.refused_texts.append(row["pair"])
-        return True
-
     def _add_to_sample(self, text: str) -> None:
         """Keep at most `SAMPLE_PAIRS` of all new pairs, each equally likely (reservoir sampling); the same ones every time."""
+        self.num_fresh += 1
         if len(self.sample) < SAMPLE_PAIRS:
             self.sample.append(text)
-        elif (place := self.random.randrange(self.standings["new"])) < SAMPLE_PAIRS:
+        elif (place := self.random.randrange(self.num_fresh)) < SAMPLE_PAIRS:
             self.sample[place] = text
 
 

@@ -117,12 +117,8 @@ class ChatTokenizer:
     ) -> TokenizedPair:
         """Tokenise one pair within the limits.
 
-        Args:
-            pair: As text.
-            max_prompt_tokens: The oldest turns are dropped until the prompt has at most this many.
-            max_response_tokens: EOS included.
-            cut_response: Whether a longer response is cut; else it is refused.
-            context: Longest sequence of the model, of which the scoring engine needs one position. None: not checked.
+        The oldest turns of a long prompt are dropped. A long response is cut (`cut_response`) or refused. `context` is the
+        longest sequence of the model, one position of which the scoring engine needs; None: no limit.
 
         Raises:
             Unusable: The pair is over a limit, or the template cannot render it.
@@ -157,15 +153,9 @@ class ChatTokenizer:
         problem = ""
         for text in prompts:
             try:
-                rendered = self._render_prompt(condition.apply(json.loads(text)))
+                result.append(self._conditioned(json.loads(text), condition))
             except Unusable as error:
                 problem = error.detail
-                result.append(None)
-                continue
-            if condition.text.strip() in rendered:
-                result.append(self._ids(rendered))
-            else:
-                problem = "the rendered chat does not contain the prompt"
                 result.append(None)
         if prompts and all(ids is None for ids in result):
             other = "user" if condition.role == "system" else "system"
@@ -175,17 +165,22 @@ class ChatTokenizer:
             )
         return result
 
+    def _conditioned(self, prompt: list[Message], condition: Condition) -> list[int]:
+        rendered = self._render(condition.apply(prompt))
+        if condition.text.strip() not in rendered:
+            raise Unusable(Reason.TEMPLATE_MISMATCH, "the rendered chat does not contain the prompt")
+        return self._ids(rendered)
+
     def _fit_prompt(self, prompt: list[Message], limit: int) -> tuple[list[Message], str, list[int]]:
         """Return the newest turns that fit into `limit` tokens: as messages, as text, as ids."""
-        text = self._render_prompt(prompt)
-        ids = self._ids(text)
-        while len(ids) > limit:
-            prompt = _drop_oldest_exchange(prompt, len(ids), limit)
-            text = self._render_prompt(prompt)
+        while True:
+            text = self._render(prompt)
             ids = self._ids(text)
-        return prompt, text, ids
+            if len(ids) <= limit:
+                return prompt, text, ids
+            prompt = _drop_oldest_exchange(prompt, len(ids), limit)
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
         from jinja2 import TemplateError
 
         try:
@@ -194,9 +189,6 @@ class ChatTokenizer:
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise Unusable(Reason.TEMPLATE_MISMATCH, f"the chat template refuses this chat: {error}") from error
-
-    def _render_prompt(self, messages: list[Message]) -> str:
-        return self._render(messages, add_generation_prompt=True)
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,31 +1,16 @@
 """Compares the pairs of a source with the newest version of their tokens table, one range of pair_ids at a time.
 
-Prepare and the dry run decide with it which pairs are new, in bounded memory. Writes nothing.
+Prepare and the dry run find out with it which pairs are new. Writes nothing.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypedDict
 
-import pyarrow as pa
+import polars as pl
 
+from pipeline.source.external_sort import ExternalSort
 from weights_store import Table
 from weights_store.tables.key_ranges import KeyRange
-
-ROWS_PER_BATCH = 2000
-"""Rows of the source that are Python objects at a time."""
-
-Standing = Literal["new", "stays", "moved", "duplicate"]
-"""`moved`: the pair is in the version, from another row of the source. `duplicate`: an earlier row has the same pair."""
-
-
-class PairRow(TypedDict):
-    """A pair of the source before it is tokenised."""
-
-    pair_id: str
-    source_row: int
-    pair: str
-    """The pair as JSON text."""
 
 
 class SourceSettings(TypedDict):
@@ -60,43 +45,42 @@ def kept_version(newest: int | None, recorded: Account | None, source: SourceSet
     return newest if recorded and recorded.source["reading"] == source["reading"] else None
 
 
-@dataclass
-class ComparedRange:
-    """The pairs of the source in one range of pair_ids, against those that the version has there."""
+class ComparedPair(NamedTuple):
+    """A pair of the source, and how it stands to the newest version."""
+
+    pair_id: str
+    source_row: int
+    pair: str
+    """The pair as JSON text."""
+    standing: Literal["new", "stays", "moved", "duplicate"]
+    """`moved`: the version has the pair from another row of the source. `duplicate`: an earlier row has the same pair."""
+
+
+class ComparedRange(NamedTuple):
+    """The pairs of the source in one range of pair_ids, against those of the version."""
 
     piece: KeyRange
-    rows: pa.Table
-    known: dict[str, int]
-    """The pairs of the version, with their row in the source."""
-    _seen: set[str] = field(init=False, default_factory=set)
-
-    def batches(self) -> Iterator[list[tuple[PairRow, Standing]]]:
-        """Yield the pairs of the source, sorted by pair_id and row, each with its standing. To be called once."""
-        for start in range(0, self.rows.num_rows, ROWS_PER_BATCH):
-            rows: list[PairRow] = self.rows.slice(start, ROWS_PER_BATCH).to_pylist()
-            yield [(row, self._standing(row)) for row in rows]
-
-    def gone(self) -> set[str]:
-        """Return the pairs of the version that have left the source; to be called after `batches`."""
-        return self.known.keys() - self._seen
-
-    def _standing(self, row: PairRow) -> Standing:
-        pair_id = row["pair_id"]
-        if pair_id in self._seen:
-            return "duplicate"
-        self._seen.add(pair_id)
-        if pair_id not in self.known:
-            return "new"
-        return "stays" if self.known[pair_id] == row["source_row"] else "moved"
+    rows: pl.DataFrame
+    """The pairs of the source, sorted by pair_id and row, with the columns of `ComparedPair`."""
+    gone: pl.Series
+    """The pair_ids of the version that have left the source."""
 
 
-def compared_ranges(
-    pairs: Iterator[tuple[KeyRange, pa.Table]], tokens: Table, version: int | None
-) -> Iterator[ComparedRange]:
-    """Yield the pairs of a source against a version of their tokens table; against nothing where the version is None."""
-    for piece, rows in pairs:
-        known: dict[str, int] = {}
-        if version is not None:
-            frame = piece.of(tokens.scan(version)).select("pair_id", "source_row").collect()
-            known = dict(frame.iter_rows())
-        yield ComparedRange(piece, rows, known)
+def compared_ranges(pairs: ExternalSort, tokens: Table, version: int | None) -> Iterator[ComparedRange]:
+    """Yield the pairs of a source against a version of their tokens table; None: every pair is new."""
+    standing = (
+        pl.when(~pl.col("pair_id").is_first_distinct())
+        .then(pl.lit("duplicate"))
+        .when(pl.col("old_row").is_null())
+        .then(pl.lit("new"))
+        .when(pl.col("old_row") != pl.col("source_row"))
+        .then(pl.lit("moved"))
+        .otherwise(pl.lit("stays"))
+    )
+    for piece, sorted_rows in pairs.ranges():
+        rows = pl.DataFrame(pl.from_arrow(sorted_rows))
+        scanned = rows.clear().lazy() if version is None else piece.of(tokens.scan(version))
+        old = scanned.select("pair_id", old_row="source_row").collect()
+        joined = rows.join(old, on="pair_id", how="left", maintain_order="left")
+        gone = old.join(rows, on="pair_id", how="anti")["pair_id"]
+        yield ComparedRange(piece, joined.select("pair_id", "source_row", "pair", standing=standing), gone)

@@ -13,7 +13,6 @@ import pyarrow as pa
 
 from pipeline.recipe import DatasetSection
 from pipeline.source.chat import ChatTokenizer, TokenizedPair
-from pipeline.source.compare import ROWS_PER_BATCH
 from pipeline.source.external_sort import ExternalSort
 from pipeline.source.load import RawRow, load_rows
 from pipeline.source.pairs import Pair, Unusable, read_pair
@@ -24,6 +23,8 @@ from weights_store.schemas import QUARANTINE
 
 _log = logger(__name__)
 
+ROWS_PER_BATCH = 2000
+"""Rows of the source that are Python objects at a time."""
 _RAW_CHARACTERS = 2000
 _PAIRS = pa.schema([("pair_id", pa.string()), ("source_row", pa.int64()), ("pair", pa.string())])
 

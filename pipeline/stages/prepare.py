@@ -20,12 +20,12 @@ import pyarrow as pa
 
 from pipeline.provenance import provenance
 from pipeline.recipe import DatasetSection, Recipe
-from pipeline.source.chat import ChatTokenizer, TokenizedPair
-from pipeline.source.compare import Account, PairRow, SourceSettings, Standing, compared_ranges, kept_version
+from pipeline.source.chat import ChatTokenizer
+from pipeline.source.compare import Account, ComparedPair, SourceSettings, compared_ranges, kept_version
 from pipeline.source.external_sort import ExternalSort
-from pipeline.source.intake import Intake, quarantine_row, read_source
+from pipeline.source.intake import ROWS_PER_BATCH, Intake, quarantine_row, read_source
 from pipeline.source.load import content_fingerprint
-from pipeline.source.pairs import Pair, Unusable
+from pipeline.source.pairs import Unusable
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ConflictError, InputError
 from weights_store.fingerprint import canonical_json, explain_difference, fingerprint, load_json
@@ -181,40 +181,49 @@ class _Update:
     def _write_fresh(self, unusable: ExternalSort) -> list[ShardRecord]:
         """Tokenise the new pairs into shards; add what cannot be tokenised, and duplicates, to `unusable`."""
         writer = self.tokens.writer()
-        for part in compared_ranges(self.intake.pairs.ranges(), self.tokens, self.known):
-            for batch in part.batches():
-                tokenised, problems = self._sort(batch)
+        for part in compared_ranges(self.intake.pairs, self.tokens, self.known):
+            self.old_rows_stay &= part.gone.is_empty() and "moved" not in part.rows["standing"]
+            for batch in part.rows.iter_slices(ROWS_PER_BATCH):
+                tokenised, problems = self._tokenize(batch)
                 writer.write(pa.Table.from_pylist(tokenised, TOKENS))
                 unusable.add(pa.Table.from_pylist(problems, QUARANTINE))
                 self.statistics["num_new_pairs"] += len(tokenised)
                 if tokenised:
                     _log.info(f"prepare: {self.statistics['num_new_pairs']} new pairs tokenised")
-            self.old_rows_stay &= not part.gone()
         return writer.finish()
 
-    def _sort(self, batch: list[tuple[PairRow, Standing]]) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
-        """Return the rows of the new pairs, and the quarantine records."""
+    def _tokenize(self, batch: pl.DataFrame) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+        """Return the tokens rows of the new pairs, and the quarantine rows of what cannot be used."""
         tokenised, problems = [], []
-        for row, standing in batch:
+        for row in map(ComparedPair._make, batch.iter_rows()):
             try:
-                if standing == "duplicate":
-                    raise Unusable(Reason.DUPLICATE_PAIR, f"pair {row['pair_id']} stood in an earlier row")
-                self.old_rows_stay &= standing != "moved"
-                if standing == "new":
-                    tokenised.append(self._tokenised(row))
+                if row.standing == "duplicate":
+                    raise Unusable(Reason.DUPLICATE_PAIR, f"pair {row.pair_id} stood in an earlier row")
+                if row.standing == "new":
+                    tokenised.append(self._tokens_row(row))
             except Unusable as problem:
                 self.reasons[problem.reason.value] += 1
-                problems.append(quarantine_row(row["source_row"], row["pair"], problem))
+                problems.append(quarantine_row(row.source_row, row.pair, problem))
                 continue
             self.statistics["num_pairs"] += 1
-            self.pair_ids.update(row["pair_id"].encode())
+            self.pair_ids.update(row.pair_id.encode())
         return tokenised, problems
 
-    def _tokenised(self, row: PairRow) -> dict[str, object]:
-        pair, tokens = self.intake.tokenize(row["pair"])
+    def _tokens_row(self, row: ComparedPair) -> dict[str, object]:
+        pair, tokens = self.intake.tokenize(row.pair)
         self.statistics["num_new_prompts_cut"] += tokens.prompt_was_cut
         self.statistics["num_new_responses_cut"] += tokens.response_was_cut
-        return _token_row(row, pair, tokens, self.start.dataset.split)
+        return {
+            "pair_id": row.pair_id,
+            "prompt": canonical_json(tokens.prompt),
+            "prompt_ids": tokens.prompt_ids,
+            "chosen_ids": tokens.chosen_ids,
+            "rejected_ids": tokens.rejected_ids,
+            "chosen_score": pair.chosen_score,
+            "rejected_score": pair.rejected_score,
+            "source_row": row.source_row,
+            "split": self.start.dataset.split,
+        }
 
     def _commit_quarantine(self, unusable: ExternalSort) -> None:
         quarantine = self.start.quarantine
@@ -262,21 +271,6 @@ class _Update:
             merged = pl.concat([stay, piece.of(new).select(TOKENS.names)]).sort("pair_id").collect()
             writer.write(merged.to_arrow().cast(TOKENS))
         return writer.finish()
-
-
-def _token_row(row: PairRow, pair: Pair, tokens: TokenizedPair, split: str) -> dict[str, object]:
-    """Return a pair's row in the tokens table."""
-    return {
-        "pair_id": row["pair_id"],
-        "prompt": canonical_json(tokens.prompt),
-        "prompt_ids": tokens.prompt_ids,
-        "chosen_ids": tokens.chosen_ids,
-        "rejected_ids": tokens.rejected_ids,
-        "chosen_score": pair.chosen_score,
-        "rejected_score": pair.rejected_score,
-        "source_row": row["source_row"],
-        "split": split,
-    }
 
 
 def _source_settings(dataset: DatasetSection) -> SourceSettings:
