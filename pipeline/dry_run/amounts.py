@@ -45,11 +45,18 @@ class Outlook:
     def all(self) -> Amount:
         """Return the amount of all pairs. Of pairs that left the source only the number is known, so it is then an estimate."""
         found = self.found
-        return Amount(found.num_pairs, round(sum(self._tokens())), found.is_exact and not found.num_gone)
+        return Amount(found.num_pairs, round(sum(self.num_tokens())), found.is_exact and not found.num_gone)
 
-    def num_response_tokens(self) -> int:
-        """Return the response tokens of all pairs."""
-        return round(self._tokens()[1])
+    def num_tokens(self) -> tuple[float, float]:
+        """Return the prompt tokens and the response tokens of all pairs."""
+        found = self.found
+        num_old = found.num_pairs - found.num_new
+        share = num_old / (num_old + found.num_gone) if num_old else 0.0
+        num_prompt_tokens, num_response_tokens = self._stored_tokens
+        return (
+            num_prompt_tokens * share + found.new_tokens[0] * found.num_new,
+            num_response_tokens * share + found.new_tokens[1] * found.num_new,
+        )
 
     def missing_from(self, table: Table | None) -> Amount:
         """Return the amount that has no row in a stage's table. None: the table is not known yet, so everything is missing."""
@@ -73,17 +80,6 @@ class Outlook:
         by_one = pl.any_horizontal(pl.col("detail").str.starts_with(f"{path}: ") for path in tables)
         rows = self.start.quarantine.scan().filter((pl.col("reason") == Reason.UNSCORABLE.value) & by_one)
         return int(rows.select(pl.col("pair_id").n_unique()).collect().item())
-
-    def _tokens(self) -> tuple[float, float]:
-        """Return the prompt tokens and the response tokens of the build."""
-        found = self.found
-        num_old = found.num_pairs - found.num_new
-        share = num_old / (num_old + found.num_gone) if num_old else 0.0
-        num_prompt_tokens, num_response_tokens = self._stored_tokens
-        return (
-            num_prompt_tokens * share + found.new_tokens[0] * found.num_new,
-            num_response_tokens * share + found.new_tokens[1] * found.num_new,
-        )
 
     @cached_property
     def _stored_tokens(self) -> tuple[int, int]:

@@ -91,8 +91,6 @@ class _Plan:
         yield published
         yield self._report(published.action, version.version)
 
-    # --- prepare -----------------------------------------------------------------------------------------------------
-
     def _prepare(self) -> StagePlan:
         found = self.outlook.found
         if found.is_same:
@@ -113,8 +111,6 @@ class _Plan:
         how = "all rows are rewritten" if found.writes_all else "new rows are appended"
         yield f"{start.tokens.reference()}: {about}{found.num_new:,} pairs new, {found.num_gone:,} gone; {how}"
         yield from explain_difference(start.tokens.metadata()["source"], start.source, "source")
-
-    # --- score, attribute, anchors -----------------------------------------------------------------------------------
 
     def _score(self, role: str, scorer: Scorer | None) -> StagePlan:
         return self._fill("score", role, identity_in(role, scorer, self.recipe.score) if scorer else None)
@@ -146,8 +142,6 @@ class _Plan:
             if changed is not None:
                 yield f"unlike {changed[0]}: {'; '.join(changed[1])}"
 
-    # --- contrast ----------------------------------------------------------------------------------------------------
-
     def _contrast(self, uniform: TableVersion) -> tuple[StagePlan, dict[str, Scorer]]:
         """Plan the contrastive pair, and return the scorers of its models, as far as they exist, by role."""
         settings = self.recipe.contrast
@@ -169,13 +163,10 @@ class _Plan:
             num_seen = settings.max_steps * settings.pairs_per_step
         num_steps = -(-num_seen // settings.pairs_per_step)
         num_tokens = round(len(models) * num_seen * amount.num_tokens / max(1, amount.num_pairs))
-        what = (
-            f"{len(models)} to train by {settings.method}: {num_steps:,} steps of {settings.pairs_per_step} pairs each"
-        )
+        steps = f"{num_steps:,} steps of {settings.pairs_per_step} pairs each"
+        what = f"{len(models)} models to train with {settings.method}, {steps}"
         reasons = (what, *(reason for model in models for reason in _why_train(model, uniform)))
         return StagePlan("contrast", "compute", amount.num_pairs, num_tokens, reasons, amount.is_exact)
-
-    # --- publish, report ---------------------------------------------------------------------------------------------
 
     def _publish(self, stage: str, section: WeightsSection) -> tuple[StagePlan, TableVersion]:
         """Plan a weight dataset, and return the version that the build will have."""
@@ -205,7 +196,7 @@ class _Plan:
         num_all = self.outlook.found.num_pairs
         filled = [version.table for role, version in ingredients.by_role().items() if role != "tokens"]
         num_pairs = num_all - self.outlook.num_unscorable(filled)
-        num_tokens = round(self.outlook.num_response_tokens() * num_pairs / max(1, num_all))
+        num_tokens = round(self.outlook.num_tokens()[1] * num_pairs / max(1, num_all))
         if wanted.newest and self._is_appended(wanted, ingredients):
             statistics = wanted.newest["statistics"]
             num_pairs -= statistics["num_pairs"]

@@ -4,7 +4,6 @@ The source is read, sorted and compared with the newest version of its tokens ta
 but at most `SAMPLE_PAIRS` of the new ones are tokenised; they stand for the others.
 """
 
-import hashlib
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pipeline.source.pairs import Unusable
 from pipeline.stages.prepare import Preparation
 from pipeline.workers.supervise import FOLDERS
 from weights_store import Table
+from weights_store.fingerprint import fingerprint_text
 from weights_store.schemas import Reason
 
 SAMPLE_PAIRS = 200
@@ -95,11 +95,11 @@ class _Count:
         self.sample: list[str] = []
         self.random = random.Random(0)
 
-    def _refused_before(self) -> dict[tuple[int, bytes], str]:
-        """Return the reason by source row and digest of the stored text, for what the tokenizer has refused before."""
+    def _refused_before(self) -> dict[tuple[int, str], str]:
+        """Return the reason by source row and fingerprint of the stored text, for what the tokenizer has refused before."""
         rows = self.start.quarantine.scan().filter(pl.col("reason").is_in(_REFUSALS))
         columns = rows.select("source_row", "raw", "reason").collect()
-        return {(row, _digest(raw)): reason for row, raw, reason in columns.iter_rows()}
+        return {(row, fingerprint_text(raw)): reason for row, raw, reason in columns.iter_rows()}
 
     def result(self) -> Survey:
         """Count everything and tokenise the sample."""
@@ -137,7 +137,7 @@ class _Count:
         self.standings.update(part.rows["standing"])
         new: set[str] = set()
         for pair_id, row, text in part.rows.filter(standing="new").select("pair_id", "source_row", "pair").iter_rows():
-            reason = self.refused.get((row, _digest(stored_raw(text))))
+            reason = self.refused.get((row, fingerprint_text(stored_raw(text))))
             if reason is None:
                 new.add(pair_id)
                 self._add_to_sample(text)
@@ -184,7 +184,3 @@ def _filled_tables(start: Preparation) -> list[Table]:
     key = start.tokens.path.removeprefix("tokens/")
     tables = (table for folder in FOLDERS.values() for table in start.store.tables(folder))
     return [table for table in tables if table.path.split("/")[1] == key and table.exists()]
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()

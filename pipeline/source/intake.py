@@ -1,12 +1,10 @@
 """Reads the whole source into pairs, sorted by pair_id, and rows for quarantine; tokenises pairs.
 
-Called by prepare and by the dry run. Does not compare the pairs with the store (`compare.py`) and writes nothing into it.
+Called by prepare and by the dry run. Does not know the store: the pairs are compared with it in `compare.py`.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
@@ -14,7 +12,7 @@ import pyarrow as pa
 from pipeline.recipe import DatasetSection
 from pipeline.source.chat import ChatTokenizer, TokenizedPair
 from pipeline.source.external_sort import ExternalSort
-from pipeline.source.load import RawRow, load_rows
+from pipeline.source.load import load_rows
 from pipeline.source.pairs import Pair, Unusable, read_pair
 from weights_store.errors import InputError
 from weights_store.fingerprint import canonical_json
@@ -26,7 +24,7 @@ _log = logger(__name__)
 ROWS_PER_BATCH = 2000
 """Rows of the source that are Python objects at a time."""
 _RAW_CHARACTERS = 2000
-_PAIRS = pa.schema([("pair_id", pa.string()), ("source_row", pa.int64()), ("pair", pa.string())])
+PAIRS = pa.schema([("pair_id", pa.string()), ("source_row", pa.int64()), ("pair", pa.string())])
 
 
 @dataclass
@@ -53,7 +51,9 @@ class Intake:
         for row in load_rows(self.dataset):
             self.num_rows += 1
             try:
-                pair = _pair(row, self.dataset)
+                if row.reason is not None:
+                    raise Unusable(row.reason, row.detail)
+                pair = read_pair(row.value or {}, self.dataset)
                 text = canonical_json(asdict(pair))
                 pairs.append({"pair_id": pair.pair_id, "source_row": row.source_row, "pair": text})
             except Unusable as problem:
@@ -67,7 +67,7 @@ class Intake:
         self._add(pairs, unusable)
 
     def _add(self, pairs: list[dict[str, object]], unusable: list[dict[str, object]]) -> None:
-        self.pairs.add(pa.Table.from_pylist(pairs, _PAIRS))
+        self.pairs.add(pa.Table.from_pylist(pairs, PAIRS))
         self.unusable.add(pa.Table.from_pylist(unusable, QUARANTINE))
 
     def tokenize(self, text: str) -> tuple[Pair, TokenizedPair]:
@@ -86,22 +86,6 @@ class Intake:
         """Return the error for a source in which no row can be used."""
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "the source is empty"
         return InputError(f"dataset.source {self.dataset.source}: no usable pair in {self.num_rows} rows ({counts})")
-
-
-@contextmanager
-def read_source(dataset: DatasetSection, tokenizer: ChatTokenizer, context: int) -> Iterator[Intake]:
-    """Read the whole source, and keep it until the end of the `with` block.
-
-    Raises:
-        InputError: The source cannot be read.
-    """
-    with (
-        ExternalSort(_PAIRS, "pair_id", "source_row") as pairs,
-        ExternalSort(QUARANTINE, "source_row") as unusable,
-    ):
-        intake = Intake(dataset, tokenizer, context, pairs, unusable)
-        intake.read()
-        yield intake
 
 
 def quarantine_row(source_row: int, raw: str, problem: Unusable) -> dict[str, object]:
@@ -123,10 +107,3 @@ def stored_raw(text: str) -> str:
 def _storable(text: str) -> str:
     """Return `text` with lone surrogates, which Parquet cannot hold, made visible as escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _pair(row: RawRow, dataset: DatasetSection) -> Pair:
-    if row.value is None:
-        assert row.reason is not None, "a row without a value has a reason"
-        raise Unusable(row.reason, row.detail)
-    return read_pair(row.value, dataset)

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 
 from pipeline.recipe import DatasetSection
 from weights_store.errors import InputError
-from weights_store.fingerprint import fingerprint_file
 from weights_store.messages import first_line
 from weights_store.schemas import Reason
 
@@ -57,12 +56,6 @@ def is_hub_id(source: str) -> bool:
     return _HUB_ID.fullmatch(source) is not None and path.suffix not in _READERS and not path.exists()
 
 
-def content_fingerprint(dataset: DatasetSection) -> str | None:
-    """Return the SHA-256 of a local file's bytes; None for a folder or a hub dataset."""
-    path = Path(dataset.source)
-    return fingerprint_file(path) if path.is_file() else None
-
-
 def _rows(dataset: DatasetSection) -> Iterator[RawRow]:
     path = Path(dataset.source)
     if path.is_dir():
@@ -84,7 +77,7 @@ def _json_lines(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
             file.seek(0)
         rows = (_parse_line(index, line) for index, line in enumerate(line for line in file if line.strip()))
         first = list(islice(rows, _ROWS_CHECKED))
-        check_columns([row.value for row in first if row.value is not None], dataset)
+        _check_columns([row.value for row in first if row.value is not None], dataset)
         yield from first
         yield from rows
 
@@ -113,7 +106,7 @@ def _json_file(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
         ) from error
     if not isinstance(values, list):
         raise InputError(f"dataset.source {path}: expected a JSON array of rows, got a {type(values).__name__}")
-    check_columns([value for value in values if isinstance(value, dict)], dataset)
+    _check_columns([value for value in values if isinstance(value, dict)], dataset)
     for index, value in enumerate(values):
         yield RawRow(index, value) if isinstance(value, dict) else _no_object(index, value, str(value))
 
@@ -123,7 +116,7 @@ def _parquet(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise InputError(f"dataset.source {path} is not a Parquet file: {first_line(error)}") from error
-    check_columns([dict.fromkeys(file.schema_arrow.names)], dataset)
+    _check_columns([dict.fromkeys(file.schema_arrow.names)], dataset)
     rows = (batch.slice(at, 1) for batch in file.iter_batches(batch_size=1000) for at in range(batch.num_rows))
     for index, row in enumerate(rows):
         try:
@@ -171,11 +164,11 @@ def _hub_dataset(dataset: DatasetSection) -> "Dataset | IterableDataset":
 
 def _checked(loaded: "Dataset | IterableDataset", dataset: DatasetSection) -> Iterator[RawRow]:
     if loaded.column_names is not None:  # a stream may not know its columns
-        check_columns([dict.fromkeys(loaded.column_names)], dataset)
+        _check_columns([dict.fromkeys(loaded.column_names)], dataset)
     yield from (RawRow(index, value) for index, value in enumerate(loaded))
 
 
-def check_columns(rows: Sequence[Mapping[str, object]], dataset: DatasetSection) -> None:
+def _check_columns(rows: Sequence[Mapping[str, object]], dataset: DatasetSection) -> None:
     """Check that some row has each response column; a single row without it goes to quarantine later.
 
     Raises:

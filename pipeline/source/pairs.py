@@ -47,8 +47,8 @@ class Pair:
     def pair_id(self) -> str:
         """128-bit hash, 32 hex digits, of the prompt and both responses after Unicode NFC and trimming.
 
-        The first 48 bits depend on the prompt alone. Tables are sorted by pair_id, so pairs with the same prompt are neighbours,
-        and what they share (the prompt, often a whole response) is scored once.
+        The first 48 bits depend on the prompt alone. Tables are sorted by pair_id, so pairs with the same prompt are
+        neighbours, and what they share (the prompt, often a whole response) is scored once.
         """
         prompt = _keys(self.prompt)
         return _digest(prompt, 6) + _digest([prompt, _normal(self.chosen), _normal(self.rejected)], 10)

@@ -11,7 +11,7 @@ memory.
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +23,11 @@ from pipeline.recipe import DatasetSection, Recipe
 from pipeline.source.chat import ChatTokenizer
 from pipeline.source.compare import Account, ComparedPair, SourceSettings, compared_ranges, kept_version
 from pipeline.source.external_sort import ExternalSort
-from pipeline.source.intake import ROWS_PER_BATCH, Intake, quarantine_row, read_source
-from pipeline.source.load import content_fingerprint
+from pipeline.source.intake import PAIRS, ROWS_PER_BATCH, Intake, quarantine_row
 from pipeline.source.pairs import Unusable
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ConflictError, InputError
-from weights_store.fingerprint import canonical_json, explain_difference, fingerprint, load_json
+from weights_store.fingerprint import canonical_json, explain_difference, fingerprint, fingerprint_file, load_json
 from weights_store.messages import logger
 from weights_store.schemas import QUARANTINE, SCHEMA_VERSION, TOKENS, Reason
 from weights_store.tables.shards import ShardRecord
@@ -37,6 +36,9 @@ _log = logger(__name__)
 
 _MAX_TRIES = 5
 _UNKNOWN_CONTEXT = 1 << 20
+_COLUMNS = {"prompt_column", "chosen_column", "rejected_column", "chosen_score_column", "rejected_score_column"}
+_READING = {*_COLUMNS, "split"}
+"""Settings that decide how rows are read."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,6 @@ class Prepared:
     num_pairs: int
     quarantined: dict[str, int]
     num_new_pairs: int
-
-    @property
-    def dataset_key(self) -> str:
-        """Name of the dataset's tables: `<name>-<12 hex digits>`."""
-        return self.tokens.table.removeprefix("tokens/")
 
 
 def prepare(recipe: Recipe, model_folder: Path) -> Prepared:
@@ -108,13 +105,24 @@ class Preparation:
         Raises:
             InputError: The model's tokenizer cannot be used.
         """
+        dataset, path = recipe.dataset, Path(recipe.dataset.source)
         tokenizer = ChatTokenizer(model_folder, recipe.model.chat_template)
         context = _model_number(model_folder, "max_position_embeddings") or _UNKNOWN_CONTEXT
-        cut = _cut_settings(recipe.dataset, tokenizer, context)
-        key = f"{recipe.dataset.name}-{fingerprint(cut)[:12]}"
+        cut = {
+            "schema_version": SCHEMA_VERSION,
+            "tokenizer": tokenizer.rendering_fingerprint,
+            "context": context,
+            **dataset.model_dump(include={"max_prompt_tokens", "max_response_tokens", "long_response"}),
+        }
+        source: SourceSettings = {
+            "content": fingerprint_file(path) if path.is_file() else None,
+            "max_pairs": dataset.max_pairs,
+            "reading": dataset.model_dump(include=_READING),
+        }
+        key = f"{dataset.name}-{fingerprint(cut)[:12]}"
         store = WeightStore(recipe.store.uri)
         tokens, quarantine = store.table(f"tokens/{key}"), store.table(f"quarantine/{key}")
-        return cls(recipe.dataset, tokenizer, context, cut, _source_settings(recipe.dataset), store, tokens, quarantine)
+        return cls(dataset, tokenizer, context, cut, source, store, tokens, quarantine)
 
     def already_done(self) -> Prepared | None:
         """Return the newest version if it was made from the same bytes. A hub dataset is always read again."""
@@ -132,9 +140,20 @@ class Preparation:
             if other.path.rpartition("-")[0] == f"tokens/{self.dataset.name}":
                 yield other.path, explain_difference(other.metadata()["cut"], self.cut)
 
-    def intake(self) -> AbstractContextManager[Intake]:
-        """Read the whole source, see `read_source`."""
-        return read_source(self.dataset, self.tokenizer, self.context)
+    @contextmanager
+    def intake(self) -> Iterator[Intake]:
+        """Read the whole source, and keep it until the end of the `with` block.
+
+        Raises:
+            InputError: The source cannot be read.
+        """
+        with (
+            ExternalSort(PAIRS, "pair_id", "source_row") as pairs,
+            ExternalSort(QUARANTINE, "source_row") as unusable,
+        ):
+            intake = Intake(self.dataset, self.tokenizer, self.context, pairs, unusable)
+            intake.read()
+            yield intake
 
 
 class _Update:
@@ -271,24 +290,6 @@ class _Update:
             merged = pl.concat([stay, piece.of(new).select(TOKENS.names)]).sort("pair_id").collect()
             writer.write(merged.to_arrow().cast(TOKENS))
         return writer.finish()
-
-
-def _source_settings(dataset: DatasetSection) -> SourceSettings:
-    columns = {"prompt_column", "chosen_column", "rejected_column", "chosen_score_column", "rejected_score_column"}
-    return {
-        "content": content_fingerprint(dataset),
-        "max_pairs": dataset.max_pairs,
-        "reading": dataset.model_dump(include={*columns, "split"}),
-    }
-
-
-def _cut_settings(dataset: DatasetSection, tokenizer: ChatTokenizer, context: int) -> dict[str, object]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "tokenizer": tokenizer.rendering_fingerprint,
-        "context": context,
-        **dataset.model_dump(include={"max_prompt_tokens", "max_response_tokens", "long_response"}),
-    }
 
 
 def _model_number(folder: Path, name: str) -> int | None:

@@ -192,7 +192,7 @@ def test_a_fresh_store_computes_everything_in_the_numbers_that_the_stages_then_f
         assert plans[stage].num_tokens == _num_tokens(rows, ("chosen_ids", "rejected_ids"))
     assert all(found.is_exact for found in plans.values())
     # Two epochs of 12 pairs are 24, in steps of 5: the last one has 4.
-    assert plans["contrast"].reasons[0] == "2 to train by dpo: 5 steps of 5 pairs each"
+    assert plans["contrast"].reasons[0] == "2 models to train with dpo, 5 steps of 5 pairs each"
     assert plans["contrast"].num_tokens == 2 * 2 * num_tokens
 
 

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.stages.prepare import prepare
+from pipeline.workers.quarantine import quarantine_path
 from weights_store import Table, WeightStore
 from weights_store.errors import InputError
 from weights_store.schemas import QUARANTINE
@@ -51,7 +52,7 @@ def run(make_recipe, toy_model, tmp_path, write_jsonl):
 def tables(prepared):
     store = WeightStore(prepared.tokens.store)
     tokens = store.table(prepared.tokens.table).scan(prepared.tokens.version).collect()
-    return tokens, store.table(f"quarantine/{prepared.dataset_key}").scan().collect()
+    return tokens, store.table(quarantine_path(prepared.tokens.table)).scan().collect()
 
 
 def test_every_bad_row_is_quarantined_with_its_reason_and_the_rest_goes_on(run):
@@ -213,7 +214,7 @@ def test_little_memory_gives_the_same_tables(run, monkeypatch, second_rows):
 
 def test_what_a_scorer_could_not_score_stays_in_quarantine_when_rows_are_added(run):
     first = run([pair(0), pair(1)])
-    table = WeightStore(first.tokens.store).table(f"quarantine/{first.dataset_key}")
+    table = WeightStore(first.tokens.store).table(quarantine_path(first.tokens.table))
     pair_id = tables(first)[0]["pair_id"][0]
     row = {"source_row": 0, "pair_id": pair_id, "reason": "unscorable", "detail": "logps/x: too long", "raw": ""}
     table.append(pa.Table.from_pylist([row], QUARANTINE), table.metadata())
