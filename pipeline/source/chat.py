@@ -194,10 +194,10 @@ class ChatTokenizer:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _response_ids(self, prompt: list[Message], prompt_text: str, prompt_ids: list[int], response: str) -> list[int]:
-        """Return the ids of a response behind its prompt, with the end-of-turn token.
+        """Return the ids of a response after its prompt, with the end-of-turn token.
 
         Prompt and response are tokenised together, so that no tokenizer adds a space where they meet. If a token would span
-        both, the response is tokenised alone, because the model generates behind whole prompt tokens.
+        both, the response is tokenised alone, because the model generates after whole prompt tokens.
         """
         full = self._render([*prompt, {"role": "assistant", "content": response}], add_generation_prompt=False)
         if not full.startswith(prompt_text):

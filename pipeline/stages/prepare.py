@@ -171,7 +171,7 @@ class _Update:
         self.base = start.tokens.version()
         self.quarantine_base = start.quarantine.version()
         self.recorded = Account.recorded(start.tokens, start.quarantine)
-        self.known = kept_version(self.base, self.recorded, start.source)
+        self.kept = kept_version(self.base, self.recorded, start.source)
         self.reasons = Counter(intake.reasons)
         self.statistics = Counter(num_pairs=0, num_new_pairs=0, num_new_prompts_cut=0, num_new_responses_cut=0)
         self.pair_ids = hashlib.sha256()
@@ -200,7 +200,7 @@ class _Update:
     def _write_fresh(self, unusable: ExternalSort) -> list[ShardRecord]:
         """Tokenise the new pairs into shards; add what cannot be tokenised, and duplicates, to `unusable`."""
         writer = self.tokens.writer()
-        for part in compared_ranges(self.intake.pairs, self.tokens, self.known):
+        for part in compared_ranges(self.intake.pairs, self.tokens, self.kept):
             self.old_rows_stay &= part.gone.is_empty() and "moved" not in part.rows["standing"]
             for batch in part.rows.iter_slices(ROWS_PER_BATCH):
                 tokenised, problems = self._tokenize(batch)
@@ -246,7 +246,7 @@ class _Update:
 
     def _commit_quarantine(self, unusable: ExternalSort) -> None:
         quarantine = self.start.quarantine
-        if self.known is not None and self.quarantine_base is not None:  # what no scorer could score stays
+        if self.kept is not None and self.quarantine_base is not None:  # what no scorer could score stays
             is_unscorable = pl.col("reason") == Reason.UNSCORABLE.value
             old = quarantine.scan(self.quarantine_base).filter(is_unscorable).collect()
             unusable.add(old.to_arrow().select(QUARANTINE.names).cast(QUARANTINE))
@@ -270,7 +270,7 @@ class _Update:
         }
         counts = {"num_source_rows": self.intake.num_rows, "quarantined": dict(self.reasons)}
         record = {**self.metadata, "fingerprint": fingerprint(content), "statistics": {**counts, **self.statistics}}
-        if self.known is None:
+        if self.kept is None:
             return self.tokens.commit(fresh, record, self.base, mode="overwrite" if self.base is not None else "append")
         if self.old_rows_stay:
             return self.tokens.commit(fresh, record, self.base)
@@ -282,7 +282,7 @@ class _Update:
     def _merge(self, fresh: list[ShardRecord]) -> list[ShardRecord]:
         """Write all rows: the old ones that are still in the source, with their row as it is now, and the new ones."""
         writer = self.tokens.writer()
-        old = self.tokens.scan(self.known)
+        old = self.tokens.scan(self.kept)
         new = self.tokens.scan_shards(fresh)
         for piece, rows in self.intake.pairs.ranges():
             first = pl.DataFrame(pl.from_arrow(rows.select(["pair_id", "source_row"]))).unique("pair_id", keep="first")

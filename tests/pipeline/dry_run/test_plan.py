@@ -230,7 +230,7 @@ def _tokens_path(recipe):
     return table.path
 
 
-def test_another_clamp_only_weighs_anew(built):
+def test_another_clamp_only_weighs_again(built):
     plans = _plan(built(**{"weights.upper": 0.2}))
     assert _computed(plans) == ["publish", "report"]
     assert plans["publish"].reasons == (
@@ -382,7 +382,7 @@ def test_what_the_tokenizer_refused_before_is_not_new(built, source, toy_model, 
 
 
 def test_a_refused_pair_whose_hidden_end_was_shortened_is_tried_again(make_recipe, source, toy_model):
-    # Quarantine keeps 2,000 characters, and the two texts differ behind them.
+    # Quarantine keeps 2,000 characters, and the two texts differ after them.
     words = "the baker mixes " * 130
     source(*range(4), {"prompt": "p", "chosen": "a", "rejected": words * 9})
     recipe = make_recipe(**CONTRAST)

@@ -189,7 +189,7 @@ def test_the_same_pairs_among_other_bad_rows_make_a_version_that_says_so(run):
     assert second.tokens.version == first.tokens.version + 1
     assert (
         second.tokens.fingerprint == first.tokens.fingerprint
-    )  # the pairs are the same: nothing downstream is made anew
+    )  # the pairs are the same: nothing after prepare has to run again
 
 
 @pytest.mark.parametrize("second_rows", [[0, 1, 2, 3, 4, 5, 6, 7], [6, 2, 9, 0, 8]])
