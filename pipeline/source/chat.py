@@ -64,12 +64,11 @@ class ChatTokenizer:
         if template is None:
             raise InputError(f"model {folder} has no chat template; set model.chat_template to a Jinja file")
         self._template = template
-        self.rendering_fingerprint = fingerprint_tokenizer(folder)
+        self._own_fingerprint = own = fingerprint_tokenizer(folder)
+        self.rendering_fingerprint = (
+            fingerprint({"tokenizer": own, "chat_template": template}) if template_file else own
+        )
         """Fingerprint of what turns chats into ids: the tokenizer, and the template if the recipe gives one."""
-        if template_file:
-            self.rendering_fingerprint = fingerprint(
-                {"tokenizer": self.rendering_fingerprint, "chat_template": template}
-            )
 
     @cached_property
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -96,7 +95,7 @@ class ChatTokenizer:
         `chat_template` are of the template that was used: if the recipe gives one, `rendering` differs from `fingerprint`.
         """
         return {
-            "fingerprint": fingerprint_tokenizer(self.folder),
+            "fingerprint": self._own_fingerprint,
             "rendering": self.rendering_fingerprint,
             "chat_template": fingerprint_text(self._template),
             "vocab_size": vocab_size,

@@ -13,7 +13,7 @@ from weights_store import Table
 from weights_store.tables.key_ranges import KeyRange
 
 
-class SourceSettings(TypedDict):
+class SourceRecord(TypedDict):
     """What a version records of its source: the content, and how its rows are read."""
 
     content: str | None
@@ -26,7 +26,7 @@ class SourceSettings(TypedDict):
 class Account(NamedTuple):
     """The source of a version, and where its rows went."""
 
-    source: SourceSettings
+    source: SourceRecord
     num_source_rows: int
     quarantined: dict[str, int]
 
@@ -40,7 +40,7 @@ class Account(NamedTuple):
         return cls(metadata["source"], statistics["num_source_rows"], statistics["quarantined"])
 
 
-def kept_version(newest: int | None, recorded: Account | None, source: SourceSettings) -> int | None:
+def kept_version(newest: int | None, recorded: Account | None, source: SourceRecord) -> int | None:
     """Return the newest version if its rows can be kept: rows read in another way say nothing about the new ones."""
     return newest if recorded and recorded.source["reading"] == source["reading"] else None
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 from pipeline.provenance import provenance
 from pipeline.recipe import DatasetSection, Recipe
 from pipeline.source.chat import ChatTokenizer
-from pipeline.source.compare import Account, ComparedPair, SourceSettings, compared_ranges, kept_version
+from pipeline.source.compare import Account, ComparedPair, SourceRecord, compared_ranges, kept_version
 from pipeline.source.external_sort import ExternalSort
 from pipeline.source.intake import PAIRS, ROWS_PER_BATCH, Intake, quarantine_row
 from pipeline.source.pairs import Unusable
@@ -93,7 +93,7 @@ class Preparation:
     """Longest sequence of the model, in tokens."""
     cut: dict[str, object]
     """Everything that decides how text becomes ids."""
-    source: SourceSettings
+    source: SourceRecord
     store: WeightStore
     tokens: Table
     quarantine: Table
@@ -114,7 +114,7 @@ class Preparation:
             "context": context,
             **dataset.model_dump(include={"max_prompt_tokens", "max_response_tokens", "long_response"}),
         }
-        source: SourceSettings = {
+        source: SourceRecord = {
             "content": fingerprint_file(path) if path.is_file() else None,
             "max_pairs": dataset.max_pairs,
             "reading": dataset.model_dump(include=_READING),
