@@ -96,10 +96,6 @@ class TableReader:
         commits = read_commits(self.location, range(newest, oldest, -1))
         return [commit for commit in commits if commit.metadata is not None]
 
-    def log(self) -> Iterator[Commit]:
-        """Yield every commit, ours or not, oldest first."""
-        yield from read_commits(self.location, range(self._resolve(None) + 1))
-
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def scan(self, version: int | None = None) -> pl.LazyFrame:
