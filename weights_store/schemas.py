@@ -17,9 +17,6 @@ SIDES: tuple[Side, Side] = ("chosen", "rejected")
 SCHEMA_VERSION = 1
 """Part of every fingerprint; goes up when the meaning of a stored column changes."""
 
-SIDES = ("chosen", "rejected")
-"""The two responses of a pair, in the order in which they are always named."""
-
 IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
 FLOATS = pa.list_(pa.field("element", pa.float32(), nullable=False))
 

@@ -17,6 +17,7 @@ from pipeline.stages.prepare import Preparation
 from pipeline.workers.supervise import FOLDERS
 from weights_store import Table
 from weights_store.fingerprint import fingerprint_text
+from weights_store.names import name_of
 from weights_store.schemas import Reason
 
 SAMPLE_PAIRS = 200
@@ -181,6 +182,6 @@ def _mean(lengths: list[tuple[int, int]]) -> tuple[float, float]:
 
 def _filled_tables(start: Preparation) -> list[Table]:
     """Return the tables that models have filled for the pairs of this tokens table."""
-    key = start.tokens.path.removeprefix("tokens/")
+    key = name_of(start.tokens.path)
     tables = (table for folder in FOLDERS.values() for table in start.store.tables(folder))
-    return [table for table in tables if table.path.split("/")[1] == key and table.exists()]
+    return [table for table in tables if name_of(table.path).startswith(f"{key}/") and table.exists()]

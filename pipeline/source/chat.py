@@ -15,6 +15,7 @@ from pipeline.source.pairs import Message, Pair, Unusable
 from weights_store.errors import InputError
 from weights_store.fingerprint import fingerprint, fingerprint_text, fingerprint_tokenizer, load_chat_template
 from weights_store.schemas import SIDES, Reason
+from weights_store.tables.metadata import TokenizerRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,7 +89,7 @@ class ChatTokenizer:
         """Id of the tokenizer's EOS token."""
         return int(self._tokenizer.eos_token_id)
 
-    def properties(self, vocab_size: int) -> dict[str, object]:
+    def properties(self, vocab_size: int) -> TokenizerRecord:
         """Return what the store records of the tokenizer: trainers compare it with their own.
 
         `fingerprint` is that of the folder with its own template, which a trainer can compute too. `rendering` and

@@ -4,23 +4,14 @@ Prepare and the dry run find out with it which pairs are new. Writes nothing.
 """
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple
 
 import polars as pl
 
 from pipeline.source.external_sort import ExternalSort
 from weights_store import Table
 from weights_store.tables.key_ranges import KeyRange
-
-
-class SourceRecord(TypedDict):
-    """What a version records of its source: the content, and how its rows are read."""
-
-    content: str | None
-    """Fingerprint of the file; None for a folder or a hub dataset."""
-    max_pairs: int | None
-    reading: dict[str, str]
-    """The columns that are read, and the name of the split."""
+from weights_store.tables.metadata import SourceRecord
 
 
 class Account(NamedTuple):

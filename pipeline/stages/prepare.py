@@ -21,7 +21,7 @@ import pyarrow as pa
 from pipeline.provenance import provenance
 from pipeline.recipe import DatasetSection, Recipe
 from pipeline.source.chat import ChatTokenizer
-from pipeline.source.compare import Account, ComparedPair, SourceRecord, compared_ranges, kept_version
+from pipeline.source.compare import Account, ComparedPair, compared_ranges, kept_version
 from pipeline.source.external_sort import ExternalSort
 from pipeline.source.intake import PAIRS, ROWS_PER_BATCH, Intake, quarantine_row
 from pipeline.source.pairs import Unusable
@@ -29,7 +29,9 @@ from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ConflictError, InputError
 from weights_store.fingerprint import canonical_json, explain_difference, fingerprint, fingerprint_file, load_json
 from weights_store.messages import logger
+from weights_store.names import quarantine_path, tokens_path
 from weights_store.schemas import QUARANTINE, SCHEMA_VERSION, TOKENS, Reason
+from weights_store.tables.metadata import SourceRecord
 from weights_store.tables.shards import ShardRecord
 
 _log = logger(__name__)
@@ -119,9 +121,9 @@ class Preparation:
             "max_pairs": dataset.max_pairs,
             "reading": dataset.model_dump(include=_READING),
         }
-        key = f"{dataset.name}-{fingerprint(cut)[:12]}"
         store = WeightStore(recipe.store.uri)
-        tokens, quarantine = store.table(f"tokens/{key}"), store.table(f"quarantine/{key}")
+        tokens = store.table(tokens_path(f"{dataset.name}-{fingerprint(cut)[:12]}"))
+        quarantine = store.table(quarantine_path(tokens.path))
         return cls(dataset, tokenizer, context, cut, source, store, tokens, quarantine)
 
     def already_done(self) -> Prepared | None:
@@ -137,7 +139,7 @@ class Preparation:
         if self.tokens.exists():
             return
         for other in self.store.tables("tokens"):
-            if other.path.rpartition("-")[0] == f"tokens/{self.dataset.name}":
+            if other.path.rpartition("-")[0] == tokens_path(self.dataset.name):
                 yield other.path, explain_difference(other.metadata()["cut"], self.cut)
 
     @contextmanager

@@ -23,6 +23,7 @@ from pipeline.workers.supervise import stage_table
 from weights_store import WeightStore
 from weights_store.errors import InputError
 from weights_store.fingerprint import fingerprint
+from weights_store.names import quarantine_path
 from weights_store.schemas import ANCHORS, ATTRIBUTIONS, LOGPS, QUARANTINE, SIDES
 
 STAGES = [
@@ -361,7 +362,7 @@ def test_what_no_scorer_could_score_is_not_tried_again(built):
     other = built(**{"score.dtype": "bfloat16"})
     bad = _pair_id(tokens, 3)
     logps = _score(tokens, scorer, other, "ref", leave_out=[bad])
-    quarantine = store.table(tokens.table.replace("tokens/", "quarantine/"))
+    quarantine = store.table(quarantine_path(tokens.table))
     row = {"source_row": 3, "pair_id": bad, "reason": "unscorable", "detail": f"{logps.table}: no", "raw": "x"}
     quarantine.append(pa.Table.from_pylist([row], QUARANTINE), quarantine.metadata())
     plans = _plan(other)
@@ -511,7 +512,7 @@ def test_a_pair_without_an_anchor_is_not_published(prepared):
     bad = _pair_id(tokens, 3)
     _attribute(tokens, make())
     anchors = _sample(tokens, make(), leave_out=[bad])
-    quarantine = WeightStore(tokens.store).table(tokens.table.replace("tokens/", "quarantine/"))
+    quarantine = WeightStore(tokens.store).table(quarantine_path(tokens.table))
     row = {"source_row": 3, "pair_id": bad, "reason": "unscorable", "detail": f"{anchors.table}: no", "raw": "x"}
     quarantine.append(pa.Table.from_pylist([row], QUARANTINE), quarantine.metadata())
     plans = _plan(make(), TI_STAGES)

@@ -6,9 +6,9 @@ import pyarrow as pa
 import pytest
 
 from pipeline.stages.prepare import prepare
-from pipeline.workers.quarantine import quarantine_path
 from weights_store import Table, WeightStore
 from weights_store.errors import InputError
+from weights_store.names import quarantine_path
 from weights_store.schemas import QUARANTINE
 
 
