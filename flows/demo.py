@@ -21,7 +21,7 @@ from pipeline.recipe import Recipe, load_recipe
 from pipeline.toy.language import ToyLanguage, agreement
 from pipeline.toy.model_maker import make_chat_model
 from weights_store import WeightStore
-from weights_store.location import Location
+from weights_store.location import write_whole
 
 _NUM_PAIRS = 1000
 _NUM_CONVERSATIONS = 6000
@@ -76,7 +76,7 @@ def write_recipe(folder: Path) -> Path:
     """Write the demo's recipe and return its path; the paths in it are relative to where the demo was started."""
     start = json.dumps(f"{folder}/", ensure_ascii=False).removesuffix('"')
     text = _RECIPE.read_text(encoding="utf-8").replace('"demo/', start)
-    Location(str(folder)).write("recipe.toml", text.encode())
+    write_whole(folder / "recipe.toml", text)
     return folder / "recipe.toml"
 
 
@@ -116,7 +116,7 @@ def _make_pairs(path: Path, language: ToyLanguage) -> None:
         print(f"pairs: {path} exists already")
         return
     pairs = language.sample_pairs(_NUM_PAIRS, seed=2)
-    Location(str(path.parent)).write(path.name, "".join(json.dumps(pair) + "\n" for pair in pairs).encode())
+    write_whole(path, "".join(json.dumps(pair) + "\n" for pair in pairs))
     print(f"pairs: {len(pairs)} in {path}")
 
 
