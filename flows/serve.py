@@ -76,6 +76,7 @@ def _deployment(name: str, recipe: Recipe) -> "RunnerDeployment":
         description=f"Builds {recipe.weights.name} from {recipe.dataset.source}.",
     )
     assert isinstance(deployment, RunnerDeployment), "a coroutine only where an event loop runs"
+    deployment.entrypoint = "tokenweights_flows.build_weights"
     return deployment
 
 

@@ -131,7 +131,7 @@ def light_install(tmp_path_factory):
         folder = tmp_path_factory.mktemp("install")
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
         (site_packages,) = folder.glob("lib/python*/site-packages")
-        for name in ("tokenweights.py", "weights_store", "pipeline", "train", "flows"):
+        for name in ("tokenweights.py", "tokenweights_flows.py", "weights_store", "pipeline", "train", "flows"):
             (site_packages / name).symlink_to(REPO / name)
         for found in _distributions(extras):
             for name in {file.parts[0] for file in found.files if file.parts[0] not in ("..", "__pycache__")}:

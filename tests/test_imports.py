@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-CHAIN = ("weights_store", "train", "pipeline", "flows", "tokenweights")
+CHAIN = ("weights_store", "train", "pipeline", "flows", "tokenweights", "tokenweights_flows")
 """Each may import itself and what stands before it."""
 
 BASE = {"deltalake", "numpy", "polars", "pyarrow"}
@@ -22,6 +22,7 @@ PACKAGES = {
     "pipeline": PIPELINE,
     "flows": PIPELINE | {"prefect"},
     "tokenweights": {"shtab", "tokenizers"},
+    "tokenweights_flows": set(),
 }
 ONLY_IN = {
     "vllm": {"pipeline/engine/vllm_engine.py"},
@@ -47,8 +48,8 @@ class Import(NamedTuple):
 
 def read_imports(root):
     """Return every import of every module of ours below `root`; the standard library is left out."""
-    files = [root / "tokenweights.py", *(path for name in CHAIN for path in (root / name).rglob("*.py"))]
-    modules = {_module(path.relative_to(root)): path for path in files if path.exists()}
+    files = [*root.glob("tokenweights*.py"), *(path for name in CHAIN for path in (root / name).rglob("*.py"))]
+    modules = {_module(path.relative_to(root)): path for path in files}
     found = []
     for module, path in sorted(modules.items()):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

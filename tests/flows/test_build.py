@@ -293,7 +293,7 @@ def test_a_schedule_fires_and_the_users_own_files_are_not_imported(world, first_
             except subprocess.TimeoutExpired:
                 serving.kill()
                 serving.wait()
-    first_run = text[: text.index("Finished in state Completed()", text.index("published weights/toy/tis-dpo"))]
+    first_run = re.split("Flow run .* Finished in state Completed", text)[0]
     assert first_run.count("score ref: logps/") == 1
     assert "a stranger was imported" not in text
 
