@@ -40,7 +40,7 @@ _PATHS = ("recipe", "recipes", "config", "folder", "store", "output", "tokenizer
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["train"]:  # torchrun starts it in many processes; `train.run` reads its own options
+    if arguments[:1] == ["train"]:  # `train.run` parses its options itself
         return run_main(lambda: _train(arguments[1:]), debug="--debug" in arguments)
     options = build_parser().parse_args(arguments)
     run: Run = options.run

@@ -56,7 +56,7 @@ def counting_s3(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared_folder():
-    """Real pairs and a small real chat model, which do not come with the project."""
+    """Real pairs and a small real chat model, which are not part of the project."""
     if not (SHARED / "models" / "tiny-chat").is_dir():
         pytest.skip(
             "no ../shared beside this checkout: the real pairs and the small chat model are not part of the project"
@@ -165,7 +165,7 @@ def _applies(requirement, extra):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A file system of 1 MiB, mounted for this test; returns its folder and a function that mounts it anew with options."""
+    """A file system of 1 MiB, mounted for this test: its folder, and a function that remounts it with options."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
