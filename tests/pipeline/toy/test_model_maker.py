@@ -1,6 +1,7 @@
 """Making small chat models: the folder, the tokenizer, the packing and what the model learns."""
 
 import hashlib
+import io
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.toy.language import NEGATIVE_PROMPT, PLANTED_WORDS, POSITIVE_PROMPT, ToyLanguage, agreement
 from pipeline.toy.model_maker import _learning_rate_share, _pack, _unigram_entropy, make_chat_model
 from weights_store.errors import InputError
+from weights_store.messages import show_on_terminal
 
 TINY = {"hidden_size": 32, "num_layers": 1, "block_tokens": 64, "batch_tokens": 256}
 
@@ -35,9 +37,10 @@ def toy_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def yes_no(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "deep" / "yes-no"
-    lines = []
-    made = make_chat_model(YES_NO, folder, steps=60, learning_rate=1e-2, report=lines.append, **TINY)
-    return made, lines
+    log = io.StringIO()
+    with show_on_terminal(log):
+        made = make_chat_model(YES_NO, folder, steps=60, learning_rate=1e-2, **TINY)
+    return made, log.getvalue().splitlines()
 
 
 def last_word_probability(folder, system, word):
@@ -190,7 +193,7 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth():
 
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path):
     (tmp_path / "kept.txt").write_text("mine")
-    with pytest.raises(InputError, match="exists already; use the model in it, remove it, or give another folder"):
+    with pytest.raises(InputError, match="exists already; use its model, remove it, or give another folder"):
         make_chat_model(YES_NO, tmp_path, steps=1, **TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
 
@@ -215,9 +218,9 @@ def test_impossible_sizes_are_refused(tmp_path, sizes, message):
 @pytest.mark.parametrize(
     ("conversations", "message"),
     [
-        ([], "no conversations to learn from"),
+        ([], "no conversations to train on"),
         ([YES_NO[0], []], "conversation 1 has no messages"),
-        ([YES_NO[0], [{"role": "tool", "content": "x"}]], "conversation 1: expected a role out of .* got .*tool"),
+        ([YES_NO[0], [{"role": "tool", "content": "x"}]], "conversation 1: expected a role .* got .*tool"),
         ([[{"role": "user", "content": None}]], "conversation 0: expected a role"),
     ],
 )
