@@ -8,9 +8,9 @@ import polars as pl
 
 from pipeline.source.chat import ChatTokenizer
 from pipeline.workers.pair_row import COLUMNS, PairRow, read_pairs, under_condition
-from pipeline.workers.quarantine import quarantine_path
 from pipeline.workers.request import Request, Target
 from weights_store import Table, TableVersion, WeightStore
+from weights_store.names import quarantine_path
 from weights_store.schemas import Reason
 from weights_store.tables.key_ranges import KeyRange
 

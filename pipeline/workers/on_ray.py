@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline.workers.commit import check_filled, commit_metadata
+from pipeline.workers.commit import check_filled, commit_metadata, quarantine
 from pipeline.workers.missing import RANGE_BYTES, cut, missing_within, pairs_of
 from pipeline.workers.pair_row import QuarantineRow
-from pipeline.workers.quarantine import quarantine
 from pipeline.workers.ray_cluster import as_ours, connected
 from pipeline.workers.request import DOING, Request, Target, Worker
 from pipeline.workers.start import start_worker

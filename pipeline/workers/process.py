@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from pipeline.workers.commit import check_filled, commit_metadata
+from pipeline.workers.commit import check_filled, commit_metadata, quarantine
 from pipeline.workers.missing import count_missing, cut, missing_pairs, pairs_of
 from pipeline.workers.pair_row import PairRow
-from pipeline.workers.quarantine import quarantine
 from pipeline.workers.request import Request, Target, Worker
 from pipeline.workers.start import start_worker
 from pipeline.workers.tally import Tally
