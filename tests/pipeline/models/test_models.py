@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -308,7 +309,7 @@ def test_layers_that_the_base_does_not_have_are_refused(bases, make_adapter, tmp
 def test_missing_peft_is_named(bases, make_adapter, tmp_path, monkeypatch):
     monkeypatch.setenv("TOKENWEIGHTS_CACHE", str(tmp_path / "cache"))
     adapter = make_adapter(bases(), target_modules=["q_proj"])
-    monkeypatch.setattr("pipeline.child.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtraError, match=r"'peft', which is not installed; pip install 'tokenweights\[train\]'"):
         resolve_model(ModelSection(path=str(adapter)))
 
