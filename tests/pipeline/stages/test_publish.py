@@ -61,7 +61,7 @@ def _ingredients(store, names="ab"):
 
 def _publish(make_recipe, ingredients, expect_same=False, **settings):
     recipe = make_recipe(**settings)
-    return publish(recipe, recipe.weights, ingredients, expect_same, report=lambda line: None)
+    return publish(recipe, recipe.weights, ingredients, expect_same)
 
 
 def test_published_weights_by_hand(store, make_recipe):
@@ -181,7 +181,7 @@ def test_a_version_records_whose_log_probs_it_holds_and_what_was_checked(store, 
 
     for _ in range(2):  # the second time the version is there, and nothing is checked
         made_of = dataclasses.replace(ingredients, ref_logps=ref)
-        publish(recipe, recipe.weights, made_of, report=lambda line: None, check=check)
+        publish(recipe, recipe.weights, made_of, check=check)
     metadata = store.metadata("toy/tis-dpo")
     assert metadata["parity"] == {"mean": 0.5}
     assert metadata["reference"] == {"model_fingerprint": "f" * 64, "dtype": "bfloat16", "model": recipe.model.path}
@@ -405,7 +405,7 @@ def test_the_by_product_does_not_change_with_anchors(store, make_recipe):
     full = _ingredients(store)
     ingredients = Ingredients(full.tokens, full.ref_logps)
     plain, anchored = (make_recipe(**settings) for settings in ({}, {"anchors.seed": 0}))
-    first, second = (publish(r, r.uniform, ingredients, report=lambda line: None) for r in (plain, anchored))
+    first, second = (publish(r, r.uniform, ingredients) for r in (plain, anchored))
     assert (first.weights, second.is_new) == (second.weights, False)
 
 
@@ -439,7 +439,7 @@ def test_pairs_are_weighed_by_their_scores_and_pairs_without_are_counted(store, 
 def test_words_of_the_recipes_tokenizer_are_smoothed(store, make_recipe, toy_model, monkeypatch):
     monkeypatch.setitem(SIDES, "chosen", [10, 11, 2])  # two characters without white space, and the end of turn
     recipe = make_recipe(**{"weights.transforms": ["smooth"], "weights.smooth_over": "words"})
-    publish(recipe, recipe.weights, _ingredients(store), report=lambda line: None, tokenizer_folder=toy_model)
+    publish(recipe, recipe.weights, _ingredients(store), tokenizer_folder=toy_model)
     row = store.scan("toy/tis-dpo").collect().row(0, named=True)
     word = (1.6487213 + 4.4816891) / 2
     np.testing.assert_allclose(row["chosen_token_weights"], [word, word, 0.7788008], rtol=2**-12)
