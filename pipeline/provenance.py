@@ -5,7 +5,7 @@ import subprocess
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 _PACKAGES = (
     "tokenweights",
@@ -21,8 +21,16 @@ _PACKAGES = (
 )
 
 
+class Provenance(TypedDict):
+    """The software that made a commit."""
+
+    packages: dict[str, str]
+    python: str
+    git_commit: str | None
+
+
 @lru_cache(maxsize=1)
-def provenance() -> dict[str, Any]:
+def provenance() -> Provenance:
     """Return package versions, Python version and git commit (None outside a checkout)."""
     packages = {}
     for name in _PACKAGES:

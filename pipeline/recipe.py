@@ -1,27 +1,20 @@
 """The recipe of a build: what a TOML file and `--set` may say, checked before anything runs.
 
-Defaults of the method are TIS-DPO's (arXiv 2410.04350): k = 1, mu = +1 / -1; L = -0.5 and U = 1.5 are the values that SWIFT
-(NeurIPS 2025, appendix B.2) uses and that are commonly quoted.
+Section `[weights]` is in `weighing/section.py`.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pipeline.weighing.estimators import ESTIMATORS, EstimatorName, Input
-from pipeline.weighing.transforms import TRANSFORM_SETTINGS, TransformName
+from pipeline.section import Section
+from pipeline.weighing.registry import AnyWeights, Uniform
 from train.model.sampling import AnchorSampling
-from weights_store.errors import SettingsError
 from weights_store.settings import apply_overrides, load_toml, parse_settings
 from weights_store.store import check_name
-
-
-class Section(BaseModel):
-    """Base of all sections: no unknown keys, no changes after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DatasetSection(Section):
@@ -120,16 +113,16 @@ class ScoreSection(Section):
         16, ge=0, description="pairs whose stored reference log-probs a build compares with transformers; 0: none"
     )
 
-    def engine_settings(self, dtype: str) -> dict[str, Any]:
+    def engine_settings(self, dtype: str) -> dict[str, object]:
         """Return how the engine runs, in a resolved dtype, as the scoring process takes it."""
         keys = {"batch_tokens", "kv_cache_gib", "gpu_memory_share", "tensor_parallel"}
         return {"dtype": dtype, **self.model_dump(include=keys)}
 
-    def result_settings(self) -> dict[str, Any]:
+    def result_settings(self) -> dict[str, object]:
         """Return what determines results."""
         return self.model_dump(include={"dtype", "top_k"} if self.top_k else {"dtype"})
 
-    def executor_settings(self) -> dict[str, Any]:
+    def executor_settings(self) -> dict[str, object]:
         """Return where the engines run, as the scoring process takes it."""
         return {"kind": self.executor, **self.model_dump(include={"num_actors", "cpus_per_actor", "ray_address"})}
 
@@ -155,7 +148,7 @@ class AttributeSection(Section):
     batch_tokens: int = Field(4096, ge=256, description="tokens in one forward and backward pass")
     python: str | None = Field(None, description="interpreter of the process; default: this one")
 
-    def result_settings(self) -> dict[str, Any]:
+    def result_settings(self) -> dict[str, object]:
         """Return what determines results."""
         return self.model_dump(include={"target", "dtype", "prompts", "activations"})
 
@@ -170,166 +163,6 @@ class AnchorsSection(Section):
         AnchorSampling.top_p, gt=0, le=1, description="and among the likeliest with this much probability together"
     )
     seed: int = Field(0, ge=0)
-
-
-class WeightsSection(Section):
-    """From what is stored of each token to its weight: an estimator, then transforms; and the weight of the pair."""
-
-    name: str = Field(description="name of the weight dataset in two parts, for example hh-harmless/tis-dpo")
-    estimator: Literal[EstimatorName, "ensemble"] = Field(
-        "tis", description="where the weights come from; ensemble: the geometric mean of members"
-    )
-    k: float = Field(1.0, gt=0)
-    mu: float = Field(1.0, gt=0, description="+mu on chosen, -mu on rejected tokens")
-    lower: float = Field(-0.5, description="L, in nats; by default -1 with threshold, -1.5 with threshold_and_scale")
-    upper: float = Field(1.5, description="U, in nats; by default 1 with threshold")
-    seed: int = Field(0, ge=0, description="of the estimators random and random_scale")
-    share: float = Field(
-        0.3, gt=0, le=1, description="of each response's tokens that sepo or binary selects, at least one"
-    )
-    ti_lambda: float = Field(0.7, description="share of the attribution, the rest is the prior (ti); 0 to 1")
-    sigma_divisor: float = Field(
-        4.0, gt=0, description="the prior's sigma is the span's length over this (ti); 4 in the paper, 8 in the release"
-    )
-    span: Literal["response", "sequence"] = Field(
-        "response", description="over what the weights of ti have mean 1; sequence: prompt and response, as the release"
-    )
-    min_weight: float = Field(0.7, ge=0, description="of threshold_and_scale, rank_based, random_scale")
-    max_weight: float = Field(1.3, gt=0, description="of the same")
-    members: list[EstimatorName] = Field(
-        [], description="estimators whose geometric mean is taken (ensemble); they share settings"
-    )
-    transforms: list[TransformName] = Field([], description="what is done to the weights, in this order")
-    position_bins: int = Field(20, ge=2, le=10_000, description="relative positions told apart (transform position)")
-    smooth_over: Literal["tokens", "words"] = Field("tokens", description="of transform smooth")
-    smooth_window: int = Field(3, ge=3, description="tokens in the mean, odd (transform smooth over tokens)")
-    decay_gamma: float = Field(0.98, gt=0, le=1, description="factor per token (estimator and transform decay)")
-    pair_weight: Literal["none", "quality", "margin"] = Field(
-        "none",
-        description="quality: sigmoid(quality_eta * (score of chosen - of rejected)); margin: tanh(|m| / (2 margin_tau)), m "
-        "the pair's log-ratios summed over chosen minus over rejected tokens. The loss stays divided by the number of pairs",
-    )
-    quality_eta: float = Field(0.7, gt=0, description="per unit of the annotators' scores")
-    margin_tau: float = Field(1.0, gt=0, description="in nats")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _clamp_of_the_estimator(cls, given: Any) -> Any:
-        """Put in the ends that the release clamps at, where they are its own."""
-        estimator = given.get("estimator") if isinstance(given, dict) else None
-        return {**_CLAMPS[estimator], **given} if isinstance(estimator, str) and estimator in _CLAMPS else given
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_safe(cls, name: str) -> str:
-        if name.count("/") != 1:  # one depth for all, so that no table lies inside another
-            raise ValueError("a weight dataset's name has two parts, for example hh-harmless/tis-dpo")
-        return check_name(name)
-
-    @field_validator("ti_lambda")
-    @classmethod
-    def _lambda_is_a_share(cls, ti_lambda: float) -> float:
-        if not 0 <= ti_lambda <= 1:
-            raise ValueError("weights.ti_lambda is the share of the attribution: expected 0 to 1")
-        return ti_lambda
-
-    @field_validator("smooth_window")
-    @classmethod
-    def _window_has_a_middle(cls, window: int) -> int:
-        if window % 2 == 0:
-            raise ValueError("weights.smooth_window: expected an odd number of tokens, one in the middle")
-        return window
-
-    @model_validator(mode="after")
-    def _ranges_are_ranges(self) -> "WeightsSection":
-        if self.lower >= self.upper:
-            raise ValueError(f"weights.lower ({self.lower}) must be below weights.upper ({self.upper})")
-        if self.min_weight >= self.max_weight:
-            raise ValueError(
-                f"weights.min_weight ({self.min_weight}) must be below weights.max_weight ({self.max_weight})"
-            )
-        if "threshold" in self.estimators and self.upper <= 0:
-            raise ValueError(
-                f"weights.upper ({self.upper}) must be above 0 with estimator 'threshold', or all weights are 0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _lists_make_sense(self) -> "WeightsSection":
-        if self.estimator == "ensemble" and len(set(self.members)) < 2:
-            raise ValueError(
-                "weights.estimator 'ensemble' is a mean of several: put at least two different estimators into weights.members"
-            )
-        for key in ("members", "transforms"):
-            names = getattr(self, key)
-            if len(set(names)) < len(names):
-                raise ValueError(f"weights.{key} {names} names one of them twice")
-        with_zeros = [name for name in self.estimators if ESTIMATORS[name].has_zeros]
-        with_zeros += ["ti"] if "ti" in self.estimators and self.ti_lambda == 1 else []  # an attribution may be 0
-        with_zeros += [
-            name for name in self.estimators if "min_weight" in ESTIMATORS[name].settings and not self.min_weight
-        ]
-        if "shrink" in self.transforms and with_zeros:
-            raise ValueError(
-                f"weights.transforms: 'shrink' takes the log of weights, and estimator {with_zeros[0]!r} gives weights of 0: "
-                "leave 'shrink' out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _settings_have_an_effect(self) -> "WeightsSection":
-        """Compare values, not what was given: a deployment hands a recipe back with every key in it."""
-        read = self.read_keys()
-        if self.estimator in _CLAMP_ABLATIONS:
-            read |= {*ESTIMATORS["tis"].settings, "seed"}  # one recipe, its estimator set to another for an ablation
-        for key, field in type(self).model_fields.items():
-            if key not in ("name", *read) and getattr(self, key) != field.get_default():
-                raise ValueError(f"weights.{key} has no effect with {self._choices_beside(key)}: leave it out")
-        return self
-
-    def _choices_beside(self, key: str) -> str:
-        """Say which choices decide whether a key is read."""
-        if key in ("quality_eta", "margin_tau"):
-            return f"weights.pair_weight {self.pair_weight!r}"
-        if any(key in keys for keys in TRANSFORM_SETTINGS.values()):
-            smooth = f" and weights.smooth_over {self.smooth_over!r}" if key == "smooth_window" else ""
-            return f"weights.estimator {self.estimator!r} and weights.transforms {self.transforms}{smooth}"
-        return f"weights.estimator {self.estimator!r}"
-
-    @property
-    def estimators(self) -> list[EstimatorName]:
-        """The estimator, or the members of the ensemble."""
-        return self.members if self.estimator == "ensemble" else [self.estimator]
-
-    def inputs(self) -> set[Input]:
-        """Return what must be known of the tokens besides the reference's log-probs."""
-        found: set[Input] = {needed for name in self.estimators for needed in ESTIMATORS[name].inputs}
-        if "ti" in self.estimators and self.span == "sequence":
-            found.add("prompts")
-        if "smooth" in self.transforms and self.smooth_over == "words":
-            found.add("words")
-        if self.pair_weight == "margin":
-            found.add("pair")
-        return found
-
-    def read_keys(self) -> set[str]:
-        """Return the keys that determine the weights; those of later versions only where they are used."""
-        keys = {"estimator"}.union(*(ESTIMATORS[name].settings for name in self.estimators))
-        keys |= {"members"} if self.estimator == "ensemble" else set()
-        for name in self.transforms:
-            keys |= {"transforms", *TRANSFORM_SETTINGS[name]}
-        if self.smooth_over == "words":
-            keys -= {"smooth_window"}
-        of_pair = {
-            "none": set[str](),
-            "quality": {"pair_weight", "quality_eta"},
-            "margin": {"pair_weight", "margin_tau"},
-        }
-        return keys | of_pair[self.pair_weight]
-
-
-_CLAMP_ABLATIONS = ("tis", "reversed", "random", "uniform")
-_CLAMPS = {"threshold": {"lower": -1.0, "upper": 1.0}, "threshold_and_scale": {"lower": -1.5, "upper": 1.5}}
 
 
 class ScheduleSection(Section):
@@ -359,7 +192,7 @@ class Recipe(Section):
     model: ModelSection
     contrast: ContrastSection = ContrastSection()
     score: ScoreSection = ScoreSection()
-    weights: WeightsSection
+    weights: AnyWeights
     attribute: AttributeSection = AttributeSection()
     anchors: AnchorsSection | None = None
     schedule: ScheduleSection = ScheduleSection()
@@ -380,7 +213,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _weights_find_their_inputs(self) -> "Recipe":
         inputs = self.weights.inputs()
-        if "prompts" in inputs and not self.attribute.prompts:
+        if "prompt attributions" in inputs and not self.attribute.prompts:
             raise ValueError("weights.span 'sequence' reads what falls on prompts: set attribute.prompts = true")
         if self.attribute.prompts and self.attribute.target == "dpo_margin":
             raise ValueError(
@@ -389,7 +222,7 @@ class Recipe(Section):
             )
         if "activations" in inputs and not self.attribute.activations:
             raise ValueError("estimator 'activation' reads the size of hidden states: set attribute.activations = true")
-        if "top_k" in inputs and not self.score.top_k:
+        if "reference top k" in inputs and not self.score.top_k:
             raise ValueError(
                 "estimator 'entropy' reads the likeliest tokens at each place: set score.top_k, for example to 16"
             )
@@ -398,7 +231,7 @@ class Recipe(Section):
     @property
     def needs_pair(self) -> bool:
         """Whether the weights compare a contrastive pair."""
-        return "pair" in self.weights.inputs()
+        return "contrastive pair" in self.weights.inputs()
 
     @property
     def needs_attributions(self) -> bool:
@@ -406,12 +239,12 @@ class Recipe(Section):
         return not self.weights.inputs().isdisjoint(("attributions", "activations"))
 
     @property
-    def uniform(self) -> WeightsSection:
-        """The by-product of every build with a pair: weights 1, for contrastive training and the plain DPO baseline."""
-        return WeightsSection(name=f"{self.dataset.name}/uniform", estimator="uniform")
+    def uniform(self) -> Uniform:
+        """The by-product of every build with a pair: weights of 1, for contrastive training and the plain DPO baseline."""
+        return Uniform(name=f"{self.dataset.name}/uniform")
 
-    def result_settings(self) -> dict[str, Any]:
-        """Return the settings that determine the weights, for fingerprints and for explaining what changed.
+    def result_settings(self) -> dict[str, dict[str, object]]:
+        """Return the settings that determine the weights, by section, for fingerprints and for explaining what changed.
 
         Left out: places, schedules, interpreters and engine settings that do not change numbers. The dataset's source, how much
         of it is read, and the model's path are left out too: their content stands in the lineage.
@@ -434,7 +267,7 @@ class Recipe(Section):
             "dataset": dataset,
             "contrast": self.contrast.model_dump(include=keep) if self.needs_pair else {},
             "score": self.score.result_settings(),
-            "weights": self.weights.model_dump(include={"name", *self.weights.read_keys()}),
+            "weights": self.weights.result_settings(),
             **{name: settings for name, settings in later.items() if settings},
         }
 
@@ -452,14 +285,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), store: str | No
         InputError: There is no such file.
         SettingsError: The file or an override is wrong; unknown keys come with the nearest known one.
     """
-    settings = apply_overrides(load_toml(path), overrides)
-    if store is not None:
-        settings["store"] = {**_section(settings, "store"), "uri": store}
+    of_store = [] if store is None else [f"store.uri={json.dumps(store)}"]
+    settings = apply_overrides(load_toml(path), [*overrides, *of_store])
     return parse_settings(Recipe, settings, str(path))
-
-
-def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    section = settings.get(name, {})
-    if not isinstance(section, dict):
-        raise SettingsError(f"{name!r} is a value in this recipe, expected a section [{name}]")
-    return section

@@ -5,8 +5,13 @@ EOS included. Only types that Delta keeps as they are: no unsigned integers, no 
 """
 
 from enum import StrEnum
+from typing import Literal
 
 import pyarrow as pa
+
+Side = Literal["chosen", "rejected"]
+SIDES: tuple[Side, Side] = ("chosen", "rejected")
+"""The two responses of a pair, in the order of every loop over them."""
 
 SCHEMA_VERSION = 1
 """Part of every fingerprint; goes up when the meaning of a stored column changes."""

@@ -1,4 +1,4 @@
-"""What determines weights enters fingerprints as it always has: literals from before the sections were models of their own."""
+"""The settings that determine weights, as the first stores have them: they are reused only while these stay the same."""
 
 import json
 from pathlib import Path
@@ -50,17 +50,20 @@ EARLIER = [
     (["estimator=activation"], '{"estimator": "activation"}', "3ed3d64126df1f0a"),
     (
         ["estimator=ensemble", "members=['threshold','ti']"],
-        '{"estimator": "ensemble", "lower": -0.5, "upper": 1.5, "ti_lambda": 0.7, "sigma_divisor": 4.0, "span": "response", "members": ["threshold", "ti"]}',
+        '{"estimator": "ensemble", "lower": -0.5, "upper": 1.5, "ti_lambda": 0.7, "sigma_divisor": 4.0, '
+        '"span": "response", "members": ["threshold", "ti"]}',
         "2158da98f73caa82",
     ),
     (
         ["estimator=ensemble", "members=['random','sepo','rank_based']", "lower=-1"],
-        '{"estimator": "ensemble", "k": 1.0, "mu": 1.0, "lower": -1.0, "upper": 1.5, "seed": 0, "share": 0.3, "min_weight": 0.7, "max_weight": 1.3, "members": ["random", "sepo", "rank_based"]}',
+        '{"estimator": "ensemble", "k": 1.0, "mu": 1.0, "lower": -1.0, "upper": 1.5, "seed": 0, "share": 0.3,'
+        ' "min_weight": 0.7, "max_weight": 1.3, "members": ["random", "sepo", "rank_based"]}',
         "1b54d1783e6b0659",
     ),
     (
         ["estimator=ensemble", "members=['decay','tis']", "decay_gamma=0.5", "transforms=['smooth']"],
-        '{"estimator": "ensemble", "k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5, "members": ["decay", "tis"], "transforms": ["smooth"], "smooth_over": "tokens", "smooth_window": 3, "decay_gamma": 0.5}',
+        '{"estimator": "ensemble", "k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5, "members": ["decay", '
+        '"tis"], "transforms": ["smooth"], "smooth_over": "tokens", "smooth_window": 3, "decay_gamma": 0.5}',
         "1c8228c37b48be1f",
     ),
     (["estimator=uniform", "upper=9", "k=2", "seed=3"], '{"estimator": "uniform"}', "00614e6a8e44ae06"),
@@ -72,12 +75,15 @@ EARLIER = [
     ),
     (
         ["transforms=['position','smooth','shrink','decay','mean_one']"],
-        '{"estimator": "tis", "k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5, "transforms": ["position", "smooth", "shrink", "decay", "mean_one"], "position_bins": 20, "smooth_over": "tokens", "smooth_window": 3, "decay_gamma": 0.98}',
+        '{"estimator": "tis", "k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5, "transforms": ["position", '
+        '"smooth", "shrink", "decay", "mean_one"], "position_bins": 20, "smooth_over": "tokens", '
+        '"smooth_window": 3, "decay_gamma": 0.98}',
         "f82744eda3d95b5e",
     ),
     (
         ["transforms=['smooth']", "smooth_over=words"],
-        '{"estimator": "tis", "k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5, "transforms": ["smooth"], "smooth_over": "words"}',
+        '{"estimator": "tis", "k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5, "transforms": ["smooth"], '
+        '"smooth_over": "words"}',
         "834984dbcde80f9f",
     ),
     (
@@ -87,16 +93,18 @@ EARLIER = [
     ),
     (
         ["estimator=ti", "span=sequence", "pair_weight=quality"],
-        '{"estimator": "ti", "ti_lambda": 0.7, "sigma_divisor": 4.0, "span": "sequence", "pair_weight": "quality", "quality_eta": 0.7}',
+        '{"estimator": "ti", "ti_lambda": 0.7, "sigma_divisor": 4.0, "span": "sequence", "pair_weight": '
+        '"quality", "quality_eta": 0.7}',
         "c0e80fbdc0cf1558",
     ),
     (
         ["pair_weight=margin", "margin_tau=2"],
-        '{"estimator": "tis", "k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5, "pair_weight": "margin", "margin_tau": 2.0}',
+        '{"estimator": "tis", "k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5, "pair_weight": "margin", '
+        '"margin_tau": 2.0}',
         "53f68ce29c79c9e4",
     ),
 ]
-"""Overrides of [weights], what they came to without the name, and the first digits of the whole recipe's fingerprint."""
+"""Overrides of [weights], the settings without the name, and the first digits of the fingerprint of all settings."""
 
 
 @pytest.mark.parametrize(("overrides", "settings", "digits"), EARLIER)

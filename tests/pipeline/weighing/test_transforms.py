@@ -114,7 +114,9 @@ def test_responses_shrink_by_themselves():
 
 
 def test_shrinking_zeros_is_refused():
-    with pytest.raises(ValueError, match="'shrink': 2 of 3 weights are 0, .* Take 'shrink' out of weights.transforms"):
+    with pytest.raises(
+        ValueError, match="'shrink' takes the log .* 2 of 3 that are 0. Remove 'shrink' from weights.transforms"
+    ):
         shrink(_f(0, 1, 0), np.array([3]))
 
 

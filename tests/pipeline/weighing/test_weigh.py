@@ -3,15 +3,16 @@ import math
 import numpy as np
 import pyarrow as pa
 import pytest
+from pydantic import TypeAdapter
 
-from pipeline.recipe import WeightsSection
 from pipeline.weighing.estimators import SideScores
+from pipeline.weighing.registry import AnyWeights
 from pipeline.weighing.weigh import PositionCurves, Weigher, pair_weights, weigh
 from weights_store.errors import InputError, MismatchError
 
 
 def _section(**settings):
-    return WeightsSection(name="toy/weights", **settings)
+    return TypeAdapter(AnyWeights).validate_python({"name": "toy/weights", **settings})
 
 
 def _scores(lengths=(2, 1), **arrays):
