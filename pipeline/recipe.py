@@ -13,8 +13,8 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.section import Section
 from pipeline.weighing.registry import AnyWeights, Uniform
 from train.model.sampling import AnchorSampling
+from weights_store.names import check_name
 from weights_store.settings import apply_overrides, load_toml, parse_settings
-from weights_store.store import check_name
 
 
 class DatasetSection(Section):

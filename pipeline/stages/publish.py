@@ -25,7 +25,7 @@ from weights_store.location import one_line
 from weights_store.messages import logger
 from weights_store.names import weights_path
 from weights_store.schemas import ATTRIBUTIONS, FLOATS, SCHEMA_VERSION, WEIGHTS, Reason
-from weights_store.tables.metadata import CommitMetadata, Identity, ParityRecord, ReferenceRecord, Section, Statistics
+from weights_store.tables.metadata import CommitMetadata, Identity, ParityRecord, Section, Statistics
 from weights_store.tables.shards import ShardRecord
 
 _log = logger(__name__)
@@ -106,8 +106,10 @@ def _publish(
     tokenizer_folder: Path | None,
 ) -> Published:
     wanted = Wanted.of(recipe, weights, ingredients)
-    if wanted.newest and wanted.is_there:
-        return _as_it_is(wanted, wanted.newest, ingredients)
+    if wanted.newest and wanted.is_there:  # its pairs are the same, but bad rows may have come or gone
+        statistics = _with_balance(wanted.newest["statistics"], ingredients.tokens)
+        metadata: CommitMetadata = {**wanted.newest, "statistics": statistics}
+        return _published(wanted, wanted.table.reference(wanted.base), metadata, is_new=False)
     if expect_same:
         wanted.check_same_settings()
     join = Join(ingredients.by_role(), weights)
@@ -115,31 +117,20 @@ def _publish(
     weigher = Weigher.of(weights, tokenizer_folder)
     checked = check()
     rows = _weigh_rows(join, weigher, wanted, ingredients)
-    recipe = recipe.model_copy(update={"weights": weights})
-    metadata = _metadata(recipe, ingredients, wanted, rows.statistics)
+    metadata = _metadata(recipe.model_copy(update={"weights": weights}), ingredients, wanted, rows.statistics)
     if "parity" in checked:
         metadata["parity"] = checked["parity"]
     reference = wanted.table.commit(rows.shards, metadata, wanted.base, "append" if rows.keep_old else "overwrite")
-    statistics = metadata["statistics"]
     _log.info(
-        f"published {reference}: {statistics['num_pairs']} pairs, {statistics['num_response_tokens']} response tokens, "
-        f"{sum(shard.num_rows for shard in rows.shards)} pairs weighed"
+        f"published {reference}: {rows.statistics['num_pairs']} pairs, {rows.statistics['num_response_tokens']} response "
+        f"tokens, {sum(shard.num_rows for shard in rows.shards)} pairs weighed"
     )
-    return Published(reference, weights.name, statistics, wanted.changes, True, checked.get("parity"), wanted.settings)
+    return _published(wanted, reference, metadata, is_new=True)
 
 
-def _as_it_is(wanted: "Wanted", newest: CommitMetadata, ingredients: Ingredients) -> Published:
-    """Return the newest version. Its pairs are the same, but the number of bad rows in the source may have changed."""
-    statistics = _with_balance(newest["statistics"], ingredients.tokens)
-    return Published(
-        wanted.table.reference(wanted.base),
-        wanted.name,
-        statistics,
-        newest["changes"],
-        is_new=False,
-        parity=newest.get("parity"),
-        settings=wanted.settings,
-    )
+def _published(wanted: "Wanted", weights: TableVersion, metadata: CommitMetadata, is_new: bool) -> Published:
+    statistics, changes, parity = metadata["statistics"], metadata["changes"], metadata.get("parity")
+    return Published(weights, wanted.name, statistics, changes, is_new, parity, wanted.settings)
 
 
 # --- what a version records -------------------------------------------------------------------------------------------
@@ -151,6 +142,7 @@ def _recorded(version: TableVersion) -> CommitMetadata:
 
 def _metadata(recipe: Recipe, ingredients: Ingredients, wanted: "Wanted", statistics: Statistics) -> CommitMetadata:
     """Return what a version records of how it was made, and of what."""
+    software = provenance()
     metadata: CommitMetadata = {
         "fingerprint": wanted.fingerprint,
         "identity": wanted.identity,
@@ -159,16 +151,14 @@ def _metadata(recipe: Recipe, ingredients: Ingredients, wanted: "Wanted", statis
         "tokenizer": _recorded(ingredients.tokens)["tokenizer"],
         "statistics": _with_balance(statistics, ingredients.tokens),
         "changes": wanted.changes,
-        **provenance(),
+        "packages": software["packages"],
+        "python": software["python"],
+        "git_commit": software["git_commit"],
     }
     scorer = _recorded(ingredients.ref_logps).get("scorer")
     if scorer is not None:
-        reference: ReferenceRecord = {
-            "model_fingerprint": scorer["model"],
-            "dtype": scorer["dtype"],
-            "model": recipe.model.path,
-        }
-        metadata["reference"] = reference
+        model = scorer["model"]
+        metadata["reference"] = {"model_fingerprint": model, "dtype": scorer["dtype"], "model": recipe.model.path}
     return metadata
 
 

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.section import Section
 from pipeline.weighing.estimators import SideWeights
 from pipeline.weighing.transforms import TRANSFORM_SETTINGS, TransformName
-from weights_store.store import check_name
+from weights_store.names import check_name
 
 Name = TypeVar("Name", bound=str)
 Input = Literal[

@@ -126,7 +126,7 @@ def _top_k(joined: pl.DataFrame) -> int:
     if bad.height:
         pair_id, name, found = bad.row(0)
         raise MismatchError(
-            f"pair {pair_id}: {found:g} values per token in {name}, expected {k:g} as in the first list, a whole number; "
+            f"pair {pair_id}: {found:g} values per token in {name}, expected {k:g} as in the other lists; "
             f"{bad.height} such lists. Delete the reference's logps table and build again"
         )
     return int(k)

@@ -5,14 +5,11 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-import pipeline.stages.publish as publish_module
 from pipeline.stages.publish import Ingredients, publish
 from pipeline.stages.report import summary_markdown, write_report
-from pipeline.weighing.statistics import count_up
 from weights_store import WeightStore
 from weights_store.errors import InputError, MismatchError
-from weights_store.schemas import ANCHORS, ATTRIBUTIONS, LOGPS, TOKENS, WEIGHTS
-from weights_store.store import _SCHEMAS
+from weights_store.schemas import ANCHORS, ATTRIBUTIONS, LOGPS, TOKENS
 
 SIDES = {"chosen": [5, 6, 2], "rejected": [7, 2]}
 
@@ -116,7 +113,7 @@ def test_without_top_k_and_scores_their_columns_are_null_and_counted_as_none(sto
 )
 def test_lists_of_another_k_are_refused(store, make_recipe, change):
     with pytest.raises(
-        MismatchError, match=r"pair a{32}: .* values per token in .*_ref_top_.*, expected 2 as elsewhere"
+        MismatchError, match=r"pair a{32}: .* values per token in .*_ref_top_.*, expected 2 as in the other lists"
     ):
         _publish(make_recipe, _with_tops(store, **change))
 
@@ -145,27 +142,6 @@ def test_a_selection_by_hand(store, make_recipe):
     assert (row["chosen_token_weights"], row["rejected_token_weights"]) == ([0, 1, 0], [0, 1])
     assert published.statistics["chosen"]["mean_weight"] == pytest.approx(1 / 3)
     assert published.statistics["constant_weights"] is False
-
-
-def test_a_version_without_the_later_columns_is_written_anew_and_says_so(store, make_recipe, monkeypatch):
-    ingredients = _ingredients(store)
-    with monkeypatch.context() as patch:  # as an earlier tokenweights wrote it
-        early = pa.schema([WEIGHTS.field(name) for name in WEIGHTS.names[: WEIGHTS.names.index("split") + 1]])
-        patch.setitem(_SCHEMAS, "weights", early)
-        patch.setattr(publish_module, "count_up", lambda *args: _without_later(count_up(*args)))
-        old = _publish(make_recipe, ingredients)
-    new = _publish(make_recipe, ingredients, expect_same=True)
-    assert (new.is_new, new.weights.fingerprint, new.weights.version) == (True, old.weights.fingerprint, 1)
-    assert new.changes[0].startswith("columns: new are chosen_score, rejected_score, chosen_ref_top_ids")
-    assert store.scan("toy/tis-dpo").collect().columns == WEIGHTS.names
-    (shard,) = store.table("weights/toy/tis-dpo").records(0)
-    assert list(shard.checksums) == early.names
-    assert not _publish(make_recipe, ingredients).is_new
-
-
-def _without_later(statistics):
-    later = ("ref_top_k", "num_scored_pairs", "num_anchored_pairs")
-    return {name: value for name, value in statistics.items() if name not in later}
 
 
 def test_a_version_records_whose_log_probs_it_holds_and_what_was_checked(store, make_recipe):
@@ -293,25 +269,21 @@ def test_little_memory_publishes_the_same_rows(store, make_recipe, monkeypatch):
     monkeypatch.setattr("weights_store.tables.shards.ROW_GROUP_BYTES", 100)
     ingredients = _ingredients(store, "abcdef")
     _publish(make_recipe, ingredients)
-    monkeypatch.setattr("pipeline.stages.publish._RANGE_BYTES", 4000)
+    monkeypatch.setattr("pipeline.weighing.join.RANGE_BYTES", 4000)
     assert len(store.table("tokens/toy-1").key_ranges(4000)) > 1
     _publish(make_recipe, ingredients, **{"weights.name": "toy/tight"})
     assert store.scan("toy/tight").collect().equals(store.scan("toy/tis-dpo").collect())
 
 
-def test_a_build_that_lost_the_race_to_the_same_build_takes_its_version(store, make_recipe, monkeypatch):
-    ingredients, raced = _ingredients(store), []
+def test_a_build_that_lost_the_race_to_the_same_build_takes_its_version(store, make_recipe):
+    ingredients, recipe, raced = _ingredients(store), make_recipe(), []
 
-    def write_rows(*args):
-        shards = original(*args)
+    def check():  # comes after the newest version was looked up, and before the commit
         if not raced:
-            raced.append(True)
             raced.append(_publish(make_recipe, ingredients).weights)
-        return shards
+        return {}
 
-    original = publish_module._write_rows
-    monkeypatch.setattr(publish_module, "_write_rows", write_rows)
-    assert _publish(make_recipe, ingredients).weights == raced[1]
+    assert publish(recipe, recipe.weights, ingredients, check=check).weights == raced[0]
     assert store.table("weights/toy/tis-dpo").version() == 0
 
 
@@ -448,7 +420,7 @@ def test_words_of_the_recipes_tokenizer_are_smoothed(store, make_recipe, toy_mod
 def test_few_pairs_at_a_time_publish_the_same(store, make_recipe, monkeypatch):
     ingredients = _ingredients(store, "abcdef")
     at_once = _publish(make_recipe, ingredients)
-    monkeypatch.setattr("pipeline.stages.publish._BATCH_PAIRS", 4)
+    monkeypatch.setattr("pipeline.weighing.join.BATCH_PAIRS", 4)
     batched = _publish(make_recipe, ingredients, **{"weights.name": "toy/batched"})
     assert store.scan("toy/batched").collect().equals(store.scan("toy/tis-dpo").collect())
     assert batched.statistics["chosen"] == pytest.approx(at_once.statistics["chosen"])
