@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.section import Section
-from pipeline.weighing.registry import AnyWeights, Uniform
+from pipeline.weighing.section import MODELS, AnyWeights, WeightsSection
 from train.model.sampling import AnchorSampling
 from weights_store.names import check_name
 from weights_store.settings import apply_overrides, load_toml, parse_settings
@@ -239,9 +239,9 @@ class Recipe(Section):
         return not self.weights.inputs().isdisjoint(("attributions", "activations"))
 
     @property
-    def uniform(self) -> Uniform:
+    def uniform(self) -> WeightsSection:
         """The by-product of every build with a pair: weights of 1, for contrastive training and the plain DPO baseline."""
-        return Uniform(name=f"{self.dataset.name}/uniform")
+        return MODELS["uniform"](name=f"{self.dataset.name}/uniform", estimator="uniform")
 
     def result_settings(self) -> dict[str, dict[str, object]]:
         """Return the settings that determine the weights, by section, for fingerprints and for explaining what changed.

@@ -1,20 +1,38 @@
 """Estimators of token weights, each a pure function on flat arrays, without a loop over tokens.
 
 An estimator computes the weights of one side from what is stored of its response tokens, so that changing the estimator takes
-seconds on the CPU. Its keyword arguments are its settings; `section.py` says which values they may have. EOS is a token like
-any other. Weights are at least 0: a negative one would reverse the gradient. Those of `tis` and of the release's transforms are
-not normalised.
+seconds on the CPU. To add one, write its function here. `@estimator` makes it known to recipes: its keyword arguments are the
+keys of [weights] that it reads, with their defaults; the first line of its docstring is its row in docs/weights.md.
+
+EOS is a token like any other. Weights are at least 0: a negative one would reverse the gradient. Those of `tis` and of the
+release's transforms are not normalised.
 
 Throughout, z is the log-ratio with the sign that makes important tokens large: log pi+ - log pi- on chosen tokens, log pi- -
 log pi+ on rejected ones.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Literal, TypeVar
 
 import numpy as np
 
+from pipeline.weighing.settings import (
+    DecayGamma,
+    K,
+    Lower,
+    MaxWeight,
+    MinWeight,
+    Mu,
+    Seed,
+    Share,
+    SigmaDivisor,
+    Span,
+    TiLambda,
+    Upper,
+)
 from pipeline.weighing.transforms import decay as decay_transform
 from pipeline.weighing.transforms import mean_one, means, positions
 from train.model.hybrid import hybrid_weights
@@ -81,10 +99,58 @@ class SideWeights:
     """Responses whose values are all 0, so that they say nothing about the weights."""
 
 
+# --- the registry -----------------------------------------------------------------------------------------------------
+
+Input = Literal[
+    "contrastive pair",
+    "reference",
+    "reference top k",
+    "attributions",
+    "prompt attributions",
+    "activations",
+    "token keys",
+    "words",
+]
+"""What weighing reads of each token. Pair and reference: their log-probs. Token keys: see `token_keys`."""
+F = TypeVar("F", bound=Callable[..., SideWeights])
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """An estimator, and what is known of it."""
+
+    estimate: Callable[..., SideWeights]
+    source: str
+    reads: tuple[Input, ...]
+    zero_at: Mapping[str, float] | None
+    """The settings with which weights of 0 are usual, so that nobody may take their log; {}: with any; None: with none."""
+
+    @cached_property
+    def settings(self) -> dict[str, tuple[object, object]]:
+        """Type and default of each setting, by key."""
+        parameters = inspect.signature(self.estimate).parameters.values()
+        return {each.name: (each.annotation, each.default) for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
+ESTIMATORS: dict[str, Estimator] = {}
+"""By name in a recipe; `ensemble` is made of them."""
+
+
+def estimator(name: str, source: str, *reads: Input, zero_at: Mapping[str, float] | None = None) -> Callable[[F], F]:
+    """Register a function as the estimator `name`, see `Estimator`."""
+
+    def register(function: F) -> F:
+        ESTIMATORS[name] = Estimator(function, source, reads, zero_at)
+        return function
+
+    return register
+
+
 # --- TIS-DPO ----------------------------------------------------------------------------------------------------------
 
 
-def tis(scores: SideScores, *, k: float, mu: float, lower: float, upper: float) -> SideWeights:
+@estimator("tis", "TIS-DPO, 2410.04350", "contrastive pair")
+def tis(scores: SideScores, *, k: K = 1.0, mu: Mu = 1.0, lower: Lower = -0.5, upper: Upper = 1.5) -> SideWeights:
     """Return k * exp(mu * clamp(log pi+ - log pi-, lower, upper)), mu < 0 on rejected tokens.
 
     TIS-DPO, arXiv 2410.04350, eq. 19 of the submission; mu multiplies the clamped value. The paper has k = 1 and mu = +1 / -1;
@@ -93,17 +159,24 @@ def tis(scores: SideScores, *, k: float, mu: float, lower: float, upper: float) 
     return _clamped(scores.side, scores.logratios(), k, mu, lower, upper)
 
 
-def reversed_tis(scores: SideScores, *, k: float, mu: float, lower: float, upper: float) -> SideWeights:
+@estimator("reversed", "ablation", "contrastive pair")
+def reversed_tis(
+    scores: SideScores, *, k: K = 1.0, mu: Mu = 1.0, lower: Lower = -0.5, upper: Upper = 1.5
+) -> SideWeights:
     """Return `tis` with pi+ and pi- swapped: an ablation that should hurt."""
     return _clamped(scores.side, -scores.logratios(), k, mu, lower, upper)
 
 
-def random(scores: SideScores, *, k: float, mu: float, lower: float, upper: float, seed: int) -> SideWeights:
-    """Return `tis` of log-ratios drawn from U(lower, upper). A token's draw depends on nothing but its key and the seed."""
+@estimator("random", "ablation", "token keys")
+def random(
+    scores: SideScores, *, k: K = 1.0, mu: Mu = 1.0, lower: Lower = -0.5, upper: Upper = 1.5, seed: Seed = 0
+) -> SideWeights:
+    """Return `tis` of log-ratios drawn from U(lower, upper). A draw depends only on the token and the seed."""
     drawn = (lower + (upper - lower) * _uniform(scores, seed)).astype(np.float32)
     return _clamped(scores.side, drawn, k, mu, lower, upper)
 
 
+@estimator("uniform", "ablation")
 def uniform(scores: SideScores) -> SideWeights:
     """Return 1: plain DPO."""
     return SideWeights(np.ones(scores.num_tokens, dtype=np.float32))
@@ -124,20 +197,28 @@ def _at_ends(values: np.ndarray, lower: float, upper: float) -> tuple[int, int]:
 # --- the transforms of TIS-DPO's release (its preference_datasets.py), over z -----------------------------------------
 
 
+@estimator("origin", "TIS-DPO's release", "contrastive pair", zero_at={})
 def origin(scores: SideScores) -> SideWeights:
-    """Return max(0, z). The release has z itself; here a negative z gives 0 and is counted at the lower end."""
+    """Return max(0, z). The release has z itself; here a negative z gives 0, and is counted at the lower end."""
     z = scores.z()
     return SideWeights(np.maximum(z, np.float32(0)), num_at_lower=int(np.count_nonzero(z <= 0)))
 
 
-def threshold(scores: SideScores, *, lower: float, upper: float) -> SideWeights:
-    """Return max(0, clamp(z, lower, upper)). The release has clamp(z, lower, upper), see `origin`."""
+@estimator("threshold", "TIS-DPO's release", "contrastive pair", zero_at={})
+def threshold(scores: SideScores, *, lower: Lower = -1.0, upper: Upper = 1.0) -> SideWeights:
+    """Return max(0, clamp(z, lower, upper)). The release does not have the maximum, see `origin`."""
     z, floor = scores.z(), max(0.0, lower)
     return SideWeights(np.clip(z, np.float32(floor), np.float32(upper)), *_at_ends(z, floor, upper))
 
 
+@estimator("threshold_and_scale", "TIS-DPO's release", "contrastive pair", zero_at={"min_weight": 0})
 def threshold_and_scale(
-    scores: SideScores, *, lower: float, upper: float, min_weight: float, max_weight: float
+    scores: SideScores,
+    *,
+    lower: Lower = -1.5,
+    upper: Upper = 1.5,
+    min_weight: MinWeight = 0.7,
+    max_weight: MaxWeight = 1.3,
 ) -> SideWeights:
     """Return clamp(z, lower, upper), scaled linearly so that lower becomes min_weight and upper max_weight."""
     z = scores.z()
@@ -149,13 +230,17 @@ def threshold_and_scale(
     return SideWeights(token_weights, *_at_ends(z, lower, upper))
 
 
-def random_scale(scores: SideScores, *, min_weight: float, max_weight: float, seed: int) -> SideWeights:
-    """Return weights drawn from U(min_weight, max_weight): the release's `random`. Repeatable as `random` is."""
+@estimator("random_scale", "TIS-DPO's release", "token keys", zero_at={"min_weight": 0})
+def random_scale(
+    scores: SideScores, *, seed: Seed = 0, min_weight: MinWeight = 0.7, max_weight: MaxWeight = 1.3
+) -> SideWeights:
+    """Return weights drawn from U(min_weight, max_weight), the release's `random`. Draws are repeatable, as in `random`."""
     drawn = min_weight + (max_weight - min_weight) * _uniform(scores, seed)
     return SideWeights(drawn.astype(np.float32))
 
 
-def rank_based(scores: SideScores, *, min_weight: float, max_weight: float) -> SideWeights:
+@estimator("rank_based", "TIS-DPO's release", "contrastive pair", zero_at={"min_weight": 0})
+def rank_based(scores: SideScores, *, min_weight: MinWeight = 0.7, max_weight: MaxWeight = 1.3) -> SideWeights:
     """Return weights that rise in equal steps by rank, from min_weight at a response's smallest z to max_weight at its largest.
 
     Equal z get the mean of their ranks; the release ranks them by position, which favours late tokens. The mean over each
@@ -174,8 +259,10 @@ def rank_based(scores: SideScores, *, min_weight: float, max_weight: float) -> S
     return SideWeights((min_weight + (max_weight - min_weight) * shares).astype(np.float32))
 
 
-def select(scores: SideScores, *, share: float) -> SideWeights:
-    """Return 1 for the tokens of each response with the largest z, 0 for all others: `sepo`, and the release's `binary`.
+@estimator("binary", "TIS-DPO's release", "contrastive pair", zero_at={})
+@estimator("sepo", "SePO, 2408.13518", "contrastive pair", zero_at={})
+def select(scores: SideScores, *, share: Share = 0.3) -> SideWeights:
+    """Return 1 for the tokens of each response with the largest z, 0 for all others.
 
     SePO, arXiv 2408.13518, as in its release: the highest log pi+ - log pi- of a chosen response, the lowest of a rejected one.
     SePO compares a DPO model with its SFT start, we compare the contrastive pair. Of n tokens, max(1, floor(share * n)) are
@@ -205,10 +292,13 @@ def _keys(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 # --- other sources ----------------------------------------------------------------------------------------------------
 
 
+@estimator("ti", "TI-DPO, 2505.19653", "attributions", zero_at={"ti_lambda": 1})
 def ti(
-    scores: SideScores, *, ti_lambda: float, sigma_divisor: float, span: Literal["response", "sequence"]
+    scores: SideScores, *, ti_lambda: TiLambda = 0.7, sigma_divisor: SigmaDivisor = 4.0, span: Span = "response"
 ) -> SideWeights:
-    """Return the hybrid weights of TI-DPO (arXiv 2505.19653, eq. 8), see `hybrid.hybrid_weights`.
+    """Return ti_lambda * attribution + (1 - ti_lambda) * Gaussian prior, each scaled to mean one.
+
+    TI-DPO, arXiv 2505.19653, eq. 8; see `hybrid.hybrid_weights`.
 
     Raises:
         ValueError: An attribution is negative or not finite.
@@ -226,19 +316,22 @@ def ti(
     return SideWeights(weighed.token_weights, num_without_mass=weighed.num_without_mass)
 
 
-def decay(scores: SideScores, *, decay_gamma: float) -> SideWeights:
-    """Return gamma^t, t from 1 (D2PO, arXiv 2502.14340)."""
+@estimator("decay", "D2PO, 2502.14340")
+def decay(scores: SideScores, *, decay_gamma: DecayGamma = 0.98) -> SideWeights:
+    """Return gamma^t, t from 1."""
     return SideWeights(decay_transform(uniform(scores).token_weights, scores.lengths, decay_gamma))
 
 
+@estimator("surprise", "ours", "reference", zero_at={})
 def surprise(scores: SideScores) -> SideWeights:
-    """Return -log ref(y_t) divided by its mean in the response: unlikely tokens weigh more. Our own."""
+    """Return -log ref(y_t) divided by its mean in the response: unlikely tokens weigh more."""
     assert scores.ref_logps is not None, "no log-probs of the reference"
     return _relative(-scores.ref_logps, scores.lengths)
 
 
+@estimator("entropy", "ours", "reference top k", zero_at={})
 def entropy(scores: SideScores) -> SideWeights:
-    """Return the entropy of the reference at each position divided by its mean in the response. Our own.
+    """Return the entropy of the reference at each position (`score.top_k`), divided by its mean in the response.
 
     H = -sum p_i log p_i - r log r over the stored k most likely tokens, with the rest r = 1 - sum p_i as one outcome. It is at
     most the entropy over the vocabulary, because merging outcomes never adds entropy.
@@ -251,8 +344,9 @@ def entropy(scores: SideScores) -> SideWeights:
     return _relative(np.maximum(0, -np.einsum("nk,nk->n", probs, logps) - of_rest), scores.lengths)
 
 
+@estimator("activation", "ours, after SparsePO, 2410.05102", "activations")
 def activation(scores: SideScores) -> SideWeights:
-    """Return the size of the hidden state that predicts a token, divided by its mean in the response.
+    """Return the size of the hidden state that predicts a token (`attribute.activations`), divided by its mean in the response.
 
     Inspired by the activation masks of SparsePO (MaPO, arXiv 2410.05102). We have not seen their exact form; this definition is
     ours.
@@ -262,7 +356,7 @@ def activation(scores: SideScores) -> SideWeights:
 
 
 def ensemble(members: Sequence[SideWeights]) -> SideWeights:
-    """Return the geometric mean of several weights of each token; it is 0 where one of them is 0. Our own.
+    """Return the geometric mean of the weights of several estimators; it is 0 where one of them is 0. Our own.
 
     `num_without_mass` is the sum over the members.
     """

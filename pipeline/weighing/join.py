@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 
 import polars as pl
 
-from pipeline.weighing.section import Input, WeightsSection
+from pipeline.weighing.estimators import Input
+from pipeline.weighing.section import WeightsSection
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import InputError, MismatchError
 from weights_store.schemas import SIDES, TOKENS, WEIGHTS

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.weighing import transforms
-from pipeline.weighing.estimators import SideScores, SideWeights, ensemble, token_keys
-from pipeline.weighing.section import Estimator, WeightsSection
+from pipeline.weighing.estimators import Estimator, SideScores, SideWeights, ensemble, token_keys
+from pipeline.weighing.section import WeightsSection
 from pipeline.weighing.transforms import TransformName
 from pipeline.weighing.words import WordStarts
 from weights_store.errors import InputError, MismatchError

@@ -15,7 +15,7 @@ from pipeline.recipe import Recipe
 from pipeline.stages.prepare import prepare
 from pipeline.stages.publish import Ingredients, publish
 from pipeline.stages.score import logps_table
-from pipeline.weighing.registry import Uniform
+from pipeline.weighing.section import MODELS
 from pipeline.workers.process import run
 from pipeline.workers.request import Request, Target
 
@@ -52,7 +52,7 @@ def build(recipes: list[dict], model_folder: str) -> None:
         recipe = Recipe.model_validate(settings)
         tokens = prepare(recipe, Path(model_folder), report=lambda line: None).tokens
         logps = [_score(recipe, tokens, scale) for scale in ("1.0", "0.9", "1.1")]
-        uniform = Uniform(name="toy/uniform")
+        uniform = MODELS["uniform"](name="toy/uniform")
         publish(recipe, uniform, Ingredients(tokens, logps[0]), report=lambda line: None)
         publish(recipe, recipe.weights, Ingredients(tokens, *logps), report=lambda line: None)
     os._exit(0)  # no clean-up that could hide what a kill leaves

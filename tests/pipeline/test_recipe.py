@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.recipe import load_recipe
-from pipeline.weighing.registry import ESTIMATORS
+from pipeline.weighing.estimators import ESTIMATORS
 from weights_store.errors import SettingsError
 
 REPO = Path(__file__).resolve().parents[2]
@@ -73,7 +73,7 @@ def test_overrides_reach_the_recipe(override, value):
         ("weights.share=0.5", r"estimator='tis' does not read weights.share, got 0.5; .*sepo, binary, ensemble\)"),
         ("weights.ti_lambda=0.5", r"estimator='tis' does not read weights.ti_lambda, got 0.5; .*\bti, ensemble\)"),
         ("weights.lowr=-1", "unknown key 'weights.lowr'; did you mean 'weights.lower'"),
-        ("weights.estimator=tiss", "weights.estimator: .*'tis', 'ti', 'sepo'.*got 'tiss'"),
+        ("weights.estimator=tiss", "weights.estimator: .*'tis', 'reversed'.*'sepo'.*got 'tiss'"),
         ("weights.members=['ti']", "estimator='tis' does not read weights.members"),
         ("weights.estimator=ensemble", r"missing key 'weights.members', for example \['tis', 'ti'\]"),
         ("weights.transforms=['blur']", "weights.transforms.*'position', 'smooth'.*got 'blur'"),
@@ -155,7 +155,7 @@ def test_settings_of_other_methods_and_estimators_are_not_in_the_identity():
             "estimator 'surprise' gives weights of 0",
         ),
         (
-            ["estimator=ensemble", "members=['tis','tis']"],
+            ["estimator=ensemble", "members=['tis']"],
             "weights.members: expected at least two different estimators",
         ),
         (["estimator=ensemble", "members=['tis','ti','tis']"], "weights.members: expected each name once"),

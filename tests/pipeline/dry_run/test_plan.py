@@ -19,7 +19,7 @@ from pipeline.stages.prepare import prepare
 from pipeline.stages.publish import Ingredients, publish
 from pipeline.stages.report import write_report
 from pipeline.stages.score import Scorer
-from pipeline.weighing.registry import Uniform
+from pipeline.weighing.section import MODELS
 from pipeline.workers.supervise import stage_table
 from weights_store import WeightStore
 from weights_store.errors import InputError
@@ -60,7 +60,7 @@ def _build(recipe):
     folder = Path(recipe.model.path)
     prepared = prepare(recipe, folder, report=_silent)
     logps = {"ref_logps": _score(prepared.tokens, Scorer(folder), recipe, "ref")}
-    uniform = Uniform(name="toy/uniform")
+    uniform = MODELS["uniform"](name="toy/uniform")
     published = publish(recipe, uniform, Ingredients(prepared.tokens, **logps), report=_silent)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.stages.contrast.run_child", _train)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.recipe import load_recipe
-from weights_store.fingerprint import fingerprint
+from weights_store.fingerprint import canonical_json, fingerprint
 
 RECIPE = Path(__file__).resolve().parents[3] / "recipes" / "hh_harmless.toml"
 INPUTS = ["score.top_k=8", "attribute.activations=true", "attribute.prompts=true"]
@@ -113,4 +113,4 @@ def test_every_estimator_keeps_its_fingerprint(overrides, settings, digits):
     result_settings = recipe.result_settings()
     assert fingerprint(result_settings).startswith(digits)
     assert result_settings["weights"].pop("name") == "hh-harmless/tis-dpo"
-    assert json.dumps(result_settings["weights"]) == settings
+    assert canonical_json(result_settings["weights"]) == canonical_json(json.loads(settings))

@@ -7,41 +7,33 @@ from typing import get_args
 
 import pytest
 
-from pipeline.weighing.registry import ESTIMATORS, MODELS, Ensemble
-from pipeline.weighing.section import PAIR_WEIGHT_SETTINGS, WeightsSection
+from pipeline.weighing.estimators import ESTIMATORS, ensemble
+from pipeline.weighing.section import MODELS, PAIR_WEIGHT_SETTINGS, WeightsSection
 from pipeline.weighing.transforms import TRANSFORM_SETTINGS, TransformName
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 COMMON = WeightsSection.model_fields
 
 
-def _name(model):
-    return model.model_fields["estimator"].default
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_model_has_the_settings_of_its_function_and_no_other(name):
+    own = set(MODELS[name].model_fields) - set(COMMON)
+    if name in ("tis", "reversed", "random", "uniform"):  # an ablation changes nothing but the estimator
+        assert own == {"k", "mu", "lower", "upper", "seed"}
+    else:
+        assert own == set(ESTIMATORS[name].settings) - set(COMMON)
 
 
-@pytest.mark.parametrize("model", MODELS, ids=_name)
-def test_a_model_has_the_settings_that_its_function_reads(model):
-    assert get_args(model.model_fields["estimator"].annotation) == (_name(model),)
-    assert set(model.about.settings) <= set(model.model_fields)
+def test_settings_that_the_common_keys_have_too_have_the_same_default():
+    shared = [(key, field) for each in ESTIMATORS.values() for key, field in each.settings.items() if key in COMMON]
+    assert [(key, default) for key, (_, default) in shared] == [("decay_gamma", COMMON["decay_gamma"].default)]
 
 
-def test_only_ablations_allow_settings_that_they_do_not_read():
-    unread = {
-        _name(model): sorted(set(model.model_fields) - set(COMMON) - set(model.about.settings))
-        for model in MODELS
-        if model is not Ensemble
-    }
-    assert {name: keys for name, keys in unread.items() if keys} == {
-        "tis": ["seed"],
-        "reversed": ["seed"],
-        "uniform": ["k", "lower", "mu", "seed", "upper"],
-    }
-
-
-def test_an_ensemble_has_the_settings_of_every_estimator_with_the_defaults_of_tis():
-    for model in MODELS:
-        assert set(model.model_fields) <= set(Ensemble.model_fields)
-    assert (Ensemble.model_fields["lower"].default, Ensemble.model_fields["upper"].default) == (-0.5, 1.5)
+def test_an_ensemble_has_all_settings_with_the_defaults_of_tis():
+    fields = MODELS["ensemble"].model_fields
+    for model in MODELS.values():
+        assert set(model.model_fields) <= set(fields)
+    assert (fields["lower"].default, fields["upper"].default) == (-0.5, 1.5)
 
 
 def test_every_transform_names_keys_of_the_section():
@@ -60,15 +52,21 @@ def _code(names):
     return ", ".join(f"`{name}`" for name in names) or "–"
 
 
-def test_the_table_of_estimators_is_that_of_the_registry():
+def _formula(function):
+    doc = inspect.getdoc(function).splitlines()[0].removeprefix("Return ").removesuffix(".").removesuffix(". Our own")
+    return doc.replace("pi+", "π+").replace("pi-", "π−").replace(" - ", " − ")
+
+
+def estimator_rows():
     rows = []
-    for model in MODELS:
-        about, doc = model.about, inspect.getdoc(model).removesuffix(".")
-        formula = doc[0].lower() + doc[1:]
-        reads = ", ".join(key for key in about.reads if key != "token keys") or "–"
-        settings, reads = ("theirs", "what they read") if model is Ensemble else (_code(about.settings), reads)
-        rows.append(f"| `{_name(model)}` | {formula} | {settings} | {reads} | {about.source} |")
-    assert _table("weights.md", "## Estimators (`weights.estimator`)") == rows
+    for name, about in ESTIMATORS.items():
+        reads = ", ".join(read for read in about.reads if read != "token keys") or "–"
+        rows.append(f"| `{name}` | {_formula(about.estimate)} | {_code(about.settings)} | {reads} | {about.source} |")
+    return [*rows, f"| `ensemble` | {_formula(ensemble)} | `members` and theirs | what they read | ours |"]
+
+
+def test_the_table_of_estimators_is_that_of_the_registry():
+    assert _table("weights.md", "## Estimators (`weights.estimator`)") == estimator_rows()
 
 
 def test_the_table_of_transforms_names_each_with_its_settings():
@@ -90,25 +88,25 @@ def _default(value):
 
 
 def _row(key):
-    fields = {_name(model): model.model_fields[key] for model in MODELS if key in model.model_fields}
-    first = next(iter(fields.values()))
-    defaults = {
-        _default(field.default): [name for name, other in fields.items() if other.default == field.default]
-        for field in fields.values()
-    }
-    default = _default(first.default)
-    others = "".join(f"; {_code(names)}: {value}" for value, names in defaults.items() if value != default)
-    settings = {name: estimator.settings for name, estimator in ESTIMATORS.items()}
+    fields = {name: model.model_fields[key] for name, model in MODELS.items() if key in model.model_fields}
+    first, default = next(iter(fields.values())), "**required**"
+    if not first.is_required():
+        others = {name: _default(field.default) for name, field in fields.items() if field.default != first.default}
+        default = "; ".join([_default(first.default), *(f"`{name}`: {value}" for name, value in others.items())])
+    settings = {name: about.settings for name, about in ESTIMATORS.items()}
     choices = [settings, {"ensemble": ["members"]}, TRANSFORM_SETTINGS, PAIR_WEIGHT_SETTINGS]
     readers = dict.fromkeys(name for choice in choices for name, keys in choice.items() if key in keys)
     read_by = f" ({_code(readers)})" if readers else ""
-    shown = "**required**" if first.is_required() else default + others
-    return f"| `weights.{key}` | {_type(first.annotation)} | {shown} | {first.description}{read_by} |"
+    return f"| `weights.{key}` | {_type(first.annotation)} | {default} | {first.description}{read_by} |"
+
+
+def key_rows():
+    own = [key for key in MODELS["ensemble"].model_fields if key not in COMMON]
+    return [_row(key) for key in dict.fromkeys(["name", *own, *COMMON]) if key != "estimator"]
 
 
 def test_the_keys_in_the_settings_page_are_those_of_the_models():
-    own = [key for key in Ensemble.model_fields if key not in COMMON]
-    rows = [_row(key) for key in ("name", "estimator", *own, *COMMON) if key != "estimator"]
-    found = [row for row in _table("settings.md", "### [weights]") if not row.startswith("| `weights.estimator`")]
-    assert found == list(dict.fromkeys(rows))
-    assert re.search(r"^\| `weights.estimator` \| .* \| `\"tis\"` \|", (DOCS / "settings.md").read_text(), re.MULTILINE)
+    rows = _table("settings.md", "### [weights]")
+    (of_estimator,) = [row for row in rows if row.startswith("| `weights.estimator`")]
+    assert re.match(r"\| `weights.estimator` \| .* \| `\"tis\"` \|", of_estimator)
+    assert [row for row in rows if row != of_estimator] == key_rows()

@@ -6,7 +6,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from pipeline.weighing.estimators import SideScores
-from pipeline.weighing.registry import AnyWeights
+from pipeline.weighing.section import AnyWeights
 from pipeline.weighing.weigh import PositionCurves, Weigher, pair_weights, weigh
 from weights_store.errors import InputError, MismatchError
 
