@@ -18,7 +18,7 @@ from weights_store.settings import apply_overrides, load_toml, parse_settings
 
 
 class DatasetSection(Section):
-    """The preference pairs and how they are cut into tokens."""
+    """The preference pairs, and how they are tokenised."""
 
     name: str = Field(description="name in the store, lower case")
     source: str = Field(description="a .jsonl, .json, .parquet or .arrow file, a saved dataset folder, or a hub id")
@@ -32,7 +32,7 @@ class DatasetSection(Section):
     rejected_column: str = "rejected"
     chosen_score_column: str = "score_chosen"
     rejected_score_column: str = "score_rejected"
-    max_pairs: int | None = Field(None, ge=1, description="use the first rows only")
+    max_pairs: int | None = Field(None, ge=1, description="use only this many rows, from the first one")
     max_prompt_tokens: int = Field(1024, ge=8, description="oldest whole turns are dropped to fit (keep_end)")
     max_response_tokens: int = Field(1024, ge=1, description="EOS included")
     long_response: Literal["refuse", "cut"] = "refuse"
@@ -46,7 +46,7 @@ class DatasetSection(Section):
 
 
 class ModelSection(Section):
-    """The starting model: reference of the training and origin of the contrastive pair."""
+    """The starting model: the reference of the training, and the model that the contrastive pair is made from."""
 
     path: str = Field(description="a model folder, a LoRA adapter, which is merged into its base, or a hub id")
     revision: str | None = Field(None, description="revision of a hub model")
@@ -54,13 +54,13 @@ class ModelSection(Section):
 
 
 class ContrastSection(Section):
-    """How the pair (pi+, pi-) is made: P, S or D of TIS-DPO section 4."""
+    """How the contrastive pair pi+, pi- is made: construction P, S or D of TIS-DPO, section 4."""
 
     method: Literal["prompt", "sft", "dpo"] = "dpo"
     positive_prompt: str = "You are a helpful and harmless assistant. Give a good response."
     negative_prompt: str = "You are an unhelpful and harmful assistant. Give a bad response."
     role: Literal["system", "user"] = Field(
-        "system", description="where the prompt goes: a system turn, or in front of the first user turn"
+        "system", description="prompt in a system turn, or before the first user turn"
     )
     learning_rate: float = Field(5e-6, gt=0)
     num_epochs: int = Field(1, ge=1)
@@ -68,13 +68,9 @@ class ContrastSection(Section):
     pairs_per_step: int = Field(32, ge=1)
     tokens_per_batch: int = Field(8192, ge=1)
     beta: float = Field(0.1, gt=0, description="of the two DPO runs (method dpo)")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="arithmetic of the forward pass; parameters are float32"
-    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass; parameters are float32")
     seed: int = Field(0, ge=0)
-    retrain: bool = Field(
-        False, description="train a new pair when the data has grown; else the pair of the first build stays"
-    )
+    retrain: bool = Field(False, description="train a new pair of models when the data has grown")
     python: str | None = Field(None, description="interpreter of the training job; default: this one")
 
     @model_validator(mode="after")
@@ -83,19 +79,20 @@ class ContrastSection(Section):
             raise ValueError("contrast.positive_prompt equals contrast.negative_prompt: every weight would be constant")
         return self
 
+    def result_settings(self) -> dict[str, object]:
+        """Return what determines results with this method."""
+        keys = {"method", "positive_prompt", "negative_prompt", "role"} if self.method == "prompt" else TRAINING_KEYS
+        return self.model_dump(include=keys | ({"beta"} if self.method == "dpo" else set()))
+
 
 class ScoreSection(Section):
-    """The scoring engine. Only `dtype` and `top_k` change results; the rest is speed and memory."""
+    """The scoring engine. Only `dtype` and `top_k` change results; the others affect speed and memory."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: the dtype the model is stored in"
+        "auto", description="auto: that of the model's files"
     )
     top_k: int = Field(
-        0,
-        ge=0,
-        le=256,
-        description="likeliest tokens at each place whose reference log-probs are stored too: tis_dpo's eta and tdpo "
-        "can take them in place of the reference model",
+        0, ge=0, le=256, description="also store the reference log-probs of this many most likely tokens"
     )
     chunk_tokens: int = Field(262_144, ge=1, description="tokens scored between two commits: what a kill can lose")
     batch_tokens: int = Field(4096, ge=256, description="tokens in one engine step (max_num_batched_tokens)")
@@ -107,14 +104,12 @@ class ScoreSection(Section):
     num_actors: int = Field(1, ge=1, description="engines on Ray, each with tensor_parallel GPUs")
     cpus_per_actor: float = Field(1.0, gt=0, description="CPU cores of an engine on Ray")
     ray_address: str | None = Field(
-        None, description="of a running Ray cluster, or local; default: the one at hand, else a local one"
+        None, description="default: a running cluster, or else a local Ray; local: a local Ray"
     )
-    parity_pairs: int = Field(
-        16, ge=0, description="pairs whose stored reference log-probs a build compares with transformers; 0: none"
-    )
+    parity_pairs: int = Field(16, ge=0, description="pairs whose reference log-probs are compared with transformers")
 
     def engine_settings(self, dtype: str) -> dict[str, object]:
-        """Return how the engine runs, in a resolved dtype, as the scoring process takes it."""
+        """Return how the engine runs, for the worker request; `dtype` is not auto."""
         keys = {"batch_tokens", "kv_cache_gib", "gpu_memory_share", "tensor_parallel"}
         return {"dtype": dtype, **self.model_dump(include=keys)}
 
@@ -123,7 +118,7 @@ class ScoreSection(Section):
         return self.model_dump(include={"dtype", "top_k"} if self.top_k else {"dtype"})
 
     def executor_settings(self) -> dict[str, object]:
-        """Return where the engines run, as the scoring process takes it."""
+        """Return where the engines run, for the worker request."""
         return {"kind": self.executor, **self.model_dump(include={"num_actors", "cpus_per_actor", "ray_address"})}
 
 
@@ -132,18 +127,16 @@ class AttributeSection(Section):
 
     target: Literal["max_logit", "gold_logps", "dpo_margin"] = Field(
         "max_logit",
-        description="what is differentiated: the largest logit behind the last response token (the paper's), the sum of the "
+        description="what is differentiated: the largest logit after the last response token (the paper's), the sum of the "
         "response's log-probs, or the pair's DPO margin",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of the forward and backward pass; auto: the dtype the model is stored in"
+        "auto", description="auto: that of the model's files"
     )
     prompts: bool = Field(
-        False,
-        description="store what falls on each prompt too, which weights.span 'sequence' needs; a prompt is then computed once "
-        "for each response",
+        False, description="also store the attributions of prompts, which weights.span 'sequence' needs"
     )
-    activations: bool = Field(False, description="store the size of the hidden states too, for estimator 'activation'")
+    activations: bool = Field(False, description="also store the size of the hidden states, for estimator 'activation'")
     chunk_tokens: int = Field(262_144, ge=1, description="tokens between two commits: what a kill can lose")
     batch_tokens: int = Field(4096, ge=256, description="tokens in one forward and backward pass")
     python: str | None = Field(None, description="interpreter of the process; default: this one")
@@ -154,13 +147,13 @@ class AttributeSection(Section):
 
 
 class AnchorsSection(Section):
-    """Anchors of TI-DPO's triplet loss: one response per prompt, sampled from the reference policy. Defaults: its release's."""
+    """Anchors of TI-DPO's triplet loss, with its release's defaults: one response per prompt, sampled from the reference."""
 
     max_new_tokens: int = Field(AnchorSampling.max_new_tokens, ge=1, description="end-of-turn token included")
     temperature: float = Field(AnchorSampling.temperature, ge=0.01, le=2, description="as vLLM takes it")
-    top_k: int = Field(AnchorSampling.top_k, ge=0, description="sample among this many likeliest tokens; 0: all")
+    top_k: int = Field(AnchorSampling.top_k, ge=0, description="sample among this many most likely tokens; 0: all")
     top_p: float = Field(
-        AnchorSampling.top_p, gt=0, le=1, description="and among the likeliest with this much probability together"
+        AnchorSampling.top_p, gt=0, le=1, description="and among the tokens with this total probability"
     )
     seed: int = Field(0, ge=0)
 
@@ -186,7 +179,7 @@ class StoreSection(Section):
 
 
 class Recipe(Section):
-    """One build, whole."""
+    """One build."""
 
     dataset: DatasetSection
     model: ModelSection
@@ -214,18 +207,16 @@ class Recipe(Section):
     def _weights_find_their_inputs(self) -> "Recipe":
         inputs = self.weights.inputs()
         if "prompt attributions" in inputs and not self.attribute.prompts:
-            raise ValueError("weights.span 'sequence' reads what falls on prompts: set attribute.prompts = true")
+            raise ValueError("weights.span 'sequence' reads attributions of prompts: set attribute.prompts = true")
         if self.attribute.prompts and self.attribute.target == "dpo_margin":
             raise ValueError(
-                "attribute.prompts stores what falls on a prompt for each response, and the margin of attribute.target "
-                "'dpo_margin' belongs to both: take 'gold_logps', whose numbers are the same on response tokens"
+                "attribute.prompts stores a prompt's attributions once for each response, but with attribute.target "
+                "'dpo_margin' they belong to both responses: use 'gold_logps', whose numbers are the same on response tokens"
             )
         if "activations" in inputs and not self.attribute.activations:
             raise ValueError("estimator 'activation' reads the size of hidden states: set attribute.activations = true")
         if "reference top k" in inputs and not self.score.top_k:
-            raise ValueError(
-                "estimator 'entropy' reads the likeliest tokens at each place: set score.top_k, for example to 16"
-            )
+            raise ValueError("estimator 'entropy' reads the most likely tokens: set score.top_k, for example to 16")
         return self
 
     @property
@@ -235,56 +226,48 @@ class Recipe(Section):
 
     @property
     def needs_attributions(self) -> bool:
-        """Whether the weights read gradient attributions, or what is stored beside them."""
+        """Whether the weights read gradient attributions, or the activations in the same table."""
         return not self.weights.inputs().isdisjoint(("attributions", "activations"))
 
     @property
     def uniform(self) -> WeightsSection:
-        """The by-product of every build with a pair: weights of 1, for contrastive training and the plain DPO baseline."""
+        """Weights of 1, which every build with a pair publishes first: for contrastive training and as a plain DPO baseline."""
         return MODELS["uniform"](name=f"{self.dataset.name}/uniform", estimator="uniform")
 
     def result_settings(self) -> dict[str, dict[str, object]]:
         """Return the settings that determine the weights, by section, for fingerprints and for explaining what changed.
 
-        Left out: places, schedules, interpreters and engine settings that do not change numbers. The dataset's source, how much
-        of it is read, and the model's path are left out too: their content stands in the lineage.
+        Not included: paths, schedules, interpreters, and engine settings that do not change numbers. The content of the source
+        and of the model is in the lineage.
         """
-        dataset = self.dataset.model_dump(
-            include={"name", "split", "max_prompt_tokens", "max_response_tokens", "long_response"}
-        )
-        method = self.contrast.method
-        keep = {
-            "prompt": {"method", "positive_prompt", "negative_prompt", "role"},
-            "sft": TRAINING_KEYS,
-            "dpo": {*TRAINING_KEYS, "beta"},
-        }[method]
-        # Sections that came later stand here only where they count: versions that were made before them stay what they are.
-        later = {
-            "attribute": self.attribute.result_settings() if self.needs_attributions else None,
-            "anchors": self.anchors and self.anchors.model_dump(),
-        }
-        return {
-            "dataset": dataset,
-            "contrast": self.contrast.model_dump(include=keep) if self.needs_pair else {},
+        dataset_keys = {"name", "split", "max_prompt_tokens", "max_response_tokens", "long_response"}
+        settings = {
+            "dataset": self.dataset.model_dump(include=dataset_keys),
+            "contrast": self.contrast.result_settings() if self.needs_pair else {},
             "score": self.score.result_settings(),
             "weights": self.weights.result_settings(),
-            **{name: settings for name, settings in later.items() if settings},
         }
+        # These sections came later. They are left out if they are not used, so that older versions keep their fingerprints.
+        if self.needs_attributions:
+            settings["attribute"] = self.attribute.result_settings()
+        if self.anchors:
+            settings["anchors"] = self.anchors.model_dump()
+        return settings
 
 
 TRAINING_KEYS = {"method", "learning_rate", "num_epochs", "max_steps", "pairs_per_step", "dtype", "seed"}
-"""Settings of [contrast] that determine a trained contrastive model; `beta` comes on top for DPO."""
+"""The keys of [contrast] that determine a trained contrastive model; method `dpo` also has `beta`."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), store: str | None = None) -> Recipe:
-    """Read a recipe file, put `--set` overrides and `--store` in, and check it.
+    """Read a recipe file, apply `--set` overrides and `--store`, and check the result.
 
-    Relative paths in the file are relative to the working directory, as on the command line.
+    Relative paths in the file start at the working directory, as on the command line.
 
     Raises:
         InputError: There is no such file.
-        SettingsError: The file or an override is wrong; unknown keys come with the nearest known one.
+        SettingsError: The file or an override is wrong; the message names the nearest known key.
     """
-    of_store = [] if store is None else [f"store.uri={json.dumps(store)}"]
+    of_store = [] if store is None else [f"store.uri={json.dumps(store, ensure_ascii=False)}"]
     settings = apply_overrides(load_toml(path), [*overrides, *of_store])
     return parse_settings(Recipe, settings, str(path))

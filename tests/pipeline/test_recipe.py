@@ -179,8 +179,8 @@ def test_settings_that_do_not_go_together_are_refused(overrides, message):
         _load(*(f"weights.{override}" for override in overrides))
 
 
-def test_what_falls_on_a_prompt_is_not_parted_between_the_sides_of_a_margin():
-    with pytest.raises(SettingsError, match="belongs to both: take 'gold_logps'"):
+def test_a_margin_has_no_prompt_attributions_for_each_response():
+    with pytest.raises(SettingsError, match="belong to both responses: use 'gold_logps'"):
         _load("weights.estimator=ti", "attribute.target=dpo_margin", "attribute.prompts=true")
 
 
