@@ -1,6 +1,6 @@
-"""What lies between two weight datasets: settings field by field, pairs, weights token by token, pair weights and anchors.
+"""Compares two weight datasets: settings field by field, pairs, weights token by token, pair weights and anchors.
 
-Both are read range by range of `pair_id`, so that memory stays bounded however large they are.
+Both are read range by range of `pair_id`, so memory stays bounded however large they are.
 """
 
 from collections.abc import Iterator
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 import polars as pl
 
 from weights_store.fingerprint import explain_difference
+from weights_store.schemas import SIDES
 from weights_store.tables.table import Table
 
-_SIDES = ("chosen", "rejected")
 _PAIR = "pair"
-"""Takes the place of a side: the weight of a pair is compared like that of a response of one token."""
+"""Used like a side: the weight of a pair is compared like that of a response with one token."""
 _NUM_LARGEST = 10
 _CHANGES = {"pair_id": pl.String, "side": pl.String, "mean_abs_change": pl.Float64, "max_abs_change": pl.Float64}
 
 
 @dataclass(frozen=True)
 class SideDiff:
-    """Changes of one side's weights over the pairs that can be compared; means are None where no token was.
+    """Changes of one side's weights over the pairs that can be compared, or of pair weights: a pair counts as one token.
 
-    Of pair weights: then each pair counts as one token.
+    The mean and the maximum are None if there was no token.
     """
 
     num_tokens: int
@@ -35,8 +35,8 @@ class SideDiff:
 class Diff:
     """The difference of two versions of weight datasets, from `a` to `b`.
 
-    `settings` has one line per field of their identities that differs. Common pairs whose response ids differ are
-    `num_not_comparable`: their weights belong to other tokens. `num_anchors_changed` of the others have an anchor of other
+    `settings` has one line per field of their identities that differs. `num_not_comparable` counts the common pairs whose
+    response ids differ: their weights belong to other tokens. Of the others, `num_anchors_changed` have an anchor with other
     tokens, or in one dataset only. `largest` has the (pair, side)s whose token weights changed most, by mean.
     """
 
@@ -55,28 +55,20 @@ class Diff:
 
     @property
     def is_empty(self) -> bool:
-        """Whether both hold the same pairs with the same weights and anchors; settings may differ all the same."""
+        """Whether both hold the same pairs with the same weights and anchors; settings may still differ."""
         weights = sum(side.num_tokens_changed for side in (self.chosen, self.rejected, self.pair_weights))
         pairs = self.num_only_in_a + self.num_only_in_b + self.num_not_comparable
         return not (weights or pairs or self.num_anchors_changed)
 
 
 def diff_tables(a: Table, version_a: int, b: Table, version_b: int, max_bytes: int = 1 << 30) -> Diff:
-    """Compare two versions, see `WeightStore.diff`.
-
-    Args:
-        a: The old weight dataset.
-        version_a: Its version.
-        b: The new one, maybe the same.
-        version_b: Its version.
-        max_bytes: Memory for one range of pairs.
-    """
+    """Compare two versions, see `WeightStore.diff`. `max_bytes` is the memory for one range of pairs."""
     counts = {"common": 0, "only_in_a": 0, "only_in_b": 0, "not_comparable": 0, "anchors_changed": 0}
-    sums = {side: _SideSums() for side in (*_SIDES, _PAIR)}
+    sums = {side: _SideSums() for side in (*SIDES, _PAIR)}
     largest = pl.DataFrame(schema=_CHANGES)
     for old, new in _ranges(a, version_a, b, version_b, max_bytes):
         common = old.join(new, on="pair_id", suffix="_b")
-        same_ids = pl.all_horizontal(pl.col(f"{side}_ids") == pl.col(f"{side}_ids_b") for side in _SIDES)
+        same_ids = pl.all_horizontal(pl.col(f"{side}_ids") == pl.col(f"{side}_ids_b") for side in SIDES)
         comparable = common.filter(same_ids)
         counts["common"] += common.height
         counts["only_in_a"] += old.height - common.height
@@ -84,7 +76,7 @@ def diff_tables(a: Table, version_a: int, b: Table, version_b: int, max_bytes: i
         counts["not_comparable"] += common.height - comparable.height
         counts["anchors_changed"] += comparable.filter(pl.col("anchor_ids").ne_missing(pl.col("anchor_ids_b"))).height
         sums[_PAIR].add(_changes(comparable, _PAIR))
-        for side in _SIDES:
+        for side in SIDES:
             changes = _changes(comparable, side)
             sums[side].add(changes)
             largest = _keep_largest(largest, changes)
@@ -133,7 +125,7 @@ def _ranges(
     a: Table, version_a: int, b: Table, version_b: int, max_bytes: int
 ) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
     """Yield both tables' ids and weights, one range of pairs after the other."""
-    names = ["pair_id", "anchor_ids", *(f"{side}_{what}" for side in _SIDES for what in ("ids", "token_weights"))]
+    names = ["pair_id", "anchor_ids", *(f"{side}_{what}" for side in SIDES for what in ("ids", "token_weights"))]
     columns = [*names, pl.concat_list("pair_weight").alias(f"{_PAIR}_token_weights")]
     sizes = [sum(record.num_bytes for record in t.records(v)) for t, v in ((a, version_a), (b, version_b))]
     larger, version = (a, version_a) if sizes[0] >= sizes[1] else (b, version_b)
