@@ -17,7 +17,7 @@ from pipeline.recipe import Recipe
 from pipeline.weighing.join import Join
 from pipeline.weighing.section import WeightsSection
 from pipeline.weighing.statistics import count_up, merge_statistics
-from pipeline.weighing.weigh import PositionCurves, Weigher, one_chunk, pair_weights
+from pipeline.weighing.weigh import Weigher, one_chunk, pair_weights, with_curves
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ConflictError, InputError, StoreError
 from weights_store.fingerprint import explain_difference, fingerprint
@@ -130,7 +130,8 @@ def _publish(
 
 def _published(wanted: "Wanted", weights: TableVersion, metadata: CommitMetadata, is_new: bool) -> Published:
     statistics, changes, parity = metadata["statistics"], metadata["changes"], metadata.get("parity")
-    return Published(weights, wanted.name, statistics, changes, is_new, parity, wanted.settings)
+    settings = wanted.section.result_settings()
+    return Published(weights, wanted.section.name, statistics, changes, is_new, parity, settings)
 
 
 # --- what a version records -------------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ class Wanted:
     """The version to publish, compared with the newest one."""
 
     table: Table
-    name: str
+    section: WeightsSection
     identity: Identity
     base: int | None
     """The newest version."""
@@ -199,17 +200,12 @@ class Wanted:
             "data": {role: parent.fingerprint for role, parent in parents.items()},
         }
         base = table.version()
-        return cls(table, weights.name, identity, base, table.metadata(base) if base is not None else None)
+        return cls(table, weights, identity, base, table.metadata(base) if base is not None else None)
 
     @property
     def fingerprint(self) -> str:
         """The fingerprint of the version to publish."""
         return fingerprint(self.identity)
-
-    @property
-    def settings(self) -> Section:
-        """The keys of [weights] that determine the weights."""
-        return self.identity["settings"]["weights"]
 
     @property
     def is_there(self) -> bool:
@@ -243,8 +239,7 @@ class Wanted:
 
         With transform `position` every new pair changes all weights.
         """
-        transforms = self.settings.get("transforms", [])
-        if self.newest is None or self.made_differently or (isinstance(transforms, list) and "position" in transforms):
+        if self.newest is None or self.made_differently or "position" in self.section.transforms:
             return None
         return self.base if Join(ingredients.by_role()).has_all_of(self.table, self.base) else None
 
@@ -270,8 +265,7 @@ def _weigh_rows(join: Join, weigher: Weigher, wanted: Wanted, ingredients: Ingre
         InputError: No pair has all its scores.
     """
     appended_to = wanted.appended_to(ingredients)
-    if "position" in weigher.section.transforms:
-        weigher = _with_curves(weigher, join)
+    weigher = with_curves(weigher, map(_lists, join.batches()))
     shards, statistics = _write_rows(join, wanted.table, weigher, appended_to)
     if wanted.newest and appended_to is not None:
         before = wanted.newest["statistics"]
@@ -281,14 +275,6 @@ def _weigh_rows(join: Join, weigher: Weigher, wanted: Wanted, ingredients: Ingre
     if weigher.curves is not None:
         statistics["mean_weight_by_position"] = {side: curve.tolist() for side, curve in weigher.curves.items()}
     return _Rows(shards, statistics, keep_old=appended_to is not None or wanted.newest is None)
-
-
-def _with_curves(weigher: Weigher, join: Join) -> Weigher:
-    """Return the weigher with the mean weight at each position over all pairs of the join."""
-    curves = PositionCurves(weigher)
-    for joined in join.batches():
-        curves.add(_lists(joined))
-    return curves.weigher()
 
 
 def _write_rows(

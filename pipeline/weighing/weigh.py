@@ -3,7 +3,7 @@
 Not here: the formulas (`estimators.py`, `transforms.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -109,7 +109,7 @@ def weigh(scores: SideScores, section: WeightsSection, curve: np.ndarray | None 
     Args:
         scores: What is known of the side.
         section: The settings.
-        curve: Mean weight by relative position, for transform `position`; see `PositionCurves`.
+        curve: Mean weight by relative position, for transform `position`; see `with_curves`.
 
     Raises:
         ValueError: A score is not valid, or a weight is 0 and a transform takes its log.
@@ -146,32 +146,27 @@ def _transform(
             return transforms.mean_one(weights, lengths)
 
 
-class PositionCurves:
-    """Sums up weights by relative position over all pairs: the first of two passes for transform `position`."""
+def with_curves(weigher: Weigher, batches: Iterable[pa.Table]) -> Weigher:
+    """Return the weigher with mean weights by relative position over all pairs, if it has transform `position`.
 
-    def __init__(self, weigher: Weigher) -> None:
-        section = weigher.section
-        before = section.transforms[: section.transforms.index("position")]
-        self._whole = weigher
-        self._weigher = replace(weigher, section=section.model_copy(update={"transforms": before}))
-        self._sums = {side: np.zeros(section.position_bins) for side in SIDES}
-        self._counts = {side: np.zeros(section.position_bins, dtype=np.int64) for side in SIDES}
+    This is the first of two passes over the pairs.
 
-    def add(self, lists: pa.Table) -> None:
-        """Add the weights of some pairs, before the transform.
-
-        Raises:
-            MismatchError: As `Weigher.sides`.
-        """
-        for side, (scores, weights) in self._weigher.sides(lists).items():
-            sums, counts = transforms.position_sums(weights.token_weights, scores.lengths, len(self._sums[side]))
-            self._sums[side] += sums
-            self._counts[side] += counts
-
-    def weigher(self) -> Weigher:
-        """Return the weigher for the second pass. Where there is no token the curve is 0 and is not read."""
-        curves = {side: self._sums[side] / np.maximum(self._counts[side], 1) for side in SIDES}
-        return replace(self._whole, curves=curves)
+    Raises:
+        MismatchError: As `Weigher.sides`.
+    """
+    section = weigher.section
+    if "position" not in section.transforms:
+        return weigher
+    before = section.transforms[: section.transforms.index("position")]
+    first_pass = replace(weigher, section=section.model_copy(update={"transforms": before}))
+    sums, counts = ({side: np.zeros(section.position_bins) for side in SIDES} for _ in range(2))
+    for lists in batches:
+        for side, (scores, weights) in first_pass.sides(lists).items():
+            of_batch = transforms.position_sums(weights.token_weights, scores.lengths, section.position_bins)
+            sums[side] += of_batch[0]
+            counts[side] += of_batch[1]
+    # Where there is no token the curve is 0, and nothing reads it.
+    return replace(weigher, curves={side: sums[side] / np.maximum(counts[side], 1) for side in SIDES})
 
 
 def pair_weights(section: WeightsSection, lists: pa.Table, sides: Mapping[Side, Weighed]) -> np.ndarray:

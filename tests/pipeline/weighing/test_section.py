@@ -1,4 +1,4 @@
-"""The registry of estimators, and the documentation that is written from it."""
+"""The models of [weights], and the documentation that must agree with them."""
 
 import inspect
 import re
