@@ -5,6 +5,7 @@ has that fingerprint, it is returned. New pairs are weighed and appended; if set
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,13 +89,10 @@ def publish(
         MismatchError: A list is not as long as its ids, a value cannot be weighed, or `check` raises it.
         ConflictError: Other builds of the same dataset won the race for the next version every time.
     """
-    for attempt in range(_MAX_TRIES):
-        try:
+    for _ in range(_MAX_TRIES - 1):
+        with suppress(ConflictError):  # another build was faster: it may have made this very version
             return _publish(recipe, weights, ingredients, expect_same, check, tokenizer_folder)
-        except ConflictError:  # another build was faster: it may have made this very version
-            if attempt == _MAX_TRIES - 1:
-                raise
-    raise AssertionError("the loop above returns or raises")
+    return _publish(recipe, weights, ingredients, expect_same, check, tokenizer_folder)
 
 
 def _publish(

@@ -123,7 +123,7 @@ class Estimator:
     source: str
     reads: tuple[Input, ...]
     zero_at: Mapping[str, float] | None
-    """The settings with which weights of 0 are usual, so that nobody may take their log; {}: with any; None: with none."""
+    """Values of settings with which weights are often 0, so that they have no log; {}: with any values; None: with none."""
 
     @cached_property
     def settings(self) -> dict[str, tuple[object, object]]:

@@ -82,8 +82,11 @@ class Weigher:
             found: np.ndarray = (values.flatten() if is_list else values).to_numpy()
             return found
 
-        lengths, inputs = _lengths(lists, f"{side}_ids"), self.section.inputs()
-        scores = SideScores(
+        lengths, keys = _lengths(lists, f"{side}_ids"), None
+        if "token keys" in self.section.inputs():
+            keys = token_keys(lists["pair_id"].to_pylist(), side, lengths)
+        ids = flat(f"{side}_ids")
+        return SideScores(
             side,
             lengths,
             positive_logps=flat(f"{side}_positive_logps"),
@@ -94,13 +97,9 @@ class Weigher:
             prompt_attributions=flat(f"{side}_prompt_attribution"),
             prompt_lengths=_lengths(lists, "prompt_ids"),
             activations=flat(f"{side}_activations"),
+            token_keys=keys,
+            word_starts=self.words.starts(ids, lengths) if self.words is not None and ids is not None else None,
         )
-        if "token keys" in inputs:
-            scores = replace(scores, token_keys=token_keys(lists["pair_id"].to_pylist(), side, lengths))
-        ids = flat(f"{side}_ids")
-        if self.words is not None and ids is not None:
-            scores = replace(scores, word_starts=self.words.starts(ids, lengths))
-        return scores
 
 
 def weigh(scores: SideScores, section: WeightsSection, curve: np.ndarray | None = None) -> SideWeights:

@@ -1,3 +1,4 @@
+import pickle
 from pathlib import Path
 
 import pytest
@@ -270,6 +271,7 @@ def test_a_recipe_comes_back_from_a_deployment(estimator):
     members = ["weights.members=['threshold','ti']"] if estimator == "ensemble" else []
     recipe = _load(f"weights.estimator={estimator}", *inputs, *members)
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
 
 
 def test_every_key_stands_in_the_settings_page_and_no_other():

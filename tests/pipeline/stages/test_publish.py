@@ -381,10 +381,10 @@ def test_the_by_product_does_not_change_with_anchors(store, make_recipe):
     assert (first.weights, second.is_new) == (second.weights, False)
 
 
-def test_positions_are_measured_over_all_pairs_and_all_are_written_anew(store, make_recipe):
+def test_positions_are_measured_over_all_pairs_and_all_rows_are_written_again(store, make_recipe):
     settings = {"weights.transforms": ["position"], "weights.position_bins": 2}
     first = _publish(make_recipe, _ingredients(store), **settings)
-    # e^0.5 stands in the first half; e^1.5 and e^-0.25 in the second. The same in every pair.
+    # e^0.5 is in the first half; e^1.5 and e^-0.25 in the second. The same in every pair.
     row = store.scan("toy/tis-dpo").collect().row(0, named=True)
     mean = (4.4816891 + 0.7788008) / 2
     np.testing.assert_allclose(row["chosen_token_weights"], [1, 4.4816891 / mean, 0.7788008 / mean], rtol=2**-12)

@@ -79,7 +79,7 @@ def test_reversed_is_tis_with_the_pair_swapped():
 
 
 def test_last_token_is_weighted_like_the_same_token_elsewhere():
-    # EOS is the last token; whatever stands there has the weight that its log-ratio says, no 0 and no 1 by rule.
+    # EOS is the last token. It has the weight of its log-ratio, not 0 or 1 by rule.
     first = tis(_scores("chosen", [-1.0, -2.0], [-1.7, -2.0]), **CLAMP).token_weights
     last = tis(_scores("chosen", [-2.0, -1.0], [-2.0, -1.7]), **CLAMP).token_weights
     assert first[0] == last[1] == pytest.approx(math.exp(0.7), rel=1e-5)
