@@ -152,7 +152,7 @@ class _EnsembleSection(WeightsSection):
     """The geometric mean of several estimators, which share their settings."""
 
     members: Annotated[list[str], AfterValidator(_each_once)] = Field(
-        description="the estimators, at least two", examples=[["tis", "ti"]]
+        min_length=2, description="the estimators, at least two", examples=[["tis", "ti"]]
     )
 
     @field_validator("members")
@@ -161,8 +161,6 @@ class _EnsembleSection(WeightsSection):
         for name in members:
             if name not in ESTIMATORS:
                 raise ValueError(f"no estimator {name!r}: expected some of {', '.join(map(repr, ESTIMATORS))}")
-        if len(members) < 2:
-            raise ValueError("expected at least two different estimators")
         return members
 
     @property

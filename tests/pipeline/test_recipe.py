@@ -157,7 +157,7 @@ def test_settings_of_other_methods_and_estimators_are_not_in_the_identity():
         ),
         (
             ["estimator=ensemble", "members=['tis']"],
-            "weights.members: expected at least two different estimators",
+            "weights.members: .*at least 2 items",
         ),
         (["estimator=ensemble", "members=['tis','ti','tis']"], "weights.members: expected each name once"),
         (
