@@ -286,7 +286,8 @@ def _check_reachable(endpoint: str) -> None:
     for pause_s in (*PROBE_PAUSES_S, None):
         try:
             urlopen(Request(endpoint, method="HEAD"), timeout=PROBE_S).close()
-        except (HTTPError, HTTPException, ssl.SSLError):  # a server is there; the libraries report the rest
+            return
+        except (HTTPError, HTTPException):  # a server is there; the libraries report the rest
             return
         except OSError as error:
             reason = error.reason if isinstance(error, URLError) else error
@@ -298,5 +299,3 @@ def _check_reachable(endpoint: str) -> None:
                     f"cannot reach the object store at {place}: {reason}; check AWS_ENDPOINT_URL and the network"
                 ) from error
             time.sleep(pause_s)
-        else:
-            return

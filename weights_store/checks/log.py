@@ -1,6 +1,6 @@
 """Reads the log of a table even if parts of it are damaged, for `verify` and `vacuum`.
 
-`Table.log` stops at the first commit that it cannot read. Here every commit is either read or named with its problem.
+`Table.history` stops at the first commit that it cannot read. Here every commit is either read or named with its problem.
 """
 
 import json
@@ -31,7 +31,7 @@ class TableLog:
 
     table: Table
     commits: dict[int, Commit]
-    """Those that can be read, whoever made them."""
+    """Those that can be read, also those of other programs."""
     problems: dict[int, str]
     """What is wrong with the others."""
 

@@ -42,7 +42,7 @@ def check_keys(table: SoundTable) -> Iterator[Finding]:
 
 @dataclass
 class _Tally:
-    """The first finding of each kind, and how many pairs it stands for."""
+    """The first finding of each kind, and how many pairs have that problem."""
 
     first: dict[str, Finding] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)

@@ -6,7 +6,7 @@ values, and missing, doubled or exchanged rows. They are no defence against an a
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -36,9 +36,12 @@ def column_checksums(rows: pa.Table, key: Sequence[str]) -> dict[str, int]:
     return {name: checksums.get(name, _total(mix(keys + keys))) for name in rows.column_names}
 
 
-def add_checksums(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:
-    """Return the checksums of the rows of both."""
-    return {name: (left.get(name, 0) + right.get(name, 0)) & _WRAP for name in {**left, **right}}
+def sum_checksums(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Return the checksums of the rows of all parts."""
+    total: dict[str, int] = {}
+    for part in parts:
+        total |= {name: (total.get(name, 0) + checksum) & _WRAP for name, checksum in part.items()}
+    return total
 
 
 def _row_keys(rows: pa.Table, key: Sequence[str]) -> NDArray[np.uint64]:

@@ -286,7 +286,8 @@ def test_damage_of_an_unasked_parent_is_said_to_keep_from_comparing(store):
     assert "not all of it could be compared with tokens/hh@1, which is damaged" in found.problem
 
 
-def test_progress_is_shown_in_bytes_of_each_table(store, caplog):
+def test_progress_is_shown_in_bytes_of_each_table(store, caplog, monkeypatch):
+    monkeypatch.setattr("weights_store.checks.files.BYTES_PER_PROGRESS", 1)
     caplog.set_level("INFO", "tokenweights")
     list(verify(store, [WEIGHTS_PATH]))
     shown = [progress for record in caplog.records if (progress := progress_of(record))]
