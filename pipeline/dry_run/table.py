@@ -8,7 +8,6 @@ from pipeline.dry_run.plan import StagePlan
 from weights_store.messages import duration
 
 _HEADER = ("stage", "action", "pairs", "tokens", "time")
-_WORDS = ("stage", "action")
 _WRAP = TextWrapper(
     80, initial_indent="    ", subsequent_indent="      ", break_long_words=False, break_on_hyphens=False
 )
@@ -52,4 +51,4 @@ def _cells(plan: StagePlan) -> tuple[str, ...]:
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     """Return one line: words to the left, numbers to the right."""
     columns = zip(cells, widths, _HEADER, strict=False)
-    return "  ".join(c.ljust(width) if name in _WORDS else c.rjust(width) for c, width, name in columns).rstrip()
+    return "  ".join(c.ljust(width) if name in _HEADER[:2] else c.rjust(width) for c, width, name in columns).rstrip()
