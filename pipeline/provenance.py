@@ -1,4 +1,4 @@
-"""What every commit records of how it came to be: package versions and the git commit of this code."""
+"""What every commit records of the code that made it: package versions and the git commit."""
 
 import platform
 import subprocess
