@@ -54,7 +54,7 @@ class Location:
             text = _local_path(self.uri)
         elif scheme not in _SCHEMES:
             known = ", ".join(f"{name}://…" for name in _SCHEMES)
-            raise SettingsError(f"a store cannot lie at {scheme}://…: expected a folder, file://… or one of {known}")
+            raise SettingsError(f"a store cannot be at {scheme}://…: expected a folder, file://… or one of {known}")
         else:
             text = self.uri.rstrip("/")
             _check_remote(scheme, rest.rstrip("/"))

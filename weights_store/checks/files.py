@@ -134,7 +134,7 @@ def _check_view(log: TableLog) -> Iterator[Finding]:
         )
     for name in sorted(seen.keys() & recorded.keys()):
         if seen[name] != recorded[name]:
-            text = f"to Delta it has (bytes, rows, first key, last key) {seen[name]}, recorded are {recorded[name]}"
+            text = f"Delta has (bytes, rows, first key, last key) {seen[name]}, its commit recorded {recorded[name]}"
             yield Finding(table.path, f"{text}: readers would skip or miscount rows", newest, name)
 
 

@@ -390,7 +390,7 @@ def test_statistics_that_would_make_delta_skip_rows_are_found(store, old, new):
     record = store.table(TOKENS_PATH).records()[-1]
     found = only(verify(store, [TOKENS_PATH]))
     assert (found.version, found.shard) == (1, record.name)
-    assert f"recorded are ({record.num_bytes}, 20, 'p000', 'p057')" in found.problem
+    assert f"its commit recorded ({record.num_bytes}, 20, 'p000', 'p057')" in found.problem
 
 
 def test_a_schema_that_is_not_ours_is_found(store):
