@@ -6,10 +6,12 @@ Called by `publish.py`. Memory is bounded by `RANGE_BYTES` for a range and by `B
 from collections.abc import Iterator, Mapping
 
 import polars as pl
+import pyarrow as pa
 
 from pipeline.weighing.estimators import Input
 from pipeline.weighing.section import WeightsSection
 from weights_store import Table, TableVersion, WeightStore
+from weights_store.checks.rows import wrong_lengths
 from weights_store.errors import InputError, MismatchError
 from weights_store.schemas import SIDES, TOKENS, WEIGHTS
 from weights_store.tables.key_ranges import KeyRange
@@ -75,7 +77,7 @@ class Join:
         joined = frame.sort("pair_id").collect()
         for values, ids in _LENGTHS_OF.items():
             if values in joined.columns:
-                _check_lengths(joined, ids, values)
+                _check_lengths(joined.select("pair_id", values, ids).to_arrow(), values, ids)
         return joined
 
     def _wanted(self, role: str, rows: pl.LazyFrame) -> pl.LazyFrame:
@@ -120,11 +122,9 @@ class Join:
         return True
 
 
-def _check_lengths(joined: pl.DataFrame, ids: str, values: str) -> None:
-    bad = joined.filter(pl.col(ids).list.len().ne_missing(pl.col(values).list.len()))
-    if bad.height:
-        row = bad.row(0, named=True)
+def _check_lengths(joined: pa.Table, values: str, ids: str) -> None:
+    for found in wrong_lengths(joined, values, ids):
         raise MismatchError(
-            f"pair {row['pair_id']}: {len(row[values] or ())} values in {values} for {len(row[ids])} {ids}; "
-            f"{bad.height} such pairs. Delete the table that holds them and build again"
+            f"pair {joined['pair_id'][found.row]}: {found.problem}; {found.num_rows} such pairs. "
+            "Delete the table that holds them and build again"
         )
