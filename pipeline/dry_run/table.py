@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from textwrap import wrap
+from textwrap import TextWrapper
 
 from pipeline.dry_run.plan import StagePlan
 from weights_store.messages import duration
 
-_WIDTH = 80
 _HEADER = ("stage", "action", "pairs", "tokens", "time")
-_WORDS = ("stage", "action")
+_WRAP = TextWrapper(
+    80, initial_indent="    ", subsequent_indent="      ", break_long_words=False, break_on_hyphens=False
+)
 
 
 def plan_rows(plans: Sequence[StagePlan]) -> list[dict[str, object]]:
@@ -30,7 +31,7 @@ def plan_lines(plans: Sequence[StagePlan]) -> list[str]:
     for plan, row in zip(plans, rows[1:], strict=True):
         lines.append(_aligned(row, widths))
         for reason in plan.reasons:
-            lines += wrap(reason, _WIDTH, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False)
+            lines += _WRAP.wrap(reason)
     num_computed = sum(plan.action == "compute" for plan in plans)
     what = f"{num_computed} of {len(plans)} stages to compute" if num_computed else "nothing to compute"
     lines.append(f"total: {what}")
@@ -44,10 +45,10 @@ def _cells(plan: StagePlan) -> tuple[str, ...]:
     has_counts = plan.num_pairs or plan.num_tokens
     counts = [f"{about}{count:,}" if has_counts else "" for count in (plan.num_pairs, plan.num_tokens)]
     time = "" if plan.wall_s is None else duration(plan.wall_s)
-    return plan.stage, plan.action, *counts, time if time.startswith("<") or not time else f"≈{time}"
+    return plan.stage, plan.action, *counts, f"≈{time}" if time[:1].isdigit() else time
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     """Return one line: words to the left, numbers to the right."""
     columns = zip(cells, widths, _HEADER, strict=False)
-    return "  ".join(c.ljust(width) if name in _WORDS else c.rjust(width) for c, width, name in columns).rstrip()
+    return "  ".join(c.ljust(width) if name in _HEADER[:2] else c.rjust(width) for c, width, name in columns).rstrip()

@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,24 +46,6 @@ MAX_POSITIONS = 2048
 NO_LABEL = -100  # transformers' loss skips these positions
 
 
-@dataclass(frozen=True)
-class MadeModel:
-    """The model that `make_chat_model` made.
-
-    Args:
-        num_parameters: Tied embeddings count once.
-        num_tokens: Tokens of the text, without repetition in training.
-        final_loss: Mean training loss over the last tenth of the steps, nats per token.
-        unigram_entropy: Loss of the best model without context, nats per token. `final_loss` should be well below it.
-    """
-
-    folder: Path
-    num_parameters: int
-    num_tokens: int
-    final_loss: float
-    unigram_entropy: float
-
-
 # More parameters than the house rule allows: all but the first two are sizes, with defaults for the toy language.
 def make_chat_model(
     conversations: Iterable[Sequence[Message]],
@@ -78,7 +59,7 @@ def make_chat_model(
     batch_tokens: int = 1024,
     learning_rate: float = 3e-3,
     seed: int = 0,
-) -> MadeModel:
+) -> float:
     """Train a tokenizer and a small Llama on `conversations` and save both in `folder`.
 
     The result depends only on the text, the sizes, the seed and the number of threads. The folder appears
@@ -98,6 +79,9 @@ def make_chat_model(
         learning_rate: Peak of a cosine with linear warm-up.
         seed: For the initial parameters and the order of the rows.
 
+    Returns:
+        Mean training loss over the last tenth of the steps, nats per token.
+
     Raises:
         InputError: `folder` exists, a size is out of range, there are no conversations, or one is malformed.
     """
@@ -108,8 +92,7 @@ def make_chat_model(
 
     tokenizer = _train_tokenizer(checked, vocab_size)
     rows = [tokenizer.apply_chat_template(conversation, return_dict=False) for conversation in checked]
-    num_tokens = sum(map(len, rows))
-    _log.info(f"tokenizer: {len(tokenizer)} tokens; text: {len(rows)} conversations, {num_tokens} tokens")
+    _log.info(f"tokenizer: {len(tokenizer)} tokens; text: {len(rows)} conversations, {sum(map(len, rows))} tokens")
 
     ids, positions = _pack(rows, block_tokens)
     model = _build_model(tokenizer, hidden_size, num_layers, seed)
@@ -118,7 +101,7 @@ def make_chat_model(
     _save(model, tokenizer, folder)
     _log.info(f"model: {model.num_parameters()} parameters in {folder}")
     last = losses[-max(1, steps // 10) :]
-    return MadeModel(folder, model.num_parameters(), num_tokens, sum(last) / len(last), _unigram_entropy(rows))
+    return sum(last) / len(last)
 
 
 def _check_sizes(
@@ -285,15 +268,6 @@ def _learning_rate_share(step: int, steps: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
-
-
-def _unigram_entropy(rows: Iterable[Sequence[int]]) -> float:
-    """Return the entropy in nats of the predicted tokens: all but the first of each row."""
-    import numpy as np
-
-    counts = np.bincount(np.fromiter(chain.from_iterable(row[1:] for row in rows), dtype=np.int64))
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
 
 
 def _save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:

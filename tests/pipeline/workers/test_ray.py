@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from dataclasses import asdict, replace
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,6 +34,7 @@ from weights_store.checks.verify import verify
 from weights_store.errors import EngineError, InputError, MissingExtraError, OutOfMemoryError, SettingsError
 from weights_store.schemas import LOGPS
 
+REPO = Path(__file__).resolve().parents[3]
 # Actors share this machine with all else that runs on it, so they ask for less than a core.
 ON_RAY = {"executor": "ray", "num_actors": 2, "cpus_per_actor": 0.5, "ray_address": "local"}
 
@@ -148,6 +151,33 @@ def test_two_real_engines_agree_with_the_one_of_the_process(tmp_path, toy_model,
         expected, found = (frame[f"{side}_logps"] for frame in frames)
         assert expected.list.len().equals(found.list.len())
         assert np.abs(expected.explode().to_numpy() - found.explode().to_numpy()).mean() < 1e-3
+
+
+LOOK = """
+from pipeline.workers.ray_cluster import connected
+
+with connected("local"):
+    import ray
+
+    @ray.remote
+    def look():
+        import pipeline, sys, train, weights_store
+
+        return sys.path, [module.__file__ for module in (pipeline, train, weights_store)]
+
+    print(ray.get(look.remote()))
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_of_ray_never_looks_into_the_folder_where_the_build_was_started(tmp_path, make_strangers):
+    make_strangers(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-P", "-c", LOOK]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert str(tmp_path) not in done.stdout
+    assert done.stdout.count(str(REPO)) >= 3
 
 
 # --- without Ray -------------------------------------------------------------------------------------------------------
