@@ -29,6 +29,7 @@ from weights_store.errors import InputError, MismatchError, StageError
 from weights_store.location import one_line
 from weights_store.messages import logger
 from weights_store.schemas import SIDES
+from weights_store.tables.metadata import ParityRecord
 
 _log = logger(__name__)
 
@@ -179,7 +180,7 @@ def check_stored(
     ref_logps: TableVersion,
     model_folder: Path,
     max_tokens: int = MAX_STORED_TOKENS,
-) -> dict[str, object]:
+) -> dict[str, ParityRecord]:
     """Compare the reference's stored log-probs with transformers in float32, on `score.parity_pairs` pairs.
 
     The engine's side is what the store holds, so no engine is started. If a version of the recipe's weight datasets has
@@ -211,7 +212,7 @@ def check_stored(
     return {"parity": found}
 
 
-def _agreement_of_stored(sample: Sample, stored: Column, expected: Column, dtype: str) -> dict[str, object]:
+def _agreement_of_stored(sample: Sample, stored: Column, expected: Column, dtype: str) -> ParityRecord:
     """Return what a version records of the comparison.
 
     Raises:
@@ -236,18 +237,18 @@ def _agreement_of_stored(sample: Sample, stored: Column, expected: Column, dtype
     }
 
 
-def parity_text(found: Mapping[str, object]) -> str:
+def parity_text(found: ParityRecord) -> str:
     """Return the recorded `parity` of a version in words."""
-    numbers = ", ".join(f"{name} {found[key]:.1e}" for name, key in (("mean", "mean"), ("99 %", "p99"), ("max", "max")))
+    numbers = f"mean {found['mean']:.1e}, 99 % {found['p99']:.1e}, max {found['max']:.1e}"
     return f"{numbers} nats over {found['num_tokens']:,} tokens of {found['num_pairs']} pairs in {found['dtype']}"
 
 
-def _recorded_parity(store: WeightStore, recipe: Recipe, ref_logps: TableVersion) -> dict[str, object] | None:
+def _recorded_parity(store: WeightStore, recipe: Recipe, ref_logps: TableVersion) -> ParityRecord | None:
     for name in (recipe.uniform.name, recipe.weights.name):
         table = store.table(f"weights/{name}")
         metadata = table.metadata() if table.exists() else {}
         if {"role": "ref_logps", **ref_logps.as_parent()} in metadata.get("parents", []) and "parity" in metadata:
-            return dict(metadata["parity"])
+            return metadata["parity"]
     return None
 
 
