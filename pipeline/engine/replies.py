@@ -3,7 +3,7 @@
 A reply that is not what was asked for raises; the caller puts the error in the place of that one sequence.
 """
 
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
@@ -14,26 +14,7 @@ _ROUNDING_NATS = 1e-3
 """Log-probs above 0 by less than this are rounding of log-softmax and become 0; anything above is an error."""
 
 
-class FlatLogprobs(Protocol):
-    """The part of vLLM's flat log-probs that is read: entries of position i are from `start_indices[i]` to `end_indices[i]`."""
-
-    start_indices: list[int]
-    end_indices: list[int]
-    token_ids: list[int]
-    logprobs: list[float]
-
-    def __len__(self) -> int: ...
-
-
-class Output(Protocol):
-    """The part of vLLM's `RequestOutput` that is read."""
-
-    prompt_token_id_logprobs: np.ndarray | None
-    prompt_logprobs: FlatLogprobs | None
-    num_cached_tokens: int | None
-
-
-def read_fixed_ids(output: Output, sequence: ScoredSequence) -> Scores:
+def read_fixed_ids(output: Any, sequence: ScoredSequence) -> Scores:
     """Return the log-probs of a fixed-id reply.
 
     Raises:
@@ -58,7 +39,7 @@ def read_rows(answer: tuple[np.ndarray, np.ndarray, np.ndarray] | None, sequence
     return Scores(*answer)
 
 
-def read_flat(output: Output, sequence: ScoredSequence) -> Scores:
+def read_flat(output: Any, sequence: ScoredSequence) -> Scores:
     """Return the log-probs of flat prompt log-probs, looked up by token id.
 
     V1 returns rows for all tokens, and leaves those of the cache hit unwritten; V2 leaves those out. Each row has the token

@@ -64,12 +64,8 @@ class Gap(NamedTuple):
 class Agreement:
     """One way of the engine against transformers: |difference| of log-probs in nats over `num_tokens` tokens.
 
-    Args:
-        num_tokens: Tokens of the pairs that both could score.
-        mean: NaN if there is no token.
-        percentiles: Those of `PERCENTILES`.
-        worst: The token with the largest |difference|.
-        unscorable: By pair_id, why this way has no log-probs of it.
+    The tokens are those of the pairs that both could score; `mean` is NaN if there are none. `percentiles` are those of
+    `PERCENTILES`; `unscorable` says by pair_id why this way has no log-probs of it.
     """
 
     num_tokens: int
@@ -90,15 +86,9 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Parity:
-    """What the check found.
+    """What the check found: `agreements` by way; why other ways are `absent`; and by pair_id, what transformers cannot score.
 
-    Args:
-        sample: What was scored.
-        scorer: Role, model and dtype of the scorer, in words.
-        tolerance_nats: Of the mean.
-        agreements: By way.
-        absent: By way, why it does not work here.
-        unscorable: By pair_id, why transformers has no log-probs of it.
+    `scorer` is its role, model and dtype in words; `tolerance_nats` is for the mean.
     """
 
     sample: Sample

@@ -38,16 +38,7 @@ _EVERY = 16
 
 @dataclass(frozen=True)
 class Task:
-    """The contract between the check and its processes, one JSON file.
-
-    Args:
-        side: What scores.
-        model: Folder of the model.
-        pairs: The sample.
-        engine: How the engine runs.
-        runner: The model runner that vLLM must use; None for its own choice.
-        ways: The engine's ways to try.
-    """
+    """The contract between the check and its processes, one JSON file. `runner` is None for vLLM's own choice."""
 
     side: Literal["transformers", "engine"]
     model: str
@@ -59,13 +50,7 @@ class Task:
 
 @dataclass
 class Column:
-    """One scorer's log-probs of a sample.
-
-    Args:
-        logps: By pair_id, of chosen and of rejected tokens, in nats.
-        unscorable: By pair_id, why it has none.
-        failed: Why there is nothing at all.
-    """
+    """One scorer's log-probs of a sample, by pair_id, of chosen and of rejected tokens, in nats; or why it has none."""
 
     logps: dict[str, list[list[float]]] = field(default_factory=dict)
     unscorable: dict[str, str] = field(default_factory=dict)
