@@ -102,9 +102,10 @@ def test_a_pair_of_which_one_side_is_missing_is_trained_whole_on_the_data_of_now
 
 
 def test_training_without_torch_names_the_extra(make_recipe, toy_model, uniform, monkeypatch):
+    pairs = uniform(4)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtraError, match=r"needs the package 'torch'.*tokenweights\[train\]"):
-        contrast(make_recipe(**{"contrast.method": "sft", **SMALL}).contrast, toy_model, uniform(4))
+        contrast(make_recipe(**{"contrast.method": "sft", **SMALL}).contrast, toy_model, pairs)
 
 
 def test_scoring_without_vllm_names_the_extras(make_recipe, toy_model, toy_pairs, tmp_path, write_jsonl, monkeypatch):
