@@ -26,18 +26,7 @@ PAGES = [
     REPO / "benchmarks/results/README.md",
     *sorted(REPO.glob("docs/*.md")),
 ]
-FOLDERS = (
-    "benchmarks",
-    "docker",
-    "docs",
-    "flows",
-    "pipeline",
-    "recipes",
-    "requirements",
-    "tests",
-    "train",
-    "weights_store",
-)
+FOLDERS = "benchmarks|docker|docs|flows|pipeline|recipes|requirements|tests|train|weights_store"
 MADE_UP = {"recipes/big.toml"}
 
 NOT_RUN = {
@@ -232,7 +221,7 @@ def test_quick_python_blocks_run_as_written(block):
 
 
 def test_paths_of_the_project_exist():
-    path = re.compile(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w(?![\w/*…<]|\.\.)")
+    path = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w./-]*\w(?![\w/*…<]|\.\.)")
     named = [(page.name, found) for page, code in inline_code() for found in path.findall(code)]
     assert len(named) > 20
     missing = [(page, name) for page, name in named if name not in MADE_UP and not (REPO / name).exists()]
