@@ -59,7 +59,7 @@ def make_tokens(work: Path, shared: Path, num_pairs: int) -> pl.DataFrame:
         "store": {"uri": str(work / "store")},
     }
     recipe = parse_settings(Recipe, settings, "bench")
-    tokens = prepare(recipe, shared / "models" / "tiny-chat", report=lambda line: None).tokens
+    tokens = prepare(recipe, shared / "models" / "tiny-chat").tokens
     return WeightStore(tokens.store).table(tokens.table).scan(tokens.version).collect()
 
 
@@ -88,7 +88,7 @@ class Bench:
             options=options,
         )
         self.rows = rows
-        self.worker = PairAttributor(request, lambda line: None)
+        self.worker = PairAttributor(request)
         self.plain = pipeline.workers.pair_attributor.load_model(model, dtype).requires_grad_(
             True
         )  # as the release has it

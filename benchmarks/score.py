@@ -80,7 +80,7 @@ def make_sets(work: Path, shared: Path, share: float = 1.0) -> dict[str, dict[st
             "store": {"uri": str(folder / "store")},
         }
         recipe = parse_settings(Recipe, settings, name)
-        tokens = prepare(recipe, shared / "models" / "tiny-chat", report=lambda line: None).tokens
+        tokens = prepare(recipe, shared / "models" / "tiny-chat").tokens
         found[name] = {"tokens": asdict(tokens), **_describe_pairs(tokens)}
     return found
 
@@ -339,8 +339,8 @@ ENGINE_IDEAS: dict[str, dict[str, Any]] = {
 """Each needs an engine of its own."""
 CODE_IDEAS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "responses not shared": {"pipeline.workers.process.score_once": _each_alone},
-    "longest first, not shared": {"pipeline.workers.process.score_once": _longest_first},
+    "responses not shared": {"pipeline.workers.pair_scorer.score_once": _each_alone},
+    "longest first, not shared": {"pipeline.workers.pair_scorer.score_once": _longest_first},
     "lm_head in one block": {"pipeline.engine.response_rows.CPU_BLOCK_BYTES": 1 << 40},
     "lm_head in blocks of 16 MiB": {"pipeline.engine.response_rows.CPU_BLOCK_BYTES": 16 << 20},
     "no reading ahead": {"pipeline.workers.process.ahead": iter},

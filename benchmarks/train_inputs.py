@@ -69,7 +69,7 @@ def _tokenise(source: Path, folder: Path, tokenizer: Path) -> list[dict[str, Any
         "weights": {"name": f"{source.stem}/x"},
         "store": {"uri": str(folder / "tokens")},
     }
-    tokens = prepare(parse_settings(Recipe, settings, source.stem), tokenizer, report=lambda line: None).tokens
+    tokens = prepare(parse_settings(Recipe, settings, source.stem), tokenizer).tokens
     columns = ["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"]
     return WeightStore(tokens.store).table(tokens.table).scan(tokens.version).select(columns).collect().to_dicts()
 
