@@ -15,12 +15,12 @@ import polars as pl
 from flows.build import BuildResult
 from flows.run import run_build
 from pipeline.child import run_child
-from pipeline.files import write_whole
 from pipeline.recipe import Recipe
 from pipeline.source.chat import ChatTokenizer
 from pipeline.toy.language import ToyLanguage, agreement
 from pipeline.toy.model_maker import make_chat_model
 from weights_store import WeightStore
+from weights_store.location import write_whole
 from weights_store.settings import parse_settings
 
 _NUM_PAIRS = 1000

@@ -14,8 +14,8 @@ from pipeline.weighing.estimators import ESTIMATORS, EstimatorName, Input
 from pipeline.weighing.transforms import TRANSFORM_SETTINGS, TransformName
 from train.model.sampling import AnchorSampling
 from weights_store.errors import SettingsError
+from weights_store.names import check_name
 from weights_store.settings import apply_overrides, load_toml, parse_settings
-from weights_store.store import check_name
 
 
 class Section(BaseModel):

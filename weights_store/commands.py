@@ -1,49 +1,65 @@
-"""The store's sub-commands: list, compare, export, check and tidy weight datasets. `tokenweights.py` registers them.
+"""The store's commands: list, compare, export, check and tidy weight datasets. `tokenweights.py` registers them.
 
-Importing this module costs nothing: Polars and pyarrow load when a command runs. What is printed here is for people; programs
-use `WeightStore`.
+Results go to standard output: text for people, or one JSON document with `--json`. Programs in Python use `WeightStore`.
+Importing this module is fast: Polars and pyarrow load when a command runs, see `weights_store.__getattr__`.
 """
 
 import argparse
+import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import weights_store
 
 if TYPE_CHECKING:
-    from weights_store.views.diff import SideDiff
+    import polars as pl
+
+    from weights_store.checks.vacuum import Orphan
+    from weights_store.tables.shards import ShardRecord
+    from weights_store.views.token_texts import Tokenizer
 
 _DEFAULT_STORE = "stores/default"
 _GAP = "  "
 
-Add = Callable[[str, Callable[[argparse.Namespace], int | None], str], argparse.ArgumentParser]
-"""Adds one sub-command by name, function and help, and returns its parser."""
+Run = Callable[[argparse.Namespace], int | None]
+Add = Callable[[str, Run, str], argparse.ArgumentParser]
+"""Adds one command by name, function and help, and returns its parser."""
 
 
-def add_commands(add: Add, load_tokenizer: Callable[[str], Any]) -> None:
+def add_commands(add: Add, load_tokenizer: "Callable[[str], Tokenizer]") -> None:
     """Register the store's commands.
 
     Args:
-        add: Adds one sub-command.
+        add: Adds one command.
         load_tokenizer: Returns the tokenizer of a model folder; the store itself has no package for that.
     """
-    add("ls", _list, "list the weight datasets of a store")
-    _named(add("show", _show, "show one weight dataset: statistics, lineage, versions, first rows"))
-    history = add("history", _history, "list the versions of a weight dataset, and what changed in each")
+
+    def add_listing(name: str, run: Run, description: str) -> argparse.ArgumentParser:
+        parser = add(name, run, description)
+        parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+        return parser
+
+    add_listing("ls", _list, "list the weight datasets of a store")
+    _add_name(add_listing("show", _show, "show one weight dataset: statistics, lineage, versions, first rows"))
+    history = add_listing("history", _history, "list the versions of a weight dataset, and what changed in each")
     history.add_argument("name", metavar="NAME", help="for example hh-harmless/tis-dpo")
-    _named(add("lineage", _lineage, "show everything a weight dataset came from, up to the raw pairs"))
-    diff = add("diff", _diff, "compare two weight datasets: settings, pairs, weights token by token, anchors")
+    _add_name(add_listing("lineage", _lineage, "show everything that a weight dataset was made from"))
+    diff = add_listing("diff", _diff, "compare two weight datasets: settings, pairs, weights token by token, anchors")
     diff.add_argument("a", metavar="A", help="NAME or NAME@VERSION")
     diff.add_argument("b", metavar="B", help="NAME or NAME@VERSION")
-    _add_export(add, load_tokenizer)
-    verify = add("verify", _verify, "check every file against what was committed; exit code 1 when something is wrong")
-    verify.add_argument("tables", nargs="*", metavar="TABLE", help="a weight dataset or a table; default: all tables")
-    vacuum = add("vacuum", _vacuum, "list files that no version needs, or delete them with --yes")
-    vacuum.add_argument("tables", nargs="*", metavar="TABLE", help="a weight dataset or a table; default: all tables")
+    export = add_listing("export", _export, "write a weight dataset as plain files, for programs without this store")
+    export.set_defaults(load_tokenizer=load_tokenizer)
+    _add_export_options(export)
+    verify = add_listing("verify", _verify, "check every file against its commit; exit code 1 if something is wrong")
+    _add_tables(verify)
+    vacuum = add_listing("vacuum", _vacuum, "list files that no version needs, or delete them with --yes")
+    _add_tables(vacuum)
     vacuum.add_argument(
-        "--retention-hours", type=float, default=168.0, metavar="H", help="spare younger files, in hours (default: 168)"
+        "--retention-hours", type=float, default=168.0, metavar="H", help="keep younger files, in hours (default: 168)"
     )
-    vacuum.add_argument("--yes", action="store_true", help="really delete")
-    optimize = add("optimize", _optimize, "write a table's rows anew, sorted, in as few shards as they need")
+    vacuum.add_argument("--yes", action="store_true", help="delete the files")
+    optimize = add("optimize", _optimize, "compact a table into fewer, sorted shards")
     optimize.add_argument("table", metavar="TABLE", help="a weight dataset, or a table such as logps/x/y")
 
 
@@ -54,73 +70,85 @@ def add_store_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _named(parser: argparse.ArgumentParser) -> None:
+def _store(options: argparse.Namespace) -> "weights_store.WeightStore":
+    return weights_store.WeightStore(options.store)
+
+
+def _add_name(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME[@VERSION]", help="for example hh-harmless/tis-dpo@3")
 
 
-def _add_export(add: Add, load_tokenizer: Callable[[str], Any]) -> None:
-    export = add("export", _export, "write a weight dataset as plain files, for programs that do not know this store")
-    _named(export)
-    export.add_argument("folder", metavar="FOLDER", help="a new folder")
-    export.add_argument(
+def _add_tables(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help="a weight dataset or a table; default: all tables")
+
+
+def _add_export_options(parser: argparse.ArgumentParser) -> None:
+    _add_name(parser)
+    parser.add_argument("folder", metavar="FOLDER", help="a new folder")
+    parser.add_argument(
         "--format",
         choices=("parquet", "jsonl"),
         default="parquet",
-        help="jsonl: the layout of the TIS-DPO release, to be read with transform.method=origin (default: parquet)",
+        help="jsonl: the layout of the TIS-DPO release, for transform.method=origin (default: parquet)",
     )
-    export.add_argument(
-        "--tokenizer", metavar="FOLDER", help="model folder, for the texts of jsonl; else ids are written"
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER", help="model folder, for the texts of jsonl; without it ids are written"
     )
-    export.set_defaults(load_tokenizer=load_tokenizer)
 
 
 # --- looking -----------------------------------------------------------------------------------------------------------
 
 
 def _list(options: argparse.Namespace) -> None:
-    from weights_store import WeightStore
-
-    listing = WeightStore(options.store).list()
-    if listing.is_empty():
+    rows = _store(options).list().drop("changes").to_dicts()
+    if options.json:
+        _print_json(rows)
+    elif rows:
+        _print_table(rows)
+    else:
         print(f"no weight datasets in {options.store} yet")
-        return
-    _print_table(listing.drop("changes").to_dicts())
 
 
 def _show(options: argparse.Namespace) -> None:
-    from weights_store import WeightStore, split_name
-
-    name, version = split_name(options.name)
-    store = WeightStore(options.store)
+    name, version = weights_store.split_name(options.name)
+    store = _store(options)
     reference = store.resolve(name, version)
     metadata = store.metadata(name, reference.version)
-    print(f"{reference}  fingerprint {metadata['fingerprint'][:12]}\n")
-    for label, value in _facts(metadata["statistics"]):
+    statistics, parents = metadata["statistics"], metadata["parents"]
+    versions = _versions(store.history(name))
+    rows = _row_summary(store.scan(name, reference.version).head(5)).collect().to_dicts()
+    if options.json:
+        document = {"name": name, "version": reference.version, "fingerprint": reference.fingerprint}
+        _print_json({**document, "statistics": statistics, "parents": parents, "versions": versions, "rows": rows})
+        return
+    print(f"{reference}  fingerprint {reference.fingerprint[:12]}\n")
+    for label, value in _facts(statistics):
         print(f"  {label:<36}{value}")
     print("\nmade from")
-    for parent in metadata["parents"]:
+    for parent in parents:
         print(f"  {parent['role']:<16}{parent['table']}@{parent['version']}  {parent['fingerprint'][:12]}")
     print("\nversions")
-    _print_history(store.history(name), _GAP)
+    _print_versions(versions, _GAP)
     print("\nfirst rows")
-    _print_table(_row_summary(store.scan(name, reference.version).head(5)).collect().to_dicts(), _GAP)
+    _print_table(rows, _GAP)
 
 
-def _row_summary(rows: Any) -> Any:
+def _row_summary(rows: "pl.LazyFrame") -> "pl.LazyFrame":
     """Return lengths and mean weights instead of lists, which no terminal can show."""
     import polars as pl
 
-    sides = ("chosen", "rejected")
+    from weights_store.schemas import SIDES
+
     return rows.select(
         "pair_id",
         "split",
         pl.col("prompt_ids").list.len().alias("prompt_tokens"),
-        *(pl.col(f"{side}_ids").list.len().alias(f"{side}_tokens") for side in sides),
-        *(pl.col(f"{side}_token_weights").list.mean().alias(f"{side}_mean_weight") for side in sides),
+        *(pl.col(f"{side}_ids").list.len().alias(f"{side}_tokens") for side in SIDES),
+        *(pl.col(f"{side}_token_weights").list.mean().alias(f"{side}_mean_weight") for side in SIDES),
     )
 
 
-def _facts(statistics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _facts(statistics: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
     facts: list[tuple[str, str]] = []
     for key, value in statistics.items():
         label = f"{prefix}{key}"
@@ -132,39 +160,48 @@ def _facts(statistics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, s
 
 
 def _history(options: argparse.Namespace) -> None:
-    from weights_store import WeightStore
+    versions = _versions(_store(options).history(options.name))
+    if options.json:
+        _print_json(versions)
+    else:
+        _print_versions(versions)
 
-    _print_history(WeightStore(options.store).history(options.name))
+
+def _versions(history: "pl.DataFrame") -> list[dict[str, object]]:
+    """Return one row per version, with its changes as a list."""
+    rows = history.drop("name").to_dicts()
+    return [{**row, "changes": [change for change in row["changes"].split("; ") if change]} for row in rows]
 
 
-def _print_history(history: Any, indent: str = "") -> None:
-    """Print one line per version, and below it one per change from the second on."""
-    rows = []
-    for version in history.drop("name").to_dicts():
-        first, *more = version.pop("changes").split("; ")
+def _print_versions(versions: Sequence[Mapping[str, object]], indent: str = "") -> None:
+    """Print one line per version, and below it one line for every change after the first."""
+    rows: list[dict[str, object]] = []
+    for version in versions:
+        changes = version["changes"]
+        first, *more = changes if isinstance(changes, list) and changes else [""]
         rows.append({**version, "changes": first})
         rows += [{**dict.fromkeys(version, ""), "changes": change} for change in more]
     _print_table(rows, indent)
 
 
 def _lineage(options: argparse.Namespace) -> None:
-    from weights_store import WeightStore, split_name
-
-    rows = []
-    for row in WeightStore(options.store).lineage(*split_name(options.name)).to_dicts():
-        name = row["name"] or "(unnamed)"
+    rows = _store(options).lineage(*weights_store.split_name(options.name)).to_dicts()
+    if options.json:
+        _print_json(rows)
+        return
+    lines = []
+    for row in rows:
         at = "" if row["version"] is None else f"@{row['version']}"
-        label = f"{_GAP * row['depth']}{row['role']}"
-        rows.append(
-            {"what": label, "name": f"{name}{at}", **{key: row[key] for key in ("fingerprint", "rows", "created")}}
-        )
-    _print_table(rows)
+        line = {"what": f"{_GAP * row['depth']}{row['role']}", "name": f"{row['name'] or '(unnamed)'}{at}"}
+        lines.append(line | {key: row[key] for key in ("fingerprint", "rows", "created")})
+    _print_table(lines)
 
 
 def _diff(options: argparse.Namespace) -> None:
-    from weights_store import WeightStore
-
-    diff = WeightStore(options.store).diff(options.a, options.b)
+    diff = _store(options).diff(options.a, options.b)
+    if options.json:
+        _print_json(diff)
+        return
     print(f"{diff.a} -> {diff.b}\n")
     print("settings")
     for line in diff.settings or ["no difference"]:
@@ -174,7 +211,12 @@ def _diff(options: argparse.Namespace) -> None:
     _print_table([{name: getattr(diff, f"num_{name}") for name in counts}], _GAP)
     print("\nweights")
     sides = {"chosen": diff.chosen, "rejected": diff.rejected, "pair weights": diff.pair_weights}
-    _print_table([_side_row(side, changes) for side, changes in sides.items()], _GAP)
+    names = {"num_tokens": "tokens", "num_tokens_changed": "changed"}
+    rows = [
+        {"side": side, **{names.get(name, name): value for name, value in vars(changes).items()}}
+        for side, changes in sides.items()
+    ]
+    _print_table(rows, _GAP)
     if diff.num_anchors_changed:
         print(f"\nanchors: {_count(diff.num_anchors_changed, 'pair')} with another one or none")
     if not diff.largest.is_empty():
@@ -182,81 +224,76 @@ def _diff(options: argparse.Namespace) -> None:
         _print_table(diff.largest.to_dicts(), _GAP)
 
 
-def _side_row(side: str, diff: "SideDiff") -> dict[str, Any]:
-    return {
-        "side": side,
-        "tokens": diff.num_tokens,
-        "changed": diff.num_tokens_changed,
-        "mean_abs_change": diff.mean_abs_change,
-        "max_abs_change": diff.max_abs_change,
-    }
-
-
-# --- writing -----------------------------------------------------------------------------------------------------------
+# --- writing and checking ----------------------------------------------------------------------------------------------
 
 
 def _export(options: argparse.Namespace) -> None:
-    from weights_store import WeightStore, split_name
-
-    name, version = split_name(options.name)
+    name, version = weights_store.split_name(options.name)
     tokenizer = options.load_tokenizer(options.tokenizer) if options.tokenizer else None
-    store = WeightStore(options.store)
-    files = store.export(name, options.folder, version, options.format, tokenizer)
-    for path in files:
+    paths = _store(options).export(name, options.folder, version, options.format, tokenizer)
+    if options.json:
+        _print_json([{"path": str(path), "num_bytes": path.stat().st_size} for path in paths])
+        return
+    for path in paths:
         print(f"{_size(path.stat().st_size):>10}  {path}")
     if options.format == "jsonl":
         print("the TIS-DPO release trains on these weights with transform.method=origin")
         if tokenizer is None:
-            print("ids stand in the place of text, which the release needs: give --tokenizer")
+            print("the files hold ids instead of texts, which the release needs: give --tokenizer")
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from weights_store import WeightStore
+    from weights_store.catalog import list_tables
     from weights_store.checks.vacuum import find_orphans
     from weights_store.checks.verify import verify
-    from weights_store.schemas import KEYS
 
-    store, tables = WeightStore(options.store), _tables(options.tables)
-    num_findings = 0
+    store, tables = _store(options), _table_paths(options.tables)
+    findings = []
     for finding in verify(store, tables):
-        num_findings += 1
-        print(finding)
+        findings.append(finding)
+        if not options.json:
+            print(finding, flush=True)
     orphans = list(find_orphans(store, tables))
+    num_tables = len(tables) if tables is not None else sum(1 for _ in list_tables(store.root))
+    if options.json:
+        document = {"store": options.store, "num_tables": num_tables, "findings": findings, "orphans": orphans}
+        _print_json(document)
+        return 1 if findings else 0
     if orphans:
         size = _size(sum(orphan.num_bytes for orphan in orphans))
         print(f"{_count(len(orphans), 'file')} that no version needs, {size}; see `tokenweights vacuum`")
         _print_orphans(orphans)
-    num_tables = len(tables) if tables is not None else sum(1 for kind in KEYS for _ in store.tables(kind))
-    result = _count(num_findings, "finding") if num_findings else "all as it was committed"
+    result = _count(len(findings), "finding") if findings else "all as it was committed"
     print(f"checked {_count(num_tables, 'table')} in {options.store}: {result}")
-    return 1 if num_findings else 0
+    return 1 if findings else 0
 
 
 def _vacuum(options: argparse.Namespace) -> None:
-    from weights_store import WeightStore
     from weights_store.checks.vacuum import vacuum
 
-    orphans = vacuum(
-        WeightStore(options.store), options.retention_hours, dry_run=not options.yes, tables=_tables(options.tables)
-    )
+    store, tables = _store(options), _table_paths(options.tables)
+    orphans = vacuum(store, options.retention_hours, dry_run=not options.yes, tables=tables)
+    if options.json:
+        document = {"store": options.store, "retention_hours": options.retention_hours, "deleted": options.yes}
+        _print_json({**document, "files": orphans})
+        return
     _print_orphans(orphans)
-    total = f"{_count(len(orphans), 'file')}, {_size(sum(orphan.num_bytes for orphan in orphans))}"
     rule = f"that no version needs, older than {options.retention_hours:g} h, in {options.store}"
     if not orphans:
         print(f"nothing to delete: no file {rule}")
     elif options.yes:
-        print(f"deleted {total} {rule}")
+        print(f"deleted {_files(orphans)} {rule}")
     else:
-        print(f"would delete {total} {rule}; --yes deletes")
+        print(f"would delete {_files(orphans)} {rule}; --yes deletes")
 
 
 def _optimize(options: argparse.Namespace) -> None:
-    from weights_store import WeightStore
+    from weights_store.tables.compaction import optimize
 
-    table = WeightStore(options.store).table(_table_path(options.table))
+    table = _store(options).table(_table_path(options.table))
     base = table.reference()
     before = table.records(base.version)
-    made = table.optimize()
+    made = optimize(table)
     if made is None:
         print(f"{base}: nothing to do, {_shards(before)}")
         return
@@ -264,26 +301,34 @@ def _optimize(options: argparse.Namespace) -> None:
     print(f"{_GAP}{_shards(before)} -> {_shards(table.records(made.version))}; older versions stay readable")
 
 
-def _shards(records: Sequence[Any]) -> str:
-    return f"{_count(len(records), 'shard')}, {_size(sum(record.num_bytes for record in records))}"
-
-
 def _table_path(text: str) -> str:
-    """Return the path of a table: the text itself when it begins with a kind of table, else of that weight dataset."""
+    """Return the path of a table: the text itself if it begins with a kind of table, else that of a weight dataset."""
+    from weights_store.names import weights_path
     from weights_store.schemas import KEYS
 
-    return text if text.partition("/")[0] in KEYS else f"weights/{text}"
+    return text if text.partition("/")[0] in KEYS else weights_path(text)
 
 
-def _tables(names: Sequence[str]) -> list[str] | None:
-    """Return the paths of the tables meant, None for all."""
+def _table_paths(names: Sequence[str]) -> list[str] | None:
+    """Return the paths of some tables, None for all."""
     return [_table_path(name) for name in names] or None
 
 
 # --- printing ----------------------------------------------------------------------------------------------------------
 
 
-def _print_orphans(orphans: Sequence[Any]) -> None:
+def _print_json(document: object) -> None:
+    print(json.dumps(document, indent=2, default=_plain, allow_nan=False))
+
+
+def _plain(value: object) -> object:
+    """Return what JSON can hold: a time as ISO 8601, a frame as its rows, a dataclass as its fields."""
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return value.to_dicts() if hasattr(value, "to_dicts") else vars(value)
+
+
+def _print_orphans(orphans: "Sequence[Orphan]") -> None:
     if orphans:
         rows = [
             {"size": _size(o.num_bytes), "age": f"{o.age_hours:.0f} h", "file": f"{o.table}/{o.name}"} for o in orphans
@@ -291,7 +336,7 @@ def _print_orphans(orphans: Sequence[Any]) -> None:
         _print_table(rows, _GAP)
 
 
-def _print_table(rows: Sequence[Mapping[str, Any]], indent: str = "") -> None:
+def _print_table(rows: Sequence[Mapping[str, object]], indent: str = "") -> None:
     """Print rows under a line of column names, numbers to the right."""
     if not rows:
         print(f"{indent}none")
@@ -308,7 +353,7 @@ def _print_table(rows: Sequence[Mapping[str, Any]], indent: str = "") -> None:
         print(f"{indent}{_GAP.join(cells)}".rstrip())
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, datetime):
@@ -320,6 +365,14 @@ def _cell(value: Any) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _shards(records: "Sequence[ShardRecord]") -> str:
+    return f"{_count(len(records), 'shard')}, {_size(sum(record.num_bytes for record in records))}"
+
+
+def _files(orphans: "Sequence[Orphan]") -> str:
+    return f"{_count(len(orphans), 'file')}, {_size(sum(orphan.num_bytes for orphan in orphans))}"
 
 
 def _size(num_bytes: float) -> str:

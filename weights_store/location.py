@@ -1,8 +1,7 @@
-"""Where a store lies: a local folder, or a prefix in an object store that both pyarrow and deltalake speak.
+"""Where a store is: a local folder, or a prefix in an object store that both pyarrow and deltalake speak.
 
-Credentials come from the usual environment variables and are never part of a URI, so that they reach no log, no lineage and
-no error message. Servers' replies quote keys and tokens: errors about them go through `one_line`. Nothing here knows
-about tables.
+Credentials come from the usual environment variables and are never part of a URI, so they reach no log, no lineage and no
+error message. Servers quote keys and tokens in their replies: errors about those go through `one_line`.
 """
 
 import os
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
@@ -33,13 +31,16 @@ _XML_ERROR = re.compile(r"(?:<\?xml[^>]*\?>)?\s*<Error>.*?</Error>", re.DOTALL)
 _BACKTRACE = re.compile(r"\n\s+0: .*", re.DOTALL)
 _USER = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*@")
 _SECRET_NAME = re.compile(r"(AWS|AZURE|GOOGLE|GCS)_.*(KEY|SECRET|TOKEN|PASSWORD)")
-_PROBE_S = 4
-_PROBE_PAUSES_S = (1, 3)
+PROBE_S = 4
+PROBE_PAUSES_S = (1, 3)
+"""How long to wait for an answer of an object store, and how long between the tries, in seconds."""
 
 
 @dataclass(frozen=True)
 class Location:
     """One folder by its URI: a path, `file://…`, `s3://bucket/prefix`, `gs://…` or `abfss://…`.
+
+    Methods that list or read raise StoreError if the object store does not answer as it should.
 
     Raises:
         SettingsError: The scheme is unknown, or the URI carries credentials or options.
@@ -78,14 +79,14 @@ class Location:
             SettingsError: It is not local.
         """
         if not self.is_local:
-            raise SettingsError(f"{self.uri} is no local folder")
+            raise SettingsError(f"{self.uri} is not a local folder")
         return Path(self.uri)
 
     @property
     def storage_options(self) -> dict[str, str]:
-        """What deltalake needs beside the environment: on S3 a commit is a conditional put, and no lock table is needed.
+        """Options of deltalake beside the environment. On S3 a commit is a conditional put, so no lock table is needed.
 
-        Retries last about as long as pyarrow's, 6 s: a hiccup of the network is survived, whoever meets it.
+        Retries last about as long as pyarrow's, 6 s, so a short failure of the network does no harm.
         """
         if self.is_local:
             return {}
@@ -93,8 +94,8 @@ class Location:
         return retries | ({"conditional_put": "etag"} if self.uri.startswith("s3://") else {})
 
     @property
-    def scan_options(self) -> dict[str, Any]:
-        """What Polars needs beside the environment: the same patience as the others."""
+    def scan_options(self) -> dict[str, int]:
+        """Options of Polars beside the environment: the same retries as the others."""
         return {} if self.is_local else {"max_retries": 24, "retry_timeout_ms": 30_000, "retry_max_backoff_ms": 2_000}
 
     @cached_property
@@ -116,7 +117,7 @@ class Location:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Turn what goes wrong in looking and reading into one line; a missing file stays a `FileNotFoundError`."""
+        """Turn errors of listing and reading into one line; a missing file stays a `FileNotFoundError`."""
         try:
             yield
         except FileNotFoundError:
@@ -126,38 +127,33 @@ class Location:
             raise StoreError(text) from (error if self.is_local else None)
 
     def __getstate__(self) -> dict[str, str]:
-        """Leave the open file system behind: every process has its own."""
+        """Leave out the open file system: every process has its own."""
         return {"uri": self.uri}
 
     def __setstate__(self, state: dict[str, str]) -> None:
         object.__setattr__(self, "uri", state["uri"])
 
     def exists(self, name: str = "") -> bool:
-        """Return whether there is a file or a folder of that name.
-
-        Raises:
-            StoreError: It cannot be looked up; so do the other methods that look or read.
-        """
+        """Return whether there is a file or a folder of that name."""
         with self._reading():
             return bool(self.filesystem.get_file_info(name).type != pafs.FileType.NotFound)
 
     def has_file(self, *names: str) -> bool:
-        """Return whether one of the files is there."""
+        """Return whether at least one of the files is there."""
         with self._reading():
             return any(info.is_file for info in self.filesystem.get_file_info(list(names)))
 
-    def files(self, recursive: bool = False) -> dict[str, pafs.FileInfo]:
-        """Return the files in this folder by their name relative to it; none when the folder does not exist."""
-        return {info.path: info for info in self._entries(recursive) if info.is_file}
+    def files(self) -> dict[str, pafs.FileInfo]:
+        """Return the files in this folder by name; none if the folder does not exist."""
+        return {info.path: info for info in self._entries() if info.is_file}
 
-    def folders(self) -> Iterator[str]:
-        """Yield the names of the folders right in this one, sorted."""
-        return iter(sorted(info.base_name for info in self._entries(False) if info.type == pafs.FileType.Directory))
+    def folders(self) -> list[str]:
+        """Return the names of the folders in this one, sorted; none if it does not exist."""
+        return sorted(info.base_name for info in self._entries() if info.type == pafs.FileType.Directory)
 
-    def _entries(self, recursive: bool) -> list[pafs.FileInfo]:
-        selector = pafs.FileSelector("", recursive=recursive, allow_not_found=True)
+    def _entries(self) -> list[pafs.FileInfo]:
         with self._reading():
-            return list(self.filesystem.get_file_info(selector))
+            return list(self.filesystem.get_file_info(pafs.FileSelector("", allow_not_found=True)))
 
     def read(self, name: str) -> bytes:
         """Return the bytes of one file.
@@ -169,17 +165,13 @@ class Location:
             return bytes(file.readall())
 
     def stream(self, name: str, chunk_bytes: int = 16 << 20) -> Iterator[bytes]:
-        """Yield the bytes of one file in pieces: a large file in the memory of one piece.
-
-        Raises:
-            FileNotFoundError: There is none.
-        """
+        """Yield the bytes of one file in pieces, see `read`."""
         with self._reading(), self.filesystem.open_input_stream(name, compression=None) as file:
             while chunk := file.read(chunk_bytes):
                 yield chunk
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
-        """Write one file, whole: on return it is on the disk; a failure leaves nothing behind.
+        """Write one whole file. On return it is on the disk; after a failure or a kill the old file, or none, is there.
 
         Raises:
             OSError: The folder cannot be written or the disk is full.
@@ -219,8 +211,16 @@ class Location:
         )
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a local text file. A kill leaves the old file or the new one, never a part."""
+    Location(str(path.parent)).write(path.name, text.encode())
+
+
 def one_line(error: BaseException) -> str:
-    """Return an error's message as one line, without the colours and trees some libraries print, and without credentials."""
+    """Return the whole message of an error on one line, without colours, backtraces and credentials.
+
+    For errors of storage libraries, which may quote keys. `messages.first_line` is for all others.
+    """
     text = _XML_ERROR.sub(_code_and_message, _BACKTRACE.sub("", _ANSI.sub("", str(error))).replace("↳", " "))
     text = _USER.sub("***@", text)
     for name, value in os.environ.items():
@@ -230,7 +230,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _code_and_message(reply: re.Match[str]) -> str:
-    """Keep of a server's reply what it is about: it may quote the key, the signed request and the session token."""
+    """Return the code and the message of a server's reply; the rest may quote the key, the request and the session token."""
     found = (re.search(f"<{tag}>(.*?)</{tag}>", reply[0], re.DOTALL) for tag in ("Code", "Message"))
     return ": ".join(part[1] for part in found if part)
 
@@ -245,7 +245,7 @@ def _hint(error: BaseException) -> str:
 def _local_path(uri: str) -> str:
     text = uri
     if not uri:
-        raise SettingsError("a store needs a place: expected a folder or a URI, got an empty text")
+        raise SettingsError("store URI is empty; expected a folder or a URI")
     if uri.startswith("file://"):
         if not uri.startswith("file:///"):
             raise SettingsError("a file:// URI of a store names a host: expected file:///absolute/path")
@@ -256,7 +256,7 @@ def _local_path(uri: str) -> str:
 
 
 def _check_remote(scheme: str, rest: str) -> None:
-    """Refuse credentials, options, and names that the libraries do not read alike."""
+    """Refuse credentials, options, and names that the libraries read differently."""
     host = urlsplit(f"{scheme}://{rest}").netloc
     account = scheme.startswith("abfs") and ":" not in host.partition("@")[0]
     if ("@" in host and not account) or "?" in rest or "#" in rest:
@@ -274,19 +274,19 @@ def _check_remote(scheme: str, rest: str) -> None:
 
 @lru_cache
 def _check_reachable(endpoint: str) -> None:
-    """Ask once a process whether anybody answers, within seconds: the libraries' own patience is minutes.
+    """Check once a process, within seconds, that a server answers: the libraries themselves would try for minutes.
 
     Raises:
-        SettingsError: It is no http:// or https:// URL.
-        StoreError: Nobody answers.
+        SettingsError: It is not an http:// or https:// URL.
+        StoreError: No server answers.
     """
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise SettingsError("AWS_ENDPOINT_URL is no URL: expected http://host:port or https://host")
-    for pause_s in (*_PROBE_PAUSES_S, None):
+        raise SettingsError("AWS_ENDPOINT_URL is not a URL: expected http://host:port or https://host")
+    for pause_s in (*PROBE_PAUSES_S, None):
         try:
-            urlopen(Request(endpoint, method="HEAD"), timeout=_PROBE_S).close()
-        except (HTTPError, HTTPException, ssl.SSLError):  # somebody is there; the libraries have the last word
+            urlopen(Request(endpoint, method="HEAD"), timeout=PROBE_S).close()
+        except (HTTPError, HTTPException, ssl.SSLError):  # a server is there; the libraries report the rest
             return
         except OSError as error:
             reason = error.reason if isinstance(error, URLError) else error

@@ -1,12 +1,18 @@
 """Columns of every table in the store, and the closed list of reasons for quarantine.
 
-The contract between the stages, the trainer and people with Polars. Lists are ragged, one entry per response token,
-EOS included. Only types that Delta keeps as they are: no unsigned integers, no float16.
+The contract between the stages, the trainer and people with Polars. Lists have one entry per response token, EOS included.
+Only types that Delta keeps as they are: no unsigned integers, no float16. Columns that may be null hold what only some builds
+make.
 """
 
 from enum import StrEnum
+from typing import Literal
 
 import pyarrow as pa
+
+Side = Literal["chosen", "rejected"]
+SIDES: tuple[Side, Side] = ("chosen", "rejected")
+"""The two responses of a pair, in the order of every loop over them."""
 
 SCHEMA_VERSION = 1
 """Part of every fingerprint; goes up when the meaning of a stored column changes."""
@@ -22,9 +28,8 @@ def _required(name: str, kind: pa.DataType) -> pa.Field:
 TOKENS = pa.schema(
     [
         _required("pair_id", pa.string()),
-        _required(
-            "prompt", pa.string()
-        ),  # canonical JSON of the messages as tokenised: lets P put a system turn in front
+        # Canonical JSON of the messages as tokenised: method P puts a system turn in front of them.
+        _required("prompt", pa.string()),
         _required("prompt_ids", IDS),
         _required("chosen_ids", IDS),
         _required("rejected_ids", IDS),
@@ -47,8 +52,8 @@ LOGPS = pa.schema(
         pa.field("rejected_top_logps", FLOATS),
     ]
 )
-"""Per-token log-probabilities (nats, <= 0) of one scorer; on request also those of the k likeliest tokens at each place,
-k entries per response token one after another, the likeliest first."""
+"""Per-token log-probabilities (nats, <= 0) of one scorer. With `score.top_k` > 0 also the k most likely tokens at each position
+and their log-probs: k entries per response token, the most likely first; else null."""
 
 ATTRIBUTIONS = pa.schema(
     [
@@ -61,9 +66,9 @@ ATTRIBUTIONS = pa.schema(
         pa.field("rejected_activations", FLOATS),
     ]
 )
-"""L1 norms of the gradient of a target with respect to each response token's input embedding (>= 0, un-normalised); on request
-also their sum over the prompt's tokens behind which that response stands, and the mean size of the hidden states that predict
-each token (> 0, relative to the response's mean)."""
+"""L1 norms of the gradient of a target with respect to each response token's input embedding (>= 0, un-normalised). On request
+also their sum over the prompt's tokens, and the mean size of the hidden states that predict each token (> 0, relative to the
+response's mean); else null."""
 
 ANCHORS = pa.schema(
     [
@@ -72,8 +77,8 @@ ANCHORS = pa.schema(
         _required("anchor_logps", FLOATS),
     ]
 )
-"""A response that the reference policy sampled for each pair's prompt, and its log-probs under it (nats, <= 0, as they are
-without temperature or cut)."""
+"""A response that the reference policy sampled for each pair's prompt, and its log-probs under that policy (nats, <= 0, at
+temperature 1 and without top-k or top-p)."""
 
 WEIGHTS = pa.schema(
     [
@@ -110,16 +115,18 @@ QUARANTINE = pa.schema(
 )
 """Pairs that could not be used, with the reason."""
 
-
-KEYS = {
-    "tokens": ("pair_id",),
-    "logps": ("pair_id",),
-    "attributions": ("pair_id",),
-    "anchors": ("pair_id",),
-    "weights": ("pair_id",),
-    "quarantine": ("source_row", "detail"),
+SCHEMAS = {
+    "tokens": TOKENS,
+    "logps": LOGPS,
+    "attributions": ATTRIBUTIONS,
+    "anchors": ANCHORS,
+    "weights": WEIGHTS,
+    "quarantine": QUARANTINE,
 }
-"""The columns that tell the rows of each kind of table apart, and that its shards are sorted by."""
+"""The columns of each kind of table."""
+
+KEYS: dict[str, tuple[str, ...]] = dict.fromkeys(SCHEMAS, ("pair_id",)) | {"quarantine": ("source_row", "detail")}
+"""The columns that identify a row of each kind of table. Its shards are sorted by them."""
 
 
 class Reason(StrEnum):

@@ -283,8 +283,7 @@ def _recorded_parity(store: WeightStore, recipe: Recipe, ref_logps: TableVersion
         table = store.table(f"weights/{name}")
         metadata = table.metadata() if table.exists() else {}
         if {"role": "ref_logps", **ref_logps.as_parent()} in metadata.get("parents", []) and "parity" in metadata:
-            found: dict[str, Any] = metadata["parity"]
-            return found
+            return dict(metadata["parity"])
     return None
 
 

@@ -123,9 +123,9 @@ def _publish(
     store = WeightStore(ingredients.tokens.store)
     wanted = Wanted.of(recipe, weights, ingredients)
     table, base, newest = wanted.table, wanted.base, wanted.newest
-    tokens_metadata = store.table(ingredients.tokens.table).metadata(ingredients.tokens.version)
+    prepared = dict(store.table(ingredients.tokens.table).metadata(ingredients.tokens.version)["statistics"])
     if newest and wanted.is_there:
-        return _as_it_stands(wanted, newest, weights.name, tokens_metadata["statistics"])
+        return _as_it_stands(wanted, newest, weights.name, prepared)
     if wanted.made_differently and expect_same:
         raise InputError(
             f"weights/{weights.name}@{base} was made differently: {'; '.join(wanted.made_differently)}. "
@@ -149,7 +149,7 @@ def _publish(
     metadata = {
         **_lineage(recipe.model_copy(update={"weights": weights}), ingredients, wanted),
         **checked,
-        "statistics": _with_balance(statistics, tokens_metadata["statistics"]),
+        "statistics": _with_balance(statistics, prepared),
         "changes": wanted.changes,
         **provenance(),
     }
@@ -185,7 +185,7 @@ def _as_it_stands(wanted: "Wanted", newest: dict[str, Any], name: str, prepared:
 def _lineage(recipe: Recipe, ingredients: Ingredients, wanted: "Wanted") -> dict[str, Any]:
     """Return what a version records of how it was made, and of what."""
     tokens, ref_logps = (
-        WeightStore(version.store).table(version.table).metadata(version.version)
+        dict(WeightStore(version.store).table(version.table).metadata(version.version))
         for version in (ingredients.tokens, ingredients.ref_logps)
     )
     return {
@@ -230,7 +230,7 @@ class Wanted:
             "data": {role: parent.fingerprint for role, parent in parents.items()},
         }
         base = table.version()
-        return cls(table, identity, base, table.metadata(base) if base is not None else None)
+        return cls(table, identity, base, dict(table.metadata(base)) if base is not None else None)
 
     @property
     def fingerprint(self) -> str:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import time
+from datetime import datetime
 
 import pytest
 
@@ -179,3 +181,127 @@ def test_optimize_takes_names_and_tables_and_does_nothing_twice(command, small_s
     code, out, _ = command("optimize", argument)
     assert code == 0
     assert out.startswith(f"{path}@2: nothing to do, 1 shard, ")
+
+
+# --- --json ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def document(command):
+    """Run a command with --json; standard output must be one JSON document and nothing else."""
+
+    def run(*arguments, code=0):
+        found, out, _ = command(*arguments, "--json")
+        assert found == code
+        return json.loads(out)
+
+    return run
+
+
+def test_ls_as_json(document):
+    rows = document("ls")
+    assert [(row["name"], row["version"], row["pairs"]) for row in rows] == [
+        ("hh-harmless/reversed", 0, 4),
+        (NAME, 1, 4),
+        ("hh-harmless/uniform", 0, 3),
+    ]
+    assert rows[1].keys() == {
+        "name",
+        "version",
+        "estimator",
+        "contrast",
+        "pairs",
+        "response_tokens",
+        "fingerprint",
+        "created",
+    }
+    assert datetime.fromisoformat(rows[1]["created"]).tzinfo is not None
+
+
+def test_ls_of_an_empty_store_as_json_is_an_empty_list(small_store, capsys):
+    shutil.rmtree(small_store.root.path / "weights")
+    assert tokenweights.main(["ls", "--json", "--store", str(small_store.root)]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_show_as_json(document):
+    shown = document("show", f"{NAME}@0")
+    assert (shown["name"], shown["version"], len(shown["fingerprint"])) == (NAME, 0, 64)
+    assert shown["statistics"] == {"num_pairs": 3, "num_response_tokens": 19}
+    assert [parent["role"] for parent in shown["parents"]] == [
+        "tokens",
+        "ref_logps",
+        "positive_logps",
+        "negative_logps",
+    ]
+    assert [version["version"] for version in shown["versions"]] == [1, 0]
+    assert {row["pair_id"]: row["chosen_mean_weight"] for row in shown["rows"]}["b"] == 1.75
+
+
+def test_history_as_json_has_changes_as_a_list(document):
+    newest, oldest = document("history", NAME)
+    assert [change.partition(":")[0] for change in newest["changes"]] == [
+        f"data.{role}" for role in ("negative_logps", "positive_logps", "ref_logps", "tokens")
+    ]
+    assert oldest["changes"] == []
+
+
+def test_lineage_as_json_has_the_depth_as_a_number(document):
+    rows = document("lineage", NAME)
+    assert [(row["depth"], row["role"], row["kind"]) for row in rows[:3]] == [
+        (0, "weights", "table"),
+        (1, "tokens", "table"),
+        (2, "source", "source"),
+    ]
+    assert rows[2]["created"] is None
+
+
+def test_diff_as_json(document):
+    diff = document("diff", NAME, "hh-harmless/reversed")
+    assert (diff["a"], diff["num_common"], diff["num_only_in_b"]) == (f"weights/{NAME}@1", 4, 0)
+    assert diff["chosen"] == {
+        "num_tokens": 10,
+        "num_tokens_changed": 8,
+        "mean_abs_change": pytest.approx(1.15),
+        "max_abs_change": 3.75,
+    }
+    assert diff["largest"][0].keys() == {"pair_id", "side", "mean_abs_change", "max_abs_change"}
+
+
+def test_export_as_json(document, tmp_path):
+    files = document("export", NAME, str(tmp_path / "out"), "--format", "jsonl")
+    sizes = {
+        path: (tmp_path / "out" / path).stat().st_size for path in ("test.jsonl", "train.jsonl", "tokenweights.json")
+    }
+    assert files == [{"path": str(tmp_path / "out" / path), "num_bytes": size} for path, size in sizes.items()]
+
+
+def test_verify_as_json_has_findings_and_exit_code_1(document, small_store):
+    sound = document("verify")
+    assert sound == {"store": str(small_store.root), "num_tables": 8, "findings": [], "orphans": []}
+    table = small_store.table(f"weights/{NAME}")
+    (table.location.path / table.shards()[0]).unlink()
+    (table.location.path / f"{1:020d}-0123456789ab-00000.parquet").write_bytes(b"x" * 321)
+    found = document("verify", NAME, code=1)
+    assert found["num_tables"] == 1
+    (finding,) = found["findings"]
+    assert (finding["table"], finding["version"], finding["shard"]) == (table.path, 0, table.shards()[0])
+    assert finding.keys() == {"table", "problem", "version", "shard", "row_group", "pair_id"}
+    (orphan,) = found["orphans"]
+    assert (orphan["table"], orphan["num_bytes"]) == (table.path, 321)
+
+
+def test_vacuum_as_json_says_whether_it_deleted(document, small_store):
+    orphan = small_store.root.path / "weights" / NAME / f"{1:020d}-0123456789ab-00000.parquet"
+    orphan.write_bytes(b"x" * 321)
+    for deleted, options in ((False, ()), (True, ("--yes",))):
+        found = document("vacuum", NAME, "--retention-hours", "0", *options)
+        assert (found["deleted"], found["retention_hours"]) == (deleted, 0)
+        assert [(file["name"], file["num_bytes"]) for file in found["files"]] == [(orphan.name, 321)]
+        assert orphan.exists() != deleted
+
+
+def test_progress_of_verify_goes_to_standard_error(command):
+    _, out, err = command("verify", NAME)
+    assert "bytes" not in out
+    assert f"verify weights/{NAME}: " in err

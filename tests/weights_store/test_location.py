@@ -52,7 +52,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
 @pytest.mark.parametrize(
     ("uri", "text"),
     [
-        ("", "a store needs a place: expected a folder or a URI, got an empty text"),
+        ("", "store URI is empty; expected a folder or a URI"),
         ("https://host/x", "a store cannot lie at https://…: expected a folder, file://… or one of s3://…"),
         ("file://host/x", "names a host: expected file:///absolute/path"),
         ("s3://", "bad part '' in the store's s3:// URI: expected s3://bucket/prefix"),
@@ -117,7 +117,6 @@ def test_files_and_folders_are_listed_alike_everywhere(store_uri):
         (place / name).exists()
         place.write(name, name.encode())
     assert (list(place.files()), list(place.folders())) == (["top.json"], ["a", "b"])
-    assert sorted(place.files(recursive=True)) == ["a/deep/y.json", "b/x.json", "top.json"]
     assert place.has_file("none", "b/x.json")
     assert not place.has_file("a")
     assert place.read("a/deep/y.json") == b"a/deep/y.json"
@@ -210,8 +209,8 @@ def test_an_endpoint_that_refuses_connections_is_named(s3_keys, monkeypatch):
 
 
 def test_an_endpoint_that_never_answers_is_named(s3_keys, monkeypatch):
-    monkeypatch.setattr("weights_store.location._PROBE_S", 0.3)
-    monkeypatch.setattr("weights_store.location._PROBE_PAUSES_S", (0.1,))
+    monkeypatch.setattr("weights_store.location.PROBE_S", 0.3)
+    monkeypatch.setattr("weights_store.location.PROBE_PAUSES_S", (0.1,))
     with process(answer, 0) as pipe:
         port = pipe.recv()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
@@ -221,7 +220,9 @@ def test_an_endpoint_that_never_answers_is_named(s3_keys, monkeypatch):
 
 def test_an_endpoint_without_a_scheme_is_refused(s3_keys, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:9000")
-    with pytest.raises(SettingsError, match=r"AWS_ENDPOINT_URL is no URL: expected http://host:port or https://host"):
+    with pytest.raises(
+        SettingsError, match=r"AWS_ENDPOINT_URL is not a URL: expected http://host:port or https://host"
+    ):
         WeightStore("s3://shelf/x").list()
 
 

@@ -62,7 +62,7 @@ def open_weights(config: DataConfig) -> WeightSource:
     store = WeightStore(config.store)
     reference = store.resolve(*split_name(config.weights))
     table = store.table(reference.table)
-    return WeightSource(table, reference, table.metadata(reference.version))
+    return WeightSource(table, reference, dict(table.metadata(reference.version)))
 
 
 class PairDataset(Dataset[Pair]):
@@ -223,11 +223,9 @@ def _list_sizes(table: Table, records: Sequence[ShardRecord], selection: Selecti
 
 
 def _sizes_of_shard(table: Table, record: ShardRecord, selection: Selection) -> list[int]:
-    if record.group_sizes and not selection.columns:
+    if not selection.columns:
         return list(record.group_sizes)
     reader = table.open_shard(record)
-    if not selection.columns:
-        return reader.group_sizes
     groups = (reader.read_group(index, selection.columns) for index in range(len(reader.group_sizes)))
     return [int(selection.keeps(rows).sum()) for rows in groups]
 

@@ -1,34 +1,44 @@
-"""Pairs as they are stored: the columns of one row group decoded, checked, and handed out row by row.
+"""Pairs as they are stored: the columns of one row group decoded, checked, and returned row by row.
 
-Called by `dataset.py`, which knows where row groups lie. Nothing here reads a file; nothing is tokenised.
+Called by `dataset.py`, which knows where row groups are. Nothing here reads a file; nothing is tokenised.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from weights_store.checks.rows import (
+    FINITE,
+    ROUNDED_LOGP,
+    WEIGHT,
+    Law,
+    Violation,
+    bad_values,
+    empty,
+    id_law,
+    null,
+    wrong_lengths,
+)
 from weights_store.errors import MismatchError
+from weights_store.schemas import SIDES, Side
 
-_SIDES = ("chosen", "rejected")
 _ALWAYS = [
     "pair_id",
     "prompt_ids",
     "chosen_ids",
     "rejected_ids",
-    *(f"{side}_{name}" for side in _SIDES for name in ("token_weights", "ref_logps")),
+    *(f"{side}_{name}" for side in SIDES for name in ("token_weights", "ref_logps")),
     "pair_weight",
 ]
-_REF_TOP = [f"{side}_{name}" for side in _SIDES for name in ("ref_top_ids", "ref_top_logps")]
-_SCORES = [f"{side}_score" for side in _SIDES]
+_REF_TOP = [f"{side}_{name}" for side in SIDES for name in ("ref_top_ids", "ref_top_logps")]
+_SCORES = [f"{side}_score" for side in SIDES]
 _ANCHORS = ["anchor_ids", "anchor_ref_logps"]
 
-_ROUNDING_NATS = 1e-3
-"""Log-probs above 0 by less than this are rounding of a log-softmax."""
-
 REBUILD = "rebuild the dataset with `tokenweights build`"
+_OTHER_MODEL = "train the model that the dataset was tokenised for"
 _ADD_REF_TOP = "build the dataset again with score.top_k above 0, or choose a loss that needs no reference top-k"
 _ADD_SCORES = "build the dataset again from pairs that carry both annotator scores, or choose a loss that needs none"
 _ADD_ANCHORS = (
@@ -46,8 +56,8 @@ _REMEDIES = {
 class StoredResponse:
     """One response as stored, one entry per token, end-of-text included: shapes `[T]`, and `[T, K]` of the top k.
 
-    `ref_top_ids` and `ref_top_logps` (nats) are the reference's K likeliest tokens in the place of each token, the likeliest
-    first; None unless the dataset was opened `with_ref_top`.
+    `ref_top_ids` and `ref_top_logps` (nats) are the reference's K most likely tokens at each position, the most likely first;
+    None unless the dataset was opened `with_ref_top`.
     """
 
     ids: NDArray[np.int32]
@@ -59,12 +69,12 @@ class StoredResponse:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One preference pair; chosen and rejected are exchanged already where the config says `swap`.
+    """One preference pair; if the config says `swap`, chosen and rejected are already exchanged.
 
-    `pair_weight` (unitless, >= 0) is the pair's share in the loss; the scores are the annotators', None unless the dataset was
+    `pair_weight` (unitless, >= 0) is the pair's share in the loss. The annotators' scores are None unless the dataset was
     opened `with_scores`. The anchor is a response that was sampled for the prompt, None unless the dataset was opened
-    `with_anchors`; its token weights are 1, and no loss reads them. A filler stands where a rank has no pair left: whoever
-    trains on it counts it 0 times.
+    `with_anchors`; its token weights are 1, and no loss reads them. A filler takes the place of a pair if a rank has none left;
+    it counts 0 times in the loss.
     """
 
     pair_id: str
@@ -83,17 +93,13 @@ class Pair:
         return len(self.prompt_ids) + max(len(self.chosen.ids), len(self.rejected.ids))
 
     def swapped(self) -> "Pair":
-        """Return the pair with everything of chosen and rejected exchanged."""
-        return Pair(
-            self.pair_id,
-            self.prompt_ids,
+        """Return the pair with chosen and rejected exchanged, their scores too."""
+        return replace(
+            self,
             chosen=self.rejected,
             rejected=self.chosen,
-            pair_weight=self.pair_weight,
             chosen_score=self.rejected_score,
             rejected_score=self.chosen_score,
-            anchor=self.anchor,
-            is_filler=self.is_filler,
         )
 
 
@@ -112,64 +118,50 @@ class _Ragged:
     """A list column as flat values and offsets."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
-        chunk = column.combine_chunks()
-        array = chunk.chunk(0) if isinstance(chunk, pa.ChunkedArray) else chunk
-        self.offsets: NDArray[np.int64] = np.asarray(array.offsets).astype(np.int64)
-        self.values: NDArray[Any] = array.values.to_numpy(zero_copy_only=False)
+        array = column.combine_chunks()
+        self.offsets = np.asarray(array.offsets).astype(np.int64)
+        self.values = array.values.to_numpy(zero_copy_only=False)
 
-    def __getitem__(self, row: int) -> NDArray[Any]:
+    def __getitem__(self, row: int) -> np.ndarray:
         return self.values[self.offsets[row] : self.offsets[row + 1]]
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        return np.diff(self.offsets)
-
-    def row_of_first(self, bad: NDArray[np.bool_]) -> int | None:
-        """Return the row of the first True among values within the rows, None where there is none."""
-        first, last = self.offsets[0], self.offsets[-1]
-        hits = np.flatnonzero(bad[first:last])
-        return int(np.searchsorted(self.offsets, first + hits[0], side="right")) - 1 if len(hits) else None
 
 
 class PairColumns:
     """The decoded and checked columns of one row group.
 
     Args:
-        rows: The columns of `column_names`, of at least one row.
+        rows: The columns of `column_names`, at least one row.
         vocab_size: Ids must be below it.
         where: The place, for messages.
 
     Raises:
-        MismatchError: A row does not belong together. A value is null; a prompt or response is empty; an id is outside the
-            vocabulary; there is not exactly one weight and one reference log-prob per response token, or not the same
-            number of top ids and log-probs for each; a number is not finite, a log-prob above 0 or a pair's weight below.
-            Names pair, column and place.
+        MismatchError: A value is null; a prompt or response is empty; an id is outside the vocabulary; there is not exactly one
+            weight and one reference log-prob per response token, or not the same number of top ids and log-probs for each; a
+            number is not finite, a log-prob is above 0 or a pair's weight below. Names pair, column and place.
     """
 
     def __init__(self, rows: pa.Table, *, vocab_size: int, where: str) -> None:
         self._where = where
         self._pair_ids = rows["pair_id"].combine_chunks()
-        self._check_nulls(rows)
+        self._check(rows, vocab_size)
         is_list = {field.name: pa.types.is_list(field.type) for field in rows.schema}
         self._ragged = {name: _Ragged(rows[name]) for name, ragged in is_list.items() if ragged}
         self._numbers = {name: rows[name].to_numpy() for name in ("pair_weight", *_SCORES) if name in is_list}
-        self._check_ids("prompt_ids", vocab_size)
-        for side in (*_SIDES, *(["anchor"] if "anchor_ids" in is_list else [])):
-            self._check_ids(f"{side}_ids", vocab_size)
-            self._check_side(side, vocab_size)
-        self._check_numbers()
 
     def pair(self, row: int) -> Pair:
         """Return one row."""
-        scores: dict[str, Any] = {name: float(self._numbers[name][row]) for name in _SCORES if name in self._numbers}
+        chosen_score, rejected_score = (
+            float(self._numbers[name][row]) if name in self._numbers else None for name in _SCORES
+        )
         return Pair(
             str(self._pair_ids[row]),
             self._ragged["prompt_ids"][row],
             self._response("chosen", row),
             self._response("rejected", row),
             float(self._numbers["pair_weight"][row]),
-            anchor=self._anchor(row),
-            **scores,
+            chosen_score,
+            rejected_score,
+            self._anchor(row),
         )
 
     def _anchor(self, row: int) -> StoredResponse | None:
@@ -178,7 +170,7 @@ class PairColumns:
         ids = self._ragged["anchor_ids"][row]
         return StoredResponse(ids, np.ones(len(ids), np.float32), self._ragged["anchor_ref_logps"][row])
 
-    def _response(self, side: str, row: int) -> StoredResponse:
+    def _response(self, side: Side, row: int) -> StoredResponse:
         ragged = self._ragged
         ids = ragged[f"{side}_ids"][row]
         required = (ids, ragged[f"{side}_token_weights"][row], ragged[f"{side}_ref_logps"][row])
@@ -187,77 +179,48 @@ class PairColumns:
         top = (ragged[f"{side}_{name}"][row].reshape(len(ids), -1) for name in ("ref_top_ids", "ref_top_logps"))
         return StoredResponse(*required, *top)
 
-    def _check_nulls(self, rows: pa.Table) -> None:
+    def _check(self, rows: pa.Table, vocab_size: int) -> None:
+        """Check the laws of `weights_store.checks.rows` that a loss relies on.
+
+        Not those that only `verify` needs: this runs for every row group of every epoch. Log-probs may exceed 0 by rounding.
+        """
         for name in rows.column_names:
-            if rows[name].null_count:
-                row = int(np.flatnonzero(rows[name].is_null())[0])
-                raise self._error(row, f"has no {name}", remedy(name))
+            self._refuse(null(rows, name), remedy(name))
+        self._check_ids(rows, "prompt_ids", vocab_size)
+        for side in SIDES:
+            self._check_ids(rows, f"{side}_ids", vocab_size)
+            self._check_values(rows, f"{side}_token_weights", side, FINITE)
+            self._check_values(rows, f"{side}_ref_logps", side, ROUNDED_LOGP)
+        if "anchor_ids" in rows.column_names:
+            self._check_ids(rows, "anchor_ids", vocab_size)
+            self._check_values(rows, "anchor_ref_logps", "anchor", ROUNDED_LOGP)
+        if _REF_TOP[0] in rows.column_names:
+            self._check_top_k(rows, vocab_size)
+        self._refuse(bad_values(rows, "pair_weight", WEIGHT))
+        for name in _SCORES:
+            if name in rows.column_names:
+                self._refuse(bad_values(rows, name, FINITE))
 
-    def _check_ids(self, name: str, vocab_size: int) -> None:
-        column = self._ragged[name]
-        empty = np.flatnonzero(column.lengths == 0)
-        if len(empty):
-            raise self._error(int(empty[0]), f"{name} is empty")
-        self._check_vocabulary(name, vocab_size)
+    def _check_ids(self, rows: pa.Table, name: str, vocab_size: int) -> None:
+        self._refuse(empty(rows, name))
+        self._refuse(bad_values(rows, name, id_law(vocab_size)), _OTHER_MODEL)
 
-    def _check_vocabulary(self, name: str, vocab_size: int) -> None:
-        column = self._ragged[name]
-        row = column.row_of_first((column.values < 0) | (column.values >= vocab_size))
-        if row is not None:
-            raise self._error(
-                row,
-                f"{name} goes from {column[row].min()} to {column[row].max()}, the model's vocabulary has {vocab_size} ids",
-                "train the model that the dataset was tokenised for",
-            )
+    def _check_values(self, rows: pa.Table, name: str, side: str, law: Law) -> None:
+        self._refuse(wrong_lengths(rows, name, f"{side}_ids"))
+        self._refuse(bad_values(rows, name, law))
 
-    def _check_side(self, side: str, vocab_size: int) -> None:
-        num_tokens = self._ragged[f"{side}_ids"].lengths
-        for name in (f"{side}_token_weights", f"{side}_ref_logps"):
-            if name in self._ragged:  # an anchor has no token weights
-                self._check_lengths(name, num_tokens)
-                self._check_finite(name)
-        self._check_logps(f"{side}_ref_logps")
-        if f"{side}_ref_top_ids" in self._ragged:
-            self._check_vocabulary(f"{side}_ref_top_ids", vocab_size)
-            self._check_top_k(side, num_tokens)
-            self._check_finite(f"{side}_ref_top_logps")
-            self._check_logps(f"{side}_ref_top_logps")
-
-    def _check_top_k(self, side: str, num_tokens: NDArray[np.int64]) -> None:
-        """Check that each response token has the same number of top ids and of top log-probs: that of the first token."""
-        first = "chosen_ref_top_ids"
-        num_top = int(self._ragged[first].lengths[0] // self._ragged["chosen_ids"].lengths[0])
+    def _check_top_k(self, rows: pa.Table, vocab_size: int) -> None:
+        """Check that each response token has as many top ids and top log-probs as the first one."""
+        num_top = len(rows[_REF_TOP[0]][0]) // len(rows["chosen_ids"][0])
         if num_top == 0:
-            raise self._error(0, f"has no {first}", remedy(first))
-        for name in (f"{side}_ref_top_ids", f"{side}_ref_top_logps"):
-            self._check_lengths(name, num_tokens, per_token=num_top)
+            self._refuse([Violation(_REF_TOP[0], 0, f"has no {_REF_TOP[0]}", 1)], _ADD_REF_TOP)
+        for side in SIDES:
+            ids, logps = f"{side}_ref_top_ids", f"{side}_ref_top_logps"
+            self._refuse(bad_values(rows, ids, id_law(vocab_size)), _OTHER_MODEL)
+            for name in (ids, logps):
+                self._refuse(wrong_lengths(rows, name, f"{side}_ids", per_token=num_top))
+            self._refuse(bad_values(rows, logps, ROUNDED_LOGP))
 
-    def _check_lengths(self, name: str, num_tokens: NDArray[np.int64], per_token: int = 1) -> None:
-        lengths = self._ragged[name].lengths
-        unequal = np.flatnonzero(lengths != num_tokens * per_token)
-        if len(unequal):
-            row = int(unequal[0])
-            times = f" with {per_token} each" if per_token > 1 else ""
-            raise self._error(row, f"{lengths[row]} {name} for {num_tokens[row]} response tokens{times}")
-
-    def _check_finite(self, name: str) -> None:
-        row = self._ragged[name].row_of_first(~np.isfinite(self._ragged[name].values))
-        if row is not None:
-            raise self._error(row, f"{name} holds NaN or infinity")
-
-    def _check_logps(self, name: str) -> None:
-        column = self._ragged[name]
-        row = column.row_of_first(column.values > _ROUNDING_NATS)
-        if row is not None:
-            raise self._error(row, f"{name} goes up to {column[row].max():.4g}, a log-prob is at most 0")
-
-    def _check_numbers(self) -> None:
-        for name, values in self._numbers.items():
-            is_bad = ~np.isfinite(values) | (values < 0 if name == "pair_weight" else False)
-            if is_bad.any():
-                row = int(np.flatnonzero(is_bad)[0])
-                expected = "a finite number >= 0" if name == "pair_weight" else "a finite number"
-                raise self._error(row, f"{name} is {values[row]}, expected {expected}")
-
-    def _error(self, row: int, problem: str, what_to_do: str = REBUILD) -> MismatchError:
-        return MismatchError(f"pair {self._pair_ids[row]}: {problem} ({self._where}); {what_to_do}")
+    def _refuse(self, violations: Iterable[Violation], what_to_do: str = REBUILD) -> None:
+        for found in violations:
+            raise MismatchError(f"pair {self._pair_ids[found.row]}: {found.problem} ({self._where}); {what_to_do}")

@@ -1,13 +1,13 @@
-"""Compare the files of a table with what its commits recorded, and say where inside a file the damage is.
+"""Compares the files of a table with what its commits recorded, and says where inside a file the damage is.
 
 Every shard that any version needs is read once, as a stream: the digest of its bytes finds every flipped bit. Only damaged
 shards are decoded, to name the row group, the column and the pairs.
 """
 
 import hashlib
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 from urllib.parse import unquote
 
 import polars as pl
@@ -17,34 +17,31 @@ from weights_store.checks.findings import Finding
 from weights_store.checks.log import TableLog
 from weights_store.errors import DamageError, StoreError
 from weights_store.location import Location, one_line
-from weights_store.messages import logger
-from weights_store.tables.shards import ShardRecord, lacking
+from weights_store.messages import Progress, logger, show
+from weights_store.tables.shards import RESTORE, ShardRecord
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableReader
 
 _log = logger(__name__)
 
 _READ_BYTES = 4 << 20
-_BYTES_PER_REPORT = 1 << 30
-# What decoding bytes that are no longer Parquet of ours has been seen to raise.
+_BYTES_DIFFER = "its bytes are not those that were committed (SHA-256 differs)"
+# What decoding damaged Parquet has been seen to raise.
 _UNDECODABLE = (DamageError, OSError, pa.ArrowException, ValueError, KeyError, IndexError, TypeError, MemoryError)
 
 
 @dataclass(frozen=True)
 class Examined:
-    """One table after its files were looked at."""
+    """One table whose files have been checked."""
 
     log: TableLog
     findings: list[Finding]
     unsound: frozenset[str]
-
-    def sound(self, version: int | None) -> "SoundTable":
-        """Return one version without its damaged shards."""
-        return SoundTable(self, version)
+    """The damaged shards."""
 
 
 class SoundTable(TableReader):
-    """One version of a table as far as it is undamaged; whoever reads it skips the other shards."""
+    """The undamaged shards of one version of a table."""
 
     def __init__(self, examined: Examined, version: int | None) -> None:
         table = examined.log.table
@@ -75,16 +72,14 @@ def examine(log: TableLog) -> Examined:
     if log.is_whole:
         findings += _check_view(log)
     digests = {record.sha256: record.name for _, record in records}
-    unsound, done, told = set(), 0, 0
+    unsound, done, started = set(), 0, time.monotonic()
     for version, record in records:
         found = [replace(finding, version=version) for finding in _check_shard(table, record, digests)]
         if found:
             unsound.add(record.name)
             findings += found
         done += record.num_bytes
-        if done - told > _BYTES_PER_REPORT:
-            told = done
-            _log.info(f"{table.path}: {done / 1e6:,.1f} of {num_bytes / 1e6:,.1f} MB")
+        show(Progress(f"verify {table.path}", done, num_bytes, time.monotonic() - started, "bytes"))
     return Examined(log, findings, frozenset(unsound))
 
 
@@ -105,7 +100,7 @@ def _check_foreign(log: TableLog) -> Iterator[Finding]:
 
 
 def _check_view(log: TableLog) -> Iterator[Finding]:
-    """Compare what Delta readers are told with what the commits recorded: a damaged checkpoint shows here, too."""
+    """Compare what Delta readers see with what the commits recorded. This also finds a damaged checkpoint."""
     from deltalake import Schema
     from deltalake.exceptions import DeltaError
 
@@ -113,21 +108,17 @@ def _check_view(log: TableLog) -> Iterator[Finding]:
     if newest is None:
         return
     try:
-        opened = table._open(newest)
+        opened = table.open_delta(newest)
         actions = pa.table(opened.get_add_actions(flatten=True)).to_pylist()
         schema = opened.schema()
     except (StoreError, DeltaError, OSError, ValueError) as error:
         yield Finding(table.path, f"Delta cannot open it: {one_line(error)}", newest)
         return
-    names, active = [field.name for field in schema.fields], log.active(newest)
-    held = {name for _, record in log.records() if record.name in active for name in record.checksums}
-    later = {field.name for field in lacking(table.schema, names)} - held  # they came after all of its files
-    expected = {field.name: field for field in Schema.from_arrow(table.schema).fields if field.name not in later}
-    if {field.name: field for field in schema.fields} != expected:
-        text = (
-            f"its log gives it columns {names} or types that are not those of this tokenweights, {table.schema.names}"
-        )
-        yield Finding(table.path, text, newest)
+    if schema.fields != Schema.from_arrow(table.schema).fields:
+        names = [field.name for field in schema.fields]
+        text = f"its log has the columns {names} or types that differ from those of this tokenweights"
+        yield Finding(table.path, f"{text}, {table.schema.names}", newest)
+    active = log.active(newest)
     seen = {action["path"]: _stats(action, table.key[0]) for action in actions}
     recorded = {r.name: (r.num_bytes, r.num_rows, r.first_key, r.last_key) for _, r in log.records()}
     if seen.keys() != active:
@@ -143,26 +134,26 @@ def _check_view(log: TableLog) -> Iterator[Finding]:
             yield Finding(table.path, f"{text}: readers would skip or miscount rows", newest, name)
 
 
-def _stats(action: Mapping[str, Any], key: str) -> tuple[Any, ...]:
+def _stats(action: Mapping[str, object], key: str) -> tuple[object, ...]:
     return (action["size_bytes"], *(action.get(name) for name in ("num_records", f"min.{key}", f"max.{key}")))
 
 
 def _check_shard(table: Table, record: ShardRecord, digests: dict[str, str]) -> list[Finding]:
-    """Return what is wrong with one file; its version is for the caller to add."""
+    """Return what is wrong with one file; the caller adds the version."""
     try:
         size, digest = _digest(table.location, record.name)
     except FileNotFoundError:
-        return [Finding(table.path, f"the file is missing; {_RESTORE}", shard=record.name)]
+        return [Finding(table.path, f"the file is missing; {RESTORE}", shard=record.name)]
     except OSError as error:
-        return [Finding(table.path, f"the file cannot be read: {one_line(error)}; {_RESTORE}", shard=record.name)]
+        return [Finding(table.path, f"the file cannot be read: {one_line(error)}; {RESTORE}", shard=record.name)]
     problem = _compare_bytes(record, size, digest, digests)
     if problem is None:
         return list(_check_footer(table, record))
     inside = list(_look_inside(table, record))
     if inside and problem == _BYTES_DIFFER:
-        return inside  # the same, and where
-    hint = "" if inside else "; every value is as committed: the damage lies in the footer or in what frames the values"
-    return [Finding(table.path, f"{problem}{hint}; {_RESTORE}", shard=record.name), *inside]
+        return inside  # says the same, and where
+    hint = "" if inside else "; every value is as committed: the damage is in the footer or between the values"
+    return [Finding(table.path, f"{problem}{hint}; {RESTORE}", shard=record.name), *inside]
 
 
 def _digest(folder: Location, name: str) -> tuple[int, str]:
@@ -175,7 +166,7 @@ def _digest(folder: Location, name: str) -> tuple[int, str]:
 
 
 def _compare_bytes(record: ShardRecord, size: int, digest: str, digests: dict[str, str]) -> str | None:
-    """Return how the bytes of a file differ from what was committed, None when they do not."""
+    """Return how the bytes of a file differ from what was committed, None if they do not."""
     if (size, digest) == (record.num_bytes, record.sha256):
         return None
     if digest != record.sha256 and digest in digests:
@@ -187,7 +178,7 @@ def _compare_bytes(record: ShardRecord, size: int, digest: str, digests: dict[st
 
 
 def _check_footer(table: Table, record: ShardRecord) -> Iterator[Finding]:
-    """Yield a finding when readers would refuse a file whose bytes are as committed: then the commit itself is damaged."""
+    """Yield a finding if readers would refuse a file whose bytes are as committed: then the commit is damaged."""
     try:
         table.open_shard(record)
     except _UNDECODABLE as error:
@@ -203,22 +194,20 @@ def _look_inside(table: Table, record: ShardRecord) -> Iterator[Finding]:
     except _UNDECODABLE as error:
         yield replace(place, problem=f"its footer is damaged: {_without_place(error, table, record)}")
         return
-    values = [[name] for name in record.checksums if name not in table.key]
+    key = list(table.key)
     for index in range(len(reader.group_sizes)):
         within, span = f", row group {index}", ""
-        try:  # the key first: all other checksums hang on it
-            keys = reader.read_group(index, table.key)[table.key[0]]
-            span = f" (rows {table.key[0]} {keys[0]} … {keys[-1]})"
-        except _UNDECODABLE as error:
-            text = _without_place(error, table, record, within)
-            yield replace(place, row_group=index, problem=_with_column(", ".join(table.key), span, text))
-            continue
-        for columns in values:
+        # The key first: all other checksums depend on it.
+        for columns in (key, *([name] for name in record.checksums if name not in key)):
             try:
-                reader.read_group(index, columns)
+                rows = reader.read_group(index, columns)
             except _UNDECODABLE as error:
                 text = _without_place(error, table, record, within)
-                yield replace(place, row_group=index, problem=_with_column(columns[0], span, text))
+                yield replace(place, row_group=index, problem=_with_column(", ".join(columns), span, text))
+                if not span:
+                    break
+            else:
+                span = span or f" (rows {key[0]} {rows[key[0]][0]} … {rows[key[0]][-1]})"
 
 
 def _with_column(column: str, span: str, text: str) -> str:
@@ -226,10 +215,6 @@ def _with_column(column: str, span: str, text: str) -> str:
 
 
 def _without_place(error: BaseException, table: Table, record: ShardRecord, within: str = "") -> str:
-    """Return an error's text without the place that the finding names anyway."""
+    """Return an error's text without the place, which the finding names already."""
     text = one_line(error).removeprefix(f"{table.path}, shard {record.name}{within}: ")
     return text.removeprefix(f"{table.path}: shard {record.name} ")
-
-
-_BYTES_DIFFER = "its bytes are not those that were committed (SHA-256 differs)"
-_RESTORE = "restore the file from a copy, or build the table again"

@@ -1,6 +1,6 @@
-"""The log of a table, read although parts of it may be damaged: what `verify` and `vacuum` go by.
+"""Reads the log of a table even if parts of it are damaged, for `verify` and `vacuum`.
 
-`Table.log` stops at the first commit that it cannot read; here every commit is either read or named with its problem.
+`Table.log` stops at the first commit that it cannot read. Here every commit is either read or named with its problem.
 """
 
 import json
@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import unquote
 
 from weights_store.errors import StoreError
 from weights_store.location import one_line
 from weights_store.tables.commits import READERS, Commit, log_name, read_commit
+from weights_store.tables.metadata import CommitMetadata
 from weights_store.tables.shards import ShardRecord
 from weights_store.tables.table import Table
 
@@ -27,21 +27,17 @@ _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OSError)
 
 @dataclass(frozen=True)
 class TableLog:
-    """What the commits of one table say.
-
-    Args:
-        table: The table.
-        commits: Those that can be read, by version, whoever made them.
-        problems: What is wrong with the others, by version.
-    """
+    """The commits of one table, by version."""
 
     table: Table
     commits: dict[int, Commit]
+    """Those that can be read, also those of other programs."""
     problems: dict[int, str]
+    """What is wrong with the others."""
 
     @property
     def newest(self) -> int | None:
-        """The newest version, None when there is no commit at all."""
+        """The newest version, None if there is no commit."""
         return max([*self.commits, *self.problems], default=None)
 
     @property
@@ -49,8 +45,8 @@ class TableLog:
         """Whether every commit could be read."""
         return not self.problems
 
-    def metadata(self, version: int | None) -> dict[str, Any] | None:
-        """Return what one commit recorded; None when it is not ours, cannot be read or is not there."""
+    def metadata(self, version: int | None) -> CommitMetadata | None:
+        """Return what one commit recorded; None if it is not ours, cannot be read or does not exist."""
         commit = None if version is None else self.commits.get(version)
         return commit.metadata if commit else None
 
@@ -69,19 +65,19 @@ class TableLog:
             yield from ((version, record) for record in commit.shards)
 
     def num_rows(self, version: int | None) -> int | None:
-        """Return the rows of one version as recorded; None when some of it was not recorded or cannot be read."""
+        """Return the rows of one version as recorded; None if part of it was not recorded or cannot be read."""
         recorded = {record.name: record.num_rows for _, record in self.records()}
         names = self.active(version)
         return sum(recorded[name] for name in names) if self.is_whole and names <= recorded.keys() else None
 
     def named(self) -> set[str]:
-        """Return every file that some commit names, whether it was added or taken out: old versions need it."""
+        """Return every file that a commit adds or removes: old versions need the removed ones."""
         paths = {path for commit in self.commits.values() for path in (*commit.added, *commit.removed)}
-        return paths | {unquote(path) for path in paths}  # other writers escape paths, as the protocol says
+        return paths | {unquote(path) for path in paths}  # the protocol lets writers escape paths
 
 
 def read_log(table: Table) -> TableLog:
-    """Read every commit of a table, which may have none."""
+    """Read every commit of a table; it may have none."""
     names = (table.location / "_delta_log").files()
     versions = sorted({int(match[1]) for name in names if (match := _COMMIT.fullmatch(name))})
     with ThreadPoolExecutor(READERS) as pool:
@@ -122,7 +118,7 @@ def _read(table: Table, version: int) -> Commit | str:
 
 
 def _check(commit: Commit) -> None:
-    """Compare what a commit says twice.
+    """Compare the facts that a commit holds twice.
 
     Raises:
         ValueError, TypeError, KeyError: It contradicts itself.
@@ -131,7 +127,7 @@ def _check(commit: Commit) -> None:
         _check_record(record)
     for path in (*commit.added, *commit.removed):
         if not isinstance(path, str):
-            raise TypeError(f"{path!r} is no path")
+            raise TypeError(f"{path!r} is not a path")
     if commit.metadata is None:
         return
     recorded = {record.name for record in commit.shards}
@@ -141,11 +137,11 @@ def _check(commit: Commit) -> None:
     if written != total:
         raise ValueError(f"it says {written} rows were written, its shards have {total}")
     if not isinstance(commit.metadata["fingerprint"], str):
-        raise TypeError("its fingerprint is no text")
+        raise TypeError("its fingerprint is not a text")
 
 
 def _check_actions(data: bytes) -> None:
-    """Look whether a commit that records nothing of ours is one at all: else the files it names would pass for leftovers.
+    """Check that a commit of another program is a commit at all: if not, the files that it named would look like leftovers.
 
     Raises:
         ValueError, TypeError: It holds no action, or one that the Delta protocol does not know.

@@ -1,10 +1,10 @@
-"""What commits recorded, compared with what is there: parents, fingerprints, and where every source row went.
+"""Compares what commits recorded with what is there: parents, fingerprints, and where every source row went.
 
-A law is skipped where a commit does not record what it is about: tables can be filled by other programs than `pipeline`.
+A check is skipped if a commit does not record what it needs: other programs than `pipeline` can fill tables too.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TypeGuard
 
 import polars as pl
 
@@ -13,32 +13,32 @@ from weights_store.checks.findings import Finding
 from weights_store.checks.log import TableLog
 from weights_store.fingerprint import fingerprint
 from weights_store.schemas import Reason
+from weights_store.tables.metadata import CommitMetadata, Parent, Statistics
 
 _DIGITS = 12  # of a fingerprint, in messages
 
 
-def parents(metadata: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def parents(metadata: CommitMetadata | None) -> list[Parent]:
     """Return the well-formed parents that a commit recorded."""
     return [parent for parent in _listed(metadata) if _is_reference(parent)]
 
 
 def check_lineage(log: TableLog, find_log: Callable[[str], TableLog | None]) -> Iterator[Finding]:
-    """Yield a finding for each parent of any version that is not there or is not what it was, each once.
+    """Yield a finding for each parent of any version that is missing or has changed, each once.
 
     Args:
         log: The table's log.
-        find_log: Returns the log of a table by its path, None when the path names no table of the store.
+        find_log: Returns the log of a table by its path, None if the store has no such table.
     """
-    seen: list[Any] = []
+    seen: list[object] = []
     for version in sorted(log.commits, reverse=True):
         for parent in _listed(log.metadata(version)):
             if parent in seen:
                 continue
             seen.append(parent)
-            problem = (
-                _parent_problem(parent, find_log) if _is_reference(parent) else f"its parent {parent!r} is malformed"
-            )
-            if problem:
+            if not _is_reference(parent):
+                yield Finding(log.table.path, f"its parent {parent!r} is malformed", version)
+            elif problem := _parent_problem(parent, find_log):
                 yield Finding(log.table.path, problem, version)
 
 
@@ -54,14 +54,13 @@ def check_fingerprints(log: TableLog) -> Iterator[Finding]:
             yield Finding(log.table.path, f"its identity cannot be fingerprinted: {error}", version)
             continue
         if metadata["fingerprint"] != expected:
-            text = (
-                f"its fingerprint is {metadata['fingerprint'][:_DIGITS]}…, that of its identity {expected[:_DIGITS]}…"
-            )
+            found = metadata["fingerprint"][:_DIGITS]
+            text = f"its fingerprint is {found}…, that of its identity {expected[:_DIGITS]}…"
             yield Finding(log.table.path, f"{text}: the commit was changed afterwards", version)
 
 
 def check_balance(log: TableLog) -> Iterator[Finding]:
-    """Yield a finding when the newest version of tokens or weights does not say where every source row went."""
+    """Yield a finding if the newest version of tokens or weights does not say where every source row went."""
     statistics = _statistics(log)
     num_pairs, num_rows = statistics.get("num_pairs"), log.num_rows(log.newest)
     if num_pairs is None:
@@ -79,7 +78,7 @@ def check_balance(log: TableLog) -> Iterator[Finding]:
 
 
 def check_quarantine(tokens: TableLog, quarantine: SoundTable) -> Iterator[Finding]:
-    """Yield a finding for each reason whose rows in quarantine are not as many as the newest tokens say."""
+    """Yield a finding for each reason if quarantine does not hold as many rows as the newest tokens say."""
     expected = _statistics(tokens).get("quarantined")
     if expected is None or not quarantine.is_whole:
         return
@@ -92,33 +91,34 @@ def check_quarantine(tokens: TableLog, quarantine: SoundTable) -> Iterator[Findi
             yield Finding(
                 tokens.table.path,
                 f"its statistics count {there} rows in quarantine as {reason}, {quarantine.name} holds {here}; "
-                "a build has died in between or is running: run it (again)",
+                "a build is running, or died in between: run it again",
                 tokens.newest,
             )
 
 
-def _statistics(log: TableLog) -> dict[str, Any]:
+def _statistics(log: TableLog) -> Statistics:
     return (log.metadata(log.newest) or {}).get("statistics") or {}
 
 
-def _listed(metadata: Mapping[str, Any] | None) -> list[Any]:
-    listed = (metadata or {}).get("parents", [])
+def _listed(metadata: CommitMetadata | None) -> list[object]:
+    """Return the parents that a commit recorded; a damaged commit may have anything there."""
+    listed: object = (metadata or {}).get("parents", [])
     return listed if isinstance(listed, list) else [listed]
 
 
-def _is_reference(parent: Any) -> bool:
+def _is_reference(parent: object) -> TypeGuard[Parent]:
     kinds = {"table": str, "version": int, "fingerprint": str}
     return isinstance(parent, dict) and all(isinstance(parent.get(name), kind) for name, kind in kinds.items())
 
 
-def _parent_problem(parent: Mapping[str, Any], find_log: Callable[[str], TableLog | None]) -> str | None:
-    log = find_log(parent["table"])
-    name = f"{parent['table']}@{parent['version']}"
-    if log is None or parent["version"] not in {*log.commits, *log.problems}:
+def _parent_problem(parent: Parent, find_log: Callable[[str], TableLog | None]) -> str | None:
+    log, version = find_log(parent["table"]), parent["version"]
+    name = f"{parent['table']}@{version}"
+    if log is None or version not in {*log.commits, *log.problems}:
         return f"its parent {name} is not in the store"
-    if parent["version"] in log.problems:
+    if version in log.problems:
         return None  # the parent's own finding
-    metadata = log.metadata(parent["version"])
+    metadata = log.metadata(version)
     if metadata is None:
         return f"its parent {name} was not written by tokenweights"
     if metadata["fingerprint"] != parent["fingerprint"]:

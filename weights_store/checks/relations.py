@@ -1,7 +1,7 @@
-"""Laws between the rows of tables: each key once, one number per id, what weights hold as in the tables it comes from.
+"""Laws between the rows of tables: each key once, one number per id, and weights that agree with the tables they come from.
 
-Tables are joined one range of keys at a time. Damaged shards are left out, and nothing is concluded about a row that may
-stand in one of them.
+Tables are joined one range of keys at a time. Damaged shards are left out, and nothing is concluded about a row that may be in
+one of them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,27 +12,26 @@ import polars as pl
 
 from weights_store.checks.files import SoundTable
 from weights_store.checks.findings import Finding
+from weights_store.schemas import SIDES
 
-_JOIN_BYTES = 256 << 20
+JOIN_BYTES = 256 << 20
+"""About how much memory one range of a join takes."""
 _BYTES_PER_KEY = 64
-_TOKEN_COLUMNS = {name: name for name in ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_score", "rejected_score")}
-_REF_COLUMNS = {
-    f"{side}_ref_{what}": f"{side}_{what}"
-    for side in ("chosen", "rejected")
-    for what in ("logps", "top_ids", "top_logps")
-}
-_PER_TOKEN_COLUMNS = {
-    f"{side}_{what}": f"{side}_ids" for side in ("chosen", "rejected") for what in ("logps", "attributions")
-}
-_ANCHOR_COLUMNS = {"anchor_ids": "anchor_ids", "anchor_ref_logps": "anchor_logps"}
+TOKEN_COLUMNS = {name: name for name in ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_score", "rejected_score")}
+REF_COLUMNS = {f"{side}_ref_{what}": f"{side}_{what}" for side in SIDES for what in ("logps", "top_ids", "top_logps")}
+ANCHOR_COLUMNS = {"anchor_ids": "anchor_ids", "anchor_ref_logps": "anchor_logps"}
+"""Columns of weights, and the columns of tokens, reference log-probs and anchors that they are copied from."""
+PER_TOKEN_COLUMNS = {f"{side}_{what}": f"{side}_ids" for side in SIDES for what in ("logps", "attributions")}
+"""Columns with one number per id, and the column of the ids."""
+_THEIRS = "_of_parent"
 
 
 def check_keys(table: SoundTable) -> Iterator[Finding]:
-    """Yield the first key that stands more than once, and how many do."""
+    """Yield the first key that occurs more than once, and how many do."""
     found = _Tally()
     num_bytes = _BYTES_PER_KEY * sum(record.num_rows for record in table.records())
     keys = table.scan().select(table.key)
-    for piece in table.key_ranges(_JOIN_BYTES, num_bytes=num_bytes):
+    for piece in table.key_ranges(JOIN_BYTES, num_bytes=num_bytes):
         counts = piece.of(keys, table.key[0]).group_by(table.key).agg(count=pl.len())
         with table.reading():
             frame = counts.filter(pl.col("count") > 1).sort(table.key).collect()
@@ -41,35 +40,9 @@ def check_keys(table: SoundTable) -> Iterator[Finding]:
     yield from found.findings()
 
 
-def check_tokens(weights: SoundTable, tokens: list[SoundTable]) -> Iterator[Finding]:
-    """Yield the first pair whose ids or scores are not those of the tokens it was made from, and the first that has none."""
-    yield from _compare(weights, tokens, _TOKEN_COLUMNS, by_length=False)
-
-
-def check_reference(weights: SoundTable, logps: list[SoundTable]) -> Iterator[Finding]:
-    """Yield the first pair whose reference log-probs, or top k of them, are not those it was made from."""
-    yield from _compare(weights, logps, _REF_COLUMNS, by_length=False)
-
-
-def check_anchors(weights: SoundTable, anchors: list[SoundTable]) -> Iterator[Finding]:
-    """Yield the first pair whose anchor, or its reference log-probs, are not those it was made from."""
-    yield from _compare(weights, anchors, _ANCHOR_COLUMNS, by_length=False)
-
-
-def check_lengths(scored: SoundTable, tokens: list[SoundTable]) -> Iterator[Finding]:
-    """Yield the first pair with another number of log-probs or attributions than ids, and the first that has no ids.
-
-    Args:
-        scored: Log-probs of one scorer, attributions, or anchors, whose lengths are their own.
-        tokens: Versions that they were made from, newest first: pairs scored long ago may have left the newest.
-    """
-    columns = {name: ids for name, ids in _PER_TOKEN_COLUMNS.items() if name in scored.schema.names}
-    yield from _compare(scored, tokens, columns, by_length=True)
-
-
 @dataclass
 class _Tally:
-    """The first finding of each kind, and how many pairs it stands for."""
+    """The first finding of each kind, and how many pairs have that problem."""
 
     first: dict[str, Finding] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -85,32 +58,38 @@ class _Tally:
 
 
 def _doubled(table: SoundTable, row: Mapping[str, Any]) -> Finding:
-    problem = f"stands {row['count']} times, expected once; build the table again"
+    problem = f"occurs {row['count']} times, expected once; build the table again"
     if table.key != ("pair_id",):
         problem = f"{', '.join(f'{name} {row[name]!r}' for name in table.key)} {problem}"
     return Finding(table.path, problem, table.version_number, pair_id=row.get("pair_id"))
 
 
-def _compare(
-    child: SoundTable, parents: list[SoundTable], columns: Mapping[str, str], by_length: bool
+def compare(
+    child: SoundTable, parents: list[SoundTable], columns: Mapping[str, str], by_length: bool = False
 ) -> Iterator[Finding]:
-    """Compare columns of each row with those of the first parent that has its pair, as far as both have the columns."""
+    """Yield, for each column, the first pair that differs from its parent, and the first pair that no parent has.
+
+    Args:
+        child: The table to check.
+        parents: Versions that it was made from. Each pair is compared with the first one that has it.
+        columns: Columns of the child, if it has them, and those of the parents.
+        by_length: Compare lengths of lists instead of values.
+    """
+    columns = {name: theirs for name, theirs in columns.items() if name in child.schema.names}
     found = _Tally()
-    columns = {name: theirs for name, theirs in columns.items() if _has(child, name)}
     largest = max((child, *parents), key=lambda table: table.num_bytes)
     num_bytes = child.num_bytes + max(parent.num_bytes for parent in parents)
-    for piece in largest.key_ranges(_JOIN_BYTES, num_bytes=num_bytes):
+    for piece in largest.key_ranges(JOIN_BYTES, num_bytes=num_bytes):
         ours = piece.of(_values(child, list(columns), by_length, "")).filter(pl.col("pair_id").is_not_null())
         with child.reading():
             left = ours.collect()
         for parent in parents:
             if left.is_empty():
                 break
-            comparable = {name: theirs for name, theirs in columns.items() if _has(parent, theirs)}
-            right = piece.of(_values(parent, list(comparable.values()), by_length, _THEIRS))
+            right = piece.of(_values(parent, list(columns.values()), by_length, _THEIRS))
             with parent.reading():
                 joined = left.lazy().join(right, on="pair_id").sort("pair_id").collect()
-            for name, theirs in comparable.items():
+            for name, theirs in columns.items():
                 bad = joined.filter(pl.col(name).ne_missing(pl.col(f"{theirs}{_THEIRS}")))
                 if bad.height:
                     found.add(name, bad.height, _unlike(child, parent, name, theirs, bad.row(0, named=True), by_length))
@@ -120,23 +99,15 @@ def _compare(
     yield from found.findings()
 
 
-_THEIRS = "_of_parent"
-
-
 def _values(table: SoundTable, names: list[str], by_length: bool, suffix: str) -> pl.LazyFrame:
     columns = [(pl.col(name).list.len() if by_length else pl.col(name)).alias(f"{name}{suffix}") for name in names]
     return table.scan().select("pair_id", *columns)
 
 
-def _has(table: SoundTable, name: str) -> bool:
-    """Return whether every shard has a column: those written before it came have not."""
-    return all(name in record.checksums for record in table.records())
-
-
 def _unlike(
     child: SoundTable, parent: SoundTable, name: str, theirs: str, row: Mapping[str, Any], is_length: bool
 ) -> Finding:
-    """Put one row that differs into words; its values are lists, single values, or lengths of lists."""
+    """Describe one row that differs; its values are lists, single values, or lengths of lists."""
     here, there = row[name], row[f"{theirs}{_THEIRS}"]
     if isinstance(here, list) and isinstance(there, list):
         at = next((at for at, (left, right) in enumerate(zip(here, there, strict=False)) if left != right), None)
@@ -151,7 +122,7 @@ def _unlike(
     return Finding(child.path, problem, child.version_number, pair_id=row["pair_id"])
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return f"a list of {len(value)}" if isinstance(value, list) else str(value)
 
 

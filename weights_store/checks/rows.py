@@ -1,42 +1,63 @@
-"""Laws that the rows of one row group must obey by themselves, whatever they were made from.
+"""Laws that rows must obey by themselves, whatever they were made from.
 
-Vectorised over the flat values of a column; only the first bad row of each law is put into words.
+`violations` checks all laws of a kind of table, for `verify`. `train/data/stored_pairs.py` and `pipeline/stages/publish.py`
+check some of them one by one. Each law looks at all values of a column at once, and describes only the first bad row.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from weights_store.schemas import Reason
+from weights_store.schemas import SIDES, Reason
+from weights_store.tables.metadata import ScorerRecord
 
-_SIDES = ("chosen", "rejected")
-_SCORED_BY = {"logps": "", "weights": "ref_"}
-"""What stands between the side and the rest in the names of columns that may come with likeliest tokens."""
-_ON_REQUEST = {"prompts": "prompt_attribution", "activations": "activations"}
-"""What attributions hold on request: setting of the scorer to the columns' name behind the side."""
+_OPTIONAL = {"prompts": "prompt_attribution", "activations": "activations"}
+"""Optional columns of attributions: setting of the scorer, and name of the columns after the side."""
 _MASS_ROUNDING = 1e-3
-"""The probabilities of k tokens may add up to this much more than 1: their log-probs are stored to a relative 1.2e-4."""
+"""How much the probabilities of k tokens may add up to above 1: log-probs are stored with a relative error of 1.2e-4."""
+_LOGP_ROUNDING_NATS = 1e-3
+"""Log-probs above 0 by less than this come from the rounding of a log-softmax."""
+
 _Mask = NDArray[np.bool_]
+_Numbers = NDArray[np.float32] | NDArray[np.int32]
 
 
 class Violation(NamedTuple):
-    """One law broken in one row group."""
+    """One law broken by one column."""
 
+    column: str
     row: int  # the first such row
     problem: str  # of that row
     num_rows: int
 
 
+class Law(NamedTuple):
+    """What every number of a column must be."""
+
+    holds: Callable[[_Numbers], _Mask]
+    expected: str
+
+
+LOGP = Law(lambda values: np.isfinite(values) & (values <= 0), "expected a finite number <= 0")
+ROUNDED_LOGP = Law(lambda values: np.isfinite(values) & (values <= _LOGP_ROUNDING_NATS), LOGP.expected)
+WEIGHT = Law(lambda values: np.isfinite(values) & (values >= 0), "expected a finite number >= 0")
+SIZE = Law(lambda values: np.isfinite(values) & (values > 0), "expected a finite number > 0")
+FINITE = Law(lambda values: np.isfinite(values), "expected a finite number")
+
+
+def id_law(vocab_size: int | None) -> Law:
+    """Return the law of token ids; a vocabulary of None is of unknown size."""
+    if vocab_size is None:
+        return Law(lambda values: values >= 0, "expected an id >= 0")
+    return Law(lambda values: (values >= 0) & (values < vocab_size), f"expected an id in 0..{vocab_size - 1}")
+
+
 def violations(
-    kind: str,
-    rows: pa.Table,
-    key: tuple[str, ...],
-    vocab_size: int | None,
-    scorer: Mapping[str, Any] | None = None,
+    kind: str, rows: pa.Table, key: tuple[str, ...], vocab_size: int | None, scorer: ScorerRecord | None = None
 ) -> Iterator[Violation]:
     """Yield each law that `rows` break, with the first row that breaks it.
 
@@ -44,205 +65,184 @@ def violations(
         kind: Kind of table, see `schemas.KEYS`.
         rows: One row group, all columns.
         key: The table's key columns.
-        vocab_size: Upper end of ids, None where the table records none.
-        scorer: What made the numbers, as the table's commit says it: which optional columns hold values (`top_k`, how many
-            likeliest tokens at each place; `prompts`; `activations`). None where no commit does: the first row decides.
+        vocab_size: Ids must be below it; None if the table does not record it.
+        scorer: What made the numbers: says which optional columns hold values. If None, the first row decides.
     """
-    found = [_null(rows, name) for name in key] + _LAWS[kind](rows, vocab_size)
-    if kind in _SCORED_BY:
-        found += _top_laws(rows, _SCORED_BY[kind], vocab_size, None if scorer is None else scorer.get("top_k", 0))
-    if kind == "attributions":
-        found += [_partly_null(rows, option, scorer) for option in _ON_REQUEST]
-    yield from (violation for violation in found if violation is not None)
+    for name in key:
+        for found in null(rows, name):
+            yield found._replace(problem=f"{found.problem} in row {found.row} of the row group")
+    match kind:
+        case "tokens":
+            yield from _token_laws(rows, vocab_size)
+        case "logps":
+            for side in SIDES:
+                yield from bad_values(rows, f"{side}_logps", LOGP)
+            yield from _top_laws(rows, "", vocab_size, scorer)
+        case "attributions":
+            yield from _attribution_laws(rows, scorer)
+        case "anchors":
+            yield from empty(rows, "anchor_ids")
+            yield from _anchor_laws(rows, "anchor_logps", vocab_size)
+        case "weights":
+            yield from _weight_laws(rows, vocab_size, scorer)
+        case "quarantine":
+            yield from _unknown_reason(rows)
 
 
-def _token_laws(rows: pa.Table, vocab_size: int | None) -> list[Violation | None]:
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return [_empty(rows, name) for name in names] + [_outside(rows, name, vocab_size) for name in names]
+def _token_laws(rows: pa.Table, vocab_size: int | None) -> Iterator[Violation]:
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        yield from empty(rows, name)
+        yield from bad_values(rows, name, id_law(vocab_size))
 
 
-def _logp_laws(rows: pa.Table, _: int | None) -> list[Violation | None]:
-    return [_bad_values(rows, f"{side}_logps", _is_logp, _LOGP) for side in _SIDES]
+def _attribution_laws(rows: pa.Table, scorer: ScorerRecord | None) -> Iterator[Violation]:
+    for side in SIDES:
+        yield from bad_values(rows, f"{side}_attributions", WEIGHT)
+        yield from bad_values(rows, f"{side}_prompt_attribution", WEIGHT)
+        yield from bad_values(rows, f"{side}_activations", SIZE)
+        yield from wrong_lengths(rows, f"{side}_activations", f"{side}_attributions", may_be_null=True)
+    for option, column in _OPTIONAL.items():
+        wanted = None if scorer is None else bool(scorer.get(option, False))
+        yield from _partly_null(rows, [f"{side}_{column}" for side in SIDES], wanted)
 
 
-def _attribution_laws(rows: pa.Table, _: int | None) -> list[Violation | None]:
-    found: list[Violation | None] = []
-    for side in _SIDES:
-        activations = f"{side}_activations"
-        found.append(_bad_values(rows, f"{side}_attributions", _is_weight, _WEIGHT))
-        found.append(_bad_number(rows, f"{side}_prompt_attribution", may_be_null=True))
-        found.append(_bad_values(rows, activations, _is_size, _SIZE))
-        found.append(_bad_lengths(rows, activations, f"{side}_attributions", may_be_null=True))
-    return found
-
-
-def _partly_null(rows: pa.Table, option: str, scorer: Mapping[str, Any] | None) -> Violation | None:
-    """Look at columns that hold a value in every row of a table or in none, both sides alike."""
-    names = [f"{side}_{_ON_REQUEST[option]}" for side in _SIDES]
+def _partly_null(rows: pa.Table, names: list[str], wanted: bool | None) -> Iterator[Violation]:
+    """Check columns that hold a value in every row of a table or in none, the same for both sides."""
     is_null = np.stack([_nulls(rows[name]) for name in names], axis=1)
     if not is_null.size:
-        return None
-    wanted = not is_null[0, 0] if scorer is None else bool(scorer.get(option, False))
-
-    def describe(row: int) -> str:
-        name, found = names[int((is_null[row] == wanted).argmax())], "null" if wanted else "there"
-        return f"{name} is {found}, expected {'a value' if wanted else 'null'}: a table has them for all responses or for none"
-
-    return _first((is_null == wanted).any(1), describe)
-
-
-def _anchor_laws(rows: pa.Table, vocab_size: int | None) -> list[Violation | None]:
-    return [
-        _empty(rows, "anchor_ids"),
-        _outside(rows, "anchor_ids", vocab_size),
-        _bad_lengths(rows, "anchor_logps", "anchor_ids"),
-        _bad_values(rows, "anchor_logps", _is_logp, _LOGP),
-    ]
+        return
+    wanted = not is_null[0, 0] if wanted is None else wanted
+    found, expected = ("null", "a value") if wanted else ("there", "null")
+    for row, num_rows in _first((is_null == wanted).any(1)):
+        name = names[int((is_null[row] == wanted).argmax())]
+        problem = f"{name} is {found}, expected {expected}: a table has them for all responses or for none"
+        yield Violation(name, row, problem, num_rows)
 
 
-def _top_laws(rows: pa.Table, scorer: str, vocab_size: int | None, top_k: int | None) -> list[Violation | None]:
-    """Look at the likeliest tokens, where a table has columns for them: one written before does not."""
-    columns = [(f"{side}_{scorer}logps", f"{side}_{scorer}top_ids", f"{side}_{scorer}top_logps") for side in _SIDES]
-    if not {name for names in columns for name in names} <= set(rows.column_names):
-        return []
-    if top_k is None:
+def _anchor_laws(rows: pa.Table, logps: str, vocab_size: int | None) -> Iterator[Violation]:
+    yield from wrong_lengths(rows, logps, "anchor_ids")
+    yield from bad_values(rows, "anchor_ids", id_law(vocab_size))
+    yield from bad_values(rows, logps, LOGP)
+
+
+def _weight_laws(rows: pa.Table, vocab_size: int | None, scorer: ScorerRecord | None) -> Iterator[Violation]:
+    yield from _token_laws(rows, vocab_size)
+    for side in SIDES:
+        for values, law in ((f"{side}_token_weights", WEIGHT), (f"{side}_ref_logps", LOGP)):
+            yield from wrong_lengths(rows, values, f"{side}_ids")
+            yield from bad_values(rows, values, law)
+    yield from _anchor_laws(rows, "anchor_ref_logps", vocab_size)
+    yield from bad_values(rows, "pair_weight", WEIGHT)
+    yield from _top_laws(rows, "ref_", vocab_size, scorer)
+
+
+def _top_laws(rows: pa.Table, of: str, vocab_size: int | None, scorer: ScorerRecord | None) -> Iterator[Violation]:
+    """Check the k most likely tokens at each position; `of` is `ref_` in weights and empty in logps."""
+    columns = [(f"{side}_{of}logps", f"{side}_{of}top_ids", f"{side}_{of}top_logps") for side in SIDES]
+    if scorer is None:
         top_k = next((k for of_tokens, _, logps in columns if (k := _first_top_k(rows, of_tokens, logps))), 0)
-    found: list[Violation | None] = []
+    else:
+        top_k = scorer.get("top_k", 0)
     for of_tokens, ids, logps in columns:
-        found += [_outside(rows, ids, vocab_size), _bad_values(rows, logps, _is_logp, _LOGP)]
-        wrong = _bad_top_lengths(rows, of_tokens, logps, top_k)
-        found += [_bad_lengths(rows, logps, ids), wrong or _bad_places(rows, logps, top_k)]
-    return found
+        yield from bad_values(rows, ids, id_law(vocab_size))
+        yield from bad_values(rows, logps, LOGP)
+        yield from wrong_lengths(rows, logps, ids)
+        wrong = list(wrong_lengths(rows, logps, of_tokens, per_token=top_k))
+        yield from wrong or _bad_positions(rows, logps, top_k)
 
 
 def _first_top_k(rows: pa.Table, of_tokens: str, logps: str) -> int:
-    """Return how many likeliest tokens the first list of any has for each token of its response; 0 where there is none."""
+    """Return k of the first row that has any most likely tokens, 0 if none has."""
     num_tokens, num_listed = _lengths(rows[of_tokens]), _lengths(rows[logps])
     listed = np.flatnonzero((num_tokens > 0) & (num_listed > 0))
     return int(num_listed[listed[0]] // num_tokens[listed[0]]) if listed.size else 0
 
 
-def _bad_top_lengths(rows: pa.Table, of_tokens: str, logps: str, top_k: int) -> Violation | None:
-    num_tokens, num_listed, is_null = _lengths(rows[of_tokens]), _lengths(rows[logps]), _nulls(rows[logps])
-
-    def describe(row: int) -> str:
-        found = "no" if is_null[row] else num_listed[row]
-        return f"{found} {logps} for {num_tokens[row]} {of_tokens}, expected {top_k} for each"
-
-    return _first((num_listed != top_k * num_tokens) | (is_null & (top_k > 0)), describe)
-
-
-def _bad_places(rows: pa.Table, name: str, top_k: int) -> Violation | None:
-    """Look at whole lists of the k likeliest: they fall, and are no more than certain together."""
+def _bad_positions(rows: pa.Table, name: str, top_k: int) -> Iterator[Violation]:
+    """Check that the k log-probs at each position fall, and that their probabilities sum to at most 1."""
     if top_k == 0:
-        return None
-    places = np.asarray(rows[name].combine_chunks().flatten()).astype(np.float64).reshape(-1, top_k)
-    too_likely = (
-        np.exp(np.minimum(places, 1.0)).sum(1) > 1 + _MASS_ROUNDING
-    )  # nothing overflows, and 1.0 is too much anyway
-    bad = np.flatnonzero(too_likely | (places[:, 1:] > places[:, :-1]).any(1))
-    if not bad.size:
-        return None
-    row, place, num_rows = _locate(bad, _lengths(rows[name]) // top_k)
-    listed = ", ".join(f"{logp:g}" for logp in places[bad[0]])
-    problem = f"{name} of response token {place} are {listed}, expected falling log-probs whose probabilities sum to 1 at most"
-    return Violation(row, problem, num_rows)
+        return
+    positions = np.asarray(rows[name].combine_chunks().flatten()).astype(np.float64).reshape(-1, top_k)
+    # Capped at 1.0, so that exp does not overflow: that is too much anyway.
+    too_likely = np.exp(np.minimum(positions, 1.0)).sum(1) > 1 + _MASS_ROUNDING
+    bad = np.flatnonzero(too_likely | (positions[:, 1:] > positions[:, :-1]).any(1))
+    if bad.size:
+        row, position, num_rows = _locate(bad, _lengths(rows[name]) // top_k)
+        listed = ", ".join(f"{logp:g}" for logp in positions[bad[0]])
+        expected = "expected falling log-probs whose probabilities sum to 1 at most"
+        yield Violation(name, row, f"{name} of response token {position} are {listed}, {expected}", num_rows)
 
 
-def _weight_laws(rows: pa.Table, vocab_size: int | None) -> list[Violation | None]:
-    found = _token_laws(rows, vocab_size)
-    for side in _SIDES:
-        for values in (f"{side}_token_weights", f"{side}_ref_logps"):
-            found.append(_bad_lengths(rows, values, f"{side}_ids"))
-        found.append(_bad_values(rows, f"{side}_token_weights", _is_weight, _WEIGHT))
-        found.append(_bad_values(rows, f"{side}_ref_logps", _is_logp, _LOGP))
-    found.append(_bad_lengths(rows, "anchor_ref_logps", "anchor_ids"))
-    found.append(_outside(rows, "anchor_ids", vocab_size))
-    found.append(_bad_values(rows, "anchor_ref_logps", _is_logp, _LOGP))
-    found.append(_bad_number(rows, "pair_weight"))
-    return found
+def _unknown_reason(rows: pa.Table) -> Iterator[Violation]:
+    known = pc.is_in(rows["reason"], value_set=pa.array([reason.value for reason in Reason]))
+    for row, num_rows in _first(~_mask(known)):
+        yield Violation("reason", row, f"reason {rows['reason'][row].as_py()!r} is none of the known ones", num_rows)
 
 
-def _quarantine_laws(rows: pa.Table, _: int | None) -> list[Violation | None]:
-    reasons = rows["reason"].combine_chunks()
-    known = pc.is_in(reasons, value_set=pa.array([reason.value for reason in Reason]))
-    unknown = ~np.asarray(known.to_numpy(zero_copy_only=False), dtype=bool)
-    return [_first(unknown, lambda row: f"reason {reasons[row].as_py()!r} is none of the known ones")]
+# --- single laws -------------------------------------------------------------------------------------------------------
 
 
-_LAWS: dict[str, Callable[[pa.Table, int | None], list[Violation | None]]] = {
-    "tokens": _token_laws,
-    "logps": _logp_laws,
-    "attributions": _attribution_laws,
-    "anchors": _anchor_laws,
-    "weights": _weight_laws,
-    "quarantine": _quarantine_laws,
-}
-_LOGP = "expected a finite number <= 0"
-_WEIGHT = "expected a finite number >= 0"
-_SIZE = "expected a finite number > 0"
+def null(rows: pa.Table, name: str) -> Iterator[Violation]:
+    """Yield a violation if a column has a null."""
+    for row, num_rows in _first(_nulls(rows[name])):
+        yield Violation(name, row, f"{name} is null", num_rows)
 
 
-def _is_logp(values: NDArray[Any]) -> _Mask:
-    return np.isfinite(values) & (values <= 0)
+def empty(rows: pa.Table, name: str) -> Iterator[Violation]:
+    """Yield a violation if a list is empty."""
+    for row, num_rows in _first(_lengths(rows[name]) == 0):
+        yield Violation(name, row, f"{name} is empty, expected at least one token", num_rows)
 
 
-def _is_weight(values: NDArray[Any]) -> _Mask:
-    return np.isfinite(values) & (values >= 0)
+def wrong_lengths(
+    rows: pa.Table, values: str, ids: str, *, per_token: int | None = None, may_be_null: bool = False
+) -> Iterator[Violation]:
+    """Yield a violation if a list has not one value per id, or not `per_token` of them.
+
+    A null list belongs to a null list; with `may_be_null` or 0 values per token it is always allowed.
+    """
+    found, num_tokens, is_null = _lengths(rows[values]), _lengths(rows[ids]), _nulls(rows[values])
+    wrong = found != num_tokens * (1 if per_token is None else per_token)
+    if may_be_null:
+        wrong &= ~is_null
+    elif per_token is None:
+        wrong |= is_null != _nulls(rows[ids])
+    elif per_token:
+        wrong |= is_null
+    for row, num_rows in _first(wrong):
+        here = "no" if per_token is not None and is_null[row] else found[row]
+        tail = "" if per_token is None else f", expected {per_token} for each"
+        yield Violation(values, row, f"{here} {values} for {num_tokens[row]} {ids}{tail}", num_rows)
 
 
-def _is_size(values: NDArray[Any]) -> _Mask:
-    return np.isfinite(values) & (values > 0)
+def bad_values(rows: pa.Table, name: str, law: Law) -> Iterator[Violation]:
+    """Yield a violation if a number breaks a law; the column holds numbers or lists of them, and nulls are skipped."""
+    column = rows[name].combine_chunks()
+    is_list = not pa.types.is_primitive(column.type)
+    lengths = _lengths(rows[name]) if is_list else (~_nulls(rows[name])).astype(np.int64)
+    values = np.asarray(column.flatten() if is_list else column.drop_null())
+    bad = np.flatnonzero(~law.holds(values))
+    if bad.size:
+        row, position, num_rows = _locate(bad, lengths)
+        where = f"{name}[{position}]" if is_list else name
+        yield Violation(name, row, f"{where} is {values[bad[0]]}, {law.expected}", num_rows)
 
 
-def _null(rows: pa.Table, name: str) -> Violation | None:
-    return _first(_nulls(rows[name]), lambda row: f"{name} is null in row {row} of the row group")
+def _locate(bad: NDArray[np.intp], lengths: NDArray[np.int64]) -> tuple[int, int, int]:
+    """Return the row of the first bad value, its position there, and how many rows have a bad one.
 
-
-def _empty(rows: pa.Table, name: str) -> Violation | None:
-    return _first(_lengths(rows[name]) == 0, lambda row: f"{name} is empty, expected at least one token")
-
-
-def _outside(rows: pa.Table, name: str, vocab_size: int | None) -> Violation | None:
-    def is_id(values: NDArray[Any]) -> _Mask:
-        return (values >= 0) if vocab_size is None else (values >= 0) & (values < vocab_size)
-
-    expected = "expected an id >= 0" if vocab_size is None else f"expected an id in 0..{vocab_size - 1}"
-    return _bad_values(rows, name, is_id, expected)
-
-
-def _bad_lengths(rows: pa.Table, values: str, ids: str, may_be_null: bool = False) -> Violation | None:
-    left, right, is_null = _lengths(rows[values]), _lengths(rows[ids]), _nulls(rows[values])
-    unequal = ~is_null & (left != right) if may_be_null else (left != right) | (is_null != _nulls(rows[ids]))
-    return _first(unequal, lambda row: f"{left[row]} {values} for {right[row]} {ids}")
-
-
-def _bad_number(rows: pa.Table, name: str, may_be_null: bool = False) -> Violation | None:
-    """Look at a column with one number >= 0 per row."""
-    numbers = np.asarray(rows[name].combine_chunks().fill_null(np.nan))
-    bad = ~_is_weight(numbers) & ~(_nulls(rows[name]) & may_be_null)
-    return _first(bad, lambda row: f"{name} is {numbers[row]}, {_WEIGHT}")
-
-
-def _bad_values(rows: pa.Table, name: str, is_good: Callable[[NDArray[Any]], _Mask], expected: str) -> Violation | None:
-    values = np.asarray(rows[name].combine_chunks().flatten())
-    bad = np.flatnonzero(~is_good(values))
-    if not bad.size:
-        return None
-    row, place, num_rows = _locate(bad, _lengths(rows[name]))
-    return Violation(row, f"{name}[{place}] is {values[bad[0]]}, {expected}", num_rows)
-
-
-def _locate(bad: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[int, int, int]:
-    """Return the row of the first bad value and its place there, of values that lie flat; and how many rows have any."""
+    Args:
+        bad: Indices into the flat values of all rows.
+        lengths: Values of each row.
+    """
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     bad_rows = np.searchsorted(offsets, bad, side="right") - 1  # the last of equal offsets: empty lists hold nothing
     return int(bad_rows[0]), int(bad[0] - offsets[bad_rows[0]]), int(np.unique(bad_rows).size)
 
 
-def _first(bad: _Mask, describe: Callable[[int], str]) -> Violation | None:
-    row = int(bad.argmax()) if bad.size else 0
-    return Violation(row, describe(row), int(bad.sum())) if bad.any() else None
+def _first(bad: _Mask) -> list[tuple[int, int]]:
+    """Return the first bad row and how many there are; nothing if there is none."""
+    return [(int(bad.argmax()), int(bad.sum()))] if bad.any() else []
 
 
 def _lengths(column: pa.ChunkedArray) -> NDArray[np.int64]:
@@ -250,4 +250,8 @@ def _lengths(column: pa.ChunkedArray) -> NDArray[np.int64]:
 
 
 def _nulls(column: pa.ChunkedArray) -> _Mask:
-    return np.asarray(column.is_null().combine_chunks().to_numpy(zero_copy_only=False), dtype=bool)
+    return _mask(column.is_null())
+
+
+def _mask(column: pa.ChunkedArray) -> _Mask:
+    return np.asarray(column.combine_chunks().to_numpy(zero_copy_only=False), dtype=bool)

@@ -1,7 +1,7 @@
-"""Find and remove files that no version of any table needs: what killed writers left behind.
+"""Finds and removes files that no version of any table needs: what killed writers left behind.
 
-A writer puts its shards there first and commits them afterwards, so a young file may be about to become visible. Files that
-any commit names, even one whose rows have been replaced, are never touched: old versions stay readable.
+A writer writes its shards first and commits them afterwards, so a young file may be about to become visible. Files that any
+commit names are never touched, even if their rows have been replaced: old versions stay readable.
 """
 
 import re
@@ -12,15 +12,18 @@ from dataclasses import dataclass
 
 import pyarrow.fs as pafs
 
+from weights_store.catalog import check_store, open_table
 from weights_store.checks.log import TableLog, read_log
 from weights_store.errors import DamageError, SettingsError
-from weights_store.schemas import KEYS
-from weights_store.store import _NAME, WeightStore
+from weights_store.location import Location
+from weights_store.names import is_name
+from weights_store.schemas import SCHEMAS
+from weights_store.store import WeightStore
 
 # Commits, checkpoints, checksums and compacted commits, as the Delta protocol names them.
 _LOG_FILE = re.compile(r"_last_checkpoint|\d{20}\.(json|crc|checkpoint\..+)|\d{20}\.\d{20}\.compacted\.json")
 _SHARD = re.compile(r"\.?\d{20}-[0-9a-f]{12}-\d{5}\.parquet(\.\d+\.partial)?")
-# Names that the protocol or the system has given: change data, deletion vectors, hidden files.
+# Names that the protocol or the system gives: change data, deletion vectors, hidden files.
 _RESERVED = re.compile(r"_.*|deletion_vector_.*\.bin|\.(?!.*\.partial$).*")
 
 
@@ -33,18 +36,15 @@ class Orphan:
     num_bytes: int
     age_hours: float
 
-    def __str__(self) -> str:
-        return f"{self.table}/{self.name}: {self.num_bytes:,} bytes, {self.age_hours:,.1f} hours old, in no version"
-
 
 def find_orphans(store: WeightStore, tables: Iterable[str] | None = None) -> Iterator[Orphan]:
     """Yield the files in the tables' folders that no version needs, whatever their age.
 
-    Tables with an unreadable commit are left out, as nobody knows what it named; `verify` reports them.
+    Tables with an unreadable commit are left out, because nobody knows which files it named; `verify` reports them.
 
     Args:
         store: The store.
-        tables: Paths such as `weights/hh/tis-dpo`; all by default, those whose first commit never came included.
+        tables: Paths such as `weights/hh/tis-dpo`; by default all, and also folders with shards but without any commit.
 
     Raises:
         NotFoundError: There is no such store.
@@ -58,18 +58,18 @@ def find_orphans(store: WeightStore, tables: Iterable[str] | None = None) -> Ite
 def vacuum(
     store: WeightStore, retention_hours: float = 168.0, dry_run: bool = True, tables: Iterable[str] | None = None
 ) -> list[Orphan]:
-    """Remove the orphans older than a retention; return what was, or with `dry_run` would be, removed.
+    """Remove the orphans that are older than a retention; return what was, or with `dry_run` would be, removed.
 
     Args:
         store: The store.
-        retention_hours: Files younger than this stay: a running writer may be about to commit them. Longer than any build.
-        dry_run: Only say what would be removed.
-        tables: Paths such as `weights/hh/tis-dpo`; all by default.
+        retention_hours: Younger files stay, because a running writer may be about to commit them. Longer than any build.
+        dry_run: Remove nothing.
+        tables: See `find_orphans`.
 
     Raises:
         NotFoundError: There is no such store.
         SettingsError: `retention_hours` is negative or not a number, or a path is malformed.
-        DamageError: A commit of one of the tables cannot be read, so that what it names is unknown; nothing was removed.
+        DamageError: A commit of one of the tables cannot be read, so the files that it names are unknown; nothing was removed.
         OSError: A file cannot be removed; those before it are gone.
     """
     if not retention_hours >= 0:
@@ -85,7 +85,7 @@ def vacuum(
     old = [(log, orphan) for log, orphan in found if orphan.age_hours > retention_hours]
     if not dry_run:
         for log, orphan in old:
-            with suppress(FileNotFoundError):  # somebody else was faster
+            with suppress(FileNotFoundError):  # another process removed it
                 log.table.location.delete(orphan.name)
     return [orphan for _, orphan in old]
 
@@ -94,25 +94,25 @@ _Files = dict[str, pafs.FileInfo]
 
 
 def _folders(store: WeightStore, tables: Iterable[str] | None) -> Iterator[tuple[TableLog, _Files]]:
-    """Yield the log and the files of every folder that is a table or was to become one.
+    """Yield the log and the files of every folder that is a table, or holds shards that were never committed.
 
-    The files are listed before the log is read: what is committed in between is named by then.
+    The files are listed before the log is read, so the log names whatever is committed in between.
     """
-    store._check_exists()
-    for path in _paths(store) if tables is None else tables:
-        table = store.table(path)
+    check_store(store.root)
+    for path in _paths(store.root) if tables is None else tables:
+        table = open_table(store.root, path)
         files = table.location.files()
         in_log = (table.location / "_delta_log").files()
         yield read_log(table), files | {f"_delta_log/{name}": info for name, info in in_log.items()}
 
 
-def _paths(store: WeightStore) -> Iterator[str]:
-    """Yield the folders that hold a log or shards; a first commit that never came leaves shards alone."""
-    waiting = list(KEYS)
+def _paths(root: Location) -> Iterator[str]:
+    """Yield the folders that hold a log or shards."""
+    waiting = list(SCHEMAS)
     while waiting:
         path = waiting.pop(0)
-        folder = store.root / path
-        waiting += [f"{path}/{name}" for name in folder.folders() if _NAME.fullmatch(name)]
+        folder = root / path
+        waiting += [f"{path}/{name}" for name in folder.folders() if is_name(name)]
         if folder.exists("_delta_log") or any(_SHARD.fullmatch(name) for name in folder.files()):
             yield path
 
@@ -127,7 +127,7 @@ def _orphans(log: TableLog, files: _Files) -> Iterator[Orphan]:
 
 
 def _may_go(name: str, is_table: bool) -> bool:
-    """Return whether a file that no commit names is a leftover, rather than something of Delta's or of somebody else's."""
+    """Return whether a file that no commit names is a leftover of ours, not a file of Delta or of another program."""
     if name.startswith("_delta_log/"):
         return not _LOG_FILE.fullmatch(name.removeprefix("_delta_log/"))
     return not _RESERVED.fullmatch(name) if is_table else bool(_SHARD.fullmatch(name))

@@ -1,46 +1,52 @@
-"""Verify a store: every byte of every version, the laws of every newest version, and the lineage between tables.
+"""Verifies a store: every byte of every version, the laws of every newest version, and the lineage between tables.
 
-`verify` reads every file that any version of a table needs, as a stream, and every row of the newest versions; it changes
-nothing. Memory stays at one row group, or one range of keys where tables are joined. Who is called: `tokenweights verify`.
+`verify` reads every file that any version of a table needs, as a stream, and every row of the newest versions. It changes
+nothing. It needs the memory of one row group, or of one range of keys when tables are joined.
 
-Not here: files that nobody needs (`vacuum.py`) and model folders.
+Not here: files that no version needs (`vacuum.py`), and model folders.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+from weights_store.catalog import check_store, list_tables
 from weights_store.checks.files import Examined, SoundTable, examine
 from weights_store.checks.findings import Finding
 from weights_store.checks.log import TableLog, read_log
 from weights_store.checks.metadata import check_balance, check_fingerprints, check_lineage, check_quarantine, parents
-from weights_store.checks.relations import check_anchors, check_keys, check_lengths, check_reference, check_tokens
+from weights_store.checks.relations import (
+    ANCHOR_COLUMNS,
+    PER_TOKEN_COLUMNS,
+    REF_COLUMNS,
+    TOKEN_COLUMNS,
+    check_keys,
+    compare,
+)
 from weights_store.checks.rows import violations
 from weights_store.errors import DamageError, NotFoundError, SettingsError
-from weights_store.schemas import KEYS
+from weights_store.names import quarantine_path
 from weights_store.store import WeightStore
-
-_Relation = Callable[[SoundTable, list[SoundTable]], Iterator[Finding]]
+from weights_store.tables.metadata import CommitMetadata, Parent, ScorerRecord
 
 
 def verify(store: WeightStore, tables: Iterable[str] | None = None) -> Iterator[Finding]:
-    """Yield every problem of a store, table by table; nothing when it is sound.
+    """Yield every problem of a store, table by table.
 
-    A damaged shard or commit is a finding, and everything else is checked all the same.
+    A damaged shard or commit is a finding, and everything else is still checked.
 
     Args:
         store: The store.
-        tables: Paths such as `weights/hh/tis-dpo`; all tables by default. Tables they were made from are read, too, and a
-            problem of those is reported as far as it keeps something from being checked.
+        tables: Paths such as `weights/hh/tis-dpo`; all tables by default. Tables that they were made from are read too; a
+            problem of those is reported if it prevents a check.
 
     Raises:
         NotFoundError: There is no such store or table.
         SettingsError: A path is malformed.
     """
-    store._check_exists()
+    check_store(store.root)
     verification = _Verification(store)
     if tables is None:
-        return verification.run([table.path for kind in KEYS for table in store.tables(kind)])
+        return verification.run([table.path for table in list_tables(store.root)])
     paths = [store.table(path).path for path in tables]
     for path in paths:
         log = verification.log(path)
@@ -51,7 +57,7 @@ def verify(store: WeightStore, tables: Iterable[str] | None = None) -> Iterator[
 
 @dataclass
 class _Verification:
-    """One run; the logs and files of every table are looked at once."""
+    """One run; the log and the files of every table are read once."""
 
     store: WeightStore
     _logs: dict[str, TableLog | None] = field(default_factory=dict)
@@ -65,7 +71,7 @@ class _Verification:
                 yield from self._check(log, paths)
 
     def log(self, path: str) -> TableLog | None:
-        """Return the log of a table, None when the path names none."""
+        """Return the log of a table, None if the path names none."""
         if path not in self._logs:
             try:
                 self._logs[path] = read_log(self.store.table(path))
@@ -77,15 +83,15 @@ class _Verification:
         path = log.table.path
         if path not in self._examined:
             self._examined[path] = examine(log)
-        return self._examined[path].sound(version)
+        return SoundTable(self._examined[path], version)
 
     def _check(self, log: TableLog, asked: list[str]) -> Iterator[Finding]:
         kind = log.table.path.partition("/")[0]
         rows = self._sound(log, log.newest)
         yield from self._examined[log.table.path].findings
-        yield from _tolerant(rows, _check_rows(kind, rows, self._vocab_size(log), _scorer(log)))
-        yield from _tolerant(rows, check_keys(rows))
-        yield from _tolerant(rows, self._check_relations(kind, log, rows, asked))
+        yield from _with_damage(rows, _check_rows(kind, rows, self._vocab_size(log), _scorer(log)))
+        yield from _with_damage(rows, check_keys(rows))
+        yield from _with_damage(rows, self._check_relations(kind, log, rows, asked))
         yield from check_lineage(log, self.log)
         yield from check_fingerprints(log)
         if kind in ("tokens", "weights"):
@@ -95,37 +101,42 @@ class _Verification:
 
     def _check_relations(self, kind: str, log: TableLog, rows: SoundTable, asked: list[str]) -> Iterator[Finding]:
         """Compare rows with those that they were made from."""
-        if kind in ("logps", "attributions", "anchors"):  # by all commits: each adds some pairs
-            commits = sorted(log.commits, reverse=True)
-            references = [parent for version in commits for parent in parents(log.metadata(version))]
-            yield from self._compare(check_lengths, rows, _of_kind("tokens", references), asked)
+        if kind in ("logps", "attributions", "anchors"):  # of all commits: each adds some pairs
+            versions = sorted(log.commits, reverse=True)
+            references = [parent for version in versions for parent in parents(log.metadata(version))]
+            yield from self._compare(PER_TOKEN_COLUMNS, rows, _of_kind("tokens", references), asked, by_length=True)
         if kind == "weights":
             references = parents(log.metadata(log.newest))
-            yield from self._compare(check_tokens, rows, _of_kind("tokens", references), asked)
-            yield from self._compare(check_reference, rows, _in_role("ref_logps", "logps", references), asked)
-            yield from self._compare(check_anchors, rows, _in_role("anchors", "anchors", references), asked)
+            yield from self._compare(TOKEN_COLUMNS, rows, _of_kind("tokens", references), asked)
+            yield from self._compare(REF_COLUMNS, rows, _of_kind("logps", references, "ref_logps"), asked)
+            yield from self._compare(ANCHOR_COLUMNS, rows, _of_kind("anchors", references, "anchors"), asked)
 
     def _vocab_size(self, log: TableLog) -> int | None:
-        """Return the size of the vocabulary that the newest commit or that of its tokens recorded, None where neither did."""
+        """Return the vocabulary size that the newest commit or that of its tokens recorded, None if neither did."""
         of_tokens = _of_kind("tokens", parents(log.metadata(log.newest)))
         logs = [(log, log.newest), *((self.log(parent["table"]), parent["version"]) for parent in of_tokens)]
         sizes = (_recorded_size(made.metadata(version)) for made, version in logs if made is not None)
         return next((size for size in sizes if size is not None), None)
 
     def _compare(
-        self, check: _Relation, rows: SoundTable, references: Iterable[dict[str, Any]], asked: list[str]
+        self,
+        columns: Mapping[str, str],
+        rows: SoundTable,
+        references: Iterable[Parent],
+        asked: list[str],
+        by_length: bool = False,
     ) -> Iterator[Finding]:
         made_from = list(self._tables(references))
         if not made_from:
             return
-        yield from check(rows, made_from)
+        yield from compare(rows, made_from, columns, by_length)
         for parent in made_from:
             if not parent.is_whole and parent.path not in asked:
                 problem = f"not all of it could be compared with {parent.name}, which is damaged; verify {parent.path}"
                 yield Finding(rows.path, problem, rows.version_number)
 
-    def _tables(self, references: Iterable[dict[str, Any]]) -> Iterator[SoundTable]:
-        """Yield the tables of some references, each version once; what is not there is the lineage's finding."""
+    def _tables(self, references: Iterable[Parent]) -> Iterator[SoundTable]:
+        """Yield the tables of some references, each version once; `check_lineage` reports missing ones."""
         places = dict.fromkeys((parent["table"], parent["version"]) for parent in references)
         for path, version in places:
             log = self.log(path)
@@ -133,31 +144,26 @@ class _Verification:
                 yield self._sound(log, version)
 
     def _check_quarantine(self, tokens: TableLog) -> Iterator[Finding]:
-        log = self.log(tokens.table.path.replace("tokens/", "quarantine/", 1))
+        log = self.log(quarantine_path(tokens.table.path))
         if log is not None:  # a table without commits holds no rows
             rows = self._sound(log, log.newest)
-            yield from _tolerant(rows, check_quarantine(tokens, rows))
+            yield from _with_damage(rows, check_quarantine(tokens, rows))
 
 
-def _of_kind(kind: str, references: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [parent for parent in references if parent["table"].startswith(f"{kind}/")]
+def _of_kind(kind: str, references: Iterable[Parent], role: str | None = None) -> list[Parent]:
+    of_kind = [parent for parent in references if parent["table"].startswith(f"{kind}/")]
+    return [parent for parent in of_kind if role in (None, parent.get("role"))]
 
 
-def _in_role(role: str, kind: str, references: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [parent for parent in _of_kind(kind, references) if parent.get("role") == role]
-
-
-def _tolerant(table: SoundTable, findings: Iterator[Finding]) -> Iterator[Finding]:
-    """Yield findings; a shard that was sound a moment ago and can no longer be read is one more of them."""
+def _with_damage(table: SoundTable, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """Yield findings, and one more if a shard can no longer be read that was sound a moment ago."""
     try:
         yield from findings
     except DamageError as error:
         yield Finding(table.path, str(error), table.version_number)
 
 
-def _check_rows(
-    kind: str, table: SoundTable, vocab_size: int | None, scorer: dict[str, Any] | None
-) -> Iterator[Finding]:
+def _check_rows(kind: str, table: SoundTable, vocab_size: int | None, scorer: ScorerRecord | None) -> Iterator[Finding]:
     """Yield the first row that breaks each law, for every row group."""
     for record in table.records():
         place = Finding(table.path, "", table.version_number, record.name)
@@ -166,7 +172,7 @@ def _check_rows(
             place = replace(place, row_group=index)
             try:
                 rows = reader.read_group(index)
-            except DamageError as error:  # bytes as committed, values not: the memory or disk of the writer was bad
+            except DamageError as error:  # the bytes are as committed: the writer's memory or disk was bad
                 yield replace(place, problem=str(error))
                 continue
             for violation in violations(kind, rows, table.key, vocab_size, scorer):
@@ -176,12 +182,12 @@ def _check_rows(
                 yield replace(place, pair_id=pair_id, problem=violation.problem + tail)
 
 
-def _recorded_size(metadata: Mapping[str, Any] | None) -> int | None:
+def _recorded_size(metadata: CommitMetadata | None) -> int | None:
     size = ((metadata or {}).get("tokenizer") or {}).get("vocab_size")
     return size if isinstance(size, int) else None
 
 
-def _scorer(log: TableLog) -> dict[str, Any] | None:
-    """Return what made the numbers of a table, None where its newest commit does not say."""
+def _scorer(log: TableLog) -> ScorerRecord | None:
+    """Return what made the numbers of a table, None if its newest commit does not record it."""
     scorer = (log.metadata(log.newest) or {}).get("scorer")
     return scorer if isinstance(scorer, dict) else None

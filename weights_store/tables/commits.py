@@ -1,7 +1,7 @@
-"""One entry of a table's Delta log: what a commit of ours carries beside Delta's own actions, written and read.
+"""One entry of a table's Delta log: what our commits record beside Delta's own actions, written and read.
 
-A commit carries our metadata and the record of every shard it adds, both as JSON text, and a digest of the two texts. Logs that
-may be damaged are `log.py`'s.
+A commit carries our metadata and the record of every shard it adds, both as JSON text, and a digest of the two texts.
+Not here: logs that may be damaged (`checks/log.py`).
 """
 
 import hashlib
@@ -9,18 +9,20 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from weights_store.errors import DamageError, StoreError
 from weights_store.location import Location
 from weights_store.schemas import SCHEMA_VERSION
+from weights_store.tables.metadata import CommitMetadata
 from weights_store.tables.shards import ShardRecord
 
 READERS = 16
-"""Commits read at once from an object store."""
+"""How many commits are read at once from an object store."""
 
 _METADATA, _SHARDS, _DIGEST = "tokenweights", "tokenweightsShards", "tokenweightsSha256"
+_RESTORE = "restore it from a copy"
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Commit:
 
     version: int
     timestamp_ms: int | None
-    metadata: dict[str, Any] | None  # None: the commit is not ours
+    metadata: CommitMetadata | None  # None: the commit is not ours
     shards: list[ShardRecord]  # those it added
     added: list[str]
     removed: list[str]
@@ -40,23 +42,23 @@ def log_name(version: int) -> str:
     return f"_delta_log/{version:020d}.json"
 
 
-def custom_metadata(metadata: Mapping[str, Any], shards: Sequence[ShardRecord]) -> dict[str, str]:
-    """Return what a commit of ours carries.
+def custom_metadata(metadata: Mapping[str, object], shards: Sequence[ShardRecord]) -> dict[str, str]:
+    """Return our part of a commit.
 
     Raises:
         ValueError: `metadata` holds NaN or an infinity.
     """
-    texts = json.dumps(metadata, allow_nan=False), json.dumps([shard.to_json() for shard in shards])
-    return {_METADATA: texts[0], _SHARDS: texts[1], _DIGEST: _digest(*texts)}
+    texts = json.dumps(metadata, allow_nan=False), json.dumps([asdict(shard) for shard in shards])
+    return {_METADATA: texts[0], _SHARDS: texts[1], _DIGEST: digest(*texts)}
 
 
-def delta_actions(key: str, shards: Sequence[ShardRecord], removed: Sequence[ShardRecord]) -> list[Any]:
-    """Return Delta's actions that add `shards`, with the statistics of the `key` column, and take `removed` out."""
+def delta_actions(key: str, shards: Sequence[ShardRecord], removed: Sequence[ShardRecord]) -> list[object]:
+    """Return Delta's actions that add `shards`, with the statistics of the `key` column, and remove `removed`."""
     from deltalake.transaction import AddAction, RemoveAction
 
     now_ms = int(time.time() * 1000)
-    is_new = not removed  # else the rows were there before: change feeds must not see them again
-    actions: list[Any] = [
+    is_new = not removed  # a compaction adds no rows: change feeds must not see them again
+    actions: list[object] = [
         RemoveAction(
             path=shard.name, data_change=False, deletion_timestamp=now_ms, size=shard.num_bytes, partition_values={}
         )
@@ -74,15 +76,15 @@ def delta_actions(key: str, shards: Sequence[ShardRecord], removed: Sequence[Sha
 
 
 def read_commit(table: Location, version: int) -> Commit:
-    """Read one entry of the log of the table at a place; one that has been cleaned up is no commit of ours.
+    """Read one entry of a table's log. A missing entry reads as a commit of another program.
 
     Raises:
-        DamageError: It is no JSON, or our part of it is not what was written.
+        DamageError: It is not JSON, or our part of it is not what was written.
         StoreError: It was written by a newer tokenweights.
     """
     try:
         text = table.read(log_name(version)).decode(errors="replace")
-    except FileNotFoundError:  # somebody else's table, its old log gone: ours is never cleaned up
+    except FileNotFoundError:  # another program has cleaned up the log of its table; our tables switch that off
         return Commit(version, None, None, [], [], [])
     try:
         actions = [json.loads(line) for line in text.splitlines() if line.strip()]
@@ -109,16 +111,16 @@ def read_commits(table: Location, versions: range) -> Iterator[Commit]:
         yield from pool.map(lambda version: read_commit(table, version), versions)
 
 
-def _metadata(info: Mapping[str, Any], table: Location, version: int) -> dict[str, Any] | None:
+def _metadata(info: Mapping[str, Any], table: Location, version: int) -> CommitMetadata | None:
     if not info.keys() & {_METADATA, _SHARDS, _DIGEST}:
         return None
     try:
-        is_whole = _digest(info[_METADATA], info[_SHARDS]) == info[_DIGEST]
+        is_whole = digest(info[_METADATA], info[_SHARDS]) == info[_DIGEST]
     except (KeyError, AttributeError):
         is_whole = False
     if not is_whole:
         raise DamageError(f"{table}: {log_name(version)} is damaged: its digest differs; {_RESTORE}")
-    metadata: dict[str, Any] = json.loads(info[_METADATA])
+    metadata: CommitMetadata = json.loads(info[_METADATA])
     if metadata["schema_version"] > SCHEMA_VERSION:
         raise StoreError(
             f"{table}@{version} has schema version {metadata['schema_version']}, this tokenweights reads up to "
@@ -127,8 +129,6 @@ def _metadata(info: Mapping[str, Any], table: Location, version: int) -> dict[st
     return metadata
 
 
-def _digest(metadata: str, shards: str) -> str:
+def digest(metadata: str, shards: str) -> str:
+    """Return the SHA-256 of the two texts that a commit of ours carries."""
     return hashlib.sha256(f"{metadata}\n{shards}".encode("utf-8", "surrogatepass")).hexdigest()
-
-
-_RESTORE = "restore it from a copy"

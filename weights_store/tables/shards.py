@@ -3,25 +3,26 @@
 Float lists: mantissa rounded to 12 bits, BYTE_STREAM_SPLIT, zstd, never a dictionary (pyarrow's default is the worst
 choice for floats). Ids: int32 with BYTE_STREAM_SPLIT. Row groups of about a MiB of tokens, so that a trainer can seek.
 
-Every row group's checksums stand in the shard's footer, and their sums in the commit that made the shard visible: who reads a
-single row group can check it against the commit. A digest of all bytes covers what carries no values.
+The checksums of every row group are in the shard's footer, and their sums in the commit that made the shard visible. So a
+single row group can be checked against the commit. A digest of all bytes covers the rest of the file.
 """
 
 import hashlib
 import json
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from weights_store.errors import DamageError
 from weights_store.location import Location
-from weights_store.tables.checksums import add_checksums, column_checksums
+from weights_store.tables.checksums import column_checksums, sum_checksums
 
 MANTISSA_BITS = 12
 """Explicit mantissa bits kept of float32's 23: relative error at most 2**-13 = 1.2e-4."""
@@ -32,47 +33,36 @@ ROW_GROUP_BYTES = 4 << 20
 SHARD_BYTES = 64 << 20
 """About how large one shard may get, in compressed bytes."""
 
+RESTORE = "restore the file from a copy, or build the table again"
+"""What to do about a damaged shard."""
+
 _FOOTER_KEY = b"tokenweights.checksums"
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What a commit records of one shard. Checksums are 16 hex digits per column, see `checksums.py`.
-
-    `group_sizes` are the rows of its row groups, so that a trainer can plan its order without opening any shard; commits made
-    before they were recorded have none.
-    """
+    """What a commit records of one shard."""
 
     name: str
     num_rows: int
     num_bytes: int
     sha256: str
-    first_key: str | int
-    last_key: str | int
-    checksums: dict[str, str]
-    group_sizes: Sequence[int] = ()
+    first_key: Any  # str or int, the same in a whole table
+    last_key: Any
+    checksums: Mapping[str, str]
+    """16 hex digits per column, see `checksums.py`."""
+    group_sizes: Sequence[int]
+    """Rows of each row group: a trainer plans its order without opening any shard."""
 
     @property
     def sums(self) -> dict[str, int]:
         """The checksums as numbers."""
         return {name: int(text, 16) for name, text in self.checksums.items()}
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the record as it stands in the commit."""
-        return asdict(self)
 
-
-def round_mantissa(values: np.ndarray, bits: int = MANTISSA_BITS) -> np.ndarray:
-    """Round float32 `values` to `bits` explicit mantissa bits, ties to even. Signs, zeros, infinities and NaN stay.
-
-    Raises:
-        ValueError: `bits` is not in 1..23.
-    """
-    if not 1 <= bits <= 23:
-        raise ValueError(f"mantissa bits must be in 1..23, got {bits}")
-    drop = 23 - bits
-    if drop == 0:
-        return values.astype(np.float32)
+def round_mantissa(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Round float32 values to `MANTISSA_BITS` mantissa bits, ties to even. Signs, zeros, infinities and NaN stay."""
+    drop = 23 - MANTISSA_BITS
     raw = np.array(values, dtype=np.float32).view(np.uint32)
     raw += (raw >> np.uint32(drop)) & np.uint32(1)  # half a step, less one unless the kept part is odd: ties to even
     raw += np.uint32((1 << (drop - 1)) - 1)
@@ -83,36 +73,23 @@ def round_mantissa(values: np.ndarray, bits: int = MANTISSA_BITS) -> np.ndarray:
 
 
 def _round_floats(rows: pa.Table) -> pa.Table:
+    """Round the float lists of a row group, whose columns have one chunk each."""
     for index, field in enumerate(rows.schema):
-        if pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type):
-            rows = rows.set_column(index, field, _round_column(rows.column(index)))
+        column = rows.column(index).chunk(0)
+        is_float = pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type)
+        if is_float and column.null_count < len(column):
+            values = pa.array(round_mantissa(column.values.to_numpy(zero_copy_only=False)), pa.float32())
+            mask = column.is_null() if column.null_count else None
+            rounded = pa.ListArray.from_arrays(column.offsets, values, type=column.type, mask=mask)
+            rows = rows.set_column(index, field, rounded)
     return rows
 
 
-def _round_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    chunks = []
-    for chunk in column.chunks:
-        if chunk.null_count == len(chunk):
-            chunks.append(chunk)
-            continue
-        values = round_mantissa(chunk.values.to_numpy(zero_copy_only=False))
-        mask = chunk.is_null() if chunk.null_count else None
-        chunks.append(
-            pa.ListArray.from_arrays(chunk.offsets, pa.array(values, pa.float32()), type=chunk.type, mask=mask)
-        )
-    return pa.chunked_array(chunks, column.type)
-
-
 class ShardWriter:
-    """Writes tables, in the order in which they come, as shards of about `SHARD_BYTES` into one folder.
+    """Writes rows in the order they come, sorted by `key`, as shards of about `SHARD_BYTES` into the table's folder.
 
-    A shard is built in memory and put there whole, so that the memory needed is one shard's. Nothing is visible to readers
-    before `finish`'s records are committed.
-
-    Args:
-        folder: Where the table lies.
-        schema: Its columns.
-        key: Its key columns; rows come sorted by them.
+    A shard is built in memory and written whole, so one shard is the memory needed. Readers see nothing before the records
+    that `finish` returns are committed.
     """
 
     def __init__(self, folder: Location, schema: pa.Schema, key: Sequence[str]) -> None:
@@ -120,7 +97,7 @@ class ShardWriter:
         self.schema = schema
         self.key = list(key)
         self.records: list[ShardRecord] = []
-        # Names sort in writing order, within a commit and across commits, so that readers agree on the order of rows.
+        # Names sort in the order of writing, within a commit and across commits: every reader sees the same order of rows.
         self._stem = f"{time.time_ns():020d}-{uuid.uuid4().hex[:12]}"
         self._waiting: list[pa.Table] = []
         self._shard: _OpenShard | None = None
@@ -182,7 +159,15 @@ class _OpenShard:
 
     def __init__(self, schema: pa.Schema) -> None:
         self._sink = pa.BufferOutputStream()
-        self._writer = pq.ParquetWriter(self._sink, schema, **_layout(schema))
+        lists = [field.name for field in schema if pa.types.is_list(field.type)]
+        self._writer = pq.ParquetWriter(
+            self._sink,
+            schema,
+            compression="zstd",
+            column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in lists},
+            use_dictionary=[field.name for field in schema if field.name in ("split", "reason")],
+            write_statistics=["pair_id", "source_row"],
+        )
         self._groups: list[dict[str, int]] = []
         self._sizes: list[int] = []
         self._keys: list[Any] = []
@@ -216,29 +201,17 @@ class _OpenShard:
         return data, record
 
 
-def _layout(schema: pa.Schema) -> dict[str, Any]:
-    lists = [field.name for field in schema if pa.types.is_list(field.type)]
-    encodings = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in lists}
-    dictionary = [field.name for field in schema if field.name in ("split", "reason")]
-    return {
-        "compression": "zstd",
-        "column_encoding": encodings,
-        "use_dictionary": dictionary,
-        "write_statistics": ["pair_id", "source_row"],
-    }
-
-
 class ShardReader:
-    """One shard, opened; every row group it hands out has been checked against what the commit recorded.
+    """One open shard; every row group that it returns has been checked against the commit.
 
     Args:
-        folder: Where the table lies.
-        record: What the commit recorded of the shard.
+        folder: The table's folder.
+        record: From the commit.
         key: The table's key columns.
         where: The table and version, for messages.
 
     Raises:
-        DamageError: The file is gone, or its footer does not agree with the commit.
+        DamageError: The file is missing, or its footer does not agree with the commit.
     """
 
     def __init__(self, folder: Location, record: ShardRecord, key: Sequence[str], where: str) -> None:
@@ -252,7 +225,7 @@ class ShardReader:
                 f"{where}: shard {record.name} is missing; restore it or pin a version that does not need it"
             ) from error
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise DamageError(f"{where}: shard {record.name} cannot be opened: {error}; {_RESTORE}") from error
+            raise DamageError(f"{where}: shard {record.name} cannot be opened: {error}; {RESTORE}") from error
         self._groups = self._recorded_groups()
 
     @property
@@ -264,7 +237,7 @@ class ShardReader:
         """Return the columns (all by default) of one row group, checked.
 
         Raises:
-            DamageError: The values are not those that were committed; names the row group, the column and the pairs in it.
+            DamageError: The values are not those that were committed. Names the row group, the column and its keys.
         """
         names = list(columns) if columns is not None else list(self._groups[index])
         wanted = list(dict.fromkeys([*names, *self._key]))
@@ -272,13 +245,13 @@ class ShardReader:
         try:
             rows = self._file.read_row_group(index, columns=wanted)
             found = column_checksums(rows, self._key)
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:  # also bad UTF-8, and columns that are gone
-            raise DamageError(f"{where}: cannot be decoded: {error}; {_RESTORE}") from error
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:  # also bad UTF-8 and missing columns
+            raise DamageError(f"{where}: cannot be decoded: {error}; {RESTORE}") from error
         for name, checksum in found.items():
             if checksum != self._groups[index][name]:
                 span = f"{rows[self._key[0]][0]} … {rows[self._key[0]][-1]}"
                 raise DamageError(
-                    f"{where}: column {name} is not what was committed (rows {self._key[0]} {span}); {_RESTORE}"
+                    f"{where}: column {name} is not what was committed (rows {self._key[0]} {span}); {RESTORE}"
                 )
         return rows.select(names)
 
@@ -296,39 +269,16 @@ class ShardReader:
                 for group in recorded["groups"]
             ]
         except (KeyError, ValueError, TypeError) as error:
-            raise DamageError(f"{self.where}: shard {self.record.name} has a broken footer; {_RESTORE}") from error
+            raise DamageError(f"{self.where}: shard {self.record.name} has a broken footer; {RESTORE}") from error
         total = sum_checksums(groups)
         if (
             total != self.record.sums
             or len(groups) != self._file.num_row_groups
             or sum(self.group_sizes) != self.record.num_rows
-            or list(self.record.group_sizes) not in ([], self.group_sizes)
+            or list(self.record.group_sizes) != self.group_sizes
         ):
             raise DamageError(
                 f"{self.where}: shard {self.record.name} is not the file that was committed: its footer's checksums or rows "
-                f"differ; {_RESTORE}"
+                f"differ; {RESTORE}"
             )
         return groups
-
-
-def lacking(schema: pa.Schema, names: Collection[str]) -> list[pa.Field]:
-    """Return the columns of `schema` that may be null and are not among `names`: they came after a table was written."""
-    return [field for field in schema if field.nullable and field.name not in names]
-
-
-def with_nulls(rows: pa.Table, fields: Iterable[pa.Field]) -> pa.Table:
-    """Return rows with more columns, all null."""
-    for field in fields:
-        rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
-    return rows
-
-
-def sum_checksums(parts: Iterable[dict[str, int]]) -> dict[str, int]:
-    """Return the checksums of all rows of `parts`."""
-    total: dict[str, int] = {}
-    for part in parts:
-        total = add_checksums(total, part)
-    return total
-
-
-_RESTORE = "restore the file from a copy, or build the table again"

@@ -1,19 +1,17 @@
-"""Writing to one Delta table of the store: whole versions, exactly-once appends, metadata and checksums on every commit.
+"""Writes to one Delta table of the store: whole versions, exactly-once appends, metadata and checksums on every commit.
 
-The Parquet files are ours (`shards.py`), the commit is `deltalake`'s. delta-rs rebases blind appends silently, so two
-writers that both looked first could both append the same pair. Every commit here is therefore compare-and-set: it names
-the version it was computed from, and on a lost race the rows already there are taken out before the next try.
+The Parquet files are ours (`shards.py`), the commit is `deltalake`'s. delta-rs silently rebases blind appends, so two writers
+that both looked first could both append the same pair. Every commit here is therefore compare-and-set: it names the version it
+was computed from, and after a lost race the rows that are there by now are removed before the next try.
 
-Not here: reading (`table_reader.py`), what the rows mean (`pipeline`), names and listings (`store.py`).
+Not here: reading (`table_reader.py`), what the rows mean (`pipeline`), finding tables (`catalog.py`).
 """
 
-import errno
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeVar
 
 import polars as pl
 import pyarrow as pa
@@ -23,65 +21,57 @@ from weights_store.errors import ConflictError, StoreError
 from weights_store.location import one_line
 from weights_store.schemas import SCHEMA_VERSION
 from weights_store.tables.commits import custom_metadata, delta_actions, log_name, read_commit
-from weights_store.tables.shards import ShardRecord, ShardWriter, lacking
-from weights_store.tables.table_reader import TableReader, TableVersion, columns_of
+from weights_store.tables.shards import ShardRecord, ShardWriter
+from weights_store.tables.table_reader import TableReader, TableVersion
 
 _Items = TypeVar("_Items", pa.Table, list[ShardRecord])
 _MAX_TRIES = 20
-_NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class Table(TableReader):
-    """One table by its path under the store's root, to be read and written."""
+    """One table, by its path under the store's root, for reading and writing.
+
+    `metadata` is what a commit records, at least a `fingerprint`. `known` is a version that holds none of the new rows, so only
+    later shards are searched. Every method that writes raises StoreError if the rows do not fit, the table is not ours or is
+    newer, or the folder cannot be written; then nothing became visible.
+    """
 
     def write_shards(self, rows: pa.Table) -> list[ShardRecord]:
-        """Write rows, in any order, as shards for `append_shards`. Nothing is visible before they are committed.
-
-        Raises:
-            StoreError: The rows do not fit the table, or the folder cannot be written.
-        """
+        """Write rows, in any order, as shards for `append_shards`. Readers see nothing before those are committed."""
         return self._write(self._conform(rows))
 
     def writer(self) -> ShardWriter:
-        """Return a writer of shards for `commit`; rows come sorted by the key. Nothing is visible before the commit."""
+        """Return a writer of shards for `commit`; its rows must come sorted by the key."""
         return ShardWriter(self.location, self.schema, self.key)
 
-    def append(self, rows: pa.Table, metadata: Mapping[str, Any], known: int | None = None) -> TableVersion:
+    def append(self, rows: pa.Table, metadata: Mapping[str, object], known: int | None = None) -> TableVersion:
         """Add the rows whose key is not there yet, each exactly once, as one new version.
 
-        Rows already there are left out; when nothing is left, the newest version is returned and nothing is written.
-
-        Args:
-            rows: What to add, in any order.
-            metadata: What the commit records; `fingerprint` is needed.
-            known: A version that is known to hold none of the rows: only what came after it is looked at.
+        If all are there, nothing is written and the newest version is returned.
 
         Raises:
             ConflictError: Other writers won the race for the next version every time.
-            StoreError: The rows do not fit the table, the table is not ours or newer, or the folder cannot be written;
-                nothing became visible.
         """
         rows = self._distinct(self._conform(rows))
         return self._append(rows, self._without_present, self._write, metadata, known)
 
     def append_shards(
-        self, shards: list[ShardRecord], metadata: Mapping[str, Any], known: int | None = None
+        self, shards: list[ShardRecord], metadata: Mapping[str, object], known: int | None = None
     ) -> TableVersion:
-        """Add the rows of shards that are written already, each key exactly once, as one new version.
+        """Add the rows of shards that are already written, each key exactly once, as one new version.
 
-        A shard with rows that are there already is written anew without them; the old file is never committed. When nothing is
-        left, the newest version is returned.
+        A shard with rows that are already there is rewritten without them; the old file is never committed. If all rows are
+        there, the newest version is returned.
 
         Args:
-            shards: From `write_shards`, maybe of other processes; no key stands in two of them.
-            metadata: What the commit records; `fingerprint` is needed.
-            known: A version that is known to hold none of the rows: only what came after it is looked at.
+            shards: From `write_shards`, possibly of other processes; no key is in two of them.
+            metadata: See the class.
+            known: See the class.
 
         Raises:
             ConflictError: Other writers won the race for the next version every time.
-            StoreError: A shard is not in the table's folder, the table is not ours or newer, or the folder cannot be written;
-                nothing became visible.
-            DamageError: A shard that must be written anew is not what was written.
+            StoreError: Also if a shard is not in the table's folder.
+            DamageError: A shard that must be rewritten is not what was written.
         """
         self._check_shards_are_here(shards)
         return self._append(shards, self._shards_without_present, list, metadata, known)
@@ -91,10 +81,10 @@ class Table(TableReader):
         items: _Items,
         without_present: Callable[[_Items, int | None, int | None], _Items],
         write: Callable[[_Items], list[ShardRecord]],
-        metadata: Mapping[str, Any],
+        metadata: Mapping[str, object],
         known: int | None,
     ) -> TableVersion:
-        """Commit what of `items` is new, and look again whenever another writer was faster."""
+        """Commit the new part of `items`, and look again whenever another writer was faster."""
         base = self._checked_version()
         fresh = without_present(items, base, known)
         records: list[ShardRecord] | None = None
@@ -109,7 +99,7 @@ class Table(TableReader):
                 time.sleep(random.uniform(0.002, 0.01) * 2 ** min(attempt, 6))
             newest = self._checked_version()
             if base is not None and not set(self.shards(base)) <= set(self.shards(newest)):
-                left = without_present(items, newest, known)  # replaced: what was there may be gone
+                left = without_present(items, newest, known)  # the table was replaced: older rows may be gone
             else:
                 left = without_present(fresh, newest, base)
             records = records if left == fresh else None
@@ -118,71 +108,87 @@ class Table(TableReader):
             f"{self.path}: lost the race for the next version {_MAX_TRIES} times; run again when fewer write"
         )
 
-    def replace(self, rows: pa.Table, metadata: Mapping[str, Any]) -> TableVersion:
+    def replace(self, rows: pa.Table, metadata: Mapping[str, object]) -> TableVersion:
         """Write `rows` as the whole content of one new version; older versions stay readable.
 
         Raises:
-            ConflictError: Another writer made a version in between.
-            StoreError: The rows do not fit the table, the table is not ours or newer, or the folder cannot be written;
-                nothing became visible.
+            ConflictError: Another writer made a version in between; nothing became visible.
         """
         base = self._checked_version()
         return self.commit(self._write(self._conform(rows)), metadata, base, mode="overwrite")
 
     def commit(
         self,
-        shards: list[ShardRecord],
-        metadata: Mapping[str, Any],
+        shards: Sequence[ShardRecord],
+        metadata: Mapping[str, object],
         base: int | None,
         mode: Literal["append", "overwrite"] = "append",
+        removed: Sequence[ShardRecord] = (),
     ) -> TableVersion:
         """Make shards visible as version `base` + 1, or fail.
 
         Args:
             shards: From a `writer`.
-            metadata: What the commit records; `fingerprint` is needed.
+            metadata: See the class.
             base: The version that the rows were computed from; None for the first.
             mode: `overwrite`: the shards are the whole content of the new version.
+            removed: Shards whose rows are in `shards` too, which the new version no longer needs.
 
         Raises:
             ConflictError: Another writer made that version first; nothing became visible.
-            StoreError: The table cannot be written; nothing became visible.
         """
-        return self._commit_actions(shards, metadata, base, mode, removed=())
+        from deltalake import CommitProperties, Schema
+        from deltalake.exceptions import DeltaError
 
-    def optimize(self, max_bytes: int = 1 << 30) -> TableVersion | None:
-        """Write the newest version's rows anew, sorted by key, in as few shards as they need; None if they are.
+        commit_id = uuid.uuid4().hex
+        num_rows = sum(shard.num_rows for shard in shards)
+        record = {"schema_version": SCHEMA_VERSION, **metadata, "num_rows_written": num_rows, "commit_id": commit_id}
+        properties = CommitProperties(custom_metadata=custom_metadata(record, shards), max_commit_retries=0)
+        schema, actions = Schema.from_arrow(self.schema), delta_actions(self.key[0], shards, removed)
+        opened = None if base is None else self.open_delta(base)
+        version = 0 if base is None else base + 1
+        try:
+            if opened is None:
+                self._create(schema, actions, properties)
+            else:
+                opened.create_write_transaction(actions, mode, schema, commit_properties=properties)
+        except (DeltaError, OSError) as error:
+            # The error does not say whether the commit was made: its reply may be lost, or another writer made the version.
+            made = self._commit_id(version)
+            if made is None:
+                raise self.cannot_write(error) from self.cause(error)
+            if made != commit_id:
+                problem = f"{self.path}: another writer made a version after {base}; run again"
+                raise ConflictError(problem) from self.cause(error)
+        return TableVersion(str(self.root), self.path, version, str(metadata["fingerprint"]))
 
-        Rows, fingerprint and column checksums stay as they are; older versions stay readable.
-
-        Args:
-            max_bytes: Memory for one range of keys.
-
-        Raises:
-            ConflictError: Another writer made a version meanwhile; nothing changed.
-            DamageError: A shard is not what was committed, or the new shards would not hold the same rows.
-        """
-        from weights_store.tables.compaction import compact
-
-        with self.reading():
-            self._check_sizes()
-            try:
-                return compact(self, max_bytes)
-            except OSError as error:
-                if error.errno in _NO_WRITING:
-                    raise self._cannot_write(error) from error
-                raise
+    def cannot_write(self, error: BaseException) -> StoreError:
+        """Return the error to raise if a shard or a commit cannot be written."""
+        return StoreError(f"cannot write {self.path} in {self.root}: {one_line(error)}; nothing became visible")
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    @property
-    def _configuration(self) -> dict[str, str | None]:
-        return {
+    def _create(self, schema: object, actions: list[object], properties: object) -> None:
+        from deltalake.transaction import create_table_with_add_actions
+
+        self._check_stands_alone()
+        if self.location.is_local:
+            self.location.path.mkdir(parents=True, exist_ok=True)
+        configuration = {
             "delta.enableExpiredLogCleanup": "false",  # else old versions vanish with their log
-            # Our commits have statistics of this column alone. pyarrow's datasets take missing ones for nulls, and a filter on
-            # another column would find no row.
+            # Our commits have statistics of this column only. pyarrow's datasets take missing ones for nulls, and a filter
+            # on another column would find no row.
             "delta.dataSkippingStatsColumns": self.key[0],
         }
+        create_table_with_add_actions(
+            str(self.location),
+            schema,
+            actions,
+            mode="error",
+            configuration=configuration,
+            commit_properties=properties,
+            storage_options=self.location.storage_options,
+        )
 
     def _conform(self, rows: pa.Table) -> pa.Table:
         missing = [name for name in self.schema.names if name not in rows.column_names]
@@ -210,16 +216,14 @@ class Table(TableReader):
         if since is None:
             present = self.scan(version)
         else:
-            present = self._scan_files(sorted(set(self.shards(version)) - set(self.shards(since))))
+            present = self.scan_files(sorted(set(self.shards(version)) - set(self.shards(since))))
         return self._without(rows, present)
 
     def _without(self, rows: pa.Table, present: pl.LazyFrame) -> pa.Table:
         """Return the rows whose key is not in `present`."""
-        first = rows[self.key[0]]
-        span = pc.min_max(first).as_py()
-        present = present.filter(pl.col(self.key[0]).is_between(pl.lit(span["min"]), pl.lit(span["max"]))).select(
-            self.key
-        )
+        name = self.key[0]
+        span = pc.min_max(rows[name]).as_py()
+        present = present.filter(pl.col(name).is_between(pl.lit(span["min"]), pl.lit(span["max"]))).select(self.key)
         keys = pl.DataFrame(pl.from_arrow(rows.select(self.key))).with_row_index("_row")
         taken = self._collect(keys.lazy().join(present, on=list(self.key), how="semi"))["_row"]
         if taken.is_empty():
@@ -247,18 +251,18 @@ class Table(TableReader):
         return left
 
     def _check_shards_are_here(self, shards: list[ShardRecord]) -> None:
-        """Refuse shards in somebody else's folder of the same name: on another machine, where no storage is shared."""
+        """Refuse shards that another machine wrote to a folder of its own, because no storage is shared."""
         if not self.location.is_local:
             return
         for shard in shards:
             if not self.location.has_file(shard.name):
                 raise StoreError(
                     f"{self.path}: shard {shard.name} was written, but is not in {self.location}; a store that several "
-                    "machines write lies in storage that all of them share"
+                    "machines write must be in storage that all of them share"
                 )
 
     def _checked_version(self) -> int | None:
-        """Return the newest version, None when there is none, and refuse to write on top of what is not ours."""
+        """Return the newest version, None when there is none, and refuse to write to a table that is not ours."""
         version = self.version()
         if version is not None:
             self.metadata(version)
@@ -270,87 +274,7 @@ class Table(TableReader):
             writer.write(rows.sort_by([(name, "ascending") for name in self.key]))
             return writer.finish()
         except OSError as error:
-            raise self._cannot_write(error) from self._cause(error)
-
-    def _cannot_write(self, error: BaseException) -> StoreError:
-        return StoreError(f"cannot write {self.path} in {self.root}: {one_line(error)}; nothing became visible")
-
-    def _commit_actions(
-        self,
-        shards: list[ShardRecord],
-        metadata: Mapping[str, Any],
-        base: int | None,
-        mode: str,
-        removed: tuple[ShardRecord, ...],
-    ) -> TableVersion:
-        from deltalake import Schema
-        from deltalake.transaction import create_table_with_add_actions
-
-        opened = None if base is None else self._open(base)
-        if opened is not None and mode == "append":  # an overwrite brings its columns along
-            opened = self._widened(opened, shards)
-        schema, base = Schema.from_arrow(self.schema), None if opened is None else int(opened.version())
-        actions = delta_actions(self.key[0], shards, removed)
-        with self._committing(base, metadata, shards) as properties:
-            if opened is not None:
-                opened.create_write_transaction(actions, mode, schema, commit_properties=properties)
-            else:
-                self._check_stands_alone()
-                if self.location.is_local:
-                    self.location.path.mkdir(parents=True, exist_ok=True)
-                create_table_with_add_actions(
-                    str(self.location),
-                    schema,
-                    actions,
-                    mode="error",
-                    configuration=self._configuration,
-                    commit_properties=properties,
-                    storage_options=self.location.storage_options,
-                )
-        version = 0 if base is None else base + 1
-        return TableVersion(str(self.root), self.path, version, metadata["fingerprint"])
-
-    def _widened(self, opened: Any, shards: list[ShardRecord]) -> Any:
-        """Return an open version with every column of `shards`: the given one, or the next, which adds columns and no rows.
-
-        Delta takes files with more columns than a table has, and no reader would ever see what stands in them.
-        """
-        from deltalake import Schema
-
-        there, written = columns_of(opened), {name for shard in shards for name in shard.checksums}
-        later = [field for field in lacking(self.schema, there) if field.name in written]
-        if not later:
-            return opened
-        base = int(opened.version())
-        changes = [f"columns: new are {', '.join(field.name for field in later)}"]
-        with self._committing(base, self.metadata(base) | {"changes": changes}, []) as properties:
-            opened.alter.add_columns(Schema.from_arrow(pa.schema(later)).fields, commit_properties=properties)
-        return self._open(base + 1)
-
-    @contextmanager
-    def _committing(self, base: int | None, metadata: Mapping[str, Any], shards: list[ShardRecord]) -> Iterator[Any]:
-        """Yield the properties of a commit of version `base` + 1, and say what has become of it where committing it fails.
-
-        Raises:
-            ConflictError: Another writer made that version first.
-            StoreError: It was not made.
-        """
-        from deltalake import CommitProperties
-        from deltalake.exceptions import DeltaError
-
-        record = {"schema_version": SCHEMA_VERSION, **metadata, "num_rows_written": sum(s.num_rows for s in shards)}
-        record["commit_id"] = uuid.uuid4().hex
-        try:
-            yield CommitProperties(custom_metadata=custom_metadata(record, shards), max_commit_retries=0)
-        except (DeltaError, OSError) as error:
-            # An error does not say what happened: the commit may be there and only its reply lost, or another writer's is.
-            made = self._made(0 if base is None else base + 1)
-            if made is None:
-                raise self._cannot_write(error) from self._cause(error)
-            if made != record["commit_id"]:
-                raise ConflictError(
-                    f"{self.path}: another writer made a version after {base}; run again"
-                ) from self._cause(error)
+            raise self.cannot_write(error) from self.cause(error)
 
     def _check_stands_alone(self) -> None:
         """Refuse a table inside another one's folder, or around one: listings and `vacuum` look at whole folders."""
@@ -363,13 +287,12 @@ class Table(TableReader):
                     f"{self.path} and the table {path} in {self.root} would lie inside each other; choose another name"
                 )
 
-    def _made(self, version: int) -> str | None:
-        """Return the `commit_id` of a version, empty when it is somebody else's, None when there is no such version."""
+    def _commit_id(self, version: int) -> str | None:
+        """Return the `commit_id` of a version, empty if another program made it, None if there is no such version."""
         if not self.location.exists(log_name(version)):
             return None
-        metadata = read_commit(self.location, version).metadata
-        return "" if metadata is None else str(metadata.get("commit_id", ""))
+        return (read_commit(self.location, version).metadata or {}).get("commit_id", "")
 
 
 def _overlap(one: ShardRecord, other: ShardRecord) -> bool:
-    return one.first_key <= other.last_key and other.first_key <= one.last_key  # type: ignore[operator]
+    return bool(one.first_key <= other.last_key and other.first_key <= one.last_key)

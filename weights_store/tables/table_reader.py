@@ -1,30 +1,36 @@
-"""One Delta table of the store as it stands: its versions, what their commits recorded, their rows. Writes nothing.
+"""Reads one Delta table of the store: its versions, what their commits recorded, and their rows.
 
-Every commit's rows are sorted by the table's key, so that a range of keys is read from few row groups: joins go range by
-range in bounded memory (`key_ranges`).
+Every commit's rows are sorted by the table's key, so a range of keys is read from few row groups: joins go range by range, in
+bounded memory (`key_ranges`).
 
-Not here: writing (`table.py`), what the rows mean (`pipeline`), names and listings (`store.py`), checks of whole tables
-(`verify.py`).
+Not here: writing (`table.py`), finding tables (`catalog.py`), checks of whole tables (`checks/`).
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from weights_store.errors import DamageError, NotFoundError, StoreError
 from weights_store.location import Location, one_line
+from weights_store.tables.checksums import sum_checksums
 from weights_store.tables.commits import READERS, Commit, log_name, read_commit, read_commits
-from weights_store.tables.key_ranges import KeyRange, cuts
-from weights_store.tables.shards import ShardReader, ShardRecord, lacking, sum_checksums, with_nulls
+from weights_store.tables.key_ranges import KeyRange, RowGroup, cut
+from weights_store.tables.metadata import CommitMetadata, Parent
+from weights_store.tables.shards import RESTORE, ShardReader, ShardRecord
 
-_MEMORY_PER_BYTE = 3  # measured: about 3 Arrow bytes to one on disk
-_SPOILT = (OSError, UnicodeDecodeError, pa.ArrowException, pl.exceptions.PolarsError, pl.exceptions.PanicException)
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
+
+_MEMORY_PER_BYTE = 3  # measured: about 3 Arrow bytes per byte on disk
+_UNREADABLE = (OSError, UnicodeDecodeError, pa.ArrowException, pl.exceptions.PolarsError, pl.exceptions.PanicException)
+_FOREIGN = "was not written by tokenweights: its commit has no metadata of ours"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +45,16 @@ class TableVersion:
     def __str__(self) -> str:
         return f"{self.table}@{self.version}"
 
-    def as_parent(self) -> dict[str, Any]:
-        """Return the reference as it stands in the lineage of a child: without the store's place."""
+    def as_parent(self) -> Parent:
+        """Return the reference as the lineage of another table records it."""
         return {"table": self.table, "version": self.version, "fingerprint": self.fingerprint}
 
 
 class TableReader:
-    """One table by its path under the store's root, for example `weights/hh-harmless/tis-dpo`, to be read."""
+    """One table, by its path under the store's root, for reading.
+
+    The methods with a `version` take the newest one by default and raise NotFoundError if the table or the version is missing.
+    """
 
     def __init__(self, root: Location, path: str, schema: pa.Schema, key: tuple[str, ...] = ("pair_id",)) -> None:
         self.root = root
@@ -61,23 +70,18 @@ class TableReader:
         return self.location.has_file(log_name(0), "_delta_log/_last_checkpoint")
 
     def version(self) -> int | None:
-        """Return the newest version, None when there is none."""
-        return int(self._open().version()) if self.exists() else None
+        """Return the newest version, None if there is none."""
+        return int(self.open_delta().version()) if self.exists() else None
 
     def reference(self, version: int | None = None) -> TableVersion:
-        """Return the reference to one version, the newest by default.
-
-        Raises:
-            NotFoundError: There is no such table or version.
-        """
+        """Return the reference to one version."""
         found = self._resolve(version)
         return TableVersion(str(self.root), self.path, found, self.metadata(found)["fingerprint"])
 
-    def metadata(self, version: int | None = None) -> dict[str, Any]:
-        """Return what the commit of one version recorded: fingerprint, recipe, parents, statistics, packages.
+    def metadata(self, version: int | None = None) -> CommitMetadata:
+        """Return what the commit of one version recorded.
 
         Raises:
-            NotFoundError: There is no such table or version.
             StoreError: The commit is not ours or was written by a newer tokenweights.
         """
         found = self._resolve(version)
@@ -87,69 +91,47 @@ class TableReader:
         return metadata
 
     def history(self, limit: int | None = None) -> list[Commit]:
-        """Return the commits that are ours, newest first, at most `limit`.
-
-        Raises:
-            NotFoundError: There is no such table.
-        """
+        """Return our commits, newest first, at most `limit`."""
         newest = self._resolve(None)
         oldest = -1 if limit is None else max(-1, newest - limit)
-        return [
-            commit for commit in read_commits(self.location, range(newest, oldest, -1)) if commit.metadata is not None
-        ]
-
-    def log(self) -> Iterator[Commit]:
-        """Yield every commit, oldest first, whoever made it.
-
-        Raises:
-            NotFoundError: There is no such table.
-        """
-        yield from read_commits(self.location, range(self._resolve(None) + 1))
+        commits = read_commits(self.location, range(newest, oldest, -1))
+        return [commit for commit in commits if commit.metadata is not None]
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def scan(self, version: int | None = None) -> pl.LazyFrame:
-        """Return one version as a lazy frame, with all columns: those that came after it was written are null.
-
-        Raises:
-            NotFoundError: There is no such table or version.
-        """
-        opened = self._open(version)
+        """Return one version as a lazy frame."""
+        opened = self.open_delta(version)
         path = self.location.uri
         if self.location.is_local and (quote(path) != path or "~" in path):
-            # scan_delta takes deltalake's percent-encoded paths as they stand (Polars 2.1.0) and finds no file.
-            return self._scan_files(_paths(opened))
-        frame = pl.scan_delta(opened, storage_options=self.location.scan_options or None)
-        later = [field.name for field in lacking(self.schema, columns_of(opened))]
-        return frame.with_columns(pl.lit(None, self._kinds[name]).alias(name) for name in later) if later else frame
+            # scan_delta does not decode deltalake's percent-encoded paths (Polars 2.1.0) and finds no file.
+            return self.scan_files(_paths(opened))
+        return pl.scan_delta(opened, storage_options=self.location.scan_options or None)
+
+    def scan_files(self, names: Iterable[str]) -> pl.LazyFrame:
+        """Return the rows of some shards, committed or not, as a lazy frame."""
+        paths = [f"{self.location}/{name}" for name in names]
+        if not paths:
+            return pl.LazyFrame(schema=self._polars_schema)
+        return pl.scan_parquet(
+            paths, glob=False, schema=self._polars_schema, storage_options=self.location.scan_options or None
+        )
 
     def scan_shards(self, shards: Iterable[ShardRecord]) -> pl.LazyFrame:
         """Return the rows of some shards, committed or not, as a lazy frame."""
-        return self._scan_files([shard.name for shard in shards])
-
-    def _scan_files(self, names: list[str]) -> pl.LazyFrame:
-        if not names:
-            return pl.LazyFrame(pl.from_arrow(self.schema.empty_table()))
-        return pl.scan_parquet(
-            [f"{self.location}/{name}" for name in names],
-            glob=False,
-            schema=self._kinds,
-            missing_columns="insert",  # files may be older than a column
-            storage_options=self.location.scan_options or None,
-        )
+        return self.scan_files(shard.name for shard in shards)
 
     def records(self, version: int | None = None) -> list[ShardRecord]:
         """Return what the commits recorded of the shards of one version, in the order in which they were written.
 
         Raises:
-            NotFoundError: There is no such table or version.
-            StoreError: A shard was added by somebody else.
+            StoreError: A shard was added by another program.
         """
-        opened = self._open(version)
+        opened = self.open_delta(version)
         missing = set(_paths(opened))
         found: dict[str, ShardRecord] = {}
         newest = opened.version()
-        for start in range(newest, -1, -READERS):  # backwards: mostly the last commits are all that is needed
+        for start in range(newest, -1, -READERS):  # backwards: the last commits usually hold all that is needed
             if not missing:
                 break
             for commit in read_commits(self.location, range(start, max(-1, start - READERS), -1)):
@@ -160,12 +142,8 @@ class TableReader:
         return [found[name] for name in sorted(found)]
 
     def shards(self, version: int | None = None) -> list[str]:
-        """Return the names of the shards of one version, in the order in which they were written.
-
-        Raises:
-            NotFoundError: There is no such table or version.
-        """
-        return _paths(self._open(version))
+        """Return the names of the shards of one version, in the order in which they were written."""
+        return _paths(self.open_delta(version))
 
     def open_shard(self, record: ShardRecord) -> ShardReader:
         """Open one shard by its record from `records`; what is read from it is checked.
@@ -176,20 +154,13 @@ class TableReader:
         return ShardReader(self.location, record, self.key, self.path)
 
     def batches(self, version: int | None = None, columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """Yield the row groups of one version in stored order, checked: the whole table in the memory of one row group.
-
-        Columns that came after a shard was written are null.
+        """Yield the row groups of one version in stored order, checked, in the memory of one row group.
 
         Raises:
-            NotFoundError: There is no such table or version.
             DamageError: A shard is not what was committed.
         """
-        names = self.schema.names if columns is None else columns
         for record in self.records(version):
-            later = [field for field in lacking(self.schema, record.checksums) if field.name in names]
-            there = [name for name in names if name not in {field.name for field in later}]
-            for rows in self.open_shard(record).groups(there):
-                yield with_nulls(rows, later).select(names)
+            yield from self.open_shard(record).groups(self.schema.names if columns is None else columns)
 
     def num_rows(self, version: int | None = None) -> int:
         """Return the number of rows of one version."""
@@ -200,35 +171,36 @@ class TableReader:
         return sum_checksums(record.sums for record in self.records(version))
 
     def pair_ids(self, version: int | None = None) -> pl.Series:
-        """Return the `pair_id`s of one version, empty when the table does not exist yet."""
+        """Return the `pair_id`s of one version, none if the table does not exist yet."""
         if version is None and not self.exists():
             return pl.Series("pair_id", [], pl.String)
         return self._collect(self.scan(version).select("pair_id")).to_series()
 
     def key_ranges(self, max_bytes: int, version: int | None = None, num_bytes: int | None = None) -> list[KeyRange]:
-        """Cut one version into ranges of its first key column, each about `max_bytes` in memory, together everything.
+        """Cut one version into ranges of its first key column, which together hold every key.
 
         Args:
-            max_bytes: Arrow bytes that one range may take.
+            max_bytes: Arrow bytes that one range may take in memory, about.
             version: Which version; the newest by default.
-            num_bytes: Bytes on disk of all that is to be read of these keys; the table's own by default.
+            num_bytes: Bytes on disk of everything that is read of these keys; the table's own by default.
+
+        Raises:
+            DamageError: A shard cannot be read.
         """
         records = self.records(version)
         total = _MEMORY_PER_BYTE * (sum(record.num_bytes for record in records) if num_bytes is None else num_bytes)
         num_ranges = -(-total // max_bytes)
         if num_ranges <= 1:
             return [KeyRange(None, None)]
-        found = cuts(self, records, num_ranges)
-        return [KeyRange(low, high) for low, high in zip([None, *found], [*found, None], strict=True)]
+        return cut([group for record in records for group in self._row_groups(record)], self._keys_of, num_ranges)
 
-    # --- inside ------------------------------------------------------------------------------------------------------
+    def open_delta(self, version: int | None = None) -> "DeltaTable":
+        """Return one version as `deltalake` has it.
 
-    @cached_property
-    def _kinds(self) -> pl.Schema:
-        """The columns as Polars types."""
-        return pl.DataFrame(pl.from_arrow(self.schema.empty_table())).schema
-
-    def _open(self, version: int | None = None) -> Any:
+        Raises:
+            NotFoundError: There is no such table or version.
+            StoreError: It cannot be opened.
+        """
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError, TableNotFoundError
 
@@ -240,7 +212,7 @@ class TableReader:
         try:
             return DeltaTable(str(self.location), version=version, storage_options=options)
         except (DeltaError, TableNotFoundError, ValueError, OSError, OverflowError) as error:
-            cause = self._cause(error)
+            cause = self.cause(error)
             try:
                 newest = DeltaTable(str(self.location), storage_options=options).version()
             except (DeltaError, TableNotFoundError, ValueError, OSError):
@@ -249,51 +221,57 @@ class TableReader:
                 raise NotFoundError(f"{self.path} has no version {version}; it has 0..{newest}") from cause
             raise StoreError(f"cannot open {self.path}@{version} in {self.root}: {one_line(error)}") from cause
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turn the many errors of pyarrow and Polars about a shard, panics too, into one line.
+
+        Raises:
+            DamageError: A shard cannot be read.
+            StoreError: The object store cannot be read.
+        """
+        try:
+            yield
+        except _UNREADABLE as error:
+            if not self.root.is_local and not isinstance(error, FileNotFoundError):
+                raise StoreError(f"cannot read {self.path} in {self.root}: {one_line(error)}") from None
+            raise DamageError(
+                f"{self.path} in {self.root}: a shard cannot be read: {one_line(error)}; `tokenweights verify` names it. "
+                f"{RESTORE.capitalize()}"
+            ) from self.cause(error)
+
+    def cause(self, error: BaseException) -> BaseException | None:
+        """Return the cause to show for an error; None for an object store, whose replies quote keys and tokens."""
+        return error if self.root.is_local else None
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _polars_schema(self) -> pl.Schema:
+        return pl.DataFrame(pl.from_arrow(self.schema.empty_table())).schema
+
     def _resolve(self, version: int | None) -> int:
-        return int(self._open(version).version())
+        return int(self.open_delta(version).version())
 
     def _collect(self, frame: pl.LazyFrame) -> pl.DataFrame:
         with self.reading():
             return frame.collect()
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Say in one line that a shard cannot be read: pyarrow and Polars raise many things, and Polars panics."""
-        try:
-            yield
-        except _SPOILT as error:
-            if not self.root.is_local and not isinstance(error, FileNotFoundError):
-                raise StoreError(f"cannot read {self.path} in {self.root}: {one_line(error)}") from None
-            raise DamageError(
-                f"{self.path} in {self.root}: a shard cannot be read: {one_line(error)}; `tokenweights verify` names it. "
-                f"{_RESTORE.capitalize()}"
-            ) from self._cause(error)
+    def _row_groups(self, record: ShardRecord) -> Iterator[RowGroup]:
+        """Read the footer of a shard."""
+        with self.reading(), self.location.filesystem.open_input_file(record.name) as file:
+            footer = pq.read_metadata(file)
+            column = footer.schema.to_arrow_schema().names.index(self.key[0])
+            for index in range(footer.num_row_groups):
+                group = footer.row_group(index)
+                span = group.column(column).statistics
+                yield RowGroup(span.min, span.max, record.name, index, group.total_byte_size)
 
-    def _check_sizes(self) -> None:
-        """Look for shards that are missing or cut off: Polars panics on them, loudly."""
-        files = self.location.files()
-        for record in self.records():
-            found = files[record.name].size if record.name in files else "none"
-            if found != record.num_bytes:
-                raise DamageError(
-                    f"{self.path} in {self.root}: shard {record.name} has {record.num_bytes} bytes in its commit, found "
-                    f"{found}; {_RESTORE}"
-                )
-
-    def _cause(self, error: BaseException) -> BaseException | None:
-        """Return what to show as the cause: of an object store's nothing, replies there quote keys and tokens."""
-        return error if self.root.is_local else None
+    def _keys_of(self, group: RowGroup) -> list[Any]:
+        with self.reading(), self.location.filesystem.open_input_file(group.shard) as file:
+            rows = pq.ParquetFile(file).read_row_group(group.position, columns=[self.key[0]])
+            return list(rows[self.key[0]].to_pylist())
 
 
-_RESTORE = "restore the file from a copy, or build the table again"
-_FOREIGN = "was not written by tokenweights: its commit has no metadata of ours"
-
-
-def columns_of(opened: Any) -> list[str]:
-    """Return the columns that an open DeltaTable has for its readers."""
-    return [field.name for field in opened.schema().fields]
-
-
-def _paths(opened: Any) -> list[str]:
-    """Return the names of the shards of an open DeltaTable, in the order in which they were written."""
+def _paths(opened: "DeltaTable") -> list[str]:
+    """Return the names of the shards of an open table, in the order in which they were written."""
     return sorted(pa.table(opened.get_add_actions()).column("path").to_pylist())

@@ -1,28 +1,30 @@
-"""What lies between two weight datasets: settings field by field, pairs, weights token by token, pair weights and anchors.
+"""Compares two weight datasets: settings field by field, pairs, weights token by token, pair weights and anchors.
 
-Both are read range by range of `pair_id`, so that memory stays bounded however large they are.
+Both are read range by range of `pair_id`, so memory stays bounded however large they are.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 
 from weights_store.fingerprint import explain_difference
+from weights_store.schemas import SIDES
 from weights_store.tables.table import Table
 
-_SIDES = ("chosen", "rejected")
 _PAIR = "pair"
-"""Takes the place of a side: the weight of a pair is compared like that of a response of one token."""
+"""Used like a side: the weight of a pair is compared like that of a response with one token."""
 _NUM_LARGEST = 10
 _CHANGES = {"pair_id": pl.String, "side": pl.String, "mean_abs_change": pl.Float64, "max_abs_change": pl.Float64}
 
 
 @dataclass(frozen=True)
 class SideDiff:
-    """Changes of one side's weights over the pairs that can be compared; means are None where no token was.
+    """Changes of one side's weights over the pairs that can be compared, or of pair weights: a pair counts as one token.
 
-    Of pair weights: then each pair counts as one token.
+    The mean and the maximum are None if there was no token.
     """
 
     num_tokens: int
@@ -35,8 +37,8 @@ class SideDiff:
 class Diff:
     """The difference of two versions of weight datasets, from `a` to `b`.
 
-    `settings` has one line per field of their identities that differs. Common pairs whose response ids differ are
-    `num_not_comparable`: their weights belong to other tokens. `num_anchors_changed` of the others have an anchor of other
+    `settings` has one line per field of their identities that differs. `num_not_comparable` counts the common pairs whose
+    response ids differ: their weights belong to other tokens. Of the others, `num_anchors_changed` have an anchor with other
     tokens, or in one dataset only. `largest` has the (pair, side)s whose token weights changed most, by mean.
     """
 
@@ -55,39 +57,30 @@ class Diff:
 
     @property
     def is_empty(self) -> bool:
-        """Whether both hold the same pairs with the same weights and anchors; settings may differ all the same."""
+        """Whether both hold the same pairs with the same weights and anchors; settings may still differ."""
         weights = sum(side.num_tokens_changed for side in (self.chosen, self.rejected, self.pair_weights))
         pairs = self.num_only_in_a + self.num_only_in_b + self.num_not_comparable
         return not (weights or pairs or self.num_anchors_changed)
 
 
 def diff_tables(a: Table, version_a: int, b: Table, version_b: int, max_bytes: int = 1 << 30) -> Diff:
-    """Compare two versions, see `WeightStore.diff`.
-
-    Args:
-        a: The old weight dataset.
-        version_a: Its version.
-        b: The new one, maybe the same.
-        version_b: Its version.
-        max_bytes: Memory for one range of pairs.
-    """
-    counts = {"common": 0, "only_in_a": 0, "only_in_b": 0, "not_comparable": 0, "anchors_changed": 0}
-    sums = {side: _SideSums() for side in (*_SIDES, _PAIR)}
+    """Compare two versions, see `WeightStore.diff`. `max_bytes` is the memory for one range of pairs."""
+    counts: Counter[str] = Counter()
+    sums: list[pl.DataFrame] = []
     largest = pl.DataFrame(schema=_CHANGES)
     for old, new in _ranges(a, version_a, b, version_b, max_bytes):
         common = old.join(new, on="pair_id", suffix="_b")
-        same_ids = pl.all_horizontal(pl.col(f"{side}_ids") == pl.col(f"{side}_ids_b") for side in _SIDES)
+        same_ids = pl.all_horizontal(pl.col(f"{side}_ids") == pl.col(f"{side}_ids_b") for side in SIDES)
         comparable = common.filter(same_ids)
         counts["common"] += common.height
         counts["only_in_a"] += old.height - common.height
         counts["only_in_b"] += new.height - common.height
         counts["not_comparable"] += common.height - comparable.height
         counts["anchors_changed"] += comparable.filter(pl.col("anchor_ids").ne_missing(pl.col("anchor_ids_b"))).height
-        sums[_PAIR].add(_changes(comparable, _PAIR))
-        for side in _SIDES:
-            changes = _changes(comparable, side)
-            sums[side].add(changes)
-            largest = _keep_largest(largest, changes)
+        changes = pl.concat([_changes(comparable, side) for side in (*SIDES, _PAIR)])
+        sums.append(_sum(changes))
+        largest = _keep_largest(largest, changes)
+    sides = {row["side"]: row for row in _sum(pl.concat(sums)).to_dicts()}
     return Diff(
         a=f"{a.path}@{version_a}",
         b=f"{b.path}@{version_b}",
@@ -96,44 +89,31 @@ def diff_tables(a: Table, version_a: int, b: Table, version_b: int, max_bytes: i
         num_only_in_a=counts["only_in_a"],
         num_only_in_b=counts["only_in_b"],
         num_not_comparable=counts["not_comparable"],
-        chosen=sums["chosen"].result(),
-        rejected=sums["rejected"].result(),
-        pair_weights=sums[_PAIR].result(),
+        chosen=_side_diff(sides.get("chosen")),
+        rejected=_side_diff(sides.get("rejected")),
+        pair_weights=_side_diff(sides.get(_PAIR)),
         num_anchors_changed=counts["anchors_changed"],
         largest=largest,
     )
 
 
-@dataclass
-class _SideSums:
-    """Running sums of one side."""
+def _sum(changes: pl.DataFrame) -> pl.DataFrame:
+    """Return one row per side: sums of tokens and changes, and the largest change."""
+    return changes.group_by("side").agg(pl.sum("num_tokens", "num_tokens_changed", "total"), pl.max("max_abs_change"))
 
-    num_tokens: int = 0
-    num_tokens_changed: int = 0
-    total: float = 0.0
-    largest: float = 0.0
 
-    def add(self, changes: pl.DataFrame) -> None:
-        if changes.is_empty():
-            return
-        added = ("num_tokens", "num_tokens_changed", "total")
-        num_tokens, num_changed, total, largest = changes.select(pl.sum(*added), pl.max("max_abs_change")).row(0)
-        self.num_tokens += num_tokens
-        self.num_tokens_changed += num_changed
-        self.total += total
-        self.largest = max(self.largest, largest or 0.0)
-
-    def result(self) -> SideDiff:
-        if not self.num_tokens:
-            return SideDiff(0, 0, None, None)
-        return SideDiff(self.num_tokens, self.num_tokens_changed, self.total / self.num_tokens, self.largest)
+def _side_diff(sums: Mapping[str, Any] | None) -> SideDiff:
+    if sums is None or not sums["num_tokens"]:
+        return SideDiff(0, 0, None, None)
+    num_tokens = sums["num_tokens"]
+    return SideDiff(num_tokens, sums["num_tokens_changed"], sums["total"] / num_tokens, sums["max_abs_change"])
 
 
 def _ranges(
     a: Table, version_a: int, b: Table, version_b: int, max_bytes: int
 ) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
     """Yield both tables' ids and weights, one range of pairs after the other."""
-    names = ["pair_id", "anchor_ids", *(f"{side}_{what}" for side in _SIDES for what in ("ids", "token_weights"))]
+    names = ["pair_id", "anchor_ids", *(f"{side}_{what}" for side in SIDES for what in ("ids", "token_weights"))]
     columns = [*names, pl.concat_list("pair_weight").alias(f"{_PAIR}_token_weights")]
     sizes = [sum(record.num_bytes for record in t.records(v)) for t, v in ((a, version_a), (b, version_b))]
     larger, version = (a, version_a) if sizes[0] >= sizes[1] else (b, version_b)
@@ -160,7 +140,7 @@ def _changes(comparable: pl.DataFrame, side: str) -> pl.DataFrame:
 
 
 def _keep_largest(largest: pl.DataFrame, changes: pl.DataFrame) -> pl.DataFrame:
-    changed = changes.filter(pl.col("max_abs_change") > 0).select(*_CHANGES)
+    changed = changes.filter(pl.col("max_abs_change") > 0, pl.col("side") != _PAIR).select(*_CHANGES)
     order = ["mean_abs_change", "max_abs_change", "pair_id", "side"]
     ranked = pl.concat([largest, changed]).sort(order, descending=[True, True, False, False])
     return ranked.head(_NUM_LARGEST)

@@ -1,6 +1,6 @@
-"""Export of a weight dataset for programs that know nothing of this store: plain Parquet, or the TIS-DPO release's JSONL.
+"""Exports a weight dataset for programs that do not know this store: plain Parquet, or the TIS-DPO release's JSONL.
 
-Rows are read row group by row group, checked against what was committed. A folder appears whole or not at all.
+Row groups are checked against the commit as they are read. The folder appears whole or not at all.
 """
 
 import json
@@ -10,13 +10,15 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from weights_store.errors import InputError, MismatchError
+from weights_store.names import name_of
+from weights_store.schemas import SIDES
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableVersion
 from weights_store.views.token_texts import Tokenizer, TokenTexts
@@ -27,7 +29,6 @@ FILE_BYTES = 256 << 20
 """Arrow bytes after which the next Parquet file begins."""
 
 _RECORD = "tokenweights.json"
-_SIDES = ("chosen", "rejected")
 
 
 def export_table(
@@ -37,7 +38,7 @@ def export_table(
     if form not in FORMATS:
         raise InputError(f"no export format {form!r}: expected one of {', '.join(FORMATS)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there already and not an empty folder; export into a new one")
+        raise InputError(f"{folder} exists and is not an empty folder; export into a new one")
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
@@ -47,7 +48,8 @@ def export_table(
             names = _write_parquet(table, weights.version, partial)
         else:
             names = _write_jsonl(table, weights.version, partial, tokenizer)
-        (partial / _RECORD).write_text(json.dumps(_record(weights, form, names), indent=2) + "\n", encoding="utf-8")
+        record = {"name": name_of(str(weights)), "fingerprint": weights.fingerprint, "format": form, "files": names}
+        (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         partial.replace(folder)  # also over an empty folder
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -55,20 +57,11 @@ def export_table(
     return [folder / name for name in (*names, _RECORD)]
 
 
-def _record(weights: TableVersion, form: str, names: list[str]) -> dict[str, Any]:
-    return {
-        "name": f"{weights.table.removeprefix('weights/')}@{weights.version}",
-        "fingerprint": weights.fingerprint,
-        "format": form,
-        "files": names,
-    }
-
-
 # --- Parquet -----------------------------------------------------------------------------------------------------------
 
 
 def _write_parquet(table: Table, version: int, folder: Path) -> list[str]:
-    """Write files as pyarrow writes them by default, one row group per row group of the store."""
+    """Write files with pyarrow's defaults, one row group per row group of the store."""
     names: list[str] = []
     for number, groups in enumerate(_files(table.batches(version))):
         names.append(f"part-{number:05d}.parquet")
@@ -79,7 +72,7 @@ def _write_parquet(table: Table, version: int, folder: Path) -> list[str]:
 
 
 def _files(groups: Iterator[pa.Table]) -> Iterator[Iterator[pa.Table]]:
-    """Cut row groups into runs of about `FILE_BYTES`, each to be used up before the next."""
+    """Cut row groups into runs of about `FILE_BYTES`; read each run to its end before the next."""
     for first in groups:
         yield _one_file(first, groups)
 
@@ -115,9 +108,9 @@ def _write_jsonl(table: Table, version: int, folder: Path, tokenizer: Tokenizer 
 
 
 def _release_lines(rows: pl.DataFrame, eos: int, texts: TokenTexts | None) -> pl.DataFrame:
-    """Return the fields of the release, in its order. Its loader negates `chosen_weight`, so that is stored negated."""
+    """Return the fields of the release, in its order, with `chosen_weight` negated, because its loader negates it."""
     ids, weights = {"prompt": pl.col("prompt_ids")}, {}
-    for side in _SIDES:
+    for side in SIDES:
         ends_with_eos = pl.col(f"{side}_ids").list.last().eq_missing(eos)
         length = pl.col(f"{side}_ids").list.len() - ends_with_eos.cast(pl.UInt32)
         sign = pl.lit(-1 if side == "chosen" else 1, pl.Float32)

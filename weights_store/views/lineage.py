@@ -1,48 +1,51 @@
-"""From a weight dataset up to the raw pairs: every table version, model and source it came from, each once.
+"""From a weight dataset up to the raw pairs: every table version, model and source it was made from, each once.
 
-Everything is read from what commits recorded; nothing is hashed again. What has left the store since keeps its row, with no
-number of rows and no time.
+Everything comes from what commits recorded; nothing is hashed again. What is no longer in the store keeps its row, without a
+number of rows and a time.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict
 
 import polars as pl
 
+from weights_store.catalog import open_table
 from weights_store.errors import NotFoundError
+from weights_store.location import Location
+from weights_store.names import quarantine_path
 from weights_store.tables.commits import Commit, read_commit
+from weights_store.tables.metadata import CommitMetadata, Parent, Section
 from weights_store.tables.table import Table
-
-if TYPE_CHECKING:
-    from weights_store.store import WeightStore
-    from weights_store.tables.table_reader import TableVersion
+from weights_store.tables.table_reader import TableVersion
 
 _CONTRAST_RECORD = "contrast.json"
-_SIDES = {"positive_logps": "positive", "negative_logps": "negative"}
-_SCHEMA: dict[str, Any] = {
-    "depth": pl.Int64,
-    "role": pl.String,
-    "kind": pl.String,
-    "name": pl.String,
-    "version": pl.Int64,
-    "fingerprint": pl.String,
-    "rows": pl.Int64,
+_MODEL_SIDES = {"positive_logps": "positive", "negative_logps": "negative"}
+_COLUMNS = {
+    "depth": pl.Int64(),
+    "role": pl.String(),
+    "kind": pl.String(),
+    "name": pl.String(),
+    "version": pl.Int64(),
+    "fingerprint": pl.String(),
+    "rows": pl.Int64(),
     "created": pl.Datetime("ms", "UTC"),
 }
 
+_Recipe = Mapping[str, Section]
 
-def lineage(store: "WeightStore", weights: "TableVersion") -> pl.DataFrame:
+
+def lineage(root: Location, weights: TableVersion) -> pl.DataFrame:
     """Return the ancestry of one version of a weight dataset, see `WeightStore.lineage`."""
-    walk = _Walk(store)
+    walk = _Walk(root)
     walk.table(0, "weights", weights.as_parent(), {})
-    rows = [{**row, "fingerprint": row["fingerprint"] and row["fingerprint"][:12]} for row in walk.rows.values()]
-    return pl.DataFrame(rows, schema=_SCHEMA)
+    rows = [{"depth": depth, **thing._asdict()} for depth, thing in walk.found.values()]
+    return pl.DataFrame(rows, schema=_COLUMNS).with_columns(pl.col("fingerprint").str.head(12))
 
 
 class _Thing(NamedTuple):
-    """One table version, model or source; the columns of the result but for `depth`."""
+    """One table version, model or source: the columns of the result without `depth`."""
 
     role: str
     kind: str
@@ -53,18 +56,42 @@ class _Thing(NamedTuple):
     created: int | None = None  # ms since 1970
 
 
+class _ContrastIdentity(TypedDict):
+    side: str
+    model: str
+    training: dict[str, object]
+    table: str
+
+
+class _ContrastRecord(TypedDict):
+    """What is stored beside a contrastive model that was trained here."""
+
+    identity: _ContrastIdentity
+    data: str
+    version: int
+    fingerprint: NotRequired[str]
+
+
+class _Trained(NamedTuple):
+    """One contrastive model in the store."""
+
+    name: str
+    record: _ContrastRecord
+    created: int | None
+
+
 @dataclass
 class _Walk:
-    """Depth first, so that what a thing was made from stands right below it, one deeper."""
+    """Depth first, so that what a thing was made from is right below it, one deeper."""
 
-    store: "WeightStore"
-    rows: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
+    root: Location
+    found: dict[tuple[object, ...], tuple[int, _Thing]] = field(default_factory=dict)
 
-    def table(self, depth: int, role: str, parent: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
-        """Add one table version and all it came from; `recipe` is that of the weight dataset below."""
-        table, version = self.store.table(parent["table"]), parent["version"]
+    def table(self, depth: int, role: str, parent: Parent, recipe: _Recipe) -> None:
+        """Add one table version and all that it was made from; `recipe` is that of the weight dataset below it."""
+        table, version = open_table(self.root, parent["table"]), parent["version"]
         commit = _commit(table, version, parent["fingerprint"])
-        num_rows = None if commit is None else sum(record.num_rows for record in table.records(version))
+        num_rows = None if commit is None else _num_rows(table, version)
         created = None if commit is None else commit.timestamp_ms
         thing = _Thing(role, "table", table.path, version, parent["fingerprint"], num_rows, created)
         if not self._add(depth, thing) or commit is None or commit.metadata is None:
@@ -79,84 +106,88 @@ class _Walk:
             self._source(depth + 1, metadata)
             self._quarantine(depth + 1, table, metadata)
 
-    def _model(self, depth: int, role: str, fingerprint: str, recipe: Mapping[str, Any]) -> None:
-        """Add a scorer's model; for one that was trained here also what it was trained on."""
-        side = _SIDES.get(role)
+    def _model(self, depth: int, role: str, fingerprint: str, recipe: _Recipe) -> None:
+        """Add a scorer's model, and what it was trained on if it was trained here."""
+        side = _MODEL_SIDES.get(role)
         trained = list(self._trained(side, fingerprint, recipe)) if side else []
+        start = _text(recipe, "model", "path")
         if not trained:
-            self._add(depth, _Thing("model", "model", recipe.get("model", {}).get("path"), None, fingerprint))
-            return
+            self._add(depth, _Thing("model", "model", start, None, fingerprint))
         for name, record, created in trained:
             known = record.get("fingerprint", fingerprint if len(trained) == 1 else None)
             label = f"{side} model" if len(trained) == 1 else f"{side} model, one of {len(trained)}"
-            if not self._add(depth, _Thing(label, "model", name, None, known, None, created)):
-                continue
-            identity = record["identity"]
-            origin = {"table": identity["table"], "version": record["version"], "fingerprint": record["data"]}
-            self.table(depth + 1, "trained on", origin, recipe)
-            start = recipe.get("model", {}).get("path")
-            self._add(depth + 1, _Thing("started from", "model", start, None, identity["model"]))
+            if self._add(depth, _Thing(label, "model", name, None, known, None, created)):
+                identity = record["identity"]
+                self.table(depth + 1, "trained on", _trained_on(record), recipe)
+                self._add(depth + 1, _Thing("started from", "model", start, None, identity["model"]))
 
-    def _trained(
-        self, side: str, fingerprint: str, recipe: Mapping[str, Any]
-    ) -> Iterator[tuple[str, dict[str, Any], int | None]]:
-        """Yield the contrastive models in the store that the recipe means: more than one when the data has grown since.
+    def _trained(self, side: str, fingerprint: str, recipe: _Recipe) -> Iterator[_Trained]:
+        """Yield the contrastive models in the store that fit the recipe: several if the data has grown since.
 
-        A record that holds the model's own fingerprint settles it.
+        A record with the model's own fingerprint decides.
         """
         settings = recipe.get("contrast", {})
-        uniform = f"weights/{recipe.get('dataset', {}).get('name')}/uniform"
-        models = self.store.root / "models"
+        uniform = f"weights/{_text(recipe, 'dataset', 'name')}/uniform"
+        models = self.root / "models"
         for name in models.folders():
+            folder = models / name
             try:
-                record = json.loads((models / name).read(_CONTRAST_RECORD))
+                record: _ContrastRecord = json.loads(folder.read(_CONTRAST_RECORD))
             except FileNotFoundError:
                 continue
             identity = record["identity"]
-            is_meant = identity["side"] == side and identity["table"] == uniform
-            is_meant &= all(settings.get(key) == value for key, value in identity["training"].items())
-            if is_meant and record.get("fingerprint", fingerprint) == fingerprint:
-                yield f"models/{name}", record, _modified_ms(models / name, _CONTRAST_RECORD)
+            fits = identity["side"] == side and identity["table"] == uniform
+            fits &= all(settings.get(key) == value for key, value in identity["training"].items())
+            if fits and record.get("fingerprint", fingerprint) == fingerprint:
+                modified_ns = folder.filesystem.get_file_info(_CONTRAST_RECORD).mtime_ns
+                yield _Trained(f"models/{name}", record, None if modified_ns is None else modified_ns // 1_000_000)
 
-    def _source(self, depth: int, metadata: Mapping[str, Any]) -> None:
-        name = metadata.get("recipe", {}).get("dataset", {}).get("source")
+    def _source(self, depth: int, metadata: CommitMetadata) -> None:
+        name = _text(metadata.get("recipe", {}), "dataset", "source")
         num_rows = metadata.get("statistics", {}).get("num_source_rows")
         self._add(depth, _Thing("source", "source", name, None, metadata["source"].get("content"), num_rows))
 
-    def _quarantine(self, depth: int, tokens: Table, metadata: Mapping[str, Any]) -> None:
-        """Add the newest version of the quarantine that was made from the same source, cut the same way."""
-        table = self.store.table(tokens.path.replace("tokens/", "quarantine/", 1))
-        if not table.exists():
-            return
-        for commit in table.history():
+    def _quarantine(self, depth: int, tokens: Table, metadata: CommitMetadata) -> None:
+        """Add the newest version of the quarantine that was made from the same source with the same limits."""
+        table = open_table(self.root, quarantine_path(tokens.path))
+        for commit in table.history() if table.exists() else ():
             made = commit.metadata or {}
             if (made.get("cut"), made.get("source")) == (metadata.get("cut"), metadata["source"]):
-                num_rows = sum(record.num_rows for record in table.records(commit.version))
-                mark, created = made["fingerprint"], commit.timestamp_ms
-                self._add(depth, _Thing("quarantine", "table", table.path, commit.version, mark, num_rows, created))
+                version, rows = commit.version, _num_rows(table, commit.version)
+                thing = _Thing(
+                    "quarantine", "table", table.path, version, made["fingerprint"], rows, commit.timestamp_ms
+                )
+                self._add(depth, thing)
                 return
 
     def _add(self, depth: int, thing: _Thing) -> bool:
-        """Add one thing; return whether it was new. Models are the same when their content is, wherever they lie."""
+        """Add one thing; return whether it was new. Models with the same content are the same, wherever they are."""
         place = None if thing.kind == "model" and thing.fingerprint else (thing.name, thing.version)
-        same = (thing.kind, place, thing.fingerprint)
-        if same in self.rows:
+        key = (thing.kind, place, thing.fingerprint)
+        if key in self.found:
             return False
-        self.rows[same] = {"depth": depth, **thing._asdict()}
+        self.found[key] = (depth, thing)
         return True
 
 
 def _commit(table: Table, version: int, fingerprint: str) -> Commit | None:
-    """Return the commit of a parent, None when the store no longer has that version or another stands in its place."""
+    """Return the commit of a parent; None if the store no longer has that version or has another one there."""
     try:
         table.reference(version)
     except NotFoundError:
         return None
     commit = read_commit(table.location, version)
-    is_same = commit.metadata is not None and commit.metadata["fingerprint"] == fingerprint
-    return commit if is_same else None
+    return commit if commit.metadata and commit.metadata["fingerprint"] == fingerprint else None
 
 
-def _modified_ms(folder: Any, name: str) -> int | None:
-    modified = folder.filesystem.get_file_info(name).mtime_ns
-    return None if modified is None else modified // 1_000_000
+def _num_rows(table: Table, version: int) -> int:
+    return sum(record.num_rows for record in table.records(version))
+
+
+def _trained_on(record: _ContrastRecord) -> Parent:
+    return {"table": record["identity"]["table"], "version": record["version"], "fingerprint": record["data"]}
+
+
+def _text(recipe: _Recipe, section: str, key: str) -> str | None:
+    value = recipe.get(section, {}).get(key)
+    return None if value is None else str(value)

@@ -1,10 +1,10 @@
-"""Texts of token ids, from whatever the caller has: a tokenizer, a mapping or a list.
+"""Texts of token ids, from a tokenizer, a mapping or a list.
 
-The store keeps ids only, and needs no tokenizer for anything but showing them to people.
+The store keeps ids only. It needs a tokenizer only to show them to people.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence, Sized
+from typing import Protocol
 
 import polars as pl
 
@@ -24,59 +24,43 @@ Tokenizer = Decoder | Mapping[int, str] | Sequence[str]
 
 
 class TokenTexts:
-    """Texts of ids, each decoded once. Special tokens are shown; bytes of a split character show as U+FFFD.
+    """Texts of ids. Special tokens are shown; bytes of a split character show as U+FFFD.
 
-    Args:
-        tokenizer: Anything with `decode`, such as transformers' tokenizers or a `tokenizers.Tokenizer`; or the texts by id.
+    Its methods raise MismatchError if the tokenizer has no such id.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._source: Any = tokenizer
+        self._source = tokenizer
         self._known: dict[int, str] = {}
         self._num_ids = _num_ids(tokenizer)
 
     def text(self, token_id: int) -> str:
-        """Return the text of one id.
-
-        Raises:
-            MismatchError: The tokenizer has no such id.
-        """
+        """Return the text of one id."""
         if token_id not in self._known:
             self._known[token_id] = self._look_up(token_id)
         return self._known[token_id]
 
     def texts(self, ids: pl.Series) -> pl.Series:
-        """Return the text of every id of a series; only ids that occur are decoded.
-
-        Raises:
-            MismatchError: The tokenizer has no such id.
-        """
+        """Return the text of every id of a series; each distinct id is decoded once."""
         distinct = ids.drop_nulls().unique()
         texts = [self.text(token_id) for token_id in distinct.to_list()]
         return ids.replace_strict(distinct, pl.Series(texts, dtype=pl.String), default=None, return_dtype=pl.String)
 
     def join(self, ids: Sequence[int]) -> str:
-        """Return the text of a sequence. Decoders see it whole, so that split characters come together.
-
-        Raises:
-            MismatchError: The tokenizer has no such id.
-        """
-        if not hasattr(self._source, "decode"):
+        """Return the text of a sequence. A decoder gets the whole sequence, so split characters come together."""
+        if isinstance(self._source, Mapping | Sequence):
             return "".join(map(self.text, ids))
         self._check(max(ids, default=0))
-        return self._decode(list(ids))
+        return _decode(self._source, list(ids))
 
     def _look_up(self, token_id: int) -> str:
         self._check(token_id)
-        if hasattr(self._source, "decode"):
-            return self._decode([token_id])
+        if not isinstance(self._source, Mapping | Sequence):
+            return _decode(self._source, [token_id])
         try:
             return str(self._source[token_id])
         except (KeyError, IndexError):
             raise self._unknown(token_id) from None
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._source.decode(ids, skip_special_tokens=False))  # `tokenizers` would leave them out
 
     def _check(self, token_id: int) -> None:
         if self._num_ids is not None and token_id >= self._num_ids:
@@ -90,10 +74,14 @@ class TokenTexts:
         )
 
 
-def _num_ids(tokenizer: Any) -> int | None:
-    """Return how many ids a tokenizer has, None where it does not say or ids need not be consecutive."""
+def _decode(decoder: Decoder, ids: list[int]) -> str:
+    return str(decoder.decode(ids, skip_special_tokens=False))  # `tokenizers` leaves special tokens out by default
+
+
+def _num_ids(tokenizer: Tokenizer) -> int | None:
+    """Return how many ids a tokenizer has; None if it does not say, or if ids need not be consecutive."""
     if isinstance(tokenizer, Mapping):
         return None
     if hasattr(tokenizer, "get_vocab_size"):
         return int(tokenizer.get_vocab_size())
-    return len(tokenizer) if hasattr(tokenizer, "__len__") else None
+    return len(tokenizer) if isinstance(tokenizer, Sized) else None

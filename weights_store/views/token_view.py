@@ -1,42 +1,39 @@
 """A weight dataset as one row per response token, lazily: what analysts group, filter and join.
 
-The weights table already holds ids, weights and the reference's log-probs; those of the contrastive pair come from the
-versions of the logps tables that the weights were made from.
+The weights table already holds ids, weights and the reference's log-probs. Those of the contrastive pair come from the versions
+of the logps tables that the weights were made from.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from weights_store.catalog import open_table
+from weights_store.location import Location
+from weights_store.schemas import SIDES
+from weights_store.tables.table_reader import TableVersion
 from weights_store.views.token_texts import Tokenizer, TokenTexts
 
-if TYPE_CHECKING:
-    from weights_store.store import WeightStore
-    from weights_store.tables.table_reader import TableVersion
-
-_SIDES = ("chosen", "rejected")
 _CONTRASTIVE = {"logp_pos": "positive_logps", "logp_neg": "negative_logps"}  # column to role
 _ORDER = ("pair_id", "side", "position", "token_id", "token", "weight", "ref_logp", *_CONTRASTIVE)
 
 
-def scan_tokens(store: "WeightStore", weights: "TableVersion", tokenizer: Tokenizer | None = None) -> pl.LazyFrame:
+def scan_tokens(root: Location, weights: TableVersion, tokenizer: Tokenizer | None = None) -> pl.LazyFrame:
     """Return one version of a weight dataset by token, see `WeightStore.scan_tokens`."""
-    metadata = store.table(weights.table).metadata(weights.version)
-    parents = {parent["role"]: parent for parent in metadata.get("parents", [])}
-    pairs = store.table(weights.table).scan(weights.version)
-    logps = {column: _scan(store, parents[role]) for column, role in _CONTRASTIVE.items() if role in parents}
-    tokens = pl.concat([_side(pairs, logps, side) for side in _SIDES])
+    table = open_table(root, weights.table)
+    parents = {parent["role"]: parent for parent in table.metadata(weights.version).get("parents", [])}
+    logps = {
+        column: open_table(root, parents[role]["table"]).scan(parents[role]["version"])
+        for column, role in _CONTRASTIVE.items()
+        if role in parents
+    }
+    pairs = table.scan(weights.version)
+    tokens = pl.concat([_side(pairs, logps, side) for side in SIDES])
     if tokenizer is not None:
         texts = TokenTexts(tokenizer)
         decoded = pl.col("token_id").map_batches(texts.texts, return_dtype=pl.String, is_elementwise=True)
         tokens = tokens.with_columns(decoded.alias("token"))
-    columns = [name for name in _ORDER if name != "token" or tokenizer is not None]
-    return tokens.select(columns)
-
-
-def _scan(store: "WeightStore", parent: Mapping[str, Any]) -> pl.LazyFrame:
-    return store.table(parent["table"]).scan(parent["version"])
+    return tokens.select(name for name in _ORDER if name != "token" or tokenizer is not None)
 
 
 def _side(pairs: pl.LazyFrame, logps: Mapping[str, pl.LazyFrame], side: str) -> pl.LazyFrame:
@@ -51,7 +48,7 @@ def _side(pairs: pl.LazyFrame, logps: Mapping[str, pl.LazyFrame], side: str) -> 
         pl.col(f"{side}_ref_logps").alias("ref_logp"),
     )
     for column, frame in logps.items():
-        # A left join: should a pair lack its scores, exploding lists of unequal length raises, and no token gets lost.
+        # A left join: if a pair has no scores, exploding lists of unequal length raises, and no token gets lost.
         scores = frame.select("pair_id", pl.col(f"{side}_logps").alias(column))
         lists = lists.join(scores, on="pair_id", how="left", maintain_order="left")
     tokens = lists.explode("position", "token_id", "weight", "ref_logp", *logps, empty_as_null=False)

@@ -279,5 +279,5 @@ def test_shards_of_an_object_store_are_sent_once_and_a_second_epoch_asks_for_not
     worker = pickle.loads(pickle.dumps(pairs))  # nothing in memory, no open connection
     assert [worker[row].pair_id for row in range(60)] == first_epoch
     shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(SettingsError, match="AWS_ENDPOINT_URL is no URL"):
+    with pytest.raises(SettingsError, match="AWS_ENDPOINT_URL is not a URL"):
         pickle.loads(pickle.dumps(pairs))[0]

@@ -8,6 +8,7 @@ from weights_store import WeightStore
 from weights_store.checks.vacuum import find_orphans, vacuum
 from weights_store.errors import DamageError, NotFoundError, SettingsError
 from weights_store.schemas import LOGPS
+from weights_store.tables.compaction import optimize
 
 PATH = "logps/toy/x"
 
@@ -24,7 +25,7 @@ def store(tmp_path):
     table = store.table(PATH)
     table.append(rows("a", "c"), {"fingerprint": "f0"})
     table.append(rows("b"), {"fingerprint": "f1"})
-    table.optimize()
+    optimize(table)
     return store
 
 
@@ -65,7 +66,6 @@ def test_an_uncommitted_shard_is_an_orphan_with_size_and_age(store):
     (orphan,) = find_orphans(store)
     assert (orphan.table, orphan.name, orphan.num_bytes) == (PATH, name, 321)
     assert orphan.age_hours == pytest.approx(200, abs=0.1)
-    assert str(orphan) == f"logps/toy/x/{name}: 321 bytes, 200.0 hours old, in no version"
 
 
 def test_only_orphans_older_than_the_retention_go_and_readers_see_nothing(store):

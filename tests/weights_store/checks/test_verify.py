@@ -12,8 +12,10 @@ from weights_store import WeightStore
 from weights_store.checks.verify import Finding, verify
 from weights_store.errors import NotFoundError, SettingsError
 from weights_store.fingerprint import fingerprint
+from weights_store.messages import progress_of
 from weights_store.schemas import LOGPS, QUARANTINE, TOKENS, WEIGHTS
 from weights_store.tables import commits
+from weights_store.tables.compaction import optimize
 from weights_store.tables.shards import ShardWriter
 
 TOKENS_PATH, QUARANTINE_PATH, LOGPS_PATH, WEIGHTS_PATH = "tokens/hh", "quarantine/hh", "logps/hh/ref", "weights/hh/tis"
@@ -114,7 +116,7 @@ def build(root):
         logs = logps.append(pa.Table.from_pylist(list(map(logps_row, scored)), LOGPS), of_tokens)
         metadata = weights_metadata({"tokens": made, "ref_logps": logs}, num_tokens - 1)
         weights.append(pa.Table.from_pylist(list(map(weights_row, scored)), WEIGHTS), metadata)
-    logps.optimize()
+    optimize(logps)
     return store
 
 
@@ -123,7 +125,7 @@ def small_shards(monkeypatch):
     """Cut rows into row groups of some pairs and shards of some row groups, and join them in several ranges."""
     monkeypatch.setattr("weights_store.tables.shards.ROW_GROUP_BYTES", 3000)
     monkeypatch.setattr("weights_store.tables.shards.SHARD_BYTES", 12_000)
-    monkeypatch.setattr("weights_store.checks.relations._JOIN_BYTES", 60_000)
+    monkeypatch.setattr("weights_store.checks.relations.JOIN_BYTES", 60_000)
 
 
 @pytest.fixture(scope="module")
@@ -158,10 +160,11 @@ def only(findings, table=None):
 # --- bytes -------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_found_in_a_store_as_it_was_committed(store):
-    reported = []
-    assert list(verify(store, report=reported.append)) == []
-    assert [line.partition(":")[0] for line in reported] == [TOKENS_PATH, QUARANTINE_PATH, LOGPS_PATH, WEIGHTS_PATH]
+def test_nothing_is_found_in_a_store_as_it_was_committed(store, caplog):
+    caplog.set_level("INFO", "tokenweights")
+    assert list(verify(store)) == []
+    tables = [TOKENS_PATH, QUARANTINE_PATH, LOGPS_PATH, WEIGHTS_PATH]
+    assert [r.getMessage().partition(":")[0] for r in caplog.records if not progress_of(r)] == tables
     assert store.table(LOGPS_PATH).metadata()["changes"] == ["optimized: 2 shards -> 1"]
     assert len(shards(store, WEIGHTS_PATH)) >= 3
 
@@ -179,7 +182,7 @@ def group_at(path, at):
 
 
 def test_every_flipped_bit_is_found_and_mostly_its_row_group_named(store, monkeypatch):
-    monkeypatch.setattr("weights_store.checks.relations._JOIN_BYTES", 1 << 30)
+    monkeypatch.setattr("weights_store.checks.relations.JOIN_BYTES", 1 << 30)
     rng = random.Random(0)
     files = [
         path for table in (TOKENS_PATH, LOGPS_PATH, WEIGHTS_PATH, QUARANTINE_PATH) for path in shards(store, table)
@@ -225,7 +228,7 @@ def test_damage_outside_the_values_is_said_to_be_there(store):
     flip(path, created_by)
     found = only(verify(store, [LOGPS_PATH]))
     assert found.row_group is None
-    assert "SHA-256 differs); every value is as committed: the damage lies in the footer" in found.problem
+    assert "SHA-256 differs); every value is as committed: the damage is in the footer" in found.problem
 
 
 def test_a_truncated_an_extended_and_a_missing_shard_are_told_apart(store):
@@ -283,12 +286,25 @@ def test_damage_of_an_unasked_parent_is_said_to_keep_from_comparing(store):
     assert "not all of it could be compared with tokens/hh@1, which is damaged" in found.problem
 
 
-def test_a_shard_that_vanishes_while_others_are_verified_is_a_finding(store):
-    def report(line):
-        if line.startswith(WEIGHTS_PATH):  # the tokens have been found sound by then
-            shards(store, TOKENS_PATH)[0].unlink()
+def test_progress_is_shown_in_bytes_of_each_table(store, caplog):
+    caplog.set_level("INFO", "tokenweights")
+    list(verify(store, [WEIGHTS_PATH]))
+    shown = [progress for record in caplog.records if (progress := progress_of(record))]
+    last = [progress for progress in shown if progress.name == f"verify {WEIGHTS_PATH}"][-1]
+    num_bytes = sum(path.stat().st_size for path in shards(store, WEIGHTS_PATH))
+    assert (last.done, last.total, last.unit) == (num_bytes, num_bytes, "bytes")
 
-    found = only(verify(store, report=report))
+
+def test_a_shard_that_vanishes_while_others_are_verified_is_a_finding(store, caplog):
+    def remove_tokens(record):
+        if record.getMessage().startswith(f"{WEIGHTS_PATH}:"):  # the tokens have been found sound by then
+            shards(store, TOKENS_PATH)[0].unlink()
+        return True
+
+    caplog.set_level("INFO", "tokenweights")
+    caplog.handler.addFilter(remove_tokens)
+    found = only(verify(store))
+    caplog.handler.removeFilter(remove_tokens)
     assert found.table == WEIGHTS_PATH
     assert "tokens/hh" in found.problem
 
@@ -335,7 +351,7 @@ def edit_commit(store, path, version, old, new, with_new_digest=True):
     lines = [json.loads(line) for line in text.replace(old, new).splitlines()]
     for info in (line["commitInfo"] for line in lines if "commitInfo" in line):
         if with_new_digest:
-            info["tokenweightsSha256"] = commits._digest(info["tokenweights"], info["tokenweightsShards"])
+            info["tokenweightsSha256"] = commits.digest(info["tokenweights"], info["tokenweightsShards"])
     file.write_text("\n".join(json.dumps(line, separators=(",", ":")) for line in lines) + "\n")
 
 
@@ -378,7 +394,7 @@ def test_statistics_that_would_make_delta_skip_rows_are_found(store, old, new):
 
 def test_a_schema_that_is_not_ours_is_found(store):
     edit_commit(store, TOKENS_PATH, 0, '\\"name\\":\\"source_row\\"', '\\"name\\":\\"source_rov\\"')
-    assert "its log gives it columns ['pair_id', 'prompt'" in only(verify(store, [TOKENS_PATH])).problem
+    assert "its log has the columns ['pair_id', 'prompt'" in only(verify(store, [TOKENS_PATH])).problem
 
 
 def test_a_damaged_checkpoint_is_found(store):
@@ -567,13 +583,13 @@ def test_a_key_that_stands_twice_is_found(store):
     commit_rows(store, LOGPS_PATH, twice, metadata)
     found = only(verify(store))
     assert (found.table, found.version, found.pair_id) == (LOGPS_PATH, 3, pair_name(7))
-    assert found.problem == "stands 2 times, expected once; build the table again (1 more like this)"
+    assert found.problem == "occurs 2 times, expected once; build the table again (1 more like this)"
 
 
 def test_a_quarantine_row_that_stands_twice_is_found(store):
     rows = pa.Table.from_pylist([quarantine_row(NUM_PAIRS - 1, "unscorable")], QUARANTINE)
     commit_rows(store, QUARANTINE_PATH, rows, {"fingerprint": "q"})
-    assert only(verify(store)).problem.startswith("source_row 59, detail 'd59' stands 2 times")
+    assert only(verify(store)).problem.startswith("source_row 59, detail 'd59' occurs 2 times")
 
 
 def test_a_key_that_is_null_is_found(store):

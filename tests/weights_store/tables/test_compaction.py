@@ -1,10 +1,12 @@
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pytest
 
-from weights_store import WeightStore
+from weights_store import Table, WeightStore
 from weights_store.errors import ConflictError, DamageError
 from weights_store.schemas import LOGPS, QUARANTINE
+from weights_store.tables.compaction import optimize
 
 METADATA = {"fingerprint": "f0", "statistics": {"num_pairs": 1}}
 RNG = np.random.default_rng(0)
@@ -50,7 +52,7 @@ def test_optimize_keeps_rows_fingerprint_and_checksums_and_sorts_them(store_uri,
     table = make(store_uri)
     assert (len(table.key_ranges(max_bytes)) > 3) == (max_bytes == 2000)
     before, checksums, old = rows_of(table), table.checksums(), table.reference()
-    reference = table.optimize(max_bytes)
+    reference = optimize(table, max_bytes)
     assert (reference.version, reference.fingerprint) == (old.version + 1, old.fingerprint)
     assert rows_of(table).equals(before)
     assert table.checksums() == checksums
@@ -64,14 +66,14 @@ def test_optimize_keeps_rows_fingerprint_and_checksums_and_sorts_them(store_uri,
 def test_old_versions_stay_readable_after_optimize(tmp_path):
     table = made_logps(tmp_path)
     before = [rows_of(table, version) for version in range(6)]
-    table.optimize()
+    optimize(table)
     assert all(rows_of(table, version).equals(rows) for version, rows in enumerate(before))
     assert [batch.num_rows for batch in table.batches(5)] == [20] * 6
 
 
 def test_new_rows_can_be_added_after_optimize_and_none_comes_twice(tmp_path):
     table = made_logps(tmp_path)
-    table.optimize()
+    optimize(table)
     table.append(logps_rows(["000", "119", "new"]), METADATA, known=None)
     assert sorted(table.pair_ids()) == [*(f"{number:03d}" for number in range(120)), "new"]
 
@@ -79,10 +81,10 @@ def test_new_rows_can_be_added_after_optimize_and_none_comes_twice(tmp_path):
 def test_nothing_is_done_where_nothing_is_to_be_gained(tmp_path):
     table = WeightStore(tmp_path).table("logps/toy/x")
     table.append(logps_rows(["a", "b"]), METADATA)
-    assert table.optimize() is None
+    assert optimize(table) is None
     table.append(logps_rows(["a2", "c"]), METADATA)  # a … b and a2 … c overlap
-    assert table.optimize().version == 2
-    assert table.optimize() is None
+    assert optimize(table).version == 2
+    assert optimize(table) is None
     assert table.version() == 2
 
 
@@ -99,7 +101,7 @@ def test_an_optimize_that_was_overtaken_changes_nothing(tmp_path, monkeypatch):
     table = made_logps(tmp_path)
     monkeypatch.setattr(DeltaTable, "create_write_transaction", overtaken)
     with pytest.raises(ConflictError, match="logps/toy/x: another writer made a version after 5; run again"):
-        table.optimize()
+        optimize(table)
     assert table.version() == 6
     assert len(table.shards()) == 7
     assert table.num_rows() == 121
@@ -127,6 +129,18 @@ def exchange_values(path):
     pq.write_table(rows.set_column(1, rows.schema.field(1), rows["rejected_logps"]), path)
 
 
+def test_a_value_that_changed_while_it_was_read_is_not_written(tmp_path, monkeypatch):
+    table, scan = made_logps(tmp_path), Table.scan
+
+    def spoilt(self, version=None):
+        return scan(self, version).with_columns(pl.col("chosen_logps").list.eval(pl.element() - 1))
+
+    monkeypatch.setattr(Table, "scan", spoilt)
+    with pytest.raises(DamageError, match="the rows read are not those that were committed; nothing was changed"):
+        optimize(table)
+    assert table.version() == 5
+
+
 @pytest.mark.parametrize(
     "damage", [lambda path: path.unlink(), cut_off, exchange_values, flip(60), flip(400), flip(-3)]
 )
@@ -136,6 +150,6 @@ def test_damaged_shards_are_not_written_anew(tmp_path, damage, max_bytes):
     shards = table.shards()
     damage(table.location.path / shards[2])
     with pytest.raises(DamageError, match=r"^logps/toy/x[^\n]*(tokenweights verify|restore the file)[^\n]*$"):
-        table.optimize(max_bytes)
+        optimize(table, max_bytes)
     assert table.version() == 5
     assert table.shards() == shards

@@ -13,6 +13,7 @@ import pytest
 
 from weights_store import WeightStore
 from weights_store.schemas import LOGPS
+from weights_store.tables.compaction import optimize
 
 NUM_KILLS = 60
 NUM_STEPS = 24
@@ -50,7 +51,7 @@ def work(root, started):
     for step in range(done + 1, NUM_STEPS):
         kind, pair_ids = plan(step)
         if step % 5 == 4:
-            table.optimize()
+            optimize(table)
         write = table.replace if kind == "replace" else table.append
         write(rows(pair_ids, float(step)), {"fingerprint": "f", "step": step})
 

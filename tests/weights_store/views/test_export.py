@@ -124,10 +124,10 @@ def test_a_split_that_is_no_file_name_gets_one(small_store, tmp_path):
 def test_an_empty_folder_is_filled_and_a_full_one_refused(small_store, tmp_path):
     (tmp_path / "out").mkdir()
     small_store.export(NAME, tmp_path / "out")
-    with pytest.raises(InputError, match="out is there already and not an empty folder"):
+    with pytest.raises(InputError, match="out exists and is not an empty folder"):
         small_store.export(NAME, tmp_path / "out")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="file is there already"):
+    with pytest.raises(InputError, match="file exists"):
         small_store.export(NAME, tmp_path / "file")
 
 

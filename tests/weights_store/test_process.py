@@ -1,0 +1,68 @@
+"""How a process ends: its exit code, and the one line that people see."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from weights_store.errors import EngineError, InputError, NotFoundError, OutOfMemoryError
+from weights_store.process import run_main
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1), (3, 3)])
+def test_the_exit_code_is_what_main_returns(returned, code):
+    assert run_main(lambda: returned) == code
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("no file\nat x"), 1),
+        (NotFoundError("no file at x"), 1),
+        (PermissionError("no file at x"), 1),
+        (EngineError("no file at x"), 75),
+        (OutOfMemoryError("no file at x"), 76),
+    ],
+)
+def test_an_expected_error_is_one_line_and_its_exit_code(error, code, capsys):
+    assert run_main(raising(error)) == code
+    assert capsys.readouterr().err == "error: no file at x\n"
+
+
+def test_debug_shows_the_traceback_instead():
+    with pytest.raises(InputError, match="no file"):
+        run_main(raising(InputError("no file")), debug=True)
+
+
+def test_a_mistake_of_ours_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        run_main(lambda: 1 // 0)
+
+
+def test_an_interrupt_is_exit_code_130_with_what_to_do_next(capsys):
+    assert run_main(raising(KeyboardInterrupt()), after_interrupt="run it again to go on") == 130
+    assert capsys.readouterr().err == "run it again to go on\n"
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    code = "from weights_store.process import run_main\nrun_main(lambda: [print('x' * 99) for _ in range(9999)] and 0)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.readline()
+    child.stdout.close()
+    assert (child.stderr.read(), child.wait(60)) == (b"", 0)
+
+
+def test_a_child_ends_with_its_parent():
+    code = "import time\nfrom weights_store.process import run_main\nrun_main(lambda: time.sleep(60))"
+    environment = {**os.environ, "TOKENWEIGHTS_CHILD": "1"}
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, env=environment)
+    child.stdin.close()  # as when the parent has died
+    assert child.wait(30) == 1

@@ -1,0 +1,140 @@
+"""What commits record, as types. Every stage writes its part; people, later stages and trainings read it.
+
+A key that a stage does not need is not there. Commits of other programs may lack any key, and damaged ones hold anything:
+`checks/` looks before it trusts.
+"""
+
+from typing import NotRequired, TypedDict
+
+Section = dict[str, object]
+"""One section of a recipe."""
+
+
+class Parent(TypedDict):
+    """A table version that another one was made from, without the store's place."""
+
+    table: str
+    version: int
+    fingerprint: str
+    role: NotRequired[str]
+    """What it was used for, for example `ref_logps`."""
+
+
+class TokenizerRecord(TypedDict, total=False):
+    """The tokenizer that made the ids of a table. Hashes are fingerprints, see `fingerprint.py`."""
+
+    fingerprint: str
+    rendering: str
+    chat_template: str | None
+    vocab_size: int
+    eos_token_id: int | None
+
+
+class SourceRecord(TypedDict):
+    """Where the pairs of a tokens table came from."""
+
+    content: str | None
+    """Fingerprint of the file; None for a folder or a hub dataset."""
+    max_pairs: int | None
+    reading: dict[str, str]
+    """The columns that are read, and the name of the split."""
+
+
+class ScorerRecord(TypedDict, total=False):
+    """The model and the settings that made log-probs, attributions or anchors; `model` is a fingerprint."""
+
+    model: str
+    dtype: str
+    condition: str | None
+    top_k: int
+    prompts: bool
+    activations: bool
+
+
+class ReferenceRecord(TypedDict, total=False):
+    """The model whose log-probs stand in a weight dataset."""
+
+    model_fingerprint: str
+    dtype: str
+    model: str
+
+
+class ParityRecord(TypedDict, total=False):
+    """How stored log-probs compare with those of transformers: absolute differences, in nats a token."""
+
+    num_pairs: int
+    num_tokens: int
+    mean: float
+    p99: float
+    max: float
+    dtype: str
+
+
+class Identity(TypedDict, total=False):
+    """What determines a weight dataset; its fingerprint is taken of this."""
+
+    schema_version: int
+    settings: dict[str, Section]
+    tables: dict[str, str]
+    data: dict[str, str]
+
+
+class SideStatistics(TypedDict, total=False):
+    """The token weights of one side of a weight dataset."""
+
+    num_tokens: int
+    mean_weight: float
+    min_weight: float
+    max_weight: float
+    share_at_lower: float
+    share_at_upper: float
+    num_without_mass: int
+    mean_logratio: float
+
+
+class Statistics(TypedDict, total=False):
+    """Counts and means over the rows of a version, or over what a commit added to a scored table."""
+
+    num_pairs: int
+    num_tokens: int
+    wall_s: float
+    num_source_rows: int
+    quarantined: dict[str, int]
+    """Rows of the source that are in quarantine, by reason."""
+    num_prompt_tokens: int
+    num_response_tokens: int
+    num_scored_pairs: int
+    num_anchored_pairs: int
+    ref_top_k: int
+    mean_pair_weight: float
+    mean_weight_by_position: dict[str, list[float]]
+    constant_weights: bool
+    chosen: SideStatistics
+    rejected: SideStatistics
+
+
+class CommitMetadata(TypedDict, total=False):
+    """What one commit records. Every commit of ours has the first four keys."""
+
+    schema_version: int
+    fingerprint: str
+    num_rows_written: int
+    commit_id: str
+    """Tells two writers of the same version apart."""
+    parents: list[Parent]
+    identity: Identity
+    recipe: dict[str, Section]
+    changes: list[str]
+    """What differs from the version before, one line per field."""
+    statistics: Statistics
+    tokenizer: TokenizerRecord
+    source: SourceRecord
+    cut: dict[str, object]
+    scorer: ScorerRecord
+    role: str
+    engine: dict[str, object]
+    reference: ReferenceRecord
+    parity: ParityRecord
+    packages: dict[str, str]
+    python: str
+    git_commit: str | None
