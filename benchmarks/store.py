@@ -292,8 +292,8 @@ def _build(shared: Path, store: Path, num_pairs: int) -> float:
 
 
 def _scored_tokens(store: Path) -> int:
-    commits = [commit for table in WeightStore(store).tables("logps") for commit in table.log()]
-    return sum(commit.metadata["statistics"]["num_tokens"] for commit in commits if commit.metadata)
+    commits = [commit for table in WeightStore(store).tables("logps") for commit in table.history()]
+    return sum(commit.metadata["statistics"]["num_tokens"] for commit in commits)
 
 
 # --- all of it ---------------------------------------------------------------------------------------------------------

@@ -2,10 +2,10 @@
 
 import shutil
 
-from pipeline.models.resolve import is_hub_id, resolve_model
+from pipeline.models.resolve import resolve_model
 from pipeline.recipe import Recipe
 from pipeline.source.chat import ChatTokenizer
-from pipeline.source.load import load_rows
+from pipeline.source.load import is_hub_id, load_rows
 from weights_store.errors import InputError
 
 

@@ -1,11 +1,11 @@
-"""What every commit records of how it came to be: package versions and the git commit of this code."""
+"""What every commit records of the code that made it: package versions and the git commit."""
 
 import platform
 import subprocess
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 _PACKAGES = (
     "tokenweights",
@@ -21,8 +21,16 @@ _PACKAGES = (
 )
 
 
+class Provenance(TypedDict):
+    """The software that made a commit."""
+
+    packages: dict[str, str]
+    python: str
+    git_commit: str | None
+
+
 @lru_cache(maxsize=1)
-def provenance() -> dict[str, Any]:
+def provenance() -> Provenance:
     """Return package versions, Python version and git commit (None outside a checkout)."""
     packages = {}
     for name in _PACKAGES:

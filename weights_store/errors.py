@@ -9,16 +9,16 @@ The tree::
     ├── MismatchError(ValueError)       two things that must agree do not (tokenizer, vocabulary, ids)
     ├── ScoringError(RuntimeError)      the engine's reply breaks the scoring contract
     ├── StageError(RuntimeError)        a process that a stage started has failed
-    │   ├── KilledError                 it died by a signal: out of memory, or somebody's kill
-    │   └── EngineError                 the scoring engine failed; starting it again goes on where it was
-    │       └── OutOfMemoryError        for want of memory: a smaller token budget may do
+    │   ├── KilledError                 a signal ended it: out of memory, or a kill
+    │   └── EngineError                 the scoring engine failed; a new one continues where it was
+    │       └── OutOfMemoryError        it ran out of memory: a smaller token budget may help
     └── StoreError(RuntimeError)        the store cannot be read or written
         ├── NotFoundError(LookupError)  no such store, table or version
         ├── DamageError                 a file of the store is not what was committed
-        └── ConflictError               other writers kept winning the race for the next version
+        └── ConflictError               other writers won the race for the next version every time
 
-Everything here carries one human sentence (what – expected – got – where – what to do) and pickles, so that it
-survives the way from a task, a worker or a child process. The command line prints it as one line, without a traceback.
+The message is one sentence: what is wrong, expected, got, where, what to do. Errors pickle, so they can cross processes. The
+command line prints one line, without a traceback.
 """
 
 
@@ -51,15 +51,15 @@ class StageError(TokenweightsError, RuntimeError):
 
 
 class KilledError(StageError):
-    """A process that a stage started died by a signal; starting it again goes on where it was."""
+    """A signal ended a process that a stage started; a new one continues where it was."""
 
 
 class EngineError(StageError):
-    """The scoring engine failed in the middle; a new one goes on where it was."""
+    """The scoring engine failed; a new one continues where it was."""
 
 
 class OutOfMemoryError(EngineError):
-    """The scoring engine ran out of memory; one with a smaller token budget may do."""
+    """The scoring engine ran out of memory; one with a smaller token budget may work."""
 
 
 class StoreError(TokenweightsError, RuntimeError):
@@ -75,8 +75,8 @@ class DamageError(StoreError):
 
 
 class ConflictError(StoreError):
-    """Other writers kept winning the race for the next version."""
+    """Other writers won the race for the next version every time."""
 
 
 EXIT_CODES: dict[type[TokenweightsError], int] = {OutOfMemoryError: 76, EngineError: 75}
-"""Of a child process, for the errors after which its parent starts it again; 1 for every other. The first match counts."""
+"""Exit codes of a child for errors after which its parent starts it again; the first match counts. Other errors give 1."""

@@ -1,14 +1,14 @@
 """Content fingerprints: SHA-256 over canonical JSON of what determines a result.
 
-Paths, machines, batch sizes and clock times are never part of a fingerprint; anything that cannot be hashed stably
-raises instead of falling back to `str()`.
+Paths, machines, batch sizes and clock times are never part of one. What cannot be hashed stably raises; there is no fallback to
+`str()`.
 """
 
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from weights_store.errors import InputError
 
 _MODEL_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "config.json")
 _SLOW_TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
-# Settings of tokenizer_config.json that change ids or rendered text; the rest (class names, versions) may differ.
+# The settings of tokenizer_config.json that change ids or rendered text; others, such as class names, may differ.
 _TOKENIZER_SETTINGS = (
     "bos_token",
     "eos_token",
@@ -30,7 +30,7 @@ _TOKENIZER_SETTINGS = (
 )
 
 
-def canonical_json(value: Any) -> str:
+def canonical_json(value: object) -> str:
     """Return the one JSON text of `value`: sorted keys, no spaces.
 
     Raises:
@@ -41,7 +41,7 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-def _check_plain(value: Any, where: str) -> None:
+def _check_plain(value: object, where: str) -> None:
     if value is None or isinstance(value, str | bool | int):
         return
     if isinstance(value, float):
@@ -61,7 +61,7 @@ def _check_plain(value: Any, where: str) -> None:
     raise TypeError(f"cannot fingerprint {where}: a {type(value).__name__} has no stable form")
 
 
-def fingerprint(value: Any) -> str:
+def fingerprint(value: object) -> str:
     """Return the SHA-256 of the canonical JSON of `value`, 64 hex digits.
 
     Raises:
@@ -82,10 +82,7 @@ def fingerprint_file(path: str | Path) -> str:
 
 
 def fingerprint_model(folder: str | Path) -> str:
-    """Return the fingerprint of a model: bytes of its weight files and what its config says about the architecture.
-
-    Two folders with equal content have equal fingerprints wherever they lie. The library version that wrote the
-    config is left out.
+    """Return the fingerprint of a model: the bytes of its weight files, and its config without paths and library versions.
 
     Raises:
         InputError: The folder holds no `config.json` or no weight file.
@@ -112,7 +109,7 @@ def _digest(path: str, _size: int, _mtime_ns: int) -> str:
 
 
 def load_chat_template(folder: str | Path) -> str | None:
-    """Return the chat template text of a tokenizer folder, None where it has none."""
+    """Return the chat template of a tokenizer folder, None if it has none."""
     folder = Path(folder)
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -126,23 +123,23 @@ def load_chat_template(folder: str | Path) -> str | None:
 
 
 def fingerprint_chat_template(folder: str | Path) -> str | None:
-    """Return the SHA-256 of the text of a tokenizer folder's chat template, None where it has none.
+    """Return the SHA-256 of the chat template of a tokenizer folder, None if it has none.
 
-    What a weight dataset records as `chat_template` of its tokenizer, unless its recipe gave a template of its own: with it one
-    can tell another template from another vocabulary where `fingerprint_tokenizer` differs.
+    Weight datasets record it unless their recipe has its own template. If `fingerprint_tokenizer` differs, it tells whether the
+    template or the vocabulary has changed.
     """
     template = load_chat_template(folder)
     return None if template is None else fingerprint_text(template)
 
 
 def fingerprint_tokenizer(folder: str | Path) -> str:
-    """Return the fingerprint of what turns text into ids: vocabulary, merges, special tokens, chat template.
+    """Return the fingerprint of everything that turns text into ids: vocabulary, merges, special tokens, chat template.
 
     Raises:
         InputError: The folder holds no tokenizer.
     """
     folder = Path(folder)
-    content: dict[str, Any] = {"chat_template": load_chat_template(folder)}
+    content: dict[str, object] = {"chat_template": load_chat_template(folder)}
     if (folder / "tokenizer.json").is_file():
         backend = load_json(folder / "tokenizer.json")
         content["backend"] = {key: backend[key] for key in sorted(backend) if key not in ("truncation", "padding")}
@@ -159,7 +156,7 @@ def fingerprint_tokenizer(folder: str | Path) -> str:
     return fingerprint(content)
 
 
-def _plain_token(value: Any) -> Any:
+def _plain_token(value: object) -> object:
     """Return a special token as text; older configs store it as an object with a `content`."""
     return value["content"] if isinstance(value, dict) and "content" in value else value
 
@@ -176,17 +173,15 @@ def load_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not valid JSON: {error}") from error
 
 
-def explain_difference(old: Any, new: Any, where: str = "") -> list[str]:
-    """Return one line per field that differs, `path: old -> new`, sorted by path; of fingerprints the first 12 digits."""
+def explain_difference(old: object, new: object, where: str = "") -> list[str]:
+    """Return one line per field that differs, `path: old -> new`, sorted by path. Fingerprints are cut to 12 digits."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys: Iterable[str] = sorted({*old, *new})
+        keys = sorted({*old, *new})
         lines = [explain_difference(old.get(k), new.get(k), f"{where}.{k}" if where else str(k)) for k in keys]
         return [line for group in lines for line in group]
-    if old == new:
-        return []
-    return [f"{where}: {_shown(old)} -> {_shown(new)}"]
+    return [] if old == new else [f"{where}: {_shown(old)} -> {_shown(new)}"]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = json.dumps(value, default=str)
     return text[1:13] if re.fullmatch('"[0-9a-f]{64}"', text) else text

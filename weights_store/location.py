@@ -31,13 +31,16 @@ _XML_ERROR = re.compile(r"(?:<\?xml[^>]*\?>)?\s*<Error>.*?</Error>", re.DOTALL)
 _BACKTRACE = re.compile(r"\n\s+0: .*", re.DOTALL)
 _USER = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*@")
 _SECRET_NAME = re.compile(r"(AWS|AZURE|GOOGLE|GCS)_.*(KEY|SECRET|TOKEN|PASSWORD)")
-_PROBE_S = 4
-_PROBE_PAUSES_S = (1, 3)
+PROBE_S = 4
+PROBE_PAUSES_S = (1, 3)
+"""How long to wait for an answer of an object store, and how long between the tries, in seconds."""
 
 
 @dataclass(frozen=True)
 class Location:
     """One folder by its URI: a path, `file://…`, `s3://bucket/prefix`, `gs://…` or `abfss://…`.
+
+    Methods that list or read raise StoreError if the object store does not answer as it should.
 
     Raises:
         SettingsError: The scheme is unknown, or the URI carries credentials or options.
@@ -131,16 +134,12 @@ class Location:
         object.__setattr__(self, "uri", state["uri"])
 
     def exists(self, name: str = "") -> bool:
-        """Return whether there is a file or a folder of that name.
-
-        Raises:
-            StoreError: It cannot be looked up; so do the other methods that look or read.
-        """
+        """Return whether there is a file or a folder of that name."""
         with self._reading():
             return bool(self.filesystem.get_file_info(name).type != pafs.FileType.NotFound)
 
     def has_file(self, *names: str) -> bool:
-        """Return whether one of the files is there."""
+        """Return whether at least one of the files is there."""
         with self._reading():
             return any(info.is_file for info in self.filesystem.get_file_info(list(names)))
 
@@ -166,11 +165,7 @@ class Location:
             return bytes(file.readall())
 
     def stream(self, name: str, chunk_bytes: int = 16 << 20) -> Iterator[bytes]:
-        """Yield the bytes of one file in pieces: a large file in the memory of one piece.
-
-        Raises:
-            FileNotFoundError: There is none.
-        """
+        """Yield the bytes of one file in pieces, see `read`."""
         with self._reading(), self.filesystem.open_input_stream(name, compression=None) as file:
             while chunk := file.read(chunk_bytes):
                 yield chunk
@@ -288,9 +283,9 @@ def _check_reachable(endpoint: str) -> None:
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise SettingsError("AWS_ENDPOINT_URL is not a URL: expected http://host:port or https://host")
-    for pause_s in (*_PROBE_PAUSES_S, None):
+    for pause_s in (*PROBE_PAUSES_S, None):
         try:
-            urlopen(Request(endpoint, method="HEAD"), timeout=_PROBE_S).close()
+            urlopen(Request(endpoint, method="HEAD"), timeout=PROBE_S).close()
         except (HTTPError, HTTPException, ssl.SSLError):  # a server is there; the libraries report the rest
             return
         except OSError as error:

@@ -1,241 +1,187 @@
-"""What prepare would find in a source, without writing anything. Called by `outlook.py`.
+"""What prepare would find in a source, without writing anything. Called by `amounts.py`.
 
-The source is read and sorted as prepare does it, and compared with the newest version of its tokens table one range of pair_ids
-at a time, in bounded memory. Pairs are counted one by one; of the new ones at most `SAMPLE_PAIRS` are tokenised, and stand for
-the others.
+The source is read, sorted and compared with the newest version of its tokens table, as prepare does it. Every pair is counted,
+but at most `SAMPLE_PAIRS` of the new ones are tokenised; they stand for the others.
 """
 
-import hashlib
 import random
-import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import polars as pl
-import pyarrow as pa
 
+from pipeline.source.compare import Account, ComparedRange, compared_ranges, kept_version
+from pipeline.source.intake import Intake, stored_raw
 from pipeline.source.pairs import Unusable
-from pipeline.stages.prepare import (
-    Intake,
-    Preparation,
-    account_of,
-    comparable_version,
-    known_rows,
-    no_usable_pair,
-    recorded_source,
-    standing_of,
-    stored_raw,
-)
+from pipeline.stages.prepare import Preparation
+from pipeline.workers.supervise import FOLDERS
 from weights_store import Table
+from weights_store.fingerprint import fingerprint_text
+from weights_store.names import name_of
 from weights_store.schemas import Reason
-from weights_store.tables.key_ranges import KeyRange
 
 SAMPLE_PAIRS = 200
-_ROWS_PER_BATCH = 2000
+_REFUSALS = (
+    Reason.PROMPT_TOO_LONG,
+    Reason.RESPONSE_TOO_LONG,
+    Reason.TEMPLATE_MISMATCH,
+    Reason.CHOSEN_EQUALS_REJECTED,
+)
 
 
 @dataclass
 class Overlap:
-    """How the pairs of the source stand to one table of log-probs."""
+    """How the pairs of the source relate to the table of one model."""
 
     num_new_present: int = 0
-    """New pairs that it has already: they had left and came back."""
+    """New pairs that the table already has: they left the source and came back."""
     gone_absent: set[str] = field(default_factory=set)
-    """Pairs that have left and that it does not have."""
+    """Pairs that have left the source and that the table does not have."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """A source against the newest version of its tokens table.
-
-    Args:
-        num_rows: Rows of the source.
-        num_pairs: Pairs that the next version will have.
-        num_new: Pairs among them to be tokenised.
-        num_gone: Pairs of the newest version that have left the source.
-        base: The version whose rows can be kept; None where there is none, or it was read in another way.
-        writes_all: All rows are written anew, not only the new ones.
-        is_same: Prepare would write nothing.
-        is_exact: Every new pair was tokenised; else the sample stands for the others.
-        new_tokens: Mean of prompt and response tokens of the sample.
-        overlaps: By path, with each table of log-probs.
-        seconds: What reading all and tokenising what is new takes on this machine.
-    """
+    """A source against the newest version of its tokens table."""
 
     num_rows: int
     num_pairs: int
-    num_new: int
-    num_gone: int
-    base: int | None
-    writes_all: bool
-    is_same: bool
-    is_exact: bool
-    new_tokens: tuple[float, float]
-    overlaps: dict[str, Overlap]
-    seconds: float
+    """Pairs that the next version will have."""
+    num_new: int = 0
+    num_gone: int = 0
+    """Pairs of the newest version that have left the source."""
+    base: int | None = None
+    """The version whose rows can be kept."""
+    writes_all: bool = False
+    """Prepare would rewrite all rows, not only append the new ones."""
+    is_same: bool = False
+    """Prepare would write nothing."""
+    is_exact: bool = True
+    """Every new pair was tokenised, not only a sample."""
+    new_tokens: tuple[float, float] = (0.0, 0.0)
+    """Mean of prompt tokens and of response tokens of a new pair."""
+    overlaps: dict[str, Overlap] = field(default_factory=dict)
+    """By the path of each table that a model has filled for these pairs."""
 
 
-def survey(start: Preparation, tables: list[Table]) -> Survey:
-    """Read the source and compare it with the newest version.
-
-    Args:
-        start: Of the recipe.
-        tables: Tables of log-probs over the same pairs.
+def survey(start: Preparation) -> Survey:
+    """Compare the source with the newest version, and read it if need be.
 
     Raises:
         InputError: The source cannot be read, or no row of it can be used.
     """
-    started = time.monotonic()
+    done = start.already_done()
+    if done is not None:
+        return Survey(done.num_source_rows, done.num_pairs, base=done.tokens.version, is_same=True)
     with start.intake() as intake:
-        count = _Count(start, tables)
-        for piece, rows in intake.pairs.ranges():
-            count.add(piece, rows)
-        read_s = time.monotonic() - started
-        return count.result(intake, read_s)
+        return _Count(start, intake).result()
 
 
 class _Count:
-    """Counts how the pairs of a source stand to the newest version, range by range."""
+    """Counts how the pairs of a source compare with the newest version, range by range."""
 
-    def __init__(self, start: Preparation, tables: list[Table]) -> None:
+    def __init__(self, start: Preparation, intake: Intake) -> None:
         self.start = start
-        self.tables = [table for table in tables if table.exists()]
-        self.recorded = recorded_source(start.tokens, start.quarantine)
-        self.base = comparable_version(start.tokens.version(), self.recorded, start.source)
+        self.intake = intake
+        self.recorded = Account.recorded(start.tokens, start.quarantine)
+        self.base = kept_version(start.tokens.version(), self.recorded, start.source)
         self.standings: Counter[str] = Counter()
+        self.num_fresh = 0
+        """New pairs, without what the tokenizer has refused before."""
         self.num_gone = 0
+        self.tables = _filled_tables(start)
         self.overlaps = {table.path: Overlap() for table in self.tables}
-        self.refused = dict(self._refused()) if self.base is not None else {}
+        self.refused = self._refused_before() if self.base is not None else {}
         self.refused_again: Counter[str] = Counter()
         self.refused_texts: list[str] = []
-        self.sample = _Sample()
+        self.sample: list[str] = []
+        self.random = random.Random(0)
 
-    def _refused(self) -> Iterator[tuple[int, tuple[bytes, str]]]:
-        """Yield what the tokenizer has refused before, by row of the source: a digest of the kept text, and the reason."""
-        reasons = (Reason.PROMPT_TOO_LONG, Reason.RESPONSE_TOO_LONG, Reason.TEMPLATE_MISMATCH)
-        is_refusal = pl.col("reason").is_in([*reasons, Reason.CHOSEN_EQUALS_REJECTED])
-        rows = self.start.quarantine.scan().filter(is_refusal).select("source_row", "raw", "reason").collect()
-        yield from ((row, (_digest(raw), reason)) for row, raw, reason in rows.iter_rows())
+    def _refused_before(self) -> dict[tuple[int, str], str]:
+        """Return the reason by source row and fingerprint of the stored text, for what the tokenizer has refused before."""
+        rows = self.start.quarantine.scan().filter(pl.col("reason").is_in(_REFUSALS))
+        columns = rows.select("source_row", "raw", "reason").collect()
+        return {(row, fingerprint_text(raw)): reason for row, raw, reason in columns.iter_rows()}
 
-    def add(self, piece: KeyRange, rows: pa.Table) -> None:
-        """Count one range of the source."""
-        known = known_rows(self.start.tokens, self.base, piece)
-        in_source: set[str] = set()
-        fresh: list[str] = []
-        for begin in range(0, rows.num_rows, _ROWS_PER_BATCH):
-            for row in rows.slice(begin, _ROWS_PER_BATCH).to_pylist():
-                standing = standing_of(row, known, in_source)
-                if standing == "new" and self._was_refused(row):
-                    continue
-                self.standings[standing] += 1
-                if standing == "new":
-                    fresh.append(row["pair_id"])
-                    self.sample.add(row["pair"])
-        gone = known.keys() - in_source
-        self.num_gone += len(gone)
-        for table in self.tables:
-            present = set(piece.of(table.scan()).select("pair_id").collect()["pair_id"])
-            self.overlaps[table.path].num_new_present += sum(pair_id in present for pair_id in fresh)
-            self.overlaps[table.path].gone_absent |= gone - present
-
-    def _was_refused(self, row: dict[str, Any]) -> bool:
-        before = self.refused.get(row["source_row"])
-        if before is None or before[0] != _digest(stored_raw(row["pair"])):
-            return False
-        self.refused_again[before[1]] += 1
-        if len(self.refused_texts) < SAMPLE_PAIRS:
-            self.refused_texts.append(row["pair"])
-        return True
-
-    def result(self, intake: Intake, read_s: float) -> Survey:
-        """Tokenise the sample and put everything together."""
-        num_fresh, num_refused = self.standings["new"], self.refused_again.total()
-        is_exact = num_fresh + num_refused <= SAMPLE_PAIRS
-        trial = _Trial()
-        if is_exact:  # also what was refused before: only the beginning of its text is known to be the same
-            trial.run(intake, self.sample.texts + self.refused_texts)
-            num_new, refused = trial.num_usable, trial.reasons
+    def result(self) -> Survey:
+        """Count everything and tokenise the sample."""
+        for part in compared_ranges(self.intake.pairs, self.start.tokens, self.base):
+            self._add(part)
+        is_exact = self.num_fresh + self.refused_again.total() <= SAMPLE_PAIRS
+        if is_exact:  # what was refused before is tried again: quarantine has only the beginning of its text
+            lengths, refused = _tokenize(self.intake, self.sample + self.refused_texts)
+            num_new = len(lengths)
         else:
-            trial.run(intake, self.sample.texts)
-            num_new, refused = round(num_fresh * trial.usable_share), trial.reasons + self.refused_again
-        reasons = intake.reasons + Counter({Reason.DUPLICATE_PAIR.value: self.standings["duplicate"]}) + refused
+            lengths, refused = _tokenize(self.intake, self.sample)
+            num_new = round(self.num_fresh * len(lengths) / max(1, len(self.sample)))
+            refused += self.refused_again
+        duplicates = Counter({Reason.DUPLICATE_PAIR.value: self.standings["duplicate"]})
+        reasons = self.intake.reasons + duplicates + refused
         num_pairs = self.standings["stays"] + self.standings["moved"] + num_new
         if not num_pairs and is_exact:
-            raise no_usable_pair(intake, reasons)
+            raise self.intake.no_usable_pair(reasons)
         writes_all = self.base is None or bool(self.num_gone or self.standings["moved"])
-        account = account_of(self.start.source, intake.num_rows, reasons)
+        account = Account(self.start.source, self.intake.num_rows, dict(reasons))
         return Survey(
-            num_rows=intake.num_rows,
-            num_pairs=num_pairs,
-            num_new=num_new,
-            num_gone=self.num_gone,
-            base=self.base,
-            writes_all=writes_all,
-            is_same=not num_new and not writes_all and self.recorded == account,
-            is_exact=is_exact,
-            new_tokens=trial.mean_tokens,
-            overlaps=self.overlaps,
-            seconds=read_s + trial.load_s + trial.pair_s * (num_fresh + num_refused),
+            self.intake.num_rows,
+            num_pairs,
+            num_new,
+            self.num_gone,
+            self.base,
+            writes_all,
+            not num_new and not writes_all and self.recorded == account,
+            is_exact,
+            _mean(lengths),
+            self.overlaps,
         )
 
+    def _add(self, part: ComparedRange) -> None:
+        self.standings.update(part.rows["standing"])
+        new: set[str] = set()
+        for pair_id, row, text in part.rows.filter(standing="new").select("pair_id", "source_row", "pair").iter_rows():
+            reason = self.refused.get((row, fingerprint_text(stored_raw(text))))
+            if reason is None:
+                new.add(pair_id)
+                self._add_to_sample(text)
+            else:
+                self.refused_again[reason] += 1
+                self.refused_texts = [*self.refused_texts, text][:SAMPLE_PAIRS]
+        gone = set(part.gone)
+        self.num_gone += len(gone)
+        for table in self.tables:
+            present = set(part.piece.of(table.scan()).select("pair_id").collect()["pair_id"])
+            self.overlaps[table.path].num_new_present += len(new & present)
+            self.overlaps[table.path].gone_absent |= gone - present
 
-class _Sample:
-    """At most `SAMPLE_PAIRS` texts out of all that are added, each equally likely; the same ones every time."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self._num_seen = 0
-        self._random = random.Random(0)
-
-    def add(self, text: str) -> None:
-        self._num_seen += 1
-        if len(self.texts) < SAMPLE_PAIRS:
-            self.texts.append(text)
-        elif (place := self._random.randrange(self._num_seen)) < SAMPLE_PAIRS:
-            self.texts[place] = text
-
-
-@dataclass
-class _Trial:
-    """Tokenises some pairs and measures."""
-
-    num_tried: int = 0
-    num_usable: int = 0
-    num_prompt_tokens: int = 0
-    num_response_tokens: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    load_s: float = 0.0
-    pair_s: float = 0.0
-
-    def run(self, intake: Intake, texts: list[str]) -> None:
-        if not texts:
-            return
-        started = time.monotonic()
-        assert intake.tokenizer.eos_token_id >= 0, "asked for so that the tokenizer is loaded"
-        loaded = time.monotonic()
-        for text in texts:
-            self.num_tried += 1
-            try:
-                columns, _, _ = intake.tokenize(text)
-            except Unusable as problem:
-                self.reasons[problem.reason.value] += 1
-                continue
-            self.num_usable += 1
-            self.num_prompt_tokens += len(columns["prompt_ids"])
-            self.num_response_tokens += len(columns["chosen_ids"]) + len(columns["rejected_ids"])
-        self.load_s, self.pair_s = loaded - started, (time.monotonic() - loaded) / len(texts)
-
-    @property
-    def usable_share(self) -> float:
-        return self.num_usable / self.num_tried if self.num_tried else 1.0
-
-    @property
-    def mean_tokens(self) -> tuple[float, float]:
-        usable = max(1, self.num_usable)
-        return self.num_prompt_tokens / usable, self.num_response_tokens / usable
+    def _add_to_sample(self, text: str) -> None:
+        """Keep at most `SAMPLE_PAIRS` of all new pairs, each equally likely (reservoir sampling); the same ones every time."""
+        self.num_fresh += 1
+        if len(self.sample) < SAMPLE_PAIRS:
+            self.sample.append(text)
+        elif (place := self.random.randrange(self.num_fresh)) < SAMPLE_PAIRS:
+            self.sample[place] = text
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+def _tokenize(intake: Intake, texts: list[str]) -> tuple[list[tuple[int, int]], Counter[str]]:
+    """Return prompt and response tokens of each pair that can be used, and why the others cannot."""
+    lengths: list[tuple[int, int]] = []
+    reasons: Counter[str] = Counter()
+    for text in texts:
+        try:
+            _, tokens = intake.tokenize(text)
+        except Unusable as problem:
+            reasons[problem.reason.value] += 1
+            continue
+        lengths.append((len(tokens.prompt_ids), len(tokens.chosen_ids) + len(tokens.rejected_ids)))
+    return lengths, reasons
+
+
+def _mean(lengths: list[tuple[int, int]]) -> tuple[float, float]:
+    num_pairs = max(1, len(lengths))
+    return sum(prompt for prompt, _ in lengths) / num_pairs, sum(response for _, response in lengths) / num_pairs
+
+
+def _filled_tables(start: Preparation) -> list[Table]:
+    """Return the tables that models have filled for the pairs of this tokens table."""
+    key = name_of(start.tokens.path)
+    tables = (table for folder in FOLDERS.values() for table in start.store.tables(folder))
+    return [table for table in tables if name_of(table.path).startswith(f"{key}/") and table.exists()]

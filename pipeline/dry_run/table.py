@@ -1,59 +1,54 @@
-"""Lay a plan out as plain text: one line per stage, what it is based on below it, totals at the end."""
+"""Lays a plan out: as plain text for a terminal, or as rows for programs."""
 
 from collections.abc import Sequence
-from textwrap import wrap
+from dataclasses import asdict
+from textwrap import TextWrapper
 
 from pipeline.dry_run.plan import StagePlan
 from weights_store.messages import duration
 
-_WIDTH = 110
-_HEADER = ("stage", "action", "pairs", "tokens", "time", "rate", "adds")
+_HEADER = ("stage", "action", "pairs", "tokens", "time")
+_WRAP = TextWrapper(
+    80, initial_indent="    ", subsequent_indent="      ", break_long_words=False, break_on_hyphens=False
+)
+
+
+def plan_rows(plans: Sequence[StagePlan]) -> list[dict[str, object]]:
+    """Return one row per stage with the fields of `StagePlan`, for JSON."""
+    return [asdict(plan) for plan in plans]
 
 
 def plan_lines(plans: Sequence[StagePlan]) -> list[str]:
-    """Return the lines of a table at most 110 columns wide; estimated numbers begin with "≈"."""
-    rows = [_HEADER, *(_cells(plan) for plan in plans)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-    lines = [_aligned(_HEADER, widths)]
+    """Return the lines of a table for 80 columns: a line per stage, its reasons below it, the total at the end.
+
+    Estimated numbers begin with "≈". The column for time is only there if the store has measured one.
+    """
+    is_timed = any(plan.wall_s is not None for plan in plans)
+    header = _HEADER if is_timed else _HEADER[:-1]
+    rows = [header, *(_cells(plan)[: len(header)] for plan in plans)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = [_aligned(header, widths)]
     for plan, row in zip(plans, rows[1:], strict=True):
         lines.append(_aligned(row, widths))
         for reason in plan.reasons:
-            lines += wrap(reason, _WIDTH, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False)
-    return [*lines, _totals(plans)]
+            lines += _WRAP.wrap(reason)
+    num_computed = sum(plan.action == "compute" for plan in plans)
+    what = f"{num_computed} of {len(plans)} stages to compute" if num_computed else "nothing to compute"
+    lines.append(f"total: {what}")
+    if is_timed:
+        lines.append("time: as measured in this store, without the start of the model")
+    return lines
 
 
 def _cells(plan: StagePlan) -> tuple[str, ...]:
-    if plan.action == "reuse":
-        return plan.stage, plan.action, "", "", "", "", ""
     about = "" if plan.is_exact else "≈"
     has_counts = plan.num_pairs or plan.num_tokens
     counts = [f"{about}{count:,}" if has_counts else "" for count in (plan.num_pairs, plan.num_tokens)]
-    time, size = _about(duration(plan.seconds)), _about(_size(plan.num_bytes))
-    return plan.stage, plan.action, *counts, time, plan.rate_source or "", size
+    time = "" if plan.wall_s is None else duration(plan.wall_s)
+    return plan.stage, plan.action, *counts, f"≈{time}" if time[:1].isdigit() else time
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     """Return one line: words to the left, numbers to the right."""
-    numbers = ("pairs", "tokens", "time", "adds")
-    columns = zip(cells, widths, _HEADER, strict=True)
-    return "  ".join(c.rjust(width) if name in numbers else c.ljust(width) for c, width, name in columns).rstrip()
-
-
-def _totals(plans: Sequence[StagePlan]) -> str:
-    num_computed = sum(plan.action == "compute" for plan in plans)
-    if not num_computed:
-        return "total: nothing to compute, 0 s, 0 B"
-    seconds, num_bytes = sum(plan.seconds for plan in plans), sum(plan.num_bytes for plan in plans)
-    what = f"{num_computed} of {len(plans)} stages to compute"
-    return f"total: {what}, {_about(duration(seconds))}, {_about(_size(num_bytes))} more in the store"
-
-
-def _about(text: str) -> str:
-    return text if text.startswith("<") else f"≈{text}"
-
-
-def _size(num_bytes: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:,.1f} {unit}"
-    return f"{num_bytes} B"
+    columns = zip(cells, widths, _HEADER, strict=False)
+    return "  ".join(c.ljust(width) if name in _HEADER[:2] else c.rjust(width) for c, width, name in columns).rstrip()

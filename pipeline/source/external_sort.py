@@ -1,7 +1,7 @@
-"""Sort tables that do not fit into memory: an external merge sort over Arrow files.
+"""Sorts tables that do not fit into memory: an external merge sort over Arrow files.
 
-Tables are gathered in memory; beyond the budget they are sorted and put into a temporary file. Reading merges the files one
-range of keys at a time, so that memory stays at about one budget however much there is.
+Tables are collected in memory. When they exceed the budget, they are sorted and written to a temporary file. Reading merges the
+files one range of keys at a time, so that memory stays at about one budget.
 """
 
 import bisect
@@ -9,8 +9,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import pyarrow as pa
 
@@ -22,12 +20,11 @@ _ROWS_PER_BATCH = 1000
 
 
 class ExternalSort:
-    """Takes tables in any order and gives them back sorted; a context manager that removes its files.
+    """Takes tables in any order and returns them sorted; a context manager that removes its files.
 
     Args:
-        schema: Columns of the tables.
         key: Sort columns; the first one cuts the ranges.
-        max_bytes: Arrow bytes kept in memory, and about the size of one range; `DEFAULT_BYTES` by default.
+        max_bytes: Arrow bytes kept in memory, and about the size of one range; None for `DEFAULT_BYTES`.
     """
 
     def __init__(self, schema: pa.Schema, *key: str, max_bytes: int | None = None) -> None:
@@ -39,15 +36,13 @@ class ExternalSort:
         self._num_waiting_bytes = 0
         self._num_bytes = 0
         self._runs: list[Path] = []
-        self._samples: list[Any] = []
+        self._samples: list[str | int] = []
         self._files = ExitStack()
 
     def __enter__(self) -> "ExternalSort":
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._files.close()
 
     def add(self, rows: pa.Table) -> None:
@@ -66,7 +61,7 @@ class ExternalSort:
             self._spill()
 
     def ranges(self) -> Iterator[tuple[KeyRange, pa.Table]]:
-        """Yield everything, sorted, cut into ranges that together cover all keys; may be called again."""
+        """Yield all rows, sorted, cut into ranges that together cover all keys. Can be called again."""
         if not self._runs:
             yield KeyRange(None, None), self._sorted_waiting()
             return
@@ -101,7 +96,7 @@ class ExternalSort:
 
 
 def _slice(run: pa.Table, key: str, piece: KeyRange) -> pa.Table:
-    """Return the rows of a sorted table in a range of keys, by bisection: only the pages looked at are read."""
+    """Return the rows of a sorted table in a range of keys, by bisection, so that few pages are read."""
     column, all_rows = run[key], range(run.num_rows)
     start = 0 if piece.low is None else bisect.bisect_left(all_rows, piece.low, key=lambda row: column[row].as_py())
     stop = len(all_rows)

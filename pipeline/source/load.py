@@ -1,83 +1,83 @@
-"""Read raw preference rows from a file, a saved dataset or the hub, one at a time.
+"""Reads raw preference rows from a file, a saved dataset or the hub, one at a time.
 
-A line that is no JSON or no UTF-8 becomes a `RawRow` with a reason instead of an exception, so that one bad line does not
-stop a build; that is why local JSON lines are read here and not with `datasets`.
+A line that is not JSON or not UTF-8 becomes a `RawRow` with a reason, so that one bad line does not stop a build. That is why
+JSON lines in local files are read here and not with `datasets`.
 """
 
 import json
+import re
 from codecs import BOM_UTF8
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.models.resolve import is_hub_id
 from pipeline.recipe import DatasetSection
 from weights_store.errors import InputError
-from weights_store.fingerprint import fingerprint_file
 from weights_store.messages import first_line
 from weights_store.schemas import Reason
 
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _ROWS_CHECKED = 100
-"""Rows of a JSON lines file in which the response columns must show up."""
+"""The response columns must be in one of the first rows of a JSON lines file, this many."""
 
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One row as it came: either `value` or a `reason` why it could not be read."""
+    """One row of the source: either its `value`, or the `reason` why it cannot be read."""
 
     source_row: int
-    value: dict[str, Any] | None
+    value: dict[str, object] | None
     reason: Reason | None = None
     detail: str = ""
     raw: str = ""
+    """The text of the row, if the source is text."""
 
 
 def load_rows(dataset: DatasetSection) -> Iterator[RawRow]:
-    """Yield the rows of the recipe's dataset in their order, at most `max_pairs`.
+    """Return the rows of the recipe's dataset in their order, at most `max_pairs`.
 
     Raises:
         InputError: No such file, folder or hub dataset, an unknown kind of file, or a column that is not there.
     """
-    for row in _rows(dataset):
-        if dataset.max_pairs is not None and row.source_row >= dataset.max_pairs:
-            return
-        yield row
+    return islice(_rows(dataset), dataset.max_pairs)
 
 
-def content_fingerprint(dataset: DatasetSection) -> str | None:
-    """Return the SHA-256 of a local file's bytes; None for what has no single file (folders, hub ids)."""
-    path = Path(dataset.source)
-    return fingerprint_file(path) if path.is_file() else None
+def is_hub_id(source: str) -> bool:
+    """Return whether a source is on the hub: it reads `owner/name`, is not a path here, and does not end like a file."""
+    path = Path(source)
+    return _HUB_ID.fullmatch(source) is not None and path.suffix not in _READERS and not path.exists()
 
 
 def _rows(dataset: DatasetSection) -> Iterator[RawRow]:
     path = Path(dataset.source)
     if path.is_dir():
-        return _saved_dataset(path, dataset)
+        return _checked(_saved_dataset(path, dataset), dataset)
     if is_hub_id(dataset.source):
-        return _hub(dataset)
+        return _checked(_hub_dataset(dataset), dataset)
     if not path.is_file():
         raise InputError(f"dataset.source {path} does not exist; give a file, a saved dataset folder or a hub id")
     if path.suffix not in _READERS:
-        raise InputError(
-            f"dataset.source {path}: unknown kind of file {path.suffix!r}, expected one of {', '.join(_READERS)}"
-        )
+        expected = ", ".join(_READERS)
+        raise InputError(f"dataset.source {path}: unknown kind of file {path.suffix!r}, expected one of {expected}")
     return _READERS[path.suffix](path, dataset)
 
 
 def _json_lines(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
     with path.open("rb") as file:
-        # Binary iteration splits at \n only, so a broken character cannot shift the rows behind it.
+        # Binary iteration splits at \n only, so a broken character cannot shift the rows after it.
         if file.read(len(BOM_UTF8)) != BOM_UTF8:
             file.seek(0)
         rows = (_parse_line(index, line) for index, line in enumerate(line for line in file if line.strip()))
         first = list(islice(rows, _ROWS_CHECKED))
-        check_columns([row.value for row in first if row.value is not None], dataset)
+        _check_columns([row.value for row in first if row.value is not None], dataset)
         yield from first
         yield from rows
 
@@ -90,9 +90,11 @@ def _parse_line(index: int, line: bytes) -> RawRow:
         return RawRow(index, None, Reason.INVALID_UTF8, f"byte {error.start}: {error.reason}", raw)
     except (ValueError, RecursionError) as error:
         return RawRow(index, None, Reason.UNPARSABLE_JSON, str(error), raw)
-    if not isinstance(value, dict):
-        return RawRow(index, None, Reason.UNPARSABLE_JSON, f"a {type(value).__name__}, expected an object", raw)
-    return RawRow(index, value, raw=raw)
+    return RawRow(index, value, raw=raw) if isinstance(value, dict) else _no_object(index, value, raw)
+
+
+def _no_object(index: int, value: object, raw: str) -> RawRow:
+    return RawRow(index, None, Reason.UNPARSABLE_JSON, f"a {type(value).__name__}, expected an object", raw)
 
 
 def _json_file(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
@@ -104,14 +106,9 @@ def _json_file(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
         ) from error
     if not isinstance(values, list):
         raise InputError(f"dataset.source {path}: expected a JSON array of rows, got a {type(values).__name__}")
-    check_columns([value for value in values if isinstance(value, dict)], dataset)
+    _check_columns([value for value in values if isinstance(value, dict)], dataset)
     for index, value in enumerate(values):
-        if isinstance(value, dict):
-            yield RawRow(index, value)
-        else:
-            yield RawRow(
-                index, None, Reason.UNPARSABLE_JSON, f"a {type(value).__name__}, expected an object", str(value)
-            )
+        yield RawRow(index, value) if isinstance(value, dict) else _no_object(index, value, str(value))
 
 
 def _parquet(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
@@ -119,16 +116,13 @@ def _parquet(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise InputError(f"dataset.source {path} is not a Parquet file: {first_line(error)}") from error
-    check_columns([dict.fromkeys(file.schema_arrow.names)], dataset)
-    index = 0
-    for batch in file.iter_batches(batch_size=1000):
-        for position in range(batch.num_rows):
-            row = batch.slice(position, 1)
-            try:
-                yield RawRow(index, row.to_pylist()[0])
-            except UnicodeDecodeError as error:
-                yield RawRow(index, None, Reason.INVALID_UTF8, str(error))
-            index += 1
+    _check_columns([dict.fromkeys(file.schema_arrow.names)], dataset)
+    rows = (batch.slice(at, 1) for batch in file.iter_batches(batch_size=1000) for at in range(batch.num_rows))
+    for index, row in enumerate(rows):
+        try:
+            yield RawRow(index, row.to_pylist()[0])
+        except UnicodeDecodeError as error:
+            yield RawRow(index, None, Reason.INVALID_UTF8, str(error))
 
 
 def _arrow(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
@@ -141,55 +135,44 @@ def _arrow(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
     return _checked(loaded, dataset)
 
 
-def _saved_dataset(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
+def _saved_dataset(path: Path, dataset: DatasetSection) -> "Dataset | IterableDataset":
     import datasets
 
     try:
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(str(path))
-            loaded = loaded[dataset.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            loaded = datasets.load_dataset(str(path), dataset.config, split=dataset.split)
+        if not (path / "dataset_info.json").is_file() and not (path / "dataset_dict.json").is_file():
+            return datasets.load_dataset(str(path), dataset.config, split=dataset.split)
+        loaded = datasets.load_from_disk(str(path))
+        return loaded[dataset.split] if isinstance(loaded, datasets.DatasetDict) else loaded
     except (OSError, KeyError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
             f"dataset.source {path}: no dataset with split {dataset.split!r} in this folder: {first_line(error)}"
         ) from error
-    return _checked(loaded, dataset)
 
 
-def _hub(dataset: DatasetSection) -> Iterator[RawRow]:
+def _hub_dataset(dataset: DatasetSection) -> "Dataset | IterableDataset":
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
+    options = dataset.model_dump(include={"data_dir", "split", "revision", "streaming"})
     try:
-        loaded = datasets.load_dataset(
-            dataset.source,
-            dataset.config,
-            data_dir=dataset.data_dir,
-            split=dataset.split,
-            revision=dataset.revision,
-            streaming=dataset.streaming,
-        )
+        return datasets.load_dataset(dataset.source, dataset.config, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError, HfHubHTTPError) as error:
         raise InputError(
             f"dataset.source {dataset.source!r} is no file here and could not be loaded from the hub: {first_line(error)}"
         ) from error
-    return _checked(loaded, dataset)
 
 
-def _checked(loaded: Any, dataset: DatasetSection) -> Iterator[RawRow]:
-    names = loaded.column_names
-    if names is not None:  # a stream may not know its columns
-        check_columns([dict.fromkeys(names)], dataset)
-    for index, value in enumerate(loaded):
-        yield RawRow(index, value)
+def _checked(loaded: "Dataset | IterableDataset", dataset: DatasetSection) -> Iterator[RawRow]:
+    if loaded.column_names is not None:  # a stream may not know its columns
+        _check_columns([dict.fromkeys(loaded.column_names)], dataset)
+    yield from (RawRow(index, value) for index, value in enumerate(loaded))
 
 
-def check_columns(rows: Sequence[dict[str, Any]], dataset: DatasetSection) -> None:
-    """Check that each response column is there in some row; a single row without it is a matter for quarantine.
+def _check_columns(rows: Sequence[Mapping[str, object]], dataset: DatasetSection) -> None:
+    """Check that some row has each response column; a single row without it goes to quarantine later.
 
     Raises:
-        InputError: One is in none of `rows`; names the columns that are.
+        InputError: No row has one of them; names the columns that there are.
     """
     names = dict.fromkeys(name for row in rows for name in row)
     for setting in ("chosen_column", "rejected_column"):

@@ -1,7 +1,7 @@
-"""Turn one raw row of any usual preference layout into one pair of messages and two responses.
+"""Turns one raw row of any usual preference layout into one pair: a prompt of messages and two responses.
 
 Layouts: TRL standard and conversational, explicit or implicit prompt, Anthropic-HH transcripts, UltraFeedback-like lists
-that repeat the prompt, with or without annotator scores. A row that is none of these says why (`Unusable`).
+that repeat the prompt, with or without annotator scores. Any other row raises `Unusable`, which says why.
 
 Does not tokenise (`chat.py`) and does not read files (`load.py`).
 """
@@ -12,7 +12,6 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.recipe import DatasetSection
 from weights_store.fingerprint import canonical_json
@@ -25,8 +24,8 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 _KNOWN_ROLES = ("system", "user", "assistant", "tool")
 
 
-class Unusable(Exception):  # noqa: N818 - says what a row is, and never leaves the pipeline
-    """A row that cannot be used, with its reason for quarantine."""
+class Unusable(Exception):  # noqa: N818 - describes a row, and never leaves the pipeline
+    """A row that cannot be used, with the reason for quarantine."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(reason, detail)
@@ -48,14 +47,14 @@ class Pair:
     def pair_id(self) -> str:
         """128-bit hash, 32 hex digits, of the prompt and both responses after Unicode NFC and trimming.
 
-        The first 48 bits are the prompt's alone. Tables are sorted by pair_id, so pairs of one prompt lie side by side: whoever
-        reads them in order meets what they share (the prompt, often a whole response) close together, and scores it once.
+        The first 48 bits depend on the prompt alone. Tables are sorted by pair_id, so pairs with the same prompt are
+        neighbours, and what they share (the prompt, often a whole response) is scored once.
         """
         prompt = _keys(self.prompt)
         return _digest(prompt, 6) + _digest([prompt, _normal(self.chosen), _normal(self.rejected)], 10)
 
 
-def _digest(value: Any, num_bytes: int) -> str:
+def _digest(value: object, num_bytes: int) -> str:
     return hashlib.blake2b(canonical_json(value).encode("utf-8"), digest_size=num_bytes).hexdigest()
 
 
@@ -63,19 +62,18 @@ def _normal(text: str) -> str:
     return unicodedata.normalize("NFC", text).strip()
 
 
-def read_pair(row: Mapping[str, Any], columns: DatasetSection) -> Pair:
+def read_pair(row: Mapping[str, object], columns: DatasetSection) -> Pair:
     """Return the pair in one raw row.
 
     Raises:
         Unusable: The row is no preference pair; carries the reason for quarantine.
     """
-    chosen, rejected = _value(row, columns.chosen_column), _value(row, columns.rejected_column)
-    prompt = row.get(columns.prompt_column)
-    chosen_turns, rejected_turns = _turns(chosen, columns.chosen_column), _turns(rejected, columns.rejected_column)
-    chosen_text = _response(chosen_turns, columns.chosen_column)
-    rejected_text = _response(rejected_turns, columns.rejected_column)
+    names = (columns.chosen_column, columns.rejected_column)
+    values = [_value(row, name) for name in names]
+    chosen, rejected = (_turns(value, name, "assistant") for value, name in zip(values, names, strict=True))
+    chosen_text, rejected_text = _response(chosen, names[0]), _response(rejected, names[1])
     pair = Pair(
-        _prompt(prompt, chosen_turns[:-1], rejected_turns[:-1], columns.prompt_column),
+        _prompt(row.get(columns.prompt_column), chosen[:-1], rejected[:-1], columns.prompt_column),
         chosen_text,
         rejected_text,
         _score(row, columns.chosen_score_column),
@@ -86,31 +84,26 @@ def read_pair(row: Mapping[str, Any], columns: DatasetSection) -> Pair:
     return pair
 
 
-def _value(row: Mapping[str, Any], column: str) -> Any:
+def _value(row: Mapping[str, object], column: str) -> object:
     value = row.get(column)
     if value is None:
         raise Unusable(Reason.MISSING_VALUE, f"column {column!r} has no value")
     return value
 
 
-def _turns(value: Any, column: str) -> list[Message]:
-    """Return a response column as turns that end with the response."""
-    if isinstance(value, str):
-        _check_text(value, column)
-        return _transcript(value) if _is_transcript(value) else [{"role": "assistant", "content": value}]
-    return _messages(value, column)
-
-
-def _is_transcript(text: str) -> bool:
-    return text.lstrip().startswith(("Human:", "Assistant:")) and _TURN.match("\n\n" + text.lstrip()) is not None
-
-
-def _transcript(text: str) -> list[Message]:
-    parts = _TURN.split("\n\n" + text.lstrip())[1:]
+def _turns(value: object, column: str, role: str) -> list[Message]:
+    """Return a column as turns. Text that is no Anthropic-HH transcript is one turn of `role`."""
+    if not isinstance(value, str):
+        return _messages(value, column)
+    _check_text(value, column)
+    text = "\n\n" + value.lstrip()
+    if not _TURN.match(text):
+        return [{"role": role, "content": value}]
+    parts = _TURN.split(text)[1:]
     return [{"role": _ROLES[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def _messages(value: Any, column: str) -> list[Message]:
+def _messages(value: object, column: str) -> list[Message]:
     if not isinstance(value, list | tuple):
         raise Unusable(
             Reason.NOT_TEXT, f"column {column!r} is a {type(value).__name__}, expected text or a list of messages"
@@ -148,7 +141,7 @@ def _response(turns: list[Message], column: str) -> str:
     return turns[-1]["content"]
 
 
-def _prompt(value: Any, chosen_before: list[Message], rejected_before: list[Message], column: str) -> list[Message]:
+def _prompt(value: object, chosen_before: list[Message], rejected_before: list[Message], column: str) -> list[Message]:
     """Return the whole chat before the responses, from the prompt column and the turns before them, which must agree."""
     if chosen_before and rejected_before and chosen_before != rejected_before:
         raise Unusable(Reason.PROMPTS_DIFFER, "the turns before the two responses are not the same")
@@ -158,22 +151,17 @@ def _prompt(value: Any, chosen_before: list[Message], rejected_before: list[Mess
     return prompt
 
 
-def _own_prompt(value: Any, column: str) -> list[Message]:
-    """Return the prompt column as turns."""
+def _own_prompt(value: object, column: str) -> list[Message]:
+    """Return the prompt column as turns; a transcript may end with an empty turn for the response."""
     if value is None or value == "":
         return []
-    if not isinstance(value, str):
-        return _messages(value, column)
-    _check_text(value, column)
-    if not _is_transcript(value):
-        return [{"role": "user", "content": value}]
-    turns = _transcript(value)
-    is_open = turns[-1]["role"] == "assistant" and not turns[-1]["content"]
+    turns = _turns(value, column, "user")
+    is_open = isinstance(value, str) and turns[-1]["role"] == "assistant" and not turns[-1]["content"]
     return turns[:-1] if is_open else turns
 
 
 def _join(own: list[Message], before: list[Message], column: str) -> list[Message]:
-    """Join the prompt column with the turns in front of a response: those may repeat it, or go on behind it."""
+    """Join the prompt column with the turns before a response, which may repeat it or continue it."""
     if not own or not before:
         return own or before
     own_key, before_key = _keys(own), _keys(before)
@@ -190,9 +178,9 @@ def _keys(messages: list[Message]) -> list[tuple[str, str]]:
     return [(message["role"], _normal(message["content"])) for message in messages]
 
 
-def _score(row: Mapping[str, Any], column: str) -> float | None:
+def _score(row: Mapping[str, object], column: str) -> float | None:
     value = row.get(column)
-    if value is None or isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         return float(value) if math.isfinite(value) else None

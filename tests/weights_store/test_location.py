@@ -209,8 +209,8 @@ def test_an_endpoint_that_refuses_connections_is_named(s3_keys, monkeypatch):
 
 
 def test_an_endpoint_that_never_answers_is_named(s3_keys, monkeypatch):
-    monkeypatch.setattr("weights_store.location._PROBE_S", 0.3)
-    monkeypatch.setattr("weights_store.location._PROBE_PAUSES_S", (0.1,))
+    monkeypatch.setattr("weights_store.location.PROBE_S", 0.3)
+    monkeypatch.setattr("weights_store.location.PROBE_PAUSES_S", (0.1,))
     with process(answer, 0) as pipe:
         port = pipe.recv()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")

@@ -1,4 +1,4 @@
-"""Is the store as it was committed? `verify`, its checks of files, rows and relations, and `vacuum`.
+"""Is the store as it was committed? `verify` with its checks of files, rows and relations, and `vacuum`.
 
 Not here: repairing anything.
 """

@@ -37,10 +37,7 @@ class Examined:
     log: TableLog
     findings: list[Finding]
     unsound: frozenset[str]
-
-    def sound(self, version: int | None) -> "SoundTable":
-        """Return one version without its damaged shards."""
-        return SoundTable(self, version)
+    """The damaged shards."""
 
 
 class SoundTable(TableReader):
@@ -197,22 +194,20 @@ def _look_inside(table: Table, record: ShardRecord) -> Iterator[Finding]:
     except _UNDECODABLE as error:
         yield replace(place, problem=f"its footer is damaged: {_without_place(error, table, record)}")
         return
-    values = [[name] for name in record.checksums if name not in table.key]
+    key = list(table.key)
     for index in range(len(reader.group_sizes)):
         within, span = f", row group {index}", ""
-        try:  # the key first: all other checksums depend on it
-            keys = reader.read_group(index, table.key)[table.key[0]]
-            span = f" (rows {table.key[0]} {keys[0]} … {keys[-1]})"
-        except _UNDECODABLE as error:
-            text = _without_place(error, table, record, within)
-            yield replace(place, row_group=index, problem=_with_column(", ".join(table.key), span, text))
-            continue
-        for columns in values:
+        # The key first: all other checksums depend on it.
+        for columns in (key, *([name] for name in record.checksums if name not in key)):
             try:
-                reader.read_group(index, columns)
+                rows = reader.read_group(index, columns)
             except _UNDECODABLE as error:
                 text = _without_place(error, table, record, within)
-                yield replace(place, row_group=index, problem=_with_column(columns[0], span, text))
+                yield replace(place, row_group=index, problem=_with_column(", ".join(columns), span, text))
+                if not span:
+                    break
+            else:
+                span = span or f" (rows {key[0]} {rows[key[0]][0]} … {rows[key[0]][-1]})"
 
 
 def _with_column(column: str, span: str, text: str) -> str:

@@ -1,11 +1,11 @@
-"""What `verify` reports: one problem and the exact place it was found at."""
+"""What `verify` reports: a problem and its exact place."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem of one table; what does not apply is None."""
+    """One problem of one table; fields that do not apply are None."""
 
     table: str
     problem: str

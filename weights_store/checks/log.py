@@ -31,7 +31,7 @@ class TableLog:
 
     table: Table
     commits: dict[int, Commit]
-    """Those that can be read, whoever made them."""
+    """Those that can be read, also those of other programs."""
     problems: dict[int, str]
     """What is wrong with the others."""
 

@@ -14,7 +14,8 @@ from weights_store.checks.files import SoundTable
 from weights_store.checks.findings import Finding
 from weights_store.schemas import SIDES
 
-_JOIN_BYTES = 256 << 20
+JOIN_BYTES = 256 << 20
+"""About how much memory one range of a join takes."""
 _BYTES_PER_KEY = 64
 TOKEN_COLUMNS = {name: name for name in ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_score", "rejected_score")}
 REF_COLUMNS = {f"{side}_ref_{what}": f"{side}_{what}" for side in SIDES for what in ("logps", "top_ids", "top_logps")}
@@ -30,7 +31,7 @@ def check_keys(table: SoundTable) -> Iterator[Finding]:
     found = _Tally()
     num_bytes = _BYTES_PER_KEY * sum(record.num_rows for record in table.records())
     keys = table.scan().select(table.key)
-    for piece in table.key_ranges(_JOIN_BYTES, num_bytes=num_bytes):
+    for piece in table.key_ranges(JOIN_BYTES, num_bytes=num_bytes):
         counts = piece.of(keys, table.key[0]).group_by(table.key).agg(count=pl.len())
         with table.reading():
             frame = counts.filter(pl.col("count") > 1).sort(table.key).collect()
@@ -41,7 +42,7 @@ def check_keys(table: SoundTable) -> Iterator[Finding]:
 
 @dataclass
 class _Tally:
-    """The first finding of each kind, and how many pairs it stands for."""
+    """The first finding of each kind, and how many pairs have that problem."""
 
     first: dict[str, Finding] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -78,7 +79,7 @@ def compare(
     found = _Tally()
     largest = max((child, *parents), key=lambda table: table.num_bytes)
     num_bytes = child.num_bytes + max(parent.num_bytes for parent in parents)
-    for piece in largest.key_ranges(_JOIN_BYTES, num_bytes=num_bytes):
+    for piece in largest.key_ranges(JOIN_BYTES, num_bytes=num_bytes):
         ours = piece.of(_values(child, list(columns), by_length, "")).filter(pl.col("pair_id").is_not_null())
         with child.reading():
             left = ours.collect()

@@ -83,7 +83,7 @@ class _Verification:
         path = log.table.path
         if path not in self._examined:
             self._examined[path] = examine(log)
-        return self._examined[path].sound(version)
+        return SoundTable(self._examined[path], version)
 
     def _check(self, log: TableLog, asked: list[str]) -> Iterator[Finding]:
         kind = log.table.path.partition("/")[0]
@@ -108,8 +108,8 @@ class _Verification:
         if kind == "weights":
             references = parents(log.metadata(log.newest))
             yield from self._compare(TOKEN_COLUMNS, rows, _of_kind("tokens", references), asked)
-            yield from self._compare(REF_COLUMNS, rows, _in_role("ref_logps", "logps", references), asked)
-            yield from self._compare(ANCHOR_COLUMNS, rows, _in_role("anchors", "anchors", references), asked)
+            yield from self._compare(REF_COLUMNS, rows, _of_kind("logps", references, "ref_logps"), asked)
+            yield from self._compare(ANCHOR_COLUMNS, rows, _of_kind("anchors", references, "anchors"), asked)
 
     def _vocab_size(self, log: TableLog) -> int | None:
         """Return the vocabulary size that the newest commit or that of its tokens recorded, None if neither did."""
@@ -150,12 +150,9 @@ class _Verification:
             yield from _with_damage(rows, check_quarantine(tokens, rows))
 
 
-def _of_kind(kind: str, references: Iterable[Parent]) -> list[Parent]:
-    return [parent for parent in references if parent["table"].startswith(f"{kind}/")]
-
-
-def _in_role(role: str, kind: str, references: Iterable[Parent]) -> list[Parent]:
-    return [parent for parent in _of_kind(kind, references) if parent.get("role") == role]
+def _of_kind(kind: str, references: Iterable[Parent], role: str | None = None) -> list[Parent]:
+    of_kind = [parent for parent in references if parent["table"].startswith(f"{kind}/")]
+    return [parent for parent in of_kind if role in (None, parent.get("role"))]
 
 
 def _with_damage(table: SoundTable, findings: Iterator[Finding]) -> Iterator[Finding]:

@@ -1,12 +1,12 @@
-"""Checksums of content: one 64-bit sum per column, independent of the order of rows and of how they lie in files.
+"""Checksums of content: one 64-bit sum per column, independent of the order of rows and of their distribution over files.
 
-A row adds a hash of (its key, position, value) for every value of a column, and the sums wrap around. So the checksum of a
-shard is the sum over its row groups, that of a table the sum over its shards, and compaction leaves both sums as they were.
-They find any accident to a value, and rows that are missing, doubled or exchanged; they are no defence against an adversary.
+A row adds a hash of (key, position, value) for every value of a column, and the sums wrap around. So the checksum of a shard is
+the sum over its row groups, that of a table the sum over its shards, and compaction changes neither. Checksums find damaged
+values, and missing, doubled or exchanged rows. They are no defence against an adversary.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -29,21 +29,19 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def column_checksums(rows: pa.Table, key: Sequence[str]) -> dict[str, int]:
-    """Return the checksum of every column of `rows`.
-
-    Args:
-        rows: Columns of strings, integers, floats, or lists of 32-bit numbers.
-        key: The columns that tell rows apart.
-    """
+    """Return the checksum of every column of `rows`: strings, integers, floats, or lists of 32-bit numbers."""
     keys = _row_keys(rows, key)
     checksums = {name: _checksum(rows[name], keys) for name in rows.column_names if [name] != list(key)}
-    # The key of a one-column key is the hash of its text already.
+    # A one-column key is already the hash of its text.
     return {name: checksums.get(name, _total(mix(keys + keys))) for name in rows.column_names}
 
 
-def add_checksums(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:
-    """Return the checksums of the rows of both."""
-    return {name: (left.get(name, 0) + right.get(name, 0)) & _WRAP for name in {**left, **right}}
+def sum_checksums(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Return the checksums of the rows of all parts."""
+    total: dict[str, int] = {}
+    for part in parts:
+        total |= {name: (total.get(name, 0) + checksum) & _WRAP for name, checksum in part.items()}
+    return total
 
 
 def _row_keys(rows: pa.Table, key: Sequence[str]) -> NDArray[np.uint64]:

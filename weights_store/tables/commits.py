@@ -76,7 +76,7 @@ def delta_actions(key: str, shards: Sequence[ShardRecord], removed: Sequence[Sha
 
 
 def read_commit(table: Location, version: int) -> Commit:
-    """Read one entry of a table's log. A missing entry reads as a commit of somebody else.
+    """Read one entry of a table's log. A missing entry reads as a commit of another program.
 
     Raises:
         DamageError: It is not JSON, or our part of it is not what was written.

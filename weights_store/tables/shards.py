@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from weights_store.errors import DamageError
 from weights_store.location import Location
-from weights_store.tables.checksums import add_checksums, column_checksums
+from weights_store.tables.checksums import column_checksums, sum_checksums
 
 MANTISSA_BITS = 12
 """Explicit mantissa bits kept of float32's 23: relative error at most 2**-13 = 1.2e-4."""
@@ -60,17 +60,9 @@ class ShardRecord:
         return {name: int(text, 16) for name, text in self.checksums.items()}
 
 
-def round_mantissa(values: NDArray[np.float32], bits: int = MANTISSA_BITS) -> NDArray[np.float32]:
-    """Round float32 `values` to `bits` explicit mantissa bits, ties to even. Signs, zeros, infinities and NaN stay.
-
-    Raises:
-        ValueError: `bits` is not in 1..23.
-    """
-    if not 1 <= bits <= 23:
-        raise ValueError(f"mantissa bits must be in 1..23, got {bits}")
-    drop = 23 - bits
-    if drop == 0:
-        return values.astype(np.float32)
+def round_mantissa(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Round float32 values to `MANTISSA_BITS` mantissa bits, ties to even. Signs, zeros, infinities and NaN stay."""
+    drop = 23 - MANTISSA_BITS
     raw = np.array(values, dtype=np.float32).view(np.uint32)
     raw += (raw >> np.uint32(drop)) & np.uint32(1)  # half a step, less one unless the kept part is odd: ties to even
     raw += np.uint32((1 << (drop - 1)) - 1)
@@ -81,24 +73,16 @@ def round_mantissa(values: NDArray[np.float32], bits: int = MANTISSA_BITS) -> ND
 
 
 def _round_floats(rows: pa.Table) -> pa.Table:
+    """Round the float lists of a row group, whose columns have one chunk each."""
     for index, field in enumerate(rows.schema):
-        if pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type):
-            rows = rows.set_column(index, field, _round_column(rows.column(index)))
+        column = rows.column(index).chunk(0)
+        is_float = pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type)
+        if is_float and column.null_count < len(column):
+            values = pa.array(round_mantissa(column.values.to_numpy(zero_copy_only=False)), pa.float32())
+            mask = column.is_null() if column.null_count else None
+            rounded = pa.ListArray.from_arrays(column.offsets, values, type=column.type, mask=mask)
+            rows = rows.set_column(index, field, rounded)
     return rows
-
-
-def _round_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    chunks = []
-    for chunk in column.chunks:
-        if chunk.null_count == len(chunk):
-            chunks.append(chunk)
-            continue
-        values = round_mantissa(chunk.values.to_numpy(zero_copy_only=False))
-        mask = chunk.is_null() if chunk.null_count else None
-        chunks.append(
-            pa.ListArray.from_arrays(chunk.offsets, pa.array(values, pa.float32()), type=chunk.type, mask=mask)
-        )
-    return pa.chunked_array(chunks, column.type)
 
 
 class ShardWriter:
@@ -298,11 +282,3 @@ class ShardReader:
                 f"differ; {RESTORE}"
             )
         return groups
-
-
-def sum_checksums(parts: Iterable[dict[str, int]]) -> dict[str, int]:
-    """Return the checksums of all rows of `parts`."""
-    total: dict[str, int] = {}
-    for part in parts:
-        total = add_checksums(total, part)
-    return total

@@ -29,14 +29,15 @@ _MAX_TRIES = 20
 
 
 class Table(TableReader):
-    """One table, by its path under the store's root, for reading and writing."""
+    """One table, by its path under the store's root, for reading and writing.
+
+    `metadata` is what a commit records, at least a `fingerprint`. `known` is a version that holds none of the new rows, so only
+    later shards are searched. Every method that writes raises StoreError if the rows do not fit, the table is not ours or is
+    newer, or the folder cannot be written; then nothing became visible.
+    """
 
     def write_shards(self, rows: pa.Table) -> list[ShardRecord]:
-        """Write rows, in any order, as shards for `append_shards`. Readers see nothing before those are committed.
-
-        Raises:
-            StoreError: The rows do not fit the table, or the folder cannot be written.
-        """
+        """Write rows, in any order, as shards for `append_shards`. Readers see nothing before those are committed."""
         return self._write(self._conform(rows))
 
     def writer(self) -> ShardWriter:
@@ -48,15 +49,8 @@ class Table(TableReader):
 
         If all are there, nothing is written and the newest version is returned.
 
-        Args:
-            rows: What to add, in any order.
-            metadata: What the commit records; `fingerprint` is required.
-            known: A version that is known to hold none of the rows: only later shards are looked at.
-
         Raises:
             ConflictError: Other writers won the race for the next version every time.
-            StoreError: The rows do not fit the table, the table is not ours or newer, or the folder cannot be written;
-                nothing became visible.
         """
         rows = self._distinct(self._conform(rows))
         return self._append(rows, self._without_present, self._write, metadata, known)
@@ -71,13 +65,12 @@ class Table(TableReader):
 
         Args:
             shards: From `write_shards`, possibly of other processes; no key is in two of them.
-            metadata: What the commit records; `fingerprint` is required.
-            known: A version that is known to hold none of the rows: only later shards are looked at.
+            metadata: See the class.
+            known: See the class.
 
         Raises:
             ConflictError: Other writers won the race for the next version every time.
-            StoreError: A shard is not in the table's folder, the table is not ours or newer, or the folder cannot be written;
-                nothing became visible.
+            StoreError: Also if a shard is not in the table's folder.
             DamageError: A shard that must be rewritten is not what was written.
         """
         self._check_shards_are_here(shards)
@@ -119,9 +112,7 @@ class Table(TableReader):
         """Write `rows` as the whole content of one new version; older versions stay readable.
 
         Raises:
-            ConflictError: Another writer made a version in between.
-            StoreError: The rows do not fit the table, the table is not ours or newer, or the folder cannot be written;
-                nothing became visible.
+            ConflictError: Another writer made a version in between; nothing became visible.
         """
         base = self._checked_version()
         return self.commit(self._write(self._conform(rows)), metadata, base, mode="overwrite")
@@ -138,14 +129,13 @@ class Table(TableReader):
 
         Args:
             shards: From a `writer`.
-            metadata: What the commit records; `fingerprint` is required.
+            metadata: See the class.
             base: The version that the rows were computed from; None for the first.
             mode: `overwrite`: the shards are the whole content of the new version.
             removed: Shards whose rows are in `shards` too, which the new version no longer needs.
 
         Raises:
             ConflictError: Another writer made that version first; nothing became visible.
-            StoreError: The table cannot be written; nothing became visible.
         """
         from deltalake import CommitProperties, Schema
         from deltalake.exceptions import DeltaError

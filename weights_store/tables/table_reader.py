@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 
 from weights_store.errors import DamageError, NotFoundError, StoreError
 from weights_store.location import Location, one_line
+from weights_store.tables.checksums import sum_checksums
 from weights_store.tables.commits import READERS, Commit, log_name, read_commit, read_commits
 from weights_store.tables.key_ranges import KeyRange, RowGroup, cut
 from weights_store.tables.metadata import CommitMetadata, Parent
-from weights_store.tables.shards import RESTORE, ShardReader, ShardRecord, sum_checksums
+from weights_store.tables.shards import RESTORE, ShardReader, ShardRecord
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -95,10 +96,6 @@ class TableReader:
         oldest = -1 if limit is None else max(-1, newest - limit)
         commits = read_commits(self.location, range(newest, oldest, -1))
         return [commit for commit in commits if commit.metadata is not None]
-
-    def log(self) -> Iterator[Commit]:
-        """Yield every commit, ours or not, oldest first."""
-        yield from read_commits(self.location, range(self._resolve(None) + 1))
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -241,21 +238,6 @@ class TableReader:
                 f"{self.path} in {self.root}: a shard cannot be read: {one_line(error)}; `tokenweights verify` names it. "
                 f"{RESTORE.capitalize()}"
             ) from self.cause(error)
-
-    def check_sizes(self) -> None:
-        """Check the newest version for shards that are missing or cut off: Polars panics on them.
-
-        Raises:
-            DamageError: There is one.
-        """
-        files = self.location.files()
-        for record in self.records():
-            found = files[record.name].size if record.name in files else "none"
-            if found != record.num_bytes:
-                raise DamageError(
-                    f"{self.path} in {self.root}: shard {record.name} has {record.num_bytes} bytes in its commit, found "
-                    f"{found}; {RESTORE}"
-                )
 
     def cause(self, error: BaseException) -> BaseException | None:
         """Return the cause to show for an error; None for an object store, whose replies quote keys and tokens."""

@@ -3,8 +3,10 @@
 Both are read range by range of `pair_id`, so memory stays bounded however large they are.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 
@@ -63,8 +65,8 @@ class Diff:
 
 def diff_tables(a: Table, version_a: int, b: Table, version_b: int, max_bytes: int = 1 << 30) -> Diff:
     """Compare two versions, see `WeightStore.diff`. `max_bytes` is the memory for one range of pairs."""
-    counts = {"common": 0, "only_in_a": 0, "only_in_b": 0, "not_comparable": 0, "anchors_changed": 0}
-    sums = {side: _SideSums() for side in (*SIDES, _PAIR)}
+    counts: Counter[str] = Counter()
+    sums: list[pl.DataFrame] = []
     largest = pl.DataFrame(schema=_CHANGES)
     for old, new in _ranges(a, version_a, b, version_b, max_bytes):
         common = old.join(new, on="pair_id", suffix="_b")
@@ -75,11 +77,10 @@ def diff_tables(a: Table, version_a: int, b: Table, version_b: int, max_bytes: i
         counts["only_in_b"] += new.height - common.height
         counts["not_comparable"] += common.height - comparable.height
         counts["anchors_changed"] += comparable.filter(pl.col("anchor_ids").ne_missing(pl.col("anchor_ids_b"))).height
-        sums[_PAIR].add(_changes(comparable, _PAIR))
-        for side in SIDES:
-            changes = _changes(comparable, side)
-            sums[side].add(changes)
-            largest = _keep_largest(largest, changes)
+        changes = pl.concat([_changes(comparable, side) for side in (*SIDES, _PAIR)])
+        sums.append(_sum(changes))
+        largest = _keep_largest(largest, changes)
+    sides = {row["side"]: row for row in _sum(pl.concat(sums)).to_dicts()}
     return Diff(
         a=f"{a.path}@{version_a}",
         b=f"{b.path}@{version_b}",
@@ -88,37 +89,24 @@ def diff_tables(a: Table, version_a: int, b: Table, version_b: int, max_bytes: i
         num_only_in_a=counts["only_in_a"],
         num_only_in_b=counts["only_in_b"],
         num_not_comparable=counts["not_comparable"],
-        chosen=sums["chosen"].result(),
-        rejected=sums["rejected"].result(),
-        pair_weights=sums[_PAIR].result(),
+        chosen=_side_diff(sides.get("chosen")),
+        rejected=_side_diff(sides.get("rejected")),
+        pair_weights=_side_diff(sides.get(_PAIR)),
         num_anchors_changed=counts["anchors_changed"],
         largest=largest,
     )
 
 
-@dataclass
-class _SideSums:
-    """Running sums of one side."""
+def _sum(changes: pl.DataFrame) -> pl.DataFrame:
+    """Return one row per side: sums of tokens and changes, and the largest change."""
+    return changes.group_by("side").agg(pl.sum("num_tokens", "num_tokens_changed", "total"), pl.max("max_abs_change"))
 
-    num_tokens: int = 0
-    num_tokens_changed: int = 0
-    total: float = 0.0
-    largest: float = 0.0
 
-    def add(self, changes: pl.DataFrame) -> None:
-        if changes.is_empty():
-            return
-        added = ("num_tokens", "num_tokens_changed", "total")
-        num_tokens, num_changed, total, largest = changes.select(pl.sum(*added), pl.max("max_abs_change")).row(0)
-        self.num_tokens += num_tokens
-        self.num_tokens_changed += num_changed
-        self.total += total
-        self.largest = max(self.largest, largest or 0.0)
-
-    def result(self) -> SideDiff:
-        if not self.num_tokens:
-            return SideDiff(0, 0, None, None)
-        return SideDiff(self.num_tokens, self.num_tokens_changed, self.total / self.num_tokens, self.largest)
+def _side_diff(sums: Mapping[str, Any] | None) -> SideDiff:
+    if sums is None or not sums["num_tokens"]:
+        return SideDiff(0, 0, None, None)
+    num_tokens = sums["num_tokens"]
+    return SideDiff(num_tokens, sums["num_tokens_changed"], sums["total"] / num_tokens, sums["max_abs_change"])
 
 
 def _ranges(
@@ -152,7 +140,7 @@ def _changes(comparable: pl.DataFrame, side: str) -> pl.DataFrame:
 
 
 def _keep_largest(largest: pl.DataFrame, changes: pl.DataFrame) -> pl.DataFrame:
-    changed = changes.filter(pl.col("max_abs_change") > 0).select(*_CHANGES)
+    changed = changes.filter(pl.col("max_abs_change") > 0, pl.col("side") != _PAIR).select(*_CHANGES)
     order = ["mean_abs_change", "max_abs_change", "pair_id", "side"]
     ranked = pl.concat([largest, changed]).sort(order, descending=[True, True, False, False])
     return ranked.head(_NUM_LARGEST)

@@ -24,7 +24,10 @@ Tokenizer = Decoder | Mapping[int, str] | Sequence[str]
 
 
 class TokenTexts:
-    """Texts of ids, each decoded once. Special tokens are shown; bytes of a split character show as U+FFFD."""
+    """Texts of ids. Special tokens are shown; bytes of a split character show as U+FFFD.
+
+    Its methods raise MismatchError if the tokenizer has no such id.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._source = tokenizer
@@ -32,31 +35,19 @@ class TokenTexts:
         self._num_ids = _num_ids(tokenizer)
 
     def text(self, token_id: int) -> str:
-        """Return the text of one id.
-
-        Raises:
-            MismatchError: The tokenizer has no such id.
-        """
+        """Return the text of one id."""
         if token_id not in self._known:
             self._known[token_id] = self._look_up(token_id)
         return self._known[token_id]
 
     def texts(self, ids: pl.Series) -> pl.Series:
-        """Return the text of every id of a series; only ids that occur are decoded.
-
-        Raises:
-            MismatchError: The tokenizer has no such id.
-        """
+        """Return the text of every id of a series; each distinct id is decoded once."""
         distinct = ids.drop_nulls().unique()
         texts = [self.text(token_id) for token_id in distinct.to_list()]
         return ids.replace_strict(distinct, pl.Series(texts, dtype=pl.String), default=None, return_dtype=pl.String)
 
     def join(self, ids: Sequence[int]) -> str:
-        """Return the text of a sequence. A decoder gets the whole sequence, so split characters come together.
-
-        Raises:
-            MismatchError: The tokenizer has no such id.
-        """
+        """Return the text of a sequence. A decoder gets the whole sequence, so split characters come together."""
         if isinstance(self._source, Mapping | Sequence):
             return "".join(map(self.text, ids))
         self._check(max(ids, default=0))

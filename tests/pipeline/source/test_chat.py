@@ -26,7 +26,7 @@ def _cut(tokenizer, pair, prompt=1000, response=1000, cut=False):
     return tokenizer.tokenize_pair(pair, prompt, response, cut)
 
 
-def test_response_ends_with_one_eos_and_nothing_behind_it(tokenizer):
+def test_response_ends_with_one_eos_and_nothing_after_it(tokenizer):
     tokens = _cut(tokenizer, Pair([USER], "the dough", "sails boldly"))
     assert tokens.chosen_ids[-1] == tokenizer.eos_token_id
     assert tokens.chosen_ids.count(tokenizer.eos_token_id) == 1
@@ -43,11 +43,13 @@ def test_prompt_and_response_ids_are_the_whole_chat(tokenizer, toy_model):
     assert tokens.prompt_ids + tokens.chosen_ids == whole[: len(tokens.prompt_ids) + len(tokens.chosen_ids)]
 
 
-def test_eos_and_many_byte_characters_inside_a_response_stay(tokenizer):
+def test_eos_and_many_byte_characters_inside_a_response_stay(tokenizer, toy_model):
+    from transformers import AutoTokenizer
+
     tokens = _cut(tokenizer, Pair([USER], "dough </s> naïve 🍞", "x"))
     assert tokens.chosen_ids.count(tokenizer.eos_token_id) == 2
     assert tokens.chosen_ids[-1] == tokenizer.eos_token_id
-    assert tokenizer._tokenizer.decode(tokens.chosen_ids) == "dough </s> naïve 🍞</s>"
+    assert AutoTokenizer.from_pretrained(toy_model).decode(tokens.chosen_ids) == "dough </s> naïve 🍞</s>"
 
 
 def test_too_long_prompt_loses_whole_oldest_turns(tokenizer):
@@ -82,6 +84,15 @@ def test_too_long_response_is_refused_or_cut(tokenizer):
     assert len(cut.chosen_ids) == 3
     assert cut.response_was_cut
     assert cut.chosen_ids == _cut(tokenizer, pair).chosen_ids[:3]
+
+
+def test_pair_without_a_free_position_in_the_context_is_refused(tokenizer):
+    pair = Pair([USER], "the dough", "x")
+    tokens = _cut(tokenizer, pair)
+    longest = len(tokens.prompt_ids) + max(len(tokens.chosen_ids), len(tokens.rejected_ids))
+    assert tokenizer.tokenize_pair(pair, 1000, 1000, False, context=longest + 1) == tokens
+    with pytest.raises(Unusable, match=f"have {longest} tokens, the model's context is {longest}"):
+        tokenizer.tokenize_pair(pair, 1000, 1000, False, context=longest)
 
 
 def test_contrastive_system_prompt_goes_in_front_and_extends_one_that_is_there():

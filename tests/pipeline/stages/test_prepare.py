@@ -5,9 +5,10 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from pipeline.stages.prepare import _Update, prepare
-from weights_store import WeightStore
+from pipeline.stages.prepare import prepare
+from weights_store import Table, WeightStore
 from weights_store.errors import InputError
+from weights_store.names import quarantine_path
 from weights_store.schemas import QUARANTINE
 
 
@@ -43,7 +44,7 @@ def run(make_recipe, toy_model, tmp_path, write_jsonl):
         write_jsonl(tmp_path / "pairs.jsonl", rows)
         settings = {"dataset.max_response_tokens": 60, "dataset.max_prompt_tokens": 100, **settings}
         recipe = make_recipe(**settings)
-        return prepare(recipe, toy_model, report=lambda line: None)
+        return prepare(recipe, toy_model)
 
     return run_on
 
@@ -51,7 +52,7 @@ def run(make_recipe, toy_model, tmp_path, write_jsonl):
 def tables(prepared):
     store = WeightStore(prepared.tokens.store)
     tokens = store.table(prepared.tokens.table).scan(prepared.tokens.version).collect()
-    return tokens, store.table(f"quarantine/{prepared.dataset_key}").scan().collect()
+    return tokens, store.table(quarantine_path(prepared.tokens.table)).scan().collect()
 
 
 def test_every_bad_row_is_quarantined_with_its_reason_and_the_rest_goes_on(run):
@@ -122,7 +123,7 @@ def test_another_split_name_reaches_the_rows_that_were_there(run):
 def test_byte_order_mark_is_no_broken_line(run, tmp_path, make_recipe, toy_model):
     path = tmp_path / "bom.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(pair(0)).encode())
-    prepared = prepare(make_recipe(**{"dataset.source": str(path)}), toy_model, report=lambda line: None)
+    prepared = prepare(make_recipe(**{"dataset.source": str(path)}), toy_model)
     assert (prepared.num_pairs, prepared.quarantined) == (1, {})
 
 
@@ -131,7 +132,7 @@ def test_byte_order_mark_is_no_broken_line(run, tmp_path, make_recipe, toy_model
 def test_files_that_are_not_what_they_are_called_say_so(tmp_path, make_recipe, toy_model, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=f"dataset.source .*{name} is not"):
-        prepare(make_recipe(**{"dataset.source": str(tmp_path / name)}), toy_model, report=lambda line: None)
+        prepare(make_recipe(**{"dataset.source": str(tmp_path / name)}), toy_model)
 
 
 def test_another_limit_is_another_table(run):
@@ -166,7 +167,7 @@ def test_parquet_json_and_jsonl_of_the_same_rows_give_the_same_pairs(run, tmp_pa
     (tmp_path / "x.json").write_text(json.dumps(rows))
     for suffix in (".parquet", ".json"):
         recipe = make_recipe(**{"dataset.source": str(tmp_path / f"x{suffix}"), "dataset.name": f"toy{suffix[1:]}"})
-        ids[suffix] = set(tables(prepare(recipe, toy_model, report=lambda line: None))[0]["pair_id"])
+        ids[suffix] = set(tables(prepare(recipe, toy_model))[0]["pair_id"])
     assert ids[".jsonl"] == ids[".parquet"] == ids[".json"]
 
 
@@ -176,9 +177,9 @@ def test_saved_dataset_folder_is_read_like_a_hub_dataset(run, tmp_path, make_rec
     ids = set(tables(run([pair(0), pair(1)]))[0]["pair_id"])
     Dataset.from_list([pair(0), pair(1)]).save_to_disk(str(tmp_path / "saved"))
     recipe = make_recipe(**{"dataset.source": str(tmp_path / "saved"), "dataset.name": "saved"})
-    first = prepare(recipe, toy_model, report=lambda line: None)
+    first = prepare(recipe, toy_model)
     assert set(tables(first)[0]["pair_id"]) == ids
-    assert prepare(recipe, toy_model, report=lambda line: None).tokens == first.tokens  # read again, found the same
+    assert prepare(recipe, toy_model).tokens == first.tokens  # read again, found the same
 
 
 def test_the_same_pairs_among_other_bad_rows_make_a_version_that_says_so(run):
@@ -188,7 +189,7 @@ def test_the_same_pairs_among_other_bad_rows_make_a_version_that_says_so(run):
     assert second.tokens.version == first.tokens.version + 1
     assert (
         second.tokens.fingerprint == first.tokens.fingerprint
-    )  # the pairs are the same: nothing downstream is made anew
+    )  # the pairs are the same: nothing after prepare has to run again
 
 
 @pytest.mark.parametrize("second_rows", [[0, 1, 2, 3, 4, 5, 6, 7], [6, 2, 9, 0, 8]])
@@ -202,7 +203,8 @@ def test_little_memory_gives_the_same_tables(run, monkeypatch, second_rows):
 
     roomy, tokens, quarantine = both_builds("roomy")
     monkeypatch.setattr("pipeline.source.external_sort.DEFAULT_BYTES", 300)
-    monkeypatch.setattr("pipeline.stages.prepare._ROWS_PER_BATCH", 2)
+    monkeypatch.setattr("pipeline.stages.prepare.ROWS_PER_BATCH", 2)
+    monkeypatch.setattr("pipeline.source.intake.ROWS_PER_BATCH", 2)
     tight, tight_tokens, tight_quarantine = both_builds("tight")
     assert tight_tokens.equals(tokens)
     assert tight_quarantine.equals(quarantine)
@@ -212,7 +214,7 @@ def test_little_memory_gives_the_same_tables(run, monkeypatch, second_rows):
 
 def test_what_a_scorer_could_not_score_stays_in_quarantine_when_rows_are_added(run):
     first = run([pair(0), pair(1)])
-    table = WeightStore(first.tokens.store).table(f"quarantine/{first.dataset_key}")
+    table = WeightStore(first.tokens.store).table(quarantine_path(first.tokens.table))
     pair_id = tables(first)[0]["pair_id"][0]
     row = {"source_row": 0, "pair_id": pair_id, "reason": "unscorable", "detail": "logps/x: too long", "raw": ""}
     table.append(pa.Table.from_pylist([row], QUARANTINE), table.metadata())
@@ -221,35 +223,35 @@ def test_what_a_scorer_could_not_score_stays_in_quarantine_when_rows_are_added(r
 
 
 def test_another_build_of_the_same_dataset_that_was_faster_is_compared_with_again(run, monkeypatch):
-    # The other build appends pair 2 between our look and our commit.
+    # The other build appends pair 2 between our look and our first commit.
     run([pair(0), pair(1)])
-    original, raced = _Update._write_fresh, []
+    original, raced = Table.commit, []
 
-    def write_fresh(update, *args):
-        shards = original(update, *args)
+    def commit(table, *args, **settings):
         if not raced:
             raced.append(True)
             run([pair(0), pair(1), pair(2)])
-        return shards
+        return original(table, *args, **settings)
 
-    monkeypatch.setattr("pipeline.stages.prepare._Update._write_fresh", write_fresh)
+    monkeypatch.setattr(Table, "commit", commit)
     prepared = run([pair(0), pair(1), pair(2), pair(3)])
+    assert raced
     assert sorted(tables(prepared)[0]["source_row"]) == [0, 1, 2, 3]
     assert prepared.num_new_pairs == 1
 
 
-def test_another_limit_says_what_differs(run, make_recipe, toy_model):
+def test_another_limit_says_what_differs(run, make_recipe, toy_model, caplog):
     run([pair(0)])
-    lines = []
+    caplog.set_level("INFO", "tokenweights")
     settings = {"dataset.max_response_tokens": 59, "dataset.max_prompt_tokens": 100}
-    prepare(make_recipe(**settings), toy_model, report=lines.append)
-    assert any("is a new table; unlike tokens/toy-" in line for line in lines)
-    assert any("max_response_tokens: 60 -> 59" in line for line in lines)
+    prepare(make_recipe(**settings), toy_model)
+    assert "is a new table; unlike tokens/toy-" in caplog.text
+    assert "max_response_tokens: 60 -> 59" in caplog.text
 
 
 def test_real_transcripts(shared_folder, make_recipe):
     recipe = make_recipe(**{"dataset.source": str(shared_folder / "data" / "hh_harmless.jsonl"), "dataset.name": "hh"})
-    prepared = prepare(recipe, shared_folder / "models" / "tiny-chat", report=lambda line: None)
+    prepared = prepare(recipe, shared_folder / "models" / "tiny-chat")
     assert prepared.num_source_rows == 1775
     assert prepared.num_pairs + sum(prepared.quarantined.values()) == 1775
     assert prepared.quarantined == {"empty_response": 3, "prompts_differ": 4}

@@ -223,7 +223,7 @@ def test_the_driver_commits_when_a_round_is_full_or_old(request_, monkeypatch, l
         filling.add(scored)  # brought twice: counts once
     filling.commit()
     table = WeightStore(request_.store).table("logps/toy-1/x")
-    assert [commit.metadata["num_rows_written"] for commit in table.log()] == sizes
+    assert [commit.metadata["num_rows_written"] for commit in reversed(table.history())] == sizes
     assert table.scan().collect()["pair_id"].n_unique() == table.num_rows() == NUM_PAIRS
 
 

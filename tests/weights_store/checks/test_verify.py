@@ -125,7 +125,7 @@ def small_shards(monkeypatch):
     """Cut rows into row groups of some pairs and shards of some row groups, and join them in several ranges."""
     monkeypatch.setattr("weights_store.tables.shards.ROW_GROUP_BYTES", 3000)
     monkeypatch.setattr("weights_store.tables.shards.SHARD_BYTES", 12_000)
-    monkeypatch.setattr("weights_store.checks.relations._JOIN_BYTES", 60_000)
+    monkeypatch.setattr("weights_store.checks.relations.JOIN_BYTES", 60_000)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def group_at(path, at):
 
 
 def test_every_flipped_bit_is_found_and_mostly_its_row_group_named(store, monkeypatch):
-    monkeypatch.setattr("weights_store.checks.relations._JOIN_BYTES", 1 << 30)
+    monkeypatch.setattr("weights_store.checks.relations.JOIN_BYTES", 1 << 30)
     rng = random.Random(0)
     files = [
         path for table in (TOKENS_PATH, LOGPS_PATH, WEIGHTS_PATH, QUARANTINE_PATH) for path in shards(store, table)
