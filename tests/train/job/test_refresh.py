@@ -245,7 +245,7 @@ def test_online_weights_need_ti_weights_before_the_folder_is_claimed(make_config
 
 def test_a_model_that_is_cut_up_is_refused(make_config) -> None:
     settings = make_config(loss=ONLINE).model_dump(exclude_none=True) | {"parallel": {"strategy": "fsdp2"}}
-    with pytest.raises(SettingsError, match=r"parallel\.strategy='fsdp2' cuts it up; set parallel\.strategy='ddp'"):
+    with pytest.raises(SettingsError, match=r"parallel\.strategy='fsdp2' splits it; set parallel\.strategy='ddp'"):
         parse_settings(TrainConfig, settings, where="here")
 
 
