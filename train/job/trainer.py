@@ -137,7 +137,7 @@ class PairTrainer(Trainer):
         pairs = self.reader.next_pairs(epoch_iterator, self.state.global_step)
         if pairs is None:
             return [], None
-        step = self._cut(pairs, device)
+        step = self.cut_step(pairs, device)
         self.waited_s += time.perf_counter() - begin - (self.reader.refreshed_s - refreshed_s)
         return [step], None
 
@@ -206,7 +206,7 @@ class PairTrainer(Trainer):
         tokens = batch["completion_mask"][: len(counts)][counts].sum()
         return count_units(self.config.loss, num_pairs=int(counts.sum()), num_chosen_tokens=int(tokens))
 
-    def _cut(self, pairs: Sequence[Pair], device: torch.device) -> Step:
+    def cut_step(self, pairs: Sequence[Pair], device: torch.device) -> Step:
         """Cut the pairs of this rank into micro-batches, equally many on all ranks: the ranks compute in lockstep."""
         budget = self.config.optim.tokens_per_batch
         parts = cut_by_tokens(pairs, [self.collator.num_tokens(pair) for pair in pairs], budget)
@@ -237,7 +237,7 @@ class PairTrainer(Trainer):
         self.collator = self.measured
         window = MetricWindow()
         device = next(model.parameters()).device
-        for batch in self._cut(self._share(sample), self.args.device).batches:
+        for batch in self.cut_step(self._share(sample), self.args.device).batches:
             with self.compute_loss_context_manager():
                 self._add_batch(model, {name: tensor.to(device) for name, tensor in batch.items()}, window)
         self.loss, self.collator = ordinary
