@@ -7,8 +7,8 @@ from pipeline.child import check_extra, run_child
 from pipeline.models import lora
 from pipeline.models.contrastive import cache_folder
 from pipeline.recipe import ModelSection
-from weights_store.errors import InputError
-from weights_store.messages import first_line, logger
+from train.model.hub import check_model_folder, find_folder
+from weights_store.messages import logger
 
 _log = logger(__name__)
 
@@ -36,30 +36,8 @@ def resolve_model(model: ModelSection) -> Path:
         MissingExtraError: There is an adapter to merge, and no peft.
         StageError: Merging failed; carries its message.
     """
-    folder = _folder(model.path, model.revision, "model.path")
-    if lora.is_adapter(folder):
-        return _merged(folder)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"model.path {folder} has no config.json: not a model folder")
-    return folder
-
-
-def _folder(path: str, revision: str | None, setting: str) -> Path:
-    """Return a folder as it is, or that of a hub id, downloaded if need be."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if not is_hub_id(path):
-        raise InputError(f"{setting} {path} does not exist; give a model folder or a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(path, revision=revision))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise InputError(
-            f"{setting} {path!r} is no folder here and could not be had from the hub: {first_line(error)}"
-        ) from error
+    folder = find_folder(model.path, model.revision, "model.path")
+    return _merged(folder) if lora.is_adapter(folder) else check_model_folder(folder, "model.path")
 
 
 def _merged(adapter: Path) -> Path:
@@ -68,7 +46,7 @@ def _merged(adapter: Path) -> Path:
     name = str(config["base_model_name_or_path"])
     beside = adapter / name  # a relative folder: seen from here, or from the adapter
     path = str(beside) if beside.is_dir() and not Path(name).is_dir() else name
-    base = _folder(path, config.get("revision"), f"adapter {adapter}: base_model_name_or_path")
+    base = find_folder(path, config.get("revision"), f"adapter {adapter}: base_model_name_or_path")
     target = cache_folder() / "merged" / lora.merged_fingerprint(adapter, base)[:16]
     if not (target / lora.RECORD).is_file():
         check_extra("peft", lora.INSTALL, None)

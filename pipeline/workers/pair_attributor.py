@@ -17,7 +17,6 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import torch
-from transformers import AutoConfig
 
 from pipeline.workers.pair_scorer import why_not
 from pipeline.workers.quarantine import unscorable_row
@@ -29,7 +28,7 @@ from train.model.collate import PairCollator
 from train.model.logps import check_output_layer
 from train.model.packing import enable_packing
 from train.model.token_budget import cut_by_tokens
-from weights_store.errors import InputError, OutOfMemoryError
+from weights_store.errors import OutOfMemoryError
 from weights_store.messages import logger
 from weights_store.schemas import ATTRIBUTIONS
 
@@ -181,13 +180,7 @@ def load_model(folder: Path, dtype: str) -> Any:
     Raises:
         InputError: It cannot be loaded, or gives no access to its input embeddings.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot read the config of the model in {folder}: {error}") from error
-    # transformers' default leaves Gemma 2's soft-capping out, without a word.
-    capped = getattr(config, "attn_logit_softcapping", None)
-    model: Any = load_checkpoint(folder, dtype=dtype, **({"attn_implementation": "eager"} if capped else {}))
+    model = load_checkpoint(folder, dtype=dtype)
     input_embeddings(model)
     return model.requires_grad_(False)
 
