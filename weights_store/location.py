@@ -54,7 +54,7 @@ class Location:
             text = _local_path(self.uri)
         elif scheme not in _SCHEMES:
             known = ", ".join(f"{name}://…" for name in _SCHEMES)
-            raise SettingsError(f"a store cannot lie at {scheme}://…: expected a folder, file://… or one of {known}")
+            raise SettingsError(f"a store cannot be at {scheme}://…: expected a folder, file://… or one of {known}")
         else:
             text = self.uri.rstrip("/")
             _check_remote(scheme, rest.rstrip("/"))
@@ -286,7 +286,8 @@ def _check_reachable(endpoint: str) -> None:
     for pause_s in (*PROBE_PAUSES_S, None):
         try:
             urlopen(Request(endpoint, method="HEAD"), timeout=PROBE_S).close()
-        except (HTTPError, HTTPException, ssl.SSLError):  # a server is there; the libraries report the rest
+            return
+        except (HTTPError, HTTPException):  # a server is there; the libraries report the rest
             return
         except OSError as error:
             reason = error.reason if isinstance(error, URLError) else error
@@ -298,5 +299,3 @@ def _check_reachable(endpoint: str) -> None:
                     f"cannot reach the object store at {place}: {reason}; check AWS_ENDPOINT_URL and the network"
                 ) from error
             time.sleep(pause_s)
-        else:
-            return

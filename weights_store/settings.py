@@ -7,20 +7,28 @@ pydantic's, but this file never imports pydantic: the store's own install stays 
 import difflib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_args
 
 from weights_store.errors import InputError, SettingsError
+
+
+class _Field(Protocol):
+    """What is used of a field of a pydantic model."""
+
+    annotation: object
+    discriminator: object
+    examples: list[object] | None
 
 
 class _SettingsModel(Protocol):
     """What is used of a pydantic model class."""
 
-    model_fields: Any
+    model_fields: Mapping[str, _Field]
 
     @classmethod
-    def model_validate(cls, obj: Any) -> Any:
+    def model_validate(cls, obj: object) -> object:
         """Build a checked instance or raise a ValueError with `.errors()`."""
 
 
@@ -77,8 +85,11 @@ def _read_value(text: str) -> Any:
 def parse_settings(model: type[T], settings: Mapping[str, Any], where: str) -> T:
     """Check `settings` against a pydantic `model` and build it.
 
+    A section is a pydantic model with `extra="forbid"`, or a union of such models that a discriminator tells apart
+    (`loss.name`): then only the keys of the named model are known.
+
     Args:
-        model: A pydantic model class whose fields are sections, each a pydantic model with `extra="forbid"`.
+        model: A pydantic model class whose fields are sections.
         settings: Sections as read from TOML.
         where: File name for messages.
 
@@ -87,34 +98,76 @@ def parse_settings(model: type[T], settings: Mapping[str, Any], where: str) -> T
     """
     checked: type[_SettingsModel] = model  # type: ignore[assignment]
     try:
-        return checked.model_validate(settings)  # type: ignore[no-any-return]
+        return checked.model_validate(settings)  # type: ignore[return-value]
     except ValueError as error:
         if not hasattr(error, "errors"):
             raise
-        problems = "; ".join(_describe(problem, checked) for problem in error.errors())
-        raise SettingsError(f"{where}: {problems}") from error
+        # A default that depends on a wrong value is not a second mistake.
+        problems = [problem for problem in error.errors() if problem["type"] != "default_factory_not_called"]
+        raise SettingsError(f"{where}: " + "; ".join(_describe(problem, checked) for problem in problems)) from error
 
 
 def _describe(problem: Mapping[str, Any], model: type[_SettingsModel]) -> str:
     location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
+    field = model.model_fields.get(location[0]) if location else None
+    discriminator = field.discriminator if field else None
+    # Behind a section with several models pydantic puts the name of the chosen one.
+    chosen = location.pop(1) if discriminator and len(location) > 1 else None
+    key, value = ".".join(location), problem["input"]
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; {_nearest(key, _known_keys(model))}"
+        return _describe_unknown(key, value, model, chosen)
     if problem["type"] == "missing":
-        return f"missing key {key!r}"
+        return f"missing key {key!r}" + _example(location, model, chosen)
+    if problem["type"] == "union_tag_not_found":
+        return f"missing key '{key}.{discriminator}'"
+    if problem["type"] == "union_tag_invalid":
+        *names, last = problem["ctx"]["expected_tags"].split(", ")
+        return f"{key}.{discriminator}: Input should be {', '.join(names)} or {last}, got {problem['ctx']['tag']!r}"
     message = str(problem["msg"]).removeprefix("Value error, ")
-    got = f", got {problem['input']!r}" if location and not isinstance(problem["input"], dict) else ""
+    got = f", got {value!r}" if location and not isinstance(value, dict) else ""
     return f"{key}: {message}{got}" if key else message
+
+
+def _example(location: Sequence[str], model: type[_SettingsModel], chosen: str | None) -> str:
+    """Return an example of a missing key, where its model has one."""
+    if len(location) != 2:
+        return ""
+    field = _models_of(model.model_fields[location[0]])[chosen or ""].model_fields[location[1]]
+    return f", for example {field.examples[0]!r}; it has no default" if field.examples else ""
+
+
+def _describe_unknown(key: str, value: object, model: type[_SettingsModel], chosen: str | None) -> str:
+    section, _, name = key.partition(".")
+    field = model.model_fields.get(section)
+    branches = _models_of(field) if field else {}
+    readers = [branch for branch, inner in branches.items() if name in inner.model_fields]
+    if field and chosen and readers:
+        return (
+            f"{section}.{field.discriminator}={chosen!r} does not read {key}, got {value!r}; leave it out (it belongs to "
+            f"{', '.join(readers)})"
+        )
+    return f"unknown key {key!r}; {_nearest(key, _known_keys(model, section, chosen))}"
+
+
+def _known_keys(model: type[_SettingsModel], section: str, chosen: str | None) -> list[str]:
+    """Return the keys of all sections; of `section` those of its chosen model alone."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        models = _models_of(field)
+        wanted = [models[chosen]] if name == section and chosen else models.values()
+        keys += [f"{name}.{key}" for inner in wanted for key in inner.model_fields] or [name]
+    return keys
+
+
+def _models_of(field: _Field) -> dict[str, type[_SettingsModel]]:
+    """Return the models that a section may be, by the value of their discriminator; one without a name where there is none."""
+    models = [part for part in (field.annotation, *get_args(field.annotation)) if hasattr(part, "model_fields")]
+    if not field.discriminator:
+        return dict(zip([""], models, strict=False))
+    names = [get_args(part.model_fields[str(field.discriminator)].annotation) for part in models]
+    return {name: part for part, aliases in zip(models, names, strict=True) for name in aliases}
 
 
 def _nearest(key: str, known: list[str]) -> str:
     matches = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     return f"did you mean {matches[0]!r}?" if matches else "there are no known keys here"
-
-
-def _known_keys(model: type[_SettingsModel]) -> list[str]:
-    keys: list[str] = []
-    for section, field in model.model_fields.items():
-        inner = getattr(field.annotation, "model_fields", None)
-        keys += [f"{section}.{name}" for name in inner] if inner else [section]
-    return keys

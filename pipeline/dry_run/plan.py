@@ -14,7 +14,7 @@ from pipeline.dry_run.rates import tokens_per_s
 from pipeline.dry_run.source import survey
 from pipeline.models.resolve import resolve_model
 from pipeline.preflight import check_inputs
-from pipeline.recipe import Recipe, WeightsSection
+from pipeline.recipe import Recipe
 from pipeline.stages.anchors import anchors_identity
 from pipeline.stages.attribute import attribution_identity
 from pipeline.stages.contrast import WantedModel, model_shelf, prompt_pair, wanted_models
@@ -22,6 +22,7 @@ from pipeline.stages.prepare import Preparation
 from pipeline.stages.publish import Ingredients, Wanted
 from pipeline.stages.report import REPORTS, report_file
 from pipeline.stages.score import REFERENCE, Scorer, identity_in
+from pipeline.weighing.section import WeightsSection
 from pipeline.workers.request import Stage
 from pipeline.workers.supervise import changed_identity, stage_table
 from weights_store import Table, TableVersion

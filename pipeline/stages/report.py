@@ -1,11 +1,10 @@
-"""The first report of a weight dataset: one self-contained HTML file, and the same numbers as Markdown.
+"""Stage report: what was published, as one self-contained HTML file in the store and as Markdown.
 
-Read-only over the store. Not the weight doctor: it shows, and draws no conclusions beyond two checks anyone would make.
+It draws no conclusions, except for two findings that are always wrong.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -14,15 +13,16 @@ from pipeline.parity.check import parity_text
 from pipeline.source.chat import ChatTokenizer
 from pipeline.stages.publish import Published
 from weights_store import Table, WeightStore
+from weights_store.schemas import SIDES
+from weights_store.tables.metadata import SideStatistics, Statistics
 
 REPORTS = "reports"
-_SIDES = ("chosen", "rejected")
 _SAMPLE_PAIRS = 12
 _MAX_SHOWN_TOKENS = 300
 
 
 def write_report(published: Published, model_folder: Path, chat_template: str | None = None) -> str:
-    """Write `reports/<name>@<version>.html` into the store and return its place; an existing one stays as it is."""
+    """Write `reports/<name>@<version>.html` into the store, if it is not there yet, and return its path."""
     from jinja2 import Environment
 
     store = WeightStore(published.weights.store)
@@ -46,12 +46,12 @@ def write_report(published: Published, model_folder: Path, chat_template: str | 
 
 
 def report_file(name: str, version: int) -> str:
-    """Return the file of a version's report in the store's folder `REPORTS`."""
+    """Return the name of a version's report in the store's folder `REPORTS`."""
     return f"{name}@{version}.html"
 
 
 def summary_rows(published: Published) -> list[tuple[str, str]]:
-    """Return what a person wants to know first, as (label, value)."""
+    """Return the most important facts, as (label, value)."""
     statistics = published.statistics
     quarantined = statistics["quarantined"]
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(quarantined.items())) or "none"
@@ -69,28 +69,28 @@ def summary_rows(published: Published) -> list[tuple[str, str]]:
         rows.append(("reference top k", f"{statistics['ref_top_k']} tokens for each place"))
     if statistics["num_scored_pairs"]:
         rows.append(("annotator scores", f"of {statistics['num_scored_pairs']:,} pairs"))
-    if statistics.get("num_anchored_pairs"):
+    if statistics["num_anchored_pairs"]:
         rows.append(("anchors", f"of {statistics['num_anchored_pairs']:,} pairs"))
     if published.settings is not None:
         rows.append(("weights", _settings_text(published.settings)))
-    rows += [(f"{side} tokens", _side_text(statistics[side])) for side in _SIDES]
+    rows += [(f"{side} tokens", _side_text(statistics[side])) for side in SIDES]
     if "mean_pair_weight" in statistics:
         rows.append(("pair weights", f"mean {statistics['mean_pair_weight']:.4f}"))
     return rows
 
 
-def _settings_text(settings: dict[str, Any]) -> str:
-    """Return an estimator and what it was told, like "ti: ti_lambda 0.7, sigma_divisor 4.0, span response"."""
+def _settings_text(settings: Mapping[str, object]) -> str:
+    """Return an estimator with its settings, like "ti: ti_lambda 0.7, sigma_divisor 4.0, span response"."""
     values = {key: ", ".join(value) if isinstance(value, list) else value for key, value in settings.items()}
     told = ", ".join(f"{key} {value}" for key, value in values.items() if key not in ("name", "estimator"))
     return f"{values['estimator']}: {told}" if told else str(values["estimator"])
 
 
-def _side_text(numbers: dict[str, Any]) -> str:
-    """Return the numbers of one side, those that its estimator has."""
+def _side_text(numbers: SideStatistics) -> str:
+    """Return the numbers of one side that its estimator counts."""
     parts = [f"mean weight {numbers['mean_weight']:.4f}"]
-    ends = {"share_at_lower": "at L", "share_at_upper": "at U"}
-    clamped = [f"{numbers[name]:.1%} {end}" for name, end in ends.items() if name in numbers]
+    ends = (("at L", numbers.get("share_at_lower")), ("at U", numbers.get("share_at_upper")))
+    clamped = [f"{share:.1%} {end}" for end, share in ends if share is not None]
     if clamped:
         parts.append(f"clamped {', '.join(clamped)}")
     if "mean_logratio" in numbers:
@@ -100,18 +100,18 @@ def _side_text(numbers: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def findings(statistics: dict[str, Any]) -> list[str]:
-    """Return what looks wrong, each with what to do; an empty list when nothing does."""
+def findings(statistics: Statistics) -> list[str]:
+    """Return what looks wrong, each with what to do."""
     problems = []
     if statistics["constant_weights"]:
         problems.append(
-            "All weights are equal: TIS-DPO on them is plain DPO. Is the contrastive pair one and the same model?"
+            "All weights are equal: TIS-DPO on them is plain DPO. Are the two models of the contrastive pair the same?"
         )
-    chosen, rejected = (statistics[side].get("mean_logratio") for side in ("chosen", "rejected"))
+    chosen, rejected = (statistics[side].get("mean_logratio") for side in SIDES)
     if chosen is not None and rejected is not None and chosen < rejected:
         problems.append(
             f"The mean log-ratio is lower on chosen ({chosen:+.4f}) than on rejected tokens ({rejected:+.4f}): the pair "
-            "tells good from bad the wrong way round. Check the contrastive prompts, or train the pair longer."
+            "takes good responses for bad ones. Check the contrastive prompts, or train the pair longer."
         )
     return problems
 
@@ -121,7 +121,7 @@ def summary_markdown(published: Published, report: str | None = None) -> str:
     lines = [f"# {published.weights}", "", "| | |", "|---|---|"]
     lines += [f"| {label} | {value} |" for label, value in summary_rows(published)]
     if published.changes:
-        lines += ["", "Changed since the version before:", *(f"* `{change}`" for change in published.changes)]
+        lines += ["", "Changed since the previous version:", *(f"* `{change}`" for change in published.changes)]
     problems = findings(published.statistics)
     lines += ["", "**Findings**", *(f"* {problem}" for problem in problems)] if problems else []
     if report is not None:
@@ -129,45 +129,45 @@ def summary_markdown(published: Published, report: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def _histograms(table: Table, published: Published, num_bins: int = 40) -> list[dict[str, Any]]:
-    """Return one histogram of weights per side, as bar heights in 0..1, from one row group at a time."""
+def _histograms(table: Table, published: Published, num_bins: int = 40) -> list[dict[str, object]]:
+    """Return one histogram of weights per side, with bar heights of 0 to 100; reads one row group at a time."""
     edges, counts = {}, {}
-    for side in _SIDES:
+    for side in SIDES:
         numbers = published.statistics[side]
         edges[side] = np.histogram_bin_edges([numbers["min_weight"], numbers["max_weight"]], bins=num_bins)
         counts[side] = np.zeros(num_bins, dtype=np.int64)
-    for rows in table.batches(published.weights.version, [f"{side}_token_weights" for side in _SIDES]):
-        for side in _SIDES:
+    for rows in table.batches(published.weights.version, [f"{side}_token_weights" for side in SIDES]):
+        for side in SIDES:
             weights = rows[f"{side}_token_weights"].combine_chunks().flatten().to_numpy()
-            # Stored weights are rounded and may lie a little outside the range of the exact ones.
+            # Stored weights are rounded, so they may lie slightly outside the range of the exact ones.
             counts[side] += np.histogram(np.clip(weights, edges[side][0], edges[side][-1]), bins=edges[side])[0]
-    return [_histogram(side, counts[side], edges[side]) for side in _SIDES]
+    return [_histogram(side, counts[side], edges[side]) for side in SIDES]
 
 
-def _histogram(side: str, counts: np.ndarray, edges: np.ndarray) -> dict[str, Any]:
+def _histogram(side: str, counts: np.ndarray, edges: np.ndarray) -> dict[str, object]:
     bars = [
         {"x": 8 * i, "height": 100.0 * c / counts.max(), "label": f"{edges[i]:.2f}: {c}"} for i, c in enumerate(counts)
     ]
     return {"side": side, "bars": bars, "low": f"{edges[0]:.2f}", "high": f"{edges[-1]:.2f}"}
 
 
-def _sample_pairs(frame: pl.LazyFrame, tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
+def _sample_pairs(frame: pl.LazyFrame, tokenizer: ChatTokenizer) -> list[dict[str, object]]:
     pairs = []
     for row in frame.head(_SAMPLE_PAIRS).collect().iter_rows(named=True):
         prompt = "".join(tokenizer.token_texts(row["prompt_ids"]))
         sides = [
             {"side": side, "tokens": _colored(tokenizer.token_texts(row[f"{side}_ids"]), row[f"{side}_token_weights"])}
-            for side in ("chosen", "rejected")
+            for side in SIDES
         ]
         pairs.append({"pair_id": row["pair_id"], "prompt": prompt, "sides": sides})
     return pairs
 
 
 def _colored(texts: Sequence[str], weights: Sequence[float]) -> list[dict[str, str]]:
-    """Return tokens with a background: green above weight 1, orange below, stronger the further away."""
+    """Return tokens with a background: green for weights above 1, orange below; the further from 1 the stronger."""
     tokens = []
     for text, weight in list(zip(texts, weights, strict=True))[:_MAX_SHOWN_TOKENS]:
-        # The root lifts small differences into sight: half of the full color at a quarter of the largest log-weight.
+        # The root makes small differences visible: half of the full color at a quarter of the largest log-weight.
         strength = min(1.0, abs(float(np.log(max(weight, 1e-6)))) / 1.5) ** 0.5
         color = "46,160,67" if weight >= 1 else "230,126,34"
         tokens.append({"text": text, "style": f"background:rgba({color},{strength:.2f})", "title": f"{weight:.3f}"})

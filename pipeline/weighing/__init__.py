@@ -1,4 +1,4 @@
-"""From stored log-probs and attributions to token weights, as pure functions on flat arrays.
+"""From stored log-probs and attributions to token weights: pure functions on flat arrays, and the recipe section for them.
 
-Not here: reading the tables and publishing the result (`stages/publish.py`).
+Not here: writing and committing the result (`stages/publish.py`).
 """

@@ -1,67 +1,65 @@
-"""Estimators of token weights, each a pure function on flat arrays, without a loop over tokens; and what each of them reads.
+"""Estimators of token weights, each a pure function on flat arrays, without a loop over tokens.
 
-The weights of a side come from what is stored of its response tokens, so that another estimator is a derivation on the CPU.
-EOS is a token like any other. Weights are at least 0: a negative one would turn the gradient round. Those of `tis` and of the
+An estimator computes the weights of one side from what is stored of its response tokens, so that changing the estimator takes
+seconds on the CPU. To add one, write its function here. `@estimator` makes it known to recipes: its keyword arguments are the
+keys of [weights] that it reads, with their defaults; the first line of its docstring is its row in docs/weights.md.
+
+EOS is a token like any other. Weights are at least 0: a negative one would reverse the gradient. Those of `tis` and of the
 release's transforms are not normalised.
 
-Throughout, z is the log-ratio in the direction in which a token matters on its side: log pi+ - log pi- on chosen tokens, the
-other way round on rejected ones.
+Throughout, z is the log-ratio with the sign that makes important tokens large: log pi+ - log pi- on chosen tokens, log pi- -
+log pi+ on rejected ones.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import Literal, TypeVar
 
 import numpy as np
 
+from pipeline.weighing.settings import (
+    DecayGamma,
+    K,
+    Lower,
+    MaxWeight,
+    MinWeight,
+    Mu,
+    Seed,
+    Share,
+    SigmaDivisor,
+    Span,
+    TiLambda,
+    Upper,
+)
 from pipeline.weighing.transforms import decay as decay_transform
 from pipeline.weighing.transforms import mean_one, means, positions
 from train.model.hybrid import hybrid_weights
+from weights_store.schemas import Side
 from weights_store.tables.checksums import mix
-
-Side = Literal["chosen", "rejected"]
-EstimatorName = Literal[
-    "tis",
-    "sepo",
-    "ti",
-    "uniform",
-    "random",
-    "reversed",
-    "origin",
-    "binary",
-    "threshold",
-    "threshold_and_scale",
-    "random_scale",
-    "rank_based",
-    "decay",
-    "surprise",
-    "entropy",
-    "activation",
-]
-Input = Literal["pair", "top_k", "attributions", "prompts", "activations", "keys", "words"]
-"""What an estimator, a transform or a pair weight reads besides the reference's log-probs and the lengths of responses."""
 
 
 @dataclass(frozen=True, slots=True)
 class SideScores:
-    """What is known of one side: flat over the tokens of its responses, `[N]`, or one for each response, `[B]`.
+    """What is known of one side: flat over the tokens of its responses, `[N]`, or one value per response, `[B]`.
 
-    Everything but side and lengths may be missing where nothing reads it.
+    Everything but side and lengths may be missing if nothing reads it.
     """
 
     side: Side
     lengths: np.ndarray
     """Tokens of each response, `[B]`, at least 1."""
     positive_logps: np.ndarray | None = None
-    """Log-probs of pi+, `[N]` nats; so are those of pi- and of the reference."""
+    """Log-probs of pi+, `[N]` nats. Those of pi- and of the reference have the same shape."""
     negative_logps: np.ndarray | None = None
     ref_logps: np.ndarray | None = None
     top_logps: np.ndarray | None = None
-    """The reference's k largest log-probs at each place, `[N * k]` nats."""
+    """The reference's k largest log-probs at each position, `[N * k]` nats."""
     attributions: np.ndarray | None = None
     """L1 norms of gradients, `[N]`."""
     prompt_attributions: np.ndarray | None = None
-    """Their sum over each response's prompt, `[B]`."""
+    """Their sum over the prompt of each response, `[B]`."""
     prompt_lengths: np.ndarray | None = None
     """Tokens of each prompt, `[B]`."""
     activations: np.ndarray | None = None
@@ -83,45 +81,102 @@ class SideScores:
         return np.subtract(self.positive_logps, self.negative_logps, dtype=np.float32)
 
     def z(self) -> np.ndarray:
-        """Return the log-ratios so that the larger one matters more on this side, `[N]` float32 nats."""
+        """Return the log-ratios with the sign that makes important tokens of this side large, `[N]` float32 nats."""
         logratios = self.logratios()
         return logratios if self.side == "chosen" else -logratios
 
 
 @dataclass(frozen=True, slots=True)
 class SideWeights:
-    """Weights of one side, flat `[N]` float32, and counts of what an estimator met; None where it does not look."""
+    """Weights of one side, flat `[N]` float32, with counts; a count is None if the estimator does not make it."""
 
     token_weights: np.ndarray
     num_at_lower: int | None = None
-    """Tokens at the lower end of a clamp; so for the upper."""
+    """Tokens at or below the lower end of the clamp."""
     num_at_upper: int | None = None
+    """Tokens at or above its upper end."""
     num_without_mass: int | None = None
-    """Responses that had nothing to be weighed by."""
+    """Responses whose values are all 0, so that they say nothing about the weights."""
+
+
+# --- the registry -----------------------------------------------------------------------------------------------------
+
+Input = Literal[
+    "contrastive pair",
+    "reference",
+    "reference top k",
+    "attributions",
+    "prompt attributions",
+    "activations",
+    "token keys",
+    "words",
+]
+"""What weighing reads of each token. Pair and reference: their log-probs. Token keys: see `token_keys`."""
+F = TypeVar("F", bound=Callable[..., SideWeights])
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """An estimator, and what is known of it."""
+
+    estimate: Callable[..., SideWeights]
+    source: str
+    reads: tuple[Input, ...]
+    zero_at: Mapping[str, float] | None
+    """Values of settings with which weights are often 0, so that they have no log; {}: with any values; None: with none."""
+
+    @cached_property
+    def settings(self) -> dict[str, tuple[object, object]]:
+        """Type and default of each setting, by key."""
+        parameters = inspect.signature(self.estimate).parameters.values()
+        return {each.name: (each.annotation, each.default) for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
+ESTIMATORS: dict[str, Estimator] = {}
+"""By name in a recipe; `ensemble` is made of them."""
+
+
+def estimator(name: str, source: str, *reads: Input, zero_at: Mapping[str, float] | None = None) -> Callable[[F], F]:
+    """Register a function as the estimator `name`, see `Estimator`."""
+
+    def register(function: F) -> F:
+        ESTIMATORS[name] = Estimator(function, source, reads, zero_at)
+        return function
+
+    return register
 
 
 # --- TIS-DPO ----------------------------------------------------------------------------------------------------------
 
 
-def tis(scores: SideScores, *, k: float, mu: float, lower: float, upper: float) -> SideWeights:
+@estimator("tis", "TIS-DPO, 2410.04350", "contrastive pair")
+def tis(scores: SideScores, *, k: K = 1.0, mu: Mu = 1.0, lower: Lower = -0.5, upper: Upper = 1.5) -> SideWeights:
     """Return k * exp(mu * clamp(log pi+ - log pi-, lower, upper)), mu < 0 on rejected tokens.
 
-    TIS-DPO, arXiv 2410.04350, eq. 19 of the submission; the clamp stands before mu.
+    TIS-DPO, arXiv 2410.04350, eq. 19 of the submission; mu multiplies the clamped value. The paper has k = 1 and mu = +1 / -1;
+    lower = -0.5 and upper = 1.5 are the values of SWIFT (NeurIPS 2025, appendix B.2), which are often quoted.
     """
     return _clamped(scores.side, scores.logratios(), k, mu, lower, upper)
 
 
-def reversed_tis(scores: SideScores, *, k: float, mu: float, lower: float, upper: float) -> SideWeights:
+@estimator("reversed", "ablation", "contrastive pair")
+def reversed_tis(
+    scores: SideScores, *, k: K = 1.0, mu: Mu = 1.0, lower: Lower = -0.5, upper: Upper = 1.5
+) -> SideWeights:
     """Return `tis` with pi+ and pi- swapped: an ablation that should hurt."""
     return _clamped(scores.side, -scores.logratios(), k, mu, lower, upper)
 
 
-def random(scores: SideScores, *, k: float, mu: float, lower: float, upper: float, seed: int) -> SideWeights:
-    """Return `tis` of log-ratios drawn from U(lower, upper), the same for the same token whatever is built around it."""
+@estimator("random", "ablation", "token keys")
+def random(
+    scores: SideScores, *, k: K = 1.0, mu: Mu = 1.0, lower: Lower = -0.5, upper: Upper = 1.5, seed: Seed = 0
+) -> SideWeights:
+    """Return `tis` of log-ratios drawn from U(lower, upper). A draw depends only on the token and the seed."""
     drawn = (lower + (upper - lower) * _uniform(scores, seed)).astype(np.float32)
     return _clamped(scores.side, drawn, k, mu, lower, upper)
 
 
+@estimator("uniform", "ablation")
 def uniform(scores: SideScores) -> SideWeights:
     """Return 1: plain DPO."""
     return SideWeights(np.ones(scores.num_tokens, dtype=np.float32))
@@ -129,7 +184,7 @@ def uniform(scores: SideScores) -> SideWeights:
 
 def _clamped(side: Side, logratios: np.ndarray, k: float, mu: float, lower: float, upper: float) -> SideWeights:
     token_weights = np.clip(logratios, np.float32(lower), np.float32(upper))
-    token_weights *= np.float32(mu if side == "chosen" else -mu)  # in place: the memory traffic is what costs
+    token_weights *= np.float32(mu if side == "chosen" else -mu)  # in place: memory traffic is the cost
     np.exp(token_weights, out=token_weights)
     token_weights *= np.float32(k)
     return SideWeights(token_weights, *_at_ends(logratios, lower, upper))
@@ -142,22 +197,30 @@ def _at_ends(values: np.ndarray, lower: float, upper: float) -> tuple[int, int]:
 # --- the transforms of TIS-DPO's release (its preference_datasets.py), over z -----------------------------------------
 
 
+@estimator("origin", "TIS-DPO's release", "contrastive pair", zero_at={})
 def origin(scores: SideScores) -> SideWeights:
-    """Return max(0, z). The release has z itself; what is below 0, and counted at the lower end, has no weight here."""
+    """Return max(0, z). The release has z itself; here a negative z gives 0, and is counted at the lower end."""
     z = scores.z()
     return SideWeights(np.maximum(z, np.float32(0)), num_at_lower=int(np.count_nonzero(z <= 0)))
 
 
-def threshold(scores: SideScores, *, lower: float, upper: float) -> SideWeights:
-    """Return max(0, clamp(z, lower, upper)). The release has it without the 0, see `origin`."""
+@estimator("threshold", "TIS-DPO's release", "contrastive pair", zero_at={})
+def threshold(scores: SideScores, *, lower: Lower = -1.0, upper: Upper = 1.0) -> SideWeights:
+    """Return max(0, clamp(z, lower, upper)). The release does not have the maximum, see `origin`."""
     z, floor = scores.z(), max(0.0, lower)
     return SideWeights(np.clip(z, np.float32(floor), np.float32(upper)), *_at_ends(z, floor, upper))
 
 
+@estimator("threshold_and_scale", "TIS-DPO's release", "contrastive pair", zero_at={"min_weight": 0})
 def threshold_and_scale(
-    scores: SideScores, *, lower: float, upper: float, min_weight: float, max_weight: float
+    scores: SideScores,
+    *,
+    lower: Lower = -1.5,
+    upper: Upper = 1.5,
+    min_weight: MinWeight = 0.7,
+    max_weight: MaxWeight = 1.3,
 ) -> SideWeights:
-    """Return the line from (lower, min_weight) to (upper, max_weight) at clamp(z, lower, upper)."""
+    """Return clamp(z, lower, upper), scaled linearly so that lower becomes min_weight and upper max_weight."""
     z = scores.z()
     slope = (max_weight - min_weight) / (upper - lower)
     token_weights = np.clip(z, np.float32(lower), np.float32(upper))
@@ -167,17 +230,21 @@ def threshold_and_scale(
     return SideWeights(token_weights, *_at_ends(z, lower, upper))
 
 
-def random_scale(scores: SideScores, *, min_weight: float, max_weight: float, seed: int) -> SideWeights:
-    """Return weights drawn from U(min_weight, max_weight): the release's `random`. Repeatable as `random` is."""
+@estimator("random_scale", "TIS-DPO's release", "token keys", zero_at={"min_weight": 0})
+def random_scale(
+    scores: SideScores, *, seed: Seed = 0, min_weight: MinWeight = 0.7, max_weight: MaxWeight = 1.3
+) -> SideWeights:
+    """Return weights drawn from U(min_weight, max_weight), the release's `random`. Draws are repeatable, as in `random`."""
     drawn = min_weight + (max_weight - min_weight) * _uniform(scores, seed)
     return SideWeights(drawn.astype(np.float32))
 
 
-def rank_based(scores: SideScores, *, min_weight: float, max_weight: float) -> SideWeights:
-    """Return min_weight for the smallest z of a response up to max_weight for its largest, in equal steps by rank.
+@estimator("rank_based", "TIS-DPO's release", "contrastive pair", zero_at={"min_weight": 0})
+def rank_based(scores: SideScores, *, min_weight: MinWeight = 0.7, max_weight: MaxWeight = 1.3) -> SideWeights:
+    """Return weights that rise in equal steps by rank, from min_weight at a response's smallest z to max_weight at its largest.
 
-    Equal z share the mean of their ranks; the release ranks them by position, which favours late tokens. The mean over each
-    response is (min_weight + max_weight) / 2, and that is also the weight of a single token.
+    Equal z get the mean of their ranks; the release ranks them by position, which favours late tokens. The mean over each
+    response is (min_weight + max_weight) / 2, which is also the weight of a single token.
     """
     keys = _keys(scores.z(), scores.lengths)
     order = np.argsort(keys, kind="stable")
@@ -192,32 +259,31 @@ def rank_based(scores: SideScores, *, min_weight: float, max_weight: float) -> S
     return SideWeights((min_weight + (max_weight - min_weight) * shares).astype(np.float32))
 
 
-def select(scores: SideScores, *, share: float) -> SideWeights:
-    """Return 1 for the tokens of each response with the largest z, 0 for all others: `sepo`, and the release's `binary`.
+@estimator("binary", "TIS-DPO's release", "contrastive pair", zero_at={})
+@estimator("sepo", "SePO, 2408.13518", "contrastive pair", zero_at={})
+def select(scores: SideScores, *, share: Share = 0.3) -> SideWeights:
+    """Return 1 for the tokens of each response with the largest z, 0 for all others.
 
-    SePO, arXiv 2408.13518, by its release: the highest log pi+ - log pi- of a chosen response, the lowest of a rejected one
-    (there the score is that of a DPO model over its SFT start, here of the contrastive pair). Of n tokens at least 1 and
-    floor(share * n) are selected: the releases leave short responses without any. Of equal scores the earlier is selected;
-    TIS-DPO's release gives all of them what the last one gets. The first response token counts like the others; SePO's release
-    can never select it.
-
-    Args:
-        scores: Log-probs of the contrastive pair.
-        share: Of each response's tokens, above 0, at most 1.
+    SePO, arXiv 2408.13518, as in its release: the highest log pi+ - log pi- of a chosen response, the lowest of a rejected one.
+    SePO compares a DPO model with its SFT start, we compare the contrastive pair. Of n tokens, max(1, floor(share * n)) are
+    selected; the releases select none in short responses. Of equal scores the earlier is selected; TIS-DPO's release gives all
+    of them the weight of the last one. SePO's release never selects the first response token; we treat it like any other.
     """
     lengths = scores.lengths
-    # One stable sort of integers is eight times as fast as np.lexsort, and breaks ties by position.
+    # A stable sort of integers is eight times as fast as np.lexsort, and breaks ties by position.
     order = np.argsort(_keys(-scores.z(), lengths), kind="stable")
     counts = np.maximum(1, (share * lengths).astype(np.int64))
     token_weights = np.zeros(scores.num_tokens, dtype=np.float32)
-    token_weights[order[positions(lengths) < np.repeat(counts, lengths)]] = 1  # sorting leaves each response its span
+    token_weights[order[positions(lengths) < np.repeat(counts, lengths)]] = (
+        1  # sorted, each response still has its span
+    )
     return SideWeights(token_weights)
 
 
 def _keys(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return uint64 in the order of response first and float32 value next; -0 is 0."""
+    """Return uint64 that sort by response, then by float32 value; -0 equals 0."""
     bits = (values + np.float32(0)).view(np.uint32)
-    # Of negative values all bits are turned, of others the sign alone: integers in the order of the floats.
+    # Flip all bits of negative values, of others the sign bit: the integers then sort like the floats.
     ordered = bits ^ np.where(bits >> np.uint32(31), np.uint32(0xFFFFFFFF), np.uint32(0x80000000))
     responses = np.repeat(np.arange(len(lengths), dtype=np.uint64) << np.uint64(32), lengths)
     return responses | ordered
@@ -226,10 +292,13 @@ def _keys(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 # --- other sources ----------------------------------------------------------------------------------------------------
 
 
+@estimator("ti", "TI-DPO, 2505.19653", "attributions", zero_at={"ti_lambda": 1})
 def ti(
-    scores: SideScores, *, ti_lambda: float, sigma_divisor: float, span: Literal["response", "sequence"]
+    scores: SideScores, *, ti_lambda: TiLambda = 0.7, sigma_divisor: SigmaDivisor = 4.0, span: Span = "response"
 ) -> SideWeights:
-    """Return the hybrid weights of TI-DPO (arXiv 2505.19653, eq. 8), see `hybrid.hybrid_weights`.
+    """Return ti_lambda * attribution + (1 - ti_lambda) * Gaussian prior, each scaled to mean one.
+
+    TI-DPO, arXiv 2505.19653, eq. 8; see `hybrid.hybrid_weights`.
 
     Raises:
         ValueError: An attribution is negative or not finite.
@@ -247,22 +316,25 @@ def ti(
     return SideWeights(weighed.token_weights, num_without_mass=weighed.num_without_mass)
 
 
-def decay(scores: SideScores, *, decay_gamma: float) -> SideWeights:
-    """Return gamma^t, t from 1 (D2PO, arXiv 2502.14340)."""
+@estimator("decay", "D2PO, 2502.14340")
+def decay(scores: SideScores, *, decay_gamma: DecayGamma = 0.98) -> SideWeights:
+    """Return gamma^t, t from 1."""
     return SideWeights(decay_transform(uniform(scores).token_weights, scores.lengths, decay_gamma))
 
 
+@estimator("surprise", "ours", "reference", zero_at={})
 def surprise(scores: SideScores) -> SideWeights:
-    """Return -log ref(y_t) over its mean in the response: what the reference did not expect weighs more. Our own."""
+    """Return -log ref(y_t) divided by its mean in the response: unlikely tokens weigh more."""
     assert scores.ref_logps is not None, "no log-probs of the reference"
     return _relative(-scores.ref_logps, scores.lengths)
 
 
+@estimator("entropy", "ours", "reference top k", zero_at={})
 def entropy(scores: SideScores) -> SideWeights:
-    """Return the entropy of the reference at each place over its mean in the response: forks weigh more. Our own.
+    """Return the entropy of the reference at each position (`score.top_k`), divided by its mean in the response.
 
-    H = -sum p_i log p_i - r log r over the stored k likeliest tokens, with the rest r = 1 - sum p_i as one outcome: at most the
-    entropy over the vocabulary, for merging outcomes never adds any.
+    H = -sum p_i log p_i - r log r over the stored k most likely tokens, with the rest r = 1 - sum p_i as one outcome. It is at
+    most the entropy over the vocabulary, because merging outcomes never adds entropy.
     """
     assert scores.top_logps is not None, "no top k of the reference"
     logps = scores.top_logps.reshape(scores.num_tokens, -1)
@@ -272,19 +344,21 @@ def entropy(scores: SideScores) -> SideWeights:
     return _relative(np.maximum(0, -np.einsum("nk,nk->n", probs, logps) - of_rest), scores.lengths)
 
 
+@estimator("activation", "ours, after SparsePO, 2410.05102", "activations")
 def activation(scores: SideScores) -> SideWeights:
-    """Return the size of the hidden state that predicts a token over its mean in the response.
+    """Return the size of the hidden state that predicts a token (`attribute.activations`), divided by its mean in the response.
 
-    After the activation masks of SparsePO (MaPO, arXiv 2410.05102), whose exact form we have not seen: the definition is ours.
+    Inspired by the activation masks of SparsePO (MaPO, arXiv 2410.05102). We have not seen their exact form; this definition is
+    ours.
     """
     assert scores.activations is not None, "no activations"
     return _relative(scores.activations, scores.lengths)
 
 
 def ensemble(members: Sequence[SideWeights]) -> SideWeights:
-    """Return the geometric mean of several weights of each token; it is 0 where one of them is. Our own.
+    """Return the geometric mean of the weights of several estimators; it is 0 where one of them is 0. Our own.
 
-    Responses without anything to be weighed by are counted once for each member.
+    `num_without_mass` is the sum over the members.
     """
     with np.errstate(divide="ignore"):
         logs = sum(np.log(member.token_weights, dtype=np.float64) for member in members)
@@ -293,7 +367,7 @@ def ensemble(members: Sequence[SideWeights]) -> SideWeights:
 
 
 def _relative(values: np.ndarray, lengths: np.ndarray) -> SideWeights:
-    """Return values over their mean in each response; 1 where all are 0, which is counted."""
+    """Return values divided by their mean in each response; 1 where all are 0, which is counted."""
     is_empty = means(values, lengths) <= 0
     token_weights = mean_one(values, lengths)
     token_weights[np.repeat(is_empty, lengths)] = 1
@@ -307,7 +381,7 @@ def token_keys(pair_ids: list[str], side: Side, lengths: np.ndarray) -> np.ndarr
     """Return one 64-bit key per token, flat `[N]` uint64: a hash of pair, side and position.
 
     Args:
-        pair_ids: One per pair, 32 hex digits.
+        pair_ids: 32 hex digits each.
         side: Which response.
         lengths: Tokens of each response, `[B]`.
     """
@@ -317,44 +391,7 @@ def token_keys(pair_ids: list[str], side: Side, lengths: np.ndarray) -> np.ndarr
 
 
 def _uniform(scores: SideScores, seed: int) -> np.ndarray:
-    """Return a number in [0, 1) for each token, float32, independent of the tokens around it."""
-    assert scores.token_keys is not None, "random weights need keys"
+    """Return a number in [0, 1) for each token, float32, which does not depend on the other tokens."""
+    assert scores.token_keys is not None, "no token keys"
     mixed = mix(scores.token_keys + mix(np.full(1, seed, dtype=np.uint64)))
     return ((mixed >> np.uint64(40)).astype(np.float32)) * np.float32(2.0**-24)
-
-
-# --- what each reads --------------------------------------------------------------------------------------------------
-
-
-class Estimator(NamedTuple):
-    """An estimator, and what it reads."""
-
-    estimate: Callable[..., SideWeights]
-    settings: tuple[str, ...] = ()
-    """Keys of a recipe's [weights]: its keyword arguments."""
-    inputs: tuple[Input, ...] = ()
-    has_zeros: bool = False
-    """Whether weights of 0 are usual, so that no log of them can be taken."""
-
-
-_CLAMP = ("k", "mu", "lower", "upper")
-_SCALE = ("min_weight", "max_weight")
-ESTIMATORS: dict[EstimatorName, Estimator] = {
-    "tis": Estimator(tis, _CLAMP, ("pair",)),
-    "sepo": Estimator(select, ("share",), ("pair",), has_zeros=True),
-    "ti": Estimator(ti, ("ti_lambda", "sigma_divisor", "span"), ("attributions",)),
-    "uniform": Estimator(uniform),
-    "random": Estimator(random, (*_CLAMP, "seed"), ("keys",)),
-    "reversed": Estimator(reversed_tis, _CLAMP, ("pair",)),
-    "origin": Estimator(origin, (), ("pair",), has_zeros=True),
-    "binary": Estimator(select, ("share",), ("pair",), has_zeros=True),
-    "threshold": Estimator(threshold, ("lower", "upper"), ("pair",), has_zeros=True),
-    "threshold_and_scale": Estimator(threshold_and_scale, ("lower", "upper", *_SCALE), ("pair",)),
-    "random_scale": Estimator(random_scale, (*_SCALE, "seed"), ("keys",)),
-    "rank_based": Estimator(rank_based, _SCALE, ("pair",)),
-    "decay": Estimator(decay, ("decay_gamma",)),
-    "surprise": Estimator(surprise, has_zeros=True),
-    "entropy": Estimator(entropy, (), ("top_k",), has_zeros=True),
-    "activation": Estimator(activation, (), ("activations",)),
-}
-"""By name in a recipe. `ensemble` is made of them."""

@@ -1,46 +1,57 @@
-"""What a version of a weight dataset records of its weights: counted up batch by batch, and merged. Called by `publish.py`."""
+"""The statistics that a version of a weight dataset records, counted batch by batch and merged. Called by `publish.py`."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import polars as pl
 
-from pipeline.weighing.estimators import Side
-from pipeline.weighing.weigh import SIDES, Weighed
+from pipeline.weighing.weigh import Weighed
 from weights_store.errors import MismatchError
+from weights_store.schemas import SIDES, Side
+from weights_store.tables.metadata import SideStatistics, Statistics
+
+_MEANS: tuple[Literal["mean_weight", "mean_logratio", "share_at_lower", "share_at_upper"], ...] = (
+    "mean_weight",
+    "mean_logratio",
+    "share_at_lower",
+    "share_at_upper",
+)
+"""Means over the tokens of a side."""
 
 
-def count_up(joined: pl.DataFrame, sides: Mapping[Side, Weighed], pair_weights: np.ndarray | None) -> dict[str, Any]:
+def count_up(joined: pl.DataFrame, sides: Mapping[Side, Weighed], pair_weights: np.ndarray | None) -> Statistics:
     """Return the statistics of some pairs.
 
     Args:
-        joined: The pairs, at least one.
-        sides: What was known of their tokens, and their weights.
-        pair_weights: `[B]`; None where all are 1 by rule.
+        joined: At least one pair.
+        sides: The scores and the weights of their tokens.
+        pair_weights: `[B]`; None if the recipe has none.
 
     Raises:
-        MismatchError: The lists of the reference's likeliest tokens are not one whole number times as long as the ids.
+        MismatchError: The lists of the reference's top k are not k times as long as the ids.
     """
-    statistics: dict[str, Any] = {
+    statistics: Statistics = {
         "num_pairs": joined.height,
         "num_prompt_tokens": int(joined["prompt_ids"].list.len().sum()),
         "num_response_tokens": sum(len(weights.token_weights) for _, weights in sides.values()),
         "num_scored_pairs": joined.drop_nulls(["chosen_score", "rejected_score"]).height,
         "num_anchored_pairs": joined["anchor_ids"].count() if "anchor_ids" in joined.columns else 0,
         "ref_top_k": _top_k(joined),
-        **{side: _of_side(weighed) for side, weighed in sides.items()},
+        "chosen": _of_side(sides["chosen"]),
+        "rejected": _of_side(sides["rejected"]),
     }
     if pair_weights is not None:
         statistics["mean_pair_weight"] = float(pair_weights.mean(dtype=np.float64))
-    return {**statistics, "constant_weights": _are_constant(statistics)}
+    statistics["constant_weights"] = _are_constant(statistics)
+    return statistics
 
 
-def _of_side(weighed: Weighed) -> dict[str, Any]:
-    """Return the statistics of one side; what the estimator does not look at is not there."""
+def _of_side(weighed: Weighed) -> SideStatistics:
+    """Return the statistics of one side, without those that its estimator does not count."""
     scores, weights = weighed
     num_tokens = len(weights.token_weights)
-    statistics: dict[str, Any] = {
+    statistics: SideStatistics = {
         "num_tokens": num_tokens,
         "mean_weight": float(weights.token_weights.mean(dtype=np.float64)),
         "min_weight": float(weights.token_weights.min()),
@@ -58,41 +69,50 @@ def _of_side(weighed: Weighed) -> dict[str, Any]:
     return statistics
 
 
-def merge_statistics(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
-    """Return the statistics of the pairs of both, which have none in common; `left` may be of an earlier tokenweights."""
-    names = ("num_pairs", "num_prompt_tokens", "num_response_tokens", "num_scored_pairs", "num_anchored_pairs")
-    merged: dict[str, Any] = {name: left.get(name, 0) + right[name] for name in names}
-    merged["ref_top_k"] = min(left["ref_top_k"], right["ref_top_k"])  # the same in all rows of one reference's table
-    for side in SIDES:
-        merged[side] = _merge_side(left[side], right[side])
+def merge_statistics(left: Statistics, right: Statistics) -> Statistics:
+    """Return the statistics of the pairs of both, which have none in common and the same settings."""
+    merged: Statistics = {
+        "num_pairs": left["num_pairs"] + right["num_pairs"],
+        "num_prompt_tokens": left["num_prompt_tokens"] + right["num_prompt_tokens"],
+        "num_response_tokens": left["num_response_tokens"] + right["num_response_tokens"],
+        "num_scored_pairs": left["num_scored_pairs"] + right["num_scored_pairs"],
+        "num_anchored_pairs": left["num_anchored_pairs"] + right["num_anchored_pairs"],
+        "ref_top_k": min(left["ref_top_k"], right["ref_top_k"]),  # the same in all rows of one reference's table
+        "chosen": _merge_side(left["chosen"], right["chosen"]),
+        "rejected": _merge_side(left["rejected"], right["rejected"]),
+    }
     if "mean_pair_weight" in left:
         sums = (part["mean_pair_weight"] * part["num_pairs"] for part in (left, right))
         merged["mean_pair_weight"] = sum(sums) / merged["num_pairs"]
-    return {**merged, "constant_weights": _are_constant(merged)}
-
-
-def _merge_side(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
-    num_left, num_right = left["num_tokens"], right["num_tokens"]
-    merged: dict[str, Any] = {}
-    for name in (name for name in left if name in right):
-        if name.startswith("num_"):
-            merged[name] = left[name] + right[name]
-        elif name.startswith(("mean_", "share_")):
-            merged[name] = (left[name] * num_left + right[name] * num_right) / (num_left + num_right)
-    merged["min_weight"] = min(left["min_weight"], right["min_weight"])
-    merged["max_weight"] = max(left["max_weight"], right["max_weight"])
+    merged["constant_weights"] = _are_constant(merged)
     return merged
 
 
-def _are_constant(statistics: dict[str, Any]) -> bool:
-    return len({statistics[side][end] for side in SIDES for end in ("min_weight", "max_weight")}) == 1
+def _merge_side(left: SideStatistics, right: SideStatistics) -> SideStatistics:
+    merged: SideStatistics = {
+        "num_tokens": left["num_tokens"] + right["num_tokens"],
+        "min_weight": min(left["min_weight"], right["min_weight"]),
+        "max_weight": max(left["max_weight"], right["max_weight"]),
+    }
+    for name in _MEANS:
+        if name in left and name in right:
+            sums = (part[name] * part["num_tokens"] for part in (left, right))
+            merged[name] = sum(sums) / merged["num_tokens"]
+    if "num_without_mass" in left and "num_without_mass" in right:
+        merged["num_without_mass"] = left["num_without_mass"] + right["num_without_mass"]
+    return merged
+
+
+def _are_constant(statistics: Statistics) -> bool:
+    sides = (statistics[side] for side in SIDES)
+    return len({end for side in sides for end in (side["min_weight"], side["max_weight"])}) == 1
 
 
 def _top_k(joined: pl.DataFrame) -> int:
-    """Return how many of the reference's likeliest tokens are stored for each place, 0 where none are.
+    """Return how many of the reference's most likely tokens are stored at each position, 0 if none are.
 
     Raises:
-        MismatchError: The lists are not one whole number times as long as the ids, the same for all pairs.
+        MismatchError: The lists are not k times as long as the ids, with one whole k for all pairs.
     """
     names = [name for name in joined.columns if "_ref_top_" in name]
     if not names:
@@ -106,7 +126,7 @@ def _top_k(joined: pl.DataFrame) -> int:
     if bad.height:
         pair_id, name, found = bad.row(0)
         raise MismatchError(
-            f"pair {pair_id}: {found:g} values per token in {name}, expected {k:g} as elsewhere, a whole number; "
+            f"pair {pair_id}: {found:g} values per token in {name}, expected {k:g} as in the other lists; "
             f"{bad.height} such lists. Delete the reference's logps table and build again"
         )
     return int(k)

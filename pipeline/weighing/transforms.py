@@ -1,7 +1,7 @@
-"""What a recipe may do to token weights after the estimator: pure functions on flat arrays, without a loop over tokens.
+"""Transforms of token weights, which a recipe may apply after the estimator: pure functions on flat arrays.
 
-All take the weights of one side, flat over its responses, `[N]` float32 and at least 0, with `lengths`, the tokens of each
-response, `[B]`, at least 1; and return weights of the same kind. None looks at the other side or at the loss.
+All take the weights of one side, flat over its responses, `[N]` float32 and at least 0, and `lengths`, the tokens of each
+response, `[B]`, at least 1; and return weights of the same kind.
 """
 
 from typing import Literal
@@ -31,26 +31,20 @@ def means(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def mean_one(weights: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return w / mean(w) of each response; where all weights are 0 they stay 0."""
+    """Return w / mean(w) in each response; if all weights are 0 they stay 0."""
     found = means(weights, lengths)
     factors = np.divide(1.0, found, out=np.ones_like(found), where=found > 0)
     return (weights * np.repeat(factors, lengths)).astype(np.float32)
 
 
 def decay(weights: np.ndarray, lengths: np.ndarray, gamma: float) -> np.ndarray:
-    """Return w_t * gamma^t, t from 1: the first token already has gamma^1 (D2PO, arXiv 2502.14340, as its release counts)."""
+    """Return w_t * gamma^t, t from 1, so that the first token has gamma^1 (D2PO, arXiv 2502.14340, as in its release)."""
     powers = np.float64(gamma) ** np.arange(1, int(lengths.max()) + 1)
     return weights * powers.astype(np.float32)[positions(lengths)]
 
 
 def smooth(weights: np.ndarray, lengths: np.ndarray, window: int) -> np.ndarray:
-    """Return the mean over the `window` tokens around each token, itself in the middle; at the ends over those that are there.
-
-    Args:
-        weights: `[N]`.
-        lengths: `[B]`.
-        window: Tokens, odd.
-    """
+    """Return the mean over `window` tokens (an odd number) with each token in the middle; at the ends over fewer tokens."""
     at = np.arange(len(weights))
     ends = np.cumsum(lengths)
     low = np.maximum(at - window // 2, np.repeat(ends - lengths, lengths))
@@ -64,7 +58,7 @@ def smooth_words(weights: np.ndarray, word_starts: np.ndarray) -> np.ndarray:
 
     Args:
         weights: `[N]`.
-        word_starts: Where words start, `[N]` bool; True at the start of each response, see `words.WordStarts`.
+        word_starts: Whether a word starts at each token, `[N]` bool; True at the start of each response.
     """
     starts = np.flatnonzero(word_starts)
     sizes = np.diff(starts, append=len(weights))
@@ -72,11 +66,11 @@ def smooth_words(weights: np.ndarray, word_starts: np.ndarray) -> np.ndarray:
 
 
 def shrink(weights: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return exp(f * log w), f = max(0, 1 - noise / mean(x^2)) of each response: towards 1, the more the noisier it is.
+    """Return exp(f * log w), f = max(0, 1 - noise / mean(x^2)) in each response: the noisier it is, the closer to 1.
 
     Noise is von Neumann's estimate from successive differences of x = log w (Annals of Mathematical Statistics 12, 1941):
-    sum of (x_t - x_(t-1))^2 over 2 (n - 1). What changes slowly along the response counts as signal, what jumps from token to
-    token as noise; f has the form of James and Stein. A response of one token stays as it is.
+    sum of (x_t - x_(t-1))^2 over 2 (n - 1). Slow changes along the response count as signal, jumps from token to token as
+    noise; f has the form of James and Stein. A response of one token stays as it is.
 
     Raises:
         ValueError: A weight is 0, which has no log.
@@ -84,12 +78,12 @@ def shrink(weights: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     num_zeros = len(weights) - np.count_nonzero(weights)
     if num_zeros:
         raise ValueError(
-            f"transform 'shrink': {num_zeros} of {len(weights)} weights are 0, expected all above 0, for it takes their log. "
-            "Take 'shrink' out of weights.transforms, or another estimator"
+            f"transform 'shrink' takes the log of weights: expected all above 0, got {num_zeros} of {len(weights)} that are 0. "
+            "Remove 'shrink' from weights.transforms, or choose another estimator"
         )
     logs = np.log(weights, dtype=np.float64)
     steps = np.diff(logs, prepend=logs[:1])
-    steps[np.cumsum(lengths)[:-1]] = 0  # from one response to the next
+    steps[np.cumsum(lengths)[:-1]] = 0  # not from one response to the next
     noise = means(steps**2, lengths) * lengths / (2 * np.maximum(lengths - 1, 1))
     size = means(logs**2, lengths)
     share = np.divide(noise, size, out=np.zeros_like(size), where=size > 0)
@@ -97,25 +91,25 @@ def shrink(weights: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def position_sums(weights: np.ndarray, lengths: np.ndarray, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sum of weights at each relative position, `[num_bins]` float64, and how many tokens are there."""
+    """Return the sum of weights at each relative position, `[num_bins]` float64, and the number of tokens there."""
     bins = _position_bins(lengths, num_bins)
     return np.bincount(bins, weights, num_bins), np.bincount(bins, minlength=num_bins)
 
 
 def divide_by_position(weights: np.ndarray, lengths: np.ndarray, curve: np.ndarray) -> np.ndarray:
-    """Return w over the dataset's mean weight at that relative position, so that every position has mean 1.
+    """Return w divided by the dataset's mean weight at its relative position, so that every position has mean 1.
 
     Args:
         weights: `[N]`.
         lengths: `[B]`.
-        curve: Mean weight at each relative position over all responses of this side, `[num_bins]`. Where it is 0 all weights
-            are, and stay so.
+        curve: Mean weight at each relative position over all responses of this side, `[num_bins]`. Where it is 0, all weights
+            are 0 and stay 0.
     """
     factors = np.divide(1.0, curve, out=np.ones_like(curve), where=curve > 0)
     return (weights * factors[_position_bins(lengths, len(curve))]).astype(np.float32)
 
 
 def _position_bins(lengths: np.ndarray, num_bins: int) -> np.ndarray:
-    """Return the bin of each token, `[N]`: its middle in units of its response, so that a single token is in the middle."""
+    """Return the bin of each token, `[N]`, by the middle of the token: a single token is in the middle of its response."""
     middles = 2 * positions(lengths) + 1
     return middles * num_bins // (2 * np.repeat(lengths.astype(np.int64), lengths))

@@ -1,8 +1,9 @@
-"""Stage weigh: what a recipe's [weights] says, done to the joined columns of some pairs. The formulas stand in `estimators.py`
-and `transforms.py`; `publish.py` calls this for one batch of pairs after another.
+"""From joined columns of some pairs to their weights, as the recipe's [weights] says. Called by `publish.py`, batch by batch.
+
+Not here: the formulas (`estimators.py`, `transforms.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -10,18 +11,17 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline.recipe import WeightsSection
 from pipeline.weighing import transforms
-from pipeline.weighing.estimators import ESTIMATORS, EstimatorName, Side, SideScores, SideWeights, ensemble, token_keys
+from pipeline.weighing.estimators import Estimator, SideScores, SideWeights, ensemble, token_keys
+from pipeline.weighing.section import WeightsSection
 from pipeline.weighing.transforms import TransformName
 from pipeline.weighing.words import WordStarts
 from weights_store.errors import InputError, MismatchError
-
-SIDES: tuple[Side, Side] = ("chosen", "rejected")
+from weights_store.schemas import SIDES, Side
 
 
 class Weighed(NamedTuple):
-    """One side of some pairs: what went in and what came out."""
+    """One side of some pairs: its scores, and the weights made from them."""
 
     scores: SideScores
     weights: SideWeights
@@ -29,7 +29,7 @@ class Weighed(NamedTuple):
 
 @dataclass(frozen=True)
 class Weigher:
-    """Weighs pairs as a recipe says, each by itself."""
+    """Weighs pairs as a recipe says."""
 
     section: WeightsSection
     words: WordStarts | None = None
@@ -38,10 +38,10 @@ class Weigher:
 
     @classmethod
     def of(cls, section: WeightsSection, tokenizer_folder: Path | None = None) -> "Weigher":
-        """Read what the settings need besides the pairs.
+        """Return the weigher of a recipe; reads the tokenizer's vocabulary if the settings need it.
 
         Raises:
-            InputError: Words are to be told apart, and nobody says where the tokenizer is.
+            InputError: They need it, and no folder is given.
         """
         if "words" not in section.inputs():
             return cls(section)
@@ -55,10 +55,10 @@ class Weigher:
         """Return the weights of both sides.
 
         Args:
-            lists: Joined columns of some pairs, at least one, each in one chunk.
+            lists: Joined columns of at least one pair, each in one chunk.
 
         Raises:
-            MismatchError: A value that is read is none that there can be, or a weight is 0 where a transform takes its log.
+            MismatchError: A score is not valid, or a weight is 0 and a transform takes its log.
         """
         found: dict[Side, Weighed] = {}
         for side in SIDES:
@@ -72,7 +72,7 @@ class Weigher:
         return found
 
     def _scores(self, lists: pa.Table, side: Side) -> SideScores:
-        """Return the flat arrays of one side, without copying what is stored."""
+        """Return the flat arrays of one side, without copying."""
 
         def flat(column: str) -> np.ndarray | None:
             if column not in lists.column_names or lists[column].null_count:
@@ -82,8 +82,11 @@ class Weigher:
             found: np.ndarray = (values.flatten() if is_list else values).to_numpy()
             return found
 
-        lengths, inputs = _lengths(lists, f"{side}_ids"), self.section.inputs()
-        scores = SideScores(
+        lengths, keys = _lengths(lists, f"{side}_ids"), None
+        if "token keys" in self.section.inputs():
+            keys = token_keys(lists["pair_id"].to_pylist(), side, lengths)
+        ids = flat(f"{side}_ids")
+        return SideScores(
             side,
             lengths,
             positive_logps=flat(f"{side}_positive_logps"),
@@ -94,35 +97,30 @@ class Weigher:
             prompt_attributions=flat(f"{side}_prompt_attribution"),
             prompt_lengths=_lengths(lists, "prompt_ids"),
             activations=flat(f"{side}_activations"),
+            token_keys=keys,
+            word_starts=self.words.starts(ids, lengths) if self.words is not None and ids is not None else None,
         )
-        if "keys" in inputs:
-            scores = replace(scores, token_keys=token_keys(lists["pair_id"].to_pylist(), side, lengths))
-        ids = flat(f"{side}_ids")
-        if self.words is not None and ids is not None:
-            scores = replace(scores, word_starts=self.words.starts(ids, lengths))
-        return scores
 
 
 def weigh(scores: SideScores, section: WeightsSection, curve: np.ndarray | None = None) -> SideWeights:
-    """Return the weights of one side: of the estimator, or of the ensemble, with the transforms in their order.
+    """Return the weights of one side: the estimator's or the ensemble's, then transformed in the order of the section.
 
     Args:
         scores: What is known of the side.
         section: The settings.
-        curve: Mean weight by relative position, for transform `position`; see `PositionCurves`.
+        curve: Mean weight by relative position, for transform `position`; see `with_curves`.
 
     Raises:
-        ValueError: A value that is read is none that there can be, or a weight is 0 where a transform takes its log.
+        ValueError: A score is not valid, or a weight is 0 and a transform takes its log.
     """
-    members = [_estimate(name, scores, section) for name in section.estimators]
-    weighed = ensemble(members) if section.estimator == "ensemble" else members[0]
+    members = [_estimate(estimator, scores, section) for estimator in section.estimators.values()]
+    weighed = ensemble(members) if len(members) > 1 else members[0]
     for name in section.transforms:
         weighed = replace(weighed, token_weights=_transform(name, weighed.token_weights, scores, section, curve))
     return weighed
 
 
-def _estimate(name: EstimatorName, scores: SideScores, section: WeightsSection) -> SideWeights:
-    estimator = ESTIMATORS[name]
+def _estimate(estimator: Estimator, scores: SideScores, section: WeightsSection) -> SideWeights:
     return estimator.estimate(scores, **{key: getattr(section, key) for key in estimator.settings})
 
 
@@ -132,10 +130,10 @@ def _transform(
     lengths = scores.lengths
     match name:
         case "position":
-            assert curve is not None, "measured over the whole dataset first"
+            assert curve is not None, "no curve: measure it over the whole dataset first"
             return transforms.divide_by_position(weights, lengths, curve)
         case "smooth" if section.smooth_over == "words":
-            assert scores.word_starts is not None, "nobody knows where words start"
+            assert scores.word_starts is not None, "no word starts"
             return transforms.smooth_words(weights, scores.word_starts)
         case "smooth":
             return transforms.smooth(weights, lengths, section.smooth_window)
@@ -147,41 +145,38 @@ def _transform(
             return transforms.mean_one(weights, lengths)
 
 
-class PositionCurves:
-    """Sums up weights by relative position over all pairs: the first of the two passes of transform `position`."""
+def with_curves(weigher: Weigher, batches: Iterable[pa.Table]) -> Weigher:
+    """Return the weigher with mean weights by relative position over all pairs, if it has transform `position`.
 
-    def __init__(self, weigher: Weigher) -> None:
-        section = weigher.section
-        before = section.transforms[: section.transforms.index("position")]
-        self._whole = weigher
-        self._weigher = replace(weigher, section=section.model_copy(update={"transforms": before}))
-        self._sums = {side: np.zeros(section.position_bins) for side in SIDES}
-        self._counts = {side: np.zeros(section.position_bins, dtype=np.int64) for side in SIDES}
+    This is the first of two passes over the pairs.
 
-    def add(self, lists: pa.Table) -> None:
-        """Take in some pairs, as they are before the transform.
-
-        Raises:
-            MismatchError: As `Weigher.sides`.
-        """
-        for side, (scores, weights) in self._weigher.sides(lists).items():
-            sums, counts = transforms.position_sums(weights.token_weights, scores.lengths, len(self._sums[side]))
-            self._sums[side] += sums
-            self._counts[side] += counts
-
-    def weigher(self) -> Weigher:
-        """Return what weighs with these curves; where no token is, the curve is 0 and nobody looks."""
-        curves = {side: self._sums[side] / np.maximum(self._counts[side], 1) for side in SIDES}
-        return replace(self._whole, curves=curves)
+    Raises:
+        MismatchError: As `Weigher.sides`.
+    """
+    section = weigher.section
+    if "position" not in section.transforms:
+        return weigher
+    before = section.transforms[: section.transforms.index("position")]
+    first_pass = replace(weigher, section=section.model_copy(update={"transforms": before}))
+    sums, counts = ({side: np.zeros(section.position_bins) for side in SIDES} for _ in range(2))
+    for lists in batches:
+        for side, (scores, weights) in first_pass.sides(lists).items():
+            of_batch = transforms.position_sums(weights.token_weights, scores.lengths, section.position_bins)
+            sums[side] += of_batch[0]
+            counts[side] += of_batch[1]
+    # Where there is no token the curve is 0, and nothing reads it.
+    return replace(weigher, curves={side: sums[side] / np.maximum(counts[side], 1) for side in SIDES})
 
 
 def pair_weights(section: WeightsSection, lists: pa.Table, sides: Mapping[Side, Weighed]) -> np.ndarray:
-    """Return one weight per pair, `[B]` float32, at least 0: a factor on its loss. The sum is still divided by the pairs.
+    """Return one weight per pair, `[B]` float32, at least 0: the factor of its loss.
 
-    `quality`: sigmoid(quality_eta * (S_w - S_l)), w_qual of Uni-DPO (arXiv 2506.10054): from 1/2 to 1 where the annotators'
-    scores agree with the label, below 1/2 where they do not. `margin`: tanh(|m| / (2 margin_tau)) with m the log-ratios of the
-    contrastive pair summed over the chosen minus over the rejected response; it equals |2 sigmoid(m / margin_tau) - 1|: a pair
-    that the contrastive models do not tell apart has a doubtful label, and little weight. Our own.
+    `quality`: sigmoid(quality_eta * (S_w - S_l)), w_qual of Uni-DPO (arXiv 2506.10054): 1/2 to 1 if the annotators' scores
+    agree with the label, below 1/2 if they do not.
+
+    `margin`: tanh(|m| / (2 margin_tau)) = |2 sigmoid(m / margin_tau) - 1|, m the log-ratios of the contrastive pair summed over
+    the chosen minus over the rejected response. A pair that the contrastive models do not tell apart has a doubtful label, and
+    gets little weight. Our own.
     """
     if section.pair_weight == "quality":
         chosen, rejected = (one_chunk(lists[f"{side}_score"]).to_numpy().astype(np.float64) for side in SIDES)
@@ -201,7 +196,7 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
     """Return the only chunk of a column."""
-    assert column.num_chunks == 1, "combined, and never empty"
+    assert column.num_chunks == 1, "expected combined columns of at least one row"
     return column.chunk(0)
 
 

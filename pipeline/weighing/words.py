@@ -1,7 +1,7 @@
-"""Where words start among the tokens of a response, from the tokenizer's own vocabulary; read once, without tokenising.
+"""Where words start among the tokens of a response, looked up in the tokenizer's vocabulary.
 
-A word is what stands between white space: its punctuation belongs to it. Special tokens stand alone. Languages written
-without spaces are not cut.
+A word is the text between white space, with its punctuation. Each special token is a word. Languages written without spaces
+are not split.
 """
 
 from dataclasses import dataclass
@@ -12,21 +12,23 @@ import numpy as np
 from weights_store.errors import MismatchError
 
 _SPACES_OF_BYTES = tuple("ĠĊĉč")
-"""How byte-level vocabularies write space, line feed, tab and carriage return."""
+"""Space, line feed, tab and carriage return in byte-level vocabularies."""
 _SPACES = ("▁", " ", "\n", "\t", "\r", "<0x20>", "<0x0A>", "<0x09>", "<0x0D>")
-"""How SentencePiece's do."""
+"""The same in SentencePiece vocabularies."""
 
 
 @dataclass(frozen=True)
 class WordStarts:
-    """For each token of a vocabulary, `[V]` bool: whether a word starts with it, and whether one ends before the next token."""
+    """Word boundaries by token id, `[V]` bool each."""
 
     before: np.ndarray
+    """Whether a word starts with this token."""
     after: np.ndarray
+    """Whether a word starts with the token behind it."""
 
     @classmethod
     def of_vocabulary(cls, tokens: list[str], special: set[int]) -> "WordStarts":
-        """Look at the raw tokens, in which white space is still there; decoding one alone may drop it.
+        """Use raw tokens, which still have their white space; decoding a single token may drop it.
 
         Args:
             tokens: By id.
@@ -35,7 +37,7 @@ class WordStarts:
         spaces = _SPACES_OF_BYTES if "Ġ" in tokens else _SPACES
         is_special = np.isin(np.arange(len(tokens)), list(special))
         before = np.array([token.startswith(spaces) for token in tokens], dtype=bool)
-        lone = ("Ġ", "▁")  # the space of the token behind it, where that has none of its own
+        lone = ("Ġ", "▁")  # belongs to the token behind it
         after = np.array([token.endswith(spaces) and token not in lone for token in tokens], dtype=bool)
         return cls(before | is_special, after | is_special)
 
@@ -49,7 +51,7 @@ class WordStarts:
         return cls.of_vocabulary([token or "" for token in tokens], set(tokenizer.all_special_ids))
 
     def starts(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Return whether a word starts at each token, flat `[N]` bool; one does at the start of each response.
+        """Return whether a word starts at each token, flat `[N]` bool; True at the start of each response.
 
         Raises:
             MismatchError: An id is not in the vocabulary.

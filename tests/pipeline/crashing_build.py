@@ -11,7 +11,7 @@ import numpy as np
 
 import pipeline.engine.vllm_engine
 from pipeline.engine.score_once import Scores
-from pipeline.recipe import Recipe, WeightsSection
+from pipeline.recipe import Recipe
 from pipeline.stages.prepare import prepare
 from pipeline.stages.publish import Ingredients, publish
 from pipeline.stages.score import logps_table
@@ -49,11 +49,10 @@ def build(recipes: list[dict], model_folder: str) -> None:
     pipeline.engine.vllm_engine.VllmEngine = MadeUpEngine
     for settings in recipes:
         recipe = Recipe.model_validate(settings)
-        tokens = prepare(recipe, Path(model_folder), report=lambda line: None).tokens
+        tokens = prepare(recipe, Path(model_folder)).tokens
         logps = [_score(recipe, tokens, scale) for scale in ("1.0", "0.9", "1.1")]
-        uniform = WeightsSection(name="toy/uniform", estimator="uniform")
-        publish(recipe, uniform, Ingredients(tokens, logps[0]), report=lambda line: None)
-        publish(recipe, recipe.weights, Ingredients(tokens, *logps), report=lambda line: None)
+        publish(recipe, recipe.uniform, Ingredients(tokens, logps[0]))
+        publish(recipe, recipe.weights, Ingredients(tokens, *logps))
     os._exit(0)  # no clean-up that could hide what a kill leaves
 
 

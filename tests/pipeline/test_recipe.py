@@ -1,3 +1,4 @@
+import pickle
 from pathlib import Path
 
 import pytest
@@ -70,25 +71,18 @@ def test_overrides_reach_the_recipe(override, value):
         ("weights.name=hh-harmless/uniform", "is kept for weights.estimator 'uniform'"),
         ("dataset.max_pairs=0", "greater than or equal to 1"),
         ("score.top_k=257", "score.top_k: .*less than or equal to 256"),
-        ("weights.share=0.5", "weights.share has no effect with weights.estimator 'tis': leave it out"),
-        ("weights.share=0", "greater than 0"),
-        ("weights.ti_lambda=1.01", "weights.ti_lambda .*: expected 0 to 1"),
-        ("weights.ti_lambda=-0.1", "weights.ti_lambda .*: expected 0 to 1"),
-        ("weights.ti_lambda=0.5", "weights.ti_lambda has no effect with weights.estimator 'tis': leave it out"),
-        ("weights.sigma_divisor=0", "weights.sigma_divisor: .*greater than 0"),
-        ("weights.estimator=tiss", "weights.estimator: .*'tis', 'sepo', 'ti'.*got 'tiss'"),
-        ("weights.min_weight=2", r"weights.min_weight \(2.0\) must be below weights.max_weight \(1.3\)"),
-        ("weights.members=['ti']", "weights.members has no effect with weights.estimator 'tis'"),
-        ("weights.estimator=ensemble", "put at least two different estimators into weights.members"),
+        ("weights.share=0.5", r"estimator='tis' does not read weights.share, got 0.5; .*sepo, binary, ensemble\)"),
+        ("weights.ti_lambda=0.5", r"estimator='tis' does not read weights.ti_lambda, got 0.5; .*\bti, ensemble\)"),
+        ("weights.lowr=-1", "unknown key 'weights.lowr'; did you mean 'weights.lower'"),
+        ("weights.estimator=tiss", "weights.estimator: .*'tis', 'reversed'.*'sepo'.*got 'tiss'"),
+        ("weights.members=['ti']", "estimator='tis' does not read weights.members"),
+        ("weights.estimator=ensemble", r"missing key 'weights.members', for example \['tis', 'ti'\]"),
         ("weights.transforms=['blur']", "weights.transforms.*'position', 'smooth'.*got 'blur'"),
-        ("weights.transforms=['decay','smooth','decay']", "names one of them twice"),
+        ("weights.transforms=['decay','smooth','decay']", "weights.transforms: expected each name once, got"),
         ("weights.smooth_window=4", "weights.smooth_window: expected an odd number of tokens"),
-        (
-            "weights.smooth_window=5",
-            r"weights.smooth_window has no effect with weights.estimator 'tis' and weights.transforms \[\]",
-        ),
-        ("weights.decay_gamma=0.5", "weights.decay_gamma has no effect"),
-        ("weights.quality_eta=0.1", "weights.quality_eta has no effect with weights.pair_weight 'none': leave it out"),
+        ("weights.smooth_window=5", "weights.smooth_window has no effect here, only with transform 'smooth'"),
+        ("weights.decay_gamma=0.5", "weights.decay_gamma has no effect here, only with transform 'decay'"),
+        ("weights.quality_eta=0.1", "weights.quality_eta has no effect here, only with pair_weight 'quality'"),
         ("weights.estimator=entropy", "estimator 'entropy' .*: set score.top_k"),
         ("weights.estimator=activation", "set attribute.activations = true"),
     ],
@@ -134,8 +128,16 @@ def test_settings_of_other_methods_and_estimators_are_not_in_the_identity():
     ("overrides", "message"),
     [
         (["estimator=ti", "span=sequence"], "weights.span 'sequence' .*: set attribute.prompts = true"),
-        (["estimator=ti", "share=0.5"], "weights.share has no effect with weights.estimator 'ti'"),
-        (["estimator=ti", "lower=-1"], "weights.lower has no effect with weights.estimator 'ti'"),
+        (["estimator=ti", "share=0.5"], "weights.estimator='ti' does not read weights.share"),
+        (["estimator=ti", "lower=-1"], "weights.estimator='ti' does not read weights.lower"),
+        (["estimator=sepo", "share=0"], "weights.share: .*greater than 0"),
+        (["estimator=ti", "ti_lambda=1.01"], "weights.ti_lambda: .*less than or equal to 1"),
+        (["estimator=ti", "ti_lambda=-0.1"], "weights.ti_lambda: .*greater than or equal to 0"),
+        (["estimator=ti", "sigma_divisor=0"], "weights.sigma_divisor: .*greater than 0"),
+        (
+            ["estimator=rank_based", "min_weight=2"],
+            r"weights.min_weight \(2.0\) must be below weights.max_weight \(1.3\)",
+        ),
         (
             ["estimator=threshold", "lower=-2", "upper=0"],
             r"weights.upper \(0.0\) must be above 0 with estimator 'threshold'",
@@ -153,11 +155,22 @@ def test_settings_of_other_methods_and_estimators_are_not_in_the_identity():
             ["estimator=ensemble", "members=['tis','surprise']", "transforms=['shrink']"],
             "estimator 'surprise' gives weights of 0",
         ),
-        (["estimator=ensemble", "members=['tis','tis']"], "at least two different estimators"),
-        (["estimator=ensemble", "members=['tis','ti','tis']"], "names one of them twice"),
+        (
+            ["estimator=ensemble", "members=['tis']"],
+            "weights.members: .*at least 2 items",
+        ),
+        (["estimator=ensemble", "members=['tis','ti','tis']"], "weights.members: expected each name once"),
+        (
+            ["estimator=ensemble", "members=['tis','tiss']"],
+            "weights.members: no estimator 'tiss': expected some of 'tis'",
+        ),
+        (
+            ["estimator=ensemble", "members=['tis','ti']", "share=0.5"],
+            "weights.share has no effect here, only with member 'sepo' or member 'binary'",
+        ),
         (
             ["transforms=['smooth']", "smooth_over=words", "smooth_window=5"],
-            "weights.smooth_window has no effect .* and weights.smooth_over 'words'",
+            "weights.smooth_window has no effect with weights.smooth_over 'words'",
         ),
         (["name=hh-harmless/uniform", "estimator=uniform", "transforms=['decay']"], "without transforms, pair weights"),
     ],
@@ -167,8 +180,8 @@ def test_settings_that_do_not_go_together_are_refused(overrides, message):
         _load(*(f"weights.{override}" for override in overrides))
 
 
-def test_what_falls_on_a_prompt_is_not_parted_between_the_sides_of_a_margin():
-    with pytest.raises(SettingsError, match="belongs to both: take 'gold_logps'"):
+def test_a_margin_has_no_prompt_attributions_for_each_response():
+    with pytest.raises(SettingsError, match="belong to both responses: use 'gold_logps'"):
         _load("weights.estimator=ti", "attribute.target=dpo_margin", "attribute.prompts=true")
 
 
@@ -238,7 +251,7 @@ def test_the_releases_transforms_have_its_own_ends():
 @pytest.mark.parametrize("override", ["k=2", "mu=0.5", "lower=-1", "upper=1", "seed=1"])
 def test_a_clamp_has_no_effect_on_a_selection_and_is_refused(override):
     key = override.partition("=")[0]
-    with pytest.raises(SettingsError, match=f"weights.{key} has no effect with weights.estimator 'sepo'"):
+    with pytest.raises(SettingsError, match=f"weights.estimator='sepo' does not read weights.{key}"):
         _load("weights.estimator=sepo", f"weights.{override}")
 
 
@@ -258,6 +271,7 @@ def test_a_recipe_comes_back_from_a_deployment(estimator):
     members = ["weights.members=['threshold','ti']"] if estimator == "ensemble" else []
     recipe = _load(f"weights.estimator={estimator}", *inputs, *members)
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
 
 
 def test_every_key_stands_in_the_settings_page_and_no_other():
@@ -267,12 +281,13 @@ def test_every_key_stands_in_the_settings_page_and_no_other():
     from pipeline.recipe import Recipe
     from train.config import TrainConfig
 
-    def section(annotation):  # of an optional section: what stands beside None
-        return annotation if hasattr(annotation, "model_fields") else get_args(annotation)[0]
+    def keys(annotation):  # of an optional section, or of one that is a union
+        parts = (annotation, *get_args(annotation))
+        return {key for part in parts for key in getattr(part, "model_fields", ())}
 
     page = (REPO / "docs" / "settings.md").read_text(encoding="utf-8")
     parts = page.split("## Training")
     for model, part in zip((Recipe, TrainConfig), parts, strict=True):
         fields = model.model_fields.items()
-        known = {f"{name}.{key}" for name, field in fields for key in section(field.annotation).model_fields}
+        known = {f"{name}.{key}" for name, field in fields for key in keys(field.annotation)}
         assert set(re.findall(r"^\| `([a-z_]+\.[a-z_]+)`", part, flags=re.MULTILINE)) == known

@@ -301,7 +301,8 @@ def test_vacuum_as_json_says_whether_it_deleted(document, small_store):
         assert orphan.exists() != deleted
 
 
-def test_progress_of_verify_goes_to_standard_error(command):
+def test_progress_of_verify_goes_to_standard_error(command, monkeypatch):
+    monkeypatch.setattr("weights_store.checks.files.BYTES_PER_PROGRESS", 1)
     _, out, err = command("verify", NAME)
     assert "bytes" not in out
     assert f"verify weights/{NAME}: " in err

@@ -53,7 +53,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     ("uri", "text"),
     [
         ("", "store URI is empty; expected a folder or a URI"),
-        ("https://host/x", "a store cannot lie at https://…: expected a folder, file://… or one of s3://…"),
+        ("https://host/x", "a store cannot be at https://…: expected a folder, file://… or one of s3://…"),
         ("file://host/x", "names a host: expected file:///absolute/path"),
         ("s3://", "bad part '' in the store's s3:// URI: expected s3://bucket/prefix"),
         ("s3://bucket//x", "bad part '' in the store's s3:// URI"),

@@ -1,5 +1,7 @@
+from typing import Annotated, Literal
+
 import pytest
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from weights_store.errors import InputError, SettingsError
 from weights_store.settings import apply_overrides, load_toml, parse_settings
@@ -11,9 +13,23 @@ class _Section(BaseModel):
     name: str = ""
 
 
+class _Cosine(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    kind: Literal["cosine"]
+    cycles: float = 0.5
+    floor: float = Field(default_factory=lambda given: given["cycles"] / 10)
+
+
+class _Step(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    kind: Literal["step", "stairs"]
+    length: int = Field(gt=0, examples=[100])
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid")
     optim: _Section = _Section()
+    schedule: Annotated[_Cosine | _Step, Field(discriminator="kind")] = _Cosine(kind="cosine")
 
 
 def test_overrides_are_read_as_toml_and_else_as_text():
@@ -39,6 +55,20 @@ def test_malformed_overrides_are_refused(override):
         ({"optim": {"learning_rte": 1}}, r"unknown key 'optim.learning_rte'; did you mean 'optim.learning_rate'"),
         ({"optimm": {}}, r"unknown key 'optimm'"),
         ({"optim": {"learning_rate": "fast"}}, r"optim.learning_rate: .*got 'fast'"),
+        (
+            {"schedule": {"kind": "cosine", "length": 3}},
+            r"schedule.kind='cosine' does not read schedule.length, got 3; leave it out \(it belongs to step, stairs\)$",
+        ),
+        (
+            {"schedule": {"kind": "stairs", "length": 1, "knd": 3}},
+            r"unknown key 'schedule.knd'; did you mean 'schedule.kind'",
+        ),
+        ({"schedule": {"kind": "cosine", "cycle": 3}}, r"unknown key 'schedule.cycle'; did you mean 'schedule.cycles'"),
+        ({"schedule": {"kind": "step"}}, "missing key 'schedule.length', for example 100; it has no default$"),
+        ({"schedule": {"kind": "step", "length": 0}}, "schedule.length: Input should be greater than 0, got 0$"),
+        ({"schedule": {"kind": "cosine", "cycles": "x"}}, "schedule.cycles: [^;]*, got 'x'$"),
+        ({"schedule": {"kind": "fast"}}, "schedule.kind: Input should be 'cosine', 'step' or 'stairs', got 'fast'$"),
+        ({"schedule": {"length": 3}}, "missing key 'schedule.kind'$"),
     ],
 )
 def test_wrong_settings_name_file_key_and_remedy(settings, message):

@@ -79,7 +79,7 @@ def test_missing_store_is_named(store_uri):
 
 
 def test_unknown_scheme_is_refused():
-    with pytest.raises(SettingsError, match="a store cannot lie at gopher://…: expected a folder"):
+    with pytest.raises(SettingsError, match="a store cannot be at gopher://…: expected a folder"):
         _ = WeightStore("gopher://x").root
 
 

@@ -24,6 +24,8 @@ from weights_store.tables.table_reader import TableReader
 
 _log = logger(__name__)
 
+BYTES_PER_PROGRESS = 64 << 20
+"""How much is read before progress is shown again: small tables show none."""
 _READ_BYTES = 4 << 20
 _BYTES_DIFFER = "its bytes are not those that were committed (SHA-256 differs)"
 # What decoding damaged Parquet has been seen to raise.
@@ -66,20 +68,22 @@ def examine(log: TableLog) -> Examined:
     """Check the log and every file that any version of a table needs."""
     table, records = log.table, list(log.records())
     num_bytes = sum(record.num_bytes for _, record in records)
-    _log.info(f"{table.path}: {len(log.commits)} versions, {len(records)} shards, {num_bytes / 1e6:,.1f} MB")
+    _log.info(f"{table.path}: versions {len(log.commits)}, shards {len(records)}, {num_bytes / 1e6:,.1f} MB")
     findings = [Finding(table.path, problem, version) for version, problem in sorted(log.problems.items())]
     findings += _check_foreign(log)
     if log.is_whole:
         findings += _check_view(log)
     digests = {record.sha256: record.name for _, record in records}
-    unsound, done, started = set(), 0, time.monotonic()
+    unsound, done, shown, started = set(), 0, 0, time.monotonic()
     for version, record in records:
         found = [replace(finding, version=version) for finding in _check_shard(table, record, digests)]
         if found:
             unsound.add(record.name)
             findings += found
         done += record.num_bytes
-        show(Progress(f"verify {table.path}", done, num_bytes, time.monotonic() - started, "bytes"))
+        if done - shown >= BYTES_PER_PROGRESS:
+            shown = done
+            show(Progress(f"verify {table.path}", done, num_bytes, time.monotonic() - started, "bytes"))
     return Examined(log, findings, frozenset(unsound))
 
 
@@ -130,7 +134,7 @@ def _check_view(log: TableLog) -> Iterator[Finding]:
         )
     for name in sorted(seen.keys() & recorded.keys()):
         if seen[name] != recorded[name]:
-            text = f"to Delta it has (bytes, rows, first key, last key) {seen[name]}, recorded are {recorded[name]}"
+            text = f"Delta has (bytes, rows, first key, last key) {seen[name]}, its commit recorded {recorded[name]}"
             yield Finding(table.path, f"{text}: readers would skip or miscount rows", newest, name)
 
 

@@ -1,6 +1,6 @@
 """Reads the log of a table even if parts of it are damaged, for `verify` and `vacuum`.
 
-`Table.log` stops at the first commit that it cannot read. Here every commit is either read or named with its problem.
+`Table.history` stops at the first commit that it cannot read. Here every commit is either read or named with its problem.
 """
 
 import json

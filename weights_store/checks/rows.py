@@ -184,8 +184,8 @@ def _unknown_reason(rows: pa.Table) -> Iterator[Violation]:
 
 def null(rows: pa.Table, name: str) -> Iterator[Violation]:
     """Yield a violation if a column has a null."""
-    for row, num_rows in _first(_nulls(rows[name])):
-        yield Violation(name, row, f"{name} is null", num_rows)
+    if num_nulls := rows[name].null_count:
+        yield Violation(name, int(_nulls(rows[name]).argmax()), f"{name} is null", num_nulls)
 
 
 def empty(rows: pa.Table, name: str) -> Iterator[Violation]:
@@ -219,10 +219,10 @@ def bad_values(rows: pa.Table, name: str, law: Law) -> Iterator[Violation]:
     """Yield a violation if a number breaks a law; the column holds numbers or lists of them, and nulls are skipped."""
     column = rows[name].combine_chunks()
     is_list = not pa.types.is_primitive(column.type)
-    lengths = _lengths(rows[name]) if is_list else (~_nulls(rows[name])).astype(np.int64)
     values = np.asarray(column.flatten() if is_list else column.drop_null())
     bad = np.flatnonzero(~law.holds(values))
     if bad.size:
+        lengths = _lengths(rows[name]) if is_list else (~_nulls(rows[name])).astype(np.int64)
         row, position, num_rows = _locate(bad, lengths)
         where = f"{name}[{position}]" if is_list else name
         yield Violation(name, row, f"{where} is {values[bad[0]]}, {law.expected}", num_rows)

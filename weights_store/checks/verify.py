@@ -44,15 +44,13 @@ def verify(store: WeightStore, tables: Iterable[str] | None = None) -> Iterator[
         SettingsError: A path is malformed.
     """
     check_store(store.root)
-    verification = _Verification(store)
-    if tables is None:
-        return verification.run([table.path for table in list_tables(store.root)])
-    paths = [store.table(path).path for path in tables]
-    for path in paths:
+    asked = list_tables(store.root) if tables is None else map(store.table, tables)
+    verification = _Verification(store, [table.path for table in asked])
+    for path in () if tables is None else verification.asked:
         log = verification.log(path)
         if log is None or log.newest is None:
             raise NotFoundError(f"no table {path} in {store.root}; `tokenweights ls --store {store.root}` lists them")
-    return verification.run(paths)
+    return verification.run()
 
 
 @dataclass
@@ -60,15 +58,16 @@ class _Verification:
     """One run; the log and the files of every table are read once."""
 
     store: WeightStore
+    asked: list[str]
     _logs: dict[str, TableLog | None] = field(default_factory=dict)
     _examined: dict[str, Examined] = field(default_factory=dict)
 
-    def run(self, paths: list[str]) -> Iterator[Finding]:
-        """Yield what is wrong with some tables."""
-        for path in paths:
+    def run(self) -> Iterator[Finding]:
+        """Yield what is wrong with the tables."""
+        for path in self.asked:
             log = self.log(path)
             if log is not None and log.newest is not None:
-                yield from self._check(log, paths)
+                yield from self._check(log)
 
     def log(self, path: str) -> TableLog | None:
         """Return the log of a table, None if the path names none."""
@@ -85,13 +84,13 @@ class _Verification:
             self._examined[path] = examine(log)
         return SoundTable(self._examined[path], version)
 
-    def _check(self, log: TableLog, asked: list[str]) -> Iterator[Finding]:
+    def _check(self, log: TableLog) -> Iterator[Finding]:
         kind = log.table.path.partition("/")[0]
         rows = self._sound(log, log.newest)
         yield from self._examined[log.table.path].findings
         yield from _with_damage(rows, _check_rows(kind, rows, self._vocab_size(log), _scorer(log)))
         yield from _with_damage(rows, check_keys(rows))
-        yield from _with_damage(rows, self._check_relations(kind, log, rows, asked))
+        yield from _with_damage(rows, self._check_relations(kind, log, rows))
         yield from check_lineage(log, self.log)
         yield from check_fingerprints(log)
         if kind in ("tokens", "weights"):
@@ -99,17 +98,17 @@ class _Verification:
         if kind == "tokens":
             yield from self._check_quarantine(log)
 
-    def _check_relations(self, kind: str, log: TableLog, rows: SoundTable, asked: list[str]) -> Iterator[Finding]:
+    def _check_relations(self, kind: str, log: TableLog, rows: SoundTable) -> Iterator[Finding]:
         """Compare rows with those that they were made from."""
         if kind in ("logps", "attributions", "anchors"):  # of all commits: each adds some pairs
             versions = sorted(log.commits, reverse=True)
             references = [parent for version in versions for parent in parents(log.metadata(version))]
-            yield from self._compare(PER_TOKEN_COLUMNS, rows, _of_kind("tokens", references), asked, by_length=True)
+            yield from self._compare(PER_TOKEN_COLUMNS, rows, _of_kind("tokens", references), by_length=True)
         if kind == "weights":
             references = parents(log.metadata(log.newest))
-            yield from self._compare(TOKEN_COLUMNS, rows, _of_kind("tokens", references), asked)
-            yield from self._compare(REF_COLUMNS, rows, _of_kind("logps", references, "ref_logps"), asked)
-            yield from self._compare(ANCHOR_COLUMNS, rows, _of_kind("anchors", references, "anchors"), asked)
+            yield from self._compare(TOKEN_COLUMNS, rows, _of_kind("tokens", references))
+            yield from self._compare(REF_COLUMNS, rows, _of_kind("logps", references, "ref_logps"))
+            yield from self._compare(ANCHOR_COLUMNS, rows, _of_kind("anchors", references, "anchors"))
 
     def _vocab_size(self, log: TableLog) -> int | None:
         """Return the vocabulary size that the newest commit or that of its tokens recorded, None if neither did."""
@@ -119,19 +118,14 @@ class _Verification:
         return next((size for size in sizes if size is not None), None)
 
     def _compare(
-        self,
-        columns: Mapping[str, str],
-        rows: SoundTable,
-        references: Iterable[Parent],
-        asked: list[str],
-        by_length: bool = False,
+        self, columns: Mapping[str, str], rows: SoundTable, references: Iterable[Parent], by_length: bool = False
     ) -> Iterator[Finding]:
         made_from = list(self._tables(references))
         if not made_from:
             return
         yield from compare(rows, made_from, columns, by_length)
         for parent in made_from:
-            if not parent.is_whole and parent.path not in asked:
+            if not parent.is_whole and parent.path not in self.asked:
                 problem = f"not all of it could be compared with {parent.name}, which is damaged; verify {parent.path}"
                 yield Finding(rows.path, problem, rows.version_number)
 

@@ -1,4 +1,4 @@
-"""Write Parquet shards in the layout of the store, and read them back checked.
+"""Writes Parquet shards in the layout of the store, and reads them back checked.
 
 Float lists: mantissa rounded to 12 bits, BYTE_STREAM_SPLIT, zstd, never a dictionary (pyarrow's default is the worst
 choice for floats). Ids: int32 with BYTE_STREAM_SPLIT. Row groups of about a MiB of tokens, so that a trainer can seek.
@@ -90,6 +90,9 @@ class ShardWriter:
 
     A shard is built in memory and written whole, so one shard is the memory needed. Readers see nothing before the records
     that `finish` returns are committed.
+
+    Raises:
+        OSError: From `write` and `finish`: the folder cannot be written or the disk is full.
     """
 
     def __init__(self, folder: Location, schema: pa.Schema, key: Sequence[str]) -> None:
@@ -103,11 +106,7 @@ class ShardWriter:
         self._shard: _OpenShard | None = None
 
     def write(self, rows: pa.Table) -> None:
-        """Add rows.
-
-        Raises:
-            OSError: The folder cannot be written or the disk is full.
-        """
+        """Add rows."""
         if not rows.num_rows:
             return
         self._waiting.append(rows.select(self.schema.names).cast(self.schema))
@@ -115,11 +114,7 @@ class ShardWriter:
             self._write_groups(is_last=False)
 
     def finish(self) -> list[ShardRecord]:
-        """Write what is left and return the records of all shards.
-
-        Raises:
-            OSError: The folder cannot be written or the disk is full.
-        """
+        """Write what is left and return the records of all shards."""
         self._write_groups(is_last=True)
         self._close_shard()
         return self.records

@@ -105,7 +105,7 @@ class Table(TableReader):
             records = records if left == fresh else None
             base, fresh = newest, left
         raise ConflictError(
-            f"{self.path}: lost the race for the next version {_MAX_TRIES} times; run again when fewer write"
+            f"{self.path}: lost the race for the next version {_MAX_TRIES} times; run again when fewer processes write"
         )
 
     def replace(self, rows: pa.Table, metadata: Mapping[str, object]) -> TableVersion:
@@ -284,7 +284,7 @@ class Table(TableReader):
         for path in (*above, *inside):
             if (self.root / path).exists("_delta_log"):
                 raise StoreError(
-                    f"{self.path} and the table {path} in {self.root} would lie inside each other; choose another name"
+                    f"{self.path} and the table {path} in {self.root} would be nested; choose another name"
                 )
 
     def _commit_id(self, version: int) -> str | None:

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.dry_run.plan import StagePlan, plan
 from pipeline.dry_run.table import plan_lines, plan_rows
-from pipeline.recipe import Recipe, WeightsSection
+from pipeline.recipe import Recipe
 from pipeline.stages.anchors import anchors_identity
 from pipeline.stages.attribute import attribution_identity
 from pipeline.stages.contrast import contrast
@@ -55,8 +55,7 @@ def _build(recipe):
     folder = Path(recipe.model.path)
     prepared = prepare(recipe, folder)
     logps = {"ref_logps": _score(prepared.tokens, Scorer(folder), recipe, "ref")}
-    uniform = WeightsSection(name="toy/uniform", estimator="uniform")
-    published = publish(recipe, uniform, Ingredients(prepared.tokens, **logps))
+    published = publish(recipe, recipe.uniform, Ingredients(prepared.tokens, **logps))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.stages.contrast.run_child", _train)
         pair = contrast(recipe.contrast, folder, published.weights)

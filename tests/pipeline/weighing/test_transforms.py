@@ -25,7 +25,7 @@ def test_mean_one_scales_each_response_by_itself_and_leaves_zeros():
     assert mean_one(_f(1, 3, 5, 0, 0), np.array([2, 1, 2])).tolist() == [0.5, 1.5, 1, 0, 0]
 
 
-def test_decay_by_hand_starts_anew_with_each_response():
+def test_decay_by_hand_starts_again_in_each_response():
     assert decay(_f(1, 2, 4, 8), np.array([3, 1]), 0.5).tolist() == [0.5, 0.5, 0.5, 4]
     assert decay(_f(1, 2, 4), np.array([3]), 1.0).tolist() == [1, 2, 4]
 
@@ -114,7 +114,9 @@ def test_responses_shrink_by_themselves():
 
 
 def test_shrinking_zeros_is_refused():
-    with pytest.raises(ValueError, match="'shrink': 2 of 3 weights are 0, .* Take 'shrink' out of weights.transforms"):
+    with pytest.raises(
+        ValueError, match="'shrink' takes the log .* 2 of 3 that are 0. Remove 'shrink' from weights.transforms"
+    ):
         shrink(_f(0, 1, 0), np.array([3]))
 
 

@@ -3,15 +3,16 @@ import math
 import numpy as np
 import pyarrow as pa
 import pytest
+from pydantic import TypeAdapter
 
-from pipeline.recipe import WeightsSection
 from pipeline.weighing.estimators import SideScores
-from pipeline.weighing.weigh import PositionCurves, Weigher, pair_weights, weigh
+from pipeline.weighing.section import AnyWeights
+from pipeline.weighing.weigh import Weigher, pair_weights, weigh, with_curves
 from weights_store.errors import InputError, MismatchError
 
 
 def _section(**settings):
-    return WeightsSection(name="toy/weights", **settings)
+    return TypeAdapter(AnyWeights).validate_python({"name": "toy/weights", **settings})
 
 
 def _scores(lengths=(2, 1), **arrays):
@@ -61,10 +62,7 @@ def _lists(chosen, rejected, **columns):
 def test_positions_are_divided_by_the_means_of_their_own_side_over_all_batches():
     section = _section(transforms=["position"], position_bins=2, lower=-9.0, upper=9.0)
     batches = [_lists([[0.0, math.log(2)]], [[0.0, 0.0]]), _lists([[math.log(3), math.log(4)]], [[-math.log(3), 0.0]])]
-    curves = PositionCurves(Weigher(section))
-    for batch in batches:
-        curves.add(batch)
-    weigher = curves.weigher()
+    weigher = with_curves(Weigher(section), batches)
     # Chosen weights 1, 2 and 3, 4: means 2 and 3. Rejected 1, 1 and 3, 1: means 2 and 1.
     assert {side: curve.tolist() for side, curve in weigher.curves.items()} == {
         "chosen": pytest.approx([2, 3]),
@@ -79,9 +77,7 @@ def test_what_comes_before_positions_is_in_their_means_and_what_comes_behind_is_
     batch = _lists([[0.0, 0.0]], [[0.0, 0.0]])
     for transforms, mean in ((["decay", "position"], 0.5), (["position", "decay"], 1.0)):
         section = _section(estimator="uniform", transforms=transforms, position_bins=2, decay_gamma=0.5)
-        curves = PositionCurves(Weigher(section))
-        curves.add(batch)
-        weigher = curves.weigher()
+        weigher = with_curves(Weigher(section), [batch])
         assert weigher.curves["chosen"].tolist() == [mean, mean**2]
         after = [1, 1] if mean == 0.5 else [0.5, 0.25]
         assert weigher.sides(batch)["chosen"].weights.token_weights.tolist() == after

@@ -286,7 +286,8 @@ def test_damage_of_an_unasked_parent_is_said_to_keep_from_comparing(store):
     assert "not all of it could be compared with tokens/hh@1, which is damaged" in found.problem
 
 
-def test_progress_is_shown_in_bytes_of_each_table(store, caplog):
+def test_progress_is_shown_in_bytes_of_each_table(store, caplog, monkeypatch):
+    monkeypatch.setattr("weights_store.checks.files.BYTES_PER_PROGRESS", 1)
     caplog.set_level("INFO", "tokenweights")
     list(verify(store, [WEIGHTS_PATH]))
     shown = [progress for record in caplog.records if (progress := progress_of(record))]
@@ -389,7 +390,7 @@ def test_statistics_that_would_make_delta_skip_rows_are_found(store, old, new):
     record = store.table(TOKENS_PATH).records()[-1]
     found = only(verify(store, [TOKENS_PATH]))
     assert (found.version, found.shard) == (1, record.name)
-    assert f"recorded are ({record.num_bytes}, 20, 'p000', 'p057')" in found.problem
+    assert f"its commit recorded ({record.num_bytes}, 20, 'p000', 'p057')" in found.problem
 
 
 def test_a_schema_that_is_not_ours_is_found(store):

@@ -177,7 +177,9 @@ def test_a_writer_that_always_loses_gives_up_with_a_count_and_writes_nothing(tab
     monkeypatch.setattr("weights_store.tables.table.time.sleep", lambda _s: None)
     # Between two of ours stands the other's own commit.
     commits.waiting = [overtaken, *[None, overtaken] * 19]
-    with pytest.raises(ConflictError, match="lost the race for the next version 20 times; run again when fewer write"):
+    with pytest.raises(
+        ConflictError, match="lost the race for the next version 20 times; run again when fewer processes write"
+    ):
         table.append(rows(["a"], 1), METADATA)
     assert table.version() == 19
     assert "a" not in content(table)

@@ -105,7 +105,7 @@ def test_nothing_is_written_into_a_table_of_somebody_else(table):
 def test_a_table_inside_another_or_around_one_is_refused(store_uri, path):
     store = WeightStore(store_uri)
     store.table("logps/toy/x").append(_rows("a"), METADATA)
-    with pytest.raises(StoreError, match=f"{path} and the table logps/toy/x in .* would lie inside each other"):
+    with pytest.raises(StoreError, match=f"{path} and the table logps/toy/x in .* would be nested"):
         store.table(path).append(_rows("b"), METADATA)
     assert [table.path for table in store.tables("logps")] == ["logps/toy/x"]
 
