@@ -52,7 +52,7 @@ def build(with_recipe):
     ("overrides", "message"),
     [
         (["model.path=/no/such/model"], "model.path /no/such/model does not exist; give a model folder or a hub id"),
-        (["model.path=models/none"], "model.path 'models/none' is no folder here and could not be had from the hub"),
+        (["model.path=models/none"], "model.path 'models/none' is not a local folder, and it could not be downloaded"),
         (["dataset.source=data/nowhere.jsonl"], "dataset.source data/nowhere.jsonl does not exist"),
         (["dataset.source=nowhere.jsonl"], "dataset.source nowhere.jsonl does not exist"),
         (

@@ -18,7 +18,7 @@ from weights_store.settings import apply_overrides, load_toml, parse_settings
 if TYPE_CHECKING:
     from train.config import TrainConfig
 
-_SILENCE_S = 5.0
+_SILENCE_S = 15.0
 """How long the processes other than the first hold an error back."""
 _FLAGS = {"store": "data.store", "weights": "data.weights", "model": "model.path", "output": "output.folder"}
 

@@ -169,13 +169,18 @@ class PairDataset(Dataset[Pair]):
         if group in self._cache:
             self._cache.move_to_end(group)
             return self._cache[group]
-        columns = self._read_group(group)
+        columns = self.read_group(group)
         self._cache[group] = columns
         if len(self._cache) > self.cache_groups:
             self._cache.popitem(last=False)
         return columns
 
-    def _read_group(self, group: int) -> PairColumns:
+    def read_group(self, group: int) -> PairColumns:
+        """Read one row group of the view from its shard, past the cache.
+
+        Raises:
+            MismatchError, DamageError: See `__getitem__`.
+        """
         shard, position, num_rows = (int(values[group]) for values in self._groups)
         names = list(dict.fromkeys([*self._columns, *self.selection.columns]))
         rows = self._open(shard).read_group(position, names)

@@ -173,7 +173,7 @@ def _delete_abandoned(folder: Path) -> None:
 
 
 def _size(path: Path) -> int:
-    """Return the bytes of a file, 0 where there is none."""
+    """Return the size of a file in bytes, 0 if there is none."""
     try:
         return path.stat().st_size
     except FileNotFoundError:

@@ -39,7 +39,7 @@ def model_card(lineage: Lineage, source: WeightSource) -> str:
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items()) + "---",
         f"# {LOSSES[loss].title} on {source.name}",
         f"`{_shorten(base)}` trained with tokenweights for {result['steps']:,} steps. The token weights and the reference's "
-        "log-probs come from a precomputed, versioned dataset; everything it was made of is listed below.",
+        "log-probs come from a precomputed, versioned dataset; everything that it was made from is listed below.",
         "## Result\n\n" + _results(result),
         "## Settings\n\n" + _settings(config),
         "## Lineage\n\n" + _lineage(lineage, source),

@@ -34,11 +34,11 @@ _PACKAGES = ("tokenweights", "torch", "transformers", "accelerate", "numpy")
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training job came to.
+    """The outcome of a training job.
 
     Args:
-        folder: The model.
-        steps: Optimizer steps behind it.
+        folder: Of the model.
+        steps: Optimizer steps of the whole training.
         before: Metrics of a fixed sample of pairs before training; `loss` is nats per pair, for SFT nats per token.
         after: The same after training.
         was_trained_before: Nothing was done: the folder held this job, finished.

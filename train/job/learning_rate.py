@@ -13,7 +13,7 @@ def learning_rate_share(step: int, schedule: Schedule, *, num_warmup: int, num_s
 
     Args:
         step: The first one is 0.
-        schedule: After the warm-up; `linear` and `cosine` fall to 0 behind the last step.
+        schedule: After the warm-up; `linear` and `cosine` fall to 0 after the last step.
         num_warmup: Steps of the warm-up; the last one has the peak.
         num_steps: Of the whole training.
     """

@@ -5,7 +5,7 @@
       checkpoints/    of transformers' Trainer; gone when the job is finished
       .staging/       the model while it is written
       config.json, model*.safetensors, tokenizer …, README.md (the card), metrics.json, lineage.json
-      adapter/        of a training with [lora]; alone, without a model, where lora.merge is false
+      adapter/        of a training with [lora]; without a model beside it if lora.merge is false
 
 `config.json` is moved in after all other model files, and `lineage.json` last: a reader sees a whole model or none, and a
 folder with `lineage.json` is finished. Files are moved one by one, so OUTPUT may be a mount point.
@@ -37,7 +37,7 @@ class Identity(TypedDict):
 
 
 class Result(TypedDict):
-    """What a training came to; metrics by name."""
+    """The outcome of a training; metrics by name."""
 
     steps: int
     before: dict[str, float]

@@ -222,7 +222,7 @@ class Refresher:
 
     def _collate(self, rows: Sequence[Pair], part: Sequence[int], collator: PairCollator) -> Batch:
         device = next(self.policy.model.parameters()).device
-        return {name: tensor.to(device) for name, tensor in collator([rows[index] for index in part]).items()}
+        return collator([rows[index] for index in part], device)
 
     def _arithmetic(self, batch: Batch) -> torch.autocast:
         device = batch["input_ids"].device

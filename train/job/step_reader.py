@@ -1,4 +1,4 @@
-"""The pairs of one rank, step by step: read ahead, and refreshed where the loss asks for it. Called by the trainer."""
+"""The pairs of one rank, step by step: read ahead, and refreshed if the loss needs it. Called by the trainer."""
 
 import time
 from collections import deque

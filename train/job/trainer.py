@@ -137,7 +137,7 @@ class PairTrainer(Trainer):
         pairs = self.reader.next_pairs(epoch_iterator, self.state.global_step)
         if pairs is None:
             return [], None
-        step = self._cut(pairs, device)
+        step = self.cut_step(pairs, device)
         self.waited_s += time.perf_counter() - begin - (self.reader.refreshed_s - refreshed_s)
         return [step], None
 
@@ -206,7 +206,7 @@ class PairTrainer(Trainer):
         tokens = batch["completion_mask"][: len(counts)][counts].sum()
         return count_units(self.config.loss, num_pairs=int(counts.sum()), num_chosen_tokens=int(tokens))
 
-    def _cut(self, pairs: Sequence[Pair], device: torch.device) -> Step:
+    def cut_step(self, pairs: Sequence[Pair], device: torch.device) -> Step:
         """Cut the pairs of this rank into micro-batches, equally many on all ranks: the ranks compute in lockstep."""
         budget = self.config.optim.tokens_per_batch
         parts = cut_by_tokens(pairs, [self.collator.num_tokens(pair) for pair in pairs], budget)
@@ -236,10 +236,9 @@ class PairTrainer(Trainer):
             self.loss = self.loss.model_copy(update={"triplet_gamma": 0.0})
         self.collator = self.measured
         window = MetricWindow()
-        device = next(model.parameters()).device
-        for batch in self._cut(self._share(sample), self.args.device).batches:
+        for batch in self.cut_step(self._share(sample), self.args.device).batches:
             with self.compute_loss_context_manager():
-                self._add_batch(model, {name: tensor.to(device) for name, tensor in batch.items()}, window)
+                self._add_batch(model, self._prepare_inputs(batch), window)
         self.loss, self.collator = ordinary
         return window.pop_means(self.accelerator.reduce if self.accelerator.num_processes > 1 else None)
 
@@ -261,7 +260,7 @@ class PairTrainer(Trainer):
         device = next(model.parameters()).device
         sizes = [collator.num_tokens(pair) for pair in sample]
         for part in cut_by_tokens(sample, sizes, self.config.optim.tokens_per_batch):
-            batch = {name: tensor.to(device) for name, tensor in collator(part).items()}
+            batch = collator(part, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
                 terms: TokenTerms = model.eval()(**model_inputs(batch))
             yield terms.logps[batch["completion_mask"]], batch["ref_logps"][batch["completion_mask"]]

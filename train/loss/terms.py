@@ -26,7 +26,7 @@ class ResponseLogps(NamedTuple):
 
 
 class PairLosses(NamedTuple):
-    """What a loss returns, `[B]` each; rewards are detached and None where they cannot be known."""
+    """What a loss returns, `[B]` each; rewards are detached, and None if they cannot be known."""
 
     losses: Tensor
     chosen_rewards: Tensor | None

@@ -56,8 +56,8 @@ class PairCollator:
     with_anchors: bool = False
     share_beginnings: bool = True
 
-    def __call__(self, pairs: Sequence[Pair]) -> Batch:
-        """Return the micro-batch of `pairs`."""
+    def __call__(self, pairs: Sequence[Pair], device: torch.device | str = "cpu") -> Batch:
+        """Return the micro-batch of `pairs` on a device."""
         responses = list(chain(*zip(*(self._responses(pair).values() for pair in pairs), strict=True)))
         prompts = [pair.prompt_ids for pair in pairs] * (len(responses) // len(pairs))
         arrays = self._pack(pairs) if self.packed else _pad(prompts, responses)
@@ -69,7 +69,7 @@ class PairCollator:
         if pairs[0].chosen_score is not None:
             for side in ("chosen", "rejected"):
                 arrays[f"{side}_scores"] = np.array([getattr(pair, f"{side}_score") for pair in pairs], np.float32)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
     def num_tokens(self, pair: Pair) -> int:
         """Return the tokens that a pair adds to a micro-batch (before padding; as if no beginning were shared)."""

@@ -55,8 +55,7 @@ def _known_obstacle(model: "PreTrainedModel") -> str | None:
 @torch.no_grad()
 def _probe(model: nn.Module, pairs: list[Pair], *, packed: bool) -> torch.Tensor:
     device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in PairCollator(packed=packed)(pairs).items()}
-    return per_token_logps(model, **model_inputs(batch)).logps
+    return per_token_logps(model, **model_inputs(PairCollator(packed=packed)(pairs, device))).logps
 
 
 def _probe_pairs(vocab_size: int) -> list[Pair]:

@@ -1,7 +1,7 @@
 """The model that is trained: check that it fits the dataset, load it, save it.
 
 What is saved is a folder that transformers and vLLM load: new weights in the dtype of the source, everything else of the
-source (config, tokenizer, chat template, generation config) copied byte for byte. Not here: where it lies (`hub.py`).
+source (config, tokenizer, chat template, generation config) copied byte for byte. Not here: finding the folder (`hub.py`).
 """
 
 import shutil

@@ -183,8 +183,8 @@ def test_two_shards_exchanged_are_no_pairs_of_this_version(write_weights, rows) 
 def test_cache_reads_a_group_once_and_holds_a_window(small_groups, store, monkeypatch) -> None:
     pairs = open_pairs(store)
     reads = []
-    ordinary = pairs._read_group
-    monkeypatch.setattr(pairs, "_read_group", lambda group: (reads.append(group), ordinary(group))[1])
+    ordinary = pairs.read_group
+    monkeypatch.setattr(pairs, "read_group", lambda group: (reads.append(group), ordinary(group))[1])
     ordered = OrderedPairs(pairs, BlockShuffle(pairs.group_sizes, seed=0), 40)
     for position in range(40):
         ordered[position]

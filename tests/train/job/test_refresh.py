@@ -245,7 +245,7 @@ def test_online_weights_need_ti_weights_before_the_folder_is_claimed(make_config
 
 def test_a_model_that_is_cut_up_is_refused(make_config) -> None:
     settings = make_config(loss=ONLINE).model_dump(exclude_none=True) | {"parallel": {"strategy": "fsdp2"}}
-    with pytest.raises(SettingsError, match=r"parallel\.strategy='fsdp2' cuts it up; set parallel\.strategy='ddp'"):
+    with pytest.raises(SettingsError, match=r"parallel\.strategy='fsdp2' splits it; set parallel\.strategy='ddp'"):
         parse_settings(TrainConfig, settings, where="here")
 
 
@@ -281,9 +281,9 @@ def test_pairs_are_refreshed_window_by_window_in_the_order_of_training(make_trai
 
 def test_the_policy_of_the_windows_first_step_makes_the_weights(make_trainer, ti_store, monkeypatch) -> None:
     used: list[np.ndarray] = []
-    ordinary = PairTrainer._cut
+    ordinary = PairTrainer.cut_step
     monkeypatch.setattr(
-        PairTrainer, "_cut", lambda self, pairs, device: used.append(pairs) or ordinary(self, pairs, device)
+        PairTrainer, "cut_step", lambda self, pairs, device: used.append(pairs) or ordinary(self, pairs, device)
     )
     loss = {**PAPER, "triplet_gamma": 0, "importance": "online", "refresh_steps": 2}
     trainer = make_trainer(ti_store, loss=loss, optim={"learning_rate": 1e-2, "warmup_share": 0, "max_steps": 4})

@@ -134,5 +134,5 @@ def test_a_model_that_scales_its_logits_in_an_unknown_way_is_refused() -> None:
 
 
 def test_a_model_without_an_output_layer_is_refused(model) -> None:
-    with pytest.raises(InputError, match="LlamaModel is no causal language model"):
+    with pytest.raises(InputError, match="LlamaModel is not a causal language model"):
         check_output_layer(model.base_model)
