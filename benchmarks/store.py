@@ -86,7 +86,7 @@ def read_jsonl(folder: Path) -> pa.Table:
 
 
 def read_jsonl_arrow(folder: Path) -> pa.Table:
-    """Read with the fastest JSON reader at hand, pyarrow's."""
+    """Read with the fastest JSON reader that we have, pyarrow's."""
     import pyarrow.json as pajson
 
     options = pajson.ParseOptions(explicit_schema=_schema())

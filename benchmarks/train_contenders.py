@@ -141,7 +141,7 @@ def _memory_mb(device: str, *, restart_peak: bool = False) -> float:
     if restart_peak:
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed while loading would hide as much of the first step
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["VmRSS" if restart_peak else "VmHWM"].split()[0]) * 1024 / 1e6
 
