@@ -63,29 +63,25 @@ class ExternalSort:
     def ranges(self) -> Iterator[tuple[KeyRange, pa.Table]]:
         """Yield all rows, sorted, cut into ranges that together cover all keys. Can be called again."""
         if not self._runs:
-            yield KeyRange(None, None), self._sorted_waiting()
+            yield KeyRange(None, None), self._sorted(self._waiting)
             return
         if self._waiting:
             self._spill()
         runs = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in self._runs]
-        for piece in self._cut():
-            rows = pa.concat_tables([_slice(run, self.key[0], piece) for run in runs])
-            yield piece, rows.sort_by([(name, "ascending") for name in self.key])
-
-    def _cut(self) -> list[KeyRange]:
         samples = sorted(self._samples)
         num_ranges = -(-self._num_bytes // self.max_bytes)
         cuts = sorted({samples[len(samples) * index // num_ranges] for index in range(1, num_ranges)})
-        return [KeyRange(low, high) for low, high in zip([None, *cuts], [*cuts, None], strict=True)]
+        for piece in map(KeyRange, [None, *cuts], [*cuts, None]):
+            yield piece, self._sorted([_slice(run, self.key[0], piece) for run in runs])
 
-    def _sorted_waiting(self) -> pa.Table:
-        rows = pa.concat_tables(self._waiting) if self._waiting else self.schema.empty_table()
+    def _sorted(self, tables: list[pa.Table]) -> pa.Table:
+        rows = pa.concat_tables([self.schema.empty_table(), *tables])
         return rows.sort_by([(name, "ascending") for name in self.key])
 
     def _spill(self) -> None:
         if not self._runs:
             self._folder = Path(self._files.enter_context(tempfile.TemporaryDirectory(prefix="tokenweights-sort-")))
-        rows = self._sorted_waiting()
+        rows = self._sorted(self._waiting)
         path = self._folder / f"{len(self._runs)}.arrow"
         with pa.ipc.new_file(path, self.schema) as file:
             file.write_table(rows, max_chunksize=_ROWS_PER_BATCH)

@@ -6,6 +6,7 @@ Called by prepare and by the dry run. Does not know the store: the pairs are com
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 
 import pyarrow as pa
 
@@ -46,29 +47,25 @@ class Intake:
         Raises:
             InputError: The source cannot be read.
         """
-        pairs: list[dict[str, object]] = []
-        unusable: list[dict[str, object]] = []
-        for row in load_rows(self.dataset):
-            self.num_rows += 1
-            try:
-                if row.reason is not None:
-                    raise Unusable(row.reason, row.detail)
-                pair = read_pair(row.value or {}, self.dataset)
-                text = canonical_json(asdict(pair))
-                pairs.append({"pair_id": pair.pair_id, "source_row": row.source_row, "pair": text})
-            except Unusable as problem:
-                raw = row.raw or json.dumps(row.value, default=str, ensure_ascii=True)
-                self.reasons[problem.reason.value] += 1
-                unusable.append(quarantine_row(row.source_row, raw, problem))
-            if self.num_rows % ROWS_PER_BATCH == 0:
-                self._add(pairs, unusable)
-                pairs, unusable = [], []
+        rows = load_rows(self.dataset)
+        while batch := list(islice(rows, ROWS_PER_BATCH)):
+            pairs, unusable = [], []
+            for row in batch:
+                try:
+                    if row.reason is not None:
+                        raise Unusable(row.reason, row.detail)
+                    pair = read_pair(row.value or {}, self.dataset)
+                    text = canonical_json(asdict(pair))
+                    pairs.append({"pair_id": pair.pair_id, "source_row": row.source_row, "pair": text})
+                except Unusable as problem:
+                    raw = row.raw or json.dumps(row.value, default=str, ensure_ascii=True)
+                    self.reasons[problem.reason.value] += 1
+                    unusable.append(quarantine_row(row.source_row, raw, problem))
+            self.num_rows += len(batch)
+            self.pairs.add(pa.Table.from_pylist(pairs, PAIRS))
+            self.unusable.add(pa.Table.from_pylist(unusable, QUARANTINE))
+            if len(batch) == ROWS_PER_BATCH:
                 _log.info(f"prepare: {self.num_rows} rows read, {self.pairs.num_rows} of them are pairs")
-        self._add(pairs, unusable)
-
-    def _add(self, pairs: list[dict[str, object]], unusable: list[dict[str, object]]) -> None:
-        self.pairs.add(pa.Table.from_pylist(pairs, PAIRS))
-        self.unusable.add(pa.Table.from_pylist(unusable, QUARANTINE))
 
     def tokenize(self, text: str) -> tuple[Pair, TokenizedPair]:
         """Return a pair, given as JSON text, and its tokens.

@@ -47,27 +47,25 @@ def load_rows(dataset: DatasetSection) -> Iterator[RawRow]:
     Raises:
         InputError: No such file, folder or hub dataset, an unknown kind of file, or a column that is not there.
     """
-    return islice(_rows(dataset), dataset.max_pairs)
+    path = Path(dataset.source)
+    if path.is_dir():
+        rows = _checked(_saved_dataset(path, dataset), dataset)
+    elif is_hub_id(dataset.source):
+        rows = _checked(_hub_dataset(dataset), dataset)
+    elif not path.is_file():
+        raise InputError(f"dataset.source {path} does not exist; give a file, a saved dataset folder or a hub id")
+    elif path.suffix not in _READERS:
+        expected = ", ".join(_READERS)
+        raise InputError(f"dataset.source {path}: unknown kind of file {path.suffix!r}, expected one of {expected}")
+    else:
+        rows = _READERS[path.suffix](path, dataset)
+    return islice(rows, dataset.max_pairs)
 
 
 def is_hub_id(source: str) -> bool:
     """Return whether a source is on the hub: it reads `owner/name`, is not a path here, and does not end like a file."""
     path = Path(source)
     return _HUB_ID.fullmatch(source) is not None and path.suffix not in _READERS and not path.exists()
-
-
-def _rows(dataset: DatasetSection) -> Iterator[RawRow]:
-    path = Path(dataset.source)
-    if path.is_dir():
-        return _checked(_saved_dataset(path, dataset), dataset)
-    if is_hub_id(dataset.source):
-        return _checked(_hub_dataset(dataset), dataset)
-    if not path.is_file():
-        raise InputError(f"dataset.source {path} does not exist; give a file, a saved dataset folder or a hub id")
-    if path.suffix not in _READERS:
-        expected = ", ".join(_READERS)
-        raise InputError(f"dataset.source {path}: unknown kind of file {path.suffix!r}, expected one of {expected}")
-    return _READERS[path.suffix](path, dataset)
 
 
 def _json_lines(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:

@@ -270,7 +270,7 @@ def _weigh_rows(join: Join, weigher: Weigher, wanted: Wanted, ingredients: Ingre
         statistics = merge_statistics(before, statistics) if statistics else before
     if statistics is None:
         raise InputError(f"no pair of {ingredients.tokens} has all its scores; nothing to publish")
-    if weigher.curves is not None:
+    if weigher.curves:
         statistics["mean_weight_by_position"] = {side: curve.tolist() for side, curve in weigher.curves.items()}
     return _Rows(shards, statistics, keep_old=appended_to is not None or wanted.newest is None)
 

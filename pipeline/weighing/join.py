@@ -6,7 +6,6 @@ Called by `publish.py`. Memory is bounded by `RANGE_BYTES` for a range and by `B
 from collections.abc import Iterator, Mapping
 
 import polars as pl
-import pyarrow as pa
 
 from pipeline.weighing.estimators import Input
 from pipeline.weighing.section import WeightsSection
@@ -20,13 +19,9 @@ RANGE_BYTES = 512 << 20
 BATCH_PAIRS = 16_384
 """How many pairs are weighed at a time: intermediate results take several times the space of the stored columns."""
 
-_LENGTHS_OF = {
-    **{
-        f"{side}_{what}": f"{side}_ids"
-        for side in SIDES
-        for what in ("ref_logps", "positive_logps", "negative_logps", "attributions", "activations")
-    },
-    "anchor_ref_logps": "anchor_ids",
+_PER_ID = ("ref_logps", "positive_logps", "negative_logps", "attributions", "activations")
+_LENGTHS_OF = {f"{side}_{what}": f"{side}_ids" for side in SIDES for what in _PER_ID} | {
+    "anchor_ref_logps": "anchor_ids"
 }
 """Lists of a join, and the ids of which each has one value per id."""
 _ATTRIBUTIONS: dict[Input, str] = {
@@ -57,14 +52,10 @@ class Join:
         Raises:
             MismatchError: A list is not as long as its ids, or a column that is needed is null.
         """
-        for piece in self._ranges():
-            yield from self._read(piece, without).iter_slices(BATCH_PAIRS)
-
-    def _ranges(self) -> list[KeyRange]:
-        """Return ranges that fit into memory."""
         tables = [(self.tokens, self.version), *self.others.values()]
         num_bytes = sum(record.num_bytes for table, version in tables for record in table.records(version))
-        return self.tokens.key_ranges(RANGE_BYTES, self.version, num_bytes)
+        for piece in self.tokens.key_ranges(RANGE_BYTES, self.version, num_bytes):
+            yield from self._read(piece, without).iter_slices(BATCH_PAIRS)
 
     def _read(self, piece: KeyRange, without: pl.LazyFrame | None) -> pl.DataFrame:
         columns = [name for name in WEIGHTS.names if name in TOKENS.names]
@@ -72,12 +63,16 @@ class Join:
         if without is not None:
             frame = frame.join(piece.of(without).select("pair_id"), on="pair_id", how="anti")
         for role, (table, version) in self.others.items():
-            wanted = self._wanted(role, piece.of(table.scan(version)))
-            frame = frame.join(wanted, on="pair_id", how="inner")
+            frame = frame.join(self._wanted(role, piece.of(table.scan(version))), on="pair_id")
         joined = frame.sort("pair_id").collect()
         for values, ids in _LENGTHS_OF.items():
-            if values in joined.columns:
-                _check_lengths(joined.select("pair_id", values, ids).to_arrow(), values, ids)
+            if values not in joined.columns:
+                continue
+            for found in wrong_lengths(joined.select(values, ids).to_arrow(), values, ids):
+                raise MismatchError(
+                    f"pair {joined['pair_id'][found.row]}: {found.problem}; {found.num_rows} such pairs. "
+                    "Delete the table that holds them and build again"
+                )
         return joined
 
     def _wanted(self, role: str, rows: pl.LazyFrame) -> pl.LazyFrame:
@@ -120,11 +115,3 @@ class Join:
                 if not lost.head(1).collect().is_empty():
                     return False
         return True
-
-
-def _check_lengths(joined: pa.Table, values: str, ids: str) -> None:
-    for found in wrong_lengths(joined, values, ids):
-        raise MismatchError(
-            f"pair {joined['pair_id'][found.row]}: {found.problem}; {found.num_rows} such pairs. "
-            "Delete the table that holds them and build again"
-        )
