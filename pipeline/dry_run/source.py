@@ -15,7 +15,6 @@ from pipeline.source.intake import Intake, stored_raw
 from pipeline.source.pairs import Unusable
 from pipeline.stages.prepare import Preparation
 from pipeline.workers.supervise import FOLDERS
-from weights_store import Table
 from weights_store.fingerprint import fingerprint_text
 from weights_store.names import name_of
 from weights_store.schemas import Reason
@@ -88,19 +87,20 @@ class _Count:
         self.num_fresh = 0
         """New pairs, without what the tokenizer has refused before."""
         self.num_gone = 0
-        self.tables = _filled_tables(start)
+        filled = (table for folder in FOLDERS.values() for table in start.store.tables(folder))
+        of_pairs = f"{name_of(start.tokens.path)}/"
+        self.tables = [table for table in filled if name_of(table.path).startswith(of_pairs) and table.exists()]
         self.overlaps = {table.path: Overlap() for table in self.tables}
-        self.refused = self._refused_before() if self.base is not None else {}
+        self.refused: dict[tuple[int, str], str] = {}
+        """What the tokenizer has refused before: the reason by source row and fingerprint of the stored text."""
+        if self.base is not None:
+            rows = start.quarantine.scan().filter(pl.col("reason").is_in(_REFUSALS))
+            columns = rows.select("source_row", "raw", "reason").collect()
+            self.refused = {(row, fingerprint_text(raw)): reason for row, raw, reason in columns.iter_rows()}
         self.refused_again: Counter[str] = Counter()
         self.refused_texts: list[str] = []
         self.sample: list[str] = []
         self.random = random.Random(0)
-
-    def _refused_before(self) -> dict[tuple[int, str], str]:
-        """Return the reason by source row and fingerprint of the stored text, for what the tokenizer has refused before."""
-        rows = self.start.quarantine.scan().filter(pl.col("reason").is_in(_REFUSALS))
-        columns = rows.select("source_row", "raw", "reason").collect()
-        return {(row, fingerprint_text(raw)): reason for row, raw, reason in columns.iter_rows()}
 
     def result(self) -> Survey:
         """Count everything and tokenise the sample."""
@@ -108,17 +108,16 @@ class _Count:
             self._add(part)
         is_exact = self.num_fresh + self.refused_again.total() <= SAMPLE_PAIRS
         if is_exact:  # what was refused before is tried again: quarantine has only the beginning of its text
-            lengths, refused = _tokenize(self.intake, self.sample + self.refused_texts)
-            num_new = len(lengths)
-        else:
-            lengths, refused = _tokenize(self.intake, self.sample)
-            num_new = round(self.num_fresh * len(lengths) / max(1, len(self.sample)))
-            refused += self.refused_again
+            self.sample += self.refused_texts
+            self.refused_again.clear()
+        lengths, refused = self._tokenize_sample()
+        num_new = len(lengths) if is_exact else round(self.num_fresh * len(lengths) / max(1, len(self.sample)))
         duplicates = Counter({Reason.DUPLICATE_PAIR.value: self.standings["duplicate"]})
-        reasons = self.intake.reasons + duplicates + refused
+        reasons = self.intake.reasons + duplicates + refused + self.refused_again
         num_pairs = self.standings["stays"] + self.standings["moved"] + num_new
         if not num_pairs and is_exact:
             raise self.intake.no_usable_pair(reasons)
+        means = [sum(column) / len(lengths) for column in zip(*lengths, strict=True)] or [0.0, 0.0]
         writes_all = self.base is None or bool(self.num_gone or self.standings["moved"])
         account = Account(self.start.source, self.intake.num_rows, dict(reasons))
         return Survey(
@@ -130,7 +129,7 @@ class _Count:
             writes_all,
             not num_new and not writes_all and self.recorded == account,
             is_exact,
-            _mean(lengths),
+            (means[0], means[1]),
             self.overlaps,
         )
 
@@ -141,7 +140,12 @@ class _Count:
             reason = self.refused.get((row, fingerprint_text(stored_raw(text))))
             if reason is None:
                 new.add(pair_id)
-                self._add_to_sample(text)
+                self.num_fresh += 1
+                # Reservoir sampling: each new pair is equally likely to be in the sample, the same ones every time.
+                if len(self.sample) < SAMPLE_PAIRS:
+                    self.sample.append(text)
+                elif (place := self.random.randrange(self.num_fresh)) < SAMPLE_PAIRS:
+                    self.sample[place] = text
             else:
                 self.refused_again[reason] += 1
                 self.refused_texts = [*self.refused_texts, text][:SAMPLE_PAIRS]
@@ -152,36 +156,14 @@ class _Count:
             self.overlaps[table.path].num_new_present += len(new & present)
             self.overlaps[table.path].gone_absent |= gone - present
 
-    def _add_to_sample(self, text: str) -> None:
-        """Keep at most `SAMPLE_PAIRS` of all new pairs, each equally likely (reservoir sampling); the same ones every time."""
-        self.num_fresh += 1
-        if len(self.sample) < SAMPLE_PAIRS:
-            self.sample.append(text)
-        elif (place := self.random.randrange(self.num_fresh)) < SAMPLE_PAIRS:
-            self.sample[place] = text
-
-
-def _tokenize(intake: Intake, texts: list[str]) -> tuple[list[tuple[int, int]], Counter[str]]:
-    """Return prompt and response tokens of each pair that can be used, and why the others cannot."""
-    lengths: list[tuple[int, int]] = []
-    reasons: Counter[str] = Counter()
-    for text in texts:
-        try:
-            _, tokens = intake.tokenize(text)
-        except Unusable as problem:
-            reasons[problem.reason.value] += 1
-            continue
-        lengths.append((len(tokens.prompt_ids), len(tokens.chosen_ids) + len(tokens.rejected_ids)))
-    return lengths, reasons
-
-
-def _mean(lengths: list[tuple[int, int]]) -> tuple[float, float]:
-    num_pairs = max(1, len(lengths))
-    return sum(prompt for prompt, _ in lengths) / num_pairs, sum(response for _, response in lengths) / num_pairs
-
-
-def _filled_tables(start: Preparation) -> list[Table]:
-    """Return the tables that models have filled for the pairs of this tokens table."""
-    key = name_of(start.tokens.path)
-    tables = (table for folder in FOLDERS.values() for table in start.store.tables(folder))
-    return [table for table in tables if name_of(table.path).startswith(f"{key}/") and table.exists()]
+    def _tokenize_sample(self) -> tuple[list[tuple[int, int]], Counter[str]]:
+        """Return prompt and response tokens of each pair that can be used, and why the others cannot."""
+        lengths: list[tuple[int, int]] = []
+        reasons: Counter[str] = Counter()
+        for text in self.sample:
+            try:
+                _, tokens = self.intake.tokenize(text)
+                lengths.append((len(tokens.prompt_ids), len(tokens.chosen_ids) + len(tokens.rejected_ids)))
+            except Unusable as problem:
+                reasons[problem.reason.value] += 1
+        return lengths, reasons
