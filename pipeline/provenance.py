@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,21 +33,15 @@ class Provenance(TypedDict):
 @lru_cache(maxsize=1)
 def provenance() -> Provenance:
     """Return package versions, Python version and git commit (None outside a checkout)."""
-    packages = {}
+    packages, git_commit = {}, None
     for name in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {"packages": packages, "python": platform.python_version(), "git_commit": _git_commit()}
-
-
-def _git_commit() -> str | None:
     here = Path(__file__).resolve().parent.parent
-    if not (here / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    if (here / ".git").exists():
+        command = ["git", "rev-parse", "HEAD"]
+        with suppress(OSError, subprocess.SubprocessError):
+            git_commit = subprocess.run(
+                command, cwd=here, capture_output=True, text=True, timeout=10, check=True
+            ).stdout
+    return {"packages": packages, "python": platform.python_version(), "git_commit": git_commit and git_commit.strip()}

@@ -61,8 +61,8 @@ def plan(recipe: Recipe) -> list[StagePlan]:
     """
     check_inputs(recipe)
     model_folder = resolve_model(recipe.model)
-    start = Preparation.of(recipe, model_folder)
-    return list(_Plan(recipe, model_folder, Outlook(start, survey(start))).stages())
+    outlook = survey(Preparation.of(recipe, model_folder))
+    return list(_Plan(recipe, model_folder, outlook).stages())
 
 
 @dataclass
@@ -96,7 +96,7 @@ class _Plan:
             yield StagePlan("report", "compute", reasons=(f"new file {REPORTS}/{file}",))
 
     def _prepare(self) -> StagePlan:
-        start, found = self.outlook.start, self.outlook.found
+        start, found = self.outlook.start, self.outlook
         if found.is_same:
             return StagePlan("prepare", "reuse", reasons=(f"{self.outlook.tokens}: {found.num_pairs:,} pairs",))
         about = "" if found.is_exact else "≈"
@@ -200,11 +200,11 @@ class _Plan:
 
     def _rows_to_publish(self, wanted: Wanted, ingredients: Ingredients) -> tuple[int, int]:
         """Return the pairs and the response tokens to weigh."""
-        num_all = self.outlook.found.num_pairs
+        num_all = self.outlook.num_pairs
         filled = [version.table for role, version in ingredients.by_role().items() if role != "tokens"]
         num_pairs = num_all - self.outlook.num_unscorable(filled)
         num_tokens = round(self.outlook.num_tokens()[1] * num_pairs / max(1, num_all))
-        if wanted.newest and not wanted.made_differently and not self.outlook.found.num_gone:
+        if wanted.newest and not wanted.made_differently and not self.outlook.num_gone:
             tables = (self.outlook.start.store.table(version.table) for version in ingredients.by_role().values())
             if all(table.exists() for table in tables) and wanted.appended_to(ingredients) is not None:
                 num_pairs -= wanted.newest["statistics"]["num_pairs"]

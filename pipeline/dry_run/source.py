@@ -1,4 +1,4 @@
-"""What prepare would find in a source, without writing anything. Called by `amounts.py`.
+"""What prepare would find in a source, without writing anything. Called by `plan.py`.
 
 The source is read, sorted and compared with the newest version of its tokens table, as prepare does it. Every pair is counted,
 but at most `SAMPLE_PAIRS` of the new ones are tokenised; they stand for the others.
@@ -6,10 +6,10 @@ but at most `SAMPLE_PAIRS` of the new ones are tokenised; they stand for the oth
 
 import random
 from collections import Counter
-from dataclasses import dataclass, field
 
 import polars as pl
 
+from pipeline.dry_run.amounts import Outlook, Overlap
 from pipeline.source.compare import Account, ComparedRange, compared_ranges, kept_version
 from pipeline.source.intake import Intake, stored_raw
 from pipeline.source.pairs import Unusable
@@ -28,41 +28,7 @@ _REFUSALS = (
 )
 
 
-@dataclass
-class Overlap:
-    """How the pairs of the source relate to the table of one model."""
-
-    num_new_present: int = 0
-    """New pairs that the table already has: they left the source and came back."""
-    gone_absent: set[str] = field(default_factory=set)
-    """Pairs that have left the source and that the table does not have."""
-
-
-@dataclass(frozen=True)
-class Survey:
-    """A source against the newest version of its tokens table."""
-
-    num_rows: int
-    num_pairs: int
-    """Pairs that the next version will have."""
-    num_new: int = 0
-    num_gone: int = 0
-    """Pairs of the newest version that have left the source."""
-    base: int | None = None
-    """The version whose rows can be kept."""
-    writes_all: bool = False
-    """Prepare would rewrite all rows, not only append the new ones."""
-    is_same: bool = False
-    """Prepare would write nothing."""
-    is_exact: bool = True
-    """Every new pair was tokenised, not only a sample."""
-    new_tokens: tuple[float, float] = (0.0, 0.0)
-    """Mean of prompt tokens and of response tokens of a new pair."""
-    overlaps: dict[str, Overlap] = field(default_factory=dict)
-    """By the path of each table that a model has filled for these pairs."""
-
-
-def survey(start: Preparation) -> Survey:
+def survey(start: Preparation) -> Outlook:
     """Compare the source with the newest version, and read it if need be.
 
     Raises:
@@ -70,14 +36,12 @@ def survey(start: Preparation) -> Survey:
     """
     done = start.already_done()
     if done is not None:
-        return Survey(done.num_source_rows, done.num_pairs, base=done.tokens.version, is_same=True)
+        return Outlook(start, done.num_source_rows, done.num_pairs, base=done.tokens.version, is_same=True)
     with start.intake() as intake:
         return _Count(start, intake).result()
 
 
 class _Count:
-    """Counts how the pairs of a source compare with the newest version, range by range."""
-
     def __init__(self, start: Preparation, intake: Intake) -> None:
         self.start = start
         self.intake = intake
@@ -102,8 +66,7 @@ class _Count:
         self.sample: list[str] = []
         self.random = random.Random(0)
 
-    def result(self) -> Survey:
-        """Count everything and tokenise the sample."""
+    def result(self) -> Outlook:
         for part in compared_ranges(self.intake.pairs, self.start.tokens, self.base):
             self._add(part)
         is_exact = self.num_fresh + self.refused_again.total() <= SAMPLE_PAIRS
@@ -120,7 +83,8 @@ class _Count:
         means = [sum(column) / len(lengths) for column in zip(*lengths, strict=True)] or [0.0, 0.0]
         writes_all = self.base is None or bool(self.num_gone or self.standings["moved"])
         account = Account(self.start.source, self.intake.num_rows, dict(reasons))
-        return Survey(
+        return Outlook(
+            self.start,
             self.intake.num_rows,
             num_pairs,
             num_new,

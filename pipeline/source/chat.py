@@ -76,7 +76,7 @@ class ChatTokenizer:
 
     @cached_property
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer itself, loaded when text is first tokenised: a build with nothing to do needs only its fingerprint."""
+        """Loaded when text is first tokenised: a build with nothing to do needs only the fingerprint."""
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
@@ -93,10 +93,9 @@ class ChatTokenizer:
         return int(self._tokenizer.eos_token_id)
 
     def properties(self, vocab_size: int) -> TokenizerRecord:
-        """Return what the store records of the tokenizer: trainers compare it with their own.
+        """Return what the store records of the tokenizer, which trainers compare with their own.
 
-        `fingerprint` is that of the folder with its own template, which a trainer can compute too. `rendering` and
-        `chat_template` are of the template that was used: if the recipe gives one, `rendering` differs from `fingerprint`.
+        `fingerprint` is that of the folder with its own template, `rendering` that with the template that was used.
         """
         return {
             "fingerprint": self._own_fingerprint,

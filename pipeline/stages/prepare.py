@@ -4,14 +4,13 @@ A tokens table is named for its dataset and for everything that decides how text
 that tokens of two kinds never mix. The newest version holds exactly the usable pairs of the source as it is now. New pairs are
 tokenised and appended. When pairs have left the source or changed their row, all rows are rewritten.
 
-The source is read once and sorted by pair_id. Then old and new pairs are compared one range of ids at a time, in bounded
-memory.
+The source is read once and sorted by pair_id. Then old and new pairs are compared one range of ids at a time.
 """
 
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,22 +66,22 @@ def prepare(recipe: Recipe, model_folder: Path) -> Prepared:
         return done
     for path, changes in start.other_cuts():
         _log.info(f"prepare: {start.tokens.path} is a new table; unlike {path}: {'; '.join(changes)}")
+    vocab_size = _model_number(model_folder, "vocab_size")
+    if vocab_size is None:
+        raise InputError(f"model {model_folder}: config.json has no vocab_size")
     metadata = {
         "cut": start.cut,
         "source": start.source,
-        "tokenizer": start.tokenizer.properties(_vocab_size(model_folder)),
+        "tokenizer": start.tokenizer.properties(vocab_size),
         "recipe": recipe.model_dump(),
         "parents": [],
         **provenance(),
     }
     with start.intake() as intake:
-        for attempt in range(_MAX_TRIES):
-            try:
+        for _ in range(_MAX_TRIES - 1):
+            with suppress(ConflictError):  # another build of this dataset was faster: compare with what it wrote
                 return _Update(start, intake, metadata).run()
-            except ConflictError:  # another build of this dataset was faster: compare with what it wrote
-                if attempt == _MAX_TRIES - 1:
-                    raise
-    raise AssertionError("the loop above returns or raises")
+        return _Update(start, intake, metadata).run()
 
 
 @dataclass(frozen=True)
@@ -149,21 +148,14 @@ class Preparation:
         Raises:
             InputError: The source cannot be read.
         """
-        with (
-            ExternalSort(PAIRS, "pair_id", "source_row") as pairs,
-            ExternalSort(QUARANTINE, "source_row") as unusable,
-        ):
+        with ExternalSort(PAIRS, "pair_id", "source_row") as pairs, ExternalSort(QUARANTINE, "source_row") as unusable:
             intake = Intake(self.dataset, self.tokenizer, self.context, pairs, unusable)
             intake.read()
             yield intake
 
 
 class _Update:
-    """One try to bring the two tables from their newest versions to the source.
-
-    New pairs are tokenised into shards that nobody sees yet. They are appended, or merged with the old rows into a whole new
-    version when old pairs have left the source or changed their row.
-    """
+    """One try to bring the two tables from their newest versions to the source."""
 
     def __init__(self, start: Preparation, intake: Intake, metadata: dict[str, object]) -> None:
         self.start = start
@@ -180,12 +172,6 @@ class _Update:
         self.old_rows_stay = True
 
     def run(self) -> Prepared:
-        """Write what has changed.
-
-        Raises:
-            InputError: No row of the source can be used.
-            ConflictError: Another writer made a version meanwhile.
-        """
         with ExternalSort(QUARANTINE, "source_row") as unusable:
             fresh = self._write_fresh(unusable)
             num_pairs, num_new = self.statistics["num_pairs"], self.statistics["num_new_pairs"]
@@ -200,7 +186,7 @@ class _Update:
         return Prepared(tokens, account.num_source_rows, num_pairs, account.quarantined, num_new)
 
     def _write_fresh(self, unusable: ExternalSort) -> list[ShardRecord]:
-        """Tokenise the new pairs into shards; add what cannot be tokenised, and duplicates, to `unusable`."""
+        """Tokenise the new pairs into shards that nobody sees yet; add what cannot be, and duplicates, to `unusable`."""
         writer = self.tokens.writer()
         for part in compared_ranges(self.intake.pairs, self.tokens, self.kept):
             self.old_rows_stay &= part.gone.is_empty() and "moved" not in part.rows["standing"]
@@ -265,11 +251,8 @@ class _Update:
         quarantine.commit(writer.finish(), record, self.quarantine_base, mode="overwrite")
 
     def _commit_tokens(self, fresh: list[ShardRecord]) -> TableVersion:
-        content = {
-            "cut": self.start.cut,
-            "reading": self.start.source["reading"],
-            "pairs": self.pair_ids.hexdigest(),
-        }
+        reading, pairs = self.start.source["reading"], self.pair_ids.hexdigest()
+        content = {"cut": self.start.cut, "reading": reading, "pairs": pairs}
         counts = {"num_source_rows": self.intake.num_rows, "quarantined": dict(self.reasons)}
         record = {**self.metadata, "fingerprint": fingerprint(content), "statistics": {**counts, **self.statistics}}
         if self.kept is None:
@@ -290,7 +273,7 @@ class _Update:
             first = pl.DataFrame(pl.from_arrow(rows.select(["pair_id", "source_row"]))).unique("pair_id", keep="first")
             stay = piece.of(old).drop("source_row").join(first.lazy(), on="pair_id").select(TOKENS.names)
             merged = pl.concat([stay, piece.of(new).select(TOKENS.names)]).sort("pair_id").collect()
-            writer.write(merged.to_arrow().cast(TOKENS))
+            writer.write(merged.to_arrow())
         return writer.finish()
 
 
@@ -300,10 +283,3 @@ def _model_number(folder: Path, name: str) -> int | None:
     text_config = config.get("text_config")
     value = {**config, **text_config}.get(name) if isinstance(text_config, dict) else config.get(name)
     return value if isinstance(value, int) else None
-
-
-def _vocab_size(folder: Path) -> int:
-    vocab_size = _model_number(folder, "vocab_size")
-    if vocab_size is None:
-        raise InputError(f"model {folder}: config.json has no vocab_size")
-    return vocab_size

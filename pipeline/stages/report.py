@@ -71,8 +71,7 @@ def summary_rows(published: Published) -> list[tuple[str, str]]:
         rows.append(("annotator scores", f"of {statistics['num_scored_pairs']:,} pairs"))
     if statistics["num_anchored_pairs"]:
         rows.append(("anchors", f"of {statistics['num_anchored_pairs']:,} pairs"))
-    if published.settings is not None:
-        rows.append(("weights", _settings_text(published.settings)))
+    rows.append(("weights", _settings_text(published.settings)))
     rows += [(f"{side} tokens", _side_text(statistics[side])) for side in SIDES]
     if "mean_pair_weight" in statistics:
         rows.append(("pair weights", f"mean {statistics['mean_pair_weight']:.4f}"))
@@ -141,14 +140,15 @@ def _histograms(table: Table, published: Published, num_bins: int = 40) -> list[
             weights = rows[f"{side}_token_weights"].combine_chunks().flatten().to_numpy()
             # Stored weights are rounded, so they may lie slightly outside the range of the exact ones.
             counts[side] += np.histogram(np.clip(weights, edges[side][0], edges[side][-1]), bins=edges[side])[0]
-    return [_histogram(side, counts[side], edges[side]) for side in SIDES]
-
-
-def _histogram(side: str, counts: np.ndarray, edges: np.ndarray) -> dict[str, object]:
-    bars = [
-        {"x": 8 * i, "height": 100.0 * c / counts.max(), "label": f"{edges[i]:.2f}: {c}"} for i, c in enumerate(counts)
-    ]
-    return {"side": side, "bars": bars, "low": f"{edges[0]:.2f}", "high": f"{edges[-1]:.2f}"}
+    histograms: list[dict[str, object]] = []
+    for side, of_side in counts.items():
+        heights, labels = 100.0 * of_side / of_side.max(), [f"{edge:.2f}" for edge in edges[side]]
+        bars = [
+            {"x": 8 * at, "height": height, "label": f"{labels[at]}: {of_side[at]}"}
+            for at, height in enumerate(heights)
+        ]
+        histograms.append({"side": side, "bars": bars, "low": labels[0], "high": labels[-1]})
+    return histograms
 
 
 def _sample_pairs(frame: pl.LazyFrame, tokenizer: ChatTokenizer) -> list[dict[str, object]]:

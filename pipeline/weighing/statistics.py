@@ -19,7 +19,7 @@ def count_up(joined: pl.DataFrame, sides: Mapping[Side, Weighed], pair_weights: 
     """Return the statistics of at least one pair; `pair_weights` `[B]` are None if the recipe has none.
 
     Raises:
-        MismatchError: The lists of the reference's top k are not k times as long as the ids.
+        MismatchError: The lists of the reference's top k are not k times as long as the ids, with one whole k for all pairs.
     """
     statistics: Statistics = {
         "num_pairs": joined.height,
@@ -100,11 +100,7 @@ def _are_constant(statistics: Statistics) -> bool:
 
 
 def _top_k(joined: pl.DataFrame) -> int:
-    """Return how many of the reference's most likely tokens are stored at each position, 0 if none are.
-
-    Raises:
-        MismatchError: The lists are not k times as long as the ids, with one whole k for all pairs.
-    """
+    """Return k, how many of the reference's most likely tokens are stored at each position; 0 if none are."""
     names = [name for name in joined.columns if "_ref_top_" in name]
     if not names:
         return 0
