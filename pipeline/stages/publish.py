@@ -228,7 +228,7 @@ class Wanted:
         """
         if self.newest is None or self.made_differently or "position" in self.section.transforms:
             return None
-        return self.base if Join(ingredients.by_role()).has_all_of(self.table, self.base) else None
+        return self.base if Join(ingredients.by_role(), self.section).has_all_of(self.table, self.base) else None
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
