@@ -24,7 +24,7 @@ from pipeline.stages.score import REFERENCE, Scorer, identity_in
 from pipeline.weighing.section import WeightsSection
 from pipeline.workers.request import Stage
 from pipeline.workers.supervise import FOLDERS, changed_identity, stage_table
-from weights_store import Table, TableVersion, WeightStore
+from weights_store import TableVersion, WeightStore
 from weights_store.fingerprint import explain_difference
 
 _MEASURED_COMMITS = 20
@@ -129,19 +129,15 @@ class _Plan:
         self.filled[name] = TableVersion(tokens.store, path, version or 0, TO_BE_COMPUTED)
         rate = _tokens_per_s(self.outlook.start.store, stage, role)
         wall_s = amount.num_tokens / rate if rate else None
-        reasons = tuple(self._why_fill(role, table, identity))
-        return StagePlan(name, "compute", amount.num_pairs, amount.num_tokens, reasons, amount.is_exact, wall_s)
-
-    def _why_fill(self, role: str, table: Table | None, identity: Mapping[str, object] | None) -> Iterator[str]:
         if table is None or identity is None:
-            yield f"the {role} model is not trained yet"
-        elif table.exists():
-            yield f"{table.reference()} lacks these pairs"
+            reasons = [f"the {role} model is not trained yet"]
+        elif version is not None:
+            reasons = [f"{table.reference()} lacks these pairs"]
         else:
-            yield f"new table {table.path}"
             changed = changed_identity(table, role, identity)
-            if changed is not None:
-                yield f"unlike {changed[0]}: {'; '.join(changed[1])}"
+            unlike = [f"unlike {changed[0]}: {'; '.join(changed[1])}"] if changed else []
+            reasons = [f"new table {table.path}", *unlike]
+        return StagePlan(name, "compute", amount.num_pairs, amount.num_tokens, tuple(reasons), amount.is_exact, wall_s)
 
     def _contrast(self, uniform: TableVersion) -> tuple[StagePlan, dict[str, Scorer]]:
         """Plan the contrastive pair, and return the scorers of its models, as far as they exist, by role."""

@@ -178,7 +178,7 @@ class _Update:
             if not num_pairs:
                 raise self.intake.no_usable_pair(self.reasons)
             account = Account(self.start.source, self.intake.num_rows, dict(self.reasons))
-            is_same = not num_new and self.old_rows_stay and self.base is not None and self.recorded == account
+            is_same = not num_new and self.old_rows_stay and self.recorded == account
             if not is_same:
                 # Quarantine first: if the build dies in between, the tokens are still the old ones and the next run does both.
                 self._commit_quarantine(unusable)
@@ -255,8 +255,8 @@ class _Update:
         content = {"cut": self.start.cut, "reading": reading, "pairs": pairs}
         counts = {"num_source_rows": self.intake.num_rows, "quarantined": dict(self.reasons)}
         record = {**self.metadata, "fingerprint": fingerprint(content), "statistics": {**counts, **self.statistics}}
-        if self.kept is None:
-            return self.tokens.commit(fresh, record, self.base, mode="overwrite" if self.base is not None else "append")
+        if self.kept != self.base:  # the old rows were read in another way
+            return self.tokens.commit(fresh, record, self.base, mode="overwrite")
         if self.old_rows_stay:
             return self.tokens.commit(fresh, record, self.base)
         reference = self.tokens.commit(self._merge(fresh), record, self.base, mode="overwrite")
