@@ -129,7 +129,7 @@ def summary_markdown(published: Published, report: str | None = None) -> str:
 
 
 def _histograms(table: Table, published: Published, num_bins: int = 40) -> list[dict[str, object]]:
-    """Return one histogram of weights per side, with bar heights of 0 to 100; reads one row group at a time."""
+    """Return one histogram of weights per side; reads one row group at a time."""
     edges, counts = {}, {}
     for side in SIDES:
         numbers = published.statistics[side]
@@ -140,15 +140,7 @@ def _histograms(table: Table, published: Published, num_bins: int = 40) -> list[
             weights = rows[f"{side}_token_weights"].combine_chunks().flatten().to_numpy()
             # Stored weights are rounded, so they may lie slightly outside the range of the exact ones.
             counts[side] += np.histogram(np.clip(weights, edges[side][0], edges[side][-1]), bins=edges[side])[0]
-    histograms: list[dict[str, object]] = []
-    for side, of_side in counts.items():
-        heights, labels = 100.0 * of_side / of_side.max(), [f"{edge:.2f}" for edge in edges[side]]
-        bars = [
-            {"x": 8 * at, "height": height, "label": f"{labels[at]}: {of_side[at]}"}
-            for at, height in enumerate(heights)
-        ]
-        histograms.append({"side": side, "bars": bars, "low": labels[0], "high": labels[-1]})
-    return histograms
+    return [{"side": side, "counts": counts[side].tolist(), "edges": edges[side].tolist()} for side in SIDES]
 
 
 def _sample_pairs(frame: pl.LazyFrame, tokenizer: ChatTokenizer) -> list[dict[str, object]]:
@@ -195,9 +187,10 @@ h2{margin-top:2.2rem}code,.tokens,.prompt{font-family:ui-monospace,monospace;fon
 <h2>Weights</h2>
 {% for h in histograms %}<div class="hist"><div class="side">{{ h.side }}</div>
 <svg width="320" height="110" role="img" aria-label="histogram of {{ h.side }} weights">
-{% for bar in h.bars %}<rect x="{{ bar.x }}" y="{{ 105 - bar.height }}" width="7" height="{{ bar.height }}">
-<title>{{ bar.label }}</title></rect>{% endfor %}</svg>
-<div><code>{{ h.low }} … {{ h.high }}</code></div></div>{% endfor %}
+{% for count in h.counts %}{% set height = 100 * count / h.counts | max -%}
+<rect x="{{ 8 * loop.index0 }}" y="{{ 105 - height }}" width="7" height="{{ height }}">
+<title>{{ "%.2f: %d" | format(h.edges[loop.index0], count) }}</title></rect>{% endfor %}</svg>
+<div><code>{{ "%.2f … %.2f" | format(h.edges[0], h.edges[-1]) }}</code></div></div>{% endfor %}
 <h2>Pairs</h2><p>Green: weight above 1. Orange: below 1. Hold the pointer over a token for its weight.</p>
 {% for pair in pairs %}<h3><code>{{ pair.pair_id }}</code></h3><div class="prompt">{{ pair.prompt }}</div>
 {% for s in pair.sides %}<div class="side">{{ s.side }}</div><div class="tokens">
