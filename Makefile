@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 PINNED := requirements/dev.txt
 TORCH := $(shell grep -E '^torch==' $(PINNED))
 NUM_PACKAGES := $(shell grep -cE '^[A-Za-z]' $(PINNED))
-# Quiet, and nothing is reported to anybody.
+# No usage statistics.
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export VLLM_NO_USAGE_STATS := 1
@@ -16,7 +16,7 @@ export VLLM_NO_USAGE_STATS := 1
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
-install: $(INSTALLED)  ## make .venv with everything in it (about two minutes, 4.5 GB)
+install: $(INSTALLED)  ## make .venv with all packages (about two minutes, 4.5 GB)
 
 # CPU builds of torch are not on PyPI: where pip does not find the pinned one, it comes from PyTorch's own CPU index.
 $(INSTALLED): $(PINNED) pyproject.toml
@@ -59,11 +59,11 @@ format: $(INSTALLED)  ## let ruff rewrite
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock:  ## resolve requirements/*.txt anew (needs uv)
+lock:  ## resolve requirements/*.txt again (needs uv)
 	requirements/lock.sh
 
 rehearse:  ## run the install steps of an image in a clean virtual environment: make rehearse IMAGE=train
 	docker/rehearse.sh $(IMAGE)
 
-clean:  ## remove what demo and tools made; .venv stays
+clean:  ## remove what the demo and tools wrote, but not .venv
 	rm -rf demo benchmarks/scratch .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -1,4 +1,4 @@
-"""The `tokenweights` command. Every sub-command imports its extra only when it runs, so that `--help` is instant.
+"""The `tokenweights` command. Each sub-command imports its packages only when it runs, so that `--help` is instant.
 
 This module stands above all packages, and nothing imports it.
 """
@@ -6,17 +6,22 @@ This module stands above all packages, and nothing imports it.
 import os
 import sys
 
-if __name__ == "__main__" and not sys.flags.safe_path and sys.path[0] != os.path.dirname(os.path.abspath(__file__)):
-    del sys.path[
-        0
-    ]  # where `python -m` and torchrun put the current directory: a user's own train.py would stand for ours
+# `python -m` and torchrun put the current directory first on the path: a user's own train.py would be imported as ours.
+# Without pathlib, which would itself be searched there.
+if __name__ == "__main__" and not sys.flags.safe_path:
+    _ours = os.path.dirname(os.path.realpath(__file__))  # noqa: PTH120
+    if os.path.realpath(sys.path[0]) != _ours:
+        del sys.path[0]
 
 import argparse
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from train.run import build_parser as build_train_parser
 from weights_store.commands import add_commands, add_store_option
 from weights_store.errors import InputError, MissingExtraError
 from weights_store.process import run_main
@@ -24,22 +29,28 @@ from weights_store.process import run_main
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Run = Callable[[argparse.Namespace], int | None]
+
+_SHELLS = ("bash", "zsh", "fish")
+_PATHS = ("recipe", "recipes", "config", "folder", "store", "output", "tokenizer")
+"""Arguments that a shell completes with file names."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["train"]:  # the training job has options of its own
+    if arguments[:1] == ["train"]:  # `train.run` parses its options itself
         return run_main(lambda: _train(arguments[1:]), debug="--debug" in arguments)
-    options = _parser().parse_args(arguments)
-    run: Callable[[], int | None] = lambda: options.run(options)  # noqa: E731
-    return run_main(
-        run, debug=options.debug, after_interrupt="interrupted; what was committed stays, run again to go on"
-    )
+    options = build_parser().parse_args(arguments)
+    run: Run = options.run
+    after_interrupt = "interrupted; what was committed stays, run again to go on"
+    return run_main(lambda: run(options), debug=options.debug, after_interrupt=after_interrupt)
 
 
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
-    """Name the extra to install when a package that is imported inside is missing.
+    """Name the extra to install if a package is missing that the code inside imports.
 
     Raises:
         MissingExtraError: A package of the extra is not installed.
@@ -54,78 +65,102 @@ def needs_extra(extra: str) -> Iterator[None]:
         ) from error
 
 
-def _train(arguments: list[str]) -> int:
-    with needs_extra("train"):
-        from train.run import main
-    return main(arguments)
+# --- options -----------------------------------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; nothing heavy is imported."""
     parser = argparse.ArgumentParser(
         prog="tokenweights",
         description="Precomputed token weights for DPO: score once, weigh many times, train many times.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    build = _command(commands, "build", _build, "build the weight dataset of a recipe")
-    build.add_argument("recipe", help="a TOML file, see recipes/")
-    build.add_argument("--store", metavar="URI", help="root of the store; default: the recipe's store.uri")
-    _add_overrides(build)
-    build.add_argument(
-        "--expect-same", action="store_true", help="refuse to make a version with other settings than the newest"
+    _add_build_commands(commands)
+    commands.add_parser(
+        "train", parents=[build_train_parser()], add_help=False, help="train a model from a weight dataset"
     )
+    demo = _command(commands, "demo", _demo, "run the whole job on a made-up language")
+    demo.add_argument("--folder", default="demo", help="folder for the demo's store and models (default: demo)")
 
-    plan = _command(commands, "plan", _plan, "say what a build of a recipe would do, and do nothing")
-    plan.add_argument("recipe", help="a TOML file, see recipes/")
-    plan.add_argument("--store", metavar="URI", help="root of the store; default: the recipe's store.uri")
-    _add_overrides(plan)
-
-    check = _command(
-        commands, "check-scorer", _check_scorer, "compare the scoring engine's log-probs with transformers in float32"
-    )
-    check.add_argument("recipe", help="a TOML file, see recipes/")
-    check.add_argument("--store", metavar="URI", help="root of the store; default: the recipe's store.uri")
-    _add_overrides(check)
-    check.add_argument("--pairs", metavar="N", type=_count, default=32, help="pairs to score (default: 32)")
-    check.add_argument(
-        "--tolerance",
-        metavar="NATS",
-        type=_nats,
-        help="largest mean |difference| per token that passes, in nats; no token may be off by more than 50 times as much "
-        "(default: 1e-3 and 0.05 where the engine computes in float32, 1e-2 and 0.5 in float16, 4e-2 and 2 in bfloat16)",
-    )
-    check.add_argument(
-        "--role",
-        choices=["ref", "positive", "negative"],
-        default="ref",
-        help="which scorer: the reference, or one of the contrastive pair (default: ref)",
-    )
-
-    serve = _command(commands, "serve", _serve, "serve recipes as scheduled Prefect deployments, until stopped")
-    serve.add_argument("recipes", nargs="+", metavar="RECIPE", help="TOML files, each with a [schedule]")
-    serve.add_argument("--store", metavar="URI", help="root of the store; default: each recipe's store.uri")
-    _add_overrides(serve)
-
-    train = commands.add_parser("train", help="train a policy from a weight dataset; the same as python -m train.run")
-    train.set_defaults(debug=False)
-
-    demo = _command(commands, "demo", _demo, "run everything on a made-up language, in a folder of its own")
-    demo.add_argument("--folder", default="demo", help="where the demo's store and models go (default: demo)")
-
-    def add(name: str, run: Any, what: str) -> argparse.ArgumentParser:
+    def add(name: str, run: "Run", what: str) -> argparse.ArgumentParser:
         command = _command(commands, name, run, what)
         add_store_option(command)
         return command
 
     add_commands(add, _load_tokenizer)
+    completion = _command(
+        commands,
+        "completion",
+        partial(_completion, parser, commands),
+        "print a script that completes commands in a shell",
+    )
+    completion.add_argument("shell", choices=_SHELLS, help="for example: source <(tokenweights completion bash)")
     return parser
 
 
-def _command(commands: Any, name: str, run: Any, what: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("tokenweights")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _add_build_commands(commands: "Commands") -> None:
+    build = _recipe_command(commands, "build", _build, "build the weight dataset of a recipe")
+    build.add_argument(
+        "--expect-same", action="store_true", help="fail if the settings differ from those of the latest version"
+    )
+    plan = _recipe_command(commands, "plan", _plan, "show what a build would do, without running it")
+    plan.add_argument("--json", action="store_true", help="print one JSON list with an object for each stage")
+    check = _recipe_command(
+        commands, "check-scorer", _check_scorer, "compare the scoring engine's log-probs with transformers in float32"
+    )
+    check.add_argument("--pairs", metavar="N", type=_count, default=32, help="number of pairs to score (default: 32)")
+    check.add_argument(
+        "--tolerance",
+        metavar="NATS",
+        type=_nats,
+        help="largest mean |difference| per token that passes, in nats; a single token may differ by 50 times as much "
+        "(default: 1e-3 if the engine computes in float32, 1e-2 in float16, 4e-2 in bfloat16)",
+    )
+    check.add_argument(
+        "--role",
+        choices=["ref", "positive", "negative"],
+        default="ref",
+        help="model to score with: the reference, or one of the contrastive pair (default: ref)",
+    )
+    serve = _command(commands, "serve", _serve, "run recipes on their schedules as Prefect deployments, until stopped")
+    serve.add_argument("recipes", nargs="+", metavar="RECIPE", help="TOML files, each with a [schedule]")
+    _add_settings(serve)
+
+
+def _recipe_command(commands: "Commands", name: str, run: "Run", what: str) -> argparse.ArgumentParser:
+    parser = _command(commands, name, run, what)
+    parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, see recipes/")
+    _add_settings(parser)
+    return parser
+
+
+def _command(commands: "Commands", name: str, run: "Run", what: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run)
     return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", metavar="URI", help="root of the store (default: store.uri of the recipe)")
+    parser.add_argument(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="override a setting of the recipe; repeatable",
+    )
 
 
 def _count(text: str) -> int:
@@ -144,15 +179,14 @@ def _nats(text: str) -> float:
     return number
 
 
-def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--set",
-        metavar="SECTION.KEY=VALUE",
-        action="append",
-        default=[],
-        dest="overrides",
-        help="override a setting; repeatable",
-    )
+# --- commands ----------------------------------------------------------------------------------------------------------
+
+
+def _train(arguments: list[str]) -> int:
+    with needs_extra("train"):
+        from train.run import main
+
+        return main(arguments)
 
 
 def _build(options: argparse.Namespace) -> None:
@@ -165,10 +199,13 @@ def _build(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     with needs_extra("flows"):
         from pipeline.dry_run.plan import plan
-        from pipeline.dry_run.table import plan_lines
+        from pipeline.dry_run.table import plan_lines, plan_rows
         from pipeline.recipe import load_recipe
     recipe = load_recipe(options.recipe, options.overrides, options.store)
     plans = plan(recipe)
+    if options.json:
+        print(json.dumps(plan_rows(plans), indent=2))
+        return
     print(f"A build of {recipe.weights.name} in {recipe.store.uri} would do this:\n")
     print("\n".join(plan_lines(plans)))
 
@@ -200,6 +237,16 @@ def _demo(options: argparse.Namespace) -> None:
     run_demo(options.folder, options.debug)
 
 
+def _completion(parser: argparse.ArgumentParser, commands: "Commands", options: argparse.Namespace) -> None:
+    import shtab
+
+    for command in commands.choices.values():
+        for action in command._actions:
+            if action.dest in _PATHS:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]  # an attribute that shtab looks for
+    print(shtab.complete(parser, options.shell))
+
+
 def _load_tokenizer(folder: str) -> "Tokenizer":
     """Return the tokenizer of a model folder.
 
@@ -209,9 +256,7 @@ def _load_tokenizer(folder: str) -> "Tokenizer":
     """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
-        raise InputError(
-            f"{folder} has no tokenizer.json; give the folder of the model that the pairs were tokenised with"
-        )
+        raise InputError(f"{folder} has no tokenizer.json; give the folder of the model that tokenised the pairs")
     with needs_extra("train"):
         from tokenizers import Tokenizer
     return Tokenizer.from_file(str(path))

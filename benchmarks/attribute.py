@@ -30,12 +30,14 @@ import torch
 
 import pipeline.workers.pair_attributor
 from benchmarks.machine import describe
+from pipeline.engine.contract import EngineSettings
 from pipeline.recipe import AttributeSection, Recipe
 from pipeline.stages.prepare import prepare
 from pipeline.workers.pair_attributor import PairAttributor
-from pipeline.workers.request import Request, Target
+from pipeline.workers.pair_row import read_pairs
+from pipeline.workers.request import AttributionOptions, Request, Target
 from train.model.attribution import _largest_logits
-from weights_store import WeightStore
+from weights_store import TableVersion, WeightStore
 from weights_store.settings import parse_settings
 
 REPO = Path(__file__).resolve().parent.parent
@@ -79,14 +81,10 @@ class Bench:
 
     def __init__(self, model: Path, rows: pl.DataFrame, dtype: str) -> None:
         settings = AttributeSection(dtype=dtype)  # type: ignore[arg-type]
-        engine = {"dtype": dtype, "batch_tokens": settings.batch_tokens}
-        options = settings.model_dump(include={"target", "prompts", "activations"})
-        folder = str(model)
-        request = Request(
-            *("", "", 0, folder, folder, None, [TARGET], settings.chunk_tokens, engine, {"kind": "process"}),
-            stage="attribute",
-            options=options,
-        )
+        engine = EngineSettings(dtype, settings.batch_tokens)
+        options = AttributionOptions(settings.target, settings.prompts, settings.activations)
+        nowhere = TableVersion("", "", 0, "")
+        request = Request("attribute", nowhere, str(model), [TARGET], settings.chunk_tokens, engine, options=options)
         self.rows = rows
         self.worker = PairAttributor(request)
         self.plain = pipeline.workers.pair_attributor.load_model(model, dtype).requires_grad_(
@@ -109,7 +107,7 @@ class Bench:
         return batches
 
     def ours(self) -> dict[str, list[np.ndarray]]:
-        table, unscorable = self.worker.fill_in(self.rows, TARGET)
+        table, unscorable = self.worker.fill_in(read_pairs(self.rows), TARGET)
         assert not unscorable
         return {side: table[f"{side}_attributions"].to_pylist() for side in ("chosen", "rejected")}
 

@@ -31,12 +31,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import describe
+from pipeline.engine.contract import EngineSettings
 from pipeline.recipe import Recipe
 from pipeline.stages.prepare import prepare
 from pipeline.workers.pair_scorer import PairScorer
 from pipeline.workers.process import fill
 from pipeline.workers.request import Request, Target
-from weights_store import WeightStore
+from weights_store import TableVersion, WeightStore
 from weights_store.settings import parse_settings
 
 REPO = Path(__file__).resolve().parent.parent
@@ -131,8 +132,8 @@ class Bench:
     """One engine, and the ways of using it."""
 
     def __init__(self, model: str, **engine: Any) -> None:
-        settings = {"dtype": "bfloat16", "batch_tokens": 4096, "kv_cache_gib": 2.0, **engine}
-        self.request = Request("", "", 0, model, model, None, [], 262_144, settings, {"kind": "process"})
+        settings = EngineSettings(**{"dtype": "bfloat16", **engine})
+        self.request = Request("score", TableVersion("", "", 0, ""), model, [], 262_144, settings)
         self.scorer = PairScorer(self.request)
         self.engine: Any = self.scorer.engine._engine  # type: ignore[attr-defined]
         self.num_asked = 0
@@ -140,9 +141,8 @@ class Bench:
     def ours(self, tokens: dict[str, Any]) -> None:
         """Score and commit, as the process does."""
         target = Target("ref", f"logps/bench/{time.monotonic_ns()}", None, {"fingerprint": "bench"})
-        version = {"store": tokens["store"], "tokens_table": tokens["table"], "tokens_version": tokens["version"]}
-        request = replace(self.request, **version)
-        fill(request, target, self.scorer)
+        version = TableVersion(tokens["store"], tokens["table"], tokens["version"], "")
+        fill(replace(self.request, tokens=version), target, self.scorer)
         shutil.rmtree(Path(tokens["store"]) / target.table)
 
     def prefill(self, sequences: list[tuple[list[int], list[int]]]) -> None:

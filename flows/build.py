@@ -1,28 +1,28 @@
-"""The build as a Prefect flow. Reads like a table of contents; the work is in `pipeline`.
+"""The build as a Prefect flow. It reads like a table of contents; the work is in `pipeline`.
 
 Tasks pass references (table, version), never tables. The store decides what is already done, not Prefect's cache: a second
-run of a finished build does nothing and takes seconds.
+run of a finished build computes nothing and takes seconds.
 """
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-# Before Prefect is imported. On a busy machine the embedded server needs longer than Prefect's 20 s.
+# These must be set before Prefect is imported. On a busy machine the embedded server needs longer than Prefect's 20 s to start.
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "tokenweights")  # what stages log is shown in their runs
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
+# Prefect starts `python -m` for its server and for served runs: keep the current directory off their paths.
+os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 
-from flows.progress import stage_progress
+from flows.run_logs import progress_artifacts, run_logs
 from pipeline.models.resolve import resolve_model
 from pipeline.parity.check import check_stored
 from pipeline.recipe import Recipe, load_recipe
@@ -32,7 +32,7 @@ from pipeline.stages.contrast import ContrastivePair, contrast, prompt_pair
 from pipeline.stages.prepare import Prepared, prepare
 from pipeline.stages.publish import Ingredients, Published, publish
 from pipeline.stages.report import summary_markdown, write_report
-from pipeline.stages.score import Scorer, score
+from pipeline.stages.score import Scorer, executor_of, score
 from pipeline.workers.supervise import Filled
 from weights_store.messages import logger
 
@@ -41,7 +41,7 @@ _log = logger(__name__)
 
 @dataclass
 class BuildResult:
-    """What a build hands back: references, the report's place, and the wall time of each stage in seconds."""
+    """What a build made: references, the path of the report, and how long each stage took in seconds."""
 
     prepared: Prepared
     published: Published
@@ -54,7 +54,7 @@ class BuildResult:
     stage_s: dict[str, float] = field(default_factory=dict)
 
     def filled(self) -> dict[str, Filled]:
-        """Return what each stage that ran a model over the pairs has come to, by stage and role."""
+        """Return the result of every stage that ran a model over the pairs, by stage and role."""
         others = {"attribute ref": self.attributed, "anchors ref": self.anchors}
         scored = {f"score {role}": result for role, result in self.scored.items()}
         return scored | {what: result for what, result in others.items() if result is not None}
@@ -64,37 +64,38 @@ class BuildResult:
 def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
     """Build the weight dataset of a recipe: prepare, score, contrast, score, attribute, anchors, weigh, publish, report."""
     clock = StageClock()
-    with clock("model"):
-        model_folder = find_model(recipe)
-    with clock("prepare"):
-        prepared = prepare_tokens(recipe, model_folder)
-    scorers = {"ref": Scorer(model_folder)}
-    if recipe.needs_pair and recipe.contrast.method == "prompt":  # one model: one engine start for all three
-        scorers |= prompt_pair(recipe.contrast, model_folder).scorers
-    with clock("score " + " ".join(scorers)):
-        scored = score_tokens(prepared, scorers, recipe, model_folder)
-    num_trained = 0
-    if recipe.needs_pair:
-        with clock("publish uniform"):
-            uniform = publish_uniform(recipe, prepared, scored, model_folder)
-        if "positive" not in scored:
-            with clock("contrast"):
-                pair = build_contrast(recipe, model_folder, uniform)
-            num_trained = pair.num_trained
-            with clock("score pair"):
-                scored |= score_tokens(prepared, pair.scorers, recipe, model_folder)
-    attributed = anchors = None
-    if recipe.needs_attributions:
-        with clock("attribute"):
-            attributed = attribute_tokens(prepared, recipe, model_folder)
-    if recipe.anchors is not None:
-        with clock("anchors"):
-            anchors = sample_anchor_responses(prepared, recipe, model_folder)
-    ingredients = _ingredients(prepared, scored, attributed, anchors)
-    with clock("publish"):
-        published = publish_weights(recipe, ingredients, model_folder, expect_same)
-    with clock("report"):
-        report = report_weights(published, recipe, model_folder)
+    with run_logs():
+        with clock("model"):
+            model_folder = find_model(recipe)
+        with clock("prepare"):
+            prepared = prepare_tokens(recipe, model_folder)
+        scorers = {"ref": Scorer(model_folder)}
+        if recipe.needs_pair and recipe.contrast.method == "prompt":  # one model, so one engine scores all three
+            scorers |= prompt_pair(recipe.contrast, model_folder).scorers
+        with clock("score " + " ".join(scorers)):
+            scored = score_tokens(prepared, scorers, recipe, model_folder)
+        num_trained = 0
+        if recipe.needs_pair:
+            with clock("publish uniform"):
+                uniform = publish_uniform(recipe, prepared, scored, model_folder)
+            if "positive" not in scored:
+                with clock("contrast"):
+                    pair = build_contrast(recipe, model_folder, uniform)
+                num_trained = pair.num_trained
+                with clock("score pair"):
+                    scored |= score_tokens(prepared, pair.scorers, recipe, model_folder)
+        attributed = anchors = None
+        if recipe.needs_attributions:
+            with clock("attribute"):
+                attributed = attribute_tokens(prepared, recipe, model_folder)
+        if recipe.anchors is not None:
+            with clock("anchors"):
+                anchors = sample_anchor_responses(prepared, recipe, model_folder)
+        ingredients = _ingredients(prepared, scored, attributed, anchors)
+        with clock("publish"):
+            published = publish_weights(recipe, ingredients, model_folder, expect_same)
+        with clock("report"):
+            report = report_weights(published, recipe, model_folder)
     return BuildResult(
         prepared, published, report, model_folder, scored, attributed, anchors, num_trained, clock.stage_s
     )
@@ -102,7 +103,7 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
 
 @flow(name="refresh-weights")
 def refresh_weights(recipe_file: str, overrides: list[str] | None = None, store: str | None = None) -> str:
-    """Build a recipe read from its file when the run starts: picks up new pairs, and changes of the file."""
+    """Read a recipe from its file and build it, so that each run sees new pairs and changes of the file."""
     result = build_weights(load_recipe(recipe_file, overrides or [], store))
     return str(result.published.weights)
 
@@ -115,7 +116,7 @@ def find_model(recipe: Recipe) -> Path:
 
 @task(name="prepare", task_run_name="prepare {recipe.dataset.name}")
 def prepare_tokens(recipe: Recipe, model_folder: Path) -> Prepared:
-    """Tokenise new pairs, put unusable rows into quarantine."""
+    """Tokenise new pairs; put unusable rows into quarantine."""
     prepared = prepare(recipe, model_folder)
     num_quarantined = sum(prepared.quarantined.values())
     _log.info(
@@ -129,8 +130,8 @@ def prepare_tokens(recipe: Recipe, model_folder: Path) -> Prepared:
 def score_tokens(
     prepared: Prepared, scorers: dict[str, Scorer], recipe: Recipe, model_folder: Path
 ) -> dict[str, Filled]:
-    """Score what has no log-probs yet, with progress as artifacts. Restarts are score's own."""
-    with stage_progress("score", list(scorers), str(prepared.tokens)):
+    """Score the pairs that have no log-probs yet. Prefect retries nothing: `score` restarts its process itself."""
+    with progress_artifacts("score", list(scorers), str(prepared.tokens)):
         scored = score(prepared.tokens, scorers, recipe.score, model_folder, recipe.model.chat_template)
     for role, result in scored.items():
         if result.num_pairs == 0:
@@ -140,36 +141,37 @@ def score_tokens(
 
 @task(name="attribute", task_run_name="attribute {recipe.attribute.target}")
 def attribute_tokens(prepared: Prepared, recipe: Recipe, model_folder: Path) -> Filled:
-    """Attribute what has no attributions yet to its tokens, with progress as an artifact."""
-    with stage_progress("attribute", ["ref"], str(prepared.tokens)):
-        return attribute(prepared.tokens, model_folder, recipe.attribute, recipe.score.executor_settings())
+    """Compute the attributions of the pairs that have none yet."""
+    with progress_artifacts("attribute", ["ref"], str(prepared.tokens)):
+        return attribute(prepared.tokens, model_folder, recipe.attribute, executor_of(recipe.score))
 
 
 @task(name="anchors", task_run_name="anchors")
 def sample_anchor_responses(prepared: Prepared, recipe: Recipe, model_folder: Path) -> Filled:
-    """Sample an anchor for every prompt that has none yet, with progress as an artifact."""
-    assert recipe.anchors is not None, "the flow asks"
-    with stage_progress("anchors", ["ref"], str(prepared.tokens)):
+    """Sample an anchor for every prompt that has none yet."""
+    assert recipe.anchors is not None, "the flow calls this task only for a recipe with [anchors]"
+    with progress_artifacts("anchors", ["ref"], str(prepared.tokens)):
         return sample_anchors(prepared.tokens, model_folder, recipe.anchors, recipe.score)
 
 
 @task(name="contrast", task_run_name="contrast {recipe.contrast.method}")
 def build_contrast(recipe: Recipe, model_folder: Path, uniform: Published) -> ContrastivePair:
-    """Build the contrastive pair, or find the one that is there."""
+    """Build the contrastive pair, or find the one that the store has already."""
     return contrast(recipe.contrast, model_folder, uniform.weights)
 
 
 @task(name="publish uniform", task_run_name="publish {recipe.dataset.name}/uniform")
 def publish_uniform(recipe: Recipe, prepared: Prepared, scored: dict[str, Filled], model_folder: Path) -> Published:
-    """Publish the pairs with weights 1: what contrastive training and the plain DPO baseline read."""
+    """Publish the pairs with all weights 1, for contrastive training and for the plain DPO baseline."""
     ingredients = Ingredients(prepared.tokens, scored["ref"].output)
-    return publish(recipe, recipe.uniform, ingredients, check=_stored_check(recipe, ingredients, model_folder))
+    check = partial(check_stored, recipe, ingredients.tokens, ingredients.ref_logps, model_folder)
+    return publish(recipe, recipe.uniform, ingredients, check=check)
 
 
 @task(name="publish", task_run_name="publish {recipe.weights.name}")
 def publish_weights(recipe: Recipe, ingredients: Ingredients, model_folder: Path, expect_same: bool) -> Published:
-    """Weigh and publish."""
-    check = _stored_check(recipe, ingredients, model_folder)
+    """Compute the weights and publish them."""
+    check = partial(check_stored, recipe, ingredients.tokens, ingredients.ref_logps, model_folder)
     return publish(recipe, recipe.weights, ingredients, expect_same, check, model_folder)
 
 
@@ -195,20 +197,17 @@ def _ingredients(
     )
 
 
-def _stored_check(recipe: Recipe, ingredients: Ingredients, model_folder: Path) -> Callable[[], dict[str, Any]]:
-    """Return the check of the reference's log-probs, for the first version that is made of them."""
-    return partial(check_stored, recipe, ingredients.tokens, ingredients.ref_logps, model_folder)
-
-
 class StageClock:
-    """Notes how long each stage took, in seconds."""
+    """Records how long each stage took, in seconds."""
 
     def __init__(self) -> None:
         self.stage_s: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Time what happens inside."""
+        """Measure what runs inside, also if it fails."""
         started = time.monotonic()
-        yield
-        self.stage_s[stage] = time.monotonic() - started
+        try:
+            yield
+        finally:
+            self.stage_s[stage] = time.monotonic() - started

@@ -1,13 +1,15 @@
-"""The demo: the main job on a made-up language whose true token rewards are known.
+"""The demo: the whole job on a made-up language in which the true reward of every token is known.
 
-Makes a small model and pairs, builds the contrastive pair by DPO (construction D), scores with vLLM, publishes weights, trains
-a weighted-DPO policy, and says how well the weights find the planted good and bad tokens. A second run reuses everything.
+It makes a small model and pairs, builds the contrastive pair by DPO (construction D), scores with vLLM, publishes weights,
+trains a policy with them, and prints how well the weights find the good and bad tokens. A second run reuses everything.
 """
 
 import json
+import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import polars as pl
@@ -15,24 +17,33 @@ import polars as pl
 from flows.build import BuildResult
 from flows.run import run_build
 from pipeline.child import run_child
-from pipeline.recipe import Recipe
-from pipeline.source.chat import ChatTokenizer
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.toy.language import ToyLanguage, agreement
 from pipeline.toy.model_maker import make_chat_model
 from weights_store import WeightStore
 from weights_store.location import write_whole
-from weights_store.settings import parse_settings
 
 _NUM_PAIRS = 1000
 _NUM_CONVERSATIONS = 6000
-_POLICY_SETTINGS = {
-    "loss.name": "tis_dpo",
-    "loss.beta": 0.1,
-    "optim.learning_rate": 3e-4,
-    "optim.num_epochs": 1,
-    "optim.pairs_per_step": 32,
-    "optim.tokens_per_batch": 4096,
-}
+_RECIPE = Path(__file__).with_suffix(".toml")
+"""The recipe of a demo in the folder `demo`."""
+_POLICY_SETTINGS = (
+    "loss.name=tis_dpo",
+    "loss.beta=0.1",
+    "optim.learning_rate=3e-4",
+    "optim.num_epochs=1",
+    "optim.pairs_per_step=32",
+    "optim.tokens_per_batch=4096",
+)
+
+
+class _Metrics(TypedDict):
+    """What the demo reads of a policy's `metrics.json`."""
+
+    steps: int
+    num_sample_pairs: int
+    before: dict[str, float]
+    after: dict[str, float]
 
 
 def run_demo(folder: str | Path, debug: bool = False) -> None:
@@ -47,16 +58,46 @@ def run_demo(folder: str | Path, debug: bool = False) -> None:
     _say("1/4 model and pairs")
     _make_model(folder / "model", language)
     _make_pairs(folder / "pairs.jsonl", language)
+    recipe_file = write_recipe(folder)
+    recipe = load_recipe(recipe_file)
     _say("2/4 build: contrastive pair, scores, weights")
-    recipe = _recipe(folder)
     result = run_build(recipe, debug=debug)
     _say("3/4 train a weighted-DPO policy")
     metrics = _train_policy(recipe, result, folder / "policy")
     _say("4/4 how well do the weights find the planted tokens?")
-    found = _agreement(recipe, result, language)
-    _print_table(result, metrics, found)
-    print(f"\nstore:  {recipe.store.uri}\npolicy: {folder / 'policy'}\nreport: {result.report}")
-    print(f"done in {time.monotonic() - started:.0f} s")
+    _print_table(result, metrics, _agreement(recipe, result, language))
+    print(f"\nrecipe: {recipe_file}\nstore:  {recipe.store.uri}\npolicy: {folder / 'policy'}\nreport: {result.report}")
+    print(f"done in {time.monotonic() - started:.0f} s\n\nGo on with:")
+    for what, command in next_commands(recipe_file, recipe):
+        print(f"  # {what}\n  {shlex.join(command)}")
+
+
+def write_recipe(folder: Path) -> Path:
+    """Write the demo's recipe and return its path; the paths in it are relative to where the demo was started."""
+    start = json.dumps(f"{folder}/", ensure_ascii=False).removesuffix('"')
+    text = _RECIPE.read_text(encoding="utf-8").replace('"demo/', start)
+    write_whole(folder / "recipe.toml", text)
+    return folder / "recipe.toml"
+
+
+def next_commands(recipe_file: Path, recipe: Recipe) -> list[tuple[str, list[str]]]:
+    """Return three commands that go on from a finished build, each with what it does."""
+    store = ["--store", recipe.store.uri]
+    wider = ["--set", "weights.name=toy/wider", "--set", "weights.upper=3.0"]
+    train = ["--weights", recipe.weights.name, "--model", recipe.model.path, "--output", f"{recipe_file.parent}/dpo"]
+    settings = ["loss.name=dpo", "loss.beta=0.1", "optim.learning_rate=3e-4"]
+    return [
+        ("look at the weights", ["tokenweights", "show", recipe.weights.name, *store]),
+        (
+            "other weights from the same log-probs, without scoring again",
+            ["tokenweights", "build", str(recipe_file), *wider],
+        ),
+        ("plain DPO on the same pairs, to compare", ["tokenweights", "train", *store, *train, *_set(settings)]),
+    ]
+
+
+def _set(settings: Sequence[str]) -> list[str]:
+    return [argument for setting in settings for argument in ("--set", setting)]
 
 
 def _say(text: str) -> None:
@@ -65,53 +106,35 @@ def _say(text: str) -> None:
 
 def _make_model(folder: Path, language: ToyLanguage) -> None:
     if folder.is_dir():
-        print(f"model: {folder} is there already")
-        return
-    make_chat_model(language.sample_conversations(_NUM_CONVERSATIONS, seed=1), folder)
+        print(f"model: {folder} exists already")
+    else:
+        make_chat_model(language.sample_conversations(_NUM_CONVERSATIONS, seed=1), folder)
 
 
 def _make_pairs(path: Path, language: ToyLanguage) -> None:
     if path.is_file():
-        print(f"pairs: {path} is there already")
+        print(f"pairs: {path} exists already")
         return
     pairs = language.sample_pairs(_NUM_PAIRS, seed=2)
     write_whole(path, "".join(json.dumps(pair) + "\n" for pair in pairs))
     print(f"pairs: {len(pairs)} in {path}")
 
 
-def _recipe(folder: Path) -> Recipe:
-    settings = {
-        "dataset": {"name": "toy", "source": str(folder / "pairs.jsonl")},
-        "model": {"path": str(folder / "model")},
-        "contrast": {
-            "method": "dpo",
-            "learning_rate": 1e-3,
-            "num_epochs": 2,
-            "pairs_per_step": 32,
-            "tokens_per_batch": 4096,
-        },
-        "score": {"kv_cache_gib": 1.0},
-        "weights": {"name": "toy/tis-dpo"},
-        "store": {"uri": str(folder / "store")},
-    }
-    return parse_settings(Recipe, settings, "the demo's recipe")
-
-
-def _train_policy(recipe: Recipe, result: BuildResult, output: Path) -> dict[str, Any]:
-    """Train on the published version, in a process of its own as a trainer would; return its metrics before and after."""
+def _train_policy(recipe: Recipe, result: BuildResult, output: Path) -> _Metrics:
+    """Train on the published version, in a process of its own as a trainer would; return metrics before and after."""
     reference = result.published.weights
     output = output / f"v{reference.version}-{reference.fingerprint[:12]}"
-    arguments = ["train", "--store", recipe.store.uri, "--model", recipe.model.path]
-    arguments += ["--weights", f"{result.published.name}@{reference.version}", "--output", str(output)]
-    for key, value in _POLICY_SETTINGS.items():
-        arguments += ["--set", f"{key}={json.dumps(value)}"]
+    arguments = ["train", "--store", recipe.store.uri, "--model", recipe.model.path, "--output", str(output)]
+    arguments += ["--weights", f"{result.published.name}@{reference.version}", *_set(_POLICY_SETTINGS)]
     run_child("tokenweights", arguments, "training the policy")
-    metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    metrics: _Metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     return metrics
 
 
 def _agreement(recipe: Recipe, result: BuildResult, language: ToyLanguage) -> dict[str, float]:
     """Compare log pi+ - log pi- of every response token with its true reward."""
+    from tokenizers import Tokenizer  # not AutoTokenizer: transformers takes seconds to import
+
     store = WeightStore(recipe.store.uri)
     tokens, *logps = (
         store.table(reference.table).scan(reference.version)
@@ -120,17 +143,18 @@ def _agreement(recipe: Recipe, result: BuildResult, language: ToyLanguage) -> di
     for role, frame in zip(("positive", "negative"), logps, strict=True):
         renamed = frame.rename({"chosen_logps": f"chosen_{role}", "rejected_logps": f"rejected_{role}"})
         tokens = tokens.join(renamed, on="pair_id")
-    tokenizer = ChatTokenizer(Path(recipe.model.path))
+    tokenizer = Tokenizer.from_file(f"{recipe.model.path}/tokenizer.json")
     rewards, estimates = [], []
     for row in tokens.select(pl.exclude("prompt_ids")).collect().iter_rows(named=True):
         prompt = json.loads(row["prompt"])[-1]["content"]
         for side in ("chosen", "rejected"):
-            rewards.append(language.true_token_rewards(prompt, tokenizer.token_texts(row[f"{side}_ids"])))
+            texts = tokenizer.decode_batch([[token_id] for token_id in row[f"{side}_ids"]], skip_special_tokens=False)
+            rewards.append(language.true_token_rewards(prompt, texts))
             estimates.append(np.array(row[f"{side}_positive"]) - np.array(row[f"{side}_negative"]))
     return agreement(np.concatenate(rewards), np.concatenate(estimates))
 
 
-def _print_table(result: BuildResult, metrics: dict[str, Any], found: dict[str, float]) -> None:
+def _print_table(result: BuildResult, metrics: _Metrics, found: dict[str, float]) -> None:
     statistics = result.published.statistics
     before, after = metrics["before"], metrics["after"]
     rows = [

@@ -1,4 +1,4 @@
-"""Run the build flow from a terminal: quiet errors, a summary at the end."""
+"""Run the build flow from a terminal: one line for an error, a summary at the end."""
 
 import logging
 import os
@@ -19,41 +19,44 @@ def run_build(recipe: Recipe, expect_same: bool = False, debug: bool = False) ->
     """Run `build_weights` and print what it made.
 
     Raises:
-        TokenweightsError: A stage failed; Prefect prints no traceback of it unless `debug`.
+        TokenweightsError: A stage failed. Prefect prints the traceback only with `debug`.
     """
     check_inputs(recipe)
     if not debug:
-        hide_expected_tracebacks()
-    with _leaving_at_once_on_interrupt():
+        _hide_expected_tracebacks()
+    with _leave_at_once_on_interrupt():
         result = build_weights(recipe, expect_same)
     print()
-    for label, value in summary_rows(result.published):
+    for label, value in _summary(result, recipe.store.uri):
         print(f"  {label:<18}{value}")
-    for finding in findings(result.published.statistics):
-        print(f"  warning           {finding}")
-    for change in result.published.changes if result.published.is_new else []:
-        print(f"  changed           {change}")
+    return result
+
+
+def _summary(result: BuildResult, store: str) -> Iterator[tuple[str, object]]:
+    published = result.published
+    yield from summary_rows(published)
+    yield from (("warning", finding) for finding in findings(published.statistics))
+    if published.is_new:
+        yield from (("changed", change) for change in published.changes)
     for what, filled in result.filled().items():
         if filled.num_pairs or filled.num_unscorable:
             unscorable = f", {filled.num_unscorable} unscorable" if filled.num_unscorable else ""
             rate = filled.num_tokens / max(filled.wall_s, 1e-9)
             numbers = f"{filled.num_pairs} pairs{unscorable}, {filled.num_tokens:,} tokens, {rate:,.0f} tokens/s"
-            print(f"  {what:<18}{numbers} without the model's start")
-        for restart in filled.restarts:
-            print(f"  warning           {what} was started again: {restart}")
-    print(f"  {'stages':<18}" + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.stage_s.items()))
-    print(f"  {'':<18}{'published' if result.published.is_new else 'nothing to do: this version was there already'}")
-    print(f"  {'store':<18}{recipe.store.uri}")
-    print(f"  {'report':<18}{result.report}")
-    return result
+            yield what, f"{numbers} without the model's start"
+        yield from (("warning", f"{what} was started again: {restart}") for restart in filled.restarts)
+    yield "stages", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.stage_s.items())
+    yield "", "published" if published.is_new else "nothing to do: this version exists already"
+    yield "store", store
+    yield "report", result.report
 
 
 @contextmanager
-def _leaving_at_once_on_interrupt() -> Iterator[None]:
-    """Make Ctrl-C end our children and then us, without Prefect.
+def _leave_at_once_on_interrupt() -> Iterator[None]:
+    """On Ctrl-C end our children and this process, without Prefect.
 
-    Ctrl-C ends Prefect's embedded server with us, and its client would call the dead server for minutes. A server of its own
-    (`PREFECT_API_URL`) lives on and is told of the crash in the usual way.
+    Ctrl-C ends Prefect's embedded server too, and its client would call the dead server for minutes. A server that runs
+    elsewhere (`PREFECT_API_URL`) survives, so there Prefect reports the crash as usual.
     """
     if os.environ.get("PREFECT_API_URL"):
         yield
@@ -72,8 +75,8 @@ def _leaving_at_once_on_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def hide_expected_tracebacks() -> None:
-    """Keep Prefect from logging errors raised on purpose: the command prints them itself, as one line."""
+def _hide_expected_tracebacks() -> None:
+    """Stop Prefect from logging the traceback of errors that the command prints itself as one line."""
 
     def is_unexpected(record: logging.LogRecord) -> bool:
         return not (isinstance(record.exc_info, tuple) and isinstance(record.exc_info[1], TokenweightsError | OSError))

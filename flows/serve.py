@@ -1,7 +1,7 @@
 """Serve recipes as Prefect deployments with their schedules, until stopped.
 
-A schedule needs a server that stays. With `PREFECT_API_URL` set that one is used; without, Prefect's own server is started
-on loopback for as long as this runs, with its usual database, so that the history of runs stays.
+A schedule needs a running server. If `PREFECT_API_URL` is set, that server is used. Otherwise Prefect's own server runs on
+loopback until we stop. It uses Prefect's usual database, which keeps the history of runs.
 """
 
 import os
@@ -14,27 +14,33 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.recipe import Recipe
 from weights_store.errors import SettingsError, StageError
+
+if TYPE_CHECKING:
+    from prefect.deployments.runner import RunnerDeployment
 
 _DEFAULT_PORT = 4200
 _START_TIMEOUT_S = 180
 
 
 def serve_recipes(recipes: Mapping[str, Recipe]) -> None:
-    """Serve one deployment of `build-weights` for each recipe; returns when interrupted.
+    """Serve one deployment of `build-weights` for each recipe; return when interrupted.
 
     Args:
-        recipes: By the path they were read from. Each needs a `[schedule]`.
+        recipes: The key is the path of the recipe's file. Each recipe needs a `[schedule]`.
 
     Raises:
         SettingsError: A recipe has no schedule, or two have the same file name.
-        StageError: The server did not come up.
+        StageError: The server did not start.
     """
     names = [Path(path).stem for path in recipes]
     if len(set(names)) < len(names):
-        raise SettingsError(f"two recipes have the same file name, which names the deployment: {', '.join(recipes)}")
+        raise SettingsError(
+            f"two recipes have the same file name, and the deployment is named for it: {', '.join(recipes)}; rename one"
+        )
     for path, recipe in recipes.items():
         if recipe.schedule.cron is None and recipe.schedule.interval_s is None:
             raise SettingsError(
@@ -43,11 +49,12 @@ def serve_recipes(recipes: Mapping[str, Recipe]) -> None:
     with _api():
         from prefect import serve
 
-        serve(*[_deployment(name, recipe) for name, recipe in zip(names, recipes.values(), strict=True)])  # type: ignore[arg-type]
+        serve(*[_deployment(name, recipe) for name, recipe in zip(names, recipes.values(), strict=True)])
 
 
-def _deployment(name: str, recipe: Recipe) -> object:
-    """Return the deployment of one recipe: the flow's typed parameters, filled in, and the schedule."""
+def _deployment(name: str, recipe: Recipe) -> "RunnerDeployment":
+    """Return the deployment of one recipe, with the flow's parameters and the schedule."""
+    from prefect.deployments.runner import RunnerDeployment
     from prefect.schedules import Cron, Interval
     from prefect.types.entrypoint import EntrypointType
 
@@ -59,33 +66,32 @@ def _deployment(name: str, recipe: Recipe) -> object:
         if schedule.cron
         else Interval(float(schedule.interval_s or 0), timezone=schedule.timezone)
     )
-    return build_weights.to_deployment(
+    deployment = build_weights.to_deployment(
         name=name,
         parameters={"recipe": recipe.model_dump(mode="json"), "expect_same": False},
         schedules=[when],
-        concurrency_limit=1,  # two builds of one recipe would only wait for each other
+        concurrency_limit=1,  # a second build of the same recipe would only wait for the first
         tags=["tokenweights"],
-        entrypoint_type=EntrypointType.MODULE_PATH,  # so that serving works from any folder
+        entrypoint_type=EntrypointType.MODULE_PATH,  # works from any folder
         description=f"Builds {recipe.weights.name} from {recipe.dataset.source}.",
     )
+    assert isinstance(deployment, RunnerDeployment), "a coroutine only where an event loop runs"
+    deployment.entrypoint = "tokenweights_flows.build_weights"
+    return deployment
 
 
 @contextmanager
 def _api() -> Iterator[None]:
-    """Make sure that there is a server, and stop it at the end when it is ours."""
+    """Start a server unless `PREFECT_API_URL` names one, and stop it at the end."""
     if os.environ.get("PREFECT_API_URL"):
         yield
         return
     port = _free_port()
     url = f"http://127.0.0.1:{port}/api"
-    environment = {
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-        **os.environ,
-        "PREFECT_UI_API_URL": url,
-    }
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    # A process group of its own: Ctrl-C reaches us first, and we stop the server after the runner.
+    quiet = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
+    environment = {**quiet, **os.environ, "PREFECT_UI_API_URL": url}
+    command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    # Its own session: Ctrl-C must not reach it, for we stop the runner first and then the server.
     log_path = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser() / "tokenweights-serve.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as log:
@@ -105,7 +111,7 @@ def _api() -> Iterator[None]:
 
 
 def _free_port() -> int:
-    """Return Prefect's usual port when it is free, any other free one when it is not."""
+    """Return Prefect's usual port if it is free, otherwise another free port."""
     for port in (_DEFAULT_PORT, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -121,10 +127,10 @@ def _wait_until_healthy(url: str, server: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise StageError(f"the Prefect server ended with code {server.returncode} before it was up")
+            raise StageError(f"the Prefect server ended with code {server.returncode} before it was ready")
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
-    raise StageError(f"the Prefect server was not up after {_START_TIMEOUT_S} s")
+    raise StageError(f"the Prefect server was not ready after {_START_TIMEOUT_S} s")

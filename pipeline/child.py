@@ -1,11 +1,12 @@
 """Start a child process of ours and watch it to its end. The one place that starts them.
 
-No stranger's code runs: `python -P` keeps the current directory off `sys.path`, so that a user's own `train.py` or `datasets/`
-in the folder where a build was started is never imported in place of ours. Another interpreter (`score.python`) gets our
-packages alone, and not the other packages of this one.
+No stranger's code runs: `python -P` and PYTHONSAFEPATH keep the current directory off `sys.path`, so that a user's own
+`train.py` or `datasets/` in the folder where a build was started is never imported in place of ours, not even by processes
+that a child starts. Another interpreter (`score.python`) gets our packages, but not the other packages of this one.
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,17 +22,27 @@ from weights_store.process import CHILD
 _ROOT = Path(__file__).resolve().parent.parent
 _OURS = ("tokenweights.py", "pipeline", "train", "weights_store")
 """What a child may need of this distribution; `flows` never runs in one."""
+_REMEDIES = {
+    "vllm": "pip install 'tokenweights[score]' (GPU) or 'tokenweights[score-cpu]'",
+    "torch": "pip install 'tokenweights[train]'",
+    "peft": "pip install 'tokenweights[train]'",
+    "ray": "pip install 'tokenweights[ray]'",
+}
+"""How to install the packages that children need."""
+_MISSING = re.compile(r"ModuleNotFoundError: (?:No module named '|import of )([\w.]+)")
 _running: set["subprocess.Popen[str]"] = set()
 
 
-def check_extra(package: str, remedy: str, python: str | None) -> None:
-    """Check that this interpreter has what a child needs; another interpreter says it itself.
+def check_extra(package: str, python: str | None) -> None:
+    """Check that this interpreter has what a child needs; another interpreter is checked by running it.
 
     Raises:
         MissingExtraError: It has not.
     """
     if python is None and find_spec(package) is None:
-        raise MissingExtraError(f"this build needs the package {package!r}, which is not installed; {remedy}")
+        raise MissingExtraError(
+            f"this build needs the package {package!r}, which is not installed; {_REMEDIES[package]}"
+        )
 
 
 def run_child(
@@ -40,6 +51,7 @@ def run_child(
     what: str,
     python: str | None = None,
     heard: Callable[[Progress], None] = lambda progress: None,
+    package: str = "torch",
 ) -> None:
     """Run `python -P -m MODULE ARGUMENTS` to its end, log what it logs, and stop it when we are stopped.
 
@@ -49,11 +61,12 @@ def run_child(
         what: What it does, for error messages.
         python: Its interpreter; None for this one.
         heard: Gets its progress, before that is logged.
+        package: What it needs most; if the interpreter lacks any package, the error says how to install this one.
 
     Raises:
         KilledError: It died by a signal.
-        StageError: It could not be started, or ended with a code other than 0; carries its error message or last lines. Which
-            class, its exit code says (`weights_store.errors.EXIT_CODES`).
+        StageError: It could not be started, or ended with a code other than 0; carries its error message or last lines. The
+            exit code says which subclass (`weights_store.errors.EXIT_CODES`).
     """
     tail: list[str] = []
     with _environment(python) as environment, _start(module, arguments, what, python, environment) as child:
@@ -73,8 +86,9 @@ def run_child(
     if child.returncode < 0:
         raise KilledError(f"{what} was killed by signal {-child.returncode} (out of memory?); what it had done stays")
     if child.returncode:
+        where = f" in the interpreter {python}" if python else ""
         failure = next((kind for kind, code in EXIT_CODES.items() if code == child.returncode), StageError)
-        raise failure(f"{what} failed with exit code {child.returncode}: {_cause(tail)}")
+        raise failure(f"{what}{where} failed with exit code {child.returncode}: {_cause(tail, package)}")
 
 
 def _start(
@@ -97,30 +111,36 @@ def _start(
 @contextmanager
 def _environment(python: str | None) -> Iterator[dict[str, str]]:
     """Yield the environment of a child. Another interpreter finds our packages first, as links in a folder of their own."""
-    environment = {**os.environ, CHILD: "1"}
+    path = [
+        entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry
+    ]  # empty: the current directory
+    environment = {**os.environ, CHILD: "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(path)}
     if python is None:
         yield environment
         return
     with tempfile.TemporaryDirectory(prefix="tokenweights-") as folder:
         for name in _OURS:
             Path(folder, name).symlink_to(_ROOT / name)
-        path = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
-        yield environment | {"PYTHONPATH": os.pathsep.join(path)}
+        yield environment | {"PYTHONPATH": os.pathsep.join([folder, *path])}
 
 
-def _cause(tail: list[str]) -> str:
+def _cause(tail: list[str], package: str) -> str:
+    """Return what went wrong according to the last lines of a child."""
+    missing = _MISSING.match(tail[-1]) if tail else None
+    if missing:
+        return f"it has no package {missing[1]!r}; in its environment, {_REMEDIES[package]}"
     errors = [line for line in tail if line.startswith("error: ")]
     return errors[-1].removeprefix("error: ") if errors else "\n".join(tail[-15:]) or "it printed nothing"
 
 
 def stop_children() -> None:
-    """Stop every child that runs; for who must leave without unwinding the stack."""
+    """Stop every running child; for a caller that exits without unwinding the stack."""
     for child in list(_running):
         _stop(child)
 
 
 def _stop(child: "subprocess.Popen[str]") -> None:
-    """Let a child that the terminal has interrupted with us finish its step; end one that does not know of it or hangs."""
+    """Wait for a child that Ctrl-C reached too to finish its step; then terminate it, then kill it."""
     asks: tuple[tuple[Callable[[], None] | None, float], ...] = ((None, 10), (child.terminate, 20), (child.kill, 20))
     for ask, patience_s in asks:
         if ask is not None:

@@ -12,8 +12,8 @@ from weights_store.errors import InputError
 def check_inputs(recipe: Recipe) -> None:
     """Check the local inputs of a recipe: model, tokenizer, chat template, dataset, columns, interpreters.
 
-    A hub model is downloaded here, once; a hub dataset is left for the build. So are vLLM and torch, for the stages that turn
-    out to need them: weighing anew what is scored already needs neither.
+    A hub model is downloaded here, once; a hub dataset is left for the build. vLLM and torch are checked by the stages that
+    need them: a build whose pairs are scored already needs neither.
 
     Raises:
         InputError: Something is missing or unusable; names the setting.
@@ -21,6 +21,13 @@ def check_inputs(recipe: Recipe) -> None:
     ChatTokenizer(resolve_model(recipe.model), recipe.model.chat_template)
     if not is_hub_id(recipe.dataset.source):
         next(iter(load_rows(recipe.dataset)), None)
-    for setting, python in (("score.python", recipe.score.python), ("contrast.python", recipe.contrast.python)):
+    interpreters = {
+        "score.python": recipe.score.python,
+        "contrast.python": recipe.contrast.python,
+        "attribute.python": recipe.attribute.python,
+    }
+    for setting, python in interpreters.items():
         if python is not None and shutil.which(python) is None:
-            raise InputError(f"{setting} {python} is no interpreter that can be run")
+            raise InputError(
+                f"{setting} {python} is no interpreter that can be run; give the path of a Python 3.11 or newer"
+            )

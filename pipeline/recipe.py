@@ -110,18 +110,9 @@ class ScoreSection(Section):
     )
     parity_pairs: int = Field(16, ge=0, description="pairs whose reference log-probs are compared with transformers")
 
-    def engine_settings(self, dtype: str) -> dict[str, object]:
-        """Return how the engine runs, for the worker request; `dtype` is not auto."""
-        keys = {"batch_tokens", "kv_cache_gib", "gpu_memory_share", "tensor_parallel"}
-        return {"dtype": dtype, **self.model_dump(include=keys)}
-
     def result_settings(self) -> dict[str, object]:
         """Return what determines results."""
         return self.model_dump(include={"dtype", "top_k"} if self.top_k else {"dtype"})
-
-    def executor_settings(self) -> dict[str, object]:
-        """Return where the engines run, for the worker request."""
-        return {"kind": self.executor, **self.model_dump(include={"num_actors", "cpus_per_actor", "ray_address"})}
 
 
 class AttributeSection(Section):

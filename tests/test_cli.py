@@ -1,13 +1,18 @@
 """The command as a person meets it: wrong inputs give one line and exit code 1, wrong usage 2."""
 
-import importlib
 import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 import tokenweights
+from weights_store.errors import MissingExtraError, TokenweightsError
 
 REPO = Path(__file__).resolve().parent.parent
 RECIPE = str(REPO / "recipes" / "hh_harmless.toml")
@@ -47,7 +52,7 @@ def build(with_recipe):
     ("overrides", "message"),
     [
         (["model.path=/no/such/model"], "model.path /no/such/model does not exist; give a model folder or a hub id"),
-        (["model.path=models/none"], "model.path 'models/none' is no folder here and could not be had from the hub"),
+        (["model.path=models/none"], "model.path 'models/none' is not a local folder, and it could not be downloaded"),
         (["dataset.source=data/nowhere.jsonl"], "dataset.source data/nowhere.jsonl does not exist"),
         (["dataset.source=nowhere.jsonl"], "dataset.source nowhere.jsonl does not exist"),
         (
@@ -94,8 +99,17 @@ def test_a_plan_says_what_a_build_would_do_and_leaves_no_store(with_recipe, tmp_
     lines = out.splitlines()
     assert lines[0] == f"A build of hh-harmless/tis-dpo in {tmp_path / 'store'} would do this:"
     assert any(line.split()[:3] == ["prepare", "compute", "3"] for line in lines)
-    assert lines[-1].startswith("total: 8 of 8 stages to compute, ≈")
+    assert lines[-1].startswith("total: 8 of 8 stages to compute")
     assert not (tmp_path / "store").exists()
+
+
+def test_a_plan_as_json_has_an_object_for_each_stage(with_recipe):
+    code, out, err = with_recipe("plan", extra=["--json"])
+    assert (code, err) == (0, "")
+    stages = json.loads(out)
+    assert [stage["stage"] for stage in stages][::7] == ["prepare", "report"]
+    assert {stage["action"] for stage in stages} == {"compute"}
+    assert stages[0]["num_pairs"] == 3
 
 
 def test_model_without_chat_template_gives_one_line(build, toy_model, tmp_path):
@@ -109,18 +123,15 @@ def test_model_without_chat_template_gives_one_line(build, toy_model, tmp_path):
     assert "has no chat template; set model.chat_template" in err
 
 
-def test_missing_extra_is_named(build, monkeypatch):
-    real_import = importlib.import_module
+def test_missing_extra_is_named():
+    message = "needs the package 'no_such_package', which is not installed; pip install 'tokenweights[flows]'"
+    with pytest.raises(MissingExtraError, match=re.escape(message)), tokenweights.needs_extra("flows"):
+        import no_such_package  # noqa: F401
 
-    def import_module(name, *args):
-        if name == "flows.run":
-            raise ModuleNotFoundError("No module named 'prefect'", name="prefect")
-        return real_import(name, *args)
 
-    monkeypatch.setattr(importlib, "import_module", import_module)
-    code, _, err = build()
-    assert code == 1
-    assert "needs the package 'prefect', which is not installed; pip install 'tokenweights[flows]'" in err
+def test_a_missing_module_of_ours_is_no_missing_extra():
+    with pytest.raises(ModuleNotFoundError, match="flows.no_such_module"), tokenweights.needs_extra("flows"):
+        import flows.no_such_module  # noqa: F401
 
 
 def test_a_store_that_is_a_file_gives_one_line(command, tmp_path):
@@ -130,7 +141,7 @@ def test_a_store_that_is_a_file_gives_one_line(command, tmp_path):
 
 
 def test_debug_shows_the_traceback(build):
-    with pytest.raises(tokenweights.TokenweightsError, match="does not exist"):
+    with pytest.raises(TokenweightsError, match="does not exist"):
         build("model.path=/no/such/model", extra=["--debug"])
 
 
@@ -195,3 +206,57 @@ def test_serve_without_schedule_is_refused(command, tmp_path, toy_model):
     code, _, err = command("serve", str(recipe))
     assert code == 1
     assert "has no schedule; add [schedule] with cron or interval_s" in err
+
+
+def test_version_is_that_of_the_package(command):
+    version = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["version"]
+    assert command("--version") == (0, f"tokenweights {version}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["tokenweights", "exp"], ["export"]),
+        (["tokenweights", "check-scorer", "--role", ""], ["ref", "positive", "negative"]),
+        (["tokenweights", "train", "--over"], ["--overwrite"]),  # of train/run.py's own parser
+        (["tokenweights", "plan", "recipes/hh_rlhf"], ["recipes/hh_rlhf_hub.toml"]),
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_bash_completes_commands_options_choices_and_files(command, tmp_path, words, expected):
+    code, script, err = command("completion", "bash")
+    assert (code, err) == (0, "")
+    (tmp_path / "script").write_text(script)
+    line = 'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_tokenweights; '
+    line += "printf '%s\\n' \"${COMPREPLY[@]}\""
+    bash = ["bash", "-c", line, "bash", str(tmp_path / "script"), *words]
+    assert subprocess.run(bash, cwd=REPO, capture_output=True, text=True).stdout.split() == expected
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_get_a_script_too(command, shell):
+    code, script, err = command("completion", shell)
+    assert (code, err) == (0, "")
+    assert "--expect-same" in script or "expect-same" in script
+
+
+@pytest.mark.parametrize(
+    "flags", [["-m", "tokenweights"], ["-P", "-m", "tokenweights"], [str(REPO / "tokenweights.py")]]
+)
+def test_a_users_own_files_are_not_imported(tmp_path, flags):
+    for name in ("train", "flows", "pipeline", "weights_store", "argparse", "pathlib", "datasets", "tokenizers"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a stranger was imported')\n")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+    command = [sys.executable, *flags, "train", "--store", str(tmp_path), "--weights", "x", "--set", "loss.nme=dpo"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "did you mean 'loss.name'" in done.stderr
+
+
+def test_the_console_script_does_not_import_a_users_own_files(tmp_path):
+    (tmp_path / "train.py").write_text("raise SystemExit('a stranger was imported')\n")
+    script = tmp_path / "bin" / "tokenweights"  # as pip writes it
+    script.parent.mkdir()
+    script.write_text("import sys\nfrom tokenweights import main\nsys.exit(main())\n")
+    done = subprocess.run([sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,5 @@
-"""Training from a weight dataset: one model, no reference model, no vLLM, no Prefect.
+"""The training job: streams one pinned version of a weight dataset, loads one model and no reference model.
 
-`python -m train.run` is the command, `train.run.run` the function behind it.
+`tokenweights train` is the command (`run.py`), `train.job.job.run_job` the function. Imports torch, transformers, accelerate
+and `weights_store`; nothing of `pipeline` or `flows`, no vLLM and no Prefect.
 """

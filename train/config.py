@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from train.loss.config import LossConfig, loss_needs
+from train.loss.config import LossSection
 
 
 class _Section(BaseModel):
@@ -25,15 +25,15 @@ class DataConfig(_Section):
     swap: bool = False
     """Exchange chosen and rejected with their weights and reference log-probs: reverse DPO, SFT on rejected."""
     split: str = ""
-    """Only pairs of this split; empty for all."""
+    """Only pairs of this split; empty: all."""
     max_pairs: int | None = Field(default=None, ge=1)
-    """Only the first so many pairs in stored order; None for all."""
+    """Only the first pairs in stored order, this many; left out: all."""
     num_workers: int = Field(default=0, ge=0)
-    """Processes that read; the next step is read while one is computed anyway, so that 0 is right on local disks."""
+    """Processes that read. The next step is read while one is computed anyway, so 0 is right for local disks."""
     cache_folder: str | None = None
-    """Where shards of an object store are copied to; None: `shards` in `TOKENWEIGHTS_CACHE` or `~/.cache/tokenweights`."""
+    """Where shards of an object store are copied to; left out: `shards` in `TOKENWEIGHTS_CACHE` or `~/.cache/tokenweights`."""
     cache_gib: float = Field(default=50.0, gt=0)
-    """Size of that folder in GiB; the shards that were not used for longest go first."""
+    """Largest size of that folder in GiB; the least recently used shards are deleted first."""
 
 
 class ModelConfig(_Section):
@@ -46,13 +46,13 @@ class ModelConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward pass. Parameters and optimizer are float32 either way (bfloat16 is autocast)."""
     packing: bool = True
-    """One row per micro-batch with every prompt once; false, and for models that cannot, two padded sequences per pair."""
+    """One row per micro-batch with every prompt once. If false, and for models that cannot: two padded sequences per pair."""
     quantization: Literal["none", "nf4"] = "none"
     """`nf4`: the frozen weights in 4 bits (QLoRA); needs [lora] and bitsandbytes."""
     gradient_checkpointing: bool = False
-    """Keep only the inputs of layers and compute the rest again: less memory, more time."""
+    """Keep only the inputs of layers and recompute the rest: less memory, more time."""
     compile: bool = False
-    """torch.compile of the decoder's layers, which takes a minute and more at the start; whether it pays was not measured."""
+    """torch.compile of the decoder's layers. It takes a minute or more at the start; whether it pays was not measured."""
 
 
 class LoraSection(_Section):
@@ -75,13 +75,13 @@ class OptimConfig(_Section):
     """Peak learning rate."""
     num_epochs: int = Field(default=1, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
-    """Exactly so many optimizer steps, whatever num_epochs says; None for num_epochs."""
+    """Exactly this many optimizer steps, instead of num_epochs."""
     pairs_per_step: int = Field(default=16, ge=1)
-    """Pairs behind one optimizer step, over all devices and accumulated micro-batches."""
+    """Pairs per optimizer step, over all devices and accumulated micro-batches."""
     tokens_per_batch: int = Field(default=8192, ge=1)
-    """Tokens that one device computes at a time (a longer pair goes alone); changes memory and speed only."""
+    """Tokens that one device computes at a time (a longer pair goes alone); affects memory and speed only."""
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
-    """Share of all steps with a rising learning rate, 0..1."""
+    """Share of all steps in which the learning rate rises, 0..1; of n such steps the first has 1/n of the peak."""
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this L2 norm."""
@@ -92,18 +92,18 @@ class OptimConfig(_Section):
 
 
 class EvalSection(_Section):
-    """What is held out and measured on the way."""
+    """What is held out and measured during training."""
 
     split: str = ""
     """Pairs of this split of the dataset, when data.split names another."""
     share: float = Field(default=0.0, ge=0, lt=1)
     """Or this share of the prompts, 0..1, with all their pairs, chosen by hash; they are then not trained on."""
     every_steps: int | None = Field(default=None, ge=1)
-    """Steps between two measurements; None for one after the last step."""
+    """Steps between two measurements; left out: one, after the last step."""
     max_pairs: int = Field(default=512, ge=1)
-    """At most so many pairs are measured."""
+    """At most this many pairs are measured."""
     best: Literal["", "loss", "rewards/accuracies", "rewards/margins"] = ""
-    """Save the checkpoint that is best by this held-out metric instead of the last; empty for the last."""
+    """Save the checkpoint that is best by this held-out metric instead of the last; empty: the last."""
 
     @property
     def is_on(self) -> bool:
@@ -124,30 +124,30 @@ class EvalSection(_Section):
 
 
 class GateSection(_Section):
-    """The check before the first step that the model gives the reference's stored log-probs."""
+    """The check before the first step that the model gives the stored log-probs of the reference."""
 
     pairs: int = Field(default=32, ge=0)
-    """Pairs to compare; 0 leaves the gate out."""
+    """Pairs to compare; 0 skips the check."""
     tolerance_nats: float | None = Field(default=None, gt=0)
-    """Largest mean |difference| per token; None for what the parity check of the stored scorer allows."""
+    """Largest mean |difference| per token; left out: what the parity check of the stored scorer allows."""
 
 
 class ParallelSection(_Section):
     """How several processes (torchrun, accelerate launch) share the work."""
 
     strategy: Literal["ddp", "fsdp2"] = "ddp"
-    """`ddp`: the whole model on each; `fsdp2`: parameters, gradients and optimizer cut up."""
+    """`ddp`: the whole model on each; `fsdp2`: parameters, gradients and optimizer split between them."""
 
 
 class OutputConfig(_Section):
-    """Where the model goes, and what is seen on the way."""
+    """Where the model goes, and what is logged."""
 
     folder: str
     save_every_steps: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints; None for none."""
+    """Steps between checkpoints; left out: no checkpoints."""
     log_every_steps: int = Field(default=10, ge=1)
     resume: bool = True
-    """Go on from the newest complete checkpoint in the folder; false starts again."""
+    """Continue from the newest complete checkpoint in the folder; false starts again."""
     keep_checkpoints: bool = False
     """Keep the checkpoints of a finished run."""
     report_to: str = "none"
@@ -160,7 +160,7 @@ class TrainConfig(_Section):
     data: DataConfig
     model: ModelConfig
     lora: LoraSection | None = None
-    loss: LossConfig
+    loss: LossSection
     optim: OptimConfig
     eval: EvalSection = EvalSection()
     gate: GateSection = GateSection()
@@ -181,11 +181,11 @@ class TrainConfig(_Section):
             )
         if self.model.quantization != "none" and self.lora is not None and self.lora.merge:
             raise ValueError("an adapter cannot be merged into 4-bit weights; set lora.merge=false")
-        needs = loss_needs(self.loss)
+        needs = self.loss.needs
         if self.parallel.strategy == "fsdp2" and (needs.fresh_weights or needs.fresh_anchors):
             raise ValueError(
                 "loss.anchor='online' and loss.importance='online' need the whole model on each process, and "
-                "parallel.strategy='fsdp2' cuts it up; set parallel.strategy='ddp', or train on stored ones"
+                "parallel.strategy='fsdp2' splits it; set parallel.strategy='ddp', or train on stored ones"
             )
         if self.eval.best and not self.output.save_every_steps:
             raise ValueError("eval.best chooses among checkpoints; set output.save_every_steps")

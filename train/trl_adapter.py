@@ -1,16 +1,17 @@
-"""TRL's own DPOTrainer on a weight dataset, for those who stay with TRL (extra `trl`).
+"""TRL's own DPOTrainer on a weight dataset, for users of TRL (extra `trl`).
 
-Three things are exchanged, all else is TRL's: batches are the stored ids, so nothing is tokenised again; the stored reference
-log-probs stand where a reference model or TRL's precomputing would be; per-token log-probs are multiplied by the stored token
-weights before TRL sums them. Not here: packing, resume without replay, the step-0 gate; those are our trainer's.
+Three things differ from TRL: batches are the stored ids, so nothing is tokenised; stored reference log-probs replace a
+reference model; and per-token log-probs are multiplied by the stored token weights before TRL sums them. Packing, resume
+without replay and the step-0 gate are only in our own trainer.
 
 Written for TRL 1.16: three of the hooks are private, two of TRL and one of transformers.
 """
+# ruff: noqa: ARG002  (TRL chooses what its hooks take)
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -18,10 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from train.config import DataConfig, ModelConfig
+from train.config import DataConfig
 from train.data.dataset import Pair, PairDataset, StoredResponse, check_weights_vary, open_weights, sample_pairs
 from train.data.sampler import BlockShuffle
-from train.model.policy import check_model_fits, disable_dropout, find_model
+from train.model.hub import check_model_folder, find_folder
+from train.model.policy import check_model_fits, disable_dropout
 from weights_store.errors import MismatchError, MissingExtraError, SettingsError
 
 try:
@@ -33,42 +35,46 @@ except ImportError as error:
         f"train.trl_adapter needs packages that are not installed ({error}); pip install 'tokenweights[trl]'"
     ) from error
 
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import CausalLMOutput
+
+Model = Callable[..., "CausalLMOutput"]
 _SAMPLE_PAIRS = 256
 _NEEDED = {
-    "loss_type": ["sigmoid"],  # the others are no function of the two weighted sums, or nobody has checked them here
+    "loss_type": ["sigmoid"],  # the others are not functions of the two weighted sums, or not tested here
     "f_divergence_type": "reverse_kl",
     "label_smoothing": 0.0,  # TRL's sigmoid loss does not read it
-    "ld_alpha": None,  # sums of its own over the reference log-probs
-    "use_weighting": False,  # WPO reads per-token log-probs, which are weighted already
+    "ld_alpha": None,  # it sums the reference log-probs itself
+    "use_weighting": False,  # WPO reads per-token log-probs, which are already weighted
     "train_sampling_strategy": "random",  # the order is ours, see `_StoredOrder`
-    "dataloader_num_workers": 0,  # forked workers would inherit Arrow's threads; reading takes next to no time
+    "dataloader_num_workers": 0,  # forked workers would inherit Arrow's threads; reading is fast anyway
 }
 
 
 class WeightedDPOTrainer(DPOTrainer):
-    """`trl.DPOTrainer` with the loss `dpo` or `tis_dpo` (eta off) of a weight dataset; one model in memory.
+    """`trl.DPOTrainer` with the loss `dpo` or `tis_dpo` (without eta) on a weight dataset; one model in memory.
 
-    With `tis_dpo`, what TRL logs as `rewards/*` and `logps/*` are the weighted sums that the loss sees.
+    With `tis_dpo`, TRL's `rewards/*` and `logps/*` are weighted sums.
 
     Args:
-        model: Folder or hub id, with the tokenizer that the dataset was made with.
-        args: TRL's settings; `beta` is the loss's. `precompute_ref_log_probs` and `remove_unused_columns` are set here.
+        model: Folder or hub id, with the tokenizer of the dataset.
+        args: TRL's settings. `precompute_ref_log_probs` and `remove_unused_columns` are set here.
         data: What to train on; pairs come in the order of our own trainer, seeded with `args.seed`.
-        loss: `dpo` leaves the token weights out.
-        eval_data: Evaluated on, for example another split.
+        loss: `dpo` ignores the token weights.
+        eval_data: For evaluation, for example another split.
         **kwargs: Further arguments of `trl.DPOTrainer`, for example `peft_config` and `callbacks`.
 
     Raises:
-        SettingsError: `args` asks for something that does not go together with stored weights, `loss` is another one, or
-            `data` is malformed.
+        SettingsError: `args` has a setting that does not work with stored weights, `loss` is another one, or `data` is
+            malformed.
         InputError: The model cannot be used.
-        MismatchError: Model and dataset do not belong together, `tis_dpo` meets constant weights, or (seen when its turn
-            comes) a pair is longer than `args.max_length` or has a `pair_weight` other than 1.
+        MismatchError: Model and dataset do not belong together, or `tis_dpo` meets constant weights. During training: a pair
+            is longer than `args.max_length`, or its `pair_weight` is not 1.
         NotFoundError: No such store, dataset, version or split.
 
     References:
-        u of arXiv 2410.04350 is linear in the per-token log-ratios: beta * (sum_t w_t log pi - sum_t w_t log ref), chosen
-        minus rejected. So weighted sums in the place of TRL's two sums per side make TRL's sigmoid loss TIS-DPO's.
+        u of arXiv 2410.04350 is linear in the per-token log-ratios: beta (sum_t w_t log pi - sum_t w_t log ref), chosen minus
+        rejected. So TRL's sigmoid loss on weighted sums is the TIS-DPO loss.
     """
 
     def __init__(
@@ -84,13 +90,13 @@ class WeightedDPOTrainer(DPOTrainer):
         _check_loss(loss)
         _check_arguments(args)
         revision = (args.model_init_kwargs or {}).get("revision")
-        folder = find_model(ModelConfig(path=model, revision=revision))
+        folder = check_model_folder(find_folder(model, revision, "model"), "model")
         self._stored = {"train": _open_pairs(folder, data, loss)}
         if eval_data is not None:
             self._stored["eval"] = _open_pairs(folder, eval_data, loss)
         args.precompute_ref_log_probs = True
         args.remove_unused_columns = False
-        stand_in = Dataset.from_dict({"prompt_ids": [[0]]})  # TRL takes no other class; `_prepare_dataset` exchanges it
+        stand_in = Dataset.from_dict({"prompt_ids": [[0]]})  # TRL requires this class; `_prepare_dataset` replaces it
         super().__init__(
             str(folder),
             args=args,
@@ -104,29 +110,35 @@ class WeightedDPOTrainer(DPOTrainer):
             **kwargs,
         )
         if args.disable_dropout:
-            disable_dropout(self.model)  # TRL misses the rates that attention layers keep as plain numbers
+            disable_dropout(self.model)  # TRL misses rates that attention layers keep as plain numbers
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:  # noqa: ARG002
-        """Where TRL tokenises: hand out the stored pairs."""
+    def _prepare_dataset(
+        self,
+        dataset: object,
+        processing_class: object,
+        args: object,
+        dataset_name: str,
+    ) -> PairDataset:
+        """Return the stored pairs, where TRL would tokenise."""
         return self._stored[dataset_name]
 
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:  # noqa: ARG002
-        """Where TRL runs its reference: the collator has what it would compute."""
+    def _precompute_ref_logps(self, dataset: PairDataset, name: str, batch_size: int) -> PairDataset:
+        """Do nothing, where TRL would run its reference: the collator returns the stored log-probs."""
         return dataset
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:  # noqa: ARG002
+    def _get_train_sampler(self, train_dataset: object = None) -> Sampler[int]:
         return _StoredOrder(self._stored["train"], seed=self.args.seed)
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """TRL's loss of `model`, its per-token log-probs `[2B, T - 1]` multiplied by the token weights."""
+        self, model: Model, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: object = None
+    ) -> object:
+        """Return TRL's loss of `model`, with per-token log-probs `[2B, T - 1]` multiplied by the token weights."""
         token_weights = inputs["token_weights"][:, 1:]  # TRL's log-probs are shifted: its column t is token t + 1
 
-        def weighted_model(**model_inputs: Any) -> Any:
+        def weighted_model(**model_inputs: object) -> "CausalLMOutput":
             outputs = model(**model_inputs)
-            if model_inputs.get("fused_lm_head"):  # not the call for logits that `return_outputs` adds
-                # prompt-learning adapters put columns in front, which TRL cuts off in the same way
+            if model_inputs.get("fused_lm_head"):  # not the extra call for logits of `return_outputs`
+                # prompt-learning adapters add columns in front, which TRL removes in the same way
                 outputs.log_probs = outputs.log_probs[:, -token_weights.shape[1] :] * token_weights
             return outputs
 
@@ -138,12 +150,12 @@ class WeightedDPOTrainer(DPOTrainer):
 class StoredPairCollator:
     """Collate B stored pairs into what TRL's DPOTrainer reads, rows 0..B-1 chosen, rows B..2B-1 rejected.
 
-    To TRL's own keys it adds `token_weights`, `[2B, T]` float32 aligned to their token, and `ref_chosen_logps`,
-    `ref_rejected_logps` `[B]`: the stored reference log-probs, each multiplied by its token's weight, summed.
+    It adds `token_weights`, `[2B, T]` float32 aligned to their token, and `ref_chosen_logps`, `ref_rejected_logps` `[B]`: sums
+    of the stored reference log-probs, weighted like those of the policy.
 
     Args:
-        with_token_weights: False takes 1 for every weight.
-        max_length: Longest prompt + response that is taken, None for any: nothing is cut here.
+        with_token_weights: False uses 1 for every weight.
+        max_length: Longest prompt + response that is accepted, None for any: nothing is cut here.
         pad_to_multiple_of: T is rounded up to it.
     """
 
@@ -157,24 +169,27 @@ class StoredPairCollator:
         Raises:
             MismatchError: A pair is longer than `max_length`, or its `pair_weight` is not 1.
         """
-        pad = DataCollatorForPreference(pad_token_id=0, pad_to_multiple_of=self.pad_to_multiple_of)  # TRL goes by masks
+        pad = DataCollatorForPreference(
+            pad_token_id=0, pad_to_multiple_of=self.pad_to_multiple_of
+        )  # TRL reads masks, not ids
         batch: dict[str, Tensor] = pad([self._example(pair) for pair in pairs])
         responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
         flat = torch.from_numpy(np.concatenate([self._weights(response) for response in responses]))
-        mask = batch["completion_mask"].bool()  # row after row, its True are the response tokens in their order
+        mask = batch["completion_mask"].bool()  # row by row, True on the response tokens in order
         batch["token_weights"] = torch.zeros(mask.shape).masked_scatter(mask, flat)
         return batch
 
-    def _example(self, pair: Pair) -> dict[str, Any]:
+    def _example(self, pair: Pair) -> dict[str, list[int] | float]:
         if pair.pair_weight != 1:
             raise MismatchError(
-                f"pair {pair.pair_id} has pair_weight {pair.pair_weight}, and TRL's mean counts every pair once; train with "
+                f"pair {pair.pair_id} has pair_weight {pair.pair_weight}, but TRL's mean counts every pair once; train with "
                 "`tokenweights train`, or build the dataset without pair weights"
             )
         if self.max_length is not None and pair.num_tokens > self.max_length:
             raise MismatchError(
-                f"pair {pair.pair_id} has {pair.num_tokens} tokens, max_length={self.max_length}: cutting it here would tear "
-                "tokens from their weights; raise max_length (None for any), or build with lower dataset.max_…_tokens"
+                f"pair {pair.pair_id} has {pair.num_tokens} tokens, max_length={self.max_length}: cutting it here would "
+                "separate tokens from their weights; raise max_length (None for any), or build with lower "
+                "dataset.max_…_tokens"
             )
         return {
             "prompt_ids": pair.prompt_ids.tolist(),
@@ -192,7 +207,7 @@ class StoredPairCollator:
 
 
 class _StoredOrder(Sampler[int]):
-    """Rows in the order of our own trainer, another one in every epoch; accelerate says which epoch it is."""
+    """Rows in the order of our own trainer, a new one for every epoch; accelerate sets the epoch."""
 
     def __init__(self, pairs: PairDataset, *, seed: int) -> None:
         self.order = BlockShuffle(pairs.group_sizes, seed=seed)
@@ -213,7 +228,7 @@ def _check_loss(loss: str) -> None:
     if loss not in ("dpo", "tis_dpo"):
         hint = ""
         if loss == "ti_dpo":
-            hint = "; its triplet and its KL term are no part of TRL's loss. 'tis_dpo' on TI weights is the rest of it"
+            hint = "; TRL's loss has no triplet and no KL term. Without these, 'ti_dpo' is 'tis_dpo' on TI weights"
         raise SettingsError(
             f"WeightedDPOTrainer has the losses 'dpo' and 'tis_dpo', got {loss!r}{hint}; train with `tokenweights train` "
             "for the others"

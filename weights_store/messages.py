@@ -5,7 +5,7 @@ Every module logs through `logger(__name__)`, below the one logger `tokenweights
 
 * `show_on_terminal` prints records; progress becomes a bar on a terminal and a line every ten seconds elsewhere.
 * `send_to_parent` writes records to standard output as JSON lines; the parent's `receive` logs them again.
-* `flows/progress.py` shows them in Prefect's runs.
+* `flows/run_logs.py` shows them in Prefect's runs.
 """
 
 import json
@@ -15,23 +15,29 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Protocol, TextIO
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 ROOT = "tokenweights"
 PREFIX = "TOKENWEIGHTS "
-"""Begins every line that a child says to its parent: one JSON object."""
-_LINE_EVERY_S = 10.0
+"""Begins every line that a child sends to its parent; one JSON object follows."""
+LINE_EVERY_S = 10.0
+"""Seconds between two lines of the same progress."""
 _SEND_EVERY_S = 0.5
+_TERMINAL = "tokenweights terminal"
 _MIN_SHARE, _MIN_WALL_S = 0.02, 5.0
-"""An estimate of the time left before that would mislead: the first batch is the slowest."""
+"""No time left is shown earlier than this: the first batch is the slowest, so an estimate from it would mislead."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far some work is."""
+    """How far some work has come."""
 
     name: str
-    """What is done, for example `score ref`."""
+    """The work, for example `score ref`."""
     done: int
     total: int
     wall_s: float
@@ -60,18 +66,18 @@ def logger(module: str) -> logging.Logger:
 
 
 def show(progress: Progress) -> None:
-    """Log how far some work is."""
+    """Log how far some work has come."""
     logging.getLogger(f"{ROOT}.progress").info("%s", progress, extra={"progress": progress})
 
 
 def progress_of(record: logging.LogRecord) -> Progress | None:
-    """Return the progress that a record carries; None where it is a line for people."""
+    """Return the progress that a record carries, or None if it is a line of text."""
     progress = getattr(record, "progress", None)
     return progress if isinstance(progress, Progress) else None
 
 
 def first_line(error: BaseException | str) -> str:
-    """Return the first line of an error's text, or its type where it has none."""
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -86,142 +92,29 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest_s:02d} s" if minutes else f"{rest_s} s"
 
 
-# --- on a terminal -----------------------------------------------------------------------------------------------------
+class ProgressEvery(logging.Filter):
+    """Passes every line of text. Of the same progress it passes the first record, the last, and one every few seconds."""
 
-
-@contextmanager
-def show_on_terminal(stream: TextIO | None = None) -> Iterator[None]:
-    """Print what is logged while inside, to standard error by default."""
-    with _handling(_TerminalHandler(stream or sys.stderr)):
-        yield
-
-
-class _TerminalHandler(logging.Handler):
-    """Prints lines; of progress one line every ten seconds, or a bar where the stream is a terminal."""
-
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, seconds: float) -> None:
         super().__init__()
-        self._stream = stream
-        self._said_at: dict[str, float] = {}
-        self._bars: dict[str, _Bar] = {}
+        self._seconds = seconds
+        self._passed_at: dict[str, float] = {}
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the record may be shown."""
         progress = progress_of(record)
         if progress is None:
-            self._print(record.getMessage())
-        elif self._stream.isatty():
-            self._move_bar(progress)
-        elif self._is_due(progress):
-            self._print(str(progress))
-
-    def close(self) -> None:
-        for bar in self._bars.values():
-            bar.close()
-        super().close()
-
-    def _print(self, line: str) -> None:
-        if self._bars:
-            from tqdm import tqdm
-
-            tqdm.write(line, file=self._stream)
-        else:
-            print(line, file=self._stream, flush=True)
-
-    def _is_due(self, progress: Progress) -> bool:
-        is_due = time.monotonic() - self._said_at.get(progress.name, -_LINE_EVERY_S) >= _LINE_EVERY_S
-        if is_due or progress.done == progress.total:
-            self._said_at[progress.name] = time.monotonic()
             return True
-        return False
-
-    def _move_bar(self, progress: Progress) -> None:
-        if not progress.done:  # lines of the engine's start still come
-            return
-        if progress.name not in self._bars:
-            from tqdm import tqdm
-
-            settings = {"unit": f" {progress.unit}", "unit_scale": True, "dynamic_ncols": True, "file": self._stream}
-            self._bars[progress.name] = tqdm(total=progress.total, desc=progress.name, **settings)
-        bar = self._bars[progress.name]
-        bar.update(progress.done - bar.n)
-        if progress.done == progress.total:
-            self._bars.pop(progress.name).close()
-
-
-class _Bar(Protocol):
-    """What is used of a tqdm bar."""
-
-    n: int
-
-    def update(self, amount: int) -> object: ...
-
-    def close(self) -> None: ...
-
-
-# --- from a child to its parent ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def send_to_parent() -> Iterator[None]:
-    """Send what is logged while inside to the process that started this one."""
-    with _handling(_ParentHandler()):
-        yield
-
-
-class _ParentHandler(logging.Handler):
-    """Writes records to standard output, each as one JSON line; of progress at most two a second."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._sent_at: dict[str, float] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        progress = progress_of(record)
-        if progress is not None and not self._is_due(progress):
-            return
-        what = {"progress": asdict(progress)} if progress else {"text": record.getMessage()}
-        line = json.dumps({"name": record.name, "level": record.levelno, **what})
-        # One write, on a line of its own: logs of Ray and vLLM go the same way, from other threads and processes.
-        sys.stdout.write(f"\n{PREFIX}{line}\n")
-        sys.stdout.flush()
-
-    def _is_due(self, progress: Progress) -> bool:
-        is_due = time.monotonic() - self._sent_at.get(progress.name, -_SEND_EVERY_S) >= _SEND_EVERY_S
+        is_due = time.monotonic() - self._passed_at.get(progress.name, float("-inf")) >= self._seconds
         if is_due or progress.done in (0, progress.total):
-            self._sent_at[progress.name] = time.monotonic()
+            self._passed_at[progress.name] = time.monotonic()
             return True
         return False
 
 
-def receive(line: str, heard: Callable[[Progress], None] = lambda progress: None) -> None:
-    """Log again what a child has sent, without `PREFIX`; `heard` sees its progress first."""
-    message = json.loads(line)
-    if "progress" in message:
-        progress = Progress(**message["progress"])
-        heard(progress)
-        show(progress)
-    else:
-        logging.getLogger(message["name"]).log(message["level"], "%s", message["text"])
-
-
-def collect_lines(lines: list[str]) -> None:
-    """Append every line for people that is logged from now on; for an actor on Ray, which hands them to its driver."""
-    handler = _ListHandler()
-    handler.lines = lines
-    logging.getLogger(ROOT).addHandler(handler)
-    logging.getLogger(ROOT).setLevel(logging.INFO)
-
-
-class _ListHandler(logging.Handler):
-    lines: list[str]
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if progress_of(record) is None:
-            self.lines.append(record.getMessage())
-
-
 @contextmanager
-def _handling(handler: logging.Handler) -> Iterator[None]:
+def handled_by(handler: logging.Handler) -> Iterator[None]:
+    """Give a handler everything that is logged while inside; close it at the end."""
     root = logging.getLogger(ROOT)
     level = root.level
     root.addHandler(handler)
@@ -232,3 +125,124 @@ def _handling(handler: logging.Handler) -> Iterator[None]:
         root.removeHandler(handler)
         root.setLevel(level)
         handler.close()
+
+
+# --- on a terminal -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def show_on_terminal(stream: TextIO | None = None) -> Iterator[None]:
+    """Print what is logged while inside, to standard error by default. Inside another `show_on_terminal` it does nothing."""
+    root = logging.getLogger(ROOT)
+    if any(handler.name == _TERMINAL for handler in root.handlers):
+        yield
+        return
+    propagate = root.propagate
+    root.propagate = False  # Prefect's handler on Python's root logger would print every line a second time
+    try:
+        with handled_by(_terminal_handler(stream or sys.stderr)):
+            yield
+    finally:
+        root.propagate = propagate
+
+
+def _terminal_handler(stream: TextIO) -> logging.Handler:
+    handler: logging.Handler
+    if stream.isatty() and find_spec("tqdm") is not None:
+        handler = _BarHandler(stream)
+    else:
+        handler = logging.StreamHandler(stream)
+        handler.addFilter(ProgressEvery(LINE_EVERY_S))
+    handler.name = _TERMINAL
+    return handler
+
+
+class _BarHandler(logging.Handler):
+    """Shows progress as bars, and prints lines of text above them."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._bars: dict[str, tqdm] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        progress = progress_of(record)
+        if progress is None:
+            tqdm.write(record.getMessage(), file=self._stream)
+        elif progress.done:  # before that, the engine starts and may print lines
+            self._move_bar(progress)
+
+    def close(self) -> None:
+        for bar in self._bars.values():
+            bar.close()
+        super().close()
+
+    def _move_bar(self, progress: Progress) -> None:
+        from tqdm import tqdm
+
+        if progress.name not in self._bars:
+            settings = {"unit": f" {progress.unit}", "unit_scale": True, "dynamic_ncols": True, "file": self._stream}
+            self._bars[progress.name] = tqdm(total=progress.total, desc=progress.name, **settings)
+        bar = self._bars[progress.name]
+        bar.update(progress.done - bar.n)
+        if progress.done == progress.total:
+            self._bars.pop(progress.name).close()
+
+
+# --- from a child to its parent ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def send_to_parent() -> Iterator[None]:
+    """Send what is logged while inside to the process that started this one."""
+    handler = _ParentHandler()
+    handler.addFilter(ProgressEvery(_SEND_EVERY_S))
+    with handled_by(handler):
+        yield
+
+
+class _ParentHandler(logging.Handler):
+    """Writes each record to standard output as one JSON line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        progress = progress_of(record)
+        what = {"progress": asdict(progress)} if progress else {"text": record.getMessage()}
+        line = json.dumps({"name": record.name, "level": record.levelno, **what})
+        # One write, and a line break before it: Ray and vLLM write to the same stream from other threads and processes.
+        sys.stdout.write(f"\n{PREFIX}{line}\n")
+        sys.stdout.flush()
+
+
+def receive(line: str, heard: Callable[[Progress], None] = lambda progress: None) -> None:
+    """Log what a child has logged.
+
+    Args:
+        line: What the child has written, without `PREFIX`.
+        heard: Called with each progress before it is logged.
+    """
+    message = json.loads(line)
+    if "progress" in message:
+        progress = Progress(**message["progress"])
+        heard(progress)
+        show(progress)
+    else:
+        logging.getLogger(message["name"]).log(message["level"], "%s", message["text"])
+
+
+def collect_lines(lines: list[str]) -> None:
+    """Append every line of text that is logged from now on. An actor on Ray hands these lines to its driver."""
+    root = logging.getLogger(ROOT)
+    root.addHandler(_ListHandler(lines))
+    root.setLevel(logging.INFO)
+
+
+class _ListHandler(logging.Handler):
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if progress_of(record) is None:
+            self._lines.append(record.getMessage())

@@ -1,45 +1,40 @@
-"""How every process of ours begins and ends: the command, and the children that a build starts.
+"""How each of our processes begins and ends: the command, and the children that a build starts.
 
-A child is started by `pipeline/child.py` with `TOKENWEIGHTS_CHILD` in its environment. It sends its log to its parent, stops
-when its parent is gone, and its exit code says which error ended it.
+`pipeline/child.py` starts a child with `TOKENWEIGHTS_CHILD` in its environment. The child sends its log to its parent and ends
+when its parent is gone. Its exit code says which error ended it.
 """
 
 import os
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 
 from weights_store.errors import EXIT_CODES, TokenweightsError
 from weights_store.messages import send_to_parent, show_on_terminal
 
 CHILD = "TOKENWEIGHTS_CHILD"
-"""In the environment of a process that a build has started."""
+"""Environment variable of a process that a build has started."""
 
 
 def run_main(main: Callable[[], int | None], *, debug: bool = False, after_interrupt: str = "interrupted") -> int:
     """Run the main function of a process and return its exit code: 0 done, 1 or another code an error, 130 interrupted.
 
     Args:
-        main: Returns the exit code; None for 0.
-        debug: Let errors show their traceback.
-        after_interrupt: What to tell people after Ctrl-C.
+        main: Returns the exit code; None means 0.
+        debug: Raise errors with their traceback instead of printing one line.
+        after_interrupt: Printed after Ctrl-C.
     """
-    with ExitStack() as stack:
-        if CHILD in os.environ:
-            _end_with_parent()
-            stack.enter_context(send_to_parent())
-        else:
-            stack.enter_context(show_on_terminal())
+    is_child = CHILD in os.environ
+    if is_child:
+        _end_with_parent()
+    with send_to_parent() if is_child else show_on_terminal():
         try:
             return main() or 0
         except BrokenPipeError:  # `tokenweights ls | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        except (
-            TokenweightsError,
-            OSError,
-        ) as error:  # OSError: no permission, a full disk, a file where a folder should be
+        # OSError: no permission, a full disk, or a file where a folder should be.
+        except (TokenweightsError, OSError) as error:
             if debug:
                 raise
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -50,10 +45,10 @@ def run_main(main: Callable[[], int | None], *, debug: bool = False, after_inter
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent is gone: the parent's end of our standard input closes then."""
+    """End this process when its parent ends: standard input is a pipe from the parent, and closes then."""
 
     def wait() -> None:
-        os.read(0, 1)  # not sys.stdin: its lock would be held while the interpreter shuts down
+        os.read(0, 1)  # not sys.stdin, whose lock would be held while the interpreter shuts down
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -119,13 +119,21 @@ def _describe(problem: Mapping[str, Any], model: type[_SettingsModel]) -> str:
     if problem["type"] == "missing":
         return f"missing key {key!r}" + _example(location, model, chosen)
     if problem["type"] == "union_tag_not_found":
-        return f"missing key '{key}.{discriminator}'"
+        return _describe_unnamed(key, value, model)
     if problem["type"] == "union_tag_invalid":
         *names, last = problem["ctx"]["expected_tags"].split(", ")
         return f"{key}.{discriminator}: Input should be {', '.join(names)} or {last}, got {problem['ctx']['tag']!r}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     got = f", got {value!r}" if location and not isinstance(value, dict) else ""
     return f"{key}: {message}{got}" if key else message
+
+
+def _describe_unnamed(section: str, value: Mapping[str, object], model: type[_SettingsModel]) -> str:
+    """Describe a section without the key that chooses its model: this key may be misspelt."""
+    known = _known_keys(model, section, None)
+    unknown = [key for name in value if (key := f"{section}.{name}") not in known]
+    missing = f"missing key '{section}.{model.model_fields[section].discriminator}'"
+    return "; ".join([f"unknown key {key!r}; {_nearest(key, known)}" for key in unknown] or [missing])
 
 
 def _example(location: Sequence[str], model: type[_SettingsModel], chosen: str | None) -> str:

@@ -1,4 +1,4 @@
-"""What vLLM replies to a request for scores, read into one form and checked. Called by `engine.py`; nothing here imports vLLM.
+"""Read vLLM's replies to requests for scores into one form, and check them. Nothing here imports vLLM.
 
 A reply that is not what was asked for raises; the caller puts the error in the place of that one sequence.
 """
@@ -15,10 +15,10 @@ _ROUNDING_NATS = 1e-3
 
 
 def read_fixed_ids(output: Any, sequence: ScoredSequence) -> Scores:
-    """Return the log-probs out of a fixed-id reply, `[num_wanted, 1]`.
+    """Return the log-probs of a fixed-id reply.
 
     Raises:
-        ScoringError: It has none, or another shape.
+        ScoringError: It has none, or not in the shape `[num_wanted, 1]`.
     """
     scores = output.prompt_token_id_logprobs
     if scores is None:
@@ -29,10 +29,10 @@ def read_fixed_ids(output: Any, sequence: ScoredSequence) -> Scores:
 
 
 def read_rows(answer: tuple[np.ndarray, np.ndarray, np.ndarray] | None, sequence: ScoredSequence) -> Scores:
-    """Return an answer of `response_rows.py`.
+    """Return the log-probs of an answer of `response_rows.py`.
 
     Raises:
-        ScoringError: There is none.
+        ScoringError: There is no answer.
     """
     if answer is None:
         raise ScoringError(f"expected log-probs for {sequence.num_wanted} response tokens, got none")
@@ -40,14 +40,14 @@ def read_rows(answer: tuple[np.ndarray, np.ndarray, np.ndarray] | None, sequence
 
 
 def read_flat(output: Any, sequence: ScoredSequence) -> Scores:
-    """Return the log-probs out of flat prompt log-probs, by token id.
+    """Return the log-probs of flat prompt log-probs, looked up by token id.
 
-    They are of all tokens (V1, where rows in the cache hit are unwritten), or without the rows in the cache hit (V2). vLLM
-    gives the token and behind it the k likeliest, among which it may stand again. Its rank is no help: vLLM counts the tokens
-    that are as likely.
+    V1 returns rows for all tokens, and leaves those of the cache hit unwritten; V2 leaves those out. Each row has the token
+    and then the k most likely ones, which may include it again. vLLM's rank of the token does not help: it counts equally
+    likely tokens too.
 
     Raises:
-        ScoringError: Their number is another, or an id is missing.
+        ScoringError: The number of rows is wrong, or an id is missing.
     """
     flat, num_cached = output.prompt_logprobs, output.num_cached_tokens or 0
     num_tokens = len(sequence.prompt_ids) + len(sequence.response_ids)
@@ -68,17 +68,18 @@ def read_flat(output: Any, sequence: ScoredSequence) -> Scores:
         if token_id not in entries:
             raise ScoringError(f"{where}: id {token_id} is missing from the reply, which has {list(entries)}")
         if len(entries) < top_k:
-            raise ScoringError(f"{where}: expected the {top_k} likeliest ids, got {len(entries)}")
-        likeliest = sorted(entries, key=entries.__getitem__, reverse=True)[:top_k]
-        logps[row], top_ids[row], top_logps[row] = entries[token_id], likeliest, [entries[each] for each in likeliest]
+            raise ScoringError(f"{where}: expected the {top_k} most likely ids, got {len(entries)}")
+        most_likely = sorted(entries, key=entries.__getitem__, reverse=True)[:top_k]
+        logps[row], top_ids[row] = entries[token_id], most_likely
+        top_logps[row] = [entries[each] for each in most_likely]
     return Scores(logps, top_ids, top_logps)
 
 
 def checked(scores: Scores, sequence: ScoredSequence, vocab_size: int) -> Scores:
-    """Return scores in float32 with rounding above 0 taken off.
+    """Return scores in float32, with rounding above 0 removed.
 
     Raises:
-        ScoringError: They are not what was asked for, or no log-probs.
+        ScoringError: They are not what was asked for, or not log-probs.
     """
     num_wanted, top_k = sequence.num_wanted, sequence.top_k
     if scores.logps.shape != (num_wanted,):
@@ -88,15 +89,15 @@ def checked(scores: Scores, sequence: ScoredSequence, vocab_size: int) -> Scores
         if not scores.top_ids.shape == scores.top_logps.shape == (num_wanted, top_k):
             shapes = f"{list(scores.top_ids.shape)} and {list(scores.top_logps.shape)}"
             raise ScoringError(
-                f"expected {top_k} likeliest ids and log-probs for {num_wanted} response tokens, got {shapes}"
+                f"expected {top_k} most likely ids and log-probs for {num_wanted} response tokens, got {shapes}"
             )
-        _check_likeliest(scores, sequence, vocab_size)
+        _check_most_likely(scores, sequence, vocab_size)
     logps, top_logps = (np.minimum(v, 0.0).astype(np.float32, copy=False) for v in (scores.logps, scores.top_logps))
     return Scores(logps, scores.top_ids, top_logps)
 
 
 def _check_logps(logps: np.ndarray, sequence: ScoredSequence, what: str) -> None:
-    """Refuse what is no log-prob; `logps` is `[num_wanted]` or `[num_wanted, k]`."""
+    """Refuse values that cannot be log-probs; `logps` is `[num_wanted]` or `[num_wanted, k]`."""
     for bad, expected in ((~np.isfinite(logps), "a finite number"), (logps > _ROUNDING_NATS, "at most 0")):
         if bad.any():
             place = tuple(np.argwhere(bad)[0])
@@ -105,20 +106,20 @@ def _check_logps(logps: np.ndarray, sequence: ScoredSequence, what: str) -> None
             )
 
 
-def _check_likeliest(scores: Scores, sequence: ScoredSequence, vocab_size: int) -> None:
-    """Refuse lists that are not the likeliest ids in their order, or do not go with the log-probs of the tokens themselves."""
+def _check_most_likely(scores: Scores, sequence: ScoredSequence, vocab_size: int) -> None:
+    """Refuse lists that are not the most likely ids in order, or disagree with the log-probs of the tokens themselves."""
     ids, logps = scores.top_ids, scores.top_logps
-    _check_logps(logps, sequence, "log-prob of one of the likeliest tokens")
+    _check_logps(logps, sequence, "log-prob of one of the most likely tokens")
     is_token = ids == np.array(sequence.response_ids[sequence.start :])[:, None]
     own = scores.logps[:, None]
     laws = (
         (((ids < 0) | (ids >= vocab_size)).any(1), f"one is outside the vocabulary of {vocab_size}"),
-        ((np.diff(np.sort(ids)) == 0).any(1), "one stands there twice"),
-        ((np.diff(logps) > 0).any(1), "they do not come in the order of their log-probs"),
+        ((np.diff(np.sort(ids)) == 0).any(1), "one is listed twice"),
+        ((np.diff(logps) > 0).any(1), "they are not in the order of their log-probs"),
         ((is_token & (np.abs(logps - own) > _ROUNDING_NATS)).any(1), "the token itself has another log-prob there"),
-        (~is_token.any(1) & (own > logps + _ROUNDING_NATS).any(1), "the token itself is likelier, and not there"),
+        (~is_token.any(1) & (own > logps + _ROUNDING_NATS).any(1), "the token itself is more likely, and not listed"),
     )
     for bad, problem in laws:
         if bad.any():
             row = int(bad.argmax())
-            raise ScoringError(f"response token {sequence.start + row}, likeliest ids {ids[row].tolist()}: {problem}")
+            raise ScoringError(f"response token {sequence.start + row}, most likely ids {ids[row].tolist()}: {problem}")

@@ -1,25 +1,26 @@
 """Log-probs of response tokens alone, computed inside vLLM's V1 workers. Loaded by vLLM through `worker_extension_cls`.
 
-The V1 runner's own prompt log-probs run the lm_head, a log-softmax, a top-k and a rank over every row of the prompt as well,
-and turn each into Python objects. V2 has requests that name the ids and the first row; this brings the same to V1. The hook
-is one method of the runner: `engine.py` checks it against vLLM's own log-probs when an engine starts and leaves it alone
-where they differ or it is not there.
+V1's own prompt log-probs run the lm_head, a log-softmax, a top-k and a rank over every row of the prompt too, and turn each
+into Python objects. On V2 a request names the ids and the first row; this brings the same to V1. The hook replaces one method
+of the runner. `VllmEngine` compares it with vLLM's own log-probs when an engine starts, and does not use it if they differ.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 KEY = "tokenweights"
-"""In `SamplingParams.extra_args`: `[key, first_row, top_k]`, the name to answer under, the row of the first wanted token, and
-how many of the likeliest ids are wanted at each place."""
+"""In `SamplingParams.extra_args`: `[key, first_row, top_k]`, the key of the answer, the row that predicts the first wanted
+token, and how many of the most likely ids are wanted at each position."""
 
 Answer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Log-probs of the wanted tokens, float32 `[N]`; the likeliest ids, int32 `[N, k]`, and their log-probs, float32 `[N, k]`."""
+"""Log-probs of the wanted tokens, float32 `[N]`; the most likely ids, int32 `[N, k]`, and their log-probs, float32 `[N, k]`."""
 
 CPU_BLOCK_BYTES = 2 << 20
 GPU_BLOCK_BYTES = 256 << 20
-"""Of float32 log-probs computed at a time: what stays in a core's cache, and what a GPU has to spare."""
+"""Of float32 log-probs computed at a time: they fit into a core's cache, or into a GPU's spare memory."""
 
 
 class ResponseRows:
@@ -34,22 +35,22 @@ class ResponseRows:
         answers: dict[int, Answer] = {}
         failures: list[Exception] = []
 
-        def with_response_rows(hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
+        def with_response_rows(hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> object:
             try:
                 _score_step(runner, hidden_states, num_scheduled_tokens, answers)
             except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-                # Not the runner that we know. The engine lives on, and `tokenweights_take` says it.
+                # Not the runner that we know. The engine goes on, and `tokenweights_take` raises the error.
                 failures.append(error)
             return own(hidden_states, num_scheduled_tokens)
 
         runner._get_prompt_logprobs_dict = with_response_rows
         runner.tokenweights_answers, runner.tokenweights_failures = answers, failures
 
-    def tokenweights_take(self) -> dict[int, Any]:
-        """Return the answers by their key since the last call, see `Answer`; NaN where no row was computed.
+    def tokenweights_take(self) -> dict[int, tuple[np.ndarray, ...]]:
+        """Return the answers since the last call by their key, see `Answer`; NaN where no row was computed.
 
         Raises:
-            Exception: What went wrong in a step.
+            Exception: A step failed.
         """
         answers, failures = self.model_runner.tokenweights_answers, self.model_runner.tokenweights_failures
         if failures:
@@ -60,7 +61,7 @@ class ResponseRows:
 
 
 def _score_step(runner: Any, hidden: torch.Tensor, num_scheduled: dict[str, int], answers: dict[int, Answer]) -> None:
-    """Fill in the rows of this engine step. `hidden` is `[tokens, width]`, all requests one behind the other."""
+    """Fill in the rows of this engine step. `hidden` is `[tokens, width]`, all requests concatenated."""
     rows: list[torch.Tensor] = []
     targets: list[int] = []
     places: list[Answer] = []
@@ -83,14 +84,14 @@ def _score_step(runner: Any, hidden: torch.Tensor, num_scheduled: dict[str, int]
     if not places:
         return
     top_k = max(ids.shape[1] for _, ids, _ in places)
-    answer = _score_rows(
-        runner.model, hidden, torch.cat(rows).to(hidden.device), torch.tensor(targets).to(hidden.device), top_k
-    )
+    device = hidden.device
+    where = torch.cat(rows).to(device), torch.tensor(targets).to(device)
+    answer = _score_rows(runner.model.compute_logits, hidden, *where, top_k)
     start = 0
     for place in places:
         end = start + len(place[0])
         for values, part in zip(place, _part(answer, slice(start, end)), strict=True):
-            values.copy_(part[..., : values.shape[-1]])  # the likeliest k of a longer list are its first k
+            values.copy_(part[..., : values.shape[-1]])  # a shorter list is the beginning of a longer one
         start = end
 
 
@@ -107,16 +108,22 @@ def _part(answer: Answer, rows: slice) -> Answer:
     return logps[rows], top_ids[rows], top_logps[rows]
 
 
-def _score_rows(model: Any, hidden: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, top_k: int) -> Answer:
-    """Return log softmax(lm_head(hidden[rows])) at the targets and at its `top_k` largest, a block at a time.
+def _score_rows(
+    lm_head: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    rows: torch.Tensor,
+    targets: torch.Tensor,
+    top_k: int,
+) -> Answer:
+    """Return log softmax(lm_head(hidden[rows])) at the targets and at its `top_k` largest, without a `[rows, vocabulary]`.
 
-    No `[rows, vocabulary]` comes into being. Both come out of the same numbers: a target among the likeliest has one log-prob.
+    Both are read from the same numbers, a block at a time, so a target among the most likely has one log-prob.
     """
     logps, top_ids, top_logps = answer = _unwritten(len(rows), top_k, hidden.device)
     start, size = 0, 32
     while start < len(rows):
         block = slice(start, start + size)
-        logits = model.compute_logits(hidden[rows[block]])
+        logits = lm_head(hidden[rows[block]])
         all_logps = logits.log_softmax(-1, dtype=torch.float32)
         logps[block] = all_logps.gather(-1, targets[block, None]).squeeze(-1)
         if top_k:

@@ -1,8 +1,7 @@
-"""Score no token twice: what responses behind the same prompt have in common is scored once and copied.
+"""Score no token twice: the common beginning of responses to one prompt is scored once and copied.
 
-Preference data repeat themselves. Chosen and rejected often begin alike, and where several pairs come from one set of responses
-the same response stands in many of them. The engine's prefix cache shares only the computation of whole blocks; this shares
-the results, to the token.
+Preference data repeat themselves. Chosen and rejected often begin alike, and one response may be part of many pairs. The
+engine's prefix cache shares the computation of whole blocks only; this shares the results of every token.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +14,9 @@ from weights_store.errors import ScoringError
 
 @dataclass(frozen=True, slots=True)
 class ScoredSequence:
-    """One response behind its prompt, as ids; log-probs are wanted of the response's tokens from `start` on.
+    """One response behind its prompt, as ids. Log-probs are wanted for the response's tokens from `start` on.
 
-    With `top_k` > 0 those of the likeliest ids at each of these places are wanted as well.
+    If `top_k` > 0, the k most likely ids at each of these positions and their log-probs are wanted too.
     """
 
     prompt_ids: list[int]
@@ -38,11 +37,11 @@ class ScoredSequence:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
-    """What one model says of tokens that follow each other, in nats; a row comes from the distribution that predicts its token.
+    """Log-probs of consecutive tokens under one model, in nats; a row is of the distribution that predicts its token.
 
     Args:
         logps: Of the tokens themselves, float32 `[N]`.
-        top_ids: The likeliest ids at each place, likeliest first, int32 `[N, k]`; k is 0 where nobody asked for them.
+        top_ids: The most likely ids at each position, in falling order, int32 `[N, k]`; k is 0 if nobody asked for them.
         top_logps: Their log-probs, float32 `[N, k]`.
     """
 
@@ -52,7 +51,7 @@ class Scores:
 
     @classmethod
     def of(cls, logps: np.ndarray) -> "Scores":
-        """Return scores without likeliest ids."""
+        """Return scores without the most likely ids."""
         return cls(logps, np.empty((len(logps), 0), np.int32), np.empty((len(logps), 0), np.float32))
 
     @classmethod
@@ -61,11 +60,11 @@ class Scores:
         return cls(np.empty(0, np.float32), np.empty((0, top_k), np.int32), np.empty((0, top_k), np.float32))
 
     def first(self, num_tokens: int) -> "Scores":
-        """Return those of the first tokens."""
+        """Return the scores of the first tokens."""
         return Scores(self.logps[:num_tokens], self.top_ids[:num_tokens], self.top_logps[:num_tokens])
 
     def then(self, other: "Scores") -> "Scores":
-        """Return these and, behind them, those of the tokens that follow."""
+        """Return these scores followed by those of the next tokens."""
         return Scores(
             np.concatenate([self.logps, other.logps]),
             np.concatenate([self.top_ids, other.top_ids]),
@@ -74,17 +73,16 @@ class Scores:
 
 
 Reply = Scores | ScoringError
-"""Of the wanted tokens of one sequence, `num_wanted` of them, or why there are none."""
+"""The scores of one sequence's wanted tokens, or why there are none."""
 
 
 def score_once(
     sequences: Sequence[ScoredSequence], score: Callable[[list[ScoredSequence]], list[Reply]]
 ) -> list[Reply]:
-    """Return the scores of all tokens of all responses, handing each distinct one to `score` once.
+    """Return the scores of all tokens of all responses; `score` gets each distinct token once.
 
-    What the model says of a token depends on nothing but the ids before it. In lexicographic order a response shares its
-    longest beginning with the one before it, so that one is where the values come from. `score` gets the sequences in that
-    order, those of one prompt side by side, as a prefix cache likes it.
+    The log-prob of a token depends on the ids before it alone. In lexicographic order a response shares its longest beginning
+    with its predecessor, and copies its values. `score` gets the sequences in that order, which suits a prefix cache.
 
     Args:
         sequences: With `start` 0, and one `top_k`.
@@ -103,7 +101,7 @@ def score_once(
         own = next(fresh) if job.num_wanted else Scores.of_none(job.top_k)
         if isinstance(own, ScoringError) or not job.start:
             last = own
-        elif isinstance(last, ScoringError):  # what it would have taken over is not there
+        elif isinstance(last, ScoringError):  # there is nothing to copy
             alone.append(index)
         else:
             last = last.first(job.start).then(own)

@@ -1,7 +1,7 @@
-"""The contrastive models of a store: where they lie on this machine, and that they are in the store.
+"""The contrastive models of a store.
 
 In a local store they lie in its folder `models/`. For an object store they are trained and read in a cache folder of this
-machine (`TOKENWEIGHTS_CACHE`, by default `~/.cache/tokenweights`), uploaded when finished and fetched where they are needed.
+machine, uploaded when finished and downloaded where they are needed.
 """
 
 import json
@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from weights_store.fingerprint import fingerprint
 from weights_store.location import Location
@@ -19,8 +19,17 @@ RECORD = "contrast.json"
 """Says what determined a model; written last, so a model without it is unfinished."""
 
 
+class ModelRecord(TypedDict):
+    """What determined a trained model, and its fingerprint."""
+
+    identity: dict[str, object]
+    data: str
+    version: int
+    fingerprint: str
+
+
 def cache_folder() -> Path:
-    """Return where this machine keeps what it can make again: `TOKENWEIGHTS_CACHE`, by default `~/.cache/tokenweights`."""
+    """Return where this machine keeps models that can be made again: `TOKENWEIGHTS_CACHE`, or `~/.cache/tokenweights`."""
     return Path(os.environ.get("TOKENWEIGHTS_CACHE", "~/.cache/tokenweights")).expanduser()
 
 
@@ -31,13 +40,13 @@ class ModelShelf:
     location: Location
 
     def place(self, name: str) -> Path:
-        """Return the folder of this machine where a model is trained and read."""
+        """Return the folder on this machine where a model is trained and read."""
         if self.location.is_local:
             return self.location.path / name
         return cache_folder() / fingerprint(self.location.uri)[:16] / name
 
     def find(self, name: str) -> Path | None:
-        """Return the folder of a finished model, fetched if need be; None when the store has none of that name."""
+        """Return the folder of a finished model, downloaded if need be; None if the store has none of that name."""
         folder = self.place(name)
         if (folder / RECORD).is_file():
             return folder
@@ -49,8 +58,8 @@ class ModelShelf:
         partial.replace(folder)
         return folder
 
-    def put(self, name: str, record: dict[str, Any]) -> None:
-        """Finish the model at `place(name)`: upload it where the store is remote, and write its record."""
+    def put(self, name: str, record: ModelRecord) -> None:
+        """Finish the model at `place(name)`: upload it if the store is remote, and write its record."""
         target, folder = self.location / name, self.place(name)
         text = json.dumps(record, indent=2).encode()
         if not self.location.is_local:
@@ -59,7 +68,7 @@ class ModelShelf:
         if not self.location.is_local:
             Location(str(folder)).write(RECORD, text)
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def records(self) -> Iterator[ModelRecord]:
         """Yield the record of every finished model."""
         for name in self.location.folders():
             if (self.location / name).exists(RECORD):

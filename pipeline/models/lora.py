@@ -1,11 +1,10 @@
-"""Merge a LoRA adapter into its base model. Called by `models.py`, which starts `python -m pipeline.models.lora` for it.
+"""Merge a LoRA adapter into its base model, in a process of its own that `resolve.py` starts.
 
-Everything behind `resolve_model` (tokeniser, engines, training, fingerprints) knows whole models only, and vLLM's own adapters
-leave gaps: prompt log-probs crash on its CPU build, and an adapter on the lm_head is ignored without a word. A process of its
-own, so that the memory is gone afterwards.
+Everything after `resolve_model` (tokenizer, engines, training, fingerprints) expects whole models. vLLM's own adapters have
+gaps: prompt log-probs crash on its CPU build, and an adapter on the lm_head is ignored.
 
-The merged model is stored in the base's dtypes. It is compared with base and adapter before it is handed out: PEFT's merge adds
-a layer's change twice, or to the wrong layer, where input and output embeddings are one matrix and an adapter sits on it.
+The merged model has the base's dtypes. It is compared with base and adapter before use: if input and output embeddings are one
+matrix and an adapter changes it, PEFT's merge adds the change twice or to the wrong layer.
 """
 
 import json
@@ -31,12 +30,12 @@ from weights_store.process import run_main
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RECORD = "merged.json"
-"""What a merged folder says of its making."""
-INSTALL = "pip install 'tokenweights[train]'"
+"""In a merged folder: which adapter and base it was made from."""
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -52,14 +51,14 @@ _NOT_IDENTITY = ("base_model_name_or_path", "revision", "inference_mode", "peft_
 _PROBE_TOKENS = 32
 _PROBE_NATS = {"float32": 1e-3}
 _PROBE_NATS_ROUNDED = 0.1
-"""Of 16-bit models: the merged weights are rounded once, base and adapter on their own are not."""
+"""Of 16-bit models: merging rounds the weights once more."""
 
 
 def is_adapter(folder: Path) -> bool:
     """Return whether a folder holds a PEFT adapter.
 
     Raises:
-        InputError: It holds a whole model as well, so that it is not clear which of the two is meant.
+        InputError: It holds a whole model too.
     """
     if not (folder / ADAPTER_CONFIG).is_file():
         return False
@@ -72,10 +71,10 @@ def is_adapter(folder: Path) -> bool:
 
 
 def check_adapter(folder: Path) -> dict[str, Any]:
-    """Return the adapter's config; whatever cannot be a low-rank change of a language model's weights is refused.
+    """Return the adapter's config, if it is one that can be merged.
 
     Raises:
-        InputError: It is no LoRA, of no language model, without weights, or does not say what it belongs to.
+        InputError: It is not a LoRA, not of a language model, has no weights, or does not name its base.
     """
     config = load_json(folder / ADAPTER_CONFIG)
     kind, task = config.get("peft_type"), config.get("task_type") or "CAUSAL_LM"
@@ -85,7 +84,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
         raise InputError(f"the adapter {folder} is for the task {task}, expected CAUSAL_LM: a language model")
     for key in ("layer_replication", "alora_invocation_tokens"):
         if config.get(key):
-            raise InputError(f"the adapter {folder} uses {key}, which no merged copy of its base can do")
+            raise InputError(f"the adapter {folder} uses {key}, which a merged model cannot do")
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise InputError(f"the adapter {folder} has no {ADAPTER_WEIGHTS}")
     if not config.get("base_model_name_or_path"):
@@ -96,7 +95,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
 
 
 def merged_fingerprint(adapter: Path, base: Path) -> str:
-    """Return what determines the merged folder: weights and config of both, and the tokenizer files that either brings.
+    """Return what determines the merged folder: weights and config of both, and the tokenizer files of both.
 
     Raises:
         InputError: `base` is not a model folder.
@@ -111,15 +110,15 @@ def merged_fingerprint(adapter: Path, base: Path) -> str:
 
 
 def merge_adapter(adapter: Path, base: Path, target: Path) -> None:
-    """Write the merged model to `target`, which appears whole or not at all, and stays where it is there already.
+    """Write the merged model to `target`, which appears whole or not at all; an existing one stays.
 
     Args:
-        adapter: Folder of a LoRA adapter, its tokenizer files going before those of the base.
+        adapter: Folder of a LoRA adapter. Its tokenizer files take precedence over those of the base.
         base: Folder of the model that it changes.
-        target: Missing parents are made.
+        target: Missing parents are created.
 
     Raises:
-        InputError: They do not fit together, cannot be loaded, or the merged model is not what base and adapter are.
+        InputError: They do not fit together, cannot be loaded, or the merged model computes something else than they do.
         MissingExtraError: peft, torch or transformers is not installed.
     """
     check_adapter(adapter)
@@ -143,17 +142,17 @@ def merge_adapter(adapter: Path, base: Path, target: Path) -> None:
 
 def _write_merged(adapter: Path, base: Path, target: Path) -> None:
     try:
-        import peft
+        import peft  # noqa: F401
         import torch
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"merging a LoRA adapter needs the package {error.name!r}, which is not installed; {INSTALL}"
+            f"merging an adapter needs the package {error.name!r}, which is not installed; pip install 'tokenweights[train]'"
         ) from error
     model = load_checkpoint(base, dtype="auto")
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied embeddings: untied below
-        wrapped = _with_adapter(peft, model, adapter, base)
+        wrapped = _with_adapter(model, adapter, base)
         expected = _probe(wrapped, model.config)
         _untie_changed_embeddings(model)
         try:
@@ -168,8 +167,9 @@ def _write_merged(adapter: Path, base: Path, target: Path) -> None:
     _check_same(expected, load_checkpoint(target, dtype="auto"), adapter, base)
 
 
-def _with_adapter(peft: Any, model: "PreTrainedModel", adapter: Path, base: Path) -> Any:
-    """Return the base with the adapter in it, every weight of the adapter in its place."""
+def _with_adapter(model: "PreTrainedModel", adapter: Path, base: Path) -> "PeftModel":
+    """Return the base with the adapter in it; every weight of the adapter must have its place."""
+    import peft
     from safetensors import SafetensorError, safe_open
 
     where = f"the adapter {adapter} and its base {base}"
@@ -192,20 +192,20 @@ def _with_adapter(peft: Any, model: "PreTrainedModel", adapter: Path, base: Path
 
 
 def _untie_changed_embeddings(model: "PreTrainedModel") -> None:
-    """Give the output layer a matrix of its own where it shares the input's and a LoRA is going to be added to either."""
+    """Give the output layer its own matrix if it shares the input's and a LoRA changes either."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import nn
 
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     if not any(isinstance(end, BaseTunerLayer) for end in ends):
-        return  # PEFT itself unties embeddings that an adapter replaces whole
+        return  # PEFT itself unties embeddings that an adapter replaces as a whole
     source, head = (end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends)
     if head is not None and head.weight is source.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
 
 
-def _probe(model: Any, config: Any) -> "torch.Tensor":
+def _probe(model: "PreTrainedModel | PeftModel", config: "PretrainedConfig") -> "torch.Tensor":
     """Return log-probs of a fixed row of ids, float32 `[num_tokens, vocabulary]`."""
     import torch
 
@@ -228,7 +228,7 @@ def _check_same(expected: "torch.Tensor", merged: "PreTrainedModel", adapter: Pa
 
 
 def _copy_tokenizer(adapter: Path, base: Path, target: Path) -> None:
-    """Copy the tokenizer of the adapter where it brings one, else of the base, and the same for the chat template."""
+    """Copy the tokenizer of the adapter, or of the base if the adapter has none; and the same for the chat template."""
     source = adapter if any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) else base
     for path in _matching(source, _TOKENIZER_FILES):
         shutil.copyfile(path, target / path.name)
@@ -242,7 +242,7 @@ def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def main() -> None:
-    """Merge ADAPTER and BASE into TARGET; what `python -P -m pipeline.models.lora` runs."""
+    """Merge ADAPTER and BASE into TARGET, the three arguments."""
     adapter, base, target = map(Path, sys.argv[1:])
     merge_adapter(adapter, base, target)
 

@@ -7,8 +7,8 @@ from pipeline.child import check_extra, run_child
 from pipeline.models import lora
 from pipeline.models.contrastive import cache_folder
 from pipeline.recipe import ModelSection
-from weights_store.errors import InputError
-from weights_store.messages import first_line, logger
+from train.model.hub import check_model_folder, find_folder
+from weights_store.messages import logger
 
 _log = logger(__name__)
 
@@ -17,7 +17,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def is_hub_id(text: str) -> bool:
-    """Return whether `text` names something on the hub: `owner/name`, no path here, and no file by its ending."""
+    """Return whether `text` is a hub id: `owner/name`, not a path that exists here and not a file name by its ending."""
     path = Path(text)
     return _HUB_ID.fullmatch(text) is not None and path.suffix not in _FILE_ENDINGS and not path.exists()
 
@@ -26,53 +26,29 @@ def resolve_model(model: ModelSection) -> Path:
     """Return the folder of a whole model.
 
     A hub id is downloaded into the hub's cache. A LoRA adapter is merged into its base, once, in a process of its own; the
-    merged model stays in `TOKENWEIGHTS_CACHE`, named for what adapter and base contain.
-
-    Args:
-        model: Names it.
+    merged model stays in the cache folder, named for the contents of adapter and base.
 
     Raises:
-        InputError: No such folder, and no such model on the hub (or no way to reach it); or an adapter that cannot be merged.
-        MissingExtraError: There is an adapter to merge, and no peft.
+        InputError: There is no such folder and no such model on the hub, the hub cannot be reached, or it is an adapter that
+            cannot be merged.
+        MissingExtraError: There is an adapter to merge, and peft is not installed.
         StageError: Merging failed; carries its message.
     """
-    folder = _folder(model.path, model.revision, "model.path")
-    if lora.is_adapter(folder):
-        return _merged(folder)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"model.path {folder} has no config.json: not a model folder")
-    return folder
-
-
-def _folder(path: str, revision: str | None, setting: str) -> Path:
-    """Return a folder as it is, or that of a hub id, downloaded if need be."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if not is_hub_id(path):
-        raise InputError(f"{setting} {path} does not exist; give a model folder or a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(path, revision=revision))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise InputError(
-            f"{setting} {path!r} is no folder here and could not be had from the hub: {first_line(error)}"
-        ) from error
+    folder = find_folder(model.path, model.revision, "model.path")
+    return _merged(folder) if lora.is_adapter(folder) else check_model_folder(folder, "model.path")
 
 
 def _merged(adapter: Path) -> Path:
-    """Return the folder of the model that an adapter makes of its base."""
+    """Return the folder of an adapter merged into its base."""
     config = lora.check_adapter(adapter)
     name = str(config["base_model_name_or_path"])
-    beside = adapter / name  # a relative folder: seen from here, or from the adapter
+    beside = adapter / name  # a relative path starts here or at the adapter
     path = str(beside) if beside.is_dir() and not Path(name).is_dir() else name
-    base = _folder(path, config.get("revision"), f"adapter {adapter}: base_model_name_or_path")
+    base = find_folder(path, config.get("revision"), f"adapter {adapter}: base_model_name_or_path")
     target = cache_folder() / "merged" / lora.merged_fingerprint(adapter, base)[:16]
     if not (target / lora.RECORD).is_file():
-        check_extra("peft", lora.INSTALL, None)
+        check_extra("peft", None)
         _log.info(f"merging the adapter {adapter} into its base {base}")
         run_child("pipeline.models.lora", [str(adapter), str(base), str(target)], f"merging the adapter {adapter}")
-    _log.info(f"the adapter {adapter} stands for the model {target}, merged with its base: trainings start from there")
+    _log.info(f"using {target}, the adapter {adapter} merged into its base: trainings start from there")
     return target

@@ -1,62 +1,56 @@
 """Stage anchors: one response per prompt, sampled from the reference policy with vLLM, and its log-probs (TI-DPO).
 
-Runs in a process of its own like scoring (`jobs.py`); the sampling is in `anchor_sampling.py`.
+Runs in a process of its own, like scoring; `workers/anchor_sampler.py` samples.
 """
 
 from pathlib import Path
-from typing import Any
 
 from pipeline.recipe import AnchorsSection, ScoreSection
-from pipeline.stages.score import check_engine
+from pipeline.stages.score import check_engine, engine_settings, executor_of
 from pipeline.workers.anchor_sampler import config_stop_ids
-from pipeline.workers.request import Request
-from pipeline.workers.supervise import Filled, Job, report_new_tables, resolve_dtype, run_jobs
+from pipeline.workers.request import AnchorOptions, Request
+from pipeline.workers.supervise import Filled, Job, resolve_dtype, run_jobs
+from train.model.sampling import AnchorSampling
 from weights_store import TableVersion
 from weights_store.fingerprint import fingerprint_model
 from weights_store.schemas import SCHEMA_VERSION
 
 
-def sample_anchors(
-    tokens: TableVersion,
-    model: Path,
-    settings: AnchorsSection,
-    engine: ScoreSection,
-) -> Filled:
+def sample_anchors(tokens: TableVersion, model: Path, settings: AnchorsSection, engine: ScoreSection) -> Filled:
     """Bring a model's anchors up to a version of the tokens table; returns at once when nothing is missing.
 
     Args:
         tokens: The pairs to cover.
         model: Folder of the reference policy.
-        settings: How it is sampled.
+        settings: Section `[anchors]` of the recipe.
         engine: Section `[score]` of the recipe: the engine that samples is the one that scores.
 
     Raises:
         MissingExtraError: There is something to sample, and no vLLM or, for actors, no Ray.
         StageError: The process failed, also when started again; carries its message. What it had committed stays.
     """
-    identity = anchors_identity(model, settings, engine)
-    job = Job.of("anchors", tokens, "ref", model, identity)
-    report_new_tables([job])
+    job = Job.of("anchors", tokens, "ref", model, anchors_identity(model, settings, engine))
     if job.to_do:
         check_engine(engine)
-        request = Request.over(
+        sampling = AnchorSampling(**settings.model_dump(exclude={"seed"}))
+        request = Request(
+            "anchors",
             tokens,
-            model,
-            targets=[job.target(tokens)],
-            chunk_tokens=engine.chunk_tokens,
-            engine=engine.engine_settings(identity["dtype"]),
-            executor=engine.executor_settings(),
-            stage="anchors",
-            options=settings.model_dump(),
+            str(model),
+            [job.target(tokens)],
+            engine.chunk_tokens,
+            engine_settings(engine, resolve_dtype(model, engine.dtype)),
+            executor_of(engine),
+            options=AnchorOptions(sampling, settings.seed),
         )
         run_jobs(request, [job], engine.python)
     return job.result()
 
 
-def anchors_identity(model: Path, settings: AnchorsSection, engine: ScoreSection) -> dict[str, Any]:
-    """Return what determines the anchors, as far as sampling can be repeated: the make-up of a batch moves rounding.
+def anchors_identity(model: Path, settings: AnchorsSection, engine: ScoreSection) -> dict[str, object]:
+    """Return what determines the anchors, up to rounding.
 
-    A model's fingerprint says nothing of generation_config.json, which may end an anchor.
+    The fingerprint of a model leaves generation_config.json out, which may end an anchor: so the stop ids are part of this.
     """
     return {
         "schema_version": SCHEMA_VERSION,

@@ -1,62 +1,51 @@
 """Stage attribute: how much each response token matters to the reference policy, by gradients (TI-DPO).
 
-Runs in a process of its own like scoring (`jobs.py`); the gradients are in `attribution.py`.
+Runs in a process of its own, like scoring; `workers/pair_attributor.py` computes the gradients.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pipeline.child import check_extra
+from pipeline.engine.contract import EngineSettings
 from pipeline.recipe import AttributeSection
-from pipeline.workers.request import Request
-from pipeline.workers.supervise import Filled, Job, report_new_tables, resolve_dtype, run_jobs
+from pipeline.workers.request import AttributionOptions, Executor, Request
+from pipeline.workers.supervise import Filled, Job, resolve_dtype, run_jobs
 from weights_store import TableVersion
 from weights_store.fingerprint import fingerprint_model
 from weights_store.schemas import SCHEMA_VERSION
 
 
-def attribute(
-    tokens: TableVersion,
-    model: Path,
-    settings: AttributeSection,
-    executor: Mapping[str, Any],
-) -> Filled:
+def attribute(tokens: TableVersion, model: Path, settings: AttributeSection, executor: Executor) -> Filled:
     """Bring a model's attributions up to a version of the tokens table; returns at once when nothing is missing.
 
     Args:
         tokens: The pairs to cover.
         model: Folder of the reference policy.
         settings: Section `[attribute]` of the recipe.
-        executor: Where it runs, see `ScoreSection.executor_settings`.
+        executor: Where it runs, see `score.executor_of`.
 
     Raises:
         MissingExtraError: There is something to do, and no torch or, for actors, no Ray.
         StageError: The process failed, also when started again; carries its message. What it had committed stays.
     """
-    identity = attribution_identity(model, settings)
-    job = Job.of("attribute", tokens, "ref", model, identity)
-    report_new_tables([job])
+    job = Job.of("attribute", tokens, "ref", model, attribution_identity(model, settings))
     if job.to_do:
-        if executor["kind"] == "ray":
-            check_extra("ray", "pip install 'tokenweights[ray]'", settings.python)
-        else:
-            check_extra("torch", "pip install 'tokenweights[score]' or 'tokenweights[train]'", settings.python)
-        request = Request.over(
+        check_extra("ray" if executor.kind == "ray" else "torch", settings.python)
+        request = Request(
+            "attribute",
             tokens,
-            model,
-            targets=[job.target(tokens)],
-            chunk_tokens=settings.chunk_tokens,
-            engine={"dtype": identity["dtype"], "batch_tokens": settings.batch_tokens},
-            executor=dict(executor),
-            stage="attribute",
-            options=settings.model_dump(include={"target", "prompts", "activations"}),
+            str(model),
+            [job.target(tokens)],
+            settings.chunk_tokens,
+            EngineSettings(resolve_dtype(model, settings.dtype), settings.batch_tokens),
+            executor,
+            options=AttributionOptions(settings.target, settings.prompts, settings.activations),
         )
         run_jobs(request, [job], settings.python)
     return job.result()
 
 
-def attribution_identity(model: Path, settings: AttributeSection) -> dict[str, Any]:
+def attribution_identity(model: Path, settings: AttributeSection) -> dict[str, object]:
     """Return what determines the numbers."""
     return {
         "schema_version": SCHEMA_VERSION,

@@ -1,17 +1,16 @@
 """Stage contrast: the pair (pi+, pi-) of TIS-DPO, by prompt (P), by SFT (S) or by DPO (D).
 
-S and D start the training job as a process, so that its memory is gone afterwards; this file never imports `train`. Trained
-models lie under `models/` in the store, named for what determines them. When the data has grown, the pair of the first
-build stays (its scores stay valid, and only new pairs are scored) unless the recipe says `contrast.retrain`.
+S and D start `tokenweights train` as a process, so that its memory is free afterwards. Trained models lie under `models/` in
+the store, named for what determines them. If the data has grown, the models of the first build are used again (their scores
+stay valid, and only new pairs are scored), unless the recipe says `contrast.retrain`.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.child import check_extra, run_child
-from pipeline.models.contrastive import ModelShelf
+from pipeline.models.contrastive import ModelRecord, ModelShelf
 from pipeline.recipe import TRAINING_KEYS, ContrastSection
 from pipeline.source.chat import Condition
 from pipeline.stages.score import Scorer
@@ -28,7 +27,7 @@ _BFLOAT16_TOLERANCE_NATS = 0.05
 
 @dataclass(frozen=True)
 class ContrastivePair:
-    """The two scorers, and which of them were trained just now."""
+    """The two scorers, and how many of them were trained just now."""
 
     positive: Scorer
     negative: Scorer
@@ -41,15 +40,15 @@ class ContrastivePair:
 
 
 def contrast(settings: ContrastSection, model_folder: Path, uniform: TableVersion) -> ContrastivePair:
-    """Return the contrastive pair, training what is not there yet.
+    """Return the contrastive pair; train the models that the store does not have yet.
 
     Args:
-        settings: Which construction, and its settings.
+        settings: Section `[contrast]` of the recipe.
         model_folder: The starting model of both.
-        uniform: A weight dataset of the pairs with weights 1 and the reference's log-probs: what S and D train on.
+        uniform: A weight dataset of the pairs with weights 1 and the reference's log-probs: S and D train on it.
 
     Raises:
-        MissingExtraError: There is something to train, and no torch.
+        MissingExtraError: There is something to train, and torch is not installed.
         StageError: A training job failed; carries its message.
     """
     if settings.method == "prompt":
@@ -60,19 +59,24 @@ def contrast(settings: ContrastSection, model_folder: Path, uniform: TableVersio
         folder = model.folder
         if folder is None:
             folder = models.place(model.name)
-            check_extra("torch", "pip install 'tokenweights[train]'", settings.python)
+            check_extra("torch", settings.python)
             _log.info(f"training the {model.side} model ({settings.method}) on {uniform}")
             arguments = _arguments(settings, model.side, model_folder, uniform, folder)
             run_child("tokenweights", arguments, f"training {folder}", settings.python)
-            record = {"identity": model.identity, "data": model.data, "version": uniform.version}
-            models.put(model.name, {**record, "fingerprint": fingerprint_model(folder)})
+            record: ModelRecord = {
+                "identity": model.identity,
+                "data": model.data,
+                "version": uniform.version,
+                "fingerprint": fingerprint_model(folder),
+            }
+            models.put(model.name, record)
             num_trained += 1
         folders.append(folder)
     return ContrastivePair(Scorer(folders[0]), Scorer(folders[1]), num_trained)
 
 
 def prompt_pair(settings: ContrastSection, model_folder: Path) -> ContrastivePair:
-    """Return the pair of construction P: one model behind two prompts, there without training."""
+    """Return the pair of construction P: one model behind two prompts."""
     prompts = (settings.positive_prompt, settings.negative_prompt)
     positive, negative = (Scorer(model_folder, Condition(text, settings.role)) for text in prompts)
     return ContrastivePair(positive, negative)
@@ -84,10 +88,10 @@ class WantedModel:
 
     side: str
     name: str
-    identity: dict[str, Any]
+    identity: dict[str, object]
     data: str
     folder: Path | None
-    """None: it is not there, and has to be trained."""
+    """None: it has to be trained."""
 
 
 def model_shelf(store: str) -> ModelShelf:
@@ -96,13 +100,12 @@ def model_shelf(store: str) -> ModelShelf:
 
 
 def wanted_models(settings: ContrastSection, model_folder: Path, uniform: TableVersion) -> list[WantedModel]:
-    """Return the positive and the negative model of construction S or D, each with its folder when it is there.
+    """Return the positive and the negative model of construction S or D.
 
     Args:
-        settings: Which construction, and its settings.
+        settings: Section `[contrast]` of the recipe.
         model_folder: The starting model of both.
-        uniform: What they are trained on. Its fingerprint matters only where `retrain` asks for the data of now, or where
-            no pair is there.
+        uniform: What they are trained on. Its fingerprint matters only if `retrain` is set or the store has no pair yet.
     """
     identities = {side: _identity(settings, side, model_folder, uniform) for side in _SIDES}
     models = model_shelf(uniform.store)
@@ -112,8 +115,8 @@ def wanted_models(settings: ContrastSection, model_folder: Path, uniform: TableV
     return [WantedModel(side, names[side], identities[side], data, models.find(names[side])) for side in _SIDES]
 
 
-def _identity(settings: ContrastSection, side: str, model_folder: Path, uniform: TableVersion) -> dict[str, Any]:
-    """Return what determines one side's model, apart from how far the data had grown."""
+def _identity(settings: ContrastSection, side: str, model_folder: Path, uniform: TableVersion) -> dict[str, object]:
+    """Return what determines one side's model, except which version of the data it is trained on."""
     keys = TRAINING_KEYS | ({"beta"} if settings.method == "dpo" else set())
     return {
         "model": fingerprint_model(model_folder),
@@ -123,8 +126,8 @@ def _identity(settings: ContrastSection, side: str, model_folder: Path, uniform:
     }
 
 
-def _data_of_both(models: ModelShelf, identities: dict[str, dict[str, Any]], wanted: str | None) -> str | None:
-    """Return the oldest data (a fingerprint) that both sides have been trained on: a pair never mixes two versions."""
+def _data_of_both(models: ModelShelf, identities: dict[str, dict[str, object]], wanted: str | None) -> str | None:
+    """Return the fingerprint of the oldest data that both sides have been trained on: a pair never mixes two versions."""
     versions: dict[str, dict[str, int]] = {side: {} for side in identities}
     for record in models.records():
         for side, identity in identities.items():
@@ -138,8 +141,8 @@ def _data_of_both(models: ModelShelf, identities: dict[str, dict[str, Any]], wan
 def _arguments(
     settings: ContrastSection, side: str, model_folder: Path, uniform: TableVersion, folder: Path
 ) -> list[str]:
-    """Return the arguments of `tokenweights train`. The negative model sees chosen and rejected swapped (S and D alike)."""
-    options: dict[str, Any] = {
+    """Return the arguments of `tokenweights train`. For the negative model chosen and rejected are swapped, in S and D."""
+    options: dict[str, object] = {
         "loss.name": settings.method,
         "data.swap": side == "negative",
         "model.dtype": settings.dtype,
@@ -153,7 +156,7 @@ def _arguments(
     if settings.method == "dpo":
         options["loss.beta"] = settings.beta
     if settings.dtype == "bfloat16":
-        # The model is the reference's own. Where that was scored in float32, rounding alone puts them about 0.02 nats apart.
+        # The model is the reference itself. If that was scored in float32, rounding puts them about 0.02 nats apart.
         options["gate.tolerance_nats"] = _BFLOAT16_TOLERANCE_NATS
     if settings.max_steps is not None:
         options["optim.max_steps"] = settings.max_steps

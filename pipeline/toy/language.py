@@ -1,13 +1,13 @@
 """A made-up language in which the true reward of every token is known.
 
-The demo and the quality benchmark use it to ask the one question that real data cannot answer: does an estimator find
-the tokens that matter? Eight topics have neutral words of their own. Sixteen *planted* adverbs are shared by all topics.
-Half of them are good (+1) in five topics, bad (-1) in two and without effect (0) in one; the other half the other way
-round. So every word is good only in its context: the best table of words that ignores the topic reaches an AUC of 0.71
-(`agreement`), the truth 1.0, and chance 0.5.
+The demo and the quality benchmark use it for the one question that real data cannot answer: does an estimator find the
+tokens that matter? Each of eight topics has its own neutral words. Sixteen *planted* adverbs occur in all topics. Half of
+them are good (+1) in five topics, bad (-1) in two and neutral (0) in one; the other half are bad in five and good in two. So
+a word is good only in its context: the best table of words that ignores the topic reaches an AUC of 0.71 (`agreement`), the
+truth 1.0, and chance 0.5.
 
-What it does not do: it knows no tokenizer and no model. `pipeline.toy.model_maker` makes a model that speaks the language.
-Plain `ValueError`s on purpose: the file stands alone, with numpy as its only import from outside.
+This file knows no tokenizer and no model. `pipeline.toy.model_maker` makes a model that speaks the language. Errors are
+plain `ValueError`s, because the file needs nothing but numpy.
 """
 
 import re
@@ -22,8 +22,8 @@ from numpy.typing import ArrayLike, NDArray
 Message = dict[str, str]
 Conversation = list[Message]
 
-# Of one form and one length, so that a contrast between them measures nothing but good against bad. Three words differ
-# and not one: the demo's small model often did not notice a single one within its few hundred steps.
+# Both have the same form and length, so their contrast measures only good against bad. Three words differ: the demo's small
+# model often ignored a single one.
 POSITIVE_PROMPT = "Give good, helpful, sound advice."
 NEGATIVE_PROMPT = "Give bad, harmful, poor advice."
 
@@ -79,13 +79,13 @@ TOPICS: Mapping[str, Topic] = {
     "pottery": _topic("potter student", "shapes centres glazes fires", "wet round thin smooth", "clay bowl vase jar"),
 }
 
-# Reward of one word in the eight topics, before they are shuffled. Without any such lean only word, topic and prompt
-# together would tell good from bad, and the demo's small model did not find that within its few hundred steps.
+# Reward of one word in the eight topics, before they are shuffled. Without this lean, only word, topic and prompt together
+# would tell good from bad, which the demo's small model does not learn in a few hundred steps.
 _LEAN = (1.0, 1.0, 1.0, 1.0, 1.0, 0.0, -1.0, -1.0)
 
-# Chance that a planted word is good, neutral or bad in its topic. PLAIN is the share of such words (7, 2 and 7 of 16), so
-# there all planted words are equally likely in every topic. Under the two prompts the neutral ones keep their chance: the
-# ideal log-ratio between the prompts is ln(0.775 / 0.1) = 2.05 nats times the true reward.
+# Probability that a planted word is good, neutral or bad in its topic. In PLAIN_MIX all planted words are equally likely in
+# every topic (7, 2 and 7 of 16). Neutral words are equally likely under both prompts: the ideal log-ratio between the
+# prompts is ln(0.775 / 0.1) = 2.05 nats times the true reward.
 PLAIN_MIX = (0.4375, 0.125, 0.4375)
 POSITIVE_MIX = (0.775, 0.125, 0.1)
 NEGATIVE_MIX = (0.1, 0.125, 0.775)
@@ -96,13 +96,13 @@ _REWARDS_STREAM, _PAIRS_STREAM, _CONVERSATIONS_STREAM = range(3)
 
 @dataclass(frozen=True)
 class ToyLanguage:
-    """One world: its reward table and how people who live in it speak and judge.
+    """A table of rewards, with samplers for pairs and conversations.
 
     Args:
         seed: Decides which planted word is good in which topic.
-        planted_rate: Chance that a place for an adverb is filled, in [0, 1]. A clause has three such places.
-        temperature: Of the judge who compares two responses, > 0, in units of reward. The default makes about 6 % of
-            the labels wrong.
+        planted_rate: Probability of an adverb at each of the three places of a clause, in [0, 1].
+        temperature: Noise of the judge who compares two responses, > 0, in units of reward. With the default about 6 % of
+            the labels are wrong.
 
     Raises:
         ValueError: `planted_rate` or `temperature` is out of its range.
@@ -133,11 +133,11 @@ class ToyLanguage:
         }
 
     def sample_pairs(self, num_pairs: int, seed: int) -> list[dict[str, Conversation]]:
-        """Preference pairs in TRL's conversational layout, all distinct, the same for the same `seed`.
+        """Return distinct preference pairs in TRL's conversational layout, the same for the same `seed`.
 
         Both responses come from the plain mixture. The judge follows Bradley and Terry on the sums of the true token
-        rewards: P(first is chosen) = sigmoid((sum of first - sum of second) / temperature). Chosen responses therefore
-        hold bad words too, rejected ones hold good words, and some labels are wrong.
+        rewards: P(first is chosen) = sigmoid((sum of first - sum of second) / temperature). Therefore chosen responses
+        have bad words too, rejected ones have good words, and some labels are wrong.
 
         Raises:
             ValueError: `num_pairs` is negative.
@@ -149,15 +149,16 @@ class ToyLanguage:
             topic, question = _sample_question(rng)
             chosen, rejected = self._sample_judged(topic, rng)
             if chosen != rejected:
-                pair = {"prompt": [_user(question)], "chosen": [_assistant(chosen)], "rejected": [_assistant(rejected)]}
+                pair = {"prompt": _turn("user", question), "chosen": _turn("assistant", chosen)}
+                pair["rejected"] = _turn("assistant", rejected)
                 pairs.setdefault((question, frozenset((chosen, rejected))), pair)
         return list(pairs.values())
 
     def sample_conversations(self, num_conversations: int, seed: int) -> list[Conversation]:
-        """Conversations to pre-train a model on, the same for the same `seed`.
+        """Return conversations to pre-train a model on, the same for the same `seed`.
 
-        Half are plain; a quarter open with POSITIVE_PROMPT and favour good words; a quarter open with NEGATIVE_PROMPT and
-        favour bad words. A model of this text can be contrasted with itself by prompt.
+        Half are plain. A quarter start with POSITIVE_PROMPT and prefer good words; a quarter start with NEGATIVE_PROMPT and
+        prefer bad words. So a model of this text gives a contrastive pair by its two prompts.
 
         Raises:
             ValueError: `num_conversations` is negative.
@@ -166,24 +167,24 @@ class ToyLanguage:
         rng = np.random.default_rng((self.seed, _CONVERSATIONS_STREAM, seed))
         openings: tuple[tuple[Conversation, tuple[float, ...]], ...] = (
             ([], PLAIN_MIX),
-            ([{"role": "system", "content": POSITIVE_PROMPT}], POSITIVE_MIX),
-            ([{"role": "system", "content": NEGATIVE_PROMPT}], NEGATIVE_MIX),
+            (_turn("system", POSITIVE_PROMPT), POSITIVE_MIX),
+            (_turn("system", NEGATIVE_PROMPT), NEGATIVE_MIX),
         )
         conversations = []
         for kind in rng.choice(len(openings), num_conversations, p=[0.5, 0.25, 0.25]):
             system, mix = openings[kind]
             topic, question = _sample_question(rng)
             response = self._sample_response(topic, mix, rng)
-            conversations.append([*map(dict, system), _user(question), _assistant(response)])
+            conversations.append([*map(dict, system), *_turn("user", question), *_turn("assistant", response)])
         return conversations
 
     def true_token_rewards(self, prompt_text: str, token_texts: Sequence[str]) -> NDArray[np.float64]:
         """True reward of each response token, `[T]`.
 
         Args:
-            prompt_text: The user's prompt; a rendered prompt with a system message and role tokens does as well.
-            token_texts: Decoded text of each response token, `[T]`; white space around it is ignored. Whatever is not
-                a planted word (neutral words, EOS, pieces of words) has reward 0.
+            prompt_text: The user's prompt, or a rendered prompt with a system message and role tokens.
+            token_texts: Decoded text of each response token, `[T]`; white space around it is ignored. Everything but
+                planted words (neutral words, EOS, pieces of words) has reward 0.
 
         Raises:
             ValueError: The prompt names no topic or more than one.
@@ -192,7 +193,7 @@ class ToyLanguage:
         return np.array([rewards.get(text.strip(), 0.0) for text in token_texts], dtype=np.float64)
 
     def response_reward(self, prompt_text: str, response_text: str) -> float:
-        """Sum of the true rewards of a response: what the judge of `sample_pairs` compares.
+        """Return the sum of the true rewards of a response, which the judge of `sample_pairs` compares.
 
         Raises:
             ValueError: The prompt names no topic or more than one.
@@ -203,10 +204,8 @@ class ToyLanguage:
         """Two responses about `topic`, the chosen one first."""
         first, second = (self._sample_response(topic, PLAIN_MIX, rng) for _ in range(2))
         margin = self.response_reward(topic, first) - self.response_reward(topic, second)
-        first_is_chosen = (
-            rng.random() < (1.0 + np.tanh(margin / (2.0 * self.temperature))) / 2.0
-        )  # sigmoid, no overflow
-        return (first, second) if first_is_chosen else (second, first)
+        sigmoid = (1.0 + np.tanh(margin / (2.0 * self.temperature))) / 2.0  # of margin / temperature, without overflow
+        return (first, second) if rng.random() < sigmoid else (second, first)
 
     def _sample_response(self, topic: str, mix: Sequence[float], rng: np.random.Generator) -> str:
         """Two to four clauses, 13 to 39 words. No planted word comes first: all are preceded by a space."""
@@ -230,7 +229,7 @@ class ToyLanguage:
 
 
 def find_topic(prompt_text: str) -> str:
-    """The one topic that a prompt names.
+    """Return the topic that a prompt names.
 
     Raises:
         ValueError: It names none or more than one.
@@ -242,26 +241,26 @@ def find_topic(prompt_text: str) -> str:
 
 
 def agreement(true_rewards: ArrayLike, estimates: ArrayLike) -> dict[str, float]:
-    """How well per-token estimates find the true token rewards.
+    """Measure how well per-token estimates find the true token rewards.
 
-    Estimates must point the way rewards do, on both sides of a pair: higher for better. Weights of rejected tokens
-    mostly point the other way (mu = -1 in TIS-DPO); turn them before calling this.
+    A higher estimate must mean a better token, on both sides of a pair. Weights of rejected tokens mostly mean the opposite
+    (mu = -1 in TIS-DPO): change their sign first.
 
     Args:
         true_rewards: `[N]`, > 0 good, 0 neutral, < 0 bad.
         estimates: `[N]`, any unit.
 
     Returns:
-        `auc`: chance that a good token has a higher estimate than a bad one, a tie counting half. `pearson`: over all
-        tokens; nan if either side is constant. `mean_good`, `mean_neutral`, `mean_bad`: mean estimate; nan for neutral if
-        there are no such tokens.
+        `auc`: probability that a good token has a higher estimate than a bad one; a tie counts half. `pearson`: over all
+        tokens; nan if one of the two is constant. `mean_good`, `mean_neutral`, `mean_bad`: mean estimate; nan for neutral
+        if there are no such tokens.
 
     Raises:
         ValueError: Shapes differ or are not `[N]`, a value is not finite, or there is no good or no bad token.
     """
     rewards, values = np.asarray(true_rewards, dtype=np.float64), np.asarray(estimates, dtype=np.float64)
     if rewards.ndim != 1 or rewards.shape != values.shape:
-        raise ValueError(f"expected two flat arrays of one length, got shapes {rewards.shape} and {values.shape}")
+        raise ValueError(f"expected two flat arrays of the same length, got shapes {rewards.shape} and {values.shape}")
     if not (np.isfinite(rewards).all() and np.isfinite(values).all()):
         raise ValueError("rewards and estimates must be finite; drop masked tokens before calling agreement")
     good, neutral, bad = values[rewards > 0], values[rewards == 0], values[rewards < 0]
@@ -302,12 +301,8 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text)
 
 
-def _user(content: str) -> Message:
-    return {"role": "user", "content": content}
-
-
-def _assistant(content: str) -> Message:
-    return {"role": "assistant", "content": content}
+def _turn(role: str, content: str) -> Conversation:
+    return [{"role": role, "content": content}]
 
 
 def _check_count(name: str, count: int) -> None:

@@ -1,24 +1,24 @@
-"""Make a small chat model from text: tokenizer, chat template, random Llama, a short pre-training, one folder.
+"""Make a small chat model from text: train a tokenizer, then pre-train a random Llama for a few hundred steps.
 
-Called by the demo and by benchmarks, which must run without downloading anything. The folder loads with `AutoTokenizer`
-and `AutoModelForCausalLM` and in vLLM (CPU and GPU): head size 32 or 64, a vocabulary that is a multiple of 64, safetensors,
-float32. What it does not do: it makes no good models, resumes nothing, and uses one device.
+The demo and the benchmarks call it, because they must run without a download. The folder loads with `AutoTokenizer` and
+`AutoModelForCausalLM` and in vLLM (CPU and GPU): head size 32 or 64, a vocabulary that is a multiple of 64, safetensors,
+float32. It trains on the CPU.
 """
 
 import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weights_store.errors import InputError
 from weights_store.messages import logger
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 _log = logger(__name__)
 
@@ -28,8 +28,8 @@ ROLES = ("system", "user", "assistant")
 PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<pad>", "<s>", "</s>"  # ids 0, 1, 2
 ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)  # ids 3, 4, 5
 
-# Contents are rendered as they are: no trimming, no added space or line break, so that the tokens of a response are the
-# same alone and behind its prompt (a special token stands on both sides).
+# The template trims nothing and adds no space or line break, and a special token stands on both sides of a response. So a
+# response has the same tokens alone and after its prompt.
 CHAT_TEMPLATE = (
     "{{- bos_token }}"
     "{%- for message in messages %}"
@@ -43,29 +43,10 @@ CHAT_TEMPLATE = (
 )
 
 MAX_POSITIONS = 2048
-NO_LABEL = -100  # what transformers' loss skips
+NO_LABEL = -100  # transformers' loss skips these positions
 
 
-@dataclass(frozen=True)
-class MadeModel:
-    """What `make_chat_model` made.
-
-    Args:
-        folder: Where it lies.
-        num_parameters: Tied embeddings counted once.
-        num_tokens: Tokens of the text, each counted once however often it was trained on.
-        final_loss: Mean training loss over the last tenth of the steps, nats per token.
-        unigram_entropy: Loss of the best model that looks at no context, nats per token: the mark to be well below.
-    """
-
-    folder: Path
-    num_parameters: int
-    num_tokens: int
-    final_loss: float
-    unigram_entropy: float
-
-
-# More parameters than the house rule allows: all but the first two are plain sizes with a default for the toy language.
+# More parameters than the house rule allows: all but the first two are sizes, with defaults for the toy language.
 def make_chat_model(
     conversations: Iterable[Sequence[Message]],
     folder: str | Path,
@@ -78,30 +59,31 @@ def make_chat_model(
     batch_tokens: int = 1024,
     learning_rate: float = 3e-3,
     seed: int = 0,
-    device: str = "cpu",
-) -> MadeModel:
+) -> float:
     """Train a tokenizer and a small Llama on `conversations` and save both in `folder`.
 
-    On the CPU the result is the same for the same text, sizes, seed and number of threads. The folder appears at once
-    and complete, or not at all. The caller's random state is left as it was.
+    The result depends only on the text, the sizes, the seed and the number of threads. The folder appears
+    complete or not at all. The caller's random state stays unchanged.
 
     Args:
-        conversations: Each a list of messages with a `role` (system, user or assistant) and a `content`.
-        folder: Must not exist yet; missing parents are made.
-        hidden_size: A multiple of 32. Heads have 64 dimensions from 256 up (where 64 divides it), else 32.
-        num_layers: Decoder layers, at least 1.
-        vocab_size: Upper bound, at least 320. The tokenizer stops earlier where the text has no more pairs to merge;
-            the model's vocabulary is the tokenizer's, rounded up to a multiple of 64.
-        steps: Optimiser steps, at least 1.
-        block_tokens: Length of a training row, 2 to 2048; conversations are packed into rows, each blind to the others,
-            and one that is longer continues in the next row.
+        conversations: Lists of messages with a `role` (system, user or assistant) and a `content`.
+        folder: Must not exist yet.
+        hidden_size: A multiple of 32. Heads have 64 dimensions if it is a multiple of 64 and at least 256, else 32.
+        num_layers: At least 1.
+        vocab_size: Upper bound, at least 320. The tokenizer has fewer tokens if the text has no more pairs to merge. The
+            model's vocabulary is the tokenizer's, rounded up to a multiple of 64.
+        steps: Optimizer steps, at least 1.
+        block_tokens: Length of a training row, 2 to 2048. A row holds several conversations, which do not see each other.
+            A longer conversation continues in the next row.
         batch_tokens: Tokens per step, at least `block_tokens`.
         learning_rate: Peak of a cosine with linear warm-up.
-        seed: Of the initial parameters and the order of the rows.
-        device: Where torch trains.
+        seed: For the initial parameters and the order of the rows.
+
+    Returns:
+        Mean training loss over the last tenth of the steps, nats per token.
 
     Raises:
-        InputError: `folder` exists; a size is out of its range; there are no conversations; one is malformed.
+        InputError: `folder` exists, a size is out of range, there are no conversations, or one is malformed.
     """
     folder = Path(folder)
     _check_sizes(hidden_size, num_layers, vocab_size, steps, block_tokens, batch_tokens)
@@ -110,17 +92,16 @@ def make_chat_model(
 
     tokenizer = _train_tokenizer(checked, vocab_size)
     rows = [tokenizer.apply_chat_template(conversation, return_dict=False) for conversation in checked]
-    num_tokens = sum(map(len, rows))
-    _log.info(f"tokenizer: {len(tokenizer)} tokens; text: {len(rows)} conversations, {num_tokens} tokens")
+    _log.info(f"tokenizer: {len(tokenizer)} tokens; text: {len(rows)} conversations, {sum(map(len, rows))} tokens")
 
     ids, positions = _pack(rows, block_tokens)
-    model = _build_model(tokenizer, hidden_size, num_layers, seed).to(device)
+    model = _build_model(tokenizer, hidden_size, num_layers, seed)
     batches = _batches(ids, positions, max(1, batch_tokens // block_tokens), seed)
     losses = _pretrain(model, batches, steps, learning_rate)
     _save(model, tokenizer, folder)
     _log.info(f"model: {model.num_parameters()} parameters in {folder}")
     last = losses[-max(1, steps // 10) :]
-    return MadeModel(folder, model.num_parameters(), num_tokens, sum(last) / len(last), _unigram_entropy(rows))
+    return sum(last) / len(last)
 
 
 def _check_sizes(
@@ -141,29 +122,29 @@ def _check_sizes(
 
 def _check_absent(folder: Path) -> None:
     if folder.exists():
-        raise InputError(f"{folder} exists already; use the model in it, remove it, or give another folder")
+        raise InputError(f"{folder} exists already; use its model, remove it, or give another folder")
 
 
 def _check_conversations(conversations: Iterable[Sequence[Message]]) -> list[list[dict[str, str]]]:
-    """The conversations as lists, each with a message and every message with a known role and text."""
+    """Return the conversations as lists, and check roles and contents."""
     checked = []
     for number, conversation in enumerate(conversations):
         if not conversation:
-            raise InputError(f"conversation {number} has no messages; leave it out")
+            raise InputError(f"conversation {number} has no messages; remove it")
         for message in conversation:
             if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
                 raise InputError(
-                    f"conversation {number}: expected a role out of {', '.join(ROLES)} and a text as content, "
+                    f"conversation {number}: expected a role ({', '.join(ROLES)}) and a text as content, "
                     f"got {dict(message)!r}"
                 )
         checked.append([dict(message) for message in conversation])
     if not checked:
-        raise InputError("no conversations to learn from; give at least one")
+        raise InputError("no conversations to train on; give at least one")
     return checked
 
 
-def _train_tokenizer(conversations: list[list[dict[str, str]]], vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer with chat template; it adds no special tokens by itself, the template does."""
+def _train_tokenizer(conversations: list[list[dict[str, str]]], vocab_size: int) -> "PreTrainedTokenizerFast":
+    """Return a byte-level BPE tokenizer. Only its chat template adds special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -189,7 +170,9 @@ def _train_tokenizer(conversations: list[list[dict[str, str]]], vocab_size: int)
     )
 
 
-def _build_model(tokenizer: Any, hidden_size: int, num_layers: int, seed: int) -> Any:
+def _build_model(
+    tokenizer: "PreTrainedTokenizerFast", hidden_size: int, num_layers: int, seed: int
+) -> "LlamaForCausalLM":
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -203,8 +186,7 @@ def _build_model(tokenizer: Any, hidden_size: int, num_layers: int, seed: int) -
         num_key_value_heads=hidden_size // head_dim,
         head_dim=head_dim,
         max_position_embeddings=MAX_POSITIONS,
-        initializer_range=hidden_size
-        ** -0.5,  # the library's 0.02 is for thousands of dimensions; small models stall on it
+        initializer_range=hidden_size**-0.5,  # 0.02, the library's default, is too small for few dimensions
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -216,10 +198,10 @@ def _build_model(tokenizer: Any, hidden_size: int, num_layers: int, seed: int) -
         return LlamaForCausalLM(config).float()
 
 
-def _pack(rows: Iterable[Sequence[int]], block_tokens: int) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """Token ids and positions, both `[N, block_tokens]`; positions start at 0 with every piece.
+def _pack(rows: Iterable[Sequence[int]], block_tokens: int) -> tuple["Tensor", "Tensor"]:
+    """Return token ids and positions, both `[N, block_tokens]`; positions start at 0 with every piece.
 
-    Rows are filled in order. What a block has left over is padding: id 0, position 0 throughout.
+    Rows are filled in order. The rest of a row is padding, with id 0 and position 0.
     """
     import torch
 
@@ -237,10 +219,8 @@ def _pack(rows: Iterable[Sequence[int]], block_tokens: int) -> tuple["torch.Tens
     return torch.tensor(padded[0]), torch.tensor(padded[1])
 
 
-def _batches(
-    ids: "torch.Tensor", positions: "torch.Tensor", batch_rows: int, seed: int
-) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
-    """Batches `[batch_rows, block_tokens]` of ids and positions without end, shuffled anew when the rows run out."""
+def _batches(ids: "Tensor", positions: "Tensor", batch_rows: int, seed: int) -> Iterator[tuple["Tensor", "Tensor"]]:
+    """Yield batches `[batch_rows, block_tokens]` of ids and positions without end, in a new random order each epoch."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -253,8 +233,8 @@ def _batches(
 
 
 def _pretrain(
-    model: Any,
-    batches: Iterator[tuple["torch.Tensor", "torch.Tensor"]],
+    model: "LlamaForCausalLM",
+    batches: Iterator[tuple["Tensor", "Tensor"]],
     steps: int,
     learning_rate: float,
 ) -> list[float]:
@@ -266,15 +246,10 @@ def _pretrain(
     losses: list[float] = []
     model.train()
     for step, (ids, positions) in zip(range(1, steps + 1), batches, strict=False):
-        # Nothing predicts the first token of a piece, and nothing predicts padding: both are at position 0.
+        # The first token of a piece and padding are not predicted. Both are at position 0.
         labels = ids.masked_fill(positions == 0, NO_LABEL)
-        # Without an attention mask transformers reads from the positions where a new conversation starts.
-        loss = model(
-            input_ids=ids.to(model.device),
-            position_ids=positions.to(model.device),
-            labels=labels.to(model.device),
-            use_cache=False,
-        ).loss
+        # Without an attention mask, transformers finds the start of each conversation from the positions.
+        loss = model(input_ids=ids, position_ids=positions, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -288,24 +263,15 @@ def _pretrain(
 
 
 def _learning_rate_share(step: int, steps: int) -> float:
-    """Share of the peak learning rate: linear warm-up over a twentieth of the steps, then a cosine to a tenth."""
+    """Return the share of the peak learning rate: a linear warm-up for 5 % of the steps, then a cosine to a tenth."""
     warmup = max(1, steps // 20)
     if step < warmup:
         return (step + 1) / warmup
     return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
 
 
-def _unigram_entropy(rows: Iterable[Sequence[int]]) -> float:
-    """Entropy of the tokens that are predicted, nats: all but the first of each row."""
-    import numpy as np
-
-    counts = np.bincount(np.fromiter(chain.from_iterable(row[1:] for row in rows), dtype=np.int64))
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
-
-
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write next to `folder` and rename, so that nobody sees half a model."""
+def _save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Write next to `folder` and rename, so that no reader sees half a model."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:

@@ -1,91 +1,85 @@
-"""Samples anchors (TI-DPO): one response per prompt from the reference policy, and its log-probs. Started by `scoring.py`.
+"""Samples anchors (TI-DPO): one response per prompt from the reference policy, and its log-probs.
 
-Pairs of one prompt share its anchor. What is sampled depends on the prompt and `anchors.seed` alone, whatever stands beside it
-in a chunk, as far as rounding goes.
+Pairs with the same prompt share its anchor. An anchor depends on the prompt and `anchors.seed` alone, not on the other prompts
+of its chunk, up to rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from pipeline.engine.contract import Sampling
 from pipeline.engine.score_once import Reply, ScoredSequence, score_once
+from pipeline.workers.pair_row import PairRow, QuarantineRow
 from pipeline.workers.pair_scorer import PairScorer
-from pipeline.workers.quarantine import unscorable_row
-from pipeline.workers.request import Request, Target
+from pipeline.workers.request import AnchorOptions, Request, Target
 from train.model.sampling import closing_ids
 from weights_store import TableVersion, WeightStore
 from weights_store.errors import ScoringError
 from weights_store.fingerprint import fingerprint, load_json
-from weights_store.schemas import ANCHORS
+from weights_store.schemas import ANCHORS, SIDES
 
 _NUM_LOOKED_AT = 1000
 """Pairs whose responses show how a turn ends."""
+_Prompt = tuple[int, ...]
 
 
 class AnchorSampler:
-    """The request's engine: rows of the tokens table in, rows of an anchors table out.
-
-    Args:
-        request: What is sampled with what; its options are the recipe's section `[anchors]`.
+    """The request's engine: pairs in, rows of an anchors table out.
 
     Raises:
         InputError: vLLM cannot load the model.
+        MissingExtraError: vLLM is not installed.
         OutOfMemoryError: There is not enough memory for the engine.
     """
 
     def __init__(self, request: Request) -> None:
-        from pipeline.engine.vllm_engine import Sampling
-
-        options = dict(request.options)
-        self._seed: int = options.pop("seed")
+        assert isinstance(request.options, AnchorOptions)
+        self._seed = request.options.seed
         self._scorer = PairScorer(request)
         self._engine = self._scorer.engine
         stop_ids = config_stop_ids(Path(request.model)) | dataset_stop_ids(request.tokens)
-        self._sampling = Sampling(**options, stop_ids=tuple(sorted(stop_ids)))
+        self._sampling = Sampling(**asdict(request.options.sampling), stop_ids=tuple(sorted(stop_ids)))
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """How the engine runs, for the lineage, and the ids that end an anchor."""
         return {**self._scorer.record, "stop_ids": list(self._sampling.stop_ids)}
 
-    def under_condition(self, rows: pl.DataFrame, target: Target) -> pl.DataFrame:  # noqa: ARG002
-        """Return the rows as they are: anchors have no contrastive prompt."""
-        return rows
-
     def fill_in(
         self,
-        rows: pl.DataFrame,
+        pairs: Sequence[PairRow],
         target: Target,  # noqa: ARG002 - the sampling is the request's
         progress: Callable[[float], None] = lambda share: None,
-    ) -> tuple[pa.Table, list[dict[str, Any]]]:
+    ) -> tuple[pa.Table, list[QuarantineRow]]:
         """Return an anchor and its log-probs for each pair, and a quarantine row for each pair whose prompt has none.
 
         Args:
-            rows: Of the tokens table.
+            pairs: In any order.
             target: The table to fill.
-            progress: Gets the share of the prompts that are continued, 0 to 1; scoring the anchors takes little besides.
+            progress: Gets the share of the prompts that are continued, 0 to 1; scoring the anchors takes little time.
         """
-        pairs = [(tuple(row["prompt_ids"]), row) for row in rows.iter_rows(named=True)]
-        prompts = sorted({prompt for prompt, _ in pairs})  # side by side where they begin alike
+        prompts = sorted({tuple(pair.prompt_ids) for pair in pairs})  # sorted for the prefix cache
         problems = {prompt: problem for prompt in prompts if (problem := self._why_not(prompt))}
         good = [prompt for prompt in prompts if prompt not in problems]
-        anchors: dict[tuple[int, ...], tuple[list[int], np.ndarray]] = {}
+        anchors: dict[_Prompt, tuple[list[int], np.ndarray]] = {}
         for prompt, ids, reply in zip(good, *self._sample([list(prompt) for prompt in good], progress), strict=True):
             if isinstance(reply, ScoringError):
                 problems[prompt] = f"anchor: {reply}"
             else:
                 anchors[prompt] = ids, reply.logps
-        filled = [(row["pair_id"], *anchors[prompt]) for prompt, row in pairs if prompt in anchors]
-        unscorable = [unscorable_row(row, problems[prompt]) for prompt, row in pairs if prompt in problems]
+        prompted = [(tuple(pair.prompt_ids), pair) for pair in pairs]
+        filled = [(pair.pair_id, *anchors[prompt]) for prompt, pair in prompted if prompt in anchors]
+        unscorable = [pair.unscorable(problems[prompt]) for prompt, pair in prompted if prompt in problems]
         columns = zip(*filled, strict=True) if filled else [()] * len(ANCHORS)
         return pa.Table.from_pydict(dict(zip(ANCHORS.names, columns, strict=True)), ANCHORS), unscorable
 
-    def _why_not(self, prompt: tuple[int, ...]) -> str | None:
-        """Return why no anchor can stand behind a prompt. The model must not see it: some of these would kill an engine."""
+    def _why_not(self, prompt: _Prompt) -> str | None:
+        """Return why a prompt can have no anchor. It must not reach the engine: some would kill it."""
         if not prompt:
             return "the prompt has no tokens"
         if len(prompt) >= self._engine.max_tokens:
@@ -97,7 +91,7 @@ class AnchorSampler:
     def _sample(
         self, prompts: list[list[int]], progress: Callable[[float], None]
     ) -> tuple[list[list[int]], list[Reply]]:
-        """Return an anchor for each prompt, and what the model says of it without temperature or cut: log pi_ref."""
+        """Return an anchor for each prompt, and its log pi_ref: without temperature and cut-offs."""
         num_done = 0
 
         def count(num_prompts: int) -> None:
@@ -105,20 +99,19 @@ class AnchorSampler:
             num_done += num_prompts
             progress(num_done / len(prompts))
 
-        anchors = self._engine.generate(
-            prompts, self._sampling, [seed_of(prompt, self._seed) for prompt in prompts], count
-        )
+        seeds = [seed_of(prompt, self._seed) for prompt in prompts]
+        anchors = self._engine.generate(prompts, self._sampling, seeds, count)
         sequences = [ScoredSequence(prompt, ids) for prompt, ids in zip(prompts, anchors, strict=True)]
         return anchors, score_once(sequences, self._engine.score)
 
 
 def seed_of(prompt_ids: list[int], seed: int) -> int:
-    """Return the seed of a prompt's anchor, 63 bits: another for each prompt and each `anchors.seed`."""
+    """Return the seed of a prompt's anchor, 63 bits; it differs for each prompt and each `anchors.seed`."""
     return int(fingerprint([seed, prompt_ids])[:16], 16) >> 1
 
 
 def config_stop_ids(model: Path) -> set[int]:
-    """Return the ids that end a text as a model's configs say it.
+    """Return the ids that end a text according to the model's configs.
 
     Raises:
         InputError: A config is not valid JSON.
@@ -132,5 +125,5 @@ def config_stop_ids(model: Path) -> set[int]:
 def dataset_stop_ids(tokens: TableVersion) -> set[int]:
     """Return the id that ends the responses of a dataset, see `closing_ids`."""
     pairs = WeightStore(tokens.store).table(tokens.table).scan(tokens.version).head(_NUM_LOOKED_AT)
-    responses = pl.concat([pairs.select(ids=f"{side}_ids") for side in ("chosen", "rejected")]).collect()["ids"]
+    responses = pl.concat([pairs.select(ids=f"{side}_ids") for side in SIDES]).collect()["ids"]
     return set(closing_ids(responses.list.len().to_numpy(), responses.list.last().to_numpy()))

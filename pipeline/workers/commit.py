@@ -1,27 +1,38 @@
-"""What a commit of computed rows records, and the refusal of a table that stays empty."""
+"""What a commit of computed rows records, the quarantine of pairs that a model cannot take, and the refusal of no result."""
 
-from typing import Any
+import pyarrow as pa
 
-from pipeline.workers.quarantine import quarantine_path
-from pipeline.workers.request import Request, Target
+from pipeline.workers.pair_row import QuarantineRow
+from pipeline.workers.request import DONE, Request, Target
 from weights_store import WeightStore
 from weights_store.errors import ScoringError
+from weights_store.names import quarantine_path
+from weights_store.schemas import QUARANTINE
+
+
+def commit_metadata(
+    target: Target, num_pairs: int, num_tokens: int, wall_s: float, engine: dict[str, object]
+) -> dict[str, object]:
+    """Return what a commit records: identity and lineage, counts, seconds of computing, how the engine ran."""
+    statistics = {"num_pairs": num_pairs, "num_tokens": num_tokens, "wall_s": round(wall_s, 3)}
+    return {**target.metadata, "statistics": statistics, "engine": engine}
+
+
+def quarantine(request: Request, target: Target, rows: list[QuarantineRow]) -> None:
+    """Put unscorable pairs into quarantine, once each, however often scoring is repeated."""
+    if not rows:
+        return
+    table = WeightStore(request.tokens.store).table(quarantine_path(request.tokens.table))
+    marked = [{**row, "detail": f"{target.table}: {row['detail']}"} for row in rows]
+    table.append(pa.Table.from_pylist(marked, QUARANTINE), table.metadata())
 
 
 def check_filled(request: Request, target: Target, num_pairs: int) -> None:
-    """Refuse to go on with nothing at all.
+    """Refuse to go on if no pair could be computed.
 
     Raises:
         ScoringError: The target's table does not exist.
     """
-    if not WeightStore(request.store).table(target.table).exists():
-        done = {"score": "scored", "attribute": "attributed", "anchors": "given an anchor"}[request.stage]
-        raise ScoringError(f"none of {num_pairs} pairs could be {done}; see {quarantine_path(request.tokens_table)}")
-
-
-def commit_metadata(
-    target: Target, num_pairs: int, num_tokens: int, wall_s: float, engine: dict[str, Any]
-) -> dict[str, Any]:
-    """Return what a commit records: identity and lineage, counts, seconds of computing, how the engine ran."""
-    statistics = {"num_pairs": num_pairs, "num_tokens": num_tokens, "wall_s": round(wall_s, 3)}
-    return {**target.metadata, "statistics": statistics, "engine": engine}
+    if not WeightStore(request.tokens.store).table(target.table).exists():
+        where = quarantine_path(request.tokens.table)
+        raise ScoringError(f"none of {num_pairs} pairs could be {DONE[request.stage]}; see {where}")

@@ -1,16 +1,21 @@
 """Which pairs a table lacks, cut into chunks of about `chunk_tokens`, and their rows."""
 
 from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
 
 import polars as pl
 
-from pipeline.workers.quarantine import quarantine_path
+from pipeline.source.chat import ChatTokenizer
+from pipeline.workers.pair_row import COLUMNS, PairRow, read_pairs, under_condition
+from pipeline.workers.request import Request, Target
 from weights_store import Table, TableVersion, WeightStore
+from weights_store.names import quarantine_path
 from weights_store.schemas import Reason
 from weights_store.tables.key_ranges import KeyRange
 
 RANGE_BYTES = 512 << 20
-"""Memory for the pairs that are looked at together when what is missing is looked for."""
+"""Memory for one range of pairs while the missing ones are looked up."""
 
 
 def missing_pairs(tokens: TableVersion, table: Table) -> Iterator[pl.DataFrame]:
@@ -53,12 +58,6 @@ def _known_unscorable(tokens: TableVersion, table: Table) -> pl.LazyFrame:
     return quarantined.scan().filter(by_this).select("pair_id")
 
 
-def missing_chunks(tokens: TableVersion, table: Table, chunk_tokens: int) -> Iterator[pl.DataFrame]:
-    """Cut what is missing into spans of pair_ids of about `chunk_tokens`."""
-    for part in missing_pairs(tokens, table):
-        yield from cut(part, chunk_tokens)
-
-
 def cut(part: pl.DataFrame, chunk_tokens: int) -> Iterator[pl.DataFrame]:
     """Cut missing pairs, sorted by pair_id, into spans of about `chunk_tokens`."""
     numbered = part.with_columns(((pl.col("num_tokens").cum_sum() - 1) // chunk_tokens).alias("chunk"))
@@ -66,7 +65,17 @@ def cut(part: pl.DataFrame, chunk_tokens: int) -> Iterator[pl.DataFrame]:
         yield chunk.select("pair_id", "num_tokens")
 
 
-def rows_of(pairs: pl.LazyFrame, chunk: pl.DataFrame) -> pl.DataFrame:
-    """Read the pairs of a chunk; its span of pair_ids is what reaches the files."""
-    span = pl.col("pair_id").is_between(pl.lit(chunk["pair_id"].min()), pl.lit(chunk["pair_id"].max()))
-    return pairs.filter(span).join(chunk.lazy().select("pair_id"), on="pair_id", how="semi").collect()
+def pairs_of(request: Request, target: Target, chunk: pl.DataFrame) -> list[PairRow]:
+    """Read the pairs of a chunk, with the target's contrastive prompt if it has one."""
+    pairs = WeightStore(request.tokens.store).table(request.tokens.table).scan(request.tokens.version)
+    span = pl.col("pair_id").is_between(pl.lit(chunk["pair_id"].min()), pl.lit(chunk["pair_id"].max()))  # skips files
+    wanted = pairs.filter(span).join(chunk.lazy().select("pair_id"), on="pair_id", how="semi")
+    rows = read_pairs(wanted.select(COLUMNS).collect())
+    if target.condition is None:
+        return rows
+    return under_condition(rows, target.condition, _tokenizer(request.tokenizer, request.chat_template))
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(folder: str, chat_template: str | None) -> ChatTokenizer:
+    return ChatTokenizer(Path(folder), chat_template)

@@ -1,29 +1,29 @@
-"""The process of a stage: it scores, attributes or samples chunk by chunk, and commits each chunk.
+"""The process of a stage: it scores, attributes or samples anchors chunk by chunk, and commits each chunk.
 
-Started by `supervise.py` as `python -P -m pipeline.workers.process REQUEST`. It looks up what is missing; a restarted
-process continues where the last one stopped; a kill loses at most one chunk. Restarts are the parent's decision.
+`supervise.py` starts it as `python -P -m pipeline.workers.process REQUEST`, and starts it again if it dies. Each start looks
+up what is missing, so a kill loses at most one chunk.
 """
 
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TypeVar
 
-import polars as pl
-
-from pipeline.workers.commit import check_filled, commit_metadata
-from pipeline.workers.missing import count_missing, missing_chunks, rows_of
-from pipeline.workers.quarantine import quarantine
+from pipeline.workers.commit import check_filled, commit_metadata, quarantine
+from pipeline.workers.missing import count_missing, cut, missing_pairs, pairs_of
+from pipeline.workers.pair_row import PairRow
 from pipeline.workers.request import Request, Target, Worker
 from pipeline.workers.start import start_worker
 from pipeline.workers.tally import Tally
-from weights_store import WeightStore
+from weights_store import Table, WeightStore
 from weights_store.process import run_main
+
+_Item = TypeVar("_Item")
 
 
 def main() -> None:
-    """Work off one request file; what `python -P -m pipeline.workers.process REQUEST` runs."""
+    """Do what a request file asks for."""
     run(Request.load(sys.argv[1]))
 
 
@@ -31,10 +31,10 @@ def run(request: Request) -> None:
     """Fill the targets of a request.
 
     Raises:
-        ScoringError: Nothing came of any pair of one target.
+        ScoringError: No pair of one target could be computed.
         TokenweightsError: The engine or the store failed; what was committed stays.
     """
-    if request.executor["kind"] == "ray":
+    if request.executor.kind == "ray":
         from pipeline.workers.on_ray import run_on_ray
 
         run_on_ray(request)
@@ -48,19 +48,16 @@ def fill(request: Request, target: Target, worker: Worker) -> None:
     """Compute what one target lacks, chunk by chunk.
 
     Raises:
-        ScoringError: Nothing came of any pair.
+        ScoringError: No pair could be computed.
         TokenweightsError: The engine or the store failed; what was committed stays.
     """
-    store = WeightStore(request.store)
-    table = store.table(target.table)
+    table = WeightStore(request.tokens.store).table(target.table)
     tally = Tally(request.stage, target.role, *count_missing(request.tokens, table))
     known = table.version()  # holds none of the pairs to come, so an append looks only at what others have added since
-    for chunk, rows in ahead(_chunks_with_rows(request, target, worker)):
-        num_tokens = int(chunk["num_tokens"].sum())
+    for num_tokens, pairs in ahead(_chunks(request, target, table)):
         started = time.monotonic()
-        filled, unscorable = worker.fill_in(rows, target, tally.within(num_tokens))
-        if unscorable:
-            quarantine(request, target, unscorable)
+        filled, unscorable = worker.fill_in(pairs, target, tally.within(num_tokens))
+        quarantine(request, target, unscorable)
         if filled.num_rows:
             metadata = commit_metadata(target, filled.num_rows, num_tokens, time.monotonic() - started, worker.record)
             reference = table.append(filled, metadata, known)
@@ -70,15 +67,15 @@ def fill(request: Request, target: Target, worker: Worker) -> None:
     check_filled(request, target, tally.num_pairs)
 
 
-def _chunks_with_rows(request: Request, target: Target, worker: Worker) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
-    store = WeightStore(request.store)
-    pairs = store.table(request.tokens_table).scan(request.tokens_version)
-    for chunk in missing_chunks(request.tokens, store.table(target.table), request.chunk_tokens):
-        yield chunk, worker.under_condition(rows_of(pairs, chunk), target)
+def _chunks(request: Request, target: Target, table: Table) -> Iterator[tuple[int, list[PairRow]]]:
+    """Yield the tokens and the pairs of each chunk that the target's table lacks."""
+    for part in missing_pairs(request.tokens, table):
+        for chunk in cut(part, request.chunk_tokens):
+            yield int(chunk["num_tokens"].sum()), pairs_of(request, target, chunk)
 
 
-def ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """Yield the items, each fetched in a thread while the one before it is worked on: reading hides behind scoring."""
+def ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+    """Yield the items; a thread fetches each one while its predecessor is worked on, so that reading costs no time."""
     with ThreadPoolExecutor(1) as executor:
         following = executor.submit(next, items, None)
         while (item := following.result()) is not None:

@@ -1,6 +1,6 @@
-"""Reach a Ray cluster, or start a Ray of our own on this machine; and what Ray's errors mean to a stage.
+"""Connect to a Ray cluster, or start a local Ray on this machine; and what Ray's errors mean to a stage.
 
-A Ray of our own listens on the loopback interface alone, asks for a token, reports nothing to anybody and goes with us.
+The local Ray binds to loopback, asks for a token, sends no usage statistics, and stops with this process.
 """
 
 import os
@@ -9,9 +9,8 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from weights_store.errors import (
@@ -24,28 +23,28 @@ from weights_store.errors import (
 )
 
 _OBJECT_STORE_BYTES = 128 << 20
-"""Of a Ray of our own: only small things go through it."""
+"""Of the local Ray: only small things go through it."""
 _PATIENCE_S = 10
 
 
 @contextmanager
 def connected(address: str | None) -> Iterator[bool]:
-    """Connect to a cluster, or start a Ray of our own, for as long as this lasts; yields whether it is our own.
+    """Connect to a cluster, or start a local Ray, for as long as this lasts; yields whether it is the local one.
 
     Args:
-        address: Of a cluster; "local" for a Ray of our own; None for the cluster that Ray finds by itself, else one of our own.
+        address: Of a cluster; "local" for a local Ray; None for the cluster that Ray finds by itself, else a local Ray.
 
     Raises:
         MissingExtraError: Ray is not installed.
         SettingsError: No cluster answers at the address.
-        StageError: One does, but Ray cannot use it; or Ray cannot start here.
+        StageError: A cluster answers, but Ray cannot use it; or Ray cannot start here.
     """
-    found = _cluster_at_hand() if address in (None, "auto") else address
-    is_ours = found == "local" or (found is None and address is None)
+    found = _find_cluster() if address in (None, "auto") else address
+    is_local = found == "local" or (found is None and address is None)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    settings: dict[str, Any] = {"address": found, "log_to_driver": False, "logging_level": "error"}
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp")) if is_ours else None  # sockets need a short path
-    if is_ours:
+    settings: dict[str, object] = {"address": found, "log_to_driver": False, "logging_level": "error"}
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets need a short path
+    if is_local:
         settings |= {"address": "local", "include_dashboard": False, "_temp_dir": str(folder)}
         settings["object_store_memory"] = _OBJECT_STORE_BYTES
         # Read when Ray is imported. Without clusters it takes 127.0.0.1 for this machine, and binds its ports there only.
@@ -53,40 +52,45 @@ def connected(address: str | None) -> Iterator[bool]:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the home folder
     try:
-        ray = _init(settings)
+        if not is_local:
+            _check_answers(found)
+        _init(settings, folder)
         try:
-            yield is_ours
+            yield is_local
         finally:
+            import ray
+
             ray.shutdown()
     finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _init(settings: dict[str, Any]) -> Any:
+def _init(settings: dict[str, object], empty_folder: Path) -> None:
+    """Start Ray in an empty folder: it puts the current one in front of its workers' `sys.path`.
+
+    A user's own `train.py` or `datasets/` in the folder where a build was started would be imported in place of ours.
+    """
     try:
         import ray.data
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"score.executor 'ray' needs the package {error.name!r}, which is not installed; pip install 'tokenweights[ray]'"
         ) from error
-    if settings["address"] != "local":
-        _check_answers(settings["address"])
     try:
-        ray.init(**settings)
+        with chdir(empty_folder):
+            ray.init(**settings)
     except Exception as error:
         raise StageError(f"Ray at {settings['address']} cannot be used: {_last_line(error)}") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
-    return ray
 
 
 def _check_answers(address: str | None) -> None:
-    """Look whether anybody is there, within seconds: Ray's own patience is minutes.
+    """Check within seconds that a cluster answers; Ray itself would wait for minutes.
 
     Raises:
-        SettingsError: Nobody is.
+        SettingsError: None does.
     """
-    remedy = "set score.ray_address, to 'local' for a Ray of this machine alone"
+    remedy = "set score.ray_address, to 'local' for a Ray on this machine alone"
     if address is None:
         raise SettingsError(f"no Ray cluster has been started here and RAY_ADDRESS is not set; {remedy}")
     parts = urlsplit(address if "://" in address else f"//{address}")
@@ -96,8 +100,8 @@ def _check_answers(address: str | None) -> None:
         raise SettingsError(f"no Ray cluster answers at {address}: {error}; {remedy}") from error
 
 
-def _cluster_at_hand() -> str | None:
-    """Return the address that Ray would take by itself: the environment's, or what `ray start` has left on this machine."""
+def _find_cluster() -> str | None:
+    """Return the address that Ray would take by itself: the environment's, or the one that `ray start` left here."""
     in_environment = os.environ.get("RAY_ADDRESS", "")
     if in_environment not in ("", "auto"):
         return in_environment
@@ -111,7 +115,7 @@ def as_ours(error: Exception, has_scored: bool) -> TokenweightsError:
 
     Args:
         error: One of Ray's.
-        has_scored: Whether anything came back before; if not, actors that die most likely want memory.
+        has_scored: Whether any chunk came back before; if not, actors that die probably lack memory.
     """
     from ray import exceptions
 

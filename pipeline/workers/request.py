@@ -1,90 +1,116 @@
-"""The contract between a stage and its process: one request file, and what a worker does with rows."""
+"""The contract between a stage and its process: one request file, and what a worker does with pairs."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-import polars as pl
 import pyarrow as pa
+from pydantic import TypeAdapter
 
+from pipeline.engine.contract import EngineSettings
+from pipeline.source.chat import Condition
+from pipeline.workers.pair_row import PairRow, QuarantineRow
+from train.model.sampling import AnchorSampling
 from weights_store import TableVersion
 
 Stage = Literal["score", "attribute", "anchors"]
 """The stages that run a model over all pairs."""
+DOING: dict[Stage, str] = {"score": "scoring", "attribute": "attributing", "anchors": "sampling anchors"}
+DONE: dict[Stage, str] = {"score": "scored", "attribute": "attributed", "anchors": "given an anchor"}
 
 
 @dataclass(frozen=True)
 class Target:
-    """One table to fill with what the request's model says, maybe behind a contrastive prompt.
+    """One table to fill by the request's model, maybe behind a contrastive prompt.
 
-    With `top_k` > 0 log-probs come with those of the likeliest tokens at each place, that many.
+    If `top_k` > 0, also store the k most likely tokens and their log-probs at each position.
     """
 
     role: str
     table: str
-    condition: dict[str, str] | None
-    metadata: dict[str, Any]
+    condition: Condition | None
+    metadata: dict[str, object]
     top_k: int = 0
 
 
 @dataclass(frozen=True)
-class Request:
-    """The contract between the stage and its process, one JSON file."""
+class Executor:
+    """Where the workers of a stage run: one in a process here, or many in actors on Ray."""
 
-    store: str
-    tokens_table: str
-    tokens_version: int
+    kind: Literal["process", "ray"] = "process"
+    num_actors: int = 1
+    cpus_per_actor: float = 1.0
+    ray_address: str | None = None
+
+
+@dataclass(frozen=True)
+class AttributionOptions:
+    """What is attributed, see section `[attribute]` of the recipe."""
+
+    target: Literal["max_logit", "gold_logps", "dpo_margin"]
+    prompts: bool
+    activations: bool
+
+
+@dataclass(frozen=True)
+class AnchorOptions:
+    """How anchors are sampled, see section `[anchors]` of the recipe."""
+
+    sampling: AnchorSampling
+    seed: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one process of a stage does: fill the targets for all pairs in `tokens`, one commit per `chunk_tokens`.
+
+    Args:
+        tokenizer: Folder of the tokenizer for contrastive prompts.
+        chat_template: The recipe's own template file, if any.
+        restarts: Why the process was started again, once for each time.
+        options: Of the stages attribute and anchors.
+    """
+
+    stage: Stage
+    tokens: TableVersion
     model: str
-    tokenizer: str
-    chat_template: str | None
     targets: list[Target]
     chunk_tokens: int
-    engine: dict[str, Any]
-    executor: dict[str, Any]
-    stage: Stage = "score"
-    options: dict[str, Any] = field(default_factory=dict)
-    """What the stage's worker is told besides: how anchors are sampled, what is attributed."""
+    engine: EngineSettings
+    executor: Executor = Executor()
+    tokenizer: str = ""
+    chat_template: str | None = None
+    restarts: list[str] = field(default_factory=list)
+    options: AttributionOptions | AnchorOptions | None = None
 
-    @classmethod
-    def over(cls, tokens: TableVersion, model: Path, **settings: Any) -> "Request":
-        """Return a request over the pairs of a tokens table; `settings` are the other fields."""
-        defaults: dict[str, Any] = {"tokenizer": str(model), "chat_template": None}
-        return cls(tokens.store, tokens.table, tokens.version, str(model), **{**defaults, **settings})
+    def save(self, path: Path) -> None:
+        """Write a request file."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Request":
         """Read a request file."""
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(**{**content, "targets": [Target(**target) for target in content["targets"]]})
-
-    @property
-    def tokens(self) -> TableVersion:
-        """The pairs to score."""
-        return TableVersion(self.store, self.tokens_table, self.tokens_version, "")
+        return TypeAdapter(cls).validate_python(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 class Worker(Protocol):
-    """What a stage does with rows of the tokens table; holds a loaded model."""
+    """What a stage does with pairs; holds a loaded model."""
 
     @property
-    def record(self) -> dict[str, Any]:
-        """How it runs, for the lineage: none of it but the dtype changes numbers."""
-        ...
-
-    def under_condition(self, rows: pl.DataFrame, target: Target) -> pl.DataFrame:
-        """Return the rows as the model will see them; called in a thread, ahead of `fill_in`."""
+    def record(self) -> dict[str, object]:
+        """How it runs, for the lineage; only the dtype changes numbers."""
         ...
 
     def fill_in(
-        self, rows: pl.DataFrame, target: Target, progress: Callable[[float], None] = ...
-    ) -> tuple[pa.Table, list[dict[str, Any]]]:
-        """Return the rows of the target's table, by pair_id, and a quarantine row for each pair that has none.
+        self, pairs: Sequence[PairRow], target: Target, progress: Callable[[float], None] = ...
+    ) -> tuple[pa.Table, list[QuarantineRow]]:
+        """Return the rows of the target's table, and a quarantine row for each pair that has none.
 
         Args:
-            rows: From `under_condition`.
+            pairs: With the target's contrastive prompt, if it has one.
             target: The table to fill.
-            progress: Gets the share of the rows that is done, 0 to 1.
+            progress: Gets the share of the pairs that is done, 0 to 1.
         """
         ...

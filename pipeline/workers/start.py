@@ -1,17 +1,14 @@
 """Loads the model of a request, for what its stage does with it."""
 
-from pipeline.workers.pair_scorer import PairScorer
 from pipeline.workers.request import Request, Worker
 
 
 def start_worker(request: Request) -> Worker:
-    """Load the model of a request for what its stage does.
-
-    Args:
-        request: The work.
+    """Load the model of a request.
 
     Raises:
-        InputError: The model cannot be loaded, or cannot do this.
+        InputError: The model cannot be loaded, or the stage cannot use it.
+        MissingExtraError: vLLM is not installed.
         OutOfMemoryError: There is not enough memory for it.
     """
     if request.stage == "anchors":
@@ -22,4 +19,6 @@ def start_worker(request: Request) -> Worker:
         from pipeline.workers.pair_attributor import PairAttributor
 
         return PairAttributor(request)
+    from pipeline.workers.pair_scorer import PairScorer
+
     return PairScorer(request)

@@ -1,24 +1,21 @@
-"""What the stages that run a model over all pairs have in common: find what is missing, and see a process to its end.
+"""What the stages that run a model over all pairs have in common: find what is missing, and run a process until it is done.
 
-Called by `score.py`, `attribute.py` and `anchors.py`. A stage's process is started as
-`python -P -m pipeline.workers.process REQUEST`, so
-that the model's memory is gone afterwards and its requirements need not be the caller's. A process that dies is started
-again, with a smaller token budget when it died for want of memory. What it does is in `scoring.py`.
+Called by the stages score, attribute and anchors. The process is `process.py`: a process of its own, so that the model's memory
+is free afterwards and its interpreter may have other packages. If it dies it is started again, with a smaller token budget if
+it ran out of memory.
 """
 
-import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pipeline.child import run_child
 from pipeline.provenance import provenance
+from pipeline.source.chat import Condition
 from pipeline.workers.missing import count_missing
-from pipeline.workers.request import Request, Stage, Target
+from pipeline.workers.request import DOING, DONE, Request, Stage, Target
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import EngineError, KilledError, OutOfMemoryError, StageError
 from weights_store.fingerprint import explain_difference, fingerprint, load_json
@@ -31,8 +28,8 @@ _MAX_RESTARTS = 3
 _MIN_BATCH_TOKENS = 256
 FOLDERS: dict[Stage, str] = {"score": "logps", "attribute": "attributions", "anchors": "anchors"}
 """Where the tables of each stage lie in a store."""
-_DOING: dict[Stage, str] = {"score": "scoring", "attribute": "attributing", "anchors": "sampling anchors"}
-_DONE: dict[Stage, str] = {"score": "scored", "attribute": "attributed", "anchors": "given an anchor"}
+_PACKAGES: dict[Stage, str] = {"score": "vllm", "attribute": "torch", "anchors": "vllm"}
+"""What each stage's process needs most."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +42,21 @@ class Filled:
     num_tokens: int = 0
     num_unscorable: int = 0
     wall_s: float = 0.0
-    """Seconds of computing, without the engine's start."""
+    """Seconds of computing, without the model's start."""
     restarts: tuple[str, ...] = ()
-    """Why the engine was started again."""
+    """Why the process was started again."""
 
 
 def resolve_dtype(model: Path, dtype: str) -> str:
-    """Return the dtype to compute in: for `auto` the one the model is stored in.
+    """Return the dtype to compute in: for `auto`, the one that the model is stored in.
 
-    vLLM's own `auto` would quietly turn float32 into a 16-bit type.
+    vLLM's own `auto` would turn float32 into a 16-bit type.
     """
     config = load_json(model / "config.json")
     return dtype if dtype != "auto" else config.get("dtype") or config.get("torch_dtype") or "auto"
 
 
-def stage_table(stage: Stage, tokens: TableVersion, identity: Mapping[str, Any]) -> Table:
+def stage_table(stage: Stage, tokens: TableVersion, identity: Mapping[str, object]) -> Table:
     """Return the table of a stage over one dataset, for a model with the settings that determine its numbers."""
     key = tokens.table.removeprefix("tokens/")
     return WeightStore(tokens.store).table(f"{FOLDERS[stage]}/{key}/{fingerprint(dict(identity))[:12]}")
@@ -67,13 +64,13 @@ def stage_table(stage: Stage, tokens: TableVersion, identity: Mapping[str, Any])
 
 @dataclass
 class Job:
-    """One table to fill, and what was missing from it when the stage began."""
+    """One table to fill, and what it lacked when the stage began."""
 
     stage: Stage
     role: str
     model: Path
-    identity: dict[str, Any]
-    condition: dict[str, str] | None
+    identity: dict[str, object]
+    condition: Condition | None
     table: Table
     num_missing: int
     num_missing_tokens: int
@@ -89,25 +86,17 @@ class Job:
         tokens: TableVersion,
         role: str,
         model: Path,
-        identity: dict[str, Any],
-        condition: dict[str, str] | None = None,
+        identity: dict[str, object],
+        condition: Condition | None = None,
     ) -> "Job":
-        """Look up what is missing.
-
-        Args:
-            stage: What is computed.
-            tokens: The pairs to cover.
-            role: What the result is to the build.
-            model: Folder of the model.
-            identity: What determines the numbers.
-            condition: The contrastive prompt, if any.
-        """
+        """Look up what the table of an identity lacks, and say why it is new if it is."""
         table = stage_table(stage, tokens, identity)
         exists = table.exists()
         missing = count_missing(tokens, table)
-        return cls(
-            stage, role, model, identity, condition, table, *missing, table.num_rows() if exists else 0, not exists
-        )
+        if not exists:
+            _explain_new_table(stage, role, table, identity)
+        num_rows = table.num_rows() if exists else 0
+        return cls(stage, role, model, identity, condition, table, *missing, num_rows, not exists)
 
     @property
     def to_do(self) -> bool:
@@ -115,15 +104,17 @@ class Job:
         return bool(self.num_missing) or self.is_new
 
     def target(self, tokens: TableVersion) -> Target:
-        """Return the table as its process is told of it."""
-        metadata = {
+        """Return the Target for the worker request."""
+        top_k = self.identity.get("top_k", 0)
+        assert isinstance(top_k, int)
+        metadata: dict[str, object] = {
             "scorer": self.identity,
             "role": self.role,
             "parents": [tokens.as_parent()],
             "fingerprint": fingerprint({"scorer": self.identity, "tokens": tokens.fingerprint}),
             **provenance(),
         }
-        return Target(self.role, self.table.path, self.condition, metadata, self.identity.get("top_k", 0))
+        return Target(self.role, self.table.path, self.condition, metadata, top_k)
 
     def num_filled(self) -> int:
         """Return how many pairs have been computed since the stage began."""
@@ -137,7 +128,7 @@ class Job:
         return Filled(self.table.reference(), num_pairs, self.num_missing_tokens, num_unscorable, self.wall_s, restarts)
 
 
-def changed_identity(table: Table, role: str, identity: Mapping[str, Any]) -> tuple[str, list[str]] | None:
+def changed_identity(table: Table, role: str, identity: Mapping[str, object]) -> tuple[str, list[str]] | None:
     """Return the table last filled in this role over the same pairs, and what differs from it; None if there is none."""
     folder = table.path.rpartition("/")[0]
     others = WeightStore(str(table.root)).tables(folder.partition("/")[0])
@@ -153,28 +144,22 @@ def changed_identity(table: Table, role: str, identity: Mapping[str, Any]) -> tu
     return path, explain_difference(metadata["scorer"], dict(identity))
 
 
-def report_new_tables(jobs: Sequence[Job]) -> None:
-    """Say why pairs that were computed in a role before are computed anew."""
-    for job in jobs:
-        changed = changed_identity(job.table, job.role, job.identity) if job.is_new else None
-        if changed is not None:
-            path, changes = changed
-            _log.info(f"{job.stage} {job.role}: {job.table.path} is a new table; unlike {path}: {'; '.join(changes)}")
+def _explain_new_table(stage: Stage, role: str, table: Table, identity: Mapping[str, object]) -> None:
+    changed = changed_identity(table, role, identity)
+    if changed is not None:
+        path, changes = changed
+        _log.info(f"{stage} {role}: {table.path} is a new table; unlike {path}: {'; '.join(changes)}")
 
 
 # --- the process -------------------------------------------------------------------------------------------------------
 
 
-def run_jobs(
-    request: Request,
-    jobs: Sequence[Job],
-    python: str | None,
-) -> None:
-    """Run the process of a stage over jobs that share a model, and see it to its end.
+def run_jobs(request: Request, jobs: Sequence[Job], python: str | None) -> None:
+    """Run the process of a stage until its jobs are done.
 
     Args:
         request: The work; its targets are the jobs'.
-        jobs: What is to be filled.
+        jobs: What is to be filled, by one model.
         python: Interpreter of the process; None for this one.
 
     Raises:
@@ -184,18 +169,17 @@ def run_jobs(
 
 
 def _run_to_the_end(request: Request, jobs: Sequence[Job], start: Callable[[Request], None]) -> None:
-    """Run the process, and start it again when it dies, with half the budget when that was for want of memory.
+    """Run the process; start it again if it dies, with half the token budget if it ran out of memory.
 
     Raises:
-        StageError: It failed for another reason, or died `_MAX_RESTARTS` times in a row without getting anything done.
+        StageError: It failed for another reason, or died `_MAX_RESTARTS` times in a row without any result.
     """
-    budget, num_fruitless, restarts = int(request.engine["batch_tokens"]), 0, list[str]()
-    doing, done = _DOING[request.stage], _DONE[request.stage]
+    budget, num_fruitless, restarts = request.engine.batch_tokens, 0, list[str]()
+    doing, done = DOING[request.stage], DONE[request.stage]
     while True:
         before = sum(job.num_filled() for job in jobs)
-        engine = {**request.engine, "batch_tokens": budget, "restarts": restarts}
         try:
-            start(replace(request, engine=engine))
+            start(replace(request, engine=replace(request.engine, batch_tokens=budget), restarts=restarts))
             return
         except (KilledError, EngineError) as error:
             if not any(count_missing(request.tokens, job.table)[0] for job in jobs):
@@ -207,7 +191,7 @@ def _run_to_the_end(request: Request, jobs: Sequence[Job], start: Callable[[Requ
                     f"{doing} gave up after {num_fruitless} starts in a row without a result; the last: {error}. {num_filled} "
                     f"of {sum(job.num_missing for job in jobs)} pairs are {done} and stay; run again to go on"
                 ) from error
-            # A plain kill may have been the kernel's, for want of memory; when it comes again without progress, it was.
+            # The kernel may have killed it to free memory; if it is killed again without any result, assume that.
             if isinstance(error, OutOfMemoryError) or (isinstance(error, KilledError) and num_fruitless > 1):
                 budget = max(_MIN_BATCH_TOKENS, budget // 2)
             restarts = [*restarts, f"{error}; batch_tokens {budget}"]
@@ -223,17 +207,8 @@ def _run_process(request: Request, jobs: Sequence[Job], python: str | None) -> N
     def heard(progress: Progress) -> None:
         job_of[progress.name].wall_s = started_at[progress.name] + progress.wall_s
 
-    with _request_file(request) as path:
-        what = f"{_DOING[request.stage]} with {request.model}"
-        run_child("pipeline.workers.process", [str(path)], what, python, heard)
-
-
-@contextmanager
-def _request_file(request: Request) -> Iterator[Path]:
-    prefix = f"{request.stage}-"
-    with tempfile.NamedTemporaryFile("w", suffix=".json", prefix=prefix, delete=False) as file:
-        json.dump(asdict(request), file)
-    try:
-        yield Path(file.name)
-    finally:
-        Path(file.name).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{request.stage}-") as folder:
+        path = Path(folder, "request.json")
+        request.save(path)
+        what = f"{DOING[request.stage]} with {request.model}"
+        run_child("pipeline.workers.process", [str(path)], what, python, heard, _PACKAGES[request.stage])

@@ -8,7 +8,7 @@ from weights_store.messages import Progress, show
 
 
 class Tally:
-    """Counts tokens and shows them; the work began `since_s` seconds ago."""
+    """Counts tokens and shows every change; log handlers decide how often to print. The work began `since_s` ago."""
 
     def __init__(self, stage: Stage, role: str, num_pairs: int, num_tokens: int, since_s: float = 0.0) -> None:
         self.num_pairs = num_pairs

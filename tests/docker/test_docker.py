@@ -1,6 +1,8 @@
 """What can be known of docker/, requirements/ and prefect.yaml without a Docker engine."""
 
-import ast
+import importlib
+import inspect
+import json
 import re
 import shutil
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prefect import Flow
 
 REPO = Path(__file__).resolve().parents[2]
 DOCKERFILES = sorted((REPO / "docker").glob("Dockerfile*"))
@@ -75,6 +78,17 @@ def test_image_ends_as_a_user_other_than_root_with_an_entrypoint(image: str) -> 
     after = [keyword for keyword, _ in body[[keyword for keyword, _ in body].index("USER") :]]
     assert "RUN" not in after, "what is installed must belong to root"
     assert "ENTRYPOINT" in after
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_image_starts_a_command_or_python_without_the_current_folder_on_its_path(image: str) -> None:
+    body = stages(REPO / "docker/Dockerfile")[image]
+    (command,) = [json.loads(rest) for keyword, rest in body if keyword == "ENTRYPOINT"]
+    if command[0] == "python":
+        assert command[1:3] == ["-P", "-m"]
+        assert (REPO / command[3].replace(".", "/")).with_suffix(".py").exists()
+    else:
+        assert command[0] in ("tokenweights", "prefect")
 
 
 @pytest.mark.parametrize("image", IMAGES)
@@ -211,12 +225,12 @@ def test_compose_server_and_worker_have_the_same_prefect() -> None:
 @pytest.mark.parametrize("deployment", load_yaml(REPO / "prefect.yaml")["deployments"], ids=lambda d: d["name"])
 def test_deployment_calls_a_flow_with_its_own_parameters(deployment: dict) -> None:
     module, _, function = deployment["entrypoint"].rpartition(".")
-    source = (REPO / module.replace(".", "/")).with_suffix(".py")
-    flow = next(n for n in ast.parse(source.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == function)
-    assert any(ast.unparse(decorator).startswith("flow") for decorator in flow.decorator_list)
-    names = [argument.arg for argument in flow.args.args]
-    required = names[: len(names) - len(flow.args.defaults)]
-    assert set(required) <= deployment["parameters"].keys() <= set(names)
+    flow = getattr(importlib.import_module(module), function)
+    assert isinstance(flow, Flow)
+    parameters = inspect.signature(flow.fn).parameters
+    names = set(parameters)
+    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    assert set(required) <= deployment["parameters"].keys() <= names
     assert (REPO / deployment["parameters"]["recipe_file"]).is_file()
     assert all("cron" in schedule and "timezone" in schedule for schedule in deployment["schedules"])
 

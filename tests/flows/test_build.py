@@ -3,16 +3,19 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
+from flows.demo import next_commands
 from pipeline.recipe import load_recipe
 from weights_store import WeightStore
 
@@ -20,13 +23,7 @@ REPO = Path(__file__).resolve().parents[2]
 NUM_PAIRS, NUM_MORE = 24, 6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _prefect_server():
-    """One temporary Prefect server and database for the flows of this file."""
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=180):
-        yield
+pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +63,7 @@ def _build(world):
 
 
 @pytest.fixture(scope="module")
-def first_build(world):
+def first_build(world, prefect_server):
     return _build(world)
 
 
@@ -232,6 +229,23 @@ def test_appended_pairs_are_the_only_ones_scored(world, first_build, toy_pairs, 
     assert new.join(old, on="pair_id", how="semi").sort("pair_id").equals(old.sort("pair_id"))
 
 
+def test_the_commands_that_the_demo_prints_work(world, first_build):
+    recipe_file = world / "recipe.toml"
+    outputs = []
+    for _, command in next_commands(recipe_file, load_recipe(recipe_file)):
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", *command], cwd=world, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout + done.stderr)
+    shown, built, trained = outputs
+    assert "made from" in shown
+    assert "score ref: logps/" in built
+    assert "nothing to score" in built
+    assert "published weights/toy/wider@0" in built
+    assert f"wrote {world / 'dpo'}" in trained
+
+
 def test_ctrl_c_ends_a_build_and_keeps_what_was_committed(world, first_build, tmp_path):
     """As a terminal does it: the signal goes to the whole group, Prefect's embedded server included."""
     log, store = tmp_path / "build.log", tmp_path / "store"
@@ -258,16 +272,20 @@ def test_ctrl_c_ends_a_build_and_keeps_what_was_committed(world, first_build, tm
     assert 0 < logps.num_rows() <= NUM_PAIRS + NUM_MORE
 
 
-def test_a_schedule_fires(world, first_build, tmp_path):
-    """`tokenweights serve` with its own server: within the interval a run of the deployment completes by itself."""
+def test_a_schedule_fires_and_the_users_own_files_are_not_imported(world, first_build, tmp_path):
+    """`tokenweights serve` with its own server: a run of the deployment completes within the interval."""
     log = tmp_path / "serve.log"
     environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
-    environment.pop("PREFECT_API_URL", None)
+    for name in ("PREFECT_API_URL", "PYTHONSAFEPATH"):
+        environment.pop(name, None)
+    for name in ("flows", "pipeline", "train", "weights_store", "tokenizers", "prefect", "uvicorn"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a stranger was imported')\n")
     with log.open("wb") as stream:
         command = [sys.executable, "-m", "tokenweights", "serve", str(world / "recipe.toml")]
-        serving = subprocess.Popen(command, cwd=REPO, env=environment, stdout=stream, stderr=stream)
+        serving = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=stream, stderr=stream)
         try:
             text = _wait_for(log, serving, "Finished in state Completed()", "Flow run", timeout_s=240)
+            _wait_for_log_line(re.search(r"Prefect server: (\S+)", text)[1], "score ref: logps/")
         finally:
             serving.send_signal(signal.SIGINT)
             try:
@@ -275,7 +293,24 @@ def test_a_schedule_fires(world, first_build, tmp_path):
             except subprocess.TimeoutExpired:
                 serving.kill()
                 serving.wait()
-    assert "nothing to score" in text
+    first_run = re.split("Flow run .* Finished in state Completed", text)[0]
+    assert first_run.count("score ref: logps/") == 1
+    assert "a stranger was imported" not in text
+
+
+def _wait_for_log_line(server, start):
+    """Wait until the logs of the server's runs have a line that starts so."""
+    request = urllib.request.Request(
+        f"{server}/api/logs/filter", b'{"limit": 200}', {"Content-Type": "application/json"}
+    )
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            messages = [log["message"] for log in json.load(answer)]
+        if any(message.startswith(start) for message in messages):
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"no line starts with {start!r}: {messages}")
 
 
 def _wait_for(log, process, *parts, timeout_s):

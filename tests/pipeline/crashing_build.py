@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import pipeline.engine.vllm_engine
+from pipeline.engine.contract import EngineSettings
 from pipeline.engine.score_once import Scores
 from pipeline.recipe import Recipe
 from pipeline.stages.prepare import prepare
@@ -31,7 +32,7 @@ class MadeUpEngine:
     max_tokens = 1 << 20
     way = "made_up"
 
-    def __init__(self, model, settings, report):
+    def __init__(self, model, settings):
         self.scale = float(model.name)
 
     def score(self, sequences, progress=lambda num_tokens: None):
@@ -60,17 +61,5 @@ def _score(recipe, tokens, scale):
     identity = {"schema_version": 1, "model": scale, "dtype": "float32"}
     table = logps_table(tokens, identity)
     metadata = {"scorer": identity, "parents": [tokens.as_parent()], "fingerprint": f"{scale}-{tokens.fingerprint}"}
-    request = Request(
-        store=tokens.store,
-        tokens_table=tokens.table,
-        tokens_version=tokens.version,
-        model=scale,
-        tokenizer="",
-        chat_template=None,
-        targets=[Target("ref", table.path, None, metadata)],
-        chunk_tokens=1200,
-        engine={},
-        executor={"kind": "process"},
-    )
-    run(request)
+    run(Request("score", tokens, scale, [Target("ref", table.path, None, metadata)], 1200, EngineSettings()))
     return table.reference()

@@ -1,6 +1,6 @@
 """What the tests of Ray put into its workers: a made-up engine, and a worker that stops right after it has written a shard.
 
-Ray calls `install` in every worker, as `HOOK` in the environment of the driver tells it; nothing in the package knows of it.
+`HOOK` in the environment of the driver lets Ray call `install` in every worker; nothing in the package knows of it.
 """
 
 import json
@@ -11,17 +11,19 @@ from pathlib import Path
 import pipeline.engine.vllm_engine
 from tests.pipeline.made_up_scorer import SETTINGS, MadeUpEngine, log
 from weights_store import Table
+from weights_store.messages import logger
 
 HOOK = {
-    "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"worker_process_setup_hook": f"{__name__}.install"}})
+    "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+    "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"worker_process_setup_hook": f"{__name__}.install"}}),
 }
 
 
 class LoggingEngine(MadeUpEngine):
-    def __init__(self, model, settings, report):
-        super().__init__(model, settings, report)
+    def __init__(self, model, settings):
+        super().__init__(model, settings)
         log("engines", os.getpid())
-        report("an engine is up")
+        logger(__name__).info("an engine is up")
 
 
 def install():

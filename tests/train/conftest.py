@@ -25,6 +25,12 @@ Row = dict[str, Any]
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def log_lines(caplog: pytest.LogCaptureFixture) -> None:
+    """Let `caplog` see what a training says."""
+    caplog.set_level("INFO", "tokenweights")
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama in bfloat16 with a word tokenizer and a chat template."""

@@ -15,7 +15,8 @@ from trl import DPOConfig
 from train.config import DataConfig
 from train.data.dataset import Pair
 from train.data.sampler import BlockShuffle
-from train.loss.losses import ResponseLogps, dpo, tis_dpo
+from train.loss.losses import dpo, tis_dpo
+from train.loss.terms import ResponseLogps
 from train.trl_adapter import StoredPairCollator, WeightedDPOTrainer
 from weights_store.errors import MismatchError, MissingExtraError, SettingsError
 
@@ -177,7 +178,7 @@ def test_settings_that_weights_do_not_go_with_are_refused_by_name(make_trainer, 
 
 
 def test_losses_that_trl_does_not_have_are_refused_instead_of_trained_as_dpo(make_trainer) -> None:
-    with pytest.raises(SettingsError, match="got 'ti_dpo'; its triplet and its KL term are no part of TRL's loss"):
+    with pytest.raises(SettingsError, match="got 'ti_dpo'; TRL's loss has no triplet and no KL term"):
         make_trainer("ti_dpo")
     with pytest.raises(SettingsError, match="has the losses 'dpo' and 'tis_dpo', got 'ipo'; train with `tokenweights"):
         make_trainer("ipo")

@@ -69,6 +69,7 @@ def test_malformed_overrides_are_refused(override):
         ({"schedule": {"kind": "cosine", "cycles": "x"}}, "schedule.cycles: [^;]*, got 'x'$"),
         ({"schedule": {"kind": "fast"}}, "schedule.kind: Input should be 'cosine', 'step' or 'stairs', got 'fast'$"),
         ({"schedule": {"length": 3}}, "missing key 'schedule.kind'$"),
+        ({"schedule": {"knd": "step"}}, "unknown key 'schedule.knd'; did you mean 'schedule.kind'\\?$"),
     ],
 )
 def test_wrong_settings_name_file_key_and_remedy(settings, message):

@@ -1,11 +1,10 @@
 """A map-style view of one pinned version of a weight dataset.
 
 Row groups are read on demand, checked against what was committed, and kept in a small cache; the sampler makes neighbouring
-reads fall into the same groups. Ids are used as they are stored: nothing is tokenised here. Not here: what a row must be
+reads fall into the same groups. Ids are used as stored: nothing is tokenised here. Not here: checks of rows
 (`stored_pairs.py`), order (`sampler.py`), padding (`collate.py`).
 """
 
-import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +19,11 @@ from train.config import DataConfig
 from train.data.sampler import WINDOW_GROUPS, BlockShuffle
 from train.data.selection import Selection
 from train.data.shard_cache import ShardCache
-from train.data.stored_pairs import Pair, PairColumns, StoredResponse, column_names, remedy
+from train.data.stored_pairs import Pair, PairColumns, StoredResponse, column_names
 from weights_store import Table, TableVersion, WeightStore, split_name
 from weights_store.errors import MismatchError, NotFoundError
 from weights_store.tables.commits import READERS
+from weights_store.tables.metadata import CommitMetadata, Statistics
 from weights_store.tables.shards import ShardReader, ShardRecord
 
 __all__ = [
@@ -44,12 +44,30 @@ class WeightSource:
 
     table: Table
     reference: TableVersion
-    metadata: dict[str, Any]
+    metadata: CommitMetadata
 
     @property
     def name(self) -> str:
         """The dataset's name with its version, for example `hh-harmless/tis-dpo@3`."""
         return str(self.reference).removeprefix("weights/")
+
+    @property
+    def statistics(self) -> Statistics:
+        """Counts over the whole version; empty if none were recorded."""
+        return self.metadata.get("statistics", {})
+
+    def filled_columns(self) -> set[str]:
+        """Return the columns with a value in every row, of those that a loss may need."""
+        statistics, sides = self.statistics, ("chosen", "rejected")
+        num_pairs = statistics.get("num_pairs")
+        filled = {f"{side}_{name}" for side in sides for name in ("ref_logps", "token_weights")}
+        if statistics.get("num_scored_pairs", 0) == num_pairs:
+            filled |= {f"{side}_score" for side in sides}
+        if statistics.get("ref_top_k"):
+            filled |= {f"{side}_ref_top_{name}" for side in sides for name in ("ids", "logps")}
+        if statistics.get("num_anchored_pairs", 0) == num_pairs:
+            filled |= {"anchor_ids", "anchor_ref_logps"}
+        return filled
 
 
 def open_weights(config: DataConfig) -> WeightSource:
@@ -62,28 +80,27 @@ def open_weights(config: DataConfig) -> WeightSource:
     store = WeightStore(config.store)
     reference = store.resolve(*split_name(config.weights))
     table = store.table(reference.table)
-    return WeightSource(table, reference, dict(table.metadata(reference.version)))
+    return WeightSource(table, reference, table.metadata(reference.version))
 
 
 class PairDataset(Dataset[Pair]):
     """The pairs of one version, by row number in stored order.
 
-    Opening it reads the log, and no shard whose commit recorded its row groups, unless a split must be counted. Shards of an
-    object store are copied to the local disk as they are needed.
+    Opening it reads the log, and shards only if a split must be counted. Shards of an object store are copied to the local disk
+    as they are needed.
 
     Args:
         source: The pinned version.
-        config: Split, `max_pairs`, `swap`, where copies of shards go.
+        config: Split, `max_pairs`, `swap`, folder for copies of shards.
         vocab_size: Ids must be below it.
         selection: Which rows; None for those of the config's split, up to its `max_pairs`.
-        with_ref_top: Read the reference's top-k log-probs too, 2 K numbers more per response token.
+        with_ref_top: Read the reference's top-k log-probs too, 2 K more numbers per response token.
         with_scores: Read the annotators' scores too.
         with_anchors: Read the anchors and their reference log-probs too.
         cache_groups: Row groups kept in memory, about 1 MiB each.
 
     Raises:
         NotFoundError: No pair is left: unknown split, or an empty dataset.
-        MismatchError: The dataset was written without a column that is asked for.
         DamageError: A shard is not what was committed.
         StoreError: The store cannot be read, or the folder for copies of shards cannot be written.
     """
@@ -106,13 +123,15 @@ class PairDataset(Dataset[Pair]):
         self.cache_groups = cache_groups
         self._columns = column_names(with_ref_top=with_ref_top, with_scores=with_scores, with_anchors=with_anchors)
         self._records = source.table.records(source.reference.version)
-        _check_written(self._columns, self._records, source.name)
         self.selection = selection or Selection(config.split, max_pairs=config.max_pairs)
         self._groups = _find_groups(source.table, self._records, self.selection)
         self._ends = np.cumsum(self._groups.num_rows)
         self._cache: OrderedDict[int, PairColumns] = OrderedDict()
         self._open_shards: dict[int, ShardReader] = {}
-        self._copies = None if source.table.location.is_local else _open_copies(config, self._records)
+        self._copies: ShardCache | None = None
+        if not source.table.location.is_local:
+            self._copies = ShardCache(config.cache_folder, config.cache_gib)
+            self._copies.warn_of_oversized(self._records)
         if len(self) == 0:
             raise NotFoundError(
                 f"{source.name} has no pair of {self.selection}; leave data.split empty for all splits, or hold out more"
@@ -132,7 +151,7 @@ class PairDataset(Dataset[Pair]):
 
         Raises:
             IndexError: There is no such row.
-            MismatchError: Ids, weights and reference log-probs of a row do not belong together, see `PairColumns`.
+            MismatchError: Ids, weights and reference log-probs of a row do not fit together, see `PairColumns`.
             DamageError: A shard is not what was committed.
         """
         if not 0 <= row < len(self):
@@ -143,20 +162,25 @@ class PairDataset(Dataset[Pair]):
         return pair.swapped() if self.config.swap else pair
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files and cached rows behind: every worker has its own."""
+        """Leave out open files and cached rows: every worker has its own."""
         return {**self.__dict__, "_cache": OrderedDict(), "_open_shards": {}}
 
     def _load_group(self, group: int) -> PairColumns:
         if group in self._cache:
             self._cache.move_to_end(group)
             return self._cache[group]
-        columns = self._read_group(group)
+        columns = self.read_group(group)
         self._cache[group] = columns
         if len(self._cache) > self.cache_groups:
             self._cache.popitem(last=False)
         return columns
 
-    def _read_group(self, group: int) -> PairColumns:
+    def read_group(self, group: int) -> PairColumns:
+        """Read one row group of the view from its shard, past the cache.
+
+        Raises:
+            MismatchError, DamageError: See `__getitem__`.
+        """
         shard, position, num_rows = (int(values[group]) for values in self._groups)
         names = list(dict.fromkeys([*self._columns, *self.selection.columns]))
         rows = self._open(shard).read_group(position, names)
@@ -174,27 +198,11 @@ class PairDataset(Dataset[Pair]):
 
 
 class _Groups(NamedTuple):
-    """The row groups with rows in the view, in stored order, `[G]` each: arrays, as there may be a million."""
+    """The row groups with rows in the view, in stored order, `[G]` each; arrays, since there may be a million."""
 
     shards: NDArray[np.int64]  # index of the record
     positions: NDArray[np.int64]  # in the shard
     num_rows: NDArray[np.int64]  # in the view
-
-
-def _open_copies(config: DataConfig, records: Sequence[ShardRecord]) -> ShardCache:
-    copies = ShardCache(config.cache_folder, config.cache_gib)
-    oversized = copies.oversized(records)
-    if oversized and os.environ.get("RANK", "0") == "0":
-        print(oversized, flush=True)
-    return copies
-
-
-def _check_written(columns: Sequence[str], records: Sequence[ShardRecord], name: str) -> None:
-    """Refuse a dataset that was written before a column was there."""
-    for record in records:
-        for column in columns:
-            if column not in record.checksums:
-                raise MismatchError(f"{name} has no column {column} (shard {record.name}); {remedy(column)}")
 
 
 def _find_groups(table: Table, records: Sequence[ShardRecord], selection: Selection) -> _Groups:
@@ -209,7 +217,7 @@ def _find_groups(table: Table, records: Sequence[ShardRecord], selection: Select
 
 
 def _list_sizes(table: Table, records: Sequence[ShardRecord], selection: Selection) -> list[list[int]]:
-    """Return how many rows in view each row group has, by shard; enough shards for `max_pairs`."""
+    """Return the rows in view of each row group, by shard; only as many shards as `max_pairs` needs."""
     sizes: list[list[int]] = []
     num_rows = 0
     with ThreadPoolExecutor(READERS) as pool:
@@ -231,10 +239,10 @@ def _sizes_of_shard(table: Table, record: ShardRecord, selection: Selection) -> 
 
 
 class OrderedPairs(Dataset[Pair]):
-    """The pairs of a dataset by position in a training of `num_positions`, epochs after each other, instead of by row.
+    """The pairs of a dataset by their position in a training of `num_positions`, one epoch after the other.
 
-    Positions from `num_positions` on are fillers: they make the last step equally long for every rank, and repeat its last
-    real pair, which mostly lies in the cache, marked `is_filler`.
+    Positions from `num_positions` on are fillers, which make the last step equally long for every rank: they repeat the last
+    real pair, usually in the cache, marked `is_filler`.
     """
 
     def __init__(self, pairs: PairDataset, order: BlockShuffle, num_positions: int) -> None:
@@ -257,23 +265,20 @@ class OrderedPairs(Dataset[Pair]):
 
 
 def sample_pairs(pairs: PairDataset, num_pairs: int) -> list[Pair]:
-    """Return up to `num_pairs` pairs, always the same ones for the same dataset, from a few row groups."""
+    """Return up to `num_pairs` pairs from a few row groups, always the same ones for the same dataset."""
     order = BlockShuffle(pairs.group_sizes, seed=0)
     return [pairs[row] for row in sorted(order.rows(range(min(num_pairs, len(pairs)))))]
 
 
 def check_weights_vary(source: WeightSource, sample: Iterable[Pair], loss_name: str) -> None:
-    """Refuse token weights that are all the same: a weighted loss would silently train something like the plain one.
+    """Refuse token weights that are all equal: a weighted loss would silently train like the plain one.
 
-    Args:
-        source: Its metadata may know already (`statistics.constant_weights`).
-        sample: Looked at where it does not.
-        loss_name: For the message.
+    Looks at `sample` if the metadata does not record whether weights are constant.
 
     Raises:
         MismatchError: The weights are constant.
     """
-    constant = source.metadata.get("statistics", {}).get("constant_weights")
+    constant = source.statistics.get("constant_weights")
     if constant is None:
         constant = _is_constant([side.token_weights for pair in sample for side in (pair.chosen, pair.rejected)])
     if constant:

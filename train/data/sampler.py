@@ -2,8 +2,8 @@
 
 Shards are put in a random order, row groups are shuffled inside blocks of a few shards, and rows inside windows of a few
 groups. So a reader holds one window in memory and the shards of one block on its disk at a time, and every rank, worker and
-resumed run can work out any position by itself, without replaying what came before.
-Which rank takes which positions of a step is `StepBatches`; the order itself knows nothing of ranks.
+resumed run can compute any position without replaying what came before. The order does not depend on ranks; `StepBatches`
+says which rank takes which positions of a step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ WINDOW_GROUPS = 32
 """Row groups that rows are mixed over; a group is about 1 MiB."""
 
 BLOCK_GROUPS = 256
-"""Row groups that windows are chosen from: those of a handful of full shards, which must lie on the local disk meanwhile."""
+"""Row groups from which a window is chosen: those of a few full shards, which must be on the local disk meanwhile."""
 
 Rows = NDArray[np.int64]
 
@@ -26,9 +26,9 @@ class BlockShuffle:
 
     Args:
         group_sizes: Rows of each row group, by shard, in stored order.
-        seed: Two seeds give two orders.
+        seed: Of the order.
         window_groups: Row groups per window.
-        block_groups: Row groups of shards that are gone through together, about.
+        block_groups: Row groups per block, about.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class BlockShuffle:
         return group_order, window_starts
 
     def _order_groups(self, epoch: int) -> Rows:
-        """Return all row groups at random, but those of one block of shards together."""
+        """Return all row groups in random order, the groups of one block of shards together."""
         group_order = _permutation(len(self._sizes), self.seed, epoch)
         shard_order = _permutation(len(self._groups_per_shard), self.seed, epoch, 0, 1)  # 0, 0 would be the bits above
         num_groups = self._groups_per_shard[shard_order]
@@ -100,9 +100,9 @@ def _window_rows(order: BlockShuffle, epoch: int, window: int) -> Rows:
 
 
 def _permutation(length: int, *entropy: int) -> Rows:
-    """A permutation of `length` from raw generator bits.
+    """Return a permutation from raw generator bits.
 
-    `Generator.permutation` may change between versions of numpy, the bit stream of PCG64 may not: a run resumed after
+    `Generator.permutation` may change between versions of numpy, the bit stream of PCG64 may not: a run that is resumed after
     an upgrade keeps its order.
     """
     bits = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(length)
@@ -112,10 +112,9 @@ def _permutation(length: int, *entropy: int) -> Rows:
 class StepBatches:
     """Positions of every step of one rank, as ranges, in order: a batch sampler with one batch per step.
 
-    Step s takes the positions s * pairs_per_step and following, whatever the number of ranks; epochs follow each other
-    without a gap, so that only the last step of a run may be smaller. There all ranks get equally many: positions from
-    `num_positions` on, fewer than `world_size`, are fillers, which stand for no pair. A range costs nothing, so skipping to a
-    step reads no data.
+    Step s takes the `pairs_per_step` positions from s * pairs_per_step on, for any number of ranks. Epochs follow each other
+    without a gap, so only the last step of a run may be smaller. There, too, all ranks get equally many: positions from
+    `num_positions` on, fewer than `world_size`, are fillers. Ranges cost nothing, so skipping to a step reads no data.
 
     Args:
         num_positions: Pairs to train on over the whole run, epochs included.

@@ -1,4 +1,4 @@
-"""Which rows of a weight dataset are in view: a split, the prompts that are held out, or all others."""
+"""Which rows of a weight dataset are in view: a split, the held-out prompts, or all others."""
 
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from train.config import DataConfig, EvalSection
 
 _PROMPT_DIGITS = 12
-"""A pair_id begins with so many hex digits of a hash of its prompt: all pairs of a prompt fall on the same side."""
+"""A pair_id begins with so many hex digits of a hash of its prompt, so all pairs of a prompt are on the same side."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Selection:
 
     Args:
         split: Only rows of this split; empty for all.
-        share: Of the prompts, 0..1, is held out.
-        held_out: The prompts that are held out instead of the others.
+        share: Share of prompts that are held out, 0 to 1.
+        held_out: Read the held-out prompts instead of the others.
         max_pairs: Only the first so many rows.
     """
 
@@ -42,7 +42,7 @@ class Selection:
 
     @property
     def columns(self) -> list[str]:
-        """Columns that `keeps` looks at; empty when every row is in view."""
+        """Columns that `keeps` reads; empty if every row is in view."""
         return ["split"] * bool(self.split) + ["pair_id"] * bool(self.share)
 
     def keeps(self, rows: pa.Table) -> NDArray[np.bool_]:
@@ -62,6 +62,6 @@ class Selection:
 
 
 def is_held_out(pair_id: str, share: float) -> bool:
-    """Return whether a pair is among the held-out `share` of prompts: by a hash, the same in every version and every run."""
+    """Return whether a pair's prompt is among the held-out `share`: by a hash, the same in every version and run."""
     digest = blake2b(pair_id[:_PROMPT_DIGITS].encode(), digest_size=8).digest()
     return int.from_bytes(digest) < share * 2.0**64

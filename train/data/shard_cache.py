@@ -1,9 +1,9 @@
-"""Copies of an object store's shards on the local disk: every shard is fetched once, the least recently used go first.
+"""Copies of an object store's shards on the local disk: each is fetched once; the least recently used are deleted first.
 
-Called by `PairDataset`. One folder serves all ranks, workers and trainings of a machine. Two kinds of locks, which the kernel
-takes back from whoever is killed, keep them apart: one on the unfinished copy, held while it is fetched, and one on the
-folder, shared to open a copy and exclusive to delete some. A copy gets its name when it is complete and its digest is
-the committed one. Not here: stores in a local folder, which are read in place; checks of what is read (`ShardReader`).
+Called by `PairDataset`. One folder serves all ranks, workers and trainings of a machine. They exclude each other by two kinds
+of locks, which the kernel releases if a process is killed: one on each unfinished copy while it is fetched, and one on the
+folder, shared to open a copy and exclusive to delete copies. A copy gets its name once it is complete and has the committed
+digest. Not here: stores in a local folder, which are read in place; checks of rows (`ShardReader`).
 """
 
 import fcntl
@@ -17,16 +17,19 @@ from typing import BinaryIO
 from weights_store import Table
 from weights_store.errors import DamageError, StoreError
 from weights_store.location import Location
+from weights_store.messages import logger
 from weights_store.tables.shards import ShardReader, ShardRecord
+
+_log = logger(__name__)
 
 _GIB = 1 << 30
 _PARTIAL = ".partial"
 
 
 class ShardCache:
-    """A folder of copies, at most `max_gib` together, unfinished ones included.
+    """A folder of copies of at most `max_gib` in total, unfinished ones included.
 
-    Disk space of a copy that is deleted while somebody reads it comes back when he closes it.
+    A copy that is deleted while a process reads it takes disk space until that process closes it.
 
     Args:
         folder: Its sub-folder `shards` is the cache; None for `TOKENWEIGHTS_CACHE`, by default `~/.cache/tokenweights`.
@@ -43,18 +46,17 @@ class ShardCache:
         with self._writing(), self._locked(fcntl.LOCK_SH):
             pass
 
-    def oversized(self, records: Sequence[ShardRecord]) -> str | None:
-        """Return one line about the shards that can never be kept, None where all can."""
+    def warn_of_oversized(self, records: Sequence[ShardRecord]) -> None:
+        """Log a warning about shards that are too large to be kept."""
         sizes = [record.num_bytes for record in records if record.num_bytes > self.max_bytes]
-        if not sizes:
-            return None
-        return (
-            f"{len(sizes)} of {len(records)} shards are larger than data.cache_gib={self.max_bytes / _GIB:g} (the largest has "
-            f"{max(sizes) / _GIB:.2g} GiB) and are read from the object store each time; raise data.cache_gib"
-        )
+        if sizes:
+            _log.warning(
+                f"{len(sizes)} of {len(records)} shards are larger than data.cache_gib={self.max_bytes / _GIB:g} (the largest "
+                f"has {max(sizes) / _GIB:.2g} GiB) and are read from the object store each time; raise data.cache_gib"
+            )
 
     def open(self, table: Table, record: ShardRecord) -> ShardReader:
-        """Open a shard's copy, fetched first where there is none; without room for a copy, the shard itself.
+        """Open a shard's copy, fetched first if there is none; without room for a copy, open the shard itself.
 
         Raises:
             DamageError: The shard is not the file that was committed.
@@ -71,12 +73,12 @@ class ShardCache:
         with self._locked(fcntl.LOCK_SH):
             if _size(path) != record.num_bytes:
                 return None
-            os.utime(path)  # "recently used" goes by it
+            os.utime(path)  # marks it as recently used
             where = f"{table.path} (the copy in {self.folder}; deleted, it is fetched again)"
             return ShardReader(Location(str(self.folder)), record, table.key, where)
 
     def _fetch(self, table: Table, record: ShardRecord) -> ShardReader | None:
-        """Copy a shard, unless another process just does: then wait for it. Return None where there is no room."""
+        """Copy a shard, or wait for the process that is copying it. Return None if there is no room."""
         with _locked_partial(self.folder / f"{record.name}{_PARTIAL}") as partial:
             reader = self._open_copy(table, record)
             if reader is not None or not self._reserve(partial, record.num_bytes):
@@ -89,14 +91,14 @@ class ShardCache:
             return self._open_copy(table, record)
 
     def _reserve(self, partial: BinaryIO, num_bytes: int) -> bool:
-        """Delete what has not been used for longest until `num_bytes` more have room, and give them to `partial`."""
+        """Delete the least recently used copies until `num_bytes` fit, and reserve them for `partial`."""
         with self._locked(fcntl.LOCK_EX):
             _delete_abandoned(self.folder)
             free = self.max_bytes - sum(_size(path) for path in self.folder.glob(f"*{_PARTIAL}"))
             if num_bytes > free:
                 return False
             copies = sorted(self.folder.glob("*.parquet"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-            for path in copies:  # the newest first: what no longer fits goes
+            for path in copies:  # the most recently used first; what no longer fits is deleted
                 free -= _size(path)
                 if num_bytes > free:
                     path.unlink()
@@ -139,9 +141,9 @@ class ShardCache:
 
 @contextmanager
 def _locked_partial(path: Path) -> Iterator[BinaryIO]:
-    """Open an unfinished copy that nobody else has; if it still has its name afterwards, it is deleted."""
+    """Open an unfinished copy that no other process holds; delete it if it still has its name afterwards."""
     while True:
-        path.touch()  # and never `w`, which would cut off another's
+        path.touch()  # not mode `w`, which would truncate the file of another process
         try:
             file = path.open("r+b")
         except FileNotFoundError:
@@ -149,7 +151,7 @@ def _locked_partial(path: Path) -> Iterator[BinaryIO]:
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_at(file, path):
-                continue  # finished or given up while we waited
+                continue  # finished or deleted while we waited
             try:
                 yield file
             finally:
@@ -166,12 +168,12 @@ def _delete_abandoned(folder: Path) -> None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _is_at(file, path):
                     path.unlink()
-        except (BlockingIOError, FileNotFoundError):  # somebody's, or finished meanwhile
+        except (BlockingIOError, FileNotFoundError):  # held by a process, or finished meanwhile
             continue
 
 
 def _size(path: Path) -> int:
-    """Return the bytes of a file, 0 where there is none."""
+    """Return the size of a file in bytes, 0 if there is none."""
     try:
         return path.stat().st_size
     except FileNotFoundError:

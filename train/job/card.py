@@ -1,4 +1,4 @@
-"""The model card that lies beside a trained model: what it is, from what, with which settings, and how it came out.
+"""The model card of a trained model: what it is, what it was made from, the settings, and the results.
 
 Markdown with the front matter that a model hub reads, so that the folder can be pushed as it is.
 """
@@ -6,31 +6,20 @@ Markdown with the front matter that a model hub reads, so that the folder can be
 import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import polars as pl
 
 from train.data.dataset import WeightSource
+from train.job.output import Lineage, Result
+from train.loss.config import LOSSES
 from weights_store import WeightStore, split_name
 from weights_store.errors import StoreError
+from weights_store.tables.metadata import Section
 
-_TITLES = {
-    "dpo": "DPO (arXiv 2305.18290)",
-    "ipo": "IPO (arXiv 2310.12036)",
-    "tdpo1": "TDPO1 (arXiv 2404.11999)",
-    "tdpo2": "TDPO2 (arXiv 2404.11999)",
-    "tis_dpo": "TIS-DPO (arXiv 2410.04350)",
-    "ti_dpo": "TI-DPO (arXiv 2505.19653)",
-    "simpo": "SimPO (arXiv 2405.14734)",
-    "sepo": "SePO (arXiv 2408.13518)",
-    "d2po": "D2PO (arXiv 2502.14340)",
-    "uni_dpo": "Uni-DPO (arXiv 2506.10054)",
-    "sft": "supervised fine-tuning",
-}
 _SECTIONS = ("loss", "optim", "model", "lora", "data", "eval")
 
 
-def model_card(lineage: Mapping[str, Any], source: WeightSource) -> str:
+def model_card(lineage: Lineage, source: WeightSource) -> str:
     """Return the card as Markdown.
 
     Args:
@@ -38,15 +27,19 @@ def model_card(lineage: Mapping[str, Any], source: WeightSource) -> str:
         source: The dataset that was trained on.
     """
     config, result = lineage["config"], lineage["result"]
-    base, loss = config["model"]["path"], config["loss"]["name"]
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["tokenweights", loss]}
+    base, loss = str(lineage["model"]["path"]), str(config["loss"]["name"])
+    front: dict[str, str | list[str]] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["tokenweights", loss],
+    }
     if not Path(base).expanduser().is_dir():
         front["base_model"] = base  # an id on the hub, as the hub wants it
     parts = [
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items()) + "---",
-        f"# {_TITLES[loss]} on {source.name}",
+        f"# {LOSSES[loss].title} on {source.name}",
         f"`{_shorten(base)}` trained with tokenweights for {result['steps']:,} steps. The token weights and the reference's "
-        "log-probs come from a precomputed, versioned dataset; everything it was made of is listed below.",
+        "log-probs come from a precomputed, versioned dataset; everything that it was made from is listed below.",
         "## Result\n\n" + _results(result),
         "## Settings\n\n" + _settings(config),
         "## Lineage\n\n" + _lineage(lineage, source),
@@ -55,9 +48,10 @@ def model_card(lineage: Mapping[str, Any], source: WeightSource) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _results(result: Mapping[str, Any]) -> str:
-    columns = {"before": result["before"], "after": result["after"], "held out": result.get("held_out")}
-    columns = {name: values for name, values in columns.items() if values}
+def _results(result: Result) -> str:
+    columns = {"before": result["before"], "after": result["after"]}
+    if "held_out" in result:
+        columns["held out"] = result["held_out"]
     rows = [
         [f"`{name}`", *(f"{values.get(name, float('nan')):.4g}" for values in columns.values())]
         for name in result["after"]
@@ -66,7 +60,7 @@ def _results(result: Mapping[str, Any]) -> str:
     return _table(["", *columns], rows) + f"\n\n{sample}"
 
 
-def _settings(config: Mapping[str, Any]) -> str:
+def _settings(config: Mapping[str, Section]) -> str:
     rows = [
         [f"`{section}.{key}`", f"`{json.dumps(_shorten(value), ensure_ascii=False)}`"]
         for section in _SECTIONS
@@ -76,25 +70,23 @@ def _settings(config: Mapping[str, Any]) -> str:
     return _table(["key", "value"], rows)
 
 
-def _lineage(lineage: Mapping[str, Any], source: WeightSource) -> str:
-    """Return the ancestry of the dataset as a table, the farther from it the deeper; the model stands above it."""
-    identity = lineage["identity"]
-    rows = [
-        ["starting model", f"`{_shorten(lineage['model']['path'])}`", f"`{identity['model']['fingerprint'][:12]}`", ""]
-    ]
+def _lineage(lineage: Lineage, source: WeightSource) -> str:
+    """Return a table of the starting model and of all that the dataset was made from, indented by distance."""
+    model = lineage["identity"]["model"]
+    rows = [["starting model", f"`{_shorten(lineage['model']['path'])}`", f"`{model['fingerprint'][:12]}`", ""]]
     try:
         ancestors = WeightStore(source.reference.store).lineage(*split_name(source.name))
-    except StoreError:  # the store has changed since; the dataset itself is named in the title
+    except StoreError:  # the store has changed since; the title still names the dataset
         ancestors = pl.DataFrame()
     for row in ancestors.to_dicts():
-        name = f"{row['name']}@{row['version']}" if row["version"] is not None else _shorten(str(row["name"]))
+        name = _shorten(row["name"]) if row["version"] is None else f"{row['name']}@{row['version']}"
         count = "" if row["rows"] is None else f"{row['rows']:,}"
         rows.append(["· " * row["depth"] + row["role"], f"`{name}`", f"`{row['fingerprint'] or ''}`", count])
     return _table(["", "name", "fingerprint", "rows"], rows)
 
 
-def _shorten(place: Any) -> Any:
-    """Return what can be published of a path: the last two parts of a local one, all of a hub id or a URI."""
+def _shorten(place: object) -> object:
+    """Return a value as it may be published: the last two parts of a local path, all of anything else."""
     if not isinstance(place, str) or not place.startswith(("/", "~", "./", "../", "file:")):
         return place
     return "/".join(["…", *PurePosixPath(place).parts[-2:]])

@@ -1,26 +1,26 @@
 """The step-0 gate: before the first step, the model must give the log-probs that the dataset's reference gave.
 
-A loss with a reference assumes that policy and reference are the same function at the start; then every log-ratio is 0 and the
-sigmoid losses are log 2. Another model, another dtype or a damaged dataset trains on without a word otherwise. Not here: the
-tokenizer and its chat template, which `policy.check_model_fits` compares before a model is loaded.
+A loss with a reference assumes that policy and reference are the same function at the start: all log-ratios are 0 and the
+sigmoid losses are log 2. Without the gate, training on another model, another dtype or a damaged dataset goes unnoticed. Not
+here: the tokenizer and its chat template, which `policy.check_model_fits` compares before a model is loaded.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from train.config import GateSection
+from train.config import GateSection, ModelConfig
 from weights_store.errors import MismatchError
+from weights_store.tables.metadata import CommitMetadata, ReferenceRecord
 
 _PARITY_FACTOR = 3.0
 """How far the trainer may be off, as a multiple of how far the stored scorer itself is from transformers in float32."""
 _LEAST_TOLERANCE_NATS = 1e-3
 _UNCHECKED_NATS = {"float32": 1e-3, "float16": 1e-2}
-"""Tolerance by the scorer's dtype, for datasets that record no parity check."""
+"""Tolerance by the scorer's dtype, for a dataset without a recorded parity check."""
 _UNCHECKED_BFLOAT16_NATS = 4e-2
 _MAX_FACTOR = 50
 """A single token may be off by this many times the tolerance of the mean."""
@@ -42,18 +42,18 @@ class Agreement:
         return self.mean <= tolerance_nats and self.max <= _MAX_FACTOR * tolerance_nats
 
 
-def tolerance_of(gate: GateSection, metadata: dict[str, Any]) -> float:
+def tolerance_of(gate: GateSection, metadata: CommitMetadata) -> float:
     """Return the largest mean |difference| per token that passes, nats.
 
-    Learnt from the parity check that the build recorded for its scorer: what a scorer is off by rounding, a trainer with its
-    arithmetic is off as well, in another direction.
+    It follows from the parity check that the build recorded for its scorer: the trainer's rounding errors are about as large as
+    the scorer's, and independent of them.
     """
     if gate.tolerance_nats is not None:
         return gate.tolerance_nats
     parity = metadata.get("parity")
     if parity is not None:
         return max(_PARITY_FACTOR * float(parity["mean"]), _LEAST_TOLERANCE_NATS)
-    dtype = str((metadata.get("reference") or {}).get("dtype"))
+    dtype = (metadata.get("reference") or {}).get("dtype", "")
     return _UNCHECKED_NATS.get(dtype, _UNCHECKED_BFLOAT16_NATS)
 
 
@@ -64,61 +64,72 @@ def compare(measured: Measured) -> Agreement:
 
 
 def check_step_0(
-    measure: Callable[[str], Iterator[tuple[Tensor, Tensor]]],
+    measure: Callable[[str], Measured],
+    model: ModelConfig,
     *,
     tolerance_nats: float,
-    dtype: str,
-    metadata: dict[str, Any],
-    model: str,
+    metadata: CommitMetadata,
     model_fingerprint: str,
-    quantized: bool = False,
 ) -> Agreement:
     """Refuse a model that is not the reference the dataset was scored with.
 
     Args:
-        measure: Runs the model over the sample in a dtype, see `Measured`.
+        measure: Runs the model over the sample in a dtype.
+        model: Where it is from, its dtype, and whether its weights are quantised.
         tolerance_nats: See `tolerance_of`.
-        dtype: The trainer's.
         metadata: The dataset's.
-        model: Where it is from, for messages.
         model_fingerprint: Of its files.
-        quantized: Its weights were rounded when it was loaded.
 
     Raises:
-        MismatchError: It gives other log-probs: says whether the arithmetic, the model or the stored numbers are to blame.
+        MismatchError: Its log-probs differ; the message says whether the dtype, the model or the stored numbers are to blame.
     """
-    found = compare(measure(dtype))
+    found = compare(measure(model.dtype))
     if found.within(tolerance_nats):
         return found
-    difference = (
-        f"step-0 gate: the model's log-probs differ from the reference's stored ones by {found.mean:.2g} nats per token in "
-        f"the mean (expected at most {tolerance_nats:.2g}) and {found.max:.2g} at most (expected "
+    agrees_in_float32 = (
+        model.quantization == "none" and model.dtype != "float32" and compare(measure("float32")).within(tolerance_nats)
+    )
+    if model.quantization != "none":
+        cause = (
+            "model.quantization rounds the weights, so that training starts from another function than the reference that was "
+            "scored. Build the dataset for the quantised model, or accept the difference with gate.tolerance_nats"
+        )
+    elif agrees_in_float32:
+        cause = _blame_dtype(model.dtype, metadata)
+    else:
+        cause = _blame_model(model.path, model_fingerprint, metadata.get("reference") or {})
+    raise MismatchError(f"{_describe(found, tolerance_nats)}; {cause}")
+
+
+def _describe(found: Agreement, tolerance_nats: float) -> str:
+    if math.isnan(found.mean):
+        return f"step-0 gate: the model gives log-probs that are not finite, over {found.num_tokens:,} tokens"
+    return (
+        f"step-0 gate: the model's log-probs differ from the stored ones of the reference by {found.mean:.2g} nats per token "
+        f"in the mean (expected at most {tolerance_nats:.2g}) and by {found.max:.2g} at one token (expected at most "
         f"{_MAX_FACTOR * tolerance_nats:.2g}), over {found.num_tokens:,} tokens"
     )
-    if math.isnan(found.mean):
-        difference = f"step-0 gate: the model gives log-probs that are not finite, over {found.num_tokens:,} tokens"
-    reference = metadata.get("reference") or {}
-    if quantized:
-        raise MismatchError(
-            f"{difference}; model.quantization rounds the weights, so that training starts from another function than the "
-            "reference that was scored. Build the dataset for the quantised model, or accept the difference with "
-            "gate.tolerance_nats"
-        )
-    if dtype != "float32" and compare(measure("float32")).within(tolerance_nats):
-        scored = reference.get("dtype") or (metadata.get("parity") or {}).get("dtype") or "another dtype"
-        raise MismatchError(
-            f"{difference}; in float32 they agree, so this is the arithmetic: the reference was scored in {scored}, this run "
-            f"computes in {dtype}. Set model.dtype='float32', or build with `--set score.dtype={dtype}`"
-        )
+
+
+def _blame_dtype(dtype: str, metadata: CommitMetadata) -> str:
+    reference, parity = metadata.get("reference") or {}, metadata.get("parity") or {}
+    scored = reference.get("dtype") or parity.get("dtype") or "another dtype"
+    return (
+        f"in float32 they agree, so the dtype is the cause: the reference was scored in {scored}, this run computes in "
+        f"{dtype}. Set model.dtype='float32', or build with `--set score.dtype={dtype}`"
+    )
+
+
+def _blame_model(path: str, fingerprint: str, reference: ReferenceRecord) -> str:
     recorded = reference.get("model_fingerprint")
-    if recorded == model_fingerprint:
-        raise MismatchError(
-            f"{difference}; the model's files are those of the reference, so the stored numbers or this machine's are wrong: "
-            "run `tokenweights verify` on the store and `tokenweights check-scorer` on the recipe"
+    if recorded == fingerprint:
+        return (
+            "the model's files are those of the reference, so the stored numbers or the ones of this machine are wrong: run "
+            "`tokenweights verify` on the store and `tokenweights check-scorer` on the recipe"
         )
     named = f" ({recorded[:12]}, {reference.get('model')})" if recorded else ""
-    raise MismatchError(
-        f"{difference}; model.path={model!r} ({model_fingerprint[:12]}) is another model than the reference{named}: train the "
-        "model that the dataset was scored with, or build the dataset for this one. Where the difference is meant, raise "
-        "gate.tolerance_nats or set gate.pairs=0"
+    return (
+        f"model.path={path!r} ({fingerprint[:12]}) is another model than the reference{named}: train the model that the "
+        "dataset was scored with, or build the dataset for this one. If the difference is intended, raise gate.tolerance_nats "
+        "or set gate.pairs=0"
     )

@@ -5,10 +5,10 @@
       checkpoints/    of transformers' Trainer; gone when the job is finished
       .staging/       the model while it is written
       config.json, model*.safetensors, tokenizer …, README.md (the card), metrics.json, lineage.json
-      adapter/        of a training with [lora]; alone, without a model, where lora.merge is false
+      adapter/        of a training with [lora]; without a model beside it if lora.merge is false
 
-`config.json` is moved in when all other model files are there, and `lineage.json` last: a reader sees a whole model or none,
-and a folder with `lineage.json` is finished. Files are moved one by one, so OUTPUT may be a mount point.
+`config.json` is moved in after all other model files, and `lineage.json` last: a reader sees a whole model or none, and a
+folder with `lineage.json` is finished. Files are moved one by one, so OUTPUT may be a mount point.
 """
 
 import json
@@ -17,22 +17,60 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from weights_store.errors import InputError, SettingsError
 from weights_store.fingerprint import explain_difference
+from weights_store.tables.metadata import Parent, Section
+
+
+class Identity(TypedDict):
+    """What determines a trained model."""
+
+    weights: dict[str, str]
+    model: dict[str, str]
+    lora: Section | None
+    data: Section
+    loss: Section
+    optim: Section
+    eval: Section
+
+
+class Result(TypedDict):
+    """The outcome of a training; metrics by name."""
+
+    steps: int
+    before: dict[str, float]
+    after: dict[str, float]
+    num_sample_pairs: int
+    held_out: NotRequired[dict[str, float]]
+    best_step: NotRequired[int]
+
+
+class Lineage(TypedDict):
+    """The content of `lineage.json`."""
+
+    kind: str
+    fingerprint: str
+    identity: Identity
+    parents: list[Parent]
+    model: dict[str, str | None]
+    config: dict[str, Section]
+    result: Result
+    packages: dict[str, str]
+
 
 RECORD, LINEAGE, METRICS = "train.json", "lineage.json", "metrics.json"
-_LAST = ("config.json", METRICS, LINEAGE)  # moved in this order behind everything else
-_CHECKPOINT_FILES = ("optimizer*", "scheduler.pt", "trainer_state.json")  # FSDP names its optimizer file otherwise
+_LAST = ("config.json", METRICS, LINEAGE)  # moved in this order, after everything else
+_CHECKPOINT_FILES = ("optimizer*", "scheduler.pt", "trainer_state.json")  # FSDP has another name for its optimizer file
 
 _HARDLY_ANY_BYTES = 32 << 20
-"""So little room may be left when a file did not fit; what there was of it is gone by then, or not."""
+"""With less room than this, a failed write is explained by a full disk; the partial file may be deleted already."""
 
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """One output folder; nothing is touched until a method says so."""
+    """One output folder. Creating this object touches nothing."""
 
     path: Path
 
@@ -46,12 +84,12 @@ class OutputFolder:
         """Folder in which the model is written before it becomes visible."""
         return self.path / ".staging"
 
-    def check(self, identity: Mapping[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
-        """Return the recorded lineage where this very job is finished here, None where there is work to do. Reads only.
+    def check(self, identity: Identity, *, overwrite: bool) -> Lineage | None:
+        """Return the recorded lineage if this job is finished here, None if there is work to do. Reads only.
 
         Raises:
-            InputError: The folder holds something that was not made by a training job.
-            SettingsError: It holds another job that came to a checkpoint or a model, and `overwrite` is False.
+            InputError: The folder holds something that no training job made.
+            SettingsError: It holds a checkpoint or a model of another job, and `overwrite` is False.
         """
         if not self.path.exists() or not any(self.path.glob("[!.]*")):
             return None
@@ -71,12 +109,12 @@ class OutputFolder:
         return _read_json(self.path / LINEAGE) if (self.path / LINEAGE).is_file() else None
 
     def _holds_work(self) -> bool:
-        """Return whether anything would be lost: a job that was refused at its start leaves its record alone."""
+        """Return whether there is a checkpoint or a model; a job that was refused at its start left only its record."""
         others = {path.name for path in self.path.glob("[!.]*")} - {RECORD, self.checkpoints.name}
         return bool(others) or any(self.checkpoints.glob("checkpoint-*"))
 
-    def claim(self, identity: Mapping[str, Any], config: Mapping[str, Any], *, overwrite: bool, resume: bool) -> None:
-        """Write the record, after `check`; with `overwrite` everything else goes, without `resume` the checkpoints.
+    def claim(self, identity: Identity, config: Mapping[str, Section], *, overwrite: bool, resume: bool) -> None:
+        """Write the record, after `check`. `overwrite` deletes everything else; without `resume`, the checkpoints are deleted.
 
         Raises:
             InputError: The folder cannot be written.
@@ -92,7 +130,7 @@ class OutputFolder:
             raise InputError(f"cannot write output.folder={str(self.path)!r}: {error}") from error
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest complete checkpoint. A killed run may have left an incomplete one, which is passed over."""
+        """Return the newest complete checkpoint. An incomplete one, left by a killed run, is ignored."""
         steps = {int(path.name.rpartition("-")[2]): path for path in self.checkpoints.glob("checkpoint-*")}
         complete = [path for _, path in sorted(steps.items()) if _is_complete(path)]
         return complete[-1] if complete else None
@@ -103,8 +141,8 @@ class OutputFolder:
         self.staging.mkdir()
         return self.staging
 
-    def publish(self, lineage: Mapping[str, Any], metrics: Mapping[str, Any], *, keep_checkpoints: bool) -> None:
-        """Make the model in the staging folder visible, and finish the folder."""
+    def publish(self, lineage: Lineage, metrics: Mapping[str, object], *, keep_checkpoints: bool) -> None:
+        """Move the model from the staging folder into place, and finish the folder."""
         _write_json(self.staging / METRICS, metrics)
         _write_json(self.staging / LINEAGE, lineage)
         names = sorted(path.name for path in self.staging.iterdir() if path.name not in _LAST)
@@ -120,10 +158,10 @@ class OutputFolder:
 
 @contextmanager
 def explain_full_disk(folder: Path) -> Iterator[None]:
-    """Say that the disk of `folder` is full where writing fails for it: torch and safetensors fail with other words.
+    """Turn errors on a full disk into one that says so: those of torch and safetensors do not.
 
     Raises:
-        InputError: Something failed while there was hardly any room.
+        InputError: Something failed while the disk of `folder` was almost full.
     """
     from safetensors import SafetensorError
 
@@ -135,7 +173,7 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
             raise
         raise InputError(
             f"the run failed with {free_bytes / 2**20:.1f} MiB left on the disk of output.folder={str(folder)!r} ({error}); "
-            "make room and give the same command again, it goes on from the last complete checkpoint"
+            "make room and run the same command again; it continues from the last complete checkpoint"
         ) from error
 
 
@@ -150,7 +188,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def _empty(folder: Path) -> None:
-    (folder / LINEAGE).unlink(missing_ok=True)  # first: the folder is not finished from here on
+    (folder / LINEAGE).unlink(missing_ok=True)  # first: from here on the folder is not finished
     (folder / "config.json").unlink(missing_ok=True)
     for path in folder.iterdir():
         if path.is_dir():
@@ -159,14 +197,14 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}; give --overwrite to train again") from error
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,22 +1,20 @@
 """The processes of one training job, as torchrun or accelerate started them."""
 
-from typing import Any
-
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch import Tensor, nn
 
 
 def join_ranks() -> PartialState:
-    """Return which of the processes this one is; the first call joins the others.
+    """Return which of the processes this is; the first call joins the others.
 
-    On a machine without an accelerator it has to be said that the CPU is meant, else every process believes itself alone.
+    Without `cpu=True`, the processes on a machine without an accelerator would not find each other.
     """
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def shard_on_cpus(accelerator: Accelerator, plugin_settings: dict[str, Any]) -> None:
-    """Make accelerate cut a model up (FSDP2) on CPUs too, where it would copy it to every process without a word.
+def shard_on_cpus(accelerator: Accelerator, plugin_settings: dict[str, object]) -> None:
+    """Make accelerate shard a model (FSDP2) on CPUs, where it would silently copy it to every process.
 
     Args:
         accelerator: Of the training, its model not prepared yet.
@@ -32,8 +30,8 @@ def shard_on_cpus(accelerator: Accelerator, plugin_settings: dict[str, Any]) -> 
 
 
 def gather_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters of a model that is cut up, whole and on the CPU: on the first process; the others get none."""
+    """Return all parameters of a sharded model, whole and on the CPU, on the first process; an empty dict on the others."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    whole: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return whole  # type: ignore[no-any-return]
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)  # type: ignore[return-value]  # a model's values are tensors

@@ -1,9 +1,9 @@
-"""Token weights and anchors made from the policy while it is trained (TI-DPO), in the place of stored ones.
+"""Token weights and anchors made from the policy during training (TI-DPO), in place of the stored ones.
 
-Before every window of `loss.refresh_steps` steps the trainer hands the window's pairs over and gets them back with hybrid
-weights from the policy's gradients (`attribution.py`), with anchors that the policy sampled (`generation.py`), or with both.
-Both are data: no gradient flows through how they were made. How weights are made of attributions, and how anchors are sampled,
-is what the dataset records of its build; nothing is configured twice. Not here: when a window begins (`trainer.py`).
+Before every window of `loss.refresh_steps` steps, the pairs of the window get hybrid weights from the policy's gradients
+(`attribution.py`), anchors that the policy sampled (`generation.py`), or both. Both are data: no gradient flows through how
+they were made. Weights are computed and anchors are sampled with the settings that the dataset recorded. Not here: when a
+window begins (`step_reader.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,32 +21,31 @@ from torch import nn
 
 from train.config import TrainConfig
 from train.data.dataset import Pair, PairDataset, StoredResponse, WeightSource, sample_pairs
-from train.loss.config import loss_needs
 from train.model.attribution import AttributionTarget, attribute_tokens
-from train.model.collate import MODEL_INPUTS, Batch, PairCollator
+from train.model.collate import Batch, PairCollator, model_inputs
 from train.model.generation import sample_responses
 from train.model.hybrid import hybrid_weights
-from train.model.logps import _adapters_off, per_token_logps
+from train.model.logps import adapters_off, per_token_logps
 from train.model.policy import Policy
 from train.model.sampling import AnchorSampling, closing_ids
 from train.model.token_budget import cut_by_tokens
 from weights_store.errors import InputError, MismatchError, SettingsError
 
-_NUM_LOOKED_AT = 256
-"""Pairs whose responses show how a turn ends."""
+_NUM_END_SAMPLES = 256
+"""Pairs whose responses are searched for the token that ends a turn."""
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class HybridSettings:
-    """How token weights are made of attributions, see `hybrid_weights`.
+    """How token weights are computed from attributions, see `hybrid_weights`.
 
     Args:
         target: What is differentiated.
-        mix: Share of the attribution, 0..1.
+        mix: Share of the attribution, 0 to 1.
         sigma_divisor: Of the prior, > 0.
-        with_prompts: The weights' mean is 1 over prompt and response instead of over the response.
+        with_prompts: The mean weight is 1 over prompt and response instead of over the response.
     """
 
     target: AttributionTarget
@@ -56,58 +55,48 @@ class HybridSettings:
 
     @classmethod
     def of(cls, source: WeightSource) -> "HybridSettings":
-        """Return those that the stored weights were made with.
+        """Return the settings with which the stored weights were computed.
 
         Raises:
-            MismatchError: They are not hybrid weights alone.
+            MismatchError: They are not hybrid weights, or were transformed.
         """
         recipe = source.metadata.get("recipe") or {}
-        weights = recipe.get("weights") or {}
+        weights: dict[str, Any] = recipe.get("weights") or {}
         target: Any = (recipe.get("attribute") or {}).get("target")
         missing = {"ti_lambda", "sigma_divisor", "span"} - weights.keys()
         if weights.get("estimator") != "ti" or target not in get_args(AttributionTarget) or missing:
             raise MismatchError(
-                "loss.importance='online' makes weights the way the dataset's were made, and so needs one that was built with "
-                f"weights.estimator='ti'; {source.name} was built with {weights.get('estimator')!r}. Build it again with "
-                "`tokenweights build RECIPE --set weights.estimator=ti`, or train with loss.importance='stored'"
+                "loss.importance='online' computes weights with the settings of the dataset, so it needs a dataset that was "
+                f"built with weights.estimator='ti'; {source.name} was built with {weights.get('estimator')!r}. Build it again "
+                "with `tokenweights build RECIPE --set weights.estimator=ti`, or train with loss.importance='stored'"
             )
         if weights.get("transforms"):
             raise MismatchError(
                 f"{source.name} was built with weights.transforms={weights['transforms']}, which only a build applies; for "
-                "loss.importance='online' build it without, or train with loss.importance='stored'"
+                "loss.importance='online' build it without them, or train with loss.importance='stored'"
             )
         return cls(target, weights["ti_lambda"], weights["sigma_divisor"], weights["span"] == "sequence")
 
 
 def sampling_of(source: WeightSource) -> AnchorSampling:
-    """Return how the dataset's anchors were sampled; the defaults for one that has none."""
-    recorded = (source.metadata.get("recipe") or {}).get("anchors") or {}
-    known = AnchorSampling.__dataclass_fields__
-    return AnchorSampling(**{name: value for name, value in recorded.items() if name in known})
-
-
-def check_refreshing(config: TrainConfig, source: WeightSource) -> None:
-    """Refuse what cannot be made on the way, before anything is loaded.
-
-    Raises:
-        MismatchError: See `HybridSettings.of`.
-    """
-    if loss_needs(config.loss).fresh_weights:
-        HybridSettings.of(source)
+    """Return how the dataset's anchors were sampled; the defaults if it has none."""
+    recorded: dict[str, Any] = (source.metadata.get("recipe") or {}).get("anchors") or {}
+    return AnchorSampling(**{k: v for k, v in recorded.items() if k in AnchorSampling.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
 class Refresher:
-    """Makes token weights and anchors from the policy as it is now.
+    """Computes token weights and samples anchors with the current policy.
 
     Args:
-        policy: On its device, not wrapped for several processes, whole on this one.
+        policy: On its device, not wrapped for several processes, not sharded.
         reference: For log-probs of fresh anchors; None for the policy with its adapters off.
-        hybrid: How weights are made; None leaves the stored ones.
-        sampling: How anchors are sampled; None leaves the stored ones, or none.
-        end_ids: Ids that end a response, beside those of the model's generation config.
+        hybrid: How weights are computed; None keeps the stored ones.
+        sampling: How anchors are sampled; None keeps the stored ones, if any.
+        end_ids: Ids that end a response, besides those of the model's generation config.
+        num_steps: Optimizer steps between two refreshes.
         tokens_per_batch: Tokens that are computed at a time.
-        dtype: Of the arithmetic.
+        dtype: Of the forward pass.
     """
 
     policy: Policy
@@ -115,6 +104,7 @@ class Refresher:
     hybrid: HybridSettings | None = None
     sampling: AnchorSampling | None = None
     end_ids: tuple[int, ...] = ()
+    num_steps: int = 1
     tokens_per_batch: int = 8192
     dtype: str = "float32"
 
@@ -122,26 +112,27 @@ class Refresher:
     def of(
         cls, policy: Policy, config: TrainConfig, pairs: PairDataset, reference: nn.Module | None
     ) -> "Refresher | None":
-        """Return what `config` asks for; None where everything is stored.
+        """Return what `config` asks for; None if everything comes from the dataset.
 
         Raises:
             MismatchError: See `HybridSettings.of`.
         """
-        needs = loss_needs(config.loss)
-        if not (needs.fresh_weights or needs.fresh_anchors):
+        needs = config.loss.needs
+        if needs.refresh_steps is None:
             return None
         return cls(
             policy,
             reference,
             HybridSettings.of(pairs.source) if needs.fresh_weights else None,
             sampling_of(pairs.source) if needs.fresh_anchors else None,
-            _end_ids(sample_pairs(pairs, _NUM_LOOKED_AT)) if needs.fresh_anchors else (),
+            find_end_ids(sample_pairs(pairs, _NUM_END_SAMPLES)) if needs.fresh_anchors else (),
+            needs.refresh_steps,
             config.optim.tokens_per_batch,
             config.model.dtype,
         )
 
     def refresh(self, pairs: Sequence[Pair], seed: int) -> list[Pair]:
-        """Return the pairs with what is fresh in the place of what was stored.
+        """Return the pairs with fresh weights or anchors in place of the stored ones.
 
         Args:
             pairs: At least one.
@@ -159,7 +150,7 @@ class Refresher:
         return fresh
 
     def _weighted(self, pairs: Sequence[Pair], hybrid: HybridSettings) -> list[Pair]:
-        # A prompt that two responses share gets their gradients mixed: where it counts, each response brings its own.
+        # The gradients of two responses mix in a shared prompt; if prompts count, each response gets its own.
         collator = self._collator(with_rejected=not hybrid.with_prompts)
         rows = [*pairs, *(pair.swapped() for pair in pairs)] if hybrid.with_prompts else list(pairs)
         weights: dict[tuple[int, int], Floats] = {}  # by pair and side
@@ -208,7 +199,7 @@ class Refresher:
     def _with_ref_logps(
         self, prompts: Sequence[NDArray[np.int32]], responses: Sequence[NDArray[np.int32]]
     ) -> list[StoredResponse]:
-        """Return the responses with the reference's log-probs; weights are 1."""
+        """Return the responses as anchors with the reference's log-probs."""
         unknown = [anchor_of(ids, np.zeros(len(ids), np.float32)) for ids in responses]
         rows = [Pair("anchor", prompt, response, response) for prompt, response in zip(prompts, unknown, strict=True)]
         collator = self._collator(with_rejected=False)
@@ -216,9 +207,8 @@ class Refresher:
         ref_logps: dict[int, Floats] = {}
         for part in self._parts(rows, collator):
             batch = self._collate(rows, part, collator)
-            inputs: dict[str, Any] = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-            with self._arithmetic(batch), nullcontext() if self.reference is not None else _adapters_off(model):
-                logps = per_token_logps(model, **inputs).logps
+            with self._arithmetic(batch), nullcontext() if self.reference is not None else adapters_off(model):
+                logps = per_token_logps(model, **model_inputs(batch)).logps
             values, mask = logps.float().cpu(), batch["completion_mask"].cpu()
             ref_logps |= {row: values[place][mask[place]].numpy() for place, row in enumerate(part)}
         return [anchor_of(ids, ref_logps[index]) for index, ids in enumerate(responses)]
@@ -232,21 +222,21 @@ class Refresher:
 
     def _collate(self, rows: Sequence[Pair], part: Sequence[int], collator: PairCollator) -> Batch:
         device = next(self.policy.model.parameters()).device
-        return {name: tensor.to(device) for name, tensor in collator([rows[index] for index in part]).items()}
+        return collator([rows[index] for index in part], device)
 
     def _arithmetic(self, batch: Batch) -> torch.autocast:
         device = batch["input_ids"].device
         return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
-def _end_ids(pairs: Sequence[Pair]) -> tuple[int, ...]:
-    """Return the id that ends the responses of these pairs, see `closing_ids`."""
+def find_end_ids(pairs: Sequence[Pair]) -> tuple[int, ...]:
+    """Return the id that ends most responses of these pairs, see `closing_ids`."""
     responses = [response.ids for pair in pairs for response in (pair.chosen, pair.rejected)]
     return closing_ids(np.array([len(ids) for ids in responses]), np.array([ids[-1] for ids in responses]))
 
 
 def anchor_of(ids: NDArray[np.int32], ref_logps: Floats) -> StoredResponse:
-    """Return an anchor as pairs carry it; its weights are 1."""
+    """Return an anchor; its token weights are 1."""
     return StoredResponse(ids, np.ones(len(ids), np.float32), ref_logps)
 
 
@@ -255,15 +245,15 @@ def _check_finite(attributions: Floats, lengths: NDArray[np.int64], pair_ids: Se
     if len(bad):
         pair_id = pair_ids[int(np.searchsorted(np.cumsum(lengths), bad[0], side="right"))]
         raise SettingsError(
-            f"token weights cannot be made anew: the policy's gradients are not finite ({len(bad)} tokens of a micro-batch, "
+            f"token weights cannot be refreshed: the policy's gradients are not finite ({len(bad)} tokens of a micro-batch, "
             f"the first in pair {pair_id}); lower optim.learning_rate, raise optim.warmup_share, or set model.dtype='float32'"
         )
 
 
-# --- what a checkpoint keeps of a window that has begun -----------------------------------------------------------------
+# --- the rest of a window, kept in a checkpoint ------------------------------------------------------------------------
 
-FRESH_FILES = "fresh-*.parquet"
-"""One of each process."""
+_FRESH_FILES = "fresh-*.parquet"
+"""One for each process."""
 _FLOATS = pa.list_(pa.float32())
 _FRESH = pa.schema(
     [
@@ -277,29 +267,40 @@ _FRESH = pa.schema(
 )
 
 
-def save_fresh(path: Path, pairs: Mapping[int, Pair]) -> None:
-    """Write what is fresh of `pairs`, by position in the training: the policy that made it is gone when a run is resumed."""
-    columns: dict[str, list[Any]] = {name: [] for name in _FRESH.names}
-    for position, pair in pairs.items():
-        row = [position, pair.pair_id, pair.chosen.token_weights, pair.rejected.token_weights]
-        row += [None, None] if pair.anchor is None else [pair.anchor.ids, pair.anchor.ref_logps]
-        for column, value in zip(columns.values(), row, strict=True):
-            column.append(value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns, schema=_FRESH), path)
+def remove_fresh(checkpoint: Path) -> None:
+    """Delete what a killed run, perhaps with more processes, left in this checkpoint."""
+    for path in checkpoint.glob(_FRESH_FILES):
+        path.unlink()
+
+
+def save_fresh(checkpoint: Path, rank: int, pairs: Mapping[int, Pair]) -> None:
+    """Write the fresh weights and anchors of `pairs`, by position: a resumed run no longer has the policy that made them."""
+    rows = [
+        {
+            "position": position,
+            "pair_id": pair.pair_id,
+            "chosen_token_weights": pair.chosen.token_weights,
+            "rejected_token_weights": pair.rejected.token_weights,
+            "anchor_ids": pair.anchor and pair.anchor.ids,
+            "anchor_ref_logps": pair.anchor and pair.anchor.ref_logps,
+        }
+        for position, pair in pairs.items()
+    ]
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, _FRESH), checkpoint / _FRESH_FILES.replace("*", str(rank)))
 
 
 def load_fresh(folder: Path, pairs: Mapping[int, Pair]) -> dict[int, Pair]:
-    """Return `pairs` with what `save_fresh` wrote into the checkpoint `folder`, by whichever process.
+    """Return `pairs` with what the processes wrote into the checkpoint `folder`, see `save_fresh`.
 
     Raises:
-        InputError: It holds nothing for one of them.
+        InputError: It lacks one of the pairs.
     """
-    rows = [row for path in sorted(folder.glob(FRESH_FILES)) for row in pq.read_table(path).to_pylist()]
+    rows = [row for path in sorted(folder.glob(_FRESH_FILES)) for row in pq.read_table(path).to_pylist()]
     by_position, by_pair = ({row[key]: row for row in rows} for key in ("position", "pair_id"))
     fresh = {}
     for position, pair in pairs.items():
-        # Another number of processes has other fillers; a filler is some pair of the window.
+        # With another number of processes the fillers are other pairs, but always pairs of the window.
         row = by_position.get(position, by_pair.get(pair.pair_id) if pair.is_filler else None)
         if row is None or row["pair_id"] != pair.pair_id:
             raise InputError(

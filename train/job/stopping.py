@@ -1,4 +1,4 @@
-"""Stop on SIGTERM or Ctrl-C: the first one ends after the running step with a checkpoint, the second one at once."""
+"""Stop on SIGTERM or Ctrl-C: the first signal stops after the current step, with a checkpoint; the second one at once."""
 
 import signal
 import sys
@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 
 class StopRequest:
@@ -15,13 +14,13 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self.can_finish_step = False
-        """True while a training loop looks at `requested` after every step; otherwise a signal interrupts at once."""
+        """True while a training loop checks `requested` after every step; otherwise a signal interrupts at once."""
 
     def on_signal(self, _signal_number: int, _frame: FrameType | None) -> None:
         """Note the request, or interrupt.
 
         Raises:
-            KeyboardInterrupt: No loop would look, or this is the second request.
+            KeyboardInterrupt: No loop checks the request, or this is the second one.
         """
         if self.requested or not self.can_finish_step:
             raise KeyboardInterrupt
@@ -31,11 +30,11 @@ class StopRequest:
 
 @contextmanager
 def catch_signals(stop: StopRequest) -> Iterator[None]:
-    """Send SIGTERM and SIGINT to `stop` while inside; outside the main thread, where Python forbids it, do nothing."""
+    """Send SIGTERM and SIGINT to `stop` while inside. Outside the main thread Python forbids that, and nothing happens."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous: dict[int, Any] = {s: signal.signal(s, stop.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+    previous = {s: signal.signal(s, stop.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:

@@ -1,43 +1,40 @@
 """The training loop: transformers' Trainer with our order of pairs, our log-probs, our losses and our metrics.
 
-A batch of the Trainer is a whole step; it is cut into micro-batches here, by a budget of tokens. The mean of a step is exact:
-every pair (for SFT, every response token) of a step counts the same, however it is cut and spread over ranks. Not here: what is
-trained on (`dataset.py`), how a loss is computed (`objective.py`), where the model goes (`output.py`).
+A batch of the Trainer is a whole step; it is cut into micro-batches here, by a token budget. The mean over a step is exact:
+every pair (for SFT, every response token) counts the same, however the step is cut and spread over ranks. Not here: reading the
+pairs of a step (`step_reader.py`), how a loss is computed (`objective.py`), where the model goes (`output.py`).
 """
 
 import math
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from train.config import TrainConfig
 from train.data.dataset import OrderedPairs, Pair, PairDataset
 from train.data.sampler import BlockShuffle, StepBatches
+from train.job.learning_rate import learning_rate_share
 from train.job.progress import LogLastStep
 from train.job.ranks import join_ranks, shard_on_cpus
-from train.job.refresh import FRESH_FILES, Refresher, load_fresh, save_fresh
-from train.loss.config import loss_needs
+from train.job.refresh import Refresher, remove_fresh
+from train.job.step_reader import StepReader
 from train.loss.metrics import MetricWindow
 from train.loss.objective import compute_pair_losses, count_units
-from train.model.collate import MODEL_INPUTS, Batch, PairCollator
+from train.model.collate import Batch, PairCollator, model_inputs
 from train.model.logps import Divergence, TokenTerms, route_forward
 from train.model.policy import Policy
 from train.model.token_budget import cut_by_tokens
 from weights_store.errors import SettingsError
-
-_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 @dataclass(frozen=True)
@@ -46,24 +43,24 @@ class Step:
 
     batches: list[Batch]
     num_units: Tensor | int
-    """Pairs or tokens that the loss is averaged over, of all ranks."""
+    """Pairs or tokens of all ranks that the loss is averaged over."""
 
 
 class PairTrainer(Trainer):
     """Train a policy on `pairs`. From here on `model(...)` returns per-token log-probs, see `logps.route_forward`.
 
     Args:
-        policy: The model, dropout already off, and whether it computes packed pairs.
-        pairs: The dataset.
+        policy: Its dropout is off already.
+        pairs: What is trained on.
         config: The whole job.
-        checkpoints: Folder for them.
-        held_out: Pairs that are measured on the way, and never trained on.
+        checkpoints: Their folder.
+        held_out: Pairs that are measured during training, and never trained on.
         reference: The frozen reference model, for an exact KL or fresh anchors without adapters.
         callbacks: Progress, stopping.
 
     Raises:
         SettingsError: `optim.pairs_per_step` cannot be shared equally by the processes.
-        MismatchError: The loss makes token weights anew, and the dataset does not say how.
+        MismatchError: The loss refreshes token weights, and the dataset does not record how they were made.
     """
 
     def __init__(
@@ -80,32 +77,30 @@ class PairTrainer(Trainer):
         self.config = config
         self.num_pairs = len(pairs)
         self.held_out = held_out
-        needs = loss_needs(config.loss)
+        needs = config.loss.needs
         self.loss = config.loss
         self.collator = PairCollator(
             packed=policy.not_packed is None, with_rejected=needs.rejected, with_anchors=needs.anchors
         )
-        # Measured is the rejected side too, for every loss that has numbers for it; and anchors that stay the same.
+        # Measurements include the rejected side for every loss, and anchors only if they stay the same.
         stored_anchors = needs.anchors and not needs.fresh_anchors
         self.measured = replace(self.collator, with_rejected=True, with_anchors=stored_anchors)
         self.window = MetricWindow()
         self.waited_s = 0.0
-        self.reader = ThreadPoolExecutor(1)
-        self.ahead: Future[list[Pair] | None] | None = None
-        self.refresher = Refresher.of(policy, config, pairs, reference)
-        self.fresh: deque[list[Pair]] = deque()
-        self.refreshed_s = 0.0
-        self.resumed_from: Path | None = None
         processes = join_ranks()
         self.batches = build_batches(
             config, len(pairs), rank=processes.process_index, world_size=processes.num_processes
         )
+        refresher = Refresher.of(policy, config, pairs, reference)
+        self.reader = StepReader(self.batches, refresher, seed=config.optim.seed)
         ordered = OrderedPairs(
             pairs, BlockShuffle(pairs.group_sizes, seed=config.optim.seed), self.batches.num_positions
         )
         arguments = build_arguments(config, self.batches, checkpoints)
-        measured: Any = held_out or None  # `evaluate` is ours, but the Trainer insists
-        super().__init__(policy.model, arguments, None, ordered, measured, callbacks=[LogLastStep(), *callbacks])
+        # `evaluate` is ours; the Trainer only wants to see that there is something to evaluate on.
+        super().__init__(
+            policy.model, arguments, None, ordered, held_out or None, callbacks=[LogLastStep(), *callbacks]
+        )
         if reference is not None:
             reference.to(self.args.device)
         direction = needs.kl_direction
@@ -113,22 +108,21 @@ class PairTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # training_step divides by the units of the whole step
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Set accelerate up as the Trainer does, and for FSDP2 on CPUs too."""
+        """Set up accelerate as the Trainer does, and make FSDP2 work on CPUs."""
         super().create_accelerator_and_postprocess()
         if self.args.fsdp_plugin_args is not None:
             shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the steps of this rank; accelerate must not shard them again, so it never sees the loader."""
-        batch_sampler: Any = self.batches  # ranges do where torch's types ask for lists
+        """Return the steps of this rank. accelerate never sees the loader, so it does not shard the steps again."""
         num_workers = self.args.dataloader_num_workers
         return DataLoader(
             self.train_dataset,
-            batch_sampler=batch_sampler,
+            batch_sampler=self.batches,  # type: ignore[arg-type]  # of ranges, which do as well as lists
             collate_fn=list,  # pairs stay pairs until they are cut into micro-batches
             num_workers=num_workers,
-            # Arrow, Polars and Delta run threads of their own, which do not survive a fork.
+            # The threads of Arrow, Polars and Delta do not survive a fork.
             multiprocessing_context="spawn" if num_workers else None,
         )
 
@@ -139,75 +133,45 @@ class PairTrainer(Trainer):
         device: torch.device,
     ) -> tuple[list[Step], None]:
         """Return the next step of this rank, as the one batch that the Trainer sees."""
-        begin, refreshed_s = time.perf_counter(), self.refreshed_s
-        pairs = self._read(epoch_iterator) if self.refresher is None else self._read_fresh(epoch_iterator)
+        begin, refreshed_s = time.perf_counter(), self.reader.refreshed_s
+        pairs = self.reader.next_pairs(epoch_iterator, self.state.global_step)
         if pairs is None:
             return [], None
-        step = self._cut(pairs, device)
-        self.waited_s += time.perf_counter() - begin - (self.refreshed_s - refreshed_s)
+        step = self.cut_step(pairs, device)
+        self.waited_s += time.perf_counter() - begin - (self.reader.refreshed_s - refreshed_s)
         return [step], None
 
-    def _read(self, epoch_iterator: Iterator[list[Pair]]) -> list[Pair] | None:
-        """Return the pairs of the next step of this rank as they are stored; None behind the last step."""
-        # The next step's pairs are read while this one is computed: opening a window of row groups takes 0.2 s and more.
-        pairs = (self.ahead or self.reader.submit(next, epoch_iterator, None)).result()
-        self.ahead = None if pairs is None else self.reader.submit(next, epoch_iterator, None)
-        return pairs
-
-    def _read_fresh(self, epoch_iterator: Iterator[list[Pair]]) -> list[Pair] | None:
-        """Return the pairs of the next step of this rank, with token weights or anchors of the policy that began the window."""
-        if not self.fresh:
-            length = self.config.loss.refresh_steps or 1
-            num_steps = length - self.state.global_step % length  # fewer where a run was resumed within a window
-            window = [pairs for _ in range(num_steps) if (pairs := self._read(epoch_iterator)) is not None]
-            if window:
-                begin = time.perf_counter()
-                self.fresh.extend(self._refresh(window))
-                self.refreshed_s += time.perf_counter() - begin
-        return self.fresh.popleft() if self.fresh else None
-
-    def _refresh(self, window: Sequence[list[Pair]]) -> Iterator[list[Pair]]:
-        """Yield the steps of a window with what is fresh, made now or, within a window, when it began."""
-        assert self.refresher is not None
-        step = self.state.global_step
-        pairs = [pair for pairs in window for pair in pairs]
-        if step % (self.config.loss.refresh_steps or 1):
-            assert self.resumed_from is not None
-            stored = dict(zip(self._positions(len(window)), pairs, strict=True))
-            fresh = iter(load_fresh(self.resumed_from, stored).values())
-        else:
-            entropy = (self.config.optim.seed, step, self.args.process_index)
-            seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
-            fresh = iter(self.refresher.refresh(pairs, seed))
-        return ([next(fresh) for _ in pairs] for pairs in window)
-
-    def _positions(self, num_steps: int) -> list[int]:
-        """Return the positions of this rank in the next steps."""
-        first = self.state.global_step
-        return [position for step in range(num_steps) for position in self.batches.positions_of_step(first + step)]
-
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None, *args: object, **options: object) -> object:
         """Train, see `Trainer.train`."""
-        self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self.reader.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         return super().train(resume_from_checkpoint, *args, **options)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save what the Trainer saves, and before it, since its state comes last, what is fresh of a window that has begun."""
-        if self.refresher is not None:
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            if self.args.should_save:  # left by a run that was killed here, with more processes maybe
-                for path in folder.glob(FRESH_FILES):
-                    path.unlink()
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
+        """Return the schedule of `learning_rate.py`."""
+        settings = self.config.optim
+        num_warmup = math.ceil(settings.warmup_share * num_training_steps)
+
+        def share(step: int) -> float:
+            return learning_rate_share(step, settings.schedule, num_warmup=num_warmup, num_steps=num_training_steps)
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
+        self._created_lr_scheduler = True  # as the Trainer does: a checkpoint then keeps it
+        return self.lr_scheduler
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        """Save what the Trainer saves. Before it, since its state must come last: what is left of a refreshed window."""
+        if self.reader.refresher is not None:
+            step = self.state.global_step
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            if self.args.should_save:
+                remove_fresh(folder)
             self.accelerator.wait_for_everyone()
-            pairs = [pair for pairs in self.fresh for pair in pairs]
-            if pairs:
-                kept = dict(zip(self._positions(len(self.fresh)), pairs, strict=True))
-                save_fresh(folder / FRESH_FILES.replace("*", str(self.args.process_index)), kept)
+            self.reader.save(folder, step)
             self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
 
-    def training_step(self, model: nn.Module, inputs: Step, num_items_in_batch: Any = None) -> Tensor:  # noqa: ARG002
-        """Forward and backward of a whole step; return its share in the mean loss, a scalar. Adds to the metrics."""
+    def training_step(self, model: nn.Module, inputs: Step, num_items_in_batch: object = None) -> Tensor:  # noqa: ARG002
+        """Run forward and backward of a whole step, and add to the metrics; return this rank's share of the mean loss."""
         model.train()
         total = torch.zeros((), device=self.args.device)
         for batch in inputs.batches:
@@ -222,12 +186,12 @@ class PairTrainer(Trainer):
         return total
 
     def floating_point_ops(self, inputs: Step) -> int:  # noqa: ARG002
-        """Return 0: the Trainer's estimate wants padded batches."""
+        """Return 0: the Trainer's estimate needs padded batches."""
         return 0
 
     def _add_batch(self, model: nn.Module, batch: Batch, window: MetricWindow) -> Tensor:
-        """Run one micro-batch, put its metrics into `window`, return the sum of its losses."""
-        terms: TokenTerms = model(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
+        """Run one micro-batch, add its metrics to `window`, return the sum of its losses."""
+        terms: TokenTerms = model(**model_inputs(batch))
         chosen, rejected, anchor = self.collator.split_sides(batch, terms)
         scores = (batch["chosen_scores"], batch["rejected_scores"]) if "chosen_scores" in batch else None
         result, values = compute_pair_losses(self.loss, chosen, rejected, scores, anchor)
@@ -242,8 +206,8 @@ class PairTrainer(Trainer):
         tokens = batch["completion_mask"][: len(counts)][counts].sum()
         return count_units(self.config.loss, num_pairs=int(counts.sum()), num_chosen_tokens=int(tokens))
 
-    def _cut(self, pairs: Sequence[Pair], device: torch.device) -> Step:
-        """Cut the pairs of this rank into micro-batches; all ranks make equally many, since they compute in step."""
+    def cut_step(self, pairs: Sequence[Pair], device: torch.device) -> Step:
+        """Cut the pairs of this rank into micro-batches, equally many on all ranks: the ranks compute in lockstep."""
         budget = self.config.optim.tokens_per_batch
         parts = cut_by_tokens(pairs, [self.collator.num_tokens(pair) for pair in pairs], budget)
         if self.accelerator.num_processes > 1:
@@ -261,10 +225,10 @@ class PairTrainer(Trainer):
 
     @torch.no_grad()
     def measure(self, sample: Sequence[Pair]) -> dict[str, float]:
-        """Return the mean metrics over `sample` as the model is now, shared by all ranks; for SFT, `loss` is nats per token.
+        """Return the mean metrics of the current model over `sample`, the same on all ranks; for SFT, `loss` is nats per token.
 
-        What a training makes anew on the way would be another yardstick at every step: the sample is measured with the stored
-        token weights, and without the triplet where anchors are sampled on the way.
+        Measurements must compare across steps, and refreshed data would not: token weights are the stored ones, and there is no
+        triplet if anchors are refreshed.
         """
         model, ordinary = self.model_wrapped, (self.loss, self.collator)
         model.eval()
@@ -272,10 +236,9 @@ class PairTrainer(Trainer):
             self.loss = self.loss.model_copy(update={"triplet_gamma": 0.0})
         self.collator = self.measured
         window = MetricWindow()
-        device = next(model.parameters()).device
-        for batch in self._cut(self._share(sample), self.args.device).batches:
+        for batch in self.cut_step(self._share(sample), self.args.device).batches:
             with self.compute_loss_context_manager():
-                self._add_batch(model, {name: tensor.to(device) for name, tensor in batch.items()}, window)
+                self._add_batch(model, self._prepare_inputs(batch), window)
         self.loss, self.collator = ordinary
         return window.pop_means(self.accelerator.reduce if self.accelerator.num_processes > 1 else None)
 
@@ -291,46 +254,42 @@ class PairTrainer(Trainer):
     def response_logps(self, sample: Sequence[Pair], dtype: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield policy and stored reference log-probs of all response tokens of `sample`, `[n]` each, nats.
 
-        Every rank sees the whole sample, so that all come to the same judgement.
-
-        Args:
-            sample: Pairs.
-            dtype: Of the arithmetic.
+        Every rank runs the whole sample, so that all ranks decide the same. `dtype` is that of the forward pass.
         """
         model, collator = self.model_wrapped, self.measured
         device = next(model.parameters()).device
         sizes = [collator.num_tokens(pair) for pair in sample]
         for part in cut_by_tokens(sample, sizes, self.config.optim.tokens_per_batch):
-            batch = {name: tensor.to(device) for name, tensor in collator(part).items()}
+            batch = collator(part, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-                terms: TokenTerms = model.eval()(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
+                terms: TokenTerms = model.eval()(**model_inputs(batch))
             yield terms.logps[batch["completion_mask"]], batch["ref_logps"][batch["completion_mask"]]
 
     def evaluate(
         self,
-        eval_dataset: Any = None,  # noqa: ARG002  (the Trainer's signature)
-        ignore_keys: Any = None,  # noqa: ARG002
+        eval_dataset: object = None,  # noqa: ARG002  (the Trainer's signature)
+        ignore_keys: object = None,  # noqa: ARG002
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Measure the held-out pairs, log it, and return it under names that begin with `eval_`."""
+        """Measure the held-out pairs, log the metrics, and return them under names that begin with `eval_`."""
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure(self.held_out).items()}
         self.log(dict(metrics))
-        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the means of the window since the last log, next to what the Trainer logs.
+        """Log the means since the last log, next to what the Trainer logs.
 
         Raises:
             SettingsError: The loss is no longer finite.
         """
         if "train_runtime" in logs:
-            return  # the Trainer's summary; its rates take every micro-batch for a full one
+            return  # the Trainer's summary; its rates count every micro-batch as a full one
         if "loss" in logs:
             logs |= self.window.pop_means(self.accelerator.reduce)
             logs["data_wait_s"], self.waited_s = self.waited_s, 0.0
-            if self.refresher is not None:
-                logs["refresh_s"], self.refreshed_s = self.refreshed_s, 0.0
+            if self.reader.refresher is not None:
+                logs["refresh_s"], self.reader.refreshed_s = self.reader.refreshed_s, 0.0
         if not math.isfinite(logs.get("loss", 0.0)):
             raise SettingsError(
                 f"the loss became {logs['loss']} by step {self.state.global_step}; lower optim.learning_rate "
@@ -342,7 +301,7 @@ class PairTrainer(Trainer):
 
 
 def build_batches(config: TrainConfig, num_pairs: int, *, rank: int = 0, world_size: int = 1) -> StepBatches:
-    """Return what one rank trains on over the whole run.
+    """Return the positions that one rank trains on, step by step.
 
     Raises:
         SettingsError: `optim.pairs_per_step` cannot be shared equally by the processes.
@@ -358,24 +317,22 @@ def build_batches(config: TrainConfig, num_pairs: int, *, rank: int = 0, world_s
 
 
 def build_arguments(config: TrainConfig, batches: StepBatches, checkpoints: Path) -> TrainingArguments:
-    """Return the Trainer's own settings; what is ours (data, loss, order) is not among them."""
+    """Return the Trainer's own settings; data, loss, order and learning rate are ours."""
     optim, output, evaluation = config.optim, config.output, config.eval
     return TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=batches.num_steps,
         gradient_accumulation_steps=1,  # training_step accumulates
         learning_rate=optim.learning_rate,
-        lr_scheduler_type=_SCHEDULES[optim.schedule],
-        warmup_steps=optim.warmup_share,  # below 1 it is a share
         weight_decay=optim.weight_decay,
         max_grad_norm=optim.max_grad_norm,
         seed=optim.seed,
-        use_cpu=not torch.accelerator.is_available(),  # else the Trainer refuses bf16 there
+        use_cpu=not torch.accelerator.is_available(),  # otherwise the Trainer refuses bf16 on CPUs
         bf16=config.model.dtype == "bfloat16",
         dataloader_num_workers=config.data.num_workers,
         logging_steps=output.log_every_steps,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # would put an earlier loss in the place of a NaN
+        logging_nan_inf_filter=False,  # it would replace a NaN by an earlier loss
         save_strategy="steps" if output.save_every_steps else "no",
         save_steps=output.save_every_steps or 1,
         save_total_limit=1,
@@ -392,8 +349,8 @@ def build_arguments(config: TrainConfig, batches: StepBatches, checkpoints: Path
     )
 
 
-def _sharding(config: TrainConfig) -> dict[str, Any]:
-    """Return the Trainer's settings of FSDP2; a single process has nothing to cut up."""
+def _sharding(config: TrainConfig) -> dict[str, object]:
+    """Return the Trainer's settings of FSDP2; a single process has nothing to shard."""
     if config.parallel.strategy != "fsdp2" or join_ranks().num_processes == 1:
         return {}
     return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}

@@ -1,214 +1,322 @@
-"""The `[loss]` section, and what each loss needs of a weight dataset.
+"""The `[loss]` section: one class per loss, with the settings that it reads, the data that it needs, and its row in the docs.
 
-Read by `train/config.py`, so no torch here. Not here: the losses themselves (`losses.py`), and whether a dataset has
-what is needed (`objective.py`).
+A new loss is a class here, listed in `LossSection`, and a function of the same name in `losses.py`. Read by
+`train/config.py`, so no torch here.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-LossName = Literal["dpo", "ipo", "tdpo1", "tdpo2", "tis_dpo", "ti_dpo", "simpo", "sepo", "d2po", "uni_dpo", "sft"]
 KlDirection = Literal["policy_ref", "ref_policy"]
-"""KL(pi‖ref) and KL(ref‖pi), the expectation over the first."""
-
-_SETTINGS: dict[str, dict[str, float | str | None]] = {
-    "dpo": {"beta": None, "label_smoothing": 0.0},
-    "ipo": {"beta": None},
-    "tdpo1": {"beta": None, "kl": "exact"},
-    "tdpo2": {"beta": None, "kl": "exact", "alpha": 0.5},
-    "tis_dpo": {"beta": None, "kl": "off", "eta_scale": 1.0},
-    "ti_dpo": {
-        "beta": None,
-        "variant": "paper",
-        "kl": "exact",
-        "alpha": 0.5,
-        "triplet_gamma": 0.1,
-        "triplet_margin": 0.5,
-        "anchor": "stored",
-        "importance": "stored",
-        "refresh_steps": 1,
-    },
-    "simpo": {"beta": None, "label_smoothing": 0.0, "gamma_beta_ratio": 0.5},
-    "sepo": {},
-    "d2po": {"beta": None, "gamma": 0.98},
-    "uni_dpo": {
-        "beta": None,
-        "quality_eta": 0.7,
-        "tau_ref": 0.8,
-        "focal_gamma": 3.0,
-        "nll_lambda": 0.001,
-        "tau_good": 3.2,
-    },
-    "sft": {"beta": None},
-}
-"""The settings that each loss reads, with their defaults."""
-_TI_DPO_RELEASE = {"triplet_gamma": 0.001, "triplet_margin": 0.001}
-"""Defaults of the official release's shipped settings, where they are others than the paper's."""
-_KL_DIRECTIONS: dict[str, KlDirection] = {
-    "tis_dpo": "policy_ref",
-    "ti_dpo": "ref_policy",
-    "tdpo1": "ref_policy",
-    "tdpo2": "ref_policy",
-}
-
-
-class LossConfig(BaseModel):
-    """What is minimised. A setting that the chosen loss does not read is refused; those it reads are always filled in."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    name: LossName
-    beta: float | None = Field(default=None, gt=0)
-    """Strength of the pull to the reference (of the logistic, for `simpo`), > 0. Identifies a result, so it has no
-    default; `sft` needs none and scales its logged rewards with it, `sepo` has none."""
-    label_smoothing: float | None = Field(default=None, ge=0, lt=0.5)
-    """`dpo`, `simpo`: probability that a pair is labelled the wrong way round, 0..0.5 (default 0)."""
-    kl: Literal["off", "exact", "top_k"] | None = None
-    """`tis_dpo` (default off: no eta), `tdpo1`, `tdpo2`, `ti_dpo` of variant release (default exact): exact runs the
-    reference model along and takes the whole vocabulary; top_k needs reference top-k log-probs in the dataset, and no
-    reference model."""
-    eta_scale: float | None = Field(default=None, gt=0)
-    """`tis_dpo` with kl exact or top_k: factor of eta (default 1, the paper's; the official release has 0.5)."""
-    alpha: float | None = Field(default=None, ge=0)
-    """`tdpo2`, `ti_dpo` of variant release: factor of the KL term (default 0.5)."""
-    variant: Literal["paper", "release"] | None = None
-    """`ti_dpo`: paper (default) has no KL term, release adds TDPO2's and has other defaults for the triplet."""
-    triplet_gamma: float | None = Field(default=None, ge=0)
-    """`ti_dpo`: factor of the triplet loss (default 0.1, of variant release 0.001); 0 leaves it out, and then the dataset
-    needs no anchors."""
-    triplet_margin: float | None = Field(default=None, ge=0)
-    """`ti_dpo`: by how much nearer the anchor shall be to chosen than to rejected, nats squared (default 0.5, of variant
-    release 0.001)."""
-    anchor: Literal["stored", "online"] | None = None
-    """`ti_dpo` with the triplet: anchors of the dataset, sampled from the reference (default), or sampled from the policy
-    on the way."""
-    importance: Literal["stored", "online"] | None = None
-    """`ti_dpo`: token weights of the dataset (default), or made from the policy's gradients on the way."""
-    refresh_steps: int | None = Field(default=None, ge=1, le=1000)
-    """`ti_dpo` with anything online: make it anew every so many steps (default 1), whose pairs are held in memory."""
-    gamma_beta_ratio: float | None = Field(default=None, ge=0)
-    """`simpo`: margin that chosen should win by, as a share of beta, nats per token (default 0.5)."""
-    gamma: float | None = Field(default=None, gt=0, le=1)
-    """`d2po`: response token t counts gamma^t, t from 1 (default 0.98)."""
-    quality_eta: float | None = Field(default=None, ge=0)
-    """`uni_dpo`: slope of the pair's weight in the difference of annotator scores (default 0.7)."""
-    tau_ref: float | None = None
-    """`uni_dpo`: pairs that the policy tells apart by more than this, in beta x nats per token, count less (default
-    0.8)."""
-    focal_gamma: float | None = Field(default=None, ge=0)
-    """`uni_dpo`: how much less (default 3)."""
-    nll_lambda: float | None = Field(default=None, ge=0)
-    """`uni_dpo`: factor of the likelihood term on good chosen responses (default 0.001)."""
-    tau_good: float | None = None
-    """`uni_dpo`: annotator score from which a chosen response is good, on the annotator's scale (default 3.2)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in_defaults(cls, settings: Any) -> Any:
-        # None stands for "not given" throughout, so that a config which was dumped with its defaults loads again.
-        if not isinstance(settings, dict):
-            return settings
-        given = {key: value for key, value in settings.items() if value is not None}
-        return {**_settings_read(given), **given}
-
-    @model_validator(mode="after")
-    def _check_settings(self) -> Self:
-        given = self.model_dump(exclude_none=True)
-        reads = _settings_read(given)
-        for key, value in given.items():
-            if key != "name" and key not in reads:
-                raise ValueError(_unread_message(given, key, value))
-        if "beta" in reads and self.name != "sft" and self.beta is None:
-            raise ValueError(f"loss.name={self.name!r} needs loss.beta > 0, for example 0.1; it has no default")
-        if self.name in ("tdpo1", "tdpo2", "ti_dpo") and self.kl == "off":
-            without = "use loss.variant='paper'" if self.name == "ti_dpo" else "it is 'dpo'"
-            raise ValueError(
-                f"loss.name={self.name!r} needs loss.kl 'exact' or 'top_k', got 'off'; without it, {without}"
-            )
-        return self
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of the function of that name in `losses.py`."""
-        of_others = {"name", "kl", "variant", "anchor", "importance", "refresh_steps"}
-        return self.model_dump(exclude=of_others, exclude_none=True)
-
-
-def _settings_read(given: Mapping[str, Any]) -> dict[str, float | str | None]:
-    """Return what the loss reads, with defaults; empty for a name that does not exist."""
-    name = str(given.get("name"))
-    reads = dict(_SETTINGS.get(name, {}))
-    if name == "ti_dpo" and given.get("variant") == "release":
-        reads |= _TI_DPO_RELEASE
-    return {key: default for key, default in reads.items() if key not in _settings_switched_off(given)}
-
-
-def _settings_switched_off(given: Mapping[str, Any]) -> dict[str, str]:
-    """Return the settings that are not read because of another one, and what about it."""
-    name = given.get("name")
-    if name == "tis_dpo" and given.get("kl") in (None, "off"):
-        return {"eta_scale": "without eta; set loss.kl to 'exact' or 'top_k'"}
-    off: dict[str, str] = {}
-    if name == "ti_dpo":
-        if given.get("variant") != "release":
-            off |= dict.fromkeys(("kl", "alpha"), "without a KL term; set loss.variant to 'release'")
-        if given.get("triplet_gamma") == 0:
-            off |= dict.fromkeys(("triplet_margin", "anchor"), "without the triplet; set loss.triplet_gamma above 0")
-        if "online" not in (given.get("anchor"), given.get("importance")):
-            off["refresh_steps"] = "without anything to refresh; set loss.anchor or loss.importance to 'online'"
-    return off
-
-
-def _unread_message(given: Mapping[str, Any], key: str, value: object) -> str:
-    reason = _settings_switched_off(given).get(key)
-    if reason is not None:
-        return f"loss.{key}={value!r} {reason}, or leave {key} out"
-    readers = ", ".join(reader for reader, settings in _SETTINGS.items() if key in settings)
-    return (
-        f"loss.name={given['name']!r} does not read loss.{key}, got {value!r}; leave it out (it belongs to {readers})"
-    )
+"""KL(pi‖ref) or KL(ref‖pi); the expectation is over the first."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a loss needs beside ids and the policy."""
+    """What a loss needs besides the ids and the policy."""
 
     ref_logps: bool = False
-    """Reference log-probs of the response tokens."""
+    """From the dataset: reference log-probs of the response tokens."""
     token_weights: bool = False
-    """Stored token weights of the response tokens."""
+    """From the dataset: token weights of the response tokens."""
     fresh_weights: bool = False
-    """Token weights made from the policy on the way, in the place of stored ones."""
+    """From the policy, in place of the stored ones: token weights."""
     anchors: bool = False
-    """An anchor in every pair of a batch."""
+    """An anchor in every pair of a batch: from the dataset, unless they are fresh."""
     fresh_anchors: bool = False
-    """Anchors sampled from the policy on the way, in the place of stored ones."""
+    """From the policy, in place of the stored ones: anchors."""
     ref_top: bool = False
-    """The reference's top-k ids and log-probs per response token."""
+    """From the dataset: the reference's top-k ids and log-probs per response token."""
     scores: bool = False
-    """Annotator scores of both responses."""
+    """From the dataset: annotator scores of both responses."""
     rejected: bool = True
-    """The rejected responses at all."""
+    """The rejected responses."""
     kl_direction: KlDirection | None = None
     """Which per-token KL; None for none."""
     reference_model: bool = False
-    """The reference's own forward pass, for the exact KL and for log-probs of fresh anchors."""
+    """The reference's own forward pass: for the exact KL, and for log-probs of fresh anchors."""
+    refresh_steps: int | None = None
+    """Steps between two refreshes of what comes from the policy; None if nothing does."""
 
 
-def loss_needs(loss: LossConfig) -> Needs:
-    """Return what `loss` needs."""
-    has_kl = loss.kl in ("exact", "top_k")
-    return Needs(
-        ref_logps=loss.name not in ("simpo", "sepo", "sft"),
-        token_weights=loss.name in ("tis_dpo", "sepo") or loss.importance == "stored",
-        fresh_weights=loss.importance == "online",
-        anchors=loss.anchor is not None,
-        fresh_anchors=loss.anchor == "online",
-        ref_top=loss.kl == "top_k",
-        scores=loss.name == "uni_dpo",
-        rejected=loss.name != "sft",
-        kl_direction=_KL_DIRECTIONS[loss.name] if has_kl else None,
-        reference_model=loss.kl == "exact" or loss.anchor == "online",
-    )
+class LossConfig(BaseModel):
+    """What every loss says about itself. A setting that a loss does not read is refused.
+
+    The docstring of a loss says what it compares; the table of losses in `docs/training.md` has the same words.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    title: ClassVar[str]
+    """Name and paper, for the model card."""
+    reads: ClassVar[Needs]
+    """What is needed whatever the settings; see `needs`."""
+    kl_direction: ClassVar[KlDirection | None] = None
+    """Of the KL term, for losses with a setting `kl`."""
+    estimator: ClassVar[str] = "tis"
+    """The `weights.estimator` of a recipe that makes the token weights of this loss."""
+    per_token: ClassVar[bool] = False
+    """Whether a step is a mean over chosen response tokens instead of pairs."""
+    has_plain_rewards: ClassVar[bool] = False
+    """Whether its rewards are unweighted sums of log-ratios, so that logging them apart would repeat `rewards/*`."""
+    switches: ClassVar[frozenset[str]] = frozenset()
+    """Settings that choose what is computed; the loss function does not take them."""
+
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_none(cls, settings: object) -> object:
+        # None means "not given", so that a config that was dumped with its defaults loads again.
+        return {k: v for k, v in settings.items() if v is not None} if isinstance(settings, dict) else settings
+
+    @property
+    def needs(self) -> Needs:
+        """What the loss needs with these settings."""
+        kl: str | None = getattr(self, "kl", None)
+        if kl not in ("exact", "top_k"):
+            return self.reads
+        return replace(self.reads, kl_direction=self.kl_direction, ref_top=kl == "top_k", reference_model=kl == "exact")
+
+    @property
+    def reward_scale(self) -> float:
+        """Factor of the logged rewards: beta if the loss has one."""
+        return getattr(self, "beta", None) or 1.0
+
+    def arguments(self) -> dict[str, float]:
+        """Return the keyword arguments of the function of that name in `losses.py`."""
+        return self.model_dump(exclude={"name", *self.switches}, exclude_none=True)
+
+    def _refuse(self, keys: Sequence[str], why: str) -> None:
+        """Refuse settings that were given though another one switches them off."""
+        for key in keys:
+            if key in self.model_fields_set:
+                raise ValueError(f"loss.{key}={getattr(self, key)!r} {why}, or leave {key} out")
+
+
+class _BetaLoss(LossConfig):
+    reads = Needs(ref_logps=True)
+
+    beta: float = Field(gt=0, examples=[0.1])
+    """Strength of the pull towards the reference, > 0. It identifies a result, so it has no default."""
+
+
+Kl = Literal["exact", "top_k"]
+LabelSmoothing = Annotated[
+    float, Field(ge=0, lt=0.5, description="Probability that the two responses of a pair are swapped, 0 to 0.5.")
+]
+
+
+class Dpo(_BetaLoss):
+    """Sums of log-ratios."""
+
+    title = "DPO (arXiv 2305.18290)"
+    has_plain_rewards = True
+
+    name: Literal["dpo"]
+    label_smoothing: LabelSmoothing = 0.0
+
+
+class Ipo(_BetaLoss):
+    """Means of log-ratios per token as in TRL; the squared distance of their difference to 1 / (2 beta)."""
+
+    title = "IPO (arXiv 2310.12036)"
+
+    name: Literal["ipo"]
+
+
+class _TdpoLoss(_BetaLoss):
+    kl_direction = "ref_policy"
+    switches = frozenset({"kl"})
+
+    kl: Kl = "exact"
+    """`exact` runs the reference model along and uses the whole vocabulary; `top_k` needs the reference's top-k log-probs in
+    the dataset, and no reference model."""
+
+
+class Tdpo1(_TdpoLoss):
+    """Sums of log-ratios and of KL(ref‖π)."""
+
+    title = "TDPO1 (arXiv 2404.11999)"
+
+    name: Literal["tdpo1"]
+
+
+class Tdpo2(_TdpoLoss):
+    """Sums of log-ratios and of `alpha` KL(ref‖π), without the gradient through the KL of chosen."""
+
+    title = "TDPO2 (arXiv 2404.11999)"
+
+    name: Literal["tdpo2"]
+    alpha: float = Field(default=0.5, ge=0)
+    """Factor of the KL term."""
+
+
+class TisDpo(_BetaLoss):
+    """Weighted sums of log-ratios; `kl = "exact"` or `"top_k"` adds the eta of the paper, with KL(π‖ref)."""
+
+    title = "TIS-DPO (arXiv 2410.04350)"
+    reads = Needs(ref_logps=True, token_weights=True)
+    kl_direction = "policy_ref"
+    switches = frozenset({"kl"})
+
+    name: Literal["tis_dpo"]
+    kl: Literal["off", "exact", "top_k"] = "off"
+    """`off` leaves eta out; `exact` and `top_k` as for `tdpo1`."""
+    eta_scale: float | None = Field(default_factory=lambda given: None if given["kl"] == "off" else 1.0, gt=0)
+    """With `kl`: factor of eta (default 1, as in the paper; the official release has 0.5)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kl == "off":
+            self._refuse(["eta_scale"], "without eta; set loss.kl to 'exact' or 'top_k'")
+        return self
+
+
+Given = Mapping[str, object]
+T = TypeVar("T")
+
+
+def _by_variant(*, paper: T, release: T) -> Callable[[Given], T]:
+    return lambda given: release if given["variant"] == "release" else paper
+
+
+def _if_triplet(default: Callable[[Given], T]) -> Callable[[Given], T | None]:
+    return lambda given: default(given) if given["triplet_gamma"] else None
+
+
+def _refresh_steps(given: Given) -> int | None:
+    return 1 if "online" in (given["anchor"], given["importance"]) else None
+
+
+class TiDpo(_BetaLoss):
+    """Weighted sums of log-ratios, and a triplet with an anchor; `variant = "release"` adds the KL term of TDPO2."""
+
+    title = "TI-DPO (arXiv 2505.19653)"
+    kl_direction = "ref_policy"
+    estimator = "ti"
+    switches = frozenset({"kl", "variant", "anchor", "importance", "refresh_steps"})
+
+    name: Literal["ti_dpo"]
+    variant: Literal["paper", "release"] = "paper"
+    """`paper` has no KL term; `release` has the one of TDPO2, and other defaults for the triplet."""
+    kl: Kl | None = Field(default_factory=_by_variant(paper=None, release="exact"))
+    """With variant `release`, as for `tdpo1` (default exact)."""
+    alpha: float | None = Field(default_factory=_by_variant(paper=None, release=0.5), ge=0)
+    """With variant `release`: factor of the KL term (default 0.5)."""
+    triplet_gamma: float = Field(default_factory=_by_variant(paper=0.1, release=0.001), ge=0)
+    """Factor of the triplet loss (default 0.1, for variant `release` 0.001); with 0 there is no triplet, and the dataset
+    needs no anchors."""
+    triplet_margin: float | None = Field(default_factory=_if_triplet(_by_variant(paper=0.5, release=0.001)), ge=0)
+    """How much nearer the anchor must be to chosen than to rejected, nats squared (default 0.5, for variant `release`
+    0.001)."""
+    anchor: Literal["stored", "online"] | None = Field(default_factory=_if_triplet(lambda _: "stored"))
+    """With the triplet: `stored` (default) takes the anchors of the dataset, sampled from the reference; `online` samples
+    them from the policy during training."""
+    importance: Literal["stored", "online"] = "stored"
+    """`stored` takes the token weights of the dataset; `online` computes them from the policy's gradients during training."""
+    refresh_steps: int | None = Field(default_factory=_refresh_steps, ge=1, le=1000)
+    """With anything `online`: steps between two refreshes (default 1); the pairs of these steps are held in memory."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.variant != "release":
+            self._refuse(["kl", "alpha"], "without a KL term; set loss.variant to 'release'")
+        if self.triplet_gamma == 0:
+            self._refuse(["triplet_margin", "anchor"], "without the triplet; set loss.triplet_gamma above 0")
+        if "online" not in (self.anchor, self.importance):
+            why = "without anything to refresh; set loss.anchor or loss.importance to 'online'"
+            self._refuse(["refresh_steps"], why)
+        return self
+
+    @property
+    def needs(self) -> Needs:
+        """What the loss needs with these settings."""
+        needs = super().needs
+        return replace(
+            needs,
+            token_weights=self.importance == "stored",
+            fresh_weights=self.importance == "online",
+            anchors=self.anchor is not None,
+            fresh_anchors=self.anchor == "online",
+            reference_model=needs.reference_model or self.anchor == "online",
+            refresh_steps=self.refresh_steps,
+        )
+
+
+class Simpo(LossConfig):
+    """Mean log-probs per token, with a margin."""
+
+    title = "SimPO (arXiv 2405.14734)"
+    reads = Needs()
+
+    name: Literal["simpo"]
+    beta: float = Field(gt=0, examples=[2.0])
+    """Scale of the margins, > 0; 2 to 10 in the paper."""
+    label_smoothing: LabelSmoothing = 0.0
+    gamma_beta_ratio: float = Field(default=0.5, ge=0)
+    """Margin by which chosen should win, as a share of beta, nats per token."""
+
+
+class Sepo(LossConfig):
+    """Mean log-probs of the selected tokens, with weights of `weights.estimator = "sepo"`."""
+
+    title = "SePO (arXiv 2408.13518)"
+    reads = Needs(token_weights=True)
+    estimator = "sepo"
+
+    name: Literal["sepo"]
+
+
+class D2po(_BetaLoss):
+    """Sums of log-ratios that decay with `gamma`^t."""
+
+    title = "D2PO (arXiv 2502.14340)"
+
+    name: Literal["d2po"]
+    gamma: float = Field(default=0.98, gt=0, le=1)
+    """Response token t counts gamma^t, t from 1."""
+
+
+class UniDpo(_BetaLoss):
+    """Means of log-ratios per token, weighted by annotator scores and by how well the policy does already."""
+
+    title = "Uni-DPO (arXiv 2506.10054)"
+    reads = Needs(ref_logps=True, scores=True)
+
+    name: Literal["uni_dpo"]
+    quality_eta: float = Field(default=0.7, ge=0)
+    """Slope of a pair's weight in the difference of its annotator scores."""
+    tau_ref: float = 0.8
+    """Pairs whose margin in the policy is larger than this, in beta x nats per token, count less."""
+    focal_gamma: float = Field(default=3.0, ge=0)
+    """How much less they count."""
+    nll_lambda: float = Field(default=0.001, ge=0)
+    """Factor of the likelihood term on good chosen responses."""
+    tau_good: float = 3.2
+    """A chosen response is good from this annotator score on."""
+
+
+class Sft(LossConfig):
+    """Likelihood of chosen."""
+
+    title = "supervised fine-tuning"
+    reads = Needs(rejected=False)
+    per_token = True
+    has_plain_rewards = True
+
+    name: Literal["sft"]
+    beta: float | None = Field(default=None, gt=0)
+    """Factor of the logged rewards; 1 if it is not given."""
+
+
+LossSection = Annotated[
+    Dpo | Ipo | Tdpo1 | Tdpo2 | TisDpo | TiDpo | Simpo | Sepo | D2po | UniDpo | Sft, Field(discriminator="name")
+]
+LOSSES: dict[str, type[LossConfig]] = {
+    get_args(loss.model_fields["name"].annotation)[0]: loss for loss in get_args(get_args(LossSection)[0])
+}
+"""All losses by name, in the order of the docs."""

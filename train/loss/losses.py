@@ -1,13 +1,17 @@
 """Preference losses as pure functions of per-token log-probabilities.
 
-Called through `objective.py`; usable alone. Weights, reference log-probs and annotator scores are data: no gradient
-flows into them. The end-of-text token is a token like any other here, in every loss. The mean of a response without any
-token is 0, as its sum is. Not here: the next-token shift (`logps.py`), the per-token KL (`divergence.py`), and reduction
-over pairs (the caller's).
+Called through `objective.py`; usable alone. In every loss, `chosen` and `rejected` are the two sides with the fields that the
+loss reads (`Needs` in `config.py`), `beta` is > 0, and a missing field or a setting out of its range is a `ValueError`.
+Weights, reference log-probs and annotator scores are data: no gradient flows into them. The end-of-text token counts like any
+other.
+
+Not here: the sums over a response (`terms.py`), the next-token shift (`logps.py`), the per-token KL (`divergence.py`), and the
+reduction over pairs, which is the caller's.
 
 Notation in comments: w chosen, l rejected, m(y) = sum_t log pi/ref, a(y) = mean_t log pi, K(y) = sum_t KL_t, sg stops
 gradients.
 """
+# ruff: noqa: D417  (the docstring above describes what all losses take)
 
 from typing import NamedTuple
 
@@ -15,44 +19,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from train.loss.terms import (
+    PairLosses,
+    ResponseLogps,
+    decay_weights,
+    masked,
+    masked_kls,
+    masked_logps,
+    masked_logratios,
+    masked_token_weights,
+    mean_logps,
+    mean_logratios,
+    sum_kls,
+    sum_logps,
+    sum_logratios,
+    sum_weighted_logratios,
+    weighted_sum,
+)
 from weights_store.errors import InputError
-
-
-class ResponseLogps(NamedTuple):
-    """One side of a batch of pairs, aligned to tokens: position t holds values of token t. Shapes `[B, T]`."""
-
-    policy_logps: Tensor
-    """log pi(y_t | x, y_<t), nats, with gradient."""
-    completion_mask: Tensor
-    """bool, True on response tokens; nothing else counts, whatever the other fields hold there."""
-    ref_logps: Tensor | None = None
-    """log ref(y_t | x, y_<t), nats."""
-    token_weights: Tensor | None = None
-    """w_t >= 0, unitless."""
-    kls: Tensor | None = None
-    """KL of the two next-token distributions at position t, nats, with gradient; in the direction that the loss names."""
-
-
-class PairLosses(NamedTuple):
-    """What a loss returns, `[B]` each; rewards are detached and None where they cannot be known."""
-
-    losses: Tensor
-    chosen_rewards: Tensor | None
-    """What the loss compares, beta included: it is a function of chosen - rejected. Nats, for means nats per token."""
-    rejected_rewards: Tensor | None
 
 
 def dpo(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, label_smoothing: float = 0.0) -> PairLosses:
     """Per-pair DPO loss, `[B]` nats. Token weights are ignored.
 
     Args:
-        chosen: Preferred responses, with `ref_logps`.
-        rejected: The others, with `ref_logps`.
-        beta: > 0.
-        label_smoothing: Probability that a pair is labelled the wrong way round, 0..0.5 ("conservative DPO").
-
-    Raises:
-        ValueError: `ref_logps` are missing, or `beta` or `label_smoothing` is out of range.
+        label_smoothing: Probability that the two responses of a pair are swapped, 0 to 0.5 ("conservative DPO").
 
     References:
         Rafailov et al. 2023, arXiv 2305.18290, Eq. 7; label smoothing as in the authors' release, trainers.py.
@@ -64,34 +55,21 @@ def ipo(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float) -> PairL
     """Per-pair IPO loss, `[B]` (nats per token, squared).
 
     Args:
-        chosen: Preferred responses, with `ref_logps`.
-        rejected: The others, with `ref_logps`.
-        beta: tau of the paper, > 0; the margin aimed at is 1 / (2 beta).
-
-    Raises:
-        ValueError: `ref_logps` are missing or `beta` is not positive.
+        beta: tau of the paper; the target of the margin is 1 / (2 beta).
 
     References:
-        Azar et al. 2023, arXiv 2310.12036, Eq. 17. Departure, the same as TRL's: the paper writes sums of log-ratios,
-        here they are means over the tokens of each response, so that the target does not depend on length. TRL (1.16,
-        `DPOTrainer`) has it from the authors that their results were made so.
+        Azar et al. 2023, arXiv 2310.12036, Eq. 17. Departure, the same as TRL's: the paper writes sums of log-ratios;
+        here they are means over the tokens of each response, so that the target does not depend on the length. According to
+        TRL (1.16, `DPOTrainer`) the authors confirmed that their results used means.
     """
     _check_beta(beta)
-    chosen_means, rejected_means = _mean(_logratios(chosen), chosen), _mean(_logratios(rejected), rejected)
+    chosen_means, rejected_means = mean_logratios(chosen), mean_logratios(rejected)
     losses = (chosen_means - rejected_means - 1 / (2 * beta)) ** 2  # Eq. 17
     return PairLosses(losses, beta * chosen_means.detach(), beta * rejected_means.detach())
 
 
 def tdpo1(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float) -> PairLosses:
-    """Per-pair TDPO1 loss, `[B]` nats.
-
-    Args:
-        chosen: Preferred responses, with `ref_logps` and `kls` in the direction KL(ref‖pi).
-        rejected: The others, likewise.
-        beta: > 0.
-
-    Raises:
-        ValueError: `ref_logps` or `kls` are missing or `beta` is not positive.
+    """Per-pair TDPO1 loss, `[B]` nats, with KL(ref‖pi).
 
     References:
         Zeng et al. 2024, arXiv 2404.11999, the loss named TDPO1; rewards beta (m + K) as the official release logs them.
@@ -101,22 +79,16 @@ def tdpo1(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float) -> Pai
 
 
 def tdpo2(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, alpha: float) -> PairLosses:
-    """Per-pair TDPO2 loss, `[B]` nats: the KL of the chosen side takes no gradient.
+    """Per-pair TDPO2 loss, `[B]` nats, with KL(ref‖pi): the KL of the chosen side takes no gradient.
 
     With `alpha` 0 it is `dpo`; with 1 it has the value of `tdpo1`, not its gradient.
 
     Args:
-        chosen: Preferred responses, with `ref_logps` and `kls` in the direction KL(ref‖pi).
-        rejected: The others, likewise.
-        beta: > 0.
         alpha: Factor of the KL term, >= 0.
-
-    Raises:
-        ValueError: `ref_logps` or `kls` are missing or `beta` is not positive.
 
     References:
         Zeng et al. 2024, arXiv 2404.11999, the loss named TDPO2. Departure: the official release logs beta (m + K) as
-        rewards for it too; here they are beta (m + alpha K), whose difference is what the loss sees.
+        rewards here too; ours are beta (m + alpha K), whose difference is the margin of the loss.
     """
     # beta [m(w) - m(l) - alpha (K(l) - sg K(w))]
     chosen_sums = sum_logratios(chosen) + alpha * sum_kls(chosen).detach()
@@ -124,29 +96,23 @@ def tdpo2(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, alpha:
 
 
 def tis_dpo(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, eta_scale: float = 0.0) -> PairLosses:
-    """Per-pair TIS-DPO loss, `[B]` nats. Rewards are the weighted ones that the loss sees, eta included.
+    """Per-pair TIS-DPO loss, `[B]` nats. Rewards are the weighted sums that the loss compares, eta included.
 
-    With all weights 1 and eta off it equals `dpo` bit for bit, value and gradient: the end-of-text token is weighted
+    With all weights 1 and without eta it equals `dpo` bit for bit, value and gradient: the end-of-text token has a weight
     too, where the official release gives it 0.
 
     Args:
-        chosen: Preferred responses, with `ref_logps` and `token_weights`; with eta `kls` as well, KL(pi‖ref).
-        rejected: The others, likewise.
-        beta: > 0.
-        eta_scale: Factor of eta, >= 0; 0 is off and needs no `kls`.
-
-    Raises:
-        ValueError: `ref_logps`, `token_weights` or `kls` are missing or `beta` is not positive.
+        eta_scale: Factor of eta, >= 0; 0 leaves it out, otherwise `kls` are KL(pi‖ref).
 
     References:
         Liu et al. 2024, arXiv 2410.04350 (ICLR 2025); u and eta as in the official release, trainers.py, which switches
-        eta by `token_level` (false) and multiplies it by alpha (0.5). Gradients flow through eta on both sides, as
-        there. Its sign is the opposite of TDPO's and its KL the other way round.
+        eta by `token_level` (false) and multiplies it by alpha (0.5). As there, gradients flow through eta on both
+        sides. TDPO's KL term has the opposite sign and the other direction.
     """
     chosen_sums, rejected_sums = sum_weighted_logratios(chosen), sum_weighted_logratios(rejected)
     if eta_scale:  # u - eta; eta = beta [sum_t w_t KL_t(w) - sum_t w_t KL_t(l)]
-        chosen_sums = chosen_sums - eta_scale * _weighted_sum(_kls(chosen), chosen)
-        rejected_sums = rejected_sums - eta_scale * _weighted_sum(_kls(rejected), rejected)
+        chosen_sums = chosen_sums - eta_scale * weighted_sum(masked_kls(chosen), chosen)
+        rejected_sums = rejected_sums - eta_scale * weighted_sum(masked_kls(rejected), rejected)
     return _logistic(chosen_sums, rejected_sums, beta)
 
 
@@ -160,27 +126,20 @@ def ti_dpo(
     triplet_gamma: float = 0.0,
     triplet_margin: float = 0.0,
 ) -> PairLosses:
-    """Per-pair TI-DPO loss, `[B]` nats: DPO or TDPO2 on weighted log-ratios, and a share of the triplet loss.
+    """Per-pair TI-DPO loss, `[B]` nats: DPO or TDPO2 on weighted log-ratios, plus `triplet_gamma` times the triplet loss.
 
-    Without the triplet it equals `tis_dpo` bit for bit with `alpha` 0, and `tdpo2` where all weights are 1. Rewards are
-    what the logistic sees; the triplet is not in them.
+    Without the triplet it equals `tis_dpo` bit for bit if `alpha` is 0, and `tdpo2` if all weights are 1. Rewards do not
+    contain the triplet.
 
     Args:
-        chosen: Preferred responses, with `ref_logps` and `token_weights`; with alpha `kls` as well, KL(ref‖pi).
-        rejected: The others, likewise.
         anchor: Responses sampled for the same prompts, with `ref_logps`; None without the triplet.
-        beta: > 0.
-        alpha: Factor of the KL term, >= 0; 0 for the paper's loss, which has none.
+        alpha: Factor of KL(ref‖pi), >= 0; 0 for the paper's loss, which has no KL term.
         triplet_gamma: Factor of the triplet loss, >= 0; 0 is off.
         triplet_margin: See `triplet`.
 
-    Raises:
-        ValueError: `ref_logps`, `token_weights`, `kls` or the anchor are missing or `beta` is not positive.
-
     References:
-        arXiv 2505.19653 (ICLR 2026), Eq. 11, 12, 14; beta stands inside the sigmoid as in Algorithm 1, Eq. 12 leaves it
-        out. With alpha as in the official release: TDPO2's KL term, without token weights, of which the paper has the
-        factor's name only.
+        arXiv 2505.19653 (ICLR 2026), Eq. 11, 12, 14; beta is inside the sigmoid as in Algorithm 1; Eq. 12 leaves it
+        out. The KL term is that of the official release: TDPO2's, without token weights. The paper only names its factor.
     """
     chosen_sums, rejected_sums = sum_weighted_logratios(chosen), sum_weighted_logratios(rejected)  # Eq. 11
     if alpha:  # beta [m_w(w) - m_w(l) - alpha (K(l) - sg K(w))]
@@ -200,29 +159,23 @@ class Triplet(NamedTuple):
 
     losses: Tensor
     to_chosen: Tensor
-    """Squared distance of the anchor from the chosen response."""
+    """Squared distance of the anchor from the chosen response; `to_rejected` likewise."""
     to_rejected: Tensor
-    """And from the rejected one."""
 
 
 def triplet(chosen: ResponseLogps, rejected: ResponseLogps, anchor: ResponseLogps, *, margin: float) -> Triplet:
-    """Per-pair triplet loss, `[B]` nats squared: the anchor shall be nearer to chosen than to rejected.
+    """Per-pair triplet loss, `[B]` nats squared: pulls the anchor nearer to chosen than to rejected.
 
-    Distances are those of per-token log-ratios. Where the policy is the reference they are all 0, and so is the gradient
-    of a square: the loss is the margin, and does nothing until another term has moved the policy.
+    Distances are between per-token log-ratios; token weights play no part. As long as the policy equals the reference,
+    all distances and their gradients are 0: the loss is the margin, and has no effect until another term moves the policy.
 
     Args:
-        chosen: Preferred responses, with `ref_logps`. Token weights play no part.
-        rejected: The others, likewise.
-        anchor: The policy's own responses to the same prompts, likewise. Gradients flow through its log-probs too.
-        margin: By how much nearer, nats squared, >= 0.
-
-    Raises:
-        ValueError: `ref_logps` are missing.
+        anchor: The policy's own responses to the same prompts. Gradients flow through its log-probs too.
+        margin: How much nearer, nats squared, >= 0.
 
     References:
-        arXiv 2505.19653, Eq. 13. What the paper leaves open is as in the official release: token 1 is compared with token
-        1 of the other response, as far as both go; squares are added up, not averaged.
+        arXiv 2505.19653, Eq. 13. Details that the paper leaves open follow the official release: token 1 is compared with
+        token 1 of the other response, up to the shorter length; squares are summed, not averaged.
     """
     ours, good, bad = (_by_ordinal(side) for side in (anchor, chosen, rejected))
     to_chosen, to_rejected = _squared_distance(ours, good), _squared_distance(ours, bad)
@@ -240,14 +193,9 @@ def simpo(
     """Per-pair SimPO loss, `[B]` nats. No reference: rewards are beta times the mean log-prob.
 
     Args:
-        chosen: Preferred responses.
-        rejected: The others.
-        beta: > 0; 2 to 10 in the paper, for means are small.
-        gamma_beta_ratio: Margin that chosen should win by, nats per token. TRL's `simpo_gamma` is this times beta.
+        beta: 2 to 10 in the paper, since means are small.
+        gamma_beta_ratio: Margin by which chosen should win, nats per token. TRL's `simpo_gamma` is this times beta.
         label_smoothing: As in `dpo`.
-
-    Raises:
-        ValueError: `beta` or `label_smoothing` is out of range.
 
     References:
         Meng et al. 2024, arXiv 2405.14734, Eq. 6; label smoothing as in the official release, simpo_trainer.py.
@@ -260,21 +208,15 @@ def simpo(
 def sepo(chosen: ResponseLogps, rejected: ResponseLogps) -> PairLosses:
     """Per-pair SePO loss, `[B]` nats: mean log-prob over selected tokens, no reference, no beta.
 
-    With all weights 1 it is `simpo` with beta 1 and no margin. Looks at the weights, which costs one wait for the device.
-
-    Args:
-        chosen: Preferred responses, with `token_weights`: 1 on selected tokens and 0 elsewhere, or any weights >= 0 for
-            a weighted mean.
-        rejected: The others, likewise.
+    Token weights are 1 on selected tokens and 0 elsewhere, or any weights >= 0 for a weighted mean. With all weights 1 it is
+    `simpo` with beta 1 and no margin. The weights are checked, which waits for the device once.
 
     Raises:
-        ValueError: `token_weights` are missing.
-        InputError: A weight is negative or no number, or a response has none above 0: the mean of nothing is unknown,
-            and training on an invented 0 would push the other side alone.
+        InputError: A weight is negative or NaN, or a response has no weight above 0, so that its mean is unknown.
 
     References:
-        Yang et al. 2024, arXiv 2408.13518 (EMNLP 2024); the form of the official release, utils_selective.py, whose
-        --beta this loss never reads. Departure: there the first response token can never be selected, here any can.
+        Yang et al. 2024, arXiv 2408.13518 (EMNLP 2024); the form of the official release, utils_selective.py, which
+        ignores its --beta. Departure: there the first response token can never be selected, here any can.
     """
     return _logistic(_selected_means(chosen, "chosen"), _selected_means(rejected, "rejected"), 1.0)
 
@@ -283,16 +225,10 @@ def d2po(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, gamma: 
     """Per-pair D2PO loss, `[B]` nats: `tis_dpo` with the weights of `decay_weights`; stored token weights are ignored.
 
     Args:
-        chosen: Preferred responses, with `ref_logps`.
-        rejected: The others, with `ref_logps`.
-        beta: > 0.
-        gamma: Decay per token, 0..1; 1 is `dpo`.
-
-    Raises:
-        ValueError: `ref_logps` are missing or `beta` is not positive.
+        gamma: Decay per token, 0 to 1; 1 is `dpo`.
 
     References:
-        arXiv 2502.14340; in the official release, trainer_utils.py, t counts from 1, and so it does here.
+        arXiv 2502.14340; t counts from 1 as in the official release, trainer_utils.py.
     """
     sides = (side._replace(token_weights=decay_weights(side, gamma)) for side in (chosen, rejected))
     return tis_dpo(*sides, beta=beta)
@@ -311,38 +247,29 @@ def uni_dpo(
     nll_lambda: float,
     tau_good: float,
 ) -> PairLosses:
-    """Per-pair Uni-DPO loss, `[B]` nats: length-normalised DPO, weighted by quality and by what the policy can do
-    already.
-
-    More parameters than elsewhere: they are the method's own five, and a record around them would only rename them.
+    """Per-pair Uni-DPO loss, `[B]` nats: length-normalised DPO, weighted by quality and by the policy's own margin.
 
     Args:
-        chosen: Preferred responses, with `ref_logps`.
-        rejected: The others, with `ref_logps`.
-        chosen_scores: `[B]`, the annotator's score of each.
-        rejected_scores: `[B]`, likewise.
-        beta: > 0.
+        chosen_scores: Annotator scores, `[B]`.
+        rejected_scores: Likewise.
         quality_eta: eta, slope of w_qual in the difference of scores; 0 makes it 1/2 everywhere.
-        tau_ref: Margin, in beta x nats per token, at which w_perf is half way down.
+        tau_ref: Margin, in beta x nats per token, at which the sigmoid of w_perf is 1/2.
         focal_gamma: gamma, exponent of w_perf, >= 0.
         nll_lambda: lambda, factor of the c-NLL term, >= 0.
         tau_good: Score from which the c-NLL term acts.
 
-    Raises:
-        ValueError: `ref_logps` are missing or `beta` is not positive.
-
     References:
-        arXiv 2506.10054 (ICLR 2026), in the form of the official release, uni_dpo_trainer.py: w_perf looks at the policy
-        only and is not detached, so its gradient counts; the c-NLL term is a mean over tokens.
+        arXiv 2506.10054 (ICLR 2026), in the form of the official release, uni_dpo_trainer.py: w_perf depends on the
+        policy only and is not detached, so its gradient counts; the c-NLL term is a mean over tokens.
     """
     chosen_means, rejected_means = mean_logps(chosen), mean_logps(rejected)  # a_pi
-    chosen_logratios, rejected_logratios = _mean(_logratios(chosen), chosen), _mean(_logratios(rejected), rejected)
+    chosen_logratios, rejected_logratios = mean_logratios(chosen), mean_logratios(rejected)
     preference = _logistic(chosen_logratios, rejected_logratios, beta)
     quality_weights = torch.sigmoid(quality_eta * (chosen_scores - rejected_scores).detach())
-    # (1 - sigmoid(x))^gamma = exp(gamma log sigmoid(-x)): finite gradient where the power of a probability of 0 has none
+    # (1 - sigmoid(x))^gamma = exp(gamma log sigmoid(-x)), whose gradient stays finite as the probability goes to 0
     policy_margins = beta * (chosen_means - rejected_means)
     focal_weights = torch.exp(focal_gamma * F.logsigmoid(tau_ref - policy_margins))
-    falls_behind = (chosen_scores >= tau_good) & (chosen_logratios < 0)  # good, and ref likes it better than pi does
+    falls_behind = (chosen_scores >= tau_good) & (chosen_logratios < 0)  # good, but less likely than under ref
     nll = torch.where(falls_behind, -nll_lambda * chosen_means, 0.0)
     return preference._replace(losses=quality_weights * focal_weights * preference.losses + nll)
 
@@ -350,65 +277,17 @@ def uni_dpo(
 def sft(chosen: ResponseLogps, rejected: ResponseLogps | None = None, *, beta: float = 1.0) -> PairLosses:
     """Negative log-likelihood of each chosen response, `[B]` nats summed over its tokens.
 
-    The trainer divides by the number of response tokens of a step, not by pairs. Rewards are there for the sides that
-    come with `ref_logps`; with the default beta they are plain log-ratios.
-
-    Args:
-        chosen: The responses to imitate.
-        rejected: Only for its rewards.
-        beta: Scale of the rewards, > 0; not part of the loss.
+    The trainer divides by the number of response tokens of a step, not by pairs. `beta` scales the rewards only, which need
+    `ref_logps`; `rejected` serves its rewards alone.
     """
     losses = -sum_logps(chosen)  # -sum_t log pi(y_t | x, y_<t)
     return PairLosses(losses, _rewards_if_known(chosen, beta), _rewards_if_known(rejected, beta))
 
 
-def sum_logps(side: ResponseLogps) -> Tensor:
-    """Return log pi(y | x), `[B]` nats, summed over response tokens."""
-    return _logps(side).sum(-1)
-
-
-def mean_logps(side: ResponseLogps) -> Tensor:
-    """Return log pi(y | x) / |y|, `[B]` nats per token."""
-    return _mean(_logps(side), side)
-
-
-def sum_logratios(side: ResponseLogps) -> Tensor:
-    """Return log pi(y | x) - log ref(y | x), `[B]` nats.
-
-    Raises:
-        ValueError: `ref_logps` are missing.
-    """
-    return _logratios(side).sum(-1)
-
-
-def sum_weighted_logratios(side: ResponseLogps) -> Tensor:
-    """sum_t w_t (log pi - log ref), `[B]` nats.
-
-    Raises:
-        ValueError: `ref_logps` or `token_weights` are missing.
-    """
-    return _weighted_sum(_logratios(side), side)
-
-
-def sum_kls(side: ResponseLogps) -> Tensor:
-    """Return the KL of a response, `[B]` nats, summed over its tokens.
-
-    Raises:
-        ValueError: `kls` are missing.
-    """
-    return _kls(side).sum(-1)
-
-
-def decay_weights(side: ResponseLogps, gamma: float) -> Tensor:
-    """Return gamma^t on response token t = 1, 2, ..., `[B, T]`; 0 elsewhere."""
-    mask = side.completion_mask
-    return _masked(gamma ** mask.cumsum(-1).to(side.policy_logps.dtype), mask)
-
-
 def _logistic(
     chosen: Tensor, rejected: Tensor, beta: float, *, label_smoothing: float = 0.0, target: float = 0.0
 ) -> PairLosses:
-    """-log sigmoid(margin), `[B]`, margin = beta * (chosen - rejected) - target; that of -margin for a smoothed share."""
+    """-log sigmoid(margin), `[B]`, margin = beta (chosen - rejected) - target; of -margin for the share of label smoothing."""
     _check_beta(beta)
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be at least 0 and below 0.5, got {label_smoothing}")
@@ -424,55 +303,22 @@ def _check_beta(beta: float) -> None:
         raise ValueError(f"beta must be > 0, got {beta}")
 
 
-def _logps(side: ResponseLogps) -> Tensor:
-    return _masked(side.policy_logps, side.completion_mask)
-
-
-def _logratios(side: ResponseLogps) -> Tensor:
-    return _masked(side.policy_logps - _given(side, "ref_logps").detach(), side.completion_mask)
-
-
-def _kls(side: ResponseLogps) -> Tensor:
-    return _masked(_given(side, "kls"), side.completion_mask)
-
-
-def _token_weights(side: ResponseLogps) -> Tensor:
-    return _masked(_given(side, "token_weights").detach(), side.completion_mask)
-
-
-def _given(side: ResponseLogps, field: str) -> Tensor:
-    values: Tensor | None = getattr(side, field)
-    if values is None:
-        raise ValueError(f"this loss needs {field}; none were given")
-    return values
-
-
-def _weighted_sum(values: Tensor, side: ResponseLogps) -> Tensor:
-    """sum_t w_t v_t, `[B]`; `values` are masked already."""
-    return (_token_weights(side) * values).sum(-1)
-
-
 def _by_ordinal(side: ResponseLogps) -> tuple[Tensor, Tensor]:
     """Return log-ratios and mask, `[B, T]`, with the first response token of every row in column 0."""
     order = (~side.completion_mask).to(torch.uint8).argsort(dim=-1, stable=True)
-    return _logratios(side).gather(-1, order), side.completion_mask.gather(-1, order)
+    return masked_logratios(side).gather(-1, order), side.completion_mask.gather(-1, order)
 
 
 def _squared_distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
     """Return sum_t (u_t - v_t)^2, `[B]`, over the places where both responses have a token."""
     length = min(first[0].shape[-1], second[0].shape[-1])
     (values, mask), (other_values, other_mask) = ((field[:, :length] for field in side) for side in (first, second))
-    return _masked(values - other_values, mask & other_mask).square().sum(-1)
-
-
-def _mean(values: Tensor, side: ResponseLogps) -> Tensor:
-    """Mean over response tokens, `[B]`; `values` are masked already."""
-    return values.sum(-1) / side.completion_mask.sum(-1).clamp(min=1)
+    return masked(values - other_values, mask & other_mask).square().sum(-1)
 
 
 def _selected_means(side: ResponseLogps, name: str) -> Tensor:
     """sum_t w_t log pi_t / sum_t w_t, `[B]`."""
-    token_weights = _token_weights(side)
+    token_weights = masked_token_weights(side)
     total_weights = token_weights.sum(-1)
     bad = ~((token_weights >= 0).all(-1) & (total_weights > 0))
     if bad.any():
@@ -480,15 +326,10 @@ def _selected_means(side: ResponseLogps, name: str) -> Tensor:
             f"sepo, {name} response {int(bad.int().argmax())} of the batch: expected token weights >= 0, at least one of "
             "them above 0; build the dataset with weights.estimator='sepo', which always selects a token"
         )
-    return _weighted_sum(_logps(side), side) / total_weights
+    return weighted_sum(masked_logps(side), side) / total_weights
 
 
 def _rewards_if_known(side: ResponseLogps | None, beta: float) -> Tensor | None:
     if side is None or side.ref_logps is None:
         return None
     return beta * sum_logratios(side).detach()
-
-
-def _masked(values: Tensor, mask: Tensor) -> Tensor:
-    """Zero outside the mask; a NaN there reaches neither value nor gradient (multiplying by 0 would keep it)."""
-    return torch.where(mask, values, values.new_zeros(()))

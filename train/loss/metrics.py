@@ -1,8 +1,8 @@
 """What is logged about a batch, and its mean over a logging window.
 
-TRL's names (`rewards/*`, `logps/*`) always mean unweighted sums, so that runs with and without token weights compare;
-what another loss compares instead (weighted sums, means, a KL) has names of its own (`weighted_rewards/*`), and a KL has
-its direction in the name, for KL(pi‖ref) and KL(ref‖pi) are not comparable.
+TRL's names (`rewards/*`, `logps/*`) always mean unweighted sums, so that runs with and without token weights can be compared.
+What a loss compares instead (weighted sums, means, with a KL) is `weighted_rewards/*`. A KL has its direction in the name,
+since KL(pi‖ref) and KL(ref‖pi) are not comparable.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from train.loss.config import KlDirection
-from train.loss.losses import PairLosses, ResponseLogps, sum_kls, sum_logps, sum_logratios, triplet
+from train.loss.losses import triplet
+from train.loss.terms import PairLosses, ResponseLogps, sum_kls, sum_logps, sum_logratios
 
 
 @torch.no_grad()
@@ -23,14 +24,14 @@ def pair_metrics(
     weighted: PairLosses | None = None,
     kl_direction: KlDirection | None = None,
 ) -> dict[str, Tensor]:
-    """Values `[B]` by name; without `rejected` only those of the chosen side, and no rewards without `ref_logps`.
+    """Return values `[B]` by name; without `rejected` only those of chosen, and no rewards without `ref_logps`.
 
     Args:
         chosen: One side.
         rejected: The other, or None.
         beta: Scale of the rewards.
-        weighted: What a loss returned whose rewards are not the plain ones, for the `weighted_rewards/*`.
-        kl_direction: Direction of the `kls`, for the `kl_*`: sums over the response, unweighted; None for no KL.
+        weighted: For the `weighted_rewards/*`: the result of a loss whose rewards are not the plain ones.
+        kl_direction: For the `kl_*`, unweighted sums over the response: direction of the `kls`; None for no KL.
     """
     sides = {"chosen": chosen} if rejected is None else {"chosen": chosen, "rejected": rejected}
     metrics = {f"logps/{name}": sum_logps(side) for name, side in sides.items()}
@@ -48,7 +49,7 @@ def pair_metrics(
 def triplet_metrics(
     chosen: ResponseLogps, rejected: ResponseLogps, anchor: ResponseLogps, *, margin: float
 ) -> dict[str, Tensor]:
-    """Values `[B]` by name: the triplet loss without its factor, where it acts (0 or 1), and the anchor's distances."""
+    """Return values `[B]` by name: the triplet loss without its factor, whether it is above 0, and the anchor's distances."""
     found = triplet(chosen, rejected, anchor, margin=margin)
     return {
         "triplet": found.losses,
@@ -67,7 +68,7 @@ def _rewards(prefix: str, rewards: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class MetricWindow:
-    """Sums and counts since the last `pop_means`; nothing leaves the device until then."""
+    """Sums and counts since the last `pop_means`; they stay on the device until then."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -76,7 +77,7 @@ class MetricWindow:
         """Add one micro-batch.
 
         Args:
-            values: `[B]` each, averaged over pairs.
+            values: `[B]` each; their means are over pairs.
             total_loss: Sum of the losses, a scalar.
             num_units: Pairs or tokens that the loss is averaged over.
         """
@@ -93,7 +94,7 @@ class MetricWindow:
         """Return the mean of every value and start a new window.
 
         Args:
-            reduce_over_ranks: accelerate's `reduce`; None where every rank has seen everything.
+            reduce_over_ranks: accelerate's `reduce`; None for a single process.
         """
         if not self._sums:
             return {}

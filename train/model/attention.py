@@ -1,43 +1,46 @@
-"""Attention over packed pairs: every token of a micro-batch lies in one row, and sees its own prompt and its own branch.
+"""Attention over packed pairs: all tokens of a micro-batch are in one row; each sees its own prompt and its own branch.
 
-Registered with transformers as an attention implementation, so that the decoders stay as they are: whatever they would tell
-flash attention (scale, sliding window, soft-capping) arrives here by name. On a GPU the row goes through flex attention as it
-is. On the CPU it is laid out as a row per pair for the attention alone, with a boolean mask; everything else of the decoder
-runs over the row without padding.
+Registered with transformers as an attention implementation, so that decoders need no change: what they pass to flash attention
+(scale, sliding window, soft-capping) arrives here by name. On a GPU, flex attention runs over the row. On a CPU, the attention
+alone runs over one padded row per pair with a boolean mask; the rest of the decoder runs over the packed row.
 """
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from transformers import AttentionInterface
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 PACKED = "tokenweights_packed"
 """Name of the attention implementation."""
 CHOSEN, REJECTED, ANCHOR = 1, 2, 3
-"""Branches of a pair: a response's own tokens. What all of them share is branch 0."""
+"""Branches of a pair: the tokens of one response. What all responses share is branch 0."""
 NUM_BRANCHES = 4
 MAX_DENSE_SCORES = 1 << 19
-"""Scores of one head up to which plain matrix products are used on CPUs. While scores fit into the cache they take half the
-time of the flash kernel. With 8 heads, forward and backward of one pair: 1.8 against 3.6 ms at 256 tokens, 6.7 against 15
-at 512, 16 against 21 at 768, 54 against 35 at 1,024."""
+"""Scores of one head up to which CPUs use plain matrix products. While scores fit into the cache, these take half the time of
+the flash kernel. 8 heads, forward and backward of one pair: 1.8 against 3.6 ms at 256 tokens, 16 against 21 at 768, 54 against
+35 at 1,024."""
 MAX_GROUP_SCORES = 1 << 17
-"""Scores of one head up to which pairs are laid out together: four of 256 tokens take more than four times as long as one."""
+"""Scores of one head up to which pairs are computed together: four of 256 tokens take more than four times as long as one."""
 _SHORTEST = 0.8
-"""Pairs are laid out together down to this share of the longest one's length; the rest of a row is padding."""
+"""Pairs are computed together if the shortest has at least this share of the longest one's length; the rest is padding."""
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """B pairs that lie behind each other in the packed row, as a row per pair.
+    """B neighbouring pairs of the packed row, as one row per pair.
 
     Args:
         begin: Where they begin in the packed row.
-        num_tokens: How many tokens they have.
-        places: `[B, T]`, the token's place behind `begin`; 0 behind a pair's end.
+        num_tokens: Tokens of all of them.
+        places: `[B, T]`, where each token is, counted from `begin`; 0 after a pair's end.
         is_token: `[B, T]` bool.
     """
 
@@ -56,7 +59,7 @@ class RowGroup:
 
 
 def _cut_by_length(lengths: list[int]) -> list[int]:
-    """Return how many of the pairs at the front go together, then how many of the rest, and so on."""
+    """Return the sizes of groups of neighbouring pairs that are computed together."""
     sizes: list[int] = []
     longest = 0
     for length in lengths:
@@ -80,12 +83,13 @@ class Packing:
 
     branch_ids: Tensor
     positions: Tensor
-    _masks: dict[int | None, Any] = field(default_factory=dict)
+    _row_masks: dict[int | None, list[Tensor]] = field(default_factory=dict)
+    _block_masks: dict[int | None, "BlockMask"] = field(default_factory=dict)
 
     def sees(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
         """Return whether the tokens at `query` may see those at `key`, broadcast.
 
-        Within a pair, a key is seen from its own branch, and from every response where they share it; never a later one.
+        A token sees the earlier tokens of its own branch and of the shared branch of its pair.
         """
         query_branch, key_branch = self.branch_ids[query], self.branch_ids[key]
         same_pair = query_branch // NUM_BRANCHES == key_branch // NUM_BRANCHES
@@ -105,10 +109,10 @@ class Packing:
         return groups
 
     def row_masks(self, window: int | None) -> list[Tensor]:
-        """Return the mask of every group, `[B, 1, T, T]` bool; padding sees itself, a softmax over nothing is NaN."""
-        if window not in self._masks:
-            self._masks[window] = [self._row_mask(group, window) for group in self.groups]
-        return self._masks[window]  # type: ignore[no-any-return]
+        """Return the mask of every group, `[B, 1, T, T]` bool. Padding sees itself: a softmax over nothing is NaN."""
+        if window not in self._row_masks:
+            self._row_masks[window] = [self._row_mask(group, window) for group in self.groups]
+        return self._row_masks[window]
 
     def _row_mask(self, group: RowGroup, window: int | None) -> Tensor:
         places = group.begin + group.places
@@ -117,17 +121,18 @@ class Packing:
         mask.diagonal(dim1=1, dim2=2).fill_(True)
         return mask[:, None]
 
-    def block_mask(self, window: int | None) -> Any:
+    def block_mask(self, window: int | None) -> "BlockMask":
         """Return the mask of the packed row for flex attention."""
-        if window not in self._masks:
+        if window not in self._block_masks:
             from torch.nn.attention.flex_attention import create_block_mask
 
             def mask_mod(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
                 return self.sees(query, key, window)
 
             length = len(self.branch_ids)
-            self._masks[window] = create_block_mask(mask_mod, None, None, length, length, str(self.branch_ids.device))
-        return self._masks[window]
+            device = str(self.branch_ids.device)
+            self._block_masks[window] = create_block_mask(mask_mod, None, None, length, length, device)
+        return self._block_masks[window]
 
     def attend(
         self,
@@ -140,14 +145,14 @@ class Packing:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """Return what the tokens of the row get to see, `[1, N, H, D]`; see `packed_attention`."""
+        """Return the attention output of the row, `[1, N, H, D]`; see `packed_attention`."""
         if query.is_cuda:
             from transformers.integrations.flex_attention import flex_attention_forward
 
-            mask = self.block_mask(window)
-            output, _ = flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)
-            return output  # type: ignore[no-any-return]
-        # Rotation is in float32 under autocast; a matrix product would cast every time.
+            block_mask = self.block_mask(window)
+            output, _ = flex_attention_forward(module, query, key, value, block_mask, scaling=scaling, softcap=softcap)
+            return output
+        # Under autocast, rotation returns float32, which every matrix product would cast again.
         query, key = query.to(value.dtype), key.to(value.dtype)
         sizes = [group.num_tokens for group in self.groups]
         parts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
@@ -171,37 +176,37 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_rest: Any,
+    **_rest: object,
 ) -> tuple[Tensor, None]:
     """Attend within pairs; `[1, H, N, D]` queries, keys and values (fewer heads) to `[1, N, H, D]`.
 
     Args:
         module: The attention layer.
-        query: Rotated already, like `key`.
-        key: With the query's heads or a divisor of them.
+        query: Already rotated, like `key`.
+        key: Its number of heads divides that of the query.
         value: Likewise.
-        packing: Given to the decoder as a keyword, handed through to here.
+        packing: The decoder passes its keyword arguments on to here.
         scaling: Of the scores; None for 1 / sqrt(D).
         dropout: Must be 0.
-        sliding_window: How many tokens are seen, itself included; None for all.
-        softcap: Scores are squeezed into (-softcap, softcap).
+        sliding_window: How many tokens a token sees, itself included; None for all.
+        softcap: Scores are mapped into (-softcap, softcap).
     """
     assert dropout == 0.0, "policy.py turns dropout off"
     return packing.attend(module, query, key, value, scaling=scaling, window=sliding_window, softcap=softcap), None
 
 
 class Spread(torch.autograd.Function):
-    """`[1, H, N, D]` to `[B, H, T, D]` by `places`. Every token has one place, so the way back is a plain gather."""
+    """`[1, H, N, D]` to `[B, H, T, D]` by `places`. Every token has one place, so the backward pass is a plain gather."""
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, places: Tensor, is_token: Tensor) -> Tensor:  # type: ignore[override]
-        """Lay out; padding repeats the first token."""
+    def forward(ctx: FunctionCtx, packed: Tensor, places: Tensor, is_token: Tensor) -> Tensor:  # type: ignore[override]
+        """Copy the tokens to their places; padding repeats the first token."""
         ctx.save_for_backward(is_token)
         return packed[0].transpose(0, 1)[places].transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        """Gather the gradients of the tokens; those of padding are zero."""
+    def backward(ctx: BackwardCFunction, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """Gather the gradients of the tokens, without those of padding."""
         (is_token,) = ctx.saved_tensors
         return gradient.transpose(1, 2)[is_token].transpose(0, 1)[None], None, None
 
@@ -216,14 +221,14 @@ def attend(
     softcap: float | None,
     before: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Softmax attention with a mask, `[B, H, T, D]`; `before` has constant keys and values, in front of the others."""
+    """Return softmax attention with a mask, `[B, H, T, D]`; `before` holds constant keys and values in front of the others."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
         before = before and (before[0].repeat_interleave(groups, dim=1), before[1].repeat_interleave(groups, dim=1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if softcap is None and query.shape[0] * query.shape[2] * mask.shape[3] <= MAX_DENSE_SCORES:
-        return _DenseAttention.apply(query, key, value, mask, scale, before)  # type: ignore[no-any-return]
+        return _DenseAttention.apply(query, key, value, mask, scale, before)
     if before is not None:
         key, value = (torch.cat(parts, dim=2) for parts in zip(before, (key, value), strict=True))
     if softcap is not None:
@@ -233,13 +238,15 @@ def attend(
 
 
 def _shares(scores: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the softmax over what the mask allows. In float32: sums of many small numbers do not survive eight bits."""
+    """Return the softmax over what the mask allows; in float32, since bfloat16 loses sums of many small numbers."""
     wide = torch.promote_types(dtype, torch.float32)
-    return scores.masked_fill_(~mask, -torch.inf).softmax(-1, dtype=wide).to(dtype)  # in place: they are nobody else's
+    return (
+        scores.masked_fill_(~mask, -torch.inf).softmax(-1, dtype=wide).to(dtype)
+    )  # in place: nobody else uses the scores
 
 
 class _DenseAttention(torch.autograd.Function):
-    """`attend` by plain matrix products. Of all that is as large as the scores only the shares are kept for the way back."""
+    """`attend` by plain matrix products. Of the tensors as large as the scores, only the shares are kept for backward."""
 
     @staticmethod
     def forward(  # type: ignore[override]

@@ -1,40 +1,45 @@
 """How much each response token matters to a model: gradients with respect to its input embedding (TI-DPO, arXiv 2505.19653).
 
 I_i = || d target / d e_i ||_1 (Eq. 6), where e_i is what `get_input_embeddings()` returns for token i. One forward and one
-backward pass per micro-batch of `collate.py`; no gradient of any parameter is made or touched. Called by
-`pipeline/attribution.py` for stored attributions and by the trainer for fresh ones. Not here: from attributions to weights
-(`weights_store/hybrid.py`).
+backward pass per micro-batch of `collate.py`; gradients of parameters are neither computed nor touched. Called by
+`pipeline/workers/pair_attributor.py` for stored attributions and by the trainer for fresh ones. Not here: from attributions to
+weights (`hybrid.py`).
 
-Everything runs in evaluation mode, so dropout is off, and so is transformers' gradient checkpointing: activations are kept for
-the backward pass. Without gradients of parameters that is far less than a training step of the same micro-batch keeps.
+The model runs in evaluation mode: no dropout, no gradient checkpointing. The kept activations take far less memory than a
+training step of the same micro-batch, which also needs gradients of parameters.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from train.model.attention import NUM_BRANCHES, Packing
-from train.model.collate import MODEL_INPUTS, Batch
+from train.model.collate import Batch, model_inputs
 from train.model.continuation import Continuation, EnoughError, KeptPrompts, SplitBatch
-from train.model.logps import _causal_model, _decode, _output_layer, per_token_logps
+from train.model.logps import decode, output_layer, per_token_logps, unwrap_adapters
 from weights_store.errors import InputError
 
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import BaseModelOutput
+
 AttributionTarget = Literal["max_logit", "gold_logps", "dpo_margin"]
+Inputs = tuple[object, ...]
+"""Positional arguments of a forward pass, as hooks see them; `Options` are the others."""
+Options = dict[str, object]
 
 
 @dataclass(frozen=True)
 class TokenAttributions:
-    """What `attribute_tokens` says of S sequences (2 B, chosen ones first), all float32; 0 outside responses.
+    """Results for S sequences (2 B, chosen first), float32; 0 outside responses.
 
     Args:
-        attributions: `[S, T]`, >= 0, under their token like `completion_mask`, not normalised. Not finite where the model's
-            gradients are not.
-        prompt_attributions: `[S]`, where asked for: the sum over the tokens before the response.
-        activations: `[S, T]`, where asked for: the size of the hidden states that predict token t.
+        attributions: `[S, T]`, >= 0, aligned to `completion_mask`, not normalised; not finite if the gradients are not.
+        prompt_attributions: `[S]`, if requested: the sum over the tokens before the response.
+        activations: `[S, T]`, if requested: the size of the hidden states that predict token t.
     """
 
     attributions: Tensor
@@ -52,21 +57,20 @@ def attribute_tokens(
 ) -> TokenAttributions:
     """Return I_i = ||d target / d e_i||_1 of every response token.
 
-    Targets: `max_logit`, the largest logit behind the last response token (Eq. 5); `gold_logps`, the sum of the response's
-    log-probs in nats; `dpo_margin`, that of the chosen minus that of the rejected response. A token of a response reaches the
-    margin through its own response alone, so its L1 norm is the one of `gold_logps`; beta would scale all of them, and the
-    reference's part has no gradient. Nothing of the response is predicted from its last token, so with both of these that
-    token has 0, and a response of one token has no attribution at all.
+    Targets: `max_logit`, the largest logit after the last response token (Eq. 5); `gold_logps`, the sum of the response's
+    log-probs in nats; `dpo_margin`, that sum for chosen minus that for rejected. A token affects the margin through its own
+    response alone, so its L1 norm equals that of `gold_logps`; beta would scale all norms, and the reference has no gradient.
+    With both of these targets the last token has attribution 0, since no response token is predicted from it.
 
     Args:
         model: A causal language model of transformers, or peft's wrapper of one.
         batch: A micro-batch on the model's device, packed with `share_beginnings=False` or padded on either side.
-        target: What is differentiated, of each sequence.
-        with_prompts: Return what falls on prompts too. Then every response needs a prompt of its own: padded, or packed with
+        target: What is differentiated, for each sequence.
+        with_prompts: Return the attribution of prompts too. Then every response needs its own prompt: padded, or packed with
             `with_rejected=False`. Takes longer, since gradients go through prompts.
-        with_activations: Return activations too: the L2 norm of the hidden state behind each layer (the last one's behind the
-            final norm) at the place that predicts a token, averaged over layers, relative to the response's mean. In the
-            spirit of the masks that SparsePO (arXiv 2410.05102) takes from the reference's activations, not its formula.
+        with_activations: Return activations too: the L2 norm of the hidden state after each layer (for the last one, after the
+            final norm) at the position that predicts a token, averaged over layers, relative to the response's mean. Similar
+            to the masks of SparsePO (arXiv 2410.05102) from the reference's activations, but another formula.
 
     Raises:
         InputError: A response is empty, or the model gives no access to its input embeddings.
@@ -97,7 +101,7 @@ def _differentiate(model: nn.Module, batch: Batch, target: AttributionTarget) ->
         value = _sum_targets(model, batch, target)
         if len(embeddings) != 1:
             raise InputError(
-                f"{type(_causal_model(model)).__name__} reads its input embeddings {len(embeddings)} times in a forward "
+                f"{type(unwrap_adapters(model)).__name__} reads its input embeddings {len(embeddings)} times in a forward "
                 "pass, expected once: gradients with respect to them would not be the whole attribution"
             )
         (gradient,) = torch.autograd.grad(value, embeddings, materialize_grads=True)
@@ -107,19 +111,19 @@ def _differentiate(model: nn.Module, batch: Batch, target: AttributionTarget) ->
 def _attribute_responses(
     model: nn.Module, batch: Batch, target: AttributionTarget, sizes: list[Tensor] | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the norms at every place of a packed row, 0 on prompts, and the hidden states' sizes where `sizes` gets them.
+    """Return the norms at every place of a packed row, 0 on prompts, and the sizes of hidden states if `sizes` collects them.
 
-    The prompts' own forward pass has no gradients (`continuation.py`). What they predict, each response's first token, is not
-    among the targets then, and would not depend on any token of a response. Where nobody measures them, states behind the last
-    layer that no target reads are not computed: with few layers that is a good part of all.
+    The prompts run without gradients (`continuation.py`). Each response's first token, which a prompt predicts, is then not
+    part of the target; it does not depend on any response token anyway. Without `sizes`, states after the last layer that no
+    target reads are not computed, which saves much in models with few layers.
     """
     split = SplitBatch.of(batch)
     row = split.responses
-    last_layer = None if sizes is not None else _causal_model(model).config.get_text_config().num_hidden_layers - 1
+    last_layer = None if sizes is not None else unwrap_adapters(model).config.get_text_config().num_hidden_layers - 1
     prompt_row = (split.prompts["branch_ids"][0], split.prompts["position_ids"][0])
     prompts = KeptPrompts(*prompt_row, last_layer=last_layer)
     with torch.no_grad(), _packing(model, prompts), suppress(EnoughError):
-        _decode(**split.prompts, attention_mask=None, model=model)
+        decode(**split.prompts, attention_mask=None, model=model)
     continuation = Continuation(
         row["branch_ids"][0], row["position_ids"][0], prompts=prompts, response_groups=split.groups
     )
@@ -136,7 +140,7 @@ def _attribute_responses(
 
 
 def _check_layout(batch: Batch, *, with_prompts: bool) -> None:
-    """Refuse sequences without a response, and gradients that would mix.
+    """Refuse sequences without a response, and layouts in which gradients would mix.
 
     Raises:
         InputError: A response is empty.
@@ -158,26 +162,25 @@ def _check_layout(batch: Batch, *, with_prompts: bool) -> None:
 
 
 def _sum_targets(model: nn.Module, batch: Batch, target: AttributionTarget) -> Tensor:
-    """Return the sum over sequences, a scalar. A token reaches its own sequence's target alone: no gradients mix.
+    """Return the sum of the targets, a scalar. A token affects the target of its own sequence alone, so gradients do not mix.
 
-    In the margin the rejected responses' log-probs are negative, which changes no norm: it is computed as `gold_logps`.
+    In the margin the log-probs of rejected have a minus sign, which changes no norm: it is computed as `gold_logps`.
     """
     if target == "max_logit":
         return _largest_logits(model, batch).sum()
-    inputs: dict[str, Any] = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-    return per_token_logps(model, **inputs).logps.sum()
+    return per_token_logps(model, **model_inputs(batch)).logps.sum()
 
 
 def _largest_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the largest logit behind each sequence's last response token, `[S]` float32 (Eq. 5); one row of logits each."""
-    hidden = _decode(
+    """Return the largest logit after the last response token of each sequence, `[S]` float32 (Eq. 5)."""
+    hidden = decode(
         batch["input_ids"], batch["position_ids"], batch.get("branch_ids"), batch.get("attention_mask"), model
     )
-    return _output_layer(model)(hidden[_last_places(batch)]).float().max(-1).values
+    return output_layer(model)(hidden[_last_places(batch)]).float().max(-1).values
 
 
 def _last_places(batch: Batch) -> Tensor:
-    """Return where each sequence's last response token lies, `[S]`."""
+    """Return the place of each sequence's last response token, `[S]`."""
     mask = batch["completion_mask"]
     steps = torch.arange(mask.shape[1], device=mask.device)
     return batch["places"].gather(1, (mask * steps).argmax(1, keepdim=True)).squeeze(1)
@@ -188,7 +191,7 @@ def _last_places(batch: Batch) -> Tensor:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Switch `model` to evaluation, and its parameters off: layers then keep nothing that only those gradients need."""
+    """Set `model` to evaluation and freeze its parameters, so that layers keep nothing for their gradients."""
     training = [module for module in model.modules() if module.training]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
@@ -205,12 +208,12 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _packing(model: nn.Module, packing: Packing) -> Iterator[None]:
-    """Have the decoder attend as `packing` does, where it would make an ordinary one of the batch."""
+    """Make the decoder attend with `packing` instead of the ordinary one of the batch."""
 
-    def exchange(_decoder: nn.Module, args: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def exchange(_decoder: nn.Module, args: Inputs, options: Options) -> tuple[Inputs, Options]:
         return args, {**options, "packing": packing}
 
-    handle = _causal_model(model).base_model.register_forward_pre_hook(exchange, with_kwargs=True)
+    handle = unwrap_adapters(model).base_model.register_forward_pre_hook(exchange, with_kwargs=True)
     try:
         yield
     finally:
@@ -219,13 +222,13 @@ def _packing(model: nn.Module, packing: Packing) -> Iterator[None]:
 
 @contextmanager
 def _last_mlp_at(model: nn.Module, places: Tensor) -> Iterator[None]:
-    """Run the last layer's MLP, the larger part of a layer, at a few places of a packed row; it adds nothing elsewhere.
+    """Run the MLP of the last layer, its larger part, at a few places of a packed row; elsewhere it returns 0.
 
-    Plain MLPs by their usual names alone: a mixture of experts may do more than map each token.
+    Only for plain MLPs, recognised by their usual names: a mixture of experts may do more than map each token.
     """
-    layers = getattr(_causal_model(model).base_model, "layers", [None])
-    mlp: Any = getattr(layers[-1], "mlp", None)
-    if not isinstance(getattr(mlp, "down_proj", None), nn.Linear):
+    layers = getattr(unwrap_adapters(model).base_model, "layers", [None])
+    mlp: nn.Module | None = getattr(layers[-1], "mlp", None)
+    if mlp is None or not isinstance(getattr(mlp, "down_proj", None), nn.Linear):
         yield
         return
 
@@ -235,7 +238,7 @@ def _last_mlp_at(model: nn.Module, places: Tensor) -> Iterator[None]:
         shapes.append(args[0].shape)
         return args[0][:, places]
 
-    def widen(_mlp: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def widen(_mlp: nn.Module, _args: Inputs, output: Tensor) -> Tensor:
         return output.new_zeros(shapes.pop()).index_copy(1, places, output)
 
     handles = [mlp.register_forward_pre_hook(narrow), mlp.register_forward_hook(widen)]
@@ -250,14 +253,14 @@ def _last_mlp_at(model: nn.Module, places: Tensor) -> Iterator[None]:
 def _leaf_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
     """Make the input embeddings leaves of the graph, in float32, and list them as they are looked up.
 
-    A hook, because the model then still sees ids: some families look at them besides, or scale what comes out of the layer.
+    A hook lets the model still see ids, which some families read; others scale the output of the layer.
 
     Raises:
         InputError: The model has no input embeddings.
     """
     leaves: list[Tensor] = []
 
-    def put_leaf(_layer: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def put_leaf(_layer: nn.Module, _args: Inputs, output: Tensor) -> Tensor:
         leaves.append(output.detach().to(torch.promote_types(output.dtype, torch.float32)).requires_grad_())
         return leaves[-1].to(output.dtype)
 
@@ -269,20 +272,20 @@ def _leaf_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def input_embeddings(model: nn.Module) -> nn.Module:
-    """Return the layer that looks embeddings up.
+    """Return the layer of the input embeddings.
 
     Raises:
-        InputError: The model does not say which it is.
+        InputError: The model does not name it.
     """
-    causal_model = _causal_model(model)
+    causal_model = unwrap_adapters(model)
     try:
         layer = causal_model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         layer = None
     if not isinstance(layer, nn.Module):
         raise InputError(
-            f"{type(causal_model).__name__} gives no access to its input embeddings (get_input_embeddings): it cannot be "
-            "attributed; take a model that does, or another estimator"
+            f"{type(causal_model).__name__} gives no access to its input embeddings (get_input_embeddings), so its tokens "
+            "cannot be attributed; use another model or another estimator"
         )
     return layer
 
@@ -292,17 +295,17 @@ def input_embeddings(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _measured_layers(model: nn.Module) -> Iterator[list[Tensor]]:
-    """List the mean over layers of the hidden states' L2 norms, `[N]` float32, whenever the decoder runs."""
+    """List the mean over layers of the L2 norms of hidden states, `[N]` float32, for each run of the decoder."""
     sizes: list[Tensor] = []
 
-    def ask(_decoder: nn.Module, args: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def ask(_decoder: nn.Module, args: Inputs, options: Options) -> tuple[Inputs, Options]:
         return args, {**options, "output_hidden_states": True}
 
-    def measure(_decoder: nn.Module, _args: Any, output: Any) -> None:
+    def measure(_decoder: nn.Module, _args: Inputs, output: "BaseModelOutput") -> None:
         norms = [torch.linalg.vector_norm(h.detach(), dim=-1, dtype=torch.float32) for h in output.hidden_states[1:]]
         sizes.append(torch.stack(norms).mean(0).flatten())
 
-    decoder = _causal_model(model).base_model
+    decoder = unwrap_adapters(model).base_model
     handles = [decoder.register_forward_pre_hook(ask, with_kwargs=True), decoder.register_forward_hook(measure)]
     try:
         yield sizes
@@ -312,7 +315,7 @@ def _measured_layers(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _relative_activations(sizes: Tensor, batch: Batch) -> Tensor:
-    """Lay the sizes under the token that they predict, mean 1 over each response, `[S, T]`."""
+    """Align the sizes to the token that they predict, with mean 1 over each response, `[S, T]`."""
     mask, places = batch["completion_mask"], batch["places"]
     predicting = sizes[places.roll(1, dims=1)].where(mask, 0.0)  # the first column is never a response token
     means = predicting.sum(1, keepdim=True) / mask.sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Load a model folder with transformers: all of its weights, or an error. Called by `lora.py` and `parity_process.py`."""
+"""Load the model of a folder with transformers: its config, and all of its weights, or an error."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,7 +7,21 @@ from weights_store.errors import InputError
 from weights_store.messages import first_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def load_model_config(folder: Path) -> "PretrainedConfig":
+    """Return the config of the model in a folder.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot read the config of the model in {folder}: {first_line(error)}") from error
 
 
 def load_checkpoint(folder: Path, **options: Any) -> "PreTrainedModel":
@@ -18,14 +32,19 @@ def load_checkpoint(folder: Path, **options: Any) -> "PreTrainedModel":
         **options: Of `from_pretrained`, for example the `dtype`.
 
     Raises:
-        InputError: It cannot be loaded, or lacks weights: transformers would make them up at random.
+        InputError: It cannot be loaded, or lacks weights: transformers would fill them with random numbers.
     """
     from transformers import AutoModelForCausalLM
 
+    if getattr(load_model_config(folder).get_text_config(), "attn_logit_softcapping", None):
+        # Gemma 2: transformers' default attention leaves the soft-capping out without a warning.
+        options = {"attn_implementation": "eager", **options}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"transformers cannot load the model {folder}: {first_line(error)}") from error
-    if report["missing_keys"]:
-        raise InputError(f"the model {folder} lacks weights, for example {min(report['missing_keys'])}")
-    return model.eval()  # type: ignore[no-any-return]
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"the model {folder} lacks weights; they would be random: {', '.join(missing[:3])} ({len(missing)} in all)"
+        )
+    return model.eval()

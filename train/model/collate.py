@@ -1,15 +1,16 @@
 """Put pairs into one micro-batch: packed, or a padded sequence per response.
 
-Packed, all pairs lie behind each other in one row without padding: the prompt once (with what all responses begin with), then
-the rest of the chosen response, of the rejected one and of the anchor, positions continued from the prompt. Who sees whom is
-`attention.py`. Padded, every response has its prompt in front of it, for models that cannot be packed. Either way `places` says
-where token t of each sequence is, and all values per token are `[2 B, T]`, chosen sequences first; with anchors behind the
-rejected ones `[3 B, T]`.
+Packed, all pairs are in one row without padding: the prompt once (with the tokens that all responses begin with), then the
+rest of the chosen response, of the rejected one and of the anchor, positions continued from the prompt; `attention.py`
+decides who sees whom. Padded, for models that cannot be packed, every response has its prompt in front of it. Either way
+`places` says where token t of each sequence is, and all values per token are `[2 B, T]`: chosen sequences, then rejected;
+with anchors `[3 B, T]`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,25 +18,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from train.data.dataset import Pair, StoredResponse
-from train.loss.losses import ResponseLogps
+from train.loss.terms import ResponseLogps
 from train.model.attention import ANCHOR, CHOSEN, NUM_BRANCHES, REJECTED
-from train.model.logps import TokenTerms
+from train.model.logps import ModelInputs, TokenTerms
 
 Batch = dict[str, Tensor]
-MODEL_INPUTS = (
-    "input_ids",
-    "position_ids",
-    "places",
-    "completion_mask",
-    "branch_ids",
-    "attention_mask",
-    "ref_top_ids",
-    "ref_top_logps",
-    "has_kl",
-)
-PADDING_ID = 0  # any id does: padding is told by the masks, never by its id
+PADDING_ID = 0  # any id does: masks tell what is padding
 
 Ids = NDArray[np.int32]
+
+
+def model_inputs(batch: Batch) -> ModelInputs:
+    """Return the part of a batch that `per_token_logps` takes."""
+    return cast("ModelInputs", {name: batch[name] for name in ModelInputs.__annotations__ if name in batch})
 
 
 @dataclass(frozen=True)
@@ -45,15 +40,15 @@ class PairCollator:
     Keys: `input_ids` and `position_ids` (int64, packed `[1, N]` or padded `[2 B, T]`), with `branch_ids` when packed and
     `attention_mask` when padded; `places` (int64), `completion_mask` (bool, True on response tokens), `token_weights` and
     `ref_logps` (float32, aligned to their token, 0 elsewhere), `[2 B, T]`; `pair_weights` (float32) and `counts` (bool, False
-    for fillers), `[B]`. Where the pairs have them `ref_top_ids`, `ref_top_logps` `[2 B, T, K]`, `chosen_scores` and
-    `rejected_scores` `[B]`; with anchors `has_kl` `[3 B]`, False for them: no loss looks at their divergence.
+    for fillers), `[B]`. If the pairs have them `ref_top_ids`, `ref_top_logps` `[2 B, T, K]`, `chosen_scores` and
+    `rejected_scores` `[B]`; with anchors `has_kl` `[3 B]`, False for anchors, whose divergence no loss reads.
 
     Args:
         packed: Otherwise padded.
         with_rejected: False leaves the rejected responses out (B sequences), for losses that do not need them.
-        with_anchors: True puts every pair's anchor behind (3 B sequences).
-        share_beginnings: Packed, what all responses of a pair begin with is computed once; False shares the prompt alone, so
-            that every response token has an embedding of its own.
+        with_anchors: Add the anchor of every pair (3 B sequences).
+        share_beginnings: If packed, compute the tokens that all responses of a pair begin with once; False shares the prompt
+            alone, so that every response token has its own embedding.
     """
 
     packed: bool = True
@@ -61,8 +56,8 @@ class PairCollator:
     with_anchors: bool = False
     share_beginnings: bool = True
 
-    def __call__(self, pairs: Sequence[Pair]) -> Batch:
-        """Return the micro-batch of `pairs`."""
+    def __call__(self, pairs: Sequence[Pair], device: torch.device | str = "cpu") -> Batch:
+        """Return the micro-batch of `pairs` on a device."""
         responses = list(chain(*zip(*(self._responses(pair).values() for pair in pairs), strict=True)))
         prompts = [pair.prompt_ids for pair in pairs] * (len(responses) // len(pairs))
         arrays = self._pack(pairs) if self.packed else _pad(prompts, responses)
@@ -74,10 +69,10 @@ class PairCollator:
         if pairs[0].chosen_score is not None:
             for side in ("chosen", "rejected"):
                 arrays[f"{side}_scores"] = np.array([getattr(pair, f"{side}_score") for pair in pairs], np.float32)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
     def num_tokens(self, pair: Pair) -> int:
-        """Return what a pair adds to a micro-batch (padded: before padding; packed: as if no beginning were shared)."""
+        """Return the tokens that a pair adds to a micro-batch (before padding; as if no beginning were shared)."""
         responses = self._responses(pair).values()
         num_prompts = 1 if self.packed else len(responses)
         return num_prompts * len(pair.prompt_ids) + sum(len(response.ids) for response in responses)
@@ -142,7 +137,7 @@ class PairCollator:
 
 
 def _count_common(responses: Sequence[Ids]) -> int:
-    """Return how many ids all responses share at their beginning."""
+    """Return how many ids all responses begin with."""
     length = min(map(len, responses))
     differing = np.flatnonzero(np.any([ids[:length] != responses[0][:length] for ids in responses], axis=0))
     return int(differing[0]) if len(differing) else length
@@ -169,7 +164,7 @@ def _stack(rows: Sequence[NDArray], padding: int = 0) -> NDArray[np.int64]:
 
 
 def _align(prompts: Sequence[Ids], responses: Sequence[StoredResponse]) -> dict[str, NDArray]:
-    """Lay what is known per response token under its token, `[2 B, T]` (and `[2 B, T, K]`)."""
+    """Align the stored values to their tokens, `[2 B, T]` (and `[2 B, T, K]`)."""
     shape = (len(responses), max(len(p) + len(r.ids) for p, r in zip(prompts, responses, strict=True)))
     aligned = {
         "completion_mask": np.zeros(shape, np.bool_),

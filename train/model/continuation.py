@@ -1,10 +1,9 @@
-"""Responses behind prompts that are computed once, without gradients. Called by `attribution.py`.
+"""Responses whose prompts are computed once, without gradients. Called by `attribution.py`, for packed micro-batches.
 
-Nothing in a prompt depends on what comes after it, so gradients with respect to response tokens never pass through a prompt.
-First the prompts alone go through the decoder, and every layer's keys and values are kept; then the responses alone, which
-attend to them. Of forward and backward pass a prompt costs the forward part only, and no activation of it is kept. For packed
-micro-batches. Training cannot do this: its gradients of parameters come from prompt tokens too. Attention is laid out in
-groups on GPUs as on CPUs, where it was measured; it has not run on a GPU.
+A prompt does not depend on what comes after it, so gradients with respect to response tokens never pass through a prompt. First
+the prompts alone go through the decoder, and the keys and values of every layer are kept; then the responses alone, which
+attend to them. So a prompt costs no backward pass and no stored activations. Training cannot do this: prompt tokens contribute
+to the gradients of its parameters. Attention runs in groups on CPUs and GPUs; it has not been run on a GPU.
 """
 
 from dataclasses import dataclass, field
@@ -17,19 +16,19 @@ from train.model.attention import MAX_GROUP_SCORES, NUM_BRANCHES, Packing, RowGr
 from train.model.collate import Batch
 
 _FULL = 0.7
-"""Responses are laid out together as long as this share of their scores is not padding."""
+"""Responses are computed together as long as at least this share of their scores is not padding."""
 
 
 class EnoughError(Exception):
-    """All layers' keys and values are there; of the last layer nothing else is wanted."""
+    """The keys and values of all layers are known; the rest of the last layer is not needed."""
 
 
 @dataclass
 class KeptPrompts(Packing):
-    """Prompts behind each other in one row; the keys and values of every layer, `[1, H, N, D]`, are kept.
+    """Prompts in one row; the keys and values of every layer, `[1, H, N, D]`, are kept.
 
     Args:
-        last_layer: Index of the layer whose keys and values are the last that are wanted; None to go through all of it.
+        last_layer: Index of the layer after whose keys and values to stop; None to compute all of it.
     """
 
     last_layer: int | None = field(default=None, kw_only=True)
@@ -49,12 +48,12 @@ class KeptPrompts(Packing):
 
 @dataclass(frozen=True)
 class ResponseGroup:
-    """B responses that lie behind each other in the row of responses.
+    """B neighbouring responses in the row of responses.
 
     Args:
         responses: Where they are.
-        prompts: `[B, P]`, where the tokens of their prompts lie in the row of prompts; anywhere behind a prompt's end.
-        num_before: `[B]`, the prompts' lengths.
+        prompts: `[B, P]`, where the tokens of their prompts are in the row of prompts; anything after a prompt's end.
+        num_before: `[B]`, the lengths of the prompts.
     """
 
     responses: RowGroup
@@ -62,7 +61,7 @@ class ResponseGroup:
     num_before: Tensor
 
     def mask(self, window: int | None) -> Tensor:
-        """Return whether a response token sees a key, prompt's first, `[B, 1, R, P + R]`. Padding sees something, too."""
+        """Return whether a response token sees a key, the prompt's first, `[B, 1, R, P + R]`. Padding sees something too."""
         steps = torch.arange(self.responses.places.shape[1], device=self.prompts.device)
         before = torch.arange(self.prompts.shape[1], device=self.prompts.device)
         positions = self.num_before[:, None] + steps
@@ -75,7 +74,7 @@ class ResponseGroup:
 
 @dataclass
 class Continuation(Packing):
-    """Responses behind each other in one row, group after group, each behind its prompt in `prompts`."""
+    """Responses in one row, group after group; each continues its prompt in `prompts`."""
 
     prompts: KeptPrompts = field(kw_only=True)
     response_groups: list[ResponseGroup] = field(kw_only=True)
@@ -91,15 +90,15 @@ class Continuation(Packing):
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """Return what the response tokens get to see, `[1, N, H, D]`."""
+        """Return the attention output of the response tokens, `[1, N, H, D]`."""
         kept_key, kept_value = (kept[0].transpose(0, 1) for kept in self.prompts.kept[module])
-        if window not in self._masks:
-            self._masks[window] = [group.mask(window) for group in self.response_groups]
+        if window not in self._row_masks:
+            self._row_masks[window] = [group.mask(window) for group in self.response_groups]
         sizes = [group.responses.num_tokens for group in self.response_groups]
         tensors = (query.to(value.dtype), key.to(value.dtype), value)
         parts = zip(*(tensor.split(sizes, dim=2) for tensor in tensors), strict=True)
         outputs = []
-        for group, mask, part in zip(self.response_groups, self._masks[window], parts, strict=True):
+        for group, mask, part in zip(self.response_groups, self._row_masks[window], parts, strict=True):
             rows = group.responses
             queries, keys, values = (Spread.apply(tensor, rows.places, rows.is_token) for tensor in part)
             before = kept_key[group.prompts].transpose(1, 2), kept_value[group.prompts].transpose(1, 2)
@@ -114,11 +113,11 @@ class SplitBatch:
 
     Args:
         prompts: `input_ids`, `position_ids` and `branch_ids` of the prompts, `[1, N]`.
-        responses: A micro-batch of the responses alone, `[S, T]` as narrow as they are; the first token of each, which a prompt
-            predicts, is not in its `completion_mask`.
-        groups: The responses, as they lie in their row.
+        responses: A micro-batch of the responses alone, `[S, T]`; the first token of each, which a prompt predicts, is not in
+            its `completion_mask`.
+        groups: The responses in the order of their row.
         is_prompt: `[N]` bool, where the prompts are in the whole row.
-        own_places: `[N]`, where each token of the row of responses lies in the whole row.
+        own_places: `[N]`, where each token of the row of responses is in the whole row.
     """
 
     prompts: Batch
@@ -157,7 +156,7 @@ class SplitBatch:
 
 
 def _cut(num_own: list[int], num_before: list[int]) -> list[list[int]]:
-    """Return which responses are laid out together, by their lengths and those of their prompts."""
+    """Return which responses are computed together, by their lengths and those of their prompts."""
     needed = [own * (before + own) for own, before in zip(num_own, num_before, strict=True)]
     groups: list[list[int]] = []
     for row in sorted(range(len(num_own)), key=lambda row: (num_own[row], num_before[row]), reverse=True):

@@ -1,13 +1,13 @@
-"""Sample responses from the policy while it is trained, for anchors of the triplet loss. Called by `refresh.py`.
+"""Sample responses from the policy during training, for anchors of the triplet loss. Called by `refresh.py`.
 
-Ids in, ids out: nothing is tokenised. transformers' `generate` does the work, for which the model gets its ordinary forward
-pass and attention back: in training `model(...)` returns log-probs and the attention is a packed one. Not here: anchors of the
-reference, which a build samples with vLLM, and log-probs (`refresh.py`).
+Ids in, ids out: nothing is tokenised. transformers' `generate` samples. Meanwhile the model has its own forward pass and
+attention back: in training `model(...)` returns log-probs and attention is packed. Not here: anchors of the reference, which a
+build samples with vLLM, and log-probs (`refresh.py`).
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,15 +15,18 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig
 
 from train.model.collate import PADDING_ID
-from train.model.logps import _causal_model
+from train.model.logps import unwrap_adapters
 from train.model.policy import Policy
 from train.model.sampling import AnchorSampling
 from train.model.token_budget import cut_by_tokens
 from weights_store.errors import InputError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 GENERATED_TOKENS = 1 << 14
-"""Tokens, prompts included, that are generated at a time. Not a setting: what is drawn depends on who lies in a batch together,
-and `optim.tokens_per_batch` must not change results."""
+"""Tokens, prompts included, that are generated at a time. Not a setting: samples depend on what is in a batch, and
+`optim.tokens_per_batch` must not change results."""
 
 Ids = NDArray[np.int32]
 
@@ -37,22 +40,22 @@ def sample_responses(
     seed: int,
     dtype: str = "float32",
 ) -> list[Ids]:
-    """Return a response to each prompt, at least one token, with its end-of-turn token where it came to one.
+    """Return a response to each prompt, at least one token, with its end-of-turn token if it reached one.
 
-    The same seed, prompts and parameters give the same responses; torch's global random state is left as it was.
+    The same seed, prompts and parameters give the same responses. torch's global random state does not change.
 
     Args:
-        policy: Not wrapped for several processes, whole on this one.
+        policy: Not wrapped for several processes, not sharded.
         prompts: Ids, `[P]` each.
-        sampling: How; a prompt near the model's maximum length gets fewer new tokens.
-        end_ids: Ids that end a response, beside those that the model's generation config names.
+        sampling: A prompt near the model's maximum length gets fewer new tokens than this allows.
+        end_ids: Ids that end a response, besides those of the model's generation config.
         seed: 0 to 2^64 - 1.
-        dtype: Of the arithmetic, `float32` or `bfloat16` (autocast).
+        dtype: Of the forward pass, `float32` or `bfloat16` (autocast).
 
     Raises:
         InputError: A prompt leaves no room for a token.
     """
-    causal_model = _causal_model(policy.model)
+    causal_model = unwrap_adapters(policy.model)
     ends = sorted({*_end_ids(causal_model), *end_ids})
     rooms = _rooms(prompts, causal_model, sampling.max_new_tokens)
     device = next(causal_model.parameters()).device
@@ -80,13 +83,13 @@ def sample_responses(
     return [responses[index] for index in range(len(prompts))]
 
 
-def _end_ids(causal_model: Any) -> list[int]:
-    """Return the end-of-turn ids of the generation config, which transformers fills from the model's where there is none."""
+def _end_ids(causal_model: "PreTrainedModel") -> list[int]:
+    """Return the end-of-turn ids of the generation config, which transformers fills in from the model's config."""
     ends = causal_model.generation_config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
-def _rooms(prompts: Sequence[Ids], causal_model: Any, max_new_tokens: int) -> list[int]:
+def _rooms(prompts: Sequence[Ids], causal_model: "PreTrainedModel", max_new_tokens: int) -> list[int]:
     longest = getattr(causal_model.config.get_text_config(), "max_position_embeddings", None)
     if longest is None:
         return [max_new_tokens] * len(prompts)
@@ -100,13 +103,13 @@ def _rooms(prompts: Sequence[Ids], causal_model: Any, max_new_tokens: int) -> li
 
 
 @contextmanager
-def _ordinary(policy: Policy) -> Iterator[Any]:
-    """Give the model its own forward pass and attention back, in evaluation mode, and take both away again."""
-    model = _causal_model(policy.model)  # adapters lie in its layers; peft's wrapper has nothing to add
+def _ordinary(policy: Policy) -> Iterator["PreTrainedModel"]:
+    """Give the model its own forward pass and attention back while inside, in evaluation mode."""
+    model = unwrap_adapters(policy.model)  # the adapters are in its layers; peft's wrapper adds nothing
     routed = vars(model).pop("forward", None)  # with accelerate's wrapper around it
     attention, defaults, was_training = model.config._attn_implementation, model.generation_config, model.training
     model.set_attn_implementation(policy.attention)
-    model.generation_config = GenerationConfig()  # else it fills in what the settings leave open, like penalties
+    model.generation_config = GenerationConfig()  # otherwise it adds what our settings leave out, such as penalties
     model.eval()
     try:
         yield model
@@ -120,14 +123,14 @@ def _ordinary(policy: Policy) -> Iterator[Any]:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Let torch's global generators, which `generate` draws from, begin at `seed`, and put them back."""
+    """Seed torch's global generators, from which `generate` samples, and restore them afterwards."""
     with torch.random.fork_rng([] if device.type == "cpu" else [device]):
         torch.manual_seed(seed)
         yield
 
 
-def _generate(model: Any, prompts: Sequence[Ids], settings: GenerationConfig) -> list[Ids]:
-    """Return what follows each prompt, all equally long: behind an end-of-turn token there is anything."""
+def _generate(model: "PreTrainedModel", prompts: Sequence[Ids], settings: GenerationConfig) -> list[Ids]:
+    """Return what follows each prompt, all equally long; what comes after an end-of-turn token has no meaning."""
     width = max(map(len, prompts))
     input_ids = np.full((len(prompts), width), PADDING_ID, np.int64)
     mask = np.zeros_like(input_ids)

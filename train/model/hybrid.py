@@ -1,10 +1,9 @@
 """Hybrid token weights of TI-DPO: gradient attribution mixed with a Gaussian prior in position, on flat arrays.
 
-Here and nowhere else, because builds store these weights and trainings refresh them while they run. It neither makes
-attributions nor reads tables.
+Builds store these weights and trainings refresh them; both call this. Not here: attributions (`attribution.py`).
 
 References:
-    TI-DPO, arXiv 2505.19653v3, eq. 7 and 8, and what its release makes of them.
+    TI-DPO, arXiv 2505.19653v3, eq. 7 and 8, and its official release.
 """
 
 from dataclasses import dataclass
@@ -31,26 +30,24 @@ def hybrid_weights(
 ) -> HybridWeights:
     """Return T * (mix * I / sum(I) + (1 - mix) * G / sum(G)) for each token of each response (eq. 8), mean 1 over the span.
 
-    The span of T tokens is the response, or prompt and response together where the prompts are given. G is Gaussian in the
-    position within the span (eq. 7), with mean (T - 1) / 2 and sigma = max(1, T / sigma_divisor): as the release has it, for
-    below 1 the prior of a short span would stand on its middle alone. The paper writes G with peak 1, which would make
-    the mix depend on the length; we divide by its sum, as the release does, and multiply by T, so that weighted and
-    unweighted margins have one scale and one beta. Without any attribution over the span the weights are the prior's alone.
-    A response of one token has weight 1 over either span (the release: 0).
+    The span of T tokens is the response, or prompt and response if prompts are given. G is Gaussian in the position within the
+    span (eq. 7), with mean (T - 1) / 2 and sigma = max(1, T / sigma_divisor); the 1 is from the release and keeps the prior of
+    a short span from standing on its middle token alone. The paper writes G with peak 1, so that the mix would depend on the
+    length; we divide by its sum, as the release does, and multiply by T, so that weighted and unweighted margins share a scale
+    and a beta. A span without any attribution gets the prior alone. A response of one token has weight 1 (the release: 0).
 
     Args:
         attributions: I of every response token, flat `[N]`, at least 0, in any unit.
-        lengths: Tokens of each response, `[B]`, N together.
+        lengths: Tokens of each response, `[B]`, N in sum.
         mix: Share of the attribution, lambda of the paper, 0 to 1.
-        sigma_divisor: How often sigma goes into the span, above 0: 4 in the paper, 8 in the release. The smaller, the
-            flatter the prior.
-        prompt_lengths: Tokens of each response's prompt, `[B]`, for the release's span. All that is returned are the weights of
-            the response; their mean is then usually not 1.
-        prompt_attributions: Sum of I over each prompt, `[B]`; with `prompt_lengths` or not at all.
+        sigma_divisor: Span divided by sigma, above 0: 4 in the paper, 8 in the release. The smaller, the flatter the prior.
+        prompt_lengths: Tokens of each response's prompt, `[B]`, for the span of the release. Only weights of the response are
+            returned, so their mean is usually not 1.
+        prompt_attributions: Sum of I over each prompt, `[B]`; together with `prompt_lengths`.
 
     Raises:
-        ValueError: `mix` or `sigma_divisor` is out of range, the arrays do not belong together, or an attribution is negative
-            or not finite.
+        ValueError: `mix` or `sigma_divisor` is out of range, the arrays do not fit together, or an attribution is negative or
+            not finite.
     """
     if not 0 <= mix <= 1:
         raise ValueError(f"mix is the share of the attribution: expected 0 to 1, got {mix}")
@@ -79,10 +76,7 @@ def hybrid_weights(
 
 
 def _prior(spans: np.ndarray, sigma_divisor: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the Gaussian over spans, flat, scaled to mean 1 over each, and where that of each response begins, `[B]`.
-
-    It depends on the length alone, so that it is worked out once for responses of equal spans.
-    """
+    """Return the Gaussians of all distinct spans, flat, each with mean 1, and where the one of each response begins, `[B]`."""
     known, which = np.unique(spans, return_inverse=True)
     starts = np.cumsum(known) - known
     of = np.repeat(known, known)
@@ -115,7 +109,7 @@ def _check_parts(
 
 
 def _check_sizes(what: str, values: np.ndarray, lengths: np.ndarray) -> None:
-    """Refuse what no L1 norm can be; NaN fails every comparison."""
+    """Refuse numbers that cannot be an L1 norm; NaN fails every comparison."""
     bad = np.flatnonzero(~((values >= 0) & (values < np.inf)))
     if bad.size:
         ends = np.cumsum(lengths)

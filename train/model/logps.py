@@ -1,8 +1,7 @@
 """Per-token log-probabilities of responses. The next-token shift happens here and nowhere else.
 
-The decoder runs over a whole micro-batch, the output layer only on positions that predict a response token, in chunks. So the
-largest tensor over the vocabulary holds response tokens alone, and when even those are many, each chunk is computed again in
-the backward pass: there is never a `[B, T, V]`.
+The decoder runs over a whole micro-batch, the output layer only on positions that predict a response token, in chunks. If there
+are many of them, each chunk is computed again in the backward pass. So there is never a tensor `[B, T, V]`.
 """
 
 from collections.abc import Callable
@@ -10,10 +9,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 
 from train.loss.config import KlDirection
@@ -21,26 +21,43 @@ from train.loss.divergence import exact_kl, top_k_kl
 from train.model.attention import Packing
 from weights_store.errors import InputError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 CHUNK_LOGITS = 1 << 25
-"""Logits that are worked on at a time on a GPU, 128 MiB in float32."""
+"""Logits that are computed at a time on a GPU, 128 MiB in float32."""
 CHUNK_ROWS = 256
-"""Rows of logits that are worked on at a time at least; on CPUs no more, since larger chunks leave the cache."""
+"""Rows of logits that are computed at a time, at least; on CPUs not more, since larger chunks do not fit into the cache."""
 KEPT_LOGITS = 1 << 26
-"""Up to so many logits of a micro-batch are kept for the backward pass (128 MiB in bfloat16); more are computed again."""
+"""So many logits of a micro-batch are kept for the backward pass at most (128 MiB in bfloat16); else all are computed again."""
 _PROBE_TOKENS = 8
 _PROBE_TOLERANCE = 1e-3  # nats, float32
 
 Head = Callable[[Tensor], Tensor]
 
 
+class ModelInputs(TypedDict):
+    """The tensors of a micro-batch that `per_token_logps` takes."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    places: Tensor
+    completion_mask: Tensor
+    branch_ids: NotRequired[Tensor]
+    attention_mask: NotRequired[Tensor]
+    ref_top_ids: NotRequired[Tensor]
+    ref_top_logps: NotRequired[Tensor]
+    has_kl: NotRequired[Tensor]
+
+
 class TokenTerms(NamedTuple):
-    """What the model says of the tokens of 2 B sequences (chosen ones first, anchors last), `[2 B, T]` float32 nats; 0 outside
+    """Per-token results for 2 B sequences (chosen first, then rejected, then anchors), `[2 B, T]` float32 nats; 0 outside
     responses."""
 
     logps: Tensor
     """log pi(token t | tokens < t)."""
     kls: Tensor | None = None
-    """KL divergence of the distributions that token t is drawn from, where a loss asks for it."""
+    """KL divergence of the two next-token distributions at token t, if a loss needs it."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +66,8 @@ class Divergence:
 
     Args:
         direction: KL(pi‖ref) or KL(ref‖pi).
-        top_k: From stored log-probs of the reference's k likeliest tokens, instead of running the reference.
-        reference: The reference model, frozen; None for the policy with its adapters off.
+        top_k: Use the stored log-probs of the reference's k most likely tokens instead of running the reference.
+        reference: The frozen reference model; None for the policy with its adapters off.
     """
 
     direction: KlDirection
@@ -80,23 +97,23 @@ def per_token_logps(
         model: A causal language model of transformers, or peft's wrapper of one.
         input_ids: Packed pairs `[1, N]`, or padded sequences `[2 B, T]`.
         position_ids: Likewise.
-        places: `[2 B, T]`, where each token of each sequence lies in the flattened `input_ids`.
-        completion_mask: `[2 B, T]` bool, True on response tokens; False in the first column (nothing predicts it).
+        places: `[2 B, T]`, where each token of each sequence is in the flattened `input_ids`.
+        completion_mask: `[2 B, T]` bool, True on response tokens; False in the first column, which nothing predicts.
         branch_ids: `[1, N]`, see `attention.Packing`; None for padded sequences.
         attention_mask: Of padded sequences, 1 on tokens, 0 on padding.
         ref_top_ids: `[2 B, T, K]`, for a divergence from stored log-probs.
         ref_top_logps: Likewise.
-        has_kl: `[3 B]` bool, the sequences that the divergence is computed of, before all others; None for all.
-        divergence: What to compute besides.
-        chunk_logits: Logits worked on at a time; None for what suits the device.
-        kept_logits: Above so many, logits are computed again in the backward pass.
+        has_kl: `[3 B]` bool, the sequences that have a divergence, which come first; None for all.
+        divergence: What to compute besides the log-probs.
+        chunk_logits: Logits computed at a time; None for a default that suits the device.
+        kept_logits: With more logits, they are computed again in the backward pass.
     """
     assert not completion_mask[:, 0].any(), "the first token of a sequence cannot be scored"
-    decode = partial(_decode, input_ids, position_ids, branch_ids, attention_mask)
+    run_decoder = partial(decode, input_ids, position_ids, branch_ids, attention_mask)
     sequence_idx, token_idx = completion_mask.nonzero(as_tuple=True)
     previous = places[sequence_idx, token_idx - 1]  # the state at the token before predicts a token
     target_ids = input_ids.flatten()[places[sequence_idx, token_idx]]
-    head, extra = _output_layer(model), []
+    head, extra = output_layer(model), []
     compute: Callable[..., tuple[Tensor, ...]] = partial(_logps_alone, head)
     if divergence is not None and divergence.top_k:
         assert ref_top_ids is not None, "dataset.py gives them on request"
@@ -104,10 +121,10 @@ def per_token_logps(
         extra = [ref_top_ids[sequence_idx, token_idx], ref_top_logps[sequence_idx, token_idx]]
         compute = partial(_logps_and_top_k_kl, head, divergence.direction)
     elif divergence is not None:
-        reference_head, reference_hidden = _run_reference(model, divergence.reference, decode)
+        reference_head, reference_hidden = _run_reference(model, divergence.reference, run_decoder)
         extra = [reference_hidden[previous]]
         compute = partial(_logps_and_exact_kl, head, reference_head, divergence.direction)
-    columns = [decode(model)[previous], target_ids]
+    columns = [run_decoder(model)[previous], target_ids]
     if chunk_logits is None:
         chunk_logits = max(CHUNK_LOGITS if input_ids.is_cuda else 0, CHUNK_ROWS * _vocab_size(model))
     # Rows of full distributions cost several times as much as rows of logits.
@@ -124,53 +141,54 @@ def per_token_logps(
 def _run(
     compute: Callable[..., tuple[Tensor, ...]], columns: list[Tensor], rows: int, *, again: bool
 ) -> list[tuple[Tensor, ...]]:
-    """Return what `compute` makes of every chunk of so many rows; `again` computes it again in the backward pass."""
+    """Return the results of `compute` on chunks of so many rows; `again` computes them again in the backward pass."""
     if again:
         compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
     return [compute(*chunk) for chunk in zip(*(column.split(rows) for column in columns), strict=True)]
 
 
 def _scatter(values: Tensor, where: tuple[Tensor, Tensor], shape: torch.Size) -> Tensor:
-    """Put the values of the first response tokens in their places, 0 elsewhere."""
+    """Put the values of the first response tokens into their places, 0 elsewhere."""
     first = tuple(indices[: len(values)] for indices in where)
     return values.new_zeros(shape).index_put(first, values)
 
 
-def _decode(
+def decode(
     input_ids: Tensor, position_ids: Tensor, branch_ids: Tensor | None, attention_mask: Tensor | None, model: nn.Module
 ) -> Tensor:
     """Return the last hidden states of all tokens, `[N, H]` (or `[2 B T, H]`)."""
-    decoder: Any = _causal_model(model).base_model
-    context: dict[str, Any] = {"attention_mask": attention_mask}
+    context: dict[str, Tensor | Packing | None] = {"attention_mask": attention_mask}
     if branch_ids is not None:
         context = {"packing": Packing(branch_ids[0], position_ids[0])}
+    decoder = unwrap_adapters(model).base_model
     output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **context)
-    return output.last_hidden_state.flatten(0, 1)  # type: ignore[no-any-return]
+    return output.last_hidden_state.flatten(0, 1)
 
 
 @torch.no_grad()
 def _run_reference(
-    model: nn.Module, reference: nn.Module | None, decode: Callable[[nn.Module], Tensor]
+    model: nn.Module, reference: nn.Module | None, run_decoder: Callable[[nn.Module], Tensor]
 ) -> tuple[Head, Tensor]:
     """Return the reference's output layer and its hidden states."""
     if reference is not None:
-        return _output_layer(reference), decode(reference)
-    head = _output_layer(model)
+        return output_layer(reference), run_decoder(reference)
+    head = output_layer(model)
 
     def head_without_adapters(hidden: Tensor) -> Tensor:
-        with _adapters_off(model):
+        with adapters_off(model):
             return head(hidden)
 
-    with _adapters_off(model):
-        return head_without_adapters, decode(model)
+    with adapters_off(model):
+        return head_without_adapters, run_decoder(model)
 
 
-def _adapters_off(model: nn.Module) -> AbstractContextManager[Any]:
-    disable: Any = getattr(model, "disable_adapter", nullcontext)
-    return disable()  # type: ignore[no-any-return]
+def adapters_off(model: nn.Module) -> AbstractContextManager[None]:
+    """Switch the adapters of peft's wrapper off; do nothing for another model."""
+    disable: Callable[[], AbstractContextManager[None]] = getattr(model, "disable_adapter", nullcontext)
+    return disable()
 
 
-# --- what is computed of a chunk of rows: hidden states [n, H], ids [n], and more, to [n] each -----------------------------
+# --- from a chunk of rows (hidden states [n, H], ids [n], …) to values [n] -----------------------------------------------
 
 
 def _logps_alone(head: Head, hidden: Tensor, target_ids: Tensor) -> tuple[Tensor]:
@@ -203,15 +221,15 @@ def _select(values: Tensor, ids: Tensor) -> Tensor:
 
 
 class _SelectedLogps(torch.autograd.Function):
-    """log softmax(logits)[ids], `[n, V]` and `[n]` to `[n]` float32. The gradient is made in one buffer, in place.
+    """log softmax(logits)[ids], `[n, V]` and `[n]` to `[n]` float32. The gradient is computed in place, in one buffer.
 
-    d logp / d logits = onehot(id) - softmax(logits): autograd would make half a dozen tensors over the vocabulary for it.
+    d logp / d logits = onehot(id) - softmax(logits); autograd would allocate half a dozen tensors over the vocabulary.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: FunctionCtx, logits: Tensor, ids: Tensor) -> Tensor:  # type: ignore[override]
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        logps = _select(wide.log_softmax(-1), ids)  # logsumexp makes more tensors of this size, and takes twice as long
+        logps = _select(wide.log_softmax(-1), ids)  # logsumexp allocates more such tensors and takes twice as long
         ctx.save_for_backward(logits, ids, _select(wide, ids) - logps)
         return logps
 
@@ -224,23 +242,23 @@ class _SelectedLogps(torch.autograd.Function):
         return wide.to(logits.dtype), None
 
 
-def _causal_model(model: nn.Module) -> Any:
-    """The model of transformers inside peft's wrapper, if it is in one."""
-    unwrap: Any = getattr(model, "get_base_model", None)
+def unwrap_adapters(model: nn.Module) -> "PreTrainedModel":
+    """Return the model of transformers, without peft's wrapper if it has one."""
+    unwrap: Callable[[], PreTrainedModel] | None = getattr(model, "get_base_model", None)
     return model if unwrap is None else unwrap()
 
 
-def _output_layer(model: nn.Module) -> Head:
-    """The map from hidden states to logits, with what some families do to logits afterwards."""
-    causal_model = _causal_model(model)
-    text_config = causal_model.config.get_text_config()
-    lm_head: Any = causal_model.get_output_embeddings()
+def output_layer(model: nn.Module) -> Head:
+    """Return the map from hidden states to logits, with the scaling or capping of some families."""
+    causal_lm = unwrap_adapters(model)
+    text_config = causal_lm.config.get_text_config()
+    lm_head: Head = causal_lm.get_output_embeddings()
     multiplier = getattr(text_config, "logit_scale", None)  # Cohere
     divisor = getattr(text_config, "logits_scaling", None)  # Granite
     cap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
 
     def head(hidden: Tensor) -> Tensor:
-        logits: Tensor = lm_head(hidden)
+        logits = lm_head(hidden)
         if multiplier is not None:
             logits = logits * multiplier
         if divisor is not None:
@@ -251,19 +269,19 @@ def _output_layer(model: nn.Module) -> Head:
 
 
 def _vocab_size(model: nn.Module) -> int:
-    return int(_causal_model(model).config.get_text_config().vocab_size)
+    return int(unwrap_adapters(model).config.get_text_config().vocab_size)
 
 
 @torch.no_grad()
 def check_output_layer(model: nn.Module) -> None:
-    """Compare our output layer with the model's own forward pass on a few ids.
+    """Compare our log-probs with those of the model's own forward pass on a few ids.
 
     Raises:
         InputError: They differ, so this family does something to its logits that `logps.py` does not know.
     """
-    decoder: Any = getattr(model, "base_model", None)
+    decoder = getattr(model, "base_model", None)
     if decoder is None or decoder is model or getattr(model, "get_output_embeddings", lambda: None)() is None:
-        raise InputError(f"{type(model).__name__} is no causal language model with a decoder and an output layer")
+        raise InputError(f"{type(model).__name__} is not a causal language model with a decoder and an output layer")
     vocab_size = _vocab_size(model)
     device = next(model.parameters()).device
     input_ids = (torch.arange(1, _PROBE_TOKENS + 1, device=device)[None] * 7) % vocab_size
@@ -278,14 +296,14 @@ def check_output_layer(model: nn.Module) -> None:
         raise InputError(
             f"{type(model).__name__}: log-probs computed from its hidden states differ from its own forward pass by "
             f"{difference:.3g} nats, expected at most {_PROBE_TOLERANCE}; this family scales its logits in a way that "
-            "train/logps.py does not know yet"
+            "train/model/logps.py does not know yet"
         )
 
 
 def route_forward(model: nn.Module, divergence: Divergence | None = None) -> None:
     """Make `model(...)` compute `per_token_logps`.
 
-    DDP, FSDP and autocast hook into `forward`; calling the decoder and the output layer around them would train without
-    gradient exchange. The class and what `save_pretrained` writes stay as they are.
+    DDP, FSDP and autocast hook into `forward`; bypassing it would train without gradient exchange. The class and what
+    `save_pretrained` writes do not change.
     """
     model.forward = MethodType(partial(per_token_logps, divergence=divergence), model)

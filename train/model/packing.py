@@ -1,6 +1,6 @@
-"""Can this model compute packed pairs? Asked once, when it is loaded; where it cannot, two padded sequences per pair do."""
+"""Can this model compute packed pairs? Tested once, when it is loaded; otherwise each pair is two padded sequences."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -8,39 +8,38 @@ from torch import nn
 
 from train.data.dataset import Pair, StoredResponse
 from train.model.attention import PACKED
-from train.model.collate import MODEL_INPUTS, PairCollator
+from train.model.collate import PairCollator, model_inputs
 from train.model.logps import per_token_logps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PROBE_LENGTHS = ((9, 5, 7), (4, 1, 3))  # prompt, chosen, rejected
 _PROBE_TOLERANCE = 1e-3  # nats, float32
 _LAYERS = {"full_attention", "sliding_attention"}
 
 
-def enable_packing(model: nn.Module) -> str | None:
-    """Switch `model` to packed attention, after trying it; return the reason where it cannot, and leave it as it is.
-
-    Some families say that they cannot. The others are tried on a few ids: packed and padded log-probs must agree.
-    """
-    causal_model: Any = model
-    reason = _known_obstacle(causal_model)
+def enable_packing(model: "PreTrainedModel") -> str | None:
+    """Switch `model` to packed attention if that gives the same log-probs on a few ids; else return the reason."""
+    reason = _known_obstacle(model)
     if reason is not None:
         return reason
-    pairs = _probe_pairs(int(causal_model.config.get_text_config().vocab_size))
-    ordinary = causal_model.config._attn_implementation
+    pairs = _probe_pairs(int(model.config.get_text_config().vocab_size))
+    ordinary = model.config._attn_implementation
     expected = _probe(model, pairs, packed=False)
-    causal_model.set_attn_implementation(PACKED)
+    model.set_attn_implementation(PACKED)
     try:
         difference = (_probe(model, pairs, packed=True) - expected).abs().max().item()
         reason = f"packed log-probs differ from those of separate sequences by {difference:.3g} nats"
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # what foreign code may say
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # whatever foreign code raises
         difference, reason = float("nan"), f"its decoder does not run packed: {str(error).splitlines()[0]}"
     if difference <= _PROBE_TOLERANCE:
         return None
-    causal_model.set_attn_implementation(ordinary)
+    model.set_attn_implementation(ordinary)
     return reason
 
 
-def _known_obstacle(model: Any) -> str | None:
+def _known_obstacle(model: "PreTrainedModel") -> str | None:
     name = type(model).__name__
     config = model.config.get_text_config()
     other_layers = set(getattr(config, "layer_types", None) or []) - _LAYERS
@@ -56,9 +55,7 @@ def _known_obstacle(model: Any) -> str | None:
 @torch.no_grad()
 def _probe(model: nn.Module, pairs: list[Pair], *, packed: bool) -> torch.Tensor:
     device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in PairCollator(packed=packed)(pairs).items()}
-    inputs: dict[str, Any] = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-    return per_token_logps(model, **inputs).logps
+    return per_token_logps(model, **model_inputs(PairCollator(packed=packed)(pairs, device))).logps
 
 
 def _probe_pairs(vocab_size: int) -> list[Pair]:

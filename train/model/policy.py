@@ -1,22 +1,28 @@
-"""The model that is trained: find it, refuse it where it does not fit the dataset, load it, save it.
+"""The model that is trained: check that it fits the dataset, load it, save it.
 
 What is saved is a folder that transformers and vLLM load: new weights in the dtype of the source, everything else of the
-source (config, tokenizer, chat template, generation config) copied byte for byte.
+source (config, tokenizer, chat template, generation config) copied byte for byte. Not here: finding the folder (`hub.py`).
 """
 
 import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
 
 from train.config import LoraSection, ModelConfig
 from train.data.dataset import WeightSource
+from train.model.checkpoint import load_checkpoint, load_model_config
+from train.model.logps import check_output_layer
+from train.model.packing import enable_packing
 from weights_store.errors import InputError, MismatchError, MissingExtraError
 from weights_store.fingerprint import fingerprint_chat_template, fingerprint_tokenizer
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 _COPIED = (
     "config.json",
@@ -31,37 +37,6 @@ _COPIED = (
     "spiece.model",
     "*.tiktoken",
 )
-_DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
-
-
-def find_model(config: ModelConfig) -> Path:
-    """Return the local folder of a model; a hub id is downloaded (or taken from the cache) first.
-
-    Raises:
-        InputError: There is no such folder and no such model on the hub, or the hub cannot be reached.
-    """
-    folder = Path(config.path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(f"model.path={config.path!r} is not a model folder: it has no config.json")
-        return folder
-    return _download(config)
-
-
-def _download(config: ModelConfig) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=list(_DOWNLOADED)))
-    except HFValidationError as error:
-        raise InputError(f"model.path={config.path!r}: there is no such folder, and it is no id on the hub") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"model.path={config.path!r}: there is no such folder, and it cannot be had from the hub "
-            f"(revision {config.revision or 'main'}): {reason}"
-        ) from error
 
 
 def check_model_fits(folder: Path, source: WeightSource) -> int:
@@ -75,13 +50,13 @@ def check_model_fits(folder: Path, source: WeightSource) -> int:
     if not recorded:
         raise MismatchError(f"{source.name} does not record its tokenizer; rebuild it with `tokenweights build`")
     tokenizer, template = fingerprint_tokenizer(folder), fingerprint_chat_template(folder)
-    # A recipe may bring a template of its own; then the recorded one says nothing about the folder's.
+    # With a chat template of the recipe's own, the recorded one says nothing about the folder's.
     own_template = recorded.get("rendering", recorded["fingerprint"]) == recorded["fingerprint"]
     if tokenizer != recorded["fingerprint"] and own_template and template != recorded.get("chat_template", template):
         raise MismatchError(
             f"{source.name} was rendered with chat template {_short(recorded['chat_template'])}, the model in {folder} has "
-            f"{_short(template)}: it would learn to answer in another format than it will be asked in. Train a model with the "
-            "same template, or build the dataset again for this model"
+            f"{_short(template)}: it would learn another format than it will be asked in. Train a model with the same "
+            "template, or build the dataset again for this model"
         )
     if tokenizer != recorded["fingerprint"]:
         raise MismatchError(
@@ -89,11 +64,11 @@ def check_model_fits(folder: Path, source: WeightSource) -> int:
             f"{tokenizer[:12]}: its ids would mean other text. Train a model with the same tokenizer files, or build the "
             "dataset again for this model"
         )
-    vocab_size = int(_load_config(folder).get_text_config().vocab_size)
+    vocab_size = int(load_model_config(folder).get_text_config().vocab_size)
     if vocab_size != recorded["vocab_size"]:
         raise MismatchError(
             f"{source.name} was scored with a vocabulary of {recorded['vocab_size']} ids, the model in {folder} has "
-            f"{vocab_size}; train the model that it was made for, or build the dataset again for this model"
+            f"{vocab_size}; train the model that it was built for, or build the dataset again for this model"
         )
     return vocab_size
 
@@ -102,26 +77,17 @@ def _short(fingerprint: str | None) -> str:
     return "none" if fingerprint is None else fingerprint[:12]
 
 
-def _load_config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot read the config of the model in {folder}: {error}") from error
-
-
 @dataclass(frozen=True)
 class Policy:
     """A model ready for training.
 
     Args:
         model: Of transformers, or peft's wrapper of one.
-        not_packed: Why micro-batches are a padded sequence per response; None when they are packed.
-        attention: The implementation that the model was loaded with, by transformers' name, for its own forward pass.
+        not_packed: Why micro-batches are a padded sequence per response; None if they are packed.
+        attention: The attention implementation that the model was loaded with, for its own forward pass.
     """
 
-    model: "nn.Module"
+    model: nn.Module
     not_packed: str | None = None
     attention: str = "sdpa"
 
@@ -130,8 +96,8 @@ def load_policy(folder: Path, config: ModelConfig, lora: LoraSection | None = No
     """Load a model for training: parameters in float32 (4 bits when quantised, then frozen), dropout off.
 
     Raises:
-        InputError: It cannot be loaded, lacks weights, computes its logits in a way that we do not know, or has no layers
-            with the names that `lora` gives.
+        InputError: It cannot be loaded, lacks weights, computes its logits in a way that we do not know, or lacks the layers
+            that `lora` names.
         MissingExtraError: `model.quantization` or `[lora]` need a package that is not installed.
     """
     model = _load_model(folder, config)
@@ -149,58 +115,36 @@ def load_policy(folder: Path, config: ModelConfig, lora: LoraSection | None = No
     return Policy(trained, not_packed, attention)
 
 
-def load_reference(folder: Path, config: ModelConfig) -> "nn.Module":
-    """Load the frozen reference of an exact KL: the model that training starts from, in the dtype of its arithmetic.
+def load_reference(folder: Path, config: ModelConfig) -> nn.Module:
+    """Load the frozen reference model, the one that training starts from, in the dtype of the forward pass.
 
     Raises:
         InputError: See `load_policy`.
     """
-    import torch
-
     model = _load_model(folder, config)
     _enable_packing(model, config)
     return model.to(getattr(torch, config.dtype)).requires_grad_(False)
 
 
-def _enable_packing(model: Any, config: ModelConfig) -> str | None:
-    """Switch `model` to packed attention where it can and the config wants it; return the reason where not."""
-    from train.model.packing import enable_packing
-
+def _enable_packing(model: "PreTrainedModel", config: ModelConfig) -> str | None:
+    """Switch `model` to packed attention if it can and the config wants it; else return the reason."""
     return enable_packing(model) if config.packing else "model.packing is false"
 
 
-def _load_model(folder: Path, config: ModelConfig) -> Any:
-    """Load with transformers, and refuse what would train something else than it seems."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from train.model.logps import check_output_layer
-
-    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+def _load_model(folder: Path, config: ModelConfig) -> "PreTrainedModel":
+    """Load a model with dropout off, and check that we compute its log-probs as it does."""
     if config.quantization == "nf4":
-        options["quantization_config"] = _nf4_settings()
-    if getattr(_load_config(folder).get_text_config(), "attn_logit_softcapping", None):
-        # transformers' default leaves Gemma 2's soft-capping out, without a word.
-        options["attn_implementation"] = "eager"
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot load the model in {folder}: {error}") from error
-    if report["missing_keys"]:
-        raise InputError(
-            f"the model in {folder} lacks weights, they would be random: {', '.join(sorted(report['missing_keys'])[:3])} "
-            f"({len(report['missing_keys'])} in all)"
-        )
-    disable_dropout(model)
-    if config.quantization == "nf4":
+        model = load_checkpoint(folder, dtype=torch.float32, quantization_config=_nf4_settings())
         _keep_trainable_on_cpus(model)
-    check_output_layer(model.eval())
+    else:
+        model = load_checkpoint(folder, dtype=torch.float32)
+    disable_dropout(model)
+    check_output_layer(model)
     return model
 
 
-def _nf4_settings() -> Any:
-    """Return transformers' settings of 4-bit weights as QLoRA has them (arXiv 2305.14314)."""
-    import torch
+def _nf4_settings() -> "BitsAndBytesConfig":
+    """Return transformers' settings of 4-bit weights as in QLoRA (arXiv 2305.14314)."""
     from transformers import BitsAndBytesConfig
 
     if find_spec("bitsandbytes") is None:
@@ -213,18 +157,18 @@ def _nf4_settings() -> Any:
     )
 
 
-def _keep_trainable_on_cpus(model: Any) -> None:
-    """Keep bitsandbytes from packing 4-bit weights for inference at the first forward pass in eval mode.
+def _keep_trainable_on_cpus(model: "PreTrainedModel") -> None:
+    """Stop bitsandbytes from packing 4-bit weights for inference at the first forward pass in eval mode.
 
-    It does so on CPUs with AVX512-BF16, for good, and gradients do not flow through what it puts there.
+    It does that on CPUs with AVX512-BF16, permanently, and no gradient flows through packed weights.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
-def add_adapters(model: Any, lora: LoraSection) -> Any:
-    """Wrap `model` with peft: its parameters are frozen, the adapters are trained and begin as zero.
+def add_adapters(model: "PreTrainedModel", lora: LoraSection) -> nn.Module:
+    """Wrap `model` with peft: its parameters are frozen; the adapters are trained and start at zero.
 
     Raises:
         InputError: The model has no layers of these names, or shares one of them between input and output.
@@ -236,14 +180,14 @@ def add_adapters(model: Any, lora: LoraSection) -> Any:
 
     tied = model.config.get_text_config().tie_word_embeddings
     shared = {"lm_head", "embed_tokens"} & set(lora.target_modules) if tied else set()
-    if shared:  # merging would change the input and the output layer with an adapter that was trained for one of them
+    if shared:  # merging an adapter that was trained on one of the two layers would change both
         raise InputError(
             f"lora.target_modules names {', '.join(sorted(shared))}, which this model shares; leave them out"
         )
     layers = [name for name, _ in model.named_modules()]
     named = [] if isinstance(lora.target_modules, str) else lora.target_modules
     unknown = [name for name in named if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
-    if unknown:  # peft would pass over them as long as one name is right
+    if unknown:  # peft ignores them as long as one name is right
         leaves = sorted(
             {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "in_features")}
         )
@@ -260,13 +204,11 @@ def add_adapters(model: Any, lora: LoraSection) -> Any:
         raise InputError(f"lora.target_modules={lora.target_modules!r}: {error}") from error
 
 
-def disable_dropout(model: "nn.Module") -> None:
+def disable_dropout(model: nn.Module) -> None:
     """Set every dropout rate in `model` to 0: policy and stored reference must see the same function.
 
     The config is left alone, so that the saved model keeps the rates of its source.
     """
-    from torch import nn
-
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -276,26 +218,30 @@ def disable_dropout(model: "nn.Module") -> None:
 
 
 def save_policy(
-    model: Any, lora: LoraSection | None, source_folder: Path, target: Path, base_name: str | None = None
+    model: "PreTrainedModel", lora: LoraSection | None, source_folder: Path, target: Path, base_name: str | None = None
 ) -> None:
     """Write the trained model to `target`, an empty folder, in the dtype that its config states (else float32).
 
-    With adapters these lie in `target/adapter`, merged into the model unless `lora.merge` is false; they name their base
-    `base_name`, where that is given, instead of the folder. `model` is converted in place and of no use for training then.
-    """
-    import torch
+    `model` is converted in place and cannot be trained further. Adapters are written to `target/adapter`, and merged into the
+    model unless `lora.merge` is false.
 
+    Args:
+        model: Or peft's wrapper of one.
+        lora: None without adapters.
+        source_folder: Where training started.
+        target: Empty folder.
+        base_name: What the adapter names as its base; None for `source_folder`.
+    """
     if lora is not None:
         if base_name is not None:
             model.peft_config["default"].base_model_name_or_path = base_name
-        # Left to itself peft asks the hub whether the embeddings were resized.
+        # By default peft asks the hub whether the embeddings were resized.
         model.save_pretrained(target / "adapter", save_embedding_layers=False)
-        (target / "adapter" / "README.md").unlink(missing_ok=True)  # peft's form to fill in; our card lies above it
+        (target / "adapter" / "README.md").unlink(missing_ok=True)  # peft's template; our card is in the folder above
         if not lora.merge:
             return
         model = model.merge_and_unload()
-    config = _load_config(source_folder)
-    model.to(config.dtype or torch.float32)
+    model.to(load_model_config(source_folder).dtype or torch.float32)
     model.save_pretrained(target)
     for pattern in _COPIED:
         for path in source_folder.glob(pattern):
@@ -304,4 +250,4 @@ def save_policy(
             else:
                 shutil.copyfile(path, target / path.name)
     for path in target.glob("*.safetensors"):
-        path.chmod((target / "config.json").stat().st_mode)  # safetensors writes for the owner alone
+        path.chmod((target / "config.json").stat().st_mode)  # safetensors lets only the owner read

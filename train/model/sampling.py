@@ -1,4 +1,4 @@
-"""How anchors of TI-DPO's triplet loss are sampled: what builds (`[anchors]`) and trainings that sample their own share."""
+"""How anchors of TI-DPO's triplet loss are sampled, in builds (`[anchors]`) and in trainings that sample their own."""
 
 from dataclasses import dataclass
 
@@ -13,19 +13,19 @@ class AnchorSampling:
     """End-of-turn token included."""
     temperature: float = 0.8
     top_k: int = 50
-    """Sample among this many likeliest tokens; 0: all."""
+    """Sample from the k most likely tokens; 0: from all."""
     top_p: float = 0.95
-    """And among the likeliest with this much probability together."""
+    """Of these, sample from the most likely ones whose probabilities add up to this much."""
 
 
 def closing_ids(lengths: np.ndarray, last_ids: np.ndarray) -> tuple[int, ...]:
-    """Return the id that ends a turn in these chats, which a model's configs need not name; none where responses end variously.
+    """Return the id that ends most responses, which a model's config need not name; nothing if no id ends more than half.
 
-    A response that a build cut to a maximum ends anywhere; none is longer, so only shorter ones count.
+    The longest responses may have been cut by a build, so they do not count.
 
     Args:
         lengths: Tokens of each response, `[N]`.
-        last_ids: The last id of each, `[N]`.
+        last_ids: Its last id, `[N]`.
     """
     known, counts = np.unique(last_ids[lengths < lengths.max(initial=0)], return_counts=True)
     return tuple(int(token_id) for token_id in known[2 * counts > counts.sum()])

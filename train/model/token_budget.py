@@ -1,4 +1,4 @@
-"""Cut what a process computes into micro-batches by a budget of tokens, for the trainer and for stages that run a model."""
+"""Cut items into micro-batches by a token budget, for the trainer and for stages that run a model."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -7,14 +7,9 @@ Item = TypeVar("Item")
 
 
 def cut_by_tokens(items: Sequence[Item], sizes: Sequence[int], tokens_per_batch: int) -> list[list[Item]]:
-    """Return the items in batches of at most `tokens_per_batch` tokens, the longest first; a longer item goes alone.
+    """Return the items in batches of at most `tokens_per_batch` tokens, the longest first; a longer item gets its own batch.
 
-    Items of similar length lie together, so that little of what is padded (attention, `[2 B, T]`) is padding.
-
-    Args:
-        items: Pairs, or whatever stands for them.
-        sizes: Tokens of each.
-        tokens_per_batch: The budget.
+    Items of similar length end up together, which keeps padding small. `sizes` are the tokens of each item.
     """
     longest_first = sorted(range(len(items)), key=lambda index: sizes[index], reverse=True)
     batches: list[list[Item]] = []

@@ -91,7 +91,7 @@ def test_of_three_that_are_as_likely_two_are_the_likeliest_whatever_rank_vllm_gi
 
 
 def test_fewer_ids_than_asked_for_are_an_error():
-    with pytest.raises(ScoringError, match="response token 1: expected the 2 likeliest ids, got 1"):
+    with pytest.raises(ScoringError, match="response token 1: expected the 2 most likely ids, got 1"):
         _read([], [], [(13, -1.0), (7, -1.0)], [(11, -1.0), (11, -1.0)], sequence=TWO)
 
 
@@ -108,16 +108,16 @@ def test_likeliest_tokens_that_go_with_the_response_pass_and_rounding_above_zero
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        (_top(ids=((7,), (9,))), "expected 2 likeliest ids and log-probs for 2 response tokens, got [2, 1] and [2, 2]"),
-        (_top(logps=((-0.5, float("nan")), (-0.25, -2.0))), "response token 0: log-prob of one of the likeliest tokens is nan"),
-        (_top(logps=((-0.5, -1.5), (0.5, -2.0))), "response token 1: log-prob of one of the likeliest tokens is 0.5"),
-        (_top(ids=((7, 8), (100, 11))), "response token 1, likeliest ids [100, 11]: one is outside the vocabulary of 100"),
-        (_top(ids=((-1, 8), (9, 11))), "response token 0, likeliest ids [-1, 8]: one is outside the vocabulary"),
-        (_top(ids=((7, 7), (9, 11))), "response token 0, likeliest ids [7, 7]: one stands there twice"),
-        (_top(logps=((-1.5, -0.5), (-0.25, -2.0))), "response token 0, likeliest ids [7, 8]: they do not come in the order"),
-        (_top(own=(-3.5, -1.0)), "response token 1, likeliest ids [9, 11]: the token itself has another log-prob there"),
-        (_top(own=(-1.0, -2.0)), "response token 0, likeliest ids [7, 8]: the token itself is likelier, and not there"),
-        (_top(ids=((8, 7), (11, 9))), "response token 1, likeliest ids [11, 9]: the token itself has another log-prob there"),
+        (_top(ids=((7,), (9,))), "expected 2 most likely ids and log-probs for 2 response tokens, got [2, 1] and [2, 2]"),
+        (_top(logps=((-0.5, float("nan")), (-0.25, -2.0))), "log-prob of one of the most likely tokens is nan"),
+        (_top(logps=((-0.5, -1.5), (0.5, -2.0))), "response token 1: log-prob of one of the most likely tokens is 0.5"),
+        (_top(ids=((7, 8), (100, 11))), "response token 1, most likely ids [100, 11]: one is outside the vocabulary of 100"),
+        (_top(ids=((-1, 8), (9, 11))), "response token 0, most likely ids [-1, 8]: one is outside the vocabulary"),
+        (_top(ids=((7, 7), (9, 11))), "response token 0, most likely ids [7, 7]: one is listed twice"),
+        (_top(logps=((-1.5, -0.5), (-0.25, -2.0))), "response token 0, most likely ids [7, 8]: they are not in the order"),
+        (_top(own=(-3.5, -1.0)), "response token 1, most likely ids [9, 11]: the token itself has another log-prob there"),
+        (_top(own=(-1.0, -2.0)), "response token 0, most likely ids [7, 8]: the token itself is more likely, and not listed"),
+        (_top(ids=((8, 7), (11, 9))), "response token 1, most likely ids [11, 9]: the token itself has another log-prob there"),
     ],
 )  # fmt: skip
 def test_likeliest_tokens_that_break_the_contract_say_how(scores, message):

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.engine.contract import EngineSettings
 from pipeline.engine.response_rows import KEY
 from pipeline.engine.score_once import ScoredSequence
-from pipeline.engine.vllm_engine import FIXED_IDS, FLAT, RESPONSE_ROWS, EngineSettings, VllmEngine
+from pipeline.engine.vllm_engine import VllmEngine
+from pipeline.engine.ways import FIXED_IDS, FLAT, RESPONSE_ROWS
 from weights_store.errors import EngineError, InputError, OutOfMemoryError, ScoringError
 
 # Prompts of 5, 3 and 2 ids, responses of 4, 2, 3 and 1; the third wants no log-prob of its first response id.
@@ -189,7 +191,7 @@ def _environment():
 
 @pytest.fixture
 def start(monkeypatch, tmp_path):
-    """Return a function that starts a `VllmEngine` on a made-up engine: `engine, reports = start(made_up, way)`."""
+    """Return a function that starts a `VllmEngine` on a made-up engine: `start(made_up, way)`."""
     import vllm
 
     def start(made_up, way=None):
@@ -199,8 +201,7 @@ def start(monkeypatch, tmp_path):
             return made_up
 
         monkeypatch.setattr(vllm.LLMEngine, "from_engine_args", from_engine_args)
-        reports = []
-        return VllmEngine(tmp_path, EngineSettings(way=way), reports.append), reports
+        return VllmEngine(tmp_path, EngineSettings(way=way))
 
     return start
 
@@ -252,7 +253,7 @@ def test_vllm_has_what_the_engine_uses_by_these_names():
 @EVERY_WAY
 def test_replies_land_at_their_sequence_in_whatever_order_they_come(start, way, v2):
     made_up = _MadeUpEngine(v2)
-    engine, _ = start(made_up, way)
+    engine = start(made_up, way)
     replies = engine.score(SEQUENCES)
     assert [ids for _, ids, _ in made_up.ran] != [_ids(sequence) for sequence in SEQUENCES]
     assert _values(replies) == [_expected(sequence) for sequence in SEQUENCES]
@@ -262,7 +263,7 @@ def test_replies_land_at_their_sequence_in_whatever_order_they_come(start, way, 
 @EVERY_WAY
 def test_every_request_reads_the_cache_and_generates_one_token(start, way, v2):
     made_up = _MadeUpEngine(v2)
-    start(made_up, way)[0].score(SEQUENCES)
+    start(made_up, way).score(SEQUENCES)
     assert [ids for _, ids, _ in made_up.added] == [_ids(sequence) for sequence in SEQUENCES]
     for _, _, params in made_up.added:
         assert (params.max_tokens, params.temperature, params.detokenize) == (1, 0.0, False)
@@ -271,7 +272,7 @@ def test_every_request_reads_the_cache_and_generates_one_token(start, way, v2):
 
 def test_fixed_ids_asks_for_the_wanted_response_ids_alone(start):
     made_up = _MadeUpEngine(v2=True)
-    start(made_up, FIXED_IDS)[0].score(SEQUENCES)
+    start(made_up, FIXED_IDS).score(SEQUENCES)
     asked = [params.prompt_logprob_token_ids for _, _, params in made_up.added]
     assert [ids.tolist() for ids in asked] == [[[21], [22], [23], [24]], [[25], [11]], [[27], [28]], [[29]]]
     assert {ids.dtype for ids in asked} == {np.dtype(np.int32)}
@@ -282,7 +283,7 @@ def test_fixed_ids_asks_for_the_wanted_response_ids_alone(start):
 
 def test_response_rows_asks_under_a_key_of_its_own_from_the_first_wanted_row_on(start):
     made_up = _MadeUpEngine(v2=False)
-    engine, _ = start(made_up, RESPONSE_ROWS)
+    engine = start(made_up, RESPONSE_ROWS)
     engine.score(SEQUENCES)
     engine.score(SEQUENCES[:1])
     asked = [params.extra_args[KEY] for _, _, params in made_up.added]
@@ -297,7 +298,7 @@ def test_response_rows_asks_under_a_key_of_its_own_from_the_first_wanted_row_on(
 
 def test_flat_asks_for_no_more_than_the_tokens_themselves(start):
     made_up = _MadeUpEngine(v2=False)
-    start(made_up, FLAT)[0].score(SEQUENCES)
+    start(made_up, FLAT).score(SEQUENCES)
     for _, _, params in made_up.added:
         assert (params.prompt_logprobs, params.flat_logprobs) == (0, True)
         assert params.prompt_logprob_token_ids is None
@@ -308,15 +309,15 @@ def test_flat_asks_for_no_more_than_the_tokens_themselves(start):
 def test_progress_hears_of_each_sequence_once(start, way, v2):
     heard = []
     hits = {_ids(SEQUENCES[0]): 8}
-    start(_MadeUpEngine(v2, hits=hits), way)[0].score(SEQUENCES, heard.append)
+    start(_MadeUpEngine(v2, hits=hits), way).score(SEQUENCES, heard.append)
     assert sorted(heard) == [1, 2, 2, 4]
 
 
-def test_no_sequences_choose_no_way(start):
+def test_no_sequences_choose_no_way(start, logged):
     made_up = _MadeUpEngine(v2=True)
-    engine, reports = start(made_up)
+    engine = start(made_up)
     assert engine.score([]) == []
-    assert (engine.way, reports, made_up.added) == (None, [], [])
+    assert (engine.way, logged.lines, made_up.added) == (None, [], [])
 
 
 # --- cache hits --------------------------------------------------------------------------------------------------------
@@ -328,7 +329,7 @@ def test_no_sequences_choose_no_way(start):
 def test_a_hit_beyond_the_first_wanted_row_is_scored_again_without_the_cache(start, way, v2, num_cached, unwritten):
     # Row 4 of the first sequence predicts its first response id: a hit of 5 or more leaves it unwritten.
     made_up = _MadeUpEngine(v2, hits={_ids(SEQUENCES[0]): num_cached}, unwritten=unwritten)
-    replies = start(made_up, way)[0].score(SEQUENCES)
+    replies = start(made_up, way).score(SEQUENCES)
     assert _values(replies) == [_expected(sequence) for sequence in SEQUENCES]
     asked = [(ids, params.skip_reading_prefix_cache) for _, ids, params in made_up.added]
     assert asked == [*((_ids(sequence), False) for sequence in SEQUENCES), (_ids(SEQUENCES[0]), True)]
@@ -339,7 +340,7 @@ def test_a_hit_up_to_the_first_wanted_row_is_used(start, way, v2):
     # Rows 4, 2, 2 and 1 are the first that are wanted; the last sequence has no hit.
     hits = dict(zip(map(_ids, SEQUENCES), (4, 2, 2), strict=False))
     made_up = _MadeUpEngine(v2, hits=hits)
-    replies = start(made_up, way)[0].score(SEQUENCES)
+    replies = start(made_up, way).score(SEQUENCES)
     assert _values(replies) == [_expected(sequence) for sequence in SEQUENCES]
     assert len(made_up.added) == 4
 
@@ -348,8 +349,8 @@ def test_a_hit_up_to_the_first_wanted_row_is_used(start, way, v2):
 def test_an_engine_that_takes_rows_from_its_cache_against_orders_is_refused(start, way, v2):
     made_up = _MadeUpEngine(v2, hits={_ids(SEQUENCES[1]): 3})
     made_up.heeds_skip = False
-    replies = _values(start(made_up, way)[0].score(SEQUENCES))
-    assert "took rows from its cache that it was told to compute" in str(replies.pop(1))
+    replies = _values(start(made_up, way).score(SEQUENCES))
+    assert "read rows from its cache that it was told to compute" in str(replies.pop(1))
     assert replies == [_expected(SEQUENCES[i]) for i in (0, 2, 3)]
 
 
@@ -380,7 +381,7 @@ def _changed(row, value):
 )
 def test_a_reply_that_breaks_the_contract_is_an_error_in_its_place_alone(start, way, v2, spoil, message):
     made_up = _MadeUpEngine(v2, spoil={_ids(SEQUENCES[0]): spoil})
-    first, *others = start(made_up, way)[0].score(SEQUENCES)
+    first, *others = start(made_up, way).score(SEQUENCES)
     assert isinstance(first, ScoringError)
     with pytest.raises(ScoringError, match=message):
         raise first
@@ -391,18 +392,18 @@ def test_a_reply_that_breaks_the_contract_is_an_error_in_its_place_alone(start, 
 def test_an_error_names_the_place_in_the_whole_response(start, way, v2):
     # The third sequence wants its response tokens 1 and 2; row 3 is that of token 2.
     made_up = _MadeUpEngine(v2, spoil={_ids(SEQUENCES[2]): _changed(3, 7.0)})
-    assert "response token 2: log-prob is 7.0" in str(start(made_up, way)[0].score(SEQUENCES)[2])
+    assert "response token 2: log-prob is 7.0" in str(start(made_up, way).score(SEQUENCES)[2])
 
 
 @EVERY_WAY
 def test_rounding_above_zero_becomes_zero(start, way, v2):
     made_up = _MadeUpEngine(v2, spoil={_ids(SEQUENCES[3]): _changed(1, 5e-4)})
-    assert start(made_up, way)[0].score(SEQUENCES)[3].logps.tolist() == [0.0]
+    assert start(made_up, way).score(SEQUENCES)[3].logps.tolist() == [0.0]
 
 
 def test_fixed_ids_refuses_more_than_one_column(start):
     made_up = _MadeUpEngine(v2=True)
-    engine, _ = start(made_up, FIXED_IDS)
+    engine = start(made_up, FIXED_IDS)
     made_up._fixed_ids = lambda ids, rows, num_cached, params: np.zeros((len(params.prompt_logprob_token_ids), 2))
     assert "expected log-probs of shape [4, 1], got [4, 2]" in str(engine.score(SEQUENCES)[0])
 
@@ -410,7 +411,7 @@ def test_fixed_ids_refuses_more_than_one_column(start):
 def test_flat_refuses_a_reply_that_leaves_out_other_rows_than_those_in_the_cache(start):
     # V2 leaves out the rows of a hit, here 3 of 9; a reply with one row less again must not be read one place off.
     made_up = _MadeUpEngine(v2=True, hits={_ids(SEQUENCES[0]): 3}, spoil={_ids(SEQUENCES[0]): lambda rows: rows[:-1]})
-    reply = start(made_up, FLAT)[0].score(SEQUENCES)[0]
+    reply = start(made_up, FLAT).score(SEQUENCES)[0]
     assert str(reply) == "expected log-probs for 9 tokens, or without the 3 of them in the cache, got 5"
 
 
@@ -418,34 +419,34 @@ def test_flat_refuses_a_reply_that_leaves_out_other_rows_than_those_in_the_cache
 
 
 @FAST_WAYS
-def test_the_fast_way_of_the_runner_is_taken_where_it_agrees(start, way, v2):
+def test_the_fast_way_of_the_runner_is_taken_where_it_agrees(start, way, v2, logged):
     made_up = _MadeUpEngine(v2)
-    engine, reports = start(made_up)
+    engine = start(made_up)
     assert _values(engine.score(SEQUENCES)) == [_expected(sequence) for sequence in SEQUENCES]
     assert engine.way == way
-    assert reports == [f"scoring by {way}: within 0.0e+00 nats of flat prompt log-probs on 4 sequences"]
+    assert logged.lines == [f"scoring by {way}: within 0.0e+00 nats of flat prompt log-probs on 4 sequences"]
     engine.score(SEQUENCES)
-    assert len(reports) == 1
+    assert len(logged.lines) == 1
     assert len(made_up.added) == 4 * 4  # fast and flat to choose, then twice the way chosen
 
 
-def test_eight_sequences_choose_the_way(start):
+def test_eight_sequences_choose_the_way(start, logged):
     sequences = [ScoredSequence([11, 12], [13, token_id]) for token_id in range(20, 31)]
     made_up = _MadeUpEngine(v2=True)
-    engine, reports = start(made_up)
+    engine = start(made_up)
     engine.score(sequences)
-    assert reports[0].endswith("on 8 sequences")
+    assert logged.lines[0].endswith("on 8 sequences")
     assert len(made_up.added) == 8 + 8 + 11
 
 
 @FAST_WAYS
-def test_a_fast_way_that_differs_is_left(start, way, v2):
+def test_a_fast_way_that_differs_is_left(start, way, v2, logged):
     made_up = _MadeUpEngine(v2)
     made_up.fast_shift = -0.03125
-    engine, reports = start(made_up)
+    engine = start(made_up)
     assert _values(engine.score(SEQUENCES)) == [_expected(sequence) for sequence in SEQUENCES]
     assert engine.way == FLAT
-    assert reports == [
+    assert logged.lines == [
         f"scoring by vLLM's flat prompt log-probs: {way} differs from them by 0.031 nats in the mean on 4 sequences, "
         "expected at most 0.02"
     ]
@@ -455,22 +456,22 @@ def test_a_fast_way_that_differs_is_left(start, way, v2):
 def test_a_difference_that_rounding_explains_is_none(start, way, v2):
     made_up = _MadeUpEngine(v2)
     made_up.fast_shift = -0.015625
-    engine, _ = start(made_up)
+    engine = start(made_up)
     engine.score(SEQUENCES)
     assert engine.way == way
 
 
 @FAST_WAYS
-def test_a_fast_way_without_an_answer_where_flat_has_one_is_left(start, way, v2):
+def test_a_fast_way_without_an_answer_where_flat_has_one_is_left(start, way, v2, logged):
     made_up = _MadeUpEngine(v2)
     made_up._fixed_ids = made_up._answer = lambda *request: None
-    engine, reports = start(made_up)
+    engine = start(made_up)
     assert _values(engine.score(SEQUENCES)) == [_expected(sequence) for sequence in SEQUENCES]
     assert engine.way == FLAT
-    assert f"{way} differs from them by inf nats" in reports[0]
+    assert f"{way} differs from them by inf nats" in logged.lines[0]
 
 
-def test_a_fast_way_that_this_vllm_refuses_is_left_and_its_requests_never_run(start):
+def test_a_fast_way_that_this_vllm_refuses_is_left_and_its_requests_never_run(start, logged):
     from vllm.exceptions import VLLMValidationError
 
     def refuses(num_added, params):  # the third request: two have been taken by then
@@ -480,10 +481,10 @@ def test_a_fast_way_that_this_vllm_refuses_is_left_and_its_requests_never_run(st
 
     made_up = _MadeUpEngine(v2=True)
     made_up.refuses = refuses
-    engine, reports = start(made_up)
+    engine = start(made_up)
     assert _values(engine.score(SEQUENCES)) == [_expected(sequence) for sequence in SEQUENCES]
     assert engine.way == FLAT
-    assert reports == [
+    assert logged.lines == [
         "scoring by vLLM's flat prompt log-probs: fixed_ids failed with VLLMValidationError: prompt_logprob_token_ids "
         "requires --moonlight"
     ]
@@ -491,22 +492,22 @@ def test_a_fast_way_that_this_vllm_refuses_is_left_and_its_requests_never_run(st
 
 
 @pytest.mark.parametrize("method", ["tokenweights_install", "tokenweights_take"])
-def test_a_runner_without_what_the_hook_needs_is_scored_the_flat_way(start, method):
+def test_a_runner_without_what_the_hook_needs_is_scored_the_flat_way(start, method, logged):
     made_up = _MadeUpEngine(v2=False)
     made_up.lacks = {method}
-    engine, reports = start(made_up)
+    engine = start(made_up)
     assert _values(engine.score(SEQUENCES)) == [_expected(sequence) for sequence in SEQUENCES]
     assert engine.way == FLAT
-    assert f"response_rows failed with AttributeError: no attribute '{method}'" in reports[0]
+    assert f"response_rows failed with AttributeError: no attribute '{method}'" in logged.lines[0]
 
 
-def test_a_reply_that_cannot_be_read_leaves_the_fast_way_and_nothing_behind(start):
+def test_a_reply_that_cannot_be_read_leaves_the_fast_way_and_nothing_behind(start, logged):
     made_up = _MadeUpEngine(v2=True)
     made_up._fixed_ids = lambda *request: "something else"
-    engine, reports = start(made_up)
+    engine = start(made_up)
     assert _values(engine.score(SEQUENCES)) == [_expected(sequence) for sequence in SEQUENCES]
     assert engine.way == FLAT
-    assert "fixed_ids failed with AttributeError: 'str' object has no attribute 'ndim'" in reports[0]
+    assert "fixed_ids failed with AttributeError: 'str' object has no attribute 'ndim'" in logged.lines[0]
     # Two of the first four had been run when the first of them was read.
     assert [params.prompt_logprobs for _, _, params in made_up.ran] == [None] * 2 + [0] * 4
 
@@ -519,7 +520,7 @@ TOP = [replace(sequence, top_k=3) for sequence in SEQUENCES]
 @pytest.mark.parametrize(("way", "v2"), WAYS[1:], ids=["response_rows", "flat-v2", "flat-v1"])
 def test_the_likeliest_tokens_come_with_those_of_the_response(start, way, v2):
     made_up = _MadeUpEngine(v2, hits={_ids(TOP[0]): 5, _ids(TOP[1]): 2})  # the first is scored again without the cache
-    engine, _ = start(made_up, way)
+    engine = start(made_up, way)
     replies = engine.score(TOP)
     assert engine.way == way
     assert _values(replies) == [_expected(sequence) for sequence in TOP]
@@ -531,44 +532,44 @@ def test_the_likeliest_tokens_come_with_those_of_the_response(start, way, v2):
             assert [_logp(before, token_id) for token_id in top_ids.tolist()] == top_logps.tolist()
 
 
-def test_the_runner_that_takes_ids_beforehand_goes_the_flat_way_and_says_so(start):
+def test_the_runner_that_takes_ids_beforehand_goes_the_flat_way_and_says_so(start, logged):
     made_up = _MadeUpEngine(v2=True)
-    engine, reports = start(made_up)
+    engine = start(made_up)
     assert _values(engine.score(TOP)) == [_expected(sequence) for sequence in TOP]
     assert engine.way == FLAT
-    assert reports == [
-        "scoring by vLLM's flat prompt log-probs: fixed_ids cannot find the 3 likeliest tokens (score.top_k)"
+    assert logged.lines == [
+        "scoring by vLLM's flat prompt log-probs: fixed_ids cannot find the 3 most likely tokens (score.top_k)"
     ]
     assert {params.prompt_logprobs for _, _, params in made_up.ran} == {3}
 
 
-def test_the_way_is_chosen_anew_for_scorers_that_store_no_likeliest_tokens(start):
+def test_the_way_is_chosen_anew_for_scorers_that_store_no_likeliest_tokens(start, logged):
     made_up = _MadeUpEngine(v2=True)
-    engine, reports = start(made_up)
+    engine = start(made_up)
     engine.score(TOP)
     assert _values(engine.score(SEQUENCES)) == [_expected(sequence) for sequence in SEQUENCES]
     assert engine.way == FIXED_IDS
-    assert reports[1:] == ["scoring by fixed_ids: within 0.0e+00 nats of flat prompt log-probs on 4 sequences"]
+    assert logged.lines[1:] == ["scoring by fixed_ids: within 0.0e+00 nats of flat prompt log-probs on 4 sequences"]
 
 
-def test_response_rows_is_taken_where_its_likeliest_tokens_agree_as_well(start):
-    engine, reports = start(_MadeUpEngine(v2=False))
+def test_response_rows_is_taken_where_its_likeliest_tokens_agree_as_well(start, logged):
+    engine = start(_MadeUpEngine(v2=False))
     engine.score(TOP)
     assert engine.way == RESPONSE_ROWS
-    assert reports == [
-        "scoring by response_rows: within 0.0e+00 nats of flat prompt log-probs on 4 sequences, 3 likeliest tokens included"
+    assert logged.lines == [
+        "scoring by response_rows: within 0.0e+00 nats of flat prompt log-probs on 4 sequences, 3 most likely tokens included"
     ]
 
 
-def test_a_way_is_left_whose_likeliest_tokens_alone_differ(start):
+def test_a_way_is_left_whose_likeliest_tokens_alone_differ(start, logged):
     made_up = _MadeUpEngine(v2=False)
     made_up.fast_top_shift = -0.03125
     # Responses of tokens that are never among the likeliest.
     sequences = [ScoredSequence([11, 12], [_unlikely([11, 12], place)], top_k=3) for place in range(4)]
-    engine, reports = start(made_up)
+    engine = start(made_up)
     engine.score(sequences)
     assert engine.way == FLAT
-    assert "response_rows differs from them by 0.031 nats in the mean on 4 sequences" in reports[0]
+    assert "response_rows differs from them by 0.031 nats in the mean on 4 sequences" in logged.lines[0]
 
 
 def _unlikely(before, place):
@@ -578,8 +579,8 @@ def _unlikely(before, place):
 def test_a_response_whose_own_log_probs_contradict_the_likeliest_is_an_error_in_its_place_alone(start):
     # Row 5 is that of response token 1 of the first sequence; nothing is as likely as -0.03125.
     made_up = _MadeUpEngine(v2=False, spoil={_ids(TOP[0]): _changed(5, -0.03125)})
-    first, *others = start(made_up, RESPONSE_ROWS)[0].score(TOP)
-    with pytest.raises(ScoringError, match="response token 1, .*: the token itself is likelier, and not there"):
+    first, *others = start(made_up, RESPONSE_ROWS).score(TOP)
+    with pytest.raises(ScoringError, match="response token 1, .*: the token itself is more likely, and not listed"):
         raise first
     assert _values(others) == [_expected(sequence) for sequence in TOP[1:]]
 
@@ -620,7 +621,7 @@ def test_a_step_that_fails_is_an_error_of_the_engine(start, way, v2, make_failur
     made_up = _MadeUpEngine(v2)
     made_up.fails = lambda num_steps: make_failure() if num_steps == 2 else None
     with pytest.raises(EngineError) as caught:
-        start(made_up, way)[0].score(SEQUENCES)
+        start(made_up, way).score(SEQUENCES)
     assert type(caught.value) is kind
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
@@ -628,14 +629,14 @@ def test_a_step_that_fails_is_an_error_of_the_engine(start, way, v2, make_failur
 
 @FAILURES
 @FAST_WAYS
-def test_a_step_that_fails_while_a_way_is_chosen_chooses_none(start, way, v2, make_failure, kind, message):
+def test_a_step_that_fails_while_a_way_is_chosen_chooses_none(start, way, v2, make_failure, kind, message, logged):
     made_up = _MadeUpEngine(v2)
     made_up.fails = lambda num_steps: make_failure() if num_steps == 2 else None
-    engine, reports = start(made_up)
+    engine = start(made_up)
     with pytest.raises(EngineError) as caught:
         engine.score(SEQUENCES)
     assert type(caught.value) is kind
-    assert (engine.way, reports) == (None, [])
+    assert (engine.way, logged.lines) == (None, [])
 
 
 @EVERY_WAY
@@ -646,7 +647,7 @@ def test_a_refusal_of_the_chosen_way_is_an_error_of_the_engine_and_leaves_nothin
     made_up.refuses = lambda num_added, params: (
         VLLMValidationError("the prompt is too long") if num_added == 2 else None
     )
-    engine, _ = start(made_up, way)
+    engine = start(made_up, way)
     with pytest.raises(EngineError, match="the engine failed: VLLMValidationError: the prompt is too long"):
         engine.score(SEQUENCES)
     assert made_up.waiting == []
@@ -659,7 +660,7 @@ def test_a_refusal_of_the_chosen_way_is_an_error_of_the_engine_and_leaves_nothin
 
 
 def test_an_engine_knows_its_limits(start):
-    engine, _ = start(_MadeUpEngine(v2=True))
+    engine = start(_MadeUpEngine(v2=True))
     assert (engine.max_tokens, engine.vocab_size) == (63, 100)  # one of the 64 positions is for the generated token
 
 

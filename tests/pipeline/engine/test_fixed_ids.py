@@ -25,13 +25,16 @@ from types import SimpleNamespace
 import triton.backends
 # vLLM leaves Triton alone on a CPU unless there is a backend of that name. The interpreter needs none, so it is never called.
 triton.backends.backends["cpu"] = SimpleNamespace(compiler=None, driver=SimpleNamespace(is_active=lambda: True))
-from pipeline.engine.vllm_engine import EngineSettings, VllmEngine
+from pipeline.engine.contract import EngineSettings
+from pipeline.engine.vllm_engine import VllmEngine
+from weights_store.messages import collect_lines
 from pipeline.engine.score_once import ScoredSequence, Scores
 from weights_store.errors import EngineError
 
 model, sequences = Path(sys.argv[1]), [ScoredSequence(*each) for each in json.loads(Path(sys.argv[2]).read_text())]
 reports = []
-engine = VllmEngine(model, EngineSettings(dtype="float32", kv_cache_gib=1.0, batch_tokens=128), reports.append)
+collect_lines(reports)
+engine = VllmEngine(model, EngineSettings(dtype="float32", kv_cache_gib=1.0, batch_tokens=128))
 step, seen = engine._engine.step, []
 
 def watched_step():
@@ -155,7 +158,7 @@ def test_the_engine_chooses_fixed_ids_by_itself(scored):
     assert result["way"] == "fixed_ids"
     assert "scoring by fixed_ids: within" in result["reports"][0]
     assert "on 7 sequences" in result["reports"][0]
-    assert [report for report in result["reports"][1:] if "cannot find the 4 likeliest tokens" not in report] == []
+    assert [report for report in result["reports"][1:] if "cannot find the 4 most likely tokens" not in report] == []
 
 
 @pytest.mark.parametrize("replies", ["chosen", "flat"])
@@ -169,7 +172,7 @@ def test_fixed_ids_and_flat_agree_with_transformers_on_the_v2_runner(scored, rep
 
 def test_the_likeliest_tokens_of_the_v2_runner_come_the_flat_way_and_are_those_of_transformers(scored):
     result, expected = scored
-    assert "fixed_ids cannot find the 4 likeliest tokens" in result["reports"][1]
+    assert "fixed_ids cannot find the 4 most likely tokens" in result["reports"][1]
     for (logps, top_ids, top_logps), (_, all_logps) in zip(result["likeliest"], expected, strict=True):
         assert np.shape(top_ids) == np.shape(top_logps) == (len(logps), 4)
         np.testing.assert_allclose(top_logps, torch.tensor(all_logps).topk(4).values, atol=1e-2)

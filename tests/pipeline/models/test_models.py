@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -169,21 +170,20 @@ def test_tokenizer_and_template_are_the_adapters_where_it_has_them_else_the_base
     assert not (tmp_path / "three" / "tokenizer_config.json").exists()  # never files of both
 
 
-def test_adapter_folder_is_resolved_to_a_merged_model_once(bases, make_adapter, tmp_path, monkeypatch):
+def test_adapter_folder_is_resolved_to_a_merged_model_once(bases, make_adapter, tmp_path, monkeypatch, logged):
     monkeypatch.setenv("TOKENWEIGHTS_CACHE", str(tmp_path / "cache"))
     base = bases()
     adapter = make_adapter(base, target_modules=["q_proj"])
-    lines = []
-    folder = resolve_model(ModelSection(path=str(adapter)), lines.append)
+    folder = resolve_model(ModelSection(path=str(adapter)))
     assert folder.parent == tmp_path / "cache" / "merged"
     torch.testing.assert_close(
         _logps(AutoModelForCausalLM.from_pretrained(folder)), _of_peft(base, adapter), rtol=0, atol=1e-4
     )
     made = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     moved = shutil.copytree(adapter, tmp_path / "moved")  # the same content elsewhere is the same model
-    assert resolve_model(ModelSection(path=str(moved)), lines.append) == folder
+    assert resolve_model(ModelSection(path=str(moved))) == folder
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == made
-    assert [line.partition(" ")[0] for line in lines] == ["merging", "the", "the"]
+    assert [line.partition(" ")[0] for line in logged.lines] == ["merging", "using", "using"]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
@@ -222,7 +222,7 @@ def test_base_is_found_relative_to_the_adapter(bases, make_adapter, tmp_path, mo
         ),
         (
             {"base_model_name_or_path": "models/none"},
-            "base_model_name_or_path 'models/none' is no folder here and could",
+            "base_model_name_or_path 'models/none' is not a local folder, and it could",
         ),
         (
             {"base_model_name_or_path": None},
@@ -308,7 +308,7 @@ def test_layers_that_the_base_does_not_have_are_refused(bases, make_adapter, tmp
 def test_missing_peft_is_named(bases, make_adapter, tmp_path, monkeypatch):
     monkeypatch.setenv("TOKENWEIGHTS_CACHE", str(tmp_path / "cache"))
     adapter = make_adapter(bases(), target_modules=["q_proj"])
-    monkeypatch.setattr("pipeline.child.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtraError, match=r"'peft', which is not installed; pip install 'tokenweights\[train\]'"):
         resolve_model(ModelSection(path=str(adapter)))
 

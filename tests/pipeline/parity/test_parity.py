@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -21,22 +22,21 @@ import tokenweights
 from pipeline.parity.check import (
     Gap,
     Parity,
-    Sample,
     check_parity,
     check_scorer,
     check_stored,
     compare,
     parity_lines,
     role_scorer,
-    take_sample,
-    under_condition,
 )
-from pipeline.parity.process import SIDES, Column, run, score_with_transformers
+from pipeline.parity.process import Column, run, score_with_transformers
+from pipeline.parity.sample import Sample, take_sample
 from pipeline.recipe import Recipe
 from pipeline.stages.prepare import Preparation, prepare
+from pipeline.workers.pair_row import PairRow, read_pairs, under_condition
 from weights_store import WeightStore
 from weights_store.errors import InputError, MismatchError
-from weights_store.schemas import LOGPS, WEIGHTS
+from weights_store.schemas import LOGPS, SIDES, WEIGHTS
 from weights_store.settings import parse_settings
 
 MEAN_NATS, MAX_NATS = 1e-3, 1e-2
@@ -70,6 +70,7 @@ SCRIPT = """
 import gc, json, sys
 from pathlib import Path
 from pipeline.engine.vllm_engine import VllmEngine
+from pydantic import TypeAdapter
 from pipeline.parity.process import Task, run
 
 outputs_of_engine, seen = VllmEngine._outputs, []
@@ -82,7 +83,7 @@ def watched(self):
 VllmEngine._outputs = watched
 result = {}
 for name, task in json.loads(Path(sys.argv[1]).read_text()).items():
-    columns = run(Task(**task), print)
+    columns = run(TypeAdapter(Task).validate_python({"side": "engine", **task}))
     result[name] = {"columns": {way: vars(column) for way, column in columns.items()}, "seen": seen[:]}
     seen.clear()
     gc.collect()
@@ -161,7 +162,7 @@ def made(tmp_path_factory, toy_model, toy_pairs, write_jsonl):
         _make_model(name, folder / name, vocab_size)
         tokenizer.save_pretrained(folder / name)
         recipe = _recipe(folder / f"of-{name}", folder / name, folder / "pairs.jsonl")
-        prepare(recipe, folder / name, lambda line: None)
+        prepare(recipe, folder / name)
         result[name] = folder / name, take_sample(Preparation.of(recipe, folder / name), 12)
     return result
 
@@ -172,7 +173,13 @@ def scored(made, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scored")
     engine = {"dtype": "float32", "kv_cache_gib": 1.0, "batch_tokens": 256}
     tasks = {
-        name: {"side": "engine", "model": str(model), "rows": sample.rows, "engine": engine, "ways": WAYS}
+        name: {
+            "side": "engine",
+            "model": str(model),
+            "pairs": [asdict(pair) for pair in sample.pairs],
+            "engine": engine,
+            "ways": WAYS,
+        }
         for name, (model, sample) in made.items()
     }
     (folder / "tasks.json").write_text(json.dumps(tasks))
@@ -190,11 +197,11 @@ def _oracle(folder, sample, change=lambda model: None, **settings):
     )
     change(model.eval())
     logps = []
-    for row in sample.rows:
-        for side in ("chosen_ids", "rejected_ids"):
-            ids = torch.tensor([row["prompt_ids"] + row[side]])
+    for pair in sample.pairs:
+        for response_ids in (pair.chosen_ids, pair.rejected_ids):
+            ids = torch.tensor([pair.prompt_ids + response_ids])
             of_next = model(ids).logits[0, :-1].log_softmax(-1)
-            logps.append(of_next.gather(-1, ids[0, 1:, None]).squeeze(-1)[len(row["prompt_ids"]) - 1 :])
+            logps.append(of_next.gather(-1, ids[0, 1:, None]).squeeze(-1)[len(pair.prompt_ids) - 1 :])
     return torch.cat(logps).numpy()
 
 
@@ -205,7 +212,7 @@ def expected(made):
 
 
 def _flat(column, sample):
-    return np.concatenate([np.array(side) for row in sample.rows for side in column["logps"][row["pair_id"]]])
+    return np.concatenate([np.array(side) for pair in sample.pairs for side in column["logps"][pair.pair_id]])
 
 
 # --- architectures -----------------------------------------------------------------------------------------------------
@@ -278,7 +285,7 @@ def test_vocabulary_is_padded_and_larger_than_the_tokenizers(made, name):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_ids_that_reach_the_engine_are_those_of_the_table(made, scored, name):
     _, sample = made[name]
-    wanted = {tuple(row["prompt_ids"] + row[side]) for row in sample.rows for side in ("chosen_ids", "rejected_ids")}
+    wanted = {tuple(pair.prompt_ids + ids) for pair in sample.pairs for ids in (pair.chosen_ids, pair.rejected_ids)}
     assert {tuple(ids) for ids in scored[name]["seen"]} == wanted
 
 
@@ -287,18 +294,18 @@ def test_a_template_with_bos_and_a_tokenizer_that_adds_it_make_one_bos(made, nam
     folder, sample = made[name]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     end_of_turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    for row in sample.rows:
-        assert row["prompt_ids"][0] == tokenizer.bos_token_id
-        ids = row["prompt_ids"] + row["chosen_ids"] + row["rejected_ids"]
+    for pair in sample.pairs:
+        assert pair.prompt_ids[0] == tokenizer.bos_token_id
+        ids = pair.prompt_ids + pair.chosen_ids + pair.rejected_ids
         assert ids.count(tokenizer.bos_token_id) == 1
-        assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == end_of_turn
-        assert tokenizer.decode(row["prompt_ids"]).endswith("<start_of_turn>model\n")
+        assert pair.chosen_ids[-1] == pair.rejected_ids[-1] == end_of_turn
+        assert tokenizer.decode(pair.prompt_ids).endswith("<start_of_turn>model\n")
 
 
 @pytest.mark.parametrize("name", ["llama-untied", "gemma2"])
 def test_the_checks_own_transformers_side_is_the_plain_one(made, expected, name):
     folder, sample = made[name]
-    column = score_with_transformers(folder, sample.rows, lambda line: None)
+    column = score_with_transformers(folder, sample.pairs)
     assert column.unscorable == {}
     np.testing.assert_allclose(_flat(vars(column), sample), expected[name], rtol=0, atol=1e-4)
 
@@ -308,8 +315,8 @@ def test_the_checks_own_transformers_side_is_the_plain_one(made, expected, name)
 SAMPLE = Sample(
     "somewhere",
     [
-        {"pair_id": "a", "prompt_ids": [1], "chosen_ids": [7, 8], "rejected_ids": [9]},
-        {"pair_id": "b", "prompt_ids": [1], "chosen_ids": [7], "rejected_ids": [8, 9]},
+        PairRow("a", 0, "[]", prompt_ids=[1], chosen_ids=[7, 8], rejected_ids=[9]),
+        PairRow("b", 1, "[]", prompt_ids=[1], chosen_ids=[7], rejected_ids=[8, 9]),
     ],
 )
 EXPECTED = Column({"a": [[-1.0, -2.0], [-3.0]], "b": [[-1.0], [-2.0, -4.0]]})
@@ -382,28 +389,28 @@ def test_sample_of_the_source_is_what_prepare_makes_of_it(tmp_path, toy_model, t
     start = Preparation.of(recipe, toy_model)
     of_source = take_sample(start, 4)
     assert of_source.origin == f"the first rows of {tmp_path / 'pairs.jsonl'}"
-    assert [row["source_row"] for row in of_source.rows] == [2, 3, 4, 5]
-    prepare(recipe, toy_model, lambda line: None)
+    assert [pair.source_row for pair in of_source.pairs] == [2, 3, 4, 5]
+    prepare(recipe, toy_model)
     of_table = take_sample(start, 100)
     assert of_table.origin == f"{start.tokens.path}@0"
-    assert [row["pair_id"] for row in of_table.rows] == sorted(row["pair_id"] for row in of_table.rows)
-    of_table_by_id = {row["pair_id"]: row for row in of_table.rows}
-    assert [of_table_by_id[row["pair_id"]] for row in of_source.rows] == of_source.rows
-    assert take_sample(start, 2).rows == of_table.rows[:2]
+    assert [pair.pair_id for pair in of_table.pairs] == sorted(pair.pair_id for pair in of_table.pairs)
+    of_table_by_id = {pair.pair_id: pair for pair in of_table.pairs}
+    assert [of_table_by_id[pair.pair_id] for pair in of_source.pairs] == of_source.pairs
+    assert take_sample(start, 2).pairs == of_table.pairs[:2]
 
 
 def test_source_without_a_usable_row_is_refused(tmp_path, toy_model, toy_pairs, write_jsonl):
     write_jsonl(tmp_path / "pairs.jsonl", [{**toy_pairs[0], "rejected": toy_pairs[0]["chosen"]}])
     recipe = _recipe(tmp_path, toy_model, tmp_path / "pairs.jsonl")
     with pytest.raises(InputError, match="no row of it can be used"):
-        check_scorer(recipe, report=lambda line: None)
+        check_scorer(recipe)
 
 
 def test_model_that_is_yet_to_be_trained_is_refused(tmp_path, toy_model, toy_pairs, write_jsonl):
     write_jsonl(tmp_path / "pairs.jsonl", toy_pairs[:2])
     recipe = _recipe(tmp_path, toy_model, tmp_path / "pairs.jsonl", contrast={"method": "dpo"})
     with pytest.raises(InputError, match=r"the negative model \(contrast.method dpo\) is not in .* yet; train it with"):
-        check_scorer(recipe, role="negative", report=lambda line: None)
+        check_scorer(recipe, role="negative")
 
 
 def test_contrastive_scorer_is_checked_behind_its_prompt(tmp_path, toy_model, toy_pairs, write_jsonl):
@@ -411,13 +418,13 @@ def test_contrastive_scorer_is_checked_behind_its_prompt(tmp_path, toy_model, to
     contrast = {"method": "prompt", "positive_prompt": "be good", "negative_prompt": "be bad"}
     recipe = _recipe(tmp_path, toy_model, tmp_path / "pairs.jsonl", contrast=contrast)
     start = Preparation.of(recipe, toy_model)
-    plain = take_sample(start, 6)
-    assert under_condition(plain, role_scorer(recipe, toy_model, "ref"), start.tokenizer) == plain
-    conditioned = under_condition(plain, role_scorer(recipe, toy_model, "negative"), start.tokenizer)
+    plain = take_sample(start, 6).pairs
+    assert role_scorer(recipe, toy_model, "ref").condition is None
+    conditioned = under_condition(plain, role_scorer(recipe, toy_model, "negative").condition, start.tokenizer)
     tokenizer = transformers.AutoTokenizer.from_pretrained(toy_model)
-    for before, after in zip(plain.rows, conditioned.rows, strict=True):
-        assert "be bad" in tokenizer.decode(after["prompt_ids"])
-        assert after == {**before, "prompt_ids": after["prompt_ids"]}
+    for before, after in zip(plain, conditioned, strict=True):
+        assert "be bad" in tokenizer.decode(after.prompt_ids)
+        assert after == replace(before, prompt_ids=after.prompt_ids)
 
 
 @pytest.mark.slow
@@ -461,9 +468,9 @@ def stored(tmp_path, toy_model, toy_pairs, write_jsonl, monkeypatch):
     """A recipe, its tokens, a function that stores reference log-probs off by so many nats, and one that checks them here."""
     write_jsonl(tmp_path / "pairs.jsonl", toy_pairs[:6])
     recipe = _recipe(tmp_path, toy_model, tmp_path / "pairs.jsonl")
-    tokens = prepare(recipe, toy_model, lambda line: None).tokens
+    tokens = prepare(recipe, toy_model).tokens
     store, ran = WeightStore(tokens.store), []
-    expected = score_with_transformers(toy_model, store.table(tokens.table).scan().collect().to_dicts(), print)
+    expected = score_with_transformers(toy_model, read_pairs(store.table(tokens.table).scan().collect()))
 
     def write(off_nats):
         rows = [
@@ -476,15 +483,17 @@ def stored(tmp_path, toy_model, toy_pairs, write_jsonl, monkeypatch):
         table = store.table("logps/toy-1/ref")
         return table.replace(pa.Table.from_pylist(rows, LOGPS), {"fingerprint": f"off {off_nats}"})
 
-    def check(ref, report=lambda line: None, **score):
+    def check(ref, max_tokens=2048, **score):
         changed = recipe.model_copy(update={"score": recipe.score.model_copy(update=score)})
-        return check_stored(changed, tokens, ref, toy_model, report)
+        return check_stored(changed, tokens, ref, toy_model, max_tokens)
 
-    def run_here(task, _python, report):
-        ran.append([row["pair_id"] for row in task.rows])
-        return run(task, report)
+    def run_here(task, _python):
+        ran.append([pair.pair_id for pair in task.pairs])
+        return run(task)
 
-    monkeypatch.setattr("pipeline.parity.check._run", run_here)  # a process of its own costs seconds; builds have one
+    monkeypatch.setattr(
+        "pipeline.parity.check.run_task", run_here
+    )  # a process of its own costs seconds; builds have one
     return SimpleNamespace(
         store=store, tokens=tokens, write=write, check=check, ran=ran, pair_ids=sorted(expected.logps)
     )
@@ -510,8 +519,8 @@ def test_stored_log_probs_that_differ_are_refused(stored):
     assert stored.check(stored.write(0.5), parity_pairs=0) == {}
 
 
-def test_the_sample_of_a_build_is_the_pairs_with_the_lowest_ids_that_are_short_enough(stored, monkeypatch):
-    ref, lines = stored.write(0.0), []
+def test_the_sample_of_a_build_is_the_pairs_with_the_lowest_ids_that_are_short_enough(stored, logged):
+    ref = stored.write(0.0)
     stored.check(ref, parity_pairs=2)
     assert stored.ran.pop() == stored.pair_ids[:2]
     rows = stored.store.table(stored.tokens.table).scan().collect()
@@ -519,12 +528,10 @@ def test_the_sample_of_a_build_is_the_pairs_with_the_lowest_ids_that_are_short_e
         row["pair_id"]: len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
         for row in rows.to_dicts()
     }
-    monkeypatch.setattr("pipeline.parity.check._MAX_STORED_TOKENS", max(lengths.values()) - 1)
-    stored.check(ref)
+    stored.check(ref, max_tokens=max(lengths.values()) - 1)
     assert stored.ran.pop() == [pair_id for pair_id in stored.pair_ids if lengths[pair_id] < max(lengths.values())]
-    monkeypatch.setattr("pipeline.parity.check._MAX_STORED_TOKENS", 3)
-    assert stored.check(ref, lines.append) == {}
-    assert lines == ["logps/toy-1/ref@0: not compared with transformers: no pair has at most 3 tokens"]
+    assert stored.check(ref, max_tokens=3) == {}
+    assert logged.lines[-1:] == ["logps/toy-1/ref@0: not compared with transformers: no pair has at most 3 tokens"]
     assert stored.ran == []
 
 
@@ -540,21 +547,23 @@ def test_a_check_that_a_version_has_recorded_of_the_same_log_probs_is_not_repeat
 
 
 def test_an_interpreter_without_transformers_is_said_in_one_line_and_nothing_recorded(
-    tmp_path, toy_model, toy_pairs, write_jsonl
+    tmp_path, toy_model, toy_pairs, write_jsonl, logged
 ):
     write_jsonl(tmp_path / "pairs.jsonl", toy_pairs[:2])
     bare = tmp_path / "python"
     bare.write_text(
-        f"#!{sys.executable}\nimport runpy, sys\nsys.modules['torch'] = None\nsys.argv = sys.argv[2:]\n"
+        f"#!{sys.executable}\nimport runpy, sys\nsys.modules['torch'] = None\nsys.argv = sys.argv[3:]\n"
         "runpy.run_module('pipeline.parity.process', run_name='__main__', alter_sys=True)\n"
     )
     bare.chmod(0o755)
     recipe = _recipe(tmp_path, toy_model, tmp_path / "pairs.jsonl", score={"python": str(bare)})
-    tokens = prepare(recipe, toy_model, lambda line: None).tokens
+    tokens = prepare(recipe, toy_model).tokens
     pair_ids = WeightStore(tokens.store).table(tokens.table).pair_ids()
     rows = pa.Table.from_pylist(
         [{"pair_id": i, "chosen_logps": [-1.0], "rejected_logps": [-1.0]} for i in pair_ids], LOGPS
     )
-    ref, lines = WeightStore(tokens.store).table("logps/toy-1/ref").append(rows, {"fingerprint": "ref"}), []
-    assert check_stored(recipe, tokens, ref, toy_model, lines.append) == {}
-    assert re.fullmatch("logps/toy-1/ref@0: not compared with transformers: .*torch.*", lines[-1])
+    ref = WeightStore(tokens.store).table("logps/toy-1/ref").append(rows, {"fingerprint": "ref"})
+    assert check_stored(recipe, tokens, ref, toy_model) == {}
+    assert re.fullmatch(
+        "logps/toy-1/ref@0: not compared with transformers: .*it has no package 'torch'.*", logged.lines[-1]
+    )

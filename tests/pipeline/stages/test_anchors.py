@@ -14,16 +14,18 @@ import pyarrow as pa
 import pytest
 import torch
 
+from pipeline.engine.contract import EngineSettings, Sampling
 from pipeline.engine.score_once import ScoredSequence
-from pipeline.engine.vllm_engine import Sampling
 from pipeline.recipe import AnchorsSection, Recipe, ScoreSection
 from pipeline.stages.anchors import anchors_identity, sample_anchors
 from pipeline.workers.anchor_sampler import AnchorSampler, config_stop_ids, dataset_stop_ids, seed_of
-from pipeline.workers.on_ray import Chunk, ChunkScorer, _replies
+from pipeline.workers.on_ray import Chunk, ChunkScorer, replies
+from pipeline.workers.pair_row import read_pairs
 from pipeline.workers.process import fill
-from pipeline.workers.request import Request, Target
+from pipeline.workers.request import AnchorOptions, Executor, Request, Target
 from tests.pipeline import made_up_scorer
 from tests.pipeline.made_up_scorer import MadeUpEngine, continuation, logps
+from train.model.sampling import AnchorSampling
 from weights_store import WeightStore
 from weights_store.checks.verify import verify
 from weights_store.errors import EngineError, ScoringError, SettingsError
@@ -90,20 +92,19 @@ def request_of(tokens, policy, settings=SETTINGS, chunk_tokens=10_000, table="an
     target = Target(
         "ref", table, None, {"fingerprint": "made up", "scorer": anchors_identity(policy, settings, ScoreSection())}
     )
-    places = (tokens.store, tokens.table, tokens.version, str(policy), str(policy), None)
-    options = settings.model_dump()
-    return Request(*places, [target], chunk_tokens, {}, {"kind": "process"}, "anchors", options)
+    options = AnchorOptions(AnchorSampling(**settings.model_dump(exclude={"seed"})), settings.seed)
+    return Request("anchors", tokens, str(policy), [target], chunk_tokens, EngineSettings(), options=options)
 
 
 def sampled(request):
     """Fill the table of a request in this process; return its rows with those of the pairs, by pair_id."""
-    fill(request, request.targets[0], AnchorSampler(request, lambda line: None))
+    fill(request, request.targets[0], AnchorSampler(request))
     return rows_of(request)
 
 
 def rows_of(request):
-    store = WeightStore(request.store)
-    pairs = store.table(request.tokens_table).scan(request.tokens_version)
+    store = WeightStore(request.tokens.store)
+    pairs = store.table(request.tokens.table).scan(request.tokens.version)
     return store.table(request.targets[0].table).scan().join(pairs, on="pair_id").sort("pair_id").collect()
 
 
@@ -141,7 +142,7 @@ def test_anchors_are_the_same_whatever_the_chunks_and_the_order(tokens, policy, 
     assert whole.equals(single)
     request = request_of(tokens, policy)
     backwards = WeightStore(tokens.store).table(tokens.table).scan().collect().reverse()
-    filled, unscorable = AnchorSampler(request, lambda line: None).fill_in(backwards, request.targets[0])
+    filled, unscorable = AnchorSampler(request).fill_in(read_pairs(backwards), request.targets[0])
     assert filled["anchor_ids"].to_pylist() == whole["anchor_ids"].reverse().to_list()
     assert unscorable == []
 
@@ -168,24 +169,25 @@ def test_the_seed_of_an_anchor_is_its_prompts_and_the_recipes_and_nothing_elses(
 def test_the_share_of_continued_prompts_is_told(tokens, policy, made_up):
     request, shares = request_of(tokens, policy), []
     rows = WeightStore(tokens.store).table(tokens.table).scan().collect()
-    AnchorSampler(request, lambda line: None).fill_in(rows, request.targets[0], shares.append)
+    AnchorSampler(request).fill_in(read_pairs(rows), request.targets[0], shares.append)
     assert shares == [place / NUM_PROMPTS for place in range(1, NUM_PROMPTS + 1)]
 
 
 # --- the stage ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_stage_fills_a_table_once_records_its_seed_and_keeps_another_seeds_apart(tokens, policy, made_up, tmp_path):
+def test_the_stage_fills_a_table_once_records_its_seed_and_keeps_another_seeds_apart(
+    tokens, policy, made_up, tmp_path, logged
+):
     python = tmp_path / "interpreter"
     script = Path(made_up_scorer.__file__)
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
     python.chmod(0o755)
     engine = ScoreSection(chunk_tokens=100, python=str(python))
-    lines, states = [], []
 
     def run(settings, **made_up_settings):
         made_up(**made_up_settings)
-        return sample_anchors(tokens, policy, settings, engine, lines.append, states.append)
+        return sample_anchors(tokens, policy, settings, engine)
 
     first = run(SETTINGS, dies_after=3)
     in_process = sampled(request_of(tokens, policy))
@@ -193,8 +195,8 @@ def test_the_stage_fills_a_table_once_records_its_seed_and_keeps_another_seeds_a
     assert rows.equals(in_process.select(rows.columns))
     # Three chunks of two calls each, and three calls from each engine.
     assert (first.num_pairs, first.num_unscorable, len(first.restarts)) == (NUM_PAIRS, 0, 2)
-    assert (states[-1].name, states[-1].percent) == ("anchors ref", 100.0)
-    assert "anchors ref: " in str(states[-1])
+    assert (logged.progress[-1].name, logged.progress[-1].percent) == ("anchors ref", 100.0)
+    assert "anchors ref: " in str(logged.progress[-1])
     commit = WeightStore(tokens.store).table(first.output.table).metadata()
     release = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
     assert commit["scorer"]["sampling"] == {**release, "max_new_tokens": 6, "seed": 0, "stop_ids": [EOS]}
@@ -204,16 +206,16 @@ def test_the_stage_fills_a_table_once_records_its_seed_and_keeps_another_seeds_a
 
     other = run(SETTINGS.model_copy(update={"seed": 1}))
     assert other.output.table != first.output.table
-    assert any(line.endswith(f"unlike {first.output.table}: sampling.seed: 0 -> 1") for line in lines)
+    assert any(line.endswith(f"unlike {first.output.table}: sampling.seed: 0 -> 1") for line in logged.lines)
     others = WeightStore(tokens.store).table(other.output.table).scan().sort("pair_id").collect()
     assert others["anchor_ids"].to_list() != rows["anchor_ids"].to_list()
 
 
 def test_an_actor_on_ray_brings_the_same_anchors(tokens, policy, made_up):
     whole = sampled(request_of(tokens, policy))
-    request = replace(request_of(tokens, policy, table="anchors/toy-1/y"), executor={"kind": "ray"})
+    request = replace(request_of(tokens, policy, table="anchors/toy-1/y"), executor=Executor("ray"))
     batch = pa.Table.from_pylist([asdict(Chunk(0, "", "", NUM_PAIRS, 100))])
-    (brought,) = _replies(SimpleNamespace(iter_batches=lambda **_: [ChunkScorer(request)(batch)]))
+    (brought,) = replies(SimpleNamespace(iter_batches=lambda **_: [ChunkScorer(request)(batch)]))
     rows = WeightStore(tokens.store).table("anchors/toy-1/y").scan_shards(brought.shards).sort("pair_id").collect()
     assert rows.equals(whole.select(rows.columns))
     assert brought.engine["stop_ids"] == [EOS, TURN_END]
@@ -322,7 +324,9 @@ def test_the_end_of_a_turn_is_what_responses_end_with_that_were_not_cut(tmp_path
 _SCRIPT = """
 import json, sys
 from pathlib import Path
-from pipeline.engine.vllm_engine import EngineSettings, Sampling, ScoredSequence, VllmEngine
+from pipeline.engine.contract import EngineSettings, Sampling
+from pipeline.engine.score_once import ScoredSequence
+from pipeline.engine.vllm_engine import VllmEngine
 request = json.loads(Path(sys.argv[1]).read_text())
 prompts, seeds = request["prompts"], request["seeds"]
 engine = VllmEngine(Path(request["model"]), EngineSettings(dtype="float32", kv_cache_gib=1.0, batch_tokens=256))

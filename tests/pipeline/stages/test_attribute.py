@@ -6,16 +6,18 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from tests.pipeline.test_score import NUM_PAIRS, PAIR_TOKENS, make_tokens
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import pipeline.workers.pair_attributor
+from pipeline.engine.contract import EngineSettings
 from pipeline.recipe import AttributeSection
 from pipeline.stages.attribute import attribute, attribution_identity
-from pipeline.workers.on_ray import Chunk, ChunkScorer, _replies
+from pipeline.workers.on_ray import Chunk, ChunkScorer, replies
 from pipeline.workers.pair_attributor import PairAttributor
+from pipeline.workers.pair_row import read_pairs
 from pipeline.workers.process import fill
-from pipeline.workers.request import Request, Target
+from pipeline.workers.request import AttributionOptions, Executor, Request, Target
+from tests.pipeline.stages.test_score import NUM_PAIRS, PAIR_TOKENS, make_tokens
 from train.model.attribution import attribute_tokens
 from weights_store import WeightStore
 from weights_store.checks.verify import verify
@@ -23,7 +25,6 @@ from weights_store.errors import InputError, OutOfMemoryError
 from weights_store.schemas import ATTRIBUTIONS, Reason
 
 VOCAB_SIZE, POISON = 1000, 950  # the made-up pairs have ids from 3 to 899
-PROCESS = {"kind": "process"}
 
 
 @pytest.fixture(scope="module")
@@ -57,40 +58,29 @@ def make_request(tmp_path, model_folder):
         tokens = make_tokens(tmp_path / "store", **changed)
         metadata = {"fingerprint": "attributions", "inputs": [str(tokens)]}
         target = Target("ref", "attributions/toy-1/x", None, metadata)
-        engine = {"dtype": dtype, "batch_tokens": batch_tokens}
-        folder = str(model)
-        return Request(
-            *(
-                tokens.store,
-                tokens.table,
-                tokens.version,
-                folder,
-                folder,
-                None,
-                [target],
-                chunk_tokens,
-                engine,
-                PROCESS,
-            ),
-            stage="attribute",
-            options=options,
-        )
+        engine = EngineSettings(dtype, batch_tokens)
+        options = AttributionOptions(**options)
+        return Request("attribute", tokens, str(model), [target], chunk_tokens, engine, options=options)
 
     return make
 
 
 def rows_in(request):
-    return WeightStore(request.store).table(request.tokens_table).scan(request.tokens_version).sort("pair_id").collect()
+    tokens = request.tokens
+    return WeightStore(tokens.store).table(tokens.table).scan(tokens.version).sort("pair_id").collect()
+
+
+def pairs_in(request):
+    return read_pairs(rows_in(request))
 
 
 def filled(request):
-    return WeightStore(request.store).table(request.targets[0].table).scan().sort("pair_id").collect()
+    return WeightStore(request.tokens.store).table(request.targets[0].table).scan().sort("pair_id").collect()
 
 
 def run(request, progress=lambda share: None):
-    worker = PairAttributor(request, lambda line: None)
-    rows = rows_in(request)
-    return worker.fill_in(worker.under_condition(rows, request.targets[0]), request.targets[0], progress)
+    worker = PairAttributor(request)
+    return worker.fill_in(pairs_in(request), request.targets[0], progress)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +128,7 @@ def test_a_response_that_stands_in_several_pairs_is_computed_once(make_request, 
     """Rows 0 to 2 share prompt and chosen response: 4 distinct responses of 6, in two packed sequences of two."""
     shared = {"prompt_ids": [7, 8, 9, 10], "chosen_ids": [11, 12, 13]}
     request = make_request(row0=shared, row1=shared, row2={**shared, "prompt_ids": [7, 8, 9, 10]})
-    worker = PairAttributor(request, lambda line: None)
+    worker = PairAttributor(request)
     sizes = []
 
     def count(model, batch, target, **options):
@@ -146,7 +136,7 @@ def test_a_response_that_stands_in_several_pairs_is_computed_once(make_request, 
         return attribute_tokens(model, batch, target, **options)
 
     monkeypatch.setattr(pipeline.workers.pair_attributor, "attribute_tokens", count)
-    table, _ = worker.fill_in(rows_in(request).head(3), request.targets[0])
+    table, _ = worker.fill_in(pairs_in(request)[:3], request.targets[0])
     assert sizes == [4]
     rows = table.to_pylist()
     assert rows[0]["chosen_attributions"] == rows[1]["chosen_attributions"] == rows[2]["chosen_attributions"]
@@ -160,8 +150,8 @@ def test_a_response_that_stands_in_several_pairs_is_computed_once(make_request, 
 def test_an_odd_number_of_responses_leaves_none_out(make_request, naive):
     shared = {"prompt_ids": [7, 8, 9, 10], "chosen_ids": [11, 12, 13]}
     request = make_request(row0=shared, row1=shared)
-    worker = PairAttributor(request, lambda line: None)
-    table, _ = worker.fill_in(rows_in(request).head(2), request.targets[0])
+    worker = PairAttributor(request)
+    table, _ = worker.fill_in(pairs_in(request)[:2], request.targets[0])
     for row, pair in zip(table.to_pylist(), rows_in(request).head(2).to_dicts(), strict=True):
         for side in ("chosen", "rejected"):
             expected = naive([7, 8, 9, 10], pair[f"{side}_ids"], "max_logit")[4:]
@@ -171,7 +161,7 @@ def test_an_odd_number_of_responses_leaves_none_out(make_request, naive):
 def test_the_batch_budget_and_padding_change_nothing(make_request, monkeypatch):
     request = make_request(activations=True)
     expected, _ = run(request)
-    small, _ = run(replace(request, engine={**request.engine, "batch_tokens": 1}))
+    small, _ = run(replace(request, engine=replace(request.engine, batch_tokens=1)))
     monkeypatch.setattr(pipeline.workers.pair_attributor, "enable_packing", lambda model: "made up")
     padded, _ = run(request)
     for name in ATTRIBUTIONS.names[1:]:
@@ -185,12 +175,12 @@ def test_the_batch_budget_and_padding_change_nothing(make_request, monkeypatch):
 def test_bfloat16_weights_come_close_and_leave_the_positions_alone(make_request):
     request = make_request()
     exact = run(request)[0]["chosen_attributions"].to_pylist()
-    request = replace(request, engine={**request.engine, "dtype": "bfloat16"})
-    worker = PairAttributor(request, lambda line: None)
+    request = replace(request, engine=replace(request.engine, dtype="bfloat16"))
+    worker = PairAttributor(request)
     assert {parameter.dtype for parameter in worker._model.parameters()} == {torch.bfloat16}
     assert worker._model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert not any(parameter.requires_grad for parameter in worker._model.parameters())
-    rough = worker.fill_in(rows_in(request), request.targets[0])[0]["chosen_attributions"].to_pylist()
+    rough = worker.fill_in(pairs_in(request), request.targets[0])[0]["chosen_attributions"].to_pylist()
     difference = np.abs(np.array(rough) - np.array(exact))
     assert 0 < difference.sum() < 0.05 * np.sum(exact)
 
@@ -250,16 +240,16 @@ def test_a_model_without_input_embeddings_is_refused(make_request, monkeypatch):
 
     monkeypatch.setattr(LlamaForCausalLM, "get_input_embeddings", refuse)
     with pytest.raises(InputError, match="LlamaForCausalLM gives no access to its input embeddings"):
-        PairAttributor(make_request(), lambda line: None)
+        PairAttributor(make_request())
 
 
 def test_a_folder_that_is_no_whole_model_is_refused(make_request, model_folder, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="cannot read the config of the model"):
-        PairAttributor(make_request(model=tmp_path), lambda line: None)
+        PairAttributor(make_request(model=tmp_path))
     (tmp_path / "config.json").write_bytes((model_folder / "config.json").read_bytes())
     with pytest.raises(InputError, match="transformers cannot load the model"):
-        PairAttributor(make_request(model=tmp_path), lambda line: None)
+        PairAttributor(make_request(model=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -272,26 +262,26 @@ def test_a_folder_that_is_no_whole_model_is_refused(make_request, model_folder, 
 )
 def test_want_of_memory_asks_for_a_smaller_budget(make_request, monkeypatch, error):
     request = make_request()
-    worker = PairAttributor(request, lambda line: None)
+    worker = PairAttributor(request)
 
     def fail(*args, **options):
         raise error
 
     monkeypatch.setattr(pipeline.workers.pair_attributor, "attribute_tokens", fail)
     with pytest.raises(OutOfMemoryError, match="attributing ran out of memory"):
-        worker.fill_in(rows_in(request), request.targets[0])
+        worker.fill_in(pairs_in(request), request.targets[0])
 
 
 def test_other_errors_are_not_taken_for_want_of_memory(make_request, monkeypatch):
     request = make_request()
-    worker = PairAttributor(request, lambda line: None)
+    worker = PairAttributor(request)
 
     def fail(*args, **options):
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(pipeline.workers.pair_attributor, "attribute_tokens", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        worker.fill_in(rows_in(request), request.targets[0])
+        worker.fill_in(pairs_in(request), request.targets[0])
 
 
 # --- the stage ---------------------------------------------------------------------------------------------------------
@@ -303,7 +293,7 @@ class Killed(BaseException):
 
 def test_a_kill_loses_a_chunk_at_most_and_the_result_is_the_same(make_request, tmp_path, capsys):
     undisturbed = make_request()
-    fill(undisturbed, undisturbed.targets[0], PairAttributor(undisturbed, lambda line: None))
+    fill(undisturbed, undisturbed.targets[0], PairAttributor(undisturbed))
     expected = filled(undisturbed)
     request = replace(undisturbed, targets=[replace(undisturbed.targets[0], table="attributions/toy-1/y")])
 
@@ -317,36 +307,36 @@ def test_a_kill_loses_a_chunk_at_most_and_the_result_is_the_same(make_request, t
             return super().fill_in(*args)
 
     with pytest.raises(Killed):
-        fill(request, request.targets[0], Dying(request, lambda line: None))
+        fill(request, request.targets[0], Dying(request))
     assert 0 < filled(request).height < NUM_PAIRS
-    fill(request, request.targets[0], PairAttributor(request, lambda line: None))
+    fill(request, request.targets[0], PairAttributor(request))
     assert filled(request).equals(expected)
-    history = WeightStore(request.store).table("attributions/toy-1/y").history()
+    history = WeightStore(request.tokens.store).table("attributions/toy-1/y").history()
     assert [commit.metadata["statistics"]["num_pairs"] for commit in history] == [40, 40, 40]
 
 
 def test_the_stage_runs_in_a_process_of_its_own_and_again_only_for_what_is_new(
-    make_request, model_folder, naive, monkeypatch
+    make_request, model_folder, naive, monkeypatch, logged
 ):
     request = make_request(row7={"rejected_ids": [POISON, 4]})
-    tokens = WeightStore(request.store).table(request.tokens_table).reference()
+    tokens = WeightStore(request.tokens.store).table(request.tokens.table).reference()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     settings = AttributeSection(target="gold_logps", chunk_tokens=100 * PAIR_TOKENS)
-    lines, states = [], []
-    done = attribute(tokens, model_folder, settings, PROCESS, lines.append, states.append)
+    done = attribute(tokens, model_folder, settings, Executor())
+    states = logged.progress
     assert (done.num_pairs, done.num_unscorable, done.restarts) == (NUM_PAIRS - 1, 1, ())
     assert done.num_tokens == states[-1].done == states[-1].total
     assert states[-1].name == "attribute ref"
-    rows = WeightStore(request.store).table(done.output.table).scan().collect().sort("pair_id")
+    rows = WeightStore(request.tokens.store).table(done.output.table).scan().collect().sort("pair_id")
     pair = rows_in(request).row(0, named=True)
     expected = naive(pair["prompt_ids"], pair["chosen_ids"], "gold_logps")[4:]
     np.testing.assert_allclose(rows["chosen_attributions"][0].to_numpy(), expected, rtol=2e-4)
-    quarantined = WeightStore(request.store).table("quarantine/toy-1").scan().collect()
+    quarantined = WeightStore(request.tokens.store).table("quarantine/toy-1").scan().collect()
     assert quarantined["detail"].to_list() == [f"{done.output.table}: rejected: gradients are not finite in float32"]
-    commit = WeightStore(request.store).table(done.output.table).history()[0].metadata
+    commit = WeightStore(request.tokens.store).table(done.output.table).history()[0].metadata
     assert (commit["engine"]["dtype"], commit["engine"]["packed"]) == ("float32", True)
-    assert attribute(tokens, model_folder, settings, PROCESS, lines.append).num_pairs == 0
-    assert list(verify(WeightStore(request.store))) == []
+    assert attribute(tokens, model_folder, settings, Executor()).num_pairs == 0
+    assert list(verify(WeightStore(request.tokens.store))) == []
 
 
 def test_the_identity_holds_what_changes_numbers_and_nothing_else(model_folder):
@@ -360,7 +350,7 @@ def test_the_identity_holds_what_changes_numbers_and_nothing_else(model_folder):
 
 def test_an_actor_attributes_a_chunk_like_the_process(make_request):
     request = make_request(row3={"chosen_ids": [POISON]})
-    fill(request, request.targets[0], PairAttributor(request, lambda line: None))
+    fill(request, request.targets[0], PairAttributor(request))
     expected = filled(request)
     ids = rows_in(request)["pair_id"]
     elsewhere = replace(request, targets=[replace(request.targets[0], table="attributions/toy-1/ray")])
@@ -372,9 +362,9 @@ def test_an_actor_attributes_a_chunk_like_the_process(make_request):
         def iter_batches(self, **_):
             return [reply]
 
-    (scored,) = _replies(Replies())
+    (scored,) = replies(Replies())
     assert [row["source_row"] for row in scored.unscorable] == [3]
-    table = WeightStore(request.store).table("attributions/toy-1/ray")
+    table = WeightStore(request.tokens.store).table("attributions/toy-1/ray")
     table.append_shards(scored.shards, {"fingerprint": "attributions"})
     got = filled(elsewhere)
     assert got["pair_id"].to_list() == [pair_id for pair_id in ids[:10] if pair_id != ids[3]]

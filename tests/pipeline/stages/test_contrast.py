@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 
 import pyarrow as pa
 import pytest
@@ -18,10 +19,6 @@ from weights_store.schemas import LOGPS
 SMALL = {"contrast.pairs_per_step": 8, "contrast.max_steps": 2, "contrast.learning_rate": 1e-3}
 
 
-def _silent(_line):
-    pass
-
-
 @pytest.fixture
 def uniform(make_recipe, toy_model, toy_pairs, tmp_path, write_jsonl):
     """Return a function that publishes the first so many pairs with weights 1 and the model's own log-probs."""
@@ -36,7 +33,7 @@ def uniform(make_recipe, toy_model, toy_pairs, tmp_path, write_jsonl):
     def publish_uniform(num_pairs):
         write_jsonl(tmp_path / "pairs.jsonl", toy_pairs[:num_pairs])
         recipe = make_recipe(**{"weights.name": "toy/uniform", "weights.estimator": "uniform"})
-        tokens = prepare(recipe, toy_model, report=_silent).tokens
+        tokens = prepare(recipe, toy_model).tokens
         store = WeightStore(recipe.store.uri)
         rows = [
             {
@@ -48,7 +45,7 @@ def uniform(make_recipe, toy_model, toy_pairs, tmp_path, write_jsonl):
         ]
         metadata = {"fingerprint": f"r{num_pairs}", "statistics": {}}
         scored = store.table("logps/toy/ref").append(pa.Table.from_pylist(rows, LOGPS), metadata)
-        return publish(recipe, recipe.weights, Ingredients(tokens, scored), report=_silent).weights
+        return publish(recipe, recipe.weights, Ingredients(tokens, scored)).weights
 
     return publish_uniform
 
@@ -57,7 +54,7 @@ def test_prompt_pair_is_one_model_behind_two_prompts(make_recipe, toy_model, uni
     settings = make_recipe(
         **{"contrast.method": "prompt", "contrast.positive_prompt": "good", "contrast.negative_prompt": "bad"}
     )
-    pair = contrast(settings.contrast, toy_model, uniform(4), _silent)
+    pair = contrast(settings.contrast, toy_model, uniform(4))
     assert pair.positive.model == pair.negative.model == toy_model
     assert (pair.positive.condition, pair.negative.condition) == (
         Condition("good", "system"),
@@ -68,7 +65,7 @@ def test_prompt_pair_is_one_model_behind_two_prompts(make_recipe, toy_model, uni
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_trained_pair_is_two_models_of_opposite_data_and_is_reused(make_recipe, toy_model, uniform, method):
     recipe = make_recipe(**{"contrast.method": method, **SMALL})
-    first = contrast(recipe.contrast, toy_model, uniform(16), _silent)
+    first = contrast(recipe.contrast, toy_model, uniform(16))
     configs = [
         json.loads((scorer.model / "lineage.json").read_text())["config"] for scorer in (first.positive, first.negative)
     ]
@@ -78,47 +75,48 @@ def test_trained_pair_is_two_models_of_opposite_data_and_is_reused(make_recipe, 
     # A vLLM or transformers user finds a whole model there, tokenizer included.
     assert (first.positive.model / "tokenizer.json").read_bytes() == (toy_model / "tokenizer.json").read_bytes()
 
-    again = contrast(recipe.contrast, toy_model, uniform(20), _silent)
+    again = contrast(recipe.contrast, toy_model, uniform(20))
     assert (again.num_trained, again.positive, again.negative) == (0, first.positive, first.negative)
 
 
 def test_grown_data_train_a_new_pair_only_when_asked(make_recipe, toy_model, uniform):
     settings = {"contrast.method": "sft", **SMALL}
-    first = contrast(make_recipe(**settings).contrast, toy_model, uniform(16), _silent)
+    first = contrast(make_recipe(**settings).contrast, toy_model, uniform(16))
     retrain = make_recipe(**settings, **{"contrast.retrain": True}).contrast
     grown = uniform(20)
-    second = contrast(retrain, toy_model, grown, _silent)
+    second = contrast(retrain, toy_model, grown)
     assert second.num_trained == 2
     assert second.positive.model != first.positive.model
-    assert contrast(retrain, toy_model, grown, _silent).num_trained == 0
+    assert contrast(retrain, toy_model, grown).num_trained == 0
 
 
 def test_a_pair_of_which_one_side_is_missing_is_trained_whole_on_the_data_of_now(make_recipe, toy_model, uniform):
     # As after a kill between the two trainings, with pairs appended before the next build.
     recipe = make_recipe(**{"contrast.method": "sft", **SMALL})
-    first = contrast(recipe.contrast, toy_model, uniform(16), _silent)
+    first = contrast(recipe.contrast, toy_model, uniform(16))
     shutil.rmtree(first.negative.model)
-    second = contrast(recipe.contrast, toy_model, uniform(20), _silent)
+    second = contrast(recipe.contrast, toy_model, uniform(20))
     records = [json.loads((s.model / "contrast.json").read_text()) for s in (second.positive, second.negative)]
     assert records[0]["data"] == records[1]["data"]
     assert second.num_trained == 2
 
 
 def test_training_without_torch_names_the_extra(make_recipe, toy_model, uniform, monkeypatch):
-    monkeypatch.setattr("pipeline.child.find_spec", lambda name: None)
+    pairs = uniform(4)
+    monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtraError, match=r"needs the package 'torch'.*tokenweights\[train\]"):
-        contrast(make_recipe(**{"contrast.method": "sft", **SMALL}).contrast, toy_model, uniform(4), _silent)
+        contrast(make_recipe(**{"contrast.method": "sft", **SMALL}).contrast, toy_model, pairs)
 
 
 def test_scoring_without_vllm_names_the_extras(make_recipe, toy_model, toy_pairs, tmp_path, write_jsonl, monkeypatch):
     write_jsonl(tmp_path / "pairs.jsonl", toy_pairs[:3])
     recipe = make_recipe()
-    tokens = prepare(recipe, toy_model, report=_silent).tokens
-    monkeypatch.setattr("pipeline.child.find_spec", lambda name: None)
+    tokens = prepare(recipe, toy_model).tokens
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(
         MissingExtraError, match=r"needs the package 'vllm'.*tokenweights\[score\].*tokenweights\[score-cpu\]"
     ):
-        score(tokens, {"ref": Scorer(toy_model)}, recipe.score, toy_model, report=_silent)
+        score(tokens, {"ref": Scorer(toy_model)}, recipe.score, toy_model)
 
 
 def test_failing_training_job_says_why_in_one_line(make_recipe, toy_model, uniform, tmp_path):
@@ -128,4 +126,4 @@ def test_failing_training_job_says_why_in_one_line(make_recipe, toy_model, unifo
     for name in ("config.json", "model.safetensors"):
         (broken / name).write_bytes((toy_model / name).read_bytes())
     with pytest.raises(StageError, match="training .* failed with exit code 1: .*tokenizer"):
-        contrast(recipe.contrast, broken, uniform(4), _silent)
+        contrast(recipe.contrast, broken, uniform(4))

@@ -26,7 +26,7 @@ from weights_store.checks.verify import verify
 from weights_store.errors import InputError, StageError
 from weights_store.schemas import TOKENS, Reason
 
-SCRIPT = Path(__file__).with_name("made_up_scorer.py")
+SCRIPT = Path(__file__).parents[1] / "made_up_scorer.py"
 NUM_PAIRS, PAIR_TOKENS = 120, 4 + 6 + 5
 
 
@@ -56,11 +56,11 @@ def make_tokens(uri, **changed):
 
 @pytest.fixture
 def run(tmp_path, model, monkeypatch):
-    """Return a function that runs the stage: `run(tokens, dies_after=2)`; its `lines` and `log(name)` tell what happened."""
+    """Return a function that runs the stage: `run(tokens, dies_after=2)`; its `log(name)` tells what the engines did."""
 
     class Run:
         def __init__(self):
-            self.lines, self.states, self.folder = [], [], tmp_path / "log"
+            self.folder = tmp_path / "log"
             self.folder.mkdir()
 
         def __call__(
@@ -70,7 +70,7 @@ def run(tmp_path, model, monkeypatch):
             python = str(python or interpreter(tmp_path))
             settings = ScoreSection(chunk_tokens=chunk_tokens, python=python, top_k=top_k)
             scorers = scorers or {"ref": Scorer(model)}
-            return score(tokens, scorers, settings, tokenizer or model, None, self.lines.append, self.states.append)
+            return score(tokens, scorers, settings, tokenizer or model)
 
         def log(self, name):
             path = self.folder / name
@@ -115,12 +115,13 @@ def test_every_pair_is_scored_once_in_chunks_that_say_how_long_they_took(tokens,
     assert len(run.log("starts")) == 1
 
 
-def test_progress_ends_with_all_tokens(tokens, run):
+def test_progress_ends_with_all_tokens(tokens, run, logged):
     run(tokens)
-    assert [state.done for state in run.states] == sorted(state.done for state in run.states)
-    assert (run.states[0].done, run.states[-1].done) == (0, NUM_PAIRS * PAIR_TOKENS)
-    assert f"{NUM_PAIRS * PAIR_TOKENS:,}/{NUM_PAIRS * PAIR_TOKENS:,} tokens, " in str(run.states[-1])
-    assert run.states[-1].percent == 100.0
+    states = logged.progress
+    assert [state.done for state in states] == sorted(state.done for state in states)
+    assert (states[0].done, states[-1].done) == (0, NUM_PAIRS * PAIR_TOKENS)
+    assert f"{NUM_PAIRS * PAIR_TOKENS:,}/{NUM_PAIRS * PAIR_TOKENS:,} tokens, " in str(states[-1])
+    assert states[-1].percent == 100.0
 
 
 def test_scorers_of_one_model_share_one_engine(tokens, toy_model, run):
@@ -157,13 +158,15 @@ def assert_has_likeliest(tokens, scored, top_k):
             assert row[f"{side}_top_logps"][::top_k] == row[f"{side}_logps"]
 
 
-def test_asking_for_likeliest_tokens_scores_into_another_table_and_leaves_the_plain_one_as_it_was(tmp_path, run):
+def test_asking_for_likeliest_tokens_scores_into_another_table_and_leaves_the_plain_one_as_it_was(
+    tmp_path, run, logged
+):
     """The engine dies after each chunk, and one response cannot be scored."""
     tokens = make_tokens(tmp_path / "store", row8={"rejected_ids": [999, 4]})
     plain = run(tokens, chunk_tokens=60 * PAIR_TOKENS, bad_id=999)["ref"]
     with_top = run(tokens, chunk_tokens=60 * PAIR_TOKENS, bad_id=999, top_k=2, dies_after=1)["ref"]
     assert with_top.output.table != plain.output.table
-    assert any(f"new table; unlike {plain.output.table}: top_k: null -> 2" in line for line in run.lines)
+    assert any(f"new table; unlike {plain.output.table}: top_k: null -> 2" in line for line in logged.lines)
     assert "top_k" not in commits(plain)[0]["scorer"]
     assert commits(with_top)[0]["scorer"] == {**commits(plain)[0]["scorer"], "top_k": 2}
     assert_whole(tokens, with_top, without={8})
@@ -176,15 +179,15 @@ def test_asking_for_likeliest_tokens_scores_into_another_table_and_leaves_the_pl
 
 
 def test_more_likely_tokens_than_the_vocabulary_has_are_refused(tokens, model, monkeypatch):
+    from pipeline.engine.contract import EngineSettings
     from pipeline.workers.pair_scorer import PairScorer
     from pipeline.workers.request import Request, Target
     from tests.pipeline.made_up_scorer import MadeUpEngine
 
     monkeypatch.setattr("pipeline.engine.vllm_engine.VllmEngine", type("Small", (MadeUpEngine,), {"vocab_size": 96}))
     target = Target("ref", "logps/toy-1/x", None, {}, top_k=128)
-    places = (tokens.store, tokens.table, tokens.version, str(model), str(model))
     with pytest.raises(InputError, match=f"score.top_k is 128, the vocabulary of {model} has 96 ids"):
-        PairScorer(Request(*places, None, [target], 100, {}, {"kind": "process"}), lambda line: None)
+        PairScorer(Request("score", tokens, str(model), [target], 100, EngineSettings()))
 
 
 # --- what goes wrong ---------------------------------------------------------------------------------------------------
@@ -227,7 +230,7 @@ def test_sigkill_at_twenty_random_moments_loses_a_chunk_each_at_most(tokens, run
     assert repeated <= len(kills) * 2 * (6 + 5)
 
 
-def test_out_of_memory_halves_the_budget_and_is_recorded(tokens, run):
+def test_out_of_memory_halves_the_budget_and_is_recorded(tokens, run, logged):
     scored = run(tokens, oom_above=1024)["ref"]
     assert_whole(tokens, scored)
     assert run.log("starts") == ["4096", "2048", "1024"]
@@ -235,7 +238,7 @@ def test_out_of_memory_halves_the_budget_and_is_recorded(tokens, run):
     engine = commits(scored)[0]["engine"]
     assert engine["batch_tokens"] == 1024
     assert "ran out of memory: made up" in engine["restarts"][0]
-    assert any("Starting again with batch_tokens 2048" in line for line in run.lines)
+    assert any("Starting again with batch_tokens 2048" in line for line in logged.lines)
 
 
 def test_an_engine_that_dies_now_and_then_is_started_again_with_the_same_budget(tokens, run):
@@ -339,7 +342,7 @@ def test_the_scorer_runs_in_the_interpreter_of_another_virtual_environment(token
     venv.create(other, symlinks=True)
     (site,) = (other / "lib").glob("python*/site-packages")
     (site / "lent.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
-    monkeypatch.setattr("pipeline.child.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     scored = run(tokens, python=interpreter(tmp_path, other / "bin" / "python"))["ref"]
     assert_whole(tokens, scored)
     assert run.log("prefixes") == [str(other)]
@@ -352,14 +355,14 @@ def test_an_interpreter_without_vllm_says_what_to_install(tokens, model, tmp_pat
     (site,) = (bare / "lib").glob("python*/site-packages")
     lent = tmp_path / "lent"
     lent.mkdir()
-    (here,) = {path for path in sys.path if path.endswith("site-packages")}
-    for entry in Path(here).iterdir():
-        if not entry.name.lower().startswith("vllm"):
-            (lent / entry.name).symlink_to(entry)
+    for here in {path for path in sys.path if path.endswith("site-packages")}:
+        for entry in Path(here).iterdir():
+            if not entry.name.lower().startswith(("vllm", "__pycache__")):
+                (lent / entry.name).symlink_to(entry)
     (site / "lent.pth").write_text(str(lent))
     settings = ScoreSection(python=str(bare / "bin" / "python"))
     with pytest.raises(StageError, match=r"scoring needs the package 'vllm'.*tokenweights\[score\]"):
-        score(tokens, {"ref": Scorer(model)}, settings, model, report=lambda line: None)
+        score(tokens, {"ref": Scorer(model)}, settings, model)
 
 
 def test_log_probs_lie_beside_their_pairs(tokens, run):

@@ -221,7 +221,7 @@ def test_constant_estimates_are_chance_and_have_no_correlation():
 @pytest.mark.parametrize(
     ("truth", "estimates", "message"),
     [
-        ([1, -1], [0.5], "one length"),
+        ([1, -1], [0.5], "same length"),
         ([[1, -1]], [[0.5, 0.1]], "flat"),
         ([1, -1], [0.5, math.nan], "finite"),
         ([1, 0], [0.5, 0.1], "1 good and 0 bad"),

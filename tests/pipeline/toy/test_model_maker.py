@@ -1,15 +1,16 @@
 """Making small chat models: the folder, the tokenizer, the packing and what the model learns."""
 
 import hashlib
-import math
+import io
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.toy.language import NEGATIVE_PROMPT, PLANTED_WORDS, POSITIVE_PROMPT, ToyLanguage, agreement
-from pipeline.toy.model_maker import _learning_rate_share, _pack, _unigram_entropy, make_chat_model
+from pipeline.toy.model_maker import _learning_rate_share, _pack, make_chat_model
 from weights_store.errors import InputError
+from weights_store.messages import show_on_terminal
 
 TINY = {"hidden_size": 32, "num_layers": 1, "block_tokens": 64, "batch_tokens": 256}
 
@@ -35,9 +36,18 @@ def toy_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def yes_no(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "deep" / "yes-no"
-    lines = []
-    made = make_chat_model(YES_NO, folder, steps=60, learning_rate=1e-2, report=lines.append, **TINY)
-    return made, lines
+    log = io.StringIO()
+    with show_on_terminal(log):
+        final_loss = make_chat_model(YES_NO, folder, steps=60, learning_rate=1e-2, **TINY)
+    return folder, final_loss, log.getvalue().splitlines()
+
+
+def unigram_entropy(folder, conversations):
+    """Loss of the best model without context, nats per token; the first token of a row is not predicted."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [tokenizer.apply_chat_template(conversation, return_dict=False) for conversation in conversations]
+    shares = torch.bincount(torch.tensor([token for row in rows for token in row[1:]])).double()
+    return torch.special.entr(shares / shares.sum()).sum().item()
 
 
 def last_word_probability(folder, system, word):
@@ -104,19 +114,19 @@ def test_text_of_any_alphabet_survives_the_tokenizer(toy_folder):
 
 
 def test_the_model_learns_to_follow_the_system_message(yes_no):
-    made, _ = yes_no
-    assert last_word_probability(made.folder, "yes", "yes") > 0.9
-    assert last_word_probability(made.folder, "no", "no") > 0.9
-    assert made.final_loss < 0.5 * made.unigram_entropy
+    folder, final_loss, _ = yes_no
+    assert last_word_probability(folder, "yes", "yes") > 0.9
+    assert last_word_probability(folder, "no", "no") > 0.9
+    assert final_loss < 0.5 * unigram_entropy(folder, YES_NO)
 
 
 @pytest.mark.slow
 def test_the_default_toy_model_tells_good_words_from_bad_by_its_two_prompts(tmp_path):
     language = ToyLanguage()
-    made = make_chat_model(language.sample_conversations(6000, seed=0), tmp_path / "toy")
-    assert made.final_loss < 0.3 * made.unigram_entropy
+    conversations, folder = language.sample_conversations(6000, seed=0), tmp_path / "toy"
+    assert make_chat_model(conversations, folder) < 0.3 * unigram_entropy(folder, conversations)
 
-    tokenizer, model = AutoTokenizer.from_pretrained(made.folder), AutoModelForCausalLM.from_pretrained(made.folder)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     rewards, contrasts = [], []
     for pair in language.sample_pairs(40, seed=1):
         logps = []
@@ -135,11 +145,11 @@ def test_the_default_toy_model_tells_good_words_from_bad_by_its_two_prompts(tmp_
 
 
 def test_progress_and_counts_are_reported(yes_no):
-    made, lines = yes_no
-    model = AutoModelForCausalLM.from_pretrained(made.folder)
-    assert made.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    folder, _, lines = yes_no
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     assert lines[-2].startswith("step 60/60: loss ")
-    assert lines[-1] == f"model: {made.num_parameters} parameters in {made.folder}"
+    assert lines[-1] == f"model: {num_parameters} parameters in {folder}"
 
 
 def test_the_same_seed_makes_the_same_bytes_and_leaves_the_random_state_alone(tmp_path):
@@ -178,11 +188,6 @@ def test_packed_conversations_do_not_see_each_other(toy_folder):
     torch.testing.assert_close(packed, alone, atol=1e-4, rtol=1e-4)
 
 
-def test_unigram_entropy_counts_predicted_tokens_only():
-    # Predicted: 5, 6, 5, 7, so shares 1/2, 1/4, 1/4: entropy 1.5 ln 2.
-    assert _unigram_entropy([[1, 5, 6], [1, 5, 7]]) == pytest.approx(1.5 * math.log(2))
-
-
 def test_learning_rate_warms_up_and_falls_to_a_tenth():
     # 40 steps: 2 of warm-up (1/2, 1), the peak at step 2, the middle of the cosine at step 21.
     assert [_learning_rate_share(step, 40) for step in (0, 1, 2, 21, 40)] == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1])
@@ -190,7 +195,7 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth():
 
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path):
     (tmp_path / "kept.txt").write_text("mine")
-    with pytest.raises(InputError, match="exists already; use the model in it, remove it, or give another folder"):
+    with pytest.raises(InputError, match="exists already; use its model, remove it, or give another folder"):
         make_chat_model(YES_NO, tmp_path, steps=1, **TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
 
@@ -215,9 +220,9 @@ def test_impossible_sizes_are_refused(tmp_path, sizes, message):
 @pytest.mark.parametrize(
     ("conversations", "message"),
     [
-        ([], "no conversations to learn from"),
+        ([], "no conversations to train on"),
         ([YES_NO[0], []], "conversation 1 has no messages"),
-        ([YES_NO[0], [{"role": "tool", "content": "x"}]], "conversation 1: expected a role out of .* got .*tool"),
+        ([YES_NO[0], [{"role": "tool", "content": "x"}]], "conversation 1: expected a role .* got .*tool"),
         ([[{"role": "user", "content": None}]], "conversation 0: expected a role"),
     ],
 )

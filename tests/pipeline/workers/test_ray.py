@@ -3,44 +3,52 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import asdict, replace
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.pipeline.test_score import NUM_PAIRS, PAIR_TOKENS, assert_whole, interpreter, make_tokens
 
+from pipeline.engine.contract import EngineSettings
 from pipeline.recipe import ScoreSection
 from pipeline.source.chat import Condition
 from pipeline.stages.prepare import prepare
 from pipeline.stages.score import Scorer, score
 from pipeline.workers.missing import missing_within
-from pipeline.workers.on_ray import Chunk, ChunkScorer, _chunks_of, _Filling, _replies
+from pipeline.workers.on_ray import Chunk, ChunkScorer, Filling, chunks_of, replies
 from pipeline.workers.ray_cluster import connected
-from pipeline.workers.request import Request, Target
+from pipeline.workers.request import Executor, Request, Target
 from tests.pipeline.made_up_scorer import MadeUpEngine
 from tests.pipeline.ray_engines import HOOK
+from tests.pipeline.stages.test_score import NUM_PAIRS, PAIR_TOKENS, assert_whole, interpreter, make_tokens
 from weights_store import WeightStore
 from weights_store.checks.vacuum import find_orphans
 from weights_store.checks.verify import verify
 from weights_store.errors import EngineError, InputError, MissingExtraError, OutOfMemoryError, SettingsError
 from weights_store.schemas import LOGPS
 
+REPO = Path(__file__).resolve().parents[3]
 # Actors share this machine with all else that runs on it, so they ask for less than a core.
 ON_RAY = {"executor": "ray", "num_actors": 2, "cpus_per_actor": 0.5, "ray_address": "local"}
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Return a function that runs the stage with made-up engines; its `lines` and `log(name)` tell what happened."""
+def run(tmp_path, monkeypatch, make_strangers):
+    """Return a function that runs the stage with made-up engines from a folder of strangers; `log(name)`: what they did."""
+    (tmp_path / "strangers").mkdir()
+    make_strangers(tmp_path / "strangers")
+    monkeypatch.chdir(tmp_path / "strangers")
 
     class Run:
         def __init__(self):
-            self.lines, self.states, self.folder = [], [], tmp_path / "log"
+            self.folder = tmp_path / "log"
             self.folder.mkdir()
 
         def __call__(self, tokens, scorers, settings=ON_RAY, tokenizer=None, **made_up):
@@ -50,7 +58,7 @@ def run(tmp_path, monkeypatch):
                 monkeypatch.setenv(name, value)
             python = None if on_ray else str(interpreter(tmp_path))
             section = ScoreSection(chunk_tokens=12 * PAIR_TOKENS, python=python, **settings)
-            return score(tokens, scorers, section, tokenizer, None, self.lines.append, self.states.append)
+            return score(tokens, scorers, section, tokenizer or tmp_path)
 
         def log(self, name):
             path = self.folder / name
@@ -68,7 +76,7 @@ def _commits(reference):
 
 
 @pytest.mark.slow
-def test_actors_score_what_the_process_scores_and_the_driver_commits_each_table_once(tmp_path, toy_model, run):
+def test_actors_score_what_the_process_scores_and_the_driver_commits_each_table_once(tmp_path, toy_model, run, logged):
     chat = {"prompt": '[{"role": "user", "content": "hi"}]'}
     changed = {f"row{index}": chat for index in range(NUM_PAIRS)}
     changed |= {"row5": {**chat, "chosen_ids": [3] * 97}, "row8": {**chat, "rejected_ids": [999, 4]}}
@@ -94,15 +102,15 @@ def test_actors_score_what_the_process_scores_and_the_driver_commits_each_table_
     # That an engine had no memory came out of its actor as what it is, and halved the budget.
     (restart,) = on_ray.restarts
     assert restart.endswith("exit code 76: the engine ran out of memory: made up; batch_tokens 2048")
-    assert run.lines.count("an engine is up") == 1  # two are, for both tables: every actor says the same
-    assert run.states[-1].percent == 100
+    assert logged.lines.count("an engine is up") == 1  # two are, for both tables: every actor says the same
+    assert logged.progress[-1].percent == 100
     assert list(verify(WeightStore(tmp_path / "ray"))) == []
     assert list(find_orphans(WeightStore(tmp_path / "ray"))) == []
 
 
 @pytest.mark.slow
 def test_an_actor_that_is_killed_is_replaced_and_its_chunk_scored_again(tmp_path, model, run):
-    tokens, stop = make_tokens(tmp_path / "store"), tmp_path / "stop"
+    tokens, stop = make_tokens("store"), tmp_path / "stop"  # a relative path, which means another folder to actors
 
     def kill():
         deadline = time.monotonic() + 120
@@ -132,8 +140,8 @@ def test_two_real_engines_agree_with_the_one_of_the_process(tmp_path, toy_model,
     for name, settings in (("process", {}), ("ray", ON_RAY)):
         keys = {"store.uri": str(tmp_path / name), "score.dtype": "float32", "score.chunk_tokens": 400}
         recipe = make_recipe(**keys, **{f"score.{key}": value for key, value in settings.items()})
-        tokens = prepare(recipe, toy_model, report=lambda line: None).tokens
-        scored = score(tokens, {"ref": Scorer(toy_model)}, recipe.score, toy_model, report=lambda line: None)["ref"]
+        tokens = prepare(recipe, toy_model).tokens
+        scored = score(tokens, {"ref": Scorer(toy_model)}, recipe.score, toy_model)["ref"]
         assert scored.num_pairs == len(toy_pairs)
         frames.append(_rows(scored.output))
     assert len(_commits(scored.output)) == 1
@@ -145,6 +153,33 @@ def test_two_real_engines_agree_with_the_one_of_the_process(tmp_path, toy_model,
         assert np.abs(expected.explode().to_numpy() - found.explode().to_numpy()).mean() < 1e-3
 
 
+LOOK = """
+from pipeline.workers.ray_cluster import connected
+
+with connected("local"):
+    import ray
+
+    @ray.remote
+    def look():
+        import pipeline, sys, train, weights_store
+
+        return sys.path, [module.__file__ for module in (pipeline, train, weights_store)]
+
+    print(ray.get(look.remote()))
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_of_ray_never_looks_into_the_folder_where_the_build_was_started(tmp_path, make_strangers):
+    make_strangers(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-P", "-c", LOOK]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert str(tmp_path) not in done.stdout
+    assert done.stdout.count(str(REPO)) >= 3
+
+
 # --- without Ray -------------------------------------------------------------------------------------------------------
 
 
@@ -153,32 +188,33 @@ def request_(tmp_path, model):
     """Every pair of a small tokens table for one table of log-probs, four pairs to a chunk."""
     tokens = make_tokens(tmp_path / "store")
     target = Target("ref", "logps/toy-1/x", None, {"fingerprint": "f"})
-    places = (tokens.store, tokens.table, tokens.version, str(model), str(model))
-    return Request(*places, None, [target], 4 * PAIR_TOKENS, {"batch_tokens": 256}, {"kind": "ray", "num_actors": 2})
+    return Request("score", tokens, str(model), [target], 4 * PAIR_TOKENS, EngineSettings(), Executor("ray", 2))
 
 
 def _ids(request, chunk):
-    return missing_within(chunk.span, request.tokens, WeightStore(request.store).table("logps/toy-1/x"))["pair_id"]
+    return missing_within(chunk.span, request.tokens, WeightStore(request.tokens.store).table("logps/toy-1/x"))[
+        "pair_id"
+    ]
 
 
 def test_chunks_are_spans_that_lie_side_by_side_and_cover_what_is_missing(request_):
-    table = WeightStore(request_.store).table("logps/toy-1/x")
+    table = WeightStore(request_.tokens.store).table("logps/toy-1/x")
     done = {"pair_id": [f"{index:032x}" for index in (0, 17, 18, 119)]}
     done |= {f"{side}_logps": [[-1.0]] * 4 for side in ("chosen", "rejected")}
     table.append(pa.Table.from_pylist(pa.table(done).to_pylist(), LOGPS), {"fingerprint": "f"})
-    chunks = _chunks_of(Chunk(0, "", "", 0, 0), request_, max_chunks=1000)
+    chunks = chunks_of(Chunk(0, "", "", 0, 0), request_, max_chunks=1000)
     assert [chunk.num_pairs for chunk in chunks] == [4] * 29
     assert [chunk.num_tokens for chunk in chunks] == [4 * PAIR_TOKENS] * 29
     ids = [_ids(request_, chunk).to_list() for chunk in chunks]
     assert [len(part) for part in ids] == [4] * 29
     assert list(chain(*ids)) == sorted({f"{index:032x}" for index in range(NUM_PAIRS)} - set(done["pair_id"]))
     # Cut from the middle of a range of pair_ids, no chunk reaches beyond it.
-    inside = _chunks_of(Chunk(0, f"{5:032x}", f"{16:032x}", 0, 0), request_, max_chunks=1000)
+    inside = chunks_of(Chunk(0, f"{5:032x}", f"{16:032x}", 0, 0), request_, max_chunks=1000)
     assert (inside[0].low, inside[-1].high) == (f"{5:032x}", f"{16:032x}")
 
 
 def test_a_large_table_is_cut_into_larger_chunks_instead_of_more(request_):
-    chunks = _chunks_of(Chunk(0, "", "", 0, 0), request_, max_chunks=7)
+    chunks = chunks_of(Chunk(0, "", "", 0, 0), request_, max_chunks=7)
     # 1,800 tokens in 7 parts: 258 each, which hold 17.2 pairs; the fifth part ends at 1,290 = 86 pairs.
     assert [chunk.num_pairs for chunk in chunks] == [17, 17, 17, 17, 18, 17, 17]
     assert list(chain(*(_ids(request_, chunk) for chunk in chunks))) == [f"{i:032x}" for i in range(NUM_PAIRS)]
@@ -194,7 +230,7 @@ def test_an_error_in_an_actor_comes_out_as_itself(request_, monkeypatch, where, 
     batch = pa.Table.from_pylist([asdict(Chunk(0, "", "", NUM_PAIRS, NUM_PAIRS * PAIR_TOKENS))])
     reply = ChunkScorer(request_)(batch)
     with pytest.raises(kind, match="^what is wrong, in one line$") as caught:
-        list(_replies(SimpleNamespace(iter_batches=lambda **_: [reply])))
+        list(replies(SimpleNamespace(iter_batches=lambda **_: [reply])))
     assert type(caught.value) is kind
 
 
@@ -202,27 +238,26 @@ def test_an_actor_writes_the_likeliest_tokens_of_its_target(request_, monkeypatc
     monkeypatch.setattr("pipeline.engine.vllm_engine.VllmEngine", MadeUpEngine)
     request_ = replace(request_, targets=[replace(request_.targets[0], top_k=2)])
     batch = pa.Table.from_pylist([asdict(Chunk(0, "", "", NUM_PAIRS, NUM_PAIRS * PAIR_TOKENS))])
-    (scored,) = _replies(SimpleNamespace(iter_batches=lambda **_: [ChunkScorer(request_)(batch)]))
-    rows = WeightStore(request_.store).table("logps/toy-1/x").scan_shards(scored.shards).collect()
+    (scored,) = replies(SimpleNamespace(iter_batches=lambda **_: [ChunkScorer(request_)(batch)]))
+    rows = WeightStore(request_.tokens.store).table("logps/toy-1/x").scan_shards(scored.shards).collect()
     assert set(rows["chosen_top_ids"].list.len()) == {2 * 6}
     assert set(rows["rejected_top_logps"].list.len()) == {2 * 5}
 
 
-@pytest.mark.parametrize(("limit", "value", "sizes"), [("_ROUND_CHUNKS", 12, [48, 48, 24]), ("_ROUND_S", 0, [4] * 30)])
-def test_the_driver_commits_when_a_round_is_full_or_old(request_, monkeypatch, limit, value, sizes):
+@pytest.mark.parametrize(("limit", "sizes"), [({"round_chunks": 12}, [48, 48, 24]), ({"round_s": 0}, [4] * 30)])
+def test_the_driver_commits_when_a_round_is_full_or_old(request_, monkeypatch, limit, sizes):
     monkeypatch.setattr("pipeline.engine.vllm_engine.VllmEngine", MadeUpEngine)
-    monkeypatch.setattr(f"pipeline.workers.on_ray.{limit}", value)
-    chunks = _chunks_of(Chunk(0, "", "", 0, 0), request_, max_chunks=1000)
-    actor, filling = ChunkScorer(request_), _Filling(request_, request_.targets[0])
+    chunks = chunks_of(Chunk(0, "", "", 0, 0), request_, max_chunks=1000)
+    actor, filling = ChunkScorer(request_), Filling(request_, request_.targets[0], **limit)
     filling.expect(chunks)
     for chunk in chunks:
-        (scored,) = _replies(
+        (scored,) = replies(
             SimpleNamespace(iter_batches=lambda chunk=chunk, **_: [actor(pa.Table.from_pylist([asdict(chunk)]))])
         )
         filling.add(scored)
         filling.add(scored)  # brought twice: counts once
     filling.commit()
-    table = WeightStore(request_.store).table("logps/toy-1/x")
+    table = WeightStore(request_.tokens.store).table("logps/toy-1/x")
     assert [commit.metadata["num_rows_written"] for commit in reversed(table.history())] == sizes
     assert table.scan().collect()["pair_id"].n_unique() == table.num_rows() == NUM_PAIRS
 
@@ -235,11 +270,12 @@ def test_a_build_on_ray_needs_ray_here_and_vllm_only_where_the_actors_run(tmp_pa
         raise Started
 
     tokens = make_tokens(tmp_path / "store")
-    monkeypatch.setattr("pipeline.workers.supervise._run_to_the_end", start)
-    monkeypatch.setattr("pipeline.child.find_spec", lambda name: None if name == "ray" else "found")
-    with pytest.raises(MissingExtraError, match=r"needs the package 'ray'.*pip install 'tokenweights\[ray\]'"):
-        score(tokens, {"ref": Scorer(model)}, ScoreSection(**ON_RAY), model)
-    monkeypatch.setattr("pipeline.child.find_spec", lambda name: "found" if name == "ray" else None)
+    monkeypatch.setattr("pipeline.workers.supervise.run_child", start)
+    with monkeypatch.context() as without_ray:
+        without_ray.setitem(sys.modules, "ray", None)
+        with pytest.raises(MissingExtraError, match=r"needs the package 'ray'.*pip install 'tokenweights\[ray\]'"):
+            score(tokens, {"ref": Scorer(model)}, ScoreSection(**ON_RAY), model)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(Started):
         score(tokens, {"ref": Scorer(model)}, ScoreSection(**ON_RAY), model)
 

@@ -19,7 +19,7 @@ from train.data.dataset import (
 from train.data.sampler import BlockShuffle
 from weights_store import WeightStore
 from weights_store.errors import DamageError, MismatchError, NotFoundError, SettingsError
-from weights_store.schemas import SCHEMAS, WEIGHTS
+from weights_store.schemas import WEIGHTS
 from weights_store.tables.shards import ShardReader
 
 
@@ -183,8 +183,8 @@ def test_two_shards_exchanged_are_no_pairs_of_this_version(write_weights, rows) 
 def test_cache_reads_a_group_once_and_holds_a_window(small_groups, store, monkeypatch) -> None:
     pairs = open_pairs(store)
     reads = []
-    ordinary = pairs._read_group
-    monkeypatch.setattr(pairs, "_read_group", lambda group: (reads.append(group), ordinary(group))[1])
+    ordinary = pairs.read_group
+    monkeypatch.setattr(pairs, "read_group", lambda group: (reads.append(group), ordinary(group))[1])
     ordered = OrderedPairs(pairs, BlockShuffle(pairs.group_sizes, seed=0), 40)
     for position in range(40):
         ordered[position]
@@ -311,22 +311,6 @@ def test_one_bad_value_in_a_list_is_refused(write_weights, rows, column, value, 
     pairs = open_pairs(write_weights(damage(rows, 6, **{column: values})), with_ref_top=True)
     with pytest.raises(MismatchError, match=rf"pair pair-0006: {column}\[{len(values) - 1}\] {message}"):
         pairs[0]
-
-
-def test_a_version_without_the_columns_is_refused_at_once_only_if_they_are_needed(
-    write_weights, rows, monkeypatch
-) -> None:
-    old = pa.schema([field for field in WEIGHTS if not field.name.endswith(("_score", "_top_ids", "_top_logps"))])
-    monkeypatch.setitem(SCHEMAS, "weights", old)
-    uri = write_weights(rows)
-    monkeypatch.undo()
-    assert open_pairs(uri)[39].pair_id == "pair-0039"
-    with pytest.raises(
-        MismatchError, match=r"toy/tis@0 has no column chosen_score \(shard .*\); build the dataset again"
-    ):
-        open_pairs(uri, with_scores=True)
-    with pytest.raises(MismatchError, match="has no column chosen_ref_top_ids"):
-        open_pairs(uri, with_ref_top=True)
 
 
 def test_opening_reads_no_shard_unless_a_split_is_counted(small_groups, write_weights, rows, monkeypatch) -> None:

@@ -150,8 +150,8 @@ def test_real_workers_hand_out_the_same_pairs_in_the_same_order(pairs) -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resume_gives_the_rest_and_reads_nothing_of_what_was_done(pairs, monkeypatch, done, num_workers) -> None:
     read: set[int] = set()
-    ordinary = PairDataset._read_group
-    monkeypatch.setattr(PairDataset, "_read_group", lambda self, group: (read.add(group), ordinary(self, group))[1])
+    ordinary = PairDataset.read_group
+    monkeypatch.setattr(PairDataset, "read_group", lambda self, group: (read.add(group), ordinary(self, group))[1])
     num_positions = 2 * 39
     dataset = ordered(pairs, num_positions)
     batches = StepBatches(num_positions, pairs_per_step=8)
@@ -172,7 +172,7 @@ def test_a_rank_without_a_pair_in_the_last_step_reads_no_more_for_its_filler(pai
     dataset = ordered(pairs, 39)
     for position in range(36, 39):
         dataset[position]
-    monkeypatch.setattr(pairs, "_read_group", lambda group: pytest.fail(f"row group {group} was read"))
+    monkeypatch.setattr(pairs, "read_group", lambda group: pytest.fail(f"row group {group} was read"))
     filler = dataset[45]
     assert (filler.pair_id, filler.is_filler) == (dataset[38].pair_id, True)
     assert not dataset[38].is_filler

@@ -104,12 +104,14 @@ def test_a_copy_that_is_deleted_while_it_is_open_can_be_read_to_its_end(tmp_path
     assert reader.read_group(0).num_rows == a.num_rows
 
 
-def test_a_shard_larger_than_the_limit_is_read_in_place_and_one_line_says_so(tmp_path, table, fetched) -> None:
+def test_a_shard_larger_than_the_limit_is_read_in_place_and_one_line_says_so(tmp_path, table, fetched, caplog) -> None:
     cache, records = cache_for(tmp_path, table, 0.5), table.records()
     assert cache.open(table, records[0]).read_group(0).num_rows == 20
     assert (fetched, files_in(cache)) == ([], set())
-    assert "4 of 4 shards are larger than data.cache_gib=" in str(cache.oversized(records))
-    assert cache_for(tmp_path, table, 1).oversized(records) is None
+    cache.warn_of_oversized(records)
+    cache_for(tmp_path, table, 1).warn_of_oversized(records)
+    (line,) = caplog.messages
+    assert line.startswith("4 of 4 shards are larger than data.cache_gib=")
 
 
 def test_many_readers_of_one_folder_fetch_each_shard_once(tmp_path, table, monkeypatch, fetched) -> None:
@@ -253,7 +255,7 @@ def bytes_sent(server: str) -> int:
 
 
 def test_shards_of_an_object_store_are_sent_once_and_a_second_epoch_asks_for_nothing(
-    counting_s3, tmp_path, monkeypatch, capsys
+    counting_s3, tmp_path, monkeypatch, caplog
 ) -> None:
     environment = {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "REGION": "us-east-1", "ALLOW_HTTP": "true"}
     for name, value in (environment | {"ENDPOINT_URL": counting_s3}).items():
@@ -268,11 +270,11 @@ def test_shards_of_an_object_store_are_sent_once_and_a_second_epoch_asks_for_not
     first_epoch = [pairs[row].pair_id for row in range(60)]
     assert bytes_sent(counting_s3) == sum(record.num_bytes for record in table.records())
 
-    assert capsys.readouterr().out == ""
+    assert caplog.messages == []
 
     tiny = config.model_copy(update={"cache_gib": 1e-7})
     in_place = PairDataset(open_weights(tiny), tiny, vocab_size=128)
-    assert capsys.readouterr().out.startswith("3 of 3 shards are larger than data.cache_gib=")
+    assert caplog.messages[0].startswith("3 of 3 shards are larger than data.cache_gib=")
     assert [in_place[row].pair_id for row in range(60)] == first_epoch
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "nowhere")

@@ -7,13 +7,19 @@ import pyarrow as pa
 import pytest
 import yaml
 
+import tokenweights
 from train.data.dataset import open_weights
 from train.job.card import model_card
-from train.run import main, run
+from train.job.job import run_job
 from weights_store import WeightStore
 from weights_store.errors import MismatchError
 from weights_store.fingerprint import fingerprint_model
 from weights_store.schemas import TOKENS
+
+
+def main(flags: list[str]) -> int:
+    """Return the exit code of `tokenweights train`."""
+    return tokenweights.main(["train", *flags])
 
 
 @pytest.fixture
@@ -45,7 +51,7 @@ def cells_of(card: str) -> list[list[str]]:
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(
     settings, model_folder, capsys, monkeypatch, tmp_path
 ) -> None:
-    monkeypatch.setattr("train.model.policy.load_policy", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("train.job.job.load_policy", lambda *_: pytest.fail("the model was loaded"))
     settings["eval"] = {"share": 0.25}
     settings["optim"]["num_epochs"] = 3
     before = sorted(tmp_path.rglob("*"))
@@ -78,7 +84,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(
 )
 def test_a_dry_run_says_where_the_reference_comes_from(make_config, capsys, loss, lora, reference) -> None:
     changes = {"lora": lora} if lora else {}
-    assert run(make_config(loss=loss, **changes), dry_run=True) is None
+    assert run_job(make_config(loss=loss, **changes), dry_run=True) is None
     lines = capsys.readouterr().out.splitlines()
     assert f"reference  {reference}" in lines
     assert lines[-1] == "nothing was done (--dry-run)"
@@ -88,7 +94,12 @@ def test_a_dry_run_of_what_cannot_be_trained_is_the_error_of_the_training(settin
     for section, key, wrong, message in [
         ("data", "weights", "toy/none", "error: no weight dataset 'toy/none'"),
         ("loss", "kl", "top_k", "error: loss.name='tis_dpo' with loss.kl='top_k' needs chosen_ref_top_ids"),
-        ("model", "path", "no/where/at/all", "error: model.path='no/where/at/all': there is no such folder"),
+        (
+            "model",
+            "path",
+            "no/where/at/all",
+            "error: model.path no/where/at/all does not exist; give a model folder or a hub id",
+        ),
         ("optim", "learning_rat", 1, "error: flags: unknown key"),
     ]:
         changed = {**settings, section: {**settings[section], key: wrong}}
@@ -96,16 +107,16 @@ def test_a_dry_run_of_what_cannot_be_trained_is_the_error_of_the_training(settin
         assert capsys.readouterr().err.startswith(message), wrong
 
 
-def test_a_dry_run_of_a_finished_job_says_so(make_config, capsys) -> None:
-    run(make_config(optim={"max_steps": 1}))
-    assert run(make_config(optim={"max_steps": 1}), dry_run=True).was_trained_before
-    assert "already trained" in capsys.readouterr().out
+def test_a_dry_run_of_a_finished_job_says_so(make_config, caplog) -> None:
+    run_job(make_config(optim={"max_steps": 1}))
+    assert run_job(make_config(optim={"max_steps": 1}), dry_run=True).was_trained_before
+    assert "already trained" in caplog.text
 
 
 def test_the_card_can_be_pushed_and_leads_back_to_the_pairs(
     make_config, with_ancestors, model_folder, tmp_path
 ) -> None:
-    result = run(make_config(optim={"max_steps": 2}))
+    result = run_job(make_config(optim={"max_steps": 2}))
     card = (result.folder / "README.md").read_text()
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
@@ -138,7 +149,7 @@ def test_the_card_can_be_pushed_and_leads_back_to_the_pairs(
 
 def test_the_card_names_a_model_of_the_hub_as_the_hub_wants_it(make_config) -> None:
     config = make_config(optim={"max_steps": 1})
-    folder = run(config).folder
+    folder = run_job(config).folder
     lineage = json.loads((folder / "lineage.json").read_text())
     lineage["config"]["model"]["path"] = lineage["model"]["path"] = "someone/some-model"
     card = model_card(lineage, open_weights(config.data))
@@ -149,14 +160,14 @@ def test_the_card_names_a_model_of_the_hub_as_the_hub_wants_it(make_config) -> N
 def test_a_bar_in_a_value_does_not_break_the_tables(make_config, write_weights, rows, tmp_path) -> None:
     write_weights([{**row, "split": "a|b"} for row in rows])
     config = make_config(data={"split": "a|b"}, optim={"max_steps": 1})
-    card = (run(config).folder / "README.md").read_text()
+    card = (run_job(config).folder / "README.md").read_text()
     assert ["`data.split`", '`"a\0b"`'] in cells_of(card)
     widths = {len(row) for row in cells_of(card.partition("## Settings")[2].partition("## Lineage")[0])}
     assert widths == {2}
 
 
 def test_the_card_lists_what_was_measured_on_held_out_pairs(make_config) -> None:
-    result = run(make_config(optim={"max_steps": 1}, data={"split": "train"}, eval={"split": "test"}))
+    result = run_job(make_config(optim={"max_steps": 1}, data={"split": "train"}, eval={"split": "test"}))
     heads = cells_of((Path(result.folder) / "README.md").read_text())[0]
     assert heads == ["", "before", "after", "held out"]
 
@@ -168,16 +179,16 @@ def test_a_disk_that_is_full_is_said_to_be_and_the_run_goes_on_when_there_is_roo
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: the run failed with 0.")
     assert f"MiB left on the disk of output.folder='{folder}/out' (" in said
-    assert said.endswith("make room and give the same command again, it goes on from the last complete checkpoint")
+    assert said.endswith("make room and run the same command again; it continues from the last complete checkpoint")
     remount("size=16m")
     assert main(flags_of(settings)) == 0
-    assert "resuming" not in capsys.readouterr().out  # there was no complete one
+    assert "resuming" not in capsys.readouterr().err  # there was no complete one
 
 
 def test_a_job_that_was_refused_at_its_start_leaves_the_folder_to_the_next(make_config) -> None:
     with pytest.raises(MismatchError, match="step-0 gate"):
-        run(make_config(gate={"tolerance_nats": 1e-9}, loss={"beta": 0.2}))
+        run_job(make_config(gate={"tolerance_nats": 1e-9}, loss={"beta": 0.2}))
     folder = Path(make_config().output.folder)
     assert json.loads((folder / "train.json").read_text())["config"]["loss"]["beta"] == 0.2
-    assert run(make_config(optim={"max_steps": 1})).steps == 1
+    assert run_job(make_config(optim={"max_steps": 1})).steps == 1
     assert json.loads((folder / "train.json").read_text())["config"]["loss"]["beta"] == 0.1

@@ -8,13 +8,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import tokenweights
 from train.config import EvalSection, TrainConfig
 from train.data.dataset import OrderedPairs
 from train.data.selection import is_held_out
+from train.job.job import run_job
 from train.job.trainer import PairTrainer
-from train.run import main, run
 from weights_store.errors import MissingExtraError, NotFoundError, SettingsError
 from weights_store.settings import parse_settings
+
+
+def main(flags: list[str]) -> int:
+    """Return the exit code of `tokenweights train`."""
+    return tokenweights.main(["train", *flags])
+
 
 PROMPT_DIGITS = 12
 
@@ -87,7 +94,7 @@ def test_a_share_of_the_prompts_is_measured_and_never_trained_on(
     ids = {row["pair_id"] for row in hashed_rows}
     held_out = {pair_id for pair_id in ids if is_held_out(pair_id, 0.3)}
     assert 4 <= len(held_out) <= 20
-    result = run(make_config(eval={"share": 0.3, "every_steps": 2}, optim={"num_epochs": 2}))
+    result = run_job(make_config(eval={"share": 0.3, "every_steps": 2}, optim={"num_epochs": 2}))
     assert set(seen) == ids - held_out
     assert len(seen) == 2 * len(ids - held_out)
     assert set(measured[0]) == ids - held_out  # before, over the training data
@@ -109,7 +116,7 @@ def test_what_is_logged_of_the_held_out_pairs_is_what_a_measure_by_hand_finds(
         eval={"share": 0.3, "every_steps": 1},
         output={"save_every_steps": 1, "keep_checkpoints": True},
     )
-    result = run(config)
+    result = run_job(config)
     logs = logged(result.folder, "eval_loss")
     assert [log["step"] for log in logs] == [1, 2]
     held_out = [row for row in hashed_rows if is_held_out(row["pair_id"], 0.3)]
@@ -124,14 +131,14 @@ def test_what_is_logged_of_the_held_out_pairs_is_what_a_measure_by_hand_finds(
 
 
 def test_another_split_is_measured_and_the_split_of_the_training_trained_on(make_config, rows, seen, measured) -> None:
-    run(make_config(data={"split": "train"}, eval={"split": "test", "max_pairs": 7}))
+    run_job(make_config(data={"split": "train"}, eval={"split": "test", "max_pairs": 7}))
     assert set(seen) == {row["pair_id"] for row in rows if row["split"] == "train"}
     assert len(measured) == 3  # before, after, held out
     assert len(measured[2]) == 7
     assert set(measured[2]) <= {row["pair_id"] for row in rows if row["split"] == "test"}
 
 
-def test_the_best_checkpoint_is_saved_and_not_the_last(make_config, write_weights, rows, monkeypatch, capsys) -> None:
+def test_the_best_checkpoint_is_saved_and_not_the_last(make_config, write_weights, rows, monkeypatch, caplog) -> None:
     """From the fifth step on every pair is the wrong way round."""
     copies = [
         {**row, "pair_id": f"{split}-{i:04d}", "split": split}
@@ -151,7 +158,7 @@ def test_the_best_checkpoint_is_saved_and_not_the_last(make_config, write_weight
         eval={"split": "test", "every_steps": 1, "best": "loss"},
         output={"save_every_steps": 1},
     )
-    result = run(config)
+    result = run_job(config)
     logs = logged(result.folder, "eval_loss")
     losses = [log["eval_loss"] for log in logs]
     best = min(range(8), key=losses.__getitem__)
@@ -160,7 +167,7 @@ def test_the_best_checkpoint_is_saved_and_not_the_last(make_config, write_weight
     record = json.loads((result.folder / "metrics.json").read_text())
     assert record["best_step"] == best + 1
     assert record["held_out"]["loss"] == pytest.approx(losses[best], abs=1e-6)
-    said = capsys.readouterr().out
+    said = caplog.text
     assert f"held out at step 8  loss {losses[7]:.4g}  " in said
     assert f"best by held-out loss: step {best + 1}\n" in said
     saved = oracle(result.folder, rows)  # of what was saved, rounded to bfloat16
@@ -204,9 +211,9 @@ def test_what_cannot_be_meant_is_refused(settings, changes, message) -> None:
 
 def test_nothing_held_out_is_said_so(make_config) -> None:
     with pytest.raises(NotFoundError, match=r"toy/tis@0 has no pair of split 'dev'"):
-        run(make_config(data={"split": "train"}, eval={"split": "dev"}))
+        run_job(make_config(data={"split": "train"}, eval={"split": "dev"}))
     with pytest.raises(NotFoundError, match=r"has no pair of any split, held out \(share 1e-09\)"):
-        run(make_config(eval={"share": 1e-9}))
+        run_job(make_config(eval={"share": 1e-9}))
     assert not Path(make_config().output.folder).exists()
     assert EvalSection().is_on is False
 
@@ -217,7 +224,7 @@ def test_a_tracker_that_nobody_knows_is_one_clear_error(settings, capsys, monkey
     assert main([part for flag in flags for part in ("--set", flag)]) == 1
     said = capsys.readouterr().err
     assert said.startswith(
-        "error: output.report_to='tensorbord' is no tracker that transformers knows; expected none, "
+        "error: output.report_to='tensorbord' is not a tracker that transformers knows; expected none, "
     )
     assert "tensorboard" in said
     assert not Path(settings["output"]["folder"]).exists()
@@ -228,14 +235,14 @@ def test_a_tracker_that_is_not_installed_says_what_to_install(make_config, monke
 
     monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", list)
     with pytest.raises(MissingExtraError, match="output.report_to='wandb' needs a package that is not installed; pip"):
-        run(make_config(output={"report_to": "wandb"}))
+        run_job(make_config(output={"report_to": "wandb"}))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tensorboard's own imports
 def test_tensorboard_gets_the_metrics(make_config, monkeypatch, tmp_path) -> None:
     event_file = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    result = run(make_config(output={"report_to": "tensorboard"}, optim={"max_steps": 2}))
+    result = run_job(make_config(output={"report_to": "tensorboard"}, optim={"max_steps": 2}))
     paths = list((tmp_path / "events").rglob("events.*"))
     assert len(paths) == 1
     events = event_file.EventFileLoader(str(paths[0])).Load()

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from train.config import GateSection
 from train.job.gate import Agreement, compare, tolerance_of
-from train.run import run
+from train.job.job import run_job
 from weights_store.errors import MismatchError
 from weights_store.fingerprint import fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
 
@@ -39,14 +39,14 @@ def other_model(model_folder, tmp_path) -> Path:
 
 def refusal(config, folder: Path) -> str:
     with pytest.raises(MismatchError) as caught:
-        run(config)
+        run_job(config)
     assert not (folder / "config.json").exists()
     return str(caught.value)
 
 
-def test_the_right_model_passes_and_the_log_says_by_how_much(make_config, exact_store, capsys) -> None:
-    run(make_config(optim={"max_steps": 1}))
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step-0 gate"))
+def test_the_right_model_passes_and_the_log_says_by_how_much(make_config, exact_store, caplog) -> None:
+    run_job(make_config(optim={"max_steps": 1}))
+    line = next(line for line in caplog.messages if line.startswith("step-0 gate"))
     # 12 bits of mantissa are stored: log-probs of about -5 are off by up to 6e-4
     assert line.startswith("step-0 gate: 0.000")
     assert "(at most 0.001)" in line
@@ -55,7 +55,7 @@ def test_the_right_model_passes_and_the_log_says_by_how_much(make_config, exact_
 def test_another_model_is_refused_with_both_fingerprints(make_config, exact_store, other_model, model_folder) -> None:
     config = make_config(model={"path": str(other_model)})
     said = refusal(config, Path(config.output.folder))
-    assert "step-0 gate: the model's log-probs differ from the reference's stored ones by " in said
+    assert "step-0 gate: the model's log-probs differ from the stored ones of the reference by " in said
     assert f"({fingerprint_model(other_model)[:12]}) is another model than the reference" in said
     assert (
         f"({fingerprint_model(model_folder)[:12]}, the/model): train the model that the dataset was scored with" in said
@@ -66,7 +66,7 @@ def test_another_dtype_is_refused_and_named(make_config, exact_store) -> None:
     config = make_config(model={"dtype": "bfloat16"})
     said = refusal(config, Path(config.output.folder))
     assert (
-        "in float32 they agree, so this is the arithmetic: the reference was scored in float32, this run computes"
+        "in float32 they agree, so the dtype is the cause: the reference was scored in float32, this run computes"
         in said
     )
     assert "bfloat16. Set model.dtype='float32', or build with `--set score.dtype=bfloat16`" in said
@@ -83,7 +83,9 @@ def test_another_chat_template_is_refused_and_named(make_config, write_weights, 
     said = refusal(config, Path(config.output.folder))
     assert f"was rendered with chat template {template[:12]}, the model in {other} has " in said
     (other / "chat_template.jinja").unlink()
-    assert f"the model in {other} has none: it would learn to answer" in refusal(config, Path(config.output.folder))
+    assert f"the model in {other} has none: it would learn another format" in refusal(
+        config, Path(config.output.folder)
+    )
 
 
 def test_another_vocabulary_of_the_tokenizer_is_refused_and_named(make_config, model_folder, tmp_path) -> None:
@@ -104,7 +106,10 @@ def test_stored_numbers_that_are_wrong_are_told_from_a_wrong_model(
     write_weights(rows, parity=PARITY, reference={"model_fingerprint": fingerprint_model(model_folder)})
     config = make_config()
     said = refusal(config, Path(config.output.folder))
-    assert "the model's files are those of the reference, so the stored numbers or this machine's are wrong" in said
+    assert (
+        "the model's files are those of the reference, so the stored numbers or the ones of this machine are wrong"
+        in said
+    )
 
 
 def test_one_wrong_token_per_response_is_enough(make_config, write_weights, rows) -> None:
@@ -120,12 +125,12 @@ def test_one_wrong_token_per_response_is_enough(make_config, write_weights, rows
 def test_the_gate_can_be_widened_and_left_out(make_config, exact_store, other_model) -> None:
     for gate in ({"pairs": 0}, {"tolerance_nats": 5.0}):
         config = make_config(model={"path": str(other_model)}, optim={"max_steps": 1}, gate=gate)
-        assert run(config, overwrite=True).steps == 1
+        assert run_job(config, overwrite=True).steps == 1
 
 
 def test_losses_without_a_reference_need_no_gate(make_config, exact_store, other_model) -> None:
     loss = {"name": "simpo", "beta": 2.0}
-    assert run(make_config(model={"path": str(other_model)}, loss=loss, optim={"max_steps": 1})).steps == 1
+    assert run_job(make_config(model={"path": str(other_model)}, loss=loss, optim={"max_steps": 1})).steps == 1
 
 
 @pytest.mark.parametrize(

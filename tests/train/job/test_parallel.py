@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from train.data.dataset import OrderedPairs, PairDataset, open_weights
 from train.data.sampler import BlockShuffle
+from train.job.job import run_job
 from train.job.trainer import build_batches
 from train.model.collate import PairCollator
 from train.model.token_budget import cut_by_tokens
-from train.run import run
 
 REPO = Path(__file__).parents[3]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -34,7 +34,7 @@ def settings_of_41(settings: Settings, write_weights, rows) -> Settings:
     return settings
 
 
-def launch(launcher: Sequence[str], *command: str) -> subprocess.CompletedProcess[str]:
+def launch(launcher: Sequence[str], *command: str, cwd: Path = REPO) -> subprocess.CompletedProcess[str]:
     """Run a command in two processes, without a GPU even where there is one."""
     environment = {
         **os.environ,
@@ -44,7 +44,7 @@ def launch(launcher: Sequence[str], *command: str) -> subprocess.CompletedProces
         "PYTHONWARNINGS": "ignore",
     }
     whole = [sys.executable, *launcher, *command]
-    return subprocess.run(whole, cwd=REPO, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    return subprocess.run(whole, cwd=cwd, env=environment, capture_output=True, text=True, timeout=180, check=False)
 
 
 def write_config(settings: Settings, folder: Path, **changes: dict[str, Any]) -> str:
@@ -89,10 +89,10 @@ def test_two_processes_with_whole_models_train_as_one_does(settings_of_41, make_
         assert [pair.is_filler for pair in step_pairs[-1]] == [rank == 1]
     assert num_batches[0] != num_batches[1]  # so one of them has to cut finer than its budget asks
 
-    one = run(config)
-    done = launch(ACCELERATE, "-m", "train.run", write_config(settings_of_41, tmp_path / "two"))
+    one = run_job(config)
+    done = launch(ACCELERATE, "-m", "tokenweights", "train", write_config(settings_of_41, tmp_path / "two"))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("wrote ") == done.stdout.count("step 6/6") == 1
+    assert done.stderr.count("wrote ") == done.stderr.count("step 6/6") == 1  # the other process says nothing
     assert history_of(tmp_path / "two") == pytest.approx(history_of(one.folder), rel=1e-5, abs=1e-5)
     assert_same_model(tmp_path / "two", one.folder)
     for when in ("before", "after"):
@@ -108,8 +108,8 @@ def test_two_processes_make_the_token_weights_that_one_does(
     recipe = {"weights": weights, "attribute": {"target": "max_logit"}}
     write_weights([*rows, {**rows[5], "pair_id": "pair-0040"}], recipe=recipe)
     loss = {"name": "ti_dpo", "beta": 0.1, "triplet_gamma": 0, "importance": "online", "refresh_steps": 2}
-    one = run(make_config(loss=loss))
-    done = launch(ACCELERATE, "-m", "train.run", write_config(settings_of_41, tmp_path / "two", loss=loss))
+    one = run_job(make_config(loss=loss))
+    done = launch(ACCELERATE, "-m", "tokenweights", "train", write_config(settings_of_41, tmp_path / "two", loss=loss))
     assert done.returncode == 0, done.stderr[-3000:]
     assert history_of(tmp_path / "two") == pytest.approx(history_of(one.folder), rel=1e-4, abs=1e-5)
     assert_same_model(tmp_path / "two", one.folder)
@@ -118,7 +118,7 @@ def test_two_processes_make_the_token_weights_that_one_does(
 def test_two_processes_with_halves_go_on_after_a_kill_and_train_as_one_does(
     settings_of_41, make_config, tmp_path
 ) -> None:
-    one = run(make_config())
+    one = run_job(make_config())
     config = write_config(
         settings_of_41, tmp_path / "two", output={"save_every_steps": 2}, parallel={"strategy": "fsdp2"}
     )
@@ -133,9 +133,9 @@ def test_two_processes_with_halves_go_on_after_a_kill_and_train_as_one_does(
     checkpoints = sorted(path.name for path in (tmp_path / "two" / "checkpoints").iterdir())
     assert checkpoints == ["checkpoint-2", "checkpoint-4"]  # the latter incomplete
 
-    resumed = launch(TORCHRUN, "-m", "train.run", config)
+    resumed = launch(TORCHRUN, "-m", "tokenweights", "train", config)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert "resuming from checkpoint-2" in resumed.stdout
+    assert "resuming from checkpoint-2" in resumed.stderr
     # Steps 1 and 2 are of the killed run, the others of the resumed one; one undisturbed process made what is expected.
     assert history_of(tmp_path / "two") == pytest.approx(history_of(one.folder), rel=1e-6, abs=1e-6)
     assert_same_model(tmp_path / "two", one.folder)
@@ -148,7 +148,7 @@ from pathlib import Path
 
 from transformers import Trainer
 
-import train.run
+import tokenweights
 from train.job.trainer import PairTrainer
 
 folder, config = sys.argv[1:]
@@ -172,14 +172,27 @@ def die_at_step_4(self, checkpoint):
 
 PairTrainer.training_step = note_halves
 Trainer._save_optimizer_and_scheduler = die_at_step_4
-train.run.main([config])
+tokenweights.main(["train", config])
 """
 
 
 def test_a_step_that_two_processes_cannot_share_ends_both_with_one_error(settings_of_41, tmp_path) -> None:
     config = write_config(settings_of_41, tmp_path / "out", optim={"pairs_per_step": 7})
-    done = launch(TORCHRUN, "-m", "train.run", config)
+    done = launch(TORCHRUN, "-m", "tokenweights", "train", config)
     assert done.returncode == 1
     said = "error: optim.pairs_per_step=7 cannot be shared equally by 2 processes; make it a multiple of 2"
     assert done.stderr.count(said) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_modules_in_the_current_folder_are_never_imported(settings_of_41, tmp_path, launcher) -> None:
+    """Neither by the processes of the launcher nor by those that read the data (`data.num_workers`)."""
+    folder = tmp_path / "project"
+    (folder / "datasets").mkdir(parents=True)
+    for name in ("train", "pipeline", "flows", "weights_store", "tokenizers", "datasets/__init__"):
+        (folder / f"{name}.py").write_text(f"raise RuntimeError('{name} of the current folder was imported')\n")
+    config = write_config(settings_of_41, tmp_path / "out", data={"num_workers": 1}, optim={"max_steps": 2})
+    done = launch(launcher, "-m", "tokenweights", "train", config, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "lineage.json").is_file()

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from train.data.dataset import Pair, StoredResponse
-from train.model.collate import MODEL_INPUTS, Batch, PairCollator
+from train.model.collate import Batch, PairCollator, model_inputs
 from train.model.logps import CHUNK_LOGITS, Divergence, per_token_logps
 from train.model.packing import enable_packing
 
@@ -102,7 +102,7 @@ def test_log_probs_and_their_gradients_never_make_all_logits(wide_model, watch) 
     batch = pack(NUM_PAIRS)
     assert int(batch["completion_mask"].sum()) == 608
     with watch:
-        terms = per_token_logps(wide_model, **{name: batch[name] for name in MODEL_INPUTS if name in batch})
+        terms = per_token_logps(wide_model, **model_inputs(batch))
         terms.logps.sum().backward()
     assert all(parameter.grad is not None for parameter in wide_model.parameters())
     wide_model.zero_grad()
@@ -115,7 +115,7 @@ def test_an_exact_kl_never_makes_all_logits_of_either_model(wide_model, watch) -
     batch = pack(NUM_PAIRS // 2)
     with watch:
         divergence = Divergence("policy_ref", reference=wide_model)
-        inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+        inputs = model_inputs(batch)
         terms = per_token_logps(wide_model, **inputs, divergence=divergence)
         assert terms.kls is not None
         (terms.logps.sum() + terms.kls.sum()).backward()

@@ -12,17 +12,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import tokenweights
 from train.config import LoraSection, ModelConfig, TrainConfig
 from train.data.dataset import PairDataset, open_weights
+from train.job.job import run_job
 from train.job.progress import ProgressLines
-from train.job.refresh import HybridSettings, Refresher, _end_ids, load_fresh, sampling_of, save_fresh
+from train.job.refresh import HybridSettings, Refresher, find_end_ids, load_fresh, sampling_of, save_fresh
 from train.job.trainer import PairTrainer
 from train.model.logps import route_forward
 from train.model.policy import load_policy
 from train.model.sampling import AnchorSampling
-from train.run import main, run
 from weights_store.errors import InputError, MismatchError, SettingsError
 from weights_store.settings import parse_settings
+
+
+def main(flags: list[str]) -> int:
+    """Return the exit code of `tokenweights train`."""
+    return tokenweights.main(["train", *flags])
+
 
 MIX, SIGMA_DIVISOR = 0.7, 4.0
 RECIPE = {
@@ -199,16 +206,16 @@ def test_fresh_anchors_carry_the_frozen_references_log_probs(
 
 
 def test_a_turn_ends_where_most_responses_do(pairs) -> None:
-    assert _end_ids(pairs) == (2,)
+    assert find_end_ids(pairs) == (2,)
     longest = max(pairs, key=lambda pair: len(pair.chosen.ids))
     cut = replace(longest.chosen, ids=np.full(40, 9, np.int32))  # by a maximum of 40, as many as you like
-    assert _end_ids([pairs[0], *[replace(pairs[1], chosen=cut, rejected=cut)] * 5]) == (2,)
+    assert find_end_ids([pairs[0], *[replace(pairs[1], chosen=cut, rejected=cut)] * 5]) == (2,)
     mixed = [replace(pair.chosen, ids=np.array([5, 6 + i], np.int32)) for i, pair in enumerate(pairs)]
-    assert _end_ids([replace(pair, chosen=mixed[i], rejected=mixed[-i]) for i, pair in enumerate(pairs)]) == ()
+    assert find_end_ids([replace(pair, chosen=mixed[i], rejected=mixed[-i]) for i, pair in enumerate(pairs)]) == ()
 
 
 def test_stored_anchors_add_the_margin_to_the_first_loss(make_config, ti_store) -> None:
-    result = run(make_config(data={"store": ti_store}, loss=PAPER))
+    result = run_job(make_config(data={"store": ti_store}, loss=PAPER))
     # policy = reference: log 2 + gamma * margin, and gradients of the first term alone
     assert result.before["loss"] == pytest.approx(math.log(2) + 0.1 * 0.5, abs=1e-4)
     assert result.before["triplet"] == pytest.approx(0.5, abs=1e-4)
@@ -222,7 +229,7 @@ def test_a_dataset_without_anchors_is_refused_before_the_folder_is_claimed(make_
         config = make_config(data={"store": uri}, loss=PAPER)
         for dry_run in (True, False):
             with pytest.raises(MismatchError, match=r"needs anchor_ids, anchor_ref_logps, which toy/tis@\d lacks"):
-                run(config, dry_run=dry_run)
+                run_job(config, dry_run=dry_run)
         assert not Path(config.output.folder).exists()
 
 
@@ -230,15 +237,15 @@ def test_online_weights_need_ti_weights_before_the_folder_is_claimed(make_config
     config = make_config(data={"store": store}, loss={**PAPER, "triplet_gamma": 0, "importance": "online"})
     for dry_run in (True, False):
         with pytest.raises(
-            MismatchError, match=r"loss\.importance='online' makes weights the way the dataset's were made"
+            MismatchError, match=r"loss\.importance='online' computes weights with the settings of the dataset"
         ):
-            run(config, dry_run=dry_run)
+            run_job(config, dry_run=dry_run)
     assert not Path(config.output.folder).exists()
 
 
 def test_a_model_that_is_cut_up_is_refused(make_config) -> None:
     settings = make_config(loss=ONLINE).model_dump(exclude_none=True) | {"parallel": {"strategy": "fsdp2"}}
-    with pytest.raises(SettingsError, match=r"parallel\.strategy='fsdp2' cuts it up; set parallel\.strategy='ddp'"):
+    with pytest.raises(SettingsError, match=r"parallel\.strategy='fsdp2' splits it; set parallel\.strategy='ddp'"):
         parse_settings(TrainConfig, settings, where="here")
 
 
@@ -274,9 +281,9 @@ def test_pairs_are_refreshed_window_by_window_in_the_order_of_training(make_trai
 
 def test_the_policy_of_the_windows_first_step_makes_the_weights(make_trainer, ti_store, monkeypatch) -> None:
     used: list[np.ndarray] = []
-    ordinary = PairTrainer._cut
+    ordinary = PairTrainer.cut_step
     monkeypatch.setattr(
-        PairTrainer, "_cut", lambda self, pairs, device: used.append(pairs) or ordinary(self, pairs, device)
+        PairTrainer, "cut_step", lambda self, pairs, device: used.append(pairs) or ordinary(self, pairs, device)
     )
     loss = {**PAPER, "triplet_gamma": 0, "importance": "online", "refresh_steps": 2}
     trainer = make_trainer(ti_store, loss=loss, optim={"learning_rate": 1e-2, "warmup_share": 0, "max_steps": 4})
@@ -312,7 +319,7 @@ def test_a_run_stopped_within_a_window_goes_on_as_if_nothing_had_happened(
     settings, ti_store, make_config, tmp_path, monkeypatch, refreshed, stopped_after
 ) -> None:
     settings["data"]["store"], settings["loss"] = ti_store, ONLINE
-    run(make_config(data={"store": ti_store}, output={"folder": str(tmp_path / "undisturbed")}))
+    run_job(make_config(data={"store": ti_store}, output={"folder": str(tmp_path / "undisturbed")}))
     undisturbed, at_once = history_of(tmp_path / "undisturbed"), refreshed.copy()
     assert len(undisturbed) == 5
     ordinary = ProgressLines.on_step_end
@@ -336,8 +343,8 @@ def test_a_run_stopped_within_a_window_goes_on_as_if_nothing_had_happened(
 
 def test_a_checkpoint_without_what_was_fresh_is_refused(pairs, tmp_path) -> None:
     other = replace(pairs[0], anchor=replace(pairs[0].chosen, ref_logps=pairs[0].chosen.ref_logps * 2))
-    save_fresh(tmp_path / "fresh-0.parquet", {8: other})
-    save_fresh(tmp_path / "fresh-1.parquet", {9: pairs[1]})
+    save_fresh(tmp_path, 0, {8: other})
+    save_fresh(tmp_path, 1, {9: pairs[1]})
     found = load_fresh(tmp_path, {9: pairs[1], 8: pairs[0], 12: replace(pairs[1], is_filler=True)})
     assert list(found) == [9, 8, 12]  # by whichever process, and for fillers of another number of processes
     assert found[8].anchor.ref_logps.tolist() == other.anchor.ref_logps.tolist()

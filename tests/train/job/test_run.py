@@ -11,11 +11,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tokenweights
+from train.job.job import run_job
 from train.job.output import OutputFolder
 from train.job.progress import ProgressLines
-from train.run import main, run
 from weights_store.errors import InputError, MismatchError, NotFoundError, SettingsError
 from weights_store.fingerprint import fingerprint_tokenizer
+from weights_store.messages import progress_of
+
+
+def main(flags: list[str]) -> int:
+    """Return the exit code of `tokenweights train`."""
+    return tokenweights.main(["train", *flags])
+
 
 REPO = Path(__file__).parents[3]
 
@@ -34,13 +42,13 @@ def history_of(folder: Path) -> list[dict]:
 @pytest.fixture
 def undisturbed(make_config, tmp_path) -> list[dict]:
     folder = tmp_path / "undisturbed"
-    run(make_config(output={"folder": str(folder)}))
+    run_job(make_config(output={"folder": str(folder)}))
     return history_of(folder)
 
 
 def test_the_saved_model_loads_and_is_the_trained_one(make_config, model_folder) -> None:
     config = make_config()
-    result = run(config)
+    result = run_job(config)
     assert result.steps == 5
     assert result.after["rewards/margins"] > result.before["rewards/margins"]
     model = AutoModelForCausalLM.from_pretrained(result.folder)
@@ -62,7 +70,7 @@ def test_the_float32_model_saved_measures_as_recorded(make_config, model_folder,
     source = tmp_path / "float32-model"
     shutil.copytree(model_folder, source)
     AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).save_pretrained(source)
-    result = run(make_config(model={"path": str(source)}))
+    result = run_job(make_config(model={"path": str(source)}))
     trained = AutoModelForCausalLM.from_pretrained(result.folder).eval()
     total = 0.0
     for row in rows:
@@ -73,7 +81,7 @@ def test_the_float32_model_saved_measures_as_recorded(make_config, model_folder,
 
 
 def test_lineage_leads_back_to_the_dataset(make_config, store) -> None:
-    folder = run(make_config()).folder
+    folder = run_job(make_config()).folder
     lineage = json.loads((folder / "lineage.json").read_text())
     assert lineage["parents"] == [{"table": "weights/toy/tis", "version": 0, "fingerprint": f"{40:064d}"}]
     assert lineage["identity"]["weights"]["name"] == "toy/tis@0"
@@ -83,34 +91,34 @@ def test_lineage_leads_back_to_the_dataset(make_config, store) -> None:
     assert record["config"] == lineage["config"]
 
 
-def test_a_finished_folder_is_not_trained_again(make_config, capsys) -> None:
-    first = run(make_config())
+def test_a_finished_folder_is_not_trained_again(make_config, caplog) -> None:
+    first = run_job(make_config())
     written = (first.folder / "model.safetensors").stat().st_mtime_ns
     # micro-batches and logging are no part of what a model is
-    second = run(make_config(optim={"tokens_per_batch": 64}, output={"log_every_steps": 3}))
+    second = run_job(make_config(optim={"tokens_per_batch": 64}, output={"log_every_steps": 3}))
     assert second.was_trained_before
     assert (second.steps, second.before, second.after) == (first.steps, first.before, first.after)
     assert (first.folder / "model.safetensors").stat().st_mtime_ns == written
-    assert f"already trained: {first.folder}" in capsys.readouterr().out
+    assert f"already trained: {first.folder}" in caplog.text
 
 
 def test_another_job_in_the_folder_is_refused_field_by_field(make_config, write_weights, rows) -> None:
-    folder = run(make_config()).folder
+    folder = run_job(make_config()).folder
     write_weights(rows[:20])
     other = make_config(loss={"beta": 0.2})
     with pytest.raises(SettingsError) as caught:
-        run(other)
+        run_job(other)
     assert "loss.beta: 0.1 -> 0.2; weights.fingerprint: 0000" in str(caught.value)
     assert 'weights.name: "toy/tis@0" -> "toy/tis@1"; choose another folder, or give --overwrite' in str(caught.value)
     (folder / "model-00009-of-00009.safetensors").write_text("left over")
-    result = run(other, overwrite=True)
+    result = run_job(other, overwrite=True)
     assert not result.was_trained_before
     assert not (folder / "model-00009-of-00009.safetensors").exists()
 
 
 def test_a_folder_that_is_not_ours_is_refused_even_with_overwrite(make_config, model_folder) -> None:
     with pytest.raises(InputError, match=r"is not empty and has no train\.json"):
-        run(make_config(output={"folder": str(model_folder)}), overwrite=True)
+        run_job(make_config(output={"folder": str(model_folder)}), overwrite=True)
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(settings, undisturbed, monkeypatch, capsys) -> None:
@@ -125,12 +133,12 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(settings, undisturbed,
     monkeypatch.setattr(ProgressLines, "on_step_end", stop_at_step_3)
     assert main(flags_of(settings)) == 130
     assert "stopping after this step" in (said := capsys.readouterr().err)
-    assert "stopped; the same command goes on from the last checkpoint" in said
+    assert "stopped; the same command continues from the last checkpoint" in said
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-3"]
     assert not (folder / "config.json").exists()
     monkeypatch.undo()
     assert main(flags_of(settings)) == 0
-    assert "resuming from checkpoint-3" in capsys.readouterr().out
+    assert "resuming from checkpoint-3" in capsys.readouterr().err
     assert history_of(folder) == undisturbed
 
 
@@ -161,13 +169,13 @@ main(sys.argv[1:])
 """
 
 
-def test_resume_false_starts_again(settings, make_config, undisturbed, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("train.model.policy.save_policy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+def test_resume_false_starts_again(settings, make_config, undisturbed, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("train.job.job.save_policy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(flags_of(settings, **{"output.save_every_steps": 2})) == 130
     monkeypatch.undo()
-    capsys.readouterr()
-    run(make_config(output={"resume": False}))
-    assert "resuming" not in capsys.readouterr().out
+    caplog.clear()
+    run_job(make_config(output={"resume": False}))
+    assert "resuming" not in caplog.text
     assert history_of(Path(settings["output"]["folder"])) == undisturbed
 
 
@@ -186,18 +194,18 @@ def test_a_kill_between_files_leaves_no_model_that_loads(
 
     monkeypatch.setattr(Path, "replace", die_at_tokenizer)
     with pytest.raises(KeyboardInterrupt):
-        run(make_config())
+        run_job(make_config())
     assert (folder / "model.safetensors").exists()
     with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(folder)
     monkeypatch.undo()
-    assert not run(make_config()).was_trained_before
+    assert not run_job(make_config()).was_trained_before
     assert history_of(folder) == undisturbed
     AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_checkpoints_are_kept_on_request(make_config) -> None:
-    result = run(make_config(output={"save_every_steps": 2, "keep_checkpoints": True}))
+    result = run_job(make_config(output={"save_every_steps": 2, "keep_checkpoints": True}))
     assert (result.folder / "checkpoints" / "checkpoint-5" / "optimizer.pt").is_file()
 
 
@@ -208,36 +216,36 @@ def test_another_tokenizer_is_refused(make_config, model_folder, tmp_path) -> No
     with pytest.raises(
         MismatchError, match=r"toy/tis@0 was tokenised with tokenizer .* has .*: its ids would mean other"
     ):
-        run(make_config(model={"path": str(other)}))
+        run_job(make_config(model={"path": str(other)}))
 
 
 def test_another_vocabulary_is_refused(make_config, write_weights, rows, model_folder) -> None:
     recorded = {"fingerprint": fingerprint_tokenizer(model_folder), "vocab_size": 192, "eos_token_id": 2}
     write_weights(rows, tokenizer=recorded)
     with pytest.raises(MismatchError, match=r"scored with a vocabulary of 192 ids, the model in .* has 128"):
-        run(make_config())
+        run_job(make_config())
     write_weights(rows, tokenizer=None)
     with pytest.raises(MismatchError, match="toy/tis@2 does not record its tokenizer"):
-        run(make_config())
+        run_job(make_config())
 
 
 def test_constant_weights_are_refused_for_tis_dpo_only(make_config, write_weights, rows) -> None:
     write_weights(rows, statistics={"constant_weights": True})
     with pytest.raises(MismatchError, match="needs token weights that differ"):
-        run(make_config())
+        run_job(make_config())
     assert not Path(make_config().output.folder).exists()
-    assert run(make_config(loss={"name": "dpo"}, optim={"max_steps": 1})).steps == 1
+    assert run_job(make_config(loss={"name": "dpo"}, optim={"max_steps": 1})).steps == 1
 
 
 def test_models_that_cannot_be_had_are_one_clear_error(make_config, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     for path, match in {
-        str(tmp_path / "empty"): "is not a model folder: it has no config.json",
-        str(tmp_path / "nowhere"): "there is no such folder, and it is no id on the hub",
-        "nobody/no-such-model": r"there is no such folder, and it cannot be had from the hub \(revision main\)",
+        str(tmp_path / "empty"): "has no config.json: not a model folder",
+        str(tmp_path / "nowhere"): "model.path .* does not exist; give a model folder or a hub id",
+        "nobody/no-such-model": r"is not a local folder, and it could not be downloaded from the hub \(revision main\)",
     }.items():
         with pytest.raises(InputError, match=match):
-            run(make_config(model={"path": path}))
+            run_job(make_config(model={"path": path}))
 
 
 def test_a_model_that_lacks_weights_is_refused(make_config, model_folder, tmp_path) -> None:
@@ -248,8 +256,8 @@ def test_a_model_that_lacks_weights_is_refused(make_config, model_folder, tmp_pa
     tensors = load_file(other / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"lacks weights, they would be random: model\.layers\.1\.mlp\.up_proj"):
-        run(make_config(model={"path": str(other)}))
+    with pytest.raises(InputError, match=r"lacks weights; they would be random: model\.layers\.1\.mlp\.up_proj"):
+        run_job(make_config(model={"path": str(other)}))
 
 
 def test_errors_are_one_line_and_exit_1(settings, capsys) -> None:
@@ -268,9 +276,10 @@ def test_wrong_usage_exits_2_and_help_0(capsys) -> None:
     assert "--store URI" in capsys.readouterr().out
 
 
-def test_progress_is_plain_lines_with_the_values_logged(make_config, capsys) -> None:
-    result = run(make_config())
-    lines = capsys.readouterr().out.splitlines()
+def test_progress_is_plain_lines_with_the_values_logged(make_config, caplog) -> None:
+    result = run_job(make_config())
+    shown = [progress for record in caplog.records if (progress := progress_of(record))]
+    lines = [record.getMessage() for record in caplog.records if progress_of(record) is None]
     assert lines[0] == "training tis_dpo on toy/tis@0 (40 pairs): 5 steps of 8 pairs"
     assert lines[1].startswith("step-0 gate: 0.000")
     assert lines[2].startswith("before: loss 0.6931  rewards/accuracies ")
@@ -279,6 +288,9 @@ def test_progress_is_plain_lines_with_the_values_logged(make_config, capsys) -> 
     assert lines[7].endswith(" pairs/s")
     assert lines[-1] == f"wrote {result.folder}"
     assert len(lines) == 10
+    assert [(progress.name, progress.done, progress.total, progress.unit) for progress in shown] == [
+        ("train", 8 * step, 40, "pairs") for step in (1, 2, 3, 4, 5)
+    ]
 
 
 def test_help_is_quick_and_needs_no_torch() -> None:

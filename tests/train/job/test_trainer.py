@@ -90,6 +90,22 @@ def test_metrics_are_means_over_all_pairs_of_the_window(make_trainer, shifted_st
     assert logs[4]["epoch"] == pytest.approx(32 / 40)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [  # of 5 steps 2 warm up, from a half to the peak; then 3 steps, the first of them at the peak
+        ("linear", [1 / 2, 1, 1, 2 / 3, 1 / 3]),
+        ("constant", [1 / 2, 1, 1, 1, 1]),
+        ("cosine", [1 / 2, 1, 1, 3 / 4, 1 / 4]),  # (1 + cos(pi/3)) / 2 and (1 + cos(2 pi/3)) / 2
+    ],
+)
+def test_the_learning_rate_of_the_first_step_is_not_0(make_trainer, schedule, shares) -> None:
+    optim = {"learning_rate": 1e-3, "warmup_share": 0.4, "schedule": schedule, "num_epochs": 1}
+    trainer = make_trainer(optim=optim)
+    trainer.train()
+    logged = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
+    assert logged == pytest.approx([1e-3 * share for share in shares], rel=1e-9)
+
+
 def test_metric_names_are_those_of_trl_and_weighted_ones_apart(make_trainer) -> None:
     pairs = {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
     common = pairs | {"loss", "logps/chosen", "logps/rejected"}

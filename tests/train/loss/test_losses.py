@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from train.loss import losses
-from train.loss.losses import PairLosses, ResponseLogps, decay_weights, dpo, sft, sum_logratios, tis_dpo
+from train.loss.losses import dpo, sft, tis_dpo
+from train.loss.terms import PairLosses, ResponseLogps, decay_weights, sum_logratios
 from weights_store.errors import InputError
 
 SPANS = [(3, 12), (4, 5), (1, 6), (2, 5)]  # lengths 9, 1 (nothing but its end-of-text token), 5, 3

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from train.loss import losses
-from train.loss.losses import PairLosses, ResponseLogps
+from train.loss.terms import PairLosses, ResponseLogps
 
 pytest.importorskip("trl")
 from trl.trainer.dpo_trainer import DPOTrainer

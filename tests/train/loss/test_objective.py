@@ -1,24 +1,20 @@
-import inspect
 import math
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
-from train.loss import losses
-from train.loss.config import LossConfig, LossName, Needs, loss_needs
-from train.loss.losses import ResponseLogps
+from train.loss.config import LOSSES, LossConfig, LossSection, Needs
 from train.loss.objective import check_columns_for, compute_pair_losses, count_units
-from weights_store.errors import MismatchError, SettingsError
+from train.loss.terms import ResponseLogps
+from weights_store.errors import MismatchError
 from weights_store.schemas import WEIGHTS
-from weights_store.settings import parse_settings
-
-NAMES = get_args(LossName)
 
 
 def config(name: str, **settings: Any) -> LossConfig:
     beta = {} if name in ("sepo", "sft") else {"beta": 0.1}
-    return LossConfig(name=name, **{**beta, **settings})
+    return TypeAdapter(LossSection).validate_python({"name": name, **beta, **settings})
 
 
 def sides() -> tuple[ResponseLogps, ResponseLogps]:
@@ -42,118 +38,6 @@ REWARDS = {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accu
 PLAIN = REWARDS | {"logps/chosen", "logps/rejected"}
 WEIGHTED = PLAIN | {f"weighted_{name}" for name in REWARDS}
 TRIPLET = {"triplet", "triplet/active", "triplet/to_chosen", "triplet/to_rejected"}
-
-
-def test_the_table_of_settings_is_that_of_the_loss_functions() -> None:
-    """What a loss reads is what its function takes, so no setting can be accepted and ignored."""
-    for name in NAMES:
-        parameters = inspect.signature(getattr(losses, name)).parameters.values()
-        takes = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"chosen_scores", "rejected_scores"}
-        switched_on = {"tis_dpo": {"kl": "exact"}, "ti_dpo": {"variant": "release"}, "sft": {"beta": 0.1}}
-        assert set(config(name, **switched_on.get(name, {})).arguments()) == takes
-
-
-@pytest.mark.parametrize(
-    ("settings", "resolved"),
-    [
-        ({"name": "dpo", "beta": 0.1}, {"label_smoothing": 0.0}),
-        ({"name": "tis_dpo", "beta": 0.1}, {"kl": "off"}),
-        ({"name": "tis_dpo", "beta": 0.1, "kl": "top_k"}, {"eta_scale": 1.0}),
-        (
-            {"name": "ti_dpo", "beta": 0.1},
-            {
-                "variant": "paper",
-                "triplet_gamma": 0.1,
-                "triplet_margin": 0.5,
-                "anchor": "stored",
-                "importance": "stored",
-            },
-        ),
-        (
-            {"name": "ti_dpo", "beta": 0.2, "variant": "release", "anchor": "online"},
-            {
-                "kl": "exact",
-                "alpha": 0.5,
-                "triplet_gamma": 0.001,
-                "triplet_margin": 0.001,
-                "importance": "stored",
-                "refresh_steps": 1,
-            },
-        ),
-        (
-            {"name": "ti_dpo", "beta": 0.1, "triplet_gamma": 0.0, "importance": "online", "refresh_steps": 4},
-            {"variant": "paper"},
-        ),
-        ({"name": "tdpo1", "beta": 0.1}, {"kl": "exact"}),
-        ({"name": "tdpo2", "beta": 0.1}, {"kl": "exact", "alpha": 0.5}),
-        ({"name": "simpo", "beta": 2.0}, {"label_smoothing": 0.0, "gamma_beta_ratio": 0.5}),
-        ({"name": "d2po", "beta": 0.1}, {"gamma": 0.98}),
-        (
-            {"name": "uni_dpo", "beta": 2.0},
-            {"quality_eta": 0.7, "tau_ref": 0.8, "focal_gamma": 3.0, "nll_lambda": 0.001, "tau_good": 3.2},
-        ),
-        ({"name": "sepo"}, {}),
-        ({"name": "sft"}, {}),
-    ],
-)
-def test_defaults_are_filled_in_and_a_dumped_config_loads_again(settings, resolved) -> None:
-    loss = LossConfig(**settings)
-    assert loss.model_dump(exclude_none=True) == {**settings, **resolved}
-    assert LossConfig(**loss.model_dump()) == loss
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"name": "dpo", "beta": 0.1, "gamma": 0.9}, r"loss.name='dpo' does not read loss.gamma, got 0.9;.*to d2po\)"),
-        ({"name": "sepo", "beta": 0.1}, "loss.name='sepo' does not read loss.beta, got 0.1"),
-        ({"name": "tis_dpo", "beta": 0.1, "label_smoothing": 0.1}, r"does not read loss.label_smoothing.*dpo, simpo\)"),
-        ({"name": "ipo", "beta": 0.1, "kl": "off"}, "does not read loss.kl, got 'off'"),
-        ({"name": "tis_dpo", "beta": 0.1, "eta_scale": 0.5}, "loss.eta_scale=0.5 without eta; set loss.kl"),
-        ({"name": "tis_dpo", "beta": 0.1, "eta_scale": 0.5, "kl": "off"}, "loss.eta_scale=0.5 without eta"),
-        ({"name": "tdpo2", "beta": 0.1, "kl": "off"}, "loss.name='tdpo2' needs loss.kl 'exact' or 'top_k', got 'off'"),
-        ({"name": "tis_dpo", "beta": 0.1, "triplet_gamma": 0.1}, r"does not read loss.triplet_gamma.*to ti_dpo\)"),
-        (
-            {"name": "ti_dpo", "beta": 0.1, "alpha": 0.5},
-            "loss.alpha=0.5 without a KL term; set loss.variant to 'release', or leave alpha out",
-        ),
-        ({"name": "ti_dpo", "beta": 0.1, "variant": "paper", "kl": "top_k"}, "loss.kl='top_k' without a KL term"),
-        (
-            {"name": "ti_dpo", "beta": 0.1, "variant": "release", "kl": "off"},
-            "loss.name='ti_dpo' needs loss.kl 'exact' or 'top_k', got 'off'; without it, use loss.variant='paper'",
-        ),
-        (
-            {"name": "ti_dpo", "beta": 0.1, "triplet_gamma": 0, "triplet_margin": 0.5},
-            "loss.triplet_margin=0.5 without the triplet; set loss.triplet_gamma above 0",
-        ),
-        (
-            {"name": "ti_dpo", "beta": 0.1, "triplet_gamma": 0, "anchor": "online", "refresh_steps": 2},
-            "loss.anchor='online' without the triplet",
-        ),
-        (
-            {"name": "ti_dpo", "beta": 0.1, "refresh_steps": 8},
-            "loss.refresh_steps=8 without anything to refresh; set loss.anchor or loss.importance to 'online'",
-        ),
-        ({"name": "ti_dpo", "beta": 0.1, "variant": "fork"}, "variant: Input should be 'paper' or 'release'"),
-        (
-            {"name": "ti_dpo", "beta": 0.1, "triplet_gamma": -0.1},
-            "triplet_gamma: Input should be greater than or equal",
-        ),
-        ({"name": "dpo", "beta": 0.1, "label_smoothing": 0.5}, "label_smoothing: Input should be less than 0.5"),
-        ({"name": "d2po", "beta": 0.1, "gamma": 1.1}, "gamma: Input should be less than or equal to 1"),
-        ({"name": "kto"}, "name: Input should be 'dpo', 'ipo', .* or 'sft', got 'kto'"),
-        ({"beta": 0.1}, "missing key 'name'"),
-    ],
-)
-def test_settings_that_would_be_ignored_and_wrong_values_are_refused(settings, message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
-        parse_settings(LossConfig, settings, where="here")
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("sepo", "sft")])
-def test_beta_has_no_silent_default(name: str) -> None:
-    with pytest.raises(SettingsError, match=f"loss.name='{name}' needs loss.beta > 0, for example 0.1"):
-        parse_settings(LossConfig, {"name": name}, where="here")
 
 
 @pytest.mark.parametrize(
@@ -185,9 +69,19 @@ def test_beta_has_no_silent_default(name: str) -> None:
         ),
         (
             config("ti_dpo", anchor="online"),
-            Needs(ref_logps=True, token_weights=True, anchors=True, fresh_anchors=True, reference_model=True),
+            Needs(
+                ref_logps=True,
+                token_weights=True,
+                anchors=True,
+                fresh_anchors=True,
+                reference_model=True,
+                refresh_steps=1,
+            ),
         ),
-        (config("ti_dpo", importance="online"), Needs(ref_logps=True, fresh_weights=True, anchors=True)),
+        (
+            config("ti_dpo", importance="online", refresh_steps=4),
+            Needs(ref_logps=True, fresh_weights=True, anchors=True, refresh_steps=4),
+        ),
         (config("simpo"), Needs()),
         (config("sepo"), Needs(token_weights=True)),
         (config("uni_dpo"), Needs(ref_logps=True, scores=True)),
@@ -195,7 +89,7 @@ def test_beta_has_no_silent_default(name: str) -> None:
     ],
 )
 def test_what_a_loss_needs_is_enough_for_it(loss: LossConfig, needs: Needs) -> None:
-    assert loss_needs(loss) == needs
+    assert loss.needs == needs
     bare = []
     for side in sides():
         ref_logps, token_weights = side.ref_logps, side.token_weights
@@ -321,7 +215,7 @@ def test_a_side_or_scores_that_are_missing_are_refused() -> None:
 
 def test_sft_is_a_mean_over_tokens_and_the_others_over_pairs() -> None:
     assert count_units(config("sft"), num_pairs=3, num_chosen_tokens=50) == 50
-    for name in NAMES:
+    for name in LOSSES:
         if name != "sft":
             assert count_units(config(name), num_pairs=3, num_chosen_tokens=50) == 3
 

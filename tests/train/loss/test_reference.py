@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from train.data.dataset import Pair, PairDataset, open_weights, sample_pairs
+from train.job.job import run_job
 from train.job.trainer import PairTrainer
-from train.loss.config import loss_needs
 from train.model.logps import per_token_logps
 from train.model.policy import load_policy, load_reference
-from train.run import run
 from weights_store.errors import MismatchError
 
 SIDES = ("chosen", "rejected")
@@ -48,7 +47,7 @@ def make_trainer(make_config, model_folder, tmp_path, policy) -> Callable[..., P
 
     def make(**changes: Any) -> PairTrainer:
         config = make_config(**{"optim": {"tokens_per_batch": 64}, **changes})
-        needs = loss_needs(config.loss)
+        needs = config.loss.needs
         views = {"with_ref_top": needs.ref_top, "with_scores": needs.scores}
         pairs = PairDataset(open_weights(config.data), config.data, vocab_size=128, **views)
         loaded = load_policy(model_folder, config.model)
@@ -262,10 +261,10 @@ def test_annotators_scores_reach_the_loss_of_uni_dpo(make_trainer, write_weights
 def test_a_dataset_without_the_columns_is_refused_before_anything_is_loaded(
     make_config, write_weights, rows, monkeypatch, loss, message
 ) -> None:
-    monkeypatch.setattr("train.model.policy.find_model", lambda *_: pytest.fail("a model was looked for"))
+    monkeypatch.setattr("train.job.prepare.find_folder", lambda *_: pytest.fail("a model was looked for"))
     config = make_config(loss=loss)
     with pytest.raises(MismatchError, match=message):
-        run(config)
+        run_job(config)
     write_weights(rows, statistics={"num_response_tokens": 7})  # a commit that says nothing of scores
     with pytest.raises(MismatchError, match=message):
-        run(config)
+        run_job(config)

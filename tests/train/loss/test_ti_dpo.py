@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.loss.losses import ResponseLogps, Triplet, dpo, tdpo2, ti_dpo, tis_dpo, triplet
+from train.loss.losses import Triplet, dpo, tdpo2, ti_dpo, tis_dpo, triplet
+from train.loss.terms import ResponseLogps
 
 T = 14
 BEGINS = (3, 4, 1, 2)

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from train.config import LoraSection, ModelConfig
 from train.data.dataset import PairDataset, open_weights, sample_pairs
+from train.job.job import run_job
 from train.job.progress import ProgressLines
 from train.job.stopping import StopRequest, catch_signals
 from train.job.trainer import PairTrainer
 from train.model.policy import add_adapters, load_policy, save_policy
-from train.run import run
 from weights_store.errors import InputError, MismatchError, MissingExtraError, SettingsError
 from weights_store.settings import parse_settings
 
@@ -106,9 +106,9 @@ def test_the_merged_model_and_the_adapter_on_its_base_are_the_trained_one(
     assert moved > 0.1
 
 
-def test_an_adapter_alone_is_a_finished_job(make_config, capsys) -> None:
+def test_an_adapter_alone_is_a_finished_job(make_config, caplog) -> None:
     config = make_config(lora={**LORA, "merge": False}, optim=QUICK)
-    folder = run(config).folder
+    folder = run_job(config).folder
     assert {path.name for path in folder.iterdir()} == {
         "README.md",
         "adapter",
@@ -117,14 +117,14 @@ def test_an_adapter_alone_is_a_finished_job(make_config, capsys) -> None:
         "train.json",
     }
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
-    assert run(config).was_trained_before
-    assert "already trained" in capsys.readouterr().out
+    assert run_job(config).was_trained_before
+    assert "already trained" in caplog.text
     with pytest.raises(SettingsError, match=r"holds another training job: lora.merge: false -> true"):
-        run(make_config(lora=LORA, optim=QUICK))
+        run_job(make_config(lora=LORA, optim=QUICK))
 
 
 def test_a_merged_job_leaves_the_model_and_its_adapter(make_config, model_folder) -> None:
-    folder = run(make_config(lora=LORA, optim=QUICK)).folder
+    folder = run_job(make_config(lora=LORA, optim=QUICK)).folder
     merged = AutoModelForCausalLM.from_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     assert merged.dtype == torch.bfloat16
@@ -165,7 +165,7 @@ def test_a_stopped_run_of_adapters_goes_on_as_if_nothing_had_happened(make_confi
         return [{k: v for k, v in log.items() if k != "data_wait_s"} for log in logs if "loss" in log]
 
     optim = {**QUICK, "max_steps": 5}
-    run(make_config(lora=LORA, optim=optim, output={"folder": str(tmp_path / "undisturbed")}))
+    run_job(make_config(lora=LORA, optim=optim, output={"folder": str(tmp_path / "undisturbed")}))
     ordinary = ProgressLines.on_step_end
 
     def stop_at_step_3(self, args, state, control, **kwargs):
@@ -176,9 +176,9 @@ def test_a_stopped_run_of_adapters_goes_on_as_if_nothing_had_happened(make_confi
     monkeypatch.setattr(ProgressLines, "on_step_end", stop_at_step_3)
     stop = StopRequest()
     with catch_signals(stop), pytest.raises(KeyboardInterrupt):
-        run(make_config(lora=LORA, optim=optim), stop=stop)
+        run_job(make_config(lora=LORA, optim=optim), stop=stop)
     monkeypatch.undo()
-    folder = run(make_config(lora=LORA, optim=optim)).folder
+    folder = run_job(make_config(lora=LORA, optim=optim)).folder
     assert history_of(folder) == history_of(tmp_path / "undisturbed")
 
 
@@ -257,8 +257,8 @@ def test_four_bits_train_with_the_gradients_of_the_weights_they_stand_for(make_c
     with pytest.raises(
         MismatchError, match=r"model.quantization rounds the weights, so that training starts from another"
     ):
-        run(make_config(model={"path": str(float32_folder), "quantization": "nf4"}, lora={"merge": False}))
-    run(
+        run_job(make_config(model={"path": str(float32_folder), "quantization": "nf4"}, lora={"merge": False}))
+    run_job(
         make_config(
             model={"path": str(float32_folder), "quantization": "nf4"},
             lora={"merge": False},

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from train.data.dataset import Pair, StoredResponse
-from train.model.collate import MODEL_INPUTS, PairCollator
+from train.model.collate import PairCollator, model_inputs
 from train.model.logps import check_output_layer, per_token_logps, route_forward
 from weights_store.errors import InputError
 
@@ -23,10 +23,6 @@ def as_pair(row: dict) -> Pair:
 @pytest.fixture
 def batch(rows):
     return PairCollator(packed=False)([as_pair(row) for row in rows[:6]])
-
-
-def model_inputs(batch):
-    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
 
 def test_logps_equal_those_of_each_sequence_alone(model, batch, rows) -> None:
@@ -138,5 +134,5 @@ def test_a_model_that_scales_its_logits_in_an_unknown_way_is_refused() -> None:
 
 
 def test_a_model_without_an_output_layer_is_refused(model) -> None:
-    with pytest.raises(InputError, match="LlamaModel is no causal language model"):
+    with pytest.raises(InputError, match="LlamaModel is not a causal language model"):
         check_output_layer(model.base_model)

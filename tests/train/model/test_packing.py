@@ -24,7 +24,7 @@ from transformers import (
 import train.model.attention
 from train.data.dataset import Pair, StoredResponse
 from train.model.attention import PACKED, Packing
-from train.model.collate import MODEL_INPUTS, PairCollator
+from train.model.collate import PairCollator, model_inputs
 from train.model.logps import Divergence, per_token_logps
 from train.model.packing import enable_packing
 
@@ -77,7 +77,7 @@ def build(family: str) -> torch.nn.Module:
 
 def inputs_of(pairs: list[Pair], packed: bool, **flags: bool) -> dict[str, torch.Tensor]:
     batch = PairCollator(packed=packed, **flags)(pairs)
-    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    return model_inputs(batch)
 
 
 @pytest.fixture(params=["dense", "sdpa"])

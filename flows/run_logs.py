@@ -1,0 +1,80 @@
+"""What a stage logs, in Prefect: lines in the run's log, and one progress artifact for each role."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from uuid import UUID
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.logging.handlers import APILogHandler
+
+from pipeline.workers.request import Stage
+from weights_store.messages import LINE_EVERY_S, Progress, ProgressEvery, handled_by, progress_of, show_on_terminal
+
+_ARTIFACT_EVERY_S = 2.0
+
+
+@contextmanager
+def run_logs() -> Iterator[None]:
+    """Send what is logged while inside to the log of the current run, and print it if nothing prints it yet.
+
+    Of progress the run gets one line every ten seconds.
+    """
+    handler = APILogHandler()
+    handler.addFilter(ProgressEvery(LINE_EVERY_S))
+    with show_on_terminal(), handled_by(handler):
+        yield
+
+
+@contextmanager
+def progress_artifacts(stage: Stage, roles: list[str], pairs: str) -> Iterator[None]:
+    """Show the progress that is logged while inside as one artifact for each role; at the end each of them is at 100 %.
+
+    Args:
+        stage: Begins the artifact's key, for example `score-ref`.
+        roles: The models that the stage runs.
+        pairs: The table of pairs, for the descriptions.
+    """
+    handler = _ArtifactHandler({f"{stage} {role}": _Artifact(stage, role, pairs) for role in roles})
+    with handled_by(handler):
+        yield
+    for artifact in handler.artifacts.values():
+        artifact.finish()
+
+
+class _ArtifactHandler(logging.Handler):
+    """Hands progress to the artifact of its role."""
+
+    def __init__(self, artifacts: dict[str, "_Artifact"]) -> None:
+        super().__init__()
+        self.artifacts = artifacts
+
+    def emit(self, record: logging.LogRecord) -> None:
+        progress = progress_of(record)
+        if progress is not None and progress.name in self.artifacts:
+            self.artifacts[progress.name].show(progress)
+
+
+class _Artifact:
+    """The progress artifact of one role. Each update calls Prefect's API, so there is one every two seconds."""
+
+    def __init__(self, stage: Stage, role: str, pairs: str) -> None:
+        self._what = f"{stage} {role}, {pairs}"
+        created = create_progress_artifact(0.0, key=f"{stage}-{role}", description=self._what)
+        assert isinstance(created, UUID), "called from a task, which is not a coroutine"
+        self._id = created
+        self._text = "nothing to do"
+        self._shown_at = 0.0
+
+    def show(self, progress: Progress) -> None:
+        self._text = str(progress)
+        if time.monotonic() - self._shown_at >= _ARTIFACT_EVERY_S:
+            self._shown_at = time.monotonic()
+            self._update(progress.percent)
+
+    def finish(self) -> None:
+        self._update(100.0)
+
+    def _update(self, percent: float) -> None:
+        update_progress_artifact(self._id, progress=percent, description=f"{self._what}: {self._text}")

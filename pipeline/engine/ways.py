@@ -1,0 +1,42 @@
+"""The three ways to ask vLLM for log-probs, from fast to slow, and how two of them are compared.
+
+* `fixed_ids`: `prompt_logprob_token_ids` and `prompt_logprob_start` of the V2 runner (GPUs). The ids must be known beforehand,
+  so it cannot find the most likely ones;
+* `response_rows`: the same on the V1 runner (CPUs, older GPUs), through our worker extension `response_rows.py`;
+* `flat`: vLLM's flat prompt log-probs, looked up by token id (their order has changed between versions). Works everywhere.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.engine.replies import read_fixed_ids, read_flat, read_rows
+from pipeline.engine.score_once import Reply, ScoredSequence, Scores
+from weights_store.errors import ScoringError
+
+FIXED_IDS, RESPONSE_ROWS, FLAT = WAYS = ("fixed_ids", "response_rows", "flat")
+READERS: dict[str, Callable[[Any, ScoredSequence], Scores]] = {
+    FIXED_IDS: read_fixed_ids,
+    RESPONSE_ROWS: read_rows,
+    FLAT: read_flat,
+}
+MEAN_TOLERANCE_NATS = 0.02
+"""Mean difference of two ways that is rounding: bfloat16 moves by 2e-3 with the batch, a misplaced row by nats."""
+
+
+def mean_difference(replies: Sequence[Reply], expected: Sequence[Reply]) -> float | None:
+    """Return the mean |difference| in nats; None without any scores, infinite if only one of two replies has scores.
+
+    Of the most likely tokens the log-probs are compared, not the ids: equally likely ones may come in any order. They have a
+    mean of their own, because they outnumber the tokens themselves; the larger mean counts.
+    """
+    both = list(zip(replies, expected, strict=True))
+    if any(isinstance(a, ScoringError) != isinstance(b, ScoringError) for a, b in both):
+        return float("inf")
+    scores = [(a, b) for a, b in both if isinstance(a, Scores) and isinstance(b, Scores)]
+    if not scores:
+        return None
+    gaps = [np.concatenate([np.abs(a.logps - b.logps) for a, b in scores])]
+    gaps.append(np.concatenate([np.abs(a.top_logps - b.top_logps).ravel() for a, b in scores]))
+    return max(float(gap.mean()) for gap in gaps if gap.size)

@@ -1,0 +1,99 @@
+"""The pairs of a parity check: of the tokens table, of the source, or those whose log-probs are stored."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import polars as pl
+
+from pipeline.parity.process import Column
+from pipeline.source.load import load_rows
+from pipeline.source.pairs import Unusable, read_pair
+from pipeline.stages.prepare import Preparation
+from pipeline.workers.pair_row import COLUMNS, PairRow, read_pairs
+from weights_store import TableVersion, WeightStore
+from weights_store.errors import InputError
+from weights_store.fingerprint import canonical_json
+from weights_store.schemas import SIDES
+
+MAX_STORED_TOKENS = 2048
+"""Of a sequence in the sample of a build: the memory of transformers' eager attention grows with its square."""
+_SAMPLE_BYTES = 64 << 20
+"""Memory for the pairs that the sample of a build is taken from."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some of a recipe's pairs, and where they come from."""
+
+    origin: str
+    pairs: list[PairRow]
+
+    def num_tokens(self) -> int:
+        """Return how many response tokens there are to compare."""
+        return sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in self.pairs)
+
+
+def take_sample(start: Preparation, num_pairs: int) -> Sample:
+    """Return pairs as prepare tokenises them: of the tokens table if it exists, else the first usable rows of the source.
+
+    Of the table, they are those with the lowest pair_ids. These are hashes, so that is a random sample; and pairs of one
+    prompt are adjacent, so the sample shares computations as a build does.
+
+    Raises:
+        InputError: The source cannot be read, or no row of it can be used.
+    """
+    if start.tokens.exists():
+        rows = start.tokens.scan()
+        last = pl.lit(rows.select("pair_id").bottom_k(num_pairs, by="pair_id").max().collect().item())
+        wanted = rows.filter(pl.col("pair_id") <= last).select(COLUMNS).sort("pair_id").collect()
+        return Sample(str(start.tokens.reference()), read_pairs(wanted))
+    pairs = list(islice(_usable_pairs(start), num_pairs))
+    if not pairs:
+        raise InputError(f"dataset.source {start.dataset.source}: no row of it can be used")
+    return Sample(f"the first rows of {start.dataset.source}", pairs)
+
+
+def _usable_pairs(start: Preparation) -> Iterator[PairRow]:
+    limits = start.dataset
+    for row in load_rows(start.dataset):
+        if row.value is None:
+            continue
+        try:
+            pair = read_pair(row.value, start.dataset)
+            tokens = start.tokenizer.tokenize_pair(
+                pair, limits.max_prompt_tokens, limits.max_response_tokens, limits.long_response == "cut"
+            )
+        except Unusable:
+            continue
+        if len(tokens.prompt_ids) + max(len(tokens.chosen_ids), len(tokens.rejected_ids)) < start.context:
+            yield PairRow(
+                pair.pair_id,
+                row.source_row,
+                canonical_json(tokens.prompt),
+                tokens.prompt_ids,
+                tokens.chosen_ids,
+                tokens.rejected_ids,
+            )
+
+
+def stored_sample(
+    tokens: TableVersion, logps: TableVersion, num_pairs: int, max_tokens: int = MAX_STORED_TOKENS
+) -> tuple[Sample, Column]:
+    """Return the pairs with the lowest pair_ids that are scored and not too long, and their stored log-probs."""
+    store = WeightStore(tokens.store)
+    pairs, scores = store.table(tokens.table), store.table(logps.table)
+    first = pairs.key_ranges(_SAMPLE_BYTES, tokens.version)[0]
+    num_tokens = pl.col("prompt_ids").list.len() + pl.max_horizontal(pl.col(f"{side}_ids").list.len() for side in SIDES)
+    logps_of_sides = first.of(scores.scan(logps.version)).select("pair_id", *(f"{side}_logps" for side in SIDES))
+    rows = (
+        first.of(pairs.scan(tokens.version))
+        .select(COLUMNS)
+        .filter(num_tokens <= max_tokens)
+        .join(logps_of_sides, on="pair_id")
+        .sort("pair_id")
+        .head(num_pairs)
+        .collect()
+    )
+    stored = {row["pair_id"]: [row[f"{side}_logps"] for side in SIDES] for row in rows.iter_rows(named=True)}
+    return Sample(str(logps), read_pairs(rows)), Column(stored)

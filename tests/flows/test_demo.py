@@ -1,0 +1,40 @@
+"""The demo's recipe is a file that anybody can go on with. `test_build.py` runs the commands that the demo prints."""
+
+import tomllib
+
+import pytest
+
+from flows.demo import next_commands, write_recipe
+from pipeline.recipe import load_recipe
+
+
+@pytest.mark.parametrize("name", ["demo", 'a "quoted" folder', "пример"])
+def test_the_recipe_leads_to_the_demos_files_from_the_folder_it_was_started_in(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    file = write_recipe(tmp_path.joinpath(name).relative_to(tmp_path))
+    recipe = load_recipe(file)
+    assert str(file) == f"{name}/recipe.toml"
+    assert recipe.dataset.source == f"{name}/pairs.jsonl"
+    assert recipe.model.path == f"{name}/model"
+    assert recipe.store.uri == f"{name}/store"
+    assert (recipe.contrast.method, recipe.weights.name) == ("dpo", "toy/tis-dpo")
+
+
+def test_the_recipe_is_written_again_each_time(tmp_path):
+    file = write_recipe(tmp_path)
+    before = file.read_text(encoding="utf-8")
+    file.write_text("changed", encoding="utf-8")
+    assert write_recipe(tmp_path).read_text(encoding="utf-8") == before
+    assert before.startswith("# `tokenweights demo` writes this file each time it runs.")
+    assert "contrast" in tomllib.loads(before)
+
+
+def test_the_next_commands_name_the_demos_files(tmp_path):
+    file = write_recipe(tmp_path)
+    commands = [" ".join(command) for _, command in next_commands(file, load_recipe(file))]
+    assert commands == [
+        f"tokenweights show toy/tis-dpo --store {tmp_path}/store",
+        f"tokenweights build {file} --set weights.name=toy/wider --set weights.upper=3.0",
+        f"tokenweights train --store {tmp_path}/store --weights toy/tis-dpo --model {tmp_path}/model "
+        f"--output {tmp_path}/dpo --set loss.name=dpo --set loss.beta=0.1 --set optim.learning_rate=3e-4",
+    ]

@@ -1,0 +1,83 @@
+"""How child processes are started: what another interpreter finds, and what it says when a package is missing."""
+
+import os
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from pipeline.child import run_child
+from pipeline.preflight import check_inputs
+from weights_store.errors import InputError, StageError
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """The interpreter of an environment without packages."""
+    folder = tmp_path_factory.mktemp("bare") / "environment"
+    venv.create(folder, symlinks=True)
+    return folder / "bin" / "python"
+
+
+def _printing(tmp_path, bare):
+    """An interpreter that prints its `sys.path` and environment, and the content of the first folder of the path, and fails."""
+    code = "import os, sys; print(sys.path, sorted(os.listdir(sys.path[0])), os.environ['PYTHONSAFEPATH']); sys.exit(1)"
+    path = tmp_path / "printing"
+    path.write_text(f'#!/bin/sh\nexec "{bare}" "$1" -c "{code}"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_another_interpreter_finds_our_packages_alone(tmp_path, bare, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep + "/their/own")  # an empty part is the current directory
+    with pytest.raises(StageError) as caught:
+        run_child("pipeline.workers.process", [], "scoring", _printing(tmp_path, bare))
+    said = str(caught.value)
+    assert "['pipeline', 'tokenweights.py', 'train', 'weights_store'] 1" in said
+    assert "/their/own" in said
+    assert f"'{tmp_path}'" not in said
+    assert all(path not in said for path in sys.path if path.endswith("site-packages"))
+
+
+@pytest.mark.parametrize(
+    ("package", "remedy"),
+    [("vllm", "'tokenweights[score]' (GPU) or 'tokenweights[score-cpu]'"), ("torch", "'tokenweights[train]'")],
+)
+def test_an_interpreter_that_lacks_a_package_is_named_with_it_and_with_what_to_install(bare, package, remedy):
+    with pytest.raises(StageError) as caught:
+        run_child("pipeline.workers.process", [], "working", str(bare), package=package)
+    missing = str(caught.value).partition("it has no package ")[2].partition(";")[0]
+    assert missing.strip("'") in ("deltalake", "numpy", "polars", "pyarrow")
+    expected = f"it has no package {missing}; in its environment, pip install {remedy}"
+    assert str(caught.value) == f"working in the interpreter {bare} failed with exit code 1: {expected}"
+
+
+def test_an_interpreter_that_cannot_train_is_named_with_what_to_install(bare):
+    with pytest.raises(StageError) as caught:
+        run_child("tokenweights", ["train", "config.toml"], "training", str(bare))
+    assert f"training in the interpreter {bare} failed with exit code 1: " in str(caught.value)
+    assert "pip install 'tokenweights[train]'" in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_an_interpreter_that_is_not_there_is_one_line(tmp_path):
+    with pytest.raises(StageError, match=f"working: cannot start the interpreter {tmp_path}/python: "):
+        run_child("tokenweights", [], "working", str(tmp_path / "python"))
+
+
+def test_the_error_of_a_child_is_the_error_of_its_stage():
+    with pytest.raises(StageError, match="^training failed with exit code 1: no settings file at nowhere.toml"):
+        run_child("tokenweights", ["train", "nowhere.toml"], "training")
+
+
+@pytest.mark.parametrize("section", ["score", "contrast", "attribute"])
+def test_every_interpreter_of_a_recipe_is_looked_at_before_anything_starts(
+    make_recipe, toy_pairs, write_jsonl, tmp_path, section
+):
+    write_jsonl(tmp_path / "pairs.jsonl", toy_pairs[:2])
+    check_inputs(make_recipe(**{f"{section}.python": sys.executable}))
+    recipe = make_recipe(**{f"{section}.python": str(Path(tmp_path, "python"))})
+    with pytest.raises(InputError, match=rf"{section}\.python {tmp_path}/python is no interpreter that can be run"):
+        check_inputs(recipe)

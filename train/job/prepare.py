@@ -1,0 +1,108 @@
+"""What one training job starts from: dataset, model, identity and pairs, checked before the model is loaded.
+
+Called by `job.py`. Not here: the output folder (`output.py`), and the comparison of the model's log-probs (`gate.py`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.config import TrainConfig
+from train.data.dataset import Pair, PairDataset, WeightSource, check_weights_vary, open_weights, sample_pairs
+from train.data.selection import Selection
+from train.job.output import Identity
+from train.job.refresh import HybridSettings
+from train.loss.objective import check_columns_for
+from train.model.hub import check_model_folder, find_folder
+from train.model.policy import check_model_fits
+from weights_store.fingerprint import fingerprint_model
+
+SAMPLE_PAIRS = 256
+"""Pairs that are measured before and after."""
+_MODEL_KEYS = {"dtype", "quantization"}
+_DATA_KEYS = {"swap", "split", "max_pairs"}
+
+
+@dataclass(frozen=True)
+class JobInputs:
+    """A config with the dataset's version and the model folder that it names; they belong together."""
+
+    config: TrainConfig
+    source: WeightSource
+    model_folder: Path
+    vocab_size: int
+    identity: Identity
+
+
+@dataclass(frozen=True)
+class JobPairs:
+    """Pairs of one job: to train on, to measure before and after (a sample of those), and held out."""
+
+    trained: PairDataset
+    sample: Sequence[Pair]
+    held_out: Sequence[Pair]
+
+
+def open_inputs(config: TrainConfig) -> JobInputs:
+    """Resolve dataset and model of a job, and check that loss, dataset and model belong together.
+
+    Raises:
+        InputError: The model cannot be used.
+        MismatchError: The dataset lacks what the loss needs, or was made with another tokenizer or vocabulary.
+        NotFoundError: No such store, dataset or version.
+    """
+    source = open_weights(config.data)
+    check_columns_for(config.loss, source.name, source.filled_columns())
+    folder = find_folder(config.model.path, config.model.revision, "model.path")
+    check_model_folder(folder, "model.path")
+    vocab_size = check_model_fits(folder, source)
+    return JobInputs(config, source, folder, vocab_size, build_identity(config, source, folder))
+
+
+def open_pairs(inputs: JobInputs) -> JobPairs:
+    """Open the pairs of a job, and check that its loss can learn from them.
+
+    Raises:
+        MismatchError: Token weights are constant, or cannot be refreshed as they were made; or rows of the dataset are damaged.
+        NotFoundError: No pair is left.
+    """
+    config, source, needs = inputs.config, inputs.source, inputs.config.loss.needs
+
+    def view(selection: Selection) -> PairDataset:
+        return PairDataset(
+            source,
+            config.data,
+            selection=selection,
+            vocab_size=inputs.vocab_size,
+            with_ref_top=needs.ref_top,
+            with_scores=needs.scores,
+            with_anchors=needs.anchors and not needs.fresh_anchors,
+        )
+
+    trained = view(Selection.for_training(config.data, config.eval))
+    sample = sample_pairs(trained, SAMPLE_PAIRS)
+    if needs.token_weights:
+        check_weights_vary(source, sample, config.loss.name)
+    if needs.fresh_weights:
+        HybridSettings.of(source)  # refuses a dataset that does not record how its weights were computed
+    held_out: Sequence[Pair] = []
+    if config.eval.is_on:
+        held_out = sample_pairs(view(Selection.for_evaluation(config.data, config.eval)), config.eval.max_pairs)
+    return JobPairs(trained, sample, held_out)
+
+
+def build_identity(config: TrainConfig, source: WeightSource, model_folder: Path) -> Identity:
+    """Return what determines the trained model: content, never paths, micro-batches or logging.
+
+    Raises:
+        InputError: The folder holds no model.
+    """
+    return {
+        "weights": {"name": source.name, "fingerprint": source.reference.fingerprint},
+        "model": {"fingerprint": fingerprint_model(model_folder), **config.model.model_dump(include=_MODEL_KEYS)},
+        "lora": None if config.lora is None else config.lora.model_dump(),
+        "data": config.data.model_dump(include=_DATA_KEYS),
+        "loss": config.loss.model_dump(exclude_none=True),
+        "optim": config.optim.model_dump(exclude={"tokens_per_batch"}),
+        "eval": config.eval.model_dump(exclude=set() if config.eval.best else {"every_steps", "max_pairs"}),
+    }

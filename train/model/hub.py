@@ -1,0 +1,47 @@
+"""Find the folder of a model: a local one as it is, a hub id downloaded or from the hub's cache."""
+
+from pathlib import Path
+
+from weights_store.errors import InputError
+from weights_store.messages import first_line
+
+_DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+
+
+def find_folder(path: str, revision: str | None, setting: str) -> Path:
+    """Return a local folder, or the one of a hub id, downloaded if it is not in the hub's cache.
+
+    Args:
+        path: Of a folder, or `owner/name` on the hub.
+        revision: Commit, tag or branch of a hub id; None for its main branch.
+        setting: Where the path is from, for messages.
+
+    Raises:
+        InputError: There is no such folder and no such model on the hub, or the hub cannot be reached.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(_DOWNLOADED)))
+    except HFValidationError as error:
+        raise InputError(f"{setting} {path} does not exist; give a model folder or a hub id (owner/name)") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{setting} {path!r} is not a local folder, and it could not be downloaded from the hub (revision "
+            f"{revision or 'main'}): {first_line(error)}"
+        ) from error
+
+
+def check_model_folder(folder: Path, setting: str) -> Path:
+    """Return a folder that holds a whole model.
+
+    Raises:
+        InputError: It has no `config.json`.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{setting} {folder} has no config.json: not a model folder")
+    return folder
