@@ -2,7 +2,6 @@
 
 import platform
 import subprocess
-from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,15 +32,21 @@ class Provenance(TypedDict):
 @lru_cache(maxsize=1)
 def provenance() -> Provenance:
     """Return package versions, Python version and git commit (None outside a checkout)."""
-    packages, git_commit = {}, None
+    packages = {}
     for name in _PACKAGES:
-        with suppress(PackageNotFoundError):
+        try:
             packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {"packages": packages, "python": platform.python_version(), "git_commit": _git_commit()}
+
+
+def _git_commit() -> str | None:
     here = Path(__file__).resolve().parent.parent
-    if (here / ".git").exists():
-        command = ["git", "rev-parse", "HEAD"]
-        with suppress(OSError, subprocess.SubprocessError):
-            git_commit = subprocess.run(
-                command, cwd=here, capture_output=True, text=True, timeout=10, check=True
-            ).stdout
-    return {"packages": packages, "python": platform.python_version(), "git_commit": git_commit and git_commit.strip()}
+    if not (here / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
