@@ -4,6 +4,7 @@ The source is read, sorted and compared with the newest version of its tokens ta
 but at most `SAMPLE_PAIRS` of the new ones are tokenised; they stand for the others.
 """
 
+import json
 import random
 from collections import Counter
 
@@ -12,7 +13,7 @@ import polars as pl
 from pipeline.dry_run.amounts import Outlook, Overlap
 from pipeline.source.compare import Account, ComparedRange, compared_ranges, kept_version
 from pipeline.source.intake import Intake, stored_raw
-from pipeline.source.pairs import Unusable
+from pipeline.source.pairs import Pair, Unusable
 from pipeline.stages.prepare import Preparation
 from pipeline.workers.supervise import FOLDERS
 from weights_store.fingerprint import fingerprint_text
@@ -126,7 +127,7 @@ class _Count:
         reasons: Counter[str] = Counter()
         for text in self.sample:
             try:
-                _, tokens = self.intake.tokenize(text)
+                tokens = self.start.tokenize(Pair(**json.loads(text)))
                 lengths.append((len(tokens.prompt_ids), len(tokens.chosen_ids) + len(tokens.rejected_ids)))
             except Unusable as problem:
                 reasons[problem.reason.value] += 1

@@ -1,4 +1,4 @@
-"""Reads the whole source into pairs, sorted by pair_id, and rows for quarantine; tokenises pairs.
+"""Reads the whole source into pairs, sorted by pair_id, and rows for quarantine.
 
 Called by prepare and by the dry run. Does not know the store: the pairs are compared with it in `compare.py`.
 """
@@ -11,10 +11,9 @@ from itertools import islice
 import pyarrow as pa
 
 from pipeline.recipe import DatasetSection
-from pipeline.source.chat import ChatTokenizer, TokenizedPair
 from pipeline.source.external_sort import ExternalSort
 from pipeline.source.load import load_rows
-from pipeline.source.pairs import Pair, Unusable, read_pair
+from pipeline.source.pairs import Unusable, read_pair
 from weights_store.errors import InputError
 from weights_store.fingerprint import canonical_json
 from weights_store.messages import logger
@@ -33,9 +32,6 @@ class Intake:
     """The pairs of a source (JSON text, sorted by pair_id) and the rows that are no pairs, with counts of the reasons."""
 
     dataset: DatasetSection
-    tokenizer: ChatTokenizer
-    context: int
-    """Longest sequence of the model, in tokens."""
     pairs: ExternalSort
     unusable: ExternalSort
     reasons: Counter[str] = field(default_factory=Counter)
@@ -66,18 +62,6 @@ class Intake:
             self.unusable.add(pa.Table.from_pylist(unusable, QUARANTINE))
             if len(batch) == ROWS_PER_BATCH:
                 _log.info(f"prepare: {self.num_rows} rows read, {self.pairs.num_rows} of them are pairs")
-
-    def tokenize(self, text: str) -> tuple[Pair, TokenizedPair]:
-        """Return a pair, given as JSON text, and its tokens.
-
-        Raises:
-            Unusable: The pair is over a limit, or the chat template cannot render it.
-        """
-        pair, limits = Pair(**json.loads(text)), self.dataset
-        cut_response = limits.long_response == "cut"
-        return pair, self.tokenizer.tokenize_pair(
-            pair, limits.max_prompt_tokens, limits.max_response_tokens, cut_response, self.context
-        )
 
     def no_usable_pair(self, reasons: Counter[str]) -> InputError:
         """Return the error for a source in which no row can be used."""

@@ -8,6 +8,7 @@ The source is read once and sorted by pair_id. Then old and new pairs are compar
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,11 +20,11 @@ import pyarrow as pa
 
 from pipeline.provenance import provenance
 from pipeline.recipe import DatasetSection, Recipe
-from pipeline.source.chat import ChatTokenizer
+from pipeline.source.chat import ChatTokenizer, TokenizedPair
 from pipeline.source.compare import Account, ComparedPair, compared_ranges, kept_version
 from pipeline.source.external_sort import ExternalSort
 from pipeline.source.intake import PAIRS, ROWS_PER_BATCH, Intake, quarantine_row
-from pipeline.source.pairs import Unusable
+from pipeline.source.pairs import Pair, Unusable
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ConflictError, InputError
 from weights_store.fingerprint import canonical_json, explain_difference, fingerprint, fingerprint_file, load_json
@@ -149,9 +150,20 @@ class Preparation:
             InputError: The source cannot be read.
         """
         with ExternalSort(PAIRS, "pair_id", "source_row") as pairs, ExternalSort(QUARANTINE, "source_row") as unusable:
-            intake = Intake(self.dataset, self.tokenizer, self.context, pairs, unusable)
+            intake = Intake(self.dataset, pairs, unusable)
             intake.read()
             yield intake
+
+    def tokenize(self, pair: Pair) -> TokenizedPair:
+        """Return the ids of a pair.
+
+        Raises:
+            Unusable: The pair is over a limit of the recipe or the model, or the chat template cannot render it.
+        """
+        limits, can_cut = self.dataset, self.dataset.long_response == "cut"
+        return self.tokenizer.tokenize_pair(
+            pair, limits.max_prompt_tokens, limits.max_response_tokens, can_cut, self.context
+        )
 
 
 class _Update:
@@ -217,7 +229,8 @@ class _Update:
         return tokenised, problems
 
     def _tokens_row(self, row: ComparedPair) -> dict[str, object]:
-        pair, tokens = self.intake.tokenize(row.pair)
+        pair = Pair(**json.loads(row.pair))
+        tokens = self.start.tokenize(pair)
         self.statistics["num_new_prompts_cut"] += tokens.prompt_was_cut
         self.statistics["num_new_responses_cut"] += tokens.response_was_cut
         return {
