@@ -86,16 +86,16 @@ class _Count:
         account = Account(self.start.source, self.intake.num_rows, dict(reasons))
         return Outlook(
             self.start,
-            self.intake.num_rows,
-            num_pairs,
-            num_new,
-            self.num_gone,
-            self.base,
-            writes_all,
-            not num_new and not writes_all and self.recorded == account,
-            is_exact,
-            (means[0], means[1]),
-            self.overlaps,
+            num_rows=self.intake.num_rows,
+            num_pairs=num_pairs,
+            num_new=num_new,
+            num_gone=self.num_gone,
+            base=self.base,
+            writes_all=writes_all,
+            is_same=not num_new and not writes_all and self.recorded == account,
+            is_exact=is_exact,
+            new_tokens=(means[0], means[1]),
+            overlaps=self.overlaps,
         )
 
     def _add(self, part: ComparedRange) -> None:
