@@ -6,7 +6,7 @@ Section `[weights]` is in `weighing/section.py`.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,6 +15,10 @@ from pipeline.weighing.section import MODELS, AnyWeights, WeightsSection
 from train.model.sampling import AnchorSampling
 from weights_store.names import check_name
 from weights_store.settings import apply_overrides, load_toml, parse_settings
+
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], Field(description="auto: that of the model's files")
+]
 
 
 class DatasetSection(Section):
@@ -88,9 +92,7 @@ class ContrastSection(Section):
 class ScoreSection(Section):
     """The scoring engine. Only `dtype` and `top_k` change results; the others affect speed and memory."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: that of the model's files"
-    )
+    dtype: Dtype = "auto"
     top_k: int = Field(
         0, ge=0, le=256, description="also store the reference log-probs of this many most likely tokens"
     )
@@ -121,9 +123,7 @@ class AttributeSection(Section):
         description="what is differentiated: the largest logit after the last response token (the paper's), the sum of the "
         "response's log-probs, or the pair's DPO margin",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: that of the model's files"
-    )
+    dtype: Dtype = "auto"
     prompts: bool = Field(
         False, description="also store the attributions of prompts, which weights.span 'sequence' needs"
     )

@@ -1,15 +1,14 @@
-"""How many pairs and tokens the stages after prepare will have. Called by `plan.py`; writes nothing."""
+"""How many pairs and tokens the stages will have, from what `source.py` found. Called by `plan.py`; writes nothing."""
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import polars as pl
 import pyarrow.compute as pc
 
-from pipeline.dry_run.source import Overlap, Survey
 from pipeline.stages.prepare import Preparation
 from pipeline.workers.missing import missing_pairs
 from weights_store import Table, TableVersion
@@ -27,51 +26,75 @@ class Amount(NamedTuple):
     is_exact: bool
 
 
+@dataclass
+class Overlap:
+    """How the pairs of the source relate to the table of one model."""
+
+    num_new_present: int = 0
+    """New pairs that the table already has: they left the source and came back."""
+    gone_absent: set[str] = field(default_factory=set)
+    """Pairs that have left the source and that the table does not have."""
+
+
 @dataclass(frozen=True)
 class Outlook:
-    """The pairs that a build will have: those of the newest version, changed by what the survey found in the source."""
+    """The pairs that a build will have: those of the newest version of the tokens table, changed as the source says."""
 
     start: Preparation
-    found: Survey
+    num_rows: int
+    num_pairs: int
+    """Pairs that the next version will have."""
+    num_new: int = 0
+    num_gone: int = 0
+    """Pairs of the newest version that have left the source."""
+    base: int | None = None
+    """The version whose rows can be kept."""
+    writes_all: bool = False
+    """Prepare would rewrite all rows, not only append the new ones."""
+    is_same: bool = False
+    """Prepare would write nothing."""
+    is_exact: bool = True
+    """Every new pair was tokenised, not only a sample."""
+    new_tokens: tuple[float, float] = (0.0, 0.0)
+    """Mean of prompt tokens and of response tokens of a new pair."""
+    overlaps: dict[str, Overlap] = field(default_factory=dict)
+    """By the path of each table that a model has filled for these pairs."""
 
     @property
     def tokens(self) -> TableVersion:
         """The version of the tokens table that the build will use; its fingerprint may be `TO_BE_COMPUTED`."""
-        table, found = self.start.tokens, self.found
-        if found.base is not None and not found.num_new and not found.num_gone:
+        table = self.start.tokens
+        if self.base is not None and not self.num_new and not self.num_gone:
             return table.reference()
         return TableVersion(str(table.root), table.path, table.version() or 0, TO_BE_COMPUTED)
 
     def all(self) -> Amount:
         """Return the amount of all pairs. Of pairs that left the source only the number is known, so it is then an estimate."""
-        found = self.found
-        return Amount(found.num_pairs, round(sum(self.num_tokens())), found.is_exact and not found.num_gone)
+        return Amount(self.num_pairs, round(sum(self.num_tokens())), self.is_exact and not self.num_gone)
 
     def num_tokens(self) -> tuple[float, float]:
         """Return the prompt tokens and the response tokens of all pairs."""
-        found = self.found
-        num_old = found.num_pairs - found.num_new
-        share = num_old / (num_old + found.num_gone) if num_old else 0.0
+        num_old = self.num_pairs - self.num_new
+        share = num_old / (num_old + self.num_gone) if num_old else 0.0
         num_prompt_tokens, num_response_tokens = self._stored_tokens
         return (
-            num_prompt_tokens * share + found.new_tokens[0] * found.num_new,
-            num_response_tokens * share + found.new_tokens[1] * found.num_new,
+            num_prompt_tokens * share + self.new_tokens[0] * self.num_new,
+            num_response_tokens * share + self.new_tokens[1] * self.num_new,
         )
 
     def missing_from(self, table: Table | None) -> Amount:
         """Return the amount that has no row in a stage's table. None: the table is not known yet, so everything is missing."""
         if table is None or not table.exists():
             return self.all()
-        found = self.found
-        overlap = found.overlaps.get(table.path, Overlap())
-        num_pairs = max(0, found.num_new - overlap.num_new_present)
-        num_tokens = num_pairs * sum(found.new_tokens)
-        if found.base is not None:
+        overlap = self.overlaps.get(table.path, Overlap())
+        num_pairs = max(0, self.num_new - overlap.num_new_present)
+        num_tokens = num_pairs * sum(self.new_tokens)
+        if self.base is not None:
             for part in missing_pairs(self.start.tokens.reference(), table):
                 wanted = part.filter(~pl.col("pair_id").is_in(list(overlap.gone_absent)))
                 num_pairs += wanted.height
                 num_tokens += int(wanted["num_tokens"].sum())
-        return Amount(num_pairs, round(num_tokens), found.is_exact)
+        return Amount(num_pairs, round(num_tokens), self.is_exact)
 
     def num_unscorable(self, tables: Sequence[str]) -> int:
         """Return the pairs that are in quarantine because one of these tables could not get a row for them."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.dry_run.amounts import TO_BE_COMPUTED, Outlook
-from pipeline.dry_run.rates import tokens_per_s
 from pipeline.dry_run.source import survey
 from pipeline.models.resolve import resolve_model
 from pipeline.preflight import check_inputs
@@ -24,11 +23,11 @@ from pipeline.stages.report import REPORTS, report_file
 from pipeline.stages.score import REFERENCE, Scorer, identity_in
 from pipeline.weighing.section import WeightsSection
 from pipeline.workers.request import Stage
-from pipeline.workers.supervise import changed_identity, stage_table
-from weights_store import Table, TableVersion
+from pipeline.workers.supervise import FOLDERS, changed_identity, stage_table
+from weights_store import TableVersion, WeightStore
 from weights_store.fingerprint import explain_difference
 
-Action = Literal["reuse", "compute"]
+_MEASURED_COMMITS = 20
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class StagePlan:
     """What a build would do in one stage."""
 
     stage: str
-    action: Action
+    action: Literal["reuse", "compute"]
     num_pairs: int = 0
     """Pairs to compute."""
     num_tokens: int = 0
@@ -62,8 +61,8 @@ def plan(recipe: Recipe) -> list[StagePlan]:
     """
     check_inputs(recipe)
     model_folder = resolve_model(recipe.model)
-    start = Preparation.of(recipe, model_folder)
-    return list(_Plan(recipe, model_folder, Outlook(start, survey(start))).stages())
+    outlook = survey(Preparation.of(recipe, model_folder))
+    return list(_Plan(recipe, model_folder, outlook).stages())
 
 
 @dataclass
@@ -90,28 +89,29 @@ class _Plan:
             yield self._fill("anchors", REFERENCE, anchors_identity(self.model_folder, recipe.anchors, recipe.score))
         published, version = self._publish("publish", recipe.weights)
         yield published
-        yield self._report(published.action, version.version)
+        file, folder = report_file(recipe.weights.name, version.version), self.outlook.start.store.root / REPORTS
+        if published.action == "reuse" and folder.exists(file):
+            yield StagePlan("report", "reuse", reasons=(f"{REPORTS}/{file}",))
+        else:
+            yield StagePlan("report", "compute", reasons=(f"new file {REPORTS}/{file}",))
 
     def _prepare(self) -> StagePlan:
-        found = self.outlook.found
+        start, found = self.outlook.start, self.outlook
         if found.is_same:
             return StagePlan("prepare", "reuse", reasons=(f"{self.outlook.tokens}: {found.num_pairs:,} pairs",))
-        num_tokens = round(found.num_new * sum(found.new_tokens))
-        return StagePlan("prepare", "compute", found.num_new, num_tokens, tuple(self._why_prepare()), found.is_exact)
-
-    def _why_prepare(self) -> Iterator[str]:
-        start, found = self.outlook.start, self.outlook.found
         about = "" if found.is_exact else "≈"
         num_bad = found.num_rows - found.num_pairs
-        yield f"{found.num_rows:,} rows = {about}{found.num_pairs:,} pairs + {about}{num_bad:,} to quarantine"
-        if not start.tokens.exists():
-            yield f"new table {start.tokens.path}"
-            for path, changes in start.other_cuts():
-                yield f"unlike {path}: {'; '.join(changes)}"
-            return
-        how = "all rows are rewritten" if found.writes_all else "new rows are appended"
-        yield f"{start.tokens.reference()}: {about}{found.num_new:,} pairs new, {found.num_gone:,} gone; {how}"
-        yield from explain_difference(start.tokens.metadata()["source"], start.source, "source")
+        reasons = [f"{found.num_rows:,} rows = {about}{found.num_pairs:,} pairs + {about}{num_bad:,} to quarantine"]
+        if start.tokens.exists():
+            how = "all rows are rewritten" if found.writes_all else "new rows are appended"
+            new = f"{about}{found.num_new:,} pairs new, {found.num_gone:,} gone"
+            reasons.append(f"{start.tokens.reference()}: {new}; {how}")
+            reasons += explain_difference(start.tokens.metadata()["source"], start.source, "source")
+        else:
+            reasons.append(f"new table {start.tokens.path}")
+            reasons += [f"unlike {path}: {'; '.join(changes)}" for path, changes in start.other_cuts()]
+        num_tokens = round(found.num_new * sum(found.new_tokens))
+        return StagePlan("prepare", "compute", found.num_new, num_tokens, tuple(reasons), found.is_exact)
 
     def _score(self, role: str, scorer: Scorer | None) -> StagePlan:
         return self._fill("score", role, identity_in(role, scorer, self.recipe.score) if scorer else None)
@@ -127,21 +127,17 @@ class _Plan:
             return StagePlan(name, "reuse", reasons=(f"{table.reference()}: {table.num_rows():,} pairs",))
         path = table.path if table else TO_BE_COMPUTED
         self.filled[name] = TableVersion(tokens.store, path, version or 0, TO_BE_COMPUTED)
-        rate = tokens_per_s(self.outlook.start.store, stage, role)
+        rate = _tokens_per_s(self.outlook.start.store, stage, role)
         wall_s = amount.num_tokens / rate if rate else None
-        reasons = tuple(self._why_fill(role, table, identity))
-        return StagePlan(name, "compute", amount.num_pairs, amount.num_tokens, reasons, amount.is_exact, wall_s)
-
-    def _why_fill(self, role: str, table: Table | None, identity: Mapping[str, object] | None) -> Iterator[str]:
         if table is None or identity is None:
-            yield f"the {role} model is not trained yet"
-        elif table.exists():
-            yield f"{table.reference()} lacks these pairs"
+            reasons = [f"the {role} model is not trained yet"]
+        elif version is not None:
+            reasons = [f"{table.reference()} lacks these pairs"]
         else:
-            yield f"new table {table.path}"
             changed = changed_identity(table, role, identity)
-            if changed is not None:
-                yield f"unlike {changed[0]}: {'; '.join(changed[1])}"
+            unlike = [f"unlike {changed[0]}: {'; '.join(changed[1])}"] if changed else []
+            reasons = [f"new table {table.path}", *unlike]
+        return StagePlan(name, "compute", amount.num_pairs, amount.num_tokens, tuple(reasons), amount.is_exact, wall_s)
 
     def _contrast(self, uniform: TableVersion) -> tuple[StagePlan, dict[str, Scorer]]:
         """Plan the contrastive pair, and return the scorers of its models, as far as they exist, by role."""
@@ -165,9 +161,15 @@ class _Plan:
         num_steps = -(-num_seen // settings.pairs_per_step)
         num_tokens = round(len(models) * num_seen * amount.num_tokens / max(1, amount.num_pairs))
         steps = f"{num_steps:,} steps of {settings.pairs_per_step} pairs each"
-        what = f"{len(models)} models to train with {settings.method}, {steps}"
-        reasons = (what, *(reason for model in models for reason in _why_train(model, uniform)))
-        return StagePlan("contrast", "compute", amount.num_pairs, num_tokens, reasons, amount.is_exact)
+        reasons = [f"{len(models)} models to train with {settings.method}, {steps}"]
+        stored = [record["identity"] for record in model_shelf(uniform.store).records()]
+        for model in models:
+            others = [explain_difference(other, model.identity) for other in stored if other["side"] == model.side]
+            if others:
+                changes = min(others, key=len)
+                what = "; ".join(changes) or "trained on other pairs, or without the other side"
+                reasons.append(f"unlike the {model.side} model that is there: {what}")
+        return StagePlan("contrast", "compute", amount.num_pairs, num_tokens, tuple(reasons), amount.is_exact)
 
     def _publish(self, stage: str, section: WeightsSection) -> tuple[StagePlan, TableVersion]:
         """Plan a weight dataset, and return the version that the build will have."""
@@ -185,43 +187,40 @@ class _Plan:
 
     def _ingredients(self, section: WeightsSection) -> Ingredients:
         """Return what the flow gives to publish: for the uniform weights only the log-probs of the reference."""
-        names = {"positive_logps": "score positive", "negative_logps": "score negative"}
-        names |= {"attributions": "attribute ref", "anchors": "anchors ref"}
-        if section is not self.recipe.weights:
-            names = {}
+        names = {}
+        if section is self.recipe.weights:
+            names = {"positive_logps": "score positive", "negative_logps": "score negative"}
+            names |= {"attributions": "attribute ref", "anchors": "anchors ref"}
         there = {role: self.filled[name] for role, name in names.items() if name in self.filled}
         return Ingredients(self.outlook.tokens, self.filled[f"score {REFERENCE}"], **there)
 
     def _rows_to_publish(self, wanted: Wanted, ingredients: Ingredients) -> tuple[int, int]:
         """Return the pairs and the response tokens to weigh."""
-        num_all = self.outlook.found.num_pairs
+        num_all = self.outlook.num_pairs
         filled = [version.table for role, version in ingredients.by_role().items() if role != "tokens"]
         num_pairs = num_all - self.outlook.num_unscorable(filled)
         num_tokens = round(self.outlook.num_tokens()[1] * num_pairs / max(1, num_all))
-        if wanted.newest and self._is_appended(wanted, ingredients):
-            statistics = wanted.newest["statistics"]
-            num_pairs -= statistics["num_pairs"]
-            num_tokens -= statistics["num_response_tokens"]
+        if wanted.newest and not wanted.made_differently and not self.outlook.num_gone:
+            tables = (self.outlook.start.store.table(version.table) for version in ingredients.by_role().values())
+            if all(table.exists() for table in tables) and wanted.appended_to(ingredients) is not None:
+                num_pairs -= wanted.newest["statistics"]["num_pairs"]
+                num_tokens -= wanted.newest["statistics"]["num_response_tokens"]
         return max(0, num_pairs), max(0, num_tokens)
 
-    def _is_appended(self, wanted: Wanted, ingredients: Ingredients) -> bool:
-        """Return whether the published rows stay: their tables are the same, and still have every one of them."""
-        if wanted.made_differently or self.outlook.found.num_gone:
-            return False
-        tables = [self.outlook.start.store.table(version.table) for version in ingredients.by_role().values()]
-        return all(table.exists() for table in tables) and wanted.appended_to(ingredients) is not None
 
-    def _report(self, publish: Action, version: int) -> StagePlan:
-        file = report_file(self.recipe.weights.name, version)
-        if publish == "reuse" and (self.outlook.start.store.root / REPORTS).exists(file):
-            return StagePlan("report", "reuse", reasons=(f"{REPORTS}/{file}",))
-        return StagePlan("report", "compute", reasons=(f"new file {REPORTS}/{file}",))
+def _tokens_per_s(store: WeightStore, stage: Stage, role: str) -> float | None:
+    """Return the rate of a stage's last 20 commits for models in one role; None if the store has none.
 
-
-def _why_train(model: WantedModel, uniform: TableVersion) -> Iterator[str]:
-    """Yield how the model differs from the most similar one of its side in the store."""
-    others = [r["identity"] for r in model_shelf(uniform.store).records() if r["identity"]["side"] == model.side]
-    if others:
-        changes = min((explain_difference(other, model.identity) for other in others), key=len)
-        what = "; ".join(changes) or "trained on other pairs, or without the other side"
-        yield f"unlike the {model.side} model that is there: {what}"
+    Tokens are those of prompt, chosen and rejected, each once per pair. The start of the model is not in the rate.
+    """
+    measured = []
+    for table in store.tables(FOLDERS[stage]):
+        for commit in table.history(limit=_MEASURED_COMMITS):
+            metadata = commit.metadata or {}
+            statistics = metadata.get("statistics", {})
+            num_tokens, wall_s = statistics.get("num_tokens"), statistics.get("wall_s")
+            is_compaction = bool(commit.removed)  # it repeats the statistics of the commit before it
+            if metadata.get("role") == role and num_tokens and wall_s and commit.added and not is_compaction:
+                measured.append((commit.timestamp_ms or 0, num_tokens, wall_s))
+    last = sorted(measured, reverse=True)[:_MEASURED_COMMITS]
+    return sum(num_tokens for _, num_tokens, _ in last) / sum(wall_s for _, _, wall_s in last) if last else None

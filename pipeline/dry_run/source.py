@@ -1,21 +1,21 @@
-"""What prepare would find in a source, without writing anything. Called by `amounts.py`.
+"""What prepare would find in a source, without writing anything. Called by `plan.py`.
 
 The source is read, sorted and compared with the newest version of its tokens table, as prepare does it. Every pair is counted,
 but at most `SAMPLE_PAIRS` of the new ones are tokenised; they stand for the others.
 """
 
+import json
 import random
 from collections import Counter
-from dataclasses import dataclass, field
 
 import polars as pl
 
+from pipeline.dry_run.amounts import Outlook, Overlap
 from pipeline.source.compare import Account, ComparedRange, compared_ranges, kept_version
 from pipeline.source.intake import Intake, stored_raw
-from pipeline.source.pairs import Unusable
+from pipeline.source.pairs import Pair, Unusable
 from pipeline.stages.prepare import Preparation
 from pipeline.workers.supervise import FOLDERS
-from weights_store import Table
 from weights_store.fingerprint import fingerprint_text
 from weights_store.names import name_of
 from weights_store.schemas import Reason
@@ -29,41 +29,7 @@ _REFUSALS = (
 )
 
 
-@dataclass
-class Overlap:
-    """How the pairs of the source relate to the table of one model."""
-
-    num_new_present: int = 0
-    """New pairs that the table already has: they left the source and came back."""
-    gone_absent: set[str] = field(default_factory=set)
-    """Pairs that have left the source and that the table does not have."""
-
-
-@dataclass(frozen=True)
-class Survey:
-    """A source against the newest version of its tokens table."""
-
-    num_rows: int
-    num_pairs: int
-    """Pairs that the next version will have."""
-    num_new: int = 0
-    num_gone: int = 0
-    """Pairs of the newest version that have left the source."""
-    base: int | None = None
-    """The version whose rows can be kept."""
-    writes_all: bool = False
-    """Prepare would rewrite all rows, not only append the new ones."""
-    is_same: bool = False
-    """Prepare would write nothing."""
-    is_exact: bool = True
-    """Every new pair was tokenised, not only a sample."""
-    new_tokens: tuple[float, float] = (0.0, 0.0)
-    """Mean of prompt tokens and of response tokens of a new pair."""
-    overlaps: dict[str, Overlap] = field(default_factory=dict)
-    """By the path of each table that a model has filled for these pairs."""
-
-
-def survey(start: Preparation) -> Survey:
+def survey(start: Preparation) -> Outlook:
     """Compare the source with the newest version, and read it if need be.
 
     Raises:
@@ -71,14 +37,12 @@ def survey(start: Preparation) -> Survey:
     """
     done = start.already_done()
     if done is not None:
-        return Survey(done.num_source_rows, done.num_pairs, base=done.tokens.version, is_same=True)
+        return Outlook(start, done.num_source_rows, done.num_pairs, base=done.tokens.version, is_same=True)
     with start.intake() as intake:
         return _Count(start, intake).result()
 
 
 class _Count:
-    """Counts how the pairs of a source compare with the newest version, range by range."""
-
     def __init__(self, start: Preparation, intake: Intake) -> None:
         self.start = start
         self.intake = intake
@@ -88,50 +52,50 @@ class _Count:
         self.num_fresh = 0
         """New pairs, without what the tokenizer has refused before."""
         self.num_gone = 0
-        self.tables = _filled_tables(start)
+        filled = (table for folder in FOLDERS.values() for table in start.store.tables(folder))
+        of_pairs = f"{name_of(start.tokens.path)}/"
+        self.tables = [table for table in filled if name_of(table.path).startswith(of_pairs) and table.exists()]
         self.overlaps = {table.path: Overlap() for table in self.tables}
-        self.refused = self._refused_before() if self.base is not None else {}
+        self.refused: dict[tuple[int, str], str] = {}
+        """What the tokenizer has refused before: the reason by source row and fingerprint of the stored text."""
+        if self.base is not None:
+            rows = start.quarantine.scan().filter(pl.col("reason").is_in(_REFUSALS))
+            columns = rows.select("source_row", "raw", "reason").collect()
+            self.refused = {(row, fingerprint_text(raw)): reason for row, raw, reason in columns.iter_rows()}
         self.refused_again: Counter[str] = Counter()
         self.refused_texts: list[str] = []
         self.sample: list[str] = []
         self.random = random.Random(0)
 
-    def _refused_before(self) -> dict[tuple[int, str], str]:
-        """Return the reason by source row and fingerprint of the stored text, for what the tokenizer has refused before."""
-        rows = self.start.quarantine.scan().filter(pl.col("reason").is_in(_REFUSALS))
-        columns = rows.select("source_row", "raw", "reason").collect()
-        return {(row, fingerprint_text(raw)): reason for row, raw, reason in columns.iter_rows()}
-
-    def result(self) -> Survey:
-        """Count everything and tokenise the sample."""
+    def result(self) -> Outlook:
         for part in compared_ranges(self.intake.pairs, self.start.tokens, self.base):
             self._add(part)
         is_exact = self.num_fresh + self.refused_again.total() <= SAMPLE_PAIRS
         if is_exact:  # what was refused before is tried again: quarantine has only the beginning of its text
-            lengths, refused = _tokenize(self.intake, self.sample + self.refused_texts)
-            num_new = len(lengths)
-        else:
-            lengths, refused = _tokenize(self.intake, self.sample)
-            num_new = round(self.num_fresh * len(lengths) / max(1, len(self.sample)))
-            refused += self.refused_again
+            self.sample += self.refused_texts
+            self.refused_again.clear()
+        lengths, refused = self._tokenize_sample()
+        num_new = len(lengths) if is_exact else round(self.num_fresh * len(lengths) / max(1, len(self.sample)))
         duplicates = Counter({Reason.DUPLICATE_PAIR.value: self.standings["duplicate"]})
-        reasons = self.intake.reasons + duplicates + refused
+        reasons = self.intake.reasons + duplicates + refused + self.refused_again
         num_pairs = self.standings["stays"] + self.standings["moved"] + num_new
         if not num_pairs and is_exact:
             raise self.intake.no_usable_pair(reasons)
+        means = [sum(column) / len(lengths) for column in zip(*lengths, strict=True)] or [0.0, 0.0]
         writes_all = self.base is None or bool(self.num_gone or self.standings["moved"])
         account = Account(self.start.source, self.intake.num_rows, dict(reasons))
-        return Survey(
-            self.intake.num_rows,
-            num_pairs,
-            num_new,
-            self.num_gone,
-            self.base,
-            writes_all,
-            not num_new and not writes_all and self.recorded == account,
-            is_exact,
-            _mean(lengths),
-            self.overlaps,
+        return Outlook(
+            self.start,
+            num_rows=self.intake.num_rows,
+            num_pairs=num_pairs,
+            num_new=num_new,
+            num_gone=self.num_gone,
+            base=self.base,
+            writes_all=writes_all,
+            is_same=not num_new and not writes_all and self.recorded == account,
+            is_exact=is_exact,
+            new_tokens=(means[0], means[1]),
+            overlaps=self.overlaps,
         )
 
     def _add(self, part: ComparedRange) -> None:
@@ -141,7 +105,12 @@ class _Count:
             reason = self.refused.get((row, fingerprint_text(stored_raw(text))))
             if reason is None:
                 new.add(pair_id)
-                self._add_to_sample(text)
+                self.num_fresh += 1
+                # Reservoir sampling: each new pair is equally likely to be in the sample, the same ones every time.
+                if len(self.sample) < SAMPLE_PAIRS:
+                    self.sample.append(text)
+                elif (place := self.random.randrange(self.num_fresh)) < SAMPLE_PAIRS:
+                    self.sample[place] = text
             else:
                 self.refused_again[reason] += 1
                 self.refused_texts = [*self.refused_texts, text][:SAMPLE_PAIRS]
@@ -152,36 +121,14 @@ class _Count:
             self.overlaps[table.path].num_new_present += len(new & present)
             self.overlaps[table.path].gone_absent |= gone - present
 
-    def _add_to_sample(self, text: str) -> None:
-        """Keep at most `SAMPLE_PAIRS` of all new pairs, each equally likely (reservoir sampling); the same ones every time."""
-        self.num_fresh += 1
-        if len(self.sample) < SAMPLE_PAIRS:
-            self.sample.append(text)
-        elif (place := self.random.randrange(self.num_fresh)) < SAMPLE_PAIRS:
-            self.sample[place] = text
-
-
-def _tokenize(intake: Intake, texts: list[str]) -> tuple[list[tuple[int, int]], Counter[str]]:
-    """Return prompt and response tokens of each pair that can be used, and why the others cannot."""
-    lengths: list[tuple[int, int]] = []
-    reasons: Counter[str] = Counter()
-    for text in texts:
-        try:
-            _, tokens = intake.tokenize(text)
-        except Unusable as problem:
-            reasons[problem.reason.value] += 1
-            continue
-        lengths.append((len(tokens.prompt_ids), len(tokens.chosen_ids) + len(tokens.rejected_ids)))
-    return lengths, reasons
-
-
-def _mean(lengths: list[tuple[int, int]]) -> tuple[float, float]:
-    num_pairs = max(1, len(lengths))
-    return sum(prompt for prompt, _ in lengths) / num_pairs, sum(response for _, response in lengths) / num_pairs
-
-
-def _filled_tables(start: Preparation) -> list[Table]:
-    """Return the tables that models have filled for the pairs of this tokens table."""
-    key = name_of(start.tokens.path)
-    tables = (table for folder in FOLDERS.values() for table in start.store.tables(folder))
-    return [table for table in tables if name_of(table.path).startswith(f"{key}/") and table.exists()]
+    def _tokenize_sample(self) -> tuple[list[tuple[int, int]], Counter[str]]:
+        """Return prompt and response tokens of each pair that can be used, and why the others cannot."""
+        lengths: list[tuple[int, int]] = []
+        reasons: Counter[str] = Counter()
+        for text in self.sample:
+            try:
+                tokens = self.start.tokenize(Pair(**json.loads(text)))
+                lengths.append((len(tokens.prompt_ids), len(tokens.chosen_ids) + len(tokens.rejected_ids)))
+            except Unusable as problem:
+                reasons[problem.reason.value] += 1
+        return lengths, reasons

@@ -1,6 +1,7 @@
 """The pairs of a parity check: of the tokens table, of the source, or those whose log-probs are stored."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
@@ -55,25 +56,13 @@ def take_sample(start: Preparation, num_pairs: int) -> Sample:
 
 
 def _usable_pairs(start: Preparation) -> Iterator[PairRow]:
-    limits = start.dataset
     for row in load_rows(start.dataset):
-        if row.value is None:
-            continue
-        try:
-            pair = read_pair(row.value, start.dataset)
-            tokens = start.tokenizer.tokenize_pair(
-                pair, limits.max_prompt_tokens, limits.max_response_tokens, limits.long_response == "cut"
-            )
-        except Unusable:
-            continue
-        if len(tokens.prompt_ids) + max(len(tokens.chosen_ids), len(tokens.rejected_ids)) < start.context:
+        with suppress(Unusable):
+            pair = read_pair(row.value or {}, start.dataset)
+            tokens = start.tokenize(pair)
+            prompt = canonical_json(tokens.prompt)
             yield PairRow(
-                pair.pair_id,
-                row.source_row,
-                canonical_json(tokens.prompt),
-                tokens.prompt_ids,
-                tokens.chosen_ids,
-                tokens.rejected_ids,
+                pair.pair_id, row.source_row, prompt, tokens.prompt_ids, tokens.chosen_ids, tokens.rejected_ids
             )
 
 

@@ -61,7 +61,10 @@ class ChatTokenizer:
 
     def __init__(self, folder: Path, template_file: str | None = None) -> None:
         self.folder = folder
-        template = _read_template(template_file) if template_file else load_chat_template(folder)
+        try:
+            template = Path(template_file).read_text("utf-8") if template_file else load_chat_template(folder)
+        except OSError as error:
+            raise InputError(f"model.chat_template {template_file} cannot be read: {error.strerror}") from error
         if template is None:
             raise InputError(f"model {folder} has no chat template; set model.chat_template to a Jinja file")
         self._template = template
@@ -73,7 +76,7 @@ class ChatTokenizer:
 
     @cached_property
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer itself, loaded when text is first tokenised: a build with nothing to do needs only its fingerprint."""
+        """Loaded when text is first tokenised: a build with nothing to do needs only the fingerprint."""
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
@@ -90,10 +93,9 @@ class ChatTokenizer:
         return int(self._tokenizer.eos_token_id)
 
     def properties(self, vocab_size: int) -> TokenizerRecord:
-        """Return what the store records of the tokenizer: trainers compare it with their own.
+        """Return what the store records of the tokenizer, which trainers compare with their own.
 
-        `fingerprint` is that of the folder with its own template, which a trainer can compute too. `rendering` and
-        `chat_template` are of the template that was used: if the recipe gives one, `rendering` differs from `fingerprint`.
+        `fingerprint` is that of the folder with its own template, `rendering` that with the template that was used.
         """
         return {
             "fingerprint": self._own_fingerprint,
@@ -123,7 +125,11 @@ class ChatTokenizer:
         Raises:
             Unusable: The pair is over a limit, or the template cannot render it.
         """
-        prompt, prompt_text, prompt_ids = self._fit_prompt(pair.prompt, max_prompt_tokens)
+        prompt = pair.prompt
+        prompt_text = self._render(prompt)
+        while len(prompt_ids := self._ids(prompt_text)) > max_prompt_tokens:
+            prompt = _drop_oldest_exchange(prompt, len(prompt_ids), max_prompt_tokens)
+            prompt_text = self._render(prompt)
         responses: list[list[int]] = []
         response_was_cut = False
         for side, text in zip(SIDES, (pair.chosen, pair.rejected), strict=True):
@@ -153,7 +159,10 @@ class ChatTokenizer:
         problem = ""
         for text in prompts:
             try:
-                result.append(self._conditioned(json.loads(text), condition))
+                rendered = self._render(condition.apply(json.loads(text)))
+                if condition.text.strip() not in rendered:
+                    raise Unusable(Reason.TEMPLATE_MISMATCH, "the rendered chat does not contain the prompt")
+                result.append(self._ids(rendered))
             except Unusable as error:
                 problem = error.detail
                 result.append(None)
@@ -164,21 +173,6 @@ class ChatTokenizer:
                 f'set contrast.role = "{other}"'
             )
         return result
-
-    def _conditioned(self, prompt: list[Message], condition: Condition) -> list[int]:
-        rendered = self._render(condition.apply(prompt))
-        if condition.text.strip() not in rendered:
-            raise Unusable(Reason.TEMPLATE_MISMATCH, "the rendered chat does not contain the prompt")
-        return self._ids(rendered)
-
-    def _fit_prompt(self, prompt: list[Message], limit: int) -> tuple[list[Message], str, list[int]]:
-        """Return the newest turns that fit into `limit` tokens: as messages, as text, as ids."""
-        while True:
-            text = self._render(prompt)
-            ids = self._ids(text)
-            if len(ids) <= limit:
-                return prompt, text, ids
-            prompt = _drop_oldest_exchange(prompt, len(ids), limit)
 
     def _render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
         from jinja2 import TemplateError
@@ -236,10 +230,3 @@ def _drop_oldest_exchange(prompt: list[Message], num_tokens: int, limit: int) ->
         detail = f"the last turn alone has {num_tokens} tokens, limit dataset.max_prompt_tokens = {limit}"
         raise Unusable(Reason.PROMPT_TOO_LONG, detail)
     return head + rest[starts[0] :]
-
-
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"model.chat_template {path} cannot be read: {error.strerror}") from error

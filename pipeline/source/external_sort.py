@@ -33,7 +33,6 @@ class ExternalSort:
         self.max_bytes = max_bytes or DEFAULT_BYTES
         self.num_rows = 0
         self._waiting: list[pa.Table] = []
-        self._num_waiting_bytes = 0
         self._num_bytes = 0
         self._runs: list[Path] = []
         self._samples: list[str | int] = []
@@ -54,45 +53,40 @@ class ExternalSort:
         if not rows.num_rows:
             return
         self._waiting.append(rows)
-        self._num_waiting_bytes += rows.nbytes
         self._num_bytes += rows.nbytes
         self.num_rows += rows.num_rows
-        if self._num_waiting_bytes > self.max_bytes:
+        if sum(waiting.nbytes for waiting in self._waiting) > self.max_bytes:
             self._spill()
 
     def ranges(self) -> Iterator[tuple[KeyRange, pa.Table]]:
         """Yield all rows, sorted, cut into ranges that together cover all keys. Can be called again."""
         if not self._runs:
-            yield KeyRange(None, None), self._sorted_waiting()
+            yield KeyRange(None, None), self._sorted(self._waiting)
             return
         if self._waiting:
             self._spill()
         runs = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in self._runs]
-        for piece in self._cut():
-            rows = pa.concat_tables([_slice(run, self.key[0], piece) for run in runs])
-            yield piece, rows.sort_by([(name, "ascending") for name in self.key])
-
-    def _cut(self) -> list[KeyRange]:
         samples = sorted(self._samples)
         num_ranges = -(-self._num_bytes // self.max_bytes)
         cuts = sorted({samples[len(samples) * index // num_ranges] for index in range(1, num_ranges)})
-        return [KeyRange(low, high) for low, high in zip([None, *cuts], [*cuts, None], strict=True)]
+        for piece in map(KeyRange, [None, *cuts], [*cuts, None]):
+            yield piece, self._sorted([_slice(run, self.key[0], piece) for run in runs])
 
-    def _sorted_waiting(self) -> pa.Table:
-        rows = pa.concat_tables(self._waiting) if self._waiting else self.schema.empty_table()
+    def _sorted(self, tables: list[pa.Table]) -> pa.Table:
+        rows = pa.concat_tables([self.schema.empty_table(), *tables])
         return rows.sort_by([(name, "ascending") for name in self.key])
 
     def _spill(self) -> None:
         if not self._runs:
             self._folder = Path(self._files.enter_context(tempfile.TemporaryDirectory(prefix="tokenweights-sort-")))
-        rows = self._sorted_waiting()
+        rows = self._sorted(self._waiting)
         path = self._folder / f"{len(self._runs)}.arrow"
         with pa.ipc.new_file(path, self.schema) as file:
             file.write_table(rows, max_chunksize=_ROWS_PER_BATCH)
         step = -(-rows.num_rows // _SAMPLES_PER_RUN)
         self._samples += rows[self.key[0]].take(list(range(0, rows.num_rows, step))).to_pylist()
         self._runs.append(path)
-        self._waiting, self._num_waiting_bytes = [], 0
+        self._waiting = []
 
 
 def _slice(run: pa.Table, key: str, piece: KeyRange) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Reads the whole source into pairs, sorted by pair_id, and rows for quarantine; tokenises pairs.
+"""Reads the whole source into pairs, sorted by pair_id, and rows for quarantine.
 
 Called by prepare and by the dry run. Does not know the store: the pairs are compared with it in `compare.py`.
 """
@@ -6,14 +6,14 @@ Called by prepare and by the dry run. Does not know the store: the pairs are com
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 
 import pyarrow as pa
 
 from pipeline.recipe import DatasetSection
-from pipeline.source.chat import ChatTokenizer, TokenizedPair
 from pipeline.source.external_sort import ExternalSort
 from pipeline.source.load import load_rows
-from pipeline.source.pairs import Pair, Unusable, read_pair
+from pipeline.source.pairs import Unusable, read_pair
 from weights_store.errors import InputError
 from weights_store.fingerprint import canonical_json
 from weights_store.messages import logger
@@ -32,9 +32,6 @@ class Intake:
     """The pairs of a source (JSON text, sorted by pair_id) and the rows that are no pairs, with counts of the reasons."""
 
     dataset: DatasetSection
-    tokenizer: ChatTokenizer
-    context: int
-    """Longest sequence of the model, in tokens."""
     pairs: ExternalSort
     unusable: ExternalSort
     reasons: Counter[str] = field(default_factory=Counter)
@@ -46,41 +43,25 @@ class Intake:
         Raises:
             InputError: The source cannot be read.
         """
-        pairs: list[dict[str, object]] = []
-        unusable: list[dict[str, object]] = []
-        for row in load_rows(self.dataset):
-            self.num_rows += 1
-            try:
-                if row.reason is not None:
-                    raise Unusable(row.reason, row.detail)
-                pair = read_pair(row.value or {}, self.dataset)
-                text = canonical_json(asdict(pair))
-                pairs.append({"pair_id": pair.pair_id, "source_row": row.source_row, "pair": text})
-            except Unusable as problem:
-                raw = row.raw or json.dumps(row.value, default=str, ensure_ascii=True)
-                self.reasons[problem.reason.value] += 1
-                unusable.append(quarantine_row(row.source_row, raw, problem))
-            if self.num_rows % ROWS_PER_BATCH == 0:
-                self._add(pairs, unusable)
-                pairs, unusable = [], []
+        rows = load_rows(self.dataset)
+        while batch := list(islice(rows, ROWS_PER_BATCH)):
+            pairs, unusable = [], []
+            for row in batch:
+                try:
+                    if row.reason is not None:
+                        raise Unusable(row.reason, row.detail)
+                    pair = read_pair(row.value or {}, self.dataset)
+                    text = canonical_json(asdict(pair))
+                    pairs.append({"pair_id": pair.pair_id, "source_row": row.source_row, "pair": text})
+                except Unusable as problem:
+                    raw = row.raw or json.dumps(row.value, default=str, ensure_ascii=True)
+                    self.reasons[problem.reason.value] += 1
+                    unusable.append(quarantine_row(row.source_row, raw, problem))
+            self.num_rows += len(batch)
+            self.pairs.add(pa.Table.from_pylist(pairs, PAIRS))
+            self.unusable.add(pa.Table.from_pylist(unusable, QUARANTINE))
+            if len(batch) == ROWS_PER_BATCH:
                 _log.info(f"prepare: {self.num_rows} rows read, {self.pairs.num_rows} of them are pairs")
-        self._add(pairs, unusable)
-
-    def _add(self, pairs: list[dict[str, object]], unusable: list[dict[str, object]]) -> None:
-        self.pairs.add(pa.Table.from_pylist(pairs, PAIRS))
-        self.unusable.add(pa.Table.from_pylist(unusable, QUARANTINE))
-
-    def tokenize(self, text: str) -> tuple[Pair, TokenizedPair]:
-        """Return a pair, given as JSON text, and its tokens.
-
-        Raises:
-            Unusable: The pair is over a limit, or the chat template cannot render it.
-        """
-        pair, limits = Pair(**json.loads(text)), self.dataset
-        cut_response = limits.long_response == "cut"
-        return pair, self.tokenizer.tokenize_pair(
-            pair, limits.max_prompt_tokens, limits.max_response_tokens, cut_response, self.context
-        )
 
     def no_usable_pair(self, reasons: Counter[str]) -> InputError:
         """Return the error for a source in which no row can be used."""

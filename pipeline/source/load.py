@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,9 +19,6 @@ from pipeline.recipe import DatasetSection
 from weights_store.errors import InputError
 from weights_store.messages import first_line
 from weights_store.schemas import Reason
-
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _ROWS_CHECKED = 100
@@ -47,27 +43,23 @@ def load_rows(dataset: DatasetSection) -> Iterator[RawRow]:
     Raises:
         InputError: No such file, folder or hub dataset, an unknown kind of file, or a column that is not there.
     """
-    return islice(_rows(dataset), dataset.max_pairs)
+    path = Path(dataset.source)
+    if path.is_dir() or is_hub_id(dataset.source):
+        rows = _with_library(path, dataset)
+    elif not path.is_file():
+        raise InputError(f"dataset.source {path} does not exist; give a file, a saved dataset folder or a hub id")
+    elif path.suffix not in _READERS:
+        expected = ", ".join(_READERS)
+        raise InputError(f"dataset.source {path}: unknown kind of file {path.suffix!r}, expected one of {expected}")
+    else:
+        rows = _READERS[path.suffix](path, dataset)
+    return islice(rows, dataset.max_pairs)
 
 
 def is_hub_id(source: str) -> bool:
     """Return whether a source is on the hub: it reads `owner/name`, is not a path here, and does not end like a file."""
     path = Path(source)
     return _HUB_ID.fullmatch(source) is not None and path.suffix not in _READERS and not path.exists()
-
-
-def _rows(dataset: DatasetSection) -> Iterator[RawRow]:
-    path = Path(dataset.source)
-    if path.is_dir():
-        return _checked(_saved_dataset(path, dataset), dataset)
-    if is_hub_id(dataset.source):
-        return _checked(_hub_dataset(dataset), dataset)
-    if not path.is_file():
-        raise InputError(f"dataset.source {path} does not exist; give a file, a saved dataset folder or a hub id")
-    if path.suffix not in _READERS:
-        expected = ", ".join(_READERS)
-        raise InputError(f"dataset.source {path}: unknown kind of file {path.suffix!r}, expected one of {expected}")
-    return _READERS[path.suffix](path, dataset)
 
 
 def _json_lines(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
@@ -125,55 +117,34 @@ def _parquet(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
             yield RawRow(index, None, Reason.INVALID_UTF8, str(error))
 
 
-def _arrow(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
-    from datasets import Dataset
-
-    try:
-        loaded = Dataset.from_file(str(path))
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"dataset.source {path} is not an Arrow file of `datasets`: {first_line(error)}") from error
-    return _checked(loaded, dataset)
-
-
-def _saved_dataset(path: Path, dataset: DatasetSection) -> "Dataset | IterableDataset":
+def _with_library(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
+    """Read an Arrow file, a dataset folder or a hub dataset with `datasets`."""
     import datasets
 
+    problem = f"{dataset.source!r} is no file here and could not be loaded from the hub"
     try:
-        if not (path / "dataset_info.json").is_file() and not (path / "dataset_dict.json").is_file():
-            return datasets.load_dataset(str(path), dataset.config, split=dataset.split)
-        loaded = datasets.load_from_disk(str(path))
-        return loaded[dataset.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        if path.is_file():
+            problem = f"{path} is not an Arrow file of `datasets`"
+            loaded = datasets.Dataset.from_file(str(path))
+        elif path.is_dir():
+            problem = f"{path}: no dataset with split {dataset.split!r} in this folder"
+            if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+                loaded = datasets.load_from_disk(str(path))
+                loaded = loaded[dataset.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            else:
+                loaded = datasets.load_dataset(str(path), dataset.config, split=dataset.split)
+        else:
+            options = dataset.model_dump(include={"data_dir", "split", "revision", "streaming"})
+            loaded = datasets.load_dataset(dataset.source, dataset.config, **options)
     except (OSError, KeyError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(
-            f"dataset.source {path}: no dataset with split {dataset.split!r} in this folder: {first_line(error)}"
-        ) from error
-
-
-def _hub_dataset(dataset: DatasetSection) -> "Dataset | IterableDataset":
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError
-
-    options = dataset.model_dump(include={"data_dir", "split", "revision", "streaming"})
-    try:
-        return datasets.load_dataset(dataset.source, dataset.config, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, HfHubHTTPError) as error:
-        raise InputError(
-            f"dataset.source {dataset.source!r} is no file here and could not be loaded from the hub: {first_line(error)}"
-        ) from error
-
-
-def _checked(loaded: "Dataset | IterableDataset", dataset: DatasetSection) -> Iterator[RawRow]:
+        raise InputError(f"dataset.source {problem}: {first_line(error)}") from error
     if loaded.column_names is not None:  # a stream may not know its columns
         _check_columns([dict.fromkeys(loaded.column_names)], dataset)
-    yield from (RawRow(index, value) for index, value in enumerate(loaded))
+    return (RawRow(index, value) for index, value in enumerate(loaded))
 
 
 def _check_columns(rows: Sequence[Mapping[str, object]], dataset: DatasetSection) -> None:
-    """Check that some row has each response column; a single row without it goes to quarantine later.
-
-    Raises:
-        InputError: No row has one of them; names the columns that there are.
-    """
+    """Check that some row has each response column; a single row without it goes to quarantine later."""
     names = dict.fromkeys(name for row in rows for name in row)
     for setting in ("chosen_column", "rejected_column"):
         column = getattr(dataset, setting)
@@ -189,5 +160,5 @@ _READERS = {
     ".ndjson": _json_lines,
     ".json": _json_file,
     ".parquet": _parquet,
-    ".arrow": _arrow,
+    ".arrow": _with_library,
 }

@@ -69,8 +69,10 @@ def read_pair(row: Mapping[str, object], columns: DatasetSection) -> Pair:
         Unusable: The row is no preference pair; carries the reason for quarantine.
     """
     names = (columns.chosen_column, columns.rejected_column)
-    values = [_value(row, name) for name in names]
-    chosen, rejected = (_turns(value, name, "assistant") for value, name in zip(values, names, strict=True))
+    for name in names:
+        if row.get(name) is None:
+            raise Unusable(Reason.MISSING_VALUE, f"column {name!r} has no value")
+    chosen, rejected = (_turns(row[name], name, "assistant") for name in names)
     chosen_text, rejected_text = _response(chosen, names[0]), _response(rejected, names[1])
     pair = Pair(
         _prompt(row.get(columns.prompt_column), chosen[:-1], rejected[:-1], columns.prompt_column),
@@ -82,13 +84,6 @@ def read_pair(row: Mapping[str, object], columns: DatasetSection) -> Pair:
     if _normal(chosen_text) == _normal(rejected_text):
         raise Unusable(Reason.CHOSEN_EQUALS_REJECTED, f"both responses are {chosen_text[:80]!r}")
     return pair
-
-
-def _value(row: Mapping[str, object], column: str) -> object:
-    value = row.get(column)
-    if value is None:
-        raise Unusable(Reason.MISSING_VALUE, f"column {column!r} has no value")
-    return value
 
 
 def _turns(value: object, column: str, role: str) -> list[Message]:
@@ -145,19 +140,13 @@ def _prompt(value: object, chosen_before: list[Message], rejected_before: list[M
     """Return the whole chat before the responses, from the prompt column and the turns before them, which must agree."""
     if chosen_before and rejected_before and chosen_before != rejected_before:
         raise Unusable(Reason.PROMPTS_DIFFER, "the turns before the two responses are not the same")
-    prompt = _join(_own_prompt(value, column), chosen_before or rejected_before, column)
+    own = [] if value is None or value == "" else _turns(value, column, "user")
+    if isinstance(value, str) and own and own[-1] == {"role": "assistant", "content": ""}:
+        own.pop()  # a transcript may end with an empty turn for the response
+    prompt = _join(own, chosen_before or rejected_before, column)
     if not any(message["content"].strip() for message in prompt):
         raise Unusable(Reason.NO_PROMPT, f"nothing in column {column!r} and no turns before the response")
     return prompt
-
-
-def _own_prompt(value: object, column: str) -> list[Message]:
-    """Return the prompt column as turns; a transcript may end with an empty turn for the response."""
-    if value is None or value == "":
-        return []
-    turns = _turns(value, column, "user")
-    is_open = isinstance(value, str) and turns[-1]["role"] == "assistant" and not turns[-1]["content"]
-    return turns[:-1] if is_open else turns
 
 
 def _join(own: list[Message], before: list[Message], column: str) -> list[Message]:

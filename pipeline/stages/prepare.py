@@ -4,14 +4,14 @@ A tokens table is named for its dataset and for everything that decides how text
 that tokens of two kinds never mix. The newest version holds exactly the usable pairs of the source as it is now. New pairs are
 tokenised and appended. When pairs have left the source or changed their row, all rows are rewritten.
 
-The source is read once and sorted by pair_id. Then old and new pairs are compared one range of ids at a time, in bounded
-memory.
+The source is read once and sorted by pair_id. Then old and new pairs are compared one range of ids at a time.
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +20,11 @@ import pyarrow as pa
 
 from pipeline.provenance import provenance
 from pipeline.recipe import DatasetSection, Recipe
-from pipeline.source.chat import ChatTokenizer
+from pipeline.source.chat import ChatTokenizer, TokenizedPair
 from pipeline.source.compare import Account, ComparedPair, compared_ranges, kept_version
 from pipeline.source.external_sort import ExternalSort
 from pipeline.source.intake import PAIRS, ROWS_PER_BATCH, Intake, quarantine_row
-from pipeline.source.pairs import Unusable
+from pipeline.source.pairs import Pair, Unusable
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ConflictError, InputError
 from weights_store.fingerprint import canonical_json, explain_difference, fingerprint, fingerprint_file, load_json
@@ -67,22 +67,22 @@ def prepare(recipe: Recipe, model_folder: Path) -> Prepared:
         return done
     for path, changes in start.other_cuts():
         _log.info(f"prepare: {start.tokens.path} is a new table; unlike {path}: {'; '.join(changes)}")
+    vocab_size = _model_number(model_folder, "vocab_size")
+    if vocab_size is None:
+        raise InputError(f"model {model_folder}: config.json has no vocab_size")
     metadata = {
         "cut": start.cut,
         "source": start.source,
-        "tokenizer": start.tokenizer.properties(_vocab_size(model_folder)),
+        "tokenizer": start.tokenizer.properties(vocab_size),
         "recipe": recipe.model_dump(),
         "parents": [],
         **provenance(),
     }
     with start.intake() as intake:
-        for attempt in range(_MAX_TRIES):
-            try:
+        for _ in range(_MAX_TRIES - 1):
+            with suppress(ConflictError):  # another build of this dataset was faster: compare with what it wrote
                 return _Update(start, intake, metadata).run()
-            except ConflictError:  # another build of this dataset was faster: compare with what it wrote
-                if attempt == _MAX_TRIES - 1:
-                    raise
-    raise AssertionError("the loop above returns or raises")
+        return _Update(start, intake, metadata).run()
 
 
 @dataclass(frozen=True)
@@ -149,21 +149,25 @@ class Preparation:
         Raises:
             InputError: The source cannot be read.
         """
-        with (
-            ExternalSort(PAIRS, "pair_id", "source_row") as pairs,
-            ExternalSort(QUARANTINE, "source_row") as unusable,
-        ):
-            intake = Intake(self.dataset, self.tokenizer, self.context, pairs, unusable)
+        with ExternalSort(PAIRS, "pair_id", "source_row") as pairs, ExternalSort(QUARANTINE, "source_row") as unusable:
+            intake = Intake(self.dataset, pairs, unusable)
             intake.read()
             yield intake
 
+    def tokenize(self, pair: Pair) -> TokenizedPair:
+        """Return the ids of a pair.
+
+        Raises:
+            Unusable: The pair is over a limit of the recipe or the model, or the chat template cannot render it.
+        """
+        limits, can_cut = self.dataset, self.dataset.long_response == "cut"
+        return self.tokenizer.tokenize_pair(
+            pair, limits.max_prompt_tokens, limits.max_response_tokens, can_cut, self.context
+        )
+
 
 class _Update:
-    """One try to bring the two tables from their newest versions to the source.
-
-    New pairs are tokenised into shards that nobody sees yet. They are appended, or merged with the old rows into a whole new
-    version when old pairs have left the source or changed their row.
-    """
+    """One try to bring the two tables from their newest versions to the source."""
 
     def __init__(self, start: Preparation, intake: Intake, metadata: dict[str, object]) -> None:
         self.start = start
@@ -180,19 +184,13 @@ class _Update:
         self.old_rows_stay = True
 
     def run(self) -> Prepared:
-        """Write what has changed.
-
-        Raises:
-            InputError: No row of the source can be used.
-            ConflictError: Another writer made a version meanwhile.
-        """
         with ExternalSort(QUARANTINE, "source_row") as unusable:
             fresh = self._write_fresh(unusable)
             num_pairs, num_new = self.statistics["num_pairs"], self.statistics["num_new_pairs"]
             if not num_pairs:
                 raise self.intake.no_usable_pair(self.reasons)
             account = Account(self.start.source, self.intake.num_rows, dict(self.reasons))
-            is_same = not num_new and self.old_rows_stay and self.base is not None and self.recorded == account
+            is_same = not num_new and self.old_rows_stay and self.recorded == account
             if not is_same:
                 # Quarantine first: if the build dies in between, the tokens are still the old ones and the next run does both.
                 self._commit_quarantine(unusable)
@@ -200,7 +198,7 @@ class _Update:
         return Prepared(tokens, account.num_source_rows, num_pairs, account.quarantined, num_new)
 
     def _write_fresh(self, unusable: ExternalSort) -> list[ShardRecord]:
-        """Tokenise the new pairs into shards; add what cannot be tokenised, and duplicates, to `unusable`."""
+        """Tokenise the new pairs into shards that nobody sees yet; add what cannot be, and duplicates, to `unusable`."""
         writer = self.tokens.writer()
         for part in compared_ranges(self.intake.pairs, self.tokens, self.kept):
             self.old_rows_stay &= part.gone.is_empty() and "moved" not in part.rows["standing"]
@@ -231,7 +229,8 @@ class _Update:
         return tokenised, problems
 
     def _tokens_row(self, row: ComparedPair) -> dict[str, object]:
-        pair, tokens = self.intake.tokenize(row.pair)
+        pair = Pair(**json.loads(row.pair))
+        tokens = self.start.tokenize(pair)
         self.statistics["num_new_prompts_cut"] += tokens.prompt_was_cut
         self.statistics["num_new_responses_cut"] += tokens.response_was_cut
         return {
@@ -265,15 +264,12 @@ class _Update:
         quarantine.commit(writer.finish(), record, self.quarantine_base, mode="overwrite")
 
     def _commit_tokens(self, fresh: list[ShardRecord]) -> TableVersion:
-        content = {
-            "cut": self.start.cut,
-            "reading": self.start.source["reading"],
-            "pairs": self.pair_ids.hexdigest(),
-        }
+        reading, pairs = self.start.source["reading"], self.pair_ids.hexdigest()
+        content = {"cut": self.start.cut, "reading": reading, "pairs": pairs}
         counts = {"num_source_rows": self.intake.num_rows, "quarantined": dict(self.reasons)}
         record = {**self.metadata, "fingerprint": fingerprint(content), "statistics": {**counts, **self.statistics}}
-        if self.kept is None:
-            return self.tokens.commit(fresh, record, self.base, mode="overwrite" if self.base is not None else "append")
+        if self.kept != self.base:  # the old rows were read in another way
+            return self.tokens.commit(fresh, record, self.base, mode="overwrite")
         if self.old_rows_stay:
             return self.tokens.commit(fresh, record, self.base)
         reference = self.tokens.commit(self._merge(fresh), record, self.base, mode="overwrite")
@@ -290,7 +286,7 @@ class _Update:
             first = pl.DataFrame(pl.from_arrow(rows.select(["pair_id", "source_row"]))).unique("pair_id", keep="first")
             stay = piece.of(old).drop("source_row").join(first.lazy(), on="pair_id").select(TOKENS.names)
             merged = pl.concat([stay, piece.of(new).select(TOKENS.names)]).sort("pair_id").collect()
-            writer.write(merged.to_arrow().cast(TOKENS))
+            writer.write(merged.to_arrow())
         return writer.finish()
 
 
@@ -300,10 +296,3 @@ def _model_number(folder: Path, name: str) -> int | None:
     text_config = config.get("text_config")
     value = {**config, **text_config}.get(name) if isinstance(text_config, dict) else config.get(name)
     return value if isinstance(value, int) else None
-
-
-def _vocab_size(folder: Path) -> int:
-    vocab_size = _model_number(folder, "vocab_size")
-    if vocab_size is None:
-        raise InputError(f"model {folder}: config.json has no vocab_size")
-    return vocab_size

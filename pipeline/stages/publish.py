@@ -59,9 +59,9 @@ class Published:
     statistics: Statistics
     changes: list[str]
     is_new: bool
-    parity: ParityRecord | None = None
+    parity: ParityRecord | None
     """How the reference's log-probs compare with those of transformers, see `parity.check_stored`; None if not compared."""
-    settings: Section | None = None
+    settings: Section
     """The keys of the recipe's [weights] that determine the weights."""
 
 
@@ -75,17 +75,12 @@ def publish(
 ) -> Published:
     """Weigh every pair that has all its scores and publish the result as `weights/<name>`.
 
-    Args:
-        recipe: The build.
-        weights: Usually the recipe's own section.
-        ingredients: What to join.
-        expect_same: Raise if the newest version was made with other settings.
-        check: Called before weighing, if a new version is needed. May raise; its result is recorded, see `parity.check_stored`.
-        tokenizer_folder: The tokenizer of the pairs; only read to smooth weights over words.
+    `weights` is usually the recipe's own section. `check` is called before weighing if a new version is needed; it may raise,
+    and its result is recorded, see `parity.check_stored`. `tokenizer_folder` is only read to smooth weights over words.
 
     Raises:
-        InputError: No pair has all its scores, `expect_same` and the settings differ, or the settings need annotators' scores
-            or a tokenizer that are missing.
+        InputError: No pair has all its scores, `expect_same` and the newest version was made with other settings, or the
+            settings need annotators' scores or a tokenizer that are missing.
         MismatchError: A list is not as long as its ids, a value cannot be weighed, or `check` raises it.
         ConflictError: Other builds of the same dataset won the race for the next version every time.
     """
@@ -105,31 +100,38 @@ def _publish(
 ) -> Published:
     wanted = Wanted.of(recipe, weights, ingredients)
     if wanted.newest and wanted.is_there:  # its pairs are the same, but bad rows may have come or gone
-        statistics = _with_balance(wanted.newest["statistics"], ingredients.tokens)
-        metadata: CommitMetadata = {**wanted.newest, "statistics": statistics}
+        balanced = _with_balance(wanted.newest["statistics"], ingredients.tokens)
+        metadata: CommitMetadata = {**wanted.newest, "statistics": balanced}
         return _published(wanted, wanted.table.reference(wanted.base), metadata, is_new=False)
-    if expect_same:
-        wanted.check_same_settings()
+    if expect_same and wanted.made_differently:
+        raise InputError(
+            f"{wanted.table.path}@{wanted.base} was made differently: {'; '.join(wanted.made_differently)}. "
+            "Give the result another weights.name, or leave --expect-same out"
+        )
     join = Join(ingredients.by_role(), weights)
     join.check_annotations()
     weigher = Weigher.of(weights, tokenizer_folder)
     checked = check()
-    rows = _weigh_rows(join, weigher, wanted, ingredients)
-    metadata = _metadata(recipe.model_copy(update={"weights": weights}), ingredients, wanted, rows.statistics)
+    appended_to = wanted.appended_to(ingredients)
+    shards, statistics = _weigh_rows(join, weigher, wanted, appended_to)
+    if statistics is None:
+        raise InputError(f"no pair of {ingredients.tokens} has all its scores; nothing to publish")
+    metadata = _metadata(recipe.model_copy(update={"weights": weights}), ingredients, wanted, statistics)
     if "parity" in checked:
         metadata["parity"] = checked["parity"]
-    reference = wanted.table.commit(rows.shards, metadata, wanted.base, "append" if rows.keep_old else "overwrite")
+    reference = wanted.table.commit(
+        shards, metadata, wanted.base, "append" if appended_to == wanted.base else "overwrite"
+    )
     _log.info(
-        f"published {reference}: {rows.statistics['num_pairs']} pairs, {rows.statistics['num_response_tokens']} response "
-        f"tokens, {sum(shard.num_rows for shard in rows.shards)} pairs weighed"
+        f"published {reference}: {statistics['num_pairs']} pairs, {statistics['num_response_tokens']} response tokens, "
+        f"{sum(shard.num_rows for shard in shards)} pairs weighed"
     )
     return _published(wanted, reference, metadata, is_new=True)
 
 
 def _published(wanted: "Wanted", weights: TableVersion, metadata: CommitMetadata, is_new: bool) -> Published:
-    statistics, changes, parity = metadata["statistics"], metadata["changes"], metadata.get("parity")
-    settings = wanted.section.result_settings()
-    return Published(weights, wanted.section.name, statistics, changes, is_new, parity, settings)
+    section, statistics, parity = wanted.section, metadata["statistics"], metadata.get("parity")
+    return Published(weights, section.name, statistics, metadata["changes"], is_new, parity, section.result_settings())
 
 
 # --- what a version records -------------------------------------------------------------------------------------------
@@ -179,9 +181,8 @@ class Wanted:
     section: WeightsSection
     identity: Identity
     base: int | None
-    """The newest version."""
+    """The newest version; `newest` is its metadata."""
     newest: CommitMetadata | None
-    """The metadata of version `base`."""
 
     @classmethod
     def of(cls, recipe: Recipe, weights: WeightsSection, ingredients: Ingredients) -> "Wanted":
@@ -220,18 +221,6 @@ class Wanted:
         """The changes that new pairs do not explain."""
         return [change for change in self.changes if not change.startswith("data.")]
 
-    def check_same_settings(self) -> None:
-        """Check that the newest version differs in its pairs alone.
-
-        Raises:
-            InputError: Its settings differ.
-        """
-        if self.made_differently:
-            raise InputError(
-                f"{self.table.path}@{self.base} was made differently: {'; '.join(self.made_differently)}. "
-                "Give the result another weights.name, or leave --expect-same out"
-            )
-
     def appended_to(self, ingredients: Ingredients) -> int | None:
         """Return the version whose rows stay, so that only new rows are added; None if all rows must be written again.
 
@@ -239,58 +228,39 @@ class Wanted:
         """
         if self.newest is None or self.made_differently or "position" in self.section.transforms:
             return None
-        return self.base if Join(ingredients.by_role()).has_all_of(self.table, self.base) else None
+        return self.base if Join(ingredients.by_role(), self.section).has_all_of(self.table, self.base) else None
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Written rows, not yet visible."""
-
-    shards: list[ShardRecord]
-    statistics: Statistics
-    """Of the whole version."""
-    keep_old: bool
-    """Whether the rows of the version before stay."""
-
-
-def _weigh_rows(join: Join, weigher: Weigher, wanted: Wanted, ingredients: Ingredients) -> _Rows:
-    """Weigh and write the pairs that the newest version does not have yet, or all.
-
-    Raises:
-        InputError: No pair has all its scores.
-    """
-    appended_to = wanted.appended_to(ingredients)
-    weigher = with_curves(weigher, map(_lists, join.batches()))
-    shards, statistics = _write_rows(join, wanted.table, weigher, appended_to)
-    if wanted.newest and appended_to is not None:
-        before = wanted.newest["statistics"]
-        statistics = merge_statistics(before, statistics) if statistics else before
-    if statistics is None:
-        raise InputError(f"no pair of {ingredients.tokens} has all its scores; nothing to publish")
-    if weigher.curves is not None:
-        statistics["mean_weight_by_position"] = {side: curve.tolist() for side, curve in weigher.curves.items()}
-    return _Rows(shards, statistics, keep_old=appended_to is not None or wanted.newest is None)
-
-
-def _write_rows(
-    join: Join, table: Table, weigher: Weigher, appended_to: int | None
+def _weigh_rows(
+    join: Join, weigher: Weigher, wanted: Wanted, appended_to: int | None
 ) -> tuple[list[ShardRecord], Statistics | None]:
+    """Weigh and write all pairs that version `appended_to` lacks; return shards that nobody sees yet.
+
+    The statistics are those of the whole version; None if it has no pairs.
+    """
+    weigher = with_curves(weigher, map(_lists, join.batches()))
+    table = wanted.table
     writer = table.writer()
     statistics: Statistics | None = None
-    present = table.scan(appended_to) if appended_to is not None else None
     try:
-        for joined in join.batches(without=present):
+        for joined in join.batches(without=None if appended_to is None else table.scan(appended_to)):
             rows, of_batch = _weigh_batch(joined, weigher)
             statistics = merge_statistics(statistics, of_batch) if statistics else of_batch
             writer.write(rows)
-        return writer.finish(), statistics
+        shards = writer.finish()
     except OSError as error:
         raise StoreError(
             f"cannot write {table.path} in {table.root}: {one_line(error)}; nothing became visible"
         ) from error
+    if wanted.newest and appended_to is not None:
+        before = wanted.newest["statistics"]
+        statistics = merge_statistics(before, statistics) if statistics else before
+    if statistics and weigher.curves:
+        statistics["mean_weight_by_position"] = {side: curve.tolist() for side, curve in weigher.curves.items()}
+    return shards, statistics
 
 
 def _weigh_batch(joined: pl.DataFrame, weigher: Weigher) -> tuple[pa.Table, Statistics]:
@@ -300,15 +270,14 @@ def _weigh_batch(joined: pl.DataFrame, weigher: Weigher) -> tuple[pa.Table, Stat
     for side, (_, weighed) in sides.items():
         offsets = np.asarray(one_chunk(lists[f"{side}_ids"]).offsets)
         columns[f"{side}_token_weights"] = pa.ListArray.from_arrays(
-            pa.array(offsets - offsets[0]), pa.array(weighed.token_weights), type=FLOATS
+            pa.array(offsets - offsets[0]), pa.array(weighed.token_weights)
         )
     of_pairs = pair_weights(weigher.section, lists, sides)
     columns["pair_weight"] = pa.array(of_pairs)
     for field in WEIGHTS:
         if field.nullable and field.name not in columns:
             columns[field.name] = pa.nulls(joined.height, field.type)
-    rows = pa.table({name: columns[name] for name in WEIGHTS.names}).cast(WEIGHTS)
-    return rows, count_up(joined, sides, of_pairs if weigher.section.pair_weight != "none" else None)
+    return pa.table(columns), count_up(joined, sides, of_pairs if weigher.section.pair_weight != "none" else None)
 
 
 def _lists(joined: pl.DataFrame) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Stage report: what was published, as one self-contained HTML file in the store and as Markdown.
+"""Stage report: what was published, as one self-contained HTML file in the store (template: `report.html`) and as Markdown.
 
 It draws no conclusions, except for two findings that are always wrong.
 """
@@ -41,7 +41,8 @@ def write_report(published: Published, model_folder: Path, chat_template: str | 
         "histograms": _histograms(store.table(published.weights.table), published),
         "pairs": _sample_pairs(frame, ChatTokenizer(model_folder, chat_template)),
     }
-    folder.write(file, Environment(autoescape=True).from_string(_TEMPLATE).render(context).encode())
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    folder.write(file, Environment(autoescape=True).from_string(template).render(context).encode())
     return f"{folder}/{file}"
 
 
@@ -71,8 +72,7 @@ def summary_rows(published: Published) -> list[tuple[str, str]]:
         rows.append(("annotator scores", f"of {statistics['num_scored_pairs']:,} pairs"))
     if statistics["num_anchored_pairs"]:
         rows.append(("anchors", f"of {statistics['num_anchored_pairs']:,} pairs"))
-    if published.settings is not None:
-        rows.append(("weights", _settings_text(published.settings)))
+    rows.append(("weights", _settings_text(published.settings)))
     rows += [(f"{side} tokens", _side_text(statistics[side])) for side in SIDES]
     if "mean_pair_weight" in statistics:
         rows.append(("pair weights", f"mean {statistics['mean_pair_weight']:.4f}"))
@@ -130,7 +130,7 @@ def summary_markdown(published: Published, report: str | None = None) -> str:
 
 
 def _histograms(table: Table, published: Published, num_bins: int = 40) -> list[dict[str, object]]:
-    """Return one histogram of weights per side, with bar heights of 0 to 100; reads one row group at a time."""
+    """Return one histogram of weights per side; reads one row group at a time."""
     edges, counts = {}, {}
     for side in SIDES:
         numbers = published.statistics[side]
@@ -141,14 +141,7 @@ def _histograms(table: Table, published: Published, num_bins: int = 40) -> list[
             weights = rows[f"{side}_token_weights"].combine_chunks().flatten().to_numpy()
             # Stored weights are rounded, so they may lie slightly outside the range of the exact ones.
             counts[side] += np.histogram(np.clip(weights, edges[side][0], edges[side][-1]), bins=edges[side])[0]
-    return [_histogram(side, counts[side], edges[side]) for side in SIDES]
-
-
-def _histogram(side: str, counts: np.ndarray, edges: np.ndarray) -> dict[str, object]:
-    bars = [
-        {"x": 8 * i, "height": 100.0 * c / counts.max(), "label": f"{edges[i]:.2f}: {c}"} for i, c in enumerate(counts)
-    ]
-    return {"side": side, "bars": bars, "low": f"{edges[0]:.2f}", "high": f"{edges[-1]:.2f}"}
+    return [{"side": side, "counts": counts[side].tolist(), "edges": edges[side].tolist()} for side in SIDES]
 
 
 def _sample_pairs(frame: pl.LazyFrame, tokenizer: ChatTokenizer) -> list[dict[str, object]]:
@@ -176,37 +169,3 @@ def _colored(texts: Sequence[str], weights: Sequence[float]) -> list[dict[str, s
             {"text": f" … {len(texts) - _MAX_SHOWN_TOKENS} more tokens", "style": "color:#888", "title": "cut here"}
         )
     return tokens
-
-
-_TEMPLATE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
-<style>
-body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1f2328}
-table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top}
-h2{margin-top:2.2rem}code,.tokens,.prompt{font-family:ui-monospace,monospace;font-size:13px}
-.tokens,.prompt{white-space:pre-wrap;overflow-wrap:anywhere;padding:.5rem .7rem;border-radius:6px;border:1px solid #d0d7de}
-.prompt{background:#f6f8fa;color:#57606a;max-height:12rem;overflow:auto}
-.finding{background:#fff3cd;border-left:4px solid #e6a100;padding:.5rem .8rem;margin:.5rem 0}
-.side{margin:.5rem 0 .2rem;font-weight:600}.hist{display:inline-block;margin-right:2rem}rect{fill:#4c78a8}
-</style>
-<h1>{{ title }}</h1>
-<table>{% for label, value in facts %}<tr><th>{{ label }}</th><td>{{ value }}</td></tr>{% endfor %}</table>
-{% for finding in findings %}<div class="finding">{{ finding }}</div>{% endfor %}
-<h2>Weights</h2>
-{% for h in histograms %}<div class="hist"><div class="side">{{ h.side }}</div>
-<svg width="320" height="110" role="img" aria-label="histogram of {{ h.side }} weights">
-{% for bar in h.bars %}<rect x="{{ bar.x }}" y="{{ 105 - bar.height }}" width="7" height="{{ bar.height }}">
-<title>{{ bar.label }}</title></rect>{% endfor %}</svg>
-<div><code>{{ h.low }} … {{ h.high }}</code></div></div>{% endfor %}
-<h2>Pairs</h2><p>Green: weight above 1. Orange: below 1. Hold the pointer over a token for its weight.</p>
-{% for pair in pairs %}<h3><code>{{ pair.pair_id }}</code></h3><div class="prompt">{{ pair.prompt }}</div>
-{% for s in pair.sides %}<div class="side">{{ s.side }}</div><div class="tokens">
-{%- for t in s.tokens %}<span style="{{ t.style }}" title="{{ t.title }}">{{ t.text }}</span>{% endfor %}</div>{% endfor %}
-{% endfor %}
-<h2>Lineage</h2><table><tr><th>role</th><th>table</th><th>version</th><th>fingerprint</th></tr>
-{% for p in parents %}<tr><td>{{ p.role }}</td><td><code>{{ p.table }}</code></td><td>{{ p.version }}</td>
-<td><code>{{ p.fingerprint[:12] }}</code></td></tr>{% endfor %}</table>
-<h2>Recipe</h2><table>{% for section, values in recipe.items() if values %}{% for key, value in values.items() %}
-<tr><th><code>{{ section }}.{{ key }}</code></th><td><code>{{ value }}</code></td></tr>{% endfor %}{% endfor %}</table>
-</html>
-"""

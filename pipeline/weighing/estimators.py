@@ -15,24 +15,11 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
+from pydantic import Field
 
-from pipeline.weighing.settings import (
-    DecayGamma,
-    K,
-    Lower,
-    MaxWeight,
-    MinWeight,
-    Mu,
-    Seed,
-    Share,
-    SigmaDivisor,
-    Span,
-    TiLambda,
-    Upper,
-)
 from pipeline.weighing.transforms import decay as decay_transform
 from pipeline.weighing.transforms import mean_one, means, positions
 from train.model.hybrid import hybrid_weights
@@ -44,7 +31,7 @@ from weights_store.tables.checksums import mix
 class SideScores:
     """What is known of one side: flat over the tokens of its responses, `[N]`, or one value per response, `[B]`.
 
-    Everything but side and lengths may be missing if nothing reads it.
+    What nothing reads may be missing.
     """
 
     side: Side
@@ -144,6 +131,28 @@ def estimator(name: str, source: str, *reads: Input, zero_at: Mapping[str, float
         return function
 
     return register
+
+
+# --- settings: keys of [weights] with their ranges; the descriptions are the rows of docs/settings.md ------------------
+
+K = Annotated[float, Field(gt=0, description="factor of every weight")]
+Mu = Annotated[float, Field(gt=0, description="+mu on chosen, -mu on rejected tokens")]
+Lower = Annotated[float, Field(description="lower end L of the clamp on log-ratios, in nats")]
+Upper = Annotated[float, Field(description="upper end U of the clamp, in nats")]
+Seed = Annotated[int, Field(ge=0, description="seed of the random numbers")]
+MinWeight = Annotated[float, Field(ge=0, description="smallest weight")]
+MaxWeight = Annotated[float, Field(gt=0, description="largest weight")]
+_SHARE = "share of each response's tokens to select, rounded down, at least one; of equal scores the earlier token"
+Share = Annotated[float, Field(gt=0, le=1, description=_SHARE)]
+TiLambda = Annotated[float, Field(ge=0, le=1, description="share of the attribution, 0 to 1; the rest is the prior")]
+_SIGMA = "the prior's sigma is the span's length divided by this; 4 in the paper, 8 in the release"
+SigmaDivisor = Annotated[float, Field(gt=0, description=_SIGMA)]
+_SPAN = (
+    "over which tokens the weights have mean 1; `sequence`: prompt and response, as in the release, needs `attribute.prompts`, "
+    "and the mean over the response is then not 1"
+)
+Span = Annotated[Literal["response", "sequence"], Field(description=_SPAN)]
+DecayGamma = Annotated[float, Field(gt=0, le=1, description="factor per token, the first included")]
 
 
 # --- TIS-DPO ----------------------------------------------------------------------------------------------------------
@@ -273,10 +282,9 @@ def select(scores: SideScores, *, share: Share = 0.3) -> SideWeights:
     # A stable sort of integers is eight times as fast as np.lexsort, and breaks ties by position.
     order = np.argsort(_keys(-scores.z(), lengths), kind="stable")
     counts = np.maximum(1, (share * lengths).astype(np.int64))
+    is_selected = positions(lengths) < np.repeat(counts, lengths)  # sorted, each response still has its span
     token_weights = np.zeros(scores.num_tokens, dtype=np.float32)
-    token_weights[order[positions(lengths) < np.repeat(counts, lengths)]] = (
-        1  # sorted, each response still has its span
-    )
+    token_weights[order[is_selected]] = 1
     return SideWeights(token_weights)
 
 
@@ -378,13 +386,7 @@ def _relative(values: np.ndarray, lengths: np.ndarray) -> SideWeights:
 
 
 def token_keys(pair_ids: list[str], side: Side, lengths: np.ndarray) -> np.ndarray:
-    """Return one 64-bit key per token, flat `[N]` uint64: a hash of pair, side and position.
-
-    Args:
-        pair_ids: 32 hex digits each.
-        side: Which response.
-        lengths: Tokens of each response, `[B]`.
-    """
+    """Return one 64-bit key per token, flat `[N]` uint64: a hash of pair (32 hex digits), side and position."""
     pairs = np.array([int(pair_id[:16], 16) for pair_id in pair_ids], dtype=np.uint64)
     salt = np.uint64(1 if side == "chosen" else 2) << np.uint64(62)
     return mix(np.repeat(mix(pairs), lengths) + positions(lengths).astype(np.uint64) + salt)

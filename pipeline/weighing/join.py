@@ -6,7 +6,6 @@ Called by `publish.py`. Memory is bounded by `RANGE_BYTES` for a range and by `B
 from collections.abc import Iterator, Mapping
 
 import polars as pl
-import pyarrow as pa
 
 from pipeline.weighing.estimators import Input
 from pipeline.weighing.section import WeightsSection
@@ -20,14 +19,9 @@ RANGE_BYTES = 512 << 20
 BATCH_PAIRS = 16_384
 """How many pairs are weighed at a time: intermediate results take several times the space of the stored columns."""
 
-_LENGTHS_OF = {
-    **{
-        f"{side}_{what}": f"{side}_ids"
-        for side in SIDES
-        for what in ("ref_logps", "positive_logps", "negative_logps", "attributions", "activations")
-    },
-    "anchor_ref_logps": "anchor_ids",
-}
+_PER_ID = ("ref_logps", "positive_logps", "negative_logps", "attributions", "activations")
+_LENGTHS_OF = {f"{side}_{what}": f"{side}_ids" for side in SIDES for what in _PER_ID}
+_LENGTHS_OF["anchor_ref_logps"] = "anchor_ids"
 """Lists of a join, and the ids of which each has one value per id."""
 _ATTRIBUTIONS: dict[Input, str] = {
     "attributions": "attributions",
@@ -38,18 +32,15 @@ _ATTRIBUTIONS: dict[Input, str] = {
 
 
 class Join:
-    """Tokens and scores, side by side.
+    """Tokens and scores, side by side: the columns that a section of a recipe needs.
 
-    Args:
-        parents: The tables to join, by role: `tokens`, `ref_logps` and others, see `publish.Ingredients`.
-        section: Decides which columns are read; None if none are.
+    The tables are named by role: `tokens`, `ref_logps` and others, see `publish.Ingredients`.
     """
 
-    def __init__(self, parents: Mapping[str, TableVersion], section: WeightsSection | None = None) -> None:
-        tables = {role: (WeightStore(at.store).table(at.table), at.version) for role, at in parents.items()}
-        self.tokens, self.version = tables.pop("tokens")
+    def __init__(self, parents: Mapping[str, TableVersion], section: WeightsSection) -> None:
+        self.tables = {role: (WeightStore(at.store).table(at.table), at.version) for role, at in parents.items()}
+        self.tokens, self.version = self.tables["tokens"]
         self.section = section
-        self.others = tables
 
     def batches(self, without: pl.LazyFrame | None = None) -> Iterator[pl.DataFrame]:
         """Yield all pairs by pair_id, except those in `without`, in batches of at least one pair.
@@ -57,36 +48,37 @@ class Join:
         Raises:
             MismatchError: A list is not as long as its ids, or a column that is needed is null.
         """
-        for piece in self._ranges():
+        records = (record for table, version in self.tables.values() for record in table.records(version))
+        num_bytes = sum(record.num_bytes for record in records)
+        for piece in self.tokens.key_ranges(RANGE_BYTES, self.version, num_bytes):
             yield from self._read(piece, without).iter_slices(BATCH_PAIRS)
 
-    def _ranges(self) -> list[KeyRange]:
-        """Return ranges that fit into memory."""
-        tables = [(self.tokens, self.version), *self.others.values()]
-        num_bytes = sum(record.num_bytes for table, version in tables for record in table.records(version))
-        return self.tokens.key_ranges(RANGE_BYTES, self.version, num_bytes)
-
     def _read(self, piece: KeyRange, without: pl.LazyFrame | None) -> pl.DataFrame:
-        columns = [name for name in WEIGHTS.names if name in TOKENS.names]
-        frame = piece.of(self.tokens.scan(self.version)).select(columns)
+        wanted = {role: self._wanted(role, piece.of(table.scan(at))) for role, (table, at) in self.tables.items()}
+        frame = wanted.pop("tokens")
         if without is not None:
             frame = frame.join(piece.of(without).select("pair_id"), on="pair_id", how="anti")
-        for role, (table, version) in self.others.items():
-            wanted = self._wanted(role, piece.of(table.scan(version)))
-            frame = frame.join(wanted, on="pair_id", how="inner")
+        for rows in wanted.values():
+            frame = frame.join(rows, on="pair_id")
         joined = frame.sort("pair_id").collect()
         for values, ids in _LENGTHS_OF.items():
-            if values in joined.columns:
-                _check_lengths(joined.select("pair_id", values, ids).to_arrow(), values, ids)
+            if values not in joined.columns:
+                continue
+            for found in wrong_lengths(joined.select(values, ids).to_arrow(), values, ids):
+                raise MismatchError(
+                    f"pair {joined['pair_id'][found.row]}: {found.problem}; {found.num_rows} such pairs. "
+                    "Delete the table that holds them and build again"
+                )
         return joined
 
     def _wanted(self, role: str, rows: pl.LazyFrame) -> pl.LazyFrame:
         """Return the columns of one table that are needed, with the names that they have in a join."""
+        if role == "tokens":
+            return rows.select(name for name in WEIGHTS.names if name in TOKENS.names)
         if role == "anchors":
             return rows.select("pair_id", "anchor_ids", pl.col("anchor_logps").alias("anchor_ref_logps"))
         if role == "attributions":
-            inputs = self.section.inputs() if self.section is not None else set()
-            kinds = [column for kind, column in _ATTRIBUTIONS.items() if kind in inputs]
+            kinds = [column for kind, column in _ATTRIBUTIONS.items() if kind in self.section.inputs()]
             return rows.select("pair_id", *(f"{side}_{kind}" for kind in kinds for side in SIDES))
         kinds = ["logps", "top_ids", "top_logps"] if role == "ref_logps" else ["logps"]
         prefix = role.removesuffix("_logps")
@@ -99,7 +91,7 @@ class Join:
         Raises:
             InputError: Some have none.
         """
-        if self.section is None or self.section.pair_weight != "quality":
+        if self.section.pair_weight != "quality":
             return
         lacks = pl.any_horizontal(pl.col(f"{side}_score").is_null() for side in SIDES)
         num_pairs, num_lacking = self.tokens.scan(self.version).select(pl.len(), lacks.sum()).collect().row(0)
@@ -115,16 +107,8 @@ class Join:
         """Return whether every pair of another table is in all tables of the join."""
         for piece in table.key_ranges(RANGE_BYTES, version):
             left = piece.of(table.scan(version)).select("pair_id")
-            for here, at in ((self.tokens, self.version), *self.others.values()):
+            for here, at in self.tables.values():
                 lost = left.join(piece.of(here.scan(at)).select("pair_id"), on="pair_id", how="anti")
                 if not lost.head(1).collect().is_empty():
                     return False
         return True
-
-
-def _check_lengths(joined: pa.Table, values: str, ids: str) -> None:
-    for found in wrong_lengths(joined, values, ids):
-        raise MismatchError(
-            f"pair {joined['pair_id'][found.row]}: {found.problem}; {found.num_rows} such pairs. "
-            "Delete the table that holds them and build again"
-        )

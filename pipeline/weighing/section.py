@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
 from pydantic import AfterValidator, BeforeValidator, Field, create_model, field_validator, model_validator
 
 from pipeline.section import Section
-from pipeline.weighing.estimators import ESTIMATORS, Estimator, Input
-from pipeline.weighing.settings import DecayGamma
+from pipeline.weighing.estimators import ESTIMATORS, DecayGamma, Estimator, Input
 from pipeline.weighing.transforms import TRANSFORM_SETTINGS, TransformName
 from weights_store.names import check_name
 
@@ -91,15 +90,14 @@ class WeightsSection(Section):
 
     def _readers(self) -> dict[str, list[str]]:
         """Return which choices make a key read, for the keys that depend on more than the estimator."""
-        choices: list[tuple[str, str, Iterable[str]]] = []
-        choices += [("transform", name, keys) for name, keys in TRANSFORM_SETTINGS.items()]
-        choices += [("pair_weight", name, keys) for name, keys in PAIR_WEIGHT_SETTINGS.items()]
+        choices: dict[str, Iterable[str]] = {f"transform {name!r}": keys for name, keys in TRANSFORM_SETTINGS.items()}
+        choices |= {f"pair_weight {name!r}": keys for name, keys in PAIR_WEIGHT_SETTINGS.items()}
         if self.estimator == "ensemble":
-            choices += [("member", name, estimator.settings) for name, estimator in ESTIMATORS.items()]
+            choices |= {f"member {name!r}": estimator.settings for name, estimator in ESTIMATORS.items()}
         found: dict[str, list[str]] = {}
-        for kind, name, keys in choices:
+        for choice, keys in choices.items():
             for key in keys:
-                found.setdefault(key, []).append(f"{kind} {name!r}")
+                found.setdefault(key, []).append(choice)
         return found
 
     @model_validator(mode="after")
@@ -196,15 +194,11 @@ MODELS = {name: _model(name, WeightsSection, _ABLATIONS if name in _ABLATIONS el
 globals().update({model.__name__: model for model in MODELS.values()})  # so that recipes can be pickled
 
 
-def _tis_by_default(given: object) -> object:
-    return {"estimator": "tis", **given} if isinstance(given, Mapping) else given
-
-
 if TYPE_CHECKING:
     AnyWeights = WeightsSection
 else:
     AnyWeights = Annotated[
         Union[tuple(MODELS.values())],  # noqa: UP007
         Field(discriminator="estimator"),
-        BeforeValidator(_tis_by_default),
+        BeforeValidator(lambda given: {"estimator": "tis", **given} if isinstance(given, Mapping) else given),
     ]

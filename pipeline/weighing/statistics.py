@@ -1,7 +1,7 @@
 """The statistics that a version of a weight dataset records, counted batch by batch and merged. Called by `publish.py`."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import polars as pl
@@ -11,25 +11,15 @@ from weights_store.errors import MismatchError
 from weights_store.schemas import SIDES, Side
 from weights_store.tables.metadata import SideStatistics, Statistics
 
-_MEANS: tuple[Literal["mean_weight", "mean_logratio", "share_at_lower", "share_at_upper"], ...] = (
-    "mean_weight",
-    "mean_logratio",
-    "share_at_lower",
-    "share_at_upper",
-)
+_Mean = Literal["mean_weight", "mean_logratio", "share_at_lower", "share_at_upper"]
 """Means over the tokens of a side."""
 
 
 def count_up(joined: pl.DataFrame, sides: Mapping[Side, Weighed], pair_weights: np.ndarray | None) -> Statistics:
-    """Return the statistics of some pairs.
-
-    Args:
-        joined: At least one pair.
-        sides: The scores and the weights of their tokens.
-        pair_weights: `[B]`; None if the recipe has none.
+    """Return the statistics of at least one pair; `pair_weights` `[B]` are None if the recipe has none.
 
     Raises:
-        MismatchError: The lists of the reference's top k are not k times as long as the ids.
+        MismatchError: The lists of the reference's top k are not k times as long as the ids, with one whole k for all pairs.
     """
     statistics: Statistics = {
         "num_pairs": joined.height,
@@ -94,7 +84,8 @@ def _merge_side(left: SideStatistics, right: SideStatistics) -> SideStatistics:
         "min_weight": min(left["min_weight"], right["min_weight"]),
         "max_weight": max(left["max_weight"], right["max_weight"]),
     }
-    for name in _MEANS:
+    name: _Mean
+    for name in get_args(_Mean):
         if name in left and name in right:
             sums = (part[name] * part["num_tokens"] for part in (left, right))
             merged[name] = sum(sums) / merged["num_tokens"]
@@ -109,11 +100,7 @@ def _are_constant(statistics: Statistics) -> bool:
 
 
 def _top_k(joined: pl.DataFrame) -> int:
-    """Return how many of the reference's most likely tokens are stored at each position, 0 if none are.
-
-    Raises:
-        MismatchError: The lists are not k times as long as the ids, with one whole k for all pairs.
-    """
+    """Return k, how many of the reference's most likely tokens are stored at each position; 0 if none are."""
     names = [name for name in joined.columns if "_ref_top_" in name]
     if not names:
         return 0

@@ -54,12 +54,7 @@ def smooth(weights: np.ndarray, lengths: np.ndarray, window: int) -> np.ndarray:
 
 
 def smooth_words(weights: np.ndarray, word_starts: np.ndarray) -> np.ndarray:
-    """Return the mean over the tokens of each word.
-
-    Args:
-        weights: `[N]`.
-        word_starts: Whether a word starts at each token, `[N]` bool; True at the start of each response.
-    """
+    """Return the mean over the tokens of each word; `word_starts` is `[N]` bool, True at the start of each response."""
     starts = np.flatnonzero(word_starts)
     sizes = np.diff(starts, append=len(weights))
     return np.repeat(means(weights, sizes), sizes).astype(np.float32)
@@ -99,11 +94,7 @@ def position_sums(weights: np.ndarray, lengths: np.ndarray, num_bins: int) -> tu
 def divide_by_position(weights: np.ndarray, lengths: np.ndarray, curve: np.ndarray) -> np.ndarray:
     """Return w divided by the dataset's mean weight at its relative position, so that every position has mean 1.
 
-    Args:
-        weights: `[N]`.
-        lengths: `[B]`.
-        curve: Mean weight at each relative position over all responses of this side, `[num_bins]`. Where it is 0, all weights
-            are 0 and stay 0.
+    `curve` is that mean over all responses of this side, `[num_bins]`. Where it is 0, all weights are 0 and stay 0.
     """
     factors = np.divide(1.0, curve, out=np.ones_like(curve), where=curve > 0)
     return (weights * factors[_position_bins(lengths, len(curve))]).astype(np.float32)

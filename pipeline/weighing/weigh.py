@@ -4,7 +4,7 @@ Not here: the formulas (`estimators.py`, `transforms.py`).
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.weighing import transforms
-from pipeline.weighing.estimators import Estimator, SideScores, SideWeights, ensemble, token_keys
+from pipeline.weighing.estimators import SideScores, SideWeights, ensemble, token_keys
 from pipeline.weighing.section import WeightsSection
 from pipeline.weighing.transforms import TransformName
 from pipeline.weighing.words import WordStarts
@@ -33,7 +33,7 @@ class Weigher:
 
     section: WeightsSection
     words: WordStarts | None = None
-    curves: Mapping[Side, np.ndarray] | None = None
+    curves: Mapping[Side, np.ndarray] = field(default_factory=dict)
     """Mean weight by relative position over the whole dataset, for transform `position`."""
 
     @classmethod
@@ -52,10 +52,7 @@ class Weigher:
         return cls(section, WordStarts.of_folder(tokenizer_folder))
 
     def sides(self, lists: pa.Table) -> dict[Side, Weighed]:
-        """Return the weights of both sides.
-
-        Args:
-            lists: Joined columns of at least one pair, each in one chunk.
+        """Return the weights of both sides of at least one pair; `lists` are joined columns, each in one chunk.
 
         Raises:
             MismatchError: A score is not valid, or a weight is 0 and a transform takes its log.
@@ -63,9 +60,8 @@ class Weigher:
         found: dict[Side, Weighed] = {}
         for side in SIDES:
             scores = self._scores(lists, side)
-            curve = self.curves[side] if self.curves is not None else None
             try:
-                found[side] = Weighed(scores, weigh(scores, self.section, curve))
+                found[side] = Weighed(scores, weigh(scores, self.section, self.curves.get(side)))
             except ValueError as error:
                 first, last = (lists["pair_id"][at].as_py() for at in (0, -1))
                 raise MismatchError(f"{side} responses of the pairs {first} to {last}: {error}") from error
@@ -78,14 +74,10 @@ class Weigher:
             if column not in lists.column_names or lists[column].null_count:
                 return None
             values = one_chunk(lists[column])
-            is_list = pa.types.is_list(values.type)
-            found: np.ndarray = (values.flatten() if is_list else values).to_numpy()
-            return found
+            return (values.flatten() if pa.types.is_list(values.type) else values).to_numpy()
 
-        lengths, keys = _lengths(lists, f"{side}_ids"), None
-        if "token keys" in self.section.inputs():
-            keys = token_keys(lists["pair_id"].to_pylist(), side, lengths)
-        ids = flat(f"{side}_ids")
+        lengths, ids = _lengths(lists, f"{side}_ids"), flat(f"{side}_ids")
+        needs_keys = "token keys" in self.section.inputs()
         return SideScores(
             side,
             lengths,
@@ -97,7 +89,7 @@ class Weigher:
             prompt_attributions=flat(f"{side}_prompt_attribution"),
             prompt_lengths=_lengths(lists, "prompt_ids"),
             activations=flat(f"{side}_activations"),
-            token_keys=keys,
+            token_keys=token_keys(lists["pair_id"].to_pylist(), side, lengths) if needs_keys else None,
             word_starts=self.words.starts(ids, lengths) if self.words is not None and ids is not None else None,
         )
 
@@ -105,23 +97,19 @@ class Weigher:
 def weigh(scores: SideScores, section: WeightsSection, curve: np.ndarray | None = None) -> SideWeights:
     """Return the weights of one side: the estimator's or the ensemble's, then transformed in the order of the section.
 
-    Args:
-        scores: What is known of the side.
-        section: The settings.
-        curve: Mean weight by relative position, for transform `position`; see `with_curves`.
+    `curve` is the mean weight by relative position, for transform `position`; see `with_curves`.
 
     Raises:
         ValueError: A score is not valid, or a weight is 0 and a transform takes its log.
     """
-    members = [_estimate(estimator, scores, section) for estimator in section.estimators.values()]
+    members = [
+        estimator.estimate(scores, **{key: getattr(section, key) for key in estimator.settings})
+        for estimator in section.estimators.values()
+    ]
     weighed = ensemble(members) if len(members) > 1 else members[0]
     for name in section.transforms:
         weighed = replace(weighed, token_weights=_transform(name, weighed.token_weights, scores, section, curve))
     return weighed
-
-
-def _estimate(estimator: Estimator, scores: SideScores, section: WeightsSection) -> SideWeights:
-    return estimator.estimate(scores, **{key: getattr(section, key) for key in estimator.settings})
 
 
 def _transform(
@@ -161,9 +149,9 @@ def with_curves(weigher: Weigher, batches: Iterable[pa.Table]) -> Weigher:
     sums, counts = ({side: np.zeros(section.position_bins) for side in SIDES} for _ in range(2))
     for lists in batches:
         for side, (scores, weights) in first_pass.sides(lists).items():
-            of_batch = transforms.position_sums(weights.token_weights, scores.lengths, section.position_bins)
-            sums[side] += of_batch[0]
-            counts[side] += of_batch[1]
+            of_bins, in_bins = transforms.position_sums(weights.token_weights, scores.lengths, section.position_bins)
+            sums[side] += of_bins
+            counts[side] += in_bins
     # Where there is no token the curve is 0, and nothing reads it.
     return replace(weigher, curves={side: sums[side] / np.maximum(counts[side], 1) for side in SIDES})
 
@@ -180,18 +168,12 @@ def pair_weights(section: WeightsSection, lists: pa.Table, sides: Mapping[Side, 
     """
     if section.pair_weight == "quality":
         chosen, rejected = (one_chunk(lists[f"{side}_score"]).to_numpy().astype(np.float64) for side in SIDES)
-        return _sigmoid(section.quality_eta * (chosen - rejected)).astype(np.float32)
+        return (0.5 * (1 + np.tanh(section.quality_eta * (chosen - rejected) / 2))).astype(np.float32)
     if section.pair_weight == "margin":
-        chosen, rejected = (
-            transforms.means(scores.logratios(), scores.lengths) * scores.lengths
-            for scores, _ in (sides["chosen"], sides["rejected"])
-        )
+        of_sides = (sides[side].scores for side in SIDES)
+        chosen, rejected = (transforms.means(each.logratios(), each.lengths) * each.lengths for each in of_sides)
         return np.tanh(np.abs(chosen - rejected) / (2 * section.margin_tau)).astype(np.float32)
     return np.ones(lists.num_rows, dtype=np.float32)
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(x / 2))
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:

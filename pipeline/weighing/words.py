@@ -28,12 +28,7 @@ class WordStarts:
 
     @classmethod
     def of_vocabulary(cls, tokens: list[str], special: set[int]) -> "WordStarts":
-        """Use raw tokens, which still have their white space; decoding a single token may drop it.
-
-        Args:
-            tokens: By id.
-            special: Ids of special tokens.
-        """
+        """Use raw tokens by id, which still have their white space; decoding a single token may drop it."""
         spaces = _SPACES_OF_BYTES if "Ġ" in tokens else _SPACES
         is_special = np.isin(np.arange(len(tokens)), list(special))
         before = np.array([token.startswith(spaces) for token in tokens], dtype=bool)
