@@ -17,7 +17,17 @@ from tests.pipeline import made_up_scorer
 from weights_store import WeightStore
 
 REPO = Path(__file__).resolve().parents[2]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "tokenweights.py", "weights_store", "pipeline", "flows", "train")
+SOURCES = (
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "tokenweights.py",
+    "tokenweights_flows.py",
+    "weights_store",
+    "pipeline",
+    "flows",
+    "train",
+)
 SAFE, PLAIN = ["-P", "-m", "tokenweights"], ["-m", "tokenweights"]
 TRAINING = {"max_steps": 1, "pairs_per_step": 4, "learning_rate": 1e-4}
 
