@@ -73,11 +73,7 @@ class Location:
 
     @property
     def path(self) -> Path:
-        """The local folder.
-
-        Raises:
-            SettingsError: It is not local.
-        """
+        """The local folder; raises SettingsError if it is not local."""
         if not self.is_local:
             raise SettingsError(f"{self.uri} is not a local folder")
         return Path(self.uri)
@@ -126,12 +122,9 @@ class Location:
             text = f"cannot read {self.uri}: {one_line(error)}{_hint(error)}"
             raise StoreError(text) from (error if self.is_local else None)
 
-    def __getstate__(self) -> dict[str, str]:
+    def __reduce__(self) -> tuple[type["Location"], tuple[str]]:
         """Leave out the open file system: every process has its own."""
-        return {"uri": self.uri}
-
-    def __setstate__(self, state: dict[str, str]) -> None:
-        object.__setattr__(self, "uri", state["uri"])
+        return Location, (self.uri,)
 
     def exists(self, name: str = "") -> bool:
         """Return whether there is a file or a folder of that name."""
@@ -231,8 +224,7 @@ def one_line(error: BaseException) -> str:
 
 def _code_and_message(reply: re.Match[str]) -> str:
     """Return the code and the message of a server's reply; the rest may quote the key, the request and the session token."""
-    found = (re.search(f"<{tag}>(.*?)</{tag}>", reply[0], re.DOTALL) for tag in ("Code", "Message"))
-    return ": ".join(part[1] for part in found if part)
+    return ": ".join(re.findall(r"<(?:Code|Message)>(.*?)</", reply[0], re.DOTALL))
 
 
 def _hint(error: BaseException) -> str:
@@ -243,13 +235,11 @@ def _hint(error: BaseException) -> str:
 
 
 def _local_path(uri: str) -> str:
-    text = uri
     if not uri:
         raise SettingsError("store URI is empty; expected a folder or a URI")
-    if uri.startswith("file://"):
-        if not uri.startswith("file:///"):
-            raise SettingsError("a file:// URI of a store names a host: expected file:///absolute/path")
-        text = unquote(uri.removeprefix("file://"))
+    if uri.startswith("file://") and not uri.startswith("file:///"):
+        raise SettingsError("a file:// URI of a store names a host: expected file:///absolute/path")
+    text = unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
     if _ESCAPE.search(text):
         raise SettingsError(f"bad folder {text!r}: deltalake takes a % before two hex digits for another character")
     return str(Path(text).expanduser() if text.startswith("~/") else Path(text))

@@ -52,7 +52,9 @@ class Table(TableReader):
         Raises:
             ConflictError: Other writers won the race for the next version every time.
         """
-        rows = self._distinct(self._conform(rows))
+        rows = self._conform(rows)
+        is_first = pl.DataFrame(pl.from_arrow(rows.select(self.key))).select(pl.struct(self.key).is_first_distinct())
+        rows = rows.filter(is_first.to_series().to_arrow())
         return self._append(rows, self._without_present, self._write, metadata, known)
 
     def append_shards(
@@ -61,12 +63,8 @@ class Table(TableReader):
         """Add the rows of shards that are already written, each key exactly once, as one new version.
 
         A shard with rows that are already there is rewritten without them; the old file is never committed. If all rows are
-        there, the newest version is returned.
-
-        Args:
-            shards: From `write_shards`, possibly of other processes; no key is in two of them.
-            metadata: See the class.
-            known: See the class.
+        there, the newest version is returned. The shards are from `write_shards`, possibly of other processes; no key is in
+        two of them.
 
         Raises:
             ConflictError: Other writers won the race for the next version every time.
@@ -125,14 +123,10 @@ class Table(TableReader):
         mode: Literal["append", "overwrite"] = "append",
         removed: Sequence[ShardRecord] = (),
     ) -> TableVersion:
-        """Make shards visible as version `base` + 1, or fail.
+        """Make shards of a `writer` visible as version `base` + 1, or fail.
 
-        Args:
-            shards: From a `writer`.
-            metadata: See the class.
-            base: The version that the rows were computed from; None for the first.
-            mode: `overwrite`: the shards are the whole content of the new version.
-            removed: Shards whose rows are in `shards` too, which the new version no longer needs.
+        `base` is the version that the rows were computed from, None for the first. With `overwrite` the shards are the whole
+        content of the new version. `removed` are shards whose rows are in `shards` too, which it no longer needs.
 
         Raises:
             ConflictError: Another writer made that version first; nothing became visible.
@@ -154,10 +148,10 @@ class Table(TableReader):
                 opened.create_write_transaction(actions, mode, schema, commit_properties=properties)
         except (DeltaError, OSError) as error:
             # The error does not say whether the commit was made: its reply may be lost, or another writer made the version.
-            made = self._commit_id(version)
-            if made is None:
+            if not self.location.exists(log_name(version)):
                 raise self.cannot_write(error) from self.cause(error)
-            if made != commit_id:
+            made = read_commit(self.location, version).metadata
+            if made is None or made["commit_id"] != commit_id:
                 problem = f"{self.path}: another writer made a version after {base}; run again"
                 raise ConflictError(problem) from self.cause(error)
         return TableVersion(str(self.root), self.path, version, str(metadata["fingerprint"]))
@@ -165,8 +159,6 @@ class Table(TableReader):
     def cannot_write(self, error: BaseException) -> StoreError:
         """Return the error to raise if a shard or a commit cannot be written."""
         return StoreError(f"cannot write {self.path} in {self.root}: {one_line(error)}; nothing became visible")
-
-    # --- inside ------------------------------------------------------------------------------------------------------
 
     def _create(self, schema: object, actions: list[object], properties: object) -> None:
         from deltalake.transaction import create_table_with_add_actions
@@ -203,12 +195,6 @@ class Table(TableReader):
                 raise StoreError(f"{self.path}: rows have no value inside a list of column {name}; expected a number")
         return rows
 
-    def _distinct(self, rows: pa.Table) -> pa.Table:
-        """Keep the first row of every key."""
-        first = pl.DataFrame(pl.from_arrow(rows.select(self.key))).select(pl.struct(self.key).is_first_distinct())
-        keep = first.to_series()
-        return rows if keep.all() else rows.filter(pa.array(keep.to_list()))
-
     def _without_present(self, rows: pa.Table, version: int | None, since: int | None) -> pa.Table:
         """Return the rows whose key is in no shard of `version` that `since` did not have already."""
         if version is None or version == since or not rows.num_rows:
@@ -226,10 +212,8 @@ class Table(TableReader):
         present = present.filter(pl.col(name).is_between(pl.lit(span["min"]), pl.lit(span["max"]))).select(self.key)
         keys = pl.DataFrame(pl.from_arrow(rows.select(self.key))).with_row_index("_row")
         taken = self._collect(keys.lazy().join(present, on=list(self.key), how="semi"))["_row"]
-        if taken.is_empty():
-            return rows
         keep = ~pl.int_range(rows.num_rows, eager=True).is_in(taken.to_list())
-        return rows.filter(pa.array(keep.to_list()))
+        return rows if keep.all() else rows.filter(keep.to_arrow())
 
     def _shards_without_present(
         self, shards: list[ShardRecord], version: int | None, since: int | None
@@ -241,7 +225,7 @@ class Table(TableReader):
         added = [record for record in self.records(version) if record.name not in known]
         left: list[ShardRecord] = []
         for shard in shards:
-            near = [other for other in added if _overlap(shard, other)]
+            near = [o for o in added if shard.first_key <= o.last_key and o.first_key <= shard.last_key]
             keys = pa.concat_tables(self.open_shard(shard).groups(list(self.key))) if near else None
             if keys is None or len(self._without(keys, self.scan_shards(near))) == len(keys):
                 left.append(shard)
@@ -252,10 +236,8 @@ class Table(TableReader):
 
     def _check_shards_are_here(self, shards: list[ShardRecord]) -> None:
         """Refuse shards that another machine wrote to a folder of its own, because no storage is shared."""
-        if not self.location.is_local:
-            return
         for shard in shards:
-            if not self.location.has_file(shard.name):
+            if self.location.is_local and not self.location.has_file(shard.name):
                 raise StoreError(
                     f"{self.path}: shard {shard.name} was written, but is not in {self.location}; a store that several "
                     "machines write must be in storage that all of them share"
@@ -286,13 +268,3 @@ class Table(TableReader):
                 raise StoreError(
                     f"{self.path} and the table {path} in {self.root} would be nested; choose another name"
                 )
-
-    def _commit_id(self, version: int) -> str | None:
-        """Return the `commit_id` of a version, empty if another program made it, None if there is no such version."""
-        if not self.location.exists(log_name(version)):
-            return None
-        return (read_commit(self.location, version).metadata or {}).get("commit_id", "")
-
-
-def _overlap(one: ShardRecord, other: ShardRecord) -> bool:
-    return bool(one.first_key <= other.last_key and other.first_key <= one.last_key)
