@@ -6,7 +6,7 @@ shards are decoded, to name the row group, the column and the pairs.
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from urllib.parse import unquote
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 from weights_store.checks.findings import Finding
 from weights_store.checks.log import TableLog
 from weights_store.errors import DamageError, StoreError
-from weights_store.location import Location, one_line
+from weights_store.location import one_line
 from weights_store.messages import Progress, logger, show
 from weights_store.tables.shards import RESTORE, ShardRecord
 from weights_store.tables.table import Table
@@ -77,9 +77,9 @@ def examine(log: TableLog) -> Examined:
     unsound, done, shown, started = set(), 0, 0, time.monotonic()
     for version, record in records:
         found = [replace(finding, version=version) for finding in _check_shard(table, record, digests)]
+        findings += found
         if found:
             unsound.add(record.name)
-            findings += found
         done += record.num_bytes
         if done - shown >= BYTES_PER_PROGRESS:
             shown = done
@@ -123,7 +123,8 @@ def _check_view(log: TableLog) -> Iterator[Finding]:
         text = f"its log has the columns {names} or types that differ from those of this tokenweights"
         yield Finding(table.path, f"{text}, {table.schema.names}", newest)
     active = log.active(newest)
-    seen = {action["path"]: _stats(action, table.key[0]) for action in actions}
+    stats = ("size_bytes", "num_records", f"min.{table.key[0]}", f"max.{table.key[0]}")
+    seen = {action["path"]: tuple(action.get(name) for name in stats) for action in actions}
     recorded = {r.name: (r.num_bytes, r.num_rows, r.first_key, r.last_key) for _, r in log.records()}
     if seen.keys() != active:
         yield Finding(
@@ -138,19 +139,19 @@ def _check_view(log: TableLog) -> Iterator[Finding]:
             yield Finding(table.path, f"{text}: readers would skip or miscount rows", newest, name)
 
 
-def _stats(action: Mapping[str, object], key: str) -> tuple[object, ...]:
-    return (action["size_bytes"], *(action.get(name) for name in ("num_records", f"min.{key}", f"max.{key}")))
-
-
 def _check_shard(table: Table, record: ShardRecord, digests: dict[str, str]) -> list[Finding]:
     """Return what is wrong with one file; the caller adds the version."""
+    size, sha256 = 0, hashlib.sha256()
     try:
-        size, digest = _digest(table.location, record.name)
+        with table.location.filesystem.open_input_stream(record.name, compression=None) as file:
+            while data := file.read(_READ_BYTES):
+                sha256.update(data)
+                size += len(data)
     except FileNotFoundError:
         return [Finding(table.path, f"the file is missing; {RESTORE}", shard=record.name)]
     except OSError as error:
         return [Finding(table.path, f"the file cannot be read: {one_line(error)}; {RESTORE}", shard=record.name)]
-    problem = _compare_bytes(record, size, digest, digests)
+    problem = _compare_bytes(record, size, sha256.hexdigest(), digests)
     if problem is None:
         return list(_check_footer(table, record))
     inside = list(_look_inside(table, record))
@@ -158,15 +159,6 @@ def _check_shard(table: Table, record: ShardRecord, digests: dict[str, str]) -> 
         return inside  # says the same, and where
     hint = "" if inside else "; every value is as committed: the damage is in the footer or between the values"
     return [Finding(table.path, f"{problem}{hint}; {RESTORE}", shard=record.name), *inside]
-
-
-def _digest(folder: Location, name: str) -> tuple[int, str]:
-    size, sha256 = 0, hashlib.sha256()
-    with folder.filesystem.open_input_stream(name, compression=None) as file:
-        while data := file.read(_READ_BYTES):
-            sha256.update(data)
-            size += len(data)
-    return size, sha256.hexdigest()
 
 
 def _compare_bytes(record: ShardRecord, size: int, digest: str, digests: dict[str, str]) -> str | None:
@@ -207,15 +199,13 @@ def _look_inside(table: Table, record: ShardRecord) -> Iterator[Finding]:
                 rows = reader.read_group(index, columns)
             except _UNDECODABLE as error:
                 text = _without_place(error, table, record, within)
-                yield replace(place, row_group=index, problem=_with_column(", ".join(columns), span, text))
+                if not text.startswith("column "):
+                    text = f"column {', '.join(columns)}{span} {text}"
+                yield replace(place, row_group=index, problem=text)
                 if not span:
                     break
             else:
                 span = span or f" (rows {key[0]} {rows[key[0]][0]} … {rows[key[0]][-1]})"
-
-
-def _with_column(column: str, span: str, text: str) -> str:
-    return text if text.startswith("column ") else f"column {column}{span} {text}"
 
 
 def _without_place(error: BaseException, table: Table, record: ShardRecord, within: str = "") -> str:

@@ -36,7 +36,12 @@ def check_keys(table: SoundTable) -> Iterator[Finding]:
         with table.reading():
             frame = counts.filter(pl.col("count") > 1).sort(table.key).collect()
         if frame.height:
-            found.add("", frame.height, _doubled(table, frame.row(0, named=True)))
+            row = frame.row(0, named=True)
+            problem = f"occurs {row['count']} times, expected once; build the table again"
+            if table.key != ("pair_id",):
+                problem = f"{', '.join(f'{name} {row[name]!r}' for name in table.key)} {problem}"
+            finding = Finding(table.path, problem, table.version_number, pair_id=row.get("pair_id"))
+            found.add("", frame.height, finding)
     yield from found.findings()
 
 
@@ -57,23 +62,13 @@ class _Tally:
             yield replace(finding, problem=f"{finding.problem} ({more} more like this)") if more else finding
 
 
-def _doubled(table: SoundTable, row: Mapping[str, Any]) -> Finding:
-    problem = f"occurs {row['count']} times, expected once; build the table again"
-    if table.key != ("pair_id",):
-        problem = f"{', '.join(f'{name} {row[name]!r}' for name in table.key)} {problem}"
-    return Finding(table.path, problem, table.version_number, pair_id=row.get("pair_id"))
-
-
 def compare(
     child: SoundTable, parents: list[SoundTable], columns: Mapping[str, str], by_length: bool = False
 ) -> Iterator[Finding]:
     """Yield, for each column, the first pair that differs from its parent, and the first pair that no parent has.
 
-    Args:
-        child: The table to check.
-        parents: Versions that it was made from. Each pair is compared with the first one that has it.
-        columns: Columns of the child, if it has them, and those of the parents.
-        by_length: Compare lengths of lists instead of values.
+    Each pair is compared with the first parent that has it. `columns` are those of the child, if it has them, and of the
+    parents. With `by_length` the lengths of lists are compared instead of their values.
     """
     columns = {name: theirs for name, theirs in columns.items() if name in child.schema.names}
     found = _Tally()
@@ -95,7 +90,9 @@ def compare(
                     found.add(name, bad.height, _unlike(child, parent, name, theirs, bad.row(0, named=True), by_length))
             left = left.join(joined.select("pair_id"), on="pair_id", how="anti")
         if left.height and all(parent.is_whole for parent in parents):
-            found.add("lost", left.height, _lost(child, parents, str(left["pair_id"].min())))
+            problem = f"has no row in {' or '.join(parent.name for parent in parents)}, which the table was made from"
+            first = str(left["pair_id"].min())
+            found.add("lost", left.height, Finding(child.path, problem, child.version_number, pair_id=first))
     yield from found.findings()
 
 
@@ -118,16 +115,6 @@ def _unlike(
     if is_length:
         problem = f"{here} {name} for {there} {theirs} of {parent.name}"
     else:
-        problem = f"{name} is {_shown(here)}, in {parent.name} it is {_shown(there)}"
+        here, there = (f"a list of {len(v)}" if isinstance(v, list) else v for v in (here, there))
+        problem = f"{name} is {here}, in {parent.name} it is {there}"
     return Finding(child.path, problem, child.version_number, pair_id=row["pair_id"])
-
-
-def _shown(value: object) -> str:
-    return f"a list of {len(value)}" if isinstance(value, list) else str(value)
-
-
-def _lost(child: SoundTable, parents: list[SoundTable], pair_id: str) -> Finding:
-    places = " or ".join(parent.name for parent in parents)
-    return Finding(
-        child.path, f"has no row in {places}, which the table was made from", child.version_number, pair_id=pair_id
-    )

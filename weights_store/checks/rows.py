@@ -59,14 +59,10 @@ def id_law(vocab_size: int | None) -> Law:
 def violations(
     kind: str, rows: pa.Table, key: tuple[str, ...], vocab_size: int | None, scorer: ScorerRecord | None = None
 ) -> Iterator[Violation]:
-    """Yield each law that `rows` break, with the first row that breaks it.
+    """Yield each law that `rows`, one row group of a kind of table, break, with the first row that breaks it.
 
-    Args:
-        kind: Kind of table, see `schemas.KEYS`.
-        rows: One row group, all columns.
-        key: The table's key columns.
-        vocab_size: Ids must be below it; None if the table does not record it.
-        scorer: What made the numbers: says which optional columns hold values. If None, the first row decides.
+    Ids must be below `vocab_size`, None if the table does not record it. `scorer` says which optional columns hold values; if
+    it is None, the first row decides.
     """
     for name in key:
         for found in null(rows, name):
@@ -86,7 +82,10 @@ def violations(
         case "weights":
             yield from _weight_laws(rows, vocab_size, scorer)
         case "quarantine":
-            yield from _unknown_reason(rows)
+            known = pc.is_in(rows["reason"], value_set=pa.array([reason.value for reason in Reason]))
+            for row, num_rows in _first(~_mask(known)):
+                problem = f"reason {rows['reason'][row].as_py()!r} is none of the known ones"
+                yield Violation("reason", row, problem, num_rows)
 
 
 def _token_laws(rows: pa.Table, vocab_size: int | None) -> Iterator[Violation]:
@@ -173,12 +172,6 @@ def _bad_positions(rows: pa.Table, name: str, top_k: int) -> Iterator[Violation]
         yield Violation(name, row, f"{name} of response token {position} are {listed}, {expected}", num_rows)
 
 
-def _unknown_reason(rows: pa.Table) -> Iterator[Violation]:
-    known = pc.is_in(rows["reason"], value_set=pa.array([reason.value for reason in Reason]))
-    for row, num_rows in _first(~_mask(known)):
-        yield Violation("reason", row, f"reason {rows['reason'][row].as_py()!r} is none of the known ones", num_rows)
-
-
 # --- single laws -------------------------------------------------------------------------------------------------------
 
 
@@ -231,9 +224,7 @@ def bad_values(rows: pa.Table, name: str, law: Law) -> Iterator[Violation]:
 def _locate(bad: NDArray[np.intp], lengths: NDArray[np.int64]) -> tuple[int, int, int]:
     """Return the row of the first bad value, its position there, and how many rows have a bad one.
 
-    Args:
-        bad: Indices into the flat values of all rows.
-        lengths: Values of each row.
+    `bad` are indices into the flat values of all rows; each row has `lengths` of them.
     """
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     bad_rows = np.searchsorted(offsets, bad, side="right") - 1  # the last of equal offsets: empty lists hold nothing

@@ -37,7 +37,14 @@ class TokenTexts:
     def text(self, token_id: int) -> str:
         """Return the text of one id."""
         if token_id not in self._known:
-            self._known[token_id] = self._look_up(token_id)
+            self._check(token_id)
+            if isinstance(self._source, Mapping | Sequence):
+                try:
+                    self._known[token_id] = str(self._source[token_id])
+                except (KeyError, IndexError):
+                    raise self._unknown(token_id) from None
+            else:
+                self._known[token_id] = _decode(self._source, [token_id])
         return self._known[token_id]
 
     def texts(self, ids: pl.Series) -> pl.Series:
@@ -52,15 +59,6 @@ class TokenTexts:
             return "".join(map(self.text, ids))
         self._check(max(ids, default=0))
         return _decode(self._source, list(ids))
-
-    def _look_up(self, token_id: int) -> str:
-        self._check(token_id)
-        if not isinstance(self._source, Mapping | Sequence):
-            return _decode(self._source, [token_id])
-        try:
-            return str(self._source[token_id])
-        except (KeyError, IndexError):
-            raise self._unknown(token_id) from None
 
     def _check(self, token_id: int) -> None:
         if self._num_ids is not None and token_id >= self._num_ids:
