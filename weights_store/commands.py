@@ -162,7 +162,6 @@ def _history(options: argparse.Namespace) -> None:
 
 
 def _versions(history: "pl.DataFrame") -> list[dict[str, object]]:
-    """Return one row per version, with its changes as a list."""
     rows = history.drop("name").to_dicts()
     return [{**row, "changes": [change for change in row["changes"].split("; ") if change]} for row in rows]
 
@@ -273,9 +272,9 @@ def _vacuum(options: argparse.Namespace) -> None:
     if not orphans:
         print(f"nothing to delete: no file {rule}")
     elif options.yes:
-        print(f"deleted {_files(orphans)} {rule}")
+        print(f"deleted {_amount(orphans, 'file')} {rule}")
     else:
-        print(f"would delete {_files(orphans)} {rule}; --yes deletes")
+        print(f"would delete {_amount(orphans, 'file')} {rule}; --yes deletes")
 
 
 def _optimize(options: argparse.Namespace) -> None:
@@ -286,10 +285,11 @@ def _optimize(options: argparse.Namespace) -> None:
     before = table.records(base.version)
     made = optimize(table)
     if made is None:
-        print(f"{base}: nothing to do, {_shards(before)}")
+        print(f"{base}: nothing to do, {_amount(before, 'shard')}")
         return
     print(f"{base} -> @{made.version} in {options.store}")
-    print(f"{_GAP}{_shards(before)} -> {_shards(table.records(made.version))}; older versions stay readable")
+    after = table.records(made.version)
+    print(f"{_GAP}{_amount(before, 'shard')} -> {_amount(after, 'shard')}; older versions stay readable")
 
 
 def _table_path(text: str) -> str:
@@ -301,7 +301,6 @@ def _table_path(text: str) -> str:
 
 
 def _table_paths(names: Sequence[str]) -> list[str] | None:
-    """Return the paths of some tables, None for all."""
     return [_table_path(name) for name in names] or None
 
 
@@ -358,12 +357,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _shards(records: "Sequence[ShardRecord]") -> str:
-    return f"{_count(len(records), 'shard')}, {_size(sum(record.num_bytes for record in records))}"
-
-
-def _files(orphans: "Sequence[Orphan]") -> str:
-    return f"{_count(len(orphans), 'file')}, {_size(sum(orphan.num_bytes for orphan in orphans))}"
+def _amount(files: "Sequence[ShardRecord | Orphan]", noun: str) -> str:
+    return f"{_count(len(files), noun)}, {_size(sum(file.num_bytes for file in files))}"
 
 
 def _size(num_bytes: float) -> str:

@@ -142,14 +142,11 @@ def fingerprint_tokenizer(folder: str | Path) -> str:
             )
         content["files"] = {path.name: fingerprint_file(path) for path in files}
     if (folder / "tokenizer_config.json").is_file():
-        settings = load_json(folder / "tokenizer_config.json")
-        content["settings"] = {key: _plain_token(settings[key]) for key in _TOKENIZER_SETTINGS if key in settings}
+        config = load_json(folder / "tokenizer_config.json")
+        settings = {key: config[key] for key in _TOKENIZER_SETTINGS if key in config}
+        # Older configs store a special token as an object with a `content`.
+        content["settings"] = {k: v.get("content", v) if isinstance(v, dict) else v for k, v in settings.items()}
     return fingerprint(content)
-
-
-def _plain_token(value: object) -> object:
-    """Return a special token as text; older configs store it as an object with a `content`."""
-    return value["content"] if isinstance(value, dict) and "content" in value else value
 
 
 def load_json(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from weights_store.checks.log import TableLog
 from weights_store.errors import DamageError, StoreError
 from weights_store.location import one_line
 from weights_store.messages import Progress, logger, show
-from weights_store.tables.shards import RESTORE, ShardRecord
+from weights_store.tables.shards import RESTORE, ShardReader, ShardRecord
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableReader
 
@@ -141,6 +141,7 @@ def _check_view(log: TableLog) -> Iterator[Finding]:
 
 def _check_shard(table: Table, record: ShardRecord, digests: dict[str, str]) -> list[Finding]:
     """Return what is wrong with one file; the caller adds the version."""
+    place = Finding(table.path, "", shard=record.name)
     size, sha256 = 0, hashlib.sha256()
     try:
         with table.location.filesystem.open_input_stream(record.name, compression=None) as file:
@@ -148,17 +149,21 @@ def _check_shard(table: Table, record: ShardRecord, digests: dict[str, str]) -> 
                 sha256.update(data)
                 size += len(data)
     except FileNotFoundError:
-        return [Finding(table.path, f"the file is missing; {RESTORE}", shard=record.name)]
+        return [replace(place, problem=f"the file is missing; {RESTORE}")]
     except OSError as error:
-        return [Finding(table.path, f"the file cannot be read: {one_line(error)}; {RESTORE}", shard=record.name)]
+        return [replace(place, problem=f"the file cannot be read: {one_line(error)}; {RESTORE}")]
     problem = _compare_bytes(record, size, sha256.hexdigest(), digests)
-    if problem is None:
-        return list(_check_footer(table, record))
-    inside = list(_look_inside(table, record))
-    if inside and problem == _BYTES_DIFFER:
+    try:
+        reader = table.open_shard(record)
+    except _UNDECODABLE as error:
+        what = "its footer" if problem else "the commit's record of it"
+        inside = [replace(place, problem=f"{what} is damaged: {_without_place(error, table, record)}")]
+    else:
+        inside = list(_look_inside(table, reader)) if problem else []
+    if problem is None or (inside and problem == _BYTES_DIFFER):
         return inside  # says the same, and where
     hint = "" if inside else "; every value is as committed: the damage is in the footer or between the values"
-    return [Finding(table.path, f"{problem}{hint}; {RESTORE}", shard=record.name), *inside]
+    return [replace(place, problem=f"{problem}{hint}; {RESTORE}"), *inside]
 
 
 def _compare_bytes(record: ShardRecord, size: int, digest: str, digests: dict[str, str]) -> str | None:
@@ -173,24 +178,9 @@ def _compare_bytes(record: ShardRecord, size: int, digest: str, digests: dict[st
     return _BYTES_DIFFER
 
 
-def _check_footer(table: Table, record: ShardRecord) -> Iterator[Finding]:
-    """Yield a finding if readers would refuse a file whose bytes are as committed: then the commit is damaged."""
-    try:
-        table.open_shard(record)
-    except _UNDECODABLE as error:
-        text = f"the commit's record of it is damaged: {_without_place(error, table, record)}"
-        yield Finding(table.path, text, shard=record.name)
-
-
-def _look_inside(table: Table, record: ShardRecord) -> Iterator[Finding]:
-    """Yield a finding for a broken footer, or for each column of each row group that is not as committed."""
-    place = Finding(table.path, "", shard=record.name)
-    try:
-        reader = table.open_shard(record)
-    except _UNDECODABLE as error:
-        yield replace(place, problem=f"its footer is damaged: {_without_place(error, table, record)}")
-        return
-    key = list(table.key)
+def _look_inside(table: Table, reader: ShardReader) -> Iterator[Finding]:
+    """Yield a finding for each column of each row group that is not as committed."""
+    record, key = reader.record, list(table.key)
     for index in range(len(reader.group_sizes)):
         within, span = f", row group {index}", ""
         # The key first: all other checksums depend on it.
@@ -201,7 +191,7 @@ def _look_inside(table: Table, record: ShardRecord) -> Iterator[Finding]:
                 text = _without_place(error, table, record, within)
                 if not text.startswith("column "):
                     text = f"column {', '.join(columns)}{span} {text}"
-                yield replace(place, row_group=index, problem=text)
+                yield Finding(table.path, text, shard=record.name, row_group=index)
                 if not span:
                     break
             else:

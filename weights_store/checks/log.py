@@ -101,7 +101,6 @@ def _gaps(versions: list[int], newest: int) -> dict[int, str]:
 
 
 def _read(table: Table, version: int) -> Commit | str:
-    """Return one commit, or what is wrong with it."""
     try:
         commit = read_commit(table.location, version)
         _check(commit)

@@ -98,7 +98,6 @@ def _folders(store: WeightStore, tables: Iterable[str] | None) -> Iterator[tuple
 
 
 def _paths(root: Location) -> Iterator[str]:
-    """Yield the folders that hold a log or shards."""
     waiting = list(SCHEMAS)
     while waiting:
         path = waiting.pop(0)

@@ -99,7 +99,6 @@ class _Verification:
             yield from _with_damage(unusable, check_quarantine(log, unusable))
 
     def _check_relations(self, kind: str, log: TableLog, rows: SoundTable) -> Iterator[Finding]:
-        """Compare rows with those that they were made from."""
         if kind in ("logps", "attributions", "anchors"):  # of all commits: each adds some pairs
             versions = sorted(log.commits, reverse=True)
             references = [parent for version in versions for parent in parents(log.metadata(version))]

@@ -206,7 +206,6 @@ class Table(TableReader):
         return self._without(rows, present)
 
     def _without(self, rows: pa.Table, present: pl.LazyFrame) -> pa.Table:
-        """Return the rows whose key is not in `present`."""
         name = self.key[0]
         span = pc.min_max(rows[name]).as_py()
         present = present.filter(pl.col(name).is_between(pl.lit(span["min"]), pl.lit(span["max"]))).select(self.key)

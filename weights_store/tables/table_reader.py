@@ -244,7 +244,6 @@ class TableReader:
             return frame.collect()
 
     def _row_groups(self, record: ShardRecord) -> Iterator[RowGroup]:
-        """Read the footer of a shard."""
         with self.reading(), self.location.filesystem.open_input_file(record.name) as file:
             footer = pq.read_metadata(file)
             column = footer.schema.to_arrow_schema().names.index(self.key[0])

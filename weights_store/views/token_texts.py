@@ -16,7 +16,6 @@ class Decoder(Protocol):
 
     def decode(self, ids: list[int], /, *, skip_special_tokens: bool = ...) -> str:
         """Return the text of some ids."""
-        ...
 
 
 Tokenizer = Decoder | Mapping[int, str] | Sequence[str]
