@@ -40,5 +40,5 @@ def check_store(root: Location) -> None:
     Raises:
         NotFoundError: There is none.
     """
-    if not any((root / kind).exists() for kind in SCHEMAS):
+    if not root.exists(*SCHEMAS):
         raise NotFoundError(f"no store at {root}: expected a folder that `tokenweights build` has written")

@@ -126,15 +126,10 @@ class Location:
         """Leave out the open file system: every process has its own."""
         return Location, (self.uri,)
 
-    def exists(self, name: str = "") -> bool:
-        """Return whether there is a file or a folder of that name."""
+    def exists(self, *names: str) -> bool:
+        """Return whether at least one of the files or folders is there."""
         with self._reading():
-            return bool(self.filesystem.get_file_info(name).type != pafs.FileType.NotFound)
-
-    def has_file(self, *names: str) -> bool:
-        """Return whether at least one of the files is there."""
-        with self._reading():
-            return any(info.is_file for info in self.filesystem.get_file_info(list(names)))
+            return any(info.type != pafs.FileType.NotFound for info in self.filesystem.get_file_info(list(names)))
 
     def files(self) -> dict[str, pafs.FileInfo]:
         """Return the files in this folder by name; none if the folder does not exist."""

@@ -99,7 +99,7 @@ def _check_foreign(log: TableLog) -> Iterator[Finding]:
             version,
         )
         for path in commit.added:
-            if not any(log.table.location.exists(name) for name in {path, unquote(path)}):
+            if not log.table.location.exists(path, unquote(path)):
                 yield Finding(log.table.path, "the file is missing", version, path)
 
 

@@ -71,7 +71,12 @@ class Table(TableReader):
             StoreError: Also if a shard is not in the table's folder.
             DamageError: A shard that must be rewritten is not what was written.
         """
-        self._check_shards_are_here(shards)
+        for shard in shards:
+            if self.location.is_local and not self.location.exists(shard.name):
+                raise StoreError(
+                    f"{self.path}: shard {shard.name} was written, but is not in {self.location}; a store that several "
+                    "machines write must be in storage that all of them share"
+                )
         return self._append(shards, self._shards_without_present, list, metadata, known)
 
     def _append(
@@ -163,7 +168,15 @@ class Table(TableReader):
     def _create(self, schema: object, actions: list[object], properties: object) -> None:
         from deltalake.transaction import create_table_with_add_actions
 
-        self._check_stands_alone()
+        # Listings and `vacuum` look at whole folders, so no table may be inside another one's.
+        kind, *parts = self.path.split("/")
+        above = ["/".join([kind, *parts[:count]]) for count in range(1, len(parts))]
+        inside = [f"{self.path}/{name}" for name in self.location.folders()]
+        for path in (*above, *inside):
+            if (self.root / path).exists("_delta_log"):
+                raise StoreError(
+                    f"{self.path} and the table {path} in {self.root} would be nested; choose another name"
+                )
         if self.location.is_local:
             self.location.path.mkdir(parents=True, exist_ok=True)
         configuration = {
@@ -233,15 +246,6 @@ class Table(TableReader):
             left += self._write(rows) if rows.num_rows else []
         return left
 
-    def _check_shards_are_here(self, shards: list[ShardRecord]) -> None:
-        """Refuse shards that another machine wrote to a folder of its own, because no storage is shared."""
-        for shard in shards:
-            if self.location.is_local and not self.location.has_file(shard.name):
-                raise StoreError(
-                    f"{self.path}: shard {shard.name} was written, but is not in {self.location}; a store that several "
-                    "machines write must be in storage that all of them share"
-                )
-
     def _checked_version(self) -> int | None:
         """Return the newest version, None when there is none, and refuse to write to a table that is not ours."""
         version = self.version()
@@ -256,14 +260,3 @@ class Table(TableReader):
             return writer.finish()
         except OSError as error:
             raise self.cannot_write(error) from self.cause(error)
-
-    def _check_stands_alone(self) -> None:
-        """Refuse a table inside another one's folder, or around one: listings and `vacuum` look at whole folders."""
-        kind, *parts = self.path.split("/")
-        above = ["/".join([kind, *parts[:count]]) for count in range(1, len(parts))]
-        inside = [f"{self.path}/{name}" for name in self.location.folders()]
-        for path in (*above, *inside):
-            if (self.root / path).exists("_delta_log"):
-                raise StoreError(
-                    f"{self.path} and the table {path} in {self.root} would be nested; choose another name"
-                )

@@ -64,7 +64,7 @@ class TableReader:
 
     def exists(self) -> bool:
         """Return whether the table has at least one version."""
-        return self.location.has_file(log_name(0), "_delta_log/_last_checkpoint")
+        return self.location.exists(log_name(0), "_delta_log/_last_checkpoint")
 
     def version(self) -> int | None:
         """Return the newest version, None if there is none."""

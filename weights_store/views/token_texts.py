@@ -31,7 +31,11 @@ class TokenTexts:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._source = tokenizer
         self._known: dict[int, str] = {}
-        self._num_ids = _num_ids(tokenizer)
+        self._num_ids: int | None = None  # it does not say, or its ids need not be consecutive
+        if hasattr(tokenizer, "get_vocab_size"):
+            self._num_ids = int(tokenizer.get_vocab_size())
+        elif isinstance(tokenizer, Sized) and not isinstance(tokenizer, Mapping):
+            self._num_ids = len(tokenizer)
 
     def text(self, token_id: int) -> str:
         """Return the text of one id."""
@@ -73,12 +77,3 @@ class TokenTexts:
 
 def _decode(decoder: Decoder, ids: list[int]) -> str:
     return str(decoder.decode(ids, skip_special_tokens=False))  # `tokenizers` leaves special tokens out by default
-
-
-def _num_ids(tokenizer: Tokenizer) -> int | None:
-    """Return how many ids a tokenizer has; None if it does not say, or if ids need not be consecutive."""
-    if isinstance(tokenizer, Mapping):
-        return None
-    if hasattr(tokenizer, "get_vocab_size"):
-        return int(tokenizer.get_vocab_size())
-    return len(tokenizer) if isinstance(tokenizer, Sized) else None
