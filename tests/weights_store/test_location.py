@@ -117,7 +117,8 @@ def test_files_and_folders_are_listed_alike_everywhere(store_uri):
         (place / name).exists("")
         place.write(name, name.encode())
     assert (list(place.files()), list(place.folders())) == (["top.json"], ["a", "b"])
-    assert place.exists("none", "b/x.json") and place.exists("a")
+    assert place.exists("none", "b/x.json")
+    assert place.exists("a")
     assert not place.exists("none")
     assert place.read("a/deep/y.json") == b"a/deep/y.json"
     place.delete("top.json")

@@ -12,10 +12,9 @@ from typing import NamedTuple, NotRequired, TypedDict
 import polars as pl
 
 from weights_store.catalog import open_table
-from weights_store.errors import NotFoundError
 from weights_store.location import Location
 from weights_store.names import quarantine_path
-from weights_store.tables.commits import Commit, read_commit
+from weights_store.tables.commits import read_commit
 from weights_store.tables.metadata import CommitMetadata, Parent, Section
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableVersion
@@ -83,14 +82,14 @@ class _Walk:
         """Add one table version and all that it was made from; `recipe` is that of the weight dataset below it."""
         table, version = open_table(self.root, parent["table"]), parent["version"]
         thing = _Thing(role, "table", table.path, version, parent["fingerprint"])
-        commit = _commit(table, version, parent["fingerprint"])
-        if commit is None or commit.metadata is None:
+        commit = read_commit(table.location, version)
+        metadata = commit.metadata
+        if metadata is None or metadata["fingerprint"] != parent["fingerprint"]:  # it is gone, or another one is there
             self._add(depth, thing)
             return
         thing = thing._replace(rows=_num_rows(table, version), created=commit.timestamp_ms)
         if not self._add(depth, thing):
             return
-        metadata = commit.metadata
         recipe = metadata.get("recipe", recipe)
         for above in metadata.get("parents", []):
             self.table(depth + 1, above.get("role", above["table"].partition("/")[0]), above, recipe)
@@ -159,16 +158,6 @@ class _Walk:
             return False
         self.found[key] = (depth, thing)
         return True
-
-
-def _commit(table: Table, version: int, fingerprint: str) -> Commit | None:
-    """Return the commit of a parent; None if the store no longer has that version or has another one there."""
-    try:
-        table.reference(version)
-    except NotFoundError:
-        return None
-    commit = read_commit(table.location, version)
-    return commit if commit.metadata and commit.metadata["fingerprint"] == fingerprint else None
 
 
 def _num_rows(table: Table, version: int) -> int:
