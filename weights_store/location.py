@@ -209,17 +209,14 @@ def one_line(error: BaseException) -> str:
 
     For errors of storage libraries, which may quote keys. `messages.first_line` is for all others.
     """
-    text = _XML_ERROR.sub(_code_and_message, _BACKTRACE.sub("", _ANSI.sub("", str(error))).replace("↳", " "))
+    text = _BACKTRACE.sub("", _ANSI.sub("", str(error))).replace("↳", " ")
+    # Of a server's reply only the code and the message: the rest may quote the key, the request and the session token.
+    text = _XML_ERROR.sub(lambda reply: ": ".join(re.findall(r"<(?:Code|Message)>(.*?)</", reply[0], re.DOTALL)), text)
     text = _USER.sub("***@", text)
     for name, value in os.environ.items():
         if len(value) >= 6 and _SECRET_NAME.fullmatch(name):
             text = text.replace(value, "***")
     return " ".join(text.split()) or type(error).__name__
-
-
-def _code_and_message(reply: re.Match[str]) -> str:
-    """Return the code and the message of a server's reply; the rest may quote the key, the request and the session token."""
-    return ": ".join(re.findall(r"<(?:Code|Message)>(.*?)</", reply[0], re.DOTALL))
 
 
 def _hint(error: BaseException) -> str:

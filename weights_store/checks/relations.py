@@ -5,7 +5,7 @@ one of them.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import polars as pl
@@ -24,11 +24,12 @@ ANCHOR_COLUMNS = {"anchor_ids": "anchor_ids", "anchor_ref_logps": "anchor_logps"
 PER_TOKEN_COLUMNS = {f"{side}_{what}": f"{side}_ids" for side in SIDES for what in ("logps", "attributions")}
 """Columns with one number per id, and the column of the ids."""
 _THEIRS = "_of_parent"
+_Found = tuple[str, int, Finding]  # a kind of problem, how many pairs have it, and the first of them
 
 
 def check_keys(table: SoundTable) -> Iterator[Finding]:
     """Yield the first key that occurs more than once, and how many do."""
-    found = _Tally()
+    found: list[_Found] = []
     num_bytes = _BYTES_PER_KEY * sum(record.num_rows for record in table.records())
     keys = table.scan().select(table.key)
     for piece in table.key_ranges(JOIN_BYTES, num_bytes=num_bytes):
@@ -41,25 +42,15 @@ def check_keys(table: SoundTable) -> Iterator[Finding]:
             if table.key != ("pair_id",):
                 problem = f"{', '.join(f'{name} {row[name]!r}' for name in table.key)} {problem}"
             finding = Finding(table.path, problem, table.version_number, pair_id=row.get("pair_id"))
-            found.add("", frame.height, finding)
-    yield from found.findings()
+            found.append(("", frame.height, finding))
+    yield from _one_of_each(found)
 
 
-@dataclass
-class _Tally:
-    """The first finding of each kind, and how many pairs have that problem."""
-
-    first: dict[str, Finding] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, kind: str, count: int, finding: Finding) -> None:
-        self.first.setdefault(kind, finding)
-        self.counts[kind] = self.counts.get(kind, 0) + count
-
-    def findings(self) -> Iterator[Finding]:
-        for kind, finding in self.first.items():
-            more = self.counts[kind] - 1
-            yield replace(finding, problem=f"{finding.problem} ({more} more like this)") if more else finding
+def _one_of_each(found: list[_Found]) -> Iterator[Finding]:
+    for kind in dict.fromkeys(kind for kind, _, _ in found):
+        same = [(count, finding) for other, count, finding in found if other == kind]
+        more, first = sum(count for count, _ in same) - 1, same[0][1]
+        yield replace(first, problem=f"{first.problem} ({more} more like this)") if more else first
 
 
 def compare(
@@ -71,7 +62,7 @@ def compare(
     parents. With `by_length` the lengths of lists are compared instead of their values.
     """
     columns = {name: theirs for name, theirs in columns.items() if name in child.schema.names}
-    found = _Tally()
+    found: list[_Found] = []
     largest = max((child, *parents), key=lambda table: table.num_bytes)
     num_bytes = child.num_bytes + max(parent.num_bytes for parent in parents)
     for piece in largest.key_ranges(JOIN_BYTES, num_bytes=num_bytes):
@@ -87,13 +78,14 @@ def compare(
             for name, theirs in columns.items():
                 bad = joined.filter(pl.col(name).ne_missing(pl.col(f"{theirs}{_THEIRS}")))
                 if bad.height:
-                    found.add(name, bad.height, _unlike(child, parent, name, theirs, bad.row(0, named=True), by_length))
+                    finding = _unlike(child, parent, name, theirs, bad.row(0, named=True), by_length)
+                    found.append((name, bad.height, finding))
             left = left.join(joined.select("pair_id"), on="pair_id", how="anti")
         if left.height and all(parent.is_whole for parent in parents):
             problem = f"has no row in {' or '.join(parent.name for parent in parents)}, which the table was made from"
             first = str(left["pair_id"].min())
-            found.add("lost", left.height, Finding(child.path, problem, child.version_number, pair_id=first))
-    yield from found.findings()
+            found.append(("lost", left.height, Finding(child.path, problem, child.version_number, pair_id=first)))
+    yield from _one_of_each(found)
 
 
 def _values(table: SoundTable, names: list[str], by_length: bool, suffix: str) -> pl.LazyFrame:

@@ -11,7 +11,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 import polars as pl
 import pyarrow as pa
@@ -24,7 +24,6 @@ from weights_store.tables.commits import custom_metadata, delta_actions, log_nam
 from weights_store.tables.shards import ShardRecord, ShardWriter
 from weights_store.tables.table_reader import TableReader, TableVersion
 
-_Items = TypeVar("_Items", pa.Table, list[ShardRecord])
 _MAX_TRIES = 20
 
 
@@ -55,7 +54,12 @@ class Table(TableReader):
         rows = self._conform(rows)
         is_first = pl.DataFrame(pl.from_arrow(rows.select(self.key))).select(pl.struct(self.key).is_first_distinct())
         rows = rows.filter(is_first.to_series().to_arrow())
-        return self._append(rows, self._without_present, self._write, metadata, known)
+
+        def write_new(version: int | None, since: int | None) -> list[ShardRecord]:
+            fresh = self._without_present(rows, version, since)
+            return self._write(fresh) if fresh.num_rows else []
+
+        return self._append(write_new, metadata, known)
 
     def append_shards(
         self, shards: list[ShardRecord], metadata: Mapping[str, object], known: int | None = None
@@ -77,36 +81,35 @@ class Table(TableReader):
                     f"{self.path}: shard {shard.name} was written, but is not in {self.location}; a store that several "
                     "machines write must be in storage that all of them share"
                 )
-        return self._append(shards, self._shards_without_present, list, metadata, known)
+        return self._append(
+            lambda version, since: self._shards_without_present(shards, version, since), metadata, known
+        )
 
     def _append(
         self,
-        items: _Items,
-        without_present: Callable[[_Items, int | None, int | None], _Items],
-        write: Callable[[_Items], list[ShardRecord]],
+        write_new: Callable[[int | None, int | None], list[ShardRecord]],
         metadata: Mapping[str, object],
         known: int | None,
     ) -> TableVersion:
-        """Commit the new part of `items`, and look again whenever another writer was faster."""
+        """Commit the new rows, and look again whenever another writer was faster.
+
+        `write_new` returns shards with the rows whose key is in no shard of one version that another had not already.
+        """
         base = self._checked_version()
-        fresh = without_present(items, base, known)
-        records: list[ShardRecord] | None = None
+        fresh = write_new(base, known)
         for attempt in range(_MAX_TRIES):
-            if base is not None and not len(fresh):
+            if base is not None and not fresh:
                 return self.reference(base)
-            if records is None:
-                records = write(fresh)
             try:
-                return self.commit(records, metadata, base)
+                return self.commit(fresh, metadata, base)
             except ConflictError:
                 time.sleep(random.uniform(0.002, 0.01) * 2 ** min(attempt, 6))
             newest = self._checked_version()
             if base is not None and not set(self.shards(base)) <= set(self.shards(newest)):
-                left = without_present(items, newest, known)  # the table was replaced: older rows may be gone
+                fresh = write_new(newest, known)  # the table was replaced: older rows may be gone
             else:
-                left = without_present(fresh, newest, base)
-            records = records if left == fresh else None
-            base, fresh = newest, left
+                fresh = self._shards_without_present(fresh, newest, base)
+            base = newest
         raise ConflictError(
             f"{self.path}: lost the race for the next version {_MAX_TRIES} times; run again when fewer processes write"
         )
