@@ -22,20 +22,16 @@ def open_table(root: Location, path: str) -> Table:
     return Table(root, path, SCHEMAS[kind], KEYS[kind])
 
 
-def list_tables(root: Location, *kinds: str) -> Iterator[Table]:
-    """Yield the tables of some kinds, all kinds by default, in order of their names."""
-    for kind in kinds or SCHEMAS:
-        yield from _tables_under(root, kind)
-
-
-def _tables_under(root: Location, path: str) -> Iterator[Table]:
-    """Look one level at a time: listing all files of an object store would take minutes."""
-    for name in filter(is_name, (root / path).folders()):
-        below = f"{path}/{name}"
-        if (root / below).exists("_delta_log"):
-            yield open_table(root, below)
-        else:
-            yield from _tables_under(root, below)
+def list_tables(root: Location, *folders: str) -> Iterator[Table]:
+    """Yield the tables under some folders, by default those of all kinds, in order of their names."""
+    for folder in folders or SCHEMAS:
+        # One level at a time: listing all files of an object store would take minutes.
+        for name in filter(is_name, (root / folder).folders()):
+            path = f"{folder}/{name}"
+            if (root / path).exists("_delta_log"):
+                yield open_table(root, path)
+            else:
+                yield from list_tables(root, path)
 
 
 def check_store(root: Location) -> None:
@@ -44,5 +40,5 @@ def check_store(root: Location) -> None:
     Raises:
         NotFoundError: There is none.
     """
-    if not any((root / kind).exists() for kind in SCHEMAS):
+    if not root.exists(*SCHEMAS):
         raise NotFoundError(f"no store at {root}: expected a folder that `tokenweights build` has written")

@@ -30,9 +30,7 @@ Add = Callable[[str, Run, str], argparse.ArgumentParser]
 def add_commands(add: Add, load_tokenizer: "Callable[[str], Tokenizer]") -> None:
     """Register the store's commands.
 
-    Args:
-        add: Adds one command.
-        load_tokenizer: Returns the tokenizer of a model folder; the store itself has no package for that.
+    `load_tokenizer` returns the tokenizer of a model folder; the store itself has no package for that.
     """
 
     def add_listing(name: str, run: Run, description: str) -> argparse.ArgumentParser:
@@ -50,7 +48,17 @@ def add_commands(add: Add, load_tokenizer: "Callable[[str], Tokenizer]") -> None
     diff.add_argument("b", metavar="B", help="NAME or NAME@VERSION")
     export = add_listing("export", _export, "write a weight dataset as plain files, for programs without this store")
     export.set_defaults(load_tokenizer=load_tokenizer)
-    _add_export_options(export)
+    _add_name(export)
+    export.add_argument("folder", metavar="FOLDER", help="a new folder")
+    export.add_argument(
+        "--format",
+        choices=("parquet", "jsonl"),
+        default="parquet",
+        help="jsonl: the layout of the TIS-DPO release, for transform.method=origin (default: parquet)",
+    )
+    export.add_argument(
+        "--tokenizer", metavar="FOLDER", help="model folder, for the texts of jsonl; without it ids are written"
+    )
     verify = add_listing("verify", _verify, "check every file against its commit; exit code 1 if something is wrong")
     _add_tables(verify)
     vacuum = add_listing("vacuum", _vacuum, "list files that no version needs, or delete them with --yes")
@@ -80,20 +88,6 @@ def _add_name(parser: argparse.ArgumentParser) -> None:
 
 def _add_tables(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("tables", nargs="*", metavar="TABLE", help="a weight dataset or a table; default: all tables")
-
-
-def _add_export_options(parser: argparse.ArgumentParser) -> None:
-    _add_name(parser)
-    parser.add_argument("folder", metavar="FOLDER", help="a new folder")
-    parser.add_argument(
-        "--format",
-        choices=("parquet", "jsonl"),
-        default="parquet",
-        help="jsonl: the layout of the TIS-DPO release, for transform.method=origin (default: parquet)",
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="FOLDER", help="model folder, for the texts of jsonl; without it ids are written"
-    )
 
 
 # --- looking -----------------------------------------------------------------------------------------------------------
@@ -168,7 +162,6 @@ def _history(options: argparse.Namespace) -> None:
 
 
 def _versions(history: "pl.DataFrame") -> list[dict[str, object]]:
-    """Return one row per version, with its changes as a list."""
     rows = history.drop("name").to_dicts()
     return [{**row, "changes": [change for change in row["changes"].split("; ") if change]} for row in rows]
 
@@ -211,11 +204,8 @@ def _diff(options: argparse.Namespace) -> None:
     _print_table([{name: getattr(diff, f"num_{name}") for name in counts}], _GAP)
     print("\nweights")
     sides = {"chosen": diff.chosen, "rejected": diff.rejected, "pair weights": diff.pair_weights}
-    names = {"num_tokens": "tokens", "num_tokens_changed": "changed"}
-    rows = [
-        {"side": side, **{names.get(name, name): value for name, value in vars(changes).items()}}
-        for side, changes in sides.items()
-    ]
+    names = ("tokens", "changed", "mean_abs_change", "max_abs_change")
+    rows = [{"side": side} | dict(zip(names, vars(made).values(), strict=True)) for side, made in sides.items()]
     _print_table(rows, _GAP)
     if diff.num_anchors_changed:
         print(f"\nanchors: {_count(diff.num_anchors_changed, 'pair')} with another one or none")
@@ -282,9 +272,9 @@ def _vacuum(options: argparse.Namespace) -> None:
     if not orphans:
         print(f"nothing to delete: no file {rule}")
     elif options.yes:
-        print(f"deleted {_files(orphans)} {rule}")
+        print(f"deleted {_amount(orphans, 'file')} {rule}")
     else:
-        print(f"would delete {_files(orphans)} {rule}; --yes deletes")
+        print(f"would delete {_amount(orphans, 'file')} {rule}; --yes deletes")
 
 
 def _optimize(options: argparse.Namespace) -> None:
@@ -295,10 +285,11 @@ def _optimize(options: argparse.Namespace) -> None:
     before = table.records(base.version)
     made = optimize(table)
     if made is None:
-        print(f"{base}: nothing to do, {_shards(before)}")
+        print(f"{base}: nothing to do, {_amount(before, 'shard')}")
         return
     print(f"{base} -> @{made.version} in {options.store}")
-    print(f"{_GAP}{_shards(before)} -> {_shards(table.records(made.version))}; older versions stay readable")
+    after = table.records(made.version)
+    print(f"{_GAP}{_amount(before, 'shard')} -> {_amount(after, 'shard')}; older versions stay readable")
 
 
 def _table_path(text: str) -> str:
@@ -310,7 +301,6 @@ def _table_path(text: str) -> str:
 
 
 def _table_paths(names: Sequence[str]) -> list[str] | None:
-    """Return the paths of some tables, None for all."""
     return [_table_path(name) for name in names] or None
 
 
@@ -367,12 +357,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _shards(records: "Sequence[ShardRecord]") -> str:
-    return f"{_count(len(records), 'shard')}, {_size(sum(record.num_bytes for record in records))}"
-
-
-def _files(orphans: "Sequence[Orphan]") -> str:
-    return f"{_count(len(orphans), 'file')}, {_size(sum(orphan.num_bytes for orphan in orphans))}"
+def _amount(files: "Sequence[ShardRecord | Orphan]", noun: str) -> str:
+    return f"{_count(len(files), noun)}, {_size(sum(file.num_bytes for file in files))}"
 
 
 def _size(num_bytes: float) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from weights_store.errors import InputError
 
-_MODEL_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "config.json")
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 _SLOW_TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 # The settings of tokenizer_config.json that change ids or rendered text; others, such as class names, may differ.
 _TOKENIZER_SETTINGS = (
@@ -42,23 +42,19 @@ def canonical_json(value: object) -> str:
 
 
 def _check_plain(value: object, where: str) -> None:
-    if value is None or isinstance(value, str | bool | int):
-        return
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"cannot fingerprint {where}: {value} is not finite")
-        return
-    if isinstance(value, Mapping):
+    elif isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str):
                 raise TypeError(f"cannot fingerprint {where}: key {key!r} is a {type(key).__name__}, expected str")
             _check_plain(inner, f"{where}.{key}")
-        return
-    if isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
             _check_plain(inner, f"{where}[{index}]")
-        return
-    raise TypeError(f"cannot fingerprint {where}: a {type(value).__name__} has no stable form")
+    elif value is not None and not isinstance(value, str | bool | int):
+        raise TypeError(f"cannot fingerprint {where}: a {type(value).__name__} has no stable form")
 
 
 def fingerprint(value: object) -> str:
@@ -88,23 +84,19 @@ def fingerprint_model(folder: str | Path) -> str:
         InputError: The folder holds no `config.json` or no weight file.
     """
     folder = Path(folder)
-    files = sorted({path for pattern in _MODEL_PATTERNS for path in folder.glob(pattern)})
-    weight_files = [path for path in files if path.name != "config.json"]
+    weight_files = [path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)]
     if not (folder / "config.json").is_file() or not weight_files:
         raise InputError(f"{folder} is not a model folder: expected config.json and *.safetensors files")
     config = load_json(folder / "config.json")
     config.pop("transformers_version", None)
     config.pop("_name_or_path", None)
-    return fingerprint({"config": config, "files": {path.name: _cached_digest(path) for path in weight_files}})
-
-
-def _cached_digest(path: Path) -> str:
-    stat = path.stat()
-    return _digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    stats = {path: path.stat() for path in weight_files}
+    files = {path.name: _digest(path.resolve(), stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+    return fingerprint({"config": config, "files": files})
 
 
 @lru_cache(maxsize=256)
-def _digest(path: str, _size: int, _mtime_ns: int) -> str:
+def _digest(path: Path, _size: int, _mtime_ns: int) -> str:
     return fingerprint_file(path)
 
 
@@ -117,8 +109,7 @@ def load_chat_template(folder: str | Path) -> str | None:
         return None
     template = load_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several named templates
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
+        return {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
 
 
@@ -151,14 +142,11 @@ def fingerprint_tokenizer(folder: str | Path) -> str:
             )
         content["files"] = {path.name: fingerprint_file(path) for path in files}
     if (folder / "tokenizer_config.json").is_file():
-        settings = load_json(folder / "tokenizer_config.json")
-        content["settings"] = {key: _plain_token(settings[key]) for key in _TOKENIZER_SETTINGS if key in settings}
+        config = load_json(folder / "tokenizer_config.json")
+        settings = {key: config[key] for key in _TOKENIZER_SETTINGS if key in config}
+        # Older configs store a special token as an object with a `content`.
+        content["settings"] = {k: v.get("content", v) if isinstance(v, dict) else v for k, v in settings.items()}
     return fingerprint(content)
-
-
-def _plain_token(value: object) -> object:
-    """Return a special token as text; older configs store it as an object with a `content`."""
-    return value["content"] if isinstance(value, dict) and "content" in value else value
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -176,9 +164,8 @@ def load_json(path: Path) -> dict[str, Any]:
 def explain_difference(old: object, new: object, where: str = "") -> list[str]:
     """Return one line per field that differs, `path: old -> new`, sorted by path. Fingerprints are cut to 12 digits."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = sorted({*old, *new})
-        lines = [explain_difference(old.get(k), new.get(k), f"{where}.{k}" if where else str(k)) for k in keys]
-        return [line for group in lines for line in group]
+        keys = {key: f"{where}.{key}" if where else str(key) for key in sorted({*old, *new})}
+        return [line for key, at in keys.items() for line in explain_difference(old.get(key), new.get(key), at)]
     return [] if old == new else [f"{where}: {_shown(old)} -> {_shown(new)}"]
 
 

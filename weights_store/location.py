@@ -73,11 +73,7 @@ class Location:
 
     @property
     def path(self) -> Path:
-        """The local folder.
-
-        Raises:
-            SettingsError: It is not local.
-        """
+        """The local folder; raises SettingsError if it is not local."""
         if not self.is_local:
             raise SettingsError(f"{self.uri} is not a local folder")
         return Path(self.uri)
@@ -126,22 +122,14 @@ class Location:
             text = f"cannot read {self.uri}: {one_line(error)}{_hint(error)}"
             raise StoreError(text) from (error if self.is_local else None)
 
-    def __getstate__(self) -> dict[str, str]:
+    def __reduce__(self) -> tuple[type["Location"], tuple[str]]:
         """Leave out the open file system: every process has its own."""
-        return {"uri": self.uri}
+        return Location, (self.uri,)
 
-    def __setstate__(self, state: dict[str, str]) -> None:
-        object.__setattr__(self, "uri", state["uri"])
-
-    def exists(self, name: str = "") -> bool:
-        """Return whether there is a file or a folder of that name."""
+    def exists(self, *names: str) -> bool:
+        """Return whether at least one of the files or folders is there."""
         with self._reading():
-            return bool(self.filesystem.get_file_info(name).type != pafs.FileType.NotFound)
-
-    def has_file(self, *names: str) -> bool:
-        """Return whether at least one of the files is there."""
-        with self._reading():
-            return any(info.is_file for info in self.filesystem.get_file_info(list(names)))
+            return any(info.type != pafs.FileType.NotFound for info in self.filesystem.get_file_info(list(names)))
 
     def files(self) -> dict[str, pafs.FileInfo]:
         """Return the files in this folder by name; none if the folder does not exist."""
@@ -221,18 +209,14 @@ def one_line(error: BaseException) -> str:
 
     For errors of storage libraries, which may quote keys. `messages.first_line` is for all others.
     """
-    text = _XML_ERROR.sub(_code_and_message, _BACKTRACE.sub("", _ANSI.sub("", str(error))).replace("↳", " "))
+    text = _BACKTRACE.sub("", _ANSI.sub("", str(error))).replace("↳", " ")
+    # Of a server's reply only the code and the message: the rest may quote the key, the request and the session token.
+    text = _XML_ERROR.sub(lambda reply: ": ".join(re.findall(r"<(?:Code|Message)>(.*?)</", reply[0], re.DOTALL)), text)
     text = _USER.sub("***@", text)
     for name, value in os.environ.items():
         if len(value) >= 6 and _SECRET_NAME.fullmatch(name):
             text = text.replace(value, "***")
     return " ".join(text.split()) or type(error).__name__
-
-
-def _code_and_message(reply: re.Match[str]) -> str:
-    """Return the code and the message of a server's reply; the rest may quote the key, the request and the session token."""
-    found = (re.search(f"<{tag}>(.*?)</{tag}>", reply[0], re.DOTALL) for tag in ("Code", "Message"))
-    return ": ".join(part[1] for part in found if part)
 
 
 def _hint(error: BaseException) -> str:
@@ -243,13 +227,11 @@ def _hint(error: BaseException) -> str:
 
 
 def _local_path(uri: str) -> str:
-    text = uri
     if not uri:
         raise SettingsError("store URI is empty; expected a folder or a URI")
-    if uri.startswith("file://"):
-        if not uri.startswith("file:///"):
-            raise SettingsError("a file:// URI of a store names a host: expected file:///absolute/path")
-        text = unquote(uri.removeprefix("file://"))
+    if uri.startswith("file://") and not uri.startswith("file:///"):
+        raise SettingsError("a file:// URI of a store names a host: expected file:///absolute/path")
+    text = unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
     if _ESCAPE.search(text):
         raise SettingsError(f"bad folder {text!r}: deltalake takes a % before two hex digits for another character")
     return str(Path(text).expanduser() if text.startswith("~/") else Path(text))

@@ -7,7 +7,7 @@ pydantic's, but this file never imports pydantic: the store's own install stays 
 import difflib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, get_args
 
@@ -71,27 +71,19 @@ def apply_overrides(settings: Mapping[str, Any], overrides: Iterable[str]) -> di
         table = merged.setdefault(section, {})
         if not isinstance(table, dict):
             raise SettingsError(f"--set {override!r}: {section!r} is a value in this file, not a section")
-        table[name] = _read_value(text.strip())
+        try:
+            table[name] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            table[name] = text.strip()
     return merged
-
-
-def _read_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def parse_settings(model: type[T], settings: Mapping[str, Any], where: str) -> T:
     """Check `settings` against a pydantic `model` and build it.
 
-    A section is a pydantic model with `extra="forbid"`, or a union of such models that a discriminator tells apart
-    (`loss.name`): then only the keys of the named model are known.
-
-    Args:
-        model: A pydantic model class whose fields are sections.
-        settings: Sections as read from TOML.
-        where: File name for messages.
+    The fields of `model` are sections. A section is a pydantic model with `extra="forbid"`, or a union of such models that a
+    discriminator tells apart (`loss.name`): then only the keys of the named model are known. `where` is the file name for
+    messages.
 
     Raises:
         SettingsError: Unknown key (with the nearest known one), wrong type or value, or a missing key.
@@ -117,7 +109,9 @@ def _describe(problem: Mapping[str, Any], model: type[_SettingsModel]) -> str:
     if problem["type"] == "extra_forbidden":
         return _describe_unknown(key, value, model, chosen)
     if problem["type"] == "missing":
-        return f"missing key {key!r}" + _example(location, model, chosen)
+        inner = _models_of(field)[chosen or ""].model_fields[location[1]] if field and len(location) == 2 else None
+        example = f", for example {inner.examples[0]!r}; it has no default" if inner and inner.examples else ""
+        return f"missing key {key!r}{example}"
     if problem["type"] == "union_tag_not_found":
         return _describe_unnamed(key, value, model)
     if problem["type"] == "union_tag_invalid":
@@ -136,14 +130,6 @@ def _describe_unnamed(section: str, value: Mapping[str, object], model: type[_Se
     return "; ".join([f"unknown key {key!r}; {_nearest(key, known)}" for key in unknown] or [missing])
 
 
-def _example(location: Sequence[str], model: type[_SettingsModel], chosen: str | None) -> str:
-    """Return an example of a missing key, where its model has one."""
-    if len(location) != 2:
-        return ""
-    field = _models_of(model.model_fields[location[0]])[chosen or ""].model_fields[location[1]]
-    return f", for example {field.examples[0]!r}; it has no default" if field.examples else ""
-
-
 def _describe_unknown(key: str, value: object, model: type[_SettingsModel], chosen: str | None) -> str:
     section, _, name = key.partition(".")
     field = model.model_fields.get(section)
@@ -154,17 +140,13 @@ def _describe_unknown(key: str, value: object, model: type[_SettingsModel], chos
             f"{section}.{field.discriminator}={chosen!r} does not read {key}, got {value!r}; leave it out (it belongs to "
             f"{', '.join(readers)})"
         )
-    return f"unknown key {key!r}; {_nearest(key, _known_keys(model, section, chosen))}"
-
-
-def _known_keys(model: type[_SettingsModel], section: str, chosen: str | None) -> list[str]:
-    """Return the keys of all sections; of `section` those of its chosen model alone."""
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        models = _models_of(field)
-        wanted = [models[chosen]] if name == section and chosen else models.values()
-        keys += [f"{name}.{key}" for inner in wanted for key in inner.model_fields] or [name]
-    return keys
+    known: list[str] = []  # keys of all sections, but of this one those of its chosen model alone
+    for other, other_field in model.model_fields.items():
+        models = _models_of(other_field)
+        wanted = [models[chosen]] if other == section and chosen else models.values()
+        known += [f"{other}.{name}" for inner in wanted for name in inner.model_fields] or [other]
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f"unknown key {key!r}; " + (f"did you mean {nearest[0]!r}?" if nearest else "there are no known keys here")
 
 
 def _models_of(field: _Field) -> dict[str, type[_SettingsModel]]:
@@ -174,8 +156,3 @@ def _models_of(field: _Field) -> dict[str, type[_SettingsModel]]:
         return dict(zip([""], models, strict=False))
     names = [get_args(part.model_fields[str(field.discriminator)].annotation) for part in models]
     return {name: part for part, aliases in zip(models, names, strict=True) for name in aliases}
-
-
-def _nearest(key: str, known: list[str]) -> str:
-    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"did you mean {matches[0]!r}?" if matches else "there are no known keys here"

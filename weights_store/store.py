@@ -51,11 +51,7 @@ class WeightStore:
 
     @cached_property
     def root(self) -> Location:
-        """The root folder.
-
-        Raises:
-            SettingsError: The scheme of the URI is unknown, or it carries credentials.
-        """
+        """The root folder; raises SettingsError if the scheme of the URI is unknown, or it carries credentials."""
         return Location(str(self.uri))
 
     def table(self, path: str) -> Table:
@@ -85,10 +81,7 @@ class WeightStore:
         text, only with a tokenizer), `weight`, and in nats `ref_logp`, `logp_pos`, `logp_neg` (the contrastive pair; null if
         the estimator used none). Conditions on `pair_id` reach the files of every table.
 
-        Args:
-            name: The weight dataset.
-            version: Which version.
-            tokenizer: The model's tokenizer (anything with `decode`), or the texts by id as a mapping or a sequence.
+        The tokenizer is the model's (anything with `decode`), or the texts by id as a mapping or a sequence.
 
         Raises:
             NotFoundError: Also if a table that the weights were made from is gone.
@@ -130,14 +123,8 @@ class WeightStore:
         Without a tokenizer the file has `prompt_ids`, `chosen_ids`, `rejected_ids` instead of texts, which the release cannot
         read. Not in the file: reference log-probs, pair weights, anchors, `pair_id`.
 
-        `tokenweights.json` names the version and its fingerprint. Returns the files, that one last.
-
-        Args:
-            name: The weight dataset.
-            folder: A new folder; it appears whole or not at all.
-            version: Which version.
-            format: `parquet` or `jsonl`.
-            tokenizer: For the texts of `jsonl`, see `scan_tokens`.
+        `tokenweights.json` names the version and its fingerprint. Returns the files, that one last. The folder appears whole or
+        not at all. For the tokenizer see `scan_tokens`.
 
         Raises:
             InputError: The folder exists and is not empty, or the format is unknown.

@@ -18,6 +18,7 @@ import pytest
 from weights_store import WeightStore
 from weights_store.fingerprint import explain_difference, fingerprint
 from weights_store.schemas import ANCHORS, ATTRIBUTIONS, LOGPS, QUARANTINE, TOKENS, WEIGHTS
+from weights_store.tables.checksums import sum_checksums
 
 PROMPTS = {"a": [1, 2], "b": [1], "c": [2, 1, 2], "d": [1, 1]}
 IDS = {
@@ -251,6 +252,10 @@ def texts():
 
 
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "AKIDTOKENWEIGHTS", "AWS_SECRET_ACCESS_KEY": "not-to-be-printed"}
+
+
+def checksums_of(table):
+    return sum_checksums(record.sums for record in table.records())
 
 
 def free_port():

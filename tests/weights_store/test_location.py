@@ -112,13 +112,14 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_files_and_folders_are_listed_alike_everywhere(store_uri):
     place = Location(store_uri)
-    assert (place.files(), list(place.folders()), place.exists()) == ({}, [], False)
+    assert (place.files(), list(place.folders()), place.exists("")) == ({}, [], False)
     for name in ("top.json", "b/x.json", "a/deep/y.json"):
-        (place / name).exists()
+        (place / name).exists("")
         place.write(name, name.encode())
     assert (list(place.files()), list(place.folders())) == (["top.json"], ["a", "b"])
-    assert place.has_file("none", "b/x.json")
-    assert not place.has_file("a")
+    assert place.exists("none", "b/x.json")
+    assert place.exists("a")
+    assert not place.exists("none")
     assert place.read("a/deep/y.json") == b"a/deep/y.json"
     place.delete("top.json")
     with pytest.raises(FileNotFoundError):
@@ -188,7 +189,7 @@ def test_a_wrong_secret_is_one_line_without_keys(s3_keys, monkeypatch):
                 use()
             check_one_clean_line(caught.value, s3_keys)
         # deltalake's own requests get the same reply; our look at the log came through, as far as it knows.
-        monkeypatch.setattr(Location, "has_file", lambda *_names: True)
+        monkeypatch.setattr(Location, "exists", lambda *_names: True)
         with pytest.raises(
             StoreError, match="cannot open logps/toy/x in s3://shelf/x: .*SignatureDoesNotMatch: The req"
         ) as caught:

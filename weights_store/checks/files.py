@@ -6,7 +6,7 @@ shards are decoded, to name the row group, the column and the pairs.
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from urllib.parse import unquote
 
@@ -16,9 +16,9 @@ import pyarrow as pa
 from weights_store.checks.findings import Finding
 from weights_store.checks.log import TableLog
 from weights_store.errors import DamageError, StoreError
-from weights_store.location import Location, one_line
+from weights_store.location import one_line
 from weights_store.messages import Progress, logger, show
-from weights_store.tables.shards import RESTORE, ShardRecord
+from weights_store.tables.shards import RESTORE, ShardReader, ShardRecord
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableReader
 
@@ -77,9 +77,9 @@ def examine(log: TableLog) -> Examined:
     unsound, done, shown, started = set(), 0, 0, time.monotonic()
     for version, record in records:
         found = [replace(finding, version=version) for finding in _check_shard(table, record, digests)]
+        findings += found
         if found:
             unsound.add(record.name)
-            findings += found
         done += record.num_bytes
         if done - shown >= BYTES_PER_PROGRESS:
             shown = done
@@ -99,7 +99,7 @@ def _check_foreign(log: TableLog) -> Iterator[Finding]:
             version,
         )
         for path in commit.added:
-            if not any(log.table.location.exists(name) for name in {path, unquote(path)}):
+            if not log.table.location.exists(path, unquote(path)):
                 yield Finding(log.table.path, "the file is missing", version, path)
 
 
@@ -123,7 +123,8 @@ def _check_view(log: TableLog) -> Iterator[Finding]:
         text = f"its log has the columns {names} or types that differ from those of this tokenweights"
         yield Finding(table.path, f"{text}, {table.schema.names}", newest)
     active = log.active(newest)
-    seen = {action["path"]: _stats(action, table.key[0]) for action in actions}
+    stats = ("size_bytes", "num_records", f"min.{table.key[0]}", f"max.{table.key[0]}")
+    seen = {action["path"]: tuple(action.get(name) for name in stats) for action in actions}
     recorded = {r.name: (r.num_bytes, r.num_rows, r.first_key, r.last_key) for _, r in log.records()}
     if seen.keys() != active:
         yield Finding(
@@ -138,35 +139,31 @@ def _check_view(log: TableLog) -> Iterator[Finding]:
             yield Finding(table.path, f"{text}: readers would skip or miscount rows", newest, name)
 
 
-def _stats(action: Mapping[str, object], key: str) -> tuple[object, ...]:
-    return (action["size_bytes"], *(action.get(name) for name in ("num_records", f"min.{key}", f"max.{key}")))
-
-
 def _check_shard(table: Table, record: ShardRecord, digests: dict[str, str]) -> list[Finding]:
     """Return what is wrong with one file; the caller adds the version."""
+    place = Finding(table.path, "", shard=record.name)
+    size, sha256 = 0, hashlib.sha256()
     try:
-        size, digest = _digest(table.location, record.name)
+        with table.location.filesystem.open_input_stream(record.name, compression=None) as file:
+            while data := file.read(_READ_BYTES):
+                sha256.update(data)
+                size += len(data)
     except FileNotFoundError:
-        return [Finding(table.path, f"the file is missing; {RESTORE}", shard=record.name)]
+        return [replace(place, problem=f"the file is missing; {RESTORE}")]
     except OSError as error:
-        return [Finding(table.path, f"the file cannot be read: {one_line(error)}; {RESTORE}", shard=record.name)]
-    problem = _compare_bytes(record, size, digest, digests)
-    if problem is None:
-        return list(_check_footer(table, record))
-    inside = list(_look_inside(table, record))
-    if inside and problem == _BYTES_DIFFER:
+        return [replace(place, problem=f"the file cannot be read: {one_line(error)}; {RESTORE}")]
+    problem = _compare_bytes(record, size, sha256.hexdigest(), digests)
+    try:
+        reader = table.open_shard(record)
+    except _UNDECODABLE as error:
+        what = "its footer" if problem else "the commit's record of it"
+        inside = [replace(place, problem=f"{what} is damaged: {_without_place(error, table, record)}")]
+    else:
+        inside = list(_look_inside(table, reader)) if problem else []
+    if problem is None or (inside and problem == _BYTES_DIFFER):
         return inside  # says the same, and where
     hint = "" if inside else "; every value is as committed: the damage is in the footer or between the values"
-    return [Finding(table.path, f"{problem}{hint}; {RESTORE}", shard=record.name), *inside]
-
-
-def _digest(folder: Location, name: str) -> tuple[int, str]:
-    size, sha256 = 0, hashlib.sha256()
-    with folder.filesystem.open_input_stream(name, compression=None) as file:
-        while data := file.read(_READ_BYTES):
-            sha256.update(data)
-            size += len(data)
-    return size, sha256.hexdigest()
+    return [replace(place, problem=f"{problem}{hint}; {RESTORE}"), *inside]
 
 
 def _compare_bytes(record: ShardRecord, size: int, digest: str, digests: dict[str, str]) -> str | None:
@@ -181,24 +178,9 @@ def _compare_bytes(record: ShardRecord, size: int, digest: str, digests: dict[st
     return _BYTES_DIFFER
 
 
-def _check_footer(table: Table, record: ShardRecord) -> Iterator[Finding]:
-    """Yield a finding if readers would refuse a file whose bytes are as committed: then the commit is damaged."""
-    try:
-        table.open_shard(record)
-    except _UNDECODABLE as error:
-        text = f"the commit's record of it is damaged: {_without_place(error, table, record)}"
-        yield Finding(table.path, text, shard=record.name)
-
-
-def _look_inside(table: Table, record: ShardRecord) -> Iterator[Finding]:
-    """Yield a finding for a broken footer, or for each column of each row group that is not as committed."""
-    place = Finding(table.path, "", shard=record.name)
-    try:
-        reader = table.open_shard(record)
-    except _UNDECODABLE as error:
-        yield replace(place, problem=f"its footer is damaged: {_without_place(error, table, record)}")
-        return
-    key = list(table.key)
+def _look_inside(table: Table, reader: ShardReader) -> Iterator[Finding]:
+    """Yield a finding for each column of each row group that is not as committed."""
+    record, key = reader.record, list(table.key)
     for index in range(len(reader.group_sizes)):
         within, span = f", row group {index}", ""
         # The key first: all other checksums depend on it.
@@ -207,15 +189,13 @@ def _look_inside(table: Table, record: ShardRecord) -> Iterator[Finding]:
                 rows = reader.read_group(index, columns)
             except _UNDECODABLE as error:
                 text = _without_place(error, table, record, within)
-                yield replace(place, row_group=index, problem=_with_column(", ".join(columns), span, text))
+                if not text.startswith("column "):
+                    text = f"column {', '.join(columns)}{span} {text}"
+                yield Finding(table.path, text, shard=record.name, row_group=index)
                 if not span:
                     break
             else:
                 span = span or f" (rows {key[0]} {rows[key[0]][0]} … {rows[key[0]][-1]})"
-
-
-def _with_column(column: str, span: str, text: str) -> str:
-    return text if text.startswith("column ") else f"column {column}{span} {text}"
 
 
 def _without_place(error: BaseException, table: Table, record: ShardRecord, within: str = "") -> str:

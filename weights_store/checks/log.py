@@ -101,7 +101,6 @@ def _gaps(versions: list[int], newest: int) -> dict[int, str]:
 
 
 def _read(table: Table, version: int) -> Commit | str:
-    """Return one commit, or what is wrong with it."""
     try:
         commit = read_commit(table.location, version)
         _check(commit)
@@ -110,21 +109,19 @@ def _read(table: Table, version: int) -> Commit | str:
     except StoreError as error:
         return f"its commit cannot be read: {one_line(error)}"
     except _UNREADABLE as error:
-        return (
-            f"its commit cannot be read: {type(error).__name__}, {one_line(error)}; "
-            f"restore {log_name(version)} from a copy"
-        )
+        problem = f"{type(error).__name__}, {one_line(error)}; restore {log_name(version)} from a copy"
+        return f"its commit cannot be read: {problem}"
     return commit
 
 
 def _check(commit: Commit) -> None:
-    """Compare the facts that a commit holds twice.
-
-    Raises:
-        ValueError, TypeError, KeyError: It contradicts itself.
-    """
+    """Raise ValueError, TypeError or KeyError if a commit's record is malformed or contradicts itself."""
     for record in commit.shards:
-        _check_record(record)
+        numbers, digests = (record.num_rows, record.num_bytes), (record.sha256, *record.checksums.values())
+        if not isinstance(record.name, str) or any(type(number) is not int or number < 0 for number in numbers):
+            raise TypeError(f"its record of shard {record.name!r} is malformed")
+        if not all(isinstance(digest, str) and _HEX.fullmatch(digest) for digest in digests):
+            raise ValueError(f"its checksums of shard {record.name} are malformed")
     for path in (*commit.added, *commit.removed):
         if not isinstance(path, str):
             raise TypeError(f"{path!r} is not a path")
@@ -141,11 +138,7 @@ def _check(commit: Commit) -> None:
 
 
 def _check_actions(data: bytes) -> None:
-    """Check that a commit of another program is a commit at all: if not, the files that it named would look like leftovers.
-
-    Raises:
-        ValueError, TypeError: It holds no action, or one that the Delta protocol does not know.
-    """
+    """Check that a commit of another program is a commit at all: if not, the files that it named would look like leftovers."""
     actions = [json.loads(line) for line in data.splitlines() if line.strip()]
     if not actions:
         raise ValueError("it is empty")
@@ -153,11 +146,3 @@ def _check_actions(data: bytes) -> None:
         unknown = action.keys() - _ACTIONS
         if unknown or not action:
             raise ValueError(f"it holds {sorted(unknown) or 'nothing'} where an action of Delta is expected")
-
-
-def _check_record(record: ShardRecord) -> None:
-    numbers, digests = (record.num_rows, record.num_bytes), (record.sha256, *record.checksums.values())
-    if not isinstance(record.name, str) or any(type(number) is not int or number < 0 for number in numbers):
-        raise TypeError(f"its record of shard {record.name!r} is malformed")
-    if not all(isinstance(digest, str) and _HEX.fullmatch(digest) for digest in digests):
-        raise ValueError(f"its checksums of shard {record.name} are malformed")

@@ -26,9 +26,7 @@ def parents(metadata: CommitMetadata | None) -> list[Parent]:
 def check_lineage(log: TableLog, find_log: Callable[[str], TableLog | None]) -> Iterator[Finding]:
     """Yield a finding for each parent of any version that is missing or has changed, each once.
 
-    Args:
-        log: The table's log.
-        find_log: Returns the log of a table by its path, None if the store has no such table.
+    `find_log` returns the log of a table by its path, None if the store has no such table.
     """
     seen: list[object] = []
     for version in sorted(log.commits, reverse=True):
@@ -54,8 +52,9 @@ def check_fingerprints(log: TableLog) -> Iterator[Finding]:
             yield Finding(log.table.path, f"its identity cannot be fingerprinted: {error}", version)
             continue
         if metadata["fingerprint"] != expected:
-            found = metadata["fingerprint"][:_DIGITS]
-            text = f"its fingerprint is {found}…, that of its identity {expected[:_DIGITS]}…"
+            text = (
+                f"its fingerprint is {metadata['fingerprint'][:_DIGITS]}…, that of its identity {expected[:_DIGITS]}…"
+            )
             yield Finding(log.table.path, f"{text}: the commit was changed afterwards", version)
 
 

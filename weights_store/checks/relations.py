@@ -5,7 +5,7 @@ one of them.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import polars as pl
@@ -24,11 +24,12 @@ ANCHOR_COLUMNS = {"anchor_ids": "anchor_ids", "anchor_ref_logps": "anchor_logps"
 PER_TOKEN_COLUMNS = {f"{side}_{what}": f"{side}_ids" for side in SIDES for what in ("logps", "attributions")}
 """Columns with one number per id, and the column of the ids."""
 _THEIRS = "_of_parent"
+_Found = tuple[str, int, Finding]  # a kind of problem, how many pairs have it, and the first of them
 
 
 def check_keys(table: SoundTable) -> Iterator[Finding]:
     """Yield the first key that occurs more than once, and how many do."""
-    found = _Tally()
+    found: list[_Found] = []
     num_bytes = _BYTES_PER_KEY * sum(record.num_rows for record in table.records())
     keys = table.scan().select(table.key)
     for piece in table.key_ranges(JOIN_BYTES, num_bytes=num_bytes):
@@ -36,32 +37,20 @@ def check_keys(table: SoundTable) -> Iterator[Finding]:
         with table.reading():
             frame = counts.filter(pl.col("count") > 1).sort(table.key).collect()
         if frame.height:
-            found.add("", frame.height, _doubled(table, frame.row(0, named=True)))
-    yield from found.findings()
+            row = frame.row(0, named=True)
+            problem = f"occurs {row['count']} times, expected once; build the table again"
+            if table.key != ("pair_id",):
+                problem = f"{', '.join(f'{name} {row[name]!r}' for name in table.key)} {problem}"
+            finding = Finding(table.path, problem, table.version_number, pair_id=row.get("pair_id"))
+            found.append(("", frame.height, finding))
+    yield from _one_of_each(found)
 
 
-@dataclass
-class _Tally:
-    """The first finding of each kind, and how many pairs have that problem."""
-
-    first: dict[str, Finding] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, kind: str, count: int, finding: Finding) -> None:
-        self.first.setdefault(kind, finding)
-        self.counts[kind] = self.counts.get(kind, 0) + count
-
-    def findings(self) -> Iterator[Finding]:
-        for kind, finding in self.first.items():
-            more = self.counts[kind] - 1
-            yield replace(finding, problem=f"{finding.problem} ({more} more like this)") if more else finding
-
-
-def _doubled(table: SoundTable, row: Mapping[str, Any]) -> Finding:
-    problem = f"occurs {row['count']} times, expected once; build the table again"
-    if table.key != ("pair_id",):
-        problem = f"{', '.join(f'{name} {row[name]!r}' for name in table.key)} {problem}"
-    return Finding(table.path, problem, table.version_number, pair_id=row.get("pair_id"))
+def _one_of_each(found: list[_Found]) -> Iterator[Finding]:
+    for kind in dict.fromkeys(kind for kind, _, _ in found):
+        same = [(count, finding) for other, count, finding in found if other == kind]
+        more, first = sum(count for count, _ in same) - 1, same[0][1]
+        yield replace(first, problem=f"{first.problem} ({more} more like this)") if more else first
 
 
 def compare(
@@ -69,14 +58,11 @@ def compare(
 ) -> Iterator[Finding]:
     """Yield, for each column, the first pair that differs from its parent, and the first pair that no parent has.
 
-    Args:
-        child: The table to check.
-        parents: Versions that it was made from. Each pair is compared with the first one that has it.
-        columns: Columns of the child, if it has them, and those of the parents.
-        by_length: Compare lengths of lists instead of values.
+    Each pair is compared with the first parent that has it. `columns` are those of the child, if it has them, and of the
+    parents. With `by_length` the lengths of lists are compared instead of their values.
     """
     columns = {name: theirs for name, theirs in columns.items() if name in child.schema.names}
-    found = _Tally()
+    found: list[_Found] = []
     largest = max((child, *parents), key=lambda table: table.num_bytes)
     num_bytes = child.num_bytes + max(parent.num_bytes for parent in parents)
     for piece in largest.key_ranges(JOIN_BYTES, num_bytes=num_bytes):
@@ -92,11 +78,14 @@ def compare(
             for name, theirs in columns.items():
                 bad = joined.filter(pl.col(name).ne_missing(pl.col(f"{theirs}{_THEIRS}")))
                 if bad.height:
-                    found.add(name, bad.height, _unlike(child, parent, name, theirs, bad.row(0, named=True), by_length))
+                    finding = _unlike(child, parent, name, theirs, bad.row(0, named=True), by_length)
+                    found.append((name, bad.height, finding))
             left = left.join(joined.select("pair_id"), on="pair_id", how="anti")
         if left.height and all(parent.is_whole for parent in parents):
-            found.add("lost", left.height, _lost(child, parents, str(left["pair_id"].min())))
-    yield from found.findings()
+            problem = f"has no row in {' or '.join(parent.name for parent in parents)}, which the table was made from"
+            first = str(left["pair_id"].min())
+            found.append(("lost", left.height, Finding(child.path, problem, child.version_number, pair_id=first)))
+    yield from _one_of_each(found)
 
 
 def _values(table: SoundTable, names: list[str], by_length: bool, suffix: str) -> pl.LazyFrame:
@@ -118,16 +107,6 @@ def _unlike(
     if is_length:
         problem = f"{here} {name} for {there} {theirs} of {parent.name}"
     else:
-        problem = f"{name} is {_shown(here)}, in {parent.name} it is {_shown(there)}"
+        here, there = (f"a list of {len(v)}" if isinstance(v, list) else v for v in (here, there))
+        problem = f"{name} is {here}, in {parent.name} it is {there}"
     return Finding(child.path, problem, child.version_number, pair_id=row["pair_id"])
-
-
-def _shown(value: object) -> str:
-    return f"a list of {len(value)}" if isinstance(value, list) else str(value)
-
-
-def _lost(child: SoundTable, parents: list[SoundTable], pair_id: str) -> Finding:
-    places = " or ".join(parent.name for parent in parents)
-    return Finding(
-        child.path, f"has no row in {places}, which the table was made from", child.version_number, pair_id=pair_id
-    )

@@ -48,6 +48,19 @@ WEIGHT = Law(lambda values: np.isfinite(values) & (values >= 0), "expected a fin
 SIZE = Law(lambda values: np.isfinite(values) & (values > 0), "expected a finite number > 0")
 FINITE = Law(lambda values: np.isfinite(values), "expected a finite number")
 
+_LAWS = {"logps": LOGP, "activations": SIZE}
+_LAWS |= dict.fromkeys(("weights", "weight", "attributions", "attribution"), WEIGHT)
+"""The law of a column, by the last word of its name."""
+_ONE_PER = {
+    "token_weights": "ids",
+    "logps": "ids",
+    "ref_logps": "ids",
+    "top_logps": "top_ids",
+    "ref_top_logps": "ref_top_ids",
+    "activations": "attributions",
+}
+"""Columns with one number for each value of another column, named without the prefix `chosen_`, `rejected_` or `anchor_`."""
+
 
 def id_law(vocab_size: int | None) -> Law:
     """Return the law of token ids; a vocabulary of None is of unknown size."""
@@ -59,51 +72,38 @@ def id_law(vocab_size: int | None) -> Law:
 def violations(
     kind: str, rows: pa.Table, key: tuple[str, ...], vocab_size: int | None, scorer: ScorerRecord | None = None
 ) -> Iterator[Violation]:
-    """Yield each law that `rows` break, with the first row that breaks it.
+    """Yield each law that `rows`, one row group of a kind of table, break, with the first row that breaks it.
 
-    Args:
-        kind: Kind of table, see `schemas.KEYS`.
-        rows: One row group, all columns.
-        key: The table's key columns.
-        vocab_size: Ids must be below it; None if the table does not record it.
-        scorer: What made the numbers: says which optional columns hold values. If None, the first row decides.
+    Ids must be below `vocab_size`, None if the table does not record it. `scorer` says which optional columns hold values; if
+    it is None, the first row decides.
     """
     for name in key:
         for found in null(rows, name):
             yield found._replace(problem=f"{found.problem} in row {found.row} of the row group")
+    laws = _LAWS | {"ids": id_law(vocab_size)}
+    for name in rows.column_names:
+        if name in ("prompt_ids", "chosen_ids", "rejected_ids") or (kind, name) == ("anchors", "anchor_ids"):
+            yield from empty(rows, name)
+        side, _, values = name.partition("_")
+        of = f"{side}_{_ONE_PER.get(values)}"
+        if of in rows.column_names:
+            yield from wrong_lengths(rows, name, of, may_be_null=values == "activations")
+        if law := laws.get(name.rpartition("_")[2]):
+            yield from bad_values(rows, name, law)
     match kind:
-        case "tokens":
-            yield from _token_laws(rows, vocab_size)
         case "logps":
-            for side in SIDES:
-                yield from bad_values(rows, f"{side}_logps", LOGP)
-            yield from _top_laws(rows, "", vocab_size, scorer)
+            yield from _top_laws(rows, "", scorer)
         case "attributions":
-            yield from _attribution_laws(rows, scorer)
-        case "anchors":
-            yield from empty(rows, "anchor_ids")
-            yield from _anchor_laws(rows, "anchor_logps", vocab_size)
+            for option, column in _OPTIONAL.items():
+                wanted = None if scorer is None else bool(scorer.get(option, False))
+                yield from _partly_null(rows, [f"{side}_{column}" for side in SIDES], wanted)
         case "weights":
-            yield from _weight_laws(rows, vocab_size, scorer)
+            yield from _top_laws(rows, "ref_", scorer)
         case "quarantine":
-            yield from _unknown_reason(rows)
-
-
-def _token_laws(rows: pa.Table, vocab_size: int | None) -> Iterator[Violation]:
-    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        yield from empty(rows, name)
-        yield from bad_values(rows, name, id_law(vocab_size))
-
-
-def _attribution_laws(rows: pa.Table, scorer: ScorerRecord | None) -> Iterator[Violation]:
-    for side in SIDES:
-        yield from bad_values(rows, f"{side}_attributions", WEIGHT)
-        yield from bad_values(rows, f"{side}_prompt_attribution", WEIGHT)
-        yield from bad_values(rows, f"{side}_activations", SIZE)
-        yield from wrong_lengths(rows, f"{side}_activations", f"{side}_attributions", may_be_null=True)
-    for option, column in _OPTIONAL.items():
-        wanted = None if scorer is None else bool(scorer.get(option, False))
-        yield from _partly_null(rows, [f"{side}_{column}" for side in SIDES], wanted)
+            known = pc.is_in(rows["reason"], value_set=pa.array([reason.value for reason in Reason]))
+            for row, num_rows in _first(~_mask(known)):
+                problem = f"reason {rows['reason'][row].as_py()!r} is none of the known ones"
+                yield Violation("reason", row, problem, num_rows)
 
 
 def _partly_null(rows: pa.Table, names: list[str], wanted: bool | None) -> Iterator[Violation]:
@@ -119,34 +119,14 @@ def _partly_null(rows: pa.Table, names: list[str], wanted: bool | None) -> Itera
         yield Violation(name, row, problem, num_rows)
 
 
-def _anchor_laws(rows: pa.Table, logps: str, vocab_size: int | None) -> Iterator[Violation]:
-    yield from wrong_lengths(rows, logps, "anchor_ids")
-    yield from bad_values(rows, "anchor_ids", id_law(vocab_size))
-    yield from bad_values(rows, logps, LOGP)
-
-
-def _weight_laws(rows: pa.Table, vocab_size: int | None, scorer: ScorerRecord | None) -> Iterator[Violation]:
-    yield from _token_laws(rows, vocab_size)
-    for side in SIDES:
-        for values, law in ((f"{side}_token_weights", WEIGHT), (f"{side}_ref_logps", LOGP)):
-            yield from wrong_lengths(rows, values, f"{side}_ids")
-            yield from bad_values(rows, values, law)
-    yield from _anchor_laws(rows, "anchor_ref_logps", vocab_size)
-    yield from bad_values(rows, "pair_weight", WEIGHT)
-    yield from _top_laws(rows, "ref_", vocab_size, scorer)
-
-
-def _top_laws(rows: pa.Table, of: str, vocab_size: int | None, scorer: ScorerRecord | None) -> Iterator[Violation]:
+def _top_laws(rows: pa.Table, of: str, scorer: ScorerRecord | None) -> Iterator[Violation]:
     """Check the k most likely tokens at each position; `of` is `ref_` in weights and empty in logps."""
-    columns = [(f"{side}_{of}logps", f"{side}_{of}top_ids", f"{side}_{of}top_logps") for side in SIDES]
+    columns = [(f"{side}_{of}logps", f"{side}_{of}top_logps") for side in SIDES]
     if scorer is None:
-        top_k = next((k for of_tokens, _, logps in columns if (k := _first_top_k(rows, of_tokens, logps))), 0)
+        top_k = next((k for of_tokens, logps in columns if (k := _first_top_k(rows, of_tokens, logps))), 0)
     else:
         top_k = scorer.get("top_k", 0)
-    for of_tokens, ids, logps in columns:
-        yield from bad_values(rows, ids, id_law(vocab_size))
-        yield from bad_values(rows, logps, LOGP)
-        yield from wrong_lengths(rows, logps, ids)
+    for of_tokens, logps in columns:
         wrong = list(wrong_lengths(rows, logps, of_tokens, per_token=top_k))
         yield from wrong or _bad_positions(rows, logps, top_k)
 
@@ -171,12 +151,6 @@ def _bad_positions(rows: pa.Table, name: str, top_k: int) -> Iterator[Violation]
         listed = ", ".join(f"{logp:g}" for logp in positions[bad[0]])
         expected = "expected falling log-probs whose probabilities sum to 1 at most"
         yield Violation(name, row, f"{name} of response token {position} are {listed}, {expected}", num_rows)
-
-
-def _unknown_reason(rows: pa.Table) -> Iterator[Violation]:
-    known = pc.is_in(rows["reason"], value_set=pa.array([reason.value for reason in Reason]))
-    for row, num_rows in _first(~_mask(known)):
-        yield Violation("reason", row, f"reason {rows['reason'][row].as_py()!r} is none of the known ones", num_rows)
 
 
 # --- single laws -------------------------------------------------------------------------------------------------------
@@ -231,9 +205,7 @@ def bad_values(rows: pa.Table, name: str, law: Law) -> Iterator[Violation]:
 def _locate(bad: NDArray[np.intp], lengths: NDArray[np.int64]) -> tuple[int, int, int]:
     """Return the row of the first bad value, its position there, and how many rows have a bad one.
 
-    Args:
-        bad: Indices into the flat values of all rows.
-        lengths: Values of each row.
+    `bad` are indices into the flat values of all rows; each row has `lengths` of them.
     """
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     bad_rows = np.searchsorted(offsets, bad, side="right") - 1  # the last of equal offsets: empty lists hold nothing

@@ -40,11 +40,8 @@ class Orphan:
 def find_orphans(store: WeightStore, tables: Iterable[str] | None = None) -> Iterator[Orphan]:
     """Yield the files in the tables' folders that no version needs, whatever their age.
 
-    Tables with an unreadable commit are left out, because nobody knows which files it named; `verify` reports them.
-
-    Args:
-        store: The store.
-        tables: Paths such as `weights/hh/tis-dpo`; by default all, and also folders with shards but without any commit.
+    Tables with an unreadable commit are left out, because nobody knows which files it named; `verify` reports them. `tables`
+    are paths such as `weights/hh/tis-dpo`; by default all, and also folders with shards but without any commit.
 
     Raises:
         NotFoundError: There is no such store.
@@ -60,11 +57,8 @@ def vacuum(
 ) -> list[Orphan]:
     """Remove the orphans that are older than a retention; return what was, or with `dry_run` would be, removed.
 
-    Args:
-        store: The store.
-        retention_hours: Younger files stay, because a running writer may be about to commit them. Longer than any build.
-        dry_run: Remove nothing.
-        tables: See `find_orphans`.
+    Younger files stay, because a running writer may be about to commit them: `retention_hours` must be longer than any build.
+    For `tables` see `find_orphans`.
 
     Raises:
         NotFoundError: There is no such store.
@@ -90,10 +84,7 @@ def vacuum(
     return [orphan for _, orphan in old]
 
 
-_Files = dict[str, pafs.FileInfo]
-
-
-def _folders(store: WeightStore, tables: Iterable[str] | None) -> Iterator[tuple[TableLog, _Files]]:
+def _folders(store: WeightStore, tables: Iterable[str] | None) -> Iterator[tuple[TableLog, dict[str, pafs.FileInfo]]]:
     """Yield the log and the files of every folder that is a table, or holds shards that were never committed.
 
     The files are listed before the log is read, so the log names whatever is committed in between.
@@ -107,7 +98,6 @@ def _folders(store: WeightStore, tables: Iterable[str] | None) -> Iterator[tuple
 
 
 def _paths(root: Location) -> Iterator[str]:
-    """Yield the folders that hold a log or shards."""
     waiting = list(SCHEMAS)
     while waiting:
         path = waiting.pop(0)
@@ -117,17 +107,15 @@ def _paths(root: Location) -> Iterator[str]:
             yield path
 
 
-def _orphans(log: TableLog, files: _Files) -> Iterator[Orphan]:
+def _orphans(log: TableLog, files: dict[str, pafs.FileInfo]) -> Iterator[Orphan]:
     named, now_s = log.named(), time.time()
     for name, info in sorted(files.items()):
-        if name in named or not _may_go(name, is_table=log.newest is not None):
-            continue
-        age_s = now_s - info.mtime_ns / 1e9 if info.mtime_ns else 0.0  # of unknown age: young
-        yield Orphan(log.table.path, name, info.size, age_s / 3600)
-
-
-def _may_go(name: str, is_table: bool) -> bool:
-    """Return whether a file that no commit names is a leftover of ours, not a file of Delta or of another program."""
-    if name.startswith("_delta_log/"):
-        return not _LOG_FILE.fullmatch(name.removeprefix("_delta_log/"))
-    return not _RESERVED.fullmatch(name) if is_table else bool(_SHARD.fullmatch(name))
+        if name.startswith("_delta_log/"):
+            is_leftover = not _LOG_FILE.fullmatch(name.removeprefix("_delta_log/"))
+        elif log.newest is None:  # not a table: its other files may be those of another program
+            is_leftover = bool(_SHARD.fullmatch(name))
+        else:
+            is_leftover = not _RESERVED.fullmatch(name)
+        if is_leftover and name not in named:
+            age_s = now_s - info.mtime_ns / 1e9 if info.mtime_ns else 0.0  # of unknown age: young
+            yield Orphan(log.table.path, name, info.size, age_s / 3600)

@@ -26,18 +26,15 @@ from weights_store.checks.rows import violations
 from weights_store.errors import DamageError, NotFoundError, SettingsError
 from weights_store.names import quarantine_path
 from weights_store.store import WeightStore
-from weights_store.tables.metadata import CommitMetadata, Parent, ScorerRecord
+from weights_store.tables.metadata import Parent, ScorerRecord
 
 
 def verify(store: WeightStore, tables: Iterable[str] | None = None) -> Iterator[Finding]:
     """Yield every problem of a store, table by table.
 
-    A damaged shard or commit is a finding, and everything else is still checked.
-
-    Args:
-        store: The store.
-        tables: Paths such as `weights/hh/tis-dpo`; all tables by default. Tables that they were made from are read too; a
-            problem of those is reported if it prevents a check.
+    A damaged shard or commit is a finding, and everything else is still checked. `tables` are paths such as
+    `weights/hh/tis-dpo`; all by default. Tables that they were made from are read too; a problem of those is reported if it
+    prevents a check.
 
     Raises:
         NotFoundError: There is no such store or table.
@@ -63,7 +60,6 @@ class _Verification:
     _examined: dict[str, Examined] = field(default_factory=dict)
 
     def run(self) -> Iterator[Finding]:
-        """Yield what is wrong with the tables."""
         for path in self.asked:
             log = self.log(path)
             if log is not None and log.newest is not None:
@@ -88,18 +84,21 @@ class _Verification:
         kind = log.table.path.partition("/")[0]
         rows = self._sound(log, log.newest)
         yield from self._examined[log.table.path].findings
-        yield from _with_damage(rows, _check_rows(kind, rows, self._vocab_size(log), _scorer(log)))
+        scorer = (log.metadata(log.newest) or {}).get("scorer")
+        scorer = scorer if isinstance(scorer, dict) else None  # a damaged commit may hold anything
+        yield from _with_damage(rows, _check_rows(kind, rows, self._vocab_size(log), scorer))
         yield from _with_damage(rows, check_keys(rows))
         yield from _with_damage(rows, self._check_relations(kind, log, rows))
         yield from check_lineage(log, self.log)
         yield from check_fingerprints(log)
         if kind in ("tokens", "weights"):
             yield from check_balance(log)
-        if kind == "tokens":
-            yield from self._check_quarantine(log)
+        quarantine = self.log(quarantine_path(log.table.path)) if kind == "tokens" else None
+        if quarantine is not None:  # a table without commits holds no rows
+            unusable = self._sound(quarantine, quarantine.newest)
+            yield from _with_damage(unusable, check_quarantine(log, unusable))
 
     def _check_relations(self, kind: str, log: TableLog, rows: SoundTable) -> Iterator[Finding]:
-        """Compare rows with those that they were made from."""
         if kind in ("logps", "attributions", "anchors"):  # of all commits: each adds some pairs
             versions = sorted(log.commits, reverse=True)
             references = [parent for version in versions for parent in parents(log.metadata(version))]
@@ -114,13 +113,19 @@ class _Verification:
         """Return the vocabulary size that the newest commit or that of its tokens recorded, None if neither did."""
         of_tokens = _of_kind("tokens", parents(log.metadata(log.newest)))
         logs = [(log, log.newest), *((self.log(parent["table"]), parent["version"]) for parent in of_tokens)]
-        sizes = (_recorded_size(made.metadata(version)) for made, version in logs if made is not None)
-        return next((size for size in sizes if size is not None), None)
+        for metadata in (made.metadata(version) or {} for made, version in logs if made is not None):
+            size = (metadata.get("tokenizer") or {}).get("vocab_size")
+            if isinstance(size, int):
+                return size
+        return None
 
     def _compare(
         self, columns: Mapping[str, str], rows: SoundTable, references: Iterable[Parent], by_length: bool = False
     ) -> Iterator[Finding]:
-        made_from = list(self._tables(references))
+        places = dict.fromkeys((parent["table"], parent["version"]) for parent in references)  # each once
+        logs = [(self.log(path), version) for path, version in places]
+        # `check_lineage` reports missing ones.
+        made_from = [self._sound(log, version) for log, version in logs if log is not None and version in log.commits]
         if not made_from:
             return
         yield from compare(rows, made_from, columns, by_length)
@@ -128,20 +133,6 @@ class _Verification:
             if not parent.is_whole and parent.path not in self.asked:
                 problem = f"not all of it could be compared with {parent.name}, which is damaged; verify {parent.path}"
                 yield Finding(rows.path, problem, rows.version_number)
-
-    def _tables(self, references: Iterable[Parent]) -> Iterator[SoundTable]:
-        """Yield the tables of some references, each version once; `check_lineage` reports missing ones."""
-        places = dict.fromkeys((parent["table"], parent["version"]) for parent in references)
-        for path, version in places:
-            log = self.log(path)
-            if log is not None and version in log.commits:
-                yield self._sound(log, version)
-
-    def _check_quarantine(self, tokens: TableLog) -> Iterator[Finding]:
-        log = self.log(quarantine_path(tokens.table.path))
-        if log is not None:  # a table without commits holds no rows
-            rows = self._sound(log, log.newest)
-            yield from _with_damage(rows, check_quarantine(tokens, rows))
 
 
 def _of_kind(kind: str, references: Iterable[Parent], role: str | None = None) -> list[Parent]:
@@ -174,14 +165,3 @@ def _check_rows(kind: str, table: SoundTable, vocab_size: int | None, scorer: Sc
                 tail = f" ({more} more rows like this in the row group)" if more else ""
                 pair_id = rows["pair_id"][violation.row].as_py()
                 yield replace(place, pair_id=pair_id, problem=violation.problem + tail)
-
-
-def _recorded_size(metadata: CommitMetadata | None) -> int | None:
-    size = ((metadata or {}).get("tokenizer") or {}).get("vocab_size")
-    return size if isinstance(size, int) else None
-
-
-def _scorer(log: TableLog) -> ScorerRecord | None:
-    """Return what made the numbers of a table, None if its newest commit does not record it."""
-    scorer = (log.metadata(log.newest) or {}).get("scorer")
-    return scorer if isinstance(scorer, dict) else None

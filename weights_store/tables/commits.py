@@ -22,7 +22,6 @@ READERS = 16
 """How many commits are read at once from an object store."""
 
 _METADATA, _SHARDS, _DIGEST = "tokenweights", "tokenweightsShards", "tokenweightsSha256"
-_RESTORE = "restore it from a copy"
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def read_commit(table: Location, version: int) -> Commit:
     try:
         actions = [json.loads(line) for line in text.splitlines() if line.strip()]
     except ValueError as error:
-        raise DamageError(f"{table}: {log_name(version)} is damaged: {error}; {_RESTORE}") from error
+        raise DamageError(f"{table}: {log_name(version)} is damaged: {error}; restore it from a copy") from error
     info: dict[str, Any] = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
     metadata = _metadata(info, table, version)
     return Commit(
@@ -119,7 +118,7 @@ def _metadata(info: Mapping[str, Any], table: Location, version: int) -> CommitM
     except (KeyError, AttributeError):
         is_whole = False
     if not is_whole:
-        raise DamageError(f"{table}: {log_name(version)} is damaged: its digest differs; {_RESTORE}")
+        raise DamageError(f"{table}: {log_name(version)} is damaged: its digest differs; restore it from a copy")
     metadata: CommitMetadata = json.loads(info[_METADATA])
     if metadata["schema_version"] > SCHEMA_VERSION:
         raise StoreError(

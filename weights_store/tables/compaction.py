@@ -12,7 +12,6 @@ import polars as pl
 from weights_store.errors import DamageError
 from weights_store.tables import shards
 from weights_store.tables.checksums import sum_checksums
-from weights_store.tables.shards import ShardRecord
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableVersion
 
@@ -22,11 +21,8 @@ _NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 def optimize(table: Table, max_bytes: int = 1 << 30) -> TableVersion | None:
     """Compact the newest version of a table into fewer, sorted shards; return None if there is nothing to do.
 
-    Rows, fingerprint and column checksums do not change; older versions stay readable.
-
-    Args:
-        table: The table.
-        max_bytes: Memory for one range of keys.
+    Rows, fingerprint and column checksums do not change; older versions stay readable. `max_bytes` is the memory for one range
+    of keys.
 
     Raises:
         ConflictError: Another writer made a version meanwhile; nothing changed.
@@ -58,7 +54,10 @@ def _check_sizes(table: Table) -> None:
 def _compact(table: Table, max_bytes: int) -> TableVersion | None:
     base = table.reference()
     old = table.records(base.version)
-    if not _is_worth_it(old):
+    spans = sorted((record.first_key, record.last_key) for record in old)
+    overlap = any(left[1] >= right[0] for left, right in pairwise(spans))
+    num_needed = 1 + sum(record.num_bytes for record in old) // (shards.SHARD_BYTES // 2)
+    if not overlap and len(old) <= num_needed:
         return None
     scan, writer = table.scan(base.version), table.writer()
     for piece in table.key_ranges(max_bytes, base.version):
@@ -72,10 +71,3 @@ def _compact(table: Table, max_bytes: int) -> TableVersion | None:
         )
     metadata = {**table.metadata(base.version), "changes": [f"optimized: {len(old)} shards -> {len(new)}"]}
     return table.commit(new, metadata, base.version, removed=old)
-
-
-def _is_worth_it(records: list[ShardRecord]) -> bool:
-    """Return whether there are more shards than the bytes need, or their key ranges overlap."""
-    spans = sorted((record.first_key, record.last_key) for record in records)
-    overlap = any(left[1] >= right[0] for left, right in pairwise(spans))
-    return overlap or len(records) > 1 + sum(record.num_bytes for record in records) // (shards.SHARD_BYTES // 2)

@@ -38,12 +38,9 @@ class RowGroup(NamedTuple):
 
 
 def cut(groups: list[RowGroup], keys_of: Callable[[RowGroup], list[Any]], num_ranges: int) -> list[KeyRange]:
-    """Return at most `num_ranges` ranges with about equally many bytes, which together hold every key.
+    """Return at most `num_ranges` (>= 1) ranges with about equally many bytes, which together hold every key of the table.
 
-    Args:
-        groups: All row groups of the table.
-        keys_of: Returns all keys of one row group, sorted.
-        num_ranges: At least 1.
+    `keys_of` returns all keys of one row group, sorted.
     """
     samples = sorted(_samples(sorted(groups), keys_of))
     step = sum(num_bytes for _, num_bytes in samples) / num_ranges

@@ -73,9 +73,8 @@ def round_mantissa(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _round_floats(rows: pa.Table) -> pa.Table:
-    """Round the float lists of a row group, whose columns have one chunk each."""
     for index, field in enumerate(rows.schema):
-        column = rows.column(index).chunk(0)
+        column = rows.column(index).chunk(0)  # a row group's columns have one chunk each
         is_float = pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type)
         if is_float and column.null_count < len(column):
             values = pa.array(round_mantissa(column.values.to_numpy(zero_copy_only=False)), pa.float32())
@@ -88,8 +87,7 @@ def _round_floats(rows: pa.Table) -> pa.Table:
 class ShardWriter:
     """Writes rows in the order they come, sorted by `key`, as shards of about `SHARD_BYTES` into the table's folder.
 
-    A shard is built in memory and written whole, so one shard is the memory needed. Readers see nothing before the records
-    that `finish` returns are committed.
+    It needs the memory of one shard. Readers see nothing before the records that `finish` returns are committed.
 
     Raises:
         OSError: From `write` and `finish`: the folder cannot be written or the disk is full.
@@ -127,17 +125,14 @@ class ShardWriter:
         size = -(-rows.num_rows // num_groups)
         start = 0
         while start < rows.num_rows and (is_last or rows.num_rows - start >= size):
-            self._write_group(rows.slice(start, size).combine_chunks())
+            if self._shard is None:
+                self._shard = _OpenShard(self.schema)
+            self._shard.write_group(_round_floats(rows.slice(start, size).combine_chunks()), self.key)
+            if self._shard.num_bytes >= SHARD_BYTES:
+                self._close_shard()
             start += size
         # A copy, or the remainder would keep the whole table alive.
         self._waiting = [rows.slice(start).combine_chunks()] if start < rows.num_rows else []
-
-    def _write_group(self, rows: pa.Table) -> None:
-        if self._shard is None:
-            self._shard = _OpenShard(self.schema)
-        self._shard.write_group(_round_floats(rows), self.key)
-        if self._shard.num_bytes >= SHARD_BYTES:
-            self._close_shard()
 
     def _close_shard(self) -> None:
         if self._shard is None:
@@ -198,12 +193,6 @@ class _OpenShard:
 
 class ShardReader:
     """One open shard; every row group that it returns has been checked against the commit.
-
-    Args:
-        folder: The table's folder.
-        record: From the commit.
-        key: The table's key columns.
-        where: The table and version, for messages.
 
     Raises:
         DamageError: The file is missing, or its footer does not agree with the commit.

@@ -11,7 +11,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 import polars as pl
 import pyarrow as pa
@@ -24,7 +24,6 @@ from weights_store.tables.commits import custom_metadata, delta_actions, log_nam
 from weights_store.tables.shards import ShardRecord, ShardWriter
 from weights_store.tables.table_reader import TableReader, TableVersion
 
-_Items = TypeVar("_Items", pa.Table, list[ShardRecord])
 _MAX_TRIES = 20
 
 
@@ -52,8 +51,15 @@ class Table(TableReader):
         Raises:
             ConflictError: Other writers won the race for the next version every time.
         """
-        rows = self._distinct(self._conform(rows))
-        return self._append(rows, self._without_present, self._write, metadata, known)
+        rows = self._conform(rows)
+        is_first = pl.DataFrame(pl.from_arrow(rows.select(self.key))).select(pl.struct(self.key).is_first_distinct())
+        rows = rows.filter(is_first.to_series().to_arrow())
+
+        def write_new(version: int | None, since: int | None) -> list[ShardRecord]:
+            fresh = self._without_present(rows, version, since)
+            return self._write(fresh) if fresh.num_rows else []
+
+        return self._append(write_new, metadata, known)
 
     def append_shards(
         self, shards: list[ShardRecord], metadata: Mapping[str, object], known: int | None = None
@@ -61,49 +67,49 @@ class Table(TableReader):
         """Add the rows of shards that are already written, each key exactly once, as one new version.
 
         A shard with rows that are already there is rewritten without them; the old file is never committed. If all rows are
-        there, the newest version is returned.
-
-        Args:
-            shards: From `write_shards`, possibly of other processes; no key is in two of them.
-            metadata: See the class.
-            known: See the class.
+        there, the newest version is returned. The shards are from `write_shards`, possibly of other processes; no key is in
+        two of them.
 
         Raises:
             ConflictError: Other writers won the race for the next version every time.
             StoreError: Also if a shard is not in the table's folder.
             DamageError: A shard that must be rewritten is not what was written.
         """
-        self._check_shards_are_here(shards)
-        return self._append(shards, self._shards_without_present, list, metadata, known)
+        for shard in shards:
+            if self.location.is_local and not self.location.exists(shard.name):
+                raise StoreError(
+                    f"{self.path}: shard {shard.name} was written, but is not in {self.location}; a store that several "
+                    "machines write must be in storage that all of them share"
+                )
+        return self._append(
+            lambda version, since: self._shards_without_present(shards, version, since), metadata, known
+        )
 
     def _append(
         self,
-        items: _Items,
-        without_present: Callable[[_Items, int | None, int | None], _Items],
-        write: Callable[[_Items], list[ShardRecord]],
+        write_new: Callable[[int | None, int | None], list[ShardRecord]],
         metadata: Mapping[str, object],
         known: int | None,
     ) -> TableVersion:
-        """Commit the new part of `items`, and look again whenever another writer was faster."""
+        """Commit the new rows, and look again whenever another writer was faster.
+
+        `write_new` returns shards with the rows whose key is in no shard of one version that another had not already.
+        """
         base = self._checked_version()
-        fresh = without_present(items, base, known)
-        records: list[ShardRecord] | None = None
+        fresh = write_new(base, known)
         for attempt in range(_MAX_TRIES):
-            if base is not None and not len(fresh):
+            if base is not None and not fresh:
                 return self.reference(base)
-            if records is None:
-                records = write(fresh)
             try:
-                return self.commit(records, metadata, base)
+                return self.commit(fresh, metadata, base)
             except ConflictError:
                 time.sleep(random.uniform(0.002, 0.01) * 2 ** min(attempt, 6))
             newest = self._checked_version()
             if base is not None and not set(self.shards(base)) <= set(self.shards(newest)):
-                left = without_present(items, newest, known)  # the table was replaced: older rows may be gone
+                fresh = write_new(newest, known)  # the table was replaced: older rows may be gone
             else:
-                left = without_present(fresh, newest, base)
-            records = records if left == fresh else None
-            base, fresh = newest, left
+                fresh = self._shards_without_present(fresh, newest, base)
+            base = newest
         raise ConflictError(
             f"{self.path}: lost the race for the next version {_MAX_TRIES} times; run again when fewer processes write"
         )
@@ -125,14 +131,10 @@ class Table(TableReader):
         mode: Literal["append", "overwrite"] = "append",
         removed: Sequence[ShardRecord] = (),
     ) -> TableVersion:
-        """Make shards visible as version `base` + 1, or fail.
+        """Make shards of a `writer` visible as version `base` + 1, or fail.
 
-        Args:
-            shards: From a `writer`.
-            metadata: See the class.
-            base: The version that the rows were computed from; None for the first.
-            mode: `overwrite`: the shards are the whole content of the new version.
-            removed: Shards whose rows are in `shards` too, which the new version no longer needs.
+        `base` is the version that the rows were computed from, None for the first. With `overwrite` the shards are the whole
+        content of the new version. `removed` are shards whose rows are in `shards` too, which it no longer needs.
 
         Raises:
             ConflictError: Another writer made that version first; nothing became visible.
@@ -154,10 +156,10 @@ class Table(TableReader):
                 opened.create_write_transaction(actions, mode, schema, commit_properties=properties)
         except (DeltaError, OSError) as error:
             # The error does not say whether the commit was made: its reply may be lost, or another writer made the version.
-            made = self._commit_id(version)
-            if made is None:
+            if not self.location.exists(log_name(version)):
                 raise self.cannot_write(error) from self.cause(error)
-            if made != commit_id:
+            made = read_commit(self.location, version).metadata
+            if made is None or made["commit_id"] != commit_id:
                 problem = f"{self.path}: another writer made a version after {base}; run again"
                 raise ConflictError(problem) from self.cause(error)
         return TableVersion(str(self.root), self.path, version, str(metadata["fingerprint"]))
@@ -166,12 +168,18 @@ class Table(TableReader):
         """Return the error to raise if a shard or a commit cannot be written."""
         return StoreError(f"cannot write {self.path} in {self.root}: {one_line(error)}; nothing became visible")
 
-    # --- inside ------------------------------------------------------------------------------------------------------
-
     def _create(self, schema: object, actions: list[object], properties: object) -> None:
         from deltalake.transaction import create_table_with_add_actions
 
-        self._check_stands_alone()
+        # Listings and `vacuum` look at whole folders, so no table may be inside another one's.
+        kind, *parts = self.path.split("/")
+        above = ["/".join([kind, *parts[:count]]) for count in range(1, len(parts))]
+        inside = [f"{self.path}/{name}" for name in self.location.folders()]
+        for path in (*above, *inside):
+            if (self.root / path).exists("_delta_log"):
+                raise StoreError(
+                    f"{self.path} and the table {path} in {self.root} would be nested; choose another name"
+                )
         if self.location.is_local:
             self.location.path.mkdir(parents=True, exist_ok=True)
         configuration = {
@@ -203,12 +211,6 @@ class Table(TableReader):
                 raise StoreError(f"{self.path}: rows have no value inside a list of column {name}; expected a number")
         return rows
 
-    def _distinct(self, rows: pa.Table) -> pa.Table:
-        """Keep the first row of every key."""
-        first = pl.DataFrame(pl.from_arrow(rows.select(self.key))).select(pl.struct(self.key).is_first_distinct())
-        keep = first.to_series()
-        return rows if keep.all() else rows.filter(pa.array(keep.to_list()))
-
     def _without_present(self, rows: pa.Table, version: int | None, since: int | None) -> pa.Table:
         """Return the rows whose key is in no shard of `version` that `since` did not have already."""
         if version is None or version == since or not rows.num_rows:
@@ -220,16 +222,13 @@ class Table(TableReader):
         return self._without(rows, present)
 
     def _without(self, rows: pa.Table, present: pl.LazyFrame) -> pa.Table:
-        """Return the rows whose key is not in `present`."""
         name = self.key[0]
         span = pc.min_max(rows[name]).as_py()
         present = present.filter(pl.col(name).is_between(pl.lit(span["min"]), pl.lit(span["max"]))).select(self.key)
         keys = pl.DataFrame(pl.from_arrow(rows.select(self.key))).with_row_index("_row")
         taken = self._collect(keys.lazy().join(present, on=list(self.key), how="semi"))["_row"]
-        if taken.is_empty():
-            return rows
         keep = ~pl.int_range(rows.num_rows, eager=True).is_in(taken.to_list())
-        return rows.filter(pa.array(keep.to_list()))
+        return rows if keep.all() else rows.filter(keep.to_arrow())
 
     def _shards_without_present(
         self, shards: list[ShardRecord], version: int | None, since: int | None
@@ -241,7 +240,7 @@ class Table(TableReader):
         added = [record for record in self.records(version) if record.name not in known]
         left: list[ShardRecord] = []
         for shard in shards:
-            near = [other for other in added if _overlap(shard, other)]
+            near = [o for o in added if shard.first_key <= o.last_key and o.first_key <= shard.last_key]
             keys = pa.concat_tables(self.open_shard(shard).groups(list(self.key))) if near else None
             if keys is None or len(self._without(keys, self.scan_shards(near))) == len(keys):
                 left.append(shard)
@@ -249,17 +248,6 @@ class Table(TableReader):
             rows = self._without(pa.concat_tables(self.open_shard(shard).groups()), self.scan_shards(near))
             left += self._write(rows) if rows.num_rows else []
         return left
-
-    def _check_shards_are_here(self, shards: list[ShardRecord]) -> None:
-        """Refuse shards that another machine wrote to a folder of its own, because no storage is shared."""
-        if not self.location.is_local:
-            return
-        for shard in shards:
-            if not self.location.has_file(shard.name):
-                raise StoreError(
-                    f"{self.path}: shard {shard.name} was written, but is not in {self.location}; a store that several "
-                    "machines write must be in storage that all of them share"
-                )
 
     def _checked_version(self) -> int | None:
         """Return the newest version, None when there is none, and refuse to write to a table that is not ours."""
@@ -275,24 +263,3 @@ class Table(TableReader):
             return writer.finish()
         except OSError as error:
             raise self.cannot_write(error) from self.cause(error)
-
-    def _check_stands_alone(self) -> None:
-        """Refuse a table inside another one's folder, or around one: listings and `vacuum` look at whole folders."""
-        kind, *parts = self.path.split("/")
-        above = ["/".join([kind, *parts[:count]]) for count in range(1, len(parts))]
-        inside = [f"{self.path}/{name}" for name in self.location.folders()]
-        for path in (*above, *inside):
-            if (self.root / path).exists("_delta_log"):
-                raise StoreError(
-                    f"{self.path} and the table {path} in {self.root} would be nested; choose another name"
-                )
-
-    def _commit_id(self, version: int) -> str | None:
-        """Return the `commit_id` of a version, empty if another program made it, None if there is no such version."""
-        if not self.location.exists(log_name(version)):
-            return None
-        return (read_commit(self.location, version).metadata or {}).get("commit_id", "")
-
-
-def _overlap(one: ShardRecord, other: ShardRecord) -> bool:
-    return bool(one.first_key <= other.last_key and other.first_key <= one.last_key)

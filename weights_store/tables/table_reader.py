@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 
 from weights_store.errors import DamageError, NotFoundError, StoreError
 from weights_store.location import Location, one_line
-from weights_store.tables.checksums import sum_checksums
 from weights_store.tables.commits import READERS, Commit, log_name, read_commit, read_commits
 from weights_store.tables.key_ranges import KeyRange, RowGroup, cut
 from weights_store.tables.metadata import CommitMetadata, Parent
@@ -63,11 +62,9 @@ class TableReader:
         self.key = key
         self.location = root / path
 
-    # --- versions ----------------------------------------------------------------------------------------------------
-
     def exists(self) -> bool:
         """Return whether the table has at least one version."""
-        return self.location.has_file(log_name(0), "_delta_log/_last_checkpoint")
+        return self.location.exists(log_name(0), "_delta_log/_last_checkpoint")
 
     def version(self) -> int | None:
         """Return the newest version, None if there is none."""
@@ -96,8 +93,6 @@ class TableReader:
         oldest = -1 if limit is None else max(-1, newest - limit)
         commits = read_commits(self.location, range(newest, oldest, -1))
         return [commit for commit in commits if commit.metadata is not None]
-
-    # --- reading -----------------------------------------------------------------------------------------------------
 
     def scan(self, version: int | None = None) -> pl.LazyFrame:
         """Return one version as a lazy frame."""
@@ -166,10 +161,6 @@ class TableReader:
         """Return the number of rows of one version."""
         return int(self._collect(self.scan(version).select(pl.len())).item())
 
-    def checksums(self, version: int | None = None) -> dict[str, int]:
-        """Return the recorded checksum of every column of one version, see `checksums.py`."""
-        return sum_checksums(record.sums for record in self.records(version))
-
     def pair_ids(self, version: int | None = None) -> pl.Series:
         """Return the `pair_id`s of one version, none if the table does not exist yet."""
         if version is None and not self.exists():
@@ -179,10 +170,8 @@ class TableReader:
     def key_ranges(self, max_bytes: int, version: int | None = None, num_bytes: int | None = None) -> list[KeyRange]:
         """Cut one version into ranges of its first key column, which together hold every key.
 
-        Args:
-            max_bytes: Arrow bytes that one range may take in memory, about.
-            version: Which version; the newest by default.
-            num_bytes: Bytes on disk of everything that is read of these keys; the table's own by default.
+        One range takes about `max_bytes` Arrow bytes in memory. `num_bytes` are the bytes on disk of everything that is read
+        of these keys; the table's own by default.
 
         Raises:
             DamageError: A shard cannot be read.
@@ -243,8 +232,6 @@ class TableReader:
         """Return the cause to show for an error; None for an object store, whose replies quote keys and tokens."""
         return error if self.root.is_local else None
 
-    # --- inside ------------------------------------------------------------------------------------------------------
-
     @cached_property
     def _polars_schema(self) -> pl.Schema:
         return pl.DataFrame(pl.from_arrow(self.schema.empty_table())).schema
@@ -257,7 +244,6 @@ class TableReader:
             return frame.collect()
 
     def _row_groups(self, record: ShardRecord) -> Iterator[RowGroup]:
-        """Read the footer of a shard."""
         with self.reading(), self.location.filesystem.open_input_file(record.name) as file:
             footer = pq.read_metadata(file)
             column = footer.schema.to_arrow_schema().names.index(self.key[0])

@@ -79,7 +79,10 @@ def diff_tables(a: Table, version_a: int, b: Table, version_b: int, max_bytes: i
         counts["anchors_changed"] += comparable.filter(pl.col("anchor_ids").ne_missing(pl.col("anchor_ids_b"))).height
         changes = pl.concat([_changes(comparable, side) for side in (*SIDES, _PAIR)])
         sums.append(_sum(changes))
-        largest = _keep_largest(largest, changes)
+        changed = changes.filter(pl.col("max_abs_change") > 0, pl.col("side") != _PAIR).select(*_CHANGES)
+        order = ["mean_abs_change", "max_abs_change", "pair_id", "side"]
+        ranked = pl.concat([largest, changed]).sort(order, descending=[True, True, False, False])
+        largest = ranked.head(_NUM_LARGEST)
     sides = {row["side"]: row for row in _sum(pl.concat(sums)).to_dicts()}
     return Diff(
         a=f"{a.path}@{version_a}",
@@ -119,8 +122,7 @@ def _ranges(
     larger, version = (a, version_a) if sizes[0] >= sizes[1] else (b, version_b)
     scans = [a.scan(version_a).select(columns), b.scan(version_b).select(columns)]
     for piece in larger.key_ranges(max_bytes, version, num_bytes=sum(sizes)):
-        old, new = (piece.of(scan).collect() for scan in scans)
-        yield old, new
+        yield piece.of(scans[0]).collect(), piece.of(scans[1]).collect()
 
 
 def _changes(comparable: pl.DataFrame, side: str) -> pl.DataFrame:
@@ -128,19 +130,12 @@ def _changes(comparable: pl.DataFrame, side: str) -> pl.DataFrame:
     wide = pl.List(pl.Float64)
     signed = pl.col(f"{side}_token_weights_b").cast(wide) - pl.col(f"{side}_token_weights").cast(wide)
     change = signed.list.eval(pl.element().abs())
-    return comparable.select("pair_id", pl.lit(side).alias("side"), change.alias("change")).select(
+    return comparable.select(
         "pair_id",
-        "side",
-        pl.col("change").list.len().alias("num_tokens"),
-        pl.col("change").list.eval(pl.element() > 0).list.sum().alias("num_tokens_changed"),
-        pl.col("change").list.sum().alias("total"),
-        pl.col("change").list.mean().alias("mean_abs_change"),
-        pl.col("change").list.max().alias("max_abs_change"),
+        side=pl.lit(side),
+        num_tokens=change.list.len(),
+        num_tokens_changed=change.list.eval(pl.element() > 0).list.sum(),
+        total=change.list.sum(),
+        mean_abs_change=change.list.mean(),
+        max_abs_change=change.list.max(),
     )
-
-
-def _keep_largest(largest: pl.DataFrame, changes: pl.DataFrame) -> pl.DataFrame:
-    changed = changes.filter(pl.col("max_abs_change") > 0, pl.col("side") != _PAIR).select(*_CHANGES)
-    order = ["mean_abs_change", "max_abs_change", "pair_id", "side"]
-    ranked = pl.concat([largest, changed]).sort(order, descending=[True, True, False, False])
-    return ranked.head(_NUM_LARGEST)

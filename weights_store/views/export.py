@@ -7,13 +7,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
 import polars as pl
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from weights_store.errors import InputError, MismatchError
@@ -44,10 +43,10 @@ def export_table(
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:
-        if form == "parquet":
-            names = _write_parquet(table, weights.version, partial)
-        else:
-            names = _write_jsonl(table, weights.version, partial, tokenizer)
+        is_parquet, version = form == "parquet", weights.version
+        names = (
+            _write_parquet(table, version, partial) if is_parquet else _write_jsonl(table, version, partial, tokenizer)
+        )
         record = {"name": name_of(str(weights)), "fingerprint": weights.fingerprint, "format": form, "files": names}
         (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         partial.replace(folder)  # also over an empty folder
@@ -57,35 +56,20 @@ def export_table(
     return [folder / name for name in (*names, _RECORD)]
 
 
-# --- Parquet -----------------------------------------------------------------------------------------------------------
-
-
 def _write_parquet(table: Table, version: int, folder: Path) -> list[str]:
     """Write files with pyarrow's defaults, one row group per row group of the store."""
     names: list[str] = []
-    for number, groups in enumerate(_files(table.batches(version))):
-        names.append(f"part-{number:05d}.parquet")
-        with pq.ParquetWriter(folder / names[-1], table.schema) as writer:
-            for rows in groups:
-                writer.write_table(rows)
-    return names
-
-
-def _files(groups: Iterator[pa.Table]) -> Iterator[Iterator[pa.Table]]:
-    """Cut row groups into runs of about `FILE_BYTES`; read each run to its end before the next."""
+    groups = table.batches(version)
     for first in groups:
-        yield _one_file(first, groups)
-
-
-def _one_file(first: pa.Table, groups: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    yield first
-    num_bytes = first.nbytes
-    while num_bytes < FILE_BYTES and (rows := next(groups, None)) is not None:
-        yield rows
-        num_bytes += rows.nbytes
-
-
-# --- JSONL in the release's layout -------------------------------------------------------------------------------------
+        names.append(f"part-{len(names):05d}.parquet")
+        num_bytes = 0
+        with pq.ParquetWriter(folder / names[-1], table.schema) as writer:
+            for rows in chain([first], groups):
+                writer.write_table(rows)
+                num_bytes += rows.nbytes
+                if num_bytes >= FILE_BYTES:
+                    break
+    return names
 
 
 def _write_jsonl(table: Table, version: int, folder: Path, tokenizer: Tokenizer | None) -> list[str]:

@@ -12,10 +12,9 @@ from typing import NamedTuple, NotRequired, TypedDict
 import polars as pl
 
 from weights_store.catalog import open_table
-from weights_store.errors import NotFoundError
 from weights_store.location import Location
 from weights_store.names import quarantine_path
-from weights_store.tables.commits import Commit, read_commit
+from weights_store.tables.commits import read_commit
 from weights_store.tables.metadata import CommitMetadata, Parent, Section
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableVersion
@@ -72,14 +71,6 @@ class _ContrastRecord(TypedDict):
     fingerprint: NotRequired[str]
 
 
-class _Trained(NamedTuple):
-    """One contrastive model in the store."""
-
-    name: str
-    record: _ContrastRecord
-    created: int | None
-
-
 @dataclass
 class _Walk:
     """Depth first, so that what a thing was made from is right below it, one deeper."""
@@ -90,20 +81,24 @@ class _Walk:
     def table(self, depth: int, role: str, parent: Parent, recipe: _Recipe) -> None:
         """Add one table version and all that it was made from; `recipe` is that of the weight dataset below it."""
         table, version = open_table(self.root, parent["table"]), parent["version"]
-        commit = _commit(table, version, parent["fingerprint"])
-        num_rows = None if commit is None else _num_rows(table, version)
-        created = None if commit is None else commit.timestamp_ms
-        thing = _Thing(role, "table", table.path, version, parent["fingerprint"], num_rows, created)
-        if not self._add(depth, thing) or commit is None or commit.metadata is None:
-            return
+        thing = _Thing(role, "table", table.path, version, parent["fingerprint"])
+        commit = read_commit(table.location, version)
         metadata = commit.metadata
+        if metadata is None or metadata["fingerprint"] != parent["fingerprint"]:  # it is gone, or another one is there
+            self._add(depth, thing)
+            return
+        thing = thing._replace(rows=_num_rows(table, version), created=commit.timestamp_ms)
+        if not self._add(depth, thing):
+            return
         recipe = metadata.get("recipe", recipe)
         for above in metadata.get("parents", []):
             self.table(depth + 1, above.get("role", above["table"].partition("/")[0]), above, recipe)
         if "scorer" in metadata:
             self._model(depth + 1, role, metadata["scorer"]["model"], recipe)
         if "source" in metadata:
-            self._source(depth + 1, metadata)
+            name = _text(metadata.get("recipe", {}), "dataset", "source")
+            num_rows = metadata.get("statistics", {}).get("num_source_rows")
+            self._add(depth + 1, _Thing("source", "source", name, None, metadata["source"].get("content"), num_rows))
             self._quarantine(depth + 1, table, metadata)
 
     def _model(self, depth: int, role: str, fingerprint: str, recipe: _Recipe) -> None:
@@ -117,12 +112,15 @@ class _Walk:
             known = record.get("fingerprint", fingerprint if len(trained) == 1 else None)
             label = f"{side} model" if len(trained) == 1 else f"{side} model, one of {len(trained)}"
             if self._add(depth, _Thing(label, "model", name, None, known, None, created)):
-                identity = record["identity"]
-                self.table(depth + 1, "trained on", _trained_on(record), recipe)
+                identity, version = record["identity"], record["version"]
+                data: Parent = {"table": identity["table"], "version": version, "fingerprint": record["data"]}
+                self.table(depth + 1, "trained on", data, recipe)
                 self._add(depth + 1, _Thing("started from", "model", start, None, identity["model"]))
 
-    def _trained(self, side: str, fingerprint: str, recipe: _Recipe) -> Iterator[_Trained]:
-        """Yield the contrastive models in the store that fit the recipe: several if the data has grown since.
+    def _trained(
+        self, side: str, fingerprint: str, recipe: _Recipe
+    ) -> Iterator[tuple[str, _ContrastRecord, int | None]]:
+        """Yield name, record and time of the contrastive models that fit the recipe: several if the data has grown since.
 
         A record with the model's own fingerprint decides.
         """
@@ -140,12 +138,7 @@ class _Walk:
             fits &= all(settings.get(key) == value for key, value in identity["training"].items())
             if fits and record.get("fingerprint", fingerprint) == fingerprint:
                 modified_ns = folder.filesystem.get_file_info(_CONTRAST_RECORD).mtime_ns
-                yield _Trained(f"models/{name}", record, None if modified_ns is None else modified_ns // 1_000_000)
-
-    def _source(self, depth: int, metadata: CommitMetadata) -> None:
-        name = _text(metadata.get("recipe", {}), "dataset", "source")
-        num_rows = metadata.get("statistics", {}).get("num_source_rows")
-        self._add(depth, _Thing("source", "source", name, None, metadata["source"].get("content"), num_rows))
+                yield f"models/{name}", record, None if modified_ns is None else modified_ns // 1_000_000
 
     def _quarantine(self, depth: int, tokens: Table, metadata: CommitMetadata) -> None:
         """Add the newest version of the quarantine that was made from the same source with the same limits."""
@@ -153,11 +146,8 @@ class _Walk:
         for commit in table.history() if table.exists() else ():
             made = commit.metadata or {}
             if (made.get("cut"), made.get("source")) == (metadata.get("cut"), metadata["source"]):
-                version, rows = commit.version, _num_rows(table, commit.version)
-                thing = _Thing(
-                    "quarantine", "table", table.path, version, made["fingerprint"], rows, commit.timestamp_ms
-                )
-                self._add(depth, thing)
+                at, rows, created = commit.version, _num_rows(table, commit.version), commit.timestamp_ms
+                self._add(depth, _Thing("quarantine", "table", table.path, at, made["fingerprint"], rows, created))
                 return
 
     def _add(self, depth: int, thing: _Thing) -> bool:
@@ -170,22 +160,8 @@ class _Walk:
         return True
 
 
-def _commit(table: Table, version: int, fingerprint: str) -> Commit | None:
-    """Return the commit of a parent; None if the store no longer has that version or has another one there."""
-    try:
-        table.reference(version)
-    except NotFoundError:
-        return None
-    commit = read_commit(table.location, version)
-    return commit if commit.metadata and commit.metadata["fingerprint"] == fingerprint else None
-
-
 def _num_rows(table: Table, version: int) -> int:
     return sum(record.num_rows for record in table.records(version))
-
-
-def _trained_on(record: _ContrastRecord) -> Parent:
-    return {"table": record["identity"]["table"], "version": record["version"], "fingerprint": record["data"]}
 
 
 def _text(recipe: _Recipe, section: str, key: str) -> str | None:

@@ -16,7 +16,6 @@ class Decoder(Protocol):
 
     def decode(self, ids: list[int], /, *, skip_special_tokens: bool = ...) -> str:
         """Return the text of some ids."""
-        ...
 
 
 Tokenizer = Decoder | Mapping[int, str] | Sequence[str]
@@ -32,12 +31,23 @@ class TokenTexts:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._source = tokenizer
         self._known: dict[int, str] = {}
-        self._num_ids = _num_ids(tokenizer)
+        self._num_ids: int | None = None  # it does not say, or its ids need not be consecutive
+        if hasattr(tokenizer, "get_vocab_size"):
+            self._num_ids = int(tokenizer.get_vocab_size())
+        elif isinstance(tokenizer, Sized) and not isinstance(tokenizer, Mapping):
+            self._num_ids = len(tokenizer)
 
     def text(self, token_id: int) -> str:
         """Return the text of one id."""
         if token_id not in self._known:
-            self._known[token_id] = self._look_up(token_id)
+            self._check(token_id)
+            if isinstance(self._source, Mapping | Sequence):
+                try:
+                    self._known[token_id] = str(self._source[token_id])
+                except (KeyError, IndexError):
+                    raise self._unknown(token_id) from None
+            else:
+                self._known[token_id] = _decode(self._source, [token_id])
         return self._known[token_id]
 
     def texts(self, ids: pl.Series) -> pl.Series:
@@ -53,15 +63,6 @@ class TokenTexts:
         self._check(max(ids, default=0))
         return _decode(self._source, list(ids))
 
-    def _look_up(self, token_id: int) -> str:
-        self._check(token_id)
-        if not isinstance(self._source, Mapping | Sequence):
-            return _decode(self._source, [token_id])
-        try:
-            return str(self._source[token_id])
-        except (KeyError, IndexError):
-            raise self._unknown(token_id) from None
-
     def _check(self, token_id: int) -> None:
         if self._num_ids is not None and token_id >= self._num_ids:
             raise self._unknown(token_id)
@@ -76,12 +77,3 @@ class TokenTexts:
 
 def _decode(decoder: Decoder, ids: list[int]) -> str:
     return str(decoder.decode(ids, skip_special_tokens=False))  # `tokenizers` leaves special tokens out by default
-
-
-def _num_ids(tokenizer: Tokenizer) -> int | None:
-    """Return how many ids a tokenizer has; None if it does not say, or if ids need not be consecutive."""
-    if isinstance(tokenizer, Mapping):
-        return None
-    if hasattr(tokenizer, "get_vocab_size"):
-        return int(tokenizer.get_vocab_size())
-    return len(tokenizer) if isinstance(tokenizer, Sized) else None
