@@ -124,10 +124,10 @@ def _describe(problem: Mapping[str, Any], model: type[_SettingsModel]) -> str:
 
 def _describe_unnamed(section: str, value: Mapping[str, object], model: type[_SettingsModel]) -> str:
     """Describe a section without the key that chooses its model: this key may be misspelt."""
-    known = _known_keys(model, section, None)
-    unknown = [key for name in value if (key := f"{section}.{name}") not in known]
-    missing = f"missing key '{section}.{model.model_fields[section].discriminator}'"
-    return "; ".join([f"unknown key {key!r}; {_nearest(key, known)}" for key in unknown] or [missing])
+    field = model.model_fields[section]
+    known = {name for inner in _models_of(field).values() for name in inner.model_fields}
+    unknown = [_describe_unknown(f"{section}.{name}", value[name], model, None) for name in value if name not in known]
+    return "; ".join(unknown or [f"missing key '{section}.{field.discriminator}'"])
 
 
 def _describe_unknown(key: str, value: object, model: type[_SettingsModel], chosen: str | None) -> str:
