@@ -29,7 +29,8 @@ def exact_kl(policy_logits: Tensor, ref_logits: Tensor, direction: KlDirection) 
     References:
         KL(pi‖ref): eta of TIS-DPO, arXiv 2410.04350. KL(ref‖pi): the sequential KL of TDPO, arXiv 2404.11999.
     """
-    return _kl(_log_softmax(policy_logits), _log_softmax(ref_logits.detach()), direction)
+    policy_logits, ref_logits = _at_least_float32(policy_logits), _at_least_float32(ref_logits.detach())
+    return _kl(policy_logits.log_softmax(-1), ref_logits.log_softmax(-1), direction)
 
 
 def top_k_kl(policy_log_probs_at_ids: Tensor, ref_top_logps: Tensor, direction: KlDirection) -> Tensor:
@@ -67,10 +68,6 @@ def _with_tail(top_logps: Tensor) -> Tensor:
     # log(1 - e^m) through expm1: exact near m = 0; far below, right to one rounding of 1
     tail = (-torch.expm1(top_mass - excess)).log()
     return torch.cat([top_logps - excess, tail], -1)
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return _at_least_float32(logits).log_softmax(-1)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:
