@@ -7,12 +7,11 @@ to the gradients of its parameters. Attention runs in groups on CPUs and GPUs; i
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from train.model.attention import MAX_GROUP_SCORES, NUM_BRANCHES, Packing, RowGroup, Spread, attend
+from train.model.attention import MAX_GROUP_SCORES, NUM_BRANCHES, KeysValues, Packing, RowGroup, Scoring
 from train.model.collate import Batch
 
 _FULL = 0.7
@@ -32,9 +31,9 @@ class KeptPrompts(Packing):
     """
 
     last_layer: int | None = field(default=None, kw_only=True)
-    kept: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    kept: dict[nn.Module, KeysValues] = field(default_factory=dict)
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Attend as in any packed row.
 
         Raises:
@@ -43,7 +42,7 @@ class KeptPrompts(Packing):
         self.kept[module] = key.to(value.dtype), value
         if self.last_layer is not None and getattr(module, "layer_idx", None) == self.last_layer:
             raise EnoughError
-        return super().attend(module, query, key, value, **settings)
+        return super().attend(module, query, key, value, scoring)
 
 
 @dataclass(frozen=True)
@@ -79,32 +78,21 @@ class Continuation(Packing):
     prompts: KeptPrompts = field(kw_only=True)
     response_groups: list[ResponseGroup] = field(kw_only=True)
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """Return the attention output of the response tokens, `[1, N, H, D]`."""
-        kept_key, kept_value = (kept[0].transpose(0, 1) for kept in self.prompts.kept[module])
+    def row_masks(self, window: int | None) -> list[Tensor]:
+        """Return the mask of every group, see `ResponseGroup.mask`."""
         if window not in self._row_masks:
             self._row_masks[window] = [group.mask(window) for group in self.response_groups]
-        sizes = [group.responses.num_tokens for group in self.response_groups]
-        tensors = (query.to(value.dtype), key.to(value.dtype), value)
-        parts = zip(*(tensor.split(sizes, dim=2) for tensor in tensors), strict=True)
-        outputs = []
-        for group, mask, part in zip(self.response_groups, self._row_masks[window], parts, strict=True):
-            rows = group.responses
-            queries, keys, values = (Spread.apply(tensor, rows.places, rows.is_token) for tensor in part)
-            before = kept_key[group.prompts].transpose(1, 2), kept_value[group.prompts].transpose(1, 2)
-            attended = attend(queries, keys, values, mask=mask, scaling=scaling, softcap=softcap, before=before)
-            outputs.append(attended.transpose(1, 2)[rows.is_token])
-        return torch.cat(outputs)[None]
+        return self._row_masks[window]
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """Return the attention output of the response tokens, `[1, N, H, D]`."""
+        kept_key, kept_value = (kept[0].transpose(0, 1) for kept in self.prompts.kept[module])
+        befores = (
+            (kept_key[group.prompts].transpose(1, 2), kept_value[group.prompts].transpose(1, 2))
+            for group in self.response_groups
+        )
+        groups = [group.responses for group in self.response_groups]
+        return self.attend_in_groups((query, key, value), groups, befores, scoring)
 
 
 @dataclass(frozen=True)
