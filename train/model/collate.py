@@ -77,15 +77,11 @@ class PairCollator:
         num_prompts = 1 if self.packed else len(responses)
         return num_prompts * len(pair.prompt_ids) + sum(len(response.ids) for response in responses)
 
-    def num_pairs(self, batch: Batch) -> int:
-        """Return B of a micro-batch."""
-        return len(batch["pair_weights"])
-
     def split_sides(
         self, batch: Batch, terms: TokenTerms
     ) -> tuple[ResponseLogps, ResponseLogps | None, ResponseLogps | None]:
         """Return chosen, rejected and anchor, `[B, T]` each, of a batch that this collator made; None for what is left out."""
-        num_pairs = self.num_pairs(batch)
+        num_pairs = len(batch["pair_weights"])
         fields = (terms.logps, batch["completion_mask"], batch["ref_logps"], batch["token_weights"], terms.kls)
 
         def side(index: int) -> ResponseLogps:
@@ -145,7 +141,7 @@ def _count_common(responses: Sequence[Ids]) -> int:
 
 def _pad(prompts: Sequence[Ids], responses: Sequence[StoredResponse]) -> dict[str, NDArray]:
     sequences = [np.concatenate([p, r.ids]) for p, r in zip(prompts, responses, strict=True)]
-    input_ids = _stack(sequences, padding=PADDING_ID)
+    input_ids = _stack(sequences, PADDING_ID)
     lengths = np.array([len(sequence) for sequence in sequences])
     steps = np.broadcast_to(np.arange(input_ids.shape[1]), input_ids.shape)
     return {

@@ -56,15 +56,17 @@ def sample_responses(
         InputError: A prompt leaves no room for a token.
     """
     causal_model = unwrap_adapters(policy.model)
-    ends = sorted({*_end_ids(causal_model), *end_ids})
+    own_ends = causal_model.generation_config.eos_token_id  # transformers fills it in from the model's config
+    ends = sorted({*end_ids, *np.atleast_1d([] if own_ends is None else own_ends).tolist()})
     rooms = _rooms(prompts, causal_model, sampling.max_new_tokens)
     device = next(causal_model.parameters()).device
     responses: dict[int, Ids] = {}
     with (
         _ordinary(policy) as model,
-        _seeded(seed, device),
+        torch.random.fork_rng([] if device.type == "cpu" else [device]),
         torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"),
     ):
+        torch.manual_seed(seed)  # `generate` samples from the global generators
         for room in sorted(set(rooms)):
             members = [index for index, its_room in enumerate(rooms) if its_room == room]
             settings = GenerationConfig(
@@ -81,12 +83,6 @@ def sample_responses(
                 generated = _generate(model, [prompts[index] for index in part], settings)
                 responses |= zip(part, (_until_end(ids, ends) for ids in generated), strict=True)
     return [responses[index] for index in range(len(prompts))]
-
-
-def _end_ids(causal_model: "PreTrainedModel") -> list[int]:
-    """Return the end-of-turn ids of the generation config, which transformers fills in from the model's config."""
-    ends = causal_model.generation_config.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def _rooms(prompts: Sequence[Ids], causal_model: "PreTrainedModel", max_new_tokens: int) -> list[int]:
@@ -121,25 +117,17 @@ def _ordinary(policy: Policy) -> Iterator["PreTrainedModel"]:
             model.forward = routed
 
 
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators, from which `generate` samples, and restore them afterwards."""
-    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
-        torch.manual_seed(seed)
-        yield
-
-
 def _generate(model: "PreTrainedModel", prompts: Sequence[Ids], settings: GenerationConfig) -> list[Ids]:
     """Return what follows each prompt, all equally long; what comes after an end-of-turn token has no meaning."""
     width = max(map(len, prompts))
-    input_ids = np.full((len(prompts), width), PADDING_ID, np.int64)
-    mask = np.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = 1
+    before = np.array([[width - len(prompt)] for prompt in prompts])
+    mask = np.arange(width) >= before
+    input_ids = np.full(mask.shape, PADDING_ID, np.int64)
+    input_ids[mask] = np.concatenate(prompts)
+    inputs = {"input_ids": input_ids, "attention_mask": mask.astype(np.int64)}
     device = next(model.parameters()).device
-    inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask)}
-    sequences = model.generate(**{k: v.to(device) for k, v in inputs.items()}, generation_config=settings)
+    tensors = {name: torch.from_numpy(values).to(device) for name, values in inputs.items()}
+    sequences = model.generate(**tensors, generation_config=settings)
     return list(sequences[:, width:].to(torch.int32).cpu().numpy())
 
 

@@ -24,7 +24,14 @@ def enable_packing(model: "PreTrainedModel") -> str | None:
     reason = _known_obstacle(model)
     if reason is not None:
         return reason
-    pairs = _probe_pairs(int(model.config.get_text_config().vocab_size))
+    ids = np.random.default_rng(0).integers(
+        0, model.config.get_text_config().vocab_size, sum(map(sum, _PROBE_LENGTHS)), np.int32
+    )
+    pairs = []
+    for lengths in _PROBE_LENGTHS:
+        prompt, chosen, rejected, ids = np.split(ids, np.cumsum(lengths))
+        responses = [StoredResponse(part, *(np.zeros(len(part), np.float32),) * 2) for part in (chosen, rejected)]
+        pairs.append(Pair("probe", prompt, responses[0], responses[1]))
     ordinary = model.config._attn_implementation
     expected = _probe(model, pairs, packed=False)
     model.set_attn_implementation(PACKED)
@@ -56,13 +63,3 @@ def _known_obstacle(model: "PreTrainedModel") -> str | None:
 def _probe(model: nn.Module, pairs: list[Pair], *, packed: bool) -> torch.Tensor:
     device = next(model.parameters()).device
     return per_token_logps(model, **model_inputs(PairCollator(packed=packed)(pairs, device))).logps
-
-
-def _probe_pairs(vocab_size: int) -> list[Pair]:
-    ids = np.random.default_rng(0).integers(0, vocab_size, sum(map(sum, _PROBE_LENGTHS)), np.int32)
-    pairs = []
-    for lengths in _PROBE_LENGTHS:
-        prompt, chosen, rejected, ids = np.split(ids, np.cumsum(lengths))
-        responses = [StoredResponse(part, *(np.zeros(len(part), np.float32),) * 2) for part in (chosen, rejected)]
-        pairs.append(Pair("probe", prompt, responses[0], responses[1]))
-    return pairs
