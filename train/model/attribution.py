@@ -128,7 +128,7 @@ def _attribute_responses(
     prompt_row, response_row = ((part["branch_ids"][0], part["position_ids"][0]) for part in (split.prompts, row))
     prompts = KeptPrompts(*prompt_row, last_layer=last_layer)
     with torch.no_grad(), _decoder_option(model, packing=prompts), suppress(EnoughError):
-        decode(**split.prompts, attention_mask=None, model=model)
+        decode(model, model_inputs(split.prompts))
     continuation = Continuation(*response_row, prompts=prompts, response_groups=split.groups)
     ends_alone = sizes is None and target == "max_logit"
     short_mlp = _last_mlp_at(model, _last_places(row)) if ends_alone else nullcontext()
@@ -160,10 +160,8 @@ def _check_layout(batch: Batch, *, with_prompts: bool) -> None:
 
 def _largest_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Return the largest logit after the last response token of each sequence, `[S]` float32 (Eq. 5)."""
-    hidden = decode(
-        batch["input_ids"], batch["position_ids"], batch.get("branch_ids"), batch.get("attention_mask"), model
-    )
-    return output_layer(model)(hidden[_last_places(batch)]).float().max(-1).values
+    hidden = decode(model, model_inputs(batch))[_last_places(batch)]
+    return output_layer(model)(hidden).float().max(-1).values
 
 
 def _last_places(batch: Batch) -> Tensor:
