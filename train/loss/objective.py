@@ -45,13 +45,8 @@ def compute_pair_losses(
         data["chosen_scores"], data["rejected_scores"] = scores
     function: Callable[..., PairLosses] = getattr(losses, loss.name)
     result = function(chosen, rejected, **data, **loss.arguments())
-    metrics = pair_metrics(
-        chosen,
-        rejected,
-        beta=getattr(loss, "beta", None) or 1.0,
-        weighted=None if loss.has_plain_rewards else result,
-        kl_direction=needs.kl_direction,
-    )
+    beta, weighted = getattr(loss, "beta", None) or 1.0, None if loss.has_plain_rewards else result
+    metrics = pair_metrics(chosen, rejected, beta=beta, weighted=weighted, kl_direction=needs.kl_direction)
     if isinstance(loss, TiDpo) and loss.triplet_margin is not None and rejected is not None and anchor is not None:
         metrics |= triplet_metrics(chosen, rejected, anchor, margin=loss.triplet_margin)
     return result, metrics

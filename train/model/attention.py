@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -64,12 +64,20 @@ class RowGroup:
     is_token: Tensor
 
     @classmethod
-    def of(cls, lengths: Tensor, begin: int) -> "RowGroup":
-        """Lay out pairs of these lengths."""
+    def of(cls, lengths: Tensor, begin: int, *others: Tensor) -> Self:
+        """Lay out pairs of these lengths; `others` are further fields of a subclass."""
         starts = lengths.cumsum(0) - lengths
         steps = torch.arange(int(lengths.max()), device=lengths.device)
         is_token = steps < lengths[:, None]
-        return cls(begin, int(lengths.sum()), torch.where(is_token, starts[:, None] + steps, 0), is_token)
+        return cls(begin, int(lengths.sum()), torch.where(is_token, starts[:, None] + steps, 0), is_token, *others)
+
+    def mask(self, packing: "Packing", window: int | None) -> Tensor:
+        """Return which token of a pair sees which, `[B, 1, T, T]` bool. Padding sees itself: a softmax over nothing is NaN."""
+        places = self.begin + self.places
+        mask = packing.sees(places[:, :, None], places[:, None, :], window)
+        mask &= self.is_token[:, :, None] & self.is_token[:, None, :]
+        mask.diagonal(dim1=1, dim2=2).fill_(True)
+        return mask[:, None]
 
 
 def _cut_by_length(lengths: list[int]) -> list[int]:
@@ -112,7 +120,7 @@ class Packing:
         return allowed if window is None else allowed & (distance < window)
 
     @cached_property
-    def groups(self) -> list[RowGroup]:
+    def groups(self) -> Sequence[RowGroup]:
         """The pairs in groups of similar length, in their order."""
         lengths = torch.bincount(self.branch_ids // NUM_BRANCHES)
         groups: list[RowGroup] = []
@@ -123,16 +131,9 @@ class Packing:
         return groups
 
     def row_masks(self, window: int | None) -> list[Tensor]:
-        """Return the mask of every group, `[B, 1, T, T]` bool. Padding sees itself: a softmax over nothing is NaN."""
+        """Return the mask of every group."""
         if window not in self._row_masks:
-            masks = []
-            for group in self.groups:
-                places = group.begin + group.places
-                mask = self.sees(places[:, :, None], places[:, None, :], window)
-                mask &= group.is_token[:, :, None] & group.is_token[:, None, :]
-                mask.diagonal(dim1=1, dim2=2).fill_(True)
-                masks.append(mask[:, None])
-            self._row_masks[window] = masks
+            self._row_masks[window] = [group.mask(self, window) for group in self.groups]
         return self._row_masks[window]
 
     def block_mask(self, window: int | None) -> BlockMask:
@@ -152,17 +153,17 @@ class Packing:
         if query.is_cuda:
             options = {"scaling": scoring.scaling, "softcap": scoring.softcap}
             return flex_attention_forward(module, query, key, value, self.block_mask(scoring.window), **options)[0]
-        return self.attend_in_groups((query, key, value), self.groups, repeat(None), scoring)
+        return self.attend_in_groups((query, key, value), repeat(None), scoring)
 
-    def attend_in_groups(
-        self, row: Sequence[Tensor], groups: Sequence[RowGroup], befores: Iterable[KeysValues | None], scoring: Scoring
-    ) -> Tensor:
+    def attend_in_groups(self, row: Sequence[Tensor], befores: Iterable[KeysValues | None], scoring: Scoring) -> Tensor:
         """Return the attention output of a row of queries, keys and values; one of `befores` for each group, see `attend`."""
-        dtype, sizes = row[-1].dtype, [group.num_tokens for group in groups]
+        dtype, sizes = row[-1].dtype, [group.num_tokens for group in self.groups]
         # Under autocast, rotation returns float32, which every matrix product would cast again.
         parts = zip(*(tensor.to(dtype).split(sizes, dim=2) for tensor in row), strict=True)
         outputs = []
-        for group, mask, tensors, before in zip(groups, self.row_masks(scoring.window), parts, befores, strict=False):
+        for group, mask, tensors, before in zip(
+            self.groups, self.row_masks(scoring.window), parts, befores, strict=False
+        ):
             laid_out = (_Spread.apply(tensor, group.places, group.is_token) for tensor in tensors)
             attended = attend(*laid_out, mask=mask, scoring=scoring, before=before)
             outputs.append(attended.transpose(1, 2)[group.is_token])

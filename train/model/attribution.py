@@ -129,7 +129,7 @@ def _attribute_responses(
     prompts = KeptPrompts(*prompt_row, last_layer=last_layer)
     with torch.no_grad(), _decoder_option(model, packing=prompts), suppress(EnoughError):
         decode(model, model_inputs(split.prompts))
-    continuation = Continuation(*response_row, prompts=prompts, response_groups=split.groups)
+    continuation = Continuation(*response_row, prompts=prompts, groups=split.groups)
     ends_alone = sizes is None and target == "max_logit"
     short_mlp = _last_mlp_at(model, _last_places(row)) if ends_alone else nullcontext()
     with _decoder_option(model, packing=continuation), short_mlp:

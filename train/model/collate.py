@@ -161,21 +161,15 @@ def _stack(rows: Sequence[NDArray], padding: int = 0) -> NDArray[np.int64]:
 
 def _align(prompts: Sequence[Ids], responses: Sequence[StoredResponse]) -> dict[str, NDArray]:
     """Align the stored values to their tokens, `[2 B, T]` (and `[2 B, T, K]`)."""
-    shape = (len(responses), max(len(p) + len(r.ids) for p, r in zip(prompts, responses, strict=True)))
-    aligned = {
-        "completion_mask": np.zeros(shape, np.bool_),
-        "token_weights": np.zeros(shape, np.float32),
-        "ref_logps": np.zeros(shape, np.float32),
-    }
-    top_ids = responses[0].ref_top_ids
-    if top_ids is not None:
-        aligned["ref_top_ids"] = np.zeros((*shape, top_ids.shape[1]), np.int64)
-        aligned["ref_top_logps"] = np.zeros((*shape, top_ids.shape[1]), np.float32)
-    for row, (prompt_ids, response) in enumerate(zip(prompts, responses, strict=True)):
-        tokens = slice(len(prompt_ids), len(prompt_ids) + len(response.ids))
-        aligned["completion_mask"][row, tokens] = True
-        for name in aligned.keys() - {"completion_mask"}:
-            values = getattr(response, name)
-            if values is not None:  # an anchor has no top k
-                aligned[name][row, tokens] = values
+    begins = np.array([[len(prompt_ids)] for prompt_ids in prompts])
+    ends = begins + [[len(response.ids)] for response in responses]
+    steps = np.arange(ends.max())
+    mask = (begins <= steps) & (steps < ends)
+    aligned = {"completion_mask": mask}
+    for name in ("token_weights", "ref_logps", "ref_top_ids", "ref_top_logps"):
+        known = [values for response in responses if (values := getattr(response, name)) is not None]
+        if known:  # anchors, which come last, have no top k
+            dtype = np.int64 if name == "ref_top_ids" else np.float32
+            aligned[name] = np.zeros((*mask.shape, *known[0].shape[1:]), dtype)
+            aligned[name][: len(known)][mask[: len(known)]] = np.concatenate(known)
     return aligned

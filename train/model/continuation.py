@@ -6,6 +6,7 @@ attend to them. So a prompt costs no backward pass and no stored activations. Tr
 to the gradients of its parameters. Attention runs in groups on CPUs and GPUs; it has not been run on a GPU.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,22 +47,20 @@ class KeptPrompts(Packing):
 
 
 @dataclass(frozen=True)
-class ResponseGroup:
-    """B neighbouring responses in the row of responses.
+class ResponseGroup(RowGroup):
+    """B neighbouring responses in the row of responses, in place of pairs.
 
     Args:
-        responses: Where they are.
         prompts: `[B, P]`, where the tokens of their prompts are in the row of prompts; anything after a prompt's end.
         num_before: `[B]`, the lengths of the prompts.
     """
 
-    responses: RowGroup
     prompts: Tensor
     num_before: Tensor
 
-    def mask(self, window: int | None) -> Tensor:
+    def mask(self, _packing: Packing, window: int | None) -> Tensor:
         """Return whether a response token sees a key, the prompt's first, `[B, 1, R, P + R]`. Padding sees something too."""
-        steps = torch.arange(self.responses.places.shape[1], device=self.prompts.device)
+        steps = torch.arange(self.places.shape[1], device=self.prompts.device)
         before = torch.arange(self.prompts.shape[1], device=self.prompts.device)
         positions = self.num_before[:, None] + steps
         key_positions = torch.cat([before.expand(len(positions), -1), positions], dim=1)
@@ -76,23 +75,16 @@ class Continuation(Packing):
     """Responses in one row, group after group; each continues its prompt in `prompts`."""
 
     prompts: KeptPrompts = field(kw_only=True)
-    response_groups: list[ResponseGroup] = field(kw_only=True)
-
-    def row_masks(self, window: int | None) -> list[Tensor]:
-        """Return the mask of every group, see `ResponseGroup.mask`."""
-        if window not in self._row_masks:
-            self._row_masks[window] = [group.mask(window) for group in self.response_groups]
-        return self._row_masks[window]
+    groups: Sequence[ResponseGroup] = field(kw_only=True)
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return the attention output of the response tokens, `[1, N, H, D]`."""
         kept_key, kept_value = (kept[0].transpose(0, 1) for kept in self.prompts.kept[module])
         befores = (
             (kept_key[group.prompts].transpose(1, 2), kept_value[group.prompts].transpose(1, 2))
-            for group in self.response_groups
+            for group in self.groups
         )
-        groups = [group.responses for group in self.response_groups]
-        return self.attend_in_groups((query, key, value), groups, befores, scoring)
+        return self.attend_in_groups((query, key, value), befores, scoring)
 
 
 @dataclass(frozen=True)
@@ -136,9 +128,10 @@ class SplitBatch:
         for part in parts:
             rows = torch.tensor(part, device=places.device)
             lengths = num_before[rows]
-            group = RowGroup.of(num_own[rows], begin)
-            groups.append(ResponseGroup(group, in_prompts[places[rows, : int(lengths.max())]], lengths))
-            begin += group.num_tokens
+            groups.append(
+                ResponseGroup.of(num_own[rows], begin, in_prompts[places[rows, : int(lengths.max())]], lengths)
+            )
+            begin += groups[-1].num_tokens
         prompts = {name: values[is_prompt][None] for name, values in row_inputs.items()}
         return cls(prompts, responses, groups, is_prompt, own_places)
 

@@ -7,6 +7,7 @@ build samples with vLLM, and log-probs (`refresh.py`).
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,15 +70,8 @@ def sample_responses(
         torch.manual_seed(seed)  # `generate` samples from the global generators
         for room in sorted(set(rooms)):
             members = [index for index, its_room in enumerate(rooms) if its_room == room]
-            settings = GenerationConfig(
-                do_sample=True,
-                max_new_tokens=room,
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                eos_token_id=ends or None,
-                pad_token_id=PADDING_ID,
-            )
+            sampled = asdict(replace(sampling, max_new_tokens=room))
+            settings = GenerationConfig(**sampled, do_sample=True, eos_token_id=ends or None, pad_token_id=PADDING_ID)
             sizes = [len(prompts[index]) + room for index in members]
             for part in cut_by_tokens(members, sizes, GENERATED_TOKENS):
                 generated = _generate(model, [prompts[index] for index in part], settings)

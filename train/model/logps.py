@@ -133,14 +133,13 @@ def per_token_logps(
 def _run(
     compute: Callable[..., tuple[Tensor, ...]], columns: list[Tensor], rows: int, *, again: bool
 ) -> list[tuple[Tensor, ...]]:
-    """Return the results of `compute` on chunks of so many rows; `again` computes them again in the backward pass."""
-    if again:
+    if again:  # in the backward pass
         compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
     return [compute(*chunk) for chunk in zip(*(column.split(rows) for column in columns), strict=True)]
 
 
 def _scatter(values: Tensor, where: tuple[Tensor, Tensor], shape: torch.Size) -> Tensor:
-    """Put the values of the first response tokens into their places, 0 elsewhere."""
+    """Put `values`, which may end before the last response token, into their places, 0 elsewhere."""
     first = tuple(indices[: len(values)] for indices in where)
     return values.new_zeros(shape).index_put(first, values)
 
@@ -270,17 +269,11 @@ def check_output_layer(model: nn.Module) -> None:
         raise InputError(f"{type(model).__name__} is not a causal language model with a decoder and an output layer")
     positions = torch.arange(_PROBE_TOKENS, device=next(model.parameters()).device)[None]
     input_ids = (positions + 1) * 7 % _vocab_size(model)
-    mask = torch.ones_like(input_ids)
-    logits = model(input_ids=input_ids, attention_mask=mask, position_ids=positions).logits
+    row = ModelInputs(input_ids=input_ids, position_ids=positions, places=positions, completion_mask=positions > 0)
+    row["attention_mask"] = torch.ones_like(input_ids)
+    logits = model(input_ids=input_ids, attention_mask=row["attention_mask"], position_ids=positions).logits
     expected = _select(logits.float().log_softmax(-1)[0, :-1], input_ids[0, 1:])
-    got = per_token_logps(
-        model,
-        input_ids=input_ids,
-        position_ids=positions,
-        attention_mask=mask,
-        places=positions,
-        completion_mask=positions > 0,
-    )
+    got = per_token_logps(model, **row)
     difference = (expected - got.logps[0, 1:]).abs().max().item()
     if not difference <= _PROBE_TOLERANCE:
         raise InputError(
