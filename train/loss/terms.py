@@ -1,8 +1,7 @@
 """What losses are made of: one side of a batch of pairs, and sums and means over its response tokens.
 
-Weights and reference log-probs are data: no gradient flows into them. The end-of-text token is a token like any other.
 The mean of a response without any token is 0, as its sum is. A missing field of a side is a `ValueError`. Not here: the losses
-(`losses.py`).
+(`losses.py`), which also say what is data without a gradient.
 """
 
 from typing import NamedTuple

@@ -130,12 +130,6 @@ class Packing:
             begin += groups[-1].num_tokens
         return groups
 
-    def row_masks(self, window: int | None) -> list[Tensor]:
-        """Return the mask of every group."""
-        if window not in self._row_masks:
-            self._row_masks[window] = [group.mask(self, window) for group in self.groups]
-        return self._row_masks[window]
-
     def block_mask(self, window: int | None) -> BlockMask:
         """Return the mask of the packed row for flex attention."""
         if window not in self._block_masks:
@@ -157,13 +151,14 @@ class Packing:
 
     def attend_in_groups(self, row: Sequence[Tensor], befores: Iterable[KeysValues | None], scoring: Scoring) -> Tensor:
         """Return the attention output of a row of queries, keys and values; one of `befores` for each group, see `attend`."""
+        masks = self._row_masks.get(scoring.window)
+        if masks is None:
+            masks = self._row_masks[scoring.window] = [group.mask(self, scoring.window) for group in self.groups]
         dtype, sizes = row[-1].dtype, [group.num_tokens for group in self.groups]
         # Under autocast, rotation returns float32, which every matrix product would cast again.
         parts = zip(*(tensor.to(dtype).split(sizes, dim=2) for tensor in row), strict=True)
         outputs = []
-        for group, mask, tensors, before in zip(
-            self.groups, self.row_masks(scoring.window), parts, befores, strict=False
-        ):
+        for group, mask, tensors, before in zip(self.groups, masks, parts, befores, strict=False):
             laid_out = (_Spread.apply(tensor, group.places, group.is_token) for tensor in tensors)
             attended = attend(*laid_out, mask=mask, scoring=scoring, before=before)
             outputs.append(attended.transpose(1, 2)[group.is_token])

@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
 AttributionTarget = Literal["max_logit", "gold_logps", "dpo_margin"]
 Inputs = tuple[object, ...]
-"""Positional arguments of a forward pass, as hooks see them; `Options` are the others."""
-Options = dict[str, object]
+"""Positional arguments of a forward pass, as hooks see them."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def _decoder_option(model: nn.Module, **option: object) -> RemovableHandle:
     """Call the decoder of `model` with this keyword argument too, inside a `with` block."""
 
-    def add(_decoder: nn.Module, args: Inputs, options: Options) -> tuple[Inputs, Options]:
+    def add(_decoder: nn.Module, args: Inputs, options: dict[str, object]) -> tuple[Inputs, dict[str, object]]:
         return args, options | option
 
     return unwrap_adapters(model).base_model.register_forward_pre_hook(add, with_kwargs=True)

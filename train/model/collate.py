@@ -37,11 +37,9 @@ def model_inputs(batch: Batch) -> ModelInputs:
 class PairCollator:
     """Collate B pairs.
 
-    Keys: `input_ids` and `position_ids` (int64, packed `[1, N]` or padded `[2 B, T]`), with `branch_ids` when packed and
-    `attention_mask` when padded; `places` (int64), `completion_mask` (bool, True on response tokens), `token_weights` and
-    `ref_logps` (float32, aligned to their token, 0 elsewhere), `[2 B, T]`; `pair_weights` (float32) and `counts` (bool, False
-    for fillers), `[B]`. If the pairs have them `ref_top_ids`, `ref_top_logps` `[2 B, T, K]`, `chosen_scores` and
-    `rejected_scores` `[B]`; with anchors `has_kl` `[3 B]`, False for anchors, whose divergence no loss reads.
+    Keys: those of `ModelInputs`; `token_weights` and `ref_logps` (float32, aligned to their token, 0 elsewhere), `[2 B, T]`;
+    `pair_weights` (float32) and `counts` (bool, False for fillers), `[B]`. If the pairs have them `chosen_scores` and
+    `rejected_scores` `[B]`. With anchors, `has_kl` is False for anchors, whose divergence no loss reads.
 
     Args:
         packed: Otherwise padded.

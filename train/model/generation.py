@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import GenerationConfig
 
-from train.model.collate import PADDING_ID
+from train.model.collate import PADDING_ID, Ids
 from train.model.logps import unwrap_adapters
 from train.model.policy import Policy
 from train.model.sampling import AnchorSampling
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 GENERATED_TOKENS = 1 << 14
 """Tokens, prompts included, that are generated at a time. Not a setting: samples depend on what is in a batch, and
 `optim.tokens_per_batch` must not change results."""
-
-Ids = NDArray[np.int32]
 
 
 def sample_responses(

@@ -133,7 +133,7 @@ def per_token_logps(
 def _run(
     compute: Callable[..., tuple[Tensor, ...]], columns: list[Tensor], rows: int, *, again: bool
 ) -> list[tuple[Tensor, ...]]:
-    if again:  # in the backward pass
+    if again:  # computes each chunk again in the backward pass, and keeps none
         compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
     return [compute(*chunk) for chunk in zip(*(column.split(rows) for column in columns), strict=True)]
 
