@@ -12,20 +12,18 @@ training step of the same micro-batch, which also needs gradients of parameters.
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.modeling_outputs import BaseModelOutput
 
 from train.model.attention import NUM_BRANCHES
 from train.model.collate import Batch, model_inputs
 from train.model.continuation import Continuation, EnoughError, KeptPrompts, SplitBatch
 from train.model.logps import decode, output_layer, per_token_logps, unwrap_adapters
 from weights_store.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers.modeling_outputs import BaseModelOutput
 
 AttributionTarget = Literal["max_logit", "gold_logps", "dpo_margin"]
 Inputs = tuple[object, ...]
@@ -264,7 +262,7 @@ def _measured_layers(model: nn.Module) -> Iterator[list[Tensor]]:
     """List the mean over layers of the L2 norms of hidden states, `[N]` float32, for each run of the decoder."""
     sizes: list[Tensor] = []
 
-    def measure(_decoder: nn.Module, _args: Inputs, output: "BaseModelOutput") -> None:
+    def measure(_decoder: nn.Module, _args: Inputs, output: BaseModelOutput) -> None:
         norms = [torch.linalg.vector_norm(h.detach(), dim=-1, dtype=torch.float32) for h in output.hidden_states[1:]]
         sizes.append(torch.stack(norms).mean(0).flatten())
 

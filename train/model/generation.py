@@ -8,11 +8,10 @@ build samples with vLLM, and log-probs (`refresh.py`).
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from train.model.collate import PADDING_ID, Ids
 from train.model.logps import unwrap_adapters
@@ -20,9 +19,6 @@ from train.model.policy import Policy
 from train.model.sampling import AnchorSampling
 from train.model.token_budget import cut_by_tokens
 from weights_store.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 GENERATED_TOKENS = 1 << 14
 """Tokens, prompts included, that are generated at a time. Not a setting: samples depend on what is in a batch, and
@@ -76,7 +72,7 @@ def sample_responses(
     return [responses[index] for index in range(len(prompts))]
 
 
-def _rooms(prompts: Sequence[Ids], causal_model: "PreTrainedModel", max_new_tokens: int) -> list[int]:
+def _rooms(prompts: Sequence[Ids], causal_model: PreTrainedModel, max_new_tokens: int) -> list[int]:
     longest = getattr(causal_model.config.get_text_config(), "max_position_embeddings", None)
     if longest is None:
         return [max_new_tokens] * len(prompts)
@@ -90,7 +86,7 @@ def _rooms(prompts: Sequence[Ids], causal_model: "PreTrainedModel", max_new_toke
 
 
 @contextmanager
-def _ordinary(policy: Policy) -> Iterator["PreTrainedModel"]:
+def _ordinary(policy: Policy) -> Iterator[PreTrainedModel]:
     """Give the model its own forward pass and attention back while inside, in evaluation mode."""
     model = unwrap_adapters(policy.model)  # the adapters are in its layers; peft's wrapper adds nothing
     routed = vars(model).pop("forward", None)  # with accelerate's wrapper around it
@@ -108,7 +104,7 @@ def _ordinary(policy: Policy) -> Iterator["PreTrainedModel"]:
             model.forward = routed
 
 
-def _generate(model: "PreTrainedModel", prompts: Sequence[Ids], settings: GenerationConfig) -> list[Ids]:
+def _generate(model: PreTrainedModel, prompts: Sequence[Ids], settings: GenerationConfig) -> list[Ids]:
     """Return what follows each prompt, all equally long; what comes after an end-of-turn token has no meaning."""
     width = max(map(len, prompts))
     before = np.array([[width - len(prompt)] for prompt in prompts])

@@ -9,20 +9,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict, Unpack
+from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from train.loss.config import KlDirection
 from train.loss.divergence import exact_kl, top_k_kl
 from train.model.attention import Packing
 from weights_store.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 CHUNK_LOGITS = 1 << 25
 """Logits that are computed at a time on a GPU, 128 MiB in float32."""
@@ -227,7 +225,7 @@ class _SelectedLogps(torch.autograd.Function):
         return wide.to(logits.dtype), None
 
 
-def unwrap_adapters(model: nn.Module) -> "PreTrainedModel":
+def unwrap_adapters(model: nn.Module) -> PreTrainedModel:
     """Return the model of transformers, without peft's wrapper if it has one."""
     unwrap: Callable[[], PreTrainedModel] | None = getattr(model, "get_base_model", None)
     return model if unwrap is None else unwrap()

@@ -1,25 +1,21 @@
 """Can this model compute packed pairs? Tested once, when it is loaded; otherwise each pair is two padded sequences."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from train.data.dataset import Pair, StoredResponse
 from train.model.attention import PACKED
 from train.model.collate import PairCollator, model_inputs
 from train.model.logps import per_token_logps
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 _PROBE_LENGTHS = ((9, 5, 7), (4, 1, 3))  # prompt, chosen, rejected
 _PROBE_TOLERANCE = 1e-3  # nats, float32
 _LAYERS = {"full_attention", "sliding_attention"}
 
 
-def enable_packing(model: "PreTrainedModel") -> str | None:
+def enable_packing(model: PreTrainedModel) -> str | None:
     """Switch `model` to packed attention if that gives the same log-probs on a few ids; else return the reason."""
     reason = _known_obstacle(model)
     if reason is not None:
@@ -46,7 +42,7 @@ def enable_packing(model: "PreTrainedModel") -> str | None:
     return reason
 
 
-def _known_obstacle(model: "PreTrainedModel") -> str | None:
+def _known_obstacle(model: PreTrainedModel) -> str | None:
     name = type(model).__name__
     config = model.config.get_text_config()
     other_layers = set(getattr(config, "layer_types", None) or []) - _LAYERS

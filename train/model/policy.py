@@ -8,10 +8,10 @@ import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from train.config import LoraSection, ModelConfig
 from train.data.dataset import WeightSource
@@ -20,9 +20,6 @@ from train.model.logps import check_output_layer
 from train.model.packing import enable_packing
 from weights_store.errors import InputError, MismatchError, MissingExtraError
 from weights_store.fingerprint import fingerprint_chat_template, fingerprint_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 _COPIED = (
     "config.json",
@@ -102,7 +99,7 @@ def load_policy(folder: Path, config: ModelConfig, lora: LoraSection | None = No
     """
     model = _load_model(folder, config)
     attention = str(model.config._attn_implementation)
-    not_packed = _enable_packing(model, config)
+    not_packed = enable_packing(model) if config.packing else "model.packing is false"
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = model if lora is None else add_adapters(model, lora)
@@ -121,16 +118,12 @@ def load_reference(folder: Path, config: ModelConfig) -> nn.Module:
         InputError: See `load_policy`.
     """
     model = _load_model(folder, config)
-    _enable_packing(model, config)
+    if config.packing:
+        enable_packing(model)
     return model.to(getattr(torch, config.dtype)).requires_grad_(False)
 
 
-def _enable_packing(model: "PreTrainedModel", config: ModelConfig) -> str | None:
-    """Switch `model` to packed attention if it can and the config wants it; else return the reason."""
-    return enable_packing(model) if config.packing else "model.packing is false"
-
-
-def _load_model(folder: Path, config: ModelConfig) -> "PreTrainedModel":
+def _load_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
     """Load a model with dropout off, and check that we compute its log-probs as it does."""
     quantization = {"quantization_config": _nf4_settings()} if config.quantization == "nf4" else {}
     model = load_checkpoint(folder, dtype=torch.float32, **quantization)
@@ -144,10 +137,8 @@ def _load_model(folder: Path, config: ModelConfig) -> "PreTrainedModel":
     return model
 
 
-def _nf4_settings() -> "BitsAndBytesConfig":
+def _nf4_settings() -> BitsAndBytesConfig:
     """Return transformers' settings of 4-bit weights as in QLoRA (arXiv 2305.14314)."""
-    from transformers import BitsAndBytesConfig
-
     if find_spec("bitsandbytes") is None:
         raise MissingExtraError("model.quantization='nf4' needs bitsandbytes; pip install bitsandbytes")
     return BitsAndBytesConfig(
@@ -158,7 +149,7 @@ def _nf4_settings() -> "BitsAndBytesConfig":
     )
 
 
-def add_adapters(model: "PreTrainedModel", lora: LoraSection) -> nn.Module:
+def add_adapters(model: PreTrainedModel, lora: LoraSection) -> nn.Module:
     """Wrap `model` with peft: its parameters are frozen; the adapters are trained and start at zero.
 
     Raises:
@@ -207,7 +198,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def save_policy(
-    model: "PreTrainedModel", lora: LoraSection | None, source_folder: Path, target: Path, base_name: str | None = None
+    model: PreTrainedModel, lora: LoraSection | None, source_folder: Path, target: Path, base_name: str | None = None
 ) -> None:
     """Write the trained model to `target`, an empty folder, in the dtype that its config states (else float32).
 
