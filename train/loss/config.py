@@ -81,11 +81,6 @@ class LossConfig(BaseModel):
             return self.reads
         return replace(self.reads, kl_direction=self.kl_direction, ref_top=kl == "top_k", reference_model=kl == "exact")
 
-    @property
-    def reward_scale(self) -> float:
-        """Factor of the logged rewards: beta if the loss has one."""
-        return getattr(self, "beta", None) or 1.0
-
     def arguments(self) -> dict[str, float]:
         """Return the keyword arguments of the function of that name in `losses.py`."""
         return self.model_dump(exclude={"name", *self.switches}, exclude_none=True)
@@ -188,10 +183,6 @@ def _if_triplet(default: Callable[[Given], T]) -> Callable[[Given], T | None]:
     return lambda given: default(given) if given["triplet_gamma"] else None
 
 
-def _refresh_steps(given: Given) -> int | None:
-    return 1 if "online" in (given["anchor"], given["importance"]) else None
-
-
 class TiDpo(_BetaLoss):
     """Weighted sums of log-ratios, and a triplet with an anchor; `variant = "release"` adds the KL term of TDPO2."""
 
@@ -218,7 +209,9 @@ class TiDpo(_BetaLoss):
     them from the policy during training."""
     importance: Literal["stored", "online"] = "stored"
     """`stored` takes the token weights of the dataset; `online` computes them from the policy's gradients during training."""
-    refresh_steps: int | None = Field(default_factory=_refresh_steps, ge=1, le=1000)
+    refresh_steps: int | None = Field(
+        default_factory=lambda given: 1 if "online" in (given["anchor"], given["importance"]) else None, ge=1, le=1000
+    )
     """With anything `online`: steps between two refreshes (default 1); the pairs of these steps are held in memory."""
 
     @model_validator(mode="after")

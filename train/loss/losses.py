@@ -1,9 +1,9 @@
 """Preference losses as pure functions of per-token log-probabilities.
 
 Called through `objective.py`; usable alone. In every loss, `chosen` and `rejected` are the two sides with the fields that the
-loss reads (`Needs` in `config.py`), `beta` is > 0, and a missing field or a setting out of its range is a `ValueError`.
-Weights, reference log-probs and annotator scores are data: no gradient flows into them. The end-of-text token counts like any
-other.
+loss reads (`Needs` in `config.py`, which also describes the settings), `beta` is > 0, and a missing field or a setting out of
+its range is a `ValueError`. Weights, reference log-probs and annotator scores are data: no gradient flows into them. The
+end-of-text token counts like any other.
 
 Not here: the sums over a response (`terms.py`), the next-token shift (`logps.py`), the per-token KL (`divergence.py`), and the
 reduction over pairs, which is the caller's.
@@ -42,20 +42,15 @@ from weights_store.errors import InputError
 def dpo(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, label_smoothing: float = 0.0) -> PairLosses:
     """Per-pair DPO loss, `[B]` nats. Token weights are ignored.
 
-    Args:
-        label_smoothing: Probability that the two responses of a pair are swapped, 0 to 0.5 ("conservative DPO").
-
     References:
-        Rafailov et al. 2023, arXiv 2305.18290, Eq. 7; label smoothing as in the authors' release, trainers.py.
+        Rafailov et al. 2023, arXiv 2305.18290, Eq. 7; label smoothing ("conservative DPO") as in the authors' release,
+        trainers.py.
     """
     return _logistic(sum_logratios(chosen), sum_logratios(rejected), beta, label_smoothing=label_smoothing)
 
 
 def ipo(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float) -> PairLosses:
-    """Per-pair IPO loss, `[B]` (nats per token, squared).
-
-    Args:
-        beta: tau of the paper; the target of the margin is 1 / (2 beta).
+    """Per-pair IPO loss, `[B]` (nats per token, squared); beta is tau of the paper.
 
     References:
         Azar et al. 2023, arXiv 2310.12036, Eq. 17. Departure, the same as TRL's: the paper writes sums of log-ratios;
@@ -83,9 +78,6 @@ def tdpo2(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, alpha:
 
     With `alpha` 0 it is `dpo`; with 1 it has the value of `tdpo1`, not its gradient.
 
-    Args:
-        alpha: Factor of the KL term, >= 0.
-
     References:
         Zeng et al. 2024, arXiv 2404.11999, the loss named TDPO2. Departure: the official release logs beta (m + K) as
         rewards here too; ours are beta (m + alpha K), whose difference is the margin of the loss.
@@ -99,10 +91,7 @@ def tis_dpo(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, eta_
     """Per-pair TIS-DPO loss, `[B]` nats. Rewards are the weighted sums that the loss compares, eta included.
 
     With all weights 1 and without eta it equals `dpo` bit for bit, value and gradient: the end-of-text token has a weight
-    too, where the official release gives it 0.
-
-    Args:
-        eta_scale: Factor of eta, >= 0; 0 leaves it out, otherwise `kls` are KL(pi‖ref).
+    too, where the official release gives it 0. With eta, `kls` are KL(pi‖ref).
 
     References:
         Liu et al. 2024, arXiv 2410.04350 (ICLR 2025); u and eta as in the official release, trainers.py, which switches
@@ -126,16 +115,10 @@ def ti_dpo(
     triplet_gamma: float = 0.0,
     triplet_margin: float = 0.0,
 ) -> PairLosses:
-    """Per-pair TI-DPO loss, `[B]` nats: DPO or TDPO2 on weighted log-ratios, plus `triplet_gamma` times the triplet loss.
+    """Per-pair TI-DPO loss, `[B]` nats: DPO or TDPO2 on weighted log-ratios, plus `triplet_gamma` times the `triplet` loss.
 
-    Without the triplet it equals `tis_dpo` bit for bit if `alpha` is 0, and `tdpo2` if all weights are 1. Rewards do not
-    contain the triplet.
-
-    Args:
-        anchor: Responses sampled for the same prompts, with `ref_logps`; None without the triplet.
-        alpha: Factor of KL(ref‖pi), >= 0; 0 for the paper's loss, which has no KL term.
-        triplet_gamma: Factor of the triplet loss, >= 0; 0 is off.
-        triplet_margin: See `triplet`.
+    Without the triplet, which alone needs `anchor`, it equals `tis_dpo` bit for bit if `alpha` is 0, and `tdpo2` if all weights
+    are 1. With `alpha` above 0, `kls` are KL(ref‖pi). Rewards do not contain the triplet.
 
     References:
         arXiv 2505.19653 (ICLR 2026), Eq. 11, 12, 14; beta is inside the sigmoid as in Algorithm 1; Eq. 12 leaves it
@@ -170,7 +153,7 @@ def triplet(chosen: ResponseLogps, rejected: ResponseLogps, anchor: ResponseLogp
     all distances and their gradients are 0: the loss is the margin, and has no effect until another term moves the policy.
 
     Args:
-        anchor: The policy's own responses to the same prompts. Gradients flow through its log-probs too.
+        anchor: Responses sampled for the same prompts, with `ref_logps`. Gradients flow through its log-probs too.
         margin: How much nearer, nats squared, >= 0.
 
     References:
@@ -192,10 +175,7 @@ def simpo(
 ) -> PairLosses:
     """Per-pair SimPO loss, `[B]` nats. No reference: rewards are beta times the mean log-prob.
 
-    Args:
-        beta: 2 to 10 in the paper, since means are small.
-        gamma_beta_ratio: Margin by which chosen should win, nats per token. TRL's `simpo_gamma` is this times beta.
-        label_smoothing: As in `dpo`.
+    TRL's `simpo_gamma` is `gamma_beta_ratio` times beta.
 
     References:
         Meng et al. 2024, arXiv 2405.14734, Eq. 6; label smoothing as in the official release, simpo_trainer.py.
@@ -224,8 +204,7 @@ def sepo(chosen: ResponseLogps, rejected: ResponseLogps) -> PairLosses:
 def d2po(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, gamma: float) -> PairLosses:
     """Per-pair D2PO loss, `[B]` nats: `tis_dpo` with the weights of `decay_weights`; stored token weights are ignored.
 
-    Args:
-        gamma: Decay per token, 0 to 1; 1 is `dpo`.
+    With `gamma` 1 it is `dpo`.
 
     References:
         arXiv 2502.14340; t counts from 1 as in the official release, trainer_utils.py.
@@ -252,10 +231,10 @@ def uni_dpo(
     Args:
         chosen_scores: Annotator scores, `[B]`.
         rejected_scores: Likewise.
-        quality_eta: eta, slope of w_qual in the difference of scores; 0 makes it 1/2 everywhere.
-        tau_ref: Margin, in beta x nats per token, at which the sigmoid of w_perf is 1/2.
-        focal_gamma: gamma, exponent of w_perf, >= 0.
-        nll_lambda: lambda, factor of the c-NLL term, >= 0.
+        quality_eta: Slope of w_qual in the difference of scores; 0 makes it 1/2 everywhere.
+        tau_ref: Margin at which the sigmoid of w_perf is 1/2.
+        focal_gamma: Exponent of w_perf.
+        nll_lambda: Factor of the c-NLL term.
         tau_good: Score from which the c-NLL term acts.
 
     References:
@@ -280,8 +259,11 @@ def sft(chosen: ResponseLogps, rejected: ResponseLogps | None = None, *, beta: f
     The trainer divides by the number of response tokens of a step, not by pairs. `beta` scales the rewards only, which need
     `ref_logps`; `rejected` serves its rewards alone.
     """
-    losses = -sum_logps(chosen)  # -sum_t log pi(y_t | x, y_<t)
-    return PairLosses(losses, _rewards_if_known(chosen, beta), _rewards_if_known(rejected, beta))
+    rewards = (
+        None if side is None or side.ref_logps is None else beta * sum_logratios(side).detach()
+        for side in (chosen, rejected)
+    )
+    return PairLosses(-sum_logps(chosen), *rewards)  # -sum_t log pi(y_t | x, y_<t)
 
 
 def _logistic(
@@ -327,9 +309,3 @@ def _selected_means(side: ResponseLogps, name: str) -> Tensor:
             "them above 0; build the dataset with weights.estimator='sepo', which always selects a token"
         )
     return weighted_sum(masked_logps(side), side) / total_weights
-
-
-def _rewards_if_known(side: ResponseLogps | None, beta: float) -> Tensor | None:
-    if side is None or side.ref_logps is None:
-        return None
-    return beta * sum_logratios(side).detach()

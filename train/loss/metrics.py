@@ -30,8 +30,8 @@ def pair_metrics(
         chosen: One side.
         rejected: The other, or None.
         beta: Scale of the rewards.
-        weighted: For the `weighted_rewards/*`: the result of a loss whose rewards are not the plain ones.
-        kl_direction: For the `kl_*`, unweighted sums over the response: direction of the `kls`; None for no KL.
+        weighted: The result of a loss whose rewards are not the plain ones, for `weighted_rewards/*`.
+        kl_direction: Of the `kls`, for `kl_*`: unweighted sums over the response; None for no KL.
     """
     sides = {"chosen": chosen} if rejected is None else {"chosen": chosen, "rejected": rejected}
     metrics = {f"logps/{name}": sum_logps(side) for name, side in sides.items()}
@@ -81,21 +81,13 @@ class MetricWindow:
             total_loss: Sum of the losses, a scalar.
             num_units: Pairs or tokens that the loss is averaged over.
         """
-        for name, value in values.items():
-            self._add(name, value.sum(), len(value))
-        self._add("loss", total_loss, num_units)
-
-    def _add(self, name: str, total: Tensor, count: int) -> None:
-        total = total.detach().float()
-        entry = torch.stack([total, torch.full_like(total, count)])
-        self._sums[name] = self._sums[name] + entry if name in self._sums else entry
+        totals = {name: (value.sum(), len(value)) for name, value in values.items()} | {"loss": (total_loss, num_units)}
+        for name, (total, count) in totals.items():
+            total = total.detach().float()
+            self._sums[name] = self._sums.get(name, 0) + torch.stack([total, torch.full_like(total, count)])
 
     def pop_means(self, reduce_over_ranks: Callable[..., Tensor] | None = None) -> dict[str, float]:
-        """Return the mean of every value and start a new window.
-
-        Args:
-            reduce_over_ranks: accelerate's `reduce`; None for a single process.
-        """
+        """Return the mean of every value and start a new window; `reduce_over_ranks` is None for a single process."""
         if not self._sums:
             return {}
         names, sums = sorted(self._sums), torch.stack([self._sums[name] for name in sorted(self._sums)])

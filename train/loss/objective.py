@@ -14,8 +14,6 @@ from train.loss.metrics import pair_metrics, triplet_metrics
 from train.loss.terms import PairLosses, ResponseLogps
 from weights_store.errors import MismatchError
 
-_SIDES = ("chosen", "rejected")
-
 
 def compute_pair_losses(
     loss: LossConfig,
@@ -27,8 +25,8 @@ def compute_pair_losses(
     """Return the losses `[B]` and the metrics `[B]` that belong to them.
 
     Args:
-        loss: What is minimised.
-        chosen: With what `loss.needs` says.
+        loss: With its settings.
+        chosen: With the fields that `loss.needs` names.
         rejected: Likewise; None only for `sft`.
         scores: Annotator scores `[B]` of chosen and rejected, for `uni_dpo`.
         anchor: Responses sampled for the same prompts, for `ti_dpo` with the triplet.
@@ -40,22 +38,15 @@ def compute_pair_losses(
     needs = loss.needs
     if needs.rejected and rejected is None:
         raise ValueError(f"{loss.name} needs the rejected side; none was given")
-    if needs.scores and scores is None:
-        raise ValueError(f"{loss.name} needs annotator scores; none were given")
-    data: dict[str, Tensor | ResponseLogps | None] = {}
-    if needs.scores and scores is not None:
-        data |= {"chosen_scores": scores[0], "rejected_scores": scores[1]}
-    if needs.anchors:
-        data["anchor"] = anchor
+    data: dict[str, Tensor | ResponseLogps | None] = {"anchor": anchor} if needs.anchors else {}
+    if needs.scores:
+        if scores is None:
+            raise ValueError(f"{loss.name} needs annotator scores; none were given")
+        data["chosen_scores"], data["rejected_scores"] = scores
     function: Callable[..., PairLosses] = getattr(losses, loss.name)
     result = function(chosen, rejected, **data, **loss.arguments())
-    metrics = pair_metrics(
-        chosen,
-        rejected,
-        beta=loss.reward_scale,
-        weighted=None if loss.has_plain_rewards else result,
-        kl_direction=needs.kl_direction,
-    )
+    beta, weighted = getattr(loss, "beta", None) or 1.0, None if loss.has_plain_rewards else result
+    metrics = pair_metrics(chosen, rejected, beta=beta, weighted=weighted, kl_direction=needs.kl_direction)
     if isinstance(loss, TiDpo) and loss.triplet_margin is not None and rejected is not None and anchor is not None:
         metrics |= triplet_metrics(chosen, rejected, anchor, margin=loss.triplet_margin)
     return result, metrics
@@ -67,10 +58,10 @@ def count_units(loss: LossConfig, *, num_pairs: int, num_chosen_tokens: int) -> 
 
 
 def check_columns_for(loss: LossConfig, source_name: str, columns: Collection[str]) -> None:
-    """Check that a weight dataset has what the loss needs, before anything is loaded.
+    """Check, before anything is loaded, that a weight dataset has what the loss needs.
 
     Args:
-        loss: What is to be minimised.
+        loss: With its settings.
         source_name: `name@version`, for the message.
         columns: The columns that hold a value in every row.
 
@@ -78,7 +69,8 @@ def check_columns_for(loss: LossConfig, source_name: str, columns: Collection[st
         MismatchError: Columns are missing; says which, and the command that makes them.
     """
     needs = loss.needs
-    wanted = {column.format(side): remedy for column, remedy in _required_columns(loss).items() for side in _SIDES}
+    columns_of = _required_columns(loss).items()
+    wanted = {column.format(side): remedy for column, remedy in columns_of for side in ("chosen", "rejected")}
     missing = [column for column in wanted if column not in columns]
     if missing:
         remedies = "; ".join(dict.fromkeys(wanted[column] for column in missing))

@@ -1,7 +1,7 @@
 """What losses are made of: one side of a batch of pairs, and sums and means over its response tokens.
 
-Weights and reference log-probs are data: no gradient flows into them. The end-of-text token is a token like any other.
-The mean of a response without any token is 0, as its sum is. Not here: the losses (`losses.py`).
+The mean of a response without any token is 0, as its sum is. A missing field of a side is a `ValueError`. Not here: the losses
+(`losses.py`), which also say what is data without a gradient.
 """
 
 from typing import NamedTuple
@@ -45,38 +45,22 @@ def mean_logps(side: ResponseLogps) -> Tensor:
 
 
 def mean_logratios(side: ResponseLogps) -> Tensor:
-    """Return (log pi(y | x) - log ref(y | x)) / |y|, `[B]` nats per token.
-
-    Raises:
-        ValueError: `ref_logps` are missing.
-    """
+    """Return (log pi(y | x) - log ref(y | x)) / |y|, `[B]` nats per token."""
     return _mean(masked_logratios(side), side)
 
 
 def sum_logratios(side: ResponseLogps) -> Tensor:
-    """Return log pi(y | x) - log ref(y | x), `[B]` nats.
-
-    Raises:
-        ValueError: `ref_logps` are missing.
-    """
+    """Return log pi(y | x) - log ref(y | x), `[B]` nats."""
     return masked_logratios(side).sum(-1)
 
 
 def sum_weighted_logratios(side: ResponseLogps) -> Tensor:
-    """sum_t w_t (log pi - log ref), `[B]` nats.
-
-    Raises:
-        ValueError: `ref_logps` or `token_weights` are missing.
-    """
+    """Return sum_t w_t (log pi - log ref), `[B]` nats."""
     return weighted_sum(masked_logratios(side), side)
 
 
 def sum_kls(side: ResponseLogps) -> Tensor:
-    """Return the KL of a response, `[B]` nats, summed over its tokens.
-
-    Raises:
-        ValueError: `kls` are missing.
-    """
+    """Return the KL of a response, `[B]` nats, summed over its tokens."""
     return masked_kls(side).sum(-1)
 
 

@@ -5,18 +5,19 @@ Registered with transformers as an attention implementation, so that decoders ne
 alone runs over one padded row per pair with a boolean mask; the rest of the decoder runs over the packed row.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from itertools import repeat
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+from transformers.integrations.flex_attention import flex_attention_forward
 
 PACKED = "tokenweights_packed"
 """Name of the attention implementation."""
@@ -24,13 +25,25 @@ CHOSEN, REJECTED, ANCHOR = 1, 2, 3
 """Branches of a pair: the tokens of one response. What all responses share is branch 0."""
 NUM_BRANCHES = 4
 MAX_DENSE_SCORES = 1 << 19
-"""Scores of one head up to which CPUs use plain matrix products. While scores fit into the cache, these take half the time of
-the flash kernel. 8 heads, forward and backward of one pair: 1.8 against 3.6 ms at 256 tokens, 16 against 21 at 768, 54 against
-35 at 1,024."""
+"""Scores of one head up to which CPUs use plain matrix products. While scores fit into the cache, these are faster than the
+flash kernel: 1.8 against 3.6 ms for a pair of 256 tokens, but 54 against 35 at 1,024 (8 heads, forward and backward)."""
 MAX_GROUP_SCORES = 1 << 17
 """Scores of one head up to which pairs are computed together: four of 256 tokens take more than four times as long as one."""
 _SHORTEST = 0.8
 """Pairs are computed together if the shortest has at least this share of the longest one's length; the rest is padding."""
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+class Scoring(NamedTuple):
+    """How a layer computes its scores."""
+
+    scaling: float | None = None
+    """None for 1 / sqrt(D)."""
+    window: int | None = None
+    """How many tokens a token sees, itself included; None for all."""
+    softcap: float | None = None
+    """Scores are mapped into (-softcap, softcap)."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +63,20 @@ class RowGroup:
     is_token: Tensor
 
     @classmethod
-    def of(cls, lengths: Tensor, begin: int) -> "RowGroup":
-        """Lay out pairs of these lengths."""
+    def of(cls, lengths: Tensor, begin: int, *others: Tensor) -> Self:
+        """Lay out pairs of these lengths; `others` are further fields of a subclass."""
         starts = lengths.cumsum(0) - lengths
         steps = torch.arange(int(lengths.max()), device=lengths.device)
         is_token = steps < lengths[:, None]
-        return cls(begin, int(lengths.sum()), torch.where(is_token, starts[:, None] + steps, 0), is_token)
+        return cls(begin, int(lengths.sum()), torch.where(is_token, starts[:, None] + steps, 0), is_token, *others)
+
+    def mask(self, packing: "Packing", window: int | None) -> Tensor:
+        """Return which token of a pair sees which, `[B, 1, T, T]` bool. Padding sees itself: a softmax over nothing is NaN."""
+        places = self.begin + self.places
+        mask = packing.sees(places[:, :, None], places[:, None, :], window)
+        mask &= self.is_token[:, :, None] & self.is_token[:, None, :]
+        mask.diagonal(dim1=1, dim2=2).fill_(True)
+        return mask[:, None]
 
 
 def _cut_by_length(lengths: list[int]) -> list[int]:
@@ -84,7 +105,7 @@ class Packing:
     branch_ids: Tensor
     positions: Tensor
     _row_masks: dict[int | None, list[Tensor]] = field(default_factory=dict)
-    _block_masks: dict[int | None, "BlockMask"] = field(default_factory=dict)
+    _block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
 
     def sees(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
         """Return whether the tokens at `query` may see those at `key`, broadcast.
@@ -98,33 +119,19 @@ class Packing:
         return allowed if window is None else allowed & (distance < window)
 
     @cached_property
-    def groups(self) -> list[RowGroup]:
+    def groups(self) -> Sequence[RowGroup]:
         """The pairs in groups of similar length, in their order."""
         lengths = torch.bincount(self.branch_ids // NUM_BRANCHES)
         groups: list[RowGroup] = []
-        begin, begin_token = 0, 0
-        for size in _cut_by_length(lengths.tolist()):
-            groups.append(RowGroup.of(lengths[begin : begin + size], begin_token))
-            begin, begin_token = begin + size, begin_token + groups[-1].num_tokens
+        begin = 0
+        for part in lengths.split(_cut_by_length(lengths.tolist())):
+            groups.append(RowGroup.of(part, begin))
+            begin += groups[-1].num_tokens
         return groups
 
-    def row_masks(self, window: int | None) -> list[Tensor]:
-        """Return the mask of every group, `[B, 1, T, T]` bool. Padding sees itself: a softmax over nothing is NaN."""
-        if window not in self._row_masks:
-            self._row_masks[window] = [self._row_mask(group, window) for group in self.groups]
-        return self._row_masks[window]
-
-    def _row_mask(self, group: RowGroup, window: int | None) -> Tensor:
-        places = group.begin + group.places
-        mask = self.sees(places[:, :, None], places[:, None, :], window)
-        mask &= group.is_token[:, :, None] & group.is_token[:, None, :]
-        mask.diagonal(dim1=1, dim2=2).fill_(True)
-        return mask[:, None]
-
-    def block_mask(self, window: int | None) -> "BlockMask":
+    def block_mask(self, window: int | None) -> BlockMask:
         """Return the mask of the packed row for flex attention."""
         if window not in self._block_masks:
-            from torch.nn.attention.flex_attention import create_block_mask
 
             def mask_mod(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
                 return self.sees(query, key, window)
@@ -134,32 +141,25 @@ class Packing:
             self._block_masks[window] = create_block_mask(mask_mod, None, None, length, length, device)
         return self._block_masks[window]
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return the attention output of the row, `[1, N, H, D]`; see `packed_attention`."""
         if query.is_cuda:
-            from transformers.integrations.flex_attention import flex_attention_forward
+            options = {"scaling": scoring.scaling, "softcap": scoring.softcap}
+            return flex_attention_forward(module, query, key, value, self.block_mask(scoring.window), **options)[0]
+        return self.attend_in_groups((query, key, value), repeat(None), scoring)
 
-            block_mask = self.block_mask(window)
-            output, _ = flex_attention_forward(module, query, key, value, block_mask, scaling=scaling, softcap=softcap)
-            return output
+    def attend_in_groups(self, row: Sequence[Tensor], befores: Iterable[KeysValues | None], scoring: Scoring) -> Tensor:
+        """Return the attention output of a row of queries, keys and values; one of `befores` for each group, see `attend`."""
+        masks = self._row_masks.get(scoring.window)
+        if masks is None:
+            masks = self._row_masks[scoring.window] = [group.mask(self, scoring.window) for group in self.groups]
+        dtype, sizes = row[-1].dtype, [group.num_tokens for group in self.groups]
         # Under autocast, rotation returns float32, which every matrix product would cast again.
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        sizes = [group.num_tokens for group in self.groups]
-        parts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
+        parts = zip(*(tensor.to(dtype).split(sizes, dim=2) for tensor in row), strict=True)
         outputs = []
-        for group, mask, tensors in zip(self.groups, self.row_masks(window), parts, strict=True):
-            rows = (Spread.apply(tensor, group.places, group.is_token) for tensor in tensors)
-            attended = attend(*rows, mask=mask, scaling=scaling, softcap=softcap)
+        for group, mask, tensors, before in zip(self.groups, masks, parts, befores, strict=False):
+            laid_out = (_Spread.apply(tensor, group.places, group.is_token) for tensor in tensors)
+            attended = attend(*laid_out, mask=mask, scoring=scoring, before=before)
             outputs.append(attended.transpose(1, 2)[group.is_token])
         return torch.cat(outputs)[None]
 
@@ -180,48 +180,34 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attend within pairs; `[1, H, N, D]` queries, keys and values (fewer heads) to `[1, N, H, D]`.
 
-    Args:
-        module: The attention layer.
-        query: Already rotated, like `key`.
-        key: Its number of heads divides that of the query.
-        value: Likewise.
-        packing: The decoder passes its keyword arguments on to here.
-        scaling: Of the scores; None for 1 / sqrt(D).
-        dropout: Must be 0.
-        sliding_window: How many tokens a token sees, itself included; None for all.
-        softcap: Scores are mapped into (-softcap, softcap).
+    The decoder passes its keyword arguments, such as `packing`, on to here. Queries and keys are already rotated.
     """
     assert dropout == 0.0, "policy.py turns dropout off"
-    return packing.attend(module, query, key, value, scaling=scaling, window=sliding_window, softcap=softcap), None
+    return packing.attend(module, query, key, value, Scoring(scaling, sliding_window, softcap)), None
 
 
-class Spread(torch.autograd.Function):
-    """`[1, H, N, D]` to `[B, H, T, D]` by `places`. Every token has one place, so the backward pass is a plain gather."""
+class _Spread(torch.autograd.Function):
+    """`[1, H, N, D]` to `[B, H, T, D]` by `places`; padding repeats the first token.
+
+    Every token has one place, so the backward pass is a plain gather.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, packed: Tensor, places: Tensor, is_token: Tensor) -> Tensor:  # type: ignore[override]
-        """Copy the tokens to their places; padding repeats the first token."""
         ctx.save_for_backward(is_token)
         return packed[0].transpose(0, 1)[places].transpose(1, 2)
 
     @staticmethod
     def backward(ctx: BackwardCFunction, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        """Gather the gradients of the tokens, without those of padding."""
         (is_token,) = ctx.saved_tensors
         return gradient.transpose(1, 2)[is_token].transpose(0, 1)[None], None, None
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    mask: Tensor,
-    scaling: float | None,
-    softcap: float | None,
-    before: tuple[Tensor, Tensor] | None = None,
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor, scoring: Scoring, before: KeysValues | None
 ) -> Tensor:
     """Return softmax attention with a mask, `[B, H, T, D]`; `before` holds constant keys and values in front of the others."""
+    scaling, _, softcap = scoring
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
@@ -240,9 +226,8 @@ def attend(
 def _shares(scores: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the softmax over what the mask allows; in float32, since bfloat16 loses sums of many small numbers."""
     wide = torch.promote_types(dtype, torch.float32)
-    return (
-        scores.masked_fill_(~mask, -torch.inf).softmax(-1, dtype=wide).to(dtype)
-    )  # in place: nobody else uses the scores
+    scores.masked_fill_(~mask, -torch.inf)  # in place: nobody else uses the scores
+    return scores.softmax(-1, dtype=wide).to(dtype)
 
 
 class _DenseAttention(torch.autograd.Function):
@@ -256,7 +241,7 @@ class _DenseAttention(torch.autograd.Function):
         value: Tensor,
         mask: Tensor,
         scale: float,
-        before: tuple[Tensor, Tensor] | None,
+        before: KeysValues | None,
     ) -> Tensor:
         ctx.num_before = 0 if before is None else before[0].shape[2]
         if before is not None:

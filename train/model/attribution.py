@@ -10,26 +10,24 @@ training step of the same micro-batch, which also needs gradients of parameters.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.modeling_outputs import BaseModelOutput
 
-from train.model.attention import NUM_BRANCHES, Packing
+from train.model.attention import NUM_BRANCHES
 from train.model.collate import Batch, model_inputs
 from train.model.continuation import Continuation, EnoughError, KeptPrompts, SplitBatch
 from train.model.logps import decode, output_layer, per_token_logps, unwrap_adapters
 from weights_store.errors import InputError
 
-if TYPE_CHECKING:
-    from transformers.modeling_outputs import BaseModelOutput
-
 AttributionTarget = Literal["max_logit", "gold_logps", "dpo_margin"]
 Inputs = tuple[object, ...]
-"""Positional arguments of a forward pass, as hooks see them; `Options` are the others."""
-Options = dict[str, object]
+"""Positional arguments of a forward pass, as hooks see them."""
 
 
 @dataclass(frozen=True)
@@ -77,28 +75,32 @@ def attribute_tokens(
     """
     assert not (with_prompts and target == "dpo_margin"), "a prompt's part in the margin belongs to both responses"
     _check_layout(batch, with_prompts=with_prompts)
-    with ExitStack() as stack:
-        stack.enter_context(_frozen(model))
-        sizes: list[Tensor] = stack.enter_context(_measured_layers(model)) if with_activations else []
+    with _frozen(model), _measured_layers(model) if with_activations else nullcontext() as sizes:
         if "branch_ids" in batch and not with_prompts:
-            norms, token_sizes = _attribute_responses(model, batch, target, sizes if with_activations else None)
+            norms, token_sizes = _attribute_responses(model, batch, target, sizes)
         else:
             norms = _differentiate(model, batch, target)
-            token_sizes = sizes[0] if with_activations else None
+            token_sizes = None if sizes is None else sizes[0]
     mask, places = batch["completion_mask"], batch["places"]
     prompts = norms[places].where(mask.cumsum(1) == 0, 0.0).sum(1) if with_prompts else None
-    activations = None if token_sizes is None else _relative_activations(token_sizes, batch)
+    activations = None
+    if token_sizes is not None:  # of the states that predict a token; the first column is never a response token
+        predicting = token_sizes[places.roll(1, dims=1)].where(mask, 0.0)
+        activations = predicting / (predicting.sum(1, keepdim=True) / mask.sum(1, keepdim=True))
     return TokenAttributions(norms[places].where(mask, 0.0), prompts, activations)
 
 
 def _differentiate(model: nn.Module, batch: Batch, target: AttributionTarget) -> Tensor:
     """Return the L1 norm of the gradient at every place of `input_ids`, `[N]` float32.
 
-    Raises:
-        InputError: The model gives no access to its input embeddings.
+    It is that of the sum of all targets: a token affects the target of its own sequence alone, so gradients do not mix. In the
+    margin the log-probs of rejected have a minus sign, which changes no norm: it is computed as `gold_logps`.
     """
     with torch.enable_grad(), _leaf_embeddings(model) as embeddings:
-        value = _sum_targets(model, batch, target)
+        if target == "max_logit":
+            value = _largest_logits(model, batch).sum()
+        else:
+            value = per_token_logps(model, **model_inputs(batch)).logps.sum()
         if len(embeddings) != 1:
             raise InputError(
                 f"{type(unwrap_adapters(model)).__name__} reads its input embeddings {len(embeddings)} times in a forward "
@@ -120,15 +122,14 @@ def _attribute_responses(
     split = SplitBatch.of(batch)
     row = split.responses
     last_layer = None if sizes is not None else unwrap_adapters(model).config.get_text_config().num_hidden_layers - 1
-    prompt_row = (split.prompts["branch_ids"][0], split.prompts["position_ids"][0])
+    prompt_row, response_row = ((part["branch_ids"][0], part["position_ids"][0]) for part in (split.prompts, row))
     prompts = KeptPrompts(*prompt_row, last_layer=last_layer)
-    with torch.no_grad(), _packing(model, prompts), suppress(EnoughError):
-        decode(**split.prompts, attention_mask=None, model=model)
-    continuation = Continuation(
-        row["branch_ids"][0], row["position_ids"][0], prompts=prompts, response_groups=split.groups
-    )
+    with torch.no_grad(), _decoder_option(model, packing=prompts), suppress(EnoughError):
+        decode(model, model_inputs(split.prompts))
+    continuation = Continuation(*response_row, prompts=prompts, groups=split.groups)
     ends_alone = sizes is None and target == "max_logit"
-    with _packing(model, continuation), _last_mlp_at(model, _last_places(row)) if ends_alone else nullcontext():
+    short_mlp = _last_mlp_at(model, _last_places(row)) if ends_alone else nullcontext()
+    with _decoder_option(model, packing=continuation), short_mlp:
         own_norms = _differentiate(model, row, target)
     norms = own_norms.new_zeros(split.is_prompt.shape)
     norms[split.own_places] = own_norms
@@ -140,11 +141,7 @@ def _attribute_responses(
 
 
 def _check_layout(batch: Batch, *, with_prompts: bool) -> None:
-    """Refuse sequences without a response, and layouts in which gradients would mix.
-
-    Raises:
-        InputError: A response is empty.
-    """
+    """Refuse sequences without a response, and layouts in which gradients would mix."""
     places, mask = batch["places"], batch["completion_mask"]
     empty = (~mask.any(1)).nonzero().flatten().tolist()
     if empty:
@@ -158,25 +155,10 @@ def _check_layout(batch: Batch, *, with_prompts: bool) -> None:
         assert not is_shared, "responses share a prompt, whose gradients mix: collate one response per pair, or padded"
 
 
-# --- targets -----------------------------------------------------------------------------------------------------------
-
-
-def _sum_targets(model: nn.Module, batch: Batch, target: AttributionTarget) -> Tensor:
-    """Return the sum of the targets, a scalar. A token affects the target of its own sequence alone, so gradients do not mix.
-
-    In the margin the log-probs of rejected have a minus sign, which changes no norm: it is computed as `gold_logps`.
-    """
-    if target == "max_logit":
-        return _largest_logits(model, batch).sum()
-    return per_token_logps(model, **model_inputs(batch)).logps.sum()
-
-
 def _largest_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Return the largest logit after the last response token of each sequence, `[S]` float32 (Eq. 5)."""
-    hidden = decode(
-        batch["input_ids"], batch["position_ids"], batch.get("branch_ids"), batch.get("attention_mask"), model
-    )
-    return output_layer(model)(hidden[_last_places(batch)]).float().max(-1).values
+    hidden = decode(model, model_inputs(batch))[_last_places(batch)]
+    return output_layer(model)(hidden).float().max(-1).values
 
 
 def _last_places(batch: Batch) -> Tensor:
@@ -206,18 +188,13 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@contextmanager
-def _packing(model: nn.Module, packing: Packing) -> Iterator[None]:
-    """Make the decoder attend with `packing` instead of the ordinary one of the batch."""
+def _decoder_option(model: nn.Module, **option: object) -> RemovableHandle:
+    """Call the decoder of `model` with this keyword argument too, inside a `with` block."""
 
-    def exchange(_decoder: nn.Module, args: Inputs, options: Options) -> tuple[Inputs, Options]:
-        return args, {**options, "packing": packing}
+    def add(_decoder: nn.Module, args: Inputs, options: dict[str, object]) -> tuple[Inputs, dict[str, object]]:
+        return args, options | option
 
-    handle = unwrap_adapters(model).base_model.register_forward_pre_hook(exchange, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return unwrap_adapters(model).base_model.register_forward_pre_hook(add, with_kwargs=True)
 
 
 @contextmanager
@@ -241,12 +218,8 @@ def _last_mlp_at(model: nn.Module, places: Tensor) -> Iterator[None]:
     def widen(_mlp: nn.Module, _args: Inputs, output: Tensor) -> Tensor:
         return output.new_zeros(shapes.pop()).index_copy(1, places, output)
 
-    handles = [mlp.register_forward_pre_hook(narrow), mlp.register_forward_hook(widen)]
-    try:
+    with mlp.register_forward_pre_hook(narrow), mlp.register_forward_hook(widen):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -254,9 +227,6 @@ def _leaf_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
     """Make the input embeddings leaves of the graph, in float32, and list them as they are looked up.
 
     A hook lets the model still see ids, which some families read; others scale the output of the layer.
-
-    Raises:
-        InputError: The model has no input embeddings.
     """
     leaves: list[Tensor] = []
 
@@ -264,11 +234,8 @@ def _leaf_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
         leaves.append(output.detach().to(torch.promote_types(output.dtype, torch.float32)).requires_grad_())
         return leaves[-1].to(output.dtype)
 
-    handle = input_embeddings(model).register_forward_hook(put_leaf)
-    try:
+    with input_embeddings(model).register_forward_hook(put_leaf):
         yield leaves
-    finally:
-        handle.remove()
 
 
 def input_embeddings(model: nn.Module) -> nn.Module:
@@ -290,33 +257,15 @@ def input_embeddings(model: nn.Module) -> nn.Module:
     return layer
 
 
-# --- activations -------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _measured_layers(model: nn.Module) -> Iterator[list[Tensor]]:
     """List the mean over layers of the L2 norms of hidden states, `[N]` float32, for each run of the decoder."""
     sizes: list[Tensor] = []
 
-    def ask(_decoder: nn.Module, args: Inputs, options: Options) -> tuple[Inputs, Options]:
-        return args, {**options, "output_hidden_states": True}
-
-    def measure(_decoder: nn.Module, _args: Inputs, output: "BaseModelOutput") -> None:
+    def measure(_decoder: nn.Module, _args: Inputs, output: BaseModelOutput) -> None:
         norms = [torch.linalg.vector_norm(h.detach(), dim=-1, dtype=torch.float32) for h in output.hidden_states[1:]]
         sizes.append(torch.stack(norms).mean(0).flatten())
 
     decoder = unwrap_adapters(model).base_model
-    handles = [decoder.register_forward_pre_hook(ask, with_kwargs=True), decoder.register_forward_hook(measure)]
-    try:
+    with _decoder_option(model, output_hidden_states=True), decoder.register_forward_hook(measure):
         yield sizes
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _relative_activations(sizes: Tensor, batch: Batch) -> Tensor:
-    """Align the sizes to the token that they predict, with mean 1 over each response, `[S, T]`."""
-    mask, places = batch["completion_mask"], batch["places"]
-    predicting = sizes[places.roll(1, dims=1)].where(mask, 0.0)  # the first column is never a response token
-    means = predicting.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
-    return predicting / means

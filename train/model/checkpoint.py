@@ -25,11 +25,7 @@ def load_model_config(folder: Path) -> "PretrainedConfig":
 
 
 def load_checkpoint(folder: Path, **options: Any) -> "PreTrainedModel":
-    """Return the language model of a folder on the CPU, in evaluation mode.
-
-    Args:
-        folder: Of a whole model.
-        **options: Of `from_pretrained`, for example the `dtype`.
+    """Return the language model of a folder on the CPU, in evaluation mode; `options` are those of `from_pretrained`.
 
     Raises:
         InputError: It cannot be loaded, or lacks weights: transformers would fill them with random numbers.

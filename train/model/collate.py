@@ -37,11 +37,9 @@ def model_inputs(batch: Batch) -> ModelInputs:
 class PairCollator:
     """Collate B pairs.
 
-    Keys: `input_ids` and `position_ids` (int64, packed `[1, N]` or padded `[2 B, T]`), with `branch_ids` when packed and
-    `attention_mask` when padded; `places` (int64), `completion_mask` (bool, True on response tokens), `token_weights` and
-    `ref_logps` (float32, aligned to their token, 0 elsewhere), `[2 B, T]`; `pair_weights` (float32) and `counts` (bool, False
-    for fillers), `[B]`. If the pairs have them `ref_top_ids`, `ref_top_logps` `[2 B, T, K]`, `chosen_scores` and
-    `rejected_scores` `[B]`; with anchors `has_kl` `[3 B]`, False for anchors, whose divergence no loss reads.
+    Keys: those of `ModelInputs`; `token_weights` and `ref_logps` (float32, aligned to their token, 0 elsewhere), `[2 B, T]`;
+    `pair_weights` (float32) and `counts` (bool, False for fillers), `[B]`. If the pairs have them `chosen_scores` and
+    `rejected_scores` `[B]`. With anchors, `has_kl` is False for anchors, whose divergence no loss reads.
 
     Args:
         packed: Otherwise padded.
@@ -77,15 +75,11 @@ class PairCollator:
         num_prompts = 1 if self.packed else len(responses)
         return num_prompts * len(pair.prompt_ids) + sum(len(response.ids) for response in responses)
 
-    def num_pairs(self, batch: Batch) -> int:
-        """Return B of a micro-batch."""
-        return len(batch["pair_weights"])
-
     def split_sides(
         self, batch: Batch, terms: TokenTerms
     ) -> tuple[ResponseLogps, ResponseLogps | None, ResponseLogps | None]:
         """Return chosen, rejected and anchor, `[B, T]` each, of a batch that this collator made; None for what is left out."""
-        num_pairs = self.num_pairs(batch)
+        num_pairs = len(batch["pair_weights"])
         fields = (terms.logps, batch["completion_mask"], batch["ref_logps"], batch["token_weights"], terms.kls)
 
         def side(index: int) -> ResponseLogps:
@@ -145,7 +139,7 @@ def _count_common(responses: Sequence[Ids]) -> int:
 
 def _pad(prompts: Sequence[Ids], responses: Sequence[StoredResponse]) -> dict[str, NDArray]:
     sequences = [np.concatenate([p, r.ids]) for p, r in zip(prompts, responses, strict=True)]
-    input_ids = _stack(sequences, padding=PADDING_ID)
+    input_ids = _stack(sequences, PADDING_ID)
     lengths = np.array([len(sequence) for sequence in sequences])
     steps = np.broadcast_to(np.arange(input_ids.shape[1]), input_ids.shape)
     return {
@@ -165,21 +159,15 @@ def _stack(rows: Sequence[NDArray], padding: int = 0) -> NDArray[np.int64]:
 
 def _align(prompts: Sequence[Ids], responses: Sequence[StoredResponse]) -> dict[str, NDArray]:
     """Align the stored values to their tokens, `[2 B, T]` (and `[2 B, T, K]`)."""
-    shape = (len(responses), max(len(p) + len(r.ids) for p, r in zip(prompts, responses, strict=True)))
-    aligned = {
-        "completion_mask": np.zeros(shape, np.bool_),
-        "token_weights": np.zeros(shape, np.float32),
-        "ref_logps": np.zeros(shape, np.float32),
-    }
-    top_ids = responses[0].ref_top_ids
-    if top_ids is not None:
-        aligned["ref_top_ids"] = np.zeros((*shape, top_ids.shape[1]), np.int64)
-        aligned["ref_top_logps"] = np.zeros((*shape, top_ids.shape[1]), np.float32)
-    for row, (prompt_ids, response) in enumerate(zip(prompts, responses, strict=True)):
-        tokens = slice(len(prompt_ids), len(prompt_ids) + len(response.ids))
-        aligned["completion_mask"][row, tokens] = True
-        for name in aligned.keys() - {"completion_mask"}:
-            values = getattr(response, name)
-            if values is not None:  # an anchor has no top k
-                aligned[name][row, tokens] = values
+    begins = np.array([[len(prompt_ids)] for prompt_ids in prompts])
+    ends = begins + [[len(response.ids)] for response in responses]
+    steps = np.arange(ends.max())
+    mask = (begins <= steps) & (steps < ends)
+    aligned = {"completion_mask": mask}
+    for name in ("token_weights", "ref_logps", "ref_top_ids", "ref_top_logps"):
+        known = [values for response in responses if (values := getattr(response, name)) is not None]
+        if known:  # anchors, which come last, have no top k
+            dtype = np.int64 if name == "ref_top_ids" else np.float32
+            aligned[name] = np.zeros((*mask.shape, *known[0].shape[1:]), dtype)
+            aligned[name][: len(known)][mask[: len(known)]] = np.concatenate(known)
     return aligned

@@ -6,13 +6,13 @@ attend to them. So a prompt costs no backward pass and no stored activations. Tr
 to the gradients of its parameters. Attention runs in groups on CPUs and GPUs; it has not been run on a GPU.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from train.model.attention import MAX_GROUP_SCORES, NUM_BRANCHES, Packing, RowGroup, Spread, attend
+from train.model.attention import MAX_GROUP_SCORES, NUM_BRANCHES, KeysValues, Packing, RowGroup, Scoring
 from train.model.collate import Batch
 
 _FULL = 0.7
@@ -32,9 +32,9 @@ class KeptPrompts(Packing):
     """
 
     last_layer: int | None = field(default=None, kw_only=True)
-    kept: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    kept: dict[nn.Module, KeysValues] = field(default_factory=dict)
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Attend as in any packed row.
 
         Raises:
@@ -43,26 +43,24 @@ class KeptPrompts(Packing):
         self.kept[module] = key.to(value.dtype), value
         if self.last_layer is not None and getattr(module, "layer_idx", None) == self.last_layer:
             raise EnoughError
-        return super().attend(module, query, key, value, **settings)
+        return super().attend(module, query, key, value, scoring)
 
 
 @dataclass(frozen=True)
-class ResponseGroup:
-    """B neighbouring responses in the row of responses.
+class ResponseGroup(RowGroup):
+    """B neighbouring responses in the row of responses, in place of pairs.
 
     Args:
-        responses: Where they are.
         prompts: `[B, P]`, where the tokens of their prompts are in the row of prompts; anything after a prompt's end.
         num_before: `[B]`, the lengths of the prompts.
     """
 
-    responses: RowGroup
     prompts: Tensor
     num_before: Tensor
 
-    def mask(self, window: int | None) -> Tensor:
+    def mask(self, _packing: Packing, window: int | None) -> Tensor:
         """Return whether a response token sees a key, the prompt's first, `[B, 1, R, P + R]`. Padding sees something too."""
-        steps = torch.arange(self.responses.places.shape[1], device=self.prompts.device)
+        steps = torch.arange(self.places.shape[1], device=self.prompts.device)
         before = torch.arange(self.prompts.shape[1], device=self.prompts.device)
         positions = self.num_before[:, None] + steps
         key_positions = torch.cat([before.expand(len(positions), -1), positions], dim=1)
@@ -77,34 +75,16 @@ class Continuation(Packing):
     """Responses in one row, group after group; each continues its prompt in `prompts`."""
 
     prompts: KeptPrompts = field(kw_only=True)
-    response_groups: list[ResponseGroup] = field(kw_only=True)
+    groups: Sequence[ResponseGroup] = field(kw_only=True)
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return the attention output of the response tokens, `[1, N, H, D]`."""
         kept_key, kept_value = (kept[0].transpose(0, 1) for kept in self.prompts.kept[module])
-        if window not in self._row_masks:
-            self._row_masks[window] = [group.mask(window) for group in self.response_groups]
-        sizes = [group.responses.num_tokens for group in self.response_groups]
-        tensors = (query.to(value.dtype), key.to(value.dtype), value)
-        parts = zip(*(tensor.split(sizes, dim=2) for tensor in tensors), strict=True)
-        outputs = []
-        for group, mask, part in zip(self.response_groups, self._row_masks[window], parts, strict=True):
-            rows = group.responses
-            queries, keys, values = (Spread.apply(tensor, rows.places, rows.is_token) for tensor in part)
-            before = kept_key[group.prompts].transpose(1, 2), kept_value[group.prompts].transpose(1, 2)
-            attended = attend(queries, keys, values, mask=mask, scaling=scaling, softcap=softcap, before=before)
-            outputs.append(attended.transpose(1, 2)[rows.is_token])
-        return torch.cat(outputs)[None]
+        befores = (
+            (kept_key[group.prompts].transpose(1, 2), kept_value[group.prompts].transpose(1, 2))
+            for group in self.groups
+        )
+        return self.attend_in_groups((query, key, value), befores, scoring)
 
 
 @dataclass(frozen=True)
@@ -148,9 +128,10 @@ class SplitBatch:
         for part in parts:
             rows = torch.tensor(part, device=places.device)
             lengths = num_before[rows]
-            group = RowGroup.of(num_own[rows], begin)
-            groups.append(ResponseGroup(group, in_prompts[places[rows, : int(lengths.max())]], lengths))
-            begin += group.num_tokens
+            groups.append(
+                ResponseGroup.of(num_own[rows], begin, in_prompts[places[rows, : int(lengths.max())]], lengths)
+            )
+            begin += groups[-1].num_tokens
         prompts = {name: values[is_prompt][None] for name, values in row_inputs.items()}
         return cls(prompts, responses, groups, is_prompt, own_places)
 

@@ -7,28 +7,22 @@ build samples with vLLM, and log-probs (`refresh.py`).
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
-from train.model.collate import PADDING_ID
+from train.model.collate import PADDING_ID, Ids
 from train.model.logps import unwrap_adapters
 from train.model.policy import Policy
 from train.model.sampling import AnchorSampling
 from train.model.token_budget import cut_by_tokens
 from weights_store.errors import InputError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 GENERATED_TOKENS = 1 << 14
 """Tokens, prompts included, that are generated at a time. Not a setting: samples depend on what is in a batch, and
 `optim.tokens_per_batch` must not change results."""
-
-Ids = NDArray[np.int32]
 
 
 def sample_responses(
@@ -56,26 +50,21 @@ def sample_responses(
         InputError: A prompt leaves no room for a token.
     """
     causal_model = unwrap_adapters(policy.model)
-    ends = sorted({*_end_ids(causal_model), *end_ids})
+    own_ends = causal_model.generation_config.eos_token_id  # transformers fills it in from the model's config
+    ends = sorted({*end_ids, *np.atleast_1d([] if own_ends is None else own_ends).tolist()})
     rooms = _rooms(prompts, causal_model, sampling.max_new_tokens)
     device = next(causal_model.parameters()).device
     responses: dict[int, Ids] = {}
     with (
         _ordinary(policy) as model,
-        _seeded(seed, device),
+        torch.random.fork_rng([] if device.type == "cpu" else [device]),
         torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"),
     ):
+        torch.manual_seed(seed)  # `generate` samples from the global generators
         for room in sorted(set(rooms)):
             members = [index for index, its_room in enumerate(rooms) if its_room == room]
-            settings = GenerationConfig(
-                do_sample=True,
-                max_new_tokens=room,
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                eos_token_id=ends or None,
-                pad_token_id=PADDING_ID,
-            )
+            sampled = asdict(replace(sampling, max_new_tokens=room))
+            settings = GenerationConfig(**sampled, do_sample=True, eos_token_id=ends or None, pad_token_id=PADDING_ID)
             sizes = [len(prompts[index]) + room for index in members]
             for part in cut_by_tokens(members, sizes, GENERATED_TOKENS):
                 generated = _generate(model, [prompts[index] for index in part], settings)
@@ -83,13 +72,7 @@ def sample_responses(
     return [responses[index] for index in range(len(prompts))]
 
 
-def _end_ids(causal_model: "PreTrainedModel") -> list[int]:
-    """Return the end-of-turn ids of the generation config, which transformers fills in from the model's config."""
-    ends = causal_model.generation_config.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
-
-def _rooms(prompts: Sequence[Ids], causal_model: "PreTrainedModel", max_new_tokens: int) -> list[int]:
+def _rooms(prompts: Sequence[Ids], causal_model: PreTrainedModel, max_new_tokens: int) -> list[int]:
     longest = getattr(causal_model.config.get_text_config(), "max_position_embeddings", None)
     if longest is None:
         return [max_new_tokens] * len(prompts)
@@ -103,7 +86,7 @@ def _rooms(prompts: Sequence[Ids], causal_model: "PreTrainedModel", max_new_toke
 
 
 @contextmanager
-def _ordinary(policy: Policy) -> Iterator["PreTrainedModel"]:
+def _ordinary(policy: Policy) -> Iterator[PreTrainedModel]:
     """Give the model its own forward pass and attention back while inside, in evaluation mode."""
     model = unwrap_adapters(policy.model)  # the adapters are in its layers; peft's wrapper adds nothing
     routed = vars(model).pop("forward", None)  # with accelerate's wrapper around it
@@ -121,25 +104,17 @@ def _ordinary(policy: Policy) -> Iterator["PreTrainedModel"]:
             model.forward = routed
 
 
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators, from which `generate` samples, and restore them afterwards."""
-    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
-        torch.manual_seed(seed)
-        yield
-
-
-def _generate(model: "PreTrainedModel", prompts: Sequence[Ids], settings: GenerationConfig) -> list[Ids]:
+def _generate(model: PreTrainedModel, prompts: Sequence[Ids], settings: GenerationConfig) -> list[Ids]:
     """Return what follows each prompt, all equally long; what comes after an end-of-turn token has no meaning."""
     width = max(map(len, prompts))
-    input_ids = np.full((len(prompts), width), PADDING_ID, np.int64)
-    mask = np.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = 1
+    before = np.array([[width - len(prompt)] for prompt in prompts])
+    mask = np.arange(width) >= before
+    input_ids = np.full(mask.shape, PADDING_ID, np.int64)
+    input_ids[mask] = np.concatenate(prompts)
+    inputs = {"input_ids": input_ids, "attention_mask": mask.astype(np.int64)}
     device = next(model.parameters()).device
-    inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask)}
-    sequences = model.generate(**{k: v.to(device) for k, v in inputs.items()}, generation_config=settings)
+    tensors = {name: torch.from_numpy(values).to(device) for name, values in inputs.items()}
+    sequences = model.generate(**tensors, generation_config=settings)
     return list(sequences[:, width:].to(torch.int32).cpu().numpy())
 
 

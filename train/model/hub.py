@@ -12,7 +12,7 @@ def find_folder(path: str, revision: str | None, setting: str) -> Path:
     """Return a local folder, or the one of a hub id, downloaded if it is not in the hub's cache.
 
     Args:
-        path: Of a folder, or `owner/name` on the hub.
+        path: A folder, or `owner/name` on the hub.
         revision: Commit, tag or branch of a hub id; None for its main branch.
         setting: Where the path is from, for messages.
 

@@ -9,20 +9,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from train.loss.config import KlDirection
 from train.loss.divergence import exact_kl, top_k_kl
 from train.model.attention import Packing
 from weights_store.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 CHUNK_LOGITS = 1 << 25
 """Logits that are computed at a time on a GPU, 128 MiB in float32."""
@@ -37,17 +35,24 @@ Head = Callable[[Tensor], Tensor]
 
 
 class ModelInputs(TypedDict):
-    """The tensors of a micro-batch that `per_token_logps` takes."""
+    """The tensors of a micro-batch that `per_token_logps` takes, as `collate.py` lays them out."""
 
     input_ids: Tensor
+    """Packed pairs `[1, N]`, or padded sequences `[2 B, T]`; `position_ids` likewise."""
     position_ids: Tensor
     places: Tensor
+    """`[2 B, T]`, where each token of each sequence is in the flattened `input_ids`."""
     completion_mask: Tensor
+    """`[2 B, T]` bool, True on response tokens; False in the first column, which nothing predicts."""
     branch_ids: NotRequired[Tensor]
+    """Of packed pairs, `[1, N]`, see `attention.Packing`."""
     attention_mask: NotRequired[Tensor]
+    """Of padded sequences, 1 on tokens, 0 on padding."""
     ref_top_ids: NotRequired[Tensor]
+    """`[2 B, T, K]`, for a divergence from stored log-probs; `ref_top_logps` likewise."""
     ref_top_logps: NotRequired[Tensor]
     has_kl: NotRequired[Tensor]
+    """`[3 B]` bool, the sequences that have a divergence, which come first; without it, all have one."""
 
 
 class TokenTerms(NamedTuple):
@@ -77,59 +82,44 @@ class Divergence:
 
 def per_token_logps(
     model: nn.Module,
-    input_ids: Tensor,
-    position_ids: Tensor,
-    places: Tensor,
-    completion_mask: Tensor,
-    branch_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    ref_top_ids: Tensor | None = None,
-    ref_top_logps: Tensor | None = None,
-    has_kl: Tensor | None = None,
     *,
     divergence: Divergence | None = None,
     chunk_logits: int | None = None,
     kept_logits: int = KEPT_LOGITS,
+    **batch: Unpack[ModelInputs],
 ) -> TokenTerms:
-    """Return the log-probs of all response tokens, as `collate.py` lays them out.
+    """Return the log-probs of all response tokens.
 
     Args:
         model: A causal language model of transformers, or peft's wrapper of one.
-        input_ids: Packed pairs `[1, N]`, or padded sequences `[2 B, T]`.
-        position_ids: Likewise.
-        places: `[2 B, T]`, where each token of each sequence is in the flattened `input_ids`.
-        completion_mask: `[2 B, T]` bool, True on response tokens; False in the first column, which nothing predicts.
-        branch_ids: `[1, N]`, see `attention.Packing`; None for padded sequences.
-        attention_mask: Of padded sequences, 1 on tokens, 0 on padding.
-        ref_top_ids: `[2 B, T, K]`, for a divergence from stored log-probs.
-        ref_top_logps: Likewise.
-        has_kl: `[3 B]` bool, the sequences that have a divergence, which come first; None for all.
         divergence: What to compute besides the log-probs.
         chunk_logits: Logits computed at a time; None for a default that suits the device.
         kept_logits: With more logits, they are computed again in the backward pass.
+        **batch: See `ModelInputs`.
     """
+    input_ids, places, completion_mask = batch["input_ids"], batch["places"], batch["completion_mask"]
     assert not completion_mask[:, 0].any(), "the first token of a sequence cannot be scored"
-    run_decoder = partial(decode, input_ids, position_ids, branch_ids, attention_mask)
     sequence_idx, token_idx = completion_mask.nonzero(as_tuple=True)
     previous = places[sequence_idx, token_idx - 1]  # the state at the token before predicts a token
     target_ids = input_ids.flatten()[places[sequence_idx, token_idx]]
     head, extra = output_layer(model), []
     compute: Callable[..., tuple[Tensor, ...]] = partial(_logps_alone, head)
     if divergence is not None and divergence.top_k:
-        assert ref_top_ids is not None, "dataset.py gives them on request"
-        assert ref_top_logps is not None
-        extra = [ref_top_ids[sequence_idx, token_idx], ref_top_logps[sequence_idx, token_idx]]
+        extra = [values[sequence_idx, token_idx] for values in (batch["ref_top_ids"], batch["ref_top_logps"])]
         compute = partial(_logps_and_top_k_kl, head, divergence.direction)
     elif divergence is not None:
-        reference_head, reference_hidden = _run_reference(model, divergence.reference, run_decoder)
+        reference = model if divergence.reference is None else divergence.reference
+        reference_head, reference_hidden = _run_reference(reference, batch)
         extra = [reference_hidden[previous]]
         compute = partial(_logps_and_exact_kl, head, reference_head, divergence.direction)
-    columns = [run_decoder(model)[previous], target_ids]
+    columns = [decode(model, batch)[previous], target_ids]
+    vocab_size = _vocab_size(model)
     if chunk_logits is None:
-        chunk_logits = max(CHUNK_LOGITS if input_ids.is_cuda else 0, CHUNK_ROWS * _vocab_size(model))
+        chunk_logits = max(CHUNK_LOGITS if input_ids.is_cuda else 0, CHUNK_ROWS * vocab_size)
     # Rows of full distributions cost several times as much as rows of logits.
-    rows = max(1, chunk_logits // _vocab_size(model) // (1 if divergence is None else 4))
-    again = len(target_ids) * _vocab_size(model) > kept_logits or divergence is not None
+    rows = max(1, chunk_logits // vocab_size // (1 if divergence is None else 4))
+    again = len(target_ids) * vocab_size > kept_logits or divergence is not None
+    has_kl = batch.get("has_kl")
     num_with_kl = len(target_ids) if has_kl is None or divergence is None else int(completion_mask[has_kl].sum())
     chunks = _run(compute, [column[:num_with_kl] for column in (*columns, *extra)], rows, again=again)
     if num_with_kl < len(target_ids):
@@ -141,45 +131,38 @@ def per_token_logps(
 def _run(
     compute: Callable[..., tuple[Tensor, ...]], columns: list[Tensor], rows: int, *, again: bool
 ) -> list[tuple[Tensor, ...]]:
-    """Return the results of `compute` on chunks of so many rows; `again` computes them again in the backward pass."""
-    if again:
+    if again:  # computes each chunk again in the backward pass, and keeps none
         compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
     return [compute(*chunk) for chunk in zip(*(column.split(rows) for column in columns), strict=True)]
 
 
 def _scatter(values: Tensor, where: tuple[Tensor, Tensor], shape: torch.Size) -> Tensor:
-    """Put the values of the first response tokens into their places, 0 elsewhere."""
+    """Put `values`, which may end before the last response token, into their places, 0 elsewhere."""
     first = tuple(indices[: len(values)] for indices in where)
     return values.new_zeros(shape).index_put(first, values)
 
 
-def decode(
-    input_ids: Tensor, position_ids: Tensor, branch_ids: Tensor | None, attention_mask: Tensor | None, model: nn.Module
-) -> Tensor:
+def decode(model: nn.Module, batch: ModelInputs) -> Tensor:
     """Return the last hidden states of all tokens, `[N, H]` (or `[2 B T, H]`)."""
-    context: dict[str, Tensor | Packing | None] = {"attention_mask": attention_mask}
-    if branch_ids is not None:
-        context = {"packing": Packing(branch_ids[0], position_ids[0])}
+    context: dict[str, Tensor | Packing | None] = {"attention_mask": batch.get("attention_mask")}
+    if "branch_ids" in batch:
+        context = {"packing": Packing(batch["branch_ids"][0], batch["position_ids"][0])}
     decoder = unwrap_adapters(model).base_model
-    output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **context)
+    output = decoder(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **context)
     return output.last_hidden_state.flatten(0, 1)
 
 
 @torch.no_grad()
-def _run_reference(
-    model: nn.Module, reference: nn.Module | None, run_decoder: Callable[[nn.Module], Tensor]
-) -> tuple[Head, Tensor]:
-    """Return the reference's output layer and its hidden states."""
-    if reference is not None:
-        return output_layer(reference), run_decoder(reference)
-    head = output_layer(model)
+def _run_reference(reference: nn.Module, batch: ModelInputs) -> tuple[Head, Tensor]:
+    """Return the reference's output layer and its hidden states, without adapters if it is the policy."""
+    head = output_layer(reference)
 
     def head_without_adapters(hidden: Tensor) -> Tensor:
-        with adapters_off(model):
+        with adapters_off(reference):
             return head(hidden)
 
-    with adapters_off(model):
-        return head_without_adapters, run_decoder(model)
+    with adapters_off(reference):
+        return head_without_adapters, decode(reference, batch)
 
 
 def adapters_off(model: nn.Module) -> AbstractContextManager[None]:
@@ -242,7 +225,7 @@ class _SelectedLogps(torch.autograd.Function):
         return wide.to(logits.dtype), None
 
 
-def unwrap_adapters(model: nn.Module) -> "PreTrainedModel":
+def unwrap_adapters(model: nn.Module) -> PreTrainedModel:
     """Return the model of transformers, without peft's wrapper if it has one."""
     unwrap: Callable[[], PreTrainedModel] | None = getattr(model, "get_base_model", None)
     return model if unwrap is None else unwrap()
@@ -282,15 +265,13 @@ def check_output_layer(model: nn.Module) -> None:
     decoder = getattr(model, "base_model", None)
     if decoder is None or decoder is model or getattr(model, "get_output_embeddings", lambda: None)() is None:
         raise InputError(f"{type(model).__name__} is not a causal language model with a decoder and an output layer")
-    vocab_size = _vocab_size(model)
-    device = next(model.parameters()).device
-    input_ids = (torch.arange(1, _PROBE_TOKENS + 1, device=device)[None] * 7) % vocab_size
-    positions = torch.arange(_PROBE_TOKENS, device=device)[None]
-    logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), position_ids=positions).logits
+    positions = torch.arange(_PROBE_TOKENS, device=next(model.parameters()).device)[None]
+    input_ids = (positions + 1) * 7 % _vocab_size(model)
+    row = ModelInputs(input_ids=input_ids, position_ids=positions, places=positions, completion_mask=positions > 0)
+    row["attention_mask"] = torch.ones_like(input_ids)
+    logits = model(input_ids=input_ids, attention_mask=row["attention_mask"], position_ids=positions).logits
     expected = _select(logits.float().log_softmax(-1)[0, :-1], input_ids[0, 1:])
-    got = per_token_logps(
-        model, input_ids, positions, positions, positions > 0, attention_mask=torch.ones_like(input_ids)
-    )
+    got = per_token_logps(model, **row)
     difference = (expected - got.logps[0, 1:]).abs().max().item()
     if not difference <= _PROBE_TOLERANCE:
         raise InputError(

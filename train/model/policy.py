@@ -8,10 +8,10 @@ import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from train.config import LoraSection, ModelConfig
 from train.data.dataset import WeightSource
@@ -20,9 +20,6 @@ from train.model.logps import check_output_layer
 from train.model.packing import enable_packing
 from weights_store.errors import InputError, MismatchError, MissingExtraError
 from weights_store.fingerprint import fingerprint_chat_template, fingerprint_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 _COPIED = (
     "config.json",
@@ -102,15 +99,14 @@ def load_policy(folder: Path, config: ModelConfig, lora: LoraSection | None = No
     """
     model = _load_model(folder, config)
     attention = str(model.config._attn_implementation)
-    not_packed = _enable_packing(model, config)
+    not_packed = enable_packing(model) if config.packing else "model.packing is false"
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = model if lora is None else add_adapters(model, lora)
     if config.compile:
-        layers = getattr(model.base_model, "layers", None)
-        if layers is None:
+        if not hasattr(model.base_model, "layers"):
             raise InputError(f"model.compile: {type(model).__name__} has no list of layers to compile; leave it out")
-        for layer in layers:
+        for layer in model.base_model.layers:
             layer.compile(dynamic=True)
     return Policy(trained, not_packed, attention)
 
@@ -122,31 +118,27 @@ def load_reference(folder: Path, config: ModelConfig) -> nn.Module:
         InputError: See `load_policy`.
     """
     model = _load_model(folder, config)
-    _enable_packing(model, config)
+    if config.packing:
+        enable_packing(model)
     return model.to(getattr(torch, config.dtype)).requires_grad_(False)
 
 
-def _enable_packing(model: "PreTrainedModel", config: ModelConfig) -> str | None:
-    """Switch `model` to packed attention if it can and the config wants it; else return the reason."""
-    return enable_packing(model) if config.packing else "model.packing is false"
-
-
-def _load_model(folder: Path, config: ModelConfig) -> "PreTrainedModel":
+def _load_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
     """Load a model with dropout off, and check that we compute its log-probs as it does."""
-    if config.quantization == "nf4":
-        model = load_checkpoint(folder, dtype=torch.float32, quantization_config=_nf4_settings())
-        _keep_trainable_on_cpus(model)
-    else:
-        model = load_checkpoint(folder, dtype=torch.float32)
+    quantization = {"quantization_config": _nf4_settings()} if config.quantization == "nf4" else {}
+    model = load_checkpoint(folder, dtype=torch.float32, **quantization)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On CPUs with AVX512-BF16, bitsandbytes would pack 4-bit weights for inference at the first forward pass in eval
+            # mode, permanently, and no gradient flows through packed weights.
+            module.support_avx512bf16_for_cpu = False
     disable_dropout(model)
     check_output_layer(model)
     return model
 
 
-def _nf4_settings() -> "BitsAndBytesConfig":
+def _nf4_settings() -> BitsAndBytesConfig:
     """Return transformers' settings of 4-bit weights as in QLoRA (arXiv 2305.14314)."""
-    from transformers import BitsAndBytesConfig
-
     if find_spec("bitsandbytes") is None:
         raise MissingExtraError("model.quantization='nf4' needs bitsandbytes; pip install bitsandbytes")
     return BitsAndBytesConfig(
@@ -157,17 +149,7 @@ def _nf4_settings() -> "BitsAndBytesConfig":
     )
 
 
-def _keep_trainable_on_cpus(model: "PreTrainedModel") -> None:
-    """Stop bitsandbytes from packing 4-bit weights for inference at the first forward pass in eval mode.
-
-    It does that on CPUs with AVX512-BF16, permanently, and no gradient flows through packed weights.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def add_adapters(model: "PreTrainedModel", lora: LoraSection) -> nn.Module:
+def add_adapters(model: PreTrainedModel, lora: LoraSection) -> nn.Module:
     """Wrap `model` with peft: its parameters are frozen; the adapters are trained and start at zero.
 
     Raises:
@@ -188,12 +170,10 @@ def add_adapters(model: "PreTrainedModel", lora: LoraSection) -> nn.Module:
     named = [] if isinstance(lora.target_modules, str) else lora.target_modules
     unknown = [name for name in named if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
     if unknown:  # peft ignores them as long as one name is right
-        leaves = sorted(
-            {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "in_features")}
-        )
+        leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "in_features")}
         raise InputError(
             f"lora.target_modules names {', '.join(unknown)}, which {type(model).__name__} does not have; it has "
-            f"{', '.join(leaves)}"
+            f"{', '.join(sorted(leaves))}"
         )
     settings = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM"
@@ -218,19 +198,13 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def save_policy(
-    model: "PreTrainedModel", lora: LoraSection | None, source_folder: Path, target: Path, base_name: str | None = None
+    model: PreTrainedModel, lora: LoraSection | None, source_folder: Path, target: Path, base_name: str | None = None
 ) -> None:
     """Write the trained model to `target`, an empty folder, in the dtype that its config states (else float32).
 
-    `model` is converted in place and cannot be trained further. Adapters are written to `target/adapter`, and merged into the
-    model unless `lora.merge` is false.
-
-    Args:
-        model: Or peft's wrapper of one.
-        lora: None without adapters.
-        source_folder: Where training started.
-        target: Empty folder.
-        base_name: What the adapter names as its base; None for `source_folder`.
+    `model` (or peft's wrapper of one) is converted in place and cannot be trained further. Adapters are written to
+    `target/adapter`, with `base_name` (None: `source_folder`) as their base, and merged into the model unless `lora.merge` is
+    false.
     """
     if lora is not None:
         if base_name is not None:

@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class AnchorSampling:
-    """Settings of the sampler; the defaults are those of TI-DPO's release."""
+    """Settings of the sampler, named as transformers names them; the defaults are those of TI-DPO's release."""
 
     max_new_tokens: int = 64
     """End-of-turn token included."""

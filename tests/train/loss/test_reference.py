@@ -131,7 +131,7 @@ def direction(loss: dict[str, Any], kl: Kl) -> Kl:
 
 def one_step(trainer: PairTrainer, pairs: Sequence[Pair]) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradient of one optimizer step, as the trainer comes to them."""
-    step = trainer._cut(pairs, trainer.args.device)
+    step = trainer.cut_step(pairs, trainer.args.device)
     assert len(step.batches) > 1
     total = trainer.training_step(trainer.model, step).item()
     return total, {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
