@@ -6,7 +6,6 @@ Reads as a table of contents; every part is in a file of its own.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from transformers import PrinterCallback, TrainerCallback, set_seed
@@ -26,6 +25,7 @@ from train.job.trainer import PairTrainer, build_batches
 from train.model.policy import load_policy, load_reference, save_policy
 from weights_store.fingerprint import fingerprint
 from weights_store.messages import logger
+from weights_store.packages import package_versions
 
 _log = logger(__name__)
 
@@ -36,12 +36,7 @@ _PACKAGES = ("tokenweights", "torch", "transformers", "accelerate", "numpy")
 class TrainResult:
     """The outcome of a training job.
 
-    Args:
-        folder: Of the model.
-        steps: Optimizer steps of the whole training.
-        before: Metrics of a fixed sample of pairs before training; `loss` is nats per pair, for SFT nats per token.
-        after: The same after training.
-        was_trained_before: Nothing was done: the folder held this job, finished.
+    `before` and `after` are the metrics of a fixed sample of pairs; `loss` is in nats per pair, for SFT in nats per token.
     """
 
     folder: Path
@@ -49,6 +44,7 @@ class TrainResult:
     before: dict[str, float]
     after: dict[str, float]
     was_trained_before: bool = False
+    """Nothing was done: the folder held this job, finished."""
 
 
 def run_job(
@@ -203,18 +199,8 @@ def _build_lineage(inputs: JobInputs, result: Result) -> Lineage:
         "model": {"path": config.model.path, "revision": config.model.revision, **identity["model"]},
         "config": config.model_dump(exclude_none=True),
         "result": result,
-        "packages": _package_versions(),
+        "packages": package_versions(_PACKAGES),
     }
-
-
-def _package_versions() -> dict[str, str]:
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # run from a checkout
-            continue
-    return versions
 
 
 def _result(folder: Path, lineage: Lineage, *, was_trained_before: bool = False) -> TrainResult:
