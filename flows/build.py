@@ -91,7 +91,13 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
         if recipe.anchors is not None:
             with clock("anchors"):
                 anchors = sample_anchor_responses(prepared, recipe, model_folder)
-        ingredients = _ingredients(prepared, scored, attributed, anchors)
+        ingredients = Ingredients(
+            prepared.tokens,
+            scored["ref"].output,
+            **{f"{role}_logps": scored[role].output for role in ("positive", "negative") if role in scored},
+            attributions=attributed.output if attributed else None,
+            anchors=anchors.output if anchors else None,
+        )
         with clock("publish"):
             published = publish_weights(recipe, ingredients, model_folder, expect_same)
         with clock("report"):
@@ -182,19 +188,6 @@ def report_weights(published: Published, recipe: Recipe, model_folder: Path) -> 
     key = "weights-" + "".join(c if c.isalnum() else "-" for c in published.name)
     create_markdown_artifact(summary_markdown(published, path), key=key, description=str(published.weights))
     return path
-
-
-def _ingredients(
-    prepared: Prepared, scored: dict[str, Filled], attributed: Filled | None, anchors: Filled | None
-) -> Ingredients:
-    pair = {f"{role}_logps": scored[role].output for role in ("positive", "negative") if role in scored}
-    return Ingredients(
-        prepared.tokens,
-        scored["ref"].output,
-        **pair,
-        attributions=attributed.output if attributed else None,
-        anchors=anchors.output if anchors else None,
-    )
 
 
 class StageClock:

@@ -43,7 +43,6 @@ CHAT_TEMPLATE = (
 )
 
 MAX_POSITIONS = 2048
-NO_LABEL = -100  # transformers' loss skips these positions
 
 
 # More parameters than the house rule allows: all but the first two are sizes, with defaults for the toy language.
@@ -86,7 +85,17 @@ def make_chat_model(
         InputError: `folder` exists, a size is out of range, there are no conversations, or one is malformed.
     """
     folder = Path(folder)
-    _check_sizes(hidden_size, num_layers, vocab_size, steps, block_tokens, batch_tokens)
+    requirements = {
+        f"hidden_size must be a multiple of 32, got {hidden_size}": hidden_size > 0 and hidden_size % 32 == 0,
+        f"num_layers must be at least 1, got {num_layers}": num_layers >= 1,
+        f"vocab_size must be at least 320 (256 bytes, special tokens, merges), got {vocab_size}": vocab_size >= 320,
+        f"steps must be at least 1, got {steps}": steps >= 1,
+        f"block_tokens must be 2 to {MAX_POSITIONS}, got {block_tokens}": 2 <= block_tokens <= MAX_POSITIONS,
+        f"batch_tokens ({batch_tokens}) must be at least block_tokens ({block_tokens})": batch_tokens >= block_tokens,
+    }
+    for requirement, is_met in requirements.items():
+        if not is_met:
+            raise InputError(requirement)
     _check_absent(folder)
     checked = _check_conversations(conversations)
 
@@ -94,30 +103,13 @@ def make_chat_model(
     rows = [tokenizer.apply_chat_template(conversation, return_dict=False) for conversation in checked]
     _log.info(f"tokenizer: {len(tokenizer)} tokens; text: {len(rows)} conversations, {sum(map(len, rows))} tokens")
 
-    ids, positions = _pack(rows, block_tokens)
     model = _build_model(tokenizer, hidden_size, num_layers, seed)
-    batches = _batches(ids, positions, max(1, batch_tokens // block_tokens), seed)
+    batches = _batches(*_pack(rows, block_tokens), max(1, batch_tokens // block_tokens), seed)
     losses = _pretrain(model, batches, steps, learning_rate)
     _save(model, tokenizer, folder)
     _log.info(f"model: {model.num_parameters()} parameters in {folder}")
     last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)
-
-
-def _check_sizes(
-    hidden_size: int, num_layers: int, vocab_size: int, steps: int, block_tokens: int, batch_tokens: int
-) -> None:
-    requirements = (
-        (hidden_size > 0 and hidden_size % 32 == 0, f"hidden_size must be a multiple of 32, got {hidden_size}"),
-        (num_layers >= 1, f"num_layers must be at least 1, got {num_layers}"),
-        (vocab_size >= 320, f"vocab_size must be at least 320 (256 bytes, special tokens, merges), got {vocab_size}"),
-        (steps >= 1, f"steps must be at least 1, got {steps}"),
-        (2 <= block_tokens <= MAX_POSITIONS, f"block_tokens must be 2 to {MAX_POSITIONS}, got {block_tokens}"),
-        (batch_tokens >= block_tokens, f"batch_tokens ({batch_tokens}) must be at least block_tokens ({block_tokens})"),
-    )
-    for is_met, message in requirements:
-        if not is_met:
-            raise InputError(message)
 
 
 def _check_absent(folder: Path) -> None:
@@ -126,7 +118,6 @@ def _check_absent(folder: Path) -> None:
 
 
 def _check_conversations(conversations: Iterable[Sequence[Message]]) -> list[list[dict[str, str]]]:
-    """Return the conversations as lists, and check roles and contents."""
     checked = []
     for number, conversation in enumerate(conversations):
         if not conversation:
@@ -205,18 +196,15 @@ def _pack(rows: Iterable[Sequence[int]], block_tokens: int) -> tuple["Tensor", "
     """
     import torch
 
-    ids: list[list[int]] = [[]]
-    positions: list[list[int]] = [[]]
+    blocks: list[list[tuple[int, int]]] = [[]]
     for row in rows:
         for start in range(0, len(row), block_tokens):
             piece = row[start : start + block_tokens]
-            if len(ids[-1]) + len(piece) > block_tokens:
-                ids.append([])
-                positions.append([])
-            ids[-1] += piece
-            positions[-1] += range(len(piece))
-    padded = [[block + [0] * (block_tokens - len(block)) for block in blocks] for blocks in (ids, positions)]
-    return torch.tensor(padded[0]), torch.tensor(padded[1])
+            if len(blocks[-1]) + len(piece) > block_tokens:
+                blocks.append([])
+            blocks[-1] += zip(piece, range(len(piece)), strict=True)
+    ids, positions = torch.tensor([block + [(0, 0)] * (block_tokens - len(block)) for block in blocks]).unbind(2)
+    return ids, positions
 
 
 def _batches(ids: "Tensor", positions: "Tensor", batch_rows: int, seed: int) -> Iterator[tuple["Tensor", "Tensor"]]:
@@ -233,10 +221,7 @@ def _batches(ids: "Tensor", positions: "Tensor", batch_rows: int, seed: int) -> 
 
 
 def _pretrain(
-    model: "LlamaForCausalLM",
-    batches: Iterator[tuple["Tensor", "Tensor"]],
-    steps: int,
-    learning_rate: float,
+    model: "LlamaForCausalLM", batches: Iterator[tuple["Tensor", "Tensor"]], steps: int, learning_rate: float
 ) -> list[float]:
     """Train in place and return the loss of every step, nats per token."""
     import torch
@@ -246,8 +231,8 @@ def _pretrain(
     losses: list[float] = []
     model.train()
     for step, (ids, positions) in zip(range(1, steps + 1), batches, strict=False):
-        # The first token of a piece and padding are not predicted. Both are at position 0.
-        labels = ids.masked_fill(positions == 0, NO_LABEL)
+        # The first token of a piece and padding are not predicted. Both are at position 0; the loss skips label -100.
+        labels = ids.masked_fill(positions == 0, -100)
         # Without an attention mask, transformers finds the start of each conversation from the positions.
         loss = model(input_ids=ids, position_ids=positions, labels=labels, use_cache=False).loss
         loss.backward()

@@ -184,7 +184,7 @@ def _save(trainer: PairTrainer, inputs: JobInputs, output: OutputFolder, lineage
         save_policy(model, config.lora, inputs.model_folder, staging, config.model.path if is_hub_id else None)
         (staging / "README.md").write_text(model_card(lineage, inputs.source), encoding="utf-8")
         metrics = {**lineage["result"], "history": trainer.state.log_history}
-        output.publish(lineage, metrics, keep_checkpoints=config.output.keep_checkpoints)
+        output.publish(staging, lineage, metrics, keep_checkpoints=config.output.keep_checkpoints)
     accelerator.wait_for_everyone()
 
 

@@ -21,6 +21,7 @@ from typing import Any, NotRequired, TypedDict
 
 from weights_store.errors import InputError, SettingsError
 from weights_store.fingerprint import explain_difference
+from weights_store.location import write_whole
 from weights_store.tables.metadata import Parent, Section
 
 
@@ -79,11 +80,6 @@ class OutputFolder:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    @property
-    def staging(self) -> Path:
-        """Folder in which the model is written before it becomes visible."""
-        return self.path / ".staging"
-
     def check(self, identity: Identity, *, overwrite: bool) -> Lineage | None:
         """Return the recorded lineage if this job is finished here, None if there is work to do. Reads only.
 
@@ -98,7 +94,9 @@ class OutputFolder:
                 f"output.folder={str(self.path)!r} is not empty and has no {RECORD}, so it was not made by training; "
                 "choose another folder"
             )
-        if overwrite or not self._holds_work():
+        files = {path.name for path in self.path.glob("[!.]*")} - {RECORD, self.checkpoints.name}
+        holds_work = files or any(self.checkpoints.glob("checkpoint-*"))  # else the job was refused at its start
+        if overwrite or not holds_work:
             return None
         changes = explain_difference(_read_json(self.path / RECORD)["identity"], identity)
         if changes:
@@ -107,11 +105,6 @@ class OutputFolder:
                 "folder, or give --overwrite to delete what is there"
             )
         return _read_json(self.path / LINEAGE) if (self.path / LINEAGE).is_file() else None
-
-    def _holds_work(self) -> bool:
-        """Return whether there is a checkpoint or a model; a job that was refused at its start left only its record."""
-        others = {path.name for path in self.path.glob("[!.]*")} - {RECORD, self.checkpoints.name}
-        return bool(others) or any(self.checkpoints.glob("checkpoint-*"))
 
     def claim(self, identity: Identity, config: Mapping[str, Section], *, overwrite: bool, resume: bool) -> None:
         """Write the record, after `check`. `overwrite` deletes everything else; without `resume`, the checkpoints are deleted.
@@ -124,34 +117,35 @@ class OutputFolder:
                 _empty(self.path)
             if not resume:
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
-            self.path.mkdir(parents=True, exist_ok=True)
             _write_json(self.path / RECORD, {"identity": identity, "config": config})
         except OSError as error:
             raise InputError(f"cannot write output.folder={str(self.path)!r}: {error}") from error
 
     def last_checkpoint(self) -> Path | None:
         """Return the newest complete checkpoint. An incomplete one, left by a killed run, is ignored."""
-        steps = {int(path.name.rpartition("-")[2]): path for path in self.checkpoints.glob("checkpoint-*")}
-        complete = [path for _, path in sorted(steps.items()) if _is_complete(path)]
-        return complete[-1] if complete else None
+        complete = filter(_is_complete, self.checkpoints.glob("checkpoint-*"))
+        return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
     def start_staging(self) -> Path:
-        """Return the staging folder, empty."""
-        shutil.rmtree(self.staging, ignore_errors=True)
-        self.staging.mkdir()
-        return self.staging
+        """Return an empty folder, in which the model is written before it becomes visible."""
+        staging = self.path / ".staging"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        return staging
 
-    def publish(self, lineage: Lineage, metrics: Mapping[str, object], *, keep_checkpoints: bool) -> None:
+    def publish(
+        self, staging: Path, lineage: Lineage, metrics: Mapping[str, object], *, keep_checkpoints: bool
+    ) -> None:
         """Move the model from the staging folder into place, and finish the folder."""
-        _write_json(self.staging / METRICS, metrics)
-        _write_json(self.staging / LINEAGE, lineage)
-        names = sorted(path.name for path in self.staging.iterdir() if path.name not in _LAST)
-        for name in [*names, *(name for name in _LAST if (self.staging / name).exists())]:
-            target = self.path / name
+        _write_json(staging / METRICS, metrics)
+        _write_json(staging / LINEAGE, lineage)
+        order = {name: place for place, name in enumerate(_LAST)}
+        for path in sorted(staging.iterdir(), key=lambda path: (order.get(path.name, -1), path.name)):
+            target = self.path / path.name
             if target.is_dir():
                 shutil.rmtree(target)
-            (self.staging / name).replace(target)
-        self.staging.rmdir()
+            path.replace(target)
+        staging.rmdir()
         if not keep_checkpoints:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
 
@@ -205,7 +199,4 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
