@@ -58,7 +58,7 @@ class WeightedDPOTrainer(DPOTrainer):
 
     Args:
         model: Folder or hub id, with the tokenizer of the dataset.
-        args: TRL's settings. `precompute_ref_log_probs` and `remove_unused_columns` are set here.
+        args: `precompute_ref_log_probs` and `remove_unused_columns` are set here.
         data: What to train on; pairs come in the order of our own trainer, seeded with `args.seed`.
         loss: `dpo` ignores the token weights.
         eval_data: For evaluation, for example another split.
@@ -87,8 +87,17 @@ class WeightedDPOTrainer(DPOTrainer):
         eval_data: DataConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_loss(loss)
-        _check_arguments(args)
+        if loss not in ("dpo", "tis_dpo"):
+            hints = {
+                "ti_dpo": "; TRL's loss has no triplet and no KL term. Without these, 'ti_dpo' is 'tis_dpo' on TI weights"
+            }
+            raise SettingsError(
+                f"WeightedDPOTrainer has the losses 'dpo' and 'tis_dpo', got {loss!r}{hints.get(loss, '')}; train with "
+                "`tokenweights train` for the others"
+            )
+        for name, needed in _NEEDED.items():
+            if (got := getattr(args, name)) != needed:
+                raise SettingsError(f"stored token weights need {name}={needed!r} in the DPOConfig, got {got!r}")
         revision = (args.model_init_kwargs or {}).get("revision")
         folder = check_model_folder(find_folder(model, revision, "model"), "model")
         self._stored = {"train": _open_pairs(folder, data, loss)}
@@ -113,11 +122,7 @@ class WeightedDPOTrainer(DPOTrainer):
             disable_dropout(self.model)  # TRL misses rates that attention layers keep as plain numbers
 
     def _prepare_dataset(
-        self,
-        dataset: object,
-        processing_class: object,
-        args: object,
-        dataset_name: str,
+        self, dataset: object, processing_class: object, args: object, dataset_name: str
     ) -> PairDataset:
         """Return the stored pairs, where TRL would tokenise."""
         return self._stored[dataset_name]
@@ -169,9 +174,8 @@ class StoredPairCollator:
         Raises:
             MismatchError: A pair is longer than `max_length`, or its `pair_weight` is not 1.
         """
-        pad = DataCollatorForPreference(
-            pad_token_id=0, pad_to_multiple_of=self.pad_to_multiple_of
-        )  # TRL reads masks, not ids
+        # Any padding id will do: TRL reads masks.
+        pad = DataCollatorForPreference(pad_token_id=0, pad_to_multiple_of=self.pad_to_multiple_of)
         batch: dict[str, Tensor] = pad([self._example(pair) for pair in pairs])
         responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
         flat = torch.from_numpy(np.concatenate([self._weights(response) for response in responses]))
@@ -222,23 +226,6 @@ class _StoredOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         first = self.epoch * len(self)
         return iter(self.order.rows(range(first, first + len(self))))
-
-
-def _check_loss(loss: str) -> None:
-    if loss not in ("dpo", "tis_dpo"):
-        hint = ""
-        if loss == "ti_dpo":
-            hint = "; TRL's loss has no triplet and no KL term. Without these, 'ti_dpo' is 'tis_dpo' on TI weights"
-        raise SettingsError(
-            f"WeightedDPOTrainer has the losses 'dpo' and 'tis_dpo', got {loss!r}{hint}; train with `tokenweights train` "
-            "for the others"
-        )
-
-
-def _check_arguments(args: DPOConfig) -> None:
-    for name, needed in _NEEDED.items():
-        if (got := getattr(args, name)) != needed:
-            raise SettingsError(f"stored token weights need {name}={needed!r} in the DPOConfig, got {got!r}")
 
 
 def _open_pairs(model_folder: Path, data: DataConfig, loss: str) -> PairDataset:

@@ -19,8 +19,6 @@ from weights_store.fingerprint import fingerprint_model
 
 SAMPLE_PAIRS = 256
 """Pairs that are measured before and after."""
-_MODEL_KEYS = {"dtype", "quantization"}
-_DATA_KEYS = {"swap", "split", "max_pairs"}
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,12 @@ def build_identity(config: TrainConfig, source: WeightSource, model_folder: Path
     """
     return {
         "weights": {"name": source.name, "fingerprint": source.reference.fingerprint},
-        "model": {"fingerprint": fingerprint_model(model_folder), **config.model.model_dump(include=_MODEL_KEYS)},
+        "model": {
+            "fingerprint": fingerprint_model(model_folder),
+            **config.model.model_dump(include={"dtype", "quantization"}),
+        },
         "lora": None if config.lora is None else config.lora.model_dump(),
-        "data": config.data.model_dump(include=_DATA_KEYS),
+        "data": config.data.model_dump(include={"swap", "split", "max_pairs"}),
         "loss": config.loss.model_dump(exclude_none=True),
         "optim": config.optim.model_dump(exclude={"tokens_per_batch"}),
         "eval": config.eval.model_dump(exclude=set() if config.eval.best else {"every_steps", "max_pairs"}),
