@@ -11,14 +11,14 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from weights_store.errors import InputError
 from weights_store.messages import logger
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 _log = logger(__name__)
 
@@ -134,11 +134,8 @@ def _check_conversations(conversations: Iterable[Sequence[Message]]) -> list[lis
     return checked
 
 
-def _train_tokenizer(conversations: list[list[dict[str, str]]], vocab_size: int) -> "PreTrainedTokenizerFast":
+def _train_tokenizer(conversations: list[list[dict[str, str]]], vocab_size: int) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer. Only its chat template adds special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -161,12 +158,7 @@ def _train_tokenizer(conversations: list[list[dict[str, str]]], vocab_size: int)
     )
 
 
-def _build_model(
-    tokenizer: "PreTrainedTokenizerFast", hidden_size: int, num_layers: int, seed: int
-) -> "LlamaForCausalLM":
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def _build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int, seed: int) -> LlamaForCausalLM:
     head_dim = 64 if hidden_size >= 256 and hidden_size % 64 == 0 else 32
     config = LlamaConfig(
         vocab_size=math.ceil(len(tokenizer) / 64) * 64,
@@ -189,13 +181,11 @@ def _build_model(
         return LlamaForCausalLM(config).float()
 
 
-def _pack(rows: Iterable[Sequence[int]], block_tokens: int) -> tuple["Tensor", "Tensor"]:
+def _pack(rows: Iterable[Sequence[int]], block_tokens: int) -> tuple[Tensor, Tensor]:
     """Return token ids and positions, both `[N, block_tokens]`; positions start at 0 with every piece.
 
     Rows are filled in order. The rest of a row is padding, with id 0 and position 0.
     """
-    import torch
-
     blocks: list[list[tuple[int, int]]] = [[]]
     for row in rows:
         for start in range(0, len(row), block_tokens):
@@ -207,10 +197,8 @@ def _pack(rows: Iterable[Sequence[int]], block_tokens: int) -> tuple["Tensor", "
     return ids, positions
 
 
-def _batches(ids: "Tensor", positions: "Tensor", batch_rows: int, seed: int) -> Iterator[tuple["Tensor", "Tensor"]]:
+def _batches(ids: Tensor, positions: Tensor, batch_rows: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches `[batch_rows, block_tokens]` of ids and positions without end, in a new random order each epoch."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     waiting = torch.empty(0, dtype=torch.long)
     while True:
@@ -221,11 +209,9 @@ def _batches(ids: "Tensor", positions: "Tensor", batch_rows: int, seed: int) -> 
 
 
 def _pretrain(
-    model: "LlamaForCausalLM", batches: Iterator[tuple["Tensor", "Tensor"]], steps: int, learning_rate: float
+    model: LlamaForCausalLM, batches: Iterator[tuple[Tensor, Tensor]], steps: int, learning_rate: float
 ) -> list[float]:
     """Train in place and return the loss of every step, nats per token."""
-    import torch
-
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_share(step, steps))
     losses: list[float] = []
@@ -255,7 +241,7 @@ def _learning_rate_share(step: int, steps: int) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
 
 
-def _save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write next to `folder` and rename, so that no reader sees half a model."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from train.config import TrainConfig
@@ -69,12 +69,13 @@ def run_job(
         MissingExtraError: The config asks for a package that is not installed.
         KeyboardInterrupt: A stop was requested; a later run continues from the checkpoint.
     """
+    stop = stop or StopRequest()
     inputs = open_inputs(config)
     output = OutputFolder(Path(config.output.folder))
     finished = output.check(inputs.identity, overwrite=overwrite)
     if finished is not None:
         _log.info(f"already trained: {output.path} (--overwrite trains again)")
-        return _result(output.path, finished, was_trained_before=True)
+        return _result(output.path, finished["result"], was_trained_before=True)
     pairs = open_pairs(inputs)
     processes = join_ranks()
     check_tracker(config.output.report_to)
@@ -95,16 +96,13 @@ def run_job(
         lineage = _build_lineage(inputs, _train(trainer, pairs.sample, output.last_checkpoint(), stop))
         _save(trainer, inputs, output, lineage)
     _log.info(f"wrote {output.path}")
-    return _result(output.path, lineage)
+    return _result(output.path, lineage["result"])
 
 
-def _build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: StopRequest | None) -> PairTrainer:
+def _build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: StopRequest) -> PairTrainer:
     config, folder = inputs.config, inputs.model_folder
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    callbacks: list[TrainerCallback] = [ProgressLines(config.optim.pairs_per_step)]
-    if stop is not None:
-        callbacks.append(StopAfterStep(stop))
     set_seed(config.optim.seed)  # new adapters begin at random
     policy = load_policy(folder, config.model, config.lora)
     if policy.not_packed is not None:
@@ -119,7 +117,7 @@ def _build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: 
         checkpoints=checkpoints,
         held_out=pairs.held_out,
         reference=reference,
-        callbacks=callbacks,
+        callbacks=[ProgressLines(config.optim.pairs_per_step), StopAfterStep(stop)],
     )
     trainer.remove_callback(PrinterCallback)
     _log.info(
@@ -149,14 +147,14 @@ def _pass_gate(trainer: PairTrainer, inputs: JobInputs, sample: Sequence[Pair]) 
     )
 
 
-def _train(trainer: PairTrainer, sample: Sequence[Pair], checkpoint: Path | None, stop: StopRequest | None) -> Result:
+def _train(trainer: PairTrainer, sample: Sequence[Pair], checkpoint: Path | None, stop: StopRequest) -> Result:
     """Measure, train, measure."""
     before = trainer.measure(sample)
     _log.info(f"before: {metrics_line(before)}")
     if checkpoint is not None:
         _log.info(f"resuming from {checkpoint.name}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if stop is not None and stop.requested and trainer.state.global_step < trainer.batches.num_steps:
+    if stop.requested and trainer.state.global_step < trainer.batches.num_steps:
         raise KeyboardInterrupt
     after = trainer.measure(sample)
     _log.info(f"after:  {metrics_line(after)}")
@@ -174,9 +172,9 @@ def _save(trainer: PairTrainer, inputs: JobInputs, output: OutputFolder, lineage
     """Write the model, its card, its metrics and its lineage; all ranks take part if the model is sharded."""
     config, accelerator = inputs.config, trainer.accelerator
     model = accelerator.unwrap_model(trainer.model)
-    whole = gather_parameters(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+    whole = gather_parameters(trainer.model_wrapped) if trainer.is_fsdp_enabled else {}
     if accelerator.is_main_process:
-        if whole is not None:
+        if whole:
             model = load_policy(inputs.model_folder, config.model, config.lora).model
             model.load_state_dict(whole)
         staging = output.start_staging()
@@ -203,6 +201,5 @@ def _build_lineage(inputs: JobInputs, result: Result) -> Lineage:
     }
 
 
-def _result(folder: Path, lineage: Lineage, *, was_trained_before: bool = False) -> TrainResult:
-    result = lineage["result"]
+def _result(folder: Path, result: Result, *, was_trained_before: bool = False) -> TrainResult:
     return TrainResult(folder, result["steps"], result["before"], result["after"], was_trained_before)

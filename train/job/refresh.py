@@ -235,7 +235,7 @@ def _check_finite(attributions: Floats, lengths: NDArray[np.int64], pair_ids: Se
 
 # --- the rest of a window, kept in a checkpoint ------------------------------------------------------------------------
 
-_FRESH_FILES = "fresh-*.parquet"
+FRESH_FILES = "fresh-*.parquet"
 """One for each process."""
 _FLOATS = pa.list_(pa.float32())
 _FRESH = pa.schema(
@@ -248,12 +248,6 @@ _FRESH = pa.schema(
         pa.field("anchor_ref_logps", _FLOATS),
     ]
 )
-
-
-def remove_fresh(checkpoint: Path) -> None:
-    """Delete what a killed run, perhaps with more processes, left in this checkpoint."""
-    for path in checkpoint.glob(_FRESH_FILES):
-        path.unlink()
 
 
 def save_fresh(checkpoint: Path, rank: int, pairs: Mapping[int, Pair]) -> None:
@@ -270,7 +264,7 @@ def save_fresh(checkpoint: Path, rank: int, pairs: Mapping[int, Pair]) -> None:
         for position, pair in pairs.items()
     ]
     checkpoint.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, _FRESH), checkpoint / _FRESH_FILES.replace("*", str(rank)))
+    pq.write_table(pa.Table.from_pylist(rows, _FRESH), checkpoint / FRESH_FILES.replace("*", str(rank)))
 
 
 def load_fresh(folder: Path, pairs: Mapping[int, Pair]) -> dict[int, Pair]:
@@ -279,7 +273,7 @@ def load_fresh(folder: Path, pairs: Mapping[int, Pair]) -> dict[int, Pair]:
     Raises:
         InputError: It lacks one of the pairs.
     """
-    rows = [row for path in sorted(folder.glob(_FRESH_FILES)) for row in pq.read_table(path).to_pylist()]
+    rows = [row for path in sorted(folder.glob(FRESH_FILES)) for row in pq.read_table(path).to_pylist()]
     by_position, by_pair = ({row[key]: row for row in rows} for key in ("position", "pair_id"))
     fresh = {}
     for position, pair in pairs.items():

@@ -26,7 +26,7 @@ from train.data.dataset import OrderedPairs, Pair, PairDataset
 from train.data.sampler import BlockShuffle, StepBatches
 from train.job.progress import LogLastStep
 from train.job.ranks import join_ranks, shard_on_cpus
-from train.job.refresh import Refresher, remove_fresh
+from train.job.refresh import FRESH_FILES, Refresher
 from train.job.step_reader import StepReader
 from train.loss.metrics import MetricWindow
 from train.loss.objective import compute_pair_losses, count_units
@@ -160,8 +160,9 @@ class PairTrainer(Trainer):
         if self.reader.refresher is not None:
             step = self.state.global_step
             folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-            if self.args.should_save:
-                remove_fresh(folder)
+            if self.args.should_save:  # a killed run, perhaps with more processes, may have left some
+                for path in folder.glob(FRESH_FILES):
+                    path.unlink()
             self.accelerator.wait_for_everyone()
             self.reader.save(folder, step)
             self.accelerator.wait_for_everyone()
