@@ -78,15 +78,12 @@ def write_recipe(folder: Path) -> Path:
 def next_commands(recipe_file: Path, recipe: Recipe) -> list[tuple[str, list[str]]]:
     """Return three commands that go on from a finished build, each with what it does."""
     store = ["--store", recipe.store.uri]
-    wider = ["--set", "weights.name=toy/wider", "--set", "weights.upper=3.0"]
+    wider = ["build", str(recipe_file), *_set(["weights.name=toy/wider", "weights.upper=3.0"])]
     train = ["--weights", recipe.weights.name, "--model", recipe.model.path, "--output", f"{recipe_file.parent}/dpo"]
     settings = ["loss.name=dpo", "loss.beta=0.1", "optim.learning_rate=3e-4"]
     return [
         ("look at the weights", ["tokenweights", "show", recipe.weights.name, *store]),
-        (
-            "other weights from the same log-probs, without scoring again",
-            ["tokenweights", "build", str(recipe_file), *wider],
-        ),
+        ("other weights from the same log-probs, without scoring again", ["tokenweights", *wider]),
         ("plain DPO on the same pairs, to compare", ["tokenweights", "train", *store, *train, *_set(settings)]),
     ]
 

@@ -11,13 +11,14 @@ Written for TRL 1.16: three of the hooks are private, two of TRL and one of tran
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
+from transformers.modeling_outputs import CausalLMOutput
 
 from train.config import DataConfig
 from train.data.dataset import Pair, PairDataset, StoredResponse, check_weights_vary, open_weights, sample_pairs
@@ -35,11 +36,7 @@ except ImportError as error:
         f"train.trl_adapter needs packages that are not installed ({error}); pip install 'tokenweights[trl]'"
     ) from error
 
-if TYPE_CHECKING:
-    from transformers.modeling_outputs import CausalLMOutput
-
-Model = Callable[..., "CausalLMOutput"]
-_SAMPLE_PAIRS = 256
+Model = Callable[..., CausalLMOutput]
 _NEEDED = {
     "loss_type": ["sigmoid"],  # the others are not functions of the two weighted sums, or not tested here
     "f_divergence_type": "reverse_kl",
@@ -140,7 +137,7 @@ class WeightedDPOTrainer(DPOTrainer):
         """Return TRL's loss of `model`, with per-token log-probs `[2B, T - 1]` multiplied by the token weights."""
         token_weights = inputs["token_weights"][:, 1:]  # TRL's log-probs are shifted: its column t is token t + 1
 
-        def weighted_model(**model_inputs: object) -> "CausalLMOutput":
+        def weighted_model(**model_inputs: object) -> CausalLMOutput:
             outputs = model(**model_inputs)
             if model_inputs.get("fused_lm_head"):  # not the extra call for logits of `return_outputs`
                 # prompt-learning adapters add columns in front, which TRL removes in the same way
@@ -232,5 +229,5 @@ def _open_pairs(model_folder: Path, data: DataConfig, loss: str) -> PairDataset:
     source = open_weights(data)
     pairs = PairDataset(source, data, vocab_size=check_model_fits(model_folder, source))
     if loss == "tis_dpo":
-        check_weights_vary(source, sample_pairs(pairs, _SAMPLE_PAIRS), loss)
+        check_weights_vary(source, sample_pairs(pairs), loss)
     return pairs

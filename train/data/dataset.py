@@ -252,7 +252,7 @@ class OrderedPairs(Dataset[Pair]):
         return self.pairs[self.order.rows([position])[0]]
 
 
-def sample_pairs(pairs: PairDataset, num_pairs: int) -> list[Pair]:
+def sample_pairs(pairs: PairDataset, num_pairs: int = 256) -> list[Pair]:
     """Return up to `num_pairs` pairs from a few row groups, always the same ones for the same dataset."""
     order = BlockShuffle(pairs.group_sizes, seed=0)
     return [pairs[row] for row in sorted(order.rows(range(min(num_pairs, len(pairs)))))]

@@ -110,6 +110,11 @@ class Pair:
             rejected_score=self.chosen_score,
         )
 
+    def with_weights(self, chosen: NDArray[np.float32], rejected: NDArray[np.float32]) -> "Pair":
+        """Return the pair with these token weights, `[T]` each."""
+        sides = (replace(self.chosen, token_weights=chosen), replace(self.rejected, token_weights=rejected))
+        return replace(self, chosen=sides[0], rejected=sides[1])
+
 
 def column_names(*, with_ref_top: bool = False, with_scores: bool = False, with_anchors: bool = False) -> list[str]:
     """Return the columns of `schemas.WEIGHTS` that pairs are made from."""

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.config import GateSection, ModelConfig
+from train.config import GateSection, TrainConfig
 from weights_store.errors import MismatchError
+from weights_store.messages import logger
 from weights_store.tables.metadata import CommitMetadata, ReferenceRecord
+
+_log = logger(__name__)
 
 _PARITY_FACTOR = 3.0
 """How far the trainer may be off, as a multiple of how far the stored scorer itself is from transformers in float32."""
@@ -63,23 +66,23 @@ def compare(measured: Measured) -> Agreement:
 
 
 def check_step_0(
-    measure: Callable[[str], Measured],
-    model: ModelConfig,
-    *,
-    tolerance_nats: float,
-    metadata: CommitMetadata,
-    model_fingerprint: str,
-) -> Agreement:
+    measure: Callable[[str], Measured], config: TrainConfig, metadata: CommitMetadata, model_fingerprint: str
+) -> None:
     """Refuse a model that is not the reference the dataset was scored with.
 
-    `measure` runs the model over the sample in a dtype; for the tolerance, see `tolerance_of`; `metadata` is the dataset's.
+    `measure` runs the model over the sample in a dtype; `metadata` is the dataset's.
 
     Raises:
         MismatchError: Its log-probs differ; the message says whether the dtype, the model or the stored numbers are to blame.
     """
+    model, tolerance_nats = config.model, tolerance_of(config.gate, metadata)
     found = compare(measure(model.dtype))
     if found.within(tolerance_nats):
-        return found
+        _log.info(
+            f"step-0 gate: {found.mean:.2g} nats per token from the stored reference (at most {tolerance_nats:.2g}), over "
+            f"{found.num_tokens:,} tokens"
+        )
+        return
     reference = metadata.get("reference") or {}
     if model.quantization != "none":
         cause = (

@@ -15,7 +15,7 @@ from train.config import TrainConfig
 from train.data.dataset import Pair
 from train.job.card import model_card
 from train.job.dry_run import dry_run_lines
-from train.job.gate import check_step_0, tolerance_of
+from train.job.gate import check_step_0
 from train.job.output import Lineage, OutputFolder, Result, explain_full_disk
 from train.job.prepare import JobInputs, JobPairs, open_inputs, open_pairs
 from train.job.progress import ProgressLines, StopAfterStep, check_tracker, metrics_line
@@ -129,22 +129,12 @@ def _build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: 
 
 def _pass_gate(trainer: PairTrainer, inputs: JobInputs, sample: Sequence[Pair]) -> None:
     """Compare the model with the stored reference, for losses whose log-ratios start at 0."""
-    config = inputs.config
-    if not config.gate.pairs or not config.loss.needs.ref_logps:
-        return
-    few = sample[: config.gate.pairs]
-    tolerance_nats = tolerance_of(config.gate, inputs.source.metadata)
-    found = check_step_0(
-        lambda dtype: trainer.response_logps(few, dtype),
-        config.model,
-        tolerance_nats=tolerance_nats,
-        metadata=inputs.source.metadata,
-        model_fingerprint=str(inputs.identity["model"]["fingerprint"]),
-    )
-    _log.info(
-        f"step-0 gate: {found.mean:.2g} nats per token from the stored reference (at most {tolerance_nats:.2g}), over "
-        f"{found.num_tokens:,} tokens"
-    )
+    config, few = inputs.config, sample[: inputs.config.gate.pairs]
+    if few and config.loss.needs.ref_logps:
+        model_fingerprint = inputs.identity["model"]["fingerprint"]
+        check_step_0(
+            lambda dtype: trainer.response_logps(few, dtype), config, inputs.source.metadata, model_fingerprint
+        )
 
 
 def _train(trainer: PairTrainer, sample: Sequence[Pair], checkpoint: Path | None, stop: StopRequest) -> Result:

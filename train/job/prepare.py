@@ -17,9 +17,6 @@ from train.model.hub import check_model_folder, find_folder
 from train.model.policy import check_model_fits
 from weights_store.fingerprint import fingerprint_model
 
-SAMPLE_PAIRS = 256
-"""Pairs that are measured before and after."""
-
 
 @dataclass(frozen=True)
 class JobInputs:
@@ -78,7 +75,7 @@ def open_pairs(inputs: JobInputs) -> JobPairs:
         )
 
     trained = view(Selection.for_training(config.data, config.eval))
-    sample = sample_pairs(trained, SAMPLE_PAIRS)
+    sample = sample_pairs(trained)
     if needs.token_weights:
         check_weights_vary(source, sample, config.loss.name)
     if needs.fresh_weights:

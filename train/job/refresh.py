@@ -30,9 +30,7 @@ from train.model.policy import Policy
 from train.model.sampling import AnchorSampling, closing_ids
 from train.model.token_budget import cut_by_tokens
 from weights_store.errors import InputError, MismatchError, SettingsError
-
-_NUM_END_SAMPLES = 256
-"""Pairs whose responses are searched for the token that ends a turn."""
+from weights_store.schemas import SIDES
 
 Floats = NDArray[np.float32]
 
@@ -119,18 +117,14 @@ class Refresher:
             reference,
             HybridSettings.of(pairs.source) if needs.fresh_weights else None,
             sampling_of(pairs.source) if needs.fresh_anchors else None,
-            find_end_ids(sample_pairs(pairs, _NUM_END_SAMPLES)) if needs.fresh_anchors else (),
+            find_end_ids(sample_pairs(pairs)) if needs.fresh_anchors else (),
             needs.refresh_steps,
             config.optim.tokens_per_batch,
             config.model.dtype,
         )
 
     def refresh(self, pairs: Sequence[Pair], seed: int) -> list[Pair]:
-        """Return the pairs with fresh weights or anchors in place of the stored ones.
-
-        Args:
-            pairs: At least one.
-            seed: Of the sampling, 0 to 2^64 - 1.
+        """Return the pairs, at least one, with fresh weights or anchors; `seed` of the sampling is 0 to 2^64 - 1.
 
         Raises:
             SettingsError: The policy's gradients are no longer finite.
@@ -163,28 +157,23 @@ class Refresher:
             mask = batch["completion_mask"]
             lengths = mask.sum(1).cpu().numpy()
             attributions = found.attributions[mask].cpu().numpy()
-            prompts = found.prompt_attributions if hybrid.with_prompts else None
             pair_ids = [pairs[index].pair_id for index, _ in sides]
             _check_finite(attributions, lengths, pair_ids)
-            if prompts is not None:
-                _check_finite(prompts.cpu().numpy(), np.ones_like(lengths), pair_ids)
+            prompt_lengths = prompts = None
+            if found.prompt_attributions is not None:
+                prompt_lengths = mask.int().argmax(1).cpu().numpy()
+                prompts = found.prompt_attributions.cpu().numpy()
+                _check_finite(prompts, np.ones_like(lengths), pair_ids)
             hybrids = hybrid_weights(
                 attributions,
                 lengths,
                 mix=hybrid.mix,
                 sigma_divisor=hybrid.sigma_divisor,
-                prompt_lengths=None if prompts is None else mask.int().argmax(1).cpu().numpy(),
-                prompt_attributions=None if prompts is None else prompts.cpu().numpy(),
+                prompt_lengths=prompt_lengths,
+                prompt_attributions=prompts,
             )
             weights |= zip(sides, np.split(hybrids.token_weights, np.cumsum(lengths)[:-1]), strict=True)
-        return [
-            replace(
-                pair,
-                chosen=replace(pair.chosen, token_weights=weights[index, 0]),
-                rejected=replace(pair.rejected, token_weights=weights[index, 1]),
-            )
-            for index, pair in enumerate(pairs)
-        ]
+        return [pair.with_weights(weights[index, 0], weights[index, 1]) for index, pair in enumerate(pairs)]
 
     @torch.no_grad()
     def _with_ref_logps(
@@ -284,14 +273,9 @@ def load_fresh(folder: Path, pairs: Mapping[int, Pair]) -> dict[int, Pair]:
                 f"{folder} was written between two refreshes and lacks the weights or anchors of pair {pair.pair_id} (position "
                 f"{position}); set output.resume=false to train from the beginning"
             )
-        fresh[position] = replace(
-            pair,
-            chosen=replace(pair.chosen, token_weights=np.array(row["chosen_token_weights"], np.float32)),
-            rejected=replace(pair.rejected, token_weights=np.array(row["rejected_token_weights"], np.float32)),
-            anchor=pair.anchor
-            if row["anchor_ids"] is None
-            else StoredResponse.anchor(
-                np.array(row["anchor_ids"], np.int32), np.array(row["anchor_ref_logps"], np.float32)
-            ),
-        )
+        pair = pair.with_weights(*(np.array(row[f"{side}_token_weights"], np.float32) for side in SIDES))
+        if row["anchor_ids"] is not None:
+            ids, ref_logps = np.array(row["anchor_ids"], np.int32), np.array(row["anchor_ref_logps"], np.float32)
+            pair = replace(pair, anchor=StoredResponse.anchor(ids, ref_logps))
+        fresh[position] = pair
     return fresh

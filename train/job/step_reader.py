@@ -31,9 +31,7 @@ class StepReader:
         self.refresher = refresher
         self.seed = seed
         self.refreshed_s = 0.0
-        """Seconds spent on refreshing."""
-        self.resumed_from: Path | None = None
-        """The checkpoint that this training continues from."""
+        self.resumed_from: Path | None = None  # the checkpoint that this training continues from
         self._reader = ThreadPoolExecutor(1)
         self._ahead: Future[list[Pair] | None] | None = None
         self._window: deque[list[Pair]] = deque()
