@@ -3,7 +3,7 @@
 Called by `dataset.py`, which knows where row groups are. Nothing here reads a file; nothing is tokenised.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -152,35 +152,19 @@ class PairColumns:
         self._where = where
         self._pair_ids = rows["pair_id"].combine_chunks()
         self._check(rows, vocab_size)
-        is_list = {field.name: pa.types.is_list(field.type) for field in rows.schema}
-        self._ragged = {name: _Ragged(rows[name]) for name, ragged in is_list.items() if ragged}
-        self._numbers = {name: rows[name].to_numpy() for name in ("pair_weight", *_SCORES) if name in is_list}
+        self._columns = {
+            name: _Ragged(rows[name]) if pa.types.is_list(rows[name].type) else rows[name].to_numpy()
+            for name in rows.column_names
+        }
 
     def pair(self, row: int) -> Pair:
         """Return one row."""
-        ragged = self._ragged
-        chosen_score, rejected_score = (
-            float(self._numbers[name][row]) if name in self._numbers else None for name in _SCORES
-        )
-        return Pair(
-            str(self._pair_ids[row]),
-            ragged["prompt_ids"][row],
-            self._response("chosen", row),
-            self._response("rejected", row),
-            float(self._numbers["pair_weight"][row]),
-            chosen_score,
-            rejected_score,
-            StoredResponse.anchor(*(ragged[name][row] for name in _ANCHORS)) if _ANCHORS[0] in ragged else None,
-        )
-
-    def _response(self, side: Side, row: int) -> StoredResponse:
-        ragged = self._ragged
-        ids = ragged[f"{side}_ids"][row]
-        required = (ids, ragged[f"{side}_token_weights"][row], ragged[f"{side}_ref_logps"][row])
-        if f"{side}_ref_top_ids" not in ragged:
-            return StoredResponse(*required)
-        top = (ragged[f"{side}_{name}"][row].reshape(len(ids), -1) for name in ("ref_top_ids", "ref_top_logps"))
-        return StoredResponse(*required, *top)
+        values = {name: column[row] for name, column in self._columns.items()}
+        chosen, rejected = (_response(values, side) for side in SIDES)
+        chosen_score, rejected_score = (float(values[name]) if name in values else None for name in _SCORES)
+        anchor = StoredResponse.anchor(*(values[name] for name in _ANCHORS)) if _ANCHORS[0] in values else None
+        pair_id, weight, prompt_ids = str(values["pair_id"]), float(values["pair_weight"]), values["prompt_ids"]
+        return Pair(pair_id, prompt_ids, chosen, rejected, weight, chosen_score, rejected_score, anchor)
 
     def _check(self, rows: pa.Table, vocab_size: int) -> None:
         """Check the laws of `weights_store.checks.rows` that a loss relies on.
@@ -227,3 +211,10 @@ class PairColumns:
     def _refuse(self, violations: Iterable[Violation], what_to_do: str = _REBUILD) -> None:
         for found in violations:
             raise MismatchError(f"pair {self._pair_ids[found.row]}: {found.problem} ({self._where}); {what_to_do}")
+
+
+def _response(values: Mapping[str, np.ndarray], side: Side) -> StoredResponse:
+    ids = values[f"{side}_ids"]
+    required = (ids, values[f"{side}_token_weights"], values[f"{side}_ref_logps"])
+    top = (values[name].reshape(len(ids), -1) for name in _REF_TOP if name.startswith(side) and name in values)
+    return StoredResponse(*required, *top)
