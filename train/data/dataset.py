@@ -95,7 +95,6 @@ class PairDataset(Dataset[Pair]):
         selection: Which rows; None for those of the config's split, up to its `max_pairs`.
         with_ref_top: Read the reference's top-k log-probs too, 2 K more numbers per response token.
         with_anchors: Read the anchors and their reference log-probs too.
-        cache_groups: Row groups kept in memory, about 1 MiB each.
 
     Raises:
         NotFoundError: No pair is left: unknown split, or an empty dataset.
@@ -113,12 +112,11 @@ class PairDataset(Dataset[Pair]):
         with_ref_top: bool = False,
         with_scores: bool = False,
         with_anchors: bool = False,
-        cache_groups: int = WINDOW_GROUPS + 1,
     ) -> None:
         self.source = source
         self.config = config
         self.vocab_size = vocab_size
-        self.cache_groups = cache_groups
+        self.cache_groups = WINDOW_GROUPS + 1  # kept in memory, about 1 MiB each
         self._columns = column_names(with_ref_top=with_ref_top, with_scores=with_scores, with_anchors=with_anchors)
         self._records = source.table.records(source.reference.version)
         self.selection = selection or Selection(config.split, max_pairs=config.max_pairs)

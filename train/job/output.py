@@ -21,7 +21,6 @@ from typing import Any, NotRequired, TypedDict
 
 from weights_store.errors import InputError, SettingsError
 from weights_store.fingerprint import explain_difference
-from weights_store.location import write_whole
 from weights_store.tables.metadata import Parent, Section
 
 
@@ -62,7 +61,6 @@ class Lineage(TypedDict):
 
 
 RECORD, LINEAGE, METRICS = "train.json", "lineage.json", "metrics.json"
-_LAST = ("config.json", METRICS, LINEAGE)  # moved in this order, after everything else
 _CHECKPOINT_FILES = ("optimizer*", "scheduler.pt", "trainer_state.json")  # FSDP has another name for its optimizer file
 
 _HARDLY_ANY_BYTES = 32 << 20
@@ -114,9 +112,16 @@ class OutputFolder:
         """
         try:
             if overwrite and self.path.exists():
-                _empty(self.path)
+                for name in (LINEAGE, "config.json"):  # first: from here on the folder is not finished
+                    (self.path / name).unlink(missing_ok=True)
+                for path in self.path.iterdir():
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink()
             if not resume:
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             _write_json(self.path / RECORD, {"identity": identity, "config": config})
         except OSError as error:
             raise InputError(f"cannot write output.folder={str(self.path)!r}: {error}") from error
@@ -139,8 +144,9 @@ class OutputFolder:
         """Move the model from the staging folder into place, and finish the folder."""
         _write_json(staging / METRICS, metrics)
         _write_json(staging / LINEAGE, lineage)
-        order = {name: place for place, name in enumerate(_LAST)}
-        for path in sorted(staging.iterdir(), key=lambda path: (order.get(path.name, -1), path.name)):
+        last = ["config.json", METRICS, LINEAGE]  # in this order, after everything else
+        names = sorted({path.name for path in staging.iterdir()}.difference(last))
+        for path in (staging / name for name in [*names, *last] if (staging / name).exists()):
             target = self.path / path.name
             if target.is_dir():
                 shutil.rmtree(target)
@@ -181,16 +187,6 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
 
 
-def _empty(folder: Path) -> None:
-    (folder / LINEAGE).unlink(missing_ok=True)  # first: from here on the folder is not finished
-    (folder / "config.json").unlink(missing_ok=True)
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -199,4 +195,6 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)  # whole or not at all
