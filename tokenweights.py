@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from train.run import build_parser as build_train_parser
 from weights_store.commands import add_commands, add_store_option
 from weights_store.errors import InputError, MissingExtraError
+from weights_store.packages import package_versions
 from weights_store.process import run_main
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="tokenweights",
         description="Precomputed token weights for DPO: score once, weigh many times, train many times.",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    version = package_versions(["tokenweights"]).get("tokenweights", "(not installed)")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_build_commands(commands)
     commands.add_parser(
@@ -97,15 +99,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     completion.add_argument("shell", choices=_SHELLS, help="for example: source <(tokenweights completion bash)")
     return parser
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("tokenweights")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 def _add_build_commands(commands: "Commands") -> None:

@@ -33,6 +33,7 @@ from pipeline.stages.prepare import Prepared, prepare
 from pipeline.stages.publish import Ingredients, Published, publish
 from pipeline.stages.report import summary_markdown, write_report
 from pipeline.stages.score import Scorer, executor_of, score
+from pipeline.weighing.section import WeightsSection
 from pipeline.workers.supervise import Filled
 from weights_store.messages import logger
 
@@ -63,7 +64,8 @@ class BuildResult:
 @flow(name="build-weights")
 def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
     """Build the weight dataset of a recipe: prepare, score, contrast, score, attribute, anchors, weigh, publish, report."""
-    clock = StageClock()
+    stage_s: dict[str, float] = {}
+    clock = partial(_record_time, stage_s)
     with run_logs():
         with clock("model"):
             model_folder = find_model(recipe)
@@ -77,7 +79,8 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
         num_trained = 0
         if recipe.needs_pair:
             with clock("publish uniform"):
-                uniform = publish_uniform(recipe, prepared, scored, model_folder)
+                ingredients = Ingredients(prepared.tokens, scored["ref"].output)
+                uniform = publish_weights(recipe, recipe.uniform, ingredients, model_folder)
             if "positive" not in scored:
                 with clock("contrast"):
                     pair = build_contrast(recipe, model_folder, uniform)
@@ -91,14 +94,18 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
         if recipe.anchors is not None:
             with clock("anchors"):
                 anchors = sample_anchor_responses(prepared, recipe, model_folder)
-        ingredients = _ingredients(prepared, scored, attributed, anchors)
+        ingredients = Ingredients(
+            prepared.tokens,
+            scored["ref"].output,
+            **{f"{role}_logps": scored[role].output for role in ("positive", "negative") if role in scored},
+            attributions=attributed.output if attributed else None,
+            anchors=anchors.output if anchors else None,
+        )
         with clock("publish"):
-            published = publish_weights(recipe, ingredients, model_folder, expect_same)
+            published = publish_weights(recipe, recipe.weights, ingredients, model_folder, expect_same)
         with clock("report"):
             report = report_weights(published, recipe, model_folder)
-    return BuildResult(
-        prepared, published, report, model_folder, scored, attributed, anchors, num_trained, clock.stage_s
-    )
+    return BuildResult(prepared, published, report, model_folder, scored, attributed, anchors, num_trained, stage_s)
 
 
 @flow(name="refresh-weights")
@@ -160,19 +167,13 @@ def build_contrast(recipe: Recipe, model_folder: Path, uniform: Published) -> Co
     return contrast(recipe.contrast, model_folder, uniform.weights)
 
 
-@task(name="publish uniform", task_run_name="publish {recipe.dataset.name}/uniform")
-def publish_uniform(recipe: Recipe, prepared: Prepared, scored: dict[str, Filled], model_folder: Path) -> Published:
-    """Publish the pairs with all weights 1, for contrastive training and for the plain DPO baseline."""
-    ingredients = Ingredients(prepared.tokens, scored["ref"].output)
+@task(name="publish", task_run_name="publish {weights.name}")
+def publish_weights(
+    recipe: Recipe, weights: WeightsSection, ingredients: Ingredients, model_folder: Path, expect_same: bool = False
+) -> Published:
+    """Compute weights and publish them. With all weights 1: for contrastive training and the plain DPO baseline."""
     check = partial(check_stored, recipe, ingredients.tokens, ingredients.ref_logps, model_folder)
-    return publish(recipe, recipe.uniform, ingredients, check=check)
-
-
-@task(name="publish", task_run_name="publish {recipe.weights.name}")
-def publish_weights(recipe: Recipe, ingredients: Ingredients, model_folder: Path, expect_same: bool) -> Published:
-    """Compute the weights and publish them."""
-    check = partial(check_stored, recipe, ingredients.tokens, ingredients.ref_logps, model_folder)
-    return publish(recipe, recipe.weights, ingredients, expect_same, check, model_folder)
+    return publish(recipe, weights, ingredients, expect_same, check, model_folder)
 
 
 @task(name="report", task_run_name="report {recipe.weights.name}")
@@ -184,30 +185,8 @@ def report_weights(published: Published, recipe: Recipe, model_folder: Path) -> 
     return path
 
 
-def _ingredients(
-    prepared: Prepared, scored: dict[str, Filled], attributed: Filled | None, anchors: Filled | None
-) -> Ingredients:
-    pair = {f"{role}_logps": scored[role].output for role in ("positive", "negative") if role in scored}
-    return Ingredients(
-        prepared.tokens,
-        scored["ref"].output,
-        **pair,
-        attributions=attributed.output if attributed else None,
-        anchors=anchors.output if anchors else None,
-    )
-
-
-class StageClock:
-    """Records how long each stage took, in seconds."""
-
-    def __init__(self) -> None:
-        self.stage_s: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Measure what runs inside, also if it fails."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.stage_s[stage] = time.monotonic() - started
+@contextmanager
+def _record_time(stage_s: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    stage_s[stage] = time.monotonic() - started

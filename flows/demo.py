@@ -9,7 +9,6 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 import polars as pl
@@ -19,7 +18,7 @@ from flows.run import run_build
 from pipeline.child import run_child
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.toy.language import ToyLanguage, agreement
-from pipeline.toy.model_maker import make_chat_model
+from train.job.output import Result
 from weights_store import WeightStore
 from weights_store.location import write_whole
 
@@ -37,15 +36,6 @@ _POLICY_SETTINGS = (
 )
 
 
-class _Metrics(TypedDict):
-    """What the demo reads of a policy's `metrics.json`."""
-
-    steps: int
-    num_sample_pairs: int
-    before: dict[str, float]
-    after: dict[str, float]
-
-
 def run_demo(folder: str | Path, debug: bool = False) -> None:
     """Run the whole job in `folder` and print a short table.
 
@@ -56,7 +46,12 @@ def run_demo(folder: str | Path, debug: bool = False) -> None:
     folder = Path(folder)
     language = ToyLanguage()
     _say("1/4 model and pairs")
-    _make_model(folder / "model", language)
+    if (folder / "model").is_dir():
+        print(f"model: {folder / 'model'} exists already")
+    else:
+        from pipeline.toy.model_maker import make_chat_model  # imports torch
+
+        make_chat_model(language.sample_conversations(_NUM_CONVERSATIONS, seed=1), folder / "model")
     _make_pairs(folder / "pairs.jsonl", language)
     recipe_file = write_recipe(folder)
     recipe = load_recipe(recipe_file)
@@ -83,15 +78,12 @@ def write_recipe(folder: Path) -> Path:
 def next_commands(recipe_file: Path, recipe: Recipe) -> list[tuple[str, list[str]]]:
     """Return three commands that go on from a finished build, each with what it does."""
     store = ["--store", recipe.store.uri]
-    wider = ["--set", "weights.name=toy/wider", "--set", "weights.upper=3.0"]
+    wider = ["build", str(recipe_file), *_set(["weights.name=toy/wider", "weights.upper=3.0"])]
     train = ["--weights", recipe.weights.name, "--model", recipe.model.path, "--output", f"{recipe_file.parent}/dpo"]
     settings = ["loss.name=dpo", "loss.beta=0.1", "optim.learning_rate=3e-4"]
     return [
         ("look at the weights", ["tokenweights", "show", recipe.weights.name, *store]),
-        (
-            "other weights from the same log-probs, without scoring again",
-            ["tokenweights", "build", str(recipe_file), *wider],
-        ),
+        ("other weights from the same log-probs, without scoring again", ["tokenweights", *wider]),
         ("plain DPO on the same pairs, to compare", ["tokenweights", "train", *store, *train, *_set(settings)]),
     ]
 
@@ -104,13 +96,6 @@ def _say(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def _make_model(folder: Path, language: ToyLanguage) -> None:
-    if folder.is_dir():
-        print(f"model: {folder} exists already")
-    else:
-        make_chat_model(language.sample_conversations(_NUM_CONVERSATIONS, seed=1), folder)
-
-
 def _make_pairs(path: Path, language: ToyLanguage) -> None:
     if path.is_file():
         print(f"pairs: {path} exists already")
@@ -120,14 +105,14 @@ def _make_pairs(path: Path, language: ToyLanguage) -> None:
     print(f"pairs: {len(pairs)} in {path}")
 
 
-def _train_policy(recipe: Recipe, result: BuildResult, output: Path) -> _Metrics:
+def _train_policy(recipe: Recipe, result: BuildResult, output: Path) -> Result:
     """Train on the published version, in a process of its own as a trainer would; return metrics before and after."""
     reference = result.published.weights
     output = output / f"v{reference.version}-{reference.fingerprint[:12]}"
     arguments = ["train", "--store", recipe.store.uri, "--model", recipe.model.path, "--output", str(output)]
     arguments += ["--weights", f"{result.published.name}@{reference.version}", *_set(_POLICY_SETTINGS)]
     run_child("tokenweights", arguments, "training the policy")
-    metrics: _Metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    metrics: Result = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     return metrics
 
 
@@ -154,7 +139,7 @@ def _agreement(recipe: Recipe, result: BuildResult, language: ToyLanguage) -> di
     return agreement(np.concatenate(rewards), np.concatenate(estimates))
 
 
-def _print_table(result: BuildResult, metrics: _Metrics, found: dict[str, float]) -> None:
+def _print_table(result: BuildResult, metrics: Result, found: dict[str, float]) -> None:
     statistics = result.published.statistics
     before, after = metrics["before"], metrics["after"]
     rows = [

@@ -3,14 +3,14 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging.handlers import APILogHandler
 
 from pipeline.workers.request import Stage
-from weights_store.messages import LINE_EVERY_S, Progress, ProgressEvery, handled_by, progress_of, show_on_terminal
+from weights_store.messages import LINE_EVERY_S, ProgressEvery, handled_by, progress_of, show_on_terminal
 
 _ARTIFACT_EVERY_S = 2.0
 
@@ -36,45 +36,36 @@ def progress_artifacts(stage: Stage, roles: list[str], pairs: str) -> Iterator[N
         roles: The models that the stage runs.
         pairs: The table of pairs, for the descriptions.
     """
-    handler = _ArtifactHandler({f"{stage} {role}": _Artifact(stage, role, pairs) for role in roles})
-    with handled_by(handler):
+    artifacts = [_Artifact(stage, role, pairs) for role in roles]
+    with ExitStack() as handlers:
+        for artifact in artifacts:
+            handlers.enter_context(handled_by(artifact))
         yield
-    for artifact in handler.artifacts.values():
-        artifact.finish()
+    for artifact in artifacts:
+        artifact.update(100.0)
 
 
-class _ArtifactHandler(logging.Handler):
-    """Hands progress to the artifact of its role."""
-
-    def __init__(self, artifacts: dict[str, "_Artifact"]) -> None:
-        super().__init__()
-        self.artifacts = artifacts
-
-    def emit(self, record: logging.LogRecord) -> None:
-        progress = progress_of(record)
-        if progress is not None and progress.name in self.artifacts:
-            self.artifacts[progress.name].show(progress)
-
-
-class _Artifact:
+class _Artifact(logging.Handler):
     """The progress artifact of one role. Each update calls Prefect's API, so there is one every two seconds."""
 
     def __init__(self, stage: Stage, role: str, pairs: str) -> None:
-        self._what = f"{stage} {role}, {pairs}"
+        super().__init__()
+        self._work = f"{stage} {role}"
+        self._what = f"{self._work}, {pairs}"
         created = create_progress_artifact(0.0, key=f"{stage}-{role}", description=self._what)
         assert isinstance(created, UUID), "called from a task, which is not a coroutine"
         self._id = created
         self._text = "nothing to do"
         self._shown_at = 0.0
 
-    def show(self, progress: Progress) -> None:
+    def emit(self, record: logging.LogRecord) -> None:
+        progress = progress_of(record)
+        if progress is None or progress.name != self._work:
+            return
         self._text = str(progress)
         if time.monotonic() - self._shown_at >= _ARTIFACT_EVERY_S:
             self._shown_at = time.monotonic()
-            self._update(progress.percent)
+            self.update(progress.percent)
 
-    def finish(self) -> None:
-        self._update(100.0)
-
-    def _update(self, percent: float) -> None:
+    def update(self, percent: float) -> None:
         update_progress_artifact(self._id, progress=percent, description=f"{self._what}: {self._text}")

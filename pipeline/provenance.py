@@ -3,9 +3,10 @@
 import platform
 import subprocess
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypedDict
+
+from weights_store.packages import package_versions
 
 _PACKAGES = (
     "tokenweights",
@@ -32,13 +33,11 @@ class Provenance(TypedDict):
 @lru_cache(maxsize=1)
 def provenance() -> Provenance:
     """Return package versions, Python version and git commit (None outside a checkout)."""
-    packages = {}
-    for name in _PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {"packages": packages, "python": platform.python_version(), "git_commit": _git_commit()}
+    return {
+        "packages": package_versions(_PACKAGES),
+        "python": platform.python_version(),
+        "git_commit": _git_commit(),
+    }
 
 
 def _git_commit() -> str | None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from train.job.stopping import StopRequest, catch_signals
 from weights_store.errors import TokenweightsError
 from weights_store.messages import ROOT
 from weights_store.settings import apply_overrides, load_toml, parse_settings
@@ -69,9 +70,8 @@ def load_config(arguments: argparse.Namespace) -> "TrainConfig":
     settings = load_toml(arguments.config) if arguments.config else {}
     settings = apply_overrides(settings, arguments.set)
     for flag, key in _FLAGS.items():
-        value = getattr(arguments, flag)
         section, name = key.split(".")
-        if value is not None:
+        if (value := getattr(arguments, flag)) is not None:
             settings[section] = {**settings.get(section, {}), name: value}
     return parse_settings(TrainConfig, settings, where=arguments.config or "flags")
 
@@ -89,8 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_first = os.environ.get("RANK", "0") == "0"  # from the launcher: the processes have not joined yet
     if not is_first:
         logging.getLogger(ROOT).setLevel(logging.ERROR)
+    stop = StopRequest()
     try:
-        _run(arguments)
+        config = load_config(arguments)
+        with catch_signals(stop):
+            from train.job.job import run_job
+
+            run_job(config, overwrite=arguments.overwrite, dry_run=arguments.dry_run, stop=stop)
     except TokenweightsError:
         if not is_first:  # the first process usually has the same error; the launcher then ends this one
             time.sleep(_SILENCE_S)
@@ -100,13 +105,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
     return 0
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments)
-    from train.job.job import run_job
-    from train.job.stopping import StopRequest, catch_signals
-
-    stop = StopRequest()
-    with catch_signals(stop):
-        run_job(config, overwrite=arguments.overwrite, dry_run=arguments.dry_run, stop=stop)

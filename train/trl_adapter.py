@@ -11,13 +11,14 @@ Written for TRL 1.16: three of the hooks are private, two of TRL and one of tran
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
+from transformers.modeling_outputs import CausalLMOutput
 
 from train.config import DataConfig
 from train.data.dataset import Pair, PairDataset, StoredResponse, check_weights_vary, open_weights, sample_pairs
@@ -35,11 +36,7 @@ except ImportError as error:
         f"train.trl_adapter needs packages that are not installed ({error}); pip install 'tokenweights[trl]'"
     ) from error
 
-if TYPE_CHECKING:
-    from transformers.modeling_outputs import CausalLMOutput
-
-Model = Callable[..., "CausalLMOutput"]
-_SAMPLE_PAIRS = 256
+Model = Callable[..., CausalLMOutput]
 _NEEDED = {
     "loss_type": ["sigmoid"],  # the others are not functions of the two weighted sums, or not tested here
     "f_divergence_type": "reverse_kl",
@@ -58,7 +55,7 @@ class WeightedDPOTrainer(DPOTrainer):
 
     Args:
         model: Folder or hub id, with the tokenizer of the dataset.
-        args: TRL's settings. `precompute_ref_log_probs` and `remove_unused_columns` are set here.
+        args: `precompute_ref_log_probs` and `remove_unused_columns` are set here.
         data: What to train on; pairs come in the order of our own trainer, seeded with `args.seed`.
         loss: `dpo` ignores the token weights.
         eval_data: For evaluation, for example another split.
@@ -87,8 +84,17 @@ class WeightedDPOTrainer(DPOTrainer):
         eval_data: DataConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_loss(loss)
-        _check_arguments(args)
+        if loss not in ("dpo", "tis_dpo"):
+            hints = {
+                "ti_dpo": "; TRL's loss has no triplet and no KL term. Without these, 'ti_dpo' is 'tis_dpo' on TI weights"
+            }
+            raise SettingsError(
+                f"WeightedDPOTrainer has the losses 'dpo' and 'tis_dpo', got {loss!r}{hints.get(loss, '')}; train with "
+                "`tokenweights train` for the others"
+            )
+        for name, needed in _NEEDED.items():
+            if (got := getattr(args, name)) != needed:
+                raise SettingsError(f"stored token weights need {name}={needed!r} in the DPOConfig, got {got!r}")
         revision = (args.model_init_kwargs or {}).get("revision")
         folder = check_model_folder(find_folder(model, revision, "model"), "model")
         self._stored = {"train": _open_pairs(folder, data, loss)}
@@ -113,11 +119,7 @@ class WeightedDPOTrainer(DPOTrainer):
             disable_dropout(self.model)  # TRL misses rates that attention layers keep as plain numbers
 
     def _prepare_dataset(
-        self,
-        dataset: object,
-        processing_class: object,
-        args: object,
-        dataset_name: str,
+        self, dataset: object, processing_class: object, args: object, dataset_name: str
     ) -> PairDataset:
         """Return the stored pairs, where TRL would tokenise."""
         return self._stored[dataset_name]
@@ -135,7 +137,7 @@ class WeightedDPOTrainer(DPOTrainer):
         """Return TRL's loss of `model`, with per-token log-probs `[2B, T - 1]` multiplied by the token weights."""
         token_weights = inputs["token_weights"][:, 1:]  # TRL's log-probs are shifted: its column t is token t + 1
 
-        def weighted_model(**model_inputs: object) -> "CausalLMOutput":
+        def weighted_model(**model_inputs: object) -> CausalLMOutput:
             outputs = model(**model_inputs)
             if model_inputs.get("fused_lm_head"):  # not the extra call for logits of `return_outputs`
                 # prompt-learning adapters add columns in front, which TRL removes in the same way
@@ -169,9 +171,8 @@ class StoredPairCollator:
         Raises:
             MismatchError: A pair is longer than `max_length`, or its `pair_weight` is not 1.
         """
-        pad = DataCollatorForPreference(
-            pad_token_id=0, pad_to_multiple_of=self.pad_to_multiple_of
-        )  # TRL reads masks, not ids
+        # Any padding id will do: TRL reads masks.
+        pad = DataCollatorForPreference(pad_token_id=0, pad_to_multiple_of=self.pad_to_multiple_of)
         batch: dict[str, Tensor] = pad([self._example(pair) for pair in pairs])
         responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
         flat = torch.from_numpy(np.concatenate([self._weights(response) for response in responses]))
@@ -224,26 +225,9 @@ class _StoredOrder(Sampler[int]):
         return iter(self.order.rows(range(first, first + len(self))))
 
 
-def _check_loss(loss: str) -> None:
-    if loss not in ("dpo", "tis_dpo"):
-        hint = ""
-        if loss == "ti_dpo":
-            hint = "; TRL's loss has no triplet and no KL term. Without these, 'ti_dpo' is 'tis_dpo' on TI weights"
-        raise SettingsError(
-            f"WeightedDPOTrainer has the losses 'dpo' and 'tis_dpo', got {loss!r}{hint}; train with `tokenweights train` "
-            "for the others"
-        )
-
-
-def _check_arguments(args: DPOConfig) -> None:
-    for name, needed in _NEEDED.items():
-        if (got := getattr(args, name)) != needed:
-            raise SettingsError(f"stored token weights need {name}={needed!r} in the DPOConfig, got {got!r}")
-
-
 def _open_pairs(model_folder: Path, data: DataConfig, loss: str) -> PairDataset:
     source = open_weights(data)
     pairs = PairDataset(source, data, vocab_size=check_model_fits(model_folder, source))
     if loss == "tis_dpo":
-        check_weights_vary(source, sample_pairs(pairs, _SAMPLE_PAIRS), loss)
+        check_weights_vary(source, sample_pairs(pairs), loss)
     return pairs

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.model.checkpoint import load_checkpoint
+from train.model.checkpoint import TEMPLATE_FILES, TOKENIZER_FILES, load_checkpoint
 from weights_store.errors import InputError, MissingExtraError
 from weights_store.fingerprint import (
     fingerprint,
@@ -37,16 +37,6 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 RECORD = "merged.json"
 """In a merged folder: which adapter and base it was made from."""
 
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "*.tiktoken",
-)
-_TEMPLATE_FILES = ("chat_template*", "additional_chat_templates")
 _NOT_IDENTITY = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 _PROBE_TOKENS = 32
 _PROBE_NATS = {"float32": 1e-3}
@@ -102,7 +92,7 @@ def merged_fingerprint(adapter: Path, base: Path) -> str:
     """
     config = {key: value for key, value in load_json(adapter / ADAPTER_CONFIG).items() if key not in _NOT_IDENTITY}
     files = {
-        side: {path.name: fingerprint_file(path) for path in _matching(folder, (*_TOKENIZER_FILES, *_TEMPLATE_FILES))}
+        side: {path.name: fingerprint_file(path) for path in _matching(folder, (*TOKENIZER_FILES, *TEMPLATE_FILES))}
         for side, folder in (("adapter", adapter), ("base", base))
     }
     weights = fingerprint_file(adapter / ADAPTER_WEIGHTS)
@@ -230,7 +220,7 @@ def _check_same(expected: "torch.Tensor", merged: "PreTrainedModel", adapter: Pa
 def _copy_tokenizer(adapter: Path, base: Path, target: Path) -> None:
     """Copy the tokenizer of the adapter, or of the base if the adapter has none; and the same for the chat template."""
     source = adapter if any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) else base
-    for path in _matching(source, _TOKENIZER_FILES):
+    for path in _matching(source, TOKENIZER_FILES):
         shutil.copyfile(path, target / path.name)
     template = load_chat_template(adapter) or load_chat_template(base)
     if template is not None and load_chat_template(target) != template:

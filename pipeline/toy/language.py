@@ -54,29 +54,18 @@ class Topic(NamedTuple):
     things: tuple[str, ...]
 
 
-def _topic(people: str, actions: str, qualities: str, things: str) -> Topic:
-    return Topic(*(tuple(words.split()) for words in (people, actions, qualities, things)))
-
-
+_TOPIC_WORDS = {
+    "baking": "baker cook | mixes kneads bakes folds | warm sweet soft fresh | dough bread flour cake",
+    "sailing": "sailor captain | steers trims raises ties | calm salty narrow old | boat sail rope mast",
+    "gardening": "gardener neighbour | plants waters digs rakes | green young tall dry | rose hedge soil tree",
+    "carpentry": "carpenter builder | saws sands glues nails | rough flat heavy long | board table shelf beam",
+    "painting": "painter artist | sketches paints blends primes | bright pale blue dark | canvas wall brush sky",
+    "climbing": "climber guide | grips climbs checks reaches | steep rocky high icy | ledge ridge cliff summit",
+    "beekeeping": "keeper farmer | opens smokes lifts feeds | busy wild yellow small | hive swarm comb queen",
+    "pottery": "potter student | shapes centres glazes fires | wet round thin smooth | clay bowl vase jar",
+}
 TOPICS: Mapping[str, Topic] = {
-    "baking": _topic("baker cook", "mixes kneads bakes folds", "warm sweet soft fresh", "dough bread flour cake"),
-    "sailing": _topic("sailor captain", "steers trims raises ties", "calm salty narrow old", "boat sail rope mast"),
-    "gardening": _topic(
-        "gardener neighbour", "plants waters digs rakes", "green young tall dry", "rose hedge soil tree"
-    ),
-    "carpentry": _topic(
-        "carpenter builder", "saws sands glues nails", "rough flat heavy long", "board table shelf beam"
-    ),
-    "painting": _topic(
-        "painter artist", "sketches paints blends primes", "bright pale blue dark", "canvas wall brush sky"
-    ),
-    "climbing": _topic(
-        "climber guide", "grips climbs checks reaches", "steep rocky high icy", "ledge ridge cliff summit"
-    ),
-    "beekeeping": _topic(
-        "keeper farmer", "opens smokes lifts feeds", "busy wild yellow small", "hive swarm comb queen"
-    ),
-    "pottery": _topic("potter student", "shapes centres glazes fires", "wet round thin smooth", "clay bowl vase jar"),
+    topic: Topic(*(tuple(part.split()) for part in words.split("|"))) for topic, words in _TOPIC_WORDS.items()
 }
 
 # Reward of one word in the eight topics, before they are shuffled. Without this lean, only word, topic and prompt together
@@ -147,7 +136,10 @@ class ToyLanguage:
         pairs: dict[tuple[str, frozenset[str]], dict[str, Conversation]] = {}
         while len(pairs) < num_pairs:
             topic, question = _sample_question(rng)
-            chosen, rejected = self._sample_judged(topic, rng)
+            first, second = (self._sample_response(topic, PLAIN_MIX, rng) for _ in range(2))
+            margin = self.response_reward(topic, first) - self.response_reward(topic, second)
+            sigmoid = (1.0 + np.tanh(margin / (2.0 * self.temperature))) / 2.0  # of margin / temperature, no overflow
+            chosen, rejected = (first, second) if rng.random() < sigmoid else (second, first)
             if chosen != rejected:
                 pair = {"prompt": _turn("user", question), "chosen": _turn("assistant", chosen)}
                 pair["rejected"] = _turn("assistant", rejected)
@@ -200,13 +192,6 @@ class ToyLanguage:
         """
         return float(self.true_token_rewards(prompt_text, _words(response_text)).sum())
 
-    def _sample_judged(self, topic: str, rng: np.random.Generator) -> tuple[str, str]:
-        """Two responses about `topic`, the chosen one first."""
-        first, second = (self._sample_response(topic, PLAIN_MIX, rng) for _ in range(2))
-        margin = self.response_reward(topic, first) - self.response_reward(topic, second)
-        sigmoid = (1.0 + np.tanh(margin / (2.0 * self.temperature))) / 2.0  # of margin / temperature, without overflow
-        return (first, second) if rng.random() < sigmoid else (second, first)
-
     def _sample_response(self, topic: str, mix: Sequence[float], rng: np.random.Generator) -> str:
         """Two to four clauses, 13 to 39 words. No planted word comes first: all are preceded by a space."""
         words = self._sample_clause(topic, mix, rng)
@@ -221,7 +206,6 @@ class ToyLanguage:
         return ["the", people, *before_action, actions, "the", *before_quality, qualities, things, *at_end]
 
     def _sample_planted(self, topic: str, mix: Sequence[float], rng: np.random.Generator) -> list[str]:
-        """One planted word, or none."""
         if rng.random() >= self.planted_rate:
             return []
         reward = (1.0, 0.0, -1.0)[rng.choice(3, p=mix)]
@@ -266,26 +250,16 @@ def agreement(true_rewards: ArrayLike, estimates: ArrayLike) -> dict[str, float]
     good, neutral, bad = values[rewards > 0], values[rewards == 0], values[rewards < 0]
     if not (good.size and bad.size):
         raise ValueError(f"need good and bad tokens, got {good.size} good and {bad.size} bad ones")
+    bad_sorted = np.sort(bad)
+    below, at_most = np.searchsorted(bad_sorted, good, side="left"), np.searchsorted(bad_sorted, good, side="right")
+    is_constant = np.ptp(rewards) == 0.0 or np.ptp(values) == 0.0
     return {
-        "auc": _auc(good, bad),
-        "pearson": _pearson(rewards, values),
+        "auc": float((below + at_most).mean() / (2 * bad.size)),
+        "pearson": float("nan") if is_constant else float(np.corrcoef(rewards, values)[0, 1]),
         "mean_good": float(good.mean()),
         "mean_neutral": float(neutral.mean()) if neutral.size else float("nan"),
         "mean_bad": float(bad.mean()),
     }
-
-
-def _auc(good: NDArray[np.float64], bad: NDArray[np.float64]) -> float:
-    """P(good > bad) + P(good = bad) / 2, in O(N log N)."""
-    bad = np.sort(bad)
-    lower, lower_or_equal = np.searchsorted(bad, good, side="left"), np.searchsorted(bad, good, side="right")
-    return float((lower + lower_or_equal).mean() / (2 * bad.size))
-
-
-def _pearson(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    if np.ptp(first) == 0.0 or np.ptp(second) == 0.0:
-        return float("nan")
-    return float(np.corrcoef(first, second)[0, 1])
 
 
 def _sample_question(rng: np.random.Generator) -> tuple[str, str]:

@@ -11,14 +11,14 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from weights_store.errors import InputError
 from weights_store.messages import logger
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 _log = logger(__name__)
 
@@ -43,7 +43,6 @@ CHAT_TEMPLATE = (
 )
 
 MAX_POSITIONS = 2048
-NO_LABEL = -100  # transformers' loss skips these positions
 
 
 # More parameters than the house rule allows: all but the first two are sizes, with defaults for the toy language.
@@ -86,7 +85,17 @@ def make_chat_model(
         InputError: `folder` exists, a size is out of range, there are no conversations, or one is malformed.
     """
     folder = Path(folder)
-    _check_sizes(hidden_size, num_layers, vocab_size, steps, block_tokens, batch_tokens)
+    requirements = {
+        f"hidden_size must be a multiple of 32, got {hidden_size}": hidden_size > 0 and hidden_size % 32 == 0,
+        f"num_layers must be at least 1, got {num_layers}": num_layers >= 1,
+        f"vocab_size must be at least 320 (256 bytes, special tokens, merges), got {vocab_size}": vocab_size >= 320,
+        f"steps must be at least 1, got {steps}": steps >= 1,
+        f"block_tokens must be 2 to {MAX_POSITIONS}, got {block_tokens}": 2 <= block_tokens <= MAX_POSITIONS,
+        f"batch_tokens ({batch_tokens}) must be at least block_tokens ({block_tokens})": batch_tokens >= block_tokens,
+    }
+    for requirement, is_met in requirements.items():
+        if not is_met:
+            raise InputError(requirement)
     _check_absent(folder)
     checked = _check_conversations(conversations)
 
@@ -94,30 +103,13 @@ def make_chat_model(
     rows = [tokenizer.apply_chat_template(conversation, return_dict=False) for conversation in checked]
     _log.info(f"tokenizer: {len(tokenizer)} tokens; text: {len(rows)} conversations, {sum(map(len, rows))} tokens")
 
-    ids, positions = _pack(rows, block_tokens)
     model = _build_model(tokenizer, hidden_size, num_layers, seed)
-    batches = _batches(ids, positions, max(1, batch_tokens // block_tokens), seed)
+    batches = _batches(*_pack(rows, block_tokens), max(1, batch_tokens // block_tokens), seed)
     losses = _pretrain(model, batches, steps, learning_rate)
     _save(model, tokenizer, folder)
     _log.info(f"model: {model.num_parameters()} parameters in {folder}")
     last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)
-
-
-def _check_sizes(
-    hidden_size: int, num_layers: int, vocab_size: int, steps: int, block_tokens: int, batch_tokens: int
-) -> None:
-    requirements = (
-        (hidden_size > 0 and hidden_size % 32 == 0, f"hidden_size must be a multiple of 32, got {hidden_size}"),
-        (num_layers >= 1, f"num_layers must be at least 1, got {num_layers}"),
-        (vocab_size >= 320, f"vocab_size must be at least 320 (256 bytes, special tokens, merges), got {vocab_size}"),
-        (steps >= 1, f"steps must be at least 1, got {steps}"),
-        (2 <= block_tokens <= MAX_POSITIONS, f"block_tokens must be 2 to {MAX_POSITIONS}, got {block_tokens}"),
-        (batch_tokens >= block_tokens, f"batch_tokens ({batch_tokens}) must be at least block_tokens ({block_tokens})"),
-    )
-    for is_met, message in requirements:
-        if not is_met:
-            raise InputError(message)
 
 
 def _check_absent(folder: Path) -> None:
@@ -126,7 +118,6 @@ def _check_absent(folder: Path) -> None:
 
 
 def _check_conversations(conversations: Iterable[Sequence[Message]]) -> list[list[dict[str, str]]]:
-    """Return the conversations as lists, and check roles and contents."""
     checked = []
     for number, conversation in enumerate(conversations):
         if not conversation:
@@ -143,11 +134,8 @@ def _check_conversations(conversations: Iterable[Sequence[Message]]) -> list[lis
     return checked
 
 
-def _train_tokenizer(conversations: list[list[dict[str, str]]], vocab_size: int) -> "PreTrainedTokenizerFast":
+def _train_tokenizer(conversations: list[list[dict[str, str]]], vocab_size: int) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer. Only its chat template adds special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -170,12 +158,7 @@ def _train_tokenizer(conversations: list[list[dict[str, str]]], vocab_size: int)
     )
 
 
-def _build_model(
-    tokenizer: "PreTrainedTokenizerFast", hidden_size: int, num_layers: int, seed: int
-) -> "LlamaForCausalLM":
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def _build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int, seed: int) -> LlamaForCausalLM:
     head_dim = 64 if hidden_size >= 256 and hidden_size % 64 == 0 else 32
     config = LlamaConfig(
         vocab_size=math.ceil(len(tokenizer) / 64) * 64,
@@ -198,31 +181,24 @@ def _build_model(
         return LlamaForCausalLM(config).float()
 
 
-def _pack(rows: Iterable[Sequence[int]], block_tokens: int) -> tuple["Tensor", "Tensor"]:
+def _pack(rows: Iterable[Sequence[int]], block_tokens: int) -> tuple[Tensor, Tensor]:
     """Return token ids and positions, both `[N, block_tokens]`; positions start at 0 with every piece.
 
     Rows are filled in order. The rest of a row is padding, with id 0 and position 0.
     """
-    import torch
-
-    ids: list[list[int]] = [[]]
-    positions: list[list[int]] = [[]]
+    blocks: list[list[tuple[int, int]]] = [[]]
     for row in rows:
         for start in range(0, len(row), block_tokens):
             piece = row[start : start + block_tokens]
-            if len(ids[-1]) + len(piece) > block_tokens:
-                ids.append([])
-                positions.append([])
-            ids[-1] += piece
-            positions[-1] += range(len(piece))
-    padded = [[block + [0] * (block_tokens - len(block)) for block in blocks] for blocks in (ids, positions)]
-    return torch.tensor(padded[0]), torch.tensor(padded[1])
+            if len(blocks[-1]) + len(piece) > block_tokens:
+                blocks.append([])
+            blocks[-1] += zip(piece, range(len(piece)), strict=True)
+    ids, positions = torch.tensor([block + [(0, 0)] * (block_tokens - len(block)) for block in blocks]).unbind(2)
+    return ids, positions
 
 
-def _batches(ids: "Tensor", positions: "Tensor", batch_rows: int, seed: int) -> Iterator[tuple["Tensor", "Tensor"]]:
+def _batches(ids: Tensor, positions: Tensor, batch_rows: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches `[batch_rows, block_tokens]` of ids and positions without end, in a new random order each epoch."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     waiting = torch.empty(0, dtype=torch.long)
     while True:
@@ -233,21 +209,16 @@ def _batches(ids: "Tensor", positions: "Tensor", batch_rows: int, seed: int) -> 
 
 
 def _pretrain(
-    model: "LlamaForCausalLM",
-    batches: Iterator[tuple["Tensor", "Tensor"]],
-    steps: int,
-    learning_rate: float,
+    model: LlamaForCausalLM, batches: Iterator[tuple[Tensor, Tensor]], steps: int, learning_rate: float
 ) -> list[float]:
     """Train in place and return the loss of every step, nats per token."""
-    import torch
-
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_share(step, steps))
     losses: list[float] = []
     model.train()
     for step, (ids, positions) in zip(range(1, steps + 1), batches, strict=False):
-        # The first token of a piece and padding are not predicted. Both are at position 0.
-        labels = ids.masked_fill(positions == 0, NO_LABEL)
+        # The first token of a piece and padding are not predicted. Both are at position 0; the loss skips label -100.
+        labels = ids.masked_fill(positions == 0, -100)
         # Without an attention mask, transformers finds the start of each conversation from the positions.
         loss = model(input_ids=ids, position_ids=positions, labels=labels, use_cache=False).loss
         loss.backward()
@@ -270,7 +241,7 @@ def _learning_rate_share(step: int, steps: int) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
 
 
-def _save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write next to `folder` and rename, so that no reader sees half a model."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)

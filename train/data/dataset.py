@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,14 +90,11 @@ class PairDataset(Dataset[Pair]):
     as they are needed.
 
     Args:
-        source: The pinned version.
         config: Split, `max_pairs`, `swap`, folder for copies of shards.
         vocab_size: Ids must be below it.
         selection: Which rows; None for those of the config's split, up to its `max_pairs`.
         with_ref_top: Read the reference's top-k log-probs too, 2 K more numbers per response token.
-        with_scores: Read the annotators' scores too.
         with_anchors: Read the anchors and their reference log-probs too.
-        cache_groups: Row groups kept in memory, about 1 MiB each.
 
     Raises:
         NotFoundError: No pair is left: unknown split, or an empty dataset.
@@ -115,12 +112,11 @@ class PairDataset(Dataset[Pair]):
         with_ref_top: bool = False,
         with_scores: bool = False,
         with_anchors: bool = False,
-        cache_groups: int = WINDOW_GROUPS + 1,
     ) -> None:
         self.source = source
         self.config = config
         self.vocab_size = vocab_size
-        self.cache_groups = cache_groups
+        self.cache_groups = WINDOW_GROUPS + 1  # kept in memory, about 1 MiB each
         self._columns = column_names(with_ref_top=with_ref_top, with_scores=with_scores, with_anchors=with_anchors)
         self._records = source.table.records(source.reference.version)
         self.selection = selection or Selection(config.split, max_pairs=config.max_pairs)
@@ -161,7 +157,7 @@ class PairDataset(Dataset[Pair]):
         pair = self._load_group(group).pair(row - first)
         return pair.swapped() if self.config.swap else pair
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave out open files and cached rows: every worker has its own."""
         return {**self.__dict__, "_cache": OrderedDict(), "_open_shards": {}}
 
@@ -169,11 +165,10 @@ class PairDataset(Dataset[Pair]):
         if group in self._cache:
             self._cache.move_to_end(group)
             return self._cache[group]
-        columns = self.read_group(group)
-        self._cache[group] = columns
+        self._cache[group] = self.read_group(group)
         if len(self._cache) > self.cache_groups:
             self._cache.popitem(last=False)
-        return columns
+        return self._cache[group]
 
     def read_group(self, group: int) -> PairColumns:
         """Read one row group of the view from its shard, past the cache.
@@ -183,18 +178,15 @@ class PairDataset(Dataset[Pair]):
         """
         shard, position, num_rows = (int(values[group]) for values in self._groups)
         names = list(dict.fromkeys([*self._columns, *self.selection.columns]))
-        rows = self._open(shard).read_group(position, names)
-        if self.selection.columns:
-            rows = rows.filter(self.selection.keeps(rows))
-        where = f"{self.source.name}, shard {self._records[shard].name}"
-        return PairColumns(rows.slice(0, num_rows).select(self._columns), vocab_size=self.vocab_size, where=where)
-
-    def _open(self, shard: int) -> ShardReader:
         if shard not in self._open_shards:
             table, record = self.source.table, self._records[shard]
             reader = table.open_shard(record) if self._copies is None else self._copies.open(table, record)
             self._open_shards = {shard: reader}  # one open file is enough
-        return self._open_shards[shard]
+        rows = self._open_shards[shard].read_group(position, names)
+        if self.selection.columns:
+            rows = rows.filter(self.selection.keeps(rows))
+        where = f"{self.source.name}, shard {self._records[shard].name}"
+        return PairColumns(rows.slice(0, num_rows).select(self._columns), vocab_size=self.vocab_size, where=where)
 
 
 class _Groups(NamedTuple):
@@ -206,7 +198,15 @@ class _Groups(NamedTuple):
 
 
 def _find_groups(table: Table, records: Sequence[ShardRecord], selection: Selection) -> _Groups:
-    sizes = _list_sizes(table, records, selection)
+    sizes: list[list[int]] = []  # rows in view of each row group, by shard; only as many shards as `max_pairs` needs
+    num_found = 0
+    with ThreadPoolExecutor(READERS) as pool:
+        for begin in range(0, len(records), READERS):
+            part = records[begin : begin + READERS]
+            sizes += pool.map(lambda record: _sizes_of_shard(table, record, selection), part)
+            num_found += sum(map(sum, sizes[begin:]))
+            if selection.max_pairs is not None and num_found >= selection.max_pairs:
+                break
     shards = np.repeat(np.arange(len(sizes)), [len(part) for part in sizes])
     positions = np.array([position for part in sizes for position in range(len(part))], dtype=np.int64)
     num_rows = np.array([size for part in sizes for size in part], dtype=np.int64)
@@ -214,20 +214,6 @@ def _find_groups(table: Table, records: Sequence[ShardRecord], selection: Select
         num_rows = np.diff(np.minimum(np.cumsum(num_rows), selection.max_pairs), prepend=0)
     kept = num_rows > 0
     return _Groups(shards[kept], positions[kept], num_rows[kept])
-
-
-def _list_sizes(table: Table, records: Sequence[ShardRecord], selection: Selection) -> list[list[int]]:
-    """Return the rows in view of each row group, by shard; only as many shards as `max_pairs` needs."""
-    sizes: list[list[int]] = []
-    num_rows = 0
-    with ThreadPoolExecutor(READERS) as pool:
-        for begin in range(0, len(records), READERS):
-            part = records[begin : begin + READERS]
-            sizes += pool.map(lambda record: _sizes_of_shard(table, record, selection), part)
-            num_rows += sum(sum(found) for found in sizes[begin:])
-            if selection.max_pairs is not None and num_rows >= selection.max_pairs:
-                break
-    return sizes
 
 
 def _sizes_of_shard(table: Table, record: ShardRecord, selection: Selection) -> list[int]:
@@ -264,7 +250,7 @@ class OrderedPairs(Dataset[Pair]):
         return self.pairs[self.order.rows([position])[0]]
 
 
-def sample_pairs(pairs: PairDataset, num_pairs: int) -> list[Pair]:
+def sample_pairs(pairs: PairDataset, num_pairs: int = 256) -> list[Pair]:
     """Return up to `num_pairs` pairs from a few row groups, always the same ones for the same dataset."""
     order = BlockShuffle(pairs.group_sizes, seed=0)
     return [pairs[row] for row in sorted(order.rows(range(min(num_pairs, len(pairs)))))]
@@ -280,14 +266,10 @@ def check_weights_vary(source: WeightSource, sample: Iterable[Pair], loss_name: 
     """
     constant = source.statistics.get("constant_weights")
     if constant is None:
-        constant = _is_constant([side.token_weights for pair in sample for side in (pair.chosen, pair.rejected)])
+        values = np.concatenate([side.token_weights for pair in sample for side in (pair.chosen, pair.rejected)])
+        constant = values.min() == values.max()
     if constant:
         raise MismatchError(
             f"loss.name={loss_name!r} needs token weights that differ, but all weights of {source.name} are equal; use "
             "loss.name='dpo' or a dataset with another estimator"
         )
-
-
-def _is_constant(token_weights: Sequence[NDArray[np.float32]]) -> bool:
-    values = np.concatenate(token_weights)
-    return bool(values.min() == values.max())

@@ -26,8 +26,6 @@ class BlockShuffle:
 
     Args:
         group_sizes: Rows of each row group, by shard, in stored order.
-        seed: Of the order.
-        window_groups: Row groups per window.
         block_groups: Row groups per block, about.
     """
 
@@ -59,44 +57,33 @@ class BlockShuffle:
         """
         if not 0 <= position < self.num_rows:
             raise IndexError(f"position {position} is outside an epoch of {self.num_rows} rows")
-        _, window_starts = _epoch_plan(self, epoch)
+        _, window_starts = _plan_epoch(self, epoch)
         window = int(np.searchsorted(window_starts, position, side="right")) - 1
-        return int(_window_rows(self, epoch, window)[position - window_starts[window]])
+        return int(_shuffle_window(self, epoch, window)[position - window_starts[window]])
 
     def plan_epoch(self, epoch: int) -> tuple[Rows, Rows]:
-        """Return the order of groups and the first position of every window."""
-        group_order = self._order_groups(epoch)
-        ends = np.cumsum(self._sizes[group_order])
-        window_starts = np.concatenate([[0], ends])[:-1][:: self.window_groups]
-        return group_order, window_starts
-
-    def _order_groups(self, epoch: int) -> Rows:
-        """Return all row groups in random order, the groups of one block of shards together."""
+        """Return the order of groups, those of one block of shards together, and the first position of every window."""
         group_order = _permutation(len(self._sizes), self.seed, epoch)
         shard_order = _permutation(len(self._groups_per_shard), self.seed, epoch, 0, 1)  # 0, 0 would be the bits above
         num_groups = self._groups_per_shard[shard_order]
         block_of_shard = np.empty_like(shard_order)
         block_of_shard[shard_order] = (np.cumsum(num_groups) - num_groups) // self.block_groups
         block_of_group = np.repeat(block_of_shard, self._groups_per_shard)
-        return group_order[np.argsort(block_of_group[group_order], kind="stable")]
+        group_order = group_order[np.argsort(block_of_group[group_order], kind="stable")]
+        ends = np.cumsum(self._sizes[group_order])
+        return group_order, np.concatenate([[0], ends])[:-1][:: self.window_groups]
 
     def shuffle_window(self, epoch: int, window: int) -> Rows:
         """Return the rows of one window in training order."""
-        group_order, _ = _epoch_plan(self, epoch)
+        group_order, _ = _plan_epoch(self, epoch)
         groups = group_order[window * self.window_groups : (window + 1) * self.window_groups]
         rows = np.concatenate([np.arange(self._starts[g], self._starts[g] + self._sizes[g]) for g in groups])
         return rows[_permutation(len(rows), self.seed, epoch, window + 1)]  # 0 would equal the group order's entropy
 
 
 # Small caches outside the object, so that it pickles to workers as a few arrays.
-@lru_cache(maxsize=2)
-def _epoch_plan(order: BlockShuffle, epoch: int) -> tuple[Rows, Rows]:
-    return order.plan_epoch(epoch)
-
-
-@lru_cache(maxsize=4)
-def _window_rows(order: BlockShuffle, epoch: int, window: int) -> Rows:
-    return order.shuffle_window(epoch, window)
+_plan_epoch = lru_cache(maxsize=2)(BlockShuffle.plan_epoch)
+_shuffle_window = lru_cache(maxsize=4)(BlockShuffle.shuffle_window)
 
 
 def _permutation(length: int, *entropy: int) -> Rows:
@@ -119,7 +106,6 @@ class StepBatches:
     Args:
         num_positions: Pairs to train on over the whole run, epochs included.
         pairs_per_step: Over all ranks.
-        rank: This rank.
         world_size: Number of ranks; divides `pairs_per_step`.
     """
 

@@ -16,13 +16,9 @@ _PROMPT_DIGITS = 12
 
 @dataclass(frozen=True)
 class Selection:
-    """What of a dataset is read.
+    """What of a dataset is read: the first `max_pairs` rows of a split (empty for all of them).
 
-    Args:
-        split: Only rows of this split; empty for all.
-        share: Share of prompts that are held out, 0 to 1.
-        held_out: Read the held-out prompts instead of the others.
-        max_pairs: Only the first so many rows.
+    `share` of the prompts, 0 to 1, is held out: `held_out` reads these, otherwise all others are read.
     """
 
     split: str = ""
@@ -51,9 +47,8 @@ class Selection:
         if self.split:
             kept &= pc.equal(rows["split"], self.split).to_numpy()
         if self.share:
-            kept &= (
-                np.array([is_held_out(pair_id, self.share) for pair_id in rows["pair_id"].to_pylist()]) == self.held_out
-            )
+            held_out = [is_held_out(pair_id, self.share) for pair_id in rows["pair_id"].to_pylist()]
+            kept &= np.array(held_out) == self.held_out
         return kept
 
     def __str__(self) -> str:

@@ -3,7 +3,7 @@
 Called by `dataset.py`, which knows where row groups are. Nothing here reads a file; nothing is tokenised.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,19 +37,22 @@ _REF_TOP = [f"{side}_{name}" for side in SIDES for name in ("ref_top_ids", "ref_
 _SCORES = [f"{side}_score" for side in SIDES]
 _ANCHORS = ["anchor_ids", "anchor_ref_logps"]
 
-REBUILD = "rebuild the dataset with `tokenweights build`"
+_REBUILD = "rebuild the dataset with `tokenweights build`"
 _OTHER_MODEL = "train the model that the dataset was tokenised for"
-_ADD_REF_TOP = "build the dataset again with score.top_k above 0, or choose a loss that needs no reference top-k"
-_ADD_SCORES = "build the dataset again from pairs that carry both annotator scores, or choose a loss that needs none"
-_ADD_ANCHORS = (
-    "build the dataset again with an [anchors] section in the recipe (`tokenweights build RECIPE --set anchors.seed=0`), or "
-    "train with loss.anchor='online' or loss.triplet_gamma=0"
+_REMEDIES = (
+    dict.fromkeys(
+        _REF_TOP, "build the dataset again with score.top_k above 0, or choose a loss that needs no reference top-k"
+    )
+    | dict.fromkeys(
+        _SCORES, "build the dataset again from pairs that carry both annotator scores, or choose a loss that needs none"
+    )
+    | dict.fromkeys(
+        _ANCHORS,
+        "build the dataset again with an [anchors] section in the recipe (`tokenweights build RECIPE --set anchors.seed=0`), "
+        "or train with loss.anchor='online' or loss.triplet_gamma=0",
+    )
 )
-_REMEDIES = {
-    **dict.fromkeys(_REF_TOP, _ADD_REF_TOP),
-    **dict.fromkeys(_SCORES, _ADD_SCORES),
-    **dict.fromkeys(_ANCHORS, _ADD_ANCHORS),
-}
+"""What to do if a column has no value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,11 @@ class StoredResponse:
     ref_top_ids: NDArray[np.int32] | None = None
     ref_top_logps: NDArray[np.float32] | None = None
 
+    @classmethod
+    def anchor(cls, ids: NDArray[np.int32], ref_logps: NDArray[np.float32]) -> "StoredResponse":
+        """Return a response that was sampled for a prompt; its token weights are 1, and no loss reads them."""
+        return cls(ids, np.ones(len(ids), np.float32), ref_logps)
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -73,7 +81,7 @@ class Pair:
 
     `pair_weight` (unitless, >= 0) is the pair's share in the loss. The annotators' scores are None unless the dataset was
     opened `with_scores`. The anchor is a response that was sampled for the prompt, None unless the dataset was opened
-    `with_anchors`; its token weights are 1, and no loss reads them. A filler takes the place of a pair if a rank has none left;
+    `with_anchors`. A filler takes the place of a pair if a rank has none left;
     it counts 0 times in the loss.
     """
 
@@ -102,16 +110,16 @@ class Pair:
             rejected_score=self.chosen_score,
         )
 
+    def with_weights(self, chosen: NDArray[np.float32], rejected: NDArray[np.float32]) -> "Pair":
+        """Return the pair with these token weights, `[T]` each."""
+        sides = (replace(self.chosen, token_weights=chosen), replace(self.rejected, token_weights=rejected))
+        return replace(self, chosen=sides[0], rejected=sides[1])
+
 
 def column_names(*, with_ref_top: bool = False, with_scores: bool = False, with_anchors: bool = False) -> list[str]:
     """Return the columns of `schemas.WEIGHTS` that pairs are made from."""
     wanted = ((_REF_TOP, with_ref_top), (_SCORES, with_scores), (_ANCHORS, with_anchors))
     return [*_ALWAYS, *(name for names, asked in wanted if asked for name in names)]
-
-
-def remedy(column: str) -> str:
-    """Return what to do about a dataset that has no values in `column`."""
-    return _REMEDIES.get(column, REBUILD)
 
 
 class _Ragged:
@@ -144,40 +152,19 @@ class PairColumns:
         self._where = where
         self._pair_ids = rows["pair_id"].combine_chunks()
         self._check(rows, vocab_size)
-        is_list = {field.name: pa.types.is_list(field.type) for field in rows.schema}
-        self._ragged = {name: _Ragged(rows[name]) for name, ragged in is_list.items() if ragged}
-        self._numbers = {name: rows[name].to_numpy() for name in ("pair_weight", *_SCORES) if name in is_list}
+        self._columns = {
+            name: _Ragged(rows[name]) if pa.types.is_list(rows[name].type) else rows[name].to_numpy()
+            for name in rows.column_names
+        }
 
     def pair(self, row: int) -> Pair:
         """Return one row."""
-        chosen_score, rejected_score = (
-            float(self._numbers[name][row]) if name in self._numbers else None for name in _SCORES
-        )
-        return Pair(
-            str(self._pair_ids[row]),
-            self._ragged["prompt_ids"][row],
-            self._response("chosen", row),
-            self._response("rejected", row),
-            float(self._numbers["pair_weight"][row]),
-            chosen_score,
-            rejected_score,
-            self._anchor(row),
-        )
-
-    def _anchor(self, row: int) -> StoredResponse | None:
-        if "anchor_ids" not in self._ragged:
-            return None
-        ids = self._ragged["anchor_ids"][row]
-        return StoredResponse(ids, np.ones(len(ids), np.float32), self._ragged["anchor_ref_logps"][row])
-
-    def _response(self, side: Side, row: int) -> StoredResponse:
-        ragged = self._ragged
-        ids = ragged[f"{side}_ids"][row]
-        required = (ids, ragged[f"{side}_token_weights"][row], ragged[f"{side}_ref_logps"][row])
-        if f"{side}_ref_top_ids" not in ragged:
-            return StoredResponse(*required)
-        top = (ragged[f"{side}_{name}"][row].reshape(len(ids), -1) for name in ("ref_top_ids", "ref_top_logps"))
-        return StoredResponse(*required, *top)
+        values = {name: column[row] for name, column in self._columns.items()}
+        chosen, rejected = (_response(values, side) for side in SIDES)
+        chosen_score, rejected_score = (float(values[name]) if name in values else None for name in _SCORES)
+        anchor = StoredResponse.anchor(*(values[name] for name in _ANCHORS)) if _ANCHORS[0] in values else None
+        pair_id, weight, prompt_ids = str(values["pair_id"]), float(values["pair_weight"]), values["prompt_ids"]
+        return Pair(pair_id, prompt_ids, chosen, rejected, weight, chosen_score, rejected_score, anchor)
 
     def _check(self, rows: pa.Table, vocab_size: int) -> None:
         """Check the laws of `weights_store.checks.rows` that a loss relies on.
@@ -185,7 +172,7 @@ class PairColumns:
         Not those that only `verify` needs: this runs for every row group of every epoch. Log-probs may exceed 0 by rounding.
         """
         for name in rows.column_names:
-            self._refuse(null(rows, name), remedy(name))
+            self._refuse(null(rows, name), _REMEDIES.get(name, _REBUILD))
         self._check_ids(rows, "prompt_ids", vocab_size)
         for side in SIDES:
             self._check_ids(rows, f"{side}_ids", vocab_size)
@@ -213,7 +200,7 @@ class PairColumns:
         """Check that each response token has as many top ids and top log-probs as the first one."""
         num_top = len(rows[_REF_TOP[0]][0]) // len(rows["chosen_ids"][0])
         if num_top == 0:
-            self._refuse([Violation(_REF_TOP[0], 0, f"has no {_REF_TOP[0]}", 1)], _ADD_REF_TOP)
+            self._refuse([Violation(_REF_TOP[0], 0, f"has no {_REF_TOP[0]}", 1)], _REMEDIES[_REF_TOP[0]])
         for side in SIDES:
             ids, logps = f"{side}_ref_top_ids", f"{side}_ref_top_logps"
             self._refuse(bad_values(rows, ids, id_law(vocab_size)), _OTHER_MODEL)
@@ -221,6 +208,13 @@ class PairColumns:
                 self._refuse(wrong_lengths(rows, name, f"{side}_ids", per_token=num_top))
             self._refuse(bad_values(rows, logps, ROUNDED_LOGP))
 
-    def _refuse(self, violations: Iterable[Violation], what_to_do: str = REBUILD) -> None:
+    def _refuse(self, violations: Iterable[Violation], what_to_do: str = _REBUILD) -> None:
         for found in violations:
             raise MismatchError(f"pair {self._pair_ids[found.row]}: {found.problem} ({self._where}); {what_to_do}")
+
+
+def _response(values: Mapping[str, np.ndarray], side: Side) -> StoredResponse:
+    ids = values[f"{side}_ids"]
+    required = (ids, values[f"{side}_token_weights"], values[f"{side}_ref_logps"])
+    top = (values[name].reshape(len(ids), -1) for name in _REF_TOP if name.startswith(side) and name in values)
+    return StoredResponse(*required, *top)

@@ -4,7 +4,6 @@ Markdown with the front matter that a model hub reads, so that the folder can be
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import polars as pl
@@ -14,18 +13,12 @@ from train.job.output import Lineage, Result
 from train.loss.config import LOSSES
 from weights_store import WeightStore, split_name
 from weights_store.errors import StoreError
-from weights_store.tables.metadata import Section
 
 _SECTIONS = ("loss", "optim", "model", "lora", "data", "eval")
 
 
 def model_card(lineage: Lineage, source: WeightSource) -> str:
-    """Return the card as Markdown.
-
-    Args:
-        lineage: What `lineage.json` holds.
-        source: The dataset that was trained on.
-    """
+    """Return the card, as Markdown, of a model that was trained on `source`."""
     config, result = lineage["config"], lineage["result"]
     base, loss = str(lineage["model"]["path"]), str(config["loss"]["name"])
     front: dict[str, str | list[str]] = {
@@ -35,13 +28,19 @@ def model_card(lineage: Lineage, source: WeightSource) -> str:
     }
     if not Path(base).expanduser().is_dir():
         front["base_model"] = base  # an id on the hub, as the hub wants it
+    settings = [
+        [f"`{section}.{key}`", f"`{json.dumps(_shorten(value), ensure_ascii=False)}`"]
+        for section in _SECTIONS
+        for key, value in config.get(section, {}).items()
+        if value != ""
+    ]
     parts = [
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items()) + "---",
         f"# {LOSSES[loss].title} on {source.name}",
         f"`{_shorten(base)}` trained with tokenweights for {result['steps']:,} steps. The token weights and the reference's "
         "log-probs come from a precomputed, versioned dataset; everything that it was made from is listed below.",
         "## Result\n\n" + _results(result),
-        "## Settings\n\n" + _settings(config),
+        "## Settings\n\n" + _table(["key", "value"], settings),
         "## Lineage\n\n" + _lineage(lineage, source),
         "## Packages\n\n" + ", ".join(f"{name} {version}" for name, version in lineage["packages"].items()),
     ]
@@ -58,16 +57,6 @@ def _results(result: Result) -> str:
     ]
     sample = f"`before` and `after` are means over the same {result['num_sample_pairs']} pairs of the training data."
     return _table(["", *columns], rows) + f"\n\n{sample}"
-
-
-def _settings(config: Mapping[str, Section]) -> str:
-    rows = [
-        [f"`{section}.{key}`", f"`{json.dumps(_shorten(value), ensure_ascii=False)}`"]
-        for section in _SECTIONS
-        for key, value in config.get(section, {}).items()
-        if value != ""
-    ]
-    return _table(["key", "value"], rows)
 
 
 def _lineage(lineage: Lineage, source: WeightSource) -> str:

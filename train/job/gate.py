@@ -12,16 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.config import GateSection, ModelConfig
+from train.config import GateSection, TrainConfig
 from weights_store.errors import MismatchError
+from weights_store.messages import logger
 from weights_store.tables.metadata import CommitMetadata, ReferenceRecord
+
+_log = logger(__name__)
 
 _PARITY_FACTOR = 3.0
 """How far the trainer may be off, as a multiple of how far the stored scorer itself is from transformers in float32."""
 _LEAST_TOLERANCE_NATS = 1e-3
-_UNCHECKED_NATS = {"float32": 1e-3, "float16": 1e-2}
+_UNCHECKED_NATS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 4e-2}
 """Tolerance by the scorer's dtype, for a dataset without a recorded parity check."""
-_UNCHECKED_BFLOAT16_NATS = 4e-2
 _MAX_FACTOR = 50
 """A single token may be off by this many times the tolerance of the mean."""
 
@@ -53,8 +55,8 @@ def tolerance_of(gate: GateSection, metadata: CommitMetadata) -> float:
     parity = metadata.get("parity")
     if parity is not None:
         return max(_PARITY_FACTOR * float(parity["mean"]), _LEAST_TOLERANCE_NATS)
-    dtype = (metadata.get("reference") or {}).get("dtype", "")
-    return _UNCHECKED_NATS.get(dtype, _UNCHECKED_BFLOAT16_NATS)
+    dtype = (metadata.get("reference") or {}).get("dtype", "bfloat16")
+    return _UNCHECKED_NATS.get(dtype, _UNCHECKED_NATS["bfloat16"])
 
 
 def compare(measured: Measured) -> Agreement:
@@ -64,40 +66,37 @@ def compare(measured: Measured) -> Agreement:
 
 
 def check_step_0(
-    measure: Callable[[str], Measured],
-    model: ModelConfig,
-    *,
-    tolerance_nats: float,
-    metadata: CommitMetadata,
-    model_fingerprint: str,
-) -> Agreement:
+    measure: Callable[[str], Measured], config: TrainConfig, metadata: CommitMetadata, model_fingerprint: str
+) -> None:
     """Refuse a model that is not the reference the dataset was scored with.
 
-    Args:
-        measure: Runs the model over the sample in a dtype.
-        model: Where it is from, its dtype, and whether its weights are quantised.
-        tolerance_nats: See `tolerance_of`.
-        metadata: The dataset's.
-        model_fingerprint: Of its files.
+    `measure` runs the model over the sample in a dtype; `metadata` is the dataset's.
 
     Raises:
         MismatchError: Its log-probs differ; the message says whether the dtype, the model or the stored numbers are to blame.
     """
+    model, tolerance_nats = config.model, tolerance_of(config.gate, metadata)
     found = compare(measure(model.dtype))
     if found.within(tolerance_nats):
-        return found
-    agrees_in_float32 = (
-        model.quantization == "none" and model.dtype != "float32" and compare(measure("float32")).within(tolerance_nats)
-    )
+        _log.info(
+            f"step-0 gate: {found.mean:.2g} nats per token from the stored reference (at most {tolerance_nats:.2g}), over "
+            f"{found.num_tokens:,} tokens"
+        )
+        return
+    reference = metadata.get("reference") or {}
     if model.quantization != "none":
         cause = (
             "model.quantization rounds the weights, so that training starts from another function than the reference that was "
             "scored. Build the dataset for the quantised model, or accept the difference with gate.tolerance_nats"
         )
-    elif agrees_in_float32:
-        cause = _blame_dtype(model.dtype, metadata)
+    elif model.dtype != "float32" and compare(measure("float32")).within(tolerance_nats):
+        scored = reference.get("dtype") or (metadata.get("parity") or {}).get("dtype") or "another dtype"
+        cause = (
+            f"in float32 they agree, so the dtype is the cause: the reference was scored in {scored}, this run computes in "
+            f"{model.dtype}. Set model.dtype='float32', or build with `--set score.dtype={model.dtype}`"
+        )
     else:
-        cause = _blame_model(model.path, model_fingerprint, metadata.get("reference") or {})
+        cause = _blame_model(model.path, model_fingerprint, reference)
     raise MismatchError(f"{_describe(found, tolerance_nats)}; {cause}")
 
 
@@ -108,15 +107,6 @@ def _describe(found: Agreement, tolerance_nats: float) -> str:
         f"step-0 gate: the model's log-probs differ from the stored ones of the reference by {found.mean:.2g} nats per token "
         f"in the mean (expected at most {tolerance_nats:.2g}) and by {found.max:.2g} at one token (expected at most "
         f"{_MAX_FACTOR * tolerance_nats:.2g}), over {found.num_tokens:,} tokens"
-    )
-
-
-def _blame_dtype(dtype: str, metadata: CommitMetadata) -> str:
-    reference, parity = metadata.get("reference") or {}, metadata.get("parity") or {}
-    scored = reference.get("dtype") or parity.get("dtype") or "another dtype"
-    return (
-        f"in float32 they agree, so the dtype is the cause: the reference was scored in {scored}, this run computes in "
-        f"{dtype}. Set model.dtype='float32', or build with `--set score.dtype={dtype}`"
     )
 
 

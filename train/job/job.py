@@ -6,17 +6,16 @@ Reads as a table of contents; every part is in a file of its own.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from train.config import TrainConfig
 from train.data.dataset import Pair
 from train.job.card import model_card
 from train.job.dry_run import dry_run_lines
-from train.job.gate import check_step_0, tolerance_of
+from train.job.gate import check_step_0
 from train.job.output import Lineage, OutputFolder, Result, explain_full_disk
 from train.job.prepare import JobInputs, JobPairs, open_inputs, open_pairs
 from train.job.progress import ProgressLines, StopAfterStep, check_tracker, metrics_line
@@ -26,6 +25,7 @@ from train.job.trainer import PairTrainer, build_batches
 from train.model.policy import load_policy, load_reference, save_policy
 from weights_store.fingerprint import fingerprint
 from weights_store.messages import logger
+from weights_store.packages import package_versions
 
 _log = logger(__name__)
 
@@ -36,12 +36,7 @@ _PACKAGES = ("tokenweights", "torch", "transformers", "accelerate", "numpy")
 class TrainResult:
     """The outcome of a training job.
 
-    Args:
-        folder: Of the model.
-        steps: Optimizer steps of the whole training.
-        before: Metrics of a fixed sample of pairs before training; `loss` is nats per pair, for SFT nats per token.
-        after: The same after training.
-        was_trained_before: Nothing was done: the folder held this job, finished.
+    `before` and `after` are the metrics of a fixed sample of pairs; `loss` is in nats per pair, for SFT in nats per token.
     """
 
     folder: Path
@@ -49,6 +44,7 @@ class TrainResult:
     before: dict[str, float]
     after: dict[str, float]
     was_trained_before: bool = False
+    """Nothing was done: the folder held this job, finished."""
 
 
 def run_job(
@@ -73,12 +69,13 @@ def run_job(
         MissingExtraError: The config asks for a package that is not installed.
         KeyboardInterrupt: A stop was requested; a later run continues from the checkpoint.
     """
+    stop = stop or StopRequest()
     inputs = open_inputs(config)
     output = OutputFolder(Path(config.output.folder))
     finished = output.check(inputs.identity, overwrite=overwrite)
     if finished is not None:
         _log.info(f"already trained: {output.path} (--overwrite trains again)")
-        return _result(output.path, finished, was_trained_before=True)
+        return _result(output.path, finished["result"], was_trained_before=True)
     pairs = open_pairs(inputs)
     processes = join_ranks()
     check_tracker(config.output.report_to)
@@ -99,16 +96,13 @@ def run_job(
         lineage = _build_lineage(inputs, _train(trainer, pairs.sample, output.last_checkpoint(), stop))
         _save(trainer, inputs, output, lineage)
     _log.info(f"wrote {output.path}")
-    return _result(output.path, lineage)
+    return _result(output.path, lineage["result"])
 
 
-def _build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: StopRequest | None) -> PairTrainer:
+def _build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: StopRequest) -> PairTrainer:
     config, folder = inputs.config, inputs.model_folder
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    callbacks: list[TrainerCallback] = [ProgressLines(config.optim.pairs_per_step)]
-    if stop is not None:
-        callbacks.append(StopAfterStep(stop))
     set_seed(config.optim.seed)  # new adapters begin at random
     policy = load_policy(folder, config.model, config.lora)
     if policy.not_packed is not None:
@@ -123,7 +117,7 @@ def _build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: 
         checkpoints=checkpoints,
         held_out=pairs.held_out,
         reference=reference,
-        callbacks=callbacks,
+        callbacks=[ProgressLines(config.optim.pairs_per_step), StopAfterStep(stop)],
     )
     trainer.remove_callback(PrinterCallback)
     _log.info(
@@ -135,32 +129,22 @@ def _build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: 
 
 def _pass_gate(trainer: PairTrainer, inputs: JobInputs, sample: Sequence[Pair]) -> None:
     """Compare the model with the stored reference, for losses whose log-ratios start at 0."""
-    config = inputs.config
-    if not config.gate.pairs or not config.loss.needs.ref_logps:
-        return
-    few = sample[: config.gate.pairs]
-    tolerance_nats = tolerance_of(config.gate, inputs.source.metadata)
-    found = check_step_0(
-        lambda dtype: trainer.response_logps(few, dtype),
-        config.model,
-        tolerance_nats=tolerance_nats,
-        metadata=inputs.source.metadata,
-        model_fingerprint=str(inputs.identity["model"]["fingerprint"]),
-    )
-    _log.info(
-        f"step-0 gate: {found.mean:.2g} nats per token from the stored reference (at most {tolerance_nats:.2g}), over "
-        f"{found.num_tokens:,} tokens"
-    )
+    config, few = inputs.config, sample[: inputs.config.gate.pairs]
+    if few and config.loss.needs.ref_logps:
+        model_fingerprint = inputs.identity["model"]["fingerprint"]
+        check_step_0(
+            lambda dtype: trainer.response_logps(few, dtype), config, inputs.source.metadata, model_fingerprint
+        )
 
 
-def _train(trainer: PairTrainer, sample: Sequence[Pair], checkpoint: Path | None, stop: StopRequest | None) -> Result:
+def _train(trainer: PairTrainer, sample: Sequence[Pair], checkpoint: Path | None, stop: StopRequest) -> Result:
     """Measure, train, measure."""
     before = trainer.measure(sample)
     _log.info(f"before: {metrics_line(before)}")
     if checkpoint is not None:
         _log.info(f"resuming from {checkpoint.name}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if stop is not None and stop.requested and trainer.state.global_step < trainer.batches.num_steps:
+    if stop.requested and trainer.state.global_step < trainer.batches.num_steps:
         raise KeyboardInterrupt
     after = trainer.measure(sample)
     _log.info(f"after:  {metrics_line(after)}")
@@ -178,9 +162,9 @@ def _save(trainer: PairTrainer, inputs: JobInputs, output: OutputFolder, lineage
     """Write the model, its card, its metrics and its lineage; all ranks take part if the model is sharded."""
     config, accelerator = inputs.config, trainer.accelerator
     model = accelerator.unwrap_model(trainer.model)
-    whole = gather_parameters(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+    whole = gather_parameters(trainer.model_wrapped) if trainer.is_fsdp_enabled else {}
     if accelerator.is_main_process:
-        if whole is not None:
+        if whole:
             model = load_policy(inputs.model_folder, config.model, config.lora).model
             model.load_state_dict(whole)
         staging = output.start_staging()
@@ -188,7 +172,7 @@ def _save(trainer: PairTrainer, inputs: JobInputs, output: OutputFolder, lineage
         save_policy(model, config.lora, inputs.model_folder, staging, config.model.path if is_hub_id else None)
         (staging / "README.md").write_text(model_card(lineage, inputs.source), encoding="utf-8")
         metrics = {**lineage["result"], "history": trainer.state.log_history}
-        output.publish(lineage, metrics, keep_checkpoints=config.output.keep_checkpoints)
+        output.publish(staging, lineage, metrics, keep_checkpoints=config.output.keep_checkpoints)
     accelerator.wait_for_everyone()
 
 
@@ -203,20 +187,9 @@ def _build_lineage(inputs: JobInputs, result: Result) -> Lineage:
         "model": {"path": config.model.path, "revision": config.model.revision, **identity["model"]},
         "config": config.model_dump(exclude_none=True),
         "result": result,
-        "packages": _package_versions(),
+        "packages": package_versions(_PACKAGES),
     }
 
 
-def _package_versions() -> dict[str, str]:
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # run from a checkout
-            continue
-    return versions
-
-
-def _result(folder: Path, lineage: Lineage, *, was_trained_before: bool = False) -> TrainResult:
-    result = lineage["result"]
+def _result(folder: Path, result: Result, *, was_trained_before: bool = False) -> TrainResult:
     return TrainResult(folder, result["steps"], result["before"], result["after"], was_trained_before)

@@ -61,7 +61,6 @@ class Lineage(TypedDict):
 
 
 RECORD, LINEAGE, METRICS = "train.json", "lineage.json", "metrics.json"
-_LAST = ("config.json", METRICS, LINEAGE)  # moved in this order, after everything else
 _CHECKPOINT_FILES = ("optimizer*", "scheduler.pt", "trainer_state.json")  # FSDP has another name for its optimizer file
 
 _HARDLY_ANY_BYTES = 32 << 20
@@ -79,11 +78,6 @@ class OutputFolder:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    @property
-    def staging(self) -> Path:
-        """Folder in which the model is written before it becomes visible."""
-        return self.path / ".staging"
-
     def check(self, identity: Identity, *, overwrite: bool) -> Lineage | None:
         """Return the recorded lineage if this job is finished here, None if there is work to do. Reads only.
 
@@ -98,7 +92,9 @@ class OutputFolder:
                 f"output.folder={str(self.path)!r} is not empty and has no {RECORD}, so it was not made by training; "
                 "choose another folder"
             )
-        if overwrite or not self._holds_work():
+        files = {path.name for path in self.path.glob("[!.]*")} - {RECORD, self.checkpoints.name}
+        holds_work = files or any(self.checkpoints.glob("checkpoint-*"))  # else the job was refused at its start
+        if overwrite or not holds_work:
             return None
         changes = explain_difference(_read_json(self.path / RECORD)["identity"], identity)
         if changes:
@@ -108,11 +104,6 @@ class OutputFolder:
             )
         return _read_json(self.path / LINEAGE) if (self.path / LINEAGE).is_file() else None
 
-    def _holds_work(self) -> bool:
-        """Return whether there is a checkpoint or a model; a job that was refused at its start left only its record."""
-        others = {path.name for path in self.path.glob("[!.]*")} - {RECORD, self.checkpoints.name}
-        return bool(others) or any(self.checkpoints.glob("checkpoint-*"))
-
     def claim(self, identity: Identity, config: Mapping[str, Section], *, overwrite: bool, resume: bool) -> None:
         """Write the record, after `check`. `overwrite` deletes everything else; without `resume`, the checkpoints are deleted.
 
@@ -121,7 +112,13 @@ class OutputFolder:
         """
         try:
             if overwrite and self.path.exists():
-                _empty(self.path)
+                for name in (LINEAGE, "config.json"):  # first: from here on the folder is not finished
+                    (self.path / name).unlink(missing_ok=True)
+                for path in self.path.iterdir():
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink()
             if not resume:
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.path.mkdir(parents=True, exist_ok=True)
@@ -131,27 +128,30 @@ class OutputFolder:
 
     def last_checkpoint(self) -> Path | None:
         """Return the newest complete checkpoint. An incomplete one, left by a killed run, is ignored."""
-        steps = {int(path.name.rpartition("-")[2]): path for path in self.checkpoints.glob("checkpoint-*")}
-        complete = [path for _, path in sorted(steps.items()) if _is_complete(path)]
-        return complete[-1] if complete else None
+        complete = filter(_is_complete, self.checkpoints.glob("checkpoint-*"))
+        return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
     def start_staging(self) -> Path:
-        """Return the staging folder, empty."""
-        shutil.rmtree(self.staging, ignore_errors=True)
-        self.staging.mkdir()
-        return self.staging
+        """Return an empty folder, in which the model is written before it becomes visible."""
+        staging = self.path / ".staging"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        return staging
 
-    def publish(self, lineage: Lineage, metrics: Mapping[str, object], *, keep_checkpoints: bool) -> None:
+    def publish(
+        self, staging: Path, lineage: Lineage, metrics: Mapping[str, object], *, keep_checkpoints: bool
+    ) -> None:
         """Move the model from the staging folder into place, and finish the folder."""
-        _write_json(self.staging / METRICS, metrics)
-        _write_json(self.staging / LINEAGE, lineage)
-        names = sorted(path.name for path in self.staging.iterdir() if path.name not in _LAST)
-        for name in [*names, *(name for name in _LAST if (self.staging / name).exists())]:
-            target = self.path / name
+        _write_json(staging / METRICS, metrics)
+        _write_json(staging / LINEAGE, lineage)
+        last = ["config.json", METRICS, LINEAGE]  # in this order, after everything else
+        names = sorted({path.name for path in staging.iterdir()}.difference(last))
+        for path in (staging / name for name in [*names, *last] if (staging / name).exists()):
+            target = self.path / path.name
             if target.is_dir():
                 shutil.rmtree(target)
-            (self.staging / name).replace(target)
-        self.staging.rmdir()
+            path.replace(target)
+        staging.rmdir()
         if not keep_checkpoints:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
 
@@ -187,16 +187,6 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
 
 
-def _empty(folder: Path) -> None:
-    (folder / LINEAGE).unlink(missing_ok=True)  # first: from here on the folder is not finished
-    (folder / "config.json").unlink(missing_ok=True)
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -205,7 +195,6 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    partial.replace(path)  # whole or not at all

@@ -17,11 +17,6 @@ from train.model.hub import check_model_folder, find_folder
 from train.model.policy import check_model_fits
 from weights_store.fingerprint import fingerprint_model
 
-SAMPLE_PAIRS = 256
-"""Pairs that are measured before and after."""
-_MODEL_KEYS = {"dtype", "quantization"}
-_DATA_KEYS = {"swap", "split", "max_pairs"}
-
 
 @dataclass(frozen=True)
 class JobInputs:
@@ -80,7 +75,7 @@ def open_pairs(inputs: JobInputs) -> JobPairs:
         )
 
     trained = view(Selection.for_training(config.data, config.eval))
-    sample = sample_pairs(trained, SAMPLE_PAIRS)
+    sample = sample_pairs(trained)
     if needs.token_weights:
         check_weights_vary(source, sample, config.loss.name)
     if needs.fresh_weights:
@@ -99,9 +94,12 @@ def build_identity(config: TrainConfig, source: WeightSource, model_folder: Path
     """
     return {
         "weights": {"name": source.name, "fingerprint": source.reference.fingerprint},
-        "model": {"fingerprint": fingerprint_model(model_folder), **config.model.model_dump(include=_MODEL_KEYS)},
+        "model": {
+            "fingerprint": fingerprint_model(model_folder),
+            **config.model.model_dump(include={"dtype", "quantization"}),
+        },
         "lora": None if config.lora is None else config.lora.model_dump(),
-        "data": config.data.model_dump(include=_DATA_KEYS),
+        "data": config.data.model_dump(include={"swap", "split", "max_pairs"}),
         "loss": config.loss.model_dump(exclude_none=True),
         "optim": config.optim.model_dump(exclude={"tokens_per_batch"}),
         "eval": config.eval.model_dump(exclude=set() if config.eval.best else {"every_steps", "max_pairs"}),

@@ -1,5 +1,5 @@
 """Callbacks of the Trainer: lines and progress, a log of the last step, and a stop at the end of a step."""
-# ruff: noqa: ARG002  (the Trainer chooses what callbacks take)
+# ruff: noqa: ARG002  (the Trainer chooses what callbacks take; they change `control` in place)
 
 import time
 
@@ -44,15 +44,13 @@ class ProgressLines(TrainerCallback):
         self._began_s = self._logged_at_s = 0.0
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Start the clock."""
         self._first_step = self._logged_step = state.global_step
         self._began_s = self._logged_at_s = time.monotonic()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Show the progress of this run; steps before a resume are not part of it."""
         if state.is_world_process_zero:
             done, total = (step - self._first_step for step in (state.global_step, state.max_steps))
@@ -60,15 +58,10 @@ class ProgressLines(TrainerCallback):
             show(Progress("train", done * self.pairs_per_step, total * self.pairs_per_step, wall_s, "pairs"))
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: object,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: object
     ) -> None:
         """Log the line."""
-        if not state.is_world_process_zero or not logs:
+        if not state.is_world_process_zero:
             return
         if "eval_loss" in logs:
             held_out = {name.removeprefix("eval_"): value for name, value in logs.items()}
@@ -85,13 +78,10 @@ class ProgressLines(TrainerCallback):
 class LogLastStep(TrainerCallback):
     """Log after the last step, so that no step is missing from the record."""
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Ask the Trainer to log."""
         if state.global_step >= state.max_steps:
             control.should_log = True
-        return control
 
 
 class StopAfterStep(TrainerCallback):
@@ -104,21 +94,16 @@ class StopAfterStep(TrainerCallback):
         self.stop = stop
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """From here on a signal waits for the end of the step."""
         self.stop.can_finish_step = args.world_size == 1
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Ask the Trainer to save and to stop."""
         if self.stop.requested:
             control.should_save = control.should_training_stop = True
-        return control
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """From here on a signal interrupts at once."""
         self.stop.can_finish_step = False

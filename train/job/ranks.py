@@ -16,9 +16,7 @@ def join_ranks() -> PartialState:
 def shard_on_cpus(accelerator: Accelerator, plugin_settings: dict[str, object]) -> None:
     """Make accelerate shard a model (FSDP2) on CPUs, where it would silently copy it to every process.
 
-    Args:
-        accelerator: Of the training, its model not prepared yet.
-        plugin_settings: Arguments of accelerate's FSDP plugin.
+    Call it before the model is prepared.
     """
     if accelerator.distributed_type != DistributedType.MULTI_CPU:
         return

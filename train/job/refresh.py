@@ -6,7 +6,7 @@ they were made. Weights are computed and anchors are sampled with the settings t
 window begins (`step_reader.py`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,9 +30,7 @@ from train.model.policy import Policy
 from train.model.sampling import AnchorSampling, closing_ids
 from train.model.token_budget import cut_by_tokens
 from weights_store.errors import InputError, MismatchError, SettingsError
-
-_NUM_END_SAMPLES = 256
-"""Pairs whose responses are searched for the token that ends a turn."""
+from weights_store.schemas import SIDES
 
 Floats = NDArray[np.float32]
 
@@ -41,11 +39,7 @@ Floats = NDArray[np.float32]
 class HybridSettings:
     """How token weights are computed from attributions, see `hybrid_weights`.
 
-    Args:
-        target: What is differentiated.
-        mix: Share of the attribution, 0 to 1.
-        sigma_divisor: Of the prior, > 0.
-        with_prompts: The mean weight is 1 over prompt and response instead of over the response.
+    `mix` is in 0..1, `sigma_divisor` > 0. `with_prompts`: the mean weight is 1 over prompt and response, not over the response.
     """
 
     target: AttributionTarget
@@ -95,8 +89,6 @@ class Refresher:
         sampling: How anchors are sampled; None keeps the stored ones, if any.
         end_ids: Ids that end a response, besides those of the model's generation config.
         num_steps: Optimizer steps between two refreshes.
-        tokens_per_batch: Tokens that are computed at a time.
-        dtype: Of the forward pass.
     """
 
     policy: Policy
@@ -125,18 +117,14 @@ class Refresher:
             reference,
             HybridSettings.of(pairs.source) if needs.fresh_weights else None,
             sampling_of(pairs.source) if needs.fresh_anchors else None,
-            find_end_ids(sample_pairs(pairs, _NUM_END_SAMPLES)) if needs.fresh_anchors else (),
+            find_end_ids(sample_pairs(pairs)) if needs.fresh_anchors else (),
             needs.refresh_steps,
             config.optim.tokens_per_batch,
             config.model.dtype,
         )
 
     def refresh(self, pairs: Sequence[Pair], seed: int) -> list[Pair]:
-        """Return the pairs with fresh weights or anchors in place of the stored ones.
-
-        Args:
-            pairs: At least one.
-            seed: Of the sampling, 0 to 2^64 - 1.
+        """Return the pairs, at least one, with fresh weights or anchors; `seed` of the sampling is 0 to 2^64 - 1.
 
         Raises:
             SettingsError: The policy's gradients are no longer finite.
@@ -146,7 +134,13 @@ class Refresher:
         if self.hybrid is not None:
             fresh = self._weighted(fresh, self.hybrid)
         if self.sampling is not None:
-            fresh = self._anchored(fresh, self.sampling, seed)
+            distinct = {pair.prompt_ids.tobytes(): pair.prompt_ids for pair in fresh}  # in order
+            prompts = list(distinct.values())
+            sampled = sample_responses(
+                self.policy, prompts, self.sampling, end_ids=self.end_ids, seed=seed, dtype=self.dtype
+            )
+            anchors = dict(zip(distinct, self._with_ref_logps(prompts, sampled), strict=True))
+            fresh = [replace(pair, anchor=anchors[pair.prompt_ids.tobytes()]) for pair in fresh]
         return fresh
 
     def _weighted(self, pairs: Sequence[Pair], hybrid: HybridSettings) -> list[Pair]:
@@ -154,8 +148,7 @@ class Refresher:
         collator = self._collator(with_rejected=not hybrid.with_prompts)
         rows = [*pairs, *(pair.swapped() for pair in pairs)] if hybrid.with_prompts else list(pairs)
         weights: dict[tuple[int, int], Floats] = {}  # by pair and side
-        for part in self._parts(rows, collator):
-            batch = self._collate(rows, part, collator)
+        for part, batch in self._batches(rows, collator):
             with self._arithmetic(batch):
                 found = attribute_tokens(self.policy.model, batch, hybrid.target, with_prompts=hybrid.with_prompts)
             sides = [divmod(row, len(pairs))[::-1] for row in part]
@@ -164,65 +157,49 @@ class Refresher:
             mask = batch["completion_mask"]
             lengths = mask.sum(1).cpu().numpy()
             attributions = found.attributions[mask].cpu().numpy()
-            prompts = found.prompt_attributions if hybrid.with_prompts else None
             pair_ids = [pairs[index].pair_id for index, _ in sides]
             _check_finite(attributions, lengths, pair_ids)
-            if prompts is not None:
-                _check_finite(prompts.cpu().numpy(), np.ones_like(lengths), pair_ids)
+            prompt_lengths = prompts = None
+            if found.prompt_attributions is not None:
+                prompt_lengths = mask.int().argmax(1).cpu().numpy()
+                prompts = found.prompt_attributions.cpu().numpy()
+                _check_finite(prompts, np.ones_like(lengths), pair_ids)
             hybrids = hybrid_weights(
                 attributions,
                 lengths,
                 mix=hybrid.mix,
                 sigma_divisor=hybrid.sigma_divisor,
-                prompt_lengths=None if prompts is None else mask.int().argmax(1).cpu().numpy(),
-                prompt_attributions=None if prompts is None else prompts.cpu().numpy(),
+                prompt_lengths=prompt_lengths,
+                prompt_attributions=prompts,
             )
             weights |= zip(sides, np.split(hybrids.token_weights, np.cumsum(lengths)[:-1]), strict=True)
-        return [
-            replace(
-                pair,
-                chosen=replace(pair.chosen, token_weights=weights[index, 0]),
-                rejected=replace(pair.rejected, token_weights=weights[index, 1]),
-            )
-            for index, pair in enumerate(pairs)
-        ]
-
-    def _anchored(self, pairs: Sequence[Pair], sampling: AnchorSampling, seed: int) -> list[Pair]:
-        prompts = {pair.prompt_ids.tobytes(): pair.prompt_ids for pair in pairs}  # distinct, in order
-        sampled = sample_responses(
-            self.policy, list(prompts.values()), sampling, end_ids=self.end_ids, seed=seed, dtype=self.dtype
-        )
-        anchors = dict(zip(prompts, self._with_ref_logps(list(prompts.values()), sampled), strict=True))
-        return [replace(pair, anchor=anchors[pair.prompt_ids.tobytes()]) for pair in pairs]
+        return [pair.with_weights(weights[index, 0], weights[index, 1]) for index, pair in enumerate(pairs)]
 
     @torch.no_grad()
     def _with_ref_logps(
         self, prompts: Sequence[NDArray[np.int32]], responses: Sequence[NDArray[np.int32]]
     ) -> list[StoredResponse]:
         """Return the responses as anchors with the reference's log-probs."""
-        unknown = [anchor_of(ids, np.zeros(len(ids), np.float32)) for ids in responses]
+        unknown = [StoredResponse.anchor(ids, np.zeros(len(ids), np.float32)) for ids in responses]
         rows = [Pair("anchor", prompt, response, response) for prompt, response in zip(prompts, unknown, strict=True)]
         collator = self._collator(with_rejected=False)
         model = self.policy.model if self.reference is None else self.reference
         ref_logps: dict[int, Floats] = {}
-        for part in self._parts(rows, collator):
-            batch = self._collate(rows, part, collator)
+        for part, batch in self._batches(rows, collator):
             with self._arithmetic(batch), nullcontext() if self.reference is not None else adapters_off(model):
                 logps = per_token_logps(model, **model_inputs(batch)).logps
             values, mask = logps.float().cpu(), batch["completion_mask"].cpu()
             ref_logps |= {row: values[place][mask[place]].numpy() for place, row in enumerate(part)}
-        return [anchor_of(ids, ref_logps[index]) for index, ids in enumerate(responses)]
+        return [StoredResponse.anchor(ids, ref_logps[index]) for index, ids in enumerate(responses)]
 
     def _collator(self, *, with_rejected: bool) -> PairCollator:
         packed = self.policy.not_packed is None
         return PairCollator(packed=packed, with_rejected=with_rejected, share_beginnings=False)
 
-    def _parts(self, rows: Sequence[Pair], collator: PairCollator) -> list[list[int]]:
-        return cut_by_tokens(range(len(rows)), [collator.num_tokens(row) for row in rows], self.tokens_per_batch)
-
-    def _collate(self, rows: Sequence[Pair], part: Sequence[int], collator: PairCollator) -> Batch:
+    def _batches(self, rows: Sequence[Pair], collator: PairCollator) -> Iterator[tuple[list[int], Batch]]:
         device = next(self.policy.model.parameters()).device
-        return collator([rows[index] for index in part], device)
+        for part in cut_by_tokens(range(len(rows)), [collator.num_tokens(row) for row in rows], self.tokens_per_batch):
+            yield part, collator([rows[index] for index in part], device)
 
     def _arithmetic(self, batch: Batch) -> torch.autocast:
         device = batch["input_ids"].device
@@ -233,11 +210,6 @@ def find_end_ids(pairs: Sequence[Pair]) -> tuple[int, ...]:
     """Return the id that ends most responses of these pairs, see `closing_ids`."""
     responses = [response.ids for pair in pairs for response in (pair.chosen, pair.rejected)]
     return closing_ids(np.array([len(ids) for ids in responses]), np.array([ids[-1] for ids in responses]))
-
-
-def anchor_of(ids: NDArray[np.int32], ref_logps: Floats) -> StoredResponse:
-    """Return an anchor; its token weights are 1."""
-    return StoredResponse(ids, np.ones(len(ids), np.float32), ref_logps)
 
 
 def _check_finite(attributions: Floats, lengths: NDArray[np.int64], pair_ids: Sequence[str]) -> None:
@@ -252,7 +224,7 @@ def _check_finite(attributions: Floats, lengths: NDArray[np.int64], pair_ids: Se
 
 # --- the rest of a window, kept in a checkpoint ------------------------------------------------------------------------
 
-_FRESH_FILES = "fresh-*.parquet"
+FRESH_FILES = "fresh-*.parquet"
 """One for each process."""
 _FLOATS = pa.list_(pa.float32())
 _FRESH = pa.schema(
@@ -265,12 +237,6 @@ _FRESH = pa.schema(
         pa.field("anchor_ref_logps", _FLOATS),
     ]
 )
-
-
-def remove_fresh(checkpoint: Path) -> None:
-    """Delete what a killed run, perhaps with more processes, left in this checkpoint."""
-    for path in checkpoint.glob(_FRESH_FILES):
-        path.unlink()
 
 
 def save_fresh(checkpoint: Path, rank: int, pairs: Mapping[int, Pair]) -> None:
@@ -287,7 +253,7 @@ def save_fresh(checkpoint: Path, rank: int, pairs: Mapping[int, Pair]) -> None:
         for position, pair in pairs.items()
     ]
     checkpoint.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, _FRESH), checkpoint / _FRESH_FILES.replace("*", str(rank)))
+    pq.write_table(pa.Table.from_pylist(rows, _FRESH), checkpoint / FRESH_FILES.replace("*", str(rank)))
 
 
 def load_fresh(folder: Path, pairs: Mapping[int, Pair]) -> dict[int, Pair]:
@@ -296,7 +262,7 @@ def load_fresh(folder: Path, pairs: Mapping[int, Pair]) -> dict[int, Pair]:
     Raises:
         InputError: It lacks one of the pairs.
     """
-    rows = [row for path in sorted(folder.glob(_FRESH_FILES)) for row in pq.read_table(path).to_pylist()]
+    rows = [row for path in sorted(folder.glob(FRESH_FILES)) for row in pq.read_table(path).to_pylist()]
     by_position, by_pair = ({row[key]: row for row in rows} for key in ("position", "pair_id"))
     fresh = {}
     for position, pair in pairs.items():
@@ -307,12 +273,9 @@ def load_fresh(folder: Path, pairs: Mapping[int, Pair]) -> dict[int, Pair]:
                 f"{folder} was written between two refreshes and lacks the weights or anchors of pair {pair.pair_id} (position "
                 f"{position}); set output.resume=false to train from the beginning"
             )
-        fresh[position] = replace(
-            pair,
-            chosen=replace(pair.chosen, token_weights=np.array(row["chosen_token_weights"], np.float32)),
-            rejected=replace(pair.rejected, token_weights=np.array(row["rejected_token_weights"], np.float32)),
-            anchor=pair.anchor
-            if row["anchor_ids"] is None
-            else anchor_of(np.array(row["anchor_ids"], np.int32), np.array(row["anchor_ref_logps"], np.float32)),
-        )
+        pair = pair.with_weights(*(np.array(row[f"{side}_token_weights"], np.float32) for side in SIDES))
+        if row["anchor_ids"] is not None:
+            ids, ref_logps = np.array(row["anchor_ids"], np.int32), np.array(row["anchor_ref_logps"], np.float32)
+            pair = replace(pair, anchor=StoredResponse.anchor(ids, ref_logps))
+        fresh[position] = pair
     return fresh

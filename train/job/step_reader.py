@@ -2,8 +2,9 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,6 @@ class StepReader:
     With a refresher, the pairs of `refresher.num_steps` steps (a window) are refreshed together, when the first of them begins.
 
     Args:
-        batches: The positions of this rank.
         refresher: None if everything comes from the dataset.
         seed: Of the training; what is sampled depends on it, the step and the rank.
     """
@@ -31,9 +31,7 @@ class StepReader:
         self.refresher = refresher
         self.seed = seed
         self.refreshed_s = 0.0
-        """Seconds spent on refreshing."""
-        self.resumed_from: Path | None = None
-        """The checkpoint that this training continues from."""
+        self.resumed_from: Path | None = None  # the checkpoint that this training continues from
         self._reader = ThreadPoolExecutor(1)
         self._ahead: Future[list[Pair] | None] | None = None
         self._window: deque[list[Pair]] = deque()
@@ -53,11 +51,8 @@ class StepReader:
 
     def save(self, checkpoint: Path, step: int) -> None:
         """Write the rest of the current window into a checkpoint, for a training that continues from it."""
-        pairs = [pair for pairs in self._window for pair in pairs]
-        if pairs:
-            save_fresh(
-                checkpoint, self.batches.rank, dict(zip(self._positions(step, len(self._window)), pairs, strict=True))
-            )
+        if self._window:
+            save_fresh(checkpoint, self.batches.rank, self._by_position(self._window, step))
 
     def _read(self, steps: Steps) -> list[Pair] | None:
         """Return the stored pairs of the next step; None after the last step."""
@@ -68,16 +63,15 @@ class StepReader:
 
     def _refresh(self, refresher: Refresher, window: Sequence[list[Pair]], step: int) -> Steps:
         """Yield the steps of a window, refreshed now; or, if resumed within it, as they were when it began."""
-        pairs = [pair for pairs in window for pair in pairs]
         if step % refresher.num_steps:
             assert self.resumed_from is not None
-            stored = dict(zip(self._positions(step, len(window)), pairs, strict=True))
-            fresh = iter(load_fresh(self.resumed_from, stored).values())
+            fresh = iter(load_fresh(self.resumed_from, self._by_position(window, step)).values())
         else:
             entropy = (self.seed, step, self.batches.rank)
             seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
-            fresh = iter(refresher.refresh(pairs, seed))
+            fresh = iter(refresher.refresh(list(chain(*window)), seed))
         return ([next(fresh) for _ in pairs] for pairs in window)
 
-    def _positions(self, step: int, num_steps: int) -> list[int]:
-        return [position for later in range(num_steps) for position in self.batches.positions_of_step(step + later)]
+    def _by_position(self, window: Iterable[list[Pair]], step: int) -> dict[int, Pair]:
+        steps = ((self.batches.positions_of_step(later), pairs) for later, pairs in enumerate(window, step))
+        return {position: pair for positions, pairs in steps for position, pair in zip(positions, pairs, strict=True)}

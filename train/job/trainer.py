@@ -4,6 +4,7 @@ A batch of the Trainer is a whole step; it is cut into micro-batches here, by a 
 every pair (for SFT, every response token) counts the same, however the step is cut and spread over ranks. Not here: reading the
 pairs of a step (`step_reader.py`), how a loss is computed (`objective.py`), where the model goes (`output.py`).
 """
+# ruff: noqa: ARG002  (the Trainer chooses what its hooks take)
 
 import math
 import time
@@ -23,10 +24,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from train.config import TrainConfig
 from train.data.dataset import OrderedPairs, Pair, PairDataset
 from train.data.sampler import BlockShuffle, StepBatches
-from train.job.learning_rate import learning_rate_share
 from train.job.progress import LogLastStep
 from train.job.ranks import join_ranks, shard_on_cpus
-from train.job.refresh import Refresher, remove_fresh
+from train.job.refresh import FRESH_FILES, Refresher
 from train.job.step_reader import StepReader
 from train.loss.metrics import MetricWindow
 from train.loss.objective import compute_pair_losses, count_units
@@ -51,12 +51,8 @@ class PairTrainer(Trainer):
 
     Args:
         policy: Its dropout is off already.
-        pairs: What is trained on.
-        config: The whole job.
-        checkpoints: Their folder.
         held_out: Pairs that are measured during training, and never trained on.
         reference: The frozen reference model, for an exact KL or fresh anchors without adapters.
-        callbacks: Progress, stopping.
 
     Raises:
         SettingsError: `optim.pairs_per_step` cannot be shared equally by the processes.
@@ -127,10 +123,7 @@ class PairTrainer(Trainer):
         )
 
     def get_batch_samples(
-        self,
-        epoch_iterator: Iterator[list[Pair]],
-        num_batches: int,  # noqa: ARG002  (the Trainer's signature; always 1)
-        device: torch.device,
+        self, epoch_iterator: Iterator[list[Pair]], num_batches: int, device: torch.device
     ) -> tuple[list[Step], None]:
         """Return the next step of this rank, as the one batch that the Trainer sees."""
         begin, refreshed_s = time.perf_counter(), self.reader.refreshed_s
@@ -147,12 +140,16 @@ class PairTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **options)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
-        """Return the schedule of `learning_rate.py`."""
+        """Return a linear warm-up, then `optim.schedule`. transformers' first step would have a learning rate of 0."""
         settings = self.config.optim
         num_warmup = math.ceil(settings.warmup_share * num_training_steps)
 
         def share(step: int) -> float:
-            return learning_rate_share(step, settings.schedule, num_warmup=num_warmup, num_steps=num_training_steps)
+            if step < num_warmup:
+                return (step + 1) / num_warmup
+            done = (step - num_warmup) / max(1, num_training_steps - num_warmup)
+            falling = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+            return max(0.0, falling.get(settings.schedule, 1.0))
 
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
         self._created_lr_scheduler = True  # as the Trainer does: a checkpoint then keeps it
@@ -163,20 +160,20 @@ class PairTrainer(Trainer):
         if self.reader.refresher is not None:
             step = self.state.global_step
             folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-            if self.args.should_save:
-                remove_fresh(folder)
+            if self.args.should_save:  # a killed run, perhaps with more processes, may have left some
+                for path in folder.glob(FRESH_FILES):
+                    path.unlink()
             self.accelerator.wait_for_everyone()
             self.reader.save(folder, step)
             self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
 
-    def training_step(self, model: nn.Module, inputs: Step, num_items_in_batch: object = None) -> Tensor:  # noqa: ARG002
+    def training_step(self, model: nn.Module, inputs: Step, num_items_in_batch: object = None) -> Tensor:
         """Run forward and backward of a whole step, and add to the metrics; return this rank's share of the mean loss."""
         model.train()
         total = torch.zeros((), device=self.args.device)
         for batch in inputs.batches:
-            is_last = batch is inputs.batches[-1]
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
+            with nullcontext() if batch is inputs.batches[-1] else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     total_loss = self._add_batch(model, self._prepare_inputs(batch), self.window)
                     # DDP averages gradients over ranks, while the units of a step are counted over all of them.
@@ -185,7 +182,7 @@ class PairTrainer(Trainer):
             total += loss.detach()
         return total
 
-    def floating_point_ops(self, inputs: Step) -> int:  # noqa: ARG002
+    def floating_point_ops(self, inputs: Step) -> int:
         """Return 0: the Trainer's estimate needs padded batches."""
         return 0
 
@@ -236,19 +233,15 @@ class PairTrainer(Trainer):
             self.loss = self.loss.model_copy(update={"triplet_gamma": 0.0})
         self.collator = self.measured
         window = MetricWindow()
-        for batch in self.cut_step(self._share(sample), self.args.device).batches:
+        num_processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        size = -(-len(sample) // num_processes)
+        share = list(sample[rank * size : (rank + 1) * size])
+        share += [replace(sample[-1], is_filler=True)] * (size - len(share))
+        for batch in self.cut_step(share, self.args.device).batches:
             with self.compute_loss_context_manager():
                 self._add_batch(model, self._prepare_inputs(batch), window)
         self.loss, self.collator = ordinary
-        return window.pop_means(self.accelerator.reduce if self.accelerator.num_processes > 1 else None)
-
-    def _share(self, sample: Sequence[Pair]) -> list[Pair]:
-        """Return this rank's part of `sample`; fillers make the parts equally long."""
-        num_processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = -(-len(sample) // num_processes)
-        filler = replace(sample[-1], is_filler=True)
-        mine = list(sample[rank * size : (rank + 1) * size])
-        return mine + [filler] * (size - len(mine))
+        return window.pop_means(self.accelerator.reduce if num_processes > 1 else None)
 
     @torch.no_grad()
     def response_logps(self, sample: Sequence[Pair], dtype: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -266,10 +259,7 @@ class PairTrainer(Trainer):
             yield terms.logps[batch["completion_mask"]], batch["ref_logps"][batch["completion_mask"]]
 
     def evaluate(
-        self,
-        eval_dataset: object = None,  # noqa: ARG002  (the Trainer's signature)
-        ignore_keys: object = None,  # noqa: ARG002
-        metric_key_prefix: str = "eval",
+        self, eval_dataset: object = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Measure the held-out pairs, log the metrics, and return them under names that begin with `eval_`."""
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure(self.held_out).items()}
@@ -319,6 +309,9 @@ def build_batches(config: TrainConfig, num_pairs: int, *, rank: int = 0, world_s
 def build_arguments(config: TrainConfig, batches: StepBatches, checkpoints: Path) -> TrainingArguments:
     """Return the Trainer's own settings; data, loss, order and learning rate are ours."""
     optim, output, evaluation = config.optim, config.output, config.eval
+    sharding: dict[str, object] = {}
+    if config.parallel.strategy == "fsdp2" and join_ranks().num_processes > 1:  # one process has nothing to shard
+        sharding = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
     return TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=batches.num_steps,
@@ -345,12 +338,5 @@ def build_arguments(config: TrainConfig, batches: StepBatches, checkpoints: Path
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         disable_tqdm=True,  # progress.py
-        **_sharding(config),
+        **sharding,
     )
-
-
-def _sharding(config: TrainConfig) -> dict[str, object]:
-    """Return the Trainer's settings of FSDP2; a single process has nothing to shard."""
-    if config.parallel.strategy != "fsdp2" or join_ranks().num_processes == 1:
-        return {}
-    return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}

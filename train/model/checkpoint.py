@@ -9,6 +9,17 @@ from weights_store.messages import first_line
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "*.tiktoken",
+)
+TEMPLATE_FILES = ("chat_template*", "additional_chat_templates")
+
 
 def load_model_config(folder: Path) -> "PretrainedConfig":
     """Return the config of the model in a folder.

@@ -15,25 +15,13 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from train.config import LoraSection, ModelConfig
 from train.data.dataset import WeightSource
-from train.model.checkpoint import load_checkpoint, load_model_config
+from train.model.checkpoint import TEMPLATE_FILES, TOKENIZER_FILES, load_checkpoint, load_model_config
 from train.model.logps import check_output_layer
 from train.model.packing import enable_packing
 from weights_store.errors import InputError, MismatchError, MissingExtraError
 from weights_store.fingerprint import fingerprint_chat_template, fingerprint_tokenizer
 
-_COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "additional_chat_templates",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "*.tiktoken",
-)
+_COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES, *TEMPLATE_FILES)
 
 
 def check_model_fits(folder: Path, source: WeightSource) -> int:
