@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -55,13 +55,9 @@ def run_child(
 ) -> None:
     """Run `python -P -m MODULE ARGUMENTS` to its end, log what it logs, and stop it when we are stopped.
 
-    Args:
-        module: One of ours, whose main function runs in `weights_store.process.run_main`.
-        arguments: Of its command line.
-        what: What it does, for error messages.
-        python: Its interpreter; None for this one.
-        heard: Gets its progress, before that is logged.
-        package: What it needs most; if the interpreter lacks any package, the error says how to install this one.
+    The module is one of ours that runs in `weights_store.process.run_main`; error messages name `what` it does. `heard` gets
+    its progress before that is logged. If its interpreter `python` (None: this one) lacks any package, the error says how to
+    install `package`, the one that it needs most.
 
     Raises:
         KilledError: It died by a signal.
@@ -111,9 +107,8 @@ def _start(
 @contextmanager
 def _environment(python: str | None) -> Iterator[dict[str, str]]:
     """Yield the environment of a child. Another interpreter finds our packages first, as links in a folder of their own."""
-    path = [
-        entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry
-    ]  # empty: the current directory
+    # An empty entry is the current directory.
+    path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     environment = {**os.environ, CHILD: "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(path)}
     if python is None:
         yield environment
@@ -141,12 +136,8 @@ def stop_children() -> None:
 
 def _stop(child: "subprocess.Popen[str]") -> None:
     """Wait for a child that Ctrl-C reached too to finish its step; then terminate it, then kill it."""
-    asks: tuple[tuple[Callable[[], None] | None, float], ...] = ((None, 10), (child.terminate, 20), (child.kill, 20))
-    for ask, patience_s in asks:
-        if ask is not None:
-            ask()
-        try:
+    for ask, patience_s in ((child.poll, 10), (child.terminate, 20), (child.kill, 20)):
+        ask()
+        with suppress(subprocess.TimeoutExpired):
             child.wait(patience_s)
             return
-        except subprocess.TimeoutExpired:
-            continue

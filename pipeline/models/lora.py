@@ -112,10 +112,7 @@ def merged_fingerprint(adapter: Path, base: Path) -> str:
 def merge_adapter(adapter: Path, base: Path, target: Path) -> None:
     """Write the merged model to `target`, which appears whole or not at all; an existing one stays.
 
-    Args:
-        adapter: Folder of a LoRA adapter. Its tokenizer files take precedence over those of the base.
-        base: Folder of the model that it changes.
-        target: Missing parents are created.
+    The tokenizer files of the adapter take precedence over those of the base. Missing parents of `target` are created.
 
     Raises:
         InputError: They do not fit together, cannot be loaded, or the merged model computes something else than they do.

@@ -55,15 +55,14 @@ def take_sample(start: Preparation, num_pairs: int) -> Sample:
 
 
 def _usable_pairs(start: Preparation) -> Iterator[PairRow]:
-    limits = start.dataset
-    for row in load_rows(start.dataset):
+    dataset = start.dataset
+    limits = (dataset.max_prompt_tokens, dataset.max_response_tokens, dataset.long_response == "cut")
+    for row in load_rows(dataset):
         if row.value is None:
             continue
         try:
-            pair = read_pair(row.value, start.dataset)
-            tokens = start.tokenizer.tokenize_pair(
-                pair, limits.max_prompt_tokens, limits.max_response_tokens, limits.long_response == "cut"
-            )
+            pair = read_pair(row.value, dataset)
+            tokens = start.tokenizer.tokenize_pair(pair, *limits)
         except Unusable:
             continue
         if len(tokens.prompt_ids) + max(len(tokens.chosen_ids), len(tokens.rejected_ids)) < start.context:

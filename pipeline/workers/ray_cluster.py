@@ -31,8 +31,7 @@ _PATIENCE_S = 10
 def connected(address: str | None) -> Iterator[bool]:
     """Connect to a cluster, or start a local Ray, for as long as this lasts; yields whether it is the local one.
 
-    Args:
-        address: Of a cluster; "local" for a local Ray; None for the cluster that Ray finds by itself, else a local Ray.
+    The address "local" is a local Ray; None is the cluster that Ray finds by itself, else a local Ray.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -113,9 +112,7 @@ def _find_cluster() -> str | None:
 def as_ours(error: Exception, has_scored: bool) -> TokenweightsError:
     """Return what an error of Ray's means to the stage that scores.
 
-    Args:
-        error: One of Ray's.
-        has_scored: Whether any chunk came back before; if not, actors that die probably lack memory.
+    If no chunk came back before (`has_scored`), actors that die probably lack memory.
     """
     from ray import exceptions
 
