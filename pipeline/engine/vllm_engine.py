@@ -42,6 +42,7 @@ class VllmEngine:
 
     Raises:
         InputError: vLLM cannot load the model.
+        MissingExtraError: vLLM is not installed.
         OutOfMemoryError: There is not enough memory for it.
     """
 
@@ -51,19 +52,15 @@ class VllmEngine:
         """Longest prompt + response that can be scored: the engine needs one free position."""
         self.vocab_size: int = self._engine.model_config.get_vocab_size()
         self.way: str | None = None
-        """How log-probs are asked for; None until the first sequences have been scored."""
         self._top_k: int | None = None  # that `way` was chosen for; None if it was set from outside
+        self._is_v2 = bool(self._engine.vllm_config.use_v2_model_runner)
+        self._fast_way = FIXED_IDS if self._is_v2 else RESPONSE_ROWS
         self._keys = count()
         self._rows_installed = False
 
-    @property
-    def ways(self) -> tuple[str, ...]:
-        """The ways that this engine has: the fast one of its model runner, and `flat`."""
-        return (FIXED_IDS if self._engine.vllm_config.use_v2_model_runner else RESPONSE_ROWS, FLAT)
-
     def why_not(self, way: str) -> str | None:
         """Return why this engine does not have one of the three ways; None if it has."""
-        if way in self.ways:
+        if way in (self._fast_way, FLAT):
             return None
         if way == RESPONSE_ROWS:
             return "vLLM runs its V2 model runner, this way is for V1"
@@ -138,7 +135,7 @@ class VllmEngine:
         Every step uses up random numbers. V1 takes those of a part of a prompt back by an offset that generators on the CPU do
         not have, and fails there. V2 draws by seed and position.
         """
-        if self._engine.vllm_config.use_v2_model_runner:
+        if self._is_v2:
             return self._sampled_ids(asked, progress)
         scheduler = self._engine.vllm_config.scheduler_config
         most = scheduler.max_num_batched_tokens
@@ -169,7 +166,7 @@ class VllmEngine:
 
     def _choose_way(self, sample: Sequence[ScoredSequence]) -> str | None:
         """Return the way that this engine takes from now on; None if the sample has nothing to compare."""
-        fast, top_k = self.ways[0], sample[0].top_k
+        fast, top_k = self._fast_way, sample[0].top_k
         fall_back = "scoring by vLLM's flat prompt log-probs"
         if top_k and fast == FIXED_IDS:
             _log.info(f"{fall_back}: {fast} cannot find the {top_k} most likely tokens (score.top_k)")
@@ -254,11 +251,7 @@ class VllmEngine:
             return error
 
     def _outputs(self) -> "Iterator[RequestOutput]":
-        """Yield what the engine finishes, until nothing is left.
-
-        Raises:
-            EngineError: A step failed.
-        """
+        """Yield what the engine finishes, until nothing is left; a step that fails raises an `EngineError`."""
         while self._engine.has_unfinished_requests():
             with _reporting_errors():
                 finished = self._engine.step()
@@ -303,13 +296,7 @@ def _params(**asked: object) -> "SamplingParams":
 
 
 def _load(model: Path, settings: EngineSettings) -> Any:
-    """Start vLLM in this process.
-
-    Raises:
-        InputError: vLLM cannot load the model.
-        MissingExtraError: vLLM is not installed.
-        OutOfMemoryError: There is not enough memory for the model.
-    """
+    """Start vLLM in this process. Raises what `VllmEngine` does."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process is the engine's own already
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(settings.kv_cache_gib))))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -357,12 +344,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def _reporting_errors() -> Iterator[None]:
-    """Turn any error of vLLM into ours.
-
-    Raises:
-        OutOfMemoryError: There was not enough memory.
-        EngineError: Something else failed.
-    """
+    """Turn any error of vLLM into an `OutOfMemoryError` or another `EngineError`."""
     try:
         yield
     except EngineError:

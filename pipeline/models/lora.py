@@ -238,11 +238,5 @@ def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
-def main() -> None:
-    """Merge ADAPTER and BASE into TARGET, the three arguments."""
-    adapter, base, target = map(Path, sys.argv[1:])
-    merge_adapter(adapter, base, target)
-
-
-if __name__ == "__main__":
-    sys.exit(run_main(main))
+if __name__ == "__main__":  # ADAPTER BASE TARGET
+    sys.exit(run_main(lambda: merge_adapter(*map(Path, sys.argv[1:]))))

@@ -204,11 +204,7 @@ def check_stored(
 
 
 def _agreement_of_stored(sample: Sample, stored: Column, expected: Column, dtype: str) -> ParityRecord:
-    """Return what a version records of the comparison.
-
-    Raises:
-        MismatchError: They differ by more than rounding in that dtype.
-    """
+    """Return what a version records of the comparison; a difference beyond rounding in that dtype is a `MismatchError`."""
     agreement = compare(sample, stored, expected)
     tolerance_nats = TOLERANCE_NATS.get(dtype, TOLERANCE_NATS["bfloat16"])
     try:

@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline.workers.commit import check_filled, commit_metadata, quarantine
+from pipeline.workers.commit import Tally, check_filled, commit_metadata, quarantine
 from pipeline.workers.missing import RANGE_BYTES, cut, missing_within, pairs_of
 from pipeline.workers.pair_row import QuarantineRow
 from pipeline.workers.ray_cluster import as_ours, connected
 from pipeline.workers.request import DOING, Request, Target, Worker
 from pipeline.workers.start import start_worker
-from pipeline.workers.tally import Tally
 from weights_store import WeightStore
 from weights_store.errors import SettingsError, TokenweightsError
 from weights_store.messages import collect_lines, logger
@@ -179,11 +178,7 @@ def _score(request: Request, chunks: list[Chunk], is_local: bool) -> Iterator[Sc
 
 
 def _resources(request: Request, num_actors: int, is_local: bool) -> dict[str, object]:
-    """Return what Ray sets aside for an actor, and the actor's environment.
-
-    Raises:
-        SettingsError: The local Ray has less; a cluster may grow.
-    """
+    """Return what Ray sets aside for an actor, and the actor's environment. A local Ray that has less is a `SettingsError`."""
     import ray
 
     there = ray.cluster_resources()
@@ -195,7 +190,7 @@ def _resources(request: Request, num_actors: int, is_local: bool) -> dict[str, o
         text = f"{num_actors} actors on Ray ask for {' and '.join(short)}"
         if is_local:
             raise SettingsError(f"{text} on this machine; lower score.num_actors or score.cpus_per_actor")
-        _log.info(f"{text} that the cluster has now; the others wait for a place")
+        _log.info(f"{text} that the cluster has now; the others wait for a place")  # it may grow
     num_threads = str(max(1, int(num_cpus)))
     environment = {
         "OMP_NUM_THREADS": num_threads,

@@ -55,7 +55,7 @@ class PairAttributor:
     """The request's model: pairs in, rows of an attributions table out.
 
     Raises:
-        InputError: The model cannot be loaded, or cannot be attributed.
+        InputError: The model cannot be loaded, or its family computes logits or embeddings in a way that we do not know.
         OutOfMemoryError: There is not enough memory for it.
     """
 
@@ -125,31 +125,24 @@ class PairAttributor:
         of_prompt: dict[Ids, list[PromptedResponse]] = {}
         for prompt, response in dict.fromkeys(sequences):
             of_prompt.setdefault(prompt, []).append((prompt, response))
-        together = [
+        groups = [
             alike[begin : begin + self._num_together]
             for alike in of_prompt.values()
             for begin in range(0, len(alike), self._num_together)
         ]
-        attributed = self._attribute_groups(together, progress)
-        # In a packed row 0 * NaN is NaN: one sequence may have spoilt others.
-        for alone in [[sequence] for sequence, result in attributed.items() if not result.is_finite]:
-            attributed |= self._attribute_batch([alone])
-        return attributed
-
-    def _attribute_groups(
-        self, groups: Sequence[list[PromptedResponse]], progress: Callable[[float], None]
-    ) -> dict[PromptedResponse, Attributed]:
-        """Attribute groups of one or two responses of one prompt; a micro-batch holds groups of one size."""
         # The prompt of a group counts once.
         sizes = [len(group[0][0]) + sum(len(response) for _, response in group) for group in groups]
         attributed: dict[PromptedResponse, Attributed] = {}
         done, total = 0, sum(sizes)
-        for num_together in range(1, self._num_together + 1):
+        for num_together in range(1, self._num_together + 1):  # a micro-batch holds groups of one size
             alike = [(group, size) for group, size in zip(groups, sizes, strict=True) if len(group) == num_together]
             for batch in cut_by_tokens(alike, [size for _, size in alike], self._engine.batch_tokens):
                 attributed |= self._attribute_batch([group for group, _ in batch])
                 done += sum(size for _, size in batch)
                 progress(done / total)
+        # In a packed row 0 * NaN is NaN: one sequence may have spoilt others.
+        for alone in [[sequence] for sequence, result in attributed.items() if not result.is_finite]:
+            attributed |= self._attribute_batch([alone])
         return attributed
 
     def _attribute_batch(self, groups: Sequence[list[PromptedResponse]]) -> dict[PromptedResponse, Attributed]:
@@ -185,11 +178,7 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
 
 
 def _switch_to_packing(model: PreTrainedModel) -> str | None:
-    """Switch to packed attention if the model can; else return why not. Tried in float32, where rounding cannot hide errors.
-
-    Raises:
-        InputError: The family computes its logits in a way that we do not know.
-    """
+    """Switch to packed attention if the model can; else return why not. Tried in float32, where rounding cannot hide errors."""
     stored = [(parameter, parameter.dtype) for parameter in model.parameters()]
     model.float()
     check_output_layer(model)
@@ -201,11 +190,7 @@ def _switch_to_packing(model: PreTrainedModel) -> str | None:
 
 @contextmanager
 def _reporting_memory() -> Iterator[None]:
-    """Turn PyTorch's errors about memory into ours.
-
-    Raises:
-        OutOfMemoryError: There was not enough memory.
-    """
+    """Turn PyTorch's errors about memory into an `OutOfMemoryError`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

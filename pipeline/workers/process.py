@@ -10,20 +10,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from pipeline.workers.commit import check_filled, commit_metadata, quarantine
+from pipeline.workers.commit import Tally, check_filled, commit_metadata, quarantine
 from pipeline.workers.missing import count_missing, cut, missing_pairs, pairs_of
 from pipeline.workers.request import Request, Target, Worker
 from pipeline.workers.start import start_worker
-from pipeline.workers.tally import Tally
 from weights_store import WeightStore
 from weights_store.process import run_main
 
 _Item = TypeVar("_Item")
-
-
-def main() -> None:
-    """Do what a request file asks for."""
-    run(Request.load(sys.argv[1]))
 
 
 def run(request: Request) -> None:
@@ -78,4 +72,4 @@ def ahead(items: Iterator[_Item]) -> Iterator[_Item]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(run_main(lambda: run(Request.load(sys.argv[1]))))
