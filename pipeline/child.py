@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def run_child(
             exit code says which subclass (`weights_store.errors.EXIT_CODES`).
     """
     tail: list[str] = []
-    with _environment(python) as environment, _start(module, arguments, what, python, environment) as child:
+    with _started([python or sys.executable, "-P", "-m", module, *arguments], what, python is not None) as child:
         assert child.stdout is not None
         _running.add(child)
         try:
@@ -87,36 +87,30 @@ def run_child(
         raise failure(f"{what}{where} failed with exit code {child.returncode}: {_cause(tail, package)}")
 
 
-def _start(
-    module: str, arguments: Sequence[str], what: str, python: str | None, environment: dict[str, str]
-) -> "subprocess.Popen[str]":
-    try:
-        return subprocess.Popen(
-            [python or sys.executable, "-P", "-m", module, *arguments],
-            stdin=subprocess.PIPE,  # closes when we die, which the child sees
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=environment,
-        )
-    except OSError as error:
-        raise StageError(f"{what}: cannot start the interpreter {python or sys.executable}: {error}") from error
-
-
 @contextmanager
-def _environment(python: str | None) -> Iterator[dict[str, str]]:
-    """Yield the environment of a child. Another interpreter finds our packages first, as links in a folder of their own."""
+def _started(command: Sequence[str], what: str, is_foreign: bool) -> "Iterator[subprocess.Popen[str]]":
+    """Yield a running child. A foreign interpreter finds our packages first, as links in a folder of their own."""
     # An empty entry is the current directory.
     path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    environment = {**os.environ, CHILD: "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(path)}
-    if python is None:
-        yield environment
-        return
-    with tempfile.TemporaryDirectory(prefix="tokenweights-") as folder:
-        for name in _OURS:
-            Path(folder, name).symlink_to(_ROOT / name)
-        yield environment | {"PYTHONPATH": os.pathsep.join([folder, *path])}
+    with ExitStack() as stack:
+        if is_foreign:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tokenweights-"))
+            path.insert(0, folder)
+            for name in _OURS:
+                Path(folder, name).symlink_to(_ROOT / name)
+        try:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,  # closes when we die, which the child sees
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env={**os.environ, CHILD: "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(path)},
+            )
+        except OSError as error:
+            raise StageError(f"{what}: cannot start the interpreter {command[0]}: {error}") from error
+        yield stack.enter_context(child)
 
 
 def _cause(tail: list[str], package: str) -> str:

@@ -115,8 +115,7 @@ class PairAttributor:
                     row[f"{side}_activations"] = result.activations
                 filled.append(row)
         unscorable = [pair.unscorable(problem) for pair in pairs if (problem := problems[pair.pair_id]) is not None]
-        columns = {name: [row[name] for row in filled] for name in ATTRIBUTIONS.names}
-        return pa.Table.from_pydict(columns, ATTRIBUTIONS), unscorable
+        return pa.Table.from_pylist(filled, ATTRIBUTIONS), unscorable
 
     def _attribute(
         self, sequences: Sequence[PromptedResponse], progress: Callable[[float], None]

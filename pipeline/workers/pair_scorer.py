@@ -76,8 +76,7 @@ def score_pairs(
             sides = zip(SIDES, (chosen, rejected), strict=True)
             refused = [f"{side}: {reply}" for side, reply in sides if isinstance(reply, ScoringError)]
             unscorable.append(pair.unscorable("; ".join(refused)))
-    columns = {name: [row[name] for row in scored] for name in LOGPS.names}
-    return pa.Table.from_pydict(columns, LOGPS), unscorable
+    return pa.Table.from_pylist(scored, LOGPS), unscorable
 
 
 def _columns(side: str, scores: Scores) -> dict[str, np.ndarray | None]:

@@ -89,7 +89,7 @@ class Request:
     @classmethod
     def load(cls, path: str | Path) -> "Request":
         """Read a request file."""
-        return TypeAdapter(cls).validate_python(json.loads(Path(path).read_text(encoding="utf-8")))
+        return TypeAdapter(cls).validate_json(Path(path).read_bytes())
 
 
 class Worker(Protocol):
