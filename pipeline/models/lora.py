@@ -112,7 +112,8 @@ def merged_fingerprint(adapter: Path, base: Path) -> str:
 def merge_adapter(adapter: Path, base: Path, target: Path) -> None:
     """Write the merged model to `target`, which appears whole or not at all; an existing one stays.
 
-    The tokenizer files of the adapter take precedence over those of the base. Missing parents of `target` are created.
+    Tokenizer and chat template are those of the adapter, or of the base if the adapter has none. Missing parents of `target`
+    are created.
 
     Raises:
         InputError: They do not fit together, cannot be loaded, or the merged model computes something else than they do.
@@ -123,7 +124,12 @@ def merge_adapter(adapter: Path, base: Path, target: Path) -> None:
     partial.mkdir(parents=True)
     try:
         _write_merged(adapter, base, partial)
-        _copy_tokenizer(adapter, base, partial)
+        has_tokenizer = any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        for path in _matching(adapter if has_tokenizer else base, _TOKENIZER_FILES):
+            shutil.copyfile(path, partial / path.name)
+        template = load_chat_template(adapter) or load_chat_template(base)
+        if template is not None and load_chat_template(partial) != template:
+            (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
         for path in partial.glob("*.safetensors"):
             path.chmod((partial / "config.json").stat().st_mode)  # safetensors writes for the owner alone
         record = {"adapter": str(adapter.resolve()), "base": str(base.resolve())}
@@ -222,16 +228,6 @@ def _check_same(expected: "torch.Tensor", merged: "PreTrainedModel", adapter: Pa
             f"the adapter {adapter} cannot be merged into {base}: the merged model's log-probs differ from base and adapter "
             f"by {difference:.2g} nats in the mean, expected at most {limit}"
         )
-
-
-def _copy_tokenizer(adapter: Path, base: Path, target: Path) -> None:
-    """Copy the tokenizer of the adapter, or of the base if the adapter has none; and the same for the chat template."""
-    source = adapter if any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) else base
-    for path in _matching(source, _TOKENIZER_FILES):
-        shutil.copyfile(path, target / path.name)
-    template = load_chat_template(adapter) or load_chat_template(base)
-    if template is not None and load_chat_template(target) != template:
-        (target / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:

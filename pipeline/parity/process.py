@@ -25,8 +25,6 @@ from weights_store.process import run_main
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from pipeline.engine.vllm_engine import VllmEngine
-
 _log = logger(__name__)
 
 TRANSFORMERS = "transformers"
@@ -73,21 +71,17 @@ def run(task: Task) -> dict[str, Column]:
     engine = VllmEngine(Path(task.model), task.engine)
     columns: dict[str, Column] = {}
     for way in task.ways:
-        failed = engine.why_not(way)
-        try:
-            columns[way] = Column(failed=failed) if failed else _score_by(engine, way, task.pairs)
-        except EngineError as error:  # as another vLLM version may raise; the next way may still work
-            columns[way] = Column(failed=str(error))
+        columns[way] = Column(failed=engine.why_not(way))
+        if columns[way].failed is None:
+            engine.way = way
+            try:
+                scored, unscorable = score_pairs(engine, task.pairs)
+            except EngineError as error:  # as another vLLM version may raise; the next way may still work
+                columns[way].failed = str(error)
+                continue
+            columns[way].logps = {r["pair_id"]: [r["chosen_logps"], r["rejected_logps"]] for r in scored.to_pylist()}
+            columns[way].unscorable = {row["pair_id"]: row["detail"] for row in unscorable}
     return columns
-
-
-def _score_by(engine: "VllmEngine", way: str, pairs: Sequence[PairRow]) -> Column:
-    engine.way = way
-    scored, unscorable = score_pairs(engine, pairs)
-    return Column(
-        {row["pair_id"]: [row["chosen_logps"], row["rejected_logps"]] for row in scored.to_pylist()},
-        {row["pair_id"]: row["detail"] for row in unscorable},
-    )
 
 
 def score_with_transformers(folder: Path, pairs: Sequence[PairRow]) -> Column:
