@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -41,8 +42,6 @@ in transformers too."""
 MAX_FACTOR = 50
 """A single token may be off by this many times the tolerance of the mean."""
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
-_NUM_NAMED = 3
-"""Pairs that could not be scored which are named."""
 
 
 class Gap(NamedTuple):
@@ -350,5 +349,4 @@ def parity_lines(parity: Parity) -> list[str]:
 
 
 def _not_scored(by: str, reasons: Mapping[str, str]) -> list[str]:
-    first = list(reasons.items())[:_NUM_NAMED]
-    return [f"not scored by {by}: pair {pair_id}: {reason}" for pair_id, reason in first]
+    return [f"not scored by {by}: pair {pair_id}: {reason}" for pair_id, reason in islice(reasons.items(), 3)]

@@ -30,7 +30,6 @@ _log = logger(__name__)
 TRANSFORMERS = "transformers"
 _GPU_SHARE = 0.8
 """Of its free memory that the float32 weights may take: the rest is for the logits of a whole sequence."""
-_EVERY = 16
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def score_with_transformers(folder: Path, pairs: Sequence[PairRow]) -> Column:
             continue
         sides = (pair.chosen_ids, pair.rejected_ids)
         column.logps[pair.pair_id] = [_response_logps(model, pair.prompt_ids, ids) for ids in sides]
-        if index % _EVERY == 0:
+        if index % 16 == 0:
             _log.info(f"transformers: {index} of {len(pairs)} pairs")
     return column
 

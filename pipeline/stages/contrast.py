@@ -21,8 +21,6 @@ from weights_store.messages import logger
 _log = logger(__name__)
 
 _SIDES = ("positive", "negative")
-_SAVE_EVERY_STEPS = 50
-_BFLOAT16_TOLERANCE_NATS = 0.05
 
 
 @dataclass(frozen=True)
@@ -141,13 +139,13 @@ def _arguments(
         "optim.pairs_per_step": settings.pairs_per_step,
         "optim.tokens_per_batch": settings.tokens_per_batch,
         "optim.seed": settings.seed,
-        "output.save_every_steps": _SAVE_EVERY_STEPS,
+        "output.save_every_steps": 50,
     }
     if settings.method == "dpo":
         options["loss.beta"] = settings.beta
     if settings.dtype == "bfloat16":
         # The model is the reference itself. If that was scored in float32, rounding puts them about 0.02 nats apart.
-        options["gate.tolerance_nats"] = _BFLOAT16_TOLERANCE_NATS
+        options["gate.tolerance_nats"] = 0.05
     if settings.max_steps is not None:
         options["optim.max_steps"] = settings.max_steps
     name = uniform.table.removeprefix("weights/")

@@ -23,8 +23,6 @@ from weights_store.errors import ScoringError
 from weights_store.fingerprint import fingerprint, load_json
 from weights_store.schemas import ANCHORS, SIDES
 
-_NUM_LOOKED_AT = 1000
-"""Pairs whose responses show how a turn ends."""
 _Prompt = tuple[int, ...]
 
 
@@ -109,7 +107,7 @@ def config_stop_ids(model: Path) -> set[int]:
 
 
 def dataset_stop_ids(tokens: TableVersion) -> set[int]:
-    """Return the id that ends the responses of a dataset, see `closing_ids`."""
-    pairs = WeightStore(tokens.store).table(tokens.table).scan(tokens.version).head(_NUM_LOOKED_AT)
+    """Return the id that ends most responses of a dataset's first 1,000 pairs, see `closing_ids`."""
+    pairs = WeightStore(tokens.store).table(tokens.table).scan(tokens.version).head(1000)
     responses = pl.concat([pairs.select(ids=f"{side}_ids") for side in SIDES]).collect()["ids"]
     return set(closing_ids(responses.list.len().to_numpy(), responses.list.last().to_numpy()))

@@ -42,8 +42,6 @@ _log = logger(__name__)
 _ROUND_CHUNKS, _ROUND_S = 4096, 600.0
 _MAX_CHUNKS = 65_536
 """Each chunk costs the driver about 8 KB and 12 ms (Ray 2.60)."""
-_MAX_ACTOR_RESTARTS, _MAX_CHUNK_RETRIES = 8, 3
-"""Beyond these (a chunk that kills every actor, a machine that is gone) the process ends, and its parent starts the next."""
 
 
 @dataclass(frozen=True)
@@ -169,8 +167,9 @@ def _score(request: Request, chunks: list[Chunk], is_local: bool) -> Iterator[Sc
         batch_format="pyarrow",
         # One at a time: at the end, no chunk waits behind another while an actor is idle.
         compute=ray.data.ActorPoolStrategy(size=num_actors, max_tasks_in_flight_per_actor=1),
-        max_restarts=_MAX_ACTOR_RESTARTS,
-        max_task_retries=_MAX_CHUNK_RETRIES,
+        # Beyond these (a chunk kills every actor, or a machine is gone) this process ends, and its parent starts the next.
+        max_restarts=8,
+        max_task_retries=3,
         **_resources(request, num_actors, is_local),
     )
     _log.info(f"{DOING[request.stage]}: {len(chunks)} chunks with {request.model} on Ray, actors: {num_actors}")

@@ -21,10 +21,6 @@ from weights_store.errors import (
     TokenweightsError,
 )
 
-_OBJECT_STORE_BYTES = 128 << 20
-"""Of the local Ray: only small things go through it."""
-_PATIENCE_S = 10
-
 
 @contextmanager
 def connected(address: str | None) -> Iterator[bool]:
@@ -42,7 +38,8 @@ def connected(address: str | None) -> Iterator[bool]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     settings: dict[str, object] = {"address": found, "log_to_driver": False, "logging_level": "error"}
     if is_local:
-        settings |= {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+        settings |= {"address": "local", "include_dashboard": False}
+        settings["object_store_memory"] = 128 << 20  # bytes: only small things go through it
         # Read when Ray is imported. Without clusters it takes 127.0.0.1 for this machine, and binds its ports there only.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -85,7 +82,7 @@ def _check_answers(address: str | None) -> None:
         raise SettingsError(f"no Ray cluster has been started here and RAY_ADDRESS is not set; {remedy}")
     parts = urlsplit(address if "://" in address else f"//{address}")
     try:
-        socket.create_connection((parts.hostname or "", parts.port or 6379), _PATIENCE_S).close()
+        socket.create_connection((parts.hostname or "", parts.port or 6379), timeout=10).close()
     except (OSError, ValueError) as error:
         raise SettingsError(f"no Ray cluster answers at {address}: {error}; {remedy}") from error
 

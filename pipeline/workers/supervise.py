@@ -24,7 +24,6 @@ _log = logger(__name__)
 
 _MAX_RESTARTS = 3
 """In a row, without a commit in between."""
-_MIN_BATCH_TOKENS = 256
 FOLDERS: dict[Stage, str] = {"score": "logps", "attribute": "attributions", "anchors": "anchors"}
 """Where the tables of each stage lie in a store."""
 _PACKAGES: dict[Stage, str] = {"score": "vllm", "attribute": "torch", "anchors": "vllm"}
@@ -160,7 +159,7 @@ def run_jobs(request: Request, jobs: Sequence[Job], python: str | None) -> None:
                 ) from error
             # The kernel may have killed it to free memory; if it is killed again without any result, assume that.
             if isinstance(error, OutOfMemoryError) or (isinstance(error, KilledError) and num_fruitless > 1):
-                budget = max(_MIN_BATCH_TOKENS, budget // 2)
+                budget = max(256, budget // 2)
             restarts = [*restarts, f"{error}; batch_tokens {budget}"]
             for job in jobs:
                 job.restarts = restarts
