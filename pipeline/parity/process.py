@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 _log = logger(__name__)
 
 TRANSFORMERS = "transformers"
-_GPU_SHARE = 0.8
-"""Of its free memory that the float32 weights may take: the rest is for the logits of a whole sequence."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,8 @@ def score_with_transformers(folder: Path, pairs: Sequence[PairRow]) -> Column:
     _log.info(f"scoring {len(pairs)} pairs with transformers in float32")
     model = load_checkpoint(folder, dtype=torch.float32, attn_implementation="eager")
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if torch.cuda.is_available() and num_bytes < _GPU_SHARE * torch.cuda.mem_get_info()[0]:
+    # A fifth of the GPU's free memory is for the logits of a whole sequence.
+    if torch.cuda.is_available() and num_bytes < 0.8 * torch.cuda.mem_get_info()[0]:
         model.to("cuda")
     column = Column()
     for index, pair in enumerate(pairs, start=1):

@@ -133,8 +133,7 @@ def run_jobs(request: Request, jobs: Sequence[Job], python: str | None) -> None:
     The targets of the request are those of the jobs. `python` is the interpreter of the process; None for this one.
 
     Raises:
-        MissingExtraError: The package that the stage needs is not installed; for actors that is Ray: they have the others
-            where they run.
+        MissingExtraError: vLLM, torch or, for actors, Ray is not installed here; actors have the others where they run.
         StageError: It failed for another reason, or died more than `_MAX_RESTARTS` times in a row without any result. What it
             had committed stays.
     """
