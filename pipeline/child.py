@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -55,13 +55,9 @@ def run_child(
 ) -> None:
     """Run `python -P -m MODULE ARGUMENTS` to its end, log what it logs, and stop it when we are stopped.
 
-    Args:
-        module: One of ours, whose main function runs in `weights_store.process.run_main`.
-        arguments: Of its command line.
-        what: What it does, for error messages.
-        python: Its interpreter; None for this one.
-        heard: Gets its progress, before that is logged.
-        package: What it needs most; if the interpreter lacks any package, the error says how to install this one.
+    The module is one of ours that runs in `weights_store.process.run_main`; error messages name `what` it does. `heard` gets
+    its progress before that is logged. If its interpreter `python` (None: this one) lacks any package, the error says how to
+    install `package`, the one that it needs most.
 
     Raises:
         KilledError: It died by a signal.
@@ -69,7 +65,7 @@ def run_child(
             exit code says which subclass (`weights_store.errors.EXIT_CODES`).
     """
     tail: list[str] = []
-    with _environment(python) as environment, _start(module, arguments, what, python, environment) as child:
+    with _started([python or sys.executable, "-P", "-m", module, *arguments], what, python is not None) as child:
         assert child.stdout is not None
         _running.add(child)
         try:
@@ -91,37 +87,30 @@ def run_child(
         raise failure(f"{what}{where} failed with exit code {child.returncode}: {_cause(tail, package)}")
 
 
-def _start(
-    module: str, arguments: Sequence[str], what: str, python: str | None, environment: dict[str, str]
-) -> "subprocess.Popen[str]":
-    try:
-        return subprocess.Popen(
-            [python or sys.executable, "-P", "-m", module, *arguments],
-            stdin=subprocess.PIPE,  # closes when we die, which the child sees
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=environment,
-        )
-    except OSError as error:
-        raise StageError(f"{what}: cannot start the interpreter {python or sys.executable}: {error}") from error
-
-
 @contextmanager
-def _environment(python: str | None) -> Iterator[dict[str, str]]:
-    """Yield the environment of a child. Another interpreter finds our packages first, as links in a folder of their own."""
-    path = [
-        entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry
-    ]  # empty: the current directory
-    environment = {**os.environ, CHILD: "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(path)}
-    if python is None:
-        yield environment
-        return
-    with tempfile.TemporaryDirectory(prefix="tokenweights-") as folder:
-        for name in _OURS:
-            Path(folder, name).symlink_to(_ROOT / name)
-        yield environment | {"PYTHONPATH": os.pathsep.join([folder, *path])}
+def _started(command: Sequence[str], what: str, is_foreign: bool) -> "Iterator[subprocess.Popen[str]]":
+    """Yield a running child. A foreign interpreter finds our packages first, as links in a folder of their own."""
+    # An empty entry is the current directory.
+    path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    with ExitStack() as stack:
+        if is_foreign:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tokenweights-"))
+            path.insert(0, folder)
+            for name in _OURS:
+                Path(folder, name).symlink_to(_ROOT / name)
+        try:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,  # closes when we die, which the child sees
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env={**os.environ, CHILD: "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(path)},
+            )
+        except OSError as error:
+            raise StageError(f"{what}: cannot start the interpreter {command[0]}: {error}") from error
+        yield stack.enter_context(child)
 
 
 def _cause(tail: list[str], package: str) -> str:
@@ -141,12 +130,8 @@ def stop_children() -> None:
 
 def _stop(child: "subprocess.Popen[str]") -> None:
     """Wait for a child that Ctrl-C reached too to finish its step; then terminate it, then kill it."""
-    asks: tuple[tuple[Callable[[], None] | None, float], ...] = ((None, 10), (child.terminate, 20), (child.kill, 20))
-    for ask, patience_s in asks:
-        if ask is not None:
-            ask()
-        try:
+    for ask, patience_s in ((child.poll, 10), (child.terminate, 20), (child.kill, 20)):
+        ask()
+        with suppress(subprocess.TimeoutExpired):
             child.wait(patience_s)
             return
-        except subprocess.TimeoutExpired:
-            continue

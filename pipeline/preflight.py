@@ -21,13 +21,9 @@ def check_inputs(recipe: Recipe) -> None:
     ChatTokenizer(resolve_model(recipe.model), recipe.model.chat_template)
     if not is_hub_id(recipe.dataset.source):
         next(iter(load_rows(recipe.dataset)), None)
-    interpreters = {
-        "score.python": recipe.score.python,
-        "contrast.python": recipe.contrast.python,
-        "attribute.python": recipe.attribute.python,
-    }
-    for setting, python in interpreters.items():
+    for name, section in (("score", recipe.score), ("contrast", recipe.contrast), ("attribute", recipe.attribute)):
+        python = section.python
         if python is not None and shutil.which(python) is None:
             raise InputError(
-                f"{setting} {python} is no interpreter that can be run; give the path of a Python 3.11 or newer"
+                f"{name}.python {python} is no interpreter that can be run; give the path of a Python 3.11 or newer"
             )

@@ -17,8 +17,6 @@ class EngineSettings:
     kv_cache_gib: float = 2.0
     gpu_memory_share: float = 0.85
     tensor_parallel: int = 1
-    way: str | None = None
-    """How log-probs are asked for; None: the engine chooses by its first sequences."""
 
 
 @dataclass(frozen=True)

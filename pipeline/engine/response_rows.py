@@ -64,7 +64,7 @@ def _score_step(runner: Any, hidden: torch.Tensor, num_scheduled: dict[str, int]
     """Fill in the rows of this engine step. `hidden` is `[tokens, width]`, all requests concatenated."""
     rows: list[torch.Tensor] = []
     targets: list[int] = []
-    places: list[Answer] = []
+    places: list[tuple[torch.Tensor, ...]] = []
     for request_id, num_tokens in num_scheduled.items():
         request = runner.requests[request_id]
         asked = request.sampling_params and (request.sampling_params.extra_args or {}).get(KEY)
@@ -80,19 +80,16 @@ def _score_step(runner: Any, hidden: torch.Tensor, num_scheduled: dict[str, int]
         targets += ids[low + 1 : high + 1]
         if key not in answers:
             answers[key] = _unwritten(len(ids) - 1 - first_row, top_k, hidden.device)
-        places.append(_part(answers[key], slice(low - first_row, high - first_row)))
+        places.append(tuple(values[low - first_row : high - first_row] for values in answers[key]))
     if not places:
         return
     top_k = max(ids.shape[1] for _, ids, _ in places)
-    device = hidden.device
-    where = torch.cat(rows).to(device), torch.tensor(targets).to(device)
+    where = torch.cat(rows).to(hidden.device), torch.tensor(targets).to(hidden.device)
     answer = _score_rows(runner.model.compute_logits, hidden, *where, top_k)
-    start = 0
-    for place in places:
-        end = start + len(place[0])
-        for values, part in zip(place, _part(answer, slice(start, end)), strict=True):
+    sizes = [len(logps) for logps, _, _ in places]
+    for place, parts in zip(places, zip(*(values.split(sizes) for values in answer), strict=True), strict=True):
+        for values, part in zip(place, parts, strict=True):
             values.copy_(part[..., : values.shape[-1]])  # a shorter list is the beginning of a longer one
-        start = end
 
 
 def _unwritten(num_rows: int, top_k: int, device: torch.device) -> Answer:
@@ -101,11 +98,6 @@ def _unwritten(num_rows: int, top_k: int, device: torch.device) -> Answer:
         torch.full((num_rows, top_k), -1, dtype=torch.int32, device=device),
         torch.full((num_rows, top_k), float("nan"), device=device),
     )
-
-
-def _part(answer: Answer, rows: slice) -> Answer:
-    logps, top_ids, top_logps = answer
-    return logps[rows], top_ids[rows], top_logps[rows]
 
 
 def _score_rows(

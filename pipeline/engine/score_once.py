@@ -6,6 +6,7 @@ engine's prefix cache shares the computation of whole blocks only; this shares t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -39,10 +40,8 @@ class ScoredSequence:
 class Scores:
     """Log-probs of consecutive tokens under one model, in nats; a row is of the distribution that predicts its token.
 
-    Args:
-        logps: Of the tokens themselves, float32 `[N]`.
-        top_ids: The most likely ids at each position, in falling order, int32 `[N, k]`; k is 0 if nobody asked for them.
-        top_logps: Their log-probs, float32 `[N, k]`.
+    `logps` are those of the tokens themselves, float32 `[N]`; `top_ids` and `top_logps` are the most likely ids at each
+    position, in falling order, int32 `[N, k]`, and their log-probs, float32. k is 0 if nobody asked for them.
     """
 
     logps: np.ndarray
@@ -82,16 +81,13 @@ def score_once(
     """Return the scores of all tokens of all responses; `score` gets each distinct token once.
 
     The log-prob of a token depends on the ids before it alone. In lexicographic order a response shares its longest beginning
-    with its predecessor, and copies its values. `score` gets the sequences in that order, which suits a prefix cache.
-
-    Args:
-        sequences: With `start` 0, and one `top_k`.
-        score: Returns the scores of `num_wanted` tokens for each sequence, or an error in their place.
+    with its predecessor, and copies its values. `score` gets the sequences in that order, which suits a prefix cache, and
+    returns the scores of `num_wanted` tokens for each. All have `start` 0 and one `top_k`.
     """
     order = sorted(range(len(sequences)), key=lambda i: (sequences[i].prompt_ids, sequences[i].response_ids))
-    jobs: list[ScoredSequence] = []
-    for before, index in zip([None, *order], order, strict=False):
-        jobs.append(replace(sequences[index], start=_num_shared(sequences, before, index)))
+    in_order = [sequences[index] for index in order]
+    starts = [0, *(_num_shared(*neighbours) for neighbours in pairwise(in_order))]
+    jobs = [replace(sequence, start=start) for sequence, start in zip(in_order, starts, strict=False)]
     wanted = [job for job in jobs if job.num_wanted]
     fresh = iter(score(wanted))
     replies: dict[int, Reply] = {}
@@ -106,14 +102,13 @@ def score_once(
         else:
             last = last.first(job.start).then(own)
         replies[index] = last
-    for index, reply in zip(alone, score([sequences[i] for i in alone]) if alone else [], strict=True):
-        replies[index] = reply
+    if alone:
+        replies |= zip(alone, score([sequences[i] for i in alone]), strict=True)
     return [replies[index] for index in range(len(sequences))]
 
 
-def _num_shared(sequences: Sequence[ScoredSequence], before: int | None, index: int) -> int:
-    if before is None or sequences[before].prompt_ids != sequences[index].prompt_ids:
+def _num_shared(one: ScoredSequence, other: ScoredSequence) -> int:
+    if one.prompt_ids != other.prompt_ids:
         return 0
-    one, other = sequences[before].response_ids, sequences[index].response_ids
-    both = zip(one, other, strict=False)
-    return next((place for place, (a, b) in enumerate(both) if a != b), min(len(one), len(other)))
+    both = list(zip(one.response_ids, other.response_ids, strict=False))
+    return next((place for place, (a, b) in enumerate(both) if a != b), len(both))

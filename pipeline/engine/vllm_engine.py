@@ -10,7 +10,7 @@ numbers, or no reply at all), so such a sequence is scored again without the cac
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,6 @@ from weights_store.messages import first_line, logger
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
-    from vllm.config import SchedulerConfig
 
 _log = logger(__name__)
 
@@ -43,6 +42,7 @@ class VllmEngine:
 
     Raises:
         InputError: vLLM cannot load the model.
+        MissingExtraError: vLLM is not installed.
         OutOfMemoryError: There is not enough memory for it.
     """
 
@@ -51,20 +51,16 @@ class VllmEngine:
         self.max_tokens: int = self._engine.model_config.max_model_len - 1
         """Longest prompt + response that can be scored: the engine needs one free position."""
         self.vocab_size: int = self._engine.model_config.get_vocab_size()
-        self.way = settings.way
-        """How log-probs are asked for; None until the first sequences have been scored."""
+        self.way: str | None = None
         self._top_k: int | None = None  # that `way` was chosen for; None if it was set from outside
+        self._is_v2 = bool(self._engine.vllm_config.use_v2_model_runner)
+        self._fast_way = FIXED_IDS if self._is_v2 else RESPONSE_ROWS
         self._keys = count()
         self._rows_installed = False
 
-    @property
-    def ways(self) -> tuple[str, ...]:
-        """The ways that this engine has: the fast one of its model runner, and `flat`."""
-        return (FIXED_IDS if self._engine.vllm_config.use_v2_model_runner else RESPONSE_ROWS, FLAT)
-
     def why_not(self, way: str) -> str | None:
         """Return why this engine does not have one of the three ways; None if it has."""
-        if way in self.ways:
+        if way in (self._fast_way, FLAT):
             return None
         if way == RESPONSE_ROWS:
             return "vLLM runs its V2 model runner, this way is for V1"
@@ -80,10 +76,8 @@ class VllmEngine:
 
         A sequence whose reply breaks the contract has a `ScoringError` in its place; it never shifts its neighbours.
 
-        Args:
-            sequences: Best sorted, so that common beginnings are adjacent. All with one `top_k`; if it differs from that of
-                the last call, the way is chosen again.
-            progress: Gets the number of wanted tokens of each sequence that is done.
+        The sequences are best sorted, so that common beginnings are adjacent. All have one `top_k`; if it differs from that of
+        the last call, the way is chosen again. `progress` gets the number of wanted tokens of each sequence that is done.
 
         Raises:
             OutOfMemoryError: A step did not fit into memory. This engine is lost; one with a smaller budget may fit.
@@ -91,15 +85,11 @@ class VllmEngine:
         """
         if not sequences:
             return []
-        try:
+        with _reporting_errors():
             top_k = sequences[0].top_k
             if self.way is None or self._top_k not in (None, top_k):
                 self.way, self._top_k = self._choose_way(sequences[:_NUM_CHECKED]), top_k
             return self._score(sequences, self.way or FLAT, progress)
-        except EngineError:
-            raise
-        except Exception as error:
-            raise _engine_error(error) from error
 
     def generate(
         self,
@@ -110,31 +100,31 @@ class VllmEngine:
     ) -> list[list[int]]:
         """Return one sampled continuation of each prompt as ids: at least one id, and the stop id if one ends it.
 
-        Prompt and continuation can be scored: together they have `max_tokens` at most.
-
-        Args:
-            prompts: As ids, each shorter than `max_tokens`; best sorted, so that common beginnings are adjacent.
-            sampling: How they are continued.
-            seeds: One for each prompt, 0 to 2**63 - 1. A prompt's continuation depends on its seed and not on the other
-                prompts, up to rounding, which changes with the batch.
-            progress: Gets the number of prompts that are done.
+        Prompt and continuation can be scored: together they have `max_tokens` at most. Each prompt is shorter than that; they
+        are best sorted, so that common beginnings are adjacent. A continuation depends on its prompt's seed (0 to 2**63 - 1)
+        and not on the other prompts, up to rounding, which changes with the batch.
 
         Raises:
             OutOfMemoryError: A step did not fit into memory. This engine is lost; one with a smaller budget may fit.
             EngineError: A step failed for another reason, or vLLM refuses the requests. This engine is lost.
         """
-        try:
-            asked = {
-                next(self._keys): (prompt, self._sampling_params(len(prompt), sampling, seed))
-                for prompt, seed in zip(prompts, seeds, strict=True)
-            }
+        with _reporting_errors():
+            asked: dict[int, tuple[list[int], SamplingParams]] = {}
+            for prompt, seed in zip(prompts, seeds, strict=True):
+                asked[next(self._keys)] = (
+                    prompt,
+                    _params(
+                        max_tokens=min(sampling.max_new_tokens, self.max_tokens - len(prompt)),
+                        temperature=sampling.temperature,
+                        top_k=sampling.top_k,
+                        top_p=sampling.top_p,
+                        stop_token_ids=list(sampling.stop_ids),
+                        seed=seed,
+                    ),
+                )
             ids = self._continue(asked, progress)
             # Else cache hits would reach into the rows that are wanted when the continuations are scored, see above.
             self._engine.reset_prefix_cache()
-        except EngineError:
-            raise
-        except Exception as error:
-            raise _engine_error(error) from error
         return [ids[key] for key in asked]
 
     def _continue(
@@ -145,20 +135,21 @@ class VllmEngine:
         Every step uses up random numbers. V1 takes those of a part of a prompt back by an offset that generators on the CPU do
         not have, and fails there. V2 draws by seed and position.
         """
+        if self._is_v2:
+            return self._sampled_ids(asked, progress)
         scheduler = self._engine.vllm_config.scheduler_config
         most = scheduler.max_num_batched_tokens
-        is_v2 = self._engine.vllm_config.use_v2_model_runner
-        whole = {
-            key: request for key, request in asked.items() if is_v2 or len(request[0]) + request[1].max_tokens <= most
-        }
-        with _in_whole_prompts(scheduler) if not is_v2 else nullcontext():
+        whole = {key: request for key, request in asked.items() if len(request[0]) + request[1].max_tokens <= most}
+        before, scheduler.enable_chunked_prefill = scheduler.enable_chunked_prefill, False
+        try:
             ids = self._sampled_ids(whole, progress)
+        finally:
+            scheduler.enable_chunked_prefill = before
         for key, (prompt, params) in asked.items():
-            if key in whole:
-                continue
-            # Longer than a step: computed in parts without a seed, then taken from the cache except for its last block.
-            self._sampled_ids({next(self._keys): (prompt, _greedy_params())})
-            ids |= self._sampled_ids({key: (prompt, params)}, progress)
+            if key not in whole:
+                # Longer than a step: computed in parts without a seed, then taken from the cache except for its last block.
+                self._sampled_ids({next(self._keys): (prompt, _params())})
+                ids |= self._sampled_ids({key: (prompt, params)}, progress)
         return ids
 
     def _sampled_ids(
@@ -173,24 +164,9 @@ class VllmEngine:
             progress(1)
         return ids
 
-    def _sampling_params(self, prompt_tokens: int, sampling: Sampling, seed: int) -> "SamplingParams":
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        return SamplingParams(
-            max_tokens=min(sampling.max_new_tokens, self.max_tokens - prompt_tokens),
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            stop_token_ids=list(sampling.stop_ids),
-            seed=seed,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-
     def _choose_way(self, sample: Sequence[ScoredSequence]) -> str | None:
         """Return the way that this engine takes from now on; None if the sample has nothing to compare."""
-        fast, top_k = self.ways[0], sample[0].top_k
+        fast, top_k = self._fast_way, sample[0].top_k
         fall_back = "scoring by vLLM's flat prompt log-probs"
         if top_k and fast == FIXED_IDS:
             _log.info(f"{fall_back}: {fast} cannot find the {top_k} most likely tokens (score.top_k)")
@@ -223,12 +199,9 @@ class VllmEngine:
         replies = self._ask(sequences, way, True, progress)
         again = [i for i, reply in enumerate(replies) if reply is None]
         for index, reply in zip(again, self._ask([sequences[i] for i in again], way, False), strict=True):
-            replies[index] = (
-                ScoringError("the engine read rows from its cache that it was told to compute")
-                if reply is None
-                else reply
-            )
-        return [reply for reply in replies if reply is not None]
+            replies[index] = reply
+        unread = ScoringError("the engine read rows from its cache that it was told to compute")
+        return [unread if reply is None else reply for reply in replies]
 
     def _ask(
         self,
@@ -246,7 +219,7 @@ class VllmEngine:
         asked = {next(self._keys): sequence for sequence in sequences}
         self._add(
             {
-                key: (sequence.prompt_ids + sequence.response_ids, _params(key, sequence, way, use_cache))
+                key: (sequence.prompt_ids + sequence.response_ids, _scoring_params(key, sequence, way, use_cache))
                 for key, sequence in asked.items()
             }
         )
@@ -278,16 +251,10 @@ class VllmEngine:
             return error
 
     def _outputs(self) -> "Iterator[RequestOutput]":
-        """Yield what the engine finishes, until nothing is left.
-
-        Raises:
-            EngineError: A step failed.
-        """
+        """Yield what the engine finishes, until nothing is left; a step that fails raises an `EngineError`."""
         while self._engine.has_unfinished_requests():
-            try:
+            with _reporting_errors():
                 finished = self._engine.step()
-            except Exception as error:
-                raise _engine_error(error) from error
             yield from finished
 
     def _add(self, requests: Mapping[int, tuple[list[int], "SamplingParams"]]) -> None:
@@ -305,7 +272,7 @@ class VllmEngine:
         self._engine.abort_request([str(key) for key in keys])
 
 
-def _params(key: int, sequence: ScoredSequence, way: str, use_cache: bool) -> "SamplingParams":
+def _scoring_params(key: int, sequence: ScoredSequence, way: str, use_cache: bool) -> "SamplingParams":
     from pipeline.engine.response_rows import KEY
 
     asked: dict[str, object]
@@ -316,38 +283,20 @@ def _params(key: int, sequence: ScoredSequence, way: str, use_cache: bool) -> "S
         asked = {"extra_args": {KEY: [key, sequence.first_row, sequence.top_k]}}
     else:
         asked = {"prompt_logprobs": sequence.top_k, "flat_logprobs": True}
-    return _greedy_params(skip_reading_prefix_cache=not use_cache, **asked)
+    return _params(skip_reading_prefix_cache=not use_cache, **asked)
 
 
-def _greedy_params(**asked: object) -> "SamplingParams":
-    """Return parameters for a request whose continuation nobody reads: it samples the least that vLLM accepts."""
+def _params(**asked: object) -> "SamplingParams":
+    """Return parameters of a request; by default it samples the least that vLLM accepts: nobody reads its continuation."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(
-        max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **asked
-    )
-
-
-@contextmanager
-def _in_whole_prompts(scheduler: "SchedulerConfig") -> Iterator[None]:
-    """Let vLLM compute each prompt in one step for as long as this lasts."""
-    before = scheduler.enable_chunked_prefill
-    scheduler.enable_chunked_prefill = False
-    try:
-        yield
-    finally:
-        scheduler.enable_chunked_prefill = before
+    always = {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+    return SamplingParams(**{"max_tokens": 1, "temperature": 0.0, **always, **asked})
 
 
 def _load(model: Path, settings: EngineSettings) -> Any:
-    """Start vLLM in this process.
-
-    Raises:
-        InputError: vLLM cannot load the model.
-        MissingExtraError: vLLM is not installed.
-        OutOfMemoryError: There is not enough memory for the model.
-    """
+    """Start vLLM in this process. Raises what `VllmEngine` does."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process is the engine's own already
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(settings.kv_cache_gib))))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -393,8 +342,15 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(text in str(error).lower() for text in _OUT_OF_MEMORY)
 
 
-def _engine_error(error: BaseException) -> EngineError:
-    text = (str(error).strip().splitlines() or [""])[0]
-    if _is_out_of_memory(error):
-        return OutOfMemoryError(f"the engine ran out of memory: {text}")
-    return EngineError(f"the engine failed: {type(error).__name__}: {text}")
+@contextmanager
+def _reporting_errors() -> Iterator[None]:
+    """Turn any error of vLLM into an `OutOfMemoryError` or another `EngineError`."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [""])[0]
+        if _is_out_of_memory(error):
+            raise OutOfMemoryError(f"the engine ran out of memory: {text}") from error
+        raise EngineError(f"the engine failed: {type(error).__name__}: {text}") from error

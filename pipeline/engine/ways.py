@@ -37,6 +37,6 @@ def mean_difference(replies: Sequence[Reply], expected: Sequence[Reply]) -> floa
     scores = [(a, b) for a, b in both if isinstance(a, Scores) and isinstance(b, Scores)]
     if not scores:
         return None
-    gaps = [np.concatenate([np.abs(a.logps - b.logps) for a, b in scores])]
-    gaps.append(np.concatenate([np.abs(a.top_logps - b.top_logps).ravel() for a, b in scores]))
-    return max(float(gap.mean()) for gap in gaps if gap.size)
+    own = np.concatenate([np.abs(a.logps - b.logps) for a, b in scores])
+    top = np.concatenate([np.abs(a.top_logps - b.top_logps).ravel() for a, b in scores])
+    return max(float(gap.mean()) for gap in (own, top) if gap.size)

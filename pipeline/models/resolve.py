@@ -1,6 +1,5 @@
 """Find a model: a folder on disk or a hub id, resolved to a folder. A LoRA adapter becomes a whole model first."""
 
-import re
 from pathlib import Path
 
 from pipeline.child import check_extra, run_child
@@ -11,15 +10,6 @@ from train.model.hub import check_model_folder, find_folder
 from weights_store.messages import logger
 
 _log = logger(__name__)
-
-_FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-def is_hub_id(text: str) -> bool:
-    """Return whether `text` is a hub id: `owner/name`, not a path that exists here and not a file name by its ending."""
-    path = Path(text)
-    return _HUB_ID.fullmatch(text) is not None and path.suffix not in _FILE_ENDINGS and not path.exists()
 
 
 def resolve_model(model: ModelSection) -> Path:
@@ -34,12 +24,9 @@ def resolve_model(model: ModelSection) -> Path:
         MissingExtraError: There is an adapter to merge, and peft is not installed.
         StageError: Merging failed; carries its message.
     """
-    folder = find_folder(model.path, model.revision, "model.path")
-    return _merged(folder) if lora.is_adapter(folder) else check_model_folder(folder, "model.path")
-
-
-def _merged(adapter: Path) -> Path:
-    """Return the folder of an adapter merged into its base."""
+    adapter = find_folder(model.path, model.revision, "model.path")
+    if not lora.is_adapter(adapter):
+        return check_model_folder(adapter, "model.path")
     config = lora.check_adapter(adapter)
     name = str(config["base_model_name_or_path"])
     beside = adapter / name  # a relative path starts here or at the adapter

@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,6 +25,7 @@ from pipeline.stages.contrast import prompt_pair, wanted_models
 from pipeline.stages.prepare import Preparation
 from pipeline.stages.score import Scorer, engine_settings
 from pipeline.workers.pair_row import under_condition
+from pipeline.workers.supervise import resolve_dtype
 from weights_store import TableVersion, WeightStore
 from weights_store.errors import InputError, MismatchError, StageError
 from weights_store.location import one_line
@@ -40,8 +42,6 @@ in transformers too."""
 MAX_FACTOR = 50
 """A single token may be off by this many times the tolerance of the mean."""
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
-_NUM_NAMED = 3
-"""Pairs that could not be scored which are named."""
 
 
 class Gap(NamedTuple):
@@ -108,11 +108,7 @@ def check_scorer(
 ) -> Parity:
     """Score a sample of the recipe's pairs with the engine and with transformers, and compare them.
 
-    Args:
-        recipe: Its pairs, its model, and its engine settings.
-        num_pairs: Size of the sample.
-        tolerance_nats: Largest mean |difference| that passes; None for that of the dtype.
-        role: Which scorer.
+    `tolerance_nats` is the largest mean |difference| that passes; None for that of the dtype.
 
     Raises:
         InputError: The recipe's inputs cannot be used, or the role's model has not been trained yet.
@@ -123,7 +119,7 @@ def check_scorer(
     model_folder = resolve_model(recipe.model)
     start = Preparation.of(recipe, model_folder)
     scorer = role_scorer(recipe, model_folder, role)
-    dtype = scorer.resolve_dtype(recipe.score.dtype)
+    dtype = resolve_dtype(scorer.model, recipe.score.dtype)
     check_extra("vllm", recipe.score.python)
     sample = take_sample(start, num_pairs)
     if scorer.condition is not None:
@@ -149,6 +145,7 @@ def check_parity(parity: Parity) -> None:
     """
     if not parity.agreements:
         raise MismatchError("no way of the engine works here: " + "; ".join(parity.absent.values()))
+    bound = MAX_FACTOR * parity.tolerance_nats
     for way, agreement in parity.agreements.items():
         if agreement.worst is None:
             reason = next(iter((agreement.unscorable or parity.unscorable).values()), "the sample is empty")
@@ -156,7 +153,7 @@ def check_parity(parity: Parity) -> None:
         if not agreement.passes(parity.tolerance_nats):
             raise MismatchError(
                 f"{way} differs from transformers by {agreement.mean:.2g} nats in the mean (expected at most "
-                f"{parity.tolerance_nats:g}) and {agreement.max:.2g} at most (expected {_bound(parity):g}), over "
+                f"{parity.tolerance_nats:g}) and {agreement.max:.2g} at most (expected {bound:g}), over "
                 f"{agreement.num_tokens:,} tokens; farthest apart: {agreement.worst}"
             )
 
@@ -183,10 +180,13 @@ def check_stored(
     Raises:
         MismatchError: They differ by more than rounding in that dtype.
     """
-    store = WeightStore(tokens.store)
-    recorded = _recorded_parity(store, recipe, ref_logps)
-    if recorded is not None or not recipe.score.parity_pairs:
-        return {"parity": recorded} if recorded else {}
+    for name in (recipe.uniform.name, recipe.weights.name):
+        table = WeightStore(tokens.store).table(f"weights/{name}")
+        metadata = table.metadata() if table.exists() else {}
+        if {"role": "ref_logps", **ref_logps.as_parent()} in metadata.get("parents", []) and "parity" in metadata:
+            return {"parity": metadata["parity"]}
+    if not recipe.score.parity_pairs:
+        return {}
     sample, stored = stored_sample(tokens, ref_logps, recipe.score.parity_pairs, max_tokens)
     if not sample.pairs:
         _log.info(f"{ref_logps}: not compared with transformers: no pair has at most {max_tokens} tokens")
@@ -196,18 +196,14 @@ def check_stored(
     except StageError as error:
         _log.info(f"{ref_logps}: not compared with transformers: {one_line(error)}")
         return {}
-    dtype = Scorer(model_folder).resolve_dtype(recipe.score.dtype)
+    dtype = resolve_dtype(model_folder, recipe.score.dtype)
     found = _agreement_of_stored(sample, stored, expected, dtype)
     _log.info(f"{ref_logps} agrees with transformers: {parity_text(found)}")
     return {"parity": found}
 
 
 def _agreement_of_stored(sample: Sample, stored: Column, expected: Column, dtype: str) -> ParityRecord:
-    """Return what a version records of the comparison.
-
-    Raises:
-        MismatchError: They differ by more than rounding in that dtype.
-    """
+    """Return what a version records of the comparison; a difference beyond rounding in that dtype is a `MismatchError`."""
     agreement = compare(sample, stored, expected)
     tolerance_nats = TOLERANCE_NATS.get(dtype, TOLERANCE_NATS["bfloat16"])
     try:
@@ -231,15 +227,6 @@ def parity_text(found: ParityRecord) -> str:
     """Return the recorded `parity` of a version in words."""
     numbers = f"mean {found['mean']:.1e}, 99 % {found['p99']:.1e}, max {found['max']:.1e}"
     return f"{numbers} nats over {found['num_tokens']:,} tokens of {found['num_pairs']} pairs in {found['dtype']}"
-
-
-def _recorded_parity(store: WeightStore, recipe: Recipe, ref_logps: TableVersion) -> ParityRecord | None:
-    for name in (recipe.uniform.name, recipe.weights.name):
-        table = store.table(f"weights/{name}")
-        metadata = table.metadata() if table.exists() else {}
-        if {"role": "ref_logps", **ref_logps.as_parent()} in metadata.get("parents", []) and "parity" in metadata:
-            return metadata["parity"]
-    return None
 
 
 def role_scorer(recipe: Recipe, model_folder: Path, role: Role) -> Scorer:
@@ -273,10 +260,8 @@ def _score_both(scorer: Scorer, dtype: str, sample: Sample, settings: ScoreSecti
     expected = run_task(task, settings.python)[TRANSFORMERS]
     task = replace(task, side="engine", engine=engine_settings(settings, dtype))
     columns = run_task(replace(task, ways=list(WAYS)), settings.python)
-    if (
-        columns[FIXED_IDS].failed is None and columns[RESPONSE_ROWS].failed
-    ):  # on V2 here; V1 runs too when it is asked for
-        try:
+    if columns[FIXED_IDS].failed is None and columns[RESPONSE_ROWS].failed:
+        try:  # vLLM chose V2 here; V1 runs too when it is asked for
             columns |= run_task(replace(task, runner="V1", ways=[RESPONSE_ROWS]), settings.python)
         except StageError as error:
             columns[RESPONSE_ROWS] = Column(failed=str(error))
@@ -290,11 +275,11 @@ def run_task(task: Task, python: str | None) -> dict[str, Column]:
         StageError: It failed; carries its message.
     """
     with tempfile.TemporaryDirectory(prefix="check-scorer-") as folder:
-        paths = [Path(folder, name) for name in ("task.json", "columns.json")]
-        paths[0].write_text(json.dumps(asdict(task)), encoding="utf-8")
+        request, columns = Path(folder, "task.json"), Path(folder, "columns.json")
+        request.write_text(json.dumps(asdict(task)), encoding="utf-8")
         what, package = f"scoring with {task.model} ({task.side})", "vllm" if task.side == "engine" else "torch"
-        run_child("pipeline.parity.process", [*map(str, paths)], what, python, package=package)
-        return TypeAdapter(dict[str, Column]).validate_python(json.loads(paths[1].read_text(encoding="utf-8")))
+        run_child("pipeline.parity.process", [str(request), str(columns)], what, python, package=package)
+        return TypeAdapter(dict[str, Column]).validate_json(columns.read_bytes())
 
 
 # --- the comparison ----------------------------------------------------------------------------------------------------
@@ -309,7 +294,7 @@ def compare(sample: Sample, column: Column, expected: Column) -> Agreement:
     gaps = list(_gaps(sample, column.logps, expected.logps))
     if not gaps:
         return Agreement(0, float("nan"), (float("nan"),) * len(PERCENTILES), None, column.unscorable)
-    sizes = np.abs(np.array([gap.logp for gap in gaps]) - np.array([gap.expected for gap in gaps]))
+    sizes = np.abs([gap.logp - gap.expected for gap in gaps])
     worst = gaps[int(np.argmax(sizes))]  # a NaN, if there is one
     return Agreement(
         len(gaps), float(sizes.mean()), tuple(np.percentile(sizes, PERCENTILES).tolist()), worst, column.unscorable
@@ -319,10 +304,8 @@ def compare(sample: Sample, column: Column, expected: Column) -> Agreement:
 def _gaps(
     sample: Sample, logps: Mapping[str, list[list[float]]], expected: Mapping[str, list[list[float]]]
 ) -> Iterator[Gap]:
-    for pair in sample.pairs:
+    for pair in [pair for pair in sample.pairs if pair.pair_id in logps and pair.pair_id in expected]:
         pair_id = pair.pair_id
-        if pair_id not in logps or pair_id not in expected:
-            continue
         sides = zip(SIDES, (pair.chosen_ids, pair.rejected_ids), logps[pair_id], expected[pair_id], strict=True)
         for side, ids, got, wanted in sides:
             if not len(ids) == len(got) == len(wanted):
@@ -337,21 +320,21 @@ def _gaps(
 # --- in words ----------------------------------------------------------------------------------------------------------
 
 
-def _bound(parity: Parity) -> float:
-    return MAX_FACTOR * parity.tolerance_nats
-
-
 def parity_lines(parity: Parity) -> list[str]:
     """Return what the check found as lines of text: a table with a row for each way, and the worst token of each."""
-    sample = parity.sample
+    sample, bound = parity.sample, MAX_FACTOR * parity.tolerance_nats
     lines = [
         f"{len(sample.pairs)} pairs, {sample.num_tokens():,} response tokens, of {sample.origin}",
         f"scorer {parity.scorer} against transformers in float32",
-        f"|difference| in nats; passes with a mean of at most {parity.tolerance_nats:g} and {_bound(parity):g} for any token",
+        f"|difference| in nats; passes with a mean of at most {parity.tolerance_nats:g} and {bound:g} for any token",
         "",
     ]
     heads = ["way", "mean", *(f"{percentile:g} %" for percentile in PERCENTILES), "max", "tokens", "not scored", ""]
-    rows = [heads, *(_row(way, agreement, parity) for way, agreement in parity.agreements.items())]
+    rows = [heads]
+    for way, agreement in parity.agreements.items():
+        numbers = [f"{number:.1e}" for number in (agreement.mean, *agreement.percentiles, agreement.max)]
+        verdict = "passes" if agreement.passes(parity.tolerance_nats) else "FAILS"
+        rows.append([way, *numbers, f"{agreement.num_tokens:,}", str(len(agreement.unscorable)), verdict])
     widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
     widths[0] = max(widths[0], *map(len, WAYS))
     for row in rows:
@@ -366,12 +349,4 @@ def parity_lines(parity: Parity) -> list[str]:
 
 
 def _not_scored(by: str, reasons: Mapping[str, str]) -> list[str]:
-    first = list(reasons.items())[:_NUM_NAMED]
-    return [f"not scored by {by}: pair {pair_id}: {reason}" for pair_id, reason in first]
-
-
-def _row(way: str, agreement: Agreement, parity: Parity) -> list[str]:
-    numbers = [agreement.mean, *agreement.percentiles, agreement.max]
-    verdict = "passes" if agreement.passes(parity.tolerance_nats) else "FAILS"
-    counts = [f"{agreement.num_tokens:,}", str(len(agreement.unscorable))]
-    return [way, *(f"{number:.1e}" for number in numbers), *counts, verdict]
+    return [f"not scored by {by}: pair {pair_id}: {reason}" for pair_id, reason in islice(reasons.items(), 3)]

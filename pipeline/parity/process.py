@@ -23,17 +23,11 @@ from weights_store.messages import logger
 from weights_store.process import run_main
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
-
-    from pipeline.engine.vllm_engine import VllmEngine
 
 _log = logger(__name__)
 
 TRANSFORMERS = "transformers"
-_GPU_SHARE = 0.8
-"""Of its free memory that the float32 weights may take: the rest is for the logits of a whole sequence."""
-_EVERY = 16
 
 
 @dataclass(frozen=True)
@@ -65,15 +59,8 @@ def run(task: Task) -> dict[str, Column]:
         MissingExtraError: vLLM is not installed.
         OutOfMemoryError: There is not enough memory for the engine.
     """
-    if task.side == "engine":
-        return _by_engine(task)
-    return {TRANSFORMERS: score_with_transformers(Path(task.model), task.pairs)}
-
-
-# --- the engine --------------------------------------------------------------------------------------------------------
-
-
-def _by_engine(task: Task) -> dict[str, Column]:
+    if task.side == "transformers":
+        return {TRANSFORMERS: score_with_transformers(Path(task.model), task.pairs)}
     from pipeline.engine.vllm_engine import VllmEngine
 
     if task.runner is not None:
@@ -81,24 +68,17 @@ def _by_engine(task: Task) -> dict[str, Column]:
     engine = VllmEngine(Path(task.model), task.engine)
     columns: dict[str, Column] = {}
     for way in task.ways:
-        failed = engine.why_not(way)
-        try:
-            columns[way] = Column(failed=failed) if failed else _by_way(engine, way, task.pairs)
-        except EngineError as error:  # as another vLLM version may raise; the next way may still work
-            columns[way] = Column(failed=str(error))
+        columns[way] = Column(failed=engine.why_not(way))
+        if columns[way].failed is None:
+            engine.way = way
+            try:
+                scored, unscorable = score_pairs(engine, task.pairs)
+            except EngineError as error:  # as another vLLM version may raise; the next way may still work
+                columns[way].failed = str(error)
+                continue
+            columns[way].logps = {r["pair_id"]: [r["chosen_logps"], r["rejected_logps"]] for r in scored.to_pylist()}
+            columns[way].unscorable = {row["pair_id"]: row["detail"] for row in unscorable}
     return columns
-
-
-def _by_way(engine: "VllmEngine", way: str, pairs: Sequence[PairRow]) -> Column:
-    engine.way = way
-    scored, unscorable = score_pairs(engine, pairs)
-    return Column(
-        {row["pair_id"]: [row["chosen_logps"], row["rejected_logps"]] for row in scored.to_pylist()},
-        {row["pair_id"]: row["detail"] for row in unscorable},
-    )
-
-
-# --- transformers ------------------------------------------------------------------------------------------------------
 
 
 def score_with_transformers(folder: Path, pairs: Sequence[PairRow]) -> Column:
@@ -114,44 +94,39 @@ def score_with_transformers(folder: Path, pairs: Sequence[PairRow]) -> Column:
 
     torch.set_float32_matmul_precision("highest")
     _log.info(f"scoring {len(pairs)} pairs with transformers in float32")
-    model = _placed(load_checkpoint(folder, dtype=torch.float32, attn_implementation="eager"))
+    model = load_checkpoint(folder, dtype=torch.float32, attn_implementation="eager")
+    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    # A fifth of the GPU's free memory is for the logits of a whole sequence.
+    if torch.cuda.is_available() and num_bytes < 0.8 * torch.cuda.mem_get_info()[0]:
+        model.to("cuda")
     column = Column()
-    for index, pair in enumerate(pairs):
+    for index, pair in enumerate(pairs, start=1):
         problem = why_not(pair, model.get_input_embeddings().num_embeddings)
         if problem is not None:
             column.unscorable[pair.pair_id] = problem
             continue
-        sides = [_response_logps(model, pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)]
-        column.logps[pair.pair_id] = [logps.tolist() for logps in sides]
-        if (index + 1) % _EVERY == 0:
-            _log.info(f"transformers: {index + 1} of {len(pairs)} pairs")
+        sides = (pair.chosen_ids, pair.rejected_ids)
+        column.logps[pair.pair_id] = [_response_logps(model, pair.prompt_ids, ids) for ids in sides]
+        if index % 16 == 0:
+            _log.info(f"transformers: {index} of {len(pairs)} pairs")
     return column
 
 
-def _placed(model: "PreTrainedModel") -> "PreTrainedModel":
-    """Return the model on a GPU if it fits there."""
-    import torch
-
-    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if torch.cuda.is_available() and num_bytes < _GPU_SHARE * torch.cuda.mem_get_info()[0]:
-        return model.to("cuda")  # type: ignore[no-any-return]
-    return model
-
-
-def _response_logps(model: "PreTrainedModel", prompt_ids: list[int], response_ids: list[int]) -> "torch.Tensor":
+def _response_logps(model: "PreTrainedModel", prompt_ids: list[int], response_ids: list[int]) -> list[float]:
     """Return log pi(y_t | x, y_<t) of one response, float32 `[num_response]` nats."""
     import torch
 
     ids = torch.tensor([prompt_ids + response_ids], device=model.device)
     with torch.inference_mode():
         logits = model(ids, use_cache=False).logits[0, len(prompt_ids) - 1 : -1].float()
-        return logits.log_softmax(-1).gather(-1, ids[0, len(prompt_ids) :, None]).squeeze(-1).cpu()
+        logps: torch.Tensor = logits.log_softmax(-1).gather(-1, ids[0, len(prompt_ids) :, None])
+        return logps.squeeze(-1).tolist()
 
 
 def main() -> None:
     """Do the task of one file and write the columns to another."""
     task, output = map(Path, sys.argv[1:])
-    columns = run(TypeAdapter(Task).validate_python(json.loads(task.read_text(encoding="utf-8"))))
+    columns = run(TypeAdapter(Task).validate_json(task.read_bytes()))
     output.write_text(json.dumps({name: asdict(column) for name, column in columns.items()}), encoding="utf-8")
 
 

@@ -19,8 +19,6 @@ from weights_store.schemas import SIDES
 
 MAX_STORED_TOKENS = 2048
 """Of a sequence in the sample of a build: the memory of transformers' eager attention grows with its square."""
-_SAMPLE_BYTES = 64 << 20
-"""Memory for the pairs that the sample of a build is taken from."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def stored_sample(
     """Return the pairs with the lowest pair_ids that are scored and not too long, and their stored log-probs."""
     store = WeightStore(tokens.store)
     pairs, scores = store.table(tokens.table), store.table(logps.table)
-    first = pairs.key_ranges(_SAMPLE_BYTES, tokens.version)[0]
+    first = pairs.key_ranges(64 << 20, tokens.version)[0]  # the pairs that the sample is taken from fit into 64 MiB
     num_tokens = pl.col("prompt_ids").list.len() + pl.max_horizontal(pl.col(f"{side}_ids").list.len() for side in SIDES)
     logps_of_sides = first.of(scores.scan(logps.version)).select("pair_id", *(f"{side}_logps" for side in SIDES))
     rows = (

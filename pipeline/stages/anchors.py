@@ -6,7 +6,7 @@ Runs in a process of its own, like scoring; `workers/anchor_sampler.py` samples.
 from pathlib import Path
 
 from pipeline.recipe import AnchorsSection, ScoreSection
-from pipeline.stages.score import check_engine, engine_settings, executor_of
+from pipeline.stages.score import engine_settings, executor_of
 from pipeline.workers.anchor_sampler import config_stop_ids
 from pipeline.workers.request import AnchorOptions, Request
 from pipeline.workers.supervise import Filled, Job, resolve_dtype, run_jobs
@@ -19,25 +19,20 @@ from weights_store.schemas import SCHEMA_VERSION
 def sample_anchors(tokens: TableVersion, model: Path, settings: AnchorsSection, engine: ScoreSection) -> Filled:
     """Bring a model's anchors up to a version of the tokens table; returns at once when nothing is missing.
 
-    Args:
-        tokens: The pairs to cover.
-        model: Folder of the reference policy.
-        settings: Section `[anchors]` of the recipe.
-        engine: Section `[score]` of the recipe: the engine that samples is the one that scores.
+    `model` is the folder of the reference policy. The engine that samples is the one that scores.
 
     Raises:
         MissingExtraError: There is something to sample, and no vLLM or, for actors, no Ray.
         StageError: The process failed, also when started again; carries its message. What it had committed stays.
     """
-    job = Job.of("anchors", tokens, "ref", model, anchors_identity(model, settings, engine))
+    job = Job("anchors", tokens, "ref", model, anchors_identity(model, settings, engine))
     if job.to_do:
-        check_engine(engine)
         sampling = AnchorSampling(**settings.model_dump(exclude={"seed"}))
         request = Request(
             "anchors",
             tokens,
             str(model),
-            [job.target(tokens)],
+            [job.target()],
             engine.chunk_tokens,
             engine_settings(engine, resolve_dtype(model, engine.dtype)),
             executor_of(engine),

@@ -5,7 +5,6 @@ Runs in a process of its own, like scoring; `workers/pair_attributor.py` compute
 
 from pathlib import Path
 
-from pipeline.child import check_extra
 from pipeline.engine.contract import EngineSettings
 from pipeline.recipe import AttributeSection
 from pipeline.workers.request import AttributionOptions, Executor, Request
@@ -18,24 +17,19 @@ from weights_store.schemas import SCHEMA_VERSION
 def attribute(tokens: TableVersion, model: Path, settings: AttributeSection, executor: Executor) -> Filled:
     """Bring a model's attributions up to a version of the tokens table; returns at once when nothing is missing.
 
-    Args:
-        tokens: The pairs to cover.
-        model: Folder of the reference policy.
-        settings: Section `[attribute]` of the recipe.
-        executor: Where it runs, see `score.executor_of`.
+    `model` is the folder of the reference policy.
 
     Raises:
         MissingExtraError: There is something to do, and no torch or, for actors, no Ray.
         StageError: The process failed, also when started again; carries its message. What it had committed stays.
     """
-    job = Job.of("attribute", tokens, "ref", model, attribution_identity(model, settings))
+    job = Job("attribute", tokens, "ref", model, attribution_identity(model, settings))
     if job.to_do:
-        check_extra("ray" if executor.kind == "ray" else "torch", settings.python)
         request = Request(
             "attribute",
             tokens,
             str(model),
-            [job.target(tokens)],
+            [job.target()],
             settings.chunk_tokens,
             EngineSettings(resolve_dtype(model, settings.dtype), settings.batch_tokens),
             executor,

@@ -21,8 +21,6 @@ from weights_store.messages import logger
 _log = logger(__name__)
 
 _SIDES = ("positive", "negative")
-_SAVE_EVERY_STEPS = 50
-_BFLOAT16_TOLERANCE_NATS = 0.05
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,8 @@ class ContrastivePair:
 def contrast(settings: ContrastSection, model_folder: Path, uniform: TableVersion) -> ContrastivePair:
     """Return the contrastive pair; train the models that the store does not have yet.
 
-    Args:
-        settings: Section `[contrast]` of the recipe.
-        model_folder: The starting model of both.
-        uniform: A weight dataset of the pairs with weights 1 and the reference's log-probs: S and D train on it.
+    Both start from the model in `model_folder`. S and D train on `uniform`: a weight dataset of the pairs with weights 1 and
+    the reference's log-probs.
 
     Raises:
         MissingExtraError: There is something to train, and torch is not installed.
@@ -56,9 +52,8 @@ def contrast(settings: ContrastSection, model_folder: Path, uniform: TableVersio
     models = model_shelf(uniform.store)
     folders, num_trained = [], 0
     for model in wanted_models(settings, model_folder, uniform):
-        folder = model.folder
-        if folder is None:
-            folder = models.place(model.name)
+        folder = model.folder or models.place(model.name)
+        if model.folder is None:
             check_extra("torch", settings.python)
             _log.info(f"training the {model.side} model ({settings.method}) on {uniform}")
             arguments = _arguments(settings, model.side, model_folder, uniform, folder)
@@ -102,28 +97,21 @@ def model_shelf(store: str) -> ModelShelf:
 def wanted_models(settings: ContrastSection, model_folder: Path, uniform: TableVersion) -> list[WantedModel]:
     """Return the positive and the negative model of construction S or D.
 
-    Args:
-        settings: Section `[contrast]` of the recipe.
-        model_folder: The starting model of both.
-        uniform: What they are trained on. Its fingerprint matters only if `retrain` is set or the store has no pair yet.
+    The fingerprint of the training data, `uniform`, matters only if `retrain` is set or the store has no pair yet.
     """
-    identities = {side: _identity(settings, side, model_folder, uniform) for side in _SIDES}
+    keys = TRAINING_KEYS | ({"beta"} if settings.method == "dpo" else set())
+    # Which version of the data a model is trained on is no part of its identity.
+    both = {
+        "model": fingerprint_model(model_folder),
+        "training": settings.model_dump(include=keys),
+        "table": uniform.table,
+    }
+    identities: dict[str, dict[str, object]] = {side: {**both, "side": side} for side in _SIDES}
     models = model_shelf(uniform.store)
     wanted = uniform.fingerprint if settings.retrain else None
     data = _data_of_both(models, identities, wanted) or uniform.fingerprint
     names = {side: fingerprint({**identity, "data": data})[:16] for side, identity in identities.items()}
     return [WantedModel(side, names[side], identities[side], data, models.find(names[side])) for side in _SIDES]
-
-
-def _identity(settings: ContrastSection, side: str, model_folder: Path, uniform: TableVersion) -> dict[str, object]:
-    """Return what determines one side's model, except which version of the data it is trained on."""
-    keys = TRAINING_KEYS | ({"beta"} if settings.method == "dpo" else set())
-    return {
-        "model": fingerprint_model(model_folder),
-        "side": side,
-        "training": settings.model_dump(include=keys),
-        "table": uniform.table,
-    }
 
 
 def _data_of_both(models: ModelShelf, identities: dict[str, dict[str, object]], wanted: str | None) -> str | None:
@@ -151,13 +139,13 @@ def _arguments(
         "optim.pairs_per_step": settings.pairs_per_step,
         "optim.tokens_per_batch": settings.tokens_per_batch,
         "optim.seed": settings.seed,
-        "output.save_every_steps": _SAVE_EVERY_STEPS,
+        "output.save_every_steps": 50,
     }
     if settings.method == "dpo":
         options["loss.beta"] = settings.beta
     if settings.dtype == "bfloat16":
         # The model is the reference itself. If that was scored in float32, rounding puts them about 0.02 nats apart.
-        options["gate.tolerance_nats"] = _BFLOAT16_TOLERANCE_NATS
+        options["gate.tolerance_nats"] = 0.05
     if settings.max_steps is not None:
         options["optim.max_steps"] = settings.max_steps
     name = uniform.table.removeprefix("weights/")

@@ -13,9 +13,9 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline.engine.contract import Sampling
-from pipeline.engine.score_once import Reply, ScoredSequence, score_once
+from pipeline.engine.score_once import ScoredSequence, score_once
 from pipeline.workers.pair_row import PairRow, QuarantineRow
-from pipeline.workers.pair_scorer import PairScorer
+from pipeline.workers.pair_scorer import PairScorer, as_share
 from pipeline.workers.request import AnchorOptions, Request, Target
 from train.model.sampling import closing_ids
 from weights_store import TableVersion, WeightStore
@@ -23,8 +23,6 @@ from weights_store.errors import ScoringError
 from weights_store.fingerprint import fingerprint, load_json
 from weights_store.schemas import ANCHORS, SIDES
 
-_NUM_LOOKED_AT = 1000
-"""Pairs whose responses show how a turn ends."""
 _Prompt = tuple[int, ...]
 
 
@@ -58,16 +56,18 @@ class AnchorSampler:
     ) -> tuple[pa.Table, list[QuarantineRow]]:
         """Return an anchor and its log-probs for each pair, and a quarantine row for each pair whose prompt has none.
 
-        Args:
-            pairs: In any order.
-            target: The table to fill.
-            progress: Gets the share of the prompts that are continued, 0 to 1; scoring the anchors takes little time.
+        The progress is the share of the prompts that are continued: scoring the anchors takes little time.
         """
         prompts = sorted({tuple(pair.prompt_ids) for pair in pairs})  # sorted for the prefix cache
         problems = {prompt: problem for prompt in prompts if (problem := self._why_not(prompt))}
         good = [prompt for prompt in prompts if prompt not in problems]
+        prompt_ids = [list(prompt) for prompt in good]
+        seeds = [seed_of(ids, self._seed) for ids in prompt_ids]
+        sampled = self._engine.generate(prompt_ids, self._sampling, seeds, as_share(len(good), progress))
+        sequences = [ScoredSequence(*ids) for ids in zip(prompt_ids, sampled, strict=True)]
+        replies = score_once(sequences, self._engine.score)  # log pi_ref: without temperature and cut-offs
         anchors: dict[_Prompt, tuple[list[int], np.ndarray]] = {}
-        for prompt, ids, reply in zip(good, *self._sample([list(prompt) for prompt in good], progress), strict=True):
+        for prompt, ids, reply in zip(good, sampled, replies, strict=True):
             if isinstance(reply, ScoringError):
                 problems[prompt] = f"anchor: {reply}"
             else:
@@ -88,22 +88,6 @@ class AnchorSampler:
             return f"a token id is outside the model's vocabulary of {self._engine.vocab_size}"
         return None
 
-    def _sample(
-        self, prompts: list[list[int]], progress: Callable[[float], None]
-    ) -> tuple[list[list[int]], list[Reply]]:
-        """Return an anchor for each prompt, and its log pi_ref: without temperature and cut-offs."""
-        num_done = 0
-
-        def count(num_prompts: int) -> None:
-            nonlocal num_done
-            num_done += num_prompts
-            progress(num_done / len(prompts))
-
-        seeds = [seed_of(prompt, self._seed) for prompt in prompts]
-        anchors = self._engine.generate(prompts, self._sampling, seeds, count)
-        sequences = [ScoredSequence(prompt, ids) for prompt, ids in zip(prompts, anchors, strict=True)]
-        return anchors, score_once(sequences, self._engine.score)
-
 
 def seed_of(prompt_ids: list[int], seed: int) -> int:
     """Return the seed of a prompt's anchor, 63 bits; it differs for each prompt and each `anchors.seed`."""
@@ -123,7 +107,7 @@ def config_stop_ids(model: Path) -> set[int]:
 
 
 def dataset_stop_ids(tokens: TableVersion) -> set[int]:
-    """Return the id that ends the responses of a dataset, see `closing_ids`."""
-    pairs = WeightStore(tokens.store).table(tokens.table).scan(tokens.version).head(_NUM_LOOKED_AT)
+    """Return the id that ends most responses of a dataset's first 1,000 pairs, see `closing_ids`."""
+    pairs = WeightStore(tokens.store).table(tokens.table).scan(tokens.version).head(1000)
     responses = pl.concat([pairs.select(ids=f"{side}_ids") for side in SIDES]).collect()["ids"]
     return set(closing_ids(responses.list.len().to_numpy(), responses.list.last().to_numpy()))

@@ -1,11 +1,15 @@
-"""What a commit of computed rows records, the quarantine of pairs that a model cannot take, and the refusal of no result."""
+"""What follows the computation of a chunk: its commit, the quarantine of pairs that a model cannot take, and the progress."""
+
+import time
+from collections.abc import Callable
 
 import pyarrow as pa
 
 from pipeline.workers.pair_row import QuarantineRow
-from pipeline.workers.request import DONE, Request, Target
+from pipeline.workers.request import DONE, Request, Stage, Target
 from weights_store import WeightStore
 from weights_store.errors import ScoringError
+from weights_store.messages import Progress, show
 from weights_store.names import quarantine_path
 from weights_store.schemas import QUARANTINE
 
@@ -36,3 +40,25 @@ def check_filled(request: Request, target: Target, num_pairs: int) -> None:
     if not WeightStore(request.tokens.store).table(target.table).exists():
         where = quarantine_path(request.tokens.table)
         raise ScoringError(f"none of {num_pairs} pairs could be {DONE[request.stage]}; see {where}")
+
+
+class Tally:
+    """Counts tokens and shows every change; log handlers decide how often to print. The work began `since_s` ago."""
+
+    def __init__(self, stage: Stage, role: str, num_pairs: int, num_tokens: int, since_s: float = 0.0) -> None:
+        self.num_pairs = num_pairs
+        self._name, self._total, self._done = f"{stage} {role}", num_tokens, 0
+        self._started = time.monotonic() - since_s
+        self._show(0)
+
+    def within(self, num_tokens: int) -> Callable[[float], None]:
+        """Return a function that shows a share of the next `num_tokens` as done."""
+        return lambda share: self._show(self._done + int(share * num_tokens))
+
+    def add(self, num_tokens: int) -> None:
+        """Count tokens that are done and committed."""
+        self._done += num_tokens
+        self._show(self._done)
+
+    def _show(self, done: int) -> None:
+        show(Progress(self._name, done, self._total, time.monotonic() - self._started))

@@ -16,6 +16,7 @@ from weights_store.tables.key_ranges import KeyRange
 
 RANGE_BYTES = 512 << 20
 """Memory for one range of pairs while the missing ones are looked up."""
+_tokenizer = lru_cache(maxsize=1)(ChatTokenizer)
 
 
 def missing_pairs(tokens: TableVersion, table: Table) -> Iterator[pl.DataFrame]:
@@ -28,10 +29,15 @@ def missing_within(piece: KeyRange, tokens: TableVersion, table: Table) -> pl.Da
     """Return the pairs of one range that have no row yet, by pair_id: `pair_id` and `num_tokens` to compute."""
     pairs = piece.of(WeightStore(tokens.store).table(tokens.table).scan(tokens.version))
     lengths = pl.sum_horizontal(pl.col(c).list.len() for c in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    wanted = pairs
-    for done in (_known_unscorable(tokens, table), *([table.scan().select("pair_id")] if table.exists() else [])):
-        wanted = wanted.join(piece.of(done), on="pair_id", how="anti")
-    ids = wanted.select("pair_id").collect()
+    done = [table.scan()] if table.exists() else []
+    quarantined = WeightStore(tokens.store).table(quarantine_path(tokens.table))
+    if quarantined.exists():  # pairs that this very scorer could not take: trying them again would change nothing
+        by_this = (pl.col("reason") == Reason.UNSCORABLE.value) & pl.col("detail").str.starts_with(f"{table.path}: ")
+        done.append(quarantined.scan().filter(by_this))
+    wanted = pairs.select("pair_id")
+    for rows in done:
+        wanted = wanted.join(piece.of(rows.select("pair_id")), on="pair_id", how="anti")
+    ids = wanted.collect()
     if ids.is_empty():  # the usual case of a second build: no list has been read
         return ids.with_columns(num_tokens=pl.lit(0, pl.UInt32))
     return (
@@ -49,15 +55,6 @@ def count_missing(tokens: TableVersion, table: Table) -> tuple[int, int]:
     return num_pairs, num_tokens
 
 
-def _known_unscorable(tokens: TableVersion, table: Table) -> pl.LazyFrame:
-    """Return the pairs that this very scorer has put into quarantine: trying them again would change nothing."""
-    quarantined = WeightStore(tokens.store).table(quarantine_path(tokens.table))
-    if not quarantined.exists():
-        return pl.LazyFrame(schema={"pair_id": pl.String})
-    by_this = (pl.col("reason") == Reason.UNSCORABLE.value) & pl.col("detail").str.starts_with(f"{table.path}: ")
-    return quarantined.scan().filter(by_this).select("pair_id")
-
-
 def cut(part: pl.DataFrame, chunk_tokens: int) -> Iterator[pl.DataFrame]:
     """Cut missing pairs, sorted by pair_id, into spans of about `chunk_tokens`."""
     numbered = part.with_columns(((pl.col("num_tokens").cum_sum() - 1) // chunk_tokens).alias("chunk"))
@@ -73,9 +70,4 @@ def pairs_of(request: Request, target: Target, chunk: pl.DataFrame) -> list[Pair
     rows = read_pairs(wanted.select(COLUMNS).collect())
     if target.condition is None:
         return rows
-    return under_condition(rows, target.condition, _tokenizer(request.tokenizer, request.chat_template))
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(folder: str, chat_template: str | None) -> ChatTokenizer:
-    return ChatTokenizer(Path(folder), chat_template)
+    return under_condition(rows, target.condition, _tokenizer(Path(request.tokenizer), request.chat_template))

@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline.workers.commit import check_filled, commit_metadata, quarantine
+from pipeline.workers.commit import Tally, check_filled, commit_metadata, quarantine
 from pipeline.workers.missing import RANGE_BYTES, cut, missing_within, pairs_of
 from pipeline.workers.pair_row import QuarantineRow
 from pipeline.workers.ray_cluster import as_ours, connected
 from pipeline.workers.request import DOING, Request, Target, Worker
 from pipeline.workers.start import start_worker
-from pipeline.workers.tally import Tally
 from weights_store import WeightStore
 from weights_store.errors import SettingsError, TokenweightsError
 from weights_store.messages import collect_lines, logger
@@ -43,8 +42,6 @@ _log = logger(__name__)
 _ROUND_CHUNKS, _ROUND_S = 4096, 600.0
 _MAX_CHUNKS = 65_536
 """Each chunk costs the driver about 8 KB and 12 ms (Ray 2.60)."""
-_MAX_ACTOR_RESTARTS, _MAX_CHUNK_RETRIES = 8, 3
-"""Beyond these (a chunk that kills every actor, a machine that is gone) the process ends, and its parent starts the next."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +167,9 @@ def _score(request: Request, chunks: list[Chunk], is_local: bool) -> Iterator[Sc
         batch_format="pyarrow",
         # One at a time: at the end, no chunk waits behind another while an actor is idle.
         compute=ray.data.ActorPoolStrategy(size=num_actors, max_tasks_in_flight_per_actor=1),
-        max_restarts=_MAX_ACTOR_RESTARTS,
-        max_task_retries=_MAX_CHUNK_RETRIES,
+        # Beyond these (a chunk kills every actor, or a machine is gone) this process ends, and its parent starts the next.
+        max_restarts=8,
+        max_task_retries=3,
         **_resources(request, num_actors, is_local),
     )
     _log.info(f"{DOING[request.stage]}: {len(chunks)} chunks with {request.model} on Ray, actors: {num_actors}")
@@ -179,11 +177,7 @@ def _score(request: Request, chunks: list[Chunk], is_local: bool) -> Iterator[Sc
 
 
 def _resources(request: Request, num_actors: int, is_local: bool) -> dict[str, object]:
-    """Return what Ray sets aside for an actor, and the actor's environment.
-
-    Raises:
-        SettingsError: The local Ray has less; a cluster may grow.
-    """
+    """Return what Ray sets aside for an actor, and the actor's environment. A local Ray that has less is a `SettingsError`."""
     import ray
 
     there = ray.cluster_resources()
@@ -195,7 +189,7 @@ def _resources(request: Request, num_actors: int, is_local: bool) -> dict[str, o
         text = f"{num_actors} actors on Ray ask for {' and '.join(short)}"
         if is_local:
             raise SettingsError(f"{text} on this machine; lower score.num_actors or score.cpus_per_actor")
-        _log.info(f"{text} that the cluster has now; the others wait for a place")
+        _log.info(f"{text} that the cluster has now; the others wait for a place")  # it may grow
     num_threads = str(max(1, int(num_cpus)))
     environment = {
         "OMP_NUM_THREADS": num_threads,

@@ -6,11 +6,10 @@ Two responses of one prompt share it in one packed sequence, unless attributions
 has its own.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,11 +27,10 @@ from train.model.packing import enable_packing
 from train.model.token_budget import cut_by_tokens
 from weights_store.errors import OutOfMemoryError
 from weights_store.messages import first_line, logger
-from weights_store.schemas import ATTRIBUTIONS, SIDES, Side
+from weights_store.schemas import ATTRIBUTIONS, SIDES
 
 _log = logger(__name__)
 
-_Item = TypeVar("_Item")
 Ids = tuple[int, ...]
 PromptedResponse = tuple[Ids, Ids]
 """Ids of a prompt and of a response behind it."""
@@ -57,7 +55,7 @@ class PairAttributor:
     """The request's model: pairs in, rows of an attributions table out.
 
     Raises:
-        InputError: The model cannot be loaded, or cannot be attributed.
+        InputError: The model cannot be loaded, or its family computes logits or embeddings in a way that we do not know.
         OutOfMemoryError: There is not enough memory for it.
     """
 
@@ -110,42 +108,40 @@ class PairAttributor:
             if refused:
                 problems[pair.pair_id] = f"{' and '.join(refused)}: gradients are not finite in {self._engine.dtype}"
             else:
-                filled.append(_row(pair, results))
+                row: dict[str, object] = {"pair_id": pair.pair_id}
+                for side, result in results.items():
+                    row[f"{side}_attributions"] = result.attributions
+                    row[f"{side}_prompt_attribution"] = result.prompt_attribution
+                    row[f"{side}_activations"] = result.activations
+                filled.append(row)
         unscorable = [pair.unscorable(problem) for pair in pairs if (problem := problems[pair.pair_id]) is not None]
-        columns = {name: [row[name] for row in filled] for name in ATTRIBUTIONS.names}
-        return pa.Table.from_pydict(columns, ATTRIBUTIONS), unscorable
+        return pa.Table.from_pylist(filled, ATTRIBUTIONS), unscorable
 
     def _attribute(
         self, sequences: Sequence[PromptedResponse], progress: Callable[[float], None]
     ) -> dict[PromptedResponse, Attributed]:
         """Attribute each distinct sequence once; one whose result is not finite once more, alone."""
-        of_prompt: dict[Ids, dict[Ids, None]] = {}
-        for prompt, response in sequences:
-            of_prompt.setdefault(prompt, {})[response] = None
-        together = [
-            [(prompt, response) for response in part]
-            for prompt, responses in of_prompt.items()
-            for part in _in_parts(list(responses), self._num_together)
+        of_prompt: dict[Ids, list[PromptedResponse]] = {}
+        for prompt, response in dict.fromkeys(sequences):
+            of_prompt.setdefault(prompt, []).append((prompt, response))
+        groups = [
+            alike[begin : begin + self._num_together]
+            for alike in of_prompt.values()
+            for begin in range(0, len(alike), self._num_together)
         ]
-        attributed = self._attribute_groups(together, progress)
-        # In a packed row 0 * NaN is NaN: one sequence may have spoilt others.
-        for alone in [[sequence] for sequence, result in attributed.items() if not result.is_finite]:
-            attributed |= self._attribute_batch([alone])
-        return attributed
-
-    def _attribute_groups(
-        self, groups: Sequence[list[PromptedResponse]], progress: Callable[[float], None]
-    ) -> dict[PromptedResponse, Attributed]:
-        """Attribute groups of one or two responses of one prompt; a micro-batch holds groups of one size."""
-        sizes = [_num_tokens(group) for group in groups]
+        # The prompt of a group counts once.
+        sizes = [len(group[0][0]) + sum(len(response) for _, response in group) for group in groups]
         attributed: dict[PromptedResponse, Attributed] = {}
         done, total = 0, sum(sizes)
-        for num_together in range(1, self._num_together + 1):
+        for num_together in range(1, self._num_together + 1):  # a micro-batch holds groups of one size
             alike = [(group, size) for group, size in zip(groups, sizes, strict=True) if len(group) == num_together]
             for batch in cut_by_tokens(alike, [size for _, size in alike], self._engine.batch_tokens):
                 attributed |= self._attribute_batch([group for group, _ in batch])
                 done += sum(size for _, size in batch)
                 progress(done / total)
+        # In a packed row 0 * NaN is NaN: one sequence may have spoilt others.
+        for alone in [[sequence] for sequence, result in attributed.items() if not result.is_finite]:
+            attributed |= self._attribute_batch([alone])
         return attributed
 
     def _attribute_batch(self, groups: Sequence[list[PromptedResponse]]) -> dict[PromptedResponse, Attributed]:
@@ -181,11 +177,7 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
 
 
 def _switch_to_packing(model: PreTrainedModel) -> str | None:
-    """Switch to packed attention if the model can; else return why not. Tried in float32, where rounding cannot hide errors.
-
-    Raises:
-        InputError: The family computes its logits in a way that we do not know.
-    """
+    """Switch to packed attention if the model can; else return why not. Tried in float32, where rounding cannot hide errors."""
     stored = [(parameter, parameter.dtype) for parameter in model.parameters()]
     model.float()
     check_output_layer(model)
@@ -197,11 +189,7 @@ def _switch_to_packing(model: PreTrainedModel) -> str | None:
 
 @contextmanager
 def _reporting_memory() -> Iterator[None]:
-    """Turn PyTorch's errors about memory into ours.
-
-    Raises:
-        OutOfMemoryError: There was not enough memory.
-    """
+    """Turn PyTorch's errors about memory into an `OutOfMemoryError`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -218,24 +206,13 @@ def _sequences(pair: PairRow) -> list[PromptedResponse]:
     return [(tuple(pair.prompt_ids), tuple(ids)) for ids in (pair.chosen_ids, pair.rejected_ids)]
 
 
-def _in_parts(items: list[_Item], size: int) -> list[list[_Item]]:
-    return [items[begin : begin + size] for begin in range(0, len(items), size)]
-
-
-def _num_tokens(group: Sequence[PromptedResponse]) -> int:
-    """Return the tokens of a group; its prompt counts once."""
-    return len(group[0][0]) + sum(len(response) for _, response in group)
-
-
 def _as_pair(group: Sequence[PromptedResponse]) -> Pair:
-    """Return one or two responses of one prompt in the form of the trainer's collator."""
-    first, last = (_as_response(response) for _, response in (group[0], group[-1]))
-    return Pair("", np.array(group[0][0], np.int32), first, last)
-
-
-def _as_response(ids: Ids) -> StoredResponse:
-    nothing = np.zeros(len(ids), np.float32)
-    return StoredResponse(np.array(ids, np.int32), nothing, nothing)
+    """Return one or two responses of one prompt in the form of the trainer's collator, which needs no weights here."""
+    sides = [
+        StoredResponse(np.array(ids, np.int32), *np.zeros((2, len(ids)), np.float32))
+        for _, ids in (group[0], group[-1])
+    ]
+    return Pair("", np.array(group[0][0], np.int32), sides[0], sides[1])
 
 
 def _attributed(result: TokenAttributions, mask: torch.Tensor) -> list[Attributed]:
@@ -249,13 +226,3 @@ def _attributed(result: TokenAttributions, mask: torch.Tensor) -> list[Attribute
     prompts = [None] * len(sizes) if result.prompt_attributions is None else result.prompt_attributions.tolist()
     activations = [None] * len(sizes) if result.activations is None else split(result.activations)
     return [Attributed(*parts) for parts in zip(attributions, prompts, activations, strict=True)]
-
-
-def _row(pair: PairRow, results: Mapping[Side, Attributed]) -> dict[str, object]:
-    """Return a pair's row of the attributions table."""
-    row: dict[str, object] = {"pair_id": pair.pair_id}
-    for side, result in results.items():
-        row[f"{side}_attributions"] = result.attributions
-        row[f"{side}_prompt_attribution"] = result.prompt_attribution
-        row[f"{side}_activations"] = result.activations
-    return row

@@ -10,8 +10,6 @@ from pipeline.engine.score_once import ScoredSequence
 from pipeline.source.chat import ChatTokenizer, Condition
 from weights_store.schemas import Reason
 
-_RAW_CHARACTERS = 2000
-
 
 class QuarantineRow(TypedDict):
     """A row of the quarantine table."""
@@ -48,7 +46,7 @@ class PairRow:
             "pair_id": self.pair_id,
             "reason": Reason.UNSCORABLE.value,
             "detail": detail,
-            "raw": self.prompt[:_RAW_CHARACTERS],
+            "raw": self.prompt[:2000],
         }
 
 

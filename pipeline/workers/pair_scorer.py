@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.engine.contract import Engine
-from pipeline.engine.score_once import ScoredSequence, Scores, score_once
+from pipeline.engine.score_once import Scores, score_once
 from pipeline.workers.pair_row import PairRow, QuarantineRow, why_not
 from pipeline.workers.request import Request, Target
 from weights_store.errors import InputError, ScoringError
@@ -59,17 +59,15 @@ def score_pairs(
 ) -> tuple[pa.Table, list[QuarantineRow]]:
     """Return rows of a logps table for the pairs that could be scored, and a quarantine row for each other.
 
-    Args:
-        engine: What scores.
-        pairs: In any order.
-        top_k: How many of the most likely tokens at each position are stored too.
-        progress: Gets the share of the tokens that is done, 0 to 1.
+    If `top_k` > 0, the rows have the k most likely tokens at each position too.
     """
     problems = [why_not(pair, engine.vocab_size, engine.max_tokens) for pair in pairs]
     good = [pair for pair, problem in zip(pairs, problems, strict=True) if problem is None]
     unscorable = [pair.unscorable(problem) for pair, problem in zip(pairs, problems, strict=True) if problem]
     sequences = [sequence for pair in good for sequence in pair.sequences(top_k)]
-    replies = score_once(sequences, lambda wanted: engine.score(wanted, _counter(wanted, progress)))
+    replies = score_once(
+        sequences, lambda wanted: engine.score(wanted, as_share(sum(each.num_wanted for each in wanted), progress))
+    )
     scored: list[dict[str, object]] = []
     for pair, chosen, rejected in zip(good, replies[::2], replies[1::2], strict=True):
         if isinstance(chosen, Scores) and isinstance(rejected, Scores):
@@ -78,8 +76,7 @@ def score_pairs(
             sides = zip(SIDES, (chosen, rejected), strict=True)
             refused = [f"{side}: {reply}" for side, reply in sides if isinstance(reply, ScoringError)]
             unscorable.append(pair.unscorable("; ".join(refused)))
-    columns = {name: [row[name] for row in scored] for name in LOGPS.names}
-    return pa.Table.from_pydict(columns, LOGPS), unscorable
+    return pa.Table.from_pylist(scored, LOGPS), unscorable
 
 
 def _columns(side: str, scores: Scores) -> dict[str, np.ndarray | None]:
@@ -92,12 +89,13 @@ def _columns(side: str, scores: Scores) -> dict[str, np.ndarray | None]:
     }
 
 
-def _counter(sequences: list[ScoredSequence], progress: Callable[[float], None]) -> Callable[[int], None]:
-    total, done = sum(sequence.num_wanted for sequence in sequences), 0
+def as_share(total: int, progress: Callable[[float], None]) -> Callable[[int], None]:
+    """Return a function that adds up what is done and calls `progress` with its share of the total, 0 to 1."""
+    done = 0
 
-    def count(num_tokens: int) -> None:
+    def count(num_done: int) -> None:
         nonlocal done
-        done += num_tokens
+        done += num_done
         progress(min(1.0, done / total))
 
     return count

@@ -10,21 +10,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from pipeline.workers.commit import check_filled, commit_metadata, quarantine
+from pipeline.workers.commit import Tally, check_filled, commit_metadata, quarantine
 from pipeline.workers.missing import count_missing, cut, missing_pairs, pairs_of
-from pipeline.workers.pair_row import PairRow
 from pipeline.workers.request import Request, Target, Worker
 from pipeline.workers.start import start_worker
-from pipeline.workers.tally import Tally
-from weights_store import Table, WeightStore
+from weights_store import WeightStore
 from weights_store.process import run_main
 
 _Item = TypeVar("_Item")
-
-
-def main() -> None:
-    """Do what a request file asks for."""
-    run(Request.load(sys.argv[1]))
 
 
 def run(request: Request) -> None:
@@ -54,7 +47,9 @@ def fill(request: Request, target: Target, worker: Worker) -> None:
     table = WeightStore(request.tokens.store).table(target.table)
     tally = Tally(request.stage, target.role, *count_missing(request.tokens, table))
     known = table.version()  # holds none of the pairs to come, so an append looks only at what others have added since
-    for num_tokens, pairs in ahead(_chunks(request, target, table)):
+    chunks = (chunk for part in missing_pairs(request.tokens, table) for chunk in cut(part, request.chunk_tokens))
+    work = ((int(chunk["num_tokens"].sum()), pairs_of(request, target, chunk)) for chunk in chunks)
+    for num_tokens, pairs in ahead(work):
         started = time.monotonic()
         filled, unscorable = worker.fill_in(pairs, target, tally.within(num_tokens))
         quarantine(request, target, unscorable)
@@ -67,13 +62,6 @@ def fill(request: Request, target: Target, worker: Worker) -> None:
     check_filled(request, target, tally.num_pairs)
 
 
-def _chunks(request: Request, target: Target, table: Table) -> Iterator[tuple[int, list[PairRow]]]:
-    """Yield the tokens and the pairs of each chunk that the target's table lacks."""
-    for part in missing_pairs(request.tokens, table):
-        for chunk in cut(part, request.chunk_tokens):
-            yield int(chunk["num_tokens"].sum()), pairs_of(request, target, chunk)
-
-
 def ahead(items: Iterator[_Item]) -> Iterator[_Item]:
     """Yield the items; a thread fetches each one while its predecessor is worked on, so that reading costs no time."""
     with ThreadPoolExecutor(1) as executor:
@@ -84,4 +72,4 @@ def ahead(items: Iterator[_Item]) -> Iterator[_Item]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(run_main(lambda: run(Request.load(sys.argv[1]))))

@@ -5,7 +5,6 @@ The local Ray binds to loopback, asks for a token, sends no usage statistics, an
 
 import os
 import secrets
-import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -22,17 +21,12 @@ from weights_store.errors import (
     TokenweightsError,
 )
 
-_OBJECT_STORE_BYTES = 128 << 20
-"""Of the local Ray: only small things go through it."""
-_PATIENCE_S = 10
-
 
 @contextmanager
 def connected(address: str | None) -> Iterator[bool]:
     """Connect to a cluster, or start a local Ray, for as long as this lasts; yields whether it is the local one.
 
-    Args:
-        address: Of a cluster; "local" for a local Ray; None for the cluster that Ray finds by itself, else a local Ray.
+    The address "local" is a local Ray; None is the cluster that Ray finds by itself, else a local Ray.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -43,16 +37,18 @@ def connected(address: str | None) -> Iterator[bool]:
     is_local = found == "local" or (found is None and address is None)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     settings: dict[str, object] = {"address": found, "log_to_driver": False, "logging_level": "error"}
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets need a short path
     if is_local:
-        settings |= {"address": "local", "include_dashboard": False, "_temp_dir": str(folder)}
-        settings["object_store_memory"] = _OBJECT_STORE_BYTES
+        settings |= {"address": "local", "include_dashboard": False}
+        settings["object_store_memory"] = 128 << 20  # bytes: only small things go through it
         # Read when Ray is imported. Without clusters it takes 127.0.0.1 for this machine, and binds its ports there only.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the home folder
-    try:
-        if not is_local:
+    # Sockets need a short path.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        if is_local:
+            settings["_temp_dir"] = folder
+        else:
             _check_answers(found)
         _init(settings, folder)
         try:
@@ -61,15 +57,10 @@ def connected(address: str | None) -> Iterator[bool]:
             import ray
 
             ray.shutdown()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _init(settings: dict[str, object], empty_folder: Path) -> None:
-    """Start Ray in an empty folder: it puts the current one in front of its workers' `sys.path`.
-
-    A user's own `train.py` or `datasets/` in the folder where a build was started would be imported in place of ours.
-    """
+def _init(settings: dict[str, object], empty_folder: str) -> None:
+    """Start Ray in an empty folder: it puts the current one, with a user's own `train.py`, in front of `sys.path`."""
     try:
         import ray.data
     except ModuleNotFoundError as error:
@@ -85,17 +76,13 @@ def _init(settings: dict[str, object], empty_folder: Path) -> None:
 
 
 def _check_answers(address: str | None) -> None:
-    """Check within seconds that a cluster answers; Ray itself would wait for minutes.
-
-    Raises:
-        SettingsError: None does.
-    """
+    """Raise a `SettingsError` within seconds if no cluster answers; Ray itself would wait for minutes."""
     remedy = "set score.ray_address, to 'local' for a Ray on this machine alone"
     if address is None:
         raise SettingsError(f"no Ray cluster has been started here and RAY_ADDRESS is not set; {remedy}")
     parts = urlsplit(address if "://" in address else f"//{address}")
     try:
-        socket.create_connection((parts.hostname or "", parts.port or 6379), _PATIENCE_S).close()
+        socket.create_connection((parts.hostname or "", parts.port or 6379), timeout=10).close()
     except (OSError, ValueError) as error:
         raise SettingsError(f"no Ray cluster answers at {address}: {error}; {remedy}") from error
 
@@ -113,9 +100,7 @@ def _find_cluster() -> str | None:
 def as_ours(error: Exception, has_scored: bool) -> TokenweightsError:
     """Return what an error of Ray's means to the stage that scores.
 
-    Args:
-        error: One of Ray's.
-        has_scored: Whether any chunk came back before; if not, actors that die probably lack memory.
+    If no chunk came back before (`has_scored`), actors that die probably lack memory.
     """
     from ray import exceptions
 

@@ -66,11 +66,8 @@ class AnchorOptions:
 class Request:
     """What one process of a stage does: fill the targets for all pairs in `tokens`, one commit per `chunk_tokens`.
 
-    Args:
-        tokenizer: Folder of the tokenizer for contrastive prompts.
-        chat_template: The recipe's own template file, if any.
-        restarts: Why the process was started again, once for each time.
-        options: Of the stages attribute and anchors.
+    The folder `tokenizer` and the recipe's own file `chat_template` are for contrastive prompts. `restarts` says why the
+    process was started again, once for each time.
     """
 
     stage: Stage
@@ -92,7 +89,7 @@ class Request:
     @classmethod
     def load(cls, path: str | Path) -> "Request":
         """Read a request file."""
-        return TypeAdapter(cls).validate_python(json.loads(Path(path).read_text(encoding="utf-8")))
+        return TypeAdapter(cls).validate_json(Path(path).read_bytes())
 
 
 class Worker(Protocol):
@@ -108,9 +105,6 @@ class Worker(Protocol):
     ) -> tuple[pa.Table, list[QuarantineRow]]:
         """Return the rows of the target's table, and a quarantine row for each pair that has none.
 
-        Args:
-            pairs: With the target's contrastive prompt, if it has one.
-            target: The table to fill.
-            progress: Gets the share of the pairs that is done, 0 to 1.
+        The pairs have the target's contrastive prompt already. `progress` gets the share of the work that is done, 0 to 1.
         """
         ...

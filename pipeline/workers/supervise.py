@@ -6,12 +6,11 @@ it ran out of memory.
 """
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
-from pipeline.child import run_child
+from pipeline.child import check_extra, run_child
 from pipeline.provenance import provenance
 from pipeline.source.chat import Condition
 from pipeline.workers.missing import count_missing
@@ -25,7 +24,6 @@ _log = logger(__name__)
 
 _MAX_RESTARTS = 3
 """In a row, without a commit in between."""
-_MIN_BATCH_TOKENS = 256
 FOLDERS: dict[Stage, str] = {"score": "logps", "attribute": "attributions", "anchors": "anchors"}
 """Where the tables of each stage lie in a store."""
 _PACKAGES: dict[Stage, str] = {"score": "vllm", "attribute": "torch", "anchors": "vllm"}
@@ -67,51 +65,36 @@ class Job:
     """One table to fill, and what it lacked when the stage began."""
 
     stage: Stage
+    tokens: TableVersion
     role: str
     model: Path
     identity: dict[str, object]
-    condition: Condition | None
-    table: Table
-    num_missing: int
-    num_missing_tokens: int
-    num_rows_before: int
-    is_new: bool
+    condition: Condition | None = None
     wall_s: float = 0.0
     restarts: list[str] = field(default_factory=list)
 
-    @classmethod
-    def of(
-        cls,
-        stage: Stage,
-        tokens: TableVersion,
-        role: str,
-        model: Path,
-        identity: dict[str, object],
-        condition: Condition | None = None,
-    ) -> "Job":
-        """Look up what the table of an identity lacks, and say why it is new if it is."""
-        table = stage_table(stage, tokens, identity)
-        exists = table.exists()
-        missing = count_missing(tokens, table)
-        if not exists:
-            _explain_new_table(stage, role, table, identity)
-        num_rows = table.num_rows() if exists else 0
-        return cls(stage, role, model, identity, condition, table, *missing, num_rows, not exists)
-
-    @property
-    def to_do(self) -> bool:
+    def __post_init__(self) -> None:
+        """Look up what the table of the identity lacks, and say why it is new if it is."""
+        self.table = stage_table(self.stage, self.tokens, self.identity)
+        exists = self.table.exists()
+        self.num_missing, self.num_missing_tokens = count_missing(self.tokens, self.table)
+        changed = None if exists else changed_identity(self.table, self.role, self.identity)
+        if changed is not None:
+            new = f"{self.stage} {self.role}: {self.table.path} is a new table"
+            _log.info(f"{new}; unlike {changed[0]}: {'; '.join(changed[1])}")
+        self.num_rows_before = self.table.num_rows() if exists else 0
+        self.to_do = self.num_missing > 0 or not exists
         """Whether a process is needed."""
-        return bool(self.num_missing) or self.is_new
 
-    def target(self, tokens: TableVersion) -> Target:
+    def target(self) -> Target:
         """Return the Target for the worker request."""
         top_k = self.identity.get("top_k", 0)
         assert isinstance(top_k, int)
         metadata: dict[str, object] = {
             "scorer": self.identity,
             "role": self.role,
-            "parents": [tokens.as_parent()],
-            "fingerprint": fingerprint({"scorer": self.identity, "tokens": tokens.fingerprint}),
+            "parents": [self.tokens.as_parent()],
+            "fingerprint": fingerprint({"scorer": self.identity, "tokens": self.tokens.fingerprint}),
             **provenance(),
         }
         return Target(self.role, self.table.path, self.condition, metadata, top_k)
@@ -123,8 +106,7 @@ class Job:
     def result(self) -> Filled:
         """Return what the stage hands on."""
         num_pairs = self.num_filled()
-        num_unscorable = self.num_missing - num_pairs
-        restarts = tuple(self.restarts)
+        num_unscorable, restarts = self.num_missing - num_pairs, tuple(self.restarts)
         return Filled(self.table.reference(), num_pairs, self.num_missing_tokens, num_unscorable, self.wall_s, restarts)
 
 
@@ -132,11 +114,9 @@ def changed_identity(table: Table, role: str, identity: Mapping[str, object]) ->
     """Return the table last filled in this role over the same pairs, and what differs from it; None if there is none."""
     folder = table.path.rpartition("/")[0]
     others = WeightStore(str(table.root)).tables(folder.partition("/")[0])
-    newest = {t.path: t.history(limit=1)[0] for t in others if t.path.startswith(f"{folder}/")}
+    newest = [(other.path, other.history(limit=1)[0]) for other in others if other.path.startswith(f"{folder}/")]
     same_role = [
-        (c.timestamp_ms, path, c.metadata)
-        for path, c in newest.items()
-        if c.metadata and c.metadata.get("role") == role
+        (c.timestamp_ms, path, c.metadata) for path, c in newest if c.metadata and c.metadata.get("role") == role
     ]
     if not same_role:
         return None
@@ -144,42 +124,27 @@ def changed_identity(table: Table, role: str, identity: Mapping[str, object]) ->
     return path, explain_difference(metadata["scorer"], dict(identity))
 
 
-def _explain_new_table(stage: Stage, role: str, table: Table, identity: Mapping[str, object]) -> None:
-    changed = changed_identity(table, role, identity)
-    if changed is not None:
-        path, changes = changed
-        _log.info(f"{stage} {role}: {table.path} is a new table; unlike {path}: {'; '.join(changes)}")
-
-
 # --- the process -------------------------------------------------------------------------------------------------------
 
 
 def run_jobs(request: Request, jobs: Sequence[Job], python: str | None) -> None:
-    """Run the process of a stage until its jobs are done.
+    """Run the process of a stage; start it again if it dies, with half the token budget if it ran out of memory.
 
-    Args:
-        request: The work; its targets are the jobs'.
-        jobs: What is to be filled, by one model.
-        python: Interpreter of the process; None for this one.
+    The targets of the request are those of the jobs. `python` is the interpreter of the process; None for this one.
 
     Raises:
-        StageError: It failed, also when started again; carries its message. What it had committed stays.
+        MissingExtraError: vLLM, torch or, for actors, Ray is not installed here; actors have the others where they run.
+        StageError: It failed for another reason, or died more than `_MAX_RESTARTS` times in a row without any result. What it
+            had committed stays.
     """
-    _run_to_the_end(request, jobs, partial(_run_process, jobs=jobs, python=python))
-
-
-def _run_to_the_end(request: Request, jobs: Sequence[Job], start: Callable[[Request], None]) -> None:
-    """Run the process; start it again if it dies, with half the token budget if it ran out of memory.
-
-    Raises:
-        StageError: It failed for another reason, or died `_MAX_RESTARTS` times in a row without any result.
-    """
+    check_extra("ray" if request.executor.kind == "ray" else _PACKAGES[request.stage], python)
     budget, num_fruitless, restarts = request.engine.batch_tokens, 0, list[str]()
     doing, done = DOING[request.stage], DONE[request.stage]
     while True:
         before = sum(job.num_filled() for job in jobs)
         try:
-            start(replace(request, engine=replace(request.engine, batch_tokens=budget), restarts=restarts))
+            engine = replace(request.engine, batch_tokens=budget)
+            _run_process(replace(request, engine=engine, restarts=restarts), jobs, python)
             return
         except (KilledError, EngineError) as error:
             if not any(count_missing(request.tokens, job.table)[0] for job in jobs):
@@ -193,7 +158,7 @@ def _run_to_the_end(request: Request, jobs: Sequence[Job], start: Callable[[Requ
                 ) from error
             # The kernel may have killed it to free memory; if it is killed again without any result, assume that.
             if isinstance(error, OutOfMemoryError) or (isinstance(error, KilledError) and num_fruitless > 1):
-                budget = max(_MIN_BATCH_TOKENS, budget // 2)
+                budget = max(256, budget // 2)
             restarts = [*restarts, f"{error}; batch_tokens {budget}"]
             for job in jobs:
                 job.restarts = restarts

@@ -15,9 +15,9 @@ from pipeline.engine.score_once import Scores
 from pipeline.recipe import Recipe
 from pipeline.stages.prepare import prepare
 from pipeline.stages.publish import Ingredients, publish
-from pipeline.stages.score import logps_table
 from pipeline.workers.process import run
 from pipeline.workers.request import Request, Target
+from pipeline.workers.supervise import stage_table
 
 # Imported in the fork server once, instead of by every child.
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401  # isort: skip
@@ -59,7 +59,7 @@ def build(recipes: list[dict], model_folder: str) -> None:
 
 def _score(recipe, tokens, scale):
     identity = {"schema_version": 1, "model": scale, "dtype": "float32"}
-    table = logps_table(tokens, identity)
+    table = stage_table("score", tokens, identity)
     metadata = {"scorer": identity, "parents": [tokens.as_parent()], "fingerprint": f"{scale}-{tokens.fingerprint}"}
     run(Request("score", tokens, scale, [Target("ref", table.path, None, metadata)], 1200, EngineSettings()))
     return table.reference()

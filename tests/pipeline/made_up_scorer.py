@@ -93,13 +93,13 @@ def main():
     import pipeline.engine.vllm_engine
 
     pipeline.engine.vllm_engine.VllmEngine = MadeUpEngine
-    from pipeline.workers.process import main as work
+    from pipeline.workers.process import run
+    from pipeline.workers.request import Request
     from weights_store.process import run_main
 
     *options, request = sys.argv[1:]
     assert options == ["-P", "-m", "pipeline.workers.process"]
-    sys.argv[1:] = [request]
-    return run_main(work)
+    return run_main(lambda: run(Request.load(request)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pipeline.stages.prepare import prepare
 from pipeline.stages.publish import Ingredients, publish
 from pipeline.stages.report import write_report
 from pipeline.stages.score import Scorer
-from pipeline.workers.supervise import stage_table
+from pipeline.workers.supervise import resolve_dtype, stage_table
 from weights_store import WeightStore
 from weights_store.errors import InputError
 from weights_store.fingerprint import fingerprint
@@ -68,7 +68,7 @@ def _build(recipe):
 
 def _score(tokens, scorer, recipe, role, leave_out=(), wall_s=0.5):
     """Bring a scorer's table up to the tokens with made-up log-probs, as the scoring process does it."""
-    identity = scorer.identity(scorer.resolve_dtype(recipe.score.dtype))
+    identity = scorer.identity(resolve_dtype(scorer.model, recipe.score.dtype))
     return _fill("score", tokens, identity, role, leave_out, wall_s)
 
 

@@ -201,7 +201,9 @@ def start(monkeypatch, tmp_path):
             return made_up
 
         monkeypatch.setattr(vllm.LLMEngine, "from_engine_args", from_engine_args)
-        return VllmEngine(tmp_path, EngineSettings(way=way))
+        engine = VllmEngine(tmp_path, EngineSettings())
+        engine.way = way
+        return engine
 
     return start
 

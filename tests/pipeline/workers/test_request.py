@@ -4,8 +4,8 @@ import pytest
 
 from pipeline.engine.contract import EngineSettings
 from pipeline.source.chat import Condition
+from pipeline.workers.commit import Tally
 from pipeline.workers.request import AnchorOptions, AttributionOptions, Executor, Request, Target
-from pipeline.workers.tally import Tally
 from train.model.sampling import AnchorSampling
 from weights_store import TableVersion
 
