@@ -21,6 +21,7 @@ from pipeline.toy.language import ToyLanguage, agreement
 from train.job.output import Result
 from weights_store import WeightStore
 from weights_store.location import write_whole
+from weights_store.schemas import SIDES
 
 _NUM_PAIRS = 1000
 _NUM_CONVERSATIONS = 6000
@@ -132,7 +133,7 @@ def _agreement(recipe: Recipe, result: BuildResult, language: ToyLanguage) -> di
     rewards, estimates = [], []
     for row in tokens.select(pl.exclude("prompt_ids")).collect().iter_rows(named=True):
         prompt = json.loads(row["prompt"])[-1]["content"]
-        for side in ("chosen", "rejected"):
+        for side in SIDES:
             texts = tokenizer.decode_batch([[token_id] for token_id in row[f"{side}_ids"]], skip_special_tokens=False)
             rewards.append(language.true_token_rewards(prompt, texts))
             estimates.append(np.array(row[f"{side}_positive"]) - np.array(row[f"{side}_negative"]))

@@ -350,7 +350,7 @@ def _reporting_errors() -> Iterator[None]:
     except EngineError:
         raise
     except Exception as error:
-        text = (str(error).strip().splitlines() or [""])[0]
+        text = first_line(error)
         if _is_out_of_memory(error):
             raise OutOfMemoryError(f"the engine ran out of memory: {text}") from error
         raise EngineError(f"the engine failed: {type(error).__name__}: {text}") from error

@@ -143,7 +143,7 @@ def _write_merged(adapter: Path, base: Path, target: Path) -> None:
         warnings.simplefilter("ignore")  # of tied embeddings: untied below
         wrapped = _with_adapter(model, adapter, base)
         expected = _probe(wrapped, model.config)
-        _untie_changed_embeddings(model)
+        untie_changed_embeddings(model)
         try:
             merged = wrapped.merge_and_unload(safe_merge=True)
         except (ValueError, NotImplementedError) as error:
@@ -180,7 +180,7 @@ def _with_adapter(model: "PreTrainedModel", adapter: Path, base: Path) -> "PeftM
     return wrapped
 
 
-def _untie_changed_embeddings(model: "PreTrainedModel") -> None:
+def untie_changed_embeddings(model: "PreTrainedModel") -> None:
     """Give the output layer its own matrix if it shares the input's and a LoRA changes either."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import nn

@@ -30,6 +30,7 @@ from weights_store import TableVersion, WeightStore
 from weights_store.errors import InputError, MismatchError, StageError
 from weights_store.location import one_line
 from weights_store.messages import logger
+from weights_store.names import weights_path
 from weights_store.schemas import SIDES
 from weights_store.tables.metadata import ParityRecord
 
@@ -181,7 +182,7 @@ def check_stored(
         MismatchError: They differ by more than rounding in that dtype.
     """
     for name in (recipe.uniform.name, recipe.weights.name):
-        table = WeightStore(tokens.store).table(f"weights/{name}")
+        table = WeightStore(tokens.store).table(weights_path(name))
         metadata = table.metadata() if table.exists() else {}
         if {"role": "ref_logps", **ref_logps.as_parent()} in metadata.get("parents", []) and "parity" in metadata:
             return {"parity": metadata["parity"]}
@@ -239,7 +240,7 @@ def role_scorer(recipe: Recipe, model_folder: Path, role: Role) -> Scorer:
         return Scorer(model_folder)
     if recipe.contrast.method == "prompt":
         return prompt_pair(recipe.contrast, model_folder).scorers[role]
-    uniform = WeightStore(recipe.store.uri).table(f"weights/{recipe.dataset.name}/uniform")
+    uniform = WeightStore(recipe.store.uri).table(weights_path(f"{recipe.dataset.name}/uniform"))
     if uniform.exists():
         models = {model.side: model for model in wanted_models(recipe.contrast, model_folder, uniform.reference())}
         folder = models[role].folder

@@ -17,6 +17,7 @@ from pipeline.stages.score import Scorer
 from weights_store import TableVersion, WeightStore
 from weights_store.fingerprint import fingerprint, fingerprint_model
 from weights_store.messages import logger
+from weights_store.names import name_of
 
 _log = logger(__name__)
 
@@ -148,7 +149,7 @@ def _arguments(
         options["gate.tolerance_nats"] = 0.05
     if settings.max_steps is not None:
         options["optim.max_steps"] = settings.max_steps
-    name = uniform.table.removeprefix("weights/")
+    name = name_of(uniform.table)
     arguments = ["train", "--store", uniform.store, "--weights", f"{name}@{uniform.version}"]
     arguments += ["--model", str(model_folder), "--output", str(folder)]
     for key, value in options.items():

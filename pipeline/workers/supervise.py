@@ -19,6 +19,7 @@ from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import EngineError, KilledError, OutOfMemoryError, StageError
 from weights_store.fingerprint import explain_difference, fingerprint, load_json
 from weights_store.messages import Progress, logger
+from weights_store.names import name_of
 
 _log = logger(__name__)
 
@@ -56,8 +57,9 @@ def resolve_dtype(model: Path, dtype: str) -> str:
 
 def stage_table(stage: Stage, tokens: TableVersion, identity: Mapping[str, object]) -> Table:
     """Return the table of a stage over one dataset, for a model with the settings that determine its numbers."""
-    key = tokens.table.removeprefix("tokens/")
-    return WeightStore(tokens.store).table(f"{FOLDERS[stage]}/{key}/{fingerprint(dict(identity))[:12]}")
+    return WeightStore(tokens.store).table(
+        f"{FOLDERS[stage]}/{name_of(tokens.table)}/{fingerprint(dict(identity))[:12]}"
+    )
 
 
 @dataclass

@@ -22,6 +22,7 @@ from train.data.shard_cache import ShardCache
 from train.data.stored_pairs import Pair, PairColumns, StoredResponse, column_names
 from weights_store import Table, TableVersion, WeightStore, split_name
 from weights_store.errors import MismatchError, NotFoundError
+from weights_store.schemas import SIDES
 from weights_store.tables.commits import READERS
 from weights_store.tables.metadata import CommitMetadata, Statistics
 from weights_store.tables.shards import ShardReader, ShardRecord
@@ -58,7 +59,7 @@ class WeightSource:
 
     def filled_columns(self) -> set[str]:
         """Return the columns with a value in every row, of those that a loss may need."""
-        statistics, sides = self.statistics, ("chosen", "rejected")
+        statistics, sides = self.statistics, SIDES
         num_pairs = statistics.get("num_pairs")
         filled = {f"{side}_{name}" for side in sides for name in ("ref_logps", "token_weights")}
         if statistics.get("num_scored_pairs", 0) == num_pairs:

@@ -13,6 +13,7 @@ from train.loss.config import LossConfig, TiDpo
 from train.loss.metrics import pair_metrics, triplet_metrics
 from train.loss.terms import PairLosses, ResponseLogps
 from weights_store.errors import MismatchError
+from weights_store.schemas import SIDES
 
 
 def compute_pair_losses(
@@ -70,7 +71,7 @@ def check_columns_for(loss: LossConfig, source_name: str, columns: Collection[st
     """
     needs = loss.needs
     columns_of = _required_columns(loss).items()
-    wanted = {column.format(side): remedy for column, remedy in columns_of for side in ("chosen", "rejected")}
+    wanted = {column.format(side): remedy for column, remedy in columns_of for side in SIDES}
     missing = [column for column in wanted if column not in columns]
     if missing:
         remedies = "; ".join(dict.fromkeys(wanted[column] for column in missing))

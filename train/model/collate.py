@@ -21,6 +21,7 @@ from train.data.dataset import Pair, StoredResponse
 from train.loss.terms import ResponseLogps
 from train.model.attention import ANCHOR, CHOSEN, NUM_BRANCHES, REJECTED
 from train.model.logps import ModelInputs, TokenTerms
+from weights_store.schemas import SIDES
 
 Batch = dict[str, Tensor]
 PADDING_ID = 0  # any id does: masks tell what is padding
@@ -65,7 +66,7 @@ class PairCollator:
         if self.with_anchors:
             arrays["has_kl"] = np.arange(len(responses)) < len(responses) - len(pairs)
         if pairs[0].chosen_score is not None:
-            for side in ("chosen", "rejected"):
+            for side in SIDES:
                 arrays[f"{side}_scores"] = np.array([getattr(pair, f"{side}_score") for pair in pairs], np.float32)
         return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 

@@ -9,6 +9,7 @@ from train.data.dataset import Pair, StoredResponse
 from train.model.attention import PACKED
 from train.model.collate import PairCollator, model_inputs
 from train.model.logps import per_token_logps
+from weights_store.messages import first_line
 
 _PROBE_LENGTHS = ((9, 5, 7), (4, 1, 3))  # prompt, chosen, rejected
 _PROBE_TOLERANCE = 1e-3  # nats, float32
@@ -35,7 +36,7 @@ def enable_packing(model: PreTrainedModel) -> str | None:
         difference = (_probe(model, pairs, packed=True) - expected).abs().max().item()
         reason = f"packed log-probs differ from those of separate sequences by {difference:.3g} nats"
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # whatever foreign code raises
-        difference, reason = float("nan"), f"its decoder does not run packed: {str(error).splitlines()[0]}"
+        difference, reason = float("nan"), f"its decoder does not run packed: {first_line(error)}"
     if difference <= _PROBE_TOLERANCE:
         return None
     model.set_attn_implementation(ordinary)

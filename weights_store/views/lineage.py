@@ -13,7 +13,7 @@ import polars as pl
 
 from weights_store.catalog import open_table
 from weights_store.location import Location
-from weights_store.names import quarantine_path
+from weights_store.names import quarantine_path, weights_path
 from weights_store.tables.commits import read_commit
 from weights_store.tables.metadata import CommitMetadata, Parent, Section
 from weights_store.tables.table import Table
@@ -125,7 +125,7 @@ class _Walk:
         A record with the model's own fingerprint decides.
         """
         settings = recipe.get("contrast", {})
-        uniform = f"weights/{_text(recipe, 'dataset', 'name')}/uniform"
+        uniform = weights_path(f"{_text(recipe, 'dataset', 'name')}/uniform")
         models = self.root / "models"
         for name in models.folders():
             folder = models / name

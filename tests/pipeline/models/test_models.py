@@ -134,9 +134,7 @@ def test_merged_model_gives_the_log_probs_of_base_and_adapter(bases, make_adapte
 
 
 def test_merge_that_changes_what_it_should_not_is_noticed(bases, make_adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "pipeline.models.lora._untie_changed_embeddings", lambda model: None
-    )  # what PEFT does by itself
+    monkeypatch.setattr("pipeline.models.lora.untie_changed_embeddings", lambda model: None)  # as PEFT does it alone
     base = bases(tied=True)
     adapter = make_adapter(base, target_modules=["lm_head"])
     with pytest.raises(InputError, match=r"log-probs differ from base and adapter by .* expected at most 0\.001"):
