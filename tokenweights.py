@@ -6,12 +6,14 @@ This module stands above all packages, and nothing imports it.
 import os
 import sys
 
-# `python -m` and torchrun put the current directory first on the path: a user's own train.py would be imported as ours.
-# Without pathlib, which would itself be searched there.
-if __name__ == "__main__" and not sys.flags.safe_path:
-    _ours = os.path.dirname(os.path.realpath(__file__))  # noqa: PTH120
-    if os.path.realpath(sys.path[0]) != _ours:
-        del sys.path[0]
+# `python -m` and torchrun put the current directory first on the path, and so does a relative entry of PYTHONPATH: a user's own
+# train.py would be imported as ours. Without pathlib, which would itself be searched there.
+if __name__ == "__main__" or os.environ.get("PYTHONPATH"):
+    _unsafe = [entry for entry in os.environ.get("PYTHONPATH", "/").split(os.pathsep) if not entry.startswith("/")]
+    if __name__ == "__main__" and not sys.flags.safe_path:
+        _unsafe.append(sys.path[0])
+    _folders = {os.path.realpath(entry) for entry in _unsafe} - {os.path.dirname(os.path.realpath(__file__))}  # noqa: PTH120
+    sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) not in _folders]
 
 import argparse
 import json

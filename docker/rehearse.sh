@@ -37,7 +37,7 @@ run_steps() {
 # The folder that the Dockerfile's COPY lines would make.
 mkdir -p "$work/package" "$work/image/requirements"
 cd "$repo"
-cp -R pyproject.toml README.md LICENSE tokenweights.py weights_store pipeline flows train "$work/package/"
+cp -R pyproject.toml README.md LICENSE tokenweights.py tokenweights_flows.py weights_store pipeline flows train "$work/package/"
 cp "requirements/$image.txt" "$work/image/requirements/"
 if [ -n "${WITHOUT_CUDA:-}" ]; then
     sed -i -E '/^(nvidia-|cuda-|triton==)/d' "$work/image/requirements/$image.txt"

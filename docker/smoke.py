@@ -43,6 +43,8 @@ def main(image: str) -> None:
     if too_much:
         sys.exit(f"error: {image} has {', '.join(sorted(too_much))} of another extra installed")
     modules = ["tokenweights"]
+    if "flows" in PACKAGES[image]:
+        modules.append("tokenweights_flows")
     for package in PACKAGES[image]:
         path = importlib.import_module(package).__path__
         modules += [package, *(module.name for module in pkgutil.walk_packages(path, f"{package}."))]

@@ -7,6 +7,7 @@ that a child starts. Another interpreter (`score.python`) gets our packages, but
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ _REMEDIES = {
 """How to install the packages that children need."""
 _MISSING = re.compile(r"ModuleNotFoundError: (?:No module named '|import of )([\w.]+)")
 _running: set["subprocess.Popen[str]"] = set()
+_folders: set[Path] = set()
 
 
 def check_extra(package: str, python: str | None) -> None:
@@ -65,7 +67,7 @@ def run_child(
             exit code says which subclass (`weights_store.errors.EXIT_CODES`).
     """
     tail: list[str] = []
-    with _started([python or sys.executable, "-P", "-m", module, *arguments], what, python is not None) as child:
+    with _started([python or sys.executable, "-P", "-m", module, *arguments], what) as child:
         assert child.stdout is not None
         _running.add(child)
         try:
@@ -88,16 +90,13 @@ def run_child(
 
 
 @contextmanager
-def _started(command: Sequence[str], what: str, is_foreign: bool) -> "Iterator[subprocess.Popen[str]]":
-    """Yield a running child. A foreign interpreter finds our packages first, as links in a folder of their own."""
-    # An empty entry is the current directory.
-    path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    with ExitStack() as stack:
-        if is_foreign:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tokenweights-"))
-            path.insert(0, folder)
-            for name in _OURS:
-                Path(folder, name).symlink_to(_ROOT / name)
+def _started(command: Sequence[str], what: str) -> "Iterator[subprocess.Popen[str]]":
+    """Yield a running child. It finds our packages first, as links in a folder of their own: the very code of its parent."""
+    # A relative entry starts in the current directory; an empty one is the current directory.
+    path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if Path(entry).is_absolute()]
+    with temporary_folder("tokenweights-") as folder, ExitStack() as stack:
+        for name in _OURS:
+            (folder / name).symlink_to(_ROOT / name)
         try:
             child = subprocess.Popen(
                 command,
@@ -106,7 +105,12 @@ def _started(command: Sequence[str], what: str, is_foreign: bool) -> "Iterator[s
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                env={**os.environ, CHILD: "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(path)},
+                env={
+                    **os.environ,
+                    CHILD: "1",
+                    "PYTHONSAFEPATH": "1",
+                    "PYTHONPATH": os.pathsep.join([str(folder), *path]),
+                },
             )
         except OSError as error:
             raise StageError(f"{what}: cannot start the interpreter {command[0]}: {error}") from error
@@ -115,17 +119,33 @@ def _started(command: Sequence[str], what: str, is_foreign: bool) -> "Iterator[s
 
 def _cause(tail: list[str], package: str) -> str:
     """Return what went wrong according to the last lines of a child."""
-    missing = _MISSING.match(tail[-1]) if tail else None
-    if missing:
-        return f"it has no package {missing[1]!r}; in its environment, {_REMEDIES[package]}"
-    errors = [line for line in tail if line.startswith("error: ")]
-    return errors[-1].removeprefix("error: ") if errors else "\n".join(tail[-15:]) or "it printed nothing"
+    for line in reversed(tail):
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+        if missing := _MISSING.search(line):
+            return f"it has no package {missing[1]!r}; in its environment, {_REMEDIES[package]}"
+        if line.startswith("ImportError: "):
+            return line
+    return "\n".join(tail[-15:]) or "it printed nothing"
+
+
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """Yield a new folder that is gone afterwards, and also after `stop_children`."""
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        _folders.add(Path(folder))
+        try:
+            yield Path(folder)
+        finally:
+            _folders.discard(Path(folder))
 
 
 def stop_children() -> None:
-    """Stop every running child; for a caller that exits without unwinding the stack."""
+    """Stop every running child and remove temporary folders; for a caller that exits without unwinding the stack."""
     for child in list(_running):
         _stop(child)
+    for folder in list(_folders):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stop(child: "subprocess.Popen[str]") -> None:

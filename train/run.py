@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from train.job.job import run_job
 
             run_job(config, overwrite=arguments.overwrite, dry_run=arguments.dry_run, stop=stop)
-    except TokenweightsError:
+    except (TokenweightsError, OSError, ModuleNotFoundError):
         if not is_first:  # the first process usually has the same error; the launcher then ends this one
             time.sleep(_SILENCE_S)
         raise

@@ -23,8 +23,9 @@ from transformers.modeling_outputs import CausalLMOutput
 from train.config import DataConfig
 from train.data.dataset import Pair, PairDataset, StoredResponse, check_weights_vary, open_weights, sample_pairs
 from train.data.sampler import BlockShuffle
+from train.model.checkpoint import check_model_fits
 from train.model.hub import check_model_folder, find_folder
-from train.model.policy import check_model_fits, disable_dropout
+from train.model.policy import disable_dropout
 from weights_store.errors import MismatchError, MissingExtraError, SettingsError
 
 try:

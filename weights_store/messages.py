@@ -98,18 +98,20 @@ class ProgressEvery(logging.Filter):
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self._seconds = seconds
-        self._passed_at: dict[str, float] = {}
+        self._passed: dict[str, tuple[float, int]] = {}
+        """When the last record of each progress passed, and what it had done."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record may be shown."""
         progress = progress_of(record)
         if progress is None:
             return True
-        is_due = time.monotonic() - self._passed_at.get(progress.name, float("-inf")) >= self._seconds
-        if is_due or progress.done in (0, progress.total):
-            self._passed_at[progress.name] = time.monotonic()
-            return True
-        return False
+        passed_at, done = self._passed.get(progress.name, (float("-inf"), -1))
+        is_due = time.monotonic() - passed_at >= self._seconds or progress.done in (0, progress.total)
+        if not is_due or progress.done == done:
+            return False
+        self._passed[progress.name] = time.monotonic(), progress.done
+        return True
 
 
 @contextmanager

@@ -5,6 +5,7 @@ when its parent is gone. Its exit code says which error ended it.
 """
 
 import os
+import select
 import sys
 import threading
 from collections.abc import Callable
@@ -30,11 +31,11 @@ def run_main(main: Callable[[], int | None], *, debug: bool = False, after_inter
     with send_to_parent() if is_child else show_on_terminal():
         try:
             return main() or 0
-        except BrokenPipeError:  # `tokenweights ls | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
         # OSError: no permission, a full disk, or a file where a folder should be.
         except (TokenweightsError, OSError) as error:
+            if isinstance(error, BrokenPipeError) and not is_child and _stdout_is_closed():
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it exits
+                return 0
             if debug:
                 raise
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -42,6 +43,13 @@ def run_main(main: Callable[[], int | None], *, debug: bool = False, after_inter
         except KeyboardInterrupt:
             print(after_interrupt, file=sys.stderr, flush=True)
             return 130
+
+
+def _stdout_is_closed() -> bool:
+    """Return whether nobody reads standard output any more, as in `tokenweights ls | head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors alone: a pipe without a reader is one
+    return bool(poll.poll(0))
 
 
 def _end_with_parent() -> None:

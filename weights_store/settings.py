@@ -1,7 +1,7 @@
 """Read TOML settings, apply `--set section.key=value`, and turn them into a checked model.
 
-Serves the recipes of `pipeline` and the training configs of `train`, which may not import each other. The models are
-pydantic's, but this file never imports pydantic: the store's own install stays small.
+Serves the recipes of `pipeline` and the training configs of `train`. The models are pydantic's, but this file never imports
+pydantic: the store's own install stays small.
 """
 
 import difflib

@@ -5,7 +5,6 @@ to the store. Each side runs in a process of its own, in the scorer's interprete
 """
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -15,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import TypeAdapter
 
-from pipeline.child import check_extra, run_child
+from pipeline.child import check_extra, run_child, temporary_folder
 from pipeline.engine.ways import FIXED_IDS, RESPONSE_ROWS, WAYS
 from pipeline.models.resolve import resolve_model
 from pipeline.parity.process import TRANSFORMERS, Column, Task
@@ -275,8 +274,8 @@ def run_task(task: Task, python: str | None) -> dict[str, Column]:
     Raises:
         StageError: It failed; carries its message.
     """
-    with tempfile.TemporaryDirectory(prefix="check-scorer-") as folder:
-        request, columns = Path(folder, "task.json"), Path(folder, "columns.json")
+    with temporary_folder("check-scorer-") as folder:
+        request, columns = folder / "task.json", folder / "columns.json"
         request.write_text(json.dumps(asdict(task)), encoding="utf-8")
         what, package = f"scoring with {task.model} ({task.side})", "vllm" if task.side == "engine" else "torch"
         run_child("pipeline.parity.process", [str(request), str(columns)], what, python, package=package)

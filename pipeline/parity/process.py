@@ -126,7 +126,7 @@ def _response_logps(model: "PreTrainedModel", prompt_ids: list[int], response_id
 def main() -> None:
     """Do the task of one file and write the columns to another."""
     task, output = map(Path, sys.argv[1:])
-    columns = run(TypeAdapter(Task).validate_json(task.read_bytes()))
+    columns = run(TypeAdapter(Task).validate_python(json.loads(task.read_bytes())))
     output.write_text(json.dumps({name: asdict(column) for name, column in columns.items()}), encoding="utf-8")
 
 

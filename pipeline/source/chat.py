@@ -61,10 +61,13 @@ class ChatTokenizer:
 
     def __init__(self, folder: Path, template_file: str | None = None) -> None:
         self.folder = folder
-        try:
-            template = Path(template_file).read_text("utf-8") if template_file else load_chat_template(folder)
-        except OSError as error:
-            raise InputError(f"model.chat_template {template_file} cannot be read: {error.strerror}") from error
+        if template_file is None:
+            template = load_chat_template(folder)
+        else:
+            try:
+                template = Path(template_file).read_text("utf-8")
+            except OSError as error:
+                raise InputError(f"model.chat_template {template_file} cannot be read: {error.strerror}") from error
         if template is None:
             raise InputError(f"model {folder} has no chat template; set model.chat_template to a Jinja file")
         self._template = template

@@ -33,6 +33,7 @@ class ExternalSort:
         self.max_bytes = max_bytes or DEFAULT_BYTES
         self.num_rows = 0
         self._waiting: list[pa.Table] = []
+        self._num_waiting_bytes = 0
         self._num_bytes = 0
         self._runs: list[Path] = []
         self._samples: list[str | int] = []
@@ -54,8 +55,9 @@ class ExternalSort:
             return
         self._waiting.append(rows)
         self._num_bytes += rows.nbytes
+        self._num_waiting_bytes += rows.nbytes
         self.num_rows += rows.num_rows
-        if sum(waiting.nbytes for waiting in self._waiting) > self.max_bytes:
+        if self._num_waiting_bytes > self.max_bytes:
             self._spill()
 
     def ranges(self) -> Iterator[tuple[KeyRange, pa.Table]]:
@@ -86,7 +88,7 @@ class ExternalSort:
         step = -(-rows.num_rows // _SAMPLES_PER_RUN)
         self._samples += rows[self.key[0]].take(list(range(0, rows.num_rows, step))).to_pylist()
         self._runs.append(path)
-        self._waiting = []
+        self._waiting, self._num_waiting_bytes = [], 0
 
 
 def _slice(run: pa.Table, key: str, piece: KeyRange) -> pa.Table:

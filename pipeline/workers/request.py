@@ -89,7 +89,9 @@ class Request:
     @classmethod
     def load(cls, path: str | Path) -> "Request":
         """Read a request file."""
-        return TypeAdapter(cls).validate_json(Path(path).read_bytes())
+        return TypeAdapter(cls).validate_python(
+            json.loads(Path(path).read_bytes())
+        )  # JSON mode refuses odd bytes in paths
 
 
 class Worker(Protocol):

@@ -5,12 +5,11 @@ is free afterwards and its interpreter may have other packages. If it dies it is
 it ran out of memory.
 """
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pipeline.child import check_extra, run_child
+from pipeline.child import check_extra, run_child, temporary_folder
 from pipeline.provenance import provenance
 from pipeline.source.chat import Condition
 from pipeline.workers.missing import count_missing
@@ -174,8 +173,8 @@ def _run_process(request: Request, jobs: Sequence[Job], python: str | None) -> N
     def heard(progress: Progress) -> None:
         job_of[progress.name].wall_s = started_at[progress.name] + progress.wall_s
 
-    with tempfile.TemporaryDirectory(prefix=f"{request.stage}-") as folder:
-        path = Path(folder, "request.json")
+    with temporary_folder(f"{request.stage}-") as folder:
+        path = folder / "request.json"
         request.save(path)
         what = f"{DOING[request.stage]} with {request.model}"
         run_child("pipeline.workers.process", [str(path)], what, python, heard, _PACKAGES[request.stage])

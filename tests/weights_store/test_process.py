@@ -60,6 +60,15 @@ def test_a_reader_that_stops_early_is_no_error():
     assert (child.stderr.read(), child.wait(60)) == (b"", 0)
 
 
+def test_another_broken_pipe_is_an_error(capsys, monkeypatch):
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as output, os.fdopen(writer, "w") as stdout:  # somebody reads what is printed
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert run_main(raising(BrokenPipeError("a worker is gone"))) == 1
+        assert output is not None
+    assert capsys.readouterr().err == "error: a worker is gone\n"
+
+
 def test_a_child_ends_with_its_parent():
     code = "import time\nfrom weights_store.process import run_main\nrun_main(lambda: time.sleep(60))"
     environment = {**os.environ, "TOKENWEIGHTS_CHILD": "1"}

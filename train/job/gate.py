@@ -2,7 +2,7 @@
 
 A loss with a reference assumes that policy and reference are the same function at the start: all log-ratios are 0 and the
 sigmoid losses are log 2. Without the gate, training on another model, another dtype or a damaged dataset goes unnoticed. Not
-here: the tokenizer and its chat template, which `policy.check_model_fits` compares before a model is loaded.
+here: the tokenizer and its chat template, which `checkpoint.check_model_fits` compares before a model is loaded.
 """
 
 import math

@@ -3,26 +3,14 @@
 Reads as a table of contents; every part is in a file of its own.
 """
 
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PrinterCallback, set_seed
-from transformers.utils import logging as transformers_logging
-
 from train.config import TrainConfig
-from train.data.dataset import Pair
-from train.job.card import model_card
-from train.job.dry_run import dry_run_lines
-from train.job.gate import check_step_0
 from train.job.output import Lineage, OutputFolder, Result, explain_full_disk
-from train.job.prepare import JobInputs, JobPairs, open_inputs, open_pairs
-from train.job.progress import ProgressLines, StopAfterStep, check_tracker, metrics_line
-from train.job.ranks import gather_parameters, join_ranks
+from train.job.prepare import JobInputs, open_inputs, open_pairs
+from train.job.ranks import join_ranks
 from train.job.stopping import StopRequest
-from train.job.trainer import PairTrainer, build_batches
-from train.model.policy import load_policy, load_reference, save_policy
 from weights_store.fingerprint import fingerprint
 from weights_store.messages import logger
 from weights_store.packages import package_versions
@@ -52,6 +40,8 @@ def run_job(
 ) -> TrainResult | None:
     """Train as `config` says and return where the model is; None after a dry run.
 
+    With several processes every rank logs; `tokenweights train` silences all but the first.
+
     Args:
         config: The job.
         overwrite: Delete what an earlier job left in the output folder.
@@ -76,11 +66,22 @@ def run_job(
     if finished is not None:
         _log.info(f"already trained: {output.path} (--overwrite trains again)")
         return _result(output.path, finished["result"], was_trained_before=True)
+    from train.job.training import (  # loads transformers
+        build_batches,
+        build_trainer,
+        check_tracker,
+        pass_gate,
+        save,
+        train,
+    )
+
     pairs = open_pairs(inputs)
     processes = join_ranks()
     check_tracker(config.output.report_to)
     build_batches(config, len(pairs.trained), world_size=processes.num_processes)  # refuses what cannot be shared
     if dry_run:
+        from train.job.dry_run import dry_run_lines
+
         if processes.is_main_process:
             print("\n".join(dry_run_lines(inputs, pairs)))
         return None
@@ -90,90 +91,13 @@ def run_job(
         output.claim(inputs.identity, settings, overwrite=overwrite, resume=config.output.resume)
     processes.wait_for_everyone()
 
-    trainer = _build_trainer(inputs, pairs, output.checkpoints, stop)
-    _pass_gate(trainer, inputs, pairs.sample)
+    trainer = build_trainer(inputs, pairs, output.checkpoints, stop)
+    pass_gate(trainer, inputs, pairs.sample)
     with explain_full_disk(output.path):
-        lineage = _build_lineage(inputs, _train(trainer, pairs.sample, output.last_checkpoint(), stop))
-        _save(trainer, inputs, output, lineage)
+        lineage = _build_lineage(inputs, train(trainer, pairs.sample, output.last_checkpoint(), stop))
+        save(trainer, inputs, output, lineage)
     _log.info(f"wrote {output.path}")
     return _result(output.path, lineage["result"])
-
-
-def _build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: StopRequest) -> PairTrainer:
-    config, folder = inputs.config, inputs.model_folder
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    set_seed(config.optim.seed)  # new adapters begin at random
-    policy = load_policy(folder, config.model, config.lora)
-    if policy.not_packed is not None:
-        _log.info(f"two padded sequences per pair: {policy.not_packed}")
-    # With adapters, the policy without them is the reference.
-    needs_reference = config.loss.needs.reference_model and config.lora is None
-    reference = load_reference(folder, config.model) if needs_reference else None
-    trainer = PairTrainer(
-        policy,
-        pairs.trained,
-        config,
-        checkpoints=checkpoints,
-        held_out=pairs.held_out,
-        reference=reference,
-        callbacks=[ProgressLines(config.optim.pairs_per_step), StopAfterStep(stop)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    _log.info(
-        f"training {config.loss.name} on {inputs.source.name} ({len(pairs.trained):,} pairs): "
-        f"{trainer.batches.num_steps:,} steps of {config.optim.pairs_per_step} pairs"
-    )
-    return trainer
-
-
-def _pass_gate(trainer: PairTrainer, inputs: JobInputs, sample: Sequence[Pair]) -> None:
-    """Compare the model with the stored reference, for losses whose log-ratios start at 0."""
-    config, few = inputs.config, sample[: inputs.config.gate.pairs]
-    if few and config.loss.needs.ref_logps:
-        model_fingerprint = inputs.identity["model"]["fingerprint"]
-        check_step_0(
-            lambda dtype: trainer.response_logps(few, dtype), config, inputs.source.metadata, model_fingerprint
-        )
-
-
-def _train(trainer: PairTrainer, sample: Sequence[Pair], checkpoint: Path | None, stop: StopRequest) -> Result:
-    """Measure, train, measure."""
-    before = trainer.measure(sample)
-    _log.info(f"before: {metrics_line(before)}")
-    if checkpoint is not None:
-        _log.info(f"resuming from {checkpoint.name}")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if stop.requested and trainer.state.global_step < trainer.batches.num_steps:
-        raise KeyboardInterrupt
-    after = trainer.measure(sample)
-    _log.info(f"after:  {metrics_line(after)}")
-    result = Result(steps=trainer.state.global_step, before=before, after=after, num_sample_pairs=len(sample))
-    if trainer.held_out:
-        result["held_out"] = trainer.measure(trainer.held_out)
-        _log.info(f"held out: {metrics_line(result['held_out'])}")
-    if trainer.config.eval.best:
-        result["best_step"] = trainer.state.best_global_step
-        _log.info(f"best by held-out {trainer.config.eval.best}: step {trainer.state.best_global_step}")
-    return result
-
-
-def _save(trainer: PairTrainer, inputs: JobInputs, output: OutputFolder, lineage: Lineage) -> None:
-    """Write the model, its card, its metrics and its lineage; all ranks take part if the model is sharded."""
-    config, accelerator = inputs.config, trainer.accelerator
-    model = accelerator.unwrap_model(trainer.model)
-    whole = gather_parameters(trainer.model_wrapped) if trainer.is_fsdp_enabled else {}
-    if accelerator.is_main_process:
-        if whole:
-            model = load_policy(inputs.model_folder, config.model, config.lora).model
-            model.load_state_dict(whole)
-        staging = output.start_staging()
-        is_hub_id = not Path(config.model.path).expanduser().is_dir()
-        save_policy(model, config.lora, inputs.model_folder, staging, config.model.path if is_hub_id else None)
-        (staging / "README.md").write_text(model_card(lineage, inputs.source), encoding="utf-8")
-        metrics = {**lineage["result"], "history": trainer.state.log_history}
-        output.publish(staging, lineage, metrics, keep_checkpoints=config.output.keep_checkpoints)
-    accelerator.wait_for_everyone()
 
 
 def _build_lineage(inputs: JobInputs, result: Result) -> Lineage:

@@ -11,10 +11,9 @@ from train.config import TrainConfig
 from train.data.dataset import Pair, PairDataset, WeightSource, check_weights_vary, open_weights, sample_pairs
 from train.data.selection import Selection
 from train.job.output import Identity
-from train.job.refresh import HybridSettings
 from train.loss.objective import check_columns_for
+from train.model.checkpoint import check_model_fits
 from train.model.hub import check_model_folder, find_folder
-from train.model.policy import check_model_fits
 from weights_store.fingerprint import fingerprint_model
 
 
@@ -79,6 +78,8 @@ def open_pairs(inputs: JobInputs) -> JobPairs:
     if needs.token_weights:
         check_weights_vary(source, sample, config.loss.name)
     if needs.fresh_weights:
+        from train.job.refresh import HybridSettings  # loads transformers
+
         HybridSettings.of(source)  # refuses a dataset that does not record how its weights were computed
     held_out: Sequence[Pair] = []
     if config.eval.is_on:

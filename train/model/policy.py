@@ -14,52 +14,12 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from train.config import LoraSection, ModelConfig
-from train.data.dataset import WeightSource
 from train.model.checkpoint import TEMPLATE_FILES, TOKENIZER_FILES, load_checkpoint, load_model_config
 from train.model.logps import check_output_layer
 from train.model.packing import enable_packing
-from weights_store.errors import InputError, MismatchError, MissingExtraError
-from weights_store.fingerprint import fingerprint_chat_template, fingerprint_tokenizer
+from weights_store.errors import InputError, MissingExtraError
 
 _COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES, *TEMPLATE_FILES)
-
-
-def check_model_fits(folder: Path, source: WeightSource) -> int:
-    """Compare tokenizer and vocabulary with those of the dataset; return the size of the vocabulary.
-
-    Raises:
-        InputError: The folder holds no tokenizer or its config cannot be read.
-        MismatchError: The dataset was tokenised with another tokenizer or vocabulary, or does not say with which.
-    """
-    recorded = source.metadata.get("tokenizer")
-    if not recorded:
-        raise MismatchError(f"{source.name} does not record its tokenizer; rebuild it with `tokenweights build`")
-    tokenizer, template = fingerprint_tokenizer(folder), fingerprint_chat_template(folder)
-    # With a chat template of the recipe's own, the recorded one says nothing about the folder's.
-    own_template = recorded.get("rendering", recorded["fingerprint"]) == recorded["fingerprint"]
-    if tokenizer != recorded["fingerprint"] and own_template and template != recorded.get("chat_template", template):
-        raise MismatchError(
-            f"{source.name} was rendered with chat template {_short(recorded['chat_template'])}, the model in {folder} has "
-            f"{_short(template)}: it would learn another format than it will be asked in. Train a model with the same "
-            "template, or build the dataset again for this model"
-        )
-    if tokenizer != recorded["fingerprint"]:
-        raise MismatchError(
-            f"{source.name} was tokenised with tokenizer {recorded['fingerprint'][:12]}, the model in {folder} has "
-            f"{tokenizer[:12]}: its ids would mean other text. Train a model with the same tokenizer files, or build the "
-            "dataset again for this model"
-        )
-    vocab_size = int(load_model_config(folder).get_text_config().vocab_size)
-    if vocab_size != recorded["vocab_size"]:
-        raise MismatchError(
-            f"{source.name} was scored with a vocabulary of {recorded['vocab_size']} ids, the model in {folder} has "
-            f"{vocab_size}; train the model that it was built for, or build the dataset again for this model"
-        )
-    return vocab_size
-
-
-def _short(fingerprint: str | None) -> str:
-    return "none" if fingerprint is None else fingerprint[:12]
 
 
 @dataclass(frozen=True)

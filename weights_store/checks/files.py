@@ -81,7 +81,7 @@ def examine(log: TableLog) -> Examined:
         if found:
             unsound.add(record.name)
         done += record.num_bytes
-        if done - shown >= BYTES_PER_PROGRESS:
+        if done - shown >= BYTES_PER_PROGRESS or (shown and done == num_bytes):
             shown = done
             show(Progress(f"verify {table.path}", done, num_bytes, time.monotonic() - started, "bytes"))
     return Examined(log, findings, frozenset(unsound))

@@ -51,7 +51,7 @@ def cells_of(card: str) -> list[list[str]]:
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(
     settings, model_folder, capsys, monkeypatch, tmp_path
 ) -> None:
-    monkeypatch.setattr("train.job.job.load_policy", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("train.job.training.load_policy", lambda *_: pytest.fail("the model was loaded"))
     settings["eval"] = {"share": 0.25}
     settings["optim"]["num_epochs"] = 3
     before = sorted(tmp_path.rglob("*"))

@@ -170,7 +170,7 @@ main(sys.argv[1:])
 
 
 def test_resume_false_starts_again(settings, make_config, undisturbed, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("train.job.job.save_policy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("train.job.training.save_policy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(flags_of(settings, **{"output.save_every_steps": 2})) == 130
     monkeypatch.undo()
     caplog.clear()

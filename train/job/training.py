@@ -1,0 +1,104 @@
+"""The parts of a training job that need transformers: build the trainer, pass the gate, train, save. Called by `job.py`.
+
+Not here: what is checked before (`prepare.py`).
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PrinterCallback, set_seed
+from transformers.utils import logging as transformers_logging
+
+from train.data.dataset import Pair
+from train.job.card import model_card
+from train.job.gate import check_step_0
+from train.job.output import Lineage, OutputFolder, Result
+from train.job.prepare import JobInputs, JobPairs
+from train.job.progress import ProgressLines, StopAfterStep, check_tracker, metrics_line
+from train.job.ranks import gather_parameters
+from train.job.stopping import StopRequest
+from train.job.trainer import PairTrainer, build_batches
+from train.model.policy import load_policy, load_reference, save_policy
+from weights_store.messages import logger
+
+__all__ = ["build_batches", "build_trainer", "check_tracker", "pass_gate", "save", "train"]
+_log = logger(__name__)
+
+
+def build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: StopRequest) -> PairTrainer:
+    """Load the policy, and the reference if the loss needs it, and return their trainer."""
+    config, folder = inputs.config, inputs.model_folder
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    set_seed(config.optim.seed)  # new adapters begin at random
+    policy = load_policy(folder, config.model, config.lora)
+    if policy.not_packed is not None:
+        _log.info(f"two padded sequences per pair: {policy.not_packed}")
+    # With adapters, the policy without them is the reference.
+    needs_reference = config.loss.needs.reference_model and config.lora is None
+    reference = load_reference(folder, config.model) if needs_reference else None
+    trainer = PairTrainer(
+        policy,
+        pairs.trained,
+        config,
+        checkpoints=checkpoints,
+        held_out=pairs.held_out,
+        reference=reference,
+        callbacks=[ProgressLines(config.optim.pairs_per_step), StopAfterStep(stop)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    _log.info(
+        f"training {config.loss.name} on {inputs.source.name} ({len(pairs.trained):,} pairs): "
+        f"{trainer.batches.num_steps:,} steps of {config.optim.pairs_per_step} pairs"
+    )
+    return trainer
+
+
+def pass_gate(trainer: PairTrainer, inputs: JobInputs, sample: Sequence[Pair]) -> None:
+    """Compare the model with the stored reference, for losses whose log-ratios start at 0."""
+    config, few = inputs.config, sample[: inputs.config.gate.pairs]
+    if few and config.loss.needs.ref_logps:
+        model_fingerprint = inputs.identity["model"]["fingerprint"]
+        check_step_0(
+            lambda dtype: trainer.response_logps(few, dtype), config, inputs.source.metadata, model_fingerprint
+        )
+
+
+def train(trainer: PairTrainer, sample: Sequence[Pair], checkpoint: Path | None, stop: StopRequest) -> Result:
+    """Measure, train, measure."""
+    before = trainer.measure(sample)
+    _log.info(f"before: {metrics_line(before)}")
+    if checkpoint is not None:
+        _log.info(f"resuming from {checkpoint.name}")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stop.requested and trainer.state.global_step < trainer.batches.num_steps:
+        raise KeyboardInterrupt
+    after = trainer.measure(sample)
+    _log.info(f"after:  {metrics_line(after)}")
+    result = Result(steps=trainer.state.global_step, before=before, after=after, num_sample_pairs=len(sample))
+    if trainer.held_out:
+        result["held_out"] = trainer.measure(trainer.held_out)
+        _log.info(f"held out: {metrics_line(result['held_out'])}")
+    if trainer.config.eval.best:
+        result["best_step"] = trainer.state.best_global_step
+        _log.info(f"best by held-out {trainer.config.eval.best}: step {trainer.state.best_global_step}")
+    return result
+
+
+def save(trainer: PairTrainer, inputs: JobInputs, output: OutputFolder, lineage: Lineage) -> None:
+    """Write the model, its card, its metrics and its lineage; all ranks take part if the model is sharded."""
+    config, accelerator = inputs.config, trainer.accelerator
+    model = accelerator.unwrap_model(trainer.model)
+    whole = gather_parameters(trainer.model_wrapped) if trainer.is_fsdp_enabled else {}
+    if accelerator.is_main_process:
+        if whole:
+            model = load_policy(inputs.model_folder, config.model, config.lora).model
+            model.load_state_dict(whole)
+        staging = output.start_staging()
+        is_hub_id = not Path(config.model.path).expanduser().is_dir()
+        save_policy(model, config.lora, inputs.model_folder, staging, config.model.path if is_hub_id else None)
+        (staging / "README.md").write_text(model_card(lineage, inputs.source), encoding="utf-8")
+        metrics = {**lineage["result"], "history": trainer.state.log_history}
+        output.publish(staging, lineage, metrics, keep_checkpoints=config.output.keep_checkpoints)
+    accelerator.wait_for_everyone()
