@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of the stages that write: prepare, score, publish. `tests/store` does it to the store alone."""
+"""SIGKILL at random moments of the stages that write: prepare, score, publish. `tests/weights_store` does it to the store alone."""
 
 import multiprocessing
 import random
@@ -40,9 +40,11 @@ def _rows(uri):
 
 @pytest.mark.slow
 def test_builds_killed_at_random_moments_end_with_the_rows_of_an_undisturbed_one(
-    tmp_path, toy_model, write_jsonl, language
+    tmp_path, toy_model, write_jsonl, language, monkeypatch
 ):
     recipes = _recipes(tmp_path, toy_model, write_jsonl, language)
+    # The fork server finds `tests` in the current folder, which flows keep off the path of every process they start.
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     context = multiprocessing.get_context("forkserver")
     # pyarrow imports pandas on its first conversion, which would cost every child 0.2 s.
     context.set_forkserver_preload(["tests.pipeline.crashing_build", "pandas"])
