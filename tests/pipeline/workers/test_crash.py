@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of the stages that write: prepare, score, publish. `tests/weights_store` does it to the store alone."""
+"""SIGKILL at random moments of the stages that write: prepare, score, publish. `tests/weights_store` does it to the store."""
 
 import multiprocessing
 import random
