@@ -2,7 +2,8 @@
 
 No stranger's code runs: `python -P` and PYTHONSAFEPATH keep the current directory off `sys.path`, so that a user's own
 `train.py` or `datasets/` in the folder where a build was started is never imported in place of ours, not even by processes
-that a child starts. Another interpreter (`score.python`) gets our packages, but not the other packages of this one.
+that a child starts. A child finds our packages as links in a folder of their own, so another interpreter (`score.python`)
+gets them, but not the other packages of this one.
 """
 
 import os

@@ -104,7 +104,7 @@ def make_chat_model(
     _log.info(f"tokenizer: {len(tokenizer)} tokens; text: {len(rows)} conversations, {sum(map(len, rows))} tokens")
 
     model = _build_model(tokenizer, hidden_size, num_layers, seed)
-    batches = _batches(*_pack(rows, block_tokens), max(1, batch_tokens // block_tokens), seed)
+    batches = _batches(*pack_rows(rows, block_tokens), max(1, batch_tokens // block_tokens), seed)
     losses = _pretrain(model, batches, steps, learning_rate)
     _save(model, tokenizer, folder)
     _log.info(f"model: {model.num_parameters()} parameters in {folder}")
@@ -181,7 +181,7 @@ def _build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layer
         return LlamaForCausalLM(config).float()
 
 
-def _pack(rows: Iterable[Sequence[int]], block_tokens: int) -> tuple[Tensor, Tensor]:
+def pack_rows(rows: Iterable[Sequence[int]], block_tokens: int) -> tuple[Tensor, Tensor]:
     """Return token ids and positions, both `[N, block_tokens]`; positions start at 0 with every piece.
 
     Rows are filled in order. The rest of a row is padding, with id 0 and position 0.
@@ -213,7 +213,7 @@ def _pretrain(
 ) -> list[float]:
     """Train in place and return the loss of every step, nats per token."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_share(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, steps))
     losses: list[float] = []
     model.train()
     for step, (ids, positions) in zip(range(1, steps + 1), batches, strict=False):
@@ -233,7 +233,7 @@ def _pretrain(
     return losses
 
 
-def _learning_rate_share(step: int, steps: int) -> float:
+def learning_rate_share(step: int, steps: int) -> float:
     """Return the share of the peak learning rate: a linear warm-up for 5 % of the steps, then a cosine to a tenth."""
     warmup = max(1, steps // 20)
     if step < warmup:

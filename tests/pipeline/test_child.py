@@ -31,13 +31,16 @@ def _printing(tmp_path, bare):
 
 def test_another_interpreter_finds_our_packages_alone(tmp_path, bare, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep + "/their/own")  # an empty part is the current directory
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(["", ".", "mine", "/their/own"])
+    )  # the first is the current directory
     with pytest.raises(StageError) as caught:
         run_child("pipeline.workers.process", [], "scoring", _printing(tmp_path, bare))
     said = str(caught.value)
     assert "['pipeline', 'tokenweights.py', 'train', 'weights_store'] 1" in said
     assert "/their/own" in said
     assert f"'{tmp_path}'" not in said
+    assert "mine" not in said
     assert all(path not in said for path in sys.path if path.endswith("site-packages"))
 
 

@@ -317,7 +317,7 @@ def test_ti_weights_and_anchors_by_hand(store, make_recipe):
     settings = {"weights.estimator": "ti", "weights.ti_lambda": 0.5, "anchors.seed": 3}
     published = _publish(make_recipe, ingredients, **settings)
     row = store.scan("toy/tis-dpo").collect().row(1, named=True)
-    # By hand in tests/store/test_hybrid.py; two tokens without attribution have the prior alone, 1 each.
+    # By hand in tests/train/model/test_hybrid.py; two tokens without attribution have the prior alone, 1 each.
     np.testing.assert_allclose(row["chosen_token_weights"], [0.7861029, 0.6777942, 1.5361029], rtol=2**-13)
     np.testing.assert_allclose(row["rejected_token_weights"], [1, 1], rtol=2**-13)
     assert (row["anchor_ids"], row["anchor_ref_logps"], row["pair_weight"]) == ([7, 2], [-0.5, -1.5], 1)
@@ -347,7 +347,7 @@ def test_the_span_of_prompt_and_response_by_hand(store, make_recipe):
     settings = {"weights.estimator": "ti", "weights.ti_lambda": 0.5, "weights.span": "sequence"}
     _publish(make_recipe, _for_ti(store, **prompts), **settings, **{"attribute.prompts": True})
     row = store.scan("toy/tis-dpo").collect().row(0, named=True)
-    # As in tests/store/test_hybrid.py: the prompt has two tokens and an attribution of 8.
+    # As in tests/train/model/test_hybrid.py: the prompt has two tokens and an attribution of 8.
     expected = [5 * (0.5 * i / 16 + 0.5 * g / 3.0083726) for i, g in ((2, 1.0), (0, 0.7261490), (6, 0.2780373))]
     np.testing.assert_allclose(row["chosen_token_weights"], expected, rtol=2**-13)
 

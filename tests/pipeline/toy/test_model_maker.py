@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.toy.language import NEGATIVE_PROMPT, PLANTED_WORDS, POSITIVE_PROMPT, ToyLanguage, agreement
-from pipeline.toy.model_maker import _learning_rate_share, _pack, make_chat_model
+from pipeline.toy.model_maker import learning_rate_share, make_chat_model, pack_rows
 from weights_store.errors import InputError
 from weights_store.messages import show_on_terminal
 
@@ -168,7 +168,7 @@ def test_the_same_seed_makes_the_same_bytes_and_leaves_the_random_state_alone(tm
 
 def test_packing_keeps_conversations_whole_and_restarts_positions():
     # 3 + 4 > 6 opens a block, 4 + 2 fills it, and 7 tokens take one block and a bit.
-    ids, positions = _pack([[11, 12, 13], [21, 22, 23, 24], [31, 32], [41, 42, 43, 44, 45, 46, 47]], block_tokens=6)
+    ids, positions = pack_rows([[11, 12, 13], [21, 22, 23, 24], [31, 32], [41, 42, 43, 44, 45, 46, 47]], block_tokens=6)
     assert ids.tolist() == [
         [11, 12, 13, 0, 0, 0],
         [21, 22, 23, 24, 31, 32],
@@ -181,7 +181,7 @@ def test_packing_keeps_conversations_whole_and_restarts_positions():
 def test_packed_conversations_do_not_see_each_other(toy_folder):
     model = AutoModelForCausalLM.from_pretrained(toy_folder)
     first, second = [1, 4, 70, 71, 5, 72, 2], [1, 4, 80, 5, 81, 82, 2]
-    ids, positions = _pack([first, second, first, first], block_tokens=16)
+    ids, positions = pack_rows([first, second, first, first], block_tokens=16)
     with torch.no_grad():
         packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 7:14]
         alone = model(torch.tensor([second])).logits[0]
@@ -190,7 +190,7 @@ def test_packed_conversations_do_not_see_each_other(toy_folder):
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth():
     # 40 steps: 2 of warm-up (1/2, 1), the peak at step 2, the middle of the cosine at step 21.
-    assert [_learning_rate_share(step, 40) for step in (0, 1, 2, 21, 40)] == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1])
+    assert [learning_rate_share(step, 40) for step in (0, 1, 2, 21, 40)] == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1])
 
 
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path):

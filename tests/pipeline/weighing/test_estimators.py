@@ -286,7 +286,7 @@ def test_activation_is_relative_to_its_response():
 
 
 def test_ti_mixes_over_the_span_that_it_is_told():
-    # As in tests/store/test_hybrid.py, by hand: 3 tokens alone, and behind a prompt of 2 tokens with an attribution of 8.
+    # As in tests/train/model/test_hybrid.py, by hand: 3 tokens alone, and behind a prompt of 2 tokens with an attribution of 8.
     scores = SideScores(
         "chosen",
         np.array([3]),
