@@ -13,7 +13,8 @@ import polars as pl
 from pipeline.dry_run.amounts import Outlook, Overlap
 from pipeline.source.compare import Account, ComparedRange, compared_ranges, kept_version
 from pipeline.source.intake import Intake, stored_raw
-from pipeline.source.pairs import Pair, Unusable
+from pipeline.source.messages import Unusable
+from pipeline.source.pairs import Pair
 from pipeline.stages.prepare import Preparation
 from pipeline.workers.supervise import FOLDERS
 from weights_store.fingerprint import fingerprint_text

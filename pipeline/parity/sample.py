@@ -9,7 +9,8 @@ import polars as pl
 
 from pipeline.parity.process import Column
 from pipeline.source.load import load_rows
-from pipeline.source.pairs import Unusable, read_pair
+from pipeline.source.messages import Unusable
+from pipeline.source.pairs import read_pair
 from pipeline.stages.prepare import Preparation
 from pipeline.workers.pair_row import COLUMNS, PairRow, read_pairs
 from weights_store import TableVersion, WeightStore

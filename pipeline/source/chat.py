@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.source.pairs import Message, Pair, Unusable
+from pipeline.source.messages import Message, Unusable
+from pipeline.source.pairs import Pair
 from weights_store.errors import InputError
 from weights_store.fingerprint import fingerprint, fingerprint_text, fingerprint_tokenizer, load_chat_template
 from weights_store.schemas import SIDES, Reason

@@ -13,7 +13,8 @@ import pyarrow as pa
 from pipeline.recipe import DatasetSection
 from pipeline.source.external_sort import ExternalSort
 from pipeline.source.load import load_rows
-from pipeline.source.pairs import Unusable, read_pair
+from pipeline.source.messages import Unusable
+from pipeline.source.pairs import read_pair
 from weights_store.errors import InputError
 from weights_store.fingerprint import canonical_json
 from weights_store.messages import logger

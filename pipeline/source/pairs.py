@@ -14,23 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.recipe import DatasetSection
+from pipeline.source.messages import Message, Unusable, check_text, read_messages
 from weights_store.fingerprint import canonical_json
 from weights_store.schemas import Reason
 
-Message = dict[str, str]
-
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
-_KNOWN_ROLES = ("system", "user", "assistant", "tool")
-
-
-class Unusable(Exception):  # noqa: N818 - describes a row, and never leaves the pipeline
-    """A row that cannot be used, with the reason for quarantine."""
-
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,40 +78,13 @@ def read_pair(row: Mapping[str, object], columns: DatasetSection) -> Pair:
 def _turns(value: object, column: str, role: str) -> list[Message]:
     """Return a column as turns. Text that is no Anthropic-HH transcript is one turn of `role`."""
     if not isinstance(value, str):
-        return _messages(value, column)
-    _check_text(value, column)
+        return read_messages(value, column)
+    check_text(value, column)
     text = "\n\n" + value.lstrip()
     if not _TURN.match(text):
         return [{"role": role, "content": value}]
     parts = _TURN.split(text)[1:]
     return [{"role": _ROLES[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
-
-
-def _messages(value: object, column: str) -> list[Message]:
-    if not isinstance(value, list | tuple):
-        raise Unusable(
-            Reason.NOT_TEXT, f"column {column!r} is a {type(value).__name__}, expected text or a list of messages"
-        )
-    messages = []
-    for index, message in enumerate(value):
-        where = f"{column}[{index}]"
-        if not isinstance(message, Mapping) or message.get("role") not in _KNOWN_ROLES:
-            raise Unusable(Reason.NOT_TEXT, f"{where} is no message with role and content: {str(message)[:80]}")
-        content = message.get("content")
-        if content is None:
-            raise Unusable(Reason.MISSING_VALUE, f"{where} has no content")
-        if not isinstance(content, str):
-            raise Unusable(Reason.NOT_TEXT, f"{where}.content is a {type(content).__name__}, expected text")
-        _check_text(content, where)
-        messages.append({"role": str(message["role"]), "content": content})
-    return messages
-
-
-def _check_text(text: str, where: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise Unusable(Reason.INVALID_UTF8, f"{where}: {error.reason} at character {error.start}") from error
 
 
 def _response(turns: list[Message], column: str) -> str:

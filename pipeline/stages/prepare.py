@@ -24,7 +24,8 @@ from pipeline.source.chat import ChatTokenizer, TokenizedPair
 from pipeline.source.compare import Account, ComparedPair, compared_ranges, kept_version
 from pipeline.source.external_sort import ExternalSort
 from pipeline.source.intake import PAIRS, ROWS_PER_BATCH, Intake, quarantine_row
-from pipeline.source.pairs import Pair, Unusable
+from pipeline.source.messages import Unusable
+from pipeline.source.pairs import Pair
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ConflictError, InputError
 from weights_store.fingerprint import canonical_json, explain_difference, fingerprint, fingerprint_file, load_json

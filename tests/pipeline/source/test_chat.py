@@ -4,7 +4,8 @@ import json
 import pytest
 
 from pipeline.source.chat import ChatTokenizer, Condition
-from pipeline.source.pairs import Pair, Unusable
+from pipeline.source.messages import Unusable
+from pipeline.source.pairs import Pair
 from weights_store.errors import InputError
 from weights_store.fingerprint import fingerprint_chat_template
 from weights_store.schemas import Reason

@@ -4,7 +4,8 @@ from itertools import pairwise
 import pytest
 
 from pipeline.recipe import DatasetSection
-from pipeline.source.pairs import Pair, Unusable, read_pair
+from pipeline.source.messages import Unusable
+from pipeline.source.pairs import Pair, read_pair
 from weights_store.schemas import Reason
 
 COLUMNS = DatasetSection(name="x", source="x.jsonl")
