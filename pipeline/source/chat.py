@@ -140,7 +140,7 @@ class ChatTokenizer:
     def _chat_template(self) -> ChatTemplate:
         name = f"the chat template {self._template_file or f'of {self.folder}'}"
         date = datetime.date.fromisoformat(self.template_date) if self.template_date else None
-        return ChatTemplate(self._tokenizer, self._template, self._tool_template, name, date)
+        return ChatTemplate(self._tokenizer, self._controls, self._template, self._tool_template, name, date)
 
     @cached_property
     def _controls(self) -> ControlTokens:

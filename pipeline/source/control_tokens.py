@@ -9,8 +9,8 @@ as text, and stay as they are.
 """
 
 import re
-from collections.abc import Iterator
 from functools import cached_property
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from pipeline.source.messages import Unusable
@@ -64,17 +64,16 @@ class ControlTokens:
         """Return text with what `hide` has hidden."""
         return _PRIVATE_USE.sub(lambda match: self._shown(match[0]), text)
 
-    def tokens_in(self, text: str) -> "Iterator[re.Match[str]]":
-        """Yield the added tokens of the tokenizer in text of a template, special or not."""
-        return self._added.finditer(text)
-
-    def first_in(self, text: str) -> "re.Match[str] | None":
-        """Return the first added token in text of a template."""
-        return self._added.search(text)
+    def num_common(self, *texts: str) -> int:
+        """Return how many characters all texts of a template begin with, not counting a part of an added token."""
+        alike = takewhile(lambda characters: len(set(characters)) == 1, zip(*texts, strict=False))
+        num_alike = sum(1 for _ in alike)
+        starts = (match.start() for match in self._added.finditer(texts[0]) if match.start() < num_alike < match.end())
+        return next(starts, num_alike)
 
     def ends_with_one(self, text: str) -> bool:
         """Return whether text of a template ends with an added token."""
-        return any(match.end() == len(text) for match in self.tokens_in(text))
+        return any(match.end() == len(text) for match in self._added.finditer(text))
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a rendered chat; hidden texts are encoded as ordinary text.

@@ -6,7 +6,6 @@ Where a prompt ends and a response begins is decided here, and what a template m
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import takewhile
 from typing import Any, NamedTuple
 
 from pipeline.source.control_tokens import ControlTokens
@@ -105,18 +104,15 @@ class PairRenderer:
         return self._template.render(messages, self._tools, self._arguments, add_generation_prompt)
 
     def _cut_end(self, text: str) -> tuple[str, str]:
-        """Cut a whole chat before the end of its last turn. Return that and the end as a model generates it.
+        """Cut a whole chat before the end of its last turn. Return that, and the end as a model generates it.
 
-        The end is the first token of the tokenizer's added ones that the template prints after the content. What follows it, a
-        newline or an EOS token for the whole text (Phi-3), no model generates. EOS ends a turn that has no end of its own.
+        EOS ends a turn that has no end of its own.
         """
         closing = self._template.closing(self._messages, self._tools, self._arguments)
-        if closing.strip() and not text.endswith(closing):  # calls of tools may end in another way
+        if closing.text.strip() and not text.endswith(closing.text):  # calls of tools may end in another way
             body = text.rstrip()
             return body, "" if self._controls.ends_with_one(body) else self._eos_token
-        body = text.removesuffix(closing)
-        first = self._controls.first_in(closing)
-        return body, closing[: first.end()] if first else closing.rstrip() or self._eos_token
+        return text.removesuffix(closing.text), closing.end or self._eos_token
 
     def _start(self, body: str, answer: Message) -> int | None:
         """Return where the text of the last turn begins; None if it has more than text, or changed white space.
@@ -143,13 +139,10 @@ class PairRenderer:
         Raises:
             Unusable: It would be more than the generation prompt.
         """
-        cut = _num_common(prompt, *bodies)
+        cut = self._controls.num_common(prompt, *bodies)
         cut = min(cut, *(start for start in starts if start is not None), cut)
-        for token in self._controls.tokens_in(prompt):
-            if token.start() < cut < token.end():  # both begin alike, but are two tokens
-                cut = token.start()
         alone = self._render(self._messages)
-        if cut < len(prompt[: _num_common(prompt, alone)].rstrip()):
+        if cut < len(prompt[: self._controls.num_common(prompt, alone)].rstrip()):
             detail = "the chat with the response does not begin with the rendered prompt"
             raise Unusable(Reason.TEMPLATE_MISMATCH, detail)
         return prompt[cut:]
@@ -169,7 +162,7 @@ class PairRenderer:
             if "".join(content.split()) in squeezed:
                 continue
             if not self._prints(messages, index, is_prompt=name == "prompt"):
-                detail = f"{self._template.name} leaves out {name}[{index}], a {message['role']} turn"
+                detail = f"{self._template.name} leaves out the text of {name}[{index}] (role {message['role']})"
                 raise Unusable(Reason.TEMPLATE_IGNORES, detail)
 
     def _prints(self, messages: list[Message], index: int, is_prompt: bool) -> bool:
@@ -213,9 +206,3 @@ def _lead(start: int, bodies: tuple[str, ...], starts: list[int | None]) -> str:
         return ""
     leads = {body[start:own].rstrip(" ") for body, own in zip(bodies, starts, strict=True)}
     return leads.pop() if len(leads) == 1 and next(iter(leads)).strip() else ""
-
-
-def _num_common(*texts: str) -> int:
-    """Return how many characters all texts begin with."""
-    alike = takewhile(lambda characters: len(set(characters)) == 1, zip(*texts, strict=False))
-    return sum(1 for _ in alike)

@@ -8,12 +8,13 @@ import datetime
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import product
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.source.control_tokens import ControlTokens
 from pipeline.source.messages import Message, Unusable
 from weights_store.errors import InputError
 from weights_store.messages import first_line
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 PROBE = "Probe7Zq"
 """A word that stands in no template: where it is printed, a template prints what it was given."""
-_TOOL = {"type": "function", "function": {"name": "f", "description": PROBE, "parameters": {"type": "object"}}}
+_TOOL = {"type": "function", "function": {"name": "f", "description": "?", "parameters": {"type": "object"}}}
 _MAX_LINES = 1_000_000
 _MAX_CHARACTERS = 10_000_000
 """More lines or characters than any template needs for one short message."""
@@ -105,11 +106,23 @@ def may_be_unread(path: str, role: str = "") -> bool:
     return key in _LINKS or (key == "name" and role == "tool") or _DETAILS.match(path) is not None
 
 
+class Closing(NamedTuple):
+    """What a template prints after the text of the last turn."""
+
+    text: str
+    end: str
+    """Its beginning that a model generates: what it prints there between two turns, without white space at the end.
+
+    A newline and an EOS token for the whole text (Phi-3) are not in it. Empty if the template ends turns with nothing.
+    """
+
+
 class ChatTemplate:
     """A chat template on a tokenizer: chats in, text out.
 
     Args:
         tokenizer: It renders, and gives the texts of its special tokens to the template.
+        controls: Its control tokens.
         template: Text of the template, and of that for chats with tools if there is another.
         name: How messages call it.
         date: What `strftime_now` prints.
@@ -121,12 +134,14 @@ class ChatTemplate:
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerBase",
+        controls: ControlTokens,
         template: str,
         tool_template: str,
         name: str,
         date: datetime.date | None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._controls = controls
         self._templates = (template, tool_template)
         self.name = name
         self._builtins = {}
@@ -167,33 +182,36 @@ class ChatTemplate:
 
     def closing(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, arguments: dict[str, Any] | None
-    ) -> str:
+    ) -> Closing:
         """Return what the template prints after the text of a response to a chat.
 
         Raises:
             Unusable: It does not print the response.
         """
-        if self._usual_closing is None:
-            return self._closing(messages, tools, arguments)
-        return self._usual_closing
+        return self._usual_closing or self._closing(messages, tools, arguments)
 
     @cached_property
-    def _usual_closing(self) -> str | None:
+    def _usual_closing(self) -> Closing | None:
         """What follows every response; None if that is nothing that can be recognised, or this chat is refused."""
         try:
             closing = self._closing([{"role": "user", "content": PROBE}], None, None)
         except Unusable:
             return None
-        return closing if closing.strip() else None
+        return closing if closing.text.strip() else None
 
     def _closing(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, arguments: dict[str, Any] | None
-    ) -> str:
-        text = self.render([*messages, {"role": "assistant", "content": PROBE}], tools, arguments)
-        _, found, closing = text.rpartition(PROBE)
+    ) -> Closing:
+        answered: list[Message] = [*messages, {"role": "assistant", "content": PROBE}]
+        _, found, closing = self.render(answered, tools, arguments).rpartition(PROBE)
         if not found:
             raise Unusable(Reason.TEMPLATE_IGNORES, f"{self.name} leaves out the response")
-        return closing
+        try:
+            longer = self.render([*answered, {"role": "user", "content": "?"}], tools, arguments)
+        except Unusable:
+            return Closing(closing, closing.rstrip())
+        end = closing[: self._controls.num_common(closing, longer.rpartition(PROBE)[2])]
+        return Closing(closing, end.rstrip() or closing.rstrip())
 
     def adapt(self, messages: list[Message]) -> list[Message]:
         """Return messages in the form that the template takes.
@@ -224,8 +242,8 @@ class ChatTemplate:
         adapted = dict(message)
         if message["role"] == "developer" and not self._knows_developer:
             adapted["role"] = "system"
-        if message["content"] is None and not self._takes_null:
-            adapted["content"] = ""
+        if message["content"] in (None, "") and message["content"] not in self._empty_contents:
+            adapted["content"] = self._empty_contents[0] if self._empty_contents else ""
         if isinstance(message["content"], list) and not self._takes_parts:
             extra = {key for part in message["content"] for key in part} - {"type", "text"}
             if extra:
@@ -249,20 +267,20 @@ class ChatTemplate:
         return PROBE in text and not any(part.unread(""))
 
     @cached_property
-    def _takes_null(self) -> bool:
-        """Whether a tool call's content of null renders, and not as the word None."""
-        call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {}}}
-        counts = []
+    def _empty_contents(self) -> list[str | None]:
+        """The contents, null and empty text, of a tool call that the template prints, and without the word None."""
+        call = {"id": "call00001", "type": "function", "function": {"name": PROBE, "arguments": "{}"}}
+        contents = []
         for content in (None, ""):
             chat: list[Message] = [
-                {"role": "user", "content": PROBE},
+                {"role": "user", "content": "?"},
                 {"role": "assistant", "content": content, "tool_calls": [call]},
             ]
-            try:
-                counts.append(self.render(chat, [_TOOL]).count("None"))
-            except Unusable:
-                return content is not None
-        return counts[0] <= counts[1]
+            with suppress(Unusable):
+                text = self.render(chat, [_TOOL])
+                if PROBE in text and "None" not in text:
+                    contents.append(content)
+        return contents
 
     def _check(self) -> None:
         """Render short chats, and refuse a template that breaks on all. Others may want tools or roles: each row is asked."""
