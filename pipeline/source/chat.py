@@ -146,6 +146,10 @@ class ChatTokenizer:
     def _controls(self) -> ControlTokens:
         return ControlTokens(self._tokenizer)
 
+    @cached_property
+    def _eos_token(self) -> str:
+        return str(self._tokenizer.eos_token)
+
     @property
     def eos_token_id(self) -> int:
         """Id of the tokenizer's EOS token."""
@@ -188,11 +192,12 @@ class ChatTokenizer:
         chat, responses, notes = self._read(pair)
         num_turns = len(chat.messages)
         while True:
-            renderer = PairRenderer(self._chat_template, self._controls, chat, responses, self._tokenizer.eos_token)
-            prompt_ids = self._controls.ids(renderer.prompt())
+            renderer = PairRenderer(self._chat_template, self._controls, chat, responses, self._eos_token)
+            prompt_ids = self._controls.ids(renderer.prompt)
             if len(prompt_ids) <= max_prompt_tokens:
                 rendered = renderer.pair()
-                prompt_ids = self._controls.ids(rendered.prompt)
+                if rendered.prompt != renderer.prompt:
+                    prompt_ids = self._controls.ids(rendered.prompt)
                 if len(prompt_ids) <= max_prompt_tokens:
                     break
             chat = replace(chat, messages=_drop_oldest_exchange(chat.messages, len(prompt_ids), max_prompt_tokens))
@@ -243,9 +248,9 @@ class ChatTokenizer:
     def _conditioned(self, chat: Chat, condition: Condition) -> list[int]:
         messages = self._chat_template.adapt(condition.apply(chat.messages))
         renderer = PairRenderer(
-            self._chat_template, self._controls, replace(chat, messages=messages), ([], []), self._tokenizer.eos_token
+            self._chat_template, self._controls, replace(chat, messages=messages), ([], []), self._eos_token
         )
-        rendered = renderer.prompt()
+        rendered = renderer.prompt
         if condition.text.strip() not in self._controls.show(rendered):
             raise Unusable(Reason.TEMPLATE_MISMATCH, "the rendered chat does not contain the prompt")
         return self._controls.ids(rendered.removesuffix(chat.dropped) + chat.added)
@@ -266,7 +271,7 @@ class ChatTokenizer:
             adapted = template.adapt(turns)
             ended = [self._without_end(message) for message in adapted]
             if ended != adapted:
-                notes.add(f"text {self._tokenizer.eos_token} at the end of a turn left out")
+                notes.add(f"text {self._eos_token} at the end of a turn left out")
             if name != "prompt" and is_empty(ended[-1]):
                 raise Unusable(Reason.EMPTY_RESPONSE, f"{name} is only an end-of-turn token")
             sides.append(ended)
@@ -278,7 +283,7 @@ class ChatTokenizer:
         content = message["content"]
         if message["role"] != "assistant" or not isinstance(content, str):
             return message
-        eos = self._tokenizer.eos_token
+        eos = self._eos_token
         while content.rstrip().endswith(eos):
             content = content.rstrip().removesuffix(eos)
         return message if content == message["content"] else {**message, "content": content}

@@ -6,6 +6,7 @@ Where a prompt ends and a response begins is decided here, and what a template m
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from pipeline.source.control_tokens import ControlTokens
@@ -67,8 +68,9 @@ class PairRenderer:
         self._messages, self._tools, self._arguments = parts[:3]
         self._responses: list[list[Message]] = parts[3:]
 
+    @cached_property
     def prompt(self) -> str:
-        """Return the chat and the template's generation prompt.
+        """The chat and the template's generation prompt.
 
         Raises:
             Unusable: The template refuses the chat.
@@ -81,7 +83,7 @@ class PairRenderer:
         Raises:
             Unusable: The template refuses the chat, or would leave out or change a part of it.
         """
-        prompt = self.prompt()
+        prompt = self.prompt
         whole = [self._render([*self._messages, *response]) for response in self._responses]
         self._check_texts(self._messages, prompt, "prompt")
         for side, text, response in zip(SIDES, whole, self._responses, strict=True):

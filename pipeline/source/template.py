@@ -49,7 +49,7 @@ _OWN_ARGUMENTS = frozenset(
 """Arguments of `apply_chat_template` that are no variables of a template, and names that a row must not replace."""
 
 
-class Watched(dict[str, Any]):
+class WatchedDict(dict[str, Any]):
     """A dict of a chat that remembers which of its keys the template has read."""
 
     def __init__(self, value: dict[str, Any]) -> None:
@@ -87,13 +87,13 @@ class Watched(dict[str, Any]):
 def watched(value: Any) -> Any:
     """Return a JSON value whose objects remember which of their keys were read."""
     if isinstance(value, dict):
-        return Watched(value)
+        return WatchedDict(value)
     return [watched(inner) for inner in value] if isinstance(value, list) else value
 
 
 def unread(value: object, where: str) -> Iterator[str]:
     """Yield the path of every key of a watched value that was not read and has a value."""
-    if isinstance(value, Watched):
+    if isinstance(value, WatchedDict):
         yield from value.unread(where)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
@@ -259,7 +259,7 @@ class ChatTemplate:
 
     @cached_property
     def _takes_parts(self) -> bool:
-        part = Watched({"type": "text", "text": PROBE})
+        part = WatchedDict({"type": "text", "text": PROBE})
         try:
             text = self.render([{"role": "user", "content": [part]}], add_generation_prompt=True)
         except Unusable:
