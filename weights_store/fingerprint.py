@@ -41,6 +41,11 @@ def canonical_json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
+def ordered_json(value: object) -> str:
+    """Return a JSON text of `value` without spaces, keys in their own order: chat templates print tools in that order."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def _check_plain(value: object, where: str) -> None:
     if isinstance(value, float):
         if not math.isfinite(value):

@@ -220,7 +220,7 @@ class ChatTokenizer:
             rejected_ids,
             prompt_was_cut=len(chat.messages) < num_turns,
             response_was_cut=any(len(ids) > max_response_tokens for ids in sides),
-            notes=frozenset([*notes, *(f"{key} left out" for key in rendered.left_out)]),
+            notes=frozenset([*notes, *(f"the chat template does not print `{key}`" for key in rendered.left_out)]),
         )
 
     def conditioned_prompt_ids(self, prompts: Sequence[str], condition: Condition) -> list[list[int] | None]:
@@ -271,7 +271,7 @@ class ChatTokenizer:
             adapted = template.adapt(turns)
             ended = [self._without_end(message) for message in adapted]
             if ended != adapted:
-                notes.add(f"text {self._eos_token} at the end of a turn left out")
+                notes.add("a text ends with the token that ends a turn; it is there once")
             if name != "prompt" and is_empty(ended[-1]):
                 raise Unusable(Reason.EMPTY_RESPONSE, f"{name} is only an end-of-turn token")
             sides.append(ended)
@@ -279,13 +279,13 @@ class ChatTokenizer:
         return Chat(prompt, pair.tools, pair.chat_template_kwargs), (chosen, rejected), frozenset(notes)
 
     def _without_end(self, message: Message) -> Message:
-        """Return an assistant turn without EOS as text at its end: the template ends the turn."""
+        """Return an assistant turn without EOS or the template's end of turn as text at its end: the template ends it."""
         content = message["content"]
         if message["role"] != "assistant" or not isinstance(content, str):
             return message
-        eos = self._eos_token
-        while content.rstrip().endswith(eos):
-            content = content.rstrip().removesuffix(eos)
+        ends = tuple(filter(None, (self._eos_token, self._chat_template.turn_end)))
+        while (end := next(filter(content.rstrip().endswith, ends), None)) is not None:
+            content = content.rstrip().removesuffix(end)
         return message if content == message["content"] else {**message, "content": content}
 
     def _response_ids(self, prompt: str, prompt_ids: list[int], response: str) -> list[int]:

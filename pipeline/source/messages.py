@@ -136,10 +136,12 @@ def _message(value: object, where: str) -> Message:
     message["role"] = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if message["role"] is None:
         raise Unusable(Reason.UNKNOWN_ROLE, f"{where}.role is {_shown(role)}, expected one of {', '.join(_ROLES)}")
-    calls = _tool_calls(message.pop("tool_calls", None), f"{where}.tool_calls")
+    calls = _tool_calls(message.get("tool_calls"), f"{where}.tool_calls")
     message["content"] = _content(message.get("content"), f"{where}.content", may_be_null=calls is not None)
     if calls is not None:
         message["tool_calls"] = calls
+    else:
+        message.pop("tool_calls", None)
     if not is_plain(message):
         _check_json(message, where)
     return message

@@ -7,11 +7,12 @@ Does not tokenise (`chat.py`) and does not read files (`load.py`).
 """
 
 import hashlib
+import json
 import math
 import re
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.recipe import DatasetSection
@@ -25,7 +26,7 @@ from pipeline.source.messages import (
     read_tools,
 )
 from pipeline.source.responses import Response, split_responses
-from weights_store.fingerprint import canonical_json
+from weights_store.fingerprint import canonical_json, ordered_json
 from weights_store.schemas import Reason
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -55,6 +56,15 @@ class Pair:
         turns = _keys(self.prompt)
         prompt = [turns, extras] if any(extras.values()) else turns
         return _digest(prompt, 6) + _digest([prompt, _response_key(self.chosen), _response_key(self.rejected)], 10)
+
+    def to_json(self) -> str:
+        """Return a JSON text, all keys in the order of the row."""
+        return ordered_json(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Pair":
+        """Read what `to_json` has made."""
+        return cls(**json.loads(text))
 
 
 def _digest(value: object, num_bytes: int) -> str:

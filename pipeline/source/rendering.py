@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from pipeline.source.control_tokens import ControlTokens
 from pipeline.source.messages import Message, Unusable, is_plain
-from pipeline.source.template import PROBE, ChatTemplate, may_be_unread, unread, watched
-from weights_store.fingerprint import canonical_json
+from pipeline.source.template import PROBE, ChatTemplate, Closing, may_be_unread, unread, watched
+from weights_store.fingerprint import ordered_json
 from weights_store.schemas import SIDES, Reason
 
 
@@ -29,8 +29,8 @@ class Chat:
     """What the template prints between its generation prompt and both responses, such as `<think></think>`: in the prompt."""
 
     def to_json(self) -> str:
-        """Return the canonical JSON, without the fields that are empty."""
-        return canonical_json({name: value for name, value in asdict(self).items() if value})
+        """Return a JSON text without the fields that are empty."""
+        return ordered_json({name: value for name, value in asdict(self).items() if value})
 
     @classmethod
     def from_json(cls, text: str) -> "Chat":
@@ -89,7 +89,8 @@ class PairRenderer:
         for side, text, response in zip(SIDES, whole, self._responses, strict=True):
             self._check_texts(response, text, side)
         left_out = self._check_keys()
-        bodies, ends = zip(*(self._cut_end(text) for text in whole), strict=True)
+        closing = self._template.closing(self._messages, self._tools, self._arguments)
+        bodies, ends = zip(*(self._cut_end(text, closing) for text in whole), strict=True)
         starts = [self._start(body, response[-1]) for body, response in zip(bodies, self._responses, strict=True)]
         starts = [
             start if len(response) == 1 else None for start, response in zip(starts, self._responses, strict=True)
@@ -105,12 +106,11 @@ class PairRenderer:
     def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         return self._template.render(messages, self._tools, self._arguments, add_generation_prompt)
 
-    def _cut_end(self, text: str) -> tuple[str, str]:
+    def _cut_end(self, text: str, closing: Closing) -> tuple[str, str]:
         """Cut a whole chat before the end of its last turn. Return that, and the end as a model generates it.
 
         EOS ends a turn that has no end of its own.
         """
-        closing = self._template.closing(self._messages, self._tools, self._arguments)
         if closing.text.strip() and not text.endswith(closing.text):  # calls of tools may end in another way
             body = text.rstrip()
             return body, "" if self._controls.ends_with_one(body) else self._eos_token

@@ -191,6 +191,11 @@ class ChatTemplate:
         return self._usual_closing or self._closing(messages, tools, arguments)
 
     @cached_property
+    def turn_end(self) -> str | None:
+        """What ends every turn of the assistant, without white space around it; None if nothing does."""
+        return self._usual_closing.end.strip() or None if self._usual_closing else None
+
+    @cached_property
     def _usual_closing(self) -> Closing | None:
         """What follows every response; None if that is nothing that can be recognised, or this chat is refused."""
         try:

@@ -8,7 +8,6 @@ The source is read once and sorted by pair_id. Then old and new pairs are compar
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -183,6 +182,7 @@ class _Update:
         self.kept = kept_version(self.base, self.recorded, start.source)
         self.reasons = Counter(intake.reasons)
         self.statistics = Counter(num_pairs=0, num_new_pairs=0, num_new_prompts_cut=0, num_new_responses_cut=0)
+        self.notes: Counter[str] = Counter()
         self.pair_ids = hashlib.sha256()
         self.old_rows_stay = True
 
@@ -212,6 +212,8 @@ class _Update:
                 self.statistics["num_new_pairs"] += len(tokenised)
                 if tokenised:
                     _log.info(f"prepare: {self.statistics['num_new_pairs']} new pairs tokenised")
+        for note, num_pairs in sorted(self.notes.items()):
+            _log.info(f"prepare: in {num_pairs} new pairs: {note}")
         return writer.finish()
 
     def _tokenize(self, batch: pl.DataFrame) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
@@ -232,8 +234,9 @@ class _Update:
         return tokenised, problems
 
     def _tokens_row(self, row: ComparedPair) -> dict[str, object]:
-        pair = Pair(**json.loads(row.pair))
+        pair = Pair.from_json(row.pair)
         tokens = self.start.tokenize(pair)
+        self.notes.update(tokens.notes)
         self.statistics["num_new_prompts_cut"] += tokens.prompt_was_cut
         self.statistics["num_new_responses_cut"] += tokens.response_was_cut
         return {

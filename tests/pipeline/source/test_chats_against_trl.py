@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from pipeline.recipe import DatasetSection
 from pipeline.source.chat import ChatTokenizer
 from pipeline.source.messages import Unusable
-from pipeline.source.pairs import read_pair
+from pipeline.source.pairs import Pair, read_pair
 from tests.pipeline.source.template_kinds import KINDS, Kind, save_tokenizer
 
 COLUMNS = DatasetSection(name="x", source="x.jsonl")
@@ -95,7 +95,8 @@ def ids_of_trl(folder, row):
 
 
 def our_ids(tokenizer, row):
-    tokens = tokenizer.tokenize_pair(read_pair(row, COLUMNS), 10_000, 10_000, False)
+    stored = read_pair(row, COLUMNS).to_json()  # as the stages keep it
+    tokens = tokenizer.tokenize_pair(Pair.from_json(stored), 10_000, 10_000, False)
     return [tokens.prompt_ids + ids for ids in (tokens.chosen_ids, tokens.rejected_ids)]
 
 
