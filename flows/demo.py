@@ -132,7 +132,7 @@ def _agreement(recipe: Recipe, result: BuildResult, language: ToyLanguage) -> di
     tokenizer = Tokenizer.from_file(f"{recipe.model.path}/tokenizer.json")
     rewards, estimates = [], []
     for row in tokens.select(pl.exclude("prompt_ids")).collect().iter_rows(named=True):
-        prompt = json.loads(row["prompt"])[-1]["content"]
+        prompt = json.loads(row["prompt"])["messages"][-1]["content"]
         for side in SIDES:
             texts = tokenizer.decode_batch([[token_id] for token_id in row[f"{side}_ids"]], skip_special_tokens=False)
             rewards.append(language.true_token_rewards(prompt, texts))

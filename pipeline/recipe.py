@@ -5,6 +5,7 @@ Section `[weights]` is in `weighing/section.py`.
 
 import json
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -55,6 +56,7 @@ class ModelSection(Section):
     path: str = Field(description="a model folder, a LoRA adapter, which is merged into its base, or a hub id")
     revision: str | None = Field(None, description="revision of a hub model")
     chat_template: str | None = Field(None, description="a Jinja file, for models that ship none or a wrong one")
+    template_date: date | None = Field(None, description="the date of the day, for chat templates that print it")
 
 
 class ContrastSection(Section):

@@ -41,6 +41,11 @@ def canonical_json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
+def ordered_json(value: object) -> str:
+    """Return a JSON text of `value` without spaces, keys in their own order: chat templates print tools in that order."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def _check_plain(value: object, where: str) -> None:
     if isinstance(value, float):
         if not math.isfinite(value):
@@ -100,17 +105,21 @@ def _digest(path: Path, _size: int, _mtime_ns: int) -> str:
     return fingerprint_file(path)
 
 
-def load_chat_template(folder: str | Path) -> str | None:
-    """Return the chat template of a tokenizer folder, None if it has none."""
+def load_chat_template(folder: str | Path, name: str = "default") -> str | None:
+    """Return a chat template of a tokenizer folder, None if it has none of this name.
+
+    Some models have a second one, `tool_use`, for chats with tools.
+    """
     folder = Path(folder)
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if not (folder / "tokenizer_config.json").is_file():
+    file = folder / ("chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja")
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    if (folder / "chat_template.jinja").is_file() or not (folder / "tokenizer_config.json").is_file():
         return None
     template = load_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several named templates
-        return {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
+        return {entry["name"]: entry["template"] for entry in template}.get(name)
+    return template if name == "default" else None
 
 
 def fingerprint_chat_template(folder: str | Path) -> str | None:
@@ -131,6 +140,9 @@ def fingerprint_tokenizer(folder: str | Path) -> str:
     """
     folder = Path(folder)
     content: dict[str, object] = {"chat_template": load_chat_template(folder)}
+    tool_template = load_chat_template(folder, "tool_use")
+    if tool_template is not None:
+        content["tool_template"] = tool_template
     if (folder / "tokenizer.json").is_file():
         backend = load_json(folder / "tokenizer.json")
         content["backend"] = {key: backend[key] for key in sorted(backend) if key not in ("truncation", "padding")}
@@ -153,12 +165,15 @@ def load_json(path: Path) -> dict[str, Any]:
     """Return one JSON file of a model folder.
 
     Raises:
-        InputError: It is not valid JSON.
+        InputError: It is not valid JSON, or no object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    except ValueError as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, got a {type(value).__name__}")
+    return value
 
 
 def explain_difference(old: object, new: object, where: str = "") -> list[str]:

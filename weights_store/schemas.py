@@ -28,7 +28,7 @@ def _required(name: str, kind: pa.DataType) -> pa.Field:
 TOKENS = pa.schema(
     [
         _required("pair_id", pa.string()),
-        # Canonical JSON of the messages as tokenised: method P puts a system turn in front of them.
+        # JSON of the chat as tokenised (`Chat` in pipeline/source/rendering.py): method P puts a system turn in front.
         _required("prompt", pa.string()),
         _required("prompt_ids", IDS),
         _required("chosen_ids", IDS),
@@ -136,6 +136,9 @@ class Reason(StrEnum):
     INVALID_UTF8 = "invalid_utf8"
     MISSING_VALUE = "missing_value"
     NOT_TEXT = "not_text"
+    UNKNOWN_ROLE = "unknown_role"
+    BAD_TOOLS = "bad_tools"
+    ALREADY_TEMPLATED = "already_templated"
     NO_PROMPT = "no_prompt"
     PROMPTS_DIFFER = "prompts_differ"
     NO_FINAL_ASSISTANT_TURN = "no_final_assistant_turn"
@@ -145,4 +148,6 @@ class Reason(StrEnum):
     PROMPT_TOO_LONG = "prompt_too_long"
     RESPONSE_TOO_LONG = "response_too_long"
     TEMPLATE_MISMATCH = "template_mismatch"
+    TEMPLATE_IGNORES = "template_ignores"
+    CONTROL_TOKENS = "control_tokens"
     UNSCORABLE = "unscorable"

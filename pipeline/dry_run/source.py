@@ -4,7 +4,6 @@ The source is read, sorted and compared with the newest version of its tokens ta
 but at most `SAMPLE_PAIRS` of the new ones are tokenised; they stand for the others.
 """
 
-import json
 import random
 from collections import Counter
 
@@ -26,6 +25,11 @@ _REFUSALS = (
     Reason.PROMPT_TOO_LONG,
     Reason.RESPONSE_TOO_LONG,
     Reason.TEMPLATE_MISMATCH,
+    Reason.TEMPLATE_IGNORES,
+    Reason.ALREADY_TEMPLATED,
+    Reason.CONTROL_TOKENS,
+    Reason.BAD_TOOLS,
+    Reason.EMPTY_RESPONSE,
     Reason.CHOSEN_EQUALS_REJECTED,
 )
 
@@ -128,7 +132,7 @@ class _Count:
         reasons: Counter[str] = Counter()
         for text in self.sample:
             try:
-                tokens = self.start.tokenize(Pair(**json.loads(text)))
+                tokens = self.start.tokenize(Pair.from_json(text))
                 lengths.append((len(tokens.prompt_ids), len(tokens.chosen_ids) + len(tokens.rejected_ids)))
             except Unusable as problem:
                 reasons[problem.reason.value] += 1

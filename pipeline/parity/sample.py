@@ -15,7 +15,6 @@ from pipeline.stages.prepare import Preparation
 from pipeline.workers.pair_row import COLUMNS, PairRow, read_pairs
 from weights_store import TableVersion, WeightStore
 from weights_store.errors import InputError
-from weights_store.fingerprint import canonical_json
 from weights_store.schemas import SIDES
 
 MAX_STORED_TOKENS = 2048
@@ -59,7 +58,7 @@ def _usable_pairs(start: Preparation) -> Iterator[PairRow]:
         with suppress(Unusable):
             pair = read_pair(row.value or {}, start.dataset)
             tokens = start.tokenize(pair)
-            prompt = canonical_json(tokens.prompt)
+            prompt = tokens.chat.to_json()
             yield PairRow(
                 pair.pair_id, row.source_row, prompt, tokens.prompt_ids, tokens.chosen_ids, tokens.rejected_ids
             )

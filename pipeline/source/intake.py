@@ -5,7 +5,7 @@ Called by prepare and by the dry run. Does not know the store: the pairs are com
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 
 import pyarrow as pa
@@ -16,7 +16,6 @@ from pipeline.source.load import load_rows
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import read_pair
 from weights_store.errors import InputError
-from weights_store.fingerprint import canonical_json
 from weights_store.messages import logger
 from weights_store.schemas import QUARANTINE
 
@@ -52,8 +51,7 @@ class Intake:
                     if row.reason is not None:
                         raise Unusable(row.reason, row.detail)
                     pair = read_pair(row.value or {}, self.dataset)
-                    text = canonical_json(asdict(pair))
-                    pairs.append({"pair_id": pair.pair_id, "source_row": row.source_row, "pair": text})
+                    pairs.append({"pair_id": pair.pair_id, "source_row": row.source_row, "pair": pair.to_json()})
                 except Unusable as problem:
                     raw = row.raw or json.dumps(row.value, default=str, ensure_ascii=True)
                     self.reasons[problem.reason.value] += 1

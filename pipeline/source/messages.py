@@ -1,15 +1,36 @@
-"""Reads the messages of a chat from one value of a raw row; also the error for a row that cannot be used.
+"""Reads what a row says of a chat: messages, tools and arguments of the chat template; also the error for an unusable row.
 
-Not here: which columns make a pair (`pairs.py`).
+A message keeps every key it has, for the chat template (`template.py`) decides what is printed. Roles get the names that
+templates know. Not here: which columns make a pair (`pairs.py`), and what a model's template does with a chat.
 """
 
+import json
+import re
 from collections.abc import Mapping
+from typing import Any
 
+from weights_store.fingerprint import canonical_json
 from weights_store.schemas import Reason
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""One turn: `role`, `content` (text, text parts, or None beside tool calls) and any other key of a chat template."""
 
-_KNOWN_ROLES = ("system", "user", "assistant", "tool")
+_ROLES = {
+    **dict.fromkeys(("system",), "system"),
+    **dict.fromkeys(("developer",), "developer"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "ai"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
+}
+"""Roles in lower case, as data sets write them, and their name in chat templates."""
+
+_BEGINNING = r"\s*(?:<s>|<bos>|<BOS_TOKEN>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>)?\s*"
+_TURN_MARK = (
+    r"(?:<\|im_start\|>|\[/?INST\]|<\|start_header_id\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>|<\|start\|>"
+    r"|<\|(?:system|user|assistant)\|>|<｜(?:User|Assistant)｜>)"
+)
+_TEMPLATED = re.compile(f"{_BEGINNING}{_TURN_MARK}.*?{_TURN_MARK}", re.DOTALL)
+"""Text that begins with the mark of a turn and has another one: the output of a chat template."""
 
 
 class Unusable(Exception):  # noqa: N818 - describes a row, and never leaves the pipeline
@@ -22,28 +43,61 @@ class Unusable(Exception):  # noqa: N818 - describes a row, and never leaves the
 
 
 def read_messages(value: object, column: str) -> list[Message]:
-    """Return a list of messages as turns.
+    """Return a message or a list of messages as turns. A key whose value is null is a key that is not there.
 
     Raises:
         Unusable: It is no list of messages; carries the reason for quarantine.
     """
+    if isinstance(value, Mapping):
+        return [_message(value, column)]
     if not isinstance(value, list | tuple):
         raise Unusable(
             Reason.NOT_TEXT, f"column {column!r} is a {type(value).__name__}, expected text or a list of messages"
         )
-    messages = []
-    for index, message in enumerate(value):
-        where = f"{column}[{index}]"
-        if not isinstance(message, Mapping) or message.get("role") not in _KNOWN_ROLES:
-            raise Unusable(Reason.NOT_TEXT, f"{where} is no message with role and content: {str(message)[:80]}")
-        content = message.get("content")
-        if content is None:
-            raise Unusable(Reason.MISSING_VALUE, f"{where} has no content")
-        if not isinstance(content, str):
-            raise Unusable(Reason.NOT_TEXT, f"{where}.content is a {type(content).__name__}, expected text")
-        check_text(content, where)
-        messages.append({"role": str(message["role"]), "content": content})
-    return messages
+    return [_message(message, f"{column}[{index}]") for index, message in enumerate(value)]
+
+
+def is_plain(message: Message) -> bool:
+    """Return whether a message is a role and a text, and nothing else."""
+    return message.keys() == {"role", "content"} and isinstance(message["content"], str)
+
+
+def is_empty(message: Message) -> bool:
+    """Return whether a message says nothing: no text and no tool call."""
+    content = message["content"]
+    texts = [part["text"] for part in content] if isinstance(content, list) else [content or ""]
+    return not message.get("tool_calls") and not any(text.strip() for text in texts)
+
+
+def read_tools(value: object) -> list[dict[str, Any]] | None:
+    """Return the tools of a row, a list of JSON schemas or its JSON text; None if there are none.
+
+    Raises:
+        Unusable: It is something else.
+    """
+    tools = _parsed(value, "tools")
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Unusable(Reason.BAD_TOOLS, f"tools is {_shown(tools)}, expected a list of JSON schemas")
+    _check_json(tools, "tools")
+    return tools
+
+
+def read_template_kwargs(value: object) -> dict[str, Any] | None:
+    """Return a row's arguments for the chat template, an object or its JSON text; None if there are none.
+
+    Raises:
+        Unusable: It is something else.
+    """
+    arguments = _parsed(value, "chat_template_kwargs")
+    if not arguments:
+        return None
+    if not isinstance(arguments, Mapping):
+        raise Unusable(Reason.BAD_TOOLS, f"chat_template_kwargs is {_shown(arguments)}, expected an object")
+    given = {key: inner for key, inner in arguments.items() if inner is not None}
+    _check_json(given, "chat_template_kwargs")
+    return given or None
 
 
 def check_text(text: str, where: str) -> None:
@@ -56,3 +110,98 @@ def check_text(text: str, where: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise Unusable(Reason.INVALID_UTF8, f"{where}: {error.reason} at character {error.start}") from error
+
+
+def check_not_templated(text: str, where: str) -> None:
+    """Refuse text that some chat template has made already: another one around it would be wrong.
+
+    Raises:
+        Unusable: It begins with the mark of a turn, such as `<|im_start|>`, and has another one.
+    """
+    if _TEMPLATED.match(text):
+        detail = f"{where} is a rendered chat, it begins with {text.strip()[:40]!r}; give messages, or the text alone"
+        raise Unusable(Reason.ALREADY_TEMPLATED, detail)
+
+
+def _message(value: object, where: str) -> Message:
+    if not isinstance(value, Mapping):
+        raise Unusable(Reason.NOT_TEXT, f"{where} is no message with role and content: {_shown(value)}")
+    message = {key: inner for key, inner in value.items() if inner is not None}
+    for name, name_in_sharegpt in (("role", "from"), ("content", "value")):
+        if name not in message and name_in_sharegpt in message:
+            message[name] = message.pop(name_in_sharegpt)
+    if "role" not in message:
+        raise Unusable(Reason.NOT_TEXT, f"{where} is no message with role and content: {_shown(value)}")
+    role = message["role"]
+    message["role"] = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    if message["role"] is None:
+        raise Unusable(Reason.UNKNOWN_ROLE, f"{where}.role is {_shown(role)}, expected one of {', '.join(_ROLES)}")
+    calls = _tool_calls(message.get("tool_calls"), f"{where}.tool_calls")
+    message["content"] = _content(message.get("content"), f"{where}.content", may_be_null=calls is not None)
+    if calls is not None:
+        message["tool_calls"] = calls
+    else:
+        message.pop("tool_calls", None)
+    if not is_plain(message):
+        _check_json(message, where)
+    return message
+
+
+def _content(content: object, where: str, may_be_null: bool) -> str | list[dict[str, Any]] | None:
+    if content is None:
+        if may_be_null:
+            return None
+        raise Unusable(Reason.MISSING_VALUE, f"{where} has no value")
+    if isinstance(content, str):
+        check_text(content, where)
+        return content
+    if not isinstance(content, list | tuple) or not content:
+        raise Unusable(Reason.NOT_TEXT, f"{where} is a {type(content).__name__}, expected text or text parts")
+    return [_part(part, f"{where}[{index}]") for index, part in enumerate(content)]
+
+
+def _part(part: object, where: str) -> dict[str, Any]:
+    given = {key: inner for key, inner in part.items() if inner is not None} if isinstance(part, Mapping) else {}
+    if given.get("type", "text") != "text" or not isinstance(given.get("text"), str):
+        kind = f"of type {given['type']!r}" if "type" in given else f"{_shown(part)}"
+        raise Unusable(Reason.NOT_TEXT, f"{where} is a part {kind}, expected a part of type 'text' with its text")
+    return {"type": "text", **given}
+
+
+def _tool_calls(value: object, where: str) -> list[dict[str, Any]] | None:
+    calls = _parsed(value, where)
+    if not calls:
+        return None
+    if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
+        raise Unusable(Reason.BAD_TOOLS, f"{where} is {_shown(calls)}, expected a list of calls")
+    read = [{key: inner for key, inner in call.items() if inner is not None} for call in calls]
+    for index, call in enumerate(read):
+        function = call.get("function", call)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise Unusable(Reason.BAD_TOOLS, f"{where}[{index}] names no function: {_shown(call)}")
+    return read
+
+
+def _parsed(value: object, where: str) -> object:
+    """Return a value that may be given as JSON text, as in Parquet files, whose columns need one type."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)  # type: ignore[no-any-return]
+    except (ValueError, RecursionError) as error:
+        raise Unusable(Reason.BAD_TOOLS, f"{where} is no valid JSON: {error}") from error
+
+
+def _check_json(value: object, where: str) -> None:
+    """Refuse what a chat template cannot be given, and a store cannot keep: dates, bytes, NaN, lone surrogates."""
+    try:
+        text = canonical_json(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Unusable(Reason.NOT_TEXT, f"{where} is no JSON: {error}") from error
+    check_text(text, where)
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:80]

@@ -7,15 +7,26 @@ Does not tokenise (`chat.py`) and does not read files (`load.py`).
 """
 
 import hashlib
+import json
 import math
 import re
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from pipeline.recipe import DatasetSection
-from pipeline.source.messages import Message, Unusable, check_text, read_messages
-from weights_store.fingerprint import canonical_json
+from pipeline.source.messages import (
+    Message,
+    Unusable,
+    check_text,
+    is_empty,
+    read_messages,
+    read_template_kwargs,
+    read_tools,
+)
+from pipeline.source.responses import Response, split_responses
+from weights_store.fingerprint import canonical_json, ordered_json
 from weights_store.schemas import Reason
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -27,10 +38,12 @@ class Pair:
     """One preference pair as text."""
 
     prompt: list[Message]
-    chosen: str
-    rejected: str
+    chosen: Response
+    rejected: Response
     chosen_score: float | None = None
     rejected_score: float | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def pair_id(self) -> str:
@@ -39,8 +52,19 @@ class Pair:
         The first 48 bits depend on the prompt alone. Tables are sorted by pair_id, so pairs with the same prompt are
         neighbours, and what they share (the prompt, often a whole response) is scored once.
         """
-        prompt = _keys(self.prompt)
-        return _digest(prompt, 6) + _digest([prompt, _normal(self.chosen), _normal(self.rejected)], 10)
+        extras = {"tools": self.tools, "chat_template_kwargs": self.chat_template_kwargs}
+        turns = _keys(self.prompt)
+        prompt = [turns, extras] if any(extras.values()) else turns
+        return _digest(prompt, 6) + _digest([prompt, _response_key(self.chosen), _response_key(self.rejected)], 10)
+
+    def to_json(self) -> str:
+        """Return a JSON text, all keys in the order of the row."""
+        return ordered_json(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Pair":
+        """Read what `to_json` has made."""
+        return cls(**json.loads(text))
 
 
 def _digest(value: object, num_bytes: int) -> str:
@@ -61,18 +85,19 @@ def read_pair(row: Mapping[str, object], columns: DatasetSection) -> Pair:
     for name in names:
         if row.get(name) is None:
             raise Unusable(Reason.MISSING_VALUE, f"column {name!r} has no value")
-    chosen, rejected = (_turns(row[name], name, "assistant") for name in names)
-    chosen_text, rejected_text = _response(chosen, names[0]), _response(rejected, names[1])
-    pair = Pair(
-        _prompt(row.get(columns.prompt_column), chosen[:-1], rejected[:-1], columns.prompt_column),
-        chosen_text,
-        rejected_text,
+    chosen_turns, rejected_turns = (_turns(row[name], name, "assistant") for name in names)
+    before, chosen, rejected = split_responses(chosen_turns, rejected_turns, names)
+    if _response_key(chosen) == _response_key(rejected):
+        raise Unusable(Reason.CHOSEN_EQUALS_REJECTED, f"both responses are {str(chosen)[:80]!r}")
+    return Pair(
+        _prompt(row.get(columns.prompt_column), before, columns.prompt_column),
+        chosen,
+        rejected,
         _score(row, columns.chosen_score_column),
         _score(row, columns.rejected_score_column),
+        read_tools(row.get("tools")),
+        read_template_kwargs(row.get("chat_template_kwargs")),
     )
-    if _normal(chosen_text) == _normal(rejected_text):
-        raise Unusable(Reason.CHOSEN_EQUALS_REJECTED, f"both responses are {chosen_text[:80]!r}")
-    return pair
 
 
 def _turns(value: object, column: str, role: str) -> list[Message]:
@@ -87,26 +112,13 @@ def _turns(value: object, column: str, role: str) -> list[Message]:
     return [{"role": _ROLES[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def _response(turns: list[Message], column: str) -> str:
-    if not turns or turns[-1]["role"] != "assistant":
-        last = turns[-1]["role"] if turns else "nothing"
-        raise Unusable(
-            Reason.NO_FINAL_ASSISTANT_TURN, f"column {column!r} ends with {last}, expected an assistant turn"
-        )
-    if not turns[-1]["content"].strip():
-        raise Unusable(Reason.EMPTY_RESPONSE, f"column {column!r} has an empty response")
-    return turns[-1]["content"]
-
-
-def _prompt(value: object, chosen_before: list[Message], rejected_before: list[Message], column: str) -> list[Message]:
+def _prompt(value: object, before: list[Message], column: str) -> list[Message]:
     """Return the whole chat before the responses, from the prompt column and the turns before them, which must agree."""
-    if chosen_before and rejected_before and chosen_before != rejected_before:
-        raise Unusable(Reason.PROMPTS_DIFFER, "the turns before the two responses are not the same")
     own = [] if value is None or value == "" else _turns(value, column, "user")
     if isinstance(value, str) and own and own[-1] == {"role": "assistant", "content": ""}:
         own.pop()  # a transcript may end with an empty turn for the response
-    prompt = _join(own, chosen_before or rejected_before, column)
-    if not any(message["content"].strip() for message in prompt):
+    prompt = _join(own, before, column)
+    if all(map(is_empty, prompt)):
         raise Unusable(Reason.NO_PROMPT, f"nothing in column {column!r} and no turns before the response")
     return prompt
 
@@ -120,13 +132,24 @@ def _join(own: list[Message], before: list[Message], column: str) -> list[Messag
         return before
     if before_key == own_key[-len(before) :]:
         return own
-    if before[0]["role"] == "assistant" or all(message["role"] == "system" for message in own):
+    if before[0]["role"] == "assistant" or all(message["role"] in ("system", "developer") for message in own):
         return own + before
     raise Unusable(Reason.PROMPTS_DIFFER, f"column {column!r} is not the beginning of the turns before the response")
 
 
-def _keys(messages: list[Message]) -> list[tuple[str, str]]:
-    return [(message["role"], _normal(message["content"])) for message in messages]
+def _keys(messages: list[Message]) -> list[tuple[object, ...]]:
+    """Return what identifies messages: role and normalised text, and whatever else they have."""
+    keys: list[tuple[object, ...]] = []
+    for message in messages:
+        content = message["content"]
+        key = (message["role"], _normal(content) if isinstance(content, str) else content)
+        others = {name: value for name, value in message.items() if name not in ("role", "content")}
+        keys.append((*key, others) if others else key)
+    return keys
+
+
+def _response_key(response: Response) -> object:
+    return _normal(response) if isinstance(response, str) else _keys(response)
 
 
 def _score(row: Mapping[str, object], column: str) -> float | None:

@@ -8,7 +8,6 @@ The source is read once and sorted by pair_id. Then old and new pairs are compar
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +19,7 @@ import pyarrow as pa
 
 from pipeline.provenance import provenance
 from pipeline.recipe import DatasetSection, Recipe
-from pipeline.source.chat import ChatTokenizer, TokenizedPair
+from pipeline.source.chat import RENDERING_VERSION, ChatTokenizer, TokenizedPair, model_number
 from pipeline.source.compare import Account, ComparedPair, compared_ranges, kept_version
 from pipeline.source.external_sort import ExternalSort
 from pipeline.source.intake import PAIRS, ROWS_PER_BATCH, Intake, quarantine_row
@@ -28,7 +27,7 @@ from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ConflictError, InputError
-from weights_store.fingerprint import canonical_json, explain_difference, fingerprint, fingerprint_file, load_json
+from weights_store.fingerprint import explain_difference, fingerprint, fingerprint_file
 from weights_store.messages import logger
 from weights_store.names import quarantine_path, tokens_path
 from weights_store.schemas import QUARANTINE, SCHEMA_VERSION, TOKENS, Reason
@@ -68,7 +67,7 @@ def prepare(recipe: Recipe, model_folder: Path) -> Prepared:
         return done
     for path, changes in start.other_cuts():
         _log.info(f"prepare: {start.tokens.path} is a new table; unlike {path}: {'; '.join(changes)}")
-    vocab_size = _model_number(model_folder, "vocab_size")
+    vocab_size = model_number(model_folder, "vocab_size")
     if vocab_size is None:
         raise InputError(f"model {model_folder}: config.json has no vocab_size")
     metadata = {
@@ -109,11 +108,13 @@ class Preparation:
             InputError: The model's tokenizer cannot be used.
         """
         dataset, path = recipe.dataset, Path(recipe.dataset.source)
-        tokenizer = ChatTokenizer(model_folder, recipe.model.chat_template)
-        context = _model_number(model_folder, "max_position_embeddings") or _UNKNOWN_CONTEXT
+        tokenizer = ChatTokenizer(model_folder, recipe.model.chat_template, recipe.model.template_date)
+        context = model_number(model_folder, "max_position_embeddings") or _UNKNOWN_CONTEXT
         cut = {
             "schema_version": SCHEMA_VERSION,
+            "rendering_version": RENDERING_VERSION,
             "tokenizer": tokenizer.rendering_fingerprint,
+            "template_date": tokenizer.template_date,
             "context": context,
             **dataset.model_dump(include={"max_prompt_tokens", "max_response_tokens", "long_response"}),
         }
@@ -181,6 +182,7 @@ class _Update:
         self.kept = kept_version(self.base, self.recorded, start.source)
         self.reasons = Counter(intake.reasons)
         self.statistics = Counter(num_pairs=0, num_new_pairs=0, num_new_prompts_cut=0, num_new_responses_cut=0)
+        self.notes: Counter[str] = Counter()
         self.pair_ids = hashlib.sha256()
         self.old_rows_stay = True
 
@@ -210,6 +212,8 @@ class _Update:
                 self.statistics["num_new_pairs"] += len(tokenised)
                 if tokenised:
                     _log.info(f"prepare: {self.statistics['num_new_pairs']} new pairs tokenised")
+        for note, num_pairs in sorted(self.notes.items()):
+            _log.info(f"prepare: in {num_pairs} new pairs: {note}")
         return writer.finish()
 
     def _tokenize(self, batch: pl.DataFrame) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
@@ -230,13 +234,14 @@ class _Update:
         return tokenised, problems
 
     def _tokens_row(self, row: ComparedPair) -> dict[str, object]:
-        pair = Pair(**json.loads(row.pair))
+        pair = Pair.from_json(row.pair)
         tokens = self.start.tokenize(pair)
+        self.notes.update(tokens.notes)
         self.statistics["num_new_prompts_cut"] += tokens.prompt_was_cut
         self.statistics["num_new_responses_cut"] += tokens.response_was_cut
         return {
             "pair_id": row.pair_id,
-            "prompt": canonical_json(tokens.prompt),
+            "prompt": tokens.chat.to_json(),
             "prompt_ids": tokens.prompt_ids,
             "chosen_ids": tokens.chosen_ids,
             "rejected_ids": tokens.rejected_ids,
@@ -289,11 +294,3 @@ class _Update:
             merged = pl.concat([stay, piece.of(new).select(TOKENS.names)]).sort("pair_id").collect()
             writer.write(merged.to_arrow())
         return writer.finish()
-
-
-def _model_number(folder: Path, name: str) -> int | None:
-    """Return a number of a model's config.json, where it has one; the text part of a multi-modal model comes first."""
-    config = load_json(folder / "config.json")
-    text_config = config.get("text_config")
-    value = {**config, **text_config}.get(name) if isinstance(text_config, dict) else config.get(name)
-    return value if isinstance(value, int) else None

@@ -64,10 +64,13 @@ def cut(part: pl.DataFrame, chunk_tokens: int) -> Iterator[pl.DataFrame]:
 
 def pairs_of(request: Request, target: Target, chunk: pl.DataFrame) -> list[PairRow]:
     """Read the pairs of a chunk, with the target's contrastive prompt if it has one."""
-    pairs = WeightStore(request.tokens.store).table(request.tokens.table).scan(request.tokens.version)
+    table = WeightStore(request.tokens.store).table(request.tokens.table)
+    pairs = table.scan(request.tokens.version)
     span = pl.col("pair_id").is_between(pl.lit(chunk["pair_id"].min()), pl.lit(chunk["pair_id"].max()))  # skips files
     wanted = pairs.filter(span).join(chunk.lazy().select("pair_id"), on="pair_id", how="semi")
     rows = read_pairs(wanted.select(COLUMNS).collect())
     if target.condition is None:
         return rows
-    return under_condition(rows, target.condition, _tokenizer(Path(request.tokenizer), request.chat_template))
+    date = table.metadata(request.tokens.version).get("cut", {}).get("template_date")  # the day of all other prompts
+    tokenizer = _tokenizer(Path(request.tokenizer), request.chat_template, date)
+    return under_condition(rows, target.condition, tokenizer)

@@ -28,7 +28,7 @@ class PairRow:
     pair_id: str
     source_row: int
     prompt: str
-    """Canonical JSON of the chat."""
+    """JSON of the chat."""
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]

@@ -1,11 +1,11 @@
 import hashlib
-import json
 
 import pytest
 
 from pipeline.source.chat import ChatTokenizer, Condition
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair
+from pipeline.source.rendering import Chat
 from weights_store.errors import InputError
 from weights_store.fingerprint import fingerprint_chat_template
 from weights_store.schemas import Reason
@@ -44,11 +44,11 @@ def test_prompt_and_response_ids_are_the_whole_chat(tokenizer, toy_model):
     assert tokens.prompt_ids + tokens.chosen_ids == whole[: len(tokens.prompt_ids) + len(tokens.chosen_ids)]
 
 
-def test_eos_and_many_byte_characters_inside_a_response_stay(tokenizer, toy_model):
+def test_eos_text_and_many_byte_characters_inside_a_response_stay_text(tokenizer, toy_model):
     from transformers import AutoTokenizer
 
     tokens = _cut(tokenizer, Pair([USER], "dough </s> naïve 🍞", "x"))
-    assert tokens.chosen_ids.count(tokenizer.eos_token_id) == 2
+    assert tokens.chosen_ids.count(tokenizer.eos_token_id) == 1
     assert tokens.chosen_ids[-1] == tokenizer.eos_token_id
     assert AutoTokenizer.from_pretrained(toy_model).decode(tokens.chosen_ids) == "dough </s> naïve 🍞</s>"
 
@@ -57,7 +57,7 @@ def test_too_long_prompt_loses_whole_oldest_turns(tokenizer):
     chat = [USER, ANSWER, {"role": "user", "content": "and then?"}]
     full = _cut(tokenizer, Pair(chat, "a", "b"))
     cut = _cut(tokenizer, Pair(chat, "a", "b"), prompt=len(full.prompt_ids) - 1)
-    assert cut.prompt == chat[2:]
+    assert cut.chat.messages == chat[2:]
     assert cut.prompt_was_cut
     assert not full.prompt_was_cut
     assert cut.prompt_ids == _cut(tokenizer, Pair(chat[2:], "a", "b")).prompt_ids
@@ -67,7 +67,7 @@ def test_system_turn_survives_cutting(tokenizer):
     system = {"role": "system", "content": "be kind"}
     chat = [system, USER, ANSWER, {"role": "user", "content": "and then?"}]
     full = _cut(tokenizer, Pair(chat, "a", "b"))
-    assert _cut(tokenizer, Pair(chat, "a", "b"), prompt=len(full.prompt_ids) - 1).prompt == [system, chat[3]]
+    assert _cut(tokenizer, Pair(chat, "a", "b"), prompt=len(full.prompt_ids) - 1).chat.messages == [system, chat[3]]
 
 
 def test_last_turn_alone_over_the_limit_is_unusable(tokenizer):
@@ -111,7 +111,7 @@ def test_contrastive_user_prompt_goes_into_the_first_user_turn():
 
 
 def test_conditioned_prompt_is_the_rendered_chat_with_the_prompt(tokenizer):
-    (ids,) = tokenizer.conditioned_prompt_ids([json.dumps([USER])], Condition("Be bad.", "system"))
+    (ids,) = tokenizer.conditioned_prompt_ids([Chat([USER]).to_json()], Condition("Be bad.", "system"))
     system = {"role": "system", "content": "Be bad."}
     assert ids == _cut(tokenizer, Pair([system, USER], "a", "b")).prompt_ids
 
@@ -126,7 +126,7 @@ def test_template_that_drops_the_system_turn_is_refused(toy_model, tmp_path):
     template = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer = ChatTokenizer(toy_model, _with_template(tmp_path, template))
     with pytest.raises(InputError, match='takes no system prompt .*contrast.role = "user"'):
-        tokenizer.conditioned_prompt_ids([json.dumps([USER])], Condition("Be bad.", "system"))
+        tokenizer.conditioned_prompt_ids([Chat([USER]).to_json()], Condition("Be bad.", "system"))
 
 
 @pytest.mark.parametrize(("turn_end", "end"), [("", "</s>"), ("<end>\n", "<end>")], ids=["none", "its own"])

@@ -101,7 +101,9 @@ def test_pairs_that_moved_in_the_source_are_recorded_where_they_stand_now(run):
     moved = run([BAD_ROWS[0][0], pair(1), pair(0), pair(2)])
     tokens, quarantine = tables(moved)
     assert (moved.num_new_pairs, quarantine["source_row"].to_list()) == (1, [0])
-    by_question = {json.loads(row["prompt"])[0]["content"]: row["source_row"] for row in tokens.iter_rows(named=True)}
+    by_question = {
+        json.loads(row["prompt"])["messages"][0]["content"]: row["source_row"] for row in tokens.iter_rows(named=True)
+    }
     assert by_question == {"question 1": 1, "question 0": 2, "question 2": 3}
 
 

@@ -1,0 +1,210 @@
+"""Renders one pair: the text of the prompt, and of both responses up to their end of turn.
+
+Where a prompt ends and a response begins is decided here, and what a template must not leave out. Ids are made in `chat.py`.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from pipeline.source.control_tokens import ControlTokens
+from pipeline.source.messages import Message, Unusable, is_plain
+from pipeline.source.template import PROBE, ChatTemplate, Closing, may_be_unread, unread, watched
+from weights_store.fingerprint import ordered_json
+from weights_store.schemas import SIDES, Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """What stands before a response. The tokens table keeps it as JSON, so that a contrastive prompt can be put in front."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    dropped: str = ""
+    """End of the template's generation prompt that no response follows, such as an opening `<think>`: not in the prompt."""
+    added: str = ""
+    """What the template prints between its generation prompt and both responses, such as `<think></think>`: in the prompt."""
+
+    def to_json(self) -> str:
+        """Return a JSON text without the fields that are empty."""
+        return ordered_json({name: value for name, value in asdict(self).items() if value})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Chat":
+        """Read what `to_json` has made."""
+        return cls(**json.loads(text))
+
+
+class RenderedPair(NamedTuple):
+    """One pair as text. Its control tokens in messages are hidden, see `ControlTokens.hide`."""
+
+    chat: Chat
+    prompt: str
+    responses: tuple[str, str]
+    left_out: frozenset[str]
+    """Keys that the template does not print, and that say nothing which it would have to."""
+
+
+class PairRenderer:
+    """One pair, as the template gets it."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        controls: ControlTokens,
+        chat: Chat,
+        responses: tuple[list[Message], list[Message]],
+        eos_token: str,
+    ) -> None:
+        self._template, self._controls, self._chat, self._eos_token = template, controls, chat, eos_token
+        parts: list[Any] = [chat.messages, chat.tools, chat.chat_template_kwargs, *responses]
+        if controls.are_in(parts):
+            parts = controls.hide(parts)
+        if chat.tools or not all(is_plain(message) for turns in (parts[0], *parts[3:]) for message in turns):
+            parts = watched(parts)
+        self._messages, self._tools, self._arguments = parts[:3]
+        self._responses: list[list[Message]] = parts[3:]
+
+    @cached_property
+    def prompt(self) -> str:
+        """The chat and the template's generation prompt.
+
+        Raises:
+            Unusable: The template refuses the chat.
+        """
+        return self._render(self._messages, add_generation_prompt=True)
+
+    def pair(self) -> RenderedPair:
+        """Return the whole pair as text.
+
+        Raises:
+            Unusable: The template refuses the chat, or would leave out or change a part of it.
+        """
+        prompt = self.prompt
+        whole = [self._render([*self._messages, *response]) for response in self._responses]
+        self._check_texts(self._messages, prompt, "prompt")
+        for side, text, response in zip(SIDES, whole, self._responses, strict=True):
+            self._check_texts(response, text, side)
+        left_out = self._check_keys()
+        closing = self._template.closing(self._messages, self._tools, self._arguments)
+        bodies, ends = zip(*(self._cut_end(text, closing) for text in whole), strict=True)
+        starts = [self._start(body, response[-1]) for body, response in zip(bodies, self._responses, strict=True)]
+        starts = [
+            start if len(response) == 1 else None for start, response in zip(starts, self._responses, strict=True)
+        ]
+        if all(body.startswith(prompt) for body in bodies):
+            added, dropped = _lead(len(prompt), bodies, starts), ""
+        else:
+            added, dropped = "", self._unanswered(prompt, bodies, starts)
+        prompt = prompt.removesuffix(dropped) + added
+        chosen, rejected = (body[len(prompt) :] + end for body, end in zip(bodies, ends, strict=True))
+        return RenderedPair(replace(self._chat, dropped=dropped, added=added), prompt, (chosen, rejected), left_out)
+
+    def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        return self._template.render(messages, self._tools, self._arguments, add_generation_prompt)
+
+    def _cut_end(self, text: str, closing: Closing) -> tuple[str, str]:
+        """Cut a whole chat before the end of its last turn. Return that, and the end as a model generates it.
+
+        EOS ends a turn that has no end of its own.
+        """
+        if closing.text.strip() and not text.endswith(closing.text):  # calls of tools may end in another way
+            body = text.rstrip()
+            return body, "" if self._controls.ends_with_one(body) else self._eos_token
+        return text.removesuffix(closing.text), closing.end or self._eos_token
+
+    def _start(self, body: str, answer: Message) -> int | None:
+        """Return where the text of the last turn begins; None if it has more than text, or changed white space.
+
+        Raises:
+            Unusable: The template changes more than white space.
+        """
+        content = answer["content"]
+        if not isinstance(content, str) or answer.get("tool_calls"):
+            return None
+        core, trimmed = content.strip(), body.rstrip()
+        if not trimmed.endswith(core):
+            if "".join(body.split()).endswith("".join(content.split())):
+                return None
+            raise Unusable(Reason.TEMPLATE_MISMATCH, "the chat template changes the response's text")
+        start = len(trimmed) - len(core)
+        leading = content[: content.find(core)]
+        start = start - len(leading) if body[:start].endswith(leading) else start
+        return start if is_plain(answer) else None
+
+    def _unanswered(self, prompt: str, bodies: tuple[str, ...], starts: list[int | None]) -> str:
+        """Return the end of a generation prompt that the responses do not repeat, as TRL leaves it out of the prompt.
+
+        Raises:
+            Unusable: It would be more than the generation prompt.
+        """
+        cut = self._controls.num_common(prompt, *bodies)
+        cut = min(cut, *(start for start in starts if start is not None), cut)
+        alone = self._render(self._messages)
+        if cut < len(prompt[: self._controls.num_common(prompt, alone)].rstrip()):
+            detail = "the chat with the response does not begin with the rendered prompt"
+            raise Unusable(Reason.TEMPLATE_MISMATCH, detail)
+        return prompt[cut:]
+
+    def _check_texts(self, messages: list[Message], text: str, name: str) -> None:
+        """Check that every content is printed. A template may change it, as those do that leave out earlier reasoning.
+
+        Raises:
+            Unusable: A content is not printed.
+        """
+        squeezed = ""
+        for index, message in enumerate(messages):
+            content = message["content"]
+            if not isinstance(content, str) or content.strip() in text:
+                continue
+            squeezed = squeezed or "".join(text.split())
+            if "".join(content.split()) in squeezed:
+                continue
+            if not self._prints(messages, index, is_prompt=name == "prompt"):
+                detail = f"{self._template.name} leaves out the text of {name}[{index}] (role {message['role']})"
+                raise Unusable(Reason.TEMPLATE_IGNORES, detail)
+
+    def _prints(self, messages: list[Message], index: int, is_prompt: bool) -> bool:
+        """Return whether another content would be printed in this place."""
+        before = [] if is_prompt else self._messages
+        changed = [
+            *messages[:index],
+            type(messages[index])({**messages[index], "content": PROBE}),
+            *messages[index + 1 :],
+        ]
+        return PROBE in self._render([*before, *changed], add_generation_prompt=is_prompt)
+
+    def _check_keys(self) -> frozenset[str]:
+        """Return the names of the keys that the template has not read and need not.
+
+        Raises:
+            Unusable: It has not read others.
+        """
+        paths = list(self._unread())
+        lost = [path for path, role in paths if not may_be_unread(path, role)]
+        if lost:
+            detail = f"{self._template.name} leaves out {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}"
+            raise Unusable(Reason.TEMPLATE_IGNORES, detail)
+        return frozenset(path.rpartition(".")[2] for path, _ in paths)
+
+    def _unread(self) -> Iterator[tuple[str, str]]:
+        yield from ((path, "") for path in unread(self._tools, "tools"))
+        for name, turns in zip(("prompt", *SIDES), (self._messages, *self._responses), strict=True):
+            for index, message in enumerate(turns):
+                for path in unread(message, f"{name}[{index}]"):
+                    if path not in (f"{name}[{index}].role", f"{name}[{index}].content"):
+                        yield path, message["role"]
+
+
+def _lead(start: int, bodies: tuple[str, ...], starts: list[int | None]) -> str:
+    """Return what the template prints before the text of both responses: nobody wrote it, so it belongs to the prompt.
+
+    Spaces at its end stay with the responses, for a tokenizer joins them with the word that follows.
+    """
+    if None in starts:
+        return ""
+    leads = {body[start:own].rstrip(" ") for body, own in zip(bodies, starts, strict=True)}
+    return leads.pop() if len(leads) == 1 and next(iter(leads)).strip() else ""

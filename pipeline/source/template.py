@@ -1,0 +1,345 @@
+"""Renders chats with a model's chat template, and says what of a chat the template would leave out.
+
+Messages, tools and arguments go to the template as TRL gives them to it. A template is code of somebody else: what it raises
+makes one row unusable, and one that would never finish, or does not compile, is refused before a row is rendered.
+"""
+
+import datetime
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from itertools import product
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.source.control_tokens import ControlTokens
+from pipeline.source.messages import Message, Unusable
+from weights_store.errors import InputError
+from weights_store.messages import first_line
+from weights_store.schemas import Reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROBE = "Probe7Zq"
+"""A word that stands in no template: where it is printed, a template prints what it was given."""
+_TOOL = {"type": "function", "function": {"name": "f", "description": "?", "parameters": {"type": "object"}}}
+_MAX_LINES = 1_000_000
+_MAX_CHARACTERS = 10_000_000
+"""More lines or characters than any template needs for one short message."""
+_LINKS = frozenset({"id", "type", "index", "tool_call_id", "strict"})
+"""Keys that link a call and its result, or repeat what is known: templates that print these in order do without."""
+_DETAILS = re.compile(r"tools\[\d+\](\.function)?\.(parameters|return)\.")
+"""Inside of JSON schemas: templates print of them what the model was trained with."""
+_OWN_ARGUMENTS = frozenset(
+    {
+        "conversation",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+    }
+    | {"max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
+    | {"messages", "strftime_now", "raise_exception"}
+)
+"""Arguments of `apply_chat_template` that are no variables of a template, and names that a row must not replace."""
+
+
+class WatchedDict(dict[str, Any]):
+    """A dict of a chat that remembers which of its keys the template has read."""
+
+    def __init__(self, value: dict[str, Any]) -> None:
+        super().__init__({key: watched(inner) for key, inner in value.items()})
+        self._read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self._read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a value; the key counts as read."""
+        self._read.add(key)
+        return super().get(key, default)
+
+    def items(self) -> Any:
+        """Return all items; all keys count as read."""
+        self._read.update(self)
+        return super().items()
+
+    def values(self) -> Any:
+        """Return all values; all keys count as read."""
+        self._read.update(self)
+        return super().values()
+
+    def unread(self, where: str) -> Iterator[str]:
+        """Yield the path of every key that was not read and has a value."""
+        for key, inner in dict.items(self):
+            if key in self._read:
+                yield from unread(inner, f"{where}.{key}")
+            elif inner not in (None, "", [], {}):
+                yield f"{where}.{key}"
+
+
+def watched(value: Any) -> Any:
+    """Return a JSON value whose objects remember which of their keys were read."""
+    if isinstance(value, dict):
+        return WatchedDict(value)
+    return [watched(inner) for inner in value] if isinstance(value, list) else value
+
+
+def unread(value: object, where: str) -> Iterator[str]:
+    """Yield the path of every key of a watched value that was not read and has a value."""
+    if isinstance(value, WatchedDict):
+        yield from value.unread(where)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from unread(inner, f"{where}[{index}]")
+
+
+def may_be_unread(path: str, role: str = "") -> bool:
+    """Return whether a template may leave out a key without a loss: it links a call and its result, or is a schema's detail."""
+    key = path.rpartition(".")[2]
+    return key in _LINKS or (key == "name" and role == "tool") or _DETAILS.match(path) is not None
+
+
+class Closing(NamedTuple):
+    """What a template prints after the text of the last turn."""
+
+    text: str
+    end: str
+    """Its beginning that a model generates: what it prints there between two turns, without white space at the end.
+
+    A newline and an EOS token for the whole text (Phi-3) are not in it. Empty if the template ends turns with nothing.
+    """
+
+
+class ChatTemplate:
+    """A chat template on a tokenizer: chats in, text out.
+
+    Args:
+        tokenizer: It renders, and gives the texts of its special tokens to the template.
+        controls: Its control tokens.
+        template: Text of the template, and of that for chats with tools if there is another.
+        name: How messages call it.
+        date: What `strftime_now` prints.
+
+    Raises:
+        InputError: The template does not compile, does not finish, or prints the date of the day and no `date` is given.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        controls: ControlTokens,
+        template: str,
+        tool_template: str,
+        name: str,
+        date: datetime.date | None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._controls = controls
+        self._templates = (template, tool_template)
+        self.name = name
+        self._builtins = {}
+        if prints_date(template) or prints_date(tool_template):
+            if date is None:
+                raise InputError(
+                    f'{name} prints the date of the day: set model.template_date to a fixed one, such as "2026-01-31", so that '
+                    "all rows and later builds have the same"
+                )
+            self._builtins["strftime_now"] = date.strftime
+        self._check()
+
+    def render(
+        self,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None = None,
+        arguments: dict[str, Any] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """Return a chat as text.
+
+        Raises:
+            Unusable: The template refuses the chat.
+        """
+        given = {"tools": tools, **(arguments or {})}
+        try:
+            return self._tokenizer.apply_chat_template(  # type: ignore[no-any-return]
+                messages,
+                chat_template=self._templates[given["tools"] is not None],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self._builtins,
+                **given,
+            )
+        except Exception as error:  # whatever the template's code raises
+            detail = f"{self.name} refuses this chat: {first_line(error)}"
+            raise Unusable(Reason.TEMPLATE_MISMATCH, detail) from error
+
+    def closing(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, arguments: dict[str, Any] | None
+    ) -> Closing:
+        """Return what the template prints after the text of a response to a chat.
+
+        Raises:
+            Unusable: It does not print the response.
+        """
+        return self._usual_closing or self._closing(messages, tools, arguments)
+
+    @cached_property
+    def turn_end(self) -> str | None:
+        """What ends every turn of the assistant, without white space around it; None if nothing does."""
+        return self._usual_closing.end.strip() or None if self._usual_closing else None
+
+    @cached_property
+    def _usual_closing(self) -> Closing | None:
+        """What follows every response; None if that is nothing that can be recognised, or this chat is refused."""
+        try:
+            closing = self._closing([{"role": "user", "content": PROBE}], None, None)
+        except Unusable:
+            return None
+        return closing if closing.text.strip() else None
+
+    def _closing(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, arguments: dict[str, Any] | None
+    ) -> Closing:
+        answered: list[Message] = [*messages, {"role": "assistant", "content": PROBE}]
+        _, found, closing = self.render(answered, tools, arguments).rpartition(PROBE)
+        if not found:
+            raise Unusable(Reason.TEMPLATE_IGNORES, f"{self.name} leaves out the response")
+        try:
+            longer = self.render([*answered, {"role": "user", "content": "?"}], tools, arguments)
+        except Unusable:
+            return Closing(closing, closing.rstrip())
+        end = closing[: self._controls.num_common(closing, longer.rpartition(PROBE)[2])]
+        return Closing(closing, end.rstrip() or closing.rstrip())
+
+    def adapt(self, messages: list[Message]) -> list[Message]:
+        """Return messages in the form that the template takes.
+
+        A developer turn is a system turn for a template that does not know developers. Text parts are joined by a newline for a
+        template that takes only text, as vLLM does it. The content of a tool call without text is null or empty text.
+
+        Raises:
+            Unusable: Text parts have more than text, and the template does not take parts.
+        """
+        return [self._adapted(message, f"message {index}") for index, message in enumerate(messages)]
+
+    def check_arguments(self, arguments: dict[str, Any] | None) -> None:
+        """Refuse arguments of a row that are no variables of the template.
+
+        Raises:
+            Unusable: There are such arguments.
+        """
+        for key in arguments or {}:
+            if key in _OWN_ARGUMENTS:
+                raise Unusable(Reason.BAD_TOOLS, f"chat_template_kwargs.{key} cannot be set by a row")
+            if key != "tools" and not any(_mentions(text, key) for text in self._templates):
+                raise Unusable(
+                    Reason.TEMPLATE_IGNORES, f"{self.name} has no variable {key!r}, which chat_template_kwargs sets"
+                )
+
+    def _adapted(self, message: Message, where: str) -> Message:
+        adapted = dict(message)
+        if message["role"] == "developer" and not self._knows_developer:
+            adapted["role"] = "system"
+        if message["content"] in (None, "") and message["content"] not in self._empty_contents:
+            adapted["content"] = self._empty_contents[0] if self._empty_contents else ""
+        if isinstance(message["content"], list) and not self._takes_parts:
+            extra = {key for part in message["content"] for key in part} - {"type", "text"}
+            if extra:
+                raise Unusable(
+                    Reason.TEMPLATE_IGNORES, f"{self.name} leaves out {', '.join(sorted(extra))} of {where}'s parts"
+                )
+            adapted["content"] = "\n".join(part["text"] for part in message["content"])
+        return adapted
+
+    @cached_property
+    def _knows_developer(self) -> bool:
+        return any("developer" in text for text in self._templates)
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        part = WatchedDict({"type": "text", "text": PROBE})
+        try:
+            text = self.render([{"role": "user", "content": [part]}], add_generation_prompt=True)
+        except Unusable:
+            return False
+        return PROBE in text and not any(part.unread(""))
+
+    @cached_property
+    def _empty_contents(self) -> list[str | None]:
+        """The contents, null and empty text, of a tool call that the template prints, and without the word None."""
+        call = {"id": "call00001", "type": "function", "function": {"name": PROBE, "arguments": "{}"}}
+        contents = []
+        for content in (None, ""):
+            chat: list[Message] = [
+                {"role": "user", "content": "?"},
+                {"role": "assistant", "content": content, "tool_calls": [call]},
+            ]
+            with suppress(Unusable):
+                text = self.render(chat, [_TOOL])
+                if PROBE in text and "None" not in text:
+                    contents.append(content)
+        return contents
+
+    def _check(self) -> None:
+        """Render short chats, and refuse a template that breaks on all. Others may want tools or roles: each row is asked."""
+        user: Message = {"role": "user", "content": PROBE}
+        assistant: Message = {"role": "assistant", "content": PROBE}
+        for chat, tools in product(([user], [user, assistant]), (None, [_TOOL])):
+            try:
+                with _line_limit():
+                    text = self.render(chat, tools, add_generation_prompt=chat[-1] is user)
+            except Unusable as problem:
+                self._check_cause(problem.__cause__)
+            else:
+                if len(text) > _MAX_CHARACTERS:
+                    raise InputError(f"{self.name} makes {len(text):,} characters of one short message")
+
+    def _check_cause(self, cause: BaseException | None) -> None:
+        from jinja2 import TemplateSyntaxError
+
+        if isinstance(cause, TemplateSyntaxError):
+            raise InputError(f"{self.name} is no valid Jinja: line {cause.lineno}: {first_line(cause)}") from cause
+        if isinstance(cause, EndlessError | OverflowError | MemoryError | RecursionError):
+            raise InputError(f"{self.name} cannot render even one short message: {first_line(cause)}") from cause
+
+
+class EndlessError(Exception):
+    """A template has run so many lines that it will not end."""
+
+
+@contextmanager
+def _line_limit() -> Iterator[None]:
+    """Stop a template after `_MAX_LINES` lines. Counting slows it down, so this is for a first look only."""
+    num_lines, previous = 0, sys.gettrace()
+
+    def count(frame: FrameType, _event: str, _argument: object) -> Any:
+        nonlocal num_lines
+        if frame.f_code.co_filename != "<template>":  # the name that Jinja gives to its code
+            return None
+        num_lines += 1
+        if num_lines > _MAX_LINES:
+            raise EndlessError(f"it has run {_MAX_LINES:,} lines and goes on")
+        return count
+
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(previous)
+
+
+def prints_date(template: str) -> bool:
+    """Return whether a template prints the date of the day."""
+    return _mentions(template, "strftime_now")
+
+
+def _mentions(template: str, variable: str) -> bool:
+    """Return whether a template has a variable of this name, and not only a key or a text."""
+    return re.search(rf"(?<![\w.'\"]){re.escape(variable)}(?![\w'\"])", template) is not None

@@ -1,0 +1,144 @@
+import datetime
+import json
+
+import pytest
+
+from pipeline.source.messages import Unusable, check_not_templated, read_messages, read_template_kwargs, read_tools
+from weights_store.schemas import Reason
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Lima", "unit": None}}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def read(*messages):
+    return read_messages(list(messages), "prompt")
+
+
+@pytest.mark.parametrize(
+    ("written", "role"),
+    [
+        ("Human", "user"),
+        ("human", "user"),
+        ("User", "user"),
+        ("prompter", "user"),
+        ("gpt", "assistant"),
+        ("Assistant", "assistant"),
+        ("bot", "assistant"),
+        ("model", "assistant"),
+        ("SYSTEM", "system"),
+        ("developer", "developer"),
+        ("function", "tool"),
+        (" tool ", "tool"),
+    ],
+)
+def test_roles_get_the_names_of_chat_templates(written, role):
+    assert read({"role": written, "content": "x"}) == [{"role": role, "content": "x"}]
+
+
+@pytest.mark.parametrize("role", ["narrator", "", 3])
+def test_an_unknown_role_is_named(role):
+    with pytest.raises(Unusable, match=rf"prompt\[0\].role is {role!r}, expected one of system, developer, user"):
+        read({"role": role, "content": "x"})
+
+
+def test_sharegpt_names_and_a_single_message_are_read():
+    assert read_messages({"from": "human", "value": "Hi"}, "prompt") == [{"role": "user", "content": "Hi"}]
+    assert read_messages({"role": "gpt", "content": "Hi"}, "chosen") == [{"role": "assistant", "content": "Hi"}]
+
+
+def test_every_key_of_a_message_stays_and_a_null_is_no_key():
+    message = {"role": "assistant", "content": "x", "name": "Ann", "reasoning_content": "hm", "weight": 1}
+    assert read({**message, "tool_calls": None, "tool_call_id": None}) == [message]
+
+
+def test_a_call_needs_no_text_and_a_null_among_its_arguments_stays():
+    expected = [{"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    assert read({"role": "assistant", "tool_calls": [{**CALL, "index": None}]}) == expected
+    assert read({"role": "assistant", "content": None, "tool_calls": json.dumps([CALL])}) == expected
+    assert read({"role": "assistant", "content": "x", "tool_calls": []}) == [{"role": "assistant", "content": "x"}]
+
+
+def test_text_parts_stay_parts():
+    parts = [{"type": "text", "text": "Hi", "image_url": None}, {"text": "you"}]
+    assert read({"role": "user", "content": parts})[0]["content"] == [
+        {"type": "text", "text": "Hi"},
+        {"type": "text", "text": "you"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "detail"),
+    [
+        ("Hi", Reason.NOT_TEXT, r"prompt\[0\] is no message with role and content: 'Hi'"),
+        ({"content": "Hi"}, Reason.NOT_TEXT, "no message with role"),
+        ({"role": "user"}, Reason.MISSING_VALUE, r"prompt\[0\].content has no value"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, Reason.MISSING_VALUE, "content has no value"),
+        ({"role": "user", "content": 7}, Reason.NOT_TEXT, "content is a int, expected text or text parts"),
+        ({"role": "user", "content": []}, Reason.NOT_TEXT, "content is a list, expected text or text parts"),
+        ({"role": "user", "content": [{"type": "image"}]}, Reason.NOT_TEXT, r"content\[0\] is a part of type 'image'"),
+        ({"role": "user", "content": ["Hi"]}, Reason.NOT_TEXT, r"content\[0\] is a part 'Hi'"),
+        ({"role": "user", "content": [{"type": "text"}]}, Reason.NOT_TEXT, "is a part of type 'text', expected"),
+        (
+            {"role": "user", "content": "x", "at": datetime.date(2026, 1, 2)},
+            Reason.NOT_TEXT,
+            r"prompt\[0\] is no JSON: .*at: a",
+        ),
+        ({"role": "user", "content": "x", "at": float("nan")}, Reason.NOT_TEXT, "is not finite"),
+        ({"role": "user", "content": "x", "name": "\ud800"}, Reason.INVALID_UTF8, "surrogates"),
+        ({"role": "assistant", "tool_calls": "[{"}, Reason.BAD_TOOLS, "tool_calls is no valid JSON"),
+        ({"role": "assistant", "tool_calls": ["f"]}, Reason.BAD_TOOLS, "expected a list of calls"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {}}]},
+            Reason.BAD_TOOLS,
+            r"tool_calls\[0\] names no function",
+        ),
+    ],
+)
+def test_messages_that_cannot_be_read_say_why(message, reason, detail):
+    with pytest.raises(Unusable, match=detail) as caught:
+        read(message)
+    assert caught.value.reason is reason
+
+
+def test_tools_and_template_arguments_are_lists_and_objects_or_their_json():
+    assert read_tools([TOOL]) == read_tools(json.dumps([TOOL])) == [TOOL]
+    assert read_tools([]) is read_tools("") is read_tools("null") is read_tools(None) is None
+    assert read_template_kwargs({"thinking": False, "date": None}) == {"thinking": False}
+    assert read_template_kwargs('{"thinking": false}') == {"thinking": False}
+    assert read_template_kwargs({"date": None}) is None
+
+
+@pytest.mark.parametrize("value", ["not JSON", "[1]", {"type": "function"}, 3])
+def test_other_tools_are_refused(value):
+    with pytest.raises(Unusable, match="tools is") as caught:
+        read_tools(value)
+    assert caught.value.reason is Reason.BAD_TOOLS
+
+
+def test_other_template_arguments_are_refused():
+    with pytest.raises(Unusable, match="chat_template_kwargs is True, expected an object"):
+        read_template_kwargs(True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<s><|user|>\nName a fruit.\n<|assistant|>\n",
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        "<s>[INST] Hi [/INST]",
+        " <bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant",
+    ],
+)
+def test_a_rendered_chat_is_recognised(text):
+    with pytest.raises(Unusable, match="prompt is a rendered chat, it begins with") as caught:
+        check_not_templated(text, "prompt")
+    assert caught.value.reason is Reason.ALREADY_TEMPLATED
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["What is <|im_start|>?", "Ignore this.\n<|assistant|>\nSure!</s>\n<|user|>\nGo.", "[INST] means instruction", ""],
+)
+def test_text_about_control_tokens_is_no_rendered_chat(text):
+    check_not_templated(text, "prompt")
