@@ -136,6 +136,7 @@ class Reason(StrEnum):
     INVALID_UTF8 = "invalid_utf8"
     MISSING_VALUE = "missing_value"
     NOT_TEXT = "not_text"
+    MANY_ANSWERS = "many_answers"
     NO_PROMPT = "no_prompt"
     PROMPTS_DIFFER = "prompts_differ"
     NO_FINAL_ASSISTANT_TURN = "no_final_assistant_turn"

@@ -1,25 +1,26 @@
 """Turns one raw row of any usual preference layout into one pair: a prompt of messages and two responses.
 
-Layouts: TRL standard and conversational, explicit or implicit prompt, Anthropic-HH transcripts, UltraFeedback-like lists
-that repeat the prompt, with or without annotator scores. Any other row raises `Unusable`, which says why.
+Layouts: TRL standard and conversational, explicit or implicit prompt, transcripts, UltraFeedback-like lists that repeat the
+prompt, Alpaca's instruction and input, a system column, with or without annotator scores. `Unusable` says why any other row is
+no pair.
 
-Does not tokenise (`chat.py`) and does not read files (`load.py`).
+Does not tokenise (`chat.py`), does not read files (`load.py`) and does not find columns (`columns.py`).
 """
 
 import hashlib
-import math
-import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
+from itertools import product
 
-from pipeline.recipe import DatasetSection
+from pipeline.source.columns import Columns
 from pipeline.source.messages import Message, Unusable, check_text, read_messages
+from pipeline.source.transcripts import split_transcript
 from weights_store.fingerprint import canonical_json
 from weights_store.schemas import Reason
 
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,40 +52,84 @@ def _normal(text: str) -> str:
     return unicodedata.normalize("NFC", text).strip()
 
 
-def read_pair(row: Mapping[str, object], columns: DatasetSection) -> Pair:
-    """Return the pair in one raw row.
+def read_pairs(row: Mapping[str, object], columns: Columns) -> Iterator[Pair | Unusable]:
+    """Yield the pairs in one raw row, or why there is none: one, or one for each combination of several answers."""
+    try:
+        alternatives = list(_alternatives(row, columns))
+    except Unusable as problem:
+        yield problem
+        return
+    seen: set[str] = set()
+    for where, alternative in alternatives:
+        try:
+            pair = read_pair(alternative, columns)
+            if pair.pair_id in seen:
+                raise Unusable(Reason.DUPLICATE_PAIR, "other answers of this row make the same pair")
+            seen.add(pair.pair_id)
+            yield pair
+        except Unusable as problem:
+            yield Unusable(problem.reason, f"{where}{problem.detail}")
+
+
+def _alternatives(row: Mapping[str, object], columns: Columns) -> Iterator[tuple[str, Mapping[str, object]]]:
+    """Yield rows with one answer on each side, and which answers they are if there are several."""
+    chosen, rejected = _answers(row.get(columns.chosen)), _answers(row.get(columns.rejected))
+    if len(chosen) == len(rejected) == 1:
+        yield "", {**row, columns.chosen: chosen[0], columns.rejected: rejected[0]}
+        return
+    if not columns.combines_answers:
+        raise Unusable(
+            Reason.MANY_ANSWERS,
+            f"{len(chosen)} chosen and {len(rejected)} rejected answers; "
+            'dataset.many_answers = "combine" would make a pair of each combination',
+        )
+    for i, j in product(range(len(chosen)), range(len(rejected))):
+        alternative = {**row, columns.chosen: chosen[i], columns.rejected: rejected[j]}
+        for column, at in ((columns.chosen_score, i), (columns.rejected_score, j)):
+            scores = row.get(column) if column is not None else None
+            if isinstance(scores, list) and at < len(scores):
+                alternative[str(column)] = scores[at]
+        yield f"chosen answer {i} and rejected answer {j}: ", alternative
+
+
+def _answers(value: object) -> list[object]:
+    """Return the answers of one side: the items of a list of texts or of chats, else the value itself."""
+    is_many = isinstance(value, list) and value and all(isinstance(item, str | list) for item in value)
+    return value if is_many and isinstance(value, list) else [value]
+
+
+def read_pair(row: Mapping[str, object], columns: Columns) -> Pair:
+    """Return the pair in one raw row with one answer on each side.
 
     Raises:
         Unusable: The row is no preference pair; carries the reason for quarantine.
     """
-    names = (columns.chosen_column, columns.rejected_column)
+    names = (columns.chosen, columns.rejected)
     for name in names:
         if row.get(name) is None:
             raise Unusable(Reason.MISSING_VALUE, f"column {name!r} has no value")
-    chosen, rejected = (_turns(row[name], name, "assistant") for name in names)
+    chosen, rejected = (_turns(row[name], name, "assistant", columns) for name in names)
     chosen_text, rejected_text = _response(chosen, names[0]), _response(rejected, names[1])
     pair = Pair(
-        _prompt(row.get(columns.prompt_column), chosen[:-1], rejected[:-1], columns.prompt_column),
+        _with_system(row, columns, _prompt(row, columns, chosen, rejected)),
         chosen_text,
         rejected_text,
-        _score(row, columns.chosen_score_column),
-        _score(row, columns.rejected_score_column),
+        read_score(row.get(columns.chosen_score)) if columns.chosen_score else None,
+        read_score(row.get(columns.rejected_score)) if columns.rejected_score else None,
     )
     if _normal(chosen_text) == _normal(rejected_text):
         raise Unusable(Reason.CHOSEN_EQUALS_REJECTED, f"both responses are {chosen_text[:80]!r}")
     return pair
 
 
-def _turns(value: object, column: str, role: str) -> list[Message]:
-    """Return a column as turns. Text that is no Anthropic-HH transcript is one turn of `role`."""
+def _turns(value: object, column: str, role: str, columns: Columns) -> list[Message]:
+    """Return a column as turns. Text that is no transcript is one turn of `role`."""
     if not isinstance(value, str):
         return read_messages(value, column)
     check_text(value, column)
-    text = "\n\n" + value.lstrip()
-    if not _TURN.match(text):
-        return [{"role": role, "content": value}]
-    parts = _TURN.split(text)[1:]
-    return [{"role": _ROLES[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    markers = columns.transcripts.get(column)
+    turns = split_transcript(value, markers) if markers else None
+    return turns or [{"role": role, "content": value}]
 
 
 def _response(turns: list[Message], column: str) -> str:
@@ -98,17 +143,67 @@ def _response(turns: list[Message], column: str) -> str:
     return turns[-1]["content"]
 
 
-def _prompt(value: object, chosen_before: list[Message], rejected_before: list[Message], column: str) -> list[Message]:
-    """Return the whole chat before the responses, from the prompt column and the turns before them, which must agree."""
+def _prompt(
+    row: Mapping[str, object], columns: Columns, chosen: list[Message], rejected: list[Message]
+) -> list[Message]:
+    """Return the chat before the responses, from the prompt column and the turns before them, which must agree."""
+    chosen_before, rejected_before = chosen[:-1], rejected[:-1]
     if chosen_before and rejected_before and chosen_before != rejected_before:
         raise Unusable(Reason.PROMPTS_DIFFER, "the turns before the two responses are not the same")
-    own = [] if value is None or value == "" else _turns(value, column, "user")
+    own = _own_prompt(row, columns)
+    if own and _keys(own) == _keys(chosen):  # `messages` beside two whole chats is often a copy of the better one
+        own = own[:-1]
+    prompt = _join(own, chosen_before or rejected_before, columns.prompt or "")
+    if not any(message["content"].strip() for message in prompt):
+        raise Unusable(Reason.NO_PROMPT, _why_no_prompt(row, columns))
+    return prompt
+
+
+def _own_prompt(row: Mapping[str, object], columns: Columns) -> list[Message]:
+    """Return the turns in the prompt column, with the text of the input column below the last one."""
+    value = None if columns.prompt is None else row.get(columns.prompt)
+    own = [] if value is None or value == "" else _turns(value, str(columns.prompt), "user", columns)
     if isinstance(value, str) and own and own[-1] == {"role": "assistant", "content": ""}:
         own.pop()  # a transcript may end with an empty turn for the response
-    prompt = _join(own, chosen_before or rejected_before, column)
-    if not any(message["content"].strip() for message in prompt):
-        raise Unusable(Reason.NO_PROMPT, f"nothing in column {column!r} and no turns before the response")
+    more = _text(row, columns.input)
+    if not more.strip():
+        return own
+    if own and own[-1]["role"] == "user":
+        return [*own[:-1], {"role": "user", "content": f"{own[-1]['content']}\n\n{more}"}]
+    return [*own, {"role": "user", "content": more}]
+
+
+def _with_system(row: Mapping[str, object], columns: Columns, prompt: list[Message]) -> list[Message]:
+    """Return the chat with the text of the system column as its first turn; a system turn that is there must say the same."""
+    text = _text(row, columns.system)
+    if not text.strip():
+        return prompt
+    if prompt[0]["role"] != "system":
+        return [{"role": "system", "content": text}, *prompt]
+    if _normal(prompt[0]["content"]) != _normal(text):
+        raise Unusable(Reason.PROMPTS_DIFFER, f"column {columns.system!r} is not the system turn of the chat")
     return prompt
+
+
+def _text(row: Mapping[str, object], column: str | None) -> str:
+    """Return the text of a column that may be missing or null."""
+    value = row.get(column) if column is not None else None
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise Unusable(Reason.NOT_TEXT, f"column {column!r} is a {type(value).__name__}, expected text")
+    check_text(value, str(column))
+    return value
+
+
+def _why_no_prompt(row: Mapping[str, object], columns: Columns) -> str:
+    if columns.prompt is not None:
+        return f"nothing in column {columns.prompt!r} and no turns before the response"
+    start = str(row.get(columns.chosen))[:40]
+    return (
+        f"no prompt column was found, and {start!r} in column {columns.chosen!r} begins no transcript (usual are "
+        "'\\n\\nHuman:' and '\\n\\nAssistant:'); set dataset.prompt_column, or the two markers in dataset.transcript"
+    )
 
 
 def _join(own: list[Message], before: list[Message], column: str) -> list[Message]:
@@ -129,11 +224,12 @@ def _keys(messages: list[Message]) -> list[tuple[str, str]]:
     return [(message["role"], _normal(message["content"])) for message in messages]
 
 
-def _score(row: Mapping[str, object], column: str) -> float | None:
-    value = row.get(column)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def read_score(value: object) -> float | None:
+    """Return a score as a finite number that float32 can hold, also from a number in a text; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
         return None
     try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # an integer of more than 308 digits
+        score = float(value)
+    except (ValueError, OverflowError):  # no number, or an integer of more than 308 digits
         return None
+    return score if abs(score) <= _FLOAT32_MAX else None
