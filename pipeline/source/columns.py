@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pipeline.recipe import DatasetSection
 from pipeline.source.load import is_hub_id, open_source
 from pipeline.source.rows import Source
-from pipeline.source.transcripts import Markers, TextCount, transcript_columns
+from pipeline.source.transcripts import HH, Markers, TextCount, transcript_columns
 from weights_store.errors import InputError
 from weights_store.messages import logger
 
@@ -55,6 +55,8 @@ class Columns:
     rejected_score: str | None = None
     transcripts: Mapping[str, Markers] = field(default_factory=dict)
     """The columns whose texts are split into turns."""
+    splits_without_prompt: bool = True
+    """Whether a response that is a transcript is split also in another column, if its row has no prompt of its own."""
     combines_answers: bool = False
     """A row with several answers on a side gives a pair for each combination."""
 
@@ -67,11 +69,18 @@ class Columns:
         """Return every column that is read."""
         return {*self.by_role().values(), *_OF_THE_CHAT}
 
+    def markers(self, column: str, has_prompt: bool = True) -> Markers | None:
+        """Return what splits the texts of a column into turns; None: nothing."""
+        own = self.transcripts.get(column)
+        return HH if own is None and self.splits_without_prompt and not has_prompt else own
+
     def record(self) -> dict[str, object]:
         """Return what decides how rows are read."""
         found: dict[str, object] = dict(self.by_role())
         if self.transcripts:
             found["transcripts"] = {name: list(markers) for name, markers in self.transcripts.items()}
+        if not self.splits_without_prompt:
+            found["splits_without_prompt"] = False
         return found | ({"many_answers": "combine"} if self.combines_answers else {})
 
 
@@ -96,6 +105,7 @@ def find_columns(dataset: DatasetSection, names: Collection[str]) -> Columns:
         _find(dataset, "input", [name for name in left if name != prompt]) if has_input else None,
         _find(dataset, "system", left),
         *scores,
+        splits_without_prompt=dataset.transcript != "no",
         combines_answers=dataset.many_answers == "combine",
     )
 
@@ -124,11 +134,18 @@ def resolve_columns(dataset: DatasetSection, source: Source) -> Columns:
     """
     count, names = TextCount(), dict.fromkeys(source.columns or [])
     columns = find_columns(dataset, names) if names else Columns()
-    texts = {columns.chosen, columns.rejected, columns.prompt} & (source.texts or set())
-    if source.columns is None or (dataset.transcript == "auto" and texts):
-        for row in source.rows(None if source.columns is None else sorted(filter(None, texts))):
-            names.update(dict.fromkeys(row.value or {}))
-            count.add(row.value or {})
+    looked_at = {columns.chosen, columns.rejected, columns.prompt} - {None}
+    has_texts = columns.prompt is not None and not looked_at.isdisjoint(source.texts or ())
+    if source.columns is None or (dataset.transcript == "auto" and has_texts):
+        prompts: dict[tuple[str, ...], str | None] = {}
+        for row in source.rows(None if source.columns is None else {*filter(None, looked_at)}):
+            value = row.value or {}
+            keys = tuple(value)
+            if keys not in prompts:
+                names.update(dict.fromkeys(keys))
+                prompts[keys] = _find(dataset, "prompt", names)
+            if value.get(prompts[keys] or "") not in (None, "", []):
+                count.add(value)
         columns = find_columns(dataset, names)
     responses = (columns.chosen, columns.rejected)
     columns = replace(columns, transcripts=transcript_columns(dataset, columns.prompt, responses, count))

@@ -16,7 +16,7 @@ from itertools import product
 
 from pipeline.source.columns import Columns
 from pipeline.source.messages import Message, Unusable, check_text, read_messages
-from pipeline.source.transcripts import split_transcript
+from pipeline.source.transcripts import Markers, split_transcript
 from weights_store.fingerprint import canonical_json
 from weights_store.schemas import Reason
 
@@ -108,10 +108,14 @@ def read_pair(row: Mapping[str, object], columns: Columns) -> Pair:
     for name in names:
         if row.get(name) is None:
             raise Unusable(Reason.MISSING_VALUE, f"column {name!r} has no value")
-    chosen, rejected = (_turns(row[name], name, "assistant", columns) for name in names)
+    own = _own_prompt(row, columns)
+    chosen, rejected = (_turns(row[name], name, "assistant", columns.markers(name, bool(own))) for name in names)
     chosen_text, rejected_text = _response(chosen, names[0]), _response(rejected, names[1])
+    prompt = _prompt(own, chosen, rejected, columns.prompt or "")
+    if not any(message["content"].strip() for message in prompt):
+        raise Unusable(Reason.NO_PROMPT, _why_no_prompt(row, columns))
     pair = Pair(
-        _with_system(row, columns, _prompt(row, columns, chosen, rejected)),
+        _with_system(row, columns, prompt),
         chosen_text,
         rejected_text,
         read_score(row.get(columns.chosen_score)) if columns.chosen_score else None,
@@ -122,12 +126,11 @@ def read_pair(row: Mapping[str, object], columns: Columns) -> Pair:
     return pair
 
 
-def _turns(value: object, column: str, role: str, columns: Columns) -> list[Message]:
+def _turns(value: object, column: str, role: str, markers: Markers | None) -> list[Message]:
     """Return a column as turns. Text that is no transcript is one turn of `role`."""
     if not isinstance(value, str):
         return read_messages(value, column)
     check_text(value, column)
-    markers = columns.transcripts.get(column)
     turns = split_transcript(value, markers) if markers else None
     return turns or [{"role": role, "content": value}]
 
@@ -143,26 +146,22 @@ def _response(turns: list[Message], column: str) -> str:
     return turns[-1]["content"]
 
 
-def _prompt(
-    row: Mapping[str, object], columns: Columns, chosen: list[Message], rejected: list[Message]
-) -> list[Message]:
-    """Return the chat before the responses, from the prompt column and the turns before them, which must agree."""
+def _prompt(own: list[Message], chosen: list[Message], rejected: list[Message], column: str) -> list[Message]:
+    """Return the chat before the responses, from the row's own prompt and the turns before them, which must agree."""
     chosen_before, rejected_before = chosen[:-1], rejected[:-1]
     if chosen_before and rejected_before and chosen_before != rejected_before:
         raise Unusable(Reason.PROMPTS_DIFFER, "the turns before the two responses are not the same")
-    own = _own_prompt(row, columns)
     if own and _keys(own) == _keys(chosen):  # `messages` beside two whole chats is often a copy of the better one
         own = own[:-1]
-    prompt = _join(own, chosen_before or rejected_before, columns.prompt or "")
-    if not any(message["content"].strip() for message in prompt):
-        raise Unusable(Reason.NO_PROMPT, _why_no_prompt(row, columns))
-    return prompt
+    return _join(own, chosen_before or rejected_before, column)
 
 
 def _own_prompt(row: Mapping[str, object], columns: Columns) -> list[Message]:
     """Return the turns in the prompt column, with the text of the input column below the last one."""
-    value = None if columns.prompt is None else row.get(columns.prompt)
-    own = [] if value is None or value == "" else _turns(value, str(columns.prompt), "user", columns)
+    column = columns.prompt or ""
+    value = row.get(column)
+    is_blank = value is None or (isinstance(value, str) and not value.strip())
+    own = [] if is_blank else _turns(value, column, "user", columns.markers(column))
     if isinstance(value, str) and own and own[-1] == {"role": "assistant", "content": ""}:
         own.pop()  # a transcript may end with an empty turn for the response
     more = _text(row, columns.input)

@@ -1,7 +1,8 @@
 """Texts that hold a whole chat: which columns have them, and their split into turns.
 
 The usual layout is that of Anthropic-HH, see `HH`. A single text may look like it by chance ("Human: a short history"), so a
-column is split only if all of its texts are transcripts, or if the recipe says so.
+column is split only if all of its texts are transcripts, or if the recipe says so. Where a row has no prompt of its own, only a
+transcript can hold it: there each response that is one is split.
 """
 
 import re
@@ -48,14 +49,14 @@ def looks_like_transcript(text: str, is_prompt: bool) -> bool:
 
 @dataclass
 class TextCount:
-    """How many texts the columns hold, and how many of them look like transcripts."""
+    """How many texts the columns hold in rows with a prompt, and how many of them look like transcripts."""
 
     texts: Counter[str] = field(default_factory=Counter)
     prompts: Counter[str] = field(default_factory=Counter)
     responses: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: Mapping[str, object]) -> None:
-        """Count the texts of one row; blank ones do not count."""
+        """Count the texts of a row with a prompt of its own; blank ones do not count."""
         for name, value in row.items():
             if isinstance(value, str) and value.strip():
                 self.texts[name] += 1
@@ -64,7 +65,7 @@ class TextCount:
                     self.responses[name] += looks_like_transcript(value, is_prompt=False)
 
     def are_transcripts(self, column: str, is_prompt: bool) -> bool:
-        """Return whether a column that stands beside a prompt holds transcripts: all of its texts are.
+        """Return whether a column holds transcripts: all of its texts are.
 
         Raises:
             InputError: More than half of them are, and others are not, so somebody must decide.
@@ -85,9 +86,7 @@ class TextCount:
 def transcript_columns(
     dataset: DatasetSection, prompt: str | None, responses: tuple[str, str], count: TextCount
 ) -> dict[str, Markers]:
-    """Return the columns whose texts are split into turns, with their markers.
-
-    Without a prompt column only a transcript can hold the prompt, so each text that is one is split.
+    """Return the columns whose texts are split into turns also beside a prompt, with their markers.
 
     Raises:
         InputError: A column holds transcripts and other texts.
@@ -98,6 +97,4 @@ def transcript_columns(
     if dataset.transcript != "auto":
         markers = HH if dataset.transcript == "hh" else dataset.transcript
         return dict.fromkeys(columns, markers)
-    if prompt is None:
-        return {column: HH for column in responses if count.responses[column]}
     return {column: HH for column in columns if count.are_transcripts(column, is_prompt=column == prompt)}
