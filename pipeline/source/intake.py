@@ -136,13 +136,15 @@ def _raw_text(row: RawRow) -> str:
         return "(nested too deeply to be shown)"
 
 
-def quarantine_row(source_row: int, raw: str, problem: Unusable) -> dict[str, object]:
-    """Return the quarantine record of a row of the source."""
+def quarantine_row(source_row: int, raw: str, problem: Unusable, pair_id: str | None = None) -> dict[str, object]:
+    """Return the quarantine record of a row of the source, or of one pair in it."""
+    # With the pair: several pairs may stand in one row, and row and detail are the key of the table.
+    detail = problem.detail if pair_id is None else f"{problem.detail} (pair {pair_id})"
     return {
         "source_row": source_row,
-        "pair_id": None,
+        "pair_id": pair_id,
         "reason": problem.reason.value,
-        "detail": _storable(problem.detail),
+        "detail": _storable(detail),
         "raw": stored_raw(raw),
     }
 

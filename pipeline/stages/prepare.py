@@ -278,13 +278,13 @@ class _Update:
         for row in map(ComparedPair._make, batch.iter_rows()):
             try:
                 if row.standing == "duplicate":
-                    raise Unusable(Reason.DUPLICATE_PAIR, f"pair {row.pair_id} stood in an earlier row")
+                    raise Unusable(Reason.DUPLICATE_PAIR, "the same pair stood in an earlier row")
                 if row.standing == "new":
                     tokenised.append(self._tokens_row(row))
             except Unusable as problem:
                 self.reasons[problem.reason.value] += 1
                 self.intake.add_example(problem, row.source_row, row.pair)
-                problems.append(quarantine_row(row.source_row, row.pair, problem))
+                problems.append(quarantine_row(row.source_row, row.pair, problem, row.pair_id))
                 continue
             self.statistics["num_pairs"] += 1
             self.pair_ids.update(row.pair_id.encode())
@@ -321,7 +321,11 @@ class _Update:
         record = {
             **self.metadata,
             "fingerprint": fingerprint([self.start.cut, self.start.source["content"]]),
-            "statistics": {"num_source_rows": self.intake.num_rows, "reasons": dict(self.reasons)},
+            "statistics": {
+                "num_source_rows": self.intake.num_rows,
+                "num_pairs": self.statistics["num_pairs"],
+                "reasons": dict(self.reasons),
+            },
         }
         quarantine.commit(writer.finish(), record, self.quarantine_base, mode="overwrite")
 
