@@ -3,6 +3,7 @@
 So a column that nobody needs cannot stop a build: no image is decoded, no date is converted.
 """
 
+import json
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -84,20 +85,17 @@ def arrow_source(name: str, schema: pa.Schema, parts: Iterable[Part]) -> Source:
     """Return the source of a table that is read in parts.
 
     Raises:
-        InputError: When it is read: a part is damaged, or one of the asked columns stands twice.
+        InputError: When it is read: a part is damaged.
     """
-    texts = frozenset(field.name for field in schema if _is_text(field.type))
+    texts = frozenset(field.name for field in schema if _may_be_text(field.type))
+
+    names = schema.names
+    doubled = frozenset(column for column in names if names.count(column) > 1)
 
     def read(columns: Collection[str] | None = None) -> Iterator[RawRow]:
-        wanted = (
-            list(dict.fromkeys(schema.names)) if columns is None else [name for name in schema.names if name in columns]
-        )
-        twice = next((column for column in wanted if schema.names.count(column) > 1), None)
-        if twice is not None:
-            raise InputError(f"dataset.source {name} has the column {twice!r} twice; rename one of them")
-        return _rows(name, parts, wanted)
+        return _rows(name, parts, [column for column in names if columns is None or column in columns])
 
-    return Source(name, read, list(dict.fromkeys(schema.names)), texts)
+    return Source(name, read, list(dict.fromkeys(names)), texts, doubled)
 
 
 def _rows(name: str, parts: Iterable[Part], columns: list[str]) -> Iterator[RawRow]:
@@ -119,39 +117,70 @@ def _rows(name: str, parts: Iterable[Part], columns: list[str]) -> Iterator[RawR
 def _values(batch: pa.RecordBatch | pa.Table, index: int) -> Iterator[RawRow]:
     """Yield the rows of a batch, the first of which is row `index`; a value that has no Python form spoils its own row only."""
     try:
-        values = batch.to_pylist()
-        if any(_has_bytes(field.type) for field in batch.schema):
-            values = [_decode(value) for value in values]
+        values = _python_rows(batch)
     except (ValueError, OverflowError) as error:
         if batch.num_rows > 1:
             for at in range(batch.num_rows):
                 yield from _values(batch.slice(at, 1), index + at)
             return
         reason = Reason.INVALID_UTF8 if isinstance(error, UnicodeDecodeError) else Reason.NOT_TEXT
-        yield RawRow(index, None, reason, f"columns {', '.join(batch.schema.names)}: {first_line(error)}")
+        yield RawRow(index, None, reason, f"column {_unreadable(batch)!r}: {first_line(error)}")
     else:
         for at, value in enumerate(values):
             yield RawRow(index + at, value)
 
 
-def _decode(value: Any) -> Any:
-    """Return a value with bytes as text: some writers do not mark their columns as UTF-8."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8")
-    if isinstance(value, list):
-        return [_decode(inner) for inner in value]
-    return {key: _decode(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+def _unreadable(row: pa.RecordBatch | pa.Table) -> str:
+    """Return the first column whose value has no Python form."""
+    for name in row.schema.names:
+        try:
+            _python_rows(row.select([name]))
+        except (ValueError, OverflowError):
+            return str(name)
+    return "?"
 
 
-def _has_bytes(kind: pa.DataType) -> bool:
+def _python_rows(batch: pa.RecordBatch | pa.Table) -> list[dict[str, object]]:
+    rows: list[dict[str, Any]] = batch.to_pylist()
+    decoders = {field.name: decode for field in batch.schema if (decode := _decoder(field.type)) is not None}
+    for row in rows if decoders else ():
+        row.update({name: decode(row[name]) for name, decode in decoders.items()})
+    return rows
+
+
+def _decoder(kind: pa.DataType) -> Callable[[Any], Any] | None:
+    """Return what turns values of a type into text and JSON values; None if there is nothing to do.
+
+    Some writers do not mark their texts as UTF-8, so that they are bytes. `datasets` keeps a column of mixed types as JSON.
+    """
+    if isinstance(kind, pa.JsonType):
+        return _or_none(json.loads)
+    if _is_bytes(kind):
+        return _or_none(lambda value: value.decode("utf-8"))
     if isinstance(kind, pa.DictionaryType):
-        return _has_bytes(kind.value_type)
-    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-    return is_bytes or any(_has_bytes(kind.field(at).type) for at in range(kind.num_fields))
+        return _decoder(kind.value_type)
+    inner = [_decoder(kind.field(at).type) for at in range(kind.num_fields)]
+    if not any(inner):
+        return None
+    if pa.types.is_struct(kind):
+        fields = {kind.field(at).name: decode for at, decode in enumerate(inner) if decode}
+        return _or_none(lambda value: value | {name: decode(value[name]) for name, decode in fields.items()})
+    if pa.types.is_map(kind):
+        return None
+    (decode,) = inner
+    return _or_none(lambda values: [decode(value) for value in values] if decode else values)
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def _or_none(decode: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else decode(value)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _may_be_text(kind: pa.DataType) -> bool:
     if isinstance(kind, pa.DictionaryType):
-        return _is_text(kind.value_type)
+        return _may_be_text(kind.value_type)
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    return is_text or (_has_bytes(kind) and not kind.num_fields)
+    return is_text or _is_bytes(kind) or isinstance(kind, pa.JsonType)

@@ -133,7 +133,7 @@ def resolve_columns(dataset: DatasetSection, source: Source) -> Columns:
         InputError: A column is missing, or a column holds transcripts and other texts.
     """
     count, names = TextCount(), dict.fromkeys(source.columns or [])
-    columns = find_columns(dataset, names) if names else Columns()
+    columns = _check_doubled(source, find_columns(dataset, names)) if names else Columns()
     looked_at = {columns.chosen, columns.rejected, columns.prompt} - {None}
     has_texts = columns.prompt is not None and not looked_at.isdisjoint(source.texts or ())
     if source.columns is None or (dataset.transcript == "auto" and has_texts):
@@ -150,6 +150,13 @@ def resolve_columns(dataset: DatasetSection, source: Source) -> Columns:
     responses = (columns.chosen, columns.rejected)
     columns = replace(columns, transcripts=transcript_columns(dataset, columns.prompt, responses, count))
     _report(columns, names)
+    return columns
+
+
+def _check_doubled(source: Source, columns: Columns) -> Columns:
+    doubled = sorted(source.doubled & columns.needed())
+    if doubled:
+        raise InputError(f"dataset.source {source.name} has the column {doubled[0]!r} twice; rename one of them")
     return columns
 
 
@@ -174,7 +181,7 @@ def check_source(dataset: DatasetSection) -> None:
                 return
             except InputError:  # a later row may have the column
                 continue
-    find_columns(dataset, names)
+    _check_doubled(source, find_columns(dataset, names))
 
 
 # --- finding -----------------------------------------------------------------------------------------------------------

@@ -75,9 +75,8 @@ def json_array(path: Path) -> Iterator[RawRow]:
             "row"
         ) from error
     except ValueError as error:
-        raise InputError(
-            f"dataset.source {path} is not valid JSON: {error}; one object per line needs the ending .jsonl"
-        ) from error
+        problem = "it is empty" if not path.stat().st_size else f"{error}; one object per line needs the ending .jsonl"
+        raise InputError(f"dataset.source {path} is not valid JSON: {problem}") from error
     for index, value in enumerate(_rows_in(document, path)):
         yield RawRow(index, value) if isinstance(value, dict) else _no_object(index, value, str(value))
 
@@ -96,8 +95,7 @@ def check_encoding(path: Path) -> None:
         )
         if found:
             raise InputError(
-                f"dataset.source {path} is encoded as {found}, expected UTF-8; convert it: "
-                f"iconv -f {found} -t UTF-8 {path} > NEW_FILE"
+                f"dataset.source {path} is not UTF-8 but {found}; convert its text with iconv -f {found} -t UTF-8"
             )
 
 

@@ -121,7 +121,7 @@ _READERS: dict[str, Callable[[Path], Source]] = {
 def _nearest_file(path: Path) -> str:
     """Return a hint at a file with a similar name."""
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    nearest = difflib.get_close_matches(path.name, names, n=1)
+    nearest = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
     return f" (nearest: {path.parent / nearest[0]})" if nearest else ""
 
 
@@ -147,7 +147,7 @@ def _with_library(path: Path, dataset: DatasetSection) -> Source:
             raise
         raise InputError(f"dataset.source {problem}: {first_line(error.__cause__ or error)}") from error
     if isinstance(loaded, datasets.IterableDataset):
-        return _streamed(loaded, dataset.source)
+        return streamed(loaded, dataset.source)
     return arrow_source(
         dataset.source, loaded.features.arrow_schema, [("a file of the dataset", partial(_tables, loaded))]
     )
@@ -209,7 +209,9 @@ def _tables(loaded: "Dataset", columns: list[str]) -> Iterator[Any]:
     return loaded.select_columns(columns).with_format("arrow").iter(1000)
 
 
-def _streamed(loaded: "IterableDataset", name: str) -> Source:
+def streamed(loaded: "IterableDataset", name: str) -> Source:
+    """Return the source of a dataset that is read over the network; its columns may be unknown before the rows."""
+
     def read(columns: Collection[str] | None = None) -> Iterator[RawRow]:
         known = loaded.column_names
         wanted = (

@@ -33,7 +33,9 @@ class Source:
     columns: list[str] | None = None
     """All columns, in order; None if only the rows say."""
     texts: frozenset[str] | None = None
-    """The columns of text; None if only the rows say."""
+    """The columns that may hold text; None if only the rows say."""
+    doubled: frozenset[str] = frozenset()
+    """The columns whose name stands twice, so that they cannot be told apart."""
     max_rows: int | None = None
 
     def rows(self, columns: Collection[str] | None = None) -> Iterator[RawRow]:
