@@ -5,7 +5,7 @@ import shutil
 from pipeline.models.resolve import resolve_model
 from pipeline.recipe import Recipe
 from pipeline.source.chat import ChatTokenizer
-from pipeline.source.load import is_hub_id, load_rows
+from pipeline.source.columns import check_source
 from weights_store.errors import InputError
 
 
@@ -19,8 +19,7 @@ def check_inputs(recipe: Recipe) -> None:
         InputError: Something is missing or unusable; names the setting.
     """
     ChatTokenizer(resolve_model(recipe.model), recipe.model.chat_template, recipe.model.template_date).check()
-    if not is_hub_id(recipe.dataset.source):
-        next(iter(load_rows(recipe.dataset)), None)
+    check_source(recipe.dataset)
     for name, section in (("score", recipe.score), ("contrast", recipe.contrast), ("attribute", recipe.attribute)):
         python = section.python
         if python is not None and shutil.which(python) is None:

@@ -26,17 +26,25 @@ class DatasetSection(Section):
     """The preference pairs, and how they are tokenised."""
 
     name: str = Field(description="name in the store, lower case")
-    source: str = Field(description="a .jsonl, .json, .parquet or .arrow file, a saved dataset folder, or a hub id")
+    source: str = Field(
+        description="a .jsonl, .json (both also .gz), .parquet or .arrow file, a saved dataset folder, or a hub id"
+    )
     config: str | None = Field(None, description="configuration of a hub dataset")
     data_dir: str | None = Field(None, description="folder inside a hub dataset")
     split: str = Field("train", description="split of a hub dataset; also recorded in the split column")
     revision: str | None = Field(None, description="revision of a hub dataset")
     streaming: bool = Field(False, description="stream a hub dataset that does not fit on the disk")
-    prompt_column: str = "prompt"
-    chosen_column: str = "chosen"
-    rejected_column: str = "rejected"
-    chosen_score_column: str = "score_chosen"
-    rejected_score_column: str = "score_rejected"
+    prompt_column: str | None = None
+    input_column: str | None = None
+    system_column: str | None = None
+    chosen_column: str | None = None
+    rejected_column: str | None = None
+    chosen_score_column: str | None = None
+    rejected_score_column: str | None = None
+    transcript: Literal["auto", "hh", "no"] | tuple[str, str] = Field(
+        "auto", description="how a text that holds a whole chat is split into turns"
+    )
+    many_answers: Literal["refuse", "combine"] = "refuse"
     max_pairs: int | None = Field(None, ge=1, description="use only this many rows, from the first one")
     max_prompt_tokens: int = Field(1024, ge=8, description="oldest whole turns are dropped to fit (keep_end)")
     max_response_tokens: int = Field(1024, ge=1, description="EOS included")
@@ -48,6 +56,23 @@ class DatasetSection(Section):
         if "/" in name:
             raise ValueError("a dataset name has one part, without '/'")
         return check_name(name)
+
+    @model_validator(mode="after")
+    def _markers_can_be_told_apart(self) -> "DatasetSection":
+        if isinstance(self.transcript, tuple):
+            user, assistant = (marker.strip() for marker in self.transcript)
+            if not user or not assistant or user.startswith(assistant) or assistant.startswith(user):
+                raise ValueError(
+                    "dataset.transcript needs what begins a user's turn and what begins an assistant's, two different "
+                    f"texts, got {list(self.transcript)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _scores_of_both_sides(self) -> "DatasetSection":
+        if (self.chosen_score_column is None) != (self.rejected_score_column is None):
+            raise ValueError("set both dataset.chosen_score_column and dataset.rejected_score_column, or none of them")
+        return self
 
 
 class ModelSection(Section):
@@ -216,6 +241,11 @@ class Recipe(Section):
     def needs_pair(self) -> bool:
         """Whether the weights compare a contrastive pair."""
         return "contrastive pair" in self.weights.inputs()
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the weights read annotators' scores of both responses."""
+        return self.weights.pair_weight == "quality"
 
     @property
     def needs_attributions(self) -> bool:

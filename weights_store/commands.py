@@ -5,22 +5,27 @@ Importing this module is fast: Polars and pyarrow load when a command runs, see 
 """
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import weights_store
+from weights_store.printing import (
+    GAP,
+    amount_text,
+    count_text,
+    one_line,
+    print_json,
+    print_orphans,
+    print_table,
+    size_text,
+)
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from weights_store.checks.vacuum import Orphan
-    from weights_store.tables.shards import ShardRecord
     from weights_store.views.token_texts import Tokenizer
 
 _DEFAULT_STORE = "stores/default"
-_GAP = "  "
 
 Run = Callable[[argparse.Namespace], int | None]
 Add = Callable[[str, Run, str], argparse.ArgumentParser]
@@ -59,6 +64,12 @@ def add_commands(add: Add, load_tokenizer: "Callable[[str], Tokenizer]") -> None
     export.add_argument(
         "--tokenizer", metavar="FOLDER", help="model folder, for the texts of jsonl; without it ids are written"
     )
+    quarantine = add_listing("quarantine", _quarantine, "show the rows of a dataset that could not be used, and why")
+    quarantine.add_argument("dataset", metavar="DATASET", help="for example hh-harmless")
+    quarantine.add_argument("--reason", metavar="R", help="list the rows with this reason, for example no_prompt")
+    quarantine.add_argument(
+        "--limit", type=int, default=20, metavar="N", help="number of rows to list with --reason (default: 20)"
+    )
     verify = add_listing("verify", _verify, "check every file against its commit; exit code 1 if something is wrong")
     _add_tables(verify)
     vacuum = add_listing("vacuum", _vacuum, "list files that no version needs, or delete them with --yes")
@@ -96,9 +107,9 @@ def _add_tables(parser: argparse.ArgumentParser) -> None:
 def _list(options: argparse.Namespace) -> None:
     rows = _store(options).list().drop("changes").to_dicts()
     if options.json:
-        _print_json(rows)
+        print_json(rows)
     elif rows:
-        _print_table(rows)
+        print_table(rows)
     else:
         print(f"no weight datasets in {options.store} yet")
 
@@ -113,7 +124,7 @@ def _show(options: argparse.Namespace) -> None:
     rows = _row_summary(store.scan(name, reference.version).head(5)).collect().to_dicts()
     if options.json:
         document = {"name": name, "version": reference.version, "fingerprint": reference.fingerprint}
-        _print_json({**document, "statistics": statistics, "parents": parents, "versions": versions, "rows": rows})
+        print_json({**document, "statistics": statistics, "parents": parents, "versions": versions, "rows": rows})
         return
     print(f"{reference}  fingerprint {reference.fingerprint[:12]}\n")
     for label, value in _facts(statistics):
@@ -122,9 +133,9 @@ def _show(options: argparse.Namespace) -> None:
     for parent in parents:
         print(f"  {parent['role']:<16}{parent['table']}@{parent['version']}  {parent['fingerprint'][:12]}")
     print("\nversions")
-    _print_versions(versions, _GAP)
+    _print_versions(versions, GAP)
     print("\nfirst rows")
-    _print_table(rows, _GAP)
+    print_table(rows, GAP)
 
 
 def _row_summary(rows: "pl.LazyFrame") -> "pl.LazyFrame":
@@ -156,7 +167,7 @@ def _facts(statistics: Mapping[str, object], prefix: str = "") -> list[tuple[str
 def _history(options: argparse.Namespace) -> None:
     versions = _versions(_store(options).history(options.name))
     if options.json:
-        _print_json(versions)
+        print_json(versions)
     else:
         _print_versions(versions)
 
@@ -174,44 +185,68 @@ def _print_versions(versions: Sequence[Mapping[str, object]], indent: str = "") 
         first, *more = changes if isinstance(changes, list) and changes else [""]
         rows.append({**version, "changes": first})
         rows += [{**dict.fromkeys(version, ""), "changes": change} for change in more]
-    _print_table(rows, indent)
+    print_table(rows, indent)
 
 
 def _lineage(options: argparse.Namespace) -> None:
     rows = _store(options).lineage(*weights_store.split_name(options.name)).to_dicts()
     if options.json:
-        _print_json(rows)
+        print_json(rows)
         return
     lines = []
     for row in rows:
         at = "" if row["version"] is None else f"@{row['version']}"
-        line = {"what": f"{_GAP * row['depth']}{row['role']}", "name": f"{row['name'] or '(unnamed)'}{at}"}
+        line = {"what": f"{GAP * row['depth']}{row['role']}", "name": f"{row['name'] or '(unnamed)'}{at}"}
         lines.append(line | {key: row[key] for key in ("fingerprint", "rows", "created")})
-    _print_table(lines)
+    print_table(lines)
 
 
 def _diff(options: argparse.Namespace) -> None:
     diff = _store(options).diff(options.a, options.b)
     if options.json:
-        _print_json(diff)
+        print_json(diff)
         return
     print(f"{diff.a} -> {diff.b}\n")
     print("settings")
     for line in diff.settings or ["no difference"]:
-        print(f"{_GAP}{line}")
+        print(f"{GAP}{line}")
     print("\npairs")
     counts = ("common", "only_in_a", "only_in_b", "not_comparable")
-    _print_table([{name: getattr(diff, f"num_{name}") for name in counts}], _GAP)
+    print_table([{name: getattr(diff, f"num_{name}") for name in counts}], GAP)
     print("\nweights")
     sides = {"chosen": diff.chosen, "rejected": diff.rejected, "pair weights": diff.pair_weights}
     names = ("tokens", "changed", "mean_abs_change", "max_abs_change")
     rows = [{"side": side} | dict(zip(names, vars(made).values(), strict=True)) for side, made in sides.items()]
-    _print_table(rows, _GAP)
+    print_table(rows, GAP)
     if diff.num_anchors_changed:
-        print(f"\nanchors: {_count(diff.num_anchors_changed, 'pair')} with another one or none")
+        print(f"\nanchors: {count_text(diff.num_anchors_changed, 'pair')} with another one or none")
     if not diff.largest.is_empty():
         print("\nlargest changes")
-        _print_table(diff.largest.to_dicts(), _GAP)
+        print_table(diff.largest.to_dicts(), GAP)
+
+
+def _quarantine(options: argparse.Namespace) -> None:
+    from weights_store.views.quarantine import reasons_of, rows_of
+
+    rows = _store(options).quarantine(options.dataset)
+    shown = reasons_of(rows) if options.reason is None else rows_of(rows, options.reason, options.limit)
+    found = shown.to_dicts()
+    if options.json:
+        print_json(found)
+        return
+    if not found:
+        what = "no row" if options.reason is None else f"no row with reason {options.reason}"
+        print(f"{what} of {options.dataset} is in quarantine in {options.store}")
+    table = None
+    for row in found:
+        if row["table"] != table:
+            table = row["table"]
+            print(table)
+        counted = f"{count_text(row['num_rows'], 'row')} {row['reason']}, for example " if "num_rows" in row else ""
+        print(f"{GAP}{counted}row {row['source_row']}: {one_line(row['detail'])}")
+        print(f"{GAP}{GAP}{one_line(row['raw'], 120)}")
+    if options.reason is not None and len(found) == options.limit:
+        print(f"the first {count_text(options.limit, 'row')}; --limit lists more")
 
 
 # --- writing and checking ----------------------------------------------------------------------------------------------
@@ -222,10 +257,10 @@ def _export(options: argparse.Namespace) -> None:
     tokenizer = options.load_tokenizer(options.tokenizer) if options.tokenizer else None
     paths = _store(options).export(name, options.folder, version, options.format, tokenizer)
     if options.json:
-        _print_json([{"path": str(path), "num_bytes": path.stat().st_size} for path in paths])
+        print_json([{"path": str(path), "num_bytes": path.stat().st_size} for path in paths])
         return
     for path in paths:
-        print(f"{_size(path.stat().st_size):>10}  {path}")
+        print(f"{size_text(path.stat().st_size):>10}  {path}")
     if options.format == "jsonl":
         print("the TIS-DPO release trains on these weights with transform.method=origin")
         if tokenizer is None:
@@ -247,14 +282,14 @@ def _verify(options: argparse.Namespace) -> int:
     num_tables = len(tables) if tables is not None else sum(1 for _ in list_tables(store.root))
     if options.json:
         document = {"store": options.store, "num_tables": num_tables, "findings": findings, "orphans": orphans}
-        _print_json(document)
+        print_json(document)
         return 1 if findings else 0
     if orphans:
-        size = _size(sum(orphan.num_bytes for orphan in orphans))
-        print(f"{_count(len(orphans), 'file')} that no version needs, {size}; see `tokenweights vacuum`")
-        _print_orphans(orphans)
-    result = _count(len(findings), "finding") if findings else "all as it was committed"
-    print(f"checked {_count(num_tables, 'table')} in {options.store}: {result}")
+        size = size_text(sum(orphan.num_bytes for orphan in orphans))
+        print(f"{count_text(len(orphans), 'file')} that no version needs, {size}; see `tokenweights vacuum`")
+        print_orphans(orphans)
+    result = count_text(len(findings), "finding") if findings else "all as it was committed"
+    print(f"checked {count_text(num_tables, 'table')} in {options.store}: {result}")
     return 1 if findings else 0
 
 
@@ -265,16 +300,16 @@ def _vacuum(options: argparse.Namespace) -> None:
     orphans = vacuum(store, options.retention_hours, dry_run=not options.yes, tables=tables)
     if options.json:
         document = {"store": options.store, "retention_hours": options.retention_hours, "deleted": options.yes}
-        _print_json({**document, "files": orphans})
+        print_json({**document, "files": orphans})
         return
-    _print_orphans(orphans)
+    print_orphans(orphans)
     rule = f"that no version needs, older than {options.retention_hours:g} h, in {options.store}"
     if not orphans:
         print(f"nothing to delete: no file {rule}")
     elif options.yes:
-        print(f"deleted {_amount(orphans, 'file')} {rule}")
+        print(f"deleted {amount_text(orphans, 'file')} {rule}")
     else:
-        print(f"would delete {_amount(orphans, 'file')} {rule}; --yes deletes")
+        print(f"would delete {amount_text(orphans, 'file')} {rule}; --yes deletes")
 
 
 def _optimize(options: argparse.Namespace) -> None:
@@ -285,11 +320,11 @@ def _optimize(options: argparse.Namespace) -> None:
     before = table.records(base.version)
     made = optimize(table)
     if made is None:
-        print(f"{base}: nothing to do, {_amount(before, 'shard')}")
+        print(f"{base}: nothing to do, {amount_text(before, 'shard')}")
         return
     print(f"{base} -> @{made.version} in {options.store}")
     after = table.records(made.version)
-    print(f"{_GAP}{_amount(before, 'shard')} -> {_amount(after, 'shard')}; older versions stay readable")
+    print(f"{GAP}{amount_text(before, 'shard')} -> {amount_text(after, 'shard')}; older versions stay readable")
 
 
 def _table_path(text: str) -> str:
@@ -302,68 +337,3 @@ def _table_path(text: str) -> str:
 
 def _table_paths(names: Sequence[str]) -> list[str] | None:
     return [_table_path(name) for name in names] or None
-
-
-# --- printing ----------------------------------------------------------------------------------------------------------
-
-
-def _print_json(document: object) -> None:
-    print(json.dumps(document, indent=2, default=_plain, allow_nan=False))
-
-
-def _plain(value: object) -> object:
-    """Return what JSON can hold: a time as ISO 8601, a frame as its rows, a dataclass as its fields."""
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return value.to_dicts() if hasattr(value, "to_dicts") else vars(value)
-
-
-def _print_orphans(orphans: "Sequence[Orphan]") -> None:
-    if orphans:
-        rows = [
-            {"size": _size(o.num_bytes), "age": f"{o.age_hours:.0f} h", "file": f"{o.table}/{o.name}"} for o in orphans
-        ]
-        _print_table(rows, _GAP)
-
-
-def _print_table(rows: Sequence[Mapping[str, object]], indent: str = "") -> None:
-    """Print rows under a line of column names, numbers to the right."""
-    if not rows:
-        print(f"{indent}none")
-        return
-    names = list(rows[0])
-    numeric = {
-        name for name in names if all(isinstance(row[name], int | float | None) or row[name] == "" for row in rows)
-    }
-    lines = [{name: name.replace("_", " ") for name in names}]
-    lines += [{name: _cell(row[name]) for name in names} for row in rows]
-    widths = {name: max(len(line[name]) for line in lines) for name in names}
-    for line in lines:
-        cells = [f"{line[name]:{'>' if name in numeric else '<'}{widths[name]}}" for name in names]
-        print(f"{indent}{_GAP.join(cells)}".rstrip())
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, datetime):
-        return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M")
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _amount(files: "Sequence[ShardRecord | Orphan]", noun: str) -> str:
-    return f"{_count(len(files), noun)}, {_size(sum(file.num_bytes for file in files))}"
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"

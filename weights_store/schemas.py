@@ -139,6 +139,7 @@ class Reason(StrEnum):
     UNKNOWN_ROLE = "unknown_role"
     BAD_TOOLS = "bad_tools"
     ALREADY_TEMPLATED = "already_templated"
+    MANY_ANSWERS = "many_answers"
     NO_PROMPT = "no_prompt"
     PROMPTS_DIFFER = "prompts_differ"
     NO_FINAL_ASSISTANT_TURN = "no_final_assistant_turn"

@@ -23,6 +23,7 @@ from weights_store.tables.table_reader import TableVersion
 from weights_store.views.diff import Diff, diff_tables
 from weights_store.views.export import export_table
 from weights_store.views.lineage import lineage
+from weights_store.views.quarantine import scan_quarantine
 from weights_store.views.token_texts import Tokenizer
 from weights_store.views.token_view import scan_tokens
 
@@ -97,6 +98,14 @@ class WeightStore:
         store has no `rows` and no `created`.
         """
         return lineage(self.root, self.resolve(name, version))
+
+    def quarantine(self, dataset: str) -> pl.LazyFrame:
+        """Return the rows of a dataset that could not be used, lazily, with the columns of `schemas.QUARANTINE`.
+
+        Column `table` names the table and its version: a dataset has one for each choice of limits. `dataset` is the name in
+        the recipe, a weight dataset of it, or the path of one quarantine table.
+        """
+        return scan_quarantine(self.root, dataset)
 
     def diff(self, a: str, b: str) -> Diff:
         """Compare two weight datasets, each `name` or `name@version`, range by range in bounded memory."""

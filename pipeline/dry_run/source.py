@@ -136,4 +136,5 @@ class _Count:
                 lengths.append((len(tokens.prompt_ids), len(tokens.chosen_ids) + len(tokens.rejected_ids)))
             except Unusable as problem:
                 reasons[problem.reason.value] += 1
+                self.intake.add_example(problem, None, text)
         return lengths, reasons

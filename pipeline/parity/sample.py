@@ -8,9 +8,8 @@ from itertools import islice
 import polars as pl
 
 from pipeline.parity.process import Column
-from pipeline.source.load import load_rows
+from pipeline.source.intake import pairs_of
 from pipeline.source.messages import Unusable
-from pipeline.source.pairs import read_pair
 from pipeline.stages.prepare import Preparation
 from pipeline.workers.pair_row import COLUMNS, PairRow, read_pairs
 from weights_store import TableVersion, WeightStore
@@ -54,9 +53,10 @@ def take_sample(start: Preparation, num_pairs: int) -> Sample:
 
 
 def _usable_pairs(start: Preparation) -> Iterator[PairRow]:
-    for row in load_rows(start.dataset):
+    for row, pair in pairs_of(start.opened, start.columns):
+        if isinstance(pair, Unusable):
+            continue
         with suppress(Unusable):
-            pair = read_pair(row.value or {}, start.dataset)
             tokens = start.tokenize(pair)
             prompt = tokens.chat.to_json()
             yield PairRow(

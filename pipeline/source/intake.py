@@ -5,26 +5,55 @@ Called by prepare and by the dry run. Does not know the store: the pairs are com
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
 import pyarrow as pa
 
 from pipeline.recipe import DatasetSection
+from pipeline.source.columns import Columns, resolve_columns
 from pipeline.source.external_sort import ExternalSort
-from pipeline.source.load import load_rows
+from pipeline.source.load import open_source
 from pipeline.source.messages import Unusable
-from pipeline.source.pairs import read_pair
+from pipeline.source.pairs import Pair, read_pairs
+from pipeline.source.rows import RawRow, Source
 from weights_store.errors import InputError
 from weights_store.messages import logger
-from weights_store.schemas import QUARANTINE
+from weights_store.schemas import QUARANTINE, Reason
 
 _log = logger(__name__)
 
 ROWS_PER_BATCH = 2000
 """Rows of the source that are Python objects at a time."""
 _RAW_CHARACTERS = 2000
+_EXAMPLE_CHARACTERS = 100
 PAIRS = pa.schema([("pair_id", pa.string()), ("source_row", pa.int64()), ("pair", pa.string())])
+
+
+def read_source(dataset: DatasetSection) -> Iterator[tuple[RawRow, Pair | Unusable]]:
+    """Yield each row of a recipe's source with its pair, or with the reason why it has none.
+
+    Raises:
+        InputError: The source cannot be read, or lacks a column.
+    """
+    source = open_source(dataset)
+    yield from pairs_of(source, resolve_columns(dataset, source))
+
+
+def pairs_of(source: Source, columns: Columns) -> Iterator[tuple[RawRow, Pair | Unusable]]:
+    """Yield each row of an opened source with its pair, or with the reason why it has none.
+
+    A row with several answers comes once for each of its pairs.
+    """
+    for row in source.rows(columns.needed()):
+        if row.reason is not None:
+            yield row, Unusable(row.reason, row.detail)
+            continue
+        try:
+            yield from ((row, found) for found in read_pairs(row.value or {}, columns))
+        except RecursionError:
+            yield row, Unusable(Reason.UNPARSABLE_JSON, "its values are nested too deeply")
 
 
 @dataclass
@@ -32,10 +61,19 @@ class Intake:
     """The pairs of a source (JSON text, sorted by pair_id) and the rows that are no pairs, with counts of the reasons."""
 
     dataset: DatasetSection
+    source: Source
+    columns: Columns
     pairs: ExternalSort
     unusable: ExternalSort
     reasons: Counter[str] = field(default_factory=Counter)
     num_rows: int = 0
+    """A row with several answers counts once for each of its pairs."""
+    num_unscored: int = 0
+    """Pairs without a score on one side or on both."""
+    num_odd_scores: int = 0
+    """Scores that are no numbers that float32 can hold."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """What the first unusable row of each reason looks like."""
 
     def read(self) -> None:
         """Read every row of the source.
@@ -43,38 +81,68 @@ class Intake:
         Raises:
             InputError: The source cannot be read.
         """
-        rows = load_rows(self.dataset)
+        rows = pairs_of(self.source, self.columns)
         while batch := list(islice(rows, ROWS_PER_BATCH)):
             pairs, unusable = [], []
-            for row in batch:
-                try:
-                    if row.reason is not None:
-                        raise Unusable(row.reason, row.detail)
-                    pair = read_pair(row.value or {}, self.dataset)
-                    pairs.append({"pair_id": pair.pair_id, "source_row": row.source_row, "pair": pair.to_json()})
-                except Unusable as problem:
-                    raw = row.raw or json.dumps(row.value, default=str, ensure_ascii=True)
-                    self.reasons[problem.reason.value] += 1
-                    unusable.append(quarantine_row(row.source_row, raw, problem))
+            for row, found in batch:
+                if isinstance(found, Pair):
+                    pairs.append({"pair_id": found.pair_id, "source_row": row.source_row, "pair": found.to_json()})
+                    self._count_scores(row, found)
+                else:
+                    raw = row.raw or _raw_text(row)
+                    self.reasons[found.reason.value] += 1
+                    self.add_example(found, row.source_row, raw)
+                    unusable.append(quarantine_row(row.source_row, raw, found))
             self.num_rows += len(batch)
             self.pairs.add(pa.Table.from_pylist(pairs, PAIRS))
             self.unusable.add(pa.Table.from_pylist(unusable, QUARANTINE))
             if len(batch) == ROWS_PER_BATCH:
                 _log.info(f"prepare: {self.num_rows} rows read, {self.pairs.num_rows} of them are pairs")
+        if self.num_odd_scores:
+            _log.warning(
+                f"prepare: {self.num_odd_scores:,} scores are stored as null, because they are no finite numbers of float32; "
+                f"{self.examples['odd score']}"
+            )
+
+    def _count_scores(self, row: RawRow, pair: Pair) -> None:
+        scores = {self.columns.chosen_score: pair.chosen_score, self.columns.rejected_score: pair.rejected_score}
+        self.num_unscored += None in (pair.chosen_score, pair.rejected_score)
+        for column, score in scores.items():
+            value = (row.value or {}).get(column or "")
+            if score is None and value is not None:
+                self.num_odd_scores += 1
+                self.examples.setdefault("odd score", f"the first one, in row {row.source_row}, is {str(value)[:40]!r}")
+
+    def add_example(self, problem: Unusable, source_row: int | None, raw: str) -> None:
+        """Keep the first unusable row of each reason for `no_usable_pair`."""
+        where = "" if source_row is None else f" row {source_row}:"
+        start = f"{raw[:_EXAMPLE_CHARACTERS]}…" if len(raw) > _EXAMPLE_CHARACTERS else raw
+        self.examples.setdefault(problem.reason.value, f"{problem.reason.value}:{where} {problem.detail}, in {start}")
 
     def no_usable_pair(self, reasons: Counter[str]) -> InputError:
-        """Return the error for a source in which no row can be used."""
+        """Return the error for a source in which no row can be used, with one example of each reason."""
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "the source is empty"
-        return InputError(f"dataset.source {self.dataset.source}: no usable pair in {self.num_rows} rows ({counts})")
+        examples = [self.examples[reason] for reason, _ in reasons.most_common() if reason in self.examples]
+        what = f"dataset.source {self.dataset.source}: no usable pair in {self.num_rows} rows ({counts})"
+        return InputError(_storable("; ".join([what, *examples])))
 
 
-def quarantine_row(source_row: int, raw: str, problem: Unusable) -> dict[str, object]:
-    """Return the quarantine record of a row of the source."""
+def _raw_text(row: RawRow) -> str:
+    try:
+        return json.dumps(row.value, default=str, ensure_ascii=True)
+    except (RecursionError, ValueError):
+        return "(nested too deeply to be shown)"
+
+
+def quarantine_row(source_row: int, raw: str, problem: Unusable, pair_id: str | None = None) -> dict[str, object]:
+    """Return the quarantine record of a row of the source, or of one pair in it."""
+    # With the pair: several pairs may stand in one row, and row and detail are the key of the table.
+    detail = problem.detail if pair_id is None else f"{problem.detail} (pair {pair_id})"
     return {
         "source_row": source_row,
-        "pair_id": None,
+        "pair_id": pair_id,
         "reason": problem.reason.value,
-        "detail": _storable(problem.detail),
+        "detail": _storable(detail),
         "raw": stored_raw(raw),
     }
 

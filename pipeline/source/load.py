@@ -1,164 +1,222 @@
-"""Reads raw preference rows from a file, a saved dataset or the hub, one at a time.
+"""Opens the source of a recipe: a file, a saved dataset folder or a hub dataset.
 
-A line that is not JSON or not UTF-8 becomes a `RawRow` with a reason, so that one bad line does not stop a build. That is why
-JSON lines in local files are read here and not with `datasets`.
+What the values mean is decided in `columns.py` and `pairs.py`.
 """
 
-import json
+import difflib
 import re
-from codecs import BOM_UTF8
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from pipeline.recipe import DatasetSection
+from pipeline.source.arrow_files import arrow, arrow_source, parquet
+from pipeline.source.json_files import check_encoding, json_array, json_lines
+from pipeline.source.rows import RawRow, Source
 from weights_store.errors import InputError
-from weights_store.messages import first_line
-from weights_store.schemas import Reason
+from weights_store.messages import first_line, logger
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+_log = logger(__name__)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_ROWS_CHECKED = 100
-"""The response columns must be in one of the first rows of a JSON lines file, this many."""
+_FILE_ENDINGS = (
+    ".gz",
+    ".zip",
+    ".zst",
+    ".xz",
+    ".bz2",
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".xlsx",
+    ".feather",
+    ".pq",
+    ".pkl",
+    ".arrows",
+)
+"""Endings of files that are not read: a source that ends like this is a file in the wrong format, and no hub dataset."""
+_HUB_TIMEOUT_S = 5.0
+_FIRST_BYTES = {
+    b"\x1f\x8b": ("a gzip file", ".gz", "add .gz to its name"),
+    b"PAR1": ("a Parquet file", ".parquet", "give it the ending .parquet"),
+    b"ARROW1": ("an Arrow file", ".arrow", "give it the ending .arrow"),
+    b"PK\x03\x04": ("a zip archive", None, "unpack it"),
+    b"\x28\xb5\x2f\xfd": ("a Zstandard file", None, "unpack it with zstd -d"),
+    b"version https://git-lfs": ("a git-LFS pointer, not the file itself", None, "fetch the file with git lfs pull"),
+}
+"""How some files begin: what they are, their ending, and what to do if they have another one."""
 
 
-@dataclass(frozen=True, slots=True)
-class RawRow:
-    """One row of the source: either its `value`, or the `reason` why it cannot be read."""
-
-    source_row: int
-    value: dict[str, object] | None
-    reason: Reason | None = None
-    detail: str = ""
-    raw: str = ""
-    """The text of the row, if the source is text."""
-
-
-def load_rows(dataset: DatasetSection) -> Iterator[RawRow]:
-    """Return the rows of the recipe's dataset in their order, at most `max_pairs`.
+def open_source(dataset: DatasetSection) -> Source:
+    """Open the source of a recipe's dataset.
 
     Raises:
-        InputError: No such file, folder or hub dataset, an unknown kind of file, or a column that is not there.
+        InputError: No such file, folder or hub dataset, or a file that cannot be read.
     """
     path = Path(dataset.source)
-    if path.is_dir() or is_hub_id(dataset.source):
-        rows = _with_library(path, dataset)
-    elif not path.is_file():
-        raise InputError(f"dataset.source {path} does not exist; give a file, a saved dataset folder or a hub id")
-    elif path.suffix not in _READERS:
-        expected = ", ".join(_READERS)
-        raise InputError(f"dataset.source {path}: unknown kind of file {path.suffix!r}, expected one of {expected}")
+    if path.is_file():
+        source = _open_file(path)
+    elif path.is_dir() or is_hub_id(dataset.source):
+        source = _with_library(path, dataset)
     else:
-        rows = _READERS[path.suffix](path, dataset)
-    return islice(rows, dataset.max_pairs)
+        raise InputError(
+            f"dataset.source {path} does not exist{_nearest_file(path)}; give a file, a saved dataset folder or a hub id"
+        )
+    return replace(source, name=dataset.source, max_rows=dataset.max_pairs)
 
 
 def is_hub_id(source: str) -> bool:
     """Return whether a source is on the hub: it reads `owner/name`, is not a path here, and does not end like a file."""
     path = Path(source)
-    return _HUB_ID.fullmatch(source) is not None and path.suffix not in _READERS and not path.exists()
+    is_file = path.suffix.lower() in (*_READERS, *_FILE_ENDINGS)
+    return _HUB_ID.fullmatch(source) is not None and not is_file and not path.exists()
 
 
-def _json_lines(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
-    with path.open("rb") as file:
-        # Binary iteration splits at \n only, so a broken character cannot shift the rows after it.
-        if file.read(len(BOM_UTF8)) != BOM_UTF8:
-            file.seek(0)
-        rows = (_parse_line(index, line) for index, line in enumerate(line for line in file if line.strip()))
-        first = list(islice(rows, _ROWS_CHECKED))
-        _check_columns([row.value for row in first if row.value is not None], dataset)
-        yield from first
-        yield from rows
+# --- files -------------------------------------------------------------------------------------------------------------
 
 
-def _parse_line(index: int, line: bytes) -> RawRow:
-    raw = line.decode("utf-8", "replace").strip()
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return RawRow(index, None, Reason.INVALID_UTF8, f"byte {error.start}: {error.reason}", raw)
-    except (ValueError, RecursionError) as error:
-        return RawRow(index, None, Reason.UNPARSABLE_JSON, str(error), raw)
-    return RawRow(index, value, raw=raw) if isinstance(value, dict) else _no_object(index, value, raw)
-
-
-def _no_object(index: int, value: object, raw: str) -> RawRow:
-    return RawRow(index, None, Reason.UNPARSABLE_JSON, f"a {type(value).__name__}, expected an object", raw)
-
-
-def _json_file(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+def _open_file(path: Path) -> Source:
+    ending = path.suffix.lower()
+    kind = "".join(path.suffixes[-2:]).lower() if ending == ".gz" else ending
+    if kind not in _READERS:
         raise InputError(
-            f"dataset.source {path} is not valid JSON: {error}; one object per line needs the ending .jsonl"
-        ) from error
-    if not isinstance(values, list):
-        raise InputError(f"dataset.source {path}: expected a JSON array of rows, got a {type(values).__name__}")
-    _check_columns([value for value in values if isinstance(value, dict)], dataset)
-    for index, value in enumerate(values):
-        yield RawRow(index, value) if isinstance(value, dict) else _no_object(index, value, str(value))
+            f"dataset.source {path}: unknown kind of file {kind!r}, expected one of {', '.join(_READERS)}; "
+            "convert it, for example with Polars or pandas"
+        )
+    with path.open("rb") as file:
+        first = file.read(max(map(len, _FIRST_BYTES)))
+    for start, (what, own_ending, remedy) in _FIRST_BYTES.items():
+        if first.startswith(start) and ending != own_ending:
+            raise InputError(f"dataset.source {path} is {what}; {remedy}")
+    return _READERS[kind](path)
 
 
-def _parquet(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"dataset.source {path} is not a Parquet file: {first_line(error)}") from error
-    _check_columns([dict.fromkeys(file.schema_arrow.names)], dataset)
-    rows = (batch.slice(at, 1) for batch in file.iter_batches(batch_size=1000) for at in range(batch.num_rows))
-    for index, row in enumerate(rows):
-        try:
-            yield RawRow(index, row.to_pylist()[0])
-        except UnicodeDecodeError as error:
-            yield RawRow(index, None, Reason.INVALID_UTF8, str(error))
+def _json_lines(path: Path) -> Source:
+    check_encoding(path)
+    return Source(str(path), lambda _: json_lines(path))
 
 
-def _with_library(path: Path, dataset: DatasetSection) -> Iterator[RawRow]:
-    """Read an Arrow file, a dataset folder or a hub dataset with `datasets`."""
-    import datasets
-
-    problem = f"{dataset.source!r} is no file here and could not be loaded from the hub"
-    try:
-        if path.is_file():
-            problem = f"{path} is not an Arrow file of `datasets`"
-            loaded = datasets.Dataset.from_file(str(path))
-        elif path.is_dir():
-            problem = f"{path}: no dataset with split {dataset.split!r} in this folder"
-            if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-                loaded = datasets.load_from_disk(str(path))
-                loaded = loaded[dataset.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-            else:
-                loaded = datasets.load_dataset(str(path), dataset.config, split=dataset.split)
-        else:
-            options = dataset.model_dump(include={"data_dir", "split", "revision", "streaming"})
-            loaded = datasets.load_dataset(dataset.source, dataset.config, **options)
-    except (OSError, KeyError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"dataset.source {problem}: {first_line(error)}") from error
-    if loaded.column_names is not None:  # a stream may not know its columns
-        _check_columns([dict.fromkeys(loaded.column_names)], dataset)
-    return (RawRow(index, value) for index, value in enumerate(loaded))
+def _json_array(path: Path) -> Source:
+    check_encoding(path)
+    return Source(str(path), lambda _: json_array(path))
 
 
-def _check_columns(rows: Sequence[Mapping[str, object]], dataset: DatasetSection) -> None:
-    """Check that some row has each response column; a single row without it goes to quarantine later."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    for setting in ("chosen_column", "rejected_column"):
-        column = getattr(dataset, setting)
-        if rows and column not in names:
-            raise InputError(
-                f"dataset.source {dataset.source} has no column {column!r}; it has {', '.join(names)}. "
-                f"Set dataset.{setting}"
-            )
-
-
-_READERS = {
+_READERS: dict[str, Callable[[Path], Source]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
-    ".json": _json_file,
-    ".parquet": _parquet,
-    ".arrow": _with_library,
+    ".json": _json_array,
+    ".parquet": parquet,
+    ".arrow": arrow,
+    ".jsonl.gz": _json_lines,
+    ".ndjson.gz": _json_lines,
+    ".json.gz": _json_array,
 }
+
+
+def _nearest_file(path: Path) -> str:
+    """Return a hint at a file with a similar name."""
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    nearest = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+    return f" (nearest: {path.parent / nearest[0]})" if nearest else ""
+
+
+# --- datasets ----------------------------------------------------------------------------------------------------------
+
+
+def _with_library(path: Path, dataset: DatasetSection) -> Source:
+    """Open a dataset folder or a hub dataset with `datasets`."""
+    import datasets
+
+    problem = f"{dataset.source!r} is no file or folder here{_nearest_file(path)}, and could not be loaded from the hub"
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            problem = f"{path} is no whole saved dataset"
+            loaded = _saved(path, dataset)
+        elif path.is_dir():
+            problem = f"{path}: no dataset with split {dataset.split!r} in this folder"
+            loaded = datasets.load_dataset(str(path), dataset.config, split=dataset.split)
+        else:
+            loaded = _from_hub(dataset)
+    except (OSError, KeyError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"dataset.source {problem}: {first_line(error.__cause__ or error)}") from error
+    if isinstance(loaded, datasets.IterableDataset):
+        return streamed(loaded, dataset.source)
+    return arrow_source(
+        dataset.source, loaded.features.arrow_schema, [("a file of the dataset", partial(_tables, loaded))]
+    )
+
+
+def _saved(path: Path, dataset: DatasetSection) -> "Dataset":
+    """Return a dataset that `save_to_disk` wrote, or the recipe's split of several."""
+    import datasets
+
+    loaded = datasets.load_from_disk(str(path))
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    names = [str(name) for name in loaded]
+    if dataset.split not in names:
+        nearest = difflib.get_close_matches(dataset.split, names, n=1, cutoff=0.0)
+        hint = (
+            f"it has {', '.join(names)}. Set dataset.split, for example to {nearest[0]!r}" if nearest else "it has none"
+        )
+        raise InputError(f"dataset.source {path} has no split {dataset.split!r}; {hint}")
+    return loaded[dataset.split]
+
+
+def _from_hub(dataset: DatasetSection) -> "Dataset | IterableDataset":
+    """Return a hub dataset; without a connection that of the cache, at once: the library would try for half a minute."""
+    import datasets
+
+    options = dataset.model_dump(include={"data_dir", "split", "revision", "streaming"})
+    was_offline = datasets.config.HF_HUB_OFFLINE
+    if not was_offline and not _hub_answers():
+        _log.warning(f"prepare: no connection to the hub; {dataset.source} is looked for in the cache")
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        return datasets.load_dataset(dataset.source, dataset.config, **options)
+    finally:
+        datasets.config.HF_HUB_OFFLINE = was_offline
+
+
+def _hub_answers() -> bool:
+    """Return whether the hub can be reached; any answer counts, also a refusal."""
+    import socket
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, urlopen
+
+    from huggingface_hub.constants import ENDPOINT
+
+    try:
+        with urlopen(Request(ENDPOINT, method="HEAD"), timeout=_HUB_TIMEOUT_S):
+            return True
+    except HTTPError:
+        return True
+    except URLError as error:
+        return not isinstance(error.reason, socket.gaierror | ConnectionError | TimeoutError)
+    except TimeoutError:
+        return False
+
+
+def _tables(loaded: "Dataset", columns: list[str]) -> Iterator[Any]:
+    """Yield Arrow tables: no image or sound is decoded."""
+    return loaded.select_columns(columns).with_format("arrow").iter(1000)
+
+
+def streamed(loaded: "IterableDataset", name: str) -> Source:
+    """Return the source of a dataset that is read over the network; its columns may be unknown before the rows."""
+
+    def read(columns: Collection[str] | None = None) -> Iterator[RawRow]:
+        known = loaded.column_names
+        wanted = (
+            loaded if known is None or columns is None else loaded.select_columns([c for c in known if c in columns])
+        )
+        return (RawRow(index, value) for index, value in enumerate(wanted))
+
+    return Source(name, read, loaded.column_names)

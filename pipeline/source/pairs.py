@@ -1,36 +1,39 @@
 """Turns one raw row of any usual preference layout into one pair: a prompt of messages and two responses.
 
-Layouts: TRL standard and conversational, explicit or implicit prompt, Anthropic-HH transcripts, UltraFeedback-like lists
-that repeat the prompt, with or without annotator scores. Any other row raises `Unusable`, which says why.
+Layouts: TRL standard and conversational, explicit or implicit prompt, transcripts, UltraFeedback-like lists that repeat the
+prompt, Alpaca's instruction and input, a system column, with or without annotator scores. `Unusable` says why any other row is
+no pair.
 
-Does not tokenise (`chat.py`) and does not read files (`load.py`).
+Does not tokenise (`chat.py`), does not read files (`load.py`) and does not find columns (`columns.py`).
 """
 
 import hashlib
 import json
-import math
-import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from decimal import Decimal
+from itertools import product
 from typing import Any
 
-from pipeline.recipe import DatasetSection
+from pipeline.source.columns import Columns
 from pipeline.source.messages import (
     Message,
     Unusable,
     check_text,
     is_empty,
+    is_plain,
     read_messages,
     read_template_kwargs,
     read_tools,
 )
 from pipeline.source.responses import Response, split_responses
+from pipeline.source.transcripts import Markers, split_transcript
 from weights_store.fingerprint import canonical_json, ordered_json
 from weights_store.schemas import Reason
 
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
+SYSTEM_ROLES = ("system", "developer")
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,52 +78,140 @@ def _normal(text: str) -> str:
     return unicodedata.normalize("NFC", text).strip()
 
 
-def read_pair(row: Mapping[str, object], columns: DatasetSection) -> Pair:
-    """Return the pair in one raw row.
+def read_pairs(row: Mapping[str, object], columns: Columns) -> Iterator[Pair | Unusable]:
+    """Yield the pairs in one raw row, or why there is none: one, or one for each combination of several answers."""
+    try:
+        alternatives = list(_alternatives(row, columns))
+    except Unusable as problem:
+        yield problem
+        return
+    seen: set[str] = set()
+    for where, alternative in alternatives:
+        try:
+            pair = read_pair(alternative, columns)
+            if pair.pair_id in seen:
+                raise Unusable(Reason.DUPLICATE_PAIR, "other answers of this row make the same pair")
+            seen.add(pair.pair_id)
+            yield pair
+        except Unusable as problem:
+            yield Unusable(problem.reason, f"{where}{problem.detail}")
+
+
+def _alternatives(row: Mapping[str, object], columns: Columns) -> Iterator[tuple[str, Mapping[str, object]]]:
+    """Yield rows with one answer on each side, and which answers they are if there are several."""
+    chosen, rejected = _answers(row.get(columns.chosen)), _answers(row.get(columns.rejected))
+    if len(chosen) == len(rejected) == 1:
+        yield "", {**row, columns.chosen: chosen[0], columns.rejected: rejected[0]}
+        return
+    if not columns.combines_answers:
+        raise Unusable(
+            Reason.MANY_ANSWERS,
+            f"{len(chosen)} chosen and {len(rejected)} rejected answers; "
+            'dataset.many_answers = "combine" would make a pair of each combination',
+        )
+    for i, j in product(range(len(chosen)), range(len(rejected))):
+        alternative = {**row, columns.chosen: chosen[i], columns.rejected: rejected[j]}
+        for column, at in ((columns.chosen_score, i), (columns.rejected_score, j)):
+            scores = row.get(column) if column is not None else None
+            if isinstance(scores, list) and at < len(scores):
+                alternative[str(column)] = scores[at]
+        yield f"chosen answer {i} and rejected answer {j}: ", alternative
+
+
+def _answers(value: object) -> list[object]:
+    """Return the answers of one side: the items of a list of texts or of chats, else the value itself."""
+    is_many = isinstance(value, list) and value and all(isinstance(item, str | list) for item in value)
+    return value if is_many and isinstance(value, list) else [value]
+
+
+def read_pair(row: Mapping[str, object], columns: Columns) -> Pair:
+    """Return the pair in one raw row with one answer on each side.
 
     Raises:
         Unusable: The row is no preference pair; carries the reason for quarantine.
     """
-    names = (columns.chosen_column, columns.rejected_column)
+    names = (columns.chosen, columns.rejected)
     for name in names:
         if row.get(name) is None:
             raise Unusable(Reason.MISSING_VALUE, f"column {name!r} has no value")
-    chosen_turns, rejected_turns = (_turns(row[name], name, "assistant") for name in names)
-    before, chosen, rejected = split_responses(chosen_turns, rejected_turns, names)
+    own = _own_prompt(row, columns)
+    turns = [_turns(row[name], name, "assistant", columns.markers(name, bool(own))) for name in names]
+    before, chosen, rejected = split_responses(turns[0], turns[1], names)
     if _response_key(chosen) == _response_key(rejected):
         raise Unusable(Reason.CHOSEN_EQUALS_REJECTED, f"both responses are {str(chosen)[:80]!r}")
+    if own and _keys(own) == _keys(turns[0]):  # `messages` beside two whole chats is often a copy of the better one
+        own = before
+    prompt = _join(own, before, columns.prompt or "")
+    if all(map(is_empty, prompt)):
+        raise Unusable(Reason.NO_PROMPT, _why_no_prompt(row, columns))
     return Pair(
-        _prompt(row.get(columns.prompt_column), before, columns.prompt_column),
+        _with_system(row, columns, prompt),
         chosen,
         rejected,
-        _score(row, columns.chosen_score_column),
-        _score(row, columns.rejected_score_column),
+        read_score(row.get(columns.chosen_score)) if columns.chosen_score else None,
+        read_score(row.get(columns.rejected_score)) if columns.rejected_score else None,
         read_tools(row.get("tools")),
         read_template_kwargs(row.get("chat_template_kwargs")),
     )
 
 
-def _turns(value: object, column: str, role: str) -> list[Message]:
-    """Return a column as turns. Text that is no Anthropic-HH transcript is one turn of `role`."""
+def _turns(value: object, column: str, role: str, markers: Markers | None) -> list[Message]:
+    """Return a column as turns. Text that is no transcript is one turn of `role`."""
     if not isinstance(value, str):
         return read_messages(value, column)
     check_text(value, column)
-    text = "\n\n" + value.lstrip()
-    if not _TURN.match(text):
-        return [{"role": role, "content": value}]
-    parts = _TURN.split(text)[1:]
-    return [{"role": _ROLES[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    turns = split_transcript(value, markers) if markers else None
+    return turns or [{"role": role, "content": value}]
 
 
-def _prompt(value: object, before: list[Message], column: str) -> list[Message]:
-    """Return the whole chat before the responses, from the prompt column and the turns before them, which must agree."""
-    own = [] if value is None or value == "" else _turns(value, column, "user")
+def _own_prompt(row: Mapping[str, object], columns: Columns) -> list[Message]:
+    """Return the turns in the prompt column, with the text of the input column below the last one."""
+    column = columns.prompt or ""
+    value = row.get(column)
+    is_blank = value is None or (isinstance(value, str) and not value.strip())
+    own = [] if is_blank else _turns(value, column, "user", columns.markers(column))
     if isinstance(value, str) and own and own[-1] == {"role": "assistant", "content": ""}:
         own.pop()  # a transcript may end with an empty turn for the response
-    prompt = _join(own, before, column)
-    if all(map(is_empty, prompt)):
-        raise Unusable(Reason.NO_PROMPT, f"nothing in column {column!r} and no turns before the response")
+    more = _text(row, columns.input)
+    if not more.strip():
+        return own
+    if own and own[-1]["role"] == "user" and is_plain(own[-1]):
+        return [*own[:-1], {"role": "user", "content": f"{own[-1]['content']}\n\n{more}"}]
+    return [*own, {"role": "user", "content": more}]
+
+
+def _with_system(row: Mapping[str, object], columns: Columns, prompt: list[Message]) -> list[Message]:
+    """Return the chat with the text of the system column as its first turn; a system turn that is there must say the same."""
+    text = _text(row, columns.system)
+    if not text.strip():
+        return prompt
+    system = {"role": "system", "content": text}
+    if prompt[0]["role"] not in SYSTEM_ROLES:
+        return [system, *prompt]
+    if _keys([{**prompt[0], "role": "system"}]) != _keys([system]):
+        raise Unusable(Reason.PROMPTS_DIFFER, f"column {columns.system!r} is not the system turn of the chat")
     return prompt
+
+
+def _text(row: Mapping[str, object], column: str | None) -> str:
+    """Return the text of a column that may be missing or null."""
+    value = row.get(column) if column is not None else None
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise Unusable(Reason.NOT_TEXT, f"column {column!r} is a {type(value).__name__}, expected text")
+    check_text(value, str(column))
+    return value
+
+
+def _why_no_prompt(row: Mapping[str, object], columns: Columns) -> str:
+    if columns.prompt is not None:
+        return f"nothing in column {columns.prompt!r} and no turns before the response"
+    start = str(row.get(columns.chosen))[:40]
+    return (
+        f"no prompt column was found, and {start!r} in column {columns.chosen!r} begins no transcript (usual are "
+        "'\\n\\nHuman:' and '\\n\\nAssistant:'); set dataset.prompt_column, or the two markers in dataset.transcript"
+    )
 
 
 def _join(own: list[Message], before: list[Message], column: str) -> list[Message]:
@@ -132,7 +223,7 @@ def _join(own: list[Message], before: list[Message], column: str) -> list[Messag
         return before
     if before_key == own_key[-len(before) :]:
         return own
-    if before[0]["role"] == "assistant" or all(message["role"] in ("system", "developer") for message in own):
+    if before[0]["role"] == "assistant" or all(message["role"] in SYSTEM_ROLES for message in own):
         return own + before
     raise Unusable(Reason.PROMPTS_DIFFER, f"column {column!r} is not the beginning of the turns before the response")
 
@@ -152,11 +243,12 @@ def _response_key(response: Response) -> object:
     return _normal(response) if isinstance(response, str) else _keys(response)
 
 
-def _score(row: Mapping[str, object], column: str) -> float | None:
-    value = row.get(column)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def read_score(value: object) -> float | None:
+    """Return a score as a finite number that float32 can hold, also from a number in a text; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
         return None
     try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # an integer of more than 308 digits
+        score = float(value)
+    except (ValueError, OverflowError):  # no number, or an integer of more than 308 digits
         return None
+    return score if abs(score) <= _FLOAT32_MAX else None

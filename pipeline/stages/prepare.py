@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import polars as pl
@@ -20,17 +21,20 @@ import pyarrow as pa
 from pipeline.provenance import provenance
 from pipeline.recipe import DatasetSection, Recipe
 from pipeline.source.chat import RENDERING_VERSION, ChatTokenizer, TokenizedPair, model_number
+from pipeline.source.columns import Columns, resolve_columns
 from pipeline.source.compare import Account, ComparedPair, compared_ranges, kept_version
 from pipeline.source.external_sort import ExternalSort
 from pipeline.source.intake import PAIRS, ROWS_PER_BATCH, Intake, quarantine_row
+from pipeline.source.load import open_source
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair
+from pipeline.source.rows import Source
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ConflictError, InputError
 from weights_store.fingerprint import explain_difference, fingerprint, fingerprint_file
 from weights_store.messages import logger
 from weights_store.names import quarantine_path, tokens_path
-from weights_store.schemas import QUARANTINE, SCHEMA_VERSION, TOKENS, Reason
+from weights_store.schemas import QUARANTINE, SCHEMA_VERSION, SIDES, TOKENS, Reason
 from weights_store.tables.metadata import SourceRecord
 from weights_store.tables.shards import ShardRecord
 
@@ -38,8 +42,8 @@ _log = logger(__name__)
 
 _MAX_TRIES = 5
 _UNKNOWN_CONTEXT = 1 << 20
-_COLUMNS = {"prompt_column", "chosen_column", "rejected_column", "chosen_score_column", "rejected_score_column"}
-_READING = {*_COLUMNS, "split"}
+_COLUMNS = ("prompt", "input", "system", "chosen", "rejected", "chosen_score", "rejected_score")
+_READING = {*(f"{name}_column" for name in _COLUMNS), "transcript", "many_answers", "split"}
 """Settings that decide how rows are read."""
 
 
@@ -90,12 +94,15 @@ class Preparation:
     """What is known before a row is read: the two tables of the recipe's pairs, and what determines their content."""
 
     dataset: DatasetSection
+    needs_scores: bool
+    """Whether the weights are made from annotators' scores of both responses."""
     tokenizer: ChatTokenizer
     context: int
     """Longest sequence of the model, in tokens."""
     cut: dict[str, object]
     """Everything that decides how text becomes ids."""
-    source: SourceRecord
+    asked: dict[str, object]
+    """What the recipe says of the source, and the fingerprint of the file."""
     store: WeightStore
     tokens: Table
     quarantine: Table
@@ -118,23 +125,61 @@ class Preparation:
             "context": context,
             **dataset.model_dump(include={"max_prompt_tokens", "max_response_tokens", "long_response"}),
         }
-        source: SourceRecord = {
+        asked: dict[str, object] = {
             "content": fingerprint_file(path) if path.is_file() else None,
             "max_pairs": dataset.max_pairs,
-            "reading": dataset.model_dump(include=_READING),
+            "settings": dataset.model_dump(mode="json", include=_READING),
         }
         store = WeightStore(recipe.store.uri)
         tokens = store.table(tokens_path(f"{dataset.name}-{fingerprint(cut)[:12]}"))
         quarantine = store.table(quarantine_path(tokens.path))
-        return cls(dataset, tokenizer, context, cut, source, store, tokens, quarantine)
+        return cls(dataset, recipe.needs_scores, tokenizer, context, cut, asked, store, tokens, quarantine)
+
+    @cached_property
+    def opened(self) -> Source:
+        """The source, opened when it is first needed.
+
+        Raises:
+            InputError: It cannot be read.
+        """
+        return open_source(self.dataset)
+
+    @cached_property
+    def columns(self) -> Columns:
+        """The columns of the source, found in a first look at its rows.
+
+        Raises:
+            InputError: A column is not there.
+        """
+        return resolve_columns(self.dataset, self.opened)
+
+    @cached_property
+    def source(self) -> SourceRecord:
+        """What is recorded of the source: also how its rows are read, which only a look at them tells."""
+        reading = {**self.columns.record(), "split": self.dataset.split}
+        return {**self.asked, "reading": reading}  # type: ignore[typeddict-item]
 
     def already_done(self) -> Prepared | None:
-        """Return the newest version if it was made from the same bytes. A hub dataset is always read again."""
+        """Return the newest version if it was made from the same bytes. A hub dataset is always read again.
+
+        Raises:
+            InputError: The weights need scores that its pairs lack.
+        """
         recorded = Account.recorded(self.tokens, self.quarantine)
-        if recorded is None or self.source["content"] is None or recorded.source != self.source:
+        if recorded is None or self.asked["content"] is None or not self.is_recorded_in(self.quarantine):
             return None
+        if not self.is_recorded_in(self.tokens):
+            return None
+        if self.needs_scores:
+            lacks = pl.any_horizontal(pl.col(f"{side}_score").is_null() for side in SIDES)
+            self._check_scores(*self.tokens.scan().select(lacks.sum(), pl.len()).collect().row(0))
         num_pairs = self.tokens.metadata()["statistics"]["num_pairs"]
         return Prepared(self.tokens.reference(), recorded.num_source_rows, num_pairs, recorded.quarantined, 0)
+
+    def is_recorded_in(self, table: Table) -> bool:
+        """Return whether the newest version of a table was made from this source, read with these settings."""
+        recorded: dict[str, object] = {**table.metadata()["source"]}
+        return all(recorded.get(key) == value for key, value in self.asked.items())
 
     def other_cuts(self) -> Iterator[tuple[str, list[str]]]:
         """Yield the other tokens tables of this dataset and what differs there: why a new table is needed."""
@@ -149,12 +194,25 @@ class Preparation:
         """Read the whole source, and keep it until the end of the `with` block.
 
         Raises:
-            InputError: The source cannot be read.
+            InputError: The source cannot be read, or the weights need scores that its pairs lack.
         """
         with ExternalSort(PAIRS, "pair_id", "source_row") as pairs, ExternalSort(QUARANTINE, "source_row") as unusable:
-            intake = Intake(self.dataset, pairs, unusable)
+            intake = Intake(self.dataset, self.opened, self.columns, pairs, unusable)
             intake.read()
+            if self.needs_scores:
+                self._check_scores(intake.num_unscored, pairs.num_rows)
             yield intake
+
+    def _check_scores(self, num_lacking: int, num_pairs: int) -> None:
+        """Refuse pairs without scores before a model has started: publish would refuse them after all scoring."""
+        if not num_lacking:
+            return
+        raise InputError(
+            f"weights.pair_weight 'quality' needs annotators' scores of both responses, and {num_lacking:,} of {num_pairs:,} "
+            f"pairs of dataset.source {self.dataset.source} lack one. Name the columns that hold them in "
+            "dataset.chosen_score_column and dataset.rejected_score_column, remove such pairs from the source, or set "
+            "weights.pair_weight to 'margin' or 'none'"
+        )
 
     def tokenize(self, pair: Pair) -> TokenizedPair:
         """Return the ids of a pair.
@@ -191,9 +249,11 @@ class _Update:
             fresh = self._write_fresh(unusable)
             num_pairs, num_new = self.statistics["num_pairs"], self.statistics["num_new_pairs"]
             if not num_pairs:
+                self._commit_quarantine(unusable)
                 raise self.intake.no_usable_pair(self.reasons)
             account = Account(self.start.source, self.intake.num_rows, dict(self.reasons))
             is_same = not num_new and self.old_rows_stay and self.recorded == account
+            is_same &= self.recorded is not None and self.start.is_recorded_in(self.start.quarantine)
             if not is_same:
                 # Quarantine first: if the build dies in between, the tokens are still the old ones and the next run does both.
                 self._commit_quarantine(unusable)
@@ -222,12 +282,13 @@ class _Update:
         for row in map(ComparedPair._make, batch.iter_rows()):
             try:
                 if row.standing == "duplicate":
-                    raise Unusable(Reason.DUPLICATE_PAIR, f"pair {row.pair_id} stood in an earlier row")
+                    raise Unusable(Reason.DUPLICATE_PAIR, "the same pair stood in an earlier row")
                 if row.standing == "new":
                     tokenised.append(self._tokens_row(row))
             except Unusable as problem:
                 self.reasons[problem.reason.value] += 1
-                problems.append(quarantine_row(row.source_row, row.pair, problem))
+                self.intake.add_example(problem, row.source_row, row.pair)
+                problems.append(quarantine_row(row.source_row, row.pair, problem, row.pair_id))
                 continue
             self.statistics["num_pairs"] += 1
             self.pair_ids.update(row.pair_id.encode())
@@ -265,7 +326,11 @@ class _Update:
         record = {
             **self.metadata,
             "fingerprint": fingerprint([self.start.cut, self.start.source["content"]]),
-            "statistics": {"num_source_rows": self.intake.num_rows, "reasons": dict(self.reasons)},
+            "statistics": {
+                "num_source_rows": self.intake.num_rows,
+                "num_pairs": self.statistics["num_pairs"],
+                "reasons": dict(self.reasons),
+            },
         }
         quarantine.commit(writer.finish(), record, self.quarantine_base, mode="overwrite")
 

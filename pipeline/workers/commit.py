@@ -27,7 +27,8 @@ def quarantine(request: Request, target: Target, rows: list[QuarantineRow]) -> N
     if not rows:
         return
     table = WeightStore(request.tokens.store).table(quarantine_path(request.tokens.table))
-    marked = [{**row, "detail": f"{target.table}: {row['detail']}"} for row in rows]
+    # With the pair: several pairs may stand in one row of the source, and row and detail are the key of the table.
+    marked = [{**row, "detail": f"{target.table}: {row['detail']} (pair {row['pair_id']})"} for row in rows]
     table.append(pa.Table.from_pylist(marked, QUARANTINE), table.metadata())
 
 

@@ -6,9 +6,11 @@ import shutil
 import time
 from datetime import datetime
 
+import pyarrow as pa
 import pytest
 
 import tokenweights
+from weights_store.schemas import QUARANTINE
 
 NAME = "hh-harmless/tis-dpo"
 LOGPS = "logps/hh-harmless-0123456789ab/ref"
@@ -306,3 +308,70 @@ def test_progress_of_verify_goes_to_standard_error(command, monkeypatch):
     _, out, err = command("verify", NAME)
     assert "bytes" not in out
     assert f"verify weights/{NAME}: " in err
+
+
+# --- quarantine --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quarantine(small_store):
+    """The quarantine of the small store with three more rows: two of one reason, and one with a line break in its text."""
+    rows = [
+        {"source_row": 9, "reason": "not_text", "detail": "column 'chosen' is a int", "raw": "[3]"},
+        {"source_row": 7, "reason": "not_text", "detail": "column 'chosen' is a dict", "raw": "x" * 200},
+        {"source_row": 2, "reason": "unparsable_json", "detail": "line\nbreak", "raw": "\x1b[31mred"},
+    ]
+    table = small_store.table("quarantine/hh-harmless-0123456789ab")
+    table.append(pa.Table.from_pylist(rows, QUARANTINE), table.metadata())
+
+
+@pytest.mark.usefixtures("quarantine")
+@pytest.mark.parametrize("dataset", ["hh-harmless", "hh-harmless/tis-dpo", "quarantine/hh-harmless-0123456789ab"])
+def test_quarantine_has_each_reason_with_its_rows_and_first_example(command, dataset):
+    assert command("quarantine", dataset) == (
+        0,
+        "quarantine/hh-harmless-0123456789ab@1\n"
+        "  2 rows not_text, for example row 7: column 'chosen' is a dict\n"
+        f"    {'x' * 120}…\n"
+        "  1 row no_prompt, for example row 4: has no prompt\n"
+        "    {}\n"
+        "  1 row unparsable_json, for example row 2: line\\nbreak\n"
+        "    \\x1b[31mred\n",
+        "",
+    )
+
+
+@pytest.mark.usefixtures("quarantine")
+def test_quarantine_of_a_reason_lists_its_rows(command):
+    _, out, _ = command("quarantine", "hh-harmless", "--reason", "not_text")
+    assert [line.strip().split(":")[0] for line in out.splitlines()[1::2]] == ["row 7", "row 9"]
+    _, out, _ = command("quarantine", "hh-harmless", "--reason", "not_text", "--limit", "1")
+    assert out.endswith("the first 1 row; --limit lists more\n")
+    _, out, _ = command("quarantine", "hh-harmless", "--reason", "prompt_too_long")
+    assert out.startswith("no row with reason prompt_too_long of hh-harmless is in quarantine in ")
+
+
+@pytest.mark.usefixtures("quarantine")
+def test_quarantine_as_json(document):
+    found = document("quarantine", "hh-harmless")
+    counts = [(row["reason"], row["num_rows"], row["source_row"]) for row in found]
+    assert counts == [("not_text", 2, 7), ("no_prompt", 1, 4), ("unparsable_json", 1, 2)]
+    found = document("quarantine", "hh-harmless", "--reason", "not_text")
+    assert [(row["source_row"], len(row["raw"])) for row in found] == [(7, 200), (9, 3)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nobody"], "no quarantine of a dataset 'nobody' in {root}; it has datasets hh-harmless\n"),
+        (
+            ["hh-harmless", "--reason", "bad_mood"],
+            "no reason 'bad_mood': expected one of unparsable_json, invalid_utf8, ",
+        ),
+        (["hh-harmless", "--reason", "no_prompt", "--limit", "0"], "--limit 0: expected at least 1"),
+    ],
+)
+def test_quarantine_says_in_one_line_what_is_there(command, small_store, arguments, message):
+    code, out, err = command("quarantine", *arguments)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert message.format(root=small_store.root) in err

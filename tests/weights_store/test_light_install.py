@@ -20,6 +20,7 @@ def test_the_base_lists_shows_and_reads_weights(light_install, small_store):
     name = small_store.list()["name"][0]
     assert name in run(python, "-m", "tokenweights", "ls", "--store", str(root))
     assert "made from" in run(python, "-m", "tokenweights", "show", name, "--store", str(root))
+    assert "no_prompt" in run(python, "-m", "tokenweights", "quarantine", "hh-harmless", "--store", str(root))
     script = "import sys; from weights_store import WeightStore; print(WeightStore(sys.argv[1]).list()['name'][0])"
     assert run(python, "-c", script, str(root)) == f"{name}\n"
     assert "complete" in run(python, "-m", "tokenweights", "completion", "bash")

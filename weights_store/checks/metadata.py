@@ -76,10 +76,13 @@ def check_balance(log: TableLog) -> Iterator[Finding]:
             )
 
 
-def check_quarantine(tokens: TableLog, quarantine: SoundTable) -> Iterator[Finding]:
-    """Yield a finding for each reason if quarantine does not hold as many rows as the newest tokens say."""
+def check_quarantine(tokens: TableLog, log: TableLog, quarantine: SoundTable) -> Iterator[Finding]:
+    """Yield a finding for each reason if quarantine does not hold as many rows as the newest tokens say.
+
+    A later source without any usable pair leaves the tokens as they were: then quarantine says what was wrong with that source.
+    """
     expected = _statistics(tokens).get("quarantined")
-    if expected is None or not quarantine.is_whole:
+    if expected is None or not quarantine.is_whole or _statistics(log).get("num_pairs") == 0:
         return
     reasons = quarantine.scan().filter(pl.col("reason") != Reason.UNSCORABLE.value).group_by("reason").len()
     with quarantine.reading():

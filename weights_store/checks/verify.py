@@ -96,7 +96,7 @@ class _Verification:
         quarantine = self.log(quarantine_path(log.table.path)) if kind == "tokens" else None
         if quarantine is not None:  # a table without commits holds no rows
             unusable = self._sound(quarantine, quarantine.newest)
-            yield from _with_damage(unusable, check_quarantine(log, unusable))
+            yield from _with_damage(unusable, check_quarantine(log, quarantine, unusable))
 
     def _check_relations(self, kind: str, log: TableLog, rows: SoundTable) -> Iterator[Finding]:
         if kind in ("logps", "attributions", "anchors"):  # of all commits: each adds some pairs

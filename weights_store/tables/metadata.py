@@ -36,8 +36,10 @@ class SourceRecord(TypedDict):
     content: str | None
     """Fingerprint of the file; None for a folder or a hub dataset."""
     max_pairs: int | None
-    reading: dict[str, str]
-    """The columns that are read, and the name of the split."""
+    settings: dict[str, object]
+    """What the recipe says of the columns and their texts."""
+    reading: dict[str, object]
+    """The columns that are read and how their texts are split, and the name of the split."""
 
 
 class ScorerRecord(TypedDict, total=False):

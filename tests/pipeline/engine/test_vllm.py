@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.recipe import DatasetSection
 from pipeline.source.chat import ChatTokenizer
+from pipeline.source.columns import Columns
 from pipeline.source.pairs import read_pair
 
 # A process of its own: the engine binds threads and memory for good.
@@ -86,7 +86,7 @@ def _check_likeliest(top, sequences, all_logps, max_nats):
 
 
 def _sequences(model, pairs):
-    tokenizer, columns = ChatTokenizer(model), DatasetSection(name="x", source="x.jsonl")
+    tokenizer, columns = ChatTokenizer(model), Columns()
     sequences = []
     for row in pairs:
         tokens = tokenizer.tokenize_pair(read_pair(row, columns), 1000, 1000, cut_response=False)

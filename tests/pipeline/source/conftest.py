@@ -1,8 +1,13 @@
-"""Fixtures of tests that render chats: a tokenizer of every kind in `template_kinds.py`."""
+"""Fixtures of tests that read sources and render chats; tokenizers of every kind come from `template_kinds.py`."""
+
+from collections import Counter
 
 import pytest
 
+from pipeline.recipe import DatasetSection
 from pipeline.source.chat import ChatTokenizer
+from pipeline.source.intake import read_source
+from pipeline.source.pairs import Pair
 from tests.pipeline.source.template_kinds import KINDS, save_tokenizer
 
 
@@ -23,3 +28,16 @@ def kind_folder(tmp_path_factory):
 def of_kind(kind_folder):
     """Return a function that gives the chat tokenizer of a kind."""
     return lambda name: ChatTokenizer(kind_folder(name))
+
+
+@pytest.fixture
+def read():
+    """Return a function that reads a whole source: its pairs by row, and the reasons of the other rows."""
+
+    def read_all(path, **settings):
+        found = list(read_source(DatasetSection(name="x", source=str(path), **settings)))
+        pairs = {row.source_row: pair for row, pair in found if isinstance(pair, Pair)}
+        reasons = Counter(problem.reason.value for _, problem in found if not isinstance(problem, Pair))
+        return pairs, dict(reasons)
+
+    return read_all

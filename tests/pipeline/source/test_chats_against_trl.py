@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline.recipe import DatasetSection
 from pipeline.source.chat import ChatTokenizer
+from pipeline.source.columns import Columns
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair, read_pair
 from tests.pipeline.source.template_kinds import KINDS, Kind, save_tokenizer
 
-COLUMNS = DatasetSection(name="x", source="x.jsonl")
+COLUMNS = Columns()
 TOOLS = [
     {
         "type": "function",

@@ -1,14 +1,18 @@
 import unicodedata
+from decimal import Decimal
 from itertools import pairwise
 
 import pytest
 
 from pipeline.recipe import DatasetSection
+from pipeline.source.columns import resolve_columns
+from pipeline.source.intake import pairs_of
 from pipeline.source.messages import Unusable
-from pipeline.source.pairs import Pair, read_pair
+from pipeline.source.pairs import Pair, read_score
+from pipeline.source.rows import RawRow, Source
+from weights_store.errors import InputError
 from weights_store.schemas import Reason
 
-COLUMNS = DatasetSection(name="x", source="x.jsonl")
 USER = {"role": "user", "content": "Why is the sky blue?"}
 
 
@@ -16,8 +20,18 @@ def assistant(content):
     return {"role": "assistant", "content": content}
 
 
+def read_all(*rows, **settings):
+    """Return what is found in the rows of a source: pairs, and why others are none."""
+    dataset = DatasetSection(name="x", source="x.jsonl", **settings)
+    source = Source("x.jsonl", lambda _: (RawRow(index, row) for index, row in enumerate(rows)))
+    return [found for _, found in pairs_of(source, resolve_columns(dataset, source))]
+
+
 def read(**row):
-    return read_pair(row, COLUMNS)
+    (found,) = read_all(row)
+    if isinstance(found, Unusable):
+        raise found
+    return found
 
 
 @pytest.mark.parametrize(
@@ -79,17 +93,47 @@ def test_no_turn_between_prompt_column_and_response_is_lost(prompt, before, whol
     assert read(prompt=prompt, chosen=[*before, assistant("a")], rejected=[*before, assistant("b")]).prompt == whole
 
 
-def test_scores_come_along_and_odd_ones_do_not():
+LARGEST_FLOAT32 = 3.4028234663852886e38
+
+
+@pytest.mark.parametrize(
+    ("value", "score"),
+    [
+        (8, 8.0),
+        (2.5, 2.5),
+        (Decimal("8.50"), 8.5),
+        (" 4.5", 4.5),
+        ("-1e-3", -0.001),
+        (LARGEST_FLOAT32, LARGEST_FLOAT32),
+        (3.5e38, None),
+        (-1e308, None),
+        (10**400, None),
+        (float("nan"), None),
+        (float("-inf"), None),
+        (Decimal("NaN"), None),
+        ("inf", None),
+        ("high", None),
+        ("", None),
+        (True, None),
+        ([8], None),
+        (None, None),
+    ],
+)
+def test_a_score_is_a_finite_number_that_float32_can_hold(value, score):
+    assert read_score(value) == score
+
+
+def test_scores_come_along_with_their_pair():
     row = {"prompt": "p", "chosen": "a", "rejected": "b"}
-    assert (read(**row, score_chosen=8, score_rejected=2.5).chosen_score, read(**row).chosen_score) == (8.0, None)
-    assert read(**row, score_chosen=float("nan"), score_rejected="high").rejected_score is None
-    assert read(**row, score_chosen=10**400).chosen_score is None
+    pair = read(**row, score_chosen=8, score_rejected="2.5")
+    assert (pair.chosen_score, pair.rejected_score, read(**row).chosen_score) == (8.0, 2.5, None)
+    assert read(**row, score_chosen=8, score_rejected=None).rejected_score is None
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "p", "chosen": "a"}, Reason.MISSING_VALUE),
+        ({"prompt": "p", "chosen": "a", "rejected": None}, Reason.MISSING_VALUE),
         ({"prompt": "p", "chosen": None, "rejected": "b"}, Reason.MISSING_VALUE),
         ({"prompt": [USER], "chosen": [assistant(None)], "rejected": [assistant("b")]}, Reason.MISSING_VALUE),
         ({"prompt": "p", "chosen": 3, "rejected": "b"}, Reason.NOT_TEXT),
@@ -110,7 +154,18 @@ def test_scores_come_along_and_odd_ones_do_not():
             Reason.PROMPTS_DIFFER,
         ),
         ({"prompt": "p", "chosen": "a \ud800", "rejected": "b"}, Reason.INVALID_UTF8),
-        ({"prompt": "Assistant:", "chosen": "a", "rejected": "b"}, Reason.NO_PROMPT),
+        ({"prompt": "\n\nHuman: \n\nAssistant:", "chosen": "a", "rejected": "b"}, Reason.NO_PROMPT),
+        ({"prompt": "p", "chosen": ["a", "b"], "rejected": "c"}, Reason.MANY_ANSWERS),
+        ({"prompt": "p", "system": 3, "chosen": "a", "rejected": "b"}, Reason.NOT_TEXT),
+        (
+            {
+                "prompt": [{"role": "system", "content": "Be brief."}, USER],
+                "system": "Be kind.",
+                "chosen": "a",
+                "rejected": "b",
+            },
+            Reason.PROMPTS_DIFFER,
+        ),
         (
             {"prompt": "other", "chosen": [USER, assistant("a")], "rejected": [USER, assistant("b")]},
             Reason.PROMPTS_DIFFER,
@@ -142,3 +197,136 @@ def test_pairs_of_one_prompt_lie_side_by_side_in_the_order_of_pair_id():
     in_order = [pair.prompt[0]["content"] for pair in sorted(pairs, key=lambda pair: pair.pair_id)]
     assert len({pair.pair_id for pair in pairs}) == 100
     assert sum(a != b for a, b in pairwise(in_order)) == 19
+
+
+# --- system, input and chats beside the responses ----------------------------------------------------------------------
+
+
+def test_a_system_column_is_the_first_turn():
+    pair = read(system="Answer in French.", question="Name a colour.", chosen="Rouge.", rejected="Red.")
+    assert pair.prompt == [
+        {"role": "system", "content": "Answer in French."},
+        {"role": "user", "content": "Name a colour."},
+    ]
+
+
+@pytest.mark.parametrize("system", [None, "", " \n"])
+def test_a_blank_system_column_adds_no_turn(system):
+    assert read(system=system, prompt=[USER], chosen="a", rejected="b").prompt == [USER]
+
+
+def test_a_system_column_that_repeats_the_system_turn_adds_nothing():
+    chat = [{"role": "system", "content": "Be brief."}, USER]
+    assert read(system="Be brief. ", prompt=chat, chosen="a", rejected="b").prompt == chat
+
+
+def test_instruction_and_input_are_one_prompt_with_a_blank_line_between_them():
+    rows = [{"instruction": "Translate.", "input": text, "chosen": "a", "rejected": "b"} for text in ("cat", "", None)]
+    prompts = [pair.prompt for pair in read_all(*rows)]
+    texts = ["Translate.\n\ncat", "Translate.", "Translate."]
+    assert prompts == [[{"role": "user", "content": text}] for text in texts]
+
+
+def test_input_beside_another_prompt_column_is_joined_only_if_the_recipe_says_so():
+    row = {"question": "Which?", "input": "cat", "chosen": "a", "rejected": "b"}
+    (plain,), (joined,) = read_all(row), read_all(row, input_column="input")
+    assert [pair.prompt[0]["content"] for pair in (plain, joined)] == ["Which?", "Which?\n\ncat"]
+
+
+def test_messages_beside_whole_chats_may_repeat_the_chosen_one():
+    chosen, rejected = [USER, assistant("a")], [USER, assistant("b")]
+    assert read(messages=chosen, chosen=chosen, rejected=rejected) == Pair([USER], "a", "b")
+
+
+# --- texts that look like transcripts ----------------------------------------------------------------------------------
+
+PLAIN = {"prompt": "Which title?", "chosen": "Human: All Too Human.", "rejected": "None."}
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Assistant: write a job advert.",
+        "Human: a short history - who wrote it?",
+        "Human: hi\n\nAssistant: hello\n\nHuman: go on",
+        "Continue the chat.\n\nHuman: hi\n\nAssistant:",
+        "\n\nHuman: hi\n\nAssistant:",
+    ],
+)
+def test_a_prompt_that_looks_like_a_transcript_among_others_is_text(prompt):
+    found = read_all({**PLAIN, "prompt": prompt}, PLAIN, PLAIN)
+    assert [pair.prompt for pair in found] == [
+        [{"role": "user", "content": text}] for text in (prompt, "Which title?", "Which title?")
+    ]
+    assert {pair.chosen for pair in found} == {"Human: All Too Human."}
+
+
+@pytest.mark.parametrize("prompt", ["Human: a short history", "Assistant: write it.", "Human: hi\n\nAssistant: hello"])
+def test_a_single_prompt_that_is_no_whole_transcript_is_text(prompt):
+    assert read(prompt=prompt, chosen="a", rejected="b").prompt == [{"role": "user", "content": prompt}]
+
+
+def test_prompts_that_are_mostly_transcripts_need_a_decision():
+    rows = [{"prompt": f"\n\nHuman: {index}\n\nAssistant:", "chosen": "a", "rejected": "b"} for index in range(2)]
+    with pytest.raises(
+        InputError, match=r"2 of 3 texts in column 'prompt' look like transcripts.*transcript = \"hh\".*\"no\""
+    ):
+        read_all(*rows, PLAIN)
+    split = read_all(*rows, {**PLAIN, "chosen": "Another."}, transcript="hh")
+    assert [pair.prompt[0]["content"] for pair in split] == ["0", "1", "Which title?"]
+    texts = read_all(*rows, PLAIN, transcript="no")
+    assert texts[0].prompt[0]["content"] == "\n\nHuman: 0\n\nAssistant:"
+
+
+def test_transcripts_without_a_prompt_are_split_also_among_rows_that_have_one():
+    transcripts = {side: f"\n\nHuman: Hi\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+    first, second = read_all(transcripts, PLAIN)
+    assert first == Pair([{"role": "user", "content": "Hi"}], "chosen", "rejected")
+    assert second.chosen == "Human: All Too Human."
+
+
+def test_other_markers_of_a_transcript_are_a_setting():
+    row = {
+        side: f"prompter: Capital of Peru? assistant: {city}."
+        for side, city in (("chosen", "Lima"), ("rejected", "Quito"))
+    }
+    (unusable,) = read_all(row)
+    assert unusable.reason is Reason.NO_PROMPT
+    assert "'prompter: Capital of Peru?" in unusable.detail
+    assert "two markers in dataset.transcript" in unusable.detail
+    (pair,) = read_all(row, transcript=("prompter:", "assistant:"))
+    assert pair == Pair([{"role": "user", "content": "Capital of Peru?"}], "Lima.", "Quito.")
+
+
+# --- several answers ---------------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_one_answer_is_that_answer():
+    assert read(prompt="p", chosen=["a"], rejected="b") == Pair([{"role": "user", "content": "p"}], "a", "b")
+
+
+def test_several_answers_give_a_pair_for_each_combination_with_the_scores_of_its_answers():
+    row = {"prompt": "p", "chosen": ["a", "b"], "rejected": ["c", "d"], "score_chosen": [9, 8], "score_rejected": 1}
+    pairs = read_all(row, many_answers="combine")
+    found = [(pair.chosen, pair.rejected, pair.chosen_score, pair.rejected_score) for pair in pairs]
+    assert found == [("a", "c", 9.0, 1.0), ("a", "d", 9.0, 1.0), ("b", "c", 8.0, 1.0), ("b", "d", 8.0, 1.0)]
+
+
+def test_an_answer_that_cannot_be_used_spoils_its_own_combinations_only():
+    found = read_all({"prompt": "p", "chosen": ["a", "", "a "], "rejected": ["b", "a"]}, many_answers="combine")
+    reasons = [problem.reason.value for problem in found if isinstance(problem, Unusable)]
+    assert reasons == [
+        "chosen_equals_rejected",
+        "empty_response",
+        "empty_response",
+        "duplicate_pair",
+        "chosen_equals_rejected",
+    ]
+    assert len({problem.detail for problem in found if isinstance(problem, Unusable)}) == 5
+    assert [pair.rejected for pair in found if isinstance(pair, Pair)] == ["b"]
+
+
+def test_several_chats_as_answers_are_combined_too():
+    chats = [[assistant("a")], [assistant("b")]]
+    pairs = read_all({"prompt": "p", "chosen": chats, "rejected": [assistant("c")]}, many_answers="combine")
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("a", "c"), ("b", "c")]

@@ -2,14 +2,14 @@ import json
 
 import pytest
 
-from pipeline.recipe import DatasetSection
 from pipeline.source.chat import Condition
+from pipeline.source.columns import Columns
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair, read_pair
 from pipeline.source.rendering import Chat
 from weights_store.schemas import Reason
 
-COLUMNS = DatasetSection(name="x", source="x.jsonl")
+COLUMNS = Columns()
 USER = {"role": "user", "content": "Name a fruit."}
 CALL = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": {"city": "Lima"}}}
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "", "parameters": {"type": "object"}}}]

@@ -240,7 +240,7 @@ def test_a_prompt_without_room_for_an_anchor_goes_to_quarantine_and_one_with_a_l
     (short,) = rows.filter(pl.col("source_row") == 1)["anchor_ids"].to_list()
     assert len(short) == 1
     quarantine = WeightStore(tokens.store).table("quarantine/toy-1").scan().sort("source_row").collect()
-    assert dict(zip(quarantine["source_row"], quarantine["detail"].str.split(": ").list.last(), strict=True)) == {
+    assert dict(zip(quarantine["source_row"], quarantine["detail"].str.extract(r": ([^:]*) \(pair "), strict=True)) == {
         0: "the prompt has 100 tokens, the model takes 100 with its anchor",
         5: "a token id is outside the model's vocabulary of 1000",
         6: "a token id is outside the model's vocabulary of 1000",
@@ -255,9 +255,8 @@ def test_an_anchor_that_cannot_be_scored_sends_the_pairs_of_its_prompt_to_quaran
     rows = sampled(request_of(tokens, policy))
     assert set(range(NUM_PAIRS)) - set(rows["source_row"]) == {12, 13, 14}
     quarantine = WeightStore(tokens.store).table("quarantine/toy-1").scan().collect()
-    assert set(quarantine["detail"]) == {
-        "anchors/toy-1/x: anchor: response token 0: log-prob is nan, expected a finite number"
-    }
+    problem = "anchors/toy-1/x: anchor: response token 0: log-prob is nan, expected a finite number"
+    assert set(quarantine["detail"]) == {f"{problem} (pair {pair_id})" for pair_id in quarantine["pair_id"]}
 
 
 def test_nothing_but_prompts_without_room_is_an_error(tmp_path, policy, made_up):
@@ -360,11 +359,11 @@ def test_the_real_engine_samples_by_seed_and_scores_what_it_samples_as_transform
     """More prompts than fit into a step of 256 tokens, one of them longer than that, and one with room for three tokens."""
     from transformers import AutoModelForCausalLM
 
-    from pipeline.recipe import DatasetSection
     from pipeline.source.chat import ChatTokenizer
+    from pipeline.source.columns import Columns
     from pipeline.source.pairs import read_pair
 
-    tokenizer, columns = ChatTokenizer(toy_model), DatasetSection(name="x", source="x.jsonl")
+    tokenizer, columns = ChatTokenizer(toy_model), Columns()
     pairs = [read_pair(row, columns) for row in toy_pairs[:24]]
     prompts = [tokenizer.tokenize_pair(pair, 1000, 1000, cut_response=False).prompt_ids for pair in pairs]
     policy = AutoModelForCausalLM.from_pretrained(toy_model, dtype=torch.float32)

@@ -332,7 +332,8 @@ def test_the_stage_runs_in_a_process_of_its_own_and_again_only_for_what_is_new(
     expected = naive(pair["prompt_ids"], pair["chosen_ids"], "gold_logps")[4:]
     np.testing.assert_allclose(rows["chosen_attributions"][0].to_numpy(), expected, rtol=2e-4)
     quarantined = WeightStore(request.tokens.store).table("quarantine/toy-1").scan().collect()
-    assert quarantined["detail"].to_list() == [f"{done.output.table}: rejected: gradients are not finite in float32"]
+    problem = f"{done.output.table}: rejected: gradients are not finite in float32"
+    assert quarantined["detail"].to_list() == [f"{problem} (pair {quarantined['pair_id'][0]})"]
     commit = WeightStore(request.tokens.store).table(done.output.table).history()[0].metadata
     assert (commit["engine"]["dtype"], commit["engine"]["packed"]) == ("float32", True)
     assert attribute(tokens, model_folder, settings, Executor()).num_pairs == 0

@@ -5,8 +5,10 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from pipeline.stages.prepare import prepare
+from pipeline.dry_run.source import survey
+from pipeline.stages.prepare import Preparation, prepare
 from weights_store import Table, WeightStore
+from weights_store.checks.verify import verify
 from weights_store.errors import InputError
 from weights_store.names import quarantine_path
 from weights_store.schemas import QUARANTINE
@@ -257,3 +259,106 @@ def test_real_transcripts(shared_folder, make_recipe):
     assert prepared.num_source_rows == 1775
     assert prepared.num_pairs + sum(prepared.quarantined.values()) == 1775
     assert prepared.quarantined == {"empty_response": 3, "prompts_differ": 4}
+
+
+# --- sources without a usable row --------------------------------------------------------------------------------------
+
+
+def store_of(make_recipe):
+    return WeightStore(make_recipe().store.uri)
+
+
+def test_a_source_without_a_usable_row_shows_an_example_of_each_reason_and_leaves_a_quarantine(run, make_recipe):
+    rows = [{"chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "word " * 90, "rejected": "b"}, b"[1, 2]"]
+    with pytest.raises(InputError) as caught:
+        run(rows)
+    assert str(caught.value).split("; ")[1:] == [
+        "no_prompt: row 0: nothing in column 'prompt' and no turns before the response, in "
+        '{"chosen": "a", "rejected": "b"}',
+        "unparsable_json: row 2: a list, expected an object, in [1, 2]",
+        "response_too_long: row 1: chosen has 183 tokens, limit dataset.max_response_tokens = 60, in "
+        + str(caught.value).rpartition(", in ")[2],
+    ]
+    quarantine = store_of(make_recipe).quarantine("toy").collect()
+    found = dict(quarantine.select("source_row", "reason").iter_rows())
+    assert found == {0: "no_prompt", 1: "response_too_long", 2: "unparsable_json"}
+
+
+def test_a_later_source_without_a_usable_row_keeps_the_pairs_and_the_store_in_order(run, make_recipe):
+    good = [pair(0), BAD_ROWS[0][0]]
+    first = run(good)
+    with pytest.raises(InputError, match="no usable pair in 1 rows"):
+        run([BAD_ROWS[4][0]])
+    store = store_of(make_recipe)
+    assert store.quarantine("toy").collect()["reason"].to_list() == ["not_text"]
+    assert list(verify(store)) == []
+    again = run(good)
+    assert (again.num_pairs, again.num_new_pairs, again.quarantined) == (1, 0, first.quarantined)
+    assert store.quarantine("toy").collect()["reason"].to_list() == ["unparsable_json"]
+    assert run(good).tokens == again.tokens
+
+
+# --- scores ------------------------------------------------------------------------------------------------------------
+
+QUALITY = {"weights.estimator": "uniform", "weights.pair_weight": "quality", "weights.name": "toy/quality"}
+
+
+@pytest.mark.parametrize(
+    ("scores", "num_lacking"),
+    [([{}, {}], 2), ([{"score_chosen": 1, "score_rejected": 0}, {"score_chosen": 1, "score_rejected": None}], 1)],
+)
+def test_weights_from_scores_without_scores_are_refused_before_a_model_starts(
+    run, make_recipe, toy_model, scores, num_lacking
+):
+    rows = [pair(index) | score for index, score in enumerate(scores)]
+    message = f"'quality' needs annotators' scores of both responses, and {num_lacking} of 2 pairs .* lack one"
+    with pytest.raises(InputError, match=message):
+        run(rows, **QUALITY)
+    with pytest.raises(InputError, match=message):
+        survey(Preparation.of(make_recipe(**QUALITY), toy_model))
+    run(rows)  # without them it is a source like any other
+    with pytest.raises(InputError, match=message):  # also if the pairs are there already
+        run(rows, **QUALITY)
+
+
+def test_scores_that_are_no_numbers_are_stored_as_null_and_counted(run, caplog):
+    scores = [{"score_chosen": float("inf"), "score_rejected": "4.5"}, {"score_chosen": 1e39, "score_rejected": None}]
+    tokens, _ = tables(run([pair(index) | score for index, score in enumerate(scores)]))
+    by_row = {row["source_row"]: (row["chosen_score"], row["rejected_score"]) for row in tokens.iter_rows(named=True)}
+    assert by_row == {0: (None, 4.5), 1: (None, None)}
+    warning = (
+        "2 scores are stored as null, because they are no finite numbers of float32; the first one, in row 0, is 'inf'"
+    )
+    assert warning in caplog.text
+
+
+def test_other_columns_of_scores_in_the_same_file_are_read_again(run):
+    rows = [pair(0) | {"score_chosen": 5, "score_rejected": 4, "chosen_rating": 2, "rejected_rating": 1}]
+    first, _ = tables(run(rows))
+    named = {"dataset.chosen_score_column": "chosen_rating", "dataset.rejected_score_column": "rejected_rating"}
+    second, _ = tables(run(rows, **named))
+    assert (first["chosen_score"][0], second["chosen_score"][0]) == (5.0, 2.0)
+
+
+def test_a_column_that_appears_later_is_read_for_the_old_rows_too(run):
+    first = run([pair(0), pair(1)])
+    second = run([pair(0), pair(1) | {"system": "Be brief."}])
+    prompts = {
+        row["source_row"]: json.loads(row["prompt"])["messages"] for row in tables(second)[0].iter_rows(named=True)
+    }
+    assert [message["role"] for message in prompts[1]] == ["system", "user"]
+    assert second.tokens.fingerprint != first.tokens.fingerprint
+
+
+def test_several_answers_balance_with_the_rows_that_they_stand_for(run, make_recipe):
+    rows = [
+        {"prompt": "p", "chosen": ["a", "b", "word " * 90], "rejected": ["c", "d"]},
+        {"prompt": "p", "chosen": "a", "rejected": ["c", ""]},
+    ]
+    prepared = run(rows, **{"dataset.many_answers": "combine"})
+    # Row 0: 3 x 2 combinations, of which 2 are too long. Row 1: the pair a, c again, and an empty answer.
+    assert prepared.num_pairs == 4
+    assert prepared.quarantined == {"response_too_long": 2, "duplicate_pair": 1, "empty_response": 1}
+    assert prepared.num_source_rows == 8
+    assert list(verify(store_of(make_recipe))) == []
+    assert run([pair(0), *rows]).quarantined == {"many_answers": 2}

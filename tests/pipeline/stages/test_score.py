@@ -275,7 +275,7 @@ def test_poisonous_rows_are_quarantined_alone_and_never_tried_again(tmp_path, ru
     quarantine = WeightStore(tokens.store).table("quarantine/toy-1").scan().sort("source_row").collect()
     assert quarantine["source_row"].to_list() == [5, 6, 7, 8, 9]
     assert set(quarantine["reason"]) == {Reason.UNSCORABLE.value}
-    details = [detail.partition(": ")[2] for detail in quarantine["detail"]]
+    details = [detail.partition(": ")[2].rpartition(" (pair ")[0] for detail in quarantine["detail"]]
     assert details == [
         "prompt and response have 101 tokens, the model takes 100",
         "a token id is outside the model's vocabulary of 1000",

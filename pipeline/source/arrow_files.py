@@ -1,0 +1,186 @@
+"""Reads Parquet files, Arrow files and tables of `datasets`: only the columns that are asked for.
+
+So a column that nobody needs cannot stop a build: no image is decoded, no date is converted.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.source.rows import RawRow, Source
+from weights_store.errors import InputError
+from weights_store.messages import first_line
+from weights_store.schemas import Reason
+
+_ROWS_PER_BATCH = 1000
+
+Part = tuple[str, Callable[[list[str]], Iterable[pa.RecordBatch | pa.Table]]]
+"""A piece of a file that is read at once: its name, and a function that reads columns of it."""
+
+
+def parquet(path: Path) -> Source:
+    """Open a Parquet file.
+
+    Raises:
+        InputError: It is none, or its end is missing.
+    """
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"dataset.source {path} is not a whole Parquet file: {first_line(error)}; copy or download it again"
+        ) from error
+    parts: list[Part] = []
+    start = 0
+    for group in range(file.num_row_groups):
+        num_rows = file.metadata.row_group(group).num_rows
+        name = f"row group {group} (rows {start} to {start + num_rows - 1})"
+        parts.append((name, partial(_row_group, file, group)))
+        start += num_rows
+    return arrow_source(str(path), file.schema_arrow, parts)
+
+
+def _row_group(file: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    return file.iter_batches(_ROWS_PER_BATCH, row_groups=[group], columns=columns)
+
+
+def arrow(path: Path) -> Source:
+    """Open an Arrow IPC file, or a stream in a file, which `datasets` writes.
+
+    Raises:
+        InputError: It is neither.
+    """
+    try:
+        mapped = pa.memory_map(str(path))
+        try:
+            file = pa.ipc.open_file(mapped)
+        except pa.ArrowInvalid:
+            mapped.seek(0)
+            stream = pa.ipc.open_stream(mapped)
+            return arrow_source(str(path), stream.schema, [("the stream", partial(_stream, path))])
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"dataset.source {path} is not a whole Arrow file: {first_line(error)}; copy or download it again"
+        ) from error
+    parts: list[Part] = [(f"record batch {at}", partial(_batch, file, at)) for at in range(file.num_record_batches)]
+    return arrow_source(str(path), file.schema, parts)
+
+
+def _batch(file: pa.ipc.RecordBatchFileReader, at: int, columns: list[str]) -> list[pa.RecordBatch]:
+    return [file.get_batch(at).select(columns)]
+
+
+def _stream(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    with pa.memory_map(str(path)) as mapped:
+        for batch in pa.ipc.open_stream(mapped):
+            yield batch.select(columns)
+
+
+def arrow_source(name: str, schema: pa.Schema, parts: Iterable[Part]) -> Source:
+    """Return the source of a table that is read in parts.
+
+    Raises:
+        InputError: When it is read: a part is damaged.
+    """
+    texts = frozenset(field.name for field in schema if _may_be_text(field.type))
+
+    names = schema.names
+    doubled = frozenset(column for column in names if names.count(column) > 1)
+
+    def read(columns: Collection[str] | None = None) -> Iterator[RawRow]:
+        return _rows(name, parts, [column for column in names if columns is None or column in columns])
+
+    return Source(name, read, list(dict.fromkeys(names)), texts, doubled)
+
+
+def _rows(name: str, parts: Iterable[Part], columns: list[str]) -> Iterator[RawRow]:
+    index = 0
+    for part, batches in parts:
+        try:
+            for batch in batches(columns):
+                for start in range(0, batch.num_rows, _ROWS_PER_BATCH):
+                    piece = batch.slice(start, _ROWS_PER_BATCH)
+                    yield from _values(piece, index)
+                    index += piece.num_rows
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(
+                f"dataset.source {name}: {part} is damaged, after row {index}: {first_line(error)}; copy or download the "
+                "file again"
+            ) from error
+
+
+def _values(batch: pa.RecordBatch | pa.Table, index: int) -> Iterator[RawRow]:
+    """Yield the rows of a batch, the first of which is row `index`; a value that has no Python form spoils its own row only."""
+    try:
+        values = _python_rows(batch)
+    except (ValueError, OverflowError) as error:
+        if batch.num_rows > 1:
+            for at in range(batch.num_rows):
+                yield from _values(batch.slice(at, 1), index + at)
+            return
+        reason = Reason.INVALID_UTF8 if isinstance(error, UnicodeDecodeError) else Reason.NOT_TEXT
+        yield RawRow(index, None, reason, f"column {_unreadable(batch)!r}: {first_line(error)}")
+    else:
+        for at, value in enumerate(values):
+            yield RawRow(index + at, value)
+
+
+def _unreadable(row: pa.RecordBatch | pa.Table) -> str:
+    """Return the first column whose value has no Python form."""
+    for name in row.schema.names:
+        try:
+            _python_rows(row.select([name]))
+        except (ValueError, OverflowError):
+            return str(name)
+    return "?"
+
+
+def _python_rows(batch: pa.RecordBatch | pa.Table) -> list[dict[str, object]]:
+    rows: list[dict[str, Any]] = batch.to_pylist()
+    decoders = {field.name: decode for field in batch.schema if (decode := _decoder(field.type)) is not None}
+    for row in rows if decoders else ():
+        row.update({name: decode(row[name]) for name, decode in decoders.items()})
+    return rows
+
+
+def _decoder(kind: pa.DataType) -> Callable[[Any], Any] | None:
+    """Return what turns values of a type into text and JSON values; None if there is nothing to do.
+
+    Some writers do not mark their texts as UTF-8, so that they are bytes. `datasets` keeps a column of mixed types as JSON.
+    """
+    if isinstance(kind, pa.JsonType):
+        return _or_none(json.loads)
+    if _is_bytes(kind):
+        return _or_none(lambda value: value.decode("utf-8"))
+    if isinstance(kind, pa.DictionaryType):
+        return _decoder(kind.value_type)
+    inner = [_decoder(kind.field(at).type) for at in range(kind.num_fields)]
+    if not any(inner):
+        return None
+    if pa.types.is_struct(kind):
+        fields = {kind.field(at).name: decode for at, decode in enumerate(inner) if decode}
+        return _or_none(lambda value: value | {name: decode(value[name]) for name, decode in fields.items()})
+    if pa.types.is_map(kind):
+        return None
+    (decode,) = inner
+    return _or_none(lambda values: [decode(value) for value in values] if decode else values)
+
+
+def _or_none(decode: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else decode(value)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _may_be_text(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.DictionaryType):
+        return _may_be_text(kind.value_type)
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return is_text or _is_bytes(kind) or isinstance(kind, pa.JsonType)

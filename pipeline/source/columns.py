@@ -1,0 +1,258 @@
+"""Finds the columns of a source: those that the recipe names, and others by their usual names.
+
+Nothing is left out without a word: what was found under another name than the plain one is logged, and so is every column that
+is not read.
+"""
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from pipeline.recipe import DatasetSection
+from pipeline.source.load import is_hub_id, open_source
+from pipeline.source.rows import Source
+from pipeline.source.transcripts import HH, Markers, TextCount, transcript_columns
+from weights_store.errors import InputError
+from weights_store.messages import logger
+
+_log = logger(__name__)
+
+_USUAL = {
+    "prompt": (
+        "prompt",
+        "question",
+        "query",
+        "instruction",
+        "conversations",
+        "conversation",
+        "messages",
+        "input",
+    ),
+    "input": ("input",),
+    "system": ("system", "system_prompt", "system_message"),
+}
+"""The usual names of a column, the first choice first. Case, `_`, `-` and blanks do not count."""
+_RESPONSES = ("{}", "{}_response", "response_{}", "{}_answer", "answer_{}", "{}_text")
+"""The usual names of the two responses, with `chosen` and `rejected` in them."""
+_SCORE_WORDS = ("score", "rating", "reward", "grade")
+_OF_THE_CHAT = ("tools", "chat_template_kwargs")
+"""Columns that are handed to the chat template."""
+_PLAIN = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Which column of a row holds what; None: no column does."""
+
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    prompt: str | None = "prompt"
+    input: str | None = None
+    """Joined to the prompt, as in Alpaca's `instruction` and `input`."""
+    system: str | None = None
+    chosen_score: str | None = None
+    rejected_score: str | None = None
+    transcripts: Mapping[str, Markers] = field(default_factory=dict)
+    """The columns whose texts are split into turns."""
+    splits_without_prompt: bool = True
+    """Whether a response that is a transcript is split also in another column, if its row has no prompt of its own."""
+    combines_answers: bool = False
+    """A row with several answers on a side gives a pair for each combination."""
+
+    def by_role(self) -> dict[str, str]:
+        """Return the columns that there are, by what they hold."""
+        names = ("prompt", "input", "system", "chosen", "rejected", "chosen_score", "rejected_score")
+        return {name: column for name in names if (column := getattr(self, name)) is not None}
+
+    def needed(self) -> set[str]:
+        """Return every column that is read."""
+        return {*self.by_role().values(), *_OF_THE_CHAT}
+
+    def markers(self, column: str, has_prompt: bool = True) -> Markers | None:
+        """Return what splits the texts of a column into turns; None: nothing."""
+        own = self.transcripts.get(column)
+        return HH if own is None and self.splits_without_prompt and not has_prompt else own
+
+    def record(self) -> dict[str, object]:
+        """Return what decides how rows are read."""
+        found: dict[str, object] = dict(self.by_role())
+        if self.transcripts:
+            found["transcripts"] = {name: list(markers) for name, markers in self.transcripts.items()}
+        if not self.splits_without_prompt:
+            found["splits_without_prompt"] = False
+        return found | ({"many_answers": "combine"} if self.combines_answers else {})
+
+
+def find_columns(dataset: DatasetSection, names: Collection[str]) -> Columns:
+    """Return the columns of a source among all its column names.
+
+    Raises:
+        InputError: A column that the recipe names is not there, or none holds a response.
+    """
+    if not names:  # no row can be read: the reasons are in quarantine
+        return Columns()
+    chosen, rejected = _responses(dataset, names)
+    left = [name for name in names if name not in (chosen, rejected)]
+    prompt = _find(dataset, "prompt", left)
+    joins_input = prompt is not None and _key(prompt) == "instruction"
+    has_input = dataset.input_column is not None or joins_input
+    scores = _named_scores(dataset, names) or next(iter(score_columns(left)), (None, None))
+    return Columns(
+        chosen,
+        rejected,
+        prompt,
+        _find(dataset, "input", [name for name in left if name != prompt]) if has_input else None,
+        _find(dataset, "system", left),
+        *scores,
+        splits_without_prompt=dataset.transcript != "no",
+        combines_answers=dataset.many_answers == "combine",
+    )
+
+
+def score_columns(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the pairs of columns that may hold scores: equal names but for `chosen` and `rejected`, the usual ones first."""
+    keys = {_key(name): name for name in names}
+    found = [
+        (name, keys[partner])
+        for key, name in keys.items()
+        if "chosen" in key
+        and any(word in key for word in _SCORE_WORDS)
+        and (partner := key.replace("chosen", "rejected")) in keys
+    ]
+    usual = ("scorechosen", "chosenscore")
+    return sorted(found, key=lambda pair: usual.index(_key(pair[0])) if _key(pair[0]) in usual else len(usual))
+
+
+def resolve_columns(dataset: DatasetSection, source: Source) -> Columns:
+    """Return the columns of a source after a look at its rows, and log what was found.
+
+    A text format is read once for it, because a column may appear in the last row.
+
+    Raises:
+        InputError: A column is missing, or a column holds transcripts and other texts.
+    """
+    count, names = TextCount(), dict.fromkeys(source.columns or [])
+    columns = _check_doubled(source, find_columns(dataset, names)) if names else Columns()
+    looked_at = {columns.chosen, columns.rejected, columns.prompt} - {None}
+    has_texts = columns.prompt is not None and not looked_at.isdisjoint(source.texts or ())
+    if source.columns is None or (dataset.transcript == "auto" and has_texts):
+        prompts: dict[tuple[str, ...], str | None] = {}
+        for row in source.rows(None if source.columns is None else {*filter(None, looked_at)}):
+            value = row.value or {}
+            keys = tuple(value)
+            if keys not in prompts:
+                names.update(dict.fromkeys(keys))
+                prompts[keys] = _find(dataset, "prompt", names)
+            if value.get(prompts[keys] or "") not in (None, "", []):
+                count.add(value)
+        columns = find_columns(dataset, names)
+    responses = (columns.chosen, columns.rejected)
+    columns = replace(columns, transcripts=transcript_columns(dataset, columns.prompt, responses, count))
+    _report(columns, names)
+    return columns
+
+
+def _check_doubled(source: Source, columns: Columns) -> Columns:
+    doubled = sorted(source.doubled & columns.needed())
+    if doubled:
+        raise InputError(f"dataset.source {source.name} has the column {doubled[0]!r} twice; rename one of them")
+    return columns
+
+
+def check_source(dataset: DatasetSection) -> None:
+    """Check before a build that the source can be opened and has its columns; a hub dataset is left to the build.
+
+    Of a text format as many rows are read as it takes to see every column.
+
+    Raises:
+        InputError: The source cannot be read, or a column is not there.
+    """
+    if is_hub_id(dataset.source):
+        return
+    source = open_source(dataset)
+    names = dict.fromkeys(source.columns or [])
+    for row in () if names else source.rows():
+        new = dict.fromkeys(row.value or {})
+        if new.keys() - names:
+            names.update(new)
+            try:
+                find_columns(dataset, names)
+                return
+            except InputError:  # a later row may have the column
+                continue
+    _check_doubled(source, find_columns(dataset, names))
+
+
+# --- finding -----------------------------------------------------------------------------------------------------------
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _find(dataset: DatasetSection, role: str, names: Collection[str]) -> str | None:
+    """Return the column of a role: the one that the recipe names, or the first of the usual names that is there."""
+    asked = getattr(dataset, f"{role}_column")
+    if asked is not None:
+        return _named(dataset, f"{role}_column", names) if asked else None
+    return next((name for usual in _USUAL[role] if (name := _usual(usual, names)) is not None), None)
+
+
+def _usual(usual: str, names: Collection[str]) -> str | None:
+    """Return the column of a usual name; the exact spelling wins over another one."""
+    return usual if usual in names else next((name for name in names if _key(name) == _key(usual)), None)
+
+
+def _named(dataset: DatasetSection, setting: str, names: Collection[str]) -> str:
+    column = str(getattr(dataset, setting))
+    if column in names:
+        return column
+    nearest = difflib.get_close_matches(column, names, n=1)
+    hint = f"; nearest: {nearest[0]!r}" if nearest else ""
+    raise InputError(
+        f"dataset.source {dataset.source} has no column {column!r}; it has {', '.join(names)}. Set dataset.{setting}{hint}"
+    )
+
+
+def _responses(dataset: DatasetSection, names: Collection[str]) -> tuple[str, str]:
+    found: list[str] = []
+    for side in ("chosen", "rejected"):
+        setting = f"{side}_column"
+        if getattr(dataset, setting) is not None:
+            found.append(_named(dataset, setting, names))
+            continue
+        usual = (_usual(pattern.format(side), names) for pattern in _RESPONSES)
+        column = next((name for name in usual if name is not None), None)
+        if column is None:
+            raise InputError(
+                f"dataset.source {dataset.source} has no column of the {side} response; it has {', '.join(names)}. "
+                f"Set dataset.{setting}"
+            )
+        found.append(column)
+    return found[0], found[1]
+
+
+def _named_scores(dataset: DatasetSection, names: Collection[str]) -> tuple[str | None, str | None] | None:
+    if dataset.chosen_score_column is None:
+        return None
+    if not dataset.chosen_score_column:
+        return None, None
+    return _named(dataset, "chosen_score_column", names), _named(dataset, "rejected_score_column", names)
+
+
+def _report(columns: Columns, names: Collection[str]) -> None:
+    """Log the columns that were found by another name than the plain one, and those that are not read."""
+    found = {role: column for role, column in columns.by_role().items() if _PLAIN.get(role) != column}
+    if found:
+        _log.info(f"prepare: columns {', '.join(f'{role} = {column!r}' for role, column in found.items())}")
+    others = [pair for pair in score_columns(names) if pair[0] != columns.chosen_score]
+    if columns.chosen_score and others:
+        listed = ", ".join(" and ".join(map(repr, pair)) for pair in others)
+        _log.warning(
+            f"prepare: scores are read from {columns.chosen_score!r} and {columns.rejected_score!r}, and not from {listed}; "
+            "set dataset.chosen_score_column and dataset.rejected_score_column to choose"
+        )
+    unused = [name for name in names if name not in columns.needed()]
+    if unused:
+        _log.warning(f"prepare: columns that are not read: {', '.join(map(repr, unused))}")

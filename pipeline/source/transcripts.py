@@ -1,0 +1,100 @@
+"""Texts that hold a whole chat: which columns have them, and their split into turns.
+
+The usual layout is that of Anthropic-HH, see `HH`. A single text may look like it by chance ("Human: a short history"), so a
+column is split only if all of its texts are transcripts, or if the recipe says so. Where a row has no prompt of its own, only a
+transcript can hold it: there each response that is one is split.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pipeline.recipe import DatasetSection
+from pipeline.source.messages import Message
+from weights_store.errors import InputError
+from weights_store.messages import logger
+
+_log = logger(__name__)
+
+Markers = tuple[str, str]
+"""What begins a user's turn, and an assistant's."""
+HH: Markers = ("\n\nHuman:", "\n\nAssistant:")
+
+
+def split_transcript(text: str, markers: Markers) -> list[Message] | None:
+    """Return the turns of a transcript, without white space around them; None if the text does not begin with a turn."""
+    opening = next((marker for marker in markers if text.lstrip().startswith(marker.lstrip())), None)
+    if opening is None:
+        return None
+    roles = dict(zip(markers, ("user", "assistant"), strict=True))
+    rest = text.lstrip().removeprefix(opening.lstrip())
+    said, *more = re.split(f"({'|'.join(map(re.escape, markers))})", rest)
+    turns = [{"role": roles[opening], "content": said.strip()}]
+    turns += [{"role": roles[who], "content": said.strip()} for who, said in zip(more[::2], more[1::2], strict=True)]
+    return turns
+
+
+def looks_like_transcript(text: str, is_prompt: bool) -> bool:
+    """Return whether nobody but a program writes such a text: it has the white space of the layout, or turns of both sides.
+
+    A prompt must end where the assistant is to answer.
+    """
+    if text.startswith(HH[0]):
+        return True
+    if not text.lstrip().startswith(HH[0].lstrip()):
+        return False
+    return text.rstrip().endswith(HH[1]) if is_prompt else HH[1] in text
+
+
+@dataclass
+class TextCount:
+    """How many texts the columns hold in rows with a prompt, and how many of them look like transcripts."""
+
+    texts: Counter[str] = field(default_factory=Counter)
+    prompts: Counter[str] = field(default_factory=Counter)
+    responses: Counter[str] = field(default_factory=Counter)
+
+    def add(self, row: Mapping[str, object]) -> None:
+        """Count the texts of a row with a prompt of its own; blank ones do not count."""
+        for name, value in row.items():
+            if isinstance(value, str) and value.strip():
+                self.texts[name] += 1
+                if "Human:" in value[:20]:  # quick: most texts are no transcripts
+                    self.prompts[name] += looks_like_transcript(value, is_prompt=True)
+                    self.responses[name] += looks_like_transcript(value, is_prompt=False)
+
+    def are_transcripts(self, column: str, is_prompt: bool) -> bool:
+        """Return whether a column holds transcripts: all of its texts are.
+
+        Raises:
+            InputError: More than half of them are, and others are not, so somebody must decide.
+        """
+        num_texts, num_alike = self.texts[column], (self.prompts if is_prompt else self.responses)[column]
+        if num_alike == num_texts:
+            return num_texts > 0
+        what = f"{num_alike:,} of {num_texts:,} texts in column {column!r} look like transcripts of Human and Assistant"
+        if 2 * num_alike > num_texts:
+            raise InputError(
+                f'{what}, the others do not; set dataset.transcript = "hh" to split the ones that do, or "no" to split none'
+            )
+        if num_alike:
+            _log.warning(f'prepare: {what} and are read as plain text; dataset.transcript = "hh" would split them')
+        return False
+
+
+def transcript_columns(
+    dataset: DatasetSection, prompt: str | None, responses: tuple[str, str], count: TextCount
+) -> dict[str, Markers]:
+    """Return the columns whose texts are split into turns also beside a prompt, with their markers.
+
+    Raises:
+        InputError: A column holds transcripts and other texts.
+    """
+    columns = [*([] if prompt is None else [prompt]), *responses]
+    if dataset.transcript == "no":
+        return {}
+    if dataset.transcript != "auto":
+        markers = HH if dataset.transcript == "hh" else dataset.transcript
+        return dict.fromkeys(columns, markers)
+    return {column: HH for column in columns if count.are_transcripts(column, is_prompt=column == prompt)}
