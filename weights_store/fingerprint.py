@@ -153,12 +153,15 @@ def load_json(path: Path) -> dict[str, Any]:
     """Return one JSON file of a model folder.
 
     Raises:
-        InputError: It is not valid JSON.
+        InputError: It is not valid JSON, or not a JSON object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, got a {type(content).__name__}")
+    return content
 
 
 def explain_difference(old: object, new: object, where: str = "") -> list[str]:
