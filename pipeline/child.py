@@ -71,8 +71,8 @@ def run_child(
                     receive(line.removeprefix(PREFIX), heard)
                 elif line.strip():
                     tail = [*tail[-39:], line.rstrip()]
-        except BaseException:
-            _stop(child)
+        except BaseException as error:
+            _stop(child, was_told=isinstance(error, KeyboardInterrupt))
             raise
         finally:
             _running.discard(child)
@@ -138,14 +138,14 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 def stop_children() -> None:
     """Stop every running child and remove temporary folders; for a caller that exits without unwinding the stack."""
     for child in list(_running):
-        _stop(child)
+        _stop(child, was_told=True)
     for folder in list(_folders):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _stop(child: "subprocess.Popen[str]") -> None:
-    """Wait for a child that Ctrl-C reached too to finish its step; then terminate it, then kill it."""
-    for ask, patience_s in ((child.poll, 10), (child.terminate, 20), (child.kill, 20)):
+def _stop(child: "subprocess.Popen[str]", was_told: bool) -> None:
+    """Wait for a child that Ctrl-C reached too (`was_told`) to finish its step; then terminate it, then kill it."""
+    for ask, patience_s in ((child.poll, 10 if was_told else 0), (child.terminate, 20), (child.kill, 20)):
         ask()
         with suppress(subprocess.TimeoutExpired):
             child.wait(patience_s)
