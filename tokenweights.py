@@ -20,13 +20,15 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.run import build_parser as build_train_parser
 from weights_store.commands import add_commands, add_store_option
-from weights_store.errors import InputError, MissingExtraError
-from weights_store.packages import package_versions
+from weights_store.errors import InputError, MissingExtraError, TokenweightsError
+from weights_store.messages import first_line
+from weights_store.packages import how_to_install, missing_package, package_versions
 from weights_store.process import run_main
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_main(lambda: _train(arguments[1:]), debug="--debug" in arguments)
     options = build_parser().parse_args(arguments)
     run: Run = options.run
+    if options.extra:
+        run = needs_extra(options.extra)(run)
     after_interrupt = "interrupted; what was committed stays, run again to go on"
     return run_main(lambda: run(options), debug=options.debug, after_interrupt=after_interrupt)
 
@@ -56,16 +60,20 @@ def needs_extra(extra: str) -> Iterator[None]:
     """Name the extra to install if a package is missing that the code inside imports.
 
     Raises:
-        MissingExtraError: A package of the extra is not installed.
+        MissingExtraError: A package is not installed, or an installed one lacks what is imported from it.
     """
     try:
         yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] in ("flows", "pipeline", "train", "weights_store"):
+    except TokenweightsError:
+        raise
+    except ImportError as error:
+        package = missing_package(error) or (error.name or "").partition(".")[0]
+        if package in ("flows", "pipeline", "train", "weights_store"):
             raise
-        raise MissingExtraError(
-            f"this command needs the package {error.name!r}, which is not installed; pip install 'tokenweights[{extra}]'"
-        ) from error
+        problem = f"this command needs the package {package!r}, which is not installed"
+        if not package or find_spec(package) is not None:  # it is there, but damaged or of a version that does not fit
+            problem = f"this command cannot import what it needs: {first_line(error)}"
+        raise MissingExtraError(f"{problem}; {how_to_install(package, extra)}") from error
 
 
 # --- options -----------------------------------------------------------------------------------------------------------
@@ -84,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "train", parents=[build_train_parser()], add_help=False, help="train a model from a weight dataset"
     )
-    demo = _command(commands, "demo", _demo, "run the whole job on a made-up language")
+    demo = _command(commands, "demo", _demo, "run the whole job on a made-up language", "flows")
     demo.add_argument("--folder", default="demo", help="folder for the demo's store and models (default: demo)")
 
     def add(name: str, run: "Run", what: str) -> argparse.ArgumentParser:
@@ -127,22 +135,24 @@ def _add_build_commands(commands: "Commands") -> None:
         default="ref",
         help="model to score with: the reference, or one of the contrastive pair (default: ref)",
     )
-    serve = _command(commands, "serve", _serve, "run recipes on their schedules as Prefect deployments, until stopped")
+    what = "run recipes on their schedules as Prefect deployments, until stopped"
+    serve = _command(commands, "serve", _serve, what, "flows")
     serve.add_argument("recipes", nargs="+", metavar="RECIPE", help="TOML files, each with a [schedule]")
     _add_settings(serve)
 
 
 def _recipe_command(commands: "Commands", name: str, run: "Run", what: str) -> argparse.ArgumentParser:
-    parser = _command(commands, name, run, what)
+    parser = _command(commands, name, run, what, "flows")
     parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, see recipes/")
     _add_settings(parser)
     return parser
 
 
-def _command(commands: "Commands", name: str, run: "Run", what: str) -> argparse.ArgumentParser:
+def _command(commands: "Commands", name: str, run: "Run", what: str, extra: str = "") -> argparse.ArgumentParser:
+    """Add a command. `extra` has the packages that it needs; the store's commands need those of the base."""
     parser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, extra=extra)
     return parser
 
 
@@ -185,17 +195,17 @@ def _train(arguments: list[str]) -> int:
 
 
 def _build(options: argparse.Namespace) -> None:
-    with needs_extra("flows"):
-        from flows.run import run_build
-        from pipeline.recipe import load_recipe
+    from flows.run import run_build
+    from pipeline.recipe import load_recipe
+
     run_build(load_recipe(options.recipe, options.overrides, options.store), options.expect_same, options.debug)
 
 
 def _plan(options: argparse.Namespace) -> None:
-    with needs_extra("flows"):
-        from pipeline.dry_run.plan import plan
-        from pipeline.dry_run.table import plan_lines, plan_rows
-        from pipeline.recipe import load_recipe
+    from pipeline.dry_run.plan import plan
+    from pipeline.dry_run.table import plan_lines, plan_rows
+    from pipeline.recipe import load_recipe
+
     recipe = load_recipe(options.recipe, options.overrides, options.store)
     plans = plan(recipe)
     if options.json:
@@ -206,9 +216,9 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _check_scorer(options: argparse.Namespace) -> None:
-    with needs_extra("flows"):
-        from pipeline.parity.check import check_parity, check_scorer, parity_lines
-        from pipeline.recipe import load_recipe
+    from pipeline.parity.check import check_parity, check_scorer, parity_lines
+    from pipeline.recipe import load_recipe
+
     found = check_scorer(
         load_recipe(options.recipe, options.overrides, options.store),
         num_pairs=options.pairs,
@@ -220,15 +230,15 @@ def _check_scorer(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    with needs_extra("flows"):
-        from flows.serve import serve_recipes
-        from pipeline.recipe import load_recipe
+    from flows.serve import serve_recipes
+    from pipeline.recipe import load_recipe
+
     serve_recipes({path: load_recipe(path, options.overrides, options.store) for path in options.recipes})
 
 
 def _demo(options: argparse.Namespace) -> None:
-    with needs_extra("flows"):
-        from flows.demo import run_demo
+    from flows.demo import run_demo
+
     run_demo(options.folder, options.debug)
 
 

@@ -23,8 +23,8 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 
 from flows.run_logs import progress_artifacts, run_logs
-from pipeline.models.resolve import resolve_model
 from pipeline.parity.check import check_stored
+from pipeline.preflight import check_inputs
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.stages.anchors import sample_anchors
 from pipeline.stages.attribute import attribute
@@ -117,8 +117,8 @@ def refresh_weights(recipe_file: str, overrides: list[str] | None = None, store:
 
 @task(name="find model", task_run_name="find model")
 def find_model(recipe: Recipe) -> Path:
-    """Resolve the starting model to a folder."""
-    return resolve_model(recipe.model)
+    """Check the recipe's inputs, which a schedule finds as they are by now, and resolve the starting model to a folder."""
+    return check_inputs(recipe)
 
 
 @task(name="prepare", task_run_name="prepare {recipe.dataset.name}")

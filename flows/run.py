@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from flows.api import check_server, stop_own_server
 from flows.build import BuildResult, build_weights
 from pipeline.child import stop_children
 from pipeline.preflight import check_inputs
@@ -22,6 +23,7 @@ def run_build(recipe: Recipe, expect_same: bool = False, debug: bool = False) ->
         TokenweightsError: A stage failed. Prefect prints the traceback only with `debug`.
     """
     check_inputs(recipe)
+    check_server()
     if not debug:
         _hide_expected_tracebacks()
     with _leave_at_once_on_interrupt():
@@ -55,8 +57,9 @@ def _summary(result: BuildResult, store: str) -> Iterator[tuple[str, object]]:
 def _leave_at_once_on_interrupt() -> Iterator[None]:
     """On Ctrl-C end our children and this process, without Prefect.
 
-    Ctrl-C ends Prefect's embedded server too, and its client would call the dead server for minutes. A server that runs
-    elsewhere (`PREFECT_API_URL`) survives, so there Prefect reports the crash as usual.
+    Ctrl-C on a terminal ends Prefect's embedded server too, and its client would call the dead server for minutes. A server
+    that runs elsewhere (`PREFECT_API_URL`) survives, so there Prefect reports the crash as usual. So it does after SIGTERM,
+    which does not reach the server.
     """
     if os.environ.get("PREFECT_API_URL"):
         yield
@@ -66,6 +69,7 @@ def _leave_at_once_on_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("interrupted; what was committed stays, run again to go on", file=sys.stderr, flush=True)
         stop_children()
+        stop_own_server()
         os._exit(130)
 
     before = signal.signal(signal.SIGINT, leave)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.api import check_server
 from pipeline.recipe import Recipe
 from weights_store.errors import SettingsError, StageError
 
@@ -33,7 +34,7 @@ def serve_recipes(recipes: Mapping[str, Recipe]) -> None:
 
     Raises:
         SettingsError: A recipe has no schedule, or two have the same file name.
-        StageError: The server did not start.
+        StageError: The server did not start, or the one that `PREFECT_API_URL` names cannot be used.
     """
     names = [Path(path).stem for path in recipes]
     if len(set(names)) < len(names):
@@ -83,6 +84,7 @@ def _deployment(name: str, recipe: Recipe) -> "RunnerDeployment":
 def _api() -> Iterator[None]:
     """Start a server unless `PREFECT_API_URL` names one, and stop it at the end."""
     if os.environ.get("PREFECT_API_URL"):
+        check_server()
         yield
         return
     port = _free_port()

@@ -19,18 +19,12 @@ from pathlib import Path
 
 from weights_store.errors import EXIT_CODES, KilledError, MissingExtraError, StageError
 from weights_store.messages import PREFIX, Progress, receive
+from weights_store.packages import how_to_install
 from weights_store.process import CHILD
 
 _ROOT = Path(__file__).resolve().parent.parent
 _OURS = ("tokenweights.py", "pipeline", "train", "weights_store")
 """What a child may need of this distribution; `flows` never runs in one."""
-_REMEDIES = {
-    "vllm": "pip install 'tokenweights[score]' (GPU) or 'tokenweights[score-cpu]'",
-    "torch": "pip install 'tokenweights[train]'",
-    "peft": "pip install 'tokenweights[train]'",
-    "ray": "pip install 'tokenweights[ray]'",
-}
-"""How to install the packages that children need."""
 _MISSING = re.compile(r"ModuleNotFoundError: (?:No module named '|import of )([\w.]+)")
 _running: set["subprocess.Popen[str]"] = set()
 _folders: set[Path] = set()
@@ -44,7 +38,7 @@ def check_extra(package: str, python: str | None) -> None:
     """
     if python is None and find_spec(package) is None:
         raise MissingExtraError(
-            f"this build needs the package {package!r}, which is not installed; {_REMEDIES[package]}"
+            f"this build needs the package {package!r}, which is not installed; {how_to_install(package, 'train')}"
         )
 
 
@@ -77,8 +71,8 @@ def run_child(
                     receive(line.removeprefix(PREFIX), heard)
                 elif line.strip():
                     tail = [*tail[-39:], line.rstrip()]
-        except BaseException:
-            _stop(child)
+        except BaseException as error:
+            _stop(child, was_told=isinstance(error, KeyboardInterrupt))
             raise
         finally:
             _running.discard(child)
@@ -124,7 +118,7 @@ def _cause(tail: list[str], package: str) -> str:
         if line.startswith("error: "):
             return line.removeprefix("error: ")
         if missing := _MISSING.search(line):
-            return f"it has no package {missing[1]!r}; in its environment, {_REMEDIES[package]}"
+            return f"it has no package {missing[1]!r}; in its environment, {how_to_install(package, 'train')}"
         if line.startswith("ImportError: "):
             return line
     return "\n".join(tail[-15:]) or "it printed nothing"
@@ -144,14 +138,14 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 def stop_children() -> None:
     """Stop every running child and remove temporary folders; for a caller that exits without unwinding the stack."""
     for child in list(_running):
-        _stop(child)
+        _stop(child, was_told=True)
     for folder in list(_folders):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _stop(child: "subprocess.Popen[str]") -> None:
-    """Wait for a child that Ctrl-C reached too to finish its step; then terminate it, then kill it."""
-    for ask, patience_s in ((child.poll, 10), (child.terminate, 20), (child.kill, 20)):
+def _stop(child: "subprocess.Popen[str]", was_told: bool) -> None:
+    """Wait for a child that Ctrl-C reached too (`was_told`) to finish its step; then terminate it, then kill it."""
+    for ask, patience_s in ((child.poll, 10 if was_told else 0), (child.terminate, 20), (child.kill, 20)):
         ask()
         with suppress(subprocess.TimeoutExpired):
             child.wait(patience_s)

@@ -24,7 +24,12 @@ import pyarrow.fs as pafs
 from weights_store.errors import SettingsError, StoreError
 
 _SCHEMES = ("s3", "gs", "abfs", "abfss")
+_KNOWN = ", ".join(f"{name}://…" for name in _SCHEMES)
 _REMOTE_PART = re.compile(r"[A-Za-z0-9_.=+~@:,-]+")  # pyarrow, deltalake and Polars read all others differently
+_SCHEME_TYPO = re.compile(
+    rf"(?:(?:{'|'.join((*_SCHEMES, 'file'))})(?::|//)|[A-Za-z][A-Za-z0-9+.-]+:/)/?", re.IGNORECASE
+)
+"""`s3:/bucket`, `s3:bucket`, `s3//bucket`, `hdfs:/folder`."""
 _ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _XML_ERROR = re.compile(r"(?:<\?xml[^>]*\?>)?\s*<Error>.*?</Error>", re.DOTALL)
@@ -51,10 +56,10 @@ class Location:
     def __post_init__(self) -> None:
         scheme, colon, rest = self.uri.partition("://")
         if not colon or scheme == "file":
+            _check_no_typo(self.uri)
             text = _local_path(self.uri)
         elif scheme not in _SCHEMES:
-            known = ", ".join(f"{name}://…" for name in _SCHEMES)
-            raise SettingsError(f"a store cannot be at {scheme}://…: expected a folder, file://… or one of {known}")
+            raise SettingsError(f"a store cannot be at {scheme}://…: expected a folder, file:///… or one of {_KNOWN}")
         else:
             text = self.uri.rstrip("/")
             _check_remote(scheme, rest.rstrip("/"))
@@ -77,6 +82,19 @@ class Location:
         if not self.is_local:
             raise SettingsError(f"{self.uri} is not a local folder")
         return Path(self.uri)
+
+    def nearest_folder(self) -> Path:
+        """Return this local folder or, if it does not exist, the nearest one above it that does.
+
+        Raises:
+            StoreError: A file is there, or where one of its parents should be.
+        """
+        place = self.path.absolute()
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir():
+            raise StoreError(f"a store cannot be at {self}: {place} is not a folder; give another folder")
+        return place
 
     @property
     def storage_options(self) -> dict[str, str]:
@@ -224,6 +242,13 @@ def _hint(error: BaseException) -> str:
     if "ACCESS_DENIED" in text or "403" in text:
         return "; check the credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION)"
     return "; check AWS_ENDPOINT_URL and the network" if "NETWORK_CONNECTION" in text else ""
+
+
+def _check_no_typo(uri: str) -> None:
+    """Refuse what would become a folder named `s3:` in the current directory."""
+    typo = _SCHEME_TYPO.match(uri)
+    if typo and not uri.startswith("file://"):
+        raise SettingsError(f"a store cannot be at {typo[0]}…: expected a folder, file:///… or one of {_KNOWN}")
 
 
 def _local_path(uri: str) -> str:

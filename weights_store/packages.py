@@ -1,6 +1,6 @@
-"""Versions of installed packages, as commits, trained models and `tokenweights --version` name them."""
+"""Installed packages: their versions, which commits, trained models and `tokenweights --version` name, and what is missing."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 
@@ -13,3 +13,26 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+_EXTRAS = {"torch": "train", "accelerate": "train", "peft": "train", "ray": "ray", "trl": "trl"}
+"""Where a package is that not every extra has."""
+
+
+def how_to_install(package: str, extra: str) -> str:
+    """Return how to install a package that is missing: by the extra that has it, which is `extra` for most."""
+    if package == "vllm":
+        return "pip install 'tokenweights[score]' (GPU) or 'tokenweights[score-cpu]'"
+    return f"pip install 'tokenweights[{_EXTRAS.get(package, extra)}]'"
+
+
+def missing_package(error: ImportError) -> str | None:
+    """Return the package that was not found, even if another package has wrapped the error; None if none was missing."""
+    names = [cause.name for cause in _causes(error) if isinstance(cause, ModuleNotFoundError) and cause.name]
+    return names[-1].partition(".")[0] if names else None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

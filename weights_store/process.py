@@ -6,6 +6,7 @@ when its parent is gone. Its exit code says which error ended it.
 
 import os
 import select
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -18,16 +19,19 @@ CHILD = "TOKENWEIGHTS_CHILD"
 
 
 def run_main(main: Callable[[], int | None], *, debug: bool = False, after_interrupt: str = "interrupted") -> int:
-    """Run the main function of a process and return its exit code: 0 done, 1 or another code an error, 130 interrupted.
+    """Run the main function of a process and return its exit code: 0 done, 1 or another code an error, 130 interrupted
+    by Ctrl-C or SIGTERM.
 
     Args:
         main: Returns the exit code; None means 0.
         debug: Raise errors with their traceback instead of printing one line.
-        after_interrupt: Printed after Ctrl-C.
+        after_interrupt: Printed then.
     """
     is_child = CHILD in os.environ
     if is_child:
         _end_with_parent()
+    else:
+        _take_sigterm_as_interrupt()
     with send_to_parent() if is_child else show_on_terminal():
         try:
             return main() or 0
@@ -50,6 +54,13 @@ def _stdout_is_closed() -> bool:
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)  # errors alone: a pipe without a reader is one
     return bool(poll.poll(0))
+
+
+def _take_sigterm_as_interrupt() -> None:
+    """Let SIGTERM unwind the stack as Ctrl-C does: children, servers and temporary folders would outlive a sudden death."""
+    is_main = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
+    if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _end_with_parent() -> None:

@@ -11,7 +11,6 @@ from typing import Literal
 
 from pipeline.dry_run.amounts import TO_BE_COMPUTED, Outlook
 from pipeline.dry_run.source import survey
-from pipeline.models.resolve import resolve_model
 from pipeline.preflight import check_inputs
 from pipeline.recipe import Recipe
 from pipeline.stages.anchors import anchors_identity
@@ -57,10 +56,9 @@ def plan(recipe: Recipe) -> list[StagePlan]:
 
     Raises:
         InputError: The recipe's inputs cannot be used, as a build would say.
-        StoreError: The store cannot be read.
+        StoreError: The store cannot be read, or a file is in its place.
     """
-    check_inputs(recipe)
-    model_folder = resolve_model(recipe.model)
+    model_folder = check_inputs(recipe, only_plan=True)
     outlook = survey(Preparation.of(recipe, model_folder))
     return list(_Plan(recipe, model_folder, outlook).stages())
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.model.checkpoint import TEMPLATE_FILES, TOKENIZER_FILES, load_checkpoint
+from train.model.weight_files import check_safetensors
 from weights_store.errors import InputError, MissingExtraError
 from weights_store.fingerprint import (
     fingerprint,
@@ -60,7 +61,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     """Return the adapter's config, if it is one that can be merged.
 
     Raises:
-        InputError: It is not a LoRA, not of a language model, has no weights, or does not name its base.
+        InputError: It is not a LoRA, not of a language model, has no weights or not all of them, or does not name its base.
     """
     config = load_json(folder / ADAPTER_CONFIG)
     kind, task = config.get("peft_type"), config.get("task_type") or "CAUSAL_LM"
@@ -77,6 +78,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"the adapter {folder} does not name its base: set base_model_name_or_path in {ADAPTER_CONFIG}"
         )
+    check_safetensors(folder / ADAPTER_WEIGHTS)
     return config
 
 

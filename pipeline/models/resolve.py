@@ -31,7 +31,8 @@ def resolve_model(model: ModelSection) -> Path:
     name = str(config["base_model_name_or_path"])
     beside = adapter / name  # a relative path starts here or at the adapter
     path = str(beside) if beside.is_dir() and not Path(name).is_dir() else name
-    base = find_folder(path, config.get("revision"), f"adapter {adapter}: base_model_name_or_path")
+    setting = f"adapter {adapter}: base_model_name_or_path"
+    base = check_model_folder(find_folder(path, config.get("revision"), setting), setting)
     target = cache_folder() / "merged" / lora.merged_fingerprint(adapter, base)[:16]
     if not (target / lora.RECORD).is_file():
         check_extra("peft", None)

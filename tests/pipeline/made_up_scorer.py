@@ -88,6 +88,8 @@ class MadeUpEngine:
 
 
 def main():
+    if sys.argv[1] == "-I":  # somebody asks which Python this is
+        os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
     log("pids", os.getpid())
     log("prefixes", sys.prefix)
     import pipeline.engine.vllm_engine

@@ -53,7 +53,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     ("uri", "text"),
     [
         ("", "store URI is empty; expected a folder or a URI"),
-        ("https://host/x", "a store cannot be at https://…: expected a folder, file://… or one of s3://…"),
+        ("https://host/x", "a store cannot be at https://…: expected a folder, file:///… or one of s3://…"),
         ("file://host/x", "names a host: expected file:///absolute/path"),
         ("s3://", "bad part '' in the store's s3:// URI: expected s3://bucket/prefix"),
         ("s3://bucket//x", "bad part '' in the store's s3:// URI"),
@@ -67,6 +67,50 @@ def test_places_that_the_libraries_read_differently_are_refused(uri, text):
     with pytest.raises(SettingsError) as caught:
         Location(uri)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "start"),
+    [
+        ("s3:/bucket/x", "s3:/"),
+        ("s3:bucket/x", "s3:"),
+        ("s3//bucket/x", "s3//"),
+        ("S3:/bucket", "S3:/"),
+        ("gs:/bucket", "gs:/"),
+        ("abfss:box@account", "abfss:"),
+        ("file:/data/store", "file:/"),
+        ("hdfs:/data/store", "hdfs:/"),
+        ("s3:/AKIDINURI:hunter2hunter2@bucket", "s3:/"),
+    ],
+)
+def test_a_mistyped_scheme_is_no_folder(uri, start):
+    with pytest.raises(SettingsError) as caught:
+        Location(uri)
+    expected = "expected a folder, file:///… or one of s3://…, gs://…, abfs://…, abfss://…"
+    assert str(caught.value) == f"a store cannot be at {start}…: {expected}"
+
+
+@pytest.mark.parametrize("uri", ["s3/x", "s3", "/data/s3:/x", "runs/12:30", "12:30/x", "c:/x"])
+def test_a_folder_may_look_a_little_like_a_scheme(uri):
+    assert Location(uri).is_local
+
+
+def test_the_nearest_folder_of_a_store_to_come_is_one_that_exists(tmp_path, monkeypatch):
+    assert Location(str(tmp_path)).nearest_folder() == tmp_path
+    assert Location(str(tmp_path / "a" / "b")).nearest_folder() == tmp_path
+    monkeypatch.chdir(tmp_path)
+    assert Location("a/b").nearest_folder() == tmp_path
+
+
+@pytest.mark.parametrize("below", ["", "/x", "/x/y"])
+def test_a_file_in_the_place_of_a_store_is_named(tmp_path, below):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(
+            StoreError, match=f"cannot be at {tmp_path}/{name}{below}: {tmp_path}/{name} is not a folder"
+        ):
+            Location(f"{tmp_path}/{name}{below}").nearest_folder()
 
 
 @pytest.mark.parametrize(

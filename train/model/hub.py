@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from train.model.weight_files import check_weight_files
 from weights_store.errors import InputError
+from weights_store.fingerprint import load_json
 from weights_store.messages import first_line
 
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
@@ -37,11 +39,13 @@ def find_folder(path: str, revision: str | None, setting: str) -> Path:
 
 
 def check_model_folder(folder: Path, setting: str) -> Path:
-    """Return a folder that holds a whole model.
+    """Return a folder that holds a whole model: a config that can be read, and weight files that are whole by their headers.
 
     Raises:
-        InputError: It has no `config.json`.
+        InputError: It does not; see `check_weight_files`.
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{setting} {folder} has no config.json: not a model folder")
+    check_weight_files(folder, setting)
+    load_json(folder / "config.json")
     return folder

@@ -102,10 +102,11 @@ def add_adapters(model: PreTrainedModel, lora: LoraSection) -> nn.Module:
 
     Raises:
         InputError: The model has no layers of these names, or shares one of them between input and output.
-        MissingExtraError: peft is not installed.
+        MissingExtraError: peft or jinja2 is not installed.
     """
-    if find_spec("peft") is None:
-        raise MissingExtraError("[lora] needs peft; pip install 'tokenweights[train]'")
+    for package in ("peft", "jinja2"):  # peft writes a model card with jinja2, after the training
+        if find_spec(package) is None:
+            raise MissingExtraError(f"[lora] needs {package}; pip install 'tokenweights[train]'")
     from peft import LoraConfig, get_peft_model
 
     tied = model.config.get_text_config().tie_word_embeddings
