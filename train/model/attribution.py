@@ -22,7 +22,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from train.model.attention import NUM_BRANCHES
 from train.model.collate import Batch, model_inputs
 from train.model.continuation import Continuation, EnoughError, KeptPrompts, SplitBatch
-from train.model.logps import decode, output_layer, per_token_logps, unwrap_adapters
+from train.model.foreign import decoder_of, output_layer, unwrap_adapters
+from train.model.logps import decode, per_token_logps
 from weights_store.errors import InputError
 
 AttributionTarget = Literal["max_logit", "gold_logps", "dpo_margin"]
@@ -194,7 +195,7 @@ def _decoder_option(model: nn.Module, **option: object) -> RemovableHandle:
     def add(_decoder: nn.Module, args: Inputs, options: dict[str, object]) -> tuple[Inputs, dict[str, object]]:
         return args, options | option
 
-    return unwrap_adapters(model).base_model.register_forward_pre_hook(add, with_kwargs=True)
+    return decoder_of(model).register_forward_pre_hook(add, with_kwargs=True)
 
 
 @contextmanager
@@ -203,7 +204,7 @@ def _last_mlp_at(model: nn.Module, places: Tensor) -> Iterator[None]:
 
     Only for plain MLPs, recognised by their usual names: a mixture of experts may do more than map each token.
     """
-    layers = getattr(unwrap_adapters(model).base_model, "layers", [None])
+    layers = getattr(decoder_of(model), "layers", [None])
     mlp: nn.Module | None = getattr(layers[-1], "mlp", None)
     if mlp is None or not isinstance(getattr(mlp, "down_proj", None), nn.Linear):
         yield
@@ -232,7 +233,7 @@ def _leaf_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
 
     def put_leaf(_layer: nn.Module, _args: Inputs, output: Tensor) -> Tensor:
         leaves.append(output.detach().to(torch.promote_types(output.dtype, torch.float32)).requires_grad_())
-        return leaves[-1].to(output.dtype)
+        return leaves[-1].to(output.dtype, copy=True)  # some families scale it in place, which a leaf does not allow
 
     with input_embeddings(model).register_forward_hook(put_leaf):
         yield leaves
@@ -263,9 +264,11 @@ def _measured_layers(model: nn.Module) -> Iterator[list[Tensor]]:
     sizes: list[Tensor] = []
 
     def measure(_decoder: nn.Module, _args: Inputs, output: BaseModelOutput) -> None:
+        if output.hidden_states is None:  # `output_layer` runs the model without its decoder
+            return
         norms = [torch.linalg.vector_norm(h.detach(), dim=-1, dtype=torch.float32) for h in output.hidden_states[1:]]
         sizes.append(torch.stack(norms).mean(0).flatten())
 
-    decoder = unwrap_adapters(model).base_model
+    decoder = decoder_of(model)
     with _decoder_option(model, output_hidden_states=True), decoder.register_forward_hook(measure):
         yield sizes
