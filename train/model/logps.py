@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
+
 from train.loss.config import KlDirection
 from train.loss.divergence import exact_kl, top_k_kl
 from train.model.attention import Packing
@@ -31,8 +32,8 @@ _PROBE_LENGTHS = (8, 5)
 _PROBE_TOLERANCE = 1e-3  # nats, float32
 _CAUSES = (
     "this family gives something else than its last hidden states to its output layer. Train and attribute another model",
-    "only behind padding, so its tokens see what comes after them. It must predict from left to right: if it is an encoder, set "
-    "is_decoder=true in its config.json",
+    "only where padding follows, so its tokens see what comes after them. It must predict from left to right: if it is an "
+    "encoder, set is_decoder=true in its config.json",
 )
 """Of a difference in a sequence without padding, and in one with it."""
 

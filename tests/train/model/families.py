@@ -29,7 +29,7 @@ for _size, _names in {
     24: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size moe_shared_expert_intermediate_size",
     NUM_HEADS: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads "
     "num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads linear_num_value_heads linear_num_heads "
-    "mamba_n_heads mamba_num_heads index_n_heads num_local_experts num_experts n_routed_experts moe_num_experts "
+    "mamba_n_heads mamba_num_heads num_local_experts num_experts n_routed_experts moe_num_experts "
     "mamba_chunk_size chunk_size block_size index_block_size patch_size mamba_dt_rank time_step_rank "
     "floor_scale original_max_position_embeddings",
     2: "num_key_value_heads kv_n_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads num_query_groups "
@@ -39,7 +39,7 @@ for _size, _names in {
     HEAD_DIM: "head_dim dim_head d_head v_head_dim qk_rope_head_dim qk_nope_head_dim kv_channels attention_head_size "
     "swa_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim mamba_head_dim mamba_headdim index_head_dim "
     "attention_head_dim rotary_dim query_pre_attn_scalar mamba_d_state ssm_state_size state_size hidden_size_per_layer_input",
-    16: "kv_lora_rank q_lora_rank o_lora_rank qk_head_dim router_hidden_size laurel_rank adapter_rank image_size "
+    16: "index_n_heads kv_lora_rank q_lora_rank o_lora_rank qk_head_dim router_hidden_size laurel_rank adapter_rank image_size "
     "mamba_d_head",
     1: "num_shared_experts n_shared_experts moe_num_shared_experts first_k_dense_replace num_dense_layers mamba_n_groups n_groups "
     "mamba_ngroups zero_expert_num moe_layer_start_index",
@@ -94,7 +94,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "mellum": WINDOWS,
-    "minimax_m3_vl_text": {"layer_types": ["minimax_m3_sparse", "full_attention"]},
+    "minimax_m3_vl_text": {"index_n_heads": 2, "layer_types": ["minimax_m3_sparse", "full_attention"]},
     "ministral": WINDOWS,
     "qwen2_moe": {"sliding_window": WINDOW},
     "qwen4_exp": {"text_config": QWEN_4},
@@ -115,6 +115,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-bidirectional": ("bert", {"is_decoder": False}),
+    "xlm-causal": ("xlm", {"causal": True}),
     "falcon-alibi": ("falcon", {"alibi": True}),
     "falcon-grouped": ("falcon", {"new_decoder_architecture": True}),
     "granitemoehybrid-attention": ("granitemoehybrid", {"layer_types": ["full_attention"] * 2}),
