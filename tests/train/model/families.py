@@ -5,6 +5,7 @@ each kind, and draws weights so large that attention, experts and windows all ma
 what cannot be made is in `NOT_MADE`, with the reason.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ VOCAB_SIZE, FIRST_ID = 96, 8
 """Ids below FIRST_ID are special in some family (padding, images, …); tests use the others."""
 WINDOW = 20
 """Longer than the sequences of the probes at load, shorter than those of the tests."""
+_NOISE = re.compile("drop|jitter")
 HIDDEN, NUM_HEADS, HEAD_DIM = 32, 4, 8
 
 SIZES: dict[str, int] = {}
@@ -53,6 +55,7 @@ MULTIPLIERS = {
     "logit_scale": 0.7, "logits_scaling": 1.5, "lm_head_multiplier": 0.6, "final_logit_softcapping": 3.0,
     "logits_soft_cap": 3.0, "output_logit_soft_cap": 3.0, "attn_logit_softcapping": 2.0, "embedding_multiplier": 1.7,
     "residual_multiplier": 0.8, "attention_multiplier": 0.5,
+    "logits_mup_width_multiplier": 1.5,
 }  # fmt: skip
 """Scaling and capping of scores and logits, which many default configs switch off."""
 
@@ -189,10 +192,18 @@ def make_config(name: str) -> PreTrainedConfig:
     return kind(**merge(merge(shrink(kind()), SPECIAL.get(model_type, {})), changes))
 
 
-def make_model(name: str, **options: Any) -> PreTrainedModel:
+def add_noise(config: PreTrainedConfig) -> None:
+    """Switch on everything that a config offers of dropout, layer drop and jitter, in training mode only."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for key, value in vars(part).items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and _NOISE.search(key):
+                vars(part)[key] = 0.3
+
+
+def make_model(name: str, config: PreTrainedConfig | None = None, **options: Any) -> PreTrainedModel:
     """Return a seeded random model in float32, in evaluation mode."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(make_config(name), **options)
+    model = AutoModelForCausalLM.from_config(config or make_config(name), **options)
     enlarge(model)
     return model.float().eval()
 
