@@ -22,8 +22,9 @@ from train.data.dataset import Pair, StoredResponse
 from train.model.attribution import TokenAttributions, attribute_tokens, input_embeddings
 from train.model.checkpoint import load_checkpoint
 from train.model.collate import PairCollator
+from train.model.foreign import is_out_of_memory
 from train.model.logps import check_output_layer
-from train.model.packing import enable_packing
+from train.model.packing import confirm_layout, enable_packing
 from train.model.token_budget import cut_by_tokens
 from weights_store.errors import OutOfMemoryError
 from weights_store.messages import first_line, logger
@@ -65,9 +66,8 @@ class PairAttributor:
         self._engine, self._restarts, self._options = request.engine, request.restarts, request.options
         with _reporting_memory():
             self._model = load_model(Path(request.model), request.engine.dtype)
-            self._not_packed = _switch_to_packing(self._model)
             self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            self._model.to(self._device)
+            self._not_packed = _choose_layout(self._model, self._device)
         if self._not_packed is not None:
             _log.info(f"responses are padded, each with its prompt: {self._not_packed}")
         # Alone, a response has its own copy of the prompt; packed in twos, the prompt is computed once.
@@ -176,15 +176,23 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
-def _switch_to_packing(model: PreTrainedModel) -> str | None:
-    """Switch to packed attention if the model can; else return why not. Tried in float32, where rounding cannot hide errors."""
+def _choose_layout(model: PreTrainedModel, device: torch.device) -> str | None:
+    """Switch to packed attention if the model can, and move it to `device`; return why it is not packed.
+
+    Tried in float32 on the CPU, where rounding cannot hide errors, then as it will run.
+
+    Raises:
+        InputError: Its code does not allow attributions, or computes log-probs in a way that we do not know.
+    """
+    ordinary = str(model.config._attn_implementation)
     stored = [(parameter, parameter.dtype) for parameter in model.parameters()]
     model.float()
     check_output_layer(model)
-    reason = enable_packing(model)
+    reason = enable_packing(model, attributions=True)
     for parameter, dtype in stored:  # `model.to(dtype)` would round the frequencies of rotary embeddings too
         parameter.data = parameter.data.to(dtype)
-    return reason
+    model.to(device)
+    return confirm_layout(model, ordinary, reason, attributions=True)
 
 
 @contextmanager
@@ -193,8 +201,7 @@ def _reporting_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # GPUs have their own error class; on CPUs it is a RuntimeError like any other.
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise OutOfMemoryError(f"attributing ran out of memory: {first_line(error)}") from error
         raise
 

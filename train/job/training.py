@@ -5,21 +5,25 @@ Not here: what is checked before (`prepare.py`).
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from transformers import PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
+from train.config import TrainConfig
 from train.data.dataset import Pair
 from train.job.card import model_card
 from train.job.gate import check_step_0
 from train.job.output import Lineage, OutputFolder, Result
 from train.job.prepare import JobInputs, JobPairs
 from train.job.progress import ProgressLines, StopAfterStep, check_tracker, metrics_line
-from train.job.ranks import gather_parameters
+from train.job.ranks import gather_parameters, join_ranks
 from train.job.stopping import StopRequest
 from train.job.trainer import PairTrainer, build_batches
-from train.model.policy import load_policy, load_reference, save_policy
+from train.model.packing import confirm_layout
+from train.model.policy import Policy, load_policy, load_reference, save_policy
 from weights_store.messages import logger
 
 __all__ = ["build_batches", "build_trainer", "check_tracker", "pass_gate", "save", "train"]
@@ -32,7 +36,9 @@ def build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: S
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     set_seed(config.optim.seed)  # new adapters begin at random
-    policy = load_policy(folder, config.model, config.lora)
+    fresh_weights = config.loss.needs.fresh_weights
+    policy = load_policy(folder, config.model, config.lora, attributions=fresh_weights)
+    policy = _place(policy, config)
     if policy.not_packed is not None:
         _log.info(f"two padded sequences per pair: {policy.not_packed}")
     # With adapters, the policy without them is the reference.
@@ -53,6 +59,26 @@ def build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: S
         f"{trainer.batches.num_steps:,} steps of {config.optim.pairs_per_step} pairs"
     )
     return trainer
+
+
+def _place(policy: Policy, config: TrainConfig) -> Policy:
+    """Move the policy to the device that it trains on, and see that its layout holds there.
+
+    With FSDP2 it stays on the CPU until it is sharded, and its layout is tried there.
+
+    Raises:
+        InputError: Its code fails there.
+    """
+    processes = join_ranks()
+    if config.parallel.strategy != "fsdp2" or processes.num_processes == 1:
+        policy.model.to(processes.device)
+    device = next(policy.model.parameters()).device
+    policy.model.train()
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16"):
+        not_packed = confirm_layout(
+            policy.model, policy.attention, policy.not_packed, attributions=config.loss.needs.fresh_weights
+        )
+    return replace(policy, not_packed=not_packed)
 
 
 def pass_gate(trainer: PairTrainer, inputs: JobInputs, sample: Sequence[Pair]) -> None:

@@ -169,7 +169,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _attention_mask: Tensor | None,
+    attention_mask: Tensor | None = None,  # noqa: ARG001 - we make our own
     *,
     packing: Packing,
     scaling: float | None = None,

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,15 @@ from transformers.modeling_outputs import BaseModelOutput
 from train.model.attention import NUM_BRANCHES
 from train.model.collate import Batch, model_inputs
 from train.model.continuation import Continuation, EnoughError, KeptPrompts, SplitBatch
-from train.model.logps import decode, output_layer, per_token_logps, unwrap_adapters
+from train.model.foreign import decoder_of, output_layer, unwrap_adapters
+from train.model.logps import decode, per_token_logps
 from weights_store.errors import InputError
 
 AttributionTarget = Literal["max_logit", "gold_logps", "dpo_margin"]
 Inputs = tuple[object, ...]
 """Positional arguments of a forward pass, as hooks see them."""
+_num_attentions: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""How many attentions a decoder computes in a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def attribute_tokens(
 
     Args:
         model: A causal language model of transformers, or peft's wrapper of one.
-        batch: A micro-batch on the model's device, packed with `share_beginnings=False` or padded on either side.
+        batch: A micro-batch on the model's device, packed with `share_beginnings=False` or padded.
         target: What is differentiated, for each sequence.
         with_prompts: Return the attribution of prompts too. Then every response needs its own prompt: padded, or packed with
             `with_rejected=False`. Takes longer, since gradients go through prompts.
@@ -96,18 +100,12 @@ def _differentiate(model: nn.Module, batch: Batch, target: AttributionTarget) ->
     It is that of the sum of all targets: a token affects the target of its own sequence alone, so gradients do not mix. In the
     margin the log-probs of rejected have a minus sign, which changes no norm: it is computed as `gold_logps`.
     """
-    with torch.enable_grad(), _leaf_embeddings(model) as embeddings:
+    with torch.enable_grad(), leaf_embeddings(model) as leaves:
         if target == "max_logit":
             value = _largest_logits(model, batch).sum()
         else:
             value = per_token_logps(model, **model_inputs(batch)).logps.sum()
-        if len(embeddings) != 1:
-            raise InputError(
-                f"{type(unwrap_adapters(model)).__name__} reads its input embeddings {len(embeddings)} times in a forward "
-                "pass, expected once: gradients with respect to them would not be the whole attribution"
-            )
-        (gradient,) = torch.autograd.grad(value, embeddings, materialize_grads=True)
-    return gradient.abs().sum(-1).flatten()
+        return embedding_norms(model, value, leaves)
 
 
 def _attribute_responses(
@@ -117,15 +115,16 @@ def _attribute_responses(
 
     The prompts run without gradients (`continuation.py`). Each response's first token, which a prompt predicts, is then not
     part of the target; it does not depend on any response token anyway. Without `sizes`, states after the last layer that no
-    target reads are not computed, which saves much in models with few layers.
+    target reads are not computed, which saves much in models with few layers; how many attentions there are is known from
+    the first batch.
     """
     split = SplitBatch.of(batch)
-    row = split.responses
-    last_layer = None if sizes is not None else unwrap_adapters(model).config.get_text_config().num_hidden_layers - 1
+    row, decoder = split.responses, decoder_of(model)
     prompt_row, response_row = ((part["branch_ids"][0], part["position_ids"][0]) for part in (split.prompts, row))
-    prompts = KeptPrompts(*prompt_row, last_layer=last_layer)
+    prompts = KeptPrompts(*prompt_row, num_attentions=_num_attentions.get(decoder) if sizes is None else None)
     with torch.no_grad(), _decoder_option(model, packing=prompts), suppress(EnoughError):
         decode(model, model_inputs(split.prompts))
+    _num_attentions[decoder] = len(prompts.kept)
     continuation = Continuation(*response_row, prompts=prompts, groups=split.groups)
     ends_alone = sizes is None and target == "max_logit"
     short_mlp = _last_mlp_at(model, _last_places(row)) if ends_alone else nullcontext()
@@ -194,7 +193,7 @@ def _decoder_option(model: nn.Module, **option: object) -> RemovableHandle:
     def add(_decoder: nn.Module, args: Inputs, options: dict[str, object]) -> tuple[Inputs, dict[str, object]]:
         return args, options | option
 
-    return unwrap_adapters(model).base_model.register_forward_pre_hook(add, with_kwargs=True)
+    return decoder_of(model).register_forward_pre_hook(add, with_kwargs=True)
 
 
 @contextmanager
@@ -203,7 +202,7 @@ def _last_mlp_at(model: nn.Module, places: Tensor) -> Iterator[None]:
 
     Only for plain MLPs, recognised by their usual names: a mixture of experts may do more than map each token.
     """
-    layers = getattr(unwrap_adapters(model).base_model, "layers", [None])
+    layers = getattr(decoder_of(model), "layers", [None])
     mlp: nn.Module | None = getattr(layers[-1], "mlp", None)
     if mlp is None or not isinstance(getattr(mlp, "down_proj", None), nn.Linear):
         yield
@@ -223,19 +222,47 @@ def _last_mlp_at(model: nn.Module, places: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _leaf_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Make the input embeddings leaves of the graph, in float32, and list them as they are looked up.
+def leaf_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Make the input embeddings leaves of the graph, in float32, and list them as the decoder looks them up.
 
     A hook lets the model still see ids, which some families read; others scale the output of the layer.
     """
     leaves: list[Tensor] = []
+    is_decoding = False
+
+    def enter(_decoder: nn.Module, _args: Inputs) -> None:
+        nonlocal is_decoding
+        is_decoding = True
+
+    def leave(_decoder: nn.Module, _args: Inputs, _output: object) -> None:
+        nonlocal is_decoding
+        is_decoding = False
 
     def put_leaf(_layer: nn.Module, _args: Inputs, output: Tensor) -> Tensor:
+        if not is_decoding:  # `output_layer` runs the rest of the model
+            return output
         leaves.append(output.detach().to(torch.promote_types(output.dtype, torch.float32)).requires_grad_())
-        return leaves[-1].to(output.dtype)
+        return leaves[-1].to(output.dtype, copy=True)  # some families scale it in place, which a leaf does not allow
 
-    with input_embeddings(model).register_forward_hook(put_leaf):
+    decoder = decoder_of(model)
+    decoding = decoder.register_forward_pre_hook(enter), decoder.register_forward_hook(leave)
+    with decoding[0], decoding[1], input_embeddings(model).register_forward_hook(put_leaf):
         yield leaves
+
+
+def embedding_norms(model: nn.Module, value: Tensor, leaves: list[Tensor]) -> Tensor:
+    """Return the L1 norm of the gradient of a scalar at every place of `input_ids`, `[N]` float32.
+
+    Raises:
+        InputError: The model did not read its input embeddings, `leaves`, exactly once.
+    """
+    if len(leaves) != 1:
+        raise InputError(
+            f"{type(unwrap_adapters(model)).__name__} reads its input embeddings {len(leaves)} times in a forward "
+            "pass, expected once: gradients with respect to them would not be the whole attribution"
+        )
+    (gradient,) = torch.autograd.grad(value, leaves, materialize_grads=True)
+    return gradient.abs().sum(-1).flatten()
 
 
 def input_embeddings(model: nn.Module) -> nn.Module:
@@ -263,9 +290,11 @@ def _measured_layers(model: nn.Module) -> Iterator[list[Tensor]]:
     sizes: list[Tensor] = []
 
     def measure(_decoder: nn.Module, _args: Inputs, output: BaseModelOutput) -> None:
+        if output.hidden_states is None:  # `output_layer` runs the model without its decoder
+            return
         norms = [torch.linalg.vector_norm(h.detach(), dim=-1, dtype=torch.float32) for h in output.hidden_states[1:]]
         sizes.append(torch.stack(norms).mean(0).flatten())
 
-    decoder = unwrap_adapters(model).base_model
+    decoder = decoder_of(model)
     with _decoder_option(model, output_hidden_states=True), decoder.register_forward_hook(measure):
         yield sizes

@@ -24,7 +24,7 @@ from train.model.logps import ModelInputs, TokenTerms
 from weights_store.schemas import SIDES
 
 Batch = dict[str, Tensor]
-PADDING_ID = 0  # any id does: masks tell what is padding
+PADDING_ID = 0  # any id does: no token sees what comes after it
 
 Ids = NDArray[np.int32]
 
@@ -139,16 +139,8 @@ def _count_common(responses: Sequence[Ids]) -> int:
 
 
 def _pad(prompts: Sequence[Ids], responses: Sequence[StoredResponse]) -> dict[str, NDArray]:
-    sequences = [np.concatenate([p, r.ids]) for p, r in zip(prompts, responses, strict=True)]
-    input_ids = _stack(sequences, PADDING_ID)
-    lengths = np.array([len(sequence) for sequence in sequences])
-    steps = np.broadcast_to(np.arange(input_ids.shape[1]), input_ids.shape)
-    return {
-        "input_ids": input_ids,
-        "position_ids": steps.copy(),
-        "attention_mask": (steps < lengths[:, None]).astype(np.int64),
-        "places": np.arange(input_ids.size).reshape(input_ids.shape),
-    }
+    input_ids = _stack([np.concatenate([p, r.ids]) for p, r in zip(prompts, responses, strict=True)], PADDING_ID)
+    return {"input_ids": input_ids, "places": np.arange(input_ids.size).reshape(input_ids.shape)}
 
 
 def _stack(rows: Sequence[NDArray], padding: int = 0) -> NDArray[np.int64]:

@@ -20,28 +20,30 @@ _FULL = 0.7
 
 
 class EnoughError(Exception):
-    """The keys and values of all layers are known; the rest of the last layer is not needed."""
+    """All keys and values are known; the rest of the last layer is not needed."""
 
 
 @dataclass
 class KeptPrompts(Packing):
-    """Prompts in one row; the keys and values of every layer, `[1, H, N, D]`, are kept.
+    """Prompts in one row; the keys and values of every attention, `[1, H, N, D]`, are kept.
+
+    By their order in a forward pass, not by module: a module may attend twice (DiffLlama), or layers run in loops (HRM).
 
     Args:
-        last_layer: Index of the layer after whose keys and values to stop; None to compute all of it.
+        num_attentions: After so many keys and values, stop; None to compute all layers to their end.
     """
 
-    last_layer: int | None = field(default=None, kw_only=True)
-    kept: dict[nn.Module, KeysValues] = field(default_factory=dict)
+    num_attentions: int | None = field(default=None, kw_only=True)
+    kept: list[KeysValues] = field(default_factory=list)
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Attend as in any packed row.
 
         Raises:
-            EnoughError: This was the last layer.
+            EnoughError: These were the last keys and values.
         """
-        self.kept[module] = key.to(value.dtype), value
-        if self.last_layer is not None and getattr(module, "layer_idx", None) == self.last_layer:
+        self.kept.append((key.to(value.dtype), value))
+        if len(self.kept) == self.num_attentions:
             raise EnoughError
         return super().attend(module, query, key, value, scoring)
 
@@ -76,10 +78,12 @@ class Continuation(Packing):
 
     prompts: KeptPrompts = field(kw_only=True)
     groups: Sequence[ResponseGroup] = field(kw_only=True)
+    num_attended: int = 0
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return the attention output of the response tokens, `[1, N, H, D]`."""
-        kept_key, kept_value = (kept[0].transpose(0, 1) for kept in self.prompts.kept[module])
+        kept_key, kept_value = (kept[0].transpose(0, 1) for kept in self.prompts.kept[self.num_attended])
+        self.num_attended += 1
         befores = (
             (kept_key[group.prompts].transpose(1, 2), kept_value[group.prompts].transpose(1, 2))
             for group in self.groups

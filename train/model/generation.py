@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from train.model.collate import PADDING_ID, Ids
-from train.model.logps import unwrap_adapters
+from train.model.foreign import unwrap_adapters
 from train.model.policy import Policy
 from train.model.sampling import AnchorSampling
 from train.model.token_budget import cut_by_tokens

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from train.loss.config import KlDirection
 from train.loss.divergence import exact_kl, top_k_kl
 from train.model.attention import Packing
+from train.model.foreign import Head, decoder_of, explain, output_layer, unwrap_adapters
 from weights_store.errors import InputError
 
 CHUNK_LOGITS = 1 << 25
@@ -28,26 +28,28 @@ CHUNK_ROWS = 256
 """Rows of logits that are computed at a time, at least; on CPUs not more, since larger chunks do not fit into the cache."""
 KEPT_LOGITS = 1 << 26
 """So many logits of a micro-batch are kept for the backward pass at most (128 MiB in bfloat16); else all are computed again."""
-_PROBE_TOKENS = 8
+_PROBE_LENGTHS = (8, 5)
 _PROBE_TOLERANCE = 1e-3  # nats, float32
-
-Head = Callable[[Tensor], Tensor]
+_CAUSES = (
+    "this family gives something else than its last hidden states to its output layer; use another model",
+    "only where padding follows, so its tokens see what comes after them. It must predict from left to right: if it is an "
+    "encoder, set is_decoder=true in its config.json",
+)
+"""Of a difference in a sequence without padding, and in one with it."""
 
 
 class ModelInputs(TypedDict):
     """The tensors of a micro-batch that `per_token_logps` takes, as `collate.py` lays them out."""
 
     input_ids: Tensor
-    """Packed pairs `[1, N]`, or padded sequences `[2 B, T]`; `position_ids` likewise."""
-    position_ids: Tensor
+    """Packed pairs `[1, N]`, or sequences `[2 B, T]` with padding at their end."""
     places: Tensor
     """`[2 B, T]`, where each token of each sequence is in the flattened `input_ids`."""
     completion_mask: Tensor
     """`[2 B, T]` bool, True on response tokens; False in the first column, which nothing predicts."""
     branch_ids: NotRequired[Tensor]
-    """Of packed pairs, `[1, N]`, see `attention.Packing`."""
-    attention_mask: NotRequired[Tensor]
-    """Of padded sequences, 1 on tokens, 0 on padding."""
+    """Of packed pairs, `[1, N]`, see `attention.Packing`; `position_ids` likewise."""
+    position_ids: NotRequired[Tensor]
     ref_top_ids: NotRequired[Tensor]
     """`[2 B, T, K]`, for a divergence from stored log-probs; `ref_top_logps` likewise."""
     ref_top_logps: NotRequired[Tensor]
@@ -143,12 +145,16 @@ def _scatter(values: Tensor, where: tuple[Tensor, Tensor], shape: torch.Size) ->
 
 
 def decode(model: nn.Module, batch: ModelInputs) -> Tensor:
-    """Return the last hidden states of all tokens, `[N, H]` (or `[2 B T, H]`)."""
-    context: dict[str, Tensor | Packing | None] = {"attention_mask": batch.get("attention_mask")}
+    """Return the last hidden states of all tokens, `[N, H]` (or `[2 B T, H]`).
+
+    Padded sequences need neither mask nor positions: nothing in a causal model sees what comes after it. `check_output_layer`
+    tests that. Masks do not hold everywhere: some families select keys, or count tokens, regardless of them.
+    """
+    context: dict[str, Tensor | Packing] = {}
     if "branch_ids" in batch:
-        context = {"packing": Packing(batch["branch_ids"][0], batch["position_ids"][0])}
-    decoder = unwrap_adapters(model).base_model
-    output = decoder(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **context)
+        position_ids = batch["position_ids"]
+        context = {"position_ids": position_ids, "packing": Packing(batch["branch_ids"][0], position_ids[0])}
+    output = decoder_of(model)(input_ids=batch["input_ids"], use_cache=False, **context)
     return output.last_hidden_state.flatten(0, 1)
 
 
@@ -225,60 +231,50 @@ class _SelectedLogps(torch.autograd.Function):
         return wide.to(logits.dtype), None
 
 
-def unwrap_adapters(model: nn.Module) -> PreTrainedModel:
-    """Return the model of transformers, without peft's wrapper if it has one."""
-    unwrap: Callable[[], PreTrainedModel] | None = getattr(model, "get_base_model", None)
-    return model if unwrap is None else unwrap()
-
-
-def output_layer(model: nn.Module) -> Head:
-    """Return the map from hidden states to logits, with the scaling or capping of some families."""
-    causal_lm = unwrap_adapters(model)
-    text_config = causal_lm.config.get_text_config()
-    lm_head: Head = causal_lm.get_output_embeddings()
-    multiplier = getattr(text_config, "logit_scale", None)  # Cohere
-    divisor = getattr(text_config, "logits_scaling", None)  # Granite
-    cap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
-
-    def head(hidden: Tensor) -> Tensor:
-        logits = lm_head(hidden)
-        if multiplier is not None:
-            logits = logits * multiplier
-        if divisor is not None:
-            logits = logits / divisor
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    return head
-
-
 def _vocab_size(model: nn.Module) -> int:
     return int(unwrap_adapters(model).config.get_text_config().vocab_size)
 
 
 @torch.no_grad()
 def check_output_layer(model: nn.Module) -> None:
-    """Compare our log-probs with those of the model's own forward pass on a few ids.
+    """Compare our log-probs of two padded sequences of a few ids with those of the model's own forward pass on each alone.
 
     Raises:
-        InputError: They differ, so this family does something to its logits that `logps.py` does not know.
+        InputError: They differ: this family gives something else than its last hidden states to its output layer, or tokens
+            see what comes after them. Or its code fails, or changes the weights.
     """
-    decoder = getattr(model, "base_model", None)
-    if decoder is None or decoder is model or getattr(model, "get_output_embeddings", lambda: None)() is None:
+    if getattr(model, "get_output_embeddings", lambda: None)() is None or decoder_of(model) is model:
         raise InputError(f"{type(model).__name__} is not a causal language model with a decoder and an output layer")
-    positions = torch.arange(_PROBE_TOKENS, device=next(model.parameters()).device)[None]
-    input_ids = (positions + 1) * 7 % _vocab_size(model)
-    row = ModelInputs(input_ids=input_ids, position_ids=positions, places=positions, completion_mask=positions > 0)
-    row["attention_mask"] = torch.ones_like(input_ids)
-    logits = model(input_ids=input_ids, attention_mask=row["attention_mask"], position_ids=positions).logits
-    expected = _select(logits.float().log_softmax(-1)[0, :-1], input_ids[0, 1:])
-    got = per_token_logps(model, **row)
-    difference = (expected - got.logps[0, 1:]).abs().max().item()
-    if not difference <= _PROBE_TOLERANCE:
+    device = next(model.parameters()).device
+    places = torch.arange(len(_PROBE_LENGTHS) * max(_PROBE_LENGTHS), device=device).view(len(_PROBE_LENGTHS), -1)
+    input_ids = (places + 1) * 7 % _vocab_size(model)
+    lengths = torch.tensor(_PROBE_LENGTHS, device=device)
+    steps = torch.arange(places.shape[1], device=device)
+    mask = (steps > 0) & (steps < lengths[:, None])
+    versions = [parameter._version for parameter in model.parameters()]
+    with explain(model, "does not run on a few ids", "use another model"):
+        got = per_token_logps(model, input_ids=input_ids, places=places, completion_mask=mask).logps
+        differences = [
+            (_own_logps(model, row[:length]) - logps[1:length]).abs().max().item()
+            for row, logps, length in zip(input_ids, got, _PROBE_LENGTHS, strict=True)
+        ]
+    if [parameter._version for parameter in model.parameters()] != versions:
         raise InputError(
-            f"{type(model).__name__}: log-probs computed from its hidden states differ from its own forward pass by "
-            f"{difference:.3g} nats, expected at most {_PROBE_TOLERANCE}; this family scales its logits in a way that "
-            "train/model/logps.py does not know yet"
+            f"{type(model).__name__} changes its own weights in a forward pass, so that another model would be saved; switch that "
+            "off in its config.json (RWKV: rescale_every=0)"
         )
+    for difference, cause in zip(differences, _CAUSES, strict=True):
+        if not difference <= _PROBE_TOLERANCE:
+            raise InputError(
+                f"{type(model).__name__}: log-probs computed from its hidden states differ from its own forward pass by "
+                f"{difference:.3g} nats, expected at most {_PROBE_TOLERANCE}; {cause}"
+            )
+
+
+def _own_logps(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the log-probs of all but the first id by the model's own forward pass, `[T - 1]`."""
+    logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    return _select(logits[:-1].float().log_softmax(-1), ids[1:])
 
 
 def route_forward(model: nn.Module, divergence: Divergence | None = None) -> None:

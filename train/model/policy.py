@@ -37,8 +37,12 @@ class Policy:
     attention: str = "sdpa"
 
 
-def load_policy(folder: Path, config: ModelConfig, lora: LoraSection | None = None) -> Policy:
+def load_policy(
+    folder: Path, config: ModelConfig, lora: LoraSection | None = None, *, attributions: bool = False
+) -> Policy:
     """Load a model for training: parameters in float32 (4 bits when quantised, then frozen), dropout off.
+
+    With `attributions`, it is packed only if packed attributions are right too.
 
     Raises:
         InputError: It cannot be loaded, lacks weights, computes its logits in a way that we do not know, or lacks the layers
@@ -47,7 +51,7 @@ def load_policy(folder: Path, config: ModelConfig, lora: LoraSection | None = No
     """
     model = _load_model(folder, config)
     attention = str(model.config._attn_implementation)
-    not_packed = enable_packing(model) if config.packing else "model.packing is false"
+    not_packed = enable_packing(model, attributions=attributions) if config.packing else "model.packing is false"
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = model if lora is None else add_adapters(model, lora)

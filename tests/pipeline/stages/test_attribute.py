@@ -162,7 +162,7 @@ def test_the_batch_budget_and_padding_change_nothing(make_request, monkeypatch):
     request = make_request(activations=True)
     expected, _ = run(request)
     small, _ = run(replace(request, engine=replace(request.engine, batch_tokens=1)))
-    monkeypatch.setattr(pipeline.workers.pair_attributor, "enable_packing", lambda model: "made up")
+    monkeypatch.setattr(pipeline.workers.pair_attributor, "enable_packing", lambda model, **_: "made up")
     padded, _ = run(request)
     for name in ATTRIBUTIONS.names[1:]:
         for other in (small, padded):
@@ -218,7 +218,7 @@ def test_pairs_that_the_model_must_not_see_go_to_quarantine(make_request):
 def test_gradients_that_are_not_finite_cost_their_own_pair_alone(make_request, monkeypatch, padded):
     """The poison stands first in the prompt of the longest pair, whose embedding fills up shorter rows of a packed batch."""
     if padded:
-        monkeypatch.setattr(pipeline.workers.pair_attributor, "enable_packing", lambda model: "made up")
+        monkeypatch.setattr(pipeline.workers.pair_attributor, "enable_packing", lambda model, **_: "made up")
     clean, _ = run(make_request())
     longest = {"prompt_ids": [POISON, 4, 5, 6], "chosen_ids": [7, 8, 9, 10, 11, 12, 13, 14]}
     poisoned = {"row5": longest, "row9": {"rejected_ids": [4, POISON, 5, 6, 7]}}

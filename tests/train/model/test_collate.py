@@ -23,8 +23,6 @@ PAIRS = [
 def test_a_batch_by_hand() -> None:
     batch = PairCollator(packed=False)(PAIRS)
     assert batch["input_ids"].tolist() == [[11, 12, 21, 2], [13, 0, 0, 0], [11, 12, 31, 0], [13, 2, 0, 2]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3]] * 4
     assert batch["places"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
     assert batch["completion_mask"].int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 1, 1, 1]]
     assert batch["token_weights"].tolist() == [[0, 0, 0.5, 1.5], [0, 0.25, 0, 0], [0, 0, 2, 0], [0, 1, 2, 3]]
@@ -102,13 +100,14 @@ def test_packed_and_padded_layouts_hold_the_same_tokens(share_beginnings: bool, 
     flags = {"with_rejected": with_rejected, "with_anchors": True, "share_beginnings": share_beginnings}
     packed, padded = (PairCollator(packed=packed, **flags)(anchored()) for packed in (True, False))
     assert len(packed["places"]) == (9 if with_rejected else 6)
-    lengths = padded["attention_mask"].bool()
-    found = [batch["input_ids"].flatten()[batch["places"]][lengths] for batch in (packed, padded)]
+    mask = padded["completion_mask"]
+    until_end = mask.flip(1).cumsum(1).flip(1) > 0  # the response and what is before it
+    found = [batch["input_ids"].flatten()[batch["places"]][until_end] for batch in (packed, padded)]
     assert torch.equal(*found)
     for name in ("completion_mask", "token_weights", "ref_logps"):
         assert torch.equal(packed[name], padded[name])
-    positions = packed["position_ids"].flatten()[packed["places"]][lengths]
-    assert torch.equal(positions, padded["position_ids"][lengths])
+    positions = packed["position_ids"].flatten()[packed["places"]][until_end]
+    assert torch.equal(positions, torch.arange(mask.shape[1]).expand_as(mask)[until_end])
 
 
 def test_a_pair_counts_with_all_its_responses() -> None:

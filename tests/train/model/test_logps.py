@@ -40,8 +40,9 @@ def test_logps_equal_cross_entropy_of_full_logits_in_value_and_gradient(model, b
     ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
 
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    logits = model(**inputs).logits
+    mask = batch["completion_mask"]
+    until_end = mask.flip(1).cumsum(1).flip(1) > 0  # the response and what is before it
+    logits = model(input_ids=batch["input_ids"], attention_mask=until_end.long()).logits
     expected = -F.cross_entropy(logits[:, :-1].transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
     expected = expected * batch["completion_mask"][:, 1:]
     assert torch.allclose(logps[:, 1:], expected, atol=1e-5)
@@ -58,8 +59,8 @@ def test_no_tensor_over_all_tokens_and_the_vocabulary_exists(model, batch, monke
     per_token_logps(model, **model_inputs(batch), chunk_logits=7 * 128)
     handle.remove()
     num_tokens = int(batch["completion_mask"].sum())
-    assert sum(rows for rows, _ in seen) == num_tokens  # response tokens only
-    assert max(seen) == (7, 128)
+    assert sum(rows for _, rows, _ in seen) == num_tokens  # response tokens only
+    assert max(seen) == (1, 7, 128)
 
 
 def test_logits_are_kept_up_to_a_limit_and_computed_again_above_it(model, batch) -> None:
@@ -68,7 +69,7 @@ def test_logits_are_kept_up_to_a_limit_and_computed_again_above_it(model, batch)
     gradients = []
     for kept_logits, runs in ((num_tokens * 128, 1), (num_tokens * 128 - 1, 2)):
         seen = []
-        handle = model.lm_head.register_forward_hook(lambda module, args, output, seen=seen: seen.append(len(output)))
+        handle = model.lm_head.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output.shape[1]))
         model.zero_grad()
         per_token_logps(
             model, **model_inputs(batch), chunk_logits=7 * 128, kept_logits=kept_logits
@@ -93,7 +94,9 @@ def test_padding_and_batch_composition_change_nothing(model, rows) -> None:
 
 def test_padding_id_does_not_matter(model, batch) -> None:
     logps = per_token_logps(model, **model_inputs(batch)).logps
-    batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 77)
+    padding = batch["completion_mask"].flip(1).cumsum(1).flip(1) == 0  # after the response
+    assert padding.any()
+    batch["input_ids"] = batch["input_ids"].masked_fill(padding, 77)
     assert torch.equal(logps, per_token_logps(model, **model_inputs(batch)).logps)
 
 
