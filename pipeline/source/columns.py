@@ -93,17 +93,16 @@ def find_columns(dataset: DatasetSection, names: Collection[str]) -> Columns:
     if not names:  # no row can be read: the reasons are in quarantine
         return Columns()
     chosen, rejected = _responses(dataset, names)
-    left = [name for name in names if name not in (chosen, rejected)]
-    prompt = _find(dataset, "prompt", left)
+    prompt = _find(dataset, "prompt", names, (chosen, rejected))
     joins_input = prompt is not None and _key(prompt) == "instruction"
     has_input = dataset.input_column is not None or joins_input
-    scores = _named_scores(dataset, names) or next(iter(score_columns(left)), (None, None))
+    scores = _named_scores(dataset, names) or next(iter(score_columns(names)), (None, None))
     return Columns(
         chosen,
         rejected,
         prompt,
-        _find(dataset, "input", [name for name in left if name != prompt]) if has_input else None,
-        _find(dataset, "system", left),
+        _find(dataset, "input", names, (chosen, rejected, prompt)) if has_input else None,
+        _find(dataset, "system", names, (chosen, rejected, prompt)),
         *scores,
         splits_without_prompt=dataset.transcript != "no",
         combines_answers=dataset.many_answers == "combine",
@@ -191,12 +190,13 @@ def _key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _find(dataset: DatasetSection, role: str, names: Collection[str]) -> str | None:
-    """Return the column of a role: the one that the recipe names, or the first of the usual names that is there."""
+def _find(dataset: DatasetSection, role: str, names: Collection[str], taken: Collection[str | None] = ()) -> str | None:
+    """Return the column of a role: the one that the recipe names, or the first of the usual names that is not taken."""
     asked = getattr(dataset, f"{role}_column")
     if asked is not None:
         return _named(dataset, f"{role}_column", names) if asked else None
-    return next((name for usual in _USUAL[role] if (name := _usual(usual, names)) is not None), None)
+    free = [name for name in names if name not in taken]
+    return next((name for usual in _USUAL[role] if (name := _usual(usual, free)) is not None), None)
 
 
 def _usual(usual: str, names: Collection[str]) -> str | None:
