@@ -12,11 +12,12 @@ from itertools import islice
 import pyarrow as pa
 
 from pipeline.recipe import DatasetSection
+from pipeline.source.answers import read_pairs
 from pipeline.source.columns import Columns, resolve_columns
 from pipeline.source.external_sort import ExternalSort
 from pipeline.source.load import open_source
 from pipeline.source.messages import Unusable
-from pipeline.source.pairs import Pair, read_pairs
+from pipeline.source.pairs import Pair
 from pipeline.source.rows import RawRow, Source
 from weights_store.errors import InputError
 from weights_store.fingerprint import canonical_json
