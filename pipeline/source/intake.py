@@ -116,18 +116,22 @@ class Intake:
                 self.num_odd_scores += 1
                 self.examples.setdefault("odd score", f"the first one, in row {row.source_row}, is {str(value)[:40]!r}")
 
-    def add_example(self, problem: Unusable, source_row: int | None, raw: str) -> None:
-        """Keep the first unusable row of each reason for `no_usable_pair`."""
-        where = "" if source_row is None else f" row {source_row}:"
+    def add_example(self, problem: Unusable, source_row: int, raw: str) -> None:
+        """Keep the first unusable row of each reason for `explain`."""
         start = f"{raw[:_EXAMPLE_CHARACTERS]}…" if len(raw) > _EXAMPLE_CHARACTERS else raw
-        self.examples.setdefault(problem.reason.value, f"{problem.reason.value}:{where} {problem.detail}, in {start}")
+        reason = problem.reason.value
+        self.examples.setdefault(reason, f"{reason}: row {source_row}: {problem.detail}, in {start}")
+
+    def explain(self, reasons: Counter[str]) -> str:
+        """Return how often each reason occurs, in brackets, and an example of each."""
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "the source is empty"
+        examples = [self.examples[reason] for reason, _ in reasons.most_common() if reason in self.examples]
+        return _storable("; ".join([f"({counts})", *examples]))
 
     def no_usable_pair(self, reasons: Counter[str]) -> InputError:
         """Return the error for a source in which no row can be used, with one example of each reason."""
-        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "the source is empty"
-        examples = [self.examples[reason] for reason, _ in reasons.most_common() if reason in self.examples]
-        what = f"dataset.source {self.dataset.source}: no usable pair in {self.num_rows} rows ({counts})"
-        return InputError(_storable("; ".join([what, *examples])))
+        what = f"dataset.source {self.dataset.source}: no usable pair in {self.num_rows} rows"
+        return InputError(f"{what} {self.explain(reasons)}")
 
 
 def _raw_text(row: RawRow) -> str:
