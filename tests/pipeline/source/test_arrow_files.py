@@ -195,16 +195,6 @@ def test_the_format_and_the_order_of_a_saved_dataset(save, read):
     ]
 
 
-def test_a_column_of_mixed_types_is_read_as_what_it_holds(tmp_path, read, write_jsonl):
-    # `datasets` makes JSON texts of such a column.
-    (tmp_path / "folder").mkdir()
-    rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}] * 2
-    rows.append({"prompt": message("user", "q"), "chosen": "a", "rejected": "b"})
-    write_jsonl(tmp_path / "folder" / "x.jsonl", rows)
-    pairs, _ = read(tmp_path / "folder")
-    assert [pair.prompt for pair in pairs.values()] == [message("user", text) for text in ("p", "p", "q")]
-
-
 def test_splits_that_a_saved_dataset_has_are_listed(save, read):
     import datasets
 
@@ -222,29 +212,6 @@ def test_a_damaged_saved_dataset_is_named(save, read):
     file.write_bytes(file.read_bytes()[:300])
     with pytest.raises(InputError, match="saved is no whole saved dataset: "):
         read(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "split", "message"),
-    [
-        ("test-00000.parquet", "train", r"no dataset with split 'train' in this folder: .*\['test'\]"),
-        (None, "train", "no dataset with split 'train' in this folder: "),
-    ],
-)
-def test_a_folder_without_the_split_says_what_is_there(tmp_path, read, name, split, message):
-    (tmp_path / "folder").mkdir()
-    if name:
-        pq.write_table(TEXTS, tmp_path / "folder" / name)
-    with pytest.raises(InputError, match=message):
-        read(tmp_path / "folder", split=split)
-
-
-def test_a_folder_of_parquet_files_is_one_source(tmp_path, read):
-    (tmp_path / "folder").mkdir()
-    for index in range(2):
-        pq.write_table(TEXTS.slice(index), tmp_path / "folder" / f"train-0000{index}.parquet")
-    pairs, _ = read(tmp_path / "folder")
-    assert [pair.chosen for pair in pairs.values()] == ["a", "b", "c", "b", "c"]
 
 
 def test_a_stream_is_read_by_its_columns_also_if_it_does_not_know_them():

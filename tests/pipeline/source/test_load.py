@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from pipeline.recipe import DatasetSection
@@ -113,3 +114,70 @@ print(time.monotonic() - start < 10)
         "dataset.source 'dat/pairs' is no file or folder here (nearest: dat/pairs-v2), and could not be loaded from the hub: "
     )
     assert is_fast == "True"
+
+
+# --- folders of files --------------------------------------------------------------------------------------------------
+
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+def write_parquet(path, *rows):
+    path.parent.mkdir(exist_ok=True)
+    pl.DataFrame(rows).write_parquet(path)
+
+
+def test_the_files_of_a_split_are_one_source_with_rows_counted_through(tmp_path, read):
+    folder = tmp_path / "folder"
+    write_parquet(folder / "train-00000.parquet", PAIR, PAIR | {"chosen": "c"})
+    write_parquet(folder / "train-00001.parquet", PAIR | {"chosen": "d", "system": "s"})
+    write_parquet(folder / "test-00000.parquet", PAIR | {"chosen": "e"})
+    (folder / "README.md").write_text("Pairs.")
+    (folder / "dataset_infos.json").write_text("{}")
+    pairs, _ = read(folder)
+    assert [(row, pair.chosen, len(pair.prompt)) for row, pair in pairs.items()] == [
+        (0, "a", 1),
+        (1, "c", 1),
+        (2, "d", 2),
+    ]
+    assert [pair.chosen for pair in read(folder, split="test")[0].values()] == ["e"]
+    with pytest.raises(InputError, match=r"folder has no split 'tests'; it has train, test\. .* for example to 'test'"):
+        read(folder, split="tests")
+
+
+def test_a_bad_row_in_a_folder_goes_to_quarantine_alone_and_types_may_differ(tmp_path, read, write_jsonl):
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder" / "a.jsonl", [{"prompt": "p", "chosen": "a"}, PAIR])
+    write_jsonl(tmp_path / "folder" / "b.jsonl", [b"{", PAIR | {"prompt": [{"role": "user", "content": "q"}]}])
+    pairs, reasons = read(tmp_path / "folder")
+    assert [(row, pair.prompt[0]["content"]) for row, pair in pairs.items()] == [(1, "p"), (3, "q")]
+    assert reasons == {"missing_value": 1, "unparsable_json": 1}
+
+
+def test_a_damaged_file_in_a_folder_is_named(tmp_path, read):
+    write_parquet(tmp_path / "folder" / "a.parquet", PAIR)
+    (tmp_path / "folder" / "b.parquet").write_bytes(b"garbage")
+    with pytest.raises(InputError, match=r"folder/b.parquet is not a whole Parquet file"):
+        read(tmp_path / "folder")
+
+
+def test_files_of_two_kinds_in_a_folder_are_not_left_out_without_a_word(tmp_path, read, write_jsonl):
+    write_parquet(tmp_path / "folder" / "a.parquet", PAIR)
+    write_jsonl(tmp_path / "folder" / "b.jsonl", [PAIR])
+    with pytest.raises(
+        InputError, match=r"has files of several kinds, .jsonl, .parquet, of which only .* would be read"
+    ):
+        read(tmp_path / "folder")
+
+
+def test_a_folder_of_another_kind_of_files_is_read_by_datasets(tmp_path, read):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x.csv").write_text("prompt,chosen,rejected\np,a,b\n")
+    assert [pair.chosen for pair in read(tmp_path / "folder")[0].values()] == ["a"]
+
+
+def test_a_folder_without_data_says_so(tmp_path, read):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(
+        InputError, match="no dataset with split 'train' in this folder: .*doesn't contain any data files"
+    ):
+        read(tmp_path / "folder")
