@@ -41,6 +41,7 @@ _FILE_ENDINGS = (
 )
 """Endings of files that are not read: a source that ends like this is a file in the wrong format, and no hub dataset."""
 _HUB_TIMEOUT_S = 5.0
+_LOOKED_AT_OF_A_STREAM = 1000
 _FIRST_BYTES = {
     b"\x1f\x8b": ("a gzip file", ".gz", "add .gz to its name"),
     b"PAR1": ("a Parquet file", ".parquet", "give it the ending .parquet"),
@@ -258,4 +259,4 @@ def streamed(loaded: "IterableDataset", name: str) -> Source:
         )
         return (RawRow(index, value) for index, value in enumerate(wanted))
 
-    return Source(name, read, loaded.column_names)
+    return Source(name, read, loaded.column_names, max_looked_at=_LOOKED_AT_OF_A_STREAM)

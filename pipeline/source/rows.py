@@ -36,6 +36,8 @@ class Source:
     """The columns that may hold text; None if only the rows say."""
     doubled: frozenset[str] = frozenset()
     """The columns whose name stands twice, so that they cannot be told apart."""
+    max_looked_at: int | None = None
+    """How many rows a first look may read; None: all."""
     max_rows: int | None = None
 
     def rows(self, columns: Collection[str] | None = None) -> Iterator[RawRow]:
