@@ -30,7 +30,15 @@ ROWS_PER_BATCH = 2000
 """Rows of the source that are Python objects at a time."""
 _RAW_CHARACTERS = 2000
 _EXAMPLE_CHARACTERS = 100
-PAIRS = pa.schema([("pair_id", pa.string()), ("source_row", pa.int64()), ("pair", pa.string())])
+PAIRS = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("source_row", pa.int64()),
+        ("pair", pa.string()),
+        ("chosen_score", pa.float32()),
+        ("rejected_score", pa.float32()),
+    ]
+)
 
 
 def read_source(dataset: DatasetSection) -> Iterator[tuple[RawRow, Pair | Unusable]]:
@@ -89,7 +97,8 @@ class Intake:
             for row, found in batch:
                 if isinstance(found, Pair):
                     text = canonical_json(asdict(found))
-                    pairs.append({"pair_id": found.pair_id, "source_row": row.source_row, "pair": text})
+                    scores = {"chosen_score": found.chosen_score, "rejected_score": found.rejected_score}
+                    pairs.append({"pair_id": found.pair_id, "source_row": row.source_row, "pair": text, **scores})
                     self._count_scores(row, found)
                 else:
                     raw = row.raw or _raw_text(row)
