@@ -57,16 +57,17 @@ class DatasetSection(Section):
             raise ValueError("a dataset name has one part, without '/'")
         return check_name(name)
 
-    @model_validator(mode="after")
-    def _markers_can_be_told_apart(self) -> "DatasetSection":
-        if isinstance(self.transcript, tuple):
-            user, assistant = (marker.strip() for marker in self.transcript)
-            if not user or not assistant or user.startswith(assistant) or assistant.startswith(user):
-                raise ValueError(
-                    "dataset.transcript needs what begins a user's turn and what begins an assistant's, two different "
-                    f"texts, got {list(self.transcript)}"
-                )
-        return self
+    @field_validator("transcript", mode="before")
+    @classmethod
+    def _markers_can_be_told_apart(cls, given: object) -> object:
+        markers = [text.strip() for text in given if isinstance(text, str)] if isinstance(given, list | tuple) else []
+        can_be_told_apart = len(markers) == 2 and all(markers) and not any(map(str.startswith, markers, markers[::-1]))
+        if given not in ("auto", "hh", "no") and not can_be_told_apart:
+            raise ValueError(
+                "expected 'auto', 'hh', 'no', or what begins a user's turn and what begins an assistant's, for example "
+                "['prompter:', 'assistant:']"
+            )
+        return given
 
     @model_validator(mode="after")
     def _scores_of_both_sides(self) -> "DatasetSection":

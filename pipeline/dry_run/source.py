@@ -17,8 +17,11 @@ from pipeline.source.pairs import Pair
 from pipeline.stages.prepare import Preparation
 from pipeline.workers.supervise import FOLDERS
 from weights_store.fingerprint import fingerprint_text
+from weights_store.messages import logger
 from weights_store.names import name_of
 from weights_store.schemas import Reason
+
+_log = logger(__name__)
 
 SAMPLE_PAIRS = 200
 _REFUSALS = (
@@ -68,8 +71,9 @@ class _Count:
             columns = rows.select("source_row", "raw", "reason").collect()
             self.refused = {(row, fingerprint_text(raw)): reason for row, raw, reason in columns.iter_rows()}
         self.refused_again: Counter[str] = Counter()
-        self.refused_texts: list[str] = []
-        self.sample: list[str] = []
+        self.refused_texts: list[tuple[int, str]] = []
+        self.sample: list[tuple[int, str]] = []
+        """Source row and text of pairs to tokenise."""
         self.random = random.Random(0)
 
     def result(self) -> Outlook:
@@ -86,6 +90,10 @@ class _Count:
         num_pairs = self.standings["stays"] + self.standings["moved"] + num_new
         if not num_pairs and is_exact:
             raise self.intake.no_usable_pair(reasons)
+        if not lengths and self.sample:
+            _log.warning(
+                f"prepare: none of {len(self.sample)} pairs in a sample can be used {self.intake.explain(refused)}"
+            )
         means = [sum(column) / len(lengths) for column in zip(*lengths, strict=True)] or [0.0, 0.0]
         writes_all = self.base is None or bool(self.num_gone or self.standings["moved"])
         account = Account(self.start.source, self.intake.num_rows, dict(reasons))
@@ -113,12 +121,12 @@ class _Count:
                 self.num_fresh += 1
                 # Reservoir sampling: each new pair is equally likely to be in the sample, the same ones every time.
                 if len(self.sample) < SAMPLE_PAIRS:
-                    self.sample.append(text)
+                    self.sample.append((row, text))
                 elif (place := self.random.randrange(self.num_fresh)) < SAMPLE_PAIRS:
-                    self.sample[place] = text
+                    self.sample[place] = (row, text)
             else:
                 self.refused_again[reason] += 1
-                self.refused_texts = [*self.refused_texts, text][:SAMPLE_PAIRS]
+                self.refused_texts = [*self.refused_texts, (row, text)][:SAMPLE_PAIRS]
         gone = set(part.gone)
         self.num_gone += len(gone)
         for table in self.tables:
@@ -130,11 +138,11 @@ class _Count:
         """Return prompt and response tokens of each pair that can be used, and why the others cannot."""
         lengths: list[tuple[int, int]] = []
         reasons: Counter[str] = Counter()
-        for text in self.sample:
+        for row, text in self.sample:
             try:
                 tokens = self.start.tokenize(Pair.from_json(text))
                 lengths.append((len(tokens.prompt_ids), len(tokens.chosen_ids) + len(tokens.rejected_ids)))
             except Unusable as problem:
                 reasons[problem.reason.value] += 1
-                self.intake.add_example(problem, None, text)
+                self.intake.add_example(problem, row, text)
         return lengths, reasons

@@ -8,6 +8,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from pipeline.recipe import DatasetSection
 from pipeline.source.load import is_hub_id, open_source
@@ -93,17 +94,17 @@ def find_columns(dataset: DatasetSection, names: Collection[str]) -> Columns:
     if not names:  # no row can be read: the reasons are in quarantine
         return Columns()
     chosen, rejected = _responses(dataset, names)
-    left = [name for name in names if name not in (chosen, rejected)]
-    prompt = _find(dataset, "prompt", left)
+    prompt = _find(dataset, "prompt", names, (chosen, rejected))
     joins_input = prompt is not None and _key(prompt) == "instruction"
     has_input = dataset.input_column is not None or joins_input
-    scores = _named_scores(dataset, names) or next(iter(score_columns(left)), (None, None))
+    usual_scores = score_columns(name for name in names if name not in (chosen, rejected))
+    scores = _named_scores(dataset, names) or next(iter(usual_scores), (None, None))
     return Columns(
         chosen,
         rejected,
         prompt,
-        _find(dataset, "input", [name for name in left if name != prompt]) if has_input else None,
-        _find(dataset, "system", left),
+        _find(dataset, "input", names, (chosen, rejected, prompt)) if has_input else None,
+        _find(dataset, "system", names, (chosen, rejected, prompt)),
         *scores,
         splits_without_prompt=dataset.transcript != "no",
         combines_answers=dataset.many_answers == "combine",
@@ -127,30 +128,33 @@ def score_columns(names: Iterable[str]) -> list[tuple[str, str]]:
 def resolve_columns(dataset: DatasetSection, source: Source) -> Columns:
     """Return the columns of a source after a look at its rows, and log what was found.
 
-    A text format is read once for it, because a column may appear in the last row.
+    A text format is read once for it, because a column may appear in the last row; of a stream only the first rows are read.
 
     Raises:
         InputError: A column is missing, or a column holds transcripts and other texts.
     """
     count, names = TextCount(), dict.fromkeys(source.columns or [])
     columns = _check_doubled(source, find_columns(dataset, names)) if names else Columns()
-    looked_at = {columns.chosen, columns.rejected, columns.prompt} - {None}
-    has_texts = columns.prompt is not None and not looked_at.isdisjoint(source.texts or ())
+    asked = {columns.chosen, columns.rejected, columns.prompt or ""}
+    has_texts = columns.prompt is not None and (source.texts is None or not asked.isdisjoint(source.texts))
     if source.columns is None or (dataset.transcript == "auto" and has_texts):
-        prompts: dict[tuple[str, ...], str | None] = {}
-        for row in source.rows(None if source.columns is None else {*filter(None, looked_at)}):
+        for row in islice(source.rows(asked if names else None), source.max_looked_at):
             value = row.value or {}
-            keys = tuple(value)
-            if keys not in prompts:
-                names.update(dict.fromkeys(keys))
-                prompts[keys] = _find(dataset, "prompt", names)
-            if value.get(prompts[keys] or "") not in (None, "", []):
+            if not value.keys() <= names.keys():
+                names.update(dict.fromkeys(value))
+                columns = replace(columns, prompt=_find_prompt(dataset, names))
+            if value.get(columns.prompt or "") not in (None, "", []):
                 count.add(value)
         columns = find_columns(dataset, names)
     responses = (columns.chosen, columns.rejected)
     columns = replace(columns, transcripts=transcript_columns(dataset, columns.prompt, responses, count))
     _report(columns, names)
     return columns
+
+
+def _find_prompt(dataset: DatasetSection, names: Collection[str]) -> str | None:
+    """Return the prompt column of the rows so far; the one that the recipe names may come in a later row."""
+    return dataset.prompt_column or _find(dataset, "prompt", names, (dataset.chosen_column, dataset.rejected_column))
 
 
 def _check_doubled(source: Source, columns: Columns) -> Columns:
@@ -191,12 +195,13 @@ def _key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _find(dataset: DatasetSection, role: str, names: Collection[str]) -> str | None:
-    """Return the column of a role: the one that the recipe names, or the first of the usual names that is there."""
+def _find(dataset: DatasetSection, role: str, names: Collection[str], taken: Collection[str | None] = ()) -> str | None:
+    """Return the column of a role: the one that the recipe names, or the first of the usual names that is not taken."""
     asked = getattr(dataset, f"{role}_column")
     if asked is not None:
         return _named(dataset, f"{role}_column", names) if asked else None
-    return next((name for usual in _USUAL[role] if (name := _usual(usual, names)) is not None), None)
+    free = [name for name in names if name not in taken]
+    return next((name for usual in _USUAL[role] if (name := _usual(usual, free)) is not None), None)
 
 
 def _usual(usual: str, names: Collection[str]) -> str | None:
@@ -246,7 +251,7 @@ def _report(columns: Columns, names: Collection[str]) -> None:
     found = {role: column for role, column in columns.by_role().items() if _PLAIN.get(role) != column}
     if found:
         _log.info(f"prepare: columns {', '.join(f'{role} = {column!r}' for role, column in found.items())}")
-    others = [pair for pair in score_columns(names) if pair[0] != columns.chosen_score]
+    others = [pair for pair in score_columns(names) if pair[0] not in (columns.chosen_score, columns.chosen)]
     if columns.chosen_score and others:
         listed = ", ".join(" and ".join(map(repr, pair)) for pair in others)
         _log.warning(

@@ -10,6 +10,7 @@ import polars as pl
 
 from pipeline.source.external_sort import ExternalSort
 from weights_store import Table
+from weights_store.schemas import SIDES
 from weights_store.tables.key_ranges import KeyRange
 from weights_store.tables.metadata import SourceRecord
 
@@ -43,8 +44,11 @@ class ComparedPair(NamedTuple):
     source_row: int
     pair: str
     """The pair as JSON text."""
+    chosen_score: float | None
+    rejected_score: float | None
     standing: Literal["new", "stays", "moved", "duplicate"]
-    """`moved`: the version has the pair from another row of the source. `duplicate`: an earlier row has the same pair."""
+    """`moved`: the version has the pair from another row of the source, or with other scores. `duplicate`: an earlier row has
+    the same pair."""
 
 
 class ComparedRange(NamedTuple):
@@ -59,19 +63,22 @@ class ComparedRange(NamedTuple):
 
 def compared_ranges(pairs: ExternalSort, tokens: Table, version: int | None) -> Iterator[ComparedRange]:
     """Yield the pairs of a source against a version of their tokens table; None: every pair is new."""
+    scores = [f"{side}_score" for side in SIDES]
+    has_other_scores = pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"old_{name}")) for name in scores)
     standing = (
         pl.when(~pl.col("pair_id").is_first_distinct())
         .then(pl.lit("duplicate"))
         .when(pl.col("old_row").is_null())
         .then(pl.lit("new"))
-        .when(pl.col("old_row") != pl.col("source_row"))
+        .when((pl.col("old_row") != pl.col("source_row")) | has_other_scores)
         .then(pl.lit("moved"))
         .otherwise(pl.lit("stays"))
     )
     for piece, sorted_rows in pairs.ranges():
         rows = pl.DataFrame(pl.from_arrow(sorted_rows))
         scanned = rows.clear().lazy() if version is None else piece.of(tokens.scan(version))
-        old = scanned.select("pair_id", old_row="source_row").collect()
+        columns = scanned.select("pair_id", "source_row", *scores)
+        old = columns.rename({"source_row": "old_row"} | {name: f"old_{name}" for name in scores}).collect()
         joined = rows.join(old, on="pair_id", how="left", maintain_order="left")
         gone = old.join(rows, on="pair_id", how="anti")["pair_id"]
-        yield ComparedRange(piece, joined.select("pair_id", "source_row", "pair", standing=standing), gone)
+        yield ComparedRange(piece, joined.select("pair_id", "source_row", "pair", *scores, standing=standing), gone)

@@ -12,11 +12,12 @@ from itertools import islice
 import pyarrow as pa
 
 from pipeline.recipe import DatasetSection
+from pipeline.source.answers import read_pairs
 from pipeline.source.columns import Columns, resolve_columns
 from pipeline.source.external_sort import ExternalSort
 from pipeline.source.load import open_source
 from pipeline.source.messages import Unusable
-from pipeline.source.pairs import Pair, read_pairs
+from pipeline.source.pairs import Pair
 from pipeline.source.rows import RawRow, Source
 from weights_store.errors import InputError
 from weights_store.messages import logger
@@ -28,7 +29,15 @@ ROWS_PER_BATCH = 2000
 """Rows of the source that are Python objects at a time."""
 _RAW_CHARACTERS = 2000
 _EXAMPLE_CHARACTERS = 100
-PAIRS = pa.schema([("pair_id", pa.string()), ("source_row", pa.int64()), ("pair", pa.string())])
+PAIRS = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("source_row", pa.int64()),
+        ("pair", pa.string()),
+        ("chosen_score", pa.float32()),
+        ("rejected_score", pa.float32()),
+    ]
+)
 
 
 def read_source(dataset: DatasetSection) -> Iterator[tuple[RawRow, Pair | Unusable]]:
@@ -86,7 +95,10 @@ class Intake:
             pairs, unusable = [], []
             for row, found in batch:
                 if isinstance(found, Pair):
-                    pairs.append({"pair_id": found.pair_id, "source_row": row.source_row, "pair": found.to_json()})
+                    scores = {"chosen_score": found.chosen_score, "rejected_score": found.rejected_score}
+                    pairs.append(
+                        {"pair_id": found.pair_id, "source_row": row.source_row, "pair": found.to_json(), **scores}
+                    )
                     self._count_scores(row, found)
                 else:
                     raw = row.raw or _raw_text(row)
@@ -113,18 +125,22 @@ class Intake:
                 self.num_odd_scores += 1
                 self.examples.setdefault("odd score", f"the first one, in row {row.source_row}, is {str(value)[:40]!r}")
 
-    def add_example(self, problem: Unusable, source_row: int | None, raw: str) -> None:
-        """Keep the first unusable row of each reason for `no_usable_pair`."""
-        where = "" if source_row is None else f" row {source_row}:"
+    def add_example(self, problem: Unusable, source_row: int, raw: str) -> None:
+        """Keep the first unusable row of each reason for `explain`."""
         start = f"{raw[:_EXAMPLE_CHARACTERS]}…" if len(raw) > _EXAMPLE_CHARACTERS else raw
-        self.examples.setdefault(problem.reason.value, f"{problem.reason.value}:{where} {problem.detail}, in {start}")
+        reason = problem.reason.value
+        self.examples.setdefault(reason, f"{reason}: row {source_row}: {problem.detail}, in {start}")
+
+    def explain(self, reasons: Counter[str]) -> str:
+        """Return how often each reason occurs, in brackets, and an example of each."""
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "the source is empty"
+        examples = [self.examples[reason] for reason, _ in reasons.most_common() if reason in self.examples]
+        return _storable("; ".join([f"({counts})", *examples]))
 
     def no_usable_pair(self, reasons: Counter[str]) -> InputError:
         """Return the error for a source in which no row can be used, with one example of each reason."""
-        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "the source is empty"
-        examples = [self.examples[reason] for reason, _ in reasons.most_common() if reason in self.examples]
-        what = f"dataset.source {self.dataset.source}: no usable pair in {self.num_rows} rows ({counts})"
-        return InputError(_storable("; ".join([what, *examples])))
+        what = f"dataset.source {self.dataset.source}: no usable pair in {self.num_rows} rows"
+        return InputError(f"{what} {self.explain(reasons)}")
 
 
 def _raw_text(row: RawRow) -> str:

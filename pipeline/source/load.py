@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.recipe import DatasetSection
 from pipeline.source.arrow_files import arrow, arrow_source, parquet
 from pipeline.source.json_files import check_encoding, json_array, json_lines
-from pipeline.source.rows import RawRow, Source
+from pipeline.source.rows import RawRow, Source, joined
 from weights_store.errors import InputError
 from weights_store.messages import first_line, logger
 
@@ -41,6 +41,7 @@ _FILE_ENDINGS = (
 )
 """Endings of files that are not read: a source that ends like this is a file in the wrong format, and no hub dataset."""
 _HUB_TIMEOUT_S = 5.0
+_LOOKED_AT_OF_A_STREAM = 1000
 _FIRST_BYTES = {
     b"\x1f\x8b": ("a gzip file", ".gz", "add .gz to its name"),
     b"PAR1": ("a Parquet file", ".parquet", "give it the ending .parquet"),
@@ -81,8 +82,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def _open_file(path: Path) -> Source:
-    ending = path.suffix.lower()
-    kind = "".join(path.suffixes[-2:]).lower() if ending == ".gz" else ending
+    ending, kind = path.suffix.lower(), _kind(path)
     if kind not in _READERS:
         raise InputError(
             f"dataset.source {path}: unknown kind of file {kind!r}, expected one of {', '.join(_READERS)}; "
@@ -94,6 +94,12 @@ def _open_file(path: Path) -> Source:
         if first.startswith(start) and ending != own_ending:
             raise InputError(f"dataset.source {path} is {what}; {remedy}")
     return _READERS[kind](path)
+
+
+def _kind(path: Path) -> str:
+    """Return the ending of a file, with what is compressed in it: `.jsonl`, `.jsonl.gz`."""
+    ending = path.suffix.lower()
+    return "".join(path.suffixes[-2:]).lower() if ending == ".gz" else ending
 
 
 def _json_lines(path: Path) -> Source:
@@ -139,7 +145,10 @@ def _with_library(path: Path, dataset: DatasetSection) -> Source:
             loaded = _saved(path, dataset)
         elif path.is_dir():
             problem = f"{path}: no dataset with split {dataset.split!r} in this folder"
-            loaded = datasets.load_dataset(str(path), dataset.config, split=dataset.split)
+            files = _files_of_split(path, dataset)
+            if files:
+                return joined(dataset.source, [_open_file(file) for file in files])
+            loaded = datasets.load_dataset(str(path), dataset.config, split=dataset.split, data_dir=dataset.data_dir)
         else:
             loaded = _from_hub(dataset)
     except (OSError, KeyError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -160,14 +169,45 @@ def _saved(path: Path, dataset: DatasetSection) -> "Dataset":
     loaded = datasets.load_from_disk(str(path))
     if isinstance(loaded, datasets.Dataset):
         return loaded
-    names = [str(name) for name in loaded]
-    if dataset.split not in names:
-        nearest = difflib.get_close_matches(dataset.split, names, n=1, cutoff=0.0)
+    _check_split(path, dataset.split, [str(name) for name in loaded])
+    return loaded[dataset.split]
+
+
+def _check_split(path: Path, split: str, names: list[str]) -> None:
+    if split not in names:
+        nearest = difflib.get_close_matches(split, names, n=1, cutoff=0.0)
         hint = (
             f"it has {', '.join(names)}. Set dataset.split, for example to {nearest[0]!r}" if nearest else "it has none"
         )
-        raise InputError(f"dataset.source {path} has no split {dataset.split!r}; {hint}")
-    return loaded[dataset.split]
+        raise InputError(f"dataset.source {path} has no split {split!r}; {hint}")
+
+
+def _files_of_split(path: Path, dataset: DatasetSection) -> list[Path]:
+    """Return the files of one split of a folder, as `datasets` sorts them; none if they are of a kind that only it reads.
+
+    Its own reader would refuse a whole folder for one bad row, and does not say in which file that is.
+
+    Raises:
+        InputError: There is no such split, or files of another kind would be left out.
+    """
+    import datasets
+
+    if set(dataset.split) & set("[+"):  # a part of a split, or several
+        return []
+    splits = datasets.load_dataset_builder(str(path), dataset.config, data_dir=dataset.data_dir).config.data_files or {}
+    found = {str(split): [Path(file) for file in files] for split, files in splits.items()}
+    if not all(_kind(file) in _READERS for files in found.values() for file in files):
+        return []
+    _check_split(path, dataset.split, list(found))
+    kinds = {_kind(file) for files in found.values() for file in files}
+    there = [file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    others = {_kind(file) for file in there if file.is_file()} & (_READERS.keys() - {".json"})  # .json: often metadata
+    if others - kinds and dataset.config is None:
+        raise InputError(
+            f"dataset.source {path} has files of several kinds, {', '.join(sorted(others | kinds))}, of which only "
+            f"{', '.join(sorted(kinds))} would be read; keep one kind, or name one file"
+        )
+    return found[dataset.split]
 
 
 def _from_hub(dataset: DatasetSection) -> "Dataset | IterableDataset":
@@ -219,4 +259,4 @@ def streamed(loaded: "IterableDataset", name: str) -> Source:
         )
         return (RawRow(index, value) for index, value in enumerate(wanted))
 
-    return Source(name, read, loaded.column_names)
+    return Source(name, read, loaded.column_names, max_looked_at=_LOOKED_AT_OF_A_STREAM)

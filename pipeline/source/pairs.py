@@ -10,10 +10,9 @@ Does not tokenise (`chat.py`), does not read files (`load.py`) and does not find
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from decimal import Decimal
-from itertools import product
 from typing import Any
 
 from pipeline.source.columns import Columns
@@ -76,52 +75,6 @@ def _digest(value: object, num_bytes: int) -> str:
 
 def _normal(text: str) -> str:
     return unicodedata.normalize("NFC", text).strip()
-
-
-def read_pairs(row: Mapping[str, object], columns: Columns) -> Iterator[Pair | Unusable]:
-    """Yield the pairs in one raw row, or why there is none: one, or one for each combination of several answers."""
-    try:
-        alternatives = list(_alternatives(row, columns))
-    except Unusable as problem:
-        yield problem
-        return
-    seen: set[str] = set()
-    for where, alternative in alternatives:
-        try:
-            pair = read_pair(alternative, columns)
-            if pair.pair_id in seen:
-                raise Unusable(Reason.DUPLICATE_PAIR, "other answers of this row make the same pair")
-            seen.add(pair.pair_id)
-            yield pair
-        except Unusable as problem:
-            yield Unusable(problem.reason, f"{where}{problem.detail}")
-
-
-def _alternatives(row: Mapping[str, object], columns: Columns) -> Iterator[tuple[str, Mapping[str, object]]]:
-    """Yield rows with one answer on each side, and which answers they are if there are several."""
-    chosen, rejected = _answers(row.get(columns.chosen)), _answers(row.get(columns.rejected))
-    if len(chosen) == len(rejected) == 1:
-        yield "", {**row, columns.chosen: chosen[0], columns.rejected: rejected[0]}
-        return
-    if not columns.combines_answers:
-        raise Unusable(
-            Reason.MANY_ANSWERS,
-            f"{len(chosen)} chosen and {len(rejected)} rejected answers; "
-            'dataset.many_answers = "combine" would make a pair of each combination',
-        )
-    for i, j in product(range(len(chosen)), range(len(rejected))):
-        alternative = {**row, columns.chosen: chosen[i], columns.rejected: rejected[j]}
-        for column, at in ((columns.chosen_score, i), (columns.rejected_score, j)):
-            scores = row.get(column) if column is not None else None
-            if isinstance(scores, list) and at < len(scores):
-                alternative[str(column)] = scores[at]
-        yield f"chosen answer {i} and rejected answer {j}: ", alternative
-
-
-def _answers(value: object) -> list[object]:
-    """Return the answers of one side: the items of a list of texts or of chats, else the value itself."""
-    is_many = isinstance(value, list) and value and all(isinstance(item, str | list) for item in value)
-    return value if is_many and isinstance(value, list) else [value]
 
 
 def read_pair(row: Mapping[str, object], columns: Columns) -> Pair:

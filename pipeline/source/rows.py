@@ -4,8 +4,8 @@ The kinds are in `json_files.py` and `arrow_files.py`; `load.py` chooses.
 """
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 
 from weights_store.schemas import Reason
 
@@ -36,6 +36,8 @@ class Source:
     """The columns that may hold text; None if only the rows say."""
     doubled: frozenset[str] = frozenset()
     """The columns whose name stands twice, so that they cannot be told apart."""
+    max_looked_at: int | None = None
+    """How many rows a first look may read; None: all."""
     max_rows: int | None = None
 
     def rows(self, columns: Collection[str] | None = None) -> Iterator[RawRow]:
@@ -45,3 +47,21 @@ class Source:
             InputError: The source is damaged.
         """
         return islice(self.read(columns), self.max_rows)
+
+
+def joined(name: str, sources: list[Source]) -> Source:
+    """Return several sources as one; its rows are counted through."""
+
+    def read(columns: Collection[str] | None) -> Iterator[RawRow]:
+        start = 0
+        for source in sources:
+            num_rows = 0
+            for row in source.read(columns):
+                num_rows += 1
+                yield replace(row, source_row=start + row.source_row)
+            start += num_rows
+
+    known = [source.columns for source in sources]
+    columns = None if None in known else list(dict.fromkeys(chain(*filter(None, known))))
+    texts = None if columns is None else frozenset(chain(*(source.texts or () for source in sources)))
+    return Source(name, read, columns, texts, frozenset(chain(*(source.doubled for source in sources))))

@@ -20,6 +20,7 @@ _log = logger(__name__)
 Markers = tuple[str, str]
 """What begins a user's turn, and an assistant's."""
 HH: Markers = ("\n\nHuman:", "\n\nAssistant:")
+_ENCODED_CHAT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 
 
 def split_transcript(text: str, markers: Markers) -> list[Message] | None:
@@ -54,12 +55,15 @@ class TextCount:
     texts: Counter[str] = field(default_factory=Counter)
     prompts: Counter[str] = field(default_factory=Counter)
     responses: Counter[str] = field(default_factory=Counter)
+    encoded: Counter[str] = field(default_factory=Counter)
+    """Texts that are lists of messages, written as JSON or as Python prints them."""
 
     def add(self, row: Mapping[str, object]) -> None:
         """Count the texts of a row with a prompt of its own; blank ones do not count."""
         for name, value in row.items():
             if isinstance(value, str) and value.strip():
                 self.texts[name] += 1
+                self.encoded[name] += _ENCODED_CHAT.match(value) is not None
                 if "Human:" in value[:20]:  # quick: most texts are no transcripts
                     self.prompts[name] += looks_like_transcript(value, is_prompt=True)
                     self.responses[name] += looks_like_transcript(value, is_prompt=False)
@@ -89,7 +93,7 @@ def transcript_columns(
     """Return the columns whose texts are split into turns also beside a prompt, with their markers.
 
     Raises:
-        InputError: A column holds transcripts and other texts.
+        InputError: A column holds transcripts and other texts, or chats that nobody has decoded.
     """
     columns = [*([] if prompt is None else [prompt]), *responses]
     if dataset.transcript == "no":
@@ -97,4 +101,10 @@ def transcript_columns(
     if dataset.transcript != "auto":
         markers = HH if dataset.transcript == "hh" else dataset.transcript
         return dict.fromkeys(columns, markers)
+    encoded = [column for column in columns if 0 < count.texts[column] == count.encoded[column]]
+    if encoded:
+        raise InputError(
+            f"dataset.source {dataset.source}: the texts in column {encoded[0]!r} are lists of messages, written as text; "
+            'decode them first, for example with json.loads (or set dataset.transcript = "no", if they are meant as text)'
+        )
     return {column: HH for column in columns if count.are_transcripts(column, is_prompt=column == prompt)}

@@ -291,7 +291,8 @@ class _Update:
                 problems.append(quarantine_row(row.source_row, row.pair, problem, row.pair_id))
                 continue
             self.statistics["num_pairs"] += 1
-            self.pair_ids.update(row.pair_id.encode())
+            scores = [score for score in (row.chosen_score, row.rejected_score) if score is not None]
+            self.pair_ids.update(f"{row.pair_id}{scores or ''}".encode())
         return tokenised, problems
 
     def _tokens_row(self, row: ComparedPair) -> dict[str, object]:
@@ -349,13 +350,14 @@ class _Update:
         return reference
 
     def _merge(self, fresh: list[ShardRecord]) -> list[ShardRecord]:
-        """Write all rows: the old ones that are still in the source, with their row as it is now, and the new ones."""
+        """Write all rows: the old ones that are still in the source, with their row and scores as they are now, and the new."""
         writer = self.tokens.writer()
         old = self.tokens.scan(self.kept)
         new = self.tokens.scan_shards(fresh)
         for piece, rows in self.intake.pairs.ranges():
-            first = pl.DataFrame(pl.from_arrow(rows.select(["pair_id", "source_row"]))).unique("pair_id", keep="first")
-            stay = piece.of(old).drop("source_row").join(first.lazy(), on="pair_id").select(TOKENS.names)
+            current = ["source_row", *(f"{side}_score" for side in SIDES)]
+            first = pl.DataFrame(pl.from_arrow(rows.select(["pair_id", *current]))).unique("pair_id", keep="first")
+            stay = piece.of(old).drop(current).join(first.lazy(), on="pair_id").select(TOKENS.names)
             merged = pl.concat([stay, piece.of(new).select(TOKENS.names)]).sort("pair_id").collect()
             writer.write(merged.to_arrow())
         return writer.finish()

@@ -228,7 +228,9 @@ class Wanted:
         """
         if self.newest is None or self.made_differently or "position" in self.section.transforms:
             return None
-        return self.base if Join(ingredients.by_role(), self.section).has_all_of(self.table, self.base) else None
+        join = Join(ingredients.by_role(), self.section)
+        stays = join.has_all_of(self.table, self.base) and join.has_scores_of(self.table, self.base)
+        return self.base if stays else None
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

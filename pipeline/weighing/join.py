@@ -103,6 +103,17 @@ class Join:
                 "weights.pair_weight to 'margin' or 'none'"
             )
 
+    def has_scores_of(self, weights: Table, version: int | None) -> bool:
+        """Return whether the pairs of a weight dataset have the annotators' scores that they were published with."""
+        scores = [f"{side}_score" for side in SIDES]
+        for piece in weights.key_ranges(RANGE_BYTES, version):
+            published = piece.of(weights.scan(version)).select("pair_id", *scores)
+            now = piece.of(self.tokens.scan(self.version)).select("pair_id", *scores)
+            differ = pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"{name}_right")) for name in scores)
+            if not published.join(now, on="pair_id").filter(differ).head(1).collect().is_empty():
+                return False
+        return True
+
     def has_all_of(self, table: Table, version: int | None) -> bool:
         """Return whether every pair of another table is in all tables of the join."""
         for piece in table.key_ranges(RANGE_BYTES, version):

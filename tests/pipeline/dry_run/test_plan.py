@@ -432,6 +432,13 @@ def test_a_source_without_a_usable_pair_fails_as_the_build_does(make_recipe, sou
     assert messages[0] == messages[1]
 
 
+def test_a_sample_without_a_usable_pair_is_shown_with_its_reasons(make_recipe, source, monkeypatch, caplog):
+    source(*({"prompt": f"p{index}", "chosen": "word " * 2000, "rejected": "b"} for index in range(9)))
+    monkeypatch.setattr("pipeline.dry_run.source.SAMPLE_PAIRS", 4)
+    assert _plan(make_recipe(**CONTRAST))["prepare"].num_pairs == 0
+    assert "none of 4 pairs in a sample can be used (4 response_too_long); response_too_long: row " in caplog.text
+
+
 # --- attributions and anchors ------------------------------------------------------------------------------------------
 
 TI_STAGES = ["prepare", "score ref", "attribute ref", "anchors ref", "publish", "report"]

@@ -6,7 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.source.messages import Unusable
+from pipeline.recipe import DatasetSection
+from pipeline.source.columns import resolve_columns
+from pipeline.source.intake import pairs_of
+from pipeline.source.load import streamed
 from weights_store.errors import InputError
 
 TEXTS = pa.table({"prompt": ["p", "q", "r"], "chosen": ["a", "b", "c"], "rejected": ["x", "y", "z"]})
@@ -195,16 +198,6 @@ def test_the_format_and_the_order_of_a_saved_dataset(save, read):
     ]
 
 
-def test_a_column_of_mixed_types_is_read_as_what_it_holds(tmp_path, read, write_jsonl):
-    # `datasets` makes JSON texts of such a column.
-    (tmp_path / "folder").mkdir()
-    rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}] * 2
-    rows.append({"prompt": message("user", "q"), "chosen": "a", "rejected": "b"})
-    write_jsonl(tmp_path / "folder" / "x.jsonl", rows)
-    pairs, _ = read(tmp_path / "folder")
-    assert [pair.prompt for pair in pairs.values()] == [message("user", text) for text in ("p", "p", "q")]
-
-
 def test_splits_that_a_saved_dataset_has_are_listed(save, read):
     import datasets
 
@@ -224,44 +217,31 @@ def test_a_damaged_saved_dataset_is_named(save, read):
         read(path)
 
 
-@pytest.mark.parametrize(
-    ("name", "split", "message"),
-    [
-        ("test-00000.parquet", "train", r"no dataset with split 'train' in this folder: .*\['test'\]"),
-        (None, "train", "no dataset with split 'train' in this folder: "),
-    ],
-)
-def test_a_folder_without_the_split_says_what_is_there(tmp_path, read, name, split, message):
-    (tmp_path / "folder").mkdir()
-    if name:
-        pq.write_table(TEXTS, tmp_path / "folder" / name)
-    with pytest.raises(InputError, match=message):
-        read(tmp_path / "folder", split=split)
-
-
-def test_a_folder_of_parquet_files_is_one_source(tmp_path, read):
-    (tmp_path / "folder").mkdir()
-    for index in range(2):
-        pq.write_table(TEXTS.slice(index), tmp_path / "folder" / f"train-0000{index}.parquet")
-    pairs, _ = read(tmp_path / "folder")
-    assert [pair.chosen for pair in pairs.values()] == ["a", "b", "c", "b", "c"]
-
-
-def test_a_stream_is_read_by_its_columns_also_if_it_does_not_know_them():
+@pytest.fixture(params=["its columns are known", "only the rows say"])
+def stream(request):
+    """Return a function that makes a stream, as a large hub dataset is read."""
     import datasets
 
-    from pipeline.recipe import DatasetSection
-    from pipeline.source.columns import resolve_columns
-    from pipeline.source.intake import pairs_of
-    from pipeline.source.load import streamed
+    def make(table):
+        if request.param == "only the rows say":
+            return datasets.IterableDataset.from_generator(lambda: iter(table.to_pylist()))
+        return datasets.Dataset(table).to_iterable_dataset()
 
-    rows = TEXTS.to_pylist()
-    for stream in (
-        datasets.IterableDataset.from_generator(lambda: iter(rows)),
-        rows_of(extra=[1, 2, 3]).to_iterable_dataset(),
-    ):
-        source = streamed(stream, "owner/name")
-        columns = resolve_columns(DatasetSection(name="x", source="owner/name"), source)
-        found = [pair for _, pair in pairs_of(source, columns)]
-        assert not [problem for problem in found if isinstance(problem, Unusable)]
-        assert [pair.chosen for pair in found] == ["a", "b", "c"]
+    return make
+
+
+def pairs_of_stream(stream):
+    source = streamed(stream, "owner/name")
+    columns = resolve_columns(DatasetSection(name="x", source="owner/name"), source)
+    return [found for _, found in pairs_of(source, columns)]
+
+
+def test_a_stream_is_read_by_its_columns_also_if_it_does_not_know_them(stream):
+    found = pairs_of_stream(stream(TEXTS.append_column("score", pa.array([1, 2, 3]))))
+    assert [pair.chosen for pair in found] == ["a", "b", "c"]
+
+
+def test_transcripts_in_a_stream_are_found_in_its_first_rows(stream):
+    prompts = pa.array([f"\n\nHuman: {index}\n\nAssistant:" for index in range(3)])
+    found = pairs_of_stream(stream(TEXTS.set_column(0, "prompt", prompts)))
+    assert [pair.prompt for pair in found] == [message("user", str(index)) for index in range(3)]

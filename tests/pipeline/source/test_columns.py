@@ -118,6 +118,19 @@ def test_columns_may_appear_in_the_last_row_only(tmp_path, read, write_jsonl, nu
     assert (pairs[num_before].prompt[0]["role"], pairs[num_before].chosen_score) == ("system", 2.0)
 
 
+def test_a_named_prompt_column_may_appear_late_too(tmp_path, read, write_jsonl):
+    late = {"task": "\n\nHuman: p\n\nAssistant:", "chosen": "a", "rejected": "b"}
+    write_jsonl(tmp_path / "x.jsonl", [{"question": "q", "chosen": "a", "rejected": "b"}, late])
+    pairs, reasons = read(tmp_path / "x.jsonl", prompt_column="task")
+    assert (pairs[1].prompt, reasons) == ([{"role": "user", "content": "p"}], {"no_prompt": 1})
+
+
+def test_a_response_is_no_score_whatever_its_name(tmp_path, read, write_jsonl):
+    write_jsonl(tmp_path / "x.jsonl", [{"prompt": "p", "graded_chosen": "1", "graded_rejected": "2"}])
+    (pair,) = read(tmp_path / "x.jsonl", chosen_column="graded_chosen", rejected_column="graded_rejected")[0].values()
+    assert (pair.chosen, pair.rejected, pair.chosen_score) == ("1", "2", None)
+
+
 def test_the_check_before_a_build_reads_no_more_rows_than_it_needs(tmp_path):
     path = tmp_path / "x.jsonl.gz"
     whole = gzip.compress(b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n' * 50_000)

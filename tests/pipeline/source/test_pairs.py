@@ -1,3 +1,4 @@
+import json
 import unicodedata
 from decimal import Decimal
 from itertools import pairwise
@@ -296,6 +297,19 @@ def test_other_markers_of_a_transcript_are_a_setting():
     assert "two markers in dataset.transcript" in unusable.detail
     (pair,) = read_all(row, transcript=("prompter:", "assistant:"))
     assert pair == Pair([{"role": "user", "content": "Capital of Peru?"}], "Lima.", "Quito.")
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen"])
+@pytest.mark.parametrize("encode", [json.dumps, repr])
+def test_chats_that_were_written_as_text_are_not_taken_for_text(column, encode):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"} | {column: encode([assistant("a")])}
+    with pytest.raises(
+        InputError, match=f"column '{column}' are lists of messages, written as text; decode them first"
+    ):
+        read_all(row, row)
+    assert all(isinstance(found, Pair) for found in read_all(row, row, transcript="no"))
+    (found, *_) = read_all(row, PLAIN)  # a single answer may look like that
+    assert isinstance(found, Pair)
 
 
 # --- several answers ---------------------------------------------------------------------------------------------------

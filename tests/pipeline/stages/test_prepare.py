@@ -340,6 +340,17 @@ def test_other_columns_of_scores_in_the_same_file_are_read_again(run):
     assert (first["chosen_score"][0], second["chosen_score"][0]) == (5.0, 2.0)
 
 
+def test_scores_that_were_corrected_in_the_source_replace_the_stored_ones(run):
+    rows = [pair(index) | {"score_chosen": 5, "score_rejected": 4} for index in range(3)]
+    first = run(rows)
+    rows[1]["score_chosen"] = 0.1
+    second = run(rows)
+    scores = {row["source_row"]: row["chosen_score"] for row in tables(second)[0].iter_rows(named=True)}
+    assert scores == {0: 5.0, 1: pytest.approx(0.1), 2: 5.0}
+    assert (second.num_new_pairs, second.tokens.fingerprint == first.tokens.fingerprint) == (0, False)
+    assert run(rows).tokens == second.tokens
+
+
 def test_a_column_that_appears_later_is_read_for_the_old_rows_too(run):
     first = run([pair(0), pair(1)])
     second = run([pair(0), pair(1) | {"system": "Be brief."}])

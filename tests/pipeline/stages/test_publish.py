@@ -408,6 +408,21 @@ def test_pairs_are_weighed_by_their_scores_and_pairs_without_are_counted(store, 
         _publish(make_recipe, Ingredients(_tokens(store, *"abc"), ref), **settings)
 
 
+def test_scores_that_changed_weigh_all_pairs_again(store, make_recipe):
+    settings = {"weights.estimator": "uniform", "weights.pair_weight": "quality", "weights.quality_eta": 0.5}
+    ref = _logps(store, "ref", "ab", [-1.0] * 3, [-1.0] * 2)
+    tokens = _tokens(store, *"ab", scores={"a": (3.0, 1.0), "b": (1.0, 5.0)})
+    _publish(make_recipe, Ingredients(tokens, ref), **settings)
+    table = store.table("tokens/toy-1")
+    changed = table.scan().with_columns(chosen_score=pl.Series([1.0, 1.0], dtype=pl.Float32)).collect().to_arrow()
+    tokens = table.replace(changed.cast(TOKENS), table.metadata() | {"fingerprint": "other scores"})
+    _publish(make_recipe, Ingredients(tokens, ref), **settings)
+    rows = store.scan("toy/tis-dpo").sort("pair_id").collect()
+    # sigmoid(0.5 * (1 - 1)) and, as before, sigmoid(0.5 * (1 - 5))
+    assert rows["pair_weight"].to_list() == pytest.approx([0.5, 0.1192029], rel=2**-12)
+    assert rows["chosen_score"].to_list() == [1.0, 1.0]
+
+
 def test_words_of_the_recipes_tokenizer_are_smoothed(store, make_recipe, toy_model, monkeypatch):
     monkeypatch.setitem(SIDES, "chosen", [10, 11, 2])  # two characters without white space, and the end of turn
     recipe = make_recipe(**{"weights.transforms": ["smooth"], "weights.smooth_over": "words"})

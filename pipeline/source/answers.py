@@ -1,0 +1,61 @@
+"""Rows with several answers on a side, which give one pair for each combination if the recipe says so.
+
+Called by `intake.py` for every row; a row with one answer on each side is one pair.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+
+from pipeline.source.columns import Columns
+from pipeline.source.messages import Unusable
+from pipeline.source.pairs import Pair, read_pair
+from weights_store.schemas import Reason
+
+
+def read_pairs(row: Mapping[str, object], columns: Columns) -> Iterator[Pair | Unusable]:
+    """Yield the pair in one raw row, or those of its several answers; for each that cannot be used, why."""
+    chosen, rejected = _answers(row.get(columns.chosen)), _answers(row.get(columns.rejected))
+    if len(chosen) == len(rejected) == 1:
+        yield _read(_with_answers(row, columns, chosen, rejected, (0, 0)), columns)
+        return
+    if not columns.combines_answers:
+        what = f"{len(chosen)} chosen and {len(rejected)} rejected answers"
+        remedy = 'dataset.many_answers = "combine" would make a pair of each combination'
+        yield Unusable(Reason.MANY_ANSWERS, f"{what}; {remedy}")
+        return
+    seen: set[str] = set()
+    for i, j in product(range(len(chosen)), range(len(rejected))):
+        found = _read(_with_answers(row, columns, chosen, rejected, (i, j)), columns)
+        if isinstance(found, Pair):
+            if found.pair_id in seen:
+                found = Unusable(Reason.DUPLICATE_PAIR, "other answers of this row make the same pair")
+            else:
+                seen.add(found.pair_id)
+        if isinstance(found, Unusable):
+            found = Unusable(found.reason, f"chosen answer {i} and rejected answer {j}: {found.detail}")
+        yield found
+
+
+def _answers(value: object) -> list[object]:
+    """Return the answers of one side: the items of a list of texts or of chats, else the value itself."""
+    is_list = isinstance(value, list) and bool(value) and all(isinstance(item, str | list) for item in value)
+    return value if is_list and isinstance(value, list) else [value]
+
+
+def _with_answers(
+    row: Mapping[str, object], columns: Columns, chosen: list[object], rejected: list[object], at: tuple[int, int]
+) -> Mapping[str, object]:
+    """Return a row with one answer on each side, and with the scores of these if there is one for each answer."""
+    single = {**row, columns.chosen: chosen[at[0]], columns.rejected: rejected[at[1]]}
+    for column, index in zip((columns.chosen_score, columns.rejected_score), at, strict=True):
+        scores = row.get(column) if column is not None else None
+        if column is not None and isinstance(scores, list) and index < len(scores):
+            single[column] = scores[index]
+    return single
+
+
+def _read(row: Mapping[str, object], columns: Columns) -> Pair | Unusable:
+    try:
+        return read_pair(row, columns)
+    except Unusable as problem:
+        return problem
