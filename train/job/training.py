@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from train.data.dataset import Pair
 from train.job.card import model_card
-from train.job.gate import check_step_0
+from train.job.gate import check_reference, check_step_0
 from train.job.output import Lineage, OutputFolder, Result
 from train.job.prepare import JobInputs, JobPairs
 from train.job.progress import ProgressLines, StopAfterStep, check_tracker, metrics_line
@@ -37,7 +37,7 @@ def build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: S
         _log.info(f"two padded sequences per pair: {policy.not_packed}")
     # With adapters, the policy without them is the reference.
     needs_reference = config.loss.needs.reference_model and config.lora is None
-    reference = load_reference(folder, config.model) if needs_reference else None
+    reference = load_reference(folder, config.model, policy) if needs_reference else None
     trainer = PairTrainer(
         policy,
         pairs.trained,
@@ -56,13 +56,17 @@ def build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: S
 
 
 def pass_gate(trainer: PairTrainer, inputs: JobInputs, sample: Sequence[Pair]) -> None:
-    """Compare the model with the stored reference, for losses whose log-ratios start at 0."""
-    config, few = inputs.config, sample[: inputs.config.gate.pairs]
-    if few and config.loss.needs.ref_logps:
-        model_fingerprint = inputs.identity["model"]["fingerprint"]
-        check_step_0(
-            lambda dtype: trainer.response_logps(few, dtype), config, inputs.source.metadata, model_fingerprint
-        )
+    """Compare the model, and the reference model if there is one, with the stored reference.
+
+    Only for losses whose log-ratios start at 0.
+    """
+    config, metadata, few = inputs.config, inputs.source.metadata, sample[: inputs.config.gate.pairs]
+    if not few or not config.loss.needs.ref_logps:
+        return
+    model_fingerprint = inputs.identity["model"]["fingerprint"]
+    check_step_0(lambda dtype: trainer.response_logps(few, dtype), config, metadata, model_fingerprint)
+    if trainer.reference is not None:
+        check_reference(trainer.reference_logps(few), config, metadata)
 
 
 def train(trainer: PairTrainer, sample: Sequence[Pair], checkpoint: Path | None, stop: StopRequest) -> Result:

@@ -1,5 +1,7 @@
 """Load the model of a folder with transformers: its config, and all of its weights, or an error. Compare it with a dataset."""
 
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +10,7 @@ from weights_store.fingerprint import fingerprint_chat_template, fingerprint_tok
 from weights_store.messages import first_line
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
     from train.data.dataset import WeightSource
@@ -58,6 +61,43 @@ def load_checkpoint(folder: Path, **options: Any) -> "PreTrainedModel":
             f"the model {folder} lacks weights; they would be random: {', '.join(missing[:3])} ({len(missing)} in all)"
         )
     return model.eval()
+
+
+def restore_dtypes(model: "PreTrainedModel", folder: Path) -> None:
+    """Cast every tensor of a model, in place, to the dtype that it has in `folder`, the model that it was loaded from.
+
+    That is the dtype in which transformers loads it: not the same for all tensors, since some families keep routers or biases
+    in float32. Where the file itself is more precise, so is the result: other readers, such as vLLM, may use it.
+
+    Raises:
+        InputError: The folder cannot be loaded.
+    """
+    import torch
+
+    skeleton = load_checkpoint(folder, dtype="auto", device_map="meta")  # reads dtypes, holds no weights
+    dtypes = {name: tensor.dtype for name, tensor in _named_tensors(skeleton)}
+    for name, dtype in _dtypes_of_files(folder):
+        if name in dtypes:  # files may hold a tensor under other names, or in parts
+            dtypes[name] = torch.promote_types(dtypes[name], dtype)
+    for name, tensor in _named_tensors(model):
+        tensor.data = tensor.data.to(dtypes.get(name, skeleton.dtype))
+
+
+def _named_tensors(model: "PreTrainedModel") -> Iterator[tuple[str, "torch.Tensor"]]:
+    """Yield parameters and buffers of floating point."""
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    return ((name, tensor) for name, tensor in tensors if tensor.is_floating_point())
+
+
+def _dtypes_of_files(folder: Path) -> Iterator[tuple[str, "torch.dtype"]]:
+    import torch
+    from safetensors import safe_open
+
+    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a dict
+        yield from ((name, known[kind]) for name, kind in kinds.items() if kind in known)
 
 
 def check_model_fits(folder: Path, source: "WeightSource") -> int:
