@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from weights_store.errors import InputError, MismatchError
@@ -45,8 +46,10 @@ def load_checkpoint(folder: Path, **options: Any) -> "PreTrainedModel":
     """Return the language model of a folder on the CPU, in evaluation mode; `options` are those of `from_pretrained`.
 
     Raises:
-        InputError: It cannot be loaded, or lacks weights: transformers would fill them with random numbers.
+        InputError: It cannot be loaded, a file of it is damaged, or it lacks weights, which transformers would fill with random
+            numbers.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if getattr(load_model_config(folder).get_text_config(), "attn_logit_softcapping", None):
@@ -54,13 +57,30 @@ def load_checkpoint(folder: Path, **options: Any) -> "PreTrainedModel":
         options = {"attn_implementation": "eager", **options}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except SafetensorError as error:
+        raise InputError(
+            f"{_damaged_file(folder)} is not a whole safetensors file: {first_line(error)}; copy or download it again"
+        ) from error
+    except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
         raise InputError(f"transformers cannot load the model {folder}: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"the model {folder} lacks weights; they would be random: {', '.join(missing[:3])} ({len(missing)} in all)"
         )
     return model.eval()
+
+
+def _damaged_file(folder: Path) -> Path:
+    """Return the first file of a model that safetensors cannot open; its errors do not say which one it is."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            return path
+    return folder
 
 
 def restore_dtypes(model: "PreTrainedModel", folder: Path) -> None:
