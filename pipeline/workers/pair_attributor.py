@@ -20,7 +20,7 @@ from pipeline.workers.pair_row import PairRow, QuarantineRow, why_not
 from pipeline.workers.request import AttributionOptions, Request, Target
 from train.data.dataset import Pair, StoredResponse
 from train.model.attribution import TokenAttributions, attribute_tokens, input_embeddings
-from train.model.checkpoint import load_checkpoint
+from train.model.checkpoint import in_float32, load_checkpoint
 from train.model.collate import PairCollator
 from train.model.logps import check_output_layer
 from train.model.packing import enable_packing
@@ -178,13 +178,9 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
 
 def _switch_to_packing(model: PreTrainedModel) -> str | None:
     """Switch to packed attention if the model can; else return why not. Tried in float32, where rounding cannot hide errors."""
-    stored = [(parameter, parameter.dtype) for parameter in model.parameters()]
-    model.float()
-    check_output_layer(model)
-    reason = enable_packing(model)
-    for parameter, dtype in stored:  # `model.to(dtype)` would round the frequencies of rotary embeddings too
-        parameter.data = parameter.data.to(dtype)
-    return reason
+    with in_float32(model):
+        check_output_layer(model)
+        return enable_packing(model)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Load the model of a folder with transformers: its config, and all of its weights, or an error. Compare it with a dataset."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
@@ -101,6 +102,22 @@ def restore_dtypes(model: "PreTrainedModel", folder: Path) -> None:
             dtypes[name] = torch.promote_types(dtypes[name], dtype)
     for name, tensor in _named_tensors(model):
         tensor.data = tensor.data.to(dtypes.get(name, skeleton.dtype))
+
+
+@contextmanager
+def in_float32(model: "PreTrainedModel") -> Iterator[None]:
+    """Hold a model in float32 inside, where rounding cannot hide what a probe looks for; afterwards it is what it was.
+
+    `model.to(dtype)` would not bring it back: it rounds what transformers keeps in float32.
+    """
+    stored = [(tensor, tensor.dtype) for _, tensor in _named_tensors(model)]
+    for tensor, _ in stored:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, dtype in stored:
+            tensor.data = tensor.data.to(dtype)
 
 
 def _named_tensors(model: "PreTrainedModel") -> Iterator[tuple[str, "torch.Tensor"]]:

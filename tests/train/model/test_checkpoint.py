@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from train.model.checkpoint import load_checkpoint
+from train.model.checkpoint import in_float32, load_checkpoint
 from weights_store.errors import InputError
 
 
@@ -55,3 +55,13 @@ def test_a_damaged_file_of_pickled_weights_names_the_folder(folder) -> None:
         path.unlink()
     (folder / "pytorch_model.bin").write_bytes(b"no pickle")
     assert refusal(folder).startswith(f"transformers cannot load the model {folder}: ")
+
+
+def test_a_model_is_in_float32_inside_and_what_it_was_afterwards(folder) -> None:
+    model = load_checkpoint(folder, dtype=torch.bfloat16)
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [tensor.clone() for tensor in tensors]
+    assert {tensor.dtype for tensor in before} == {torch.bfloat16, torch.float32}
+    with in_float32(model):
+        assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
