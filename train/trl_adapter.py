@@ -185,7 +185,7 @@ class StoredPairCollator:
         if pair.pair_weight != 1:
             raise MismatchError(
                 f"pair {pair.pair_id} has pair_weight {pair.pair_weight}, but TRL's mean counts every pair once; train with "
-                "`tokenweights train`, or build the dataset without pair weights"
+                "`tokenweights train`, or set use_pair_weights=False in the DataConfig"
             )
         if self.max_length is not None and pair.num_tokens > self.max_length:
             raise MismatchError(

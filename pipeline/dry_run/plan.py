@@ -141,7 +141,7 @@ class _Plan:
 
     def _contrast(self, uniform: TableVersion) -> tuple[StagePlan, dict[str, Scorer]]:
         """Plan the contrastive pair, and return the scorers of its models, as far as they exist, by role."""
-        settings = self.recipe.contrast
+        settings = self.recipe.contrast_settings
         if settings.method == "prompt":
             found = StagePlan("contrast", "reuse", reasons=("one model with two prompts: nothing to train",))
             return found, prompt_pair(settings, self.model_folder).scorers
@@ -154,7 +154,7 @@ class _Plan:
         return StagePlan("contrast", "reuse", reasons=reasons), scorers
 
     def _train(self, models: list[WantedModel], uniform: TableVersion) -> StagePlan:
-        settings, amount = self.recipe.contrast, self.outlook.all()
+        settings, amount = self.recipe.contrast_settings, self.outlook.all()
         num_seen = settings.num_epochs * amount.num_pairs
         if settings.max_steps:
             num_seen = settings.max_steps * settings.pairs_per_step

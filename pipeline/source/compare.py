@@ -41,10 +41,11 @@ class ComparedPair(NamedTuple):
 
     pair_id: str
     source_row: int
+    split: str
     pair: str
     """The pair as JSON text."""
     standing: Literal["new", "stays", "moved", "duplicate"]
-    """`moved`: the version has the pair from another row of the source. `duplicate`: an earlier row has the same pair."""
+    """`moved`: the version has the pair from another row or split of the source. `duplicate`: an earlier row has the same."""
 
 
 class ComparedRange(NamedTuple):
@@ -64,14 +65,14 @@ def compared_ranges(pairs: ExternalSort, tokens: Table, version: int | None) -> 
         .then(pl.lit("duplicate"))
         .when(pl.col("old_row").is_null())
         .then(pl.lit("new"))
-        .when(pl.col("old_row") != pl.col("source_row"))
+        .when((pl.col("old_row") != pl.col("source_row")) | (pl.col("old_split") != pl.col("split")))
         .then(pl.lit("moved"))
         .otherwise(pl.lit("stays"))
     )
     for piece, sorted_rows in pairs.ranges():
         rows = pl.DataFrame(pl.from_arrow(sorted_rows))
         scanned = rows.clear().lazy() if version is None else piece.of(tokens.scan(version))
-        old = scanned.select("pair_id", old_row="source_row").collect()
+        old = scanned.select("pair_id", old_row="source_row", old_split="split").collect()
         joined = rows.join(old, on="pair_id", how="left", maintain_order="left")
         gone = old.join(rows, on="pair_id", how="anti")["pair_id"]
-        yield ComparedRange(piece, joined.select("pair_id", "source_row", "pair", standing=standing), gone)
+        yield ComparedRange(piece, joined.select("pair_id", "source_row", "split", "pair", standing=standing), gone)

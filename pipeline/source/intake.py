@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from pipeline.recipe import DatasetSection
 from pipeline.source.external_sort import ExternalSort
-from pipeline.source.load import load_rows
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import read_pair
+from pipeline.source.splits import load_split_rows
 from weights_store.errors import InputError
 from weights_store.fingerprint import canonical_json
 from weights_store.messages import logger
@@ -25,7 +25,7 @@ _log = logger(__name__)
 ROWS_PER_BATCH = 2000
 """Rows of the source that are Python objects at a time."""
 _RAW_CHARACTERS = 2000
-PAIRS = pa.schema([("pair_id", pa.string()), ("source_row", pa.int64()), ("pair", pa.string())])
+PAIRS = pa.schema([("pair_id", pa.string()), ("source_row", pa.int64()), ("split", pa.string()), ("pair", pa.string())])
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Intake:
         Raises:
             InputError: The source cannot be read.
         """
-        rows = load_rows(self.dataset)
+        rows = load_split_rows(self.dataset)
         while batch := list(islice(rows, ROWS_PER_BATCH)):
             pairs, unusable = [], []
             for row in batch:
@@ -53,7 +53,9 @@ class Intake:
                         raise Unusable(row.reason, row.detail)
                     pair = read_pair(row.value or {}, self.dataset)
                     text = canonical_json(asdict(pair))
-                    pairs.append({"pair_id": pair.pair_id, "source_row": row.source_row, "pair": text})
+                    pairs.append(
+                        {"pair_id": pair.pair_id, "source_row": row.source_row, "split": row.split, "pair": text}
+                    )
                 except Unusable as problem:
                     raw = row.raw or json.dumps(row.value, default=str, ensure_ascii=True)
                     self.reasons[problem.reason.value] += 1

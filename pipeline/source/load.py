@@ -35,6 +35,8 @@ class RawRow:
     detail: str = ""
     raw: str = ""
     """The text of the row, if the source is text."""
+    split: str = ""
+    """Filled in by `splits.py`."""
 
 
 def load_rows(dataset: DatasetSection) -> Iterator[RawRow]:

@@ -10,7 +10,7 @@ The source is read once and sorted by pair_id. Then old and new pairs are compar
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +91,8 @@ class Preparation:
     """What is known before a row is read: the two tables of the recipe's pairs, and what determines their content."""
 
     dataset: DatasetSection
+    trains_on: str | None
+    """The split that contrastive models are trained on; None for all pairs, or if nothing is trained."""
     tokenizer: ChatTokenizer
     context: int
     """Longest sequence of the model, in tokens."""
@@ -120,12 +122,14 @@ class Preparation:
         source: SourceRecord = {
             "content": fingerprint_file(path) if path.is_file() else None,
             "max_pairs": dataset.max_pairs,
-            "reading": dataset.model_dump(include=_READING),
+            "reading": dataset.model_dump(include=_READING | ({"split_column"} if dataset.split_column else set())),
         }
         store = WeightStore(recipe.store.uri)
         tokens = store.table(tokens_path(f"{dataset.name}-{fingerprint(cut)[:12]}"))
         quarantine = store.table(quarantine_path(tokens.path))
-        return cls(dataset, tokenizer, context, cut, source, store, tokens, quarantine)
+        trains = recipe.needs_pair and recipe.contrast.method != "prompt"
+        trains_on = recipe.contrast_settings.split if trains else None
+        return cls(dataset, trains_on, tokenizer, context, cut, source, store, tokens, quarantine)
 
     def already_done(self) -> Prepared | None:
         """Return the newest version if it was made from the same bytes. A hub dataset is always read again."""
@@ -155,6 +159,19 @@ class Preparation:
             intake.read()
             yield intake
 
+    def check_split(self, num_pairs: Mapping[str, int]) -> None:
+        """Check that the contrastive models have a split to train on, given the number of pairs of each split.
+
+        Raises:
+            InputError: There is no pair of it.
+        """
+        if self.trains_on is not None and self.trains_on not in num_pairs:
+            found = ", ".join(f"{split} ({count:,} pairs)" for split, count in sorted(num_pairs.items()))
+            raise InputError(
+                f"the contrastive models train on split {self.trains_on!r}, of which there is no pair; {self.dataset.source} "
+                f"has {found}. Name one of them in contrast.split"
+            )
+
     def tokenize(self, pair: Pair) -> TokenizedPair:
         """Return the ids of a pair.
 
@@ -181,6 +198,7 @@ class _Update:
         self.kept = kept_version(self.base, self.recorded, start.source)
         self.reasons = Counter(intake.reasons)
         self.statistics = Counter(num_pairs=0, num_new_pairs=0, num_new_prompts_cut=0, num_new_responses_cut=0)
+        self.splits: Counter[str] = Counter()
         self.pair_ids = hashlib.sha256()
         self.old_rows_stay = True
 
@@ -190,6 +208,7 @@ class _Update:
             num_pairs, num_new = self.statistics["num_pairs"], self.statistics["num_new_pairs"]
             if not num_pairs:
                 raise self.intake.no_usable_pair(self.reasons)
+            self.start.check_split(self.splits)
             account = Account(self.start.source, self.intake.num_rows, dict(self.reasons))
             is_same = not num_new and self.old_rows_stay and self.recorded == account
             if not is_same:
@@ -226,7 +245,10 @@ class _Update:
                 problems.append(quarantine_row(row.source_row, row.pair, problem))
                 continue
             self.statistics["num_pairs"] += 1
+            self.splits[row.split] += 1
             self.pair_ids.update(row.pair_id.encode())
+            if self.start.dataset.has_splits:
+                self.pair_ids.update(row.split.encode())
         return tokenised, problems
 
     def _tokens_row(self, row: ComparedPair) -> dict[str, object]:
@@ -243,7 +265,7 @@ class _Update:
             "chosen_score": pair.chosen_score,
             "rejected_score": pair.rejected_score,
             "source_row": row.source_row,
-            "split": self.start.dataset.split,
+            "split": row.split,
         }
 
     def _commit_quarantine(self, unusable: ExternalSort) -> None:
@@ -284,8 +306,9 @@ class _Update:
         old = self.tokens.scan(self.kept)
         new = self.tokens.scan_shards(fresh)
         for piece, rows in self.intake.pairs.ranges():
-            first = pl.DataFrame(pl.from_arrow(rows.select(["pair_id", "source_row"]))).unique("pair_id", keep="first")
-            stay = piece.of(old).drop("source_row").join(first.lazy(), on="pair_id").select(TOKENS.names)
+            places = pl.DataFrame(pl.from_arrow(rows.select(["pair_id", "source_row", "split"])))
+            first = places.unique("pair_id", keep="first")
+            stay = piece.of(old).drop("source_row", "split").join(first.lazy(), on="pair_id").select(TOKENS.names)
             merged = pl.concat([stay, piece.of(new).select(TOKENS.names)]).sort("pair_id").collect()
             writer.write(merged.to_arrow())
         return writer.finish()

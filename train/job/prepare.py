@@ -10,6 +10,7 @@ from pathlib import Path
 from train.config import TrainConfig
 from train.data.dataset import Pair, PairDataset, WeightSource, check_weights_vary, open_weights, sample_pairs
 from train.data.selection import Selection
+from train.job.notices import notices
 from train.job.output import Identity
 from train.loss.objective import check_columns_for
 from train.model.checkpoint import check_model_fits
@@ -35,6 +36,8 @@ class JobPairs:
     trained: PairDataset
     sample: Sequence[Pair]
     held_out: Sequence[Pair]
+    notices: Sequence[str] = ()
+    """See `notices.py`."""
 
 
 def open_inputs(config: TrainConfig) -> JobInputs:
@@ -84,7 +87,7 @@ def open_pairs(inputs: JobInputs) -> JobPairs:
     held_out: Sequence[Pair] = []
     if config.eval.is_on:
         held_out = sample_pairs(view(Selection.for_evaluation(config.data, config.eval)), config.eval.max_pairs)
-    return JobPairs(trained, sample, held_out)
+    return JobPairs(trained, sample, held_out, notices(config, source, sample))
 
 
 def build_identity(config: TrainConfig, source: WeightSource, model_folder: Path) -> Identity:
@@ -100,7 +103,8 @@ def build_identity(config: TrainConfig, source: WeightSource, model_folder: Path
             **config.model.model_dump(include={"dtype", "quantization"}),
         },
         "lora": None if config.lora is None else config.lora.model_dump(),
-        "data": config.data.model_dump(include={"swap", "split", "max_pairs"}),
+        "data": config.data.model_dump(include={"swap", "split", "max_pairs"})
+        | config.data.model_dump(include={"use_pair_weights"}, exclude_defaults=True),
         "loss": config.loss.model_dump(exclude_none=True),
         "optim": config.optim.model_dump(exclude={"tokens_per_batch"}),
         "eval": config.eval.model_dump(exclude=set() if config.eval.best else {"every_steps", "max_pairs"}),

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from train.data.dataset import Pair
 from train.job.card import model_card
 from train.job.gate import check_reference, check_step_0
+from train.job.notices import held_out_was_seen
 from train.job.output import Lineage, OutputFolder, Result
 from train.job.prepare import JobInputs, JobPairs
 from train.job.progress import ProgressLines, StopAfterStep, check_tracker, metrics_line
@@ -52,6 +53,8 @@ def build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: S
         f"training {config.loss.name} on {inputs.source.name} ({len(pairs.trained):,} pairs): "
         f"{trainer.batches.num_steps:,} steps of {config.optim.pairs_per_step} pairs"
     )
+    for line in pairs.notices:
+        _log.info(line)
     return trainer
 
 
@@ -69,8 +72,11 @@ def pass_gate(trainer: PairTrainer, inputs: JobInputs, sample: Sequence[Pair]) -
         check_reference(trainer.reference_logps(few), config, metadata)
 
 
-def train(trainer: PairTrainer, sample: Sequence[Pair], checkpoint: Path | None, stop: StopRequest) -> Result:
+def train(
+    trainer: PairTrainer, inputs: JobInputs, pairs: JobPairs, checkpoint: Path | None, stop: StopRequest
+) -> Result:
     """Measure, train, measure."""
+    sample = pairs.sample
     before = trainer.measure(sample)
     _log.info(f"before: {metrics_line(before)}")
     if checkpoint is not None:
@@ -80,10 +86,17 @@ def train(trainer: PairTrainer, sample: Sequence[Pair], checkpoint: Path | None,
         raise KeyboardInterrupt
     after = trainer.measure(sample)
     _log.info(f"after:  {metrics_line(after)}")
-    result = Result(steps=trainer.state.global_step, before=before, after=after, num_sample_pairs=len(sample))
+    result = Result(
+        steps=trainer.state.global_step,
+        before=before,
+        after=after,
+        num_sample_pairs=len(sample),
+        notices=list(pairs.notices),
+    )
     if trainer.held_out:
         result["held_out"] = trainer.measure(trainer.held_out)
-        _log.info(f"held out: {metrics_line(result['held_out'])}")
+        seen = result["held_out_was_seen"] = held_out_was_seen(inputs.config, inputs.source)
+        _log.info(f"{'held out, but seen' if seen else 'held out'}: {metrics_line(result['held_out'])}")
     if trainer.config.eval.best:
         result["best_step"] = trainer.state.best_global_step
         _log.info(f"best by held-out {trainer.config.eval.best}: step {trainer.state.best_global_step}")

@@ -36,8 +36,8 @@ class SourceRecord(TypedDict):
     content: str | None
     """Fingerprint of the file; None for a folder or a hub dataset."""
     max_pairs: int | None
-    reading: dict[str, str]
-    """The columns that are read, and the name of the split."""
+    reading: dict[str, object]
+    """The columns that are read, and the names of the splits."""
 
 
 class ScorerRecord(TypedDict, total=False):
@@ -49,6 +49,15 @@ class ScorerRecord(TypedDict, total=False):
     top_k: int
     prompts: bool
     activations: bool
+
+
+class ContrastRecord(TypedDict):
+    """Which pairs the contrastive models of a weight dataset have been trained on."""
+
+    held_out: float
+    """Share of the prompts, by hash, that they have not seen, see `train/data/selection.py`."""
+    split: str | None
+    """The split that they were trained on; None for all pairs."""
 
 
 class ReferenceRecord(TypedDict, total=False):
@@ -96,6 +105,7 @@ class Statistics(TypedDict, total=False):
     """Counts and means over the rows of a version, or over what a commit added to a scored table."""
 
     num_pairs: int
+    num_pairs_by_split: dict[str, int]
     num_tokens: int
     wall_s: float
     num_source_rows: int
@@ -107,6 +117,8 @@ class Statistics(TypedDict, total=False):
     num_anchored_pairs: int
     ref_top_k: int
     mean_pair_weight: float
+    min_pair_weight: float
+    max_pair_weight: float
     mean_weight_by_position: dict[str, list[float]]
     constant_weights: bool
     chosen: SideStatistics
@@ -134,6 +146,8 @@ class CommitMetadata(TypedDict, total=False):
     role: str
     engine: dict[str, object]
     reference: ReferenceRecord
+    contrast: ContrastRecord
+    """Only of weights that trained contrastive models have made."""
     parity: ParityRecord
     packages: dict[str, str]
     python: str

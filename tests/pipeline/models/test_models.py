@@ -155,10 +155,10 @@ def test_merging_leaves_alone_what_transformers_keeps_in_float32(bases, make_ada
     """DeepSeek-V3 has biases of its routers in float32, whatever the dtype of the rest."""
     torch.manual_seed(0)
     sizes = {
-        "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 8, "n_group": 2, "topk_group": 1,
-        "num_experts_per_tok": 2, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8, "v_head_dim": 8,
+        "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 8, "n_group": 2,
+        "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
     }  # fmt: skip
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes)).to(torch.bfloat16)
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
