@@ -39,7 +39,7 @@ class DatasetSection(Section):
     rejected_column: str = "rejected"
     chosen_score_column: str = "score_chosen"
     rejected_score_column: str = "score_rejected"
-    max_pairs: int | None = Field(None, ge=1, description="use only this many rows, from the first one")
+    max_pairs: int | None = Field(None, ge=1, description="use only this many rows of each split, from the first one")
     max_prompt_tokens: int = Field(1024, ge=8, description="oldest whole turns are dropped to fit (keep_end)")
     max_response_tokens: int = Field(1024, ge=1, description="EOS included")
     long_response: Literal["refuse", "cut"] = "refuse"

@@ -24,7 +24,7 @@ def _of_pair_weights(config: TrainConfig, source: WeightSource, sample: Sequence
     if not config.data.use_pair_weights:
         return [f"{spread}; data.use_pair_weights=false ignores them, and every pair counts once"]
     loss = config.loss.name
-    lines = [f"{spread}, and multiply its loss: this is not plain {loss}; data.use_pair_weights=false ignores them"]
+    lines = [f"{spread}; each multiplies its loss: not plain {loss} (data.use_pair_weights=false ignores them)"]
     weights = (source.metadata.get("recipe") or {}).get("weights") or {}
     if config.loss.needs.scores and weights.get("pair_weight") == "quality":
         lines.append(
