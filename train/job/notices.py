@@ -24,11 +24,14 @@ def _of_pair_weights(config: TrainConfig, source: WeightSource, sample: Sequence
     if not config.data.use_pair_weights:
         return [f"{spread}; data.use_pair_weights=false ignores them, and every pair counts once"]
     loss = config.loss.name
-    lines = [f"{spread}; each multiplies its loss: not plain {loss} (data.use_pair_weights=false ignores them)"]
+    lines = [
+        f"{spread}, and each multiplies the loss of its pair: this is not plain {loss}; data.use_pair_weights=false ignores "
+        "them"
+    ]
     weights = (source.metadata.get("recipe") or {}).get("weights") or {}
     if config.loss.needs.scores and weights.get("pair_weight") == "quality":
         lines.append(
-            f"{loss} weighs pairs by their annotators' scores itself, and so do these pair weights: the scores count twice; set "
+            f"{loss} weighs pairs by annotators' scores itself, and so do these pair weights, so the scores count twice; set "
             "data.use_pair_weights=false"
         )
     return lines

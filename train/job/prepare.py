@@ -15,6 +15,7 @@ from train.job.output import Identity
 from train.loss.objective import check_columns_for
 from train.model.checkpoint import check_model_fits
 from train.model.hub import check_model_folder, find_folder
+from weights_store.errors import MismatchError
 from weights_store.fingerprint import fingerprint_model
 
 
@@ -60,7 +61,8 @@ def open_pairs(inputs: JobInputs) -> JobPairs:
     """Open the pairs of a job, and check that its loss can learn from them.
 
     Raises:
-        MismatchError: Token weights are constant, or cannot be refreshed as they were made; or rows of the dataset are damaged.
+        MismatchError: Token weights are constant, or cannot be refreshed as they were made; pair weights are all 0; or rows of
+            the dataset are damaged.
         NotFoundError: No pair is left.
     """
     config, source, needs = inputs.config, inputs.source, inputs.config.loss.needs
@@ -78,6 +80,11 @@ def open_pairs(inputs: JobInputs) -> JobPairs:
 
     trained = view(Selection.for_training(config.data, config.eval))
     sample = sample_pairs(trained)
+    if config.data.use_pair_weights and source.statistics.get("max_pair_weight") == 0:
+        raise MismatchError(
+            f"all pair weights of {source.name} are 0, so nothing would be learnt; set data.use_pair_weights=false, or build "
+            "it with another weights.pair_weight"
+        )
     if needs.token_weights:
         check_weights_vary(source, sample, config.loss.name)
     if needs.fresh_weights:
