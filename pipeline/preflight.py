@@ -5,7 +5,8 @@ import shutil
 from pipeline.models.resolve import resolve_model
 from pipeline.recipe import Recipe
 from pipeline.source.chat import ChatTokenizer
-from pipeline.source.load import is_hub_id, load_rows
+from pipeline.source.load import is_hub_id
+from pipeline.source.splits import load_split_rows
 from weights_store.errors import InputError
 
 
@@ -20,7 +21,7 @@ def check_inputs(recipe: Recipe) -> None:
     """
     ChatTokenizer(resolve_model(recipe.model), recipe.model.chat_template)
     if not is_hub_id(recipe.dataset.source):
-        next(iter(load_rows(recipe.dataset)), None)
+        next(iter(load_split_rows(recipe.dataset)), None)
     for name, section in (("score", recipe.score), ("contrast", recipe.contrast), ("attribute", recipe.attribute)):
         python = section.python
         if python is not None and shutil.which(python) is None:

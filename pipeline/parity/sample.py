@@ -8,9 +8,9 @@ from itertools import islice
 import polars as pl
 
 from pipeline.parity.process import Column
-from pipeline.source.load import load_rows
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import read_pair
+from pipeline.source.splits import load_split_rows
 from pipeline.stages.prepare import Preparation
 from pipeline.workers.pair_row import COLUMNS, PairRow, read_pairs
 from weights_store import TableVersion, WeightStore
@@ -55,7 +55,7 @@ def take_sample(start: Preparation, num_pairs: int) -> Sample:
 
 
 def _usable_pairs(start: Preparation) -> Iterator[PairRow]:
-    for row in load_rows(start.dataset):
+    for row in load_split_rows(start.dataset):
         with suppress(Unusable):
             pair = read_pair(row.value or {}, start.dataset)
             tokens = start.tokenize(pair)
