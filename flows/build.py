@@ -164,7 +164,7 @@ def sample_anchor_responses(prepared: Prepared, recipe: Recipe, model_folder: Pa
 @task(name="contrast", task_run_name="contrast {recipe.contrast.method}")
 def build_contrast(recipe: Recipe, model_folder: Path, uniform: Published) -> ContrastivePair:
     """Build the contrastive pair, or find the one that the store has already."""
-    return contrast(recipe.contrast, model_folder, uniform.weights)
+    return contrast(recipe.contrast_settings, model_folder, uniform.weights)
 
 
 @task(name="publish", task_run_name="publish {weights.name}")

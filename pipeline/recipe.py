@@ -31,7 +31,10 @@ class DatasetSection(Section):
     )
     config: str | None = Field(None, description="configuration of a hub dataset")
     data_dir: str | None = Field(None, description="folder inside a hub dataset")
-    split: str = Field("train", description="split of a hub dataset; also recorded in the split column")
+    split: str | list[str] = Field(
+        "train", description="split of a saved or hub dataset, or a list of them; also recorded in the split column"
+    )
+    split_column: str | None = Field(None, description="column with the split of each row")
     revision: str | None = Field(None, description="revision of a hub dataset")
     streaming: bool = Field(False, description="stream a hub dataset that does not fit on the disk")
     prompt_column: str | None = None
@@ -45,7 +48,7 @@ class DatasetSection(Section):
         "auto", description="how a text that holds a whole chat is split into turns"
     )
     many_answers: Literal["refuse", "combine"] = "refuse"
-    max_pairs: int | None = Field(None, ge=1, description="use only this many rows, from the first one")
+    max_pairs: int | None = Field(None, ge=1, description="use only this many rows of each split, from the first one")
     max_prompt_tokens: int = Field(1024, ge=8, description="oldest whole turns are dropped to fit (keep_end)")
     max_response_tokens: int = Field(1024, ge=1, description="EOS included")
     long_response: Literal["refuse", "cut"] = "refuse"
@@ -75,6 +78,24 @@ class DatasetSection(Section):
             raise ValueError("set both dataset.chosen_score_column and dataset.rejected_score_column, or none of them")
         return self
 
+    @model_validator(mode="after")
+    def _splits_are_named_once(self) -> "DatasetSection":
+        if not self.splits or not all(self.splits) or len(set(self.splits)) < len(self.splits):
+            raise ValueError(f"dataset.split is {self.split!r}, expected the name of a split, or different names")
+        if self.split_column is not None and len(self.splits) > 1:
+            raise ValueError("dataset.split_column names the split of each row, and dataset.split several: keep one")
+        return self
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that are loaded, in order."""
+        return [self.split] if isinstance(self.split, str) else self.split
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether pairs of more than one split are expected."""
+        return self.split_column is not None or len(self.splits) > 1
+
 
 class ModelSection(Section):
     """The starting model: the reference of the training, and the model that the contrastive pair is made from."""
@@ -102,6 +123,10 @@ class ContrastSection(Section):
     beta: float = Field(0.1, gt=0, description="of the two DPO runs (method dpo)")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass; parameters are float32")
     seed: int = Field(0, ge=0)
+    held_out: float = Field(
+        0.0, ge=0, lt=1, description="share of the prompts, by hash, on which the two models are not trained"
+    )
+    split: str | None = Field(None, description="train the two models on this split")
     retrain: bool = Field(False, description="train a new pair of models when the data has grown")
     python: str | None = Field(None, description="interpreter of the training job; default: this one")
 
@@ -113,8 +138,14 @@ class ContrastSection(Section):
 
     def result_settings(self) -> dict[str, object]:
         """Return what determines results with this method."""
-        keys = {"method", "positive_prompt", "negative_prompt", "role"} if self.method == "prompt" else TRAINING_KEYS
-        return self.model_dump(include=keys | ({"beta"} if self.method == "dpo" else set()))
+        if self.method == "prompt":
+            return self.model_dump(include={"method", "positive_prompt", "negative_prompt", "role"})
+        return self.training_settings()
+
+    def training_settings(self) -> dict[str, object]:
+        """Return what determines the trained models; what holds no pair out is left out."""
+        settings = self.model_dump(include=_TRAINING_KEYS | ({"beta"} if self.method == "dpo" else set()))
+        return settings | self.model_dump(include={"held_out", "split"}, exclude_defaults=True)
 
 
 class ScoreSection(Section):
@@ -249,6 +280,13 @@ class Recipe(Section):
         return self.weights.pair_weight == "quality"
 
     @property
+    def contrast_settings(self) -> ContrastSection:
+        """[contrast] with the split that trains: by default the first of several splits, and all pairs of a single one."""
+        if self.contrast.split is not None or not self.dataset.has_splits:
+            return self.contrast
+        return self.contrast.model_copy(update={"split": self.dataset.splits[0]})
+
+    @property
     def needs_attributions(self) -> bool:
         """Whether the weights read gradient attributions, or the activations in the same table."""
         return not self.weights.inputs().isdisjoint(("attributions", "activations"))
@@ -267,10 +305,12 @@ class Recipe(Section):
         dataset_keys = {"name", "split", "max_prompt_tokens", "max_response_tokens", "long_response"}
         settings = {
             "dataset": self.dataset.model_dump(include=dataset_keys),
-            "contrast": self.contrast.result_settings() if self.needs_pair else {},
+            "contrast": self.contrast_settings.result_settings() if self.needs_pair else {},
             "score": self.score.result_settings(),
             "weights": self.weights.result_settings(),
         }
+        if self.dataset.split_column is not None:
+            settings["dataset"]["split_column"] = self.dataset.split_column
         # These sections came later. They are left out if they are not used, so that older versions keep their fingerprints.
         if self.needs_attributions:
             settings["attribute"] = self.attribute.result_settings()
@@ -279,7 +319,7 @@ class Recipe(Section):
         return settings
 
 
-TRAINING_KEYS = {"method", "learning_rate", "num_epochs", "max_steps", "pairs_per_step", "dtype", "seed"}
+_TRAINING_KEYS = {"method", "learning_rate", "num_epochs", "max_steps", "pairs_per_step", "dtype", "seed"}
 """The keys of [contrast] that determine a trained contrastive model; method `dpo` also has `beta`."""
 
 

@@ -24,6 +24,8 @@ class DataConfig(_Section):
     """Weight dataset, `name` (its newest version) or `name@version`."""
     swap: bool = False
     """Exchange chosen and rejected with their weights and reference log-probs: reverse DPO, SFT on rejected."""
+    use_pair_weights: bool = True
+    """Multiply each pair's loss by the pair weight that the dataset has for it; false: every pair counts once."""
     split: str = ""
     """Only pairs of this split; empty: all."""
     max_pairs: int | None = Field(default=None, ge=1)

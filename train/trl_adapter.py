@@ -25,7 +25,7 @@ from train.data.dataset import Pair, PairDataset, StoredResponse, check_weights_
 from train.data.sampler import BlockShuffle
 from train.model.checkpoint import check_model_fits
 from train.model.hub import check_model_folder, find_folder
-from train.model.policy import disable_dropout
+from train.model.policy import switch_off_noise
 from weights_store.errors import MismatchError, MissingExtraError, SettingsError
 
 try:
@@ -117,7 +117,7 @@ class WeightedDPOTrainer(DPOTrainer):
             **kwargs,
         )
         if args.disable_dropout:
-            disable_dropout(self.model)  # TRL misses rates that attention layers keep as plain numbers
+            switch_off_noise(self.model)  # TRL misses router jitter, and rates that are plain numbers
 
     def _prepare_dataset(
         self, dataset: object, processing_class: object, args: object, dataset_name: str
@@ -185,7 +185,7 @@ class StoredPairCollator:
         if pair.pair_weight != 1:
             raise MismatchError(
                 f"pair {pair.pair_id} has pair_weight {pair.pair_weight}, but TRL's mean counts every pair once; train with "
-                "`tokenweights train`, or build the dataset without pair weights"
+                "`tokenweights train`, or set use_pair_weights=False in the DataConfig"
             )
         if self.max_length is not None and pair.num_tokens > self.max_length:
             raise MismatchError(

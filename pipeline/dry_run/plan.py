@@ -139,7 +139,7 @@ class _Plan:
 
     def _contrast(self, uniform: TableVersion) -> tuple[StagePlan, dict[str, Scorer]]:
         """Plan the contrastive pair, and return the scorers of its models, as far as they exist, by role."""
-        settings = self.recipe.contrast
+        settings = self.recipe.contrast_settings
         if settings.method == "prompt":
             found = StagePlan("contrast", "reuse", reasons=("one model with two prompts: nothing to train",))
             return found, prompt_pair(settings, self.model_folder).scorers
@@ -152,8 +152,8 @@ class _Plan:
         return StagePlan("contrast", "reuse", reasons=reasons), scorers
 
     def _train(self, models: list[WantedModel], uniform: TableVersion) -> StagePlan:
-        settings, amount = self.recipe.contrast, self.outlook.all()
-        num_seen = settings.num_epochs * amount.num_pairs
+        settings, amount = self.recipe.contrast_settings, self.outlook.all()
+        num_seen = settings.num_epochs * round(amount.num_pairs * (1 - settings.held_out))
         if settings.max_steps:
             num_seen = settings.max_steps * settings.pairs_per_step
         num_steps = -(-num_seen // settings.pairs_per_step)
@@ -167,7 +167,11 @@ class _Plan:
                 changes = min(others, key=len)
                 what = "; ".join(changes) or "trained on other pairs, or without the other side"
                 reasons.append(f"unlike the {model.side} model that is there: {what}")
-        return StagePlan("contrast", "compute", amount.num_pairs, num_tokens, tuple(reasons), amount.is_exact)
+        trains_all = (
+            not settings.held_out and settings.split is None
+        )  # else how many pairs train is only known at the end
+        is_exact = amount.is_exact and trains_all
+        return StagePlan("contrast", "compute", amount.num_pairs, num_tokens, tuple(reasons), is_exact)
 
     def _publish(self, stage: str, section: WeightsSection) -> tuple[StagePlan, TableVersion]:
         """Plan a weight dataset, and return the version that the build will have."""

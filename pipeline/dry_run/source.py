@@ -57,6 +57,7 @@ class _Count:
         self.recorded = Account.recorded(start.tokens, start.quarantine)
         self.base = kept_version(start.tokens.version(), self.recorded, start.source)
         self.standings: Counter[str] = Counter()
+        self.splits: Counter[str] = Counter()
         self.num_fresh = 0
         """New pairs, without what the tokenizer has refused before."""
         self.num_gone = 0
@@ -79,6 +80,7 @@ class _Count:
     def result(self) -> Outlook:
         for part in compared_ranges(self.intake.pairs, self.start.tokens, self.base):
             self._add(part)
+        self.start.check_split(self.splits)
         is_exact = self.num_fresh + self.refused_again.total() <= SAMPLE_PAIRS
         if is_exact:  # what was refused before is tried again: quarantine has only the beginning of its text
             self.sample += self.refused_texts
@@ -113,6 +115,7 @@ class _Count:
 
     def _add(self, part: ComparedRange) -> None:
         self.standings.update(part.rows["standing"])
+        self.splits.update(part.rows["split"])
         new: set[str] = set()
         for pair_id, row, text in part.rows.filter(standing="new").select("pair_id", "source_row", "pair").iter_rows():
             reason = self.refused.get((row, fingerprint_text(stored_raw(text))))

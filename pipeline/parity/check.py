@@ -241,7 +241,9 @@ def role_scorer(recipe: Recipe, model_folder: Path, role: Role) -> Scorer:
         return prompt_pair(recipe.contrast, model_folder).scorers[role]
     uniform = WeightStore(recipe.store.uri).table(weights_path(f"{recipe.dataset.name}/uniform"))
     if uniform.exists():
-        models = {model.side: model for model in wanted_models(recipe.contrast, model_folder, uniform.reference())}
+        models = {
+            model.side: model for model in wanted_models(recipe.contrast_settings, model_folder, uniform.reference())
+        }
         folder = models[role].folder
         if folder is not None:
             return Scorer(folder)

@@ -58,12 +58,14 @@ class Columns:
     """The columns whose texts are split into turns."""
     splits_without_prompt: bool = True
     """Whether a response that is a transcript is split also in another column, if its row has no prompt of its own."""
+    split: str | None = None
+    """Holds the name of each row's split."""
     combines_answers: bool = False
     """A row with several answers on a side gives a pair for each combination."""
 
     def by_role(self) -> dict[str, str]:
         """Return the columns that there are, by what they hold."""
-        names = ("prompt", "input", "system", "chosen", "rejected", "chosen_score", "rejected_score")
+        names = ("prompt", "input", "system", "chosen", "rejected", "chosen_score", "rejected_score", "split")
         return {name: column for name in names if (column := getattr(self, name)) is not None}
 
     def needed(self) -> set[str]:
@@ -107,6 +109,7 @@ def find_columns(dataset: DatasetSection, names: Collection[str]) -> Columns:
         _find(dataset, "system", names, (chosen, rejected, prompt)),
         *scores,
         splits_without_prompt=dataset.transcript != "no",
+        split=dataset.split_column and _named(dataset, "split_column", names),
         combines_answers=dataset.many_answers == "combine",
     )
 

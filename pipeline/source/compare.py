@@ -42,13 +42,14 @@ class ComparedPair(NamedTuple):
 
     pair_id: str
     source_row: int
+    split: str
     pair: str
     """The pair as JSON text."""
     chosen_score: float | None
     rejected_score: float | None
     standing: Literal["new", "stays", "moved", "duplicate"]
-    """`moved`: the version has the pair from another row of the source, or with other scores. `duplicate`: an earlier row has
-    the same pair."""
+    """`moved`: the version has the pair from another row or split of the source, or with other scores. `duplicate`: an earlier
+    row has the same pair."""
 
 
 class ComparedRange(NamedTuple):
@@ -64,21 +65,22 @@ class ComparedRange(NamedTuple):
 def compared_ranges(pairs: ExternalSort, tokens: Table, version: int | None) -> Iterator[ComparedRange]:
     """Yield the pairs of a source against a version of their tokens table; None: every pair is new."""
     scores = [f"{side}_score" for side in SIDES]
-    has_other_scores = pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"old_{name}")) for name in scores)
+    followed = ("source_row", "split", *scores)
+    has_changed = pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"old_{name}")) for name in followed)
     standing = (
         pl.when(~pl.col("pair_id").is_first_distinct())
         .then(pl.lit("duplicate"))
-        .when(pl.col("old_row").is_null())
+        .when(pl.col("old_source_row").is_null())
         .then(pl.lit("new"))
-        .when((pl.col("old_row") != pl.col("source_row")) | has_other_scores)
+        .when(has_changed)
         .then(pl.lit("moved"))
         .otherwise(pl.lit("stays"))
     )
     for piece, sorted_rows in pairs.ranges():
         rows = pl.DataFrame(pl.from_arrow(sorted_rows))
         scanned = rows.clear().lazy() if version is None else piece.of(tokens.scan(version))
-        columns = scanned.select("pair_id", "source_row", *scores)
-        old = columns.rename({"source_row": "old_row"} | {name: f"old_{name}" for name in scores}).collect()
+        old = scanned.select("pair_id", **{f"old_{name}": name for name in followed}).collect()
         joined = rows.join(old, on="pair_id", how="left", maintain_order="left")
         gone = old.join(rows, on="pair_id", how="anti")["pair_id"]
-        yield ComparedRange(piece, joined.select("pair_id", "source_row", "pair", *scores, standing=standing), gone)
+        fields = [name for name in ComparedPair._fields if name != "standing"]
+        yield ComparedRange(piece, joined.select(*fields, standing=standing), gone)

@@ -18,7 +18,7 @@ from pipeline.source.external_sort import ExternalSort
 from pipeline.source.load import open_source
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair
-from pipeline.source.rows import RawRow, Source
+from pipeline.source.rows import RawRow, Source, with_split
 from weights_store.errors import InputError
 from weights_store.messages import logger
 from weights_store.schemas import QUARANTINE, Reason
@@ -33,6 +33,7 @@ PAIRS = pa.schema(
     [
         ("pair_id", pa.string()),
         ("source_row", pa.int64()),
+        ("split", pa.string()),
         ("pair", pa.string()),
         ("chosen_score", pa.float32()),
         ("rejected_score", pa.float32()),
@@ -56,6 +57,7 @@ def pairs_of(source: Source, columns: Columns) -> Iterator[tuple[RawRow, Pair | 
     A row with several answers comes once for each of its pairs.
     """
     for row in source.rows(columns.needed()):
+        row = with_split(row, columns.split)
         if row.reason is not None:
             yield row, Unusable(row.reason, row.detail)
             continue
@@ -95,10 +97,7 @@ class Intake:
             pairs, unusable = [], []
             for row, found in batch:
                 if isinstance(found, Pair):
-                    scores = {"chosen_score": found.chosen_score, "rejected_score": found.rejected_score}
-                    pairs.append(
-                        {"pair_id": found.pair_id, "source_row": row.source_row, "pair": found.to_json(), **scores}
-                    )
+                    pairs.append(_pair_record(row, found))
                     self._count_scores(row, found)
                 else:
                     raw = row.raw or _raw_text(row)
@@ -141,6 +140,17 @@ class Intake:
         """Return the error for a source in which no row can be used, with one example of each reason."""
         what = f"dataset.source {self.dataset.source}: no usable pair in {self.num_rows} rows"
         return InputError(f"{what} {self.explain(reasons)}")
+
+
+def _pair_record(row: RawRow, pair: Pair) -> dict[str, object]:
+    return {
+        "pair_id": pair.pair_id,
+        "source_row": row.source_row,
+        "split": row.split,
+        "pair": pair.to_json(),
+        "chosen_score": pair.chosen_score,
+        "rejected_score": pair.rejected_score,
+    }
 
 
 def _raw_text(row: RawRow) -> str:

@@ -60,15 +60,24 @@ def open_source(dataset: DatasetSection) -> Source:
         InputError: No such file, folder or hub dataset, or a file that cannot be read.
     """
     path = Path(dataset.source)
+    if len(dataset.splits) > 1 and path.is_file():
+        raise InputError(
+            f"dataset.split names {', '.join(dataset.splits)}, but dataset.source {path} is a file, which has one split; name "
+            "the column that holds the split of each row in dataset.split_column, or give a saved or hub dataset"
+        )
+    return joined(dataset.source, [_open_split(path, dataset, split) for split in dataset.splits])
+
+
+def _open_split(path: Path, dataset: DatasetSection, split: str) -> Source:
     if path.is_file():
         source = _open_file(path)
     elif path.is_dir() or is_hub_id(dataset.source):
-        source = _with_library(path, dataset)
+        source = _with_library(path, dataset, split)
     else:
         raise InputError(
             f"dataset.source {path} does not exist{_nearest_file(path)}; give a file, a saved dataset folder or a hub id"
         )
-    return replace(source, name=dataset.source, max_rows=dataset.max_pairs)
+    return replace(source, name=dataset.source, split=split, max_rows=dataset.max_pairs)
 
 
 def is_hub_id(source: str) -> bool:
@@ -134,7 +143,7 @@ def _nearest_file(path: Path) -> str:
 # --- datasets ----------------------------------------------------------------------------------------------------------
 
 
-def _with_library(path: Path, dataset: DatasetSection) -> Source:
+def _with_library(path: Path, dataset: DatasetSection, split: str) -> Source:
     """Open a dataset folder or a hub dataset with `datasets`."""
     import datasets
 
@@ -142,15 +151,15 @@ def _with_library(path: Path, dataset: DatasetSection) -> Source:
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             problem = f"{path} is no whole saved dataset"
-            loaded = _saved(path, dataset)
+            loaded = _saved(path, split)
         elif path.is_dir():
-            problem = f"{path}: no dataset with split {dataset.split!r} in this folder"
-            files = _files_of_split(path, dataset)
+            problem = f"{path}: no dataset with split {split!r} in this folder"
+            files = _files_of_split(path, dataset, split)
             if files:
                 return joined(dataset.source, [_open_file(file) for file in files])
-            loaded = datasets.load_dataset(str(path), dataset.config, split=dataset.split, data_dir=dataset.data_dir)
+            loaded = datasets.load_dataset(str(path), dataset.config, split=split, data_dir=dataset.data_dir)
         else:
-            loaded = _from_hub(dataset)
+            loaded = _from_hub(dataset, split)
     except (OSError, KeyError, ValueError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, InputError):
             raise
@@ -162,15 +171,15 @@ def _with_library(path: Path, dataset: DatasetSection) -> Source:
     )
 
 
-def _saved(path: Path, dataset: DatasetSection) -> "Dataset":
-    """Return a dataset that `save_to_disk` wrote, or the recipe's split of several."""
+def _saved(path: Path, split: str) -> "Dataset":
+    """Return a dataset that `save_to_disk` wrote, or one split of several."""
     import datasets
 
     loaded = datasets.load_from_disk(str(path))
     if isinstance(loaded, datasets.Dataset):
         return loaded
-    _check_split(path, dataset.split, [str(name) for name in loaded])
-    return loaded[dataset.split]
+    _check_split(path, split, [str(name) for name in loaded])
+    return loaded[split]
 
 
 def _check_split(path: Path, split: str, names: list[str]) -> None:
@@ -182,7 +191,7 @@ def _check_split(path: Path, split: str, names: list[str]) -> None:
         raise InputError(f"dataset.source {path} has no split {split!r}; {hint}")
 
 
-def _files_of_split(path: Path, dataset: DatasetSection) -> list[Path]:
+def _files_of_split(path: Path, dataset: DatasetSection, split: str) -> list[Path]:
     """Return the files of one split of a folder, as `datasets` sorts them; none if they are of a kind that only it reads.
 
     Its own reader would refuse a whole folder for one bad row, and does not say in which file that is.
@@ -192,13 +201,13 @@ def _files_of_split(path: Path, dataset: DatasetSection) -> list[Path]:
     """
     import datasets
 
-    if set(dataset.split) & set("[+"):  # a part of a split, or several
+    if set(split) & set("[+"):  # a part of a split, or several
         return []
     splits = datasets.load_dataset_builder(str(path), dataset.config, data_dir=dataset.data_dir).config.data_files or {}
     found = {str(split): [Path(file) for file in files] for split, files in splits.items()}
     if not all(_kind(file) in _READERS for files in found.values() for file in files):
         return []
-    _check_split(path, dataset.split, list(found))
+    _check_split(path, split, list(found))
     kinds = {_kind(file) for files in found.values() for file in files}
     there = [file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     others = {_kind(file) for file in there if file.is_file()} & (_READERS.keys() - {".json"})  # .json: often metadata
@@ -207,20 +216,20 @@ def _files_of_split(path: Path, dataset: DatasetSection) -> list[Path]:
             f"dataset.source {path} has files of several kinds, {', '.join(sorted(others | kinds))}, of which only "
             f"{', '.join(sorted(kinds))} would be read; keep one kind, or name one file"
         )
-    return found[dataset.split]
+    return found[split]
 
 
-def _from_hub(dataset: DatasetSection) -> "Dataset | IterableDataset":
+def _from_hub(dataset: DatasetSection, split: str) -> "Dataset | IterableDataset":
     """Return a hub dataset; without a connection that of the cache, at once: the library would try for half a minute."""
     import datasets
 
-    options = dataset.model_dump(include={"data_dir", "split", "revision", "streaming"})
+    options = dataset.model_dump(include={"data_dir", "revision", "streaming"})
     was_offline = datasets.config.HF_HUB_OFFLINE
     if not was_offline and not _hub_answers():
         _log.warning(f"prepare: no connection to the hub; {dataset.source} is looked for in the cache")
         datasets.config.HF_HUB_OFFLINE = True
     try:
-        return datasets.load_dataset(dataset.source, dataset.config, **options)
+        return datasets.load_dataset(dataset.source, dataset.config, split=split, **options)
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
 

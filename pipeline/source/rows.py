@@ -20,6 +20,7 @@ class RawRow:
     detail: str = ""
     raw: str = ""
     """The text of the row, if the source is text."""
+    split: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,24 +40,29 @@ class Source:
     max_looked_at: int | None = None
     """How many rows a first look may read; None: all."""
     max_rows: int | None = None
+    split: str = ""
+    """Of all rows; empty if each says its own."""
 
     def rows(self, columns: Collection[str] | None = None) -> Iterator[RawRow]:
-        """Yield the rows, at most `max_rows`.
+        """Yield the rows, at most `max_rows`, each with its split.
 
         Raises:
             InputError: The source is damaged.
         """
-        return islice(self.read(columns), self.max_rows)
+        rows = islice(self.read(columns), self.max_rows)
+        return (replace(row, split=self.split) for row in rows) if self.split else rows
 
 
 def joined(name: str, sources: list[Source]) -> Source:
     """Return several sources as one; its rows are counted through."""
+    if len(sources) == 1:
+        return sources[0]
 
     def read(columns: Collection[str] | None) -> Iterator[RawRow]:
         start = 0
         for source in sources:
             num_rows = 0
-            for row in source.read(columns):
+            for row in source.rows(columns):
                 num_rows += 1
                 yield replace(row, source_row=start + row.source_row)
             start += num_rows
@@ -64,4 +70,19 @@ def joined(name: str, sources: list[Source]) -> Source:
     known = [source.columns for source in sources]
     columns = None if None in known else list(dict.fromkeys(chain(*filter(None, known))))
     texts = None if columns is None else frozenset(chain(*(source.texts or () for source in sources)))
-    return Source(name, read, columns, texts, frozenset(chain(*(source.doubled for source in sources))))
+    doubled = frozenset(chain(*(source.doubled for source in sources)))
+    looked_at = [source.max_looked_at for source in sources if source.max_looked_at is not None]
+    return Source(name, read, columns, texts, doubled, sum(looked_at) or None)
+
+
+def with_split(row: RawRow, column: str | None) -> RawRow:
+    """Return a row with the split that its column names, or with the reason why it has none; no column: as it is."""
+    if column is None or row.value is None:
+        return row
+    split = row.value.get(column)
+    if split is None or split == "":
+        return replace(row, reason=Reason.MISSING_VALUE, detail=f"column {column!r} has no value")
+    if not isinstance(split, str):
+        detail = f"column {column!r} is a {type(split).__name__}, expected the name of a split"
+        return replace(row, reason=Reason.NOT_TEXT, detail=detail)
+    return replace(row, split=split)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.child import check_extra, run_child
 from pipeline.models.contrastive import ModelRecord, ModelShelf
-from pipeline.recipe import TRAINING_KEYS, ContrastSection
+from pipeline.recipe import ContrastSection
 from pipeline.source.chat import Condition
 from pipeline.stages.score import Scorer
 from weights_store import TableVersion, WeightStore
@@ -100,11 +100,10 @@ def wanted_models(settings: ContrastSection, model_folder: Path, uniform: TableV
 
     The fingerprint of the training data, `uniform`, matters only if `retrain` is set or the store has no pair yet.
     """
-    keys = TRAINING_KEYS | ({"beta"} if settings.method == "dpo" else set())
     # Which version of the data a model is trained on is no part of its identity.
     both = {
         "model": fingerprint_model(model_folder),
-        "training": settings.model_dump(include=keys),
+        "training": settings.training_settings(),
         "table": uniform.table,
     }
     identities: dict[str, dict[str, object]] = {side: {**both, "side": side} for side in _SIDES}
@@ -142,6 +141,10 @@ def _arguments(
         "optim.seed": settings.seed,
         "output.save_every_steps": 50,
     }
+    if settings.held_out:
+        options["eval.share"] = settings.held_out
+    if settings.split is not None:
+        options["data.split"] = settings.split
     if settings.method == "dpo":
         options["loss.beta"] = settings.beta
     if settings.dtype == "bfloat16":

@@ -9,7 +9,7 @@ The source is read once and sorted by pair_id. Then old and new pairs are compar
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,7 +42,7 @@ _log = logger(__name__)
 
 _MAX_TRIES = 5
 _UNKNOWN_CONTEXT = 1 << 20
-_COLUMNS = ("prompt", "input", "system", "chosen", "rejected", "chosen_score", "rejected_score")
+_COLUMNS = ("prompt", "input", "system", "chosen", "rejected", "chosen_score", "rejected_score", "split")
 _READING = {*(f"{name}_column" for name in _COLUMNS), "transcript", "many_answers", "split"}
 """Settings that decide how rows are read."""
 
@@ -96,6 +96,8 @@ class Preparation:
     dataset: DatasetSection
     needs_scores: bool
     """Whether the weights are made from annotators' scores of both responses."""
+    trains_on: str | None
+    """The split that contrastive models are trained on; None for all pairs, or if nothing is trained."""
     tokenizer: ChatTokenizer
     context: int
     """Longest sequence of the model, in tokens."""
@@ -133,7 +135,10 @@ class Preparation:
         store = WeightStore(recipe.store.uri)
         tokens = store.table(tokens_path(f"{dataset.name}-{fingerprint(cut)[:12]}"))
         quarantine = store.table(quarantine_path(tokens.path))
-        return cls(dataset, recipe.needs_scores, tokenizer, context, cut, asked, store, tokens, quarantine)
+        trains = recipe.needs_pair and recipe.contrast.method != "prompt"
+        trains_on = recipe.contrast_settings.split if trains else None
+        needs_scores = recipe.needs_scores
+        return cls(dataset, needs_scores, trains_on, tokenizer, context, cut, asked, store, tokens, quarantine)
 
     @cached_property
     def opened(self) -> Source:
@@ -163,7 +168,7 @@ class Preparation:
         """Return the newest version if it was made from the same bytes. A hub dataset is always read again.
 
         Raises:
-            InputError: The weights need scores that its pairs lack.
+            InputError: The weights need scores that its pairs lack, or the contrastive models a split that it lacks.
         """
         recorded = Account.recorded(self.tokens, self.quarantine)
         if recorded is None or self.asked["content"] is None or not self.is_recorded_in(self.quarantine):
@@ -173,6 +178,8 @@ class Preparation:
         if self.needs_scores:
             lacks = pl.any_horizontal(pl.col(f"{side}_score").is_null() for side in SIDES)
             self._check_scores(*self.tokens.scan().select(lacks.sum(), pl.len()).collect().row(0))
+        if self.trains_on is not None:
+            self.check_split(dict(self.tokens.scan().group_by("split").len().collect().iter_rows()))
         num_pairs = self.tokens.metadata()["statistics"]["num_pairs"]
         return Prepared(self.tokens.reference(), recorded.num_source_rows, num_pairs, recorded.quarantined, 0)
 
@@ -214,6 +221,19 @@ class Preparation:
             "weights.pair_weight to 'margin' or 'none'"
         )
 
+    def check_split(self, num_pairs: Mapping[str, int]) -> None:
+        """Check that the contrastive models have a split to train on, given the number of pairs of each split.
+
+        Raises:
+            InputError: There is no pair of it.
+        """
+        if self.trains_on is not None and self.trains_on not in num_pairs:
+            found = ", ".join(f"{split} ({count:,} pairs)" for split, count in sorted(num_pairs.items()))
+            raise InputError(
+                f"the contrastive models train on split {self.trains_on!r}, of which there is no pair; {self.dataset.source} "
+                f"has {found}. Name one of them in contrast.split"
+            )
+
     def tokenize(self, pair: Pair) -> TokenizedPair:
         """Return the ids of a pair.
 
@@ -241,6 +261,7 @@ class _Update:
         self.reasons = Counter(intake.reasons)
         self.statistics = Counter(num_pairs=0, num_new_pairs=0, num_new_prompts_cut=0, num_new_responses_cut=0)
         self.notes: Counter[str] = Counter()
+        self.splits: Counter[str] = Counter()
         self.pair_ids = hashlib.sha256()
         self.old_rows_stay = True
 
@@ -251,6 +272,7 @@ class _Update:
             if not num_pairs:
                 self._commit_quarantine(unusable)
                 raise self.intake.no_usable_pair(self.reasons)
+            self.start.check_split(self.splits)
             account = Account(self.start.source, self.intake.num_rows, dict(self.reasons))
             is_same = not num_new and self.old_rows_stay and self.recorded == account
             is_same &= self.recorded is not None and self.start.is_recorded_in(self.start.quarantine)
@@ -292,7 +314,10 @@ class _Update:
                 continue
             self.statistics["num_pairs"] += 1
             scores = [score for score in (row.chosen_score, row.rejected_score) if score is not None]
+            self.splits[row.split] += 1
             self.pair_ids.update(f"{row.pair_id}{scores or ''}".encode())
+            if self.start.dataset.has_splits:
+                self.pair_ids.update(row.split.encode())
         return tokenised, problems
 
     def _tokens_row(self, row: ComparedPair) -> dict[str, object]:
@@ -310,7 +335,7 @@ class _Update:
             "chosen_score": pair.chosen_score,
             "rejected_score": pair.rejected_score,
             "source_row": row.source_row,
-            "split": self.start.dataset.split,
+            "split": row.split,
         }
 
     def _commit_quarantine(self, unusable: ExternalSort) -> None:
@@ -355,7 +380,7 @@ class _Update:
         old = self.tokens.scan(self.kept)
         new = self.tokens.scan_shards(fresh)
         for piece, rows in self.intake.pairs.ranges():
-            current = ["source_row", *(f"{side}_score" for side in SIDES)]
+            current = ["source_row", "split", *(f"{side}_score" for side in SIDES)]
             first = pl.DataFrame(pl.from_arrow(rows.select(["pair_id", *current]))).unique("pair_id", keep="first")
             stay = piece.of(old).drop(current).join(first.lazy(), on="pair_id").select(TOKENS.names)
             merged = pl.concat([stay, piece.of(new).select(TOKENS.names)]).sort("pair_id").collect()

@@ -157,6 +157,11 @@ def _metadata(recipe: Recipe, ingredients: Ingredients, wanted: "Wanted", statis
         "git_commit": software["git_commit"],
     }
     scorer = _recorded(ingredients.ref_logps).get("scorer")
+    if ingredients.positive_logps is not None and recipe.contrast.method != "prompt":
+        metadata["contrast"] = {
+            "held_out": recipe.contrast.held_out,
+            "split": recipe.contrast_settings.split,
+        }
     if scorer is not None:
         model = scorer["model"]
         metadata["reference"] = {"model_fingerprint": model, "dtype": scorer["dtype"], "model": recipe.model.path}

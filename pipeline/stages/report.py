@@ -75,7 +75,8 @@ def summary_rows(published: Published) -> list[tuple[str, str]]:
     rows.append(("weights", _settings_text(published.settings)))
     rows += [(f"{side} tokens", _side_text(statistics[side])) for side in SIDES]
     if "mean_pair_weight" in statistics:
-        rows.append(("pair weights", f"mean {statistics['mean_pair_weight']:.4f}"))
+        ends = f"{statistics['min_pair_weight']:.4f} to {statistics['max_pair_weight']:.4f}"
+        rows.append(("pair weights", f"{ends}, mean {statistics['mean_pair_weight']:.4f}"))
     return rows
 
 

@@ -115,11 +115,12 @@ class Join:
         return True
 
     def has_all_of(self, table: Table, version: int | None) -> bool:
-        """Return whether every pair of another table is in all tables of the join."""
+        """Return whether every pair of another table is in all tables of the join, and still of the same split."""
         for piece in table.key_ranges(RANGE_BYTES, version):
-            left = piece.of(table.scan(version)).select("pair_id")
-            for here, at in self.tables.values():
-                lost = left.join(piece.of(here.scan(at)).select("pair_id"), on="pair_id", how="anti")
+            left = piece.of(table.scan(version)).select("pair_id", "split")
+            for role, (here, at) in self.tables.items():
+                keys = ["pair_id", "split"] if role == "tokens" else ["pair_id"]
+                lost = left.join(piece.of(here.scan(at)).select(keys), on=keys, how="anti")
                 if not lost.head(1).collect().is_empty():
                     return False
         return True

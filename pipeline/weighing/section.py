@@ -44,8 +44,8 @@ class WeightsSection(Section):
     pair_weight: Literal["none", "quality", "margin"] = Field(
         "none",
         description="`quality`: sigmoid(quality_eta * (score of chosen - score of rejected)), needs both scores in every pair; "
-        "`margin`: tanh(abs(m) / (2 margin_tau)), m the log-ratios of the contrastive pair summed over chosen minus over "
-        "rejected tokens. The loss is still divided by the number of pairs",
+        "`margin`: max(0, 2 sigmoid(m / margin_tau) - 1), m the log-ratios of the contrastive pair summed over chosen minus "
+        "over rejected tokens. The loss is still divided by the number of pairs",
     )
     quality_eta: float = Field(0.7, gt=0, description="per unit of the annotators' scores")
     margin_tau: float = Field(1.0, gt=0, description="in nats")

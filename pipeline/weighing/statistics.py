@@ -23,6 +23,7 @@ def count_up(joined: pl.DataFrame, sides: Mapping[Side, Weighed], pair_weights: 
     """
     statistics: Statistics = {
         "num_pairs": joined.height,
+        "num_pairs_by_split": dict(joined["split"].value_counts().sort("split").iter_rows()),
         "num_prompt_tokens": int(joined["prompt_ids"].list.len().sum()),
         "num_response_tokens": sum(len(weights.token_weights) for _, weights in sides.values()),
         "num_scored_pairs": joined.drop_nulls(["chosen_score", "rejected_score"]).height,
@@ -33,6 +34,10 @@ def count_up(joined: pl.DataFrame, sides: Mapping[Side, Weighed], pair_weights: 
     }
     if pair_weights is not None:
         statistics["mean_pair_weight"] = float(pair_weights.mean(dtype=np.float64))
+        statistics["min_pair_weight"], statistics["max_pair_weight"] = (
+            float(pair_weights.min()),
+            float(pair_weights.max()),
+        )
     statistics["constant_weights"] = _are_constant(statistics)
     return statistics
 
@@ -63,6 +68,7 @@ def merge_statistics(left: Statistics, right: Statistics) -> Statistics:
     """Return the statistics of the pairs of both, which have none in common and the same settings."""
     merged: Statistics = {
         "num_pairs": left["num_pairs"] + right["num_pairs"],
+        "num_pairs_by_split": _add(left["num_pairs_by_split"], right["num_pairs_by_split"]),
         "num_prompt_tokens": left["num_prompt_tokens"] + right["num_prompt_tokens"],
         "num_response_tokens": left["num_response_tokens"] + right["num_response_tokens"],
         "num_scored_pairs": left["num_scored_pairs"] + right["num_scored_pairs"],
@@ -74,8 +80,14 @@ def merge_statistics(left: Statistics, right: Statistics) -> Statistics:
     if "mean_pair_weight" in left:
         sums = (part["mean_pair_weight"] * part["num_pairs"] for part in (left, right))
         merged["mean_pair_weight"] = sum(sums) / merged["num_pairs"]
+        merged["min_pair_weight"] = min(left["min_pair_weight"], right["min_pair_weight"])
+        merged["max_pair_weight"] = max(left["max_pair_weight"], right["max_pair_weight"])
     merged["constant_weights"] = _are_constant(merged)
     return merged
+
+
+def _add(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:
+    return {split: left.get(split, 0) + right.get(split, 0) for split in sorted({*left, *right})}
 
 
 def _merge_side(left: SideStatistics, right: SideStatistics) -> SideStatistics:

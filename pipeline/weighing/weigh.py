@@ -162,9 +162,11 @@ def pair_weights(section: WeightsSection, lists: pa.Table, sides: Mapping[Side, 
     `quality`: sigmoid(quality_eta * (S_w - S_l)), w_qual of Uni-DPO (arXiv 2506.10054): 1/2 to 1 if the annotators' scores
     agree with the label, below 1/2 if they do not.
 
-    `margin`: tanh(|m| / (2 margin_tau)) = |2 sigmoid(m / margin_tau) - 1|, m the log-ratios of the contrastive pair summed over
-    the chosen minus over the rejected response. A pair that the contrastive models do not tell apart has a doubtful label, and
-    gets little weight. Our own.
+    `margin`: max(0, 2 p - 1), p = sigmoid(m / margin_tau), which is tanh(m / (2 margin_tau)) where m > 0; m is the log-ratios
+    of the contrastive pair, summed over the chosen minus over the rejected response. If the label is right with probability p,
+    a step on the pair goes with p in the direction of its gradient and with 1 - p against it: 2 p - 1 of it is left on
+    average. A pair whose contrastive models cannot tell which response is better gets 0, and so does one where they prefer the
+    rejected response: a negative weight would train on the opposite label. Our own.
     """
     if section.pair_weight == "quality":
         chosen, rejected = (one_chunk(lists[f"{side}_score"]).to_numpy().astype(np.float64) for side in SIDES)
@@ -172,7 +174,7 @@ def pair_weights(section: WeightsSection, lists: pa.Table, sides: Mapping[Side, 
     if section.pair_weight == "margin":
         of_sides = (sides[side].scores for side in SIDES)
         chosen, rejected = (transforms.means(each.logratios(), each.lengths) * each.lengths for each in of_sides)
-        return np.tanh(np.abs(chosen - rejected) / (2 * section.margin_tau)).astype(np.float32)
+        return np.tanh(np.maximum(chosen - rejected, 0) / (2 * section.margin_tau)).astype(np.float32)
     return np.ones(lists.num_rows, dtype=np.float32)
 
 

@@ -20,7 +20,7 @@ from pipeline.workers.pair_row import PairRow, QuarantineRow, why_not
 from pipeline.workers.request import AttributionOptions, Request, Target
 from train.data.dataset import Pair, StoredResponse
 from train.model.attribution import TokenAttributions, attribute_tokens, input_embeddings
-from train.model.checkpoint import load_checkpoint
+from train.model.checkpoint import in_float32, load_checkpoint
 from train.model.collate import PairCollator
 from train.model.foreign import is_out_of_memory
 from train.model.logps import check_output_layer
@@ -185,12 +185,9 @@ def _choose_layout(model: PreTrainedModel, device: torch.device) -> str | None:
         InputError: Its code does not allow attributions, or computes log-probs in a way that we do not know.
     """
     ordinary = str(model.config._attn_implementation)
-    stored = [(parameter, parameter.dtype) for parameter in model.parameters()]
-    model.float()
-    check_output_layer(model)
-    reason = enable_packing(model, attributions=True)
-    for parameter, dtype in stored:  # `model.to(dtype)` would round the frequencies of rotary embeddings too
-        parameter.data = parameter.data.to(dtype)
+    with in_float32(model):
+        check_output_layer(model)
+        reason = enable_packing(model, attributions=True)
     model.to(device)
     return confirm_layout(model, ordinary, reason, attributions=True)
 

@@ -57,6 +57,11 @@ class WeightSource:
         """Counts over the whole version; empty if none were recorded."""
         return self.metadata.get("statistics", {})
 
+    def splits_text(self) -> str:
+        """Return the splits of the version with their pairs, for messages; empty if they were not counted."""
+        counts = self.statistics.get("num_pairs_by_split", {})
+        return ", ".join(f"{split} ({count:,} pairs)" for split, count in counts.items())
+
     def filled_columns(self) -> set[str]:
         """Return the columns with a value in every row, of those that a loss may need."""
         statistics, sides = self.statistics, SIDES
@@ -91,7 +96,7 @@ class PairDataset(Dataset[Pair]):
     as they are needed.
 
     Args:
-        config: Split, `max_pairs`, `swap`, folder for copies of shards.
+        config: Split, `max_pairs`, `swap`, whether pair weights count, folder for copies of shards.
         vocab_size: Ids must be below it.
         selection: Which rows; None for those of the config's split, up to its `max_pairs`.
         with_ref_top: Read the reference's top-k log-probs too, 2 K more numbers per response token.
@@ -130,8 +135,10 @@ class PairDataset(Dataset[Pair]):
             self._copies = ShardCache(config.cache_folder, config.cache_gib)
             self._copies.warn_of_oversized(self._records)
         if len(self) == 0:
+            there = source.splits_text()
             raise NotFoundError(
-                f"{source.name} has no pair of {self.selection}; leave data.split empty for all splits, or hold out more"
+                f"{source.name} has no pair of {self.selection}{f'; it has {there}' if there else ''}. Name another split in "
+                "data.split or eval.split, leave data.split empty for all splits, or hold out more"
             )
 
     @property
@@ -156,6 +163,8 @@ class PairDataset(Dataset[Pair]):
         group = int(np.searchsorted(self._ends, row, side="right"))
         first = int(self._ends[group] - self._groups.num_rows[group])
         pair = self._load_group(group).pair(row - first)
+        if not self.config.use_pair_weights:
+            pair = replace(pair, pair_weight=1.0)
         return pair.swapped() if self.config.swap else pair
 
     def __getstate__(self) -> dict[str, object]:

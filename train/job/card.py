@@ -50,13 +50,14 @@ def model_card(lineage: Lineage, source: WeightSource) -> str:
 def _results(result: Result) -> str:
     columns = {"before": result["before"], "after": result["after"]}
     if "held_out" in result:
-        columns["held out"] = result["held_out"]
+        seen = result.get("held_out_was_seen")
+        columns["held out, but seen" if seen else "held out"] = result["held_out"]
     rows = [
         [f"`{name}`", *(f"{values.get(name, float('nan')):.4g}" for values in columns.values())]
         for name in result["after"]
     ]
     sample = f"`before` and `after` are means over the same {result['num_sample_pairs']} pairs of the training data."
-    return _table(["", *columns], rows) + f"\n\n{sample}"
+    return "\n\n".join([_table(["", *columns], rows), sample, *(f"Note: {line}." for line in result["notices"])])
 
 
 def _lineage(lineage: Lineage, source: WeightSource) -> str:

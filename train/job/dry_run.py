@@ -33,4 +33,6 @@ def dry_run_lines(inputs: JobInputs, pairs: JobPairs) -> list[str]:
         "output": f"{config.output.folder} (job {fingerprint(job)[:12]})",
     }
     width = max(map(len, rows))
-    return [*(f"{name.ljust(width)}  {value}" for name, value in rows.items()), "nothing was done (--dry-run)"]
+    lines = [f"{name.ljust(width)}  {value}" for name, value in rows.items()]
+    lines += [f"{'notice'.ljust(width)}  {line}" for line in pairs.notices]
+    return [*lines, "nothing was done (--dry-run)"]

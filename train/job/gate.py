@@ -100,11 +100,33 @@ def check_step_0(
     raise MismatchError(f"{_describe(found, tolerance_nats)}; {cause}")
 
 
-def _describe(found: Agreement, tolerance_nats: float) -> str:
+def check_reference(measured: Measured, config: TrainConfig, metadata: CommitMetadata) -> None:
+    """Refuse a frozen reference model that is not the one the dataset was scored with, after `check_step_0`.
+
+    It has the policy's files, but its parameters are in the dtype of the forward pass, those of the policy in float32.
+
+    Raises:
+        MismatchError: Its log-probs differ from the stored ones.
+    """
+    found, tolerance_nats = compare(measured), tolerance_of(config.gate, metadata)
+    if found.within(tolerance_nats):
+        _log.info(f"step-0 gate: the frozen reference model is {found.mean:.2g} nats per token from it")
+        return
+    dtype = config.model.dtype
+    cause = "set model.dtype='float32', or accept the difference with gate.tolerance_nats"
+    if dtype == "float32":
+        cause = "this is a fault of this installation: compare the versions of torch and transformers with those of the build"
+    raise MismatchError(
+        f"{_describe(found, tolerance_nats, 'frozen reference model')}; the policy's agree, so the way in which the reference "
+        f"is computed in {dtype} is the cause: {cause}"
+    )
+
+
+def _describe(found: Agreement, tolerance_nats: float, model: str = "model") -> str:
     if math.isnan(found.mean):
-        return f"step-0 gate: the model gives log-probs that are not finite, over {found.num_tokens:,} tokens"
+        return f"step-0 gate: the {model} gives log-probs that are not finite, over {found.num_tokens:,} tokens"
     return (
-        f"step-0 gate: the model's log-probs differ from the stored ones of the reference by {found.mean:.2g} nats per token "
+        f"step-0 gate: the {model}'s log-probs differ from the stored ones of the reference by {found.mean:.2g} nats per token "
         f"in the mean (expected at most {tolerance_nats:.2g}) and by {found.max:.2g} at one token (expected at most "
         f"{_MAX_FACTOR * tolerance_nats:.2g}), over {found.num_tokens:,} tokens"
     )

@@ -94,7 +94,7 @@ def run_job(
     trainer = build_trainer(inputs, pairs, output.checkpoints, stop)
     pass_gate(trainer, inputs, pairs.sample)
     with explain_full_disk(output.path):
-        lineage = _build_lineage(inputs, train(trainer, pairs.sample, output.last_checkpoint(), stop))
+        lineage = _build_lineage(inputs, train(trainer, inputs, pairs, output.last_checkpoint(), stop))
         save(trainer, inputs, output, lineage)
     _log.info(f"wrote {output.path}")
     return _result(output.path, lineage["result"])

@@ -44,6 +44,9 @@ class Result(TypedDict):
     after: dict[str, float]
     num_sample_pairs: int
     held_out: NotRequired[dict[str, float]]
+    held_out_was_seen: NotRequired[bool]
+    """Models that made the weights were trained on held-out pairs."""
+    notices: list[str]
     best_step: NotRequired[int]
 
 

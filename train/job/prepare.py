@@ -10,10 +10,12 @@ from pathlib import Path
 from train.config import TrainConfig
 from train.data.dataset import Pair, PairDataset, WeightSource, check_weights_vary, open_weights, sample_pairs
 from train.data.selection import Selection
+from train.job.notices import notices
 from train.job.output import Identity
 from train.loss.objective import check_columns_for
 from train.model.checkpoint import check_model_fits
 from train.model.hub import check_model_folder, find_folder
+from weights_store.errors import MismatchError
 from weights_store.fingerprint import fingerprint_model
 
 
@@ -35,6 +37,8 @@ class JobPairs:
     trained: PairDataset
     sample: Sequence[Pair]
     held_out: Sequence[Pair]
+    notices: Sequence[str] = ()
+    """See `notices.py`."""
 
 
 def open_inputs(config: TrainConfig) -> JobInputs:
@@ -57,7 +61,8 @@ def open_pairs(inputs: JobInputs) -> JobPairs:
     """Open the pairs of a job, and check that its loss can learn from them.
 
     Raises:
-        MismatchError: Token weights are constant, or cannot be refreshed as they were made; or rows of the dataset are damaged.
+        MismatchError: Token weights are constant, or cannot be refreshed as they were made; pair weights are all 0; or rows of
+            the dataset are damaged.
         NotFoundError: No pair is left.
     """
     config, source, needs = inputs.config, inputs.source, inputs.config.loss.needs
@@ -75,6 +80,11 @@ def open_pairs(inputs: JobInputs) -> JobPairs:
 
     trained = view(Selection.for_training(config.data, config.eval))
     sample = sample_pairs(trained)
+    if config.data.use_pair_weights and source.statistics.get("max_pair_weight") == 0:
+        raise MismatchError(
+            f"all pair weights of {source.name} are 0, so nothing would be learnt; set data.use_pair_weights=false, or build "
+            "it with another weights.pair_weight"
+        )
     if needs.token_weights:
         check_weights_vary(source, sample, config.loss.name)
     if needs.fresh_weights:
@@ -84,7 +94,7 @@ def open_pairs(inputs: JobInputs) -> JobPairs:
     held_out: Sequence[Pair] = []
     if config.eval.is_on:
         held_out = sample_pairs(view(Selection.for_evaluation(config.data, config.eval)), config.eval.max_pairs)
-    return JobPairs(trained, sample, held_out)
+    return JobPairs(trained, sample, held_out, notices(config, source, sample))
 
 
 def build_identity(config: TrainConfig, source: WeightSource, model_folder: Path) -> Identity:
@@ -100,7 +110,8 @@ def build_identity(config: TrainConfig, source: WeightSource, model_folder: Path
             **config.model.model_dump(include={"dtype", "quantization"}),
         },
         "lora": None if config.lora is None else config.lora.model_dump(),
-        "data": config.data.model_dump(include={"swap", "split", "max_pairs"}),
+        "data": config.data.model_dump(include={"swap", "split", "max_pairs"})
+        | config.data.model_dump(include={"use_pair_weights"}, exclude_defaults=True),
         "loss": config.loss.model_dump(exclude_none=True),
         "optim": config.optim.model_dump(exclude={"tokens_per_batch"}),
         "eval": config.eval.model_dump(exclude=set() if config.eval.best else {"every_steps", "max_pairs"}),

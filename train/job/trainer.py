@@ -8,9 +8,10 @@ pairs of a step (`step_reader.py`), how a loss is computed (`objective.py`), whe
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from train.job.step_reader import StepReader
 from train.loss.metrics import MetricWindow
 from train.loss.objective import compute_pair_losses, count_units
 from train.model.collate import Batch, PairCollator, model_inputs
-from train.model.logps import Divergence, TokenTerms, route_forward
+from train.model.logps import Divergence, TokenTerms, per_token_logps, route_forward
 from train.model.policy import Policy
 from train.model.token_budget import cut_by_tokens
 from weights_store.errors import SettingsError
@@ -50,7 +51,7 @@ class PairTrainer(Trainer):
     """Train a policy on `pairs`. From here on `model(...)` returns per-token log-probs, see `logps.route_forward`.
 
     Args:
-        policy: Its dropout is off already.
+        policy: Its noise is off already, see `switch_off_noise`.
         held_out: Pairs that are measured during training, and never trained on.
         reference: The frozen reference model, for an exact KL or fresh anchors without adapters.
 
@@ -97,8 +98,7 @@ class PairTrainer(Trainer):
         super().__init__(
             policy.model, arguments, None, ordered, held_out or None, callbacks=[LogLastStep(), *callbacks]
         )
-        if reference is not None:
-            reference.to(self.args.device)
+        self.reference: nn.Module | None = None if reference is None else reference.to(self.args.device)
         direction = needs.kl_direction
         route_forward(policy.model, Divergence(direction, needs.ref_top, reference) if direction else None)
         self.loss_is_scaled_for_ga = True  # training_step divides by the units of the whole step
@@ -243,19 +243,29 @@ class PairTrainer(Trainer):
         self.loss, self.collator = ordinary
         return window.pop_means(self.accelerator.reduce if num_processes > 1 else None)
 
-    @torch.no_grad()
     def response_logps(self, sample: Sequence[Pair], dtype: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield policy and stored reference log-probs of all response tokens of `sample`, `[n]` each, nats.
 
-        Every rank runs the whole sample, so that all ranks decide the same. `dtype` is that of the forward pass.
+        Every rank runs the whole sample, so that all ranks decide the same. The model is in the mode that trains; `dtype` is
+        that of the forward pass.
         """
-        model, collator = self.model_wrapped, self.measured
-        device = next(model.parameters()).device
-        sizes = [collator.num_tokens(pair) for pair in sample]
+        return self._beside_stored(self.model_wrapped.train(), sample, dtype)
+
+    def reference_logps(self, sample: Sequence[Pair]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the same of the frozen reference model, computed as in training."""
+        assert self.reference is not None, "there is no reference model"
+        return self._beside_stored(partial(per_token_logps, self.reference), sample, self.config.model.dtype)
+
+    @torch.no_grad()
+    def _beside_stored(
+        self, logps_of: Callable[..., TokenTerms], sample: Sequence[Pair], dtype: str
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        device = next(self.model_wrapped.parameters()).device
+        sizes = [self.measured.num_tokens(pair) for pair in sample]
         for part in cut_by_tokens(sample, sizes, self.config.optim.tokens_per_batch):
-            batch = collator(part, device)
+            batch = self.measured(part, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-                terms: TokenTerms = model.eval()(**model_inputs(batch))
+                terms = logps_of(**model_inputs(batch))
             yield terms.logps[batch["completion_mask"]], batch["ref_logps"][batch["completion_mask"]]
 
     def evaluate(

@@ -15,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 from train.config import TrainConfig
 from train.data.dataset import Pair
 from train.job.card import model_card
-from train.job.gate import check_step_0
+from train.job.gate import check_reference, check_step_0
+from train.job.notices import held_out_was_seen
 from train.job.output import Lineage, OutputFolder, Result
 from train.job.prepare import JobInputs, JobPairs
 from train.job.progress import ProgressLines, StopAfterStep, check_tracker, metrics_line
@@ -43,7 +44,7 @@ def build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: S
         _log.info(f"two padded sequences per pair: {policy.not_packed}")
     # With adapters, the policy without them is the reference.
     needs_reference = config.loss.needs.reference_model and config.lora is None
-    reference = load_reference(folder, config.model) if needs_reference else None
+    reference = load_reference(folder, config.model, policy) if needs_reference else None
     trainer = PairTrainer(
         policy,
         pairs.trained,
@@ -58,6 +59,8 @@ def build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: S
         f"training {config.loss.name} on {inputs.source.name} ({len(pairs.trained):,} pairs): "
         f"{trainer.batches.num_steps:,} steps of {config.optim.pairs_per_step} pairs"
     )
+    for line in pairs.notices:
+        _log.info(line)
     return trainer
 
 
@@ -82,17 +85,24 @@ def _place(policy: Policy, config: TrainConfig) -> Policy:
 
 
 def pass_gate(trainer: PairTrainer, inputs: JobInputs, sample: Sequence[Pair]) -> None:
-    """Compare the model with the stored reference, for losses whose log-ratios start at 0."""
-    config, few = inputs.config, sample[: inputs.config.gate.pairs]
-    if few and config.loss.needs.ref_logps:
-        model_fingerprint = inputs.identity["model"]["fingerprint"]
-        check_step_0(
-            lambda dtype: trainer.response_logps(few, dtype), config, inputs.source.metadata, model_fingerprint
-        )
+    """Compare the model, and the reference model if there is one, with the stored reference.
+
+    Only for losses whose log-ratios start at 0.
+    """
+    config, metadata, few = inputs.config, inputs.source.metadata, sample[: inputs.config.gate.pairs]
+    if not few or not config.loss.needs.ref_logps:
+        return
+    model_fingerprint = inputs.identity["model"]["fingerprint"]
+    check_step_0(lambda dtype: trainer.response_logps(few, dtype), config, metadata, model_fingerprint)
+    if trainer.reference is not None:
+        check_reference(trainer.reference_logps(few), config, metadata)
 
 
-def train(trainer: PairTrainer, sample: Sequence[Pair], checkpoint: Path | None, stop: StopRequest) -> Result:
+def train(
+    trainer: PairTrainer, inputs: JobInputs, pairs: JobPairs, checkpoint: Path | None, stop: StopRequest
+) -> Result:
     """Measure, train, measure."""
+    sample = pairs.sample
     before = trainer.measure(sample)
     _log.info(f"before: {metrics_line(before)}")
     if checkpoint is not None:
@@ -102,10 +112,17 @@ def train(trainer: PairTrainer, sample: Sequence[Pair], checkpoint: Path | None,
         raise KeyboardInterrupt
     after = trainer.measure(sample)
     _log.info(f"after:  {metrics_line(after)}")
-    result = Result(steps=trainer.state.global_step, before=before, after=after, num_sample_pairs=len(sample))
+    result = Result(
+        steps=trainer.state.global_step,
+        before=before,
+        after=after,
+        num_sample_pairs=len(sample),
+        notices=list(pairs.notices),
+    )
     if trainer.held_out:
         result["held_out"] = trainer.measure(trainer.held_out)
-        _log.info(f"held out: {metrics_line(result['held_out'])}")
+        seen = result["held_out_was_seen"] = held_out_was_seen(inputs.config, inputs.source)
+        _log.info(f"{'held out, but seen' if seen else 'held out'}: {metrics_line(result['held_out'])}")
     if trainer.config.eval.best:
         result["best_step"] = trainer.state.best_global_step
         _log.info(f"best by held-out {trainer.config.eval.best}: step {trainer.state.best_global_step}")

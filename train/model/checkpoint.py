@@ -1,6 +1,10 @@
 """Load the model of a folder with transformers: its config, and all of its weights, or an error. Compare it with a dataset."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from weights_store.errors import InputError, MismatchError
@@ -8,6 +12,7 @@ from weights_store.fingerprint import fingerprint_chat_template, fingerprint_tok
 from weights_store.messages import first_line
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
     from train.data.dataset import WeightSource
@@ -42,8 +47,10 @@ def load_checkpoint(folder: Path, **options: Any) -> "PreTrainedModel":
     """Return the language model of a folder on the CPU, in evaluation mode; `options` are those of `from_pretrained`.
 
     Raises:
-        InputError: It cannot be loaded, or lacks weights: transformers would fill them with random numbers.
+        InputError: It cannot be loaded, a file of it is damaged, or it lacks weights, which transformers would fill with random
+            numbers.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if getattr(load_model_config(folder).get_text_config(), "attn_logit_softcapping", None):
@@ -51,13 +58,83 @@ def load_checkpoint(folder: Path, **options: Any) -> "PreTrainedModel":
         options = {"attn_implementation": "eager", **options}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except SafetensorError as error:
+        raise InputError(
+            f"{_damaged_file(folder)} is not a whole safetensors file: {first_line(error)}; copy or download it again"
+        ) from error
+    except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
         raise InputError(f"transformers cannot load the model {folder}: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"the model {folder} lacks weights; they would be random: {', '.join(missing[:3])} ({len(missing)} in all)"
         )
     return model.eval()
+
+
+def _damaged_file(folder: Path) -> Path:
+    """Return the first file of a model that safetensors cannot open; its errors do not say which one it is."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            return path
+    return folder
+
+
+def restore_dtypes(model: "PreTrainedModel", folder: Path) -> None:
+    """Cast every tensor of a model, in place, to the dtype that it has in `folder`, the model that it was loaded from.
+
+    That is the dtype in which transformers loads it: not the same for all tensors, since some families keep routers or biases
+    in float32. Where the file itself is more precise, so is the result: other readers, such as vLLM, may use it.
+
+    Raises:
+        InputError: The folder cannot be loaded.
+    """
+    import torch
+
+    skeleton = load_checkpoint(folder, dtype="auto", device_map="meta")  # reads dtypes, holds no weights
+    dtypes = {name: tensor.dtype for name, tensor in _named_tensors(skeleton)}
+    for name, dtype in _dtypes_of_files(folder):
+        if name in dtypes:  # files may hold a tensor under other names, or in parts
+            dtypes[name] = torch.promote_types(dtypes[name], dtype)
+    for name, tensor in _named_tensors(model):
+        tensor.data = tensor.data.to(dtypes.get(name, skeleton.dtype))
+
+
+@contextmanager
+def in_float32(model: "PreTrainedModel") -> Iterator[None]:
+    """Hold a model in float32 inside, where rounding cannot hide what a probe looks for; afterwards it is what it was.
+
+    `model.to(dtype)` would not bring it back: it rounds what transformers keeps in float32.
+    """
+    stored = [(tensor, tensor.dtype) for _, tensor in _named_tensors(model)]
+    for tensor, _ in stored:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, dtype in stored:
+            tensor.data = tensor.data.to(dtype)
+
+
+def _named_tensors(model: "PreTrainedModel") -> Iterator[tuple[str, "torch.Tensor"]]:
+    """Yield parameters and buffers of floating point."""
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    return ((name, tensor) for name, tensor in tensors if tensor.is_floating_point())
+
+
+def _dtypes_of_files(folder: Path) -> Iterator[tuple[str, "torch.dtype"]]:
+    import torch
+    from safetensors import safe_open
+
+    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a dict
+        yield from ((name, known[kind]) for name, kind in kinds.items() if kind in known)
 
 
 def check_model_fits(folder: Path, source: "WeightSource") -> int:

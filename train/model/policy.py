@@ -1,20 +1,24 @@
-"""The model that is trained: check that it fits the dataset, load it, save it.
+"""The model that is trained: load it, keep its training mode free of noise, save it.
 
-What is saved is a folder that transformers and vLLM load: new weights in the dtype of the source, everything else of the
-source (config, tokenizer, chat template, generation config) copied byte for byte. Not here: finding the folder (`hub.py`).
+What is saved is a folder that transformers and vLLM load: new weights, each tensor in the dtype that it has in the source,
+everything else of the source (config, tokenizer, chat template, generation config) copied byte for byte. Not here: finding the
+folder (`hub.py`), reading it (`checkpoint.py`).
 """
 
 import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import MethodType
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from train.config import LoraSection, ModelConfig
-from train.model.checkpoint import TEMPLATE_FILES, TOKENIZER_FILES, load_checkpoint, load_model_config
+from train.model.attention import PACKED
+from train.model.checkpoint import TEMPLATE_FILES, TOKENIZER_FILES, load_checkpoint, restore_dtypes
 from train.model.logps import check_output_layer
 from train.model.packing import enable_packing
 from weights_store.errors import InputError, MissingExtraError
@@ -40,21 +44,29 @@ class Policy:
 def load_policy(
     folder: Path, config: ModelConfig, lora: LoraSection | None = None, *, attributions: bool = False
 ) -> Policy:
-    """Load a model for training: parameters in float32 (4 bits when quantised, then frozen), dropout off.
+    """Load a model for training: parameters in float32 (4 bits when quantised, then frozen), without noise.
 
     With `attributions`, it is packed only if packed attributions are right too.
 
     Raises:
-        InputError: It cannot be loaded, lacks weights, computes its logits in a way that we do not know, or lacks the layers
-            that `lora` names.
+        InputError: It cannot be loaded, lacks weights, computes its logits in a way that we do not know, lacks the layers that
+            `lora` names, or cannot do what `model.gradient_checkpointing` or `model.compile` ask for.
         MissingExtraError: `model.quantization` or `[lora]` need a package that is not installed.
     """
-    model = _load_model(folder, config)
+    quantization = {"quantization_config": _nf4_settings()} if config.quantization == "nf4" else {}
+    model = load_checkpoint(folder, dtype=torch.float32, **quantization)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On CPUs with AVX512-BF16, bitsandbytes would pack 4-bit weights for inference at the first forward pass in eval
+            # mode, permanently, and no gradient flows through packed weights.
+            module.support_avx512bf16_for_cpu = False
+    check_output_layer(model)
     attention = str(model.config._attn_implementation)
     not_packed = enable_packing(model, attributions=attributions) if config.packing else "model.packing is false"
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _enable_checkpointing(model)
     trained = model if lora is None else add_adapters(model, lora)
+    switch_off_noise(trained)
     if config.compile:
         if not hasattr(model.base_model, "layers"):
             raise InputError(f"model.compile: {type(model).__name__} has no list of layers to compile; leave it out")
@@ -63,30 +75,28 @@ def load_policy(
     return Policy(trained, not_packed, attention)
 
 
-def load_reference(folder: Path, config: ModelConfig) -> nn.Module:
-    """Load the frozen reference model, the one that training starts from, in the dtype of the forward pass.
+def load_reference(folder: Path, config: ModelConfig, policy: Policy) -> nn.Module:
+    """Load the frozen reference model, the one that `policy` starts from, in the dtype of the forward pass.
+
+    It is loaded in that dtype, not cast to it: transformers keeps some tensors in float32, such as the frequencies of rotary
+    embeddings, and a reference with rounded frequencies drifts away from the policy with every position.
 
     Raises:
-        InputError: See `load_policy`.
+        InputError: It cannot be loaded, or lacks weights.
     """
-    model = _load_model(folder, config)
-    if config.packing:
-        enable_packing(model)
-    return model.to(getattr(torch, config.dtype)).requires_grad_(False)
+    model = load_checkpoint(folder, dtype=getattr(torch, config.dtype))
+    if policy.not_packed is None:
+        model.set_attn_implementation(PACKED)  # probed with the policy, which has the same weights
+    return model.requires_grad_(False)
 
 
-def _load_model(folder: Path, config: ModelConfig) -> PreTrainedModel:
-    """Load a model with dropout off, and check that we compute its log-probs as it does."""
-    quantization = {"quantization_config": _nf4_settings()} if config.quantization == "nf4" else {}
-    model = load_checkpoint(folder, dtype=torch.float32, **quantization)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # On CPUs with AVX512-BF16, bitsandbytes would pack 4-bit weights for inference at the first forward pass in eval
-            # mode, permanently, and no gradient flows through packed weights.
-            module.support_avx512bf16_for_cpu = False
-    disable_dropout(model)
-    check_output_layer(model)
-    return model
+def _enable_checkpointing(model: PreTrainedModel) -> None:
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise InputError(
+            f"model.gradient_checkpointing: {type(model).__name__} cannot do that; leave it out"
+        ) from error
 
 
 def _nf4_settings() -> BitsAndBytesConfig:
@@ -137,10 +147,13 @@ def add_adapters(model: PreTrainedModel, lora: LoraSection) -> nn.Module:
         raise InputError(f"lora.target_modules={lora.target_modules!r}: {error}") from error
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate in `model` to 0: policy and stored reference must see the same function.
+def switch_off_noise(model: nn.Module) -> None:
+    """Make `model.train()` compute what `model.eval()` does: policy and stored reference must be the same function.
 
-    The config is left alone, so that the saved model keeps the rates of its source.
+    Dropout, router jitter, layer drop and whatever else a family does in training only is off, since the modules stay in
+    evaluation mode. Two kinds do not: the model itself, which trainers ask for its mode, and layers with gradient checkpointing
+    (not the modules inside them), since transformers recomputes a layer only in training mode. So dropout rates are set to 0
+    too. The config is left alone: the saved model keeps the rates of its source.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -148,12 +161,22 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+    model.train = MethodType(_train_without_noise, model)  # type: ignore[method-assign]
+
+
+def _train_without_noise(model: nn.Module, mode: bool = True) -> nn.Module:
+    nn.Module.train(model, mode=False)
+    model.training = mode  # trainers ask the model which mode they have set
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = mode
+    return model
 
 
 def save_policy(
     model: PreTrainedModel, lora: LoraSection | None, source_folder: Path, target: Path, base_name: str | None = None
 ) -> None:
-    """Write the trained model to `target`, an empty folder, in the dtype that its config states (else float32).
+    """Write the trained model to `target`, an empty folder, each tensor in the dtype that it has in `source_folder`.
 
     `model` (or peft's wrapper of one) is converted in place and cannot be trained further. Adapters are written to
     `target/adapter`, with `base_name` (None: `source_folder`) as their base, and merged into the model unless `lora.merge` is
@@ -168,7 +191,7 @@ def save_policy(
         if not lora.merge:
             return
         model = model.merge_and_unload()
-    model.to(load_model_config(source_folder).dtype or torch.float32)
+    restore_dtypes(model, source_folder)
     model.save_pretrained(target)
     for pattern in _COPIED:
         for path in source_folder.glob(pattern):

@@ -39,7 +39,7 @@ class SourceRecord(TypedDict):
     settings: dict[str, object]
     """What the recipe says of the columns and their texts."""
     reading: dict[str, object]
-    """The columns that are read and how their texts are split, and the name of the split."""
+    """The columns that are read and how their texts are split, and the names of the splits."""
 
 
 class ScorerRecord(TypedDict, total=False):
@@ -51,6 +51,15 @@ class ScorerRecord(TypedDict, total=False):
     top_k: int
     prompts: bool
     activations: bool
+
+
+class ContrastRecord(TypedDict):
+    """Which pairs the contrastive models of a weight dataset have been trained on."""
+
+    held_out: float
+    """Share of the prompts, by hash, that they have not seen, see `train/data/selection.py`."""
+    split: str | None
+    """The split that they were trained on; None for all pairs."""
 
 
 class ReferenceRecord(TypedDict, total=False):
@@ -98,6 +107,7 @@ class Statistics(TypedDict, total=False):
     """Counts and means over the rows of a version, or over what a commit added to a scored table."""
 
     num_pairs: int
+    num_pairs_by_split: dict[str, int]
     num_tokens: int
     wall_s: float
     num_source_rows: int
@@ -109,6 +119,8 @@ class Statistics(TypedDict, total=False):
     num_anchored_pairs: int
     ref_top_k: int
     mean_pair_weight: float
+    min_pair_weight: float
+    max_pair_weight: float
     mean_weight_by_position: dict[str, list[float]]
     constant_weights: bool
     chosen: SideStatistics
@@ -136,6 +148,8 @@ class CommitMetadata(TypedDict, total=False):
     role: str
     engine: dict[str, object]
     reference: ReferenceRecord
+    contrast: ContrastRecord
+    """Only of weights that trained contrastive models have made."""
     parity: ParityRecord
     packages: dict[str, str]
     python: str

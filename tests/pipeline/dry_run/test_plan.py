@@ -196,6 +196,14 @@ def test_a_fresh_store_computes_everything_in_the_numbers_that_the_stages_then_f
     assert plans["contrast"].num_tokens == 2 * 2 * num_tokens
 
 
+def test_pairs_that_are_held_out_are_not_planned_to_be_trained_on(make_recipe, source):
+    source(*FIRST_ROWS)
+    plans = _plan(make_recipe(**CONTRAST, **{"contrast.held_out": 0.5}))
+    # Two epochs of about 6 pairs, in steps of 5.
+    assert plans["contrast"].reasons[0] == "2 models to train with dpo, 3 steps of 5 pairs each"
+    assert not plans["contrast"].is_exact
+
+
 def test_a_finished_build_is_reused_whole(built):
     plans = _plan(built())
     assert _computed(plans) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pipeline.models.lora import merge_adapter, merged_fingerprint
 from pipeline.models.resolve import resolve_model
@@ -149,6 +149,32 @@ def test_merged_model_is_stored_in_the_dtype_of_the_base(bases, make_adapter, tm
         torch.bfloat16
     }
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_merging_leaves_alone_what_transformers_keeps_in_float32(bases, make_adapter, tmp_path):
+    """DeepSeek-V3 has biases of its routers in float32, whatever the dtype of the rest."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 8, "n_group": 2,
+        "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    }  # fmt: skip
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes)).to(torch.bfloat16)
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    exact = torch.randn(8)
+    model.get_submodule(bias.rpartition(".")[0]).e_score_correction_bias = exact
+    model.save_pretrained(tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(bases() / name, tmp_path / "base" / name)
+    adapter = make_adapter(tmp_path / "base", target_modules=["o_proj"])
+    merge_adapter(adapter, tmp_path / "base", tmp_path / "merged")
+    merged, base = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "base"))
+    assert torch.equal(merged[bias], exact)
+    changed = {
+        name for name in base if merged[name].dtype != base[name].dtype or not torch.equal(merged[name], base[name])
+    }
+    assert changed == {f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 1)}
 
 
 def test_tokenizer_and_template_are_the_adapters_where_it_has_them_else_the_bases(bases, make_adapter, tmp_path):

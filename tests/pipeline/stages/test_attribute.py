@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import pipeline.workers.pair_attributor
 from pipeline.engine.contract import EngineSettings
@@ -183,6 +183,28 @@ def test_bfloat16_weights_come_close_and_leave_the_positions_alone(make_request)
     rough = worker.fill_in(pairs_in(request), request.targets[0])[0]["chosen_attributions"].to_pylist()
     difference = np.abs(np.array(rough) - np.array(exact))
     assert 0 < difference.sum() < 0.05 * np.sum(exact)
+
+
+def test_a_model_that_was_probed_is_the_one_that_transformers_loads(make_request, tmp_path):
+    """Gemma computes a scale in the dtype in which it is loaded; other tensors are in float32 whatever that is."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+    }
+    config = GemmaConfig(vocab_size=VOCAB_SIZE, num_key_value_heads=1, **sizes)
+    GemmaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "gemma")
+    request = make_request(model=tmp_path / "gemma", dtype="bfloat16")
+    worker, expected = PairAttributor(request), AutoModelForCausalLM.from_pretrained(tmp_path / "gemma", dtype="auto")
+    for kind in ("named_parameters", "named_buffers"):
+        mine, theirs = (dict(getattr(model, kind)()) for model in (worker._model, expected))
+        assert {name: tensor.dtype for name, tensor in mine.items()} == {
+            name: tensor.dtype for name, tensor in theirs.items()
+        }
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
 def test_progress_rises_to_all_of_it(make_request):

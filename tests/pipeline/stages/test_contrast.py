@@ -101,6 +101,40 @@ def test_a_pair_of_which_one_side_is_missing_is_trained_whole_on_the_data_of_now
     assert second.num_trained == 2
 
 
+def test_what_is_held_out_and_the_split_reach_the_training_and_name_other_models(make_recipe, toy_model, uniform):
+    settings = {"contrast.method": "sft", **SMALL}
+    plain, changed = make_recipe(**settings), make_recipe(**settings, **{"contrast.held_out": 0.25})
+    assert plain.contrast_settings.training_settings().keys() == {
+        "method", "learning_rate", "num_epochs", "max_steps", "pairs_per_step", "dtype", "seed"
+    }  # fmt: skip
+    assert plain.result_settings()["contrast"] == plain.contrast.training_settings()
+    assert changed.contrast.training_settings() == {**plain.contrast.training_settings(), "held_out": 0.25}
+    pairs = uniform(16)
+    held_out = contrast(changed.contrast, toy_model, pairs)
+    config = json.loads((held_out.positive.model / "lineage.json").read_text())["config"]
+    assert (config["eval"]["share"], config["data"]["split"]) == (0.25, "")
+    assert contrast(plain.contrast, toy_model, pairs).num_trained == 2
+    train_alone = make_recipe(**settings, **{"contrast.split": "train"}).contrast
+    config = json.loads((contrast(train_alone, toy_model, pairs).positive.model / "lineage.json").read_text())["config"]
+    assert (config["eval"]["share"], config["data"]["split"]) == (0.0, "train")
+
+
+@pytest.mark.parametrize(
+    ("settings", "split"),
+    [
+        ({}, None),
+        ({"dataset.split": ["dev"]}, None),
+        ({"dataset.split": ["dev", "test"]}, "dev"),
+        ({"dataset.split_column": "fold"}, "train"),
+        ({"dataset.split_column": "fold", "contrast.split": "training"}, "training"),
+    ],
+)
+def test_of_several_splits_the_first_one_trains_the_contrastive_models(make_recipe, settings, split):
+    recipe = make_recipe(**settings)
+    assert recipe.contrast_settings.split == split
+    assert recipe.result_settings()["contrast"].get("split") == split
+
+
 def test_training_without_torch_names_the_extra(make_recipe, toy_model, uniform, monkeypatch):
     pairs = uniform(4)
     monkeypatch.setitem(sys.modules, "torch", None)

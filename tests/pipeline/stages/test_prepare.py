@@ -124,6 +124,46 @@ def test_another_split_name_reaches_the_rows_that_were_there(run):
     assert second.tokens.fingerprint != first.tokens.fingerprint
 
 
+def of_split(index, split):
+    return {**pair(index), "fold": split}
+
+
+def test_a_column_gives_each_row_its_split(run):
+    rows = [of_split(0, "train"), of_split(1, "test"), of_split(2, None), of_split(3, 7), pair(4)]
+    prepared = run(rows, **{"dataset.split_column": "fold"})
+    tokens, quarantine = tables(prepared)
+    assert dict(zip(tokens["source_row"], tokens["split"], strict=True)) == {0: "train", 1: "test"}
+    assert dict(zip(quarantine["source_row"], quarantine["reason"], strict=True)) == {
+        2: "missing_value",
+        3: "not_text",
+        4: "missing_value",
+    }
+    assert quarantine["detail"][1] == "column 'fold' is a int, expected the name of a split"
+
+
+def test_a_row_that_changed_its_split_is_recorded_in_the_new_one(run):
+    column = {"dataset.split_column": "fold"}
+    first = run([of_split(0, "train"), of_split(1, "train")], **column)
+    second = run([of_split(0, "train"), of_split(1, "test")], **column)
+    assert second.num_new_pairs == 0
+    assert sorted(tables(second)[0]["split"]) == ["test", "train"]
+    assert second.tokens.fingerprint != first.tokens.fingerprint
+    assert run([of_split(0, "train"), of_split(1, "test")], **column).tokens == second.tokens
+
+
+def test_no_pair_of_the_split_that_contrastive_models_train_on_is_said_before_anything_is_scored(run):
+    rows = [of_split(0, "training"), of_split(1, "test"), of_split(2, "test")]
+    column = {"dataset.split_column": "fold"}
+    with pytest.raises(
+        InputError,
+        match=r"contrastive models train on split 'train', of which there is no pair; .*pairs.jsonl has test \(2 pairs\), "
+        r"training \(1 pairs\)\. Name one of them in contrast.split",
+    ):
+        run(rows, **column)
+    assert run(rows, **column, **{"contrast.split": "training"}).num_pairs == 3
+    assert run(rows[1:], **column, **{"contrast.method": "prompt"}).num_pairs == 2  # trains nothing
+
+
 def test_byte_order_mark_is_no_broken_line(run, tmp_path, make_recipe, toy_model):
     path = tmp_path / "bom.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(pair(0)).encode())

@@ -192,6 +192,32 @@ def test_new_pairs_are_appended_and_the_old_rows_stay_in_their_shards(store, mak
     assert any(change.startswith("data.tokens") for change in second.changes)
 
 
+def test_a_pair_that_changed_its_split_is_written_again(store, make_recipe):
+    ingredients = _ingredients(store)
+    assert _publish(make_recipe, ingredients).statistics["num_pairs_by_split"] == {"train": 2}
+    rows = store.table("tokens/toy-1").scan().collect()
+    changed = rows.with_columns(split=pl.when(pl.col("pair_id") == "b" * 32).then(pl.lit("test")).otherwise("split"))
+    metadata = {**store.table("tokens/toy-1").metadata(), "fingerprint": "other splits"}
+    tokens = store.table("tokens/toy-1").replace(changed.to_arrow().cast(TOKENS), metadata)
+    published = _publish(make_recipe, dataclasses.replace(ingredients, tokens=tokens))
+    splits = dict(store.scan("toy/tis-dpo").select("pair_id", "split").collect().iter_rows())
+    assert splits == {"a" * 32: "train", "b" * 32: "test"}
+    assert published.statistics["num_pairs_by_split"] == {"test": 1, "train": 1}
+
+
+def test_a_version_records_on_which_pairs_its_contrastive_models_were_trained(store, make_recipe):
+    def recorded(**settings):
+        _publish(make_recipe, ingredients, **settings)
+        return store.table("weights/toy/tis-dpo").metadata().get("contrast")
+
+    ingredients = _ingredients(store)
+    assert recorded() == {"held_out": 0.0, "split": None}
+    assert recorded(**{"contrast.held_out": 0.25, "contrast.split": "train"}) == {"held_out": 0.25, "split": "train"}
+    assert recorded(**{"contrast.method": "prompt"}) is None  # one model with two prompts: nothing was trained
+    ingredients = Ingredients(ingredients.tokens, ingredients.ref_logps)
+    assert recorded(**{"weights.estimator": "surprise"}) is None
+
+
 def test_reading_more_of_the_source_appends(store, make_recipe):
     first = _publish(make_recipe, _ingredients(store), **{"dataset.max_pairs": 3})
     second = _publish(make_recipe, _ingredients(store, "abc"), **{"dataset.max_pairs": 4})
@@ -404,6 +430,8 @@ def test_pairs_are_weighed_by_their_scores_and_pairs_without_are_counted(store, 
     weights = store.scan("toy/tis-dpo").sort("pair_id").collect()["pair_weight"].to_list()
     assert weights == pytest.approx([0.7310586, 0.1192029], rel=2**-12)
     assert published.statistics["mean_pair_weight"] == pytest.approx((0.7310586 + 0.1192029) / 2)
+    ends = (published.statistics["min_pair_weight"], published.statistics["max_pair_weight"])
+    assert ends == pytest.approx((0.1192029, 0.7310586))
     with pytest.raises(InputError, match=r"and 1 of 3 pairs of tokens/toy-1@1 lack one"):
         _publish(make_recipe, Ingredients(_tokens(store, *"abc"), ref), **settings)
 

@@ -119,8 +119,17 @@ def test_quality_by_hand():
 
 
 def test_margin_by_hand():
-    # m = (1 + 0.5) - (-0.5) = 2, tanh(2 / 4); m = 0; m = -2. It does not say which response is the better one.
-    batch = _lists([[1.0, 0.5], [1.0], [0.0]], [[-0.5], [0.5, 0.5], [2.0]])
+    # m = (1 + 0.5) - (-0.5) = 2: 2 sigmoid(2 / 2) - 1; m = 0; m = -2 and -40: the contrastive models contradict the label.
+    batch = _lists([[1.0, 0.5], [1.0], [0.0], [-20.0]], [[-0.5], [0.5, 0.5], [2.0], [20.0]])
     weights = _of_pairs(_section(estimator="uniform", pair_weight="margin", margin_tau=2.0), batch)
-    assert weights == pytest.approx([0.4621172, 0, 0.4621172])
-    assert weights[0] == pytest.approx(abs(2 / (1 + math.exp(-2 / 2.0)) - 1))
+    assert weights == pytest.approx([0.4621172, 0, 0, 0])
+    assert weights[0] == pytest.approx(2 / (1 + math.exp(-2 / 2.0)) - 1)
+
+
+def test_more_certain_labels_weigh_more_and_no_weight_is_negative():
+    margins = np.linspace(-30, 30, 121)
+    batch = _lists([[m] for m in margins], [[0.0]] * len(margins))
+    weights = np.array(_of_pairs(_section(estimator="uniform", pair_weight="margin"), batch))
+    assert (np.diff(weights) >= 0).all()
+    assert weights[margins <= 0].max() == 0
+    assert weights[-1] == pytest.approx(1)

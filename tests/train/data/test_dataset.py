@@ -129,9 +129,18 @@ def test_split_and_max_pairs_choose_rows_in_stored_order(small_groups, store, ro
     assert len(open_pairs(store, max_pairs=1000)) == 40
 
 
-def test_unknown_split_is_refused(store) -> None:
-    with pytest.raises(NotFoundError, match=r"toy/tis@0 has no pair of split 'dev'; leave data.split empty"):
+def test_unknown_split_is_refused_with_the_known_ones(write_weights, rows) -> None:
+    counts = {"num_pairs_by_split": {"test": 10, "train": 30}}
+    store = write_weights(rows, statistics=counts)
+    said = r"toy/tis@0 has no pair of split 'dev'; it has test \(10 pairs\), train \(30 pairs\)\. Name another split"
+    with pytest.raises(NotFoundError, match=said):
         open_pairs(store, split="dev")
+
+
+def test_pair_weights_can_be_left_out(write_weights, rows) -> None:
+    store = write_weights([{**row, "pair_weight": 0.25} for row in rows])
+    assert {pair.pair_weight for pair in sample_pairs(open_pairs(store))} == {0.25}
+    assert {pair.pair_weight for pair in sample_pairs(open_pairs(store, use_pair_weights=False))} == {1.0}
 
 
 def test_an_older_version_stays_what_it_was(write_weights, rows) -> None:

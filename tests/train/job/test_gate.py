@@ -1,6 +1,7 @@
 import copy
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from train.config import GateSection
+from train.data.dataset import Pair
 from train.job.gate import Agreement, compare, tolerance_of
 from train.job.job import run_job
+from train.job.prepare import JobInputs, open_inputs, open_pairs
+from train.job.trainer import PairTrainer
+from train.job.training import pass_gate
+from train.model.policy import load_policy, load_reference
 from weights_store.errors import MismatchError
 from weights_store.fingerprint import fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
 
@@ -126,6 +132,44 @@ def test_the_gate_can_be_widened_and_left_out(make_config, exact_store, other_mo
     for gate in ({"pairs": 0}, {"tolerance_nats": 5.0}):
         config = make_config(model={"path": str(other_model)}, optim={"max_steps": 1}, gate=gate)
         assert run_job(config, overwrite=True).steps == 1
+
+
+def open_trainer(config, tmp_path, reference_folder: Path) -> tuple[PairTrainer, JobInputs, Sequence[Pair]]:
+    """Return a trainer whose frozen reference is of another folder than its policy."""
+    inputs = open_inputs(config)
+    pairs = open_pairs(inputs)
+    policy = load_policy(inputs.model_folder, config.model)
+    reference = load_reference(reference_folder, config.model, policy)
+    return PairTrainer(policy, pairs.trained, config, checkpoints=tmp_path, reference=reference), inputs, pairs.sample
+
+
+def test_the_frozen_reference_model_is_looked_at_too(
+    make_config, exact_store, model_folder, other_model, tmp_path, caplog
+) -> None:
+    config = make_config(loss={"kl": "exact"})
+    pass_gate(*open_trainer(config, tmp_path, model_folder))
+    assert any(line.startswith("step-0 gate: the frozen reference model is 0.000") for line in caplog.messages)
+    with pytest.raises(
+        MismatchError,
+        match=r"step-0 gate: the frozen reference model's log-probs differ .* \(expected at most 0.001\).*; the policy's "
+        "agree, so the way in which the reference is computed in float32 is the cause",
+    ):
+        pass_gate(*open_trainer(config, tmp_path, other_model))
+
+
+def test_the_gate_runs_the_model_in_the_mode_that_trains(make_config, exact_store, model_folder, tmp_path) -> None:
+    """With gradient checkpointing, layers are in training mode: what they do in that mode only is seen by the gate."""
+    config = make_config(model={"gradient_checkpointing": True}, optim={"max_steps": 1})
+    inputs = open_inputs(config)
+    pairs = open_pairs(inputs)
+    policy = load_policy(model_folder, config.model)
+    trainer = PairTrainer(policy, pairs.trained, config, checkpoints=tmp_path)
+    modes = []
+    policy.model.model.layers[0].register_forward_pre_hook(lambda layer, _: modes.append(layer.training))
+    pass_gate(trainer, inputs, pairs.sample)
+    at_the_gate, modes[:] = set(modes), []
+    trainer.train()
+    assert at_the_gate == set(modes) == {True}
 
 
 def test_losses_without_a_reference_need_no_gate(make_config, exact_store, other_model) -> None:

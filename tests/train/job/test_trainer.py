@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from train.config import ModelConfig
 from train.data.dataset import PairDataset, open_weights, sample_pairs
 from train.job.trainer import PairTrainer, build_batches
-from train.model.policy import disable_dropout, load_policy
+from train.model.policy import load_policy, switch_off_noise
 from weights_store.errors import SettingsError
 
 RATE_OF_NOTHING = 1e-30  # float32 weights do not move
@@ -173,7 +173,7 @@ def test_dropout_is_off_in_training_mode(model_folder, rows) -> None:
     untouched = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).train()
     assert not torch.equal(untouched(input_ids=ids).logits, model(input_ids=ids).logits)
     dropout = torch.nn.Sequential(torch.nn.Dropout(0.5))
-    disable_dropout(dropout)
+    switch_off_noise(dropout)
     assert dropout[0].p == 0.0
 
 

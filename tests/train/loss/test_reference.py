@@ -52,7 +52,7 @@ def make_trainer(make_config, model_folder, tmp_path, policy) -> Callable[..., P
         pairs = PairDataset(open_weights(config.data), config.data, vocab_size=128, **views)
         loaded = load_policy(model_folder, config.model)
         loaded.model.load_state_dict(policy.state_dict())
-        reference = load_reference(model_folder, config.model) if needs.reference_model else None
+        reference = load_reference(model_folder, config.model, loaded) if needs.reference_model else None
         return PairTrainer(loaded, pairs, config, checkpoints=tmp_path / "checkpoints", reference=reference)
 
     return make

@@ -12,10 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.train.model.families import FIRST_ID, NAMES, NOT_MADE, VARIANTS, VOCAB_SIZE, add_noise, make_config, make_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tests.train.model.families import (
+    FIRST_ID,
+    NAMES,
+    NOT_MADE,
+    VARIANTS,
+    VOCAB_SIZE,
+    add_noise,
+    make_config,
+    make_model,
+)
 from train.config import ModelConfig
 from train.data.dataset import Pair, StoredResponse
 from train.model.attribution import AttributionTarget, attribute_tokens
@@ -229,7 +238,9 @@ def test_its_attributions_are_those_of_a_naive_loop(family: Family) -> None:
 
 
 def test_its_layout_is_the_one_in_the_docs(family: Family) -> None:
-    (line,) = (line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{family.name}` |"))
+    (line,) = (
+        line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{family.name}` |")
+    )
     assert ALL or line.split("|")[2].strip() == family.decision  # a run of all families writes the table
 
 
@@ -251,7 +262,9 @@ def source(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     add_noise(config)
     model = make_model(family.name, config=config)
     model.save_pretrained(folder / "float32")
-    if type(model.config) is not type(config):  # a model of texts inside another one: as published, with the outer config
+    if type(model.config) is not type(
+        config
+    ):  # a model of texts inside another one: as published, with the outer config
         config.save_pretrained(folder / "float32")
     AutoModelForCausalLM.from_pretrained(folder / "float32", dtype=torch.bfloat16).save_pretrained(folder / "source")
     if type(model.config) is not type(config):

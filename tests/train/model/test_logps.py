@@ -69,7 +69,9 @@ def test_logits_are_kept_up_to_a_limit_and_computed_again_above_it(model, batch)
     gradients = []
     for kept_logits, runs in ((num_tokens * 128, 1), (num_tokens * 128 - 1, 2)):
         seen = []
-        handle = model.lm_head.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output.shape[1]))
+        handle = model.lm_head.register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(output.shape[1])
+        )
         model.zero_grad()
         per_token_logps(
             model, **model_inputs(batch), chunk_logits=7 * 128, kept_logits=kept_logits

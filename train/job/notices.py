@@ -1,0 +1,85 @@
+"""What whoever reads a result must know of its data: said in a run's first lines and its dry run, kept in card and metrics.
+
+A notice is no error: the run may be what its owner wants. Each says what to set otherwise.
+"""
+
+from collections.abc import Sequence
+
+from train.config import TrainConfig
+from train.data.dataset import Pair, WeightSource
+
+
+def notices(config: TrainConfig, source: WeightSource, sample: Sequence[Pair]) -> list[str]:
+    """Return the notices of a job, one line each; `sample` is of the pairs that are trained on."""
+    found = (_of_pair_weights(config, source, sample), _of_splits(config, source), _of_held_out(config, source))
+    return [line for lines in found for line in lines]
+
+
+def _of_pair_weights(config: TrainConfig, source: WeightSource, sample: Sequence[Pair]) -> list[str]:
+    """Say that pairs count differently: a baseline on such a dataset is not the plain loss."""
+    mean, least, most = _pair_weights(source, sample)
+    if least == most == 1:
+        return []
+    spread = f"the pair weights of {source.name} are {least:.3g} to {most:.3g}, {mean:.3g} in the mean"
+    if not config.data.use_pair_weights:
+        return [f"{spread}; data.use_pair_weights=false ignores them, and every pair counts once"]
+    loss = config.loss.name
+    lines = [
+        f"{spread}, and each multiplies the loss of its pair: this is not plain {loss}; data.use_pair_weights=false ignores "
+        "them"
+    ]
+    weights = (source.metadata.get("recipe") or {}).get("weights") or {}
+    if config.loss.needs.scores and weights.get("pair_weight") == "quality":
+        lines.append(
+            f"{loss} weighs pairs by annotators' scores itself, and so do these pair weights, so the scores count twice; set "
+            "data.use_pair_weights=false"
+        )
+    return lines
+
+
+def _pair_weights(source: WeightSource, sample: Sequence[Pair]) -> tuple[float, float, float]:
+    """Return mean, least and largest pair weight: of the whole version if it recorded them, else of the sample."""
+    recorded = source.statistics
+    if "min_pair_weight" in recorded and "max_pair_weight" in recorded and "mean_pair_weight" in recorded:
+        return recorded["mean_pair_weight"], recorded["min_pair_weight"], recorded["max_pair_weight"]
+    values = [pair.pair_weight for pair in sample]
+    return sum(values) / len(values), min(values), max(values)
+
+
+def _of_splits(config: TrainConfig, source: WeightSource) -> list[str]:
+    """Say that all splits are trained on, if there are several."""
+    splits = source.statistics.get("num_pairs_by_split", {})
+    if config.data.split or len(splits) < 2:
+        return []
+    return [f"data.split is empty, so all splits of {source.name} are trained on: {source.splits_text()}"]
+
+
+def _of_held_out(config: TrainConfig, source: WeightSource) -> list[str]:
+    """Say that models which made the weights have been trained on the labels of held-out pairs."""
+    if not held_out_was_seen(config, source):
+        return []
+    seen = source.metadata["contrast"]
+    on = f"split {seen['split']!r}" if seen["split"] else "all pairs"
+    but = f" but a share of {seen['held_out']:g} of the prompts" if seen["held_out"] else ""
+    remedy = (
+        f"contrast.held_out={config.eval.share:g}" if config.eval.share else "contrast.split to the split that trains"
+    )
+    return [
+        f"held-out pairs were seen: the contrastive models behind {source.name} were trained on {on}{but}, so its weights know "
+        f"labels that are held out here; for a clean measurement build it with {remedy}"
+    ]
+
+
+def held_out_was_seen(config: TrainConfig, source: WeightSource) -> bool:
+    """Return whether contrastive models were trained on held-out pairs, and the loss reads weights that they made."""
+    seen = source.metadata.get("contrast")
+    weights = (source.metadata.get("recipe") or {}).get("weights") or {}
+    reads_margins = config.data.use_pair_weights and weights.get("pair_weight") == "margin"
+    reads_weights = config.loss.needs.token_weights and not config.loss.needs.fresh_weights
+    if seen is None or not config.eval.is_on or not (reads_weights or reads_margins):
+        return False
+    measured_split = config.eval.split or config.data.split
+    is_other_split = bool(seen["split"]) and bool(measured_split) and seen["split"] != measured_split
+    # The held-out prompts are those with the smallest hashes, so a smaller share lies in a larger one.
+    is_held_out = 0 < config.eval.share <= seen["held_out"]
+    return not is_other_split and not is_held_out
