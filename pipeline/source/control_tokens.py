@@ -33,6 +33,7 @@ class ControlTokens:
         added = tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
         self._texts = sorted((text for text in special if text.strip()), key=lambda text: (-len(text), text))
+        self._ids: list[int] = tokenizer.convert_tokens_to_ids(self._texts)
         self._pattern = _any_of(self._texts)
         self._added = _any_of(sorted({token.content.strip() for token in added} | special, key=len, reverse=True))
 
@@ -93,10 +94,12 @@ class ControlTokens:
             )
         marked = self._replace(text, _OWN)
         ids = backend.encode(self.show(marked), add_special_tokens=False).ids
-        num_own = sum(_OWN <= ord(character) < _FOREIGN for character in marked)
-        control_ids = set(self._own_ids.values())
         ids = [self._own_ids.get(token_id, token_id) for token_id in ids]
-        if sum(token_id in control_ids for token_id in ids) != num_own:
+        of_template = [self._ids[ord(character) - _OWN] for character in marked if _OWN <= ord(character) < _FOREIGN]
+        control = set(self._ids) - {self._tokenizer.unk_token_id}  # any text may be unknown
+        if [token_id for token_id in ids if token_id in control] != [
+            token_id for token_id in of_template if token_id in control
+        ]:
             raise Unusable(
                 Reason.CONTROL_TOKENS, "a text has control tokens, and this tokenizer makes their ids of any text"
             )
@@ -135,7 +138,7 @@ class ControlTokens:
         """The tokenizer's id of a control token by its id in `_backend`."""
         assert self._backend is not None
         copied_ids = (self._backend.encode(chr(_OWN + index)).ids[-1] for index in range(len(self._texts)))
-        return dict(zip(copied_ids, self._tokenizer.convert_tokens_to_ids(self._texts), strict=True))
+        return dict(zip(copied_ids, self._ids, strict=True))
 
     def _replace(self, text: str, first: int) -> str:
         return self._pattern.sub(lambda match: chr(first + self._texts.index(match[0])), text)
