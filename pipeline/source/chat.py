@@ -5,9 +5,9 @@ template prints after that token (often a newline) is left out: the model would 
 """
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -193,15 +193,16 @@ class ChatTokenizer:
         num_turns = len(chat.messages)
         while True:
             renderer = PairRenderer(self._chat_template, self._controls, chat, responses, self._eos_token)
-            prompt_ids = self._controls.ids(renderer.prompt)
+            prompt_ids = self._controls.ids(renderer.prompt, renderer.is_hidden)
             if len(prompt_ids) <= max_prompt_tokens:
                 rendered = renderer.pair()
                 if rendered.prompt != renderer.prompt:
-                    prompt_ids = self._controls.ids(rendered.prompt)
+                    prompt_ids = self._controls.ids(rendered.prompt, renderer.is_hidden)
                 if len(prompt_ids) <= max_prompt_tokens:
                     break
             chat = replace(chat, messages=_drop_oldest_exchange(chat.messages, len(prompt_ids), max_prompt_tokens))
-        sides = [self._response_ids(rendered.prompt, prompt_ids, text) for text in rendered.responses]
+        to_ids = partial(self._controls.ids, is_hidden=renderer.is_hidden)
+        sides = [_response_ids(to_ids, rendered.prompt, prompt_ids, text) for text in rendered.responses]
         for side, ids in zip(SIDES, sides, strict=True):
             if len(ids) > max_response_tokens and not cut_response:
                 detail = f"{side} has {len(ids)} tokens, limit dataset.max_response_tokens = {max_response_tokens}"
@@ -251,9 +252,9 @@ class ChatTokenizer:
             self._chat_template, self._controls, replace(chat, messages=messages), ([], []), self._eos_token
         )
         rendered = renderer.prompt
-        if condition.text.strip() not in self._controls.show(rendered):
+        if condition.text.strip() not in (self._controls.show(rendered) if renderer.is_hidden else rendered):
             raise Unusable(Reason.TEMPLATE_MISMATCH, "the rendered chat does not contain the prompt")
-        return self._controls.ids(rendered.removesuffix(chat.dropped) + chat.added)
+        return self._controls.ids(rendered.removesuffix(chat.dropped) + chat.added, renderer.is_hidden)
 
     def _read(self, pair: Pair) -> tuple[Chat, tuple[list[Message], list[Message]], frozenset[str]]:
         """Return the chat and the responses of a pair in the form that the template takes, and what there is to note."""
@@ -288,21 +289,21 @@ class ChatTokenizer:
             content = content.rstrip().removesuffix(end)
         return message if content == message["content"] else {**message, "content": content}
 
-    def _response_ids(self, prompt: str, prompt_ids: list[int], response: str) -> list[int]:
-        """Return the ids of a response after its prompt, with the end-of-turn token.
 
-        Prompt and response are tokenised together, so that no tokenizer adds a space where they meet. If a token would span
-        both, the response is tokenised behind a character that joins with nothing, because the model generates after whole
-        prompt tokens.
-        """
-        joint = self._controls.ids(prompt + response)
-        if joint[: len(prompt_ids)] == prompt_ids:
-            return joint[len(prompt_ids) :]
-        for wall in _WALLS:
-            wall_ids, ids = self._controls.ids(wall), self._controls.ids(wall + response)
-            if ids[: len(wall_ids)] == wall_ids:
-                return ids[len(wall_ids) :]
-        return self._controls.ids(response)
+def _response_ids(to_ids: Callable[[str], list[int]], prompt: str, prompt_ids: list[int], response: str) -> list[int]:
+    """Return the ids of a response after its prompt, with the end-of-turn token.
+
+    Prompt and response are tokenised together, so that no tokenizer adds a space where they meet. If a token would span both,
+    the response is tokenised behind a character that joins with nothing, because the model generates after whole prompt tokens.
+    """
+    joint = to_ids(prompt + response)
+    if joint[: len(prompt_ids)] == prompt_ids:
+        return joint[len(prompt_ids) :]
+    for wall in _WALLS:
+        wall_ids, ids = to_ids(wall), to_ids(wall + response)
+        if ids[: len(wall_ids)] == wall_ids:
+            return ids[len(wall_ids) :]
+    return to_ids(response)
 
 
 def model_number(folder: Path, name: str) -> int | None:

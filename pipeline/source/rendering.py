@@ -61,7 +61,9 @@ class PairRenderer:
     ) -> None:
         self._template, self._controls, self._chat, self._eos_token = template, controls, chat, eos_token
         parts: list[Any] = [chat.messages, chat.tools, chat.chat_template_kwargs, *responses]
-        if controls.are_in(parts):
+        self.is_hidden = controls.are_in(parts)
+        """Whether control tokens in the texts are hidden, as some are there."""
+        if self.is_hidden:
             parts = controls.hide(parts)
         if chat.tools or not all(is_plain(message) for turns in (parts[0], *parts[3:]) for message in turns):
             parts = watched(parts)

@@ -82,7 +82,7 @@ def made():
 
 @pytest.mark.parametrize("name", BACKENDS)
 @given(pieces=PIECES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_hiding_changes_no_id_of_text_without_control_tokens_in_messages(made, name, pieces):
     # One hidden text makes the whole chat go the other way; an ordinary word in front stands for it.
     tokenizer, text = made(name), "".join(pieces)
@@ -97,13 +97,13 @@ def test_hiding_changes_no_id_of_text_without_control_tokens_in_messages(made, n
 
 @pytest.mark.parametrize("name", BACKENDS)
 @given(before=PIECES, text=PIECES, after=PIECES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_text_of_a_message_is_never_a_control_token(made, name, before, text, after):
     tokenizer = made(name)
     controls = ControlTokens(tokenizer)
     message = "".join(text)
     rendered = "".join(before) + "<|user|>" + controls.hide(message) + "</s>" + "".join(after)
-    ids = controls.ids(rendered)
+    ids = controls.ids(rendered, is_hidden=True)
     control_ids = set(tokenizer.convert_tokens_to_ids(CONTROL))
     template = "".join(before) + "<|user|>" + "</s>" + "".join(after)
     expected = [
@@ -113,11 +113,11 @@ def test_text_of_a_message_is_never_a_control_token(made, name, before, text, af
 
 
 @given(text=PIECES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_every_character_of_a_message_is_encoded(made, text):
     tokenizer, message = made("byte level"), "".join(text)
     controls = ControlTokens(tokenizer)
-    ids = controls.ids("<|user|>" + controls.hide(message) + "</s>")
+    ids = controls.ids("<|user|>" + controls.hide(message) + "</s>", is_hidden=True)
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == f"<|user|>{message}</s>"
     assert controls.show(controls.hide(message)) == message
 
@@ -129,7 +129,7 @@ def test_tokens_join_across_the_ends_of_a_hidden_text(made):
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     plain.encode_special_tokens = True
     text = "a</s>weather"
-    assert controls.ids(controls.hide(text)) == plain.encode(text, add_special_tokens=False).ids
+    assert controls.ids(controls.hide(text), is_hidden=True) == plain.encode(text, add_special_tokens=False).ids
 
 
 def test_the_longest_control_token_is_found_first():
@@ -142,7 +142,7 @@ def test_the_longest_control_token_is_found_first():
 def test_a_tokenizer_that_makes_control_tokens_of_any_text_refuses_the_row():
     controls = ControlTokens(PreTrainedTokenizerFast(tokenizer_object=unigram(), eos_token="</s>"))
     with pytest.raises(Unusable, match="this tokenizer makes their ids of any text") as caught:
-        controls.ids("<|user|>" + controls.hide("a </s> b"))
+        controls.ids("<|user|>" + controls.hide("a </s> b"), is_hidden=True)
     assert caught.value.reason is Reason.CONTROL_TOKENS
     assert controls.ids("<|user|>") == [5]
 
@@ -181,6 +181,13 @@ def test_control_tokens_in_responses_are_text(of_kind, kind_folder):
     assert own.decode(tokens.chosen_ids) == "</s> ends a text.</s>"
     assert (tokens.chosen_ids.count(own.eos_token_id), tokens.chosen_ids[-1]) == (1, own.eos_token_id)
     assert own.convert_tokens_to_ids("<|assistant|>") not in tokens.rejected_ids
+
+
+def test_private_use_characters_alone_are_text(of_kind, kind_folder):
+    # They stand for control tokens where some are hidden, and nowhere else.
+    tokenizer, own = of_kind("zephyr"), AutoTokenizer.from_pretrained(kind_folder("zephyr"))
+    icons = "\U000f0000 \U000f0001 \U00100002"
+    assert own.decode(tokenize(tokenizer, icons, "No.", "Yes.").prompt_ids) == f"<s><|user|>\n{icons}\n<|assistant|>\n"
 
 
 def test_added_tokens_that_are_not_special_are_what_models_write(of_kind, kind_folder):
