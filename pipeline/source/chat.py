@@ -5,7 +5,7 @@ template prints after that token (often a newline) is left out: the model would 
 """
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -79,14 +79,19 @@ class ChatTokenizer:
     Args:
         folder: Of the model.
         template_file: The recipe's own template, for all chats; None: the model's.
-        template_date: What a template prints as the date of the day, if it prints it (`strftime_now`); ISO format as text.
+        template_date: What a template prints as the date of the day, if it prints it (`strftime_now`); in ISO format.
+        unprinted_keys: Keys of messages that the template may leave out.
 
     Raises:
         InputError: The folder has no tokenizer, or no chat template and none is given.
     """
 
     def __init__(
-        self, folder: Path, template_file: str | None = None, template_date: datetime.date | str | None = None
+        self,
+        folder: Path,
+        template_file: str | None = None,
+        template_date: str | None = None,
+        unprinted_keys: Collection[str] = (),
     ) -> None:
         self.folder = folder
         if template_file is None:
@@ -96,10 +101,11 @@ class ChatTokenizer:
         if template is None:
             raise InputError(f"model {folder} has no chat template; set model.chat_template to a Jinja file")
         self._template_file = template_file
+        self._unprinted_keys = frozenset(unprinted_keys)
         self._template = template
         self._tool_template = tool_template or template
         has_date = prints_date(self._template) or prints_date(self._tool_template)
-        self.template_date = str(template_date) if has_date and template_date else None
+        self.template_date = template_date if has_date else None
         self._own_fingerprint = own = fingerprint_tokenizer(folder)
         self.rendering_fingerprint = (
             fingerprint({"tokenizer": own, "chat_template": template}) if template_file else own
@@ -195,7 +201,7 @@ class ChatTokenizer:
             renderer = PairRenderer(self._chat_template, self._controls, chat, responses, self._eos_token)
             prompt_ids = self._controls.ids(renderer.prompt, renderer.is_hidden)
             if len(prompt_ids) <= max_prompt_tokens:
-                rendered = renderer.pair()
+                rendered = renderer.pair(self._unprinted_keys)
                 if rendered.prompt != renderer.prompt:
                     prompt_ids = self._controls.ids(rendered.prompt, renderer.is_hidden)
                 if len(prompt_ids) <= max_prompt_tokens:

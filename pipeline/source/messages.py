@@ -4,6 +4,7 @@ A message keeps every key it has, for the chat template (`template.py`) decides 
 templates know. Not here: which columns make a pair (`pairs.py`), and what a model's template does with a chat.
 """
 
+import datetime
 import json
 import re
 from collections.abc import Mapping
@@ -126,7 +127,7 @@ def check_not_templated(text: str, where: str) -> None:
 def _message(value: object, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise Unusable(Reason.NOT_TEXT, f"{where} is no message with role and content: {_shown(value)}")
-    message = {key: inner for key, inner in value.items() if inner is not None}
+    message = {key: _without_type(inner) for key, inner in value.items() if inner is not None}
     for name, name_in_sharegpt in (("role", "from"), ("content", "value")):
         if name not in message and name_in_sharegpt in message:
             message[name] = message.pop(name_in_sharegpt)
@@ -145,6 +146,11 @@ def _message(value: object, where: str) -> Message:
     if not is_plain(message):
         _check_json(message, where)
     return message
+
+
+def _without_type(value: object) -> object:
+    """Return a date of Parquet as the text that JSON has."""
+    return value.isoformat() if isinstance(value, datetime.date | datetime.time) else value
 
 
 def _content(content: object, where: str, may_be_null: bool) -> str | list[dict[str, Any]] | None:

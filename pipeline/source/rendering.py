@@ -79,8 +79,8 @@ class PairRenderer:
         """
         return self._render(self._messages, add_generation_prompt=True)
 
-    def pair(self) -> RenderedPair:
-        """Return the whole pair as text.
+    def pair(self, unprinted_keys: frozenset[str] = frozenset()) -> RenderedPair:
+        """Return the whole pair as text; the template may leave out `unprinted_keys` of messages.
 
         Raises:
             Unusable: The template refuses the chat, or would leave out or change a part of it.
@@ -90,7 +90,7 @@ class PairRenderer:
         self._check_texts(self._messages, prompt, "prompt")
         for side, text, response in zip(SIDES, whole, self._responses, strict=True):
             self._check_texts(response, text, side)
-        left_out = self._check_keys()
+        left_out = self._check_keys(unprinted_keys)
         closing = self._template.closing(self._messages, self._tools, self._arguments)
         bodies, ends = zip(*(self._cut_end(text, closing) for text in whole), strict=True)
         starts = [self._start(body, response[-1]) for body, response in zip(bodies, self._responses, strict=True)]
@@ -179,16 +179,19 @@ class PairRenderer:
         ]
         return PROBE in self._render([*before, *changed], add_generation_prompt=is_prompt)
 
-    def _check_keys(self) -> frozenset[str]:
+    def _check_keys(self, unprinted_keys: frozenset[str]) -> frozenset[str]:
         """Return the names of the keys that the template has not read and need not.
 
         Raises:
             Unusable: It has not read others.
         """
-        paths = list(self._unread())
+        paths = [(path, role) for path, role in self._unread() if path.rpartition(".")[2] not in unprinted_keys]
         lost = [path for path, role in paths if not may_be_unread(path, role)]
         if lost:
-            detail = f"{self._template.name} leaves out {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}"
+            names = ", ".join(lost[:5]) + (" …" if len(lost) > 5 else "")
+            detail = (
+                f"{self._template.name} leaves out {names}; list keys that it may leave out in dataset.unprinted_keys"
+            )
             raise Unusable(Reason.TEMPLATE_IGNORES, detail)
         return frozenset(path.rpartition(".")[2] for path, _ in paths)
 

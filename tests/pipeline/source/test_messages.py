@@ -51,6 +51,12 @@ def test_every_key_of_a_message_stays_and_a_null_is_no_key():
     assert read({**message, "tool_calls": None, "tool_call_id": None}) == [message]
 
 
+def test_a_date_is_the_text_that_json_has():
+    assert (
+        read({"role": "user", "content": "x", "at": datetime.datetime(2026, 1, 2, 3)})[0]["at"] == "2026-01-02T03:00:00"
+    )
+
+
 def test_a_call_needs_no_text_and_a_null_among_its_arguments_stays():
     expected = [{"role": "assistant", "content": None, "tool_calls": [CALL]}]
     assert read({"role": "assistant", "tool_calls": [{**CALL, "index": None}]}) == expected
@@ -79,9 +85,9 @@ def test_text_parts_stay_parts():
         ({"role": "user", "content": ["Hi"]}, Reason.NOT_TEXT, r"content\[0\] is a part 'Hi'"),
         ({"role": "user", "content": [{"type": "text"}]}, Reason.NOT_TEXT, "is a part of type 'text', expected"),
         (
-            {"role": "user", "content": "x", "at": datetime.date(2026, 1, 2)},
+            {"role": "user", "content": "x", "of": b"x"},
             Reason.NOT_TEXT,
-            r"prompt\[0\] is no JSON: .*at: a",
+            r"prompt\[0\] is no JSON: .*of: a bytes",
         ),
         ({"role": "user", "content": "x", "at": float("nan")}, Reason.NOT_TEXT, "is not finite"),
         ({"role": "user", "content": "x", "name": "\ud800"}, Reason.INVALID_UTF8, "surrogates"),

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from pipeline.recipe import DatasetSection
-from pipeline.source.chat import Condition
+from pipeline.source.chat import ChatTokenizer, Condition
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair, read_pair
 from pipeline.source.rendering import Chat
@@ -181,6 +181,14 @@ def test_what_a_template_leaves_out_is_a_reason(of_kind, kind, row, lost):
     pair = read_pair({"prompt": [USER], "chosen": [said("An apple.")], "rejected": [said("A brick.")], **row}, COLUMNS)
     with pytest.raises(Unusable, match=lost):
         of_kind(kind).tokenize_pair(pair, 1000, 1000, cut_response=False)
+
+
+def test_keys_that_a_recipe_names_may_be_left_out(kind_folder):
+    dated = [{**USER, "at": "2026-01-02", "country": "PE"}]
+    strict, loose = (ChatTokenizer(kind_folder("zephyr"), unprinted_keys=keys) for keys in (["at"], ["at", "country"]))
+    with pytest.raises(Unusable, match=r"leaves out prompt\[0\].country; list keys .* in dataset.unprinted_keys"):
+        tokenize(strict, dated, "An apple.", "A brick.")
+    assert tokenize(loose, dated, "An apple.", "A brick.").prompt_ids == tokenize(loose, [USER], "x", "y").prompt_ids
 
 
 def test_links_between_calls_and_results_are_noted_where_a_template_does_without(of_kind):

@@ -1,4 +1,3 @@
-import datetime
 import json
 import shutil
 
@@ -148,7 +147,7 @@ def test_a_template_with_the_date_of_the_day_needs_one(with_template):
 
 
 def test_the_given_date_is_in_every_prompt(with_template):
-    tokenizer = with_template(DATE + ZEPHYR, template_date=datetime.date(2024, 2, 29))
+    tokenizer = with_template(DATE + ZEPHYR, template_date="2024-02-29")
     tokens = tokenize(tokenizer)
     assert text_of(tokenizer, tokens.prompt_ids).startswith("Today is 29 Feb 2024.\n")
     (ids,) = tokenizer.conditioned_prompt_ids([tokens.chat.to_json()], Condition("Be bad.", "system"))
