@@ -11,6 +11,7 @@ from pipeline.source.chat import RENDERING_VERSION, ChatTokenizer, Condition
 from pipeline.stages.prepare import prepare
 from pipeline.workers.missing import pairs_of
 from pipeline.workers.request import Request, Target
+from tests.pipeline.source.template_kinds import ZEPHYR
 from weights_store import Table, WeightStore
 from weights_store.errors import InputError
 from weights_store.fingerprint import fingerprint
@@ -300,7 +301,8 @@ def call_row(index, **message):
 
 def test_rows_with_tools_are_rendered_where_the_template_can_and_are_else_in_quarantine(run, template):
     rows = [pair(0), call_row(1, content=None), call_row(2, content="")]
-    _, quarantine = tables(run(rows))
+    settings = {"model.chat_template": template(ZEPHYR), "dataset.max_prompt_tokens": 2000}
+    _, quarantine = tables(run(rows, **settings))
     assert quarantine["reason"].to_list() == ["template_ignores"] * 2
     assert "leaves out tools[0].function, prompt[1].tool_calls" in quarantine["detail"][0]
     settings = {"model.chat_template": template(TOOL_TEMPLATE), "dataset.max_prompt_tokens": 2000}
