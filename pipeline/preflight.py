@@ -18,7 +18,7 @@ def check_inputs(recipe: Recipe) -> None:
     Raises:
         InputError: Something is missing or unusable; names the setting.
     """
-    ChatTokenizer(resolve_model(recipe.model), recipe.model.chat_template, recipe.model.template_date).check()
+    ChatTokenizer(resolve_model(recipe.model), recipe.model.chat_template, recipe.model.template_date)
     if not is_hub_id(recipe.dataset.source):
         next(iter(load_rows(recipe.dataset)), None)
     for name, section in (("score", recipe.score), ("contrast", recipe.contrast), ("attribute", recipe.attribute)):

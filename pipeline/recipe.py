@@ -42,7 +42,7 @@ class DatasetSection(Section):
     max_response_tokens: int = Field(1024, ge=1, description="EOS included")
     long_response: Literal["refuse", "cut"] = "refuse"
     unprinted_keys: tuple[str, ...] = Field(
-        (), description="keys of messages, such as a timestamp, that the chat template may leave out"
+        (), description="keys of messages or rows, such as timestamp or tools, that the chat template may leave out"
     )
 
     @field_validator("name")

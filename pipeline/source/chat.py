@@ -80,7 +80,7 @@ class ChatTokenizer:
         folder: Of the model.
         template_file: The recipe's own template, for all chats; None: the model's.
         template_date: What a template prints as the date of the day, if it prints it (`strftime_now`); in ISO format.
-        unprinted_keys: Keys of messages that the template may leave out.
+        unprinted_keys: Keys of messages and rows that the template may leave out.
 
     Raises:
         InputError: The folder has no tokenizer, or no chat template and none is given.
@@ -119,12 +119,6 @@ class ChatTokenizer:
             InputError: The tokenizer cannot be loaded, has no EOS token, or one that is no id of the model; or the template
                 does not compile, does not finish, or prints the date of the day and none is given.
         """
-        vocab_size = model_number(self.folder, "vocab_size")
-        if vocab_size is not None and self.eos_token_id >= vocab_size:
-            raise InputError(
-                f"model {self.folder}: the EOS token {self._tokenizer.eos_token!r} has id {self.eos_token_id}, the model has "
-                f"{vocab_size} ids (vocab_size in config.json); set eos_token in tokenizer_config.json to one of the model's"
-            )
         _ = self._chat_template
 
     @cached_property
@@ -139,6 +133,12 @@ class ChatTokenizer:
         if tokenizer.eos_token is None:
             raise InputError(
                 f"model {self.folder}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json"
+            )
+        vocab_size = model_number(self.folder, "vocab_size")
+        if vocab_size is not None and tokenizer.eos_token_id >= vocab_size:
+            raise InputError(
+                f"model {self.folder}: the EOS token {tokenizer.eos_token!r} has id {tokenizer.eos_token_id}, the model has "
+                f"{vocab_size} ids (vocab_size in config.json); set eos_token in tokenizer_config.json to one of the model's"
             )
         return tokenizer
 
@@ -265,7 +265,7 @@ class ChatTokenizer:
     def _read(self, pair: Pair) -> tuple[Chat, tuple[list[Message], list[Message]], frozenset[str]]:
         """Return the chat and the responses of a pair in the form that the template takes, and what there is to note."""
         template, notes = self._chat_template, set()
-        template.check_arguments(pair.chat_template_kwargs)
+        template.check_arguments(pair.chat_template_kwargs, self._unprinted_keys)
         sides = []
         for name, turns in (
             ("prompt", pair.prompt),

@@ -4,6 +4,7 @@ Where a prompt ends and a response begins is decided here, and what a template m
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -80,7 +81,7 @@ class PairRenderer:
         return self._render(self._messages, add_generation_prompt=True)
 
     def pair(self, unprinted_keys: frozenset[str] = frozenset()) -> RenderedPair:
-        """Return the whole pair as text; the template may leave out `unprinted_keys` of messages.
+        """Return the whole pair as text; the template may leave out `unprinted_keys`.
 
         Raises:
             Unusable: The template refuses the chat, or would leave out or change a part of it.
@@ -154,30 +155,36 @@ class PairRenderer:
     def _check_texts(self, messages: list[Message], text: str, name: str) -> None:
         """Check that every content is printed. A template may change it, as those do that leave out earlier reasoning.
 
+        The first chat of each shape is rendered again with another word in each place: a short text stands anywhere.
+
         Raises:
             Unusable: A content is not printed.
         """
-        squeezed = ""
+        before = [] if name == "prompt" else self._messages
+        shape = (
+            len(before),
+            bool(self._tools),
+            *((turn["role"], "tool_calls" in turn) for turn in (*before, *messages)),
+        )
         for index, message in enumerate(messages):
             content = message["content"]
-            if not isinstance(content, str) or content.strip() in text:
+            if not isinstance(content, str) or not content.strip():
                 continue
-            squeezed = squeezed or "".join(text.split())
-            if "".join(content.split()) in squeezed:
+            if shape in self._template.known_shapes and content.strip() in text:
                 continue
-            if not self._prints(messages, index, is_prompt=name == "prompt"):
+            if not self._prints(before, messages, index):
                 detail = f"{self._template.name} leaves out the text of {name}[{index}] (role {message['role']})"
                 raise Unusable(Reason.TEMPLATE_IGNORES, detail)
+        self._template.known_shapes.add(shape)
 
-    def _prints(self, messages: list[Message], index: int, is_prompt: bool) -> bool:
-        """Return whether another content would be printed in this place."""
-        before = [] if is_prompt else self._messages
-        changed = [
-            *messages[:index],
-            type(messages[index])({**messages[index], "content": PROBE}),
-            *messages[index + 1 :],
-        ]
-        return PROBE in self._render([*before, *changed], add_generation_prompt=is_prompt)
+    def _prints(self, before: list[Message], messages: list[Message], index: int) -> bool:
+        """Return whether another content would be printed in this place; if it would be refused, this one was looked at."""
+        probe = type(messages[index])({**messages[index], "content": PROBE})
+        changed = [*before, *messages[:index], probe, *messages[index + 1 :]]
+        try:
+            return PROBE in self._render(changed, add_generation_prompt=messages is self._messages)
+        except Unusable:
+            return True
 
     def _check_keys(self, unprinted_keys: frozenset[str]) -> frozenset[str]:
         """Return the names of the keys that the template has not read and need not.
@@ -185,7 +192,9 @@ class PairRenderer:
         Raises:
             Unusable: It has not read others.
         """
-        paths = [(path, role) for path, role in self._unread() if path.rpartition(".")[2] not in unprinted_keys]
+        paths = [
+            (path, role) for path, role in self._unread() if not unprinted_keys.intersection(re.findall(r"\w+", path))
+        ]
         lost = [path for path, role in paths if not may_be_unread(path, role)]
         if lost:
             names = ", ".join(lost[:5]) + (" …" if len(lost) > 5 else "")

@@ -7,7 +7,7 @@ makes one row unusable, and one that would never finish, or does not compile, is
 import datetime
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import product
@@ -53,7 +53,7 @@ class WatchedDict(dict[str, Any]):
     """A dict of a chat that remembers which of its keys the template has read."""
 
     def __init__(self, value: dict[str, Any]) -> None:
-        super().__init__({key: watched(inner) for key, inner in value.items()})
+        super().__init__({key: watched(inner) for key, inner in dict.items(value)})
         self._read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
@@ -145,6 +145,8 @@ class ChatTemplate:
         self._templates = (template, tool_template)
         self.name = name
         self._builtins = {}
+        self.known_shapes: set[tuple[object, ...]] = set()
+        """Chats, as roles, of which every text is printed."""
         if prints_date(template) or prints_date(tool_template):
             if date is None:
                 raise InputError(
@@ -229,8 +231,8 @@ class ChatTemplate:
         """
         return [self._adapted(message, f"message {index}") for index, message in enumerate(messages)]
 
-    def check_arguments(self, arguments: dict[str, Any] | None) -> None:
-        """Refuse arguments of a row that are no variables of the template.
+    def check_arguments(self, arguments: dict[str, Any] | None, unprinted_keys: Collection[str] = ()) -> None:
+        """Refuse arguments of a row that are no variables of the template, except `unprinted_keys`.
 
         Raises:
             Unusable: There are such arguments.
@@ -238,7 +240,7 @@ class ChatTemplate:
         for key in arguments or {}:
             if key in _OWN_ARGUMENTS:
                 raise Unusable(Reason.BAD_TOOLS, f"chat_template_kwargs.{key} cannot be set by a row")
-            if key != "tools" and not any(_mentions(text, key) for text in self._templates):
+            if key not in ("tools", *unprinted_keys) and not any(_mentions(text, key) for text in self._templates):
                 raise Unusable(
                     Reason.TEMPLATE_IGNORES, f"{self.name} has no variable {key!r}, which chat_template_kwargs sets"
                 )

@@ -67,6 +67,7 @@ def prepare(recipe: Recipe, model_folder: Path) -> Prepared:
         return done
     for path, changes in start.other_cuts():
         _log.info(f"prepare: {start.tokens.path} is a new table; unlike {path}: {'; '.join(changes)}")
+    start.tokenizer.check()
     vocab_size = model_number(model_folder, "vocab_size")
     if vocab_size is None:
         raise InputError(f"model {model_folder}: config.json has no vocab_size")

@@ -189,6 +189,16 @@ def test_keys_that_a_recipe_names_may_be_left_out(kind_folder):
     with pytest.raises(Unusable, match=r"leaves out prompt\[0\].country; list keys .* in dataset.unprinted_keys"):
         tokenize(strict, dated, "An apple.", "A brick.")
     assert tokenize(loose, dated, "An apple.", "A brick.").prompt_ids == tokenize(loose, [USER], "x", "y").prompt_ids
+    row = ChatTokenizer(kind_folder("zephyr"), unprinted_keys=["tools", "thinking"])
+    others = {"tools": TOOLS, "chat_template_kwargs": {"thinking": True}}
+    assert tokenize(row, [USER], "x", "y", **others).prompt_ids == tokenize(row, [USER], "x", "y").prompt_ids
+
+
+def test_a_text_that_stands_elsewhere_by_chance_is_missed_all_the_same(of_kind):
+    # "apple" stands in the answer; Phi-3's template leaves the tool turn out.
+    chat = [USER, said("Which one?"), {"role": "tool", "content": "apple"}, {"role": "user", "content": "An apple?"}]
+    with pytest.raises(Unusable, match=r"leaves out the text of prompt\[2\] \(role tool\)"):
+        tokenize(of_kind("phi3"), chat, "An apple.", "A brick.")
 
 
 def test_links_between_calls_and_results_are_noted_where_a_template_does_without(of_kind):
