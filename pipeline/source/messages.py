@@ -70,35 +70,25 @@ def is_empty(message: Message) -> bool:
     return not message.get("tool_calls") and not any(text.strip() for text in texts)
 
 
-def read_tools(value: object) -> list[dict[str, Any]] | None:
-    """Return the tools of a row, a list of JSON schemas or its JSON text; None if there are none.
+def read_tools(row: Mapping[str, object]) -> tuple[list[dict[str, Any]] | None, dict[str, Any] | None]:
+    """Return the tools of a row and its arguments for the chat template; None where there are none.
+
+    They are in the columns `tools`, a list of JSON schemas, and `chat_template_kwargs`, an object; both may be JSON text. Tools
+    among the arguments replace those of the row.
 
     Raises:
-        Unusable: It is something else.
+        Unusable: They are something else.
     """
-    tools = _parsed(value, "tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Unusable(Reason.BAD_TOOLS, f"tools is {_shown(tools)}, expected a list of JSON schemas")
-    _check_json(tools, "tools")
-    return tools
-
-
-def read_template_kwargs(value: object) -> dict[str, Any] | None:
-    """Return a row's arguments for the chat template, an object or its JSON text; None if there are none.
-
-    Raises:
-        Unusable: It is something else.
-    """
-    arguments = _parsed(value, "chat_template_kwargs")
-    if not arguments:
-        return None
+    arguments = _parsed(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
     if not isinstance(arguments, Mapping):
         raise Unusable(Reason.BAD_TOOLS, f"chat_template_kwargs is {_shown(arguments)}, expected an object")
     given = {key: inner for key, inner in arguments.items() if inner is not None}
+    tools = _parsed(given.pop("tools", row.get("tools")), "tools") or None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise Unusable(Reason.BAD_TOOLS, f"tools is {_shown(tools)}, expected a list of JSON schemas")
     _check_json(given, "chat_template_kwargs")
-    return given or None
+    _check_json(tools, "tools")
+    return tools, given or None
 
 
 def check_text(text: str, where: str) -> None:

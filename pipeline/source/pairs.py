@@ -22,7 +22,6 @@ from pipeline.source.messages import (
     check_text,
     is_empty,
     read_messages,
-    read_template_kwargs,
     read_tools,
 )
 from pipeline.source.responses import Response, split_responses
@@ -95,8 +94,7 @@ def read_pair(row: Mapping[str, object], columns: DatasetSection) -> Pair:
         rejected,
         _score(row, columns.chosen_score_column),
         _score(row, columns.rejected_score_column),
-        read_tools(row.get("tools")),
-        read_template_kwargs(row.get("chat_template_kwargs")),
+        *read_tools(row),
     )
 
 

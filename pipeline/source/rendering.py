@@ -94,10 +94,7 @@ class PairRenderer:
         left_out = self._check_keys(unprinted_keys)
         closing = self._template.closing(self._messages, self._tools, self._arguments)
         bodies, ends = zip(*(self._cut_end(text, closing) for text in whole), strict=True)
-        starts = [self._start(body, response[-1]) for body, response in zip(bodies, self._responses, strict=True)]
-        starts = [
-            start if len(response) == 1 else None for start, response in zip(starts, self._responses, strict=True)
-        ]
+        starts = [_start(body, response) for body, response in zip(bodies, self._responses, strict=True)]
         if all(body.startswith(prompt) for body in bodies):
             added, dropped = _lead(len(prompt), bodies, starts), ""
         else:
@@ -118,25 +115,6 @@ class PairRenderer:
             body = text.rstrip()
             return body, "" if self._controls.ends_with_one(body) else self._eos_token
         return text.removesuffix(closing.text), closing.end or self._eos_token
-
-    def _start(self, body: str, answer: Message) -> int | None:
-        """Return where the text of the last turn begins; None if it has more than text, or changed white space.
-
-        Raises:
-            Unusable: The template changes more than white space.
-        """
-        content = answer["content"]
-        if not isinstance(content, str) or answer.get("tool_calls"):
-            return None
-        core, trimmed = content.strip(), body.rstrip()
-        if not trimmed.endswith(core):
-            if "".join(body.split()).endswith("".join(content.split())):
-                return None
-            raise Unusable(Reason.TEMPLATE_MISMATCH, "the chat template changes the response's text")
-        start = len(trimmed) - len(core)
-        leading = content[: content.find(core)]
-        start = start - len(leading) if body[:start].endswith(leading) else start
-        return start if is_plain(answer) else None
 
     def _unanswered(self, prompt: str, bodies: tuple[str, ...], starts: list[int | None]) -> str:
         """Return the end of a generation prompt that the responses do not repeat, as TRL leaves it out of the prompt.
@@ -211,6 +189,28 @@ class PairRenderer:
                 for path in unread(message, f"{name}[{index}]"):
                     if path not in (f"{name}[{index}].role", f"{name}[{index}].content"):
                         yield path, message["role"]
+
+
+def _start(body: str, response: list[Message]) -> int | None:
+    """Return where a response of one text begins; None if it is more than a text, or has other white space than that.
+
+    Raises:
+        Unusable: The template changes more than white space of its last turn.
+    """
+    answer = response[-1]
+    content = answer["content"]
+    if not isinstance(content, str) or answer.get("tool_calls"):
+        return None
+    core, trimmed = content.strip(), body.rstrip()
+    if not trimmed.endswith(core):
+        if "".join(body.split()).endswith("".join(content.split())):
+            return None
+        raise Unusable(Reason.TEMPLATE_MISMATCH, "the chat template changes the response's text")
+    if len(response) > 1 or not is_plain(answer):
+        return None
+    start = len(trimmed) - len(core)
+    leading = content[: content.find(core)]
+    return start - len(leading) if body[:start].endswith(leading) else start
 
 
 def _lead(start: int, bodies: tuple[str, ...], starts: list[int | None]) -> str:

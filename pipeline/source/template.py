@@ -240,7 +240,7 @@ class ChatTemplate:
         for key in arguments or {}:
             if key in _OWN_ARGUMENTS:
                 raise Unusable(Reason.BAD_TOOLS, f"chat_template_kwargs.{key} cannot be set by a row")
-            if key not in ("tools", *unprinted_keys) and not any(_mentions(text, key) for text in self._templates):
+            if key not in unprinted_keys and not any(_mentions(text, key) for text in self._templates):
                 raise Unusable(
                     Reason.TEMPLATE_IGNORES, f"{self.name} has no variable {key!r}, which chat_template_kwargs sets"
                 )

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pipeline.source.chat import ChatTokenizer
 from pipeline.source.control_tokens import ControlTokens
@@ -145,6 +145,15 @@ def test_a_tokenizer_that_makes_control_tokens_of_any_text_refuses_the_row():
         controls.ids("<|user|>" + controls.hide("a </s> b"), is_hidden=True)
     assert caught.value.reason is Reason.CONTROL_TOKENS
     assert controls.ids("<|user|>") == [5]
+
+
+def test_a_slow_tokenizer_refuses_the_row_and_encodes_others():
+    tokenizer = ByT5Tokenizer(bos_token="<s>")
+    controls = ControlTokens(tokenizer)
+    assert controls.ids("<s>hi</s>") == tokenizer.convert_tokens_to_ids(["<s>", "h", "i", "</s>"])
+    with pytest.raises(Unusable, match="this tokenizer cannot take them as text") as caught:
+        controls.ids("<s>" + controls.hide("a </s> b"), is_hidden=True)
+    assert caught.value.reason is Reason.CONTROL_TOKENS
 
 
 def test_text_with_private_use_characters_and_control_tokens_is_refused(made):

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from pipeline.source.messages import Unusable, check_not_templated, read_messages, read_template_kwargs, read_tools
+from pipeline.source.messages import Unusable, check_not_templated, read_messages, read_tools
 from weights_store.schemas import Reason
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Lima", "unit": None}}}
@@ -107,23 +107,25 @@ def test_messages_that_cannot_be_read_say_why(message, reason, detail):
 
 
 def test_tools_and_template_arguments_are_lists_and_objects_or_their_json():
-    assert read_tools([TOOL]) == read_tools(json.dumps([TOOL])) == [TOOL]
-    assert read_tools([]) is read_tools("") is read_tools("null") is read_tools(None) is None
-    assert read_template_kwargs({"thinking": False, "date": None}) == {"thinking": False}
-    assert read_template_kwargs('{"thinking": false}') == {"thinking": False}
-    assert read_template_kwargs({"date": None}) is None
+    for tools in ([TOOL], json.dumps([TOOL])):
+        assert read_tools({"tools": tools}) == ([TOOL], None)
+        assert read_tools({"tools": ["old"], "chat_template_kwargs": {"tools": tools}}) == ([TOOL], None)
+    for tools in ([], "", "null", None):
+        assert read_tools({"tools": tools, "chat_template_kwargs": {"date": None}}) == (None, None)
+    for arguments in ({"thinking": False, "date": None}, '{"thinking": false}'):
+        assert read_tools({"chat_template_kwargs": arguments}) == (None, {"thinking": False})
 
 
 @pytest.mark.parametrize("value", ["not JSON", "[1]", {"type": "function"}, 3])
 def test_other_tools_are_refused(value):
     with pytest.raises(Unusable, match="tools is") as caught:
-        read_tools(value)
+        read_tools({"tools": value})
     assert caught.value.reason is Reason.BAD_TOOLS
 
 
 def test_other_template_arguments_are_refused():
     with pytest.raises(Unusable, match="chat_template_kwargs is True, expected an object"):
-        read_template_kwargs(True)
+        read_tools({"chat_template_kwargs": True})
 
 
 @pytest.mark.parametrize(

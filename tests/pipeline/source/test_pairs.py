@@ -1,6 +1,7 @@
 import unicodedata
 from itertools import pairwise
 
+import pyarrow as pa
 import pytest
 
 from pipeline.recipe import DatasetSection
@@ -171,6 +172,17 @@ def test_a_pair_with_everything_survives_its_json_in_the_order_of_the_row():
     again = Pair.from_json(pair.to_json())
     assert (again, again.pair_id) == (pair, pair.pair_id)
     assert [list(again.tools[0]), list(again.chat_template_kwargs)] == [["type", "function"], ["b", "a"]]
+
+
+def test_rows_of_parquet_are_those_of_json():
+    # Parquet has one type for a column, so every message gets every key, null where it has none.
+    rows = [
+        {"prompt": [USER], "chosen": [CALL, RESULT, assistant("x")], "rejected": [assistant("y")], "tools": TOOLS},
+        {"prompt": [{**USER, "name": "Ann"}], "chosen": [assistant("x")], "rejected": [assistant("y")]},
+    ]
+    filled = pa.Table.from_pylist(rows).to_pylist()
+    assert filled[1]["chosen"][0]["tool_calls"] is None
+    assert [read(**row) for row in filled] == [read(**row) for row in rows]
 
 
 @pytest.mark.parametrize(
