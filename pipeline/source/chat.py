@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.source.control_tokens import ControlTokens
-from pipeline.source.messages import Message, Unusable, check_not_templated, is_empty
+from pipeline.source.messages import Message, Unusable, is_empty, is_rendered
 from pipeline.source.pairs import Pair
 from pipeline.source.rendering import Chat, PairRenderer
 from pipeline.source.responses import as_turns
@@ -274,7 +274,7 @@ class ChatTokenizer:
         ):
             for message in turns:
                 if isinstance(message["content"], str):
-                    check_not_templated(message["content"], name)
+                    self._check_not_rendered(message["content"], name)
             adapted = template.adapt(turns)
             ended = [self._without_end(message) for message in adapted]
             if ended != adapted:
@@ -284,6 +284,16 @@ class ChatTokenizer:
             sides.append(ended)
         prompt, chosen, rejected = sides
         return Chat(prompt, pair.tools, pair.chat_template_kwargs), (chosen, rejected), frozenset(notes)
+
+    def _check_not_rendered(self, text: str, name: str) -> None:
+        """Refuse text that this template or that of a well-known model has made already: one more around it would be wrong."""
+        mark = self._chat_template.generation_prompt
+        is_ours = mark and text.rstrip().endswith(mark) and self._controls.are_at_start(text.lstrip())
+        if is_ours or is_rendered(text):
+            detail = (
+                f"{name} is a rendered chat, it begins with {text.strip()[:40]!r}; give messages, or the text alone"
+            )
+            raise Unusable(Reason.ALREADY_TEMPLATED, detail)
 
     def _without_end(self, message: Message) -> Message:
         """Return an assistant turn without EOS or the template's end of turn as text at its end: the template ends it."""

@@ -77,6 +77,10 @@ class ControlTokens:
         near = self._added.finditer(first, max(0, low - self._longest))
         return next((match.start() for match in near if match.start() < low < match.end()), low)
 
+    def are_at_start(self, text: str) -> bool:
+        """Return whether text begins with a control token."""
+        return self._pattern.match(text) is not None
+
     def ends_with_one(self, text: str) -> bool:
         """Return whether text of a template ends with an added token."""
         return any(match.end() == len(text) for match in self._added.finditer(text, max(0, len(text) - self._longest)))

@@ -25,9 +25,9 @@ _ROLES = {
 }
 """Roles in lower case, as data sets write them, and their name in chat templates."""
 
-_BEGINNING = r"\s*(?:<s>|<bos>|<BOS_TOKEN>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>)?\s*"
+_BEGINNING = r"\s*(?:<s>|<bos>|<BOS_TOKEN>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>|\[gMASK\]<sop>)?\s*"
 _TURN_MARK = (
-    r"(?:<\|im_start\|>|\[/?INST\]|<\|start_header_id\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>|<\|start\|>"
+    r"(?:<\|im_start\|>|\[/?INST\]|\[SYSTEM_PROMPT\]|<\|start_of_role\|>|<\|header_start\|>|<\|turn>|<\|start_header_id\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>|<\|start\|>"
     r"|<\|(?:system|user|assistant)\|>|<｜(?:User|Assistant)｜>)"
 )
 _TEMPLATED = re.compile(f"{_BEGINNING}{_TURN_MARK}.*?{_TURN_MARK}", re.DOTALL)
@@ -103,15 +103,9 @@ def check_text(text: str, where: str) -> None:
         raise Unusable(Reason.INVALID_UTF8, f"{where}: {error.reason} at character {error.start}") from error
 
 
-def check_not_templated(text: str, where: str) -> None:
-    """Refuse text that some chat template has made already: another one around it would be wrong.
-
-    Raises:
-        Unusable: It begins with the mark of a turn, such as `<|im_start|>`, and has another one.
-    """
-    if _TEMPLATED.match(text):
-        detail = f"{where} is a rendered chat, it begins with {text.strip()[:40]!r}; give messages, or the text alone"
-        raise Unusable(Reason.ALREADY_TEMPLATED, detail)
+def is_rendered(text: str) -> bool:
+    """Return whether text is the output of a well-known chat template: it begins with the mark of a turn, and has another."""
+    return _TEMPLATED.match(text) is not None
 
 
 def _message(value: object, where: str) -> Message:

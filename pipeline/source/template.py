@@ -29,6 +29,7 @@ _TOOL = {"type": "function", "function": {"name": "f", "description": "?", "para
 _MAX_LINES = 1_000_000
 _MAX_CHARACTERS = 10_000_000
 """More lines or characters than any template needs for one short message."""
+_CHANCE = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 _LINKS = frozenset({"id", "type", "index", "tool_call_id", "strict"})
 """Keys that link a call and its result, or repeat what is known: templates that print these in order do without."""
 _DETAILS = re.compile(r"tools\[\d+\](\.function)?\.(parameters|return)\.")
@@ -128,7 +129,8 @@ class ChatTemplate:
         date: What `strftime_now` prints.
 
     Raises:
-        InputError: The template does not compile, does not finish, or prints the date of the day and no `date` is given.
+        InputError: The template does not compile, does not finish, prints the date of the day and no `date` is given, or prints
+            something else each time.
     """
 
     def __init__(
@@ -154,6 +156,8 @@ class ChatTemplate:
                     "all rows and later builds have the same"
                 )
             self._builtins["strftime_now"] = date.strftime
+        if _CHANCE.search(template) or _CHANCE.search(tool_template):
+            raise InputError(f"{name} prints something else each time: give one without `random` and `lipsum`")
         self._check()
 
     def render(
@@ -191,6 +195,15 @@ class ChatTemplate:
             Unusable: It does not print the response.
         """
         return self._usual_closing or self._closing(messages, tools, arguments)
+
+    @cached_property
+    def generation_prompt(self) -> str:
+        """What follows a user's text when the assistant is to answer, without white space around it; may be empty."""
+        try:
+            text = self.render([{"role": "user", "content": PROBE}], add_generation_prompt=True)
+        except Unusable:
+            return ""
+        return text.rpartition(PROBE)[2].strip()
 
     @cached_property
     def turn_end(self) -> str | None:

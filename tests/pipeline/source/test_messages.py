@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from pipeline.source.messages import Unusable, check_not_templated, read_messages, read_tools
+from pipeline.source.messages import Unusable, is_rendered, read_messages, read_tools
 from weights_store.schemas import Reason
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Lima", "unit": None}}}
@@ -139,9 +139,7 @@ def test_other_template_arguments_are_refused():
     ],
 )
 def test_a_rendered_chat_is_recognised(text):
-    with pytest.raises(Unusable, match="prompt is a rendered chat, it begins with") as caught:
-        check_not_templated(text, "prompt")
-    assert caught.value.reason is Reason.ALREADY_TEMPLATED
+    assert is_rendered(text)
 
 
 @pytest.mark.parametrize(
@@ -149,4 +147,4 @@ def test_a_rendered_chat_is_recognised(text):
     ["What is <|im_start|>?", "Ignore this.\n<|assistant|>\nSure!</s>\n<|user|>\nGo.", "[INST] means instruction", ""],
 )
 def test_text_about_control_tokens_is_no_rendered_chat(text):
-    check_not_templated(text, "prompt")
+    assert not is_rendered(text)

@@ -1,12 +1,14 @@
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
 from pipeline.recipe import DatasetSection
 from pipeline.source.chat import ChatTokenizer, Condition
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair, read_pair
 from pipeline.source.rendering import Chat
+from tests.pipeline.source.template_kinds import KINDS, Kind, save_tokenizer
 from weights_store.schemas import Reason
 
 COLUMNS = DatasetSection(name="x", source="x.jsonl")
@@ -143,6 +145,24 @@ def test_an_end_of_turn_that_is_not_eos_is_there_once(of_kind):
     tokenizer = of_kind("phi3")
     plain, ended = (tokenize(tokenizer, [USER], text, "Car.") for text in ("Oak.", "Oak.<|end|>"))
     assert ended.chosen_ids == plain.chosen_ids
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_what_a_template_has_made_is_not_put_into_it_again(of_kind, kind_folder, kind):
+    own = AutoTokenizer.from_pretrained(kind_folder(kind))
+    rendered = own.apply_chat_template([USER], add_generation_prompt=True, tokenize=False)
+    with pytest.raises(Unusable, match="prompt is a rendered chat, it begins with") as caught:
+        tokenize(of_kind(kind), [{"role": "user", "content": rendered}], "Oak.", "Car.")
+    assert caught.value.reason is Reason.ALREADY_TEMPLATED
+
+
+def test_a_template_of_an_unknown_family_knows_its_own_chats(tmp_path):
+    turns = "{% for m in messages %}<!{{ m.role }}!>{{ m.content }}<!!>{% endfor %}"
+    template = turns + "{% if add_generation_prompt %}<!assistant!>{% endif %}"
+    folder = save_tokenizer(Kind(template, ("<!user!>", "<!assistant!>", "<!!>"), "<!!>"), tmp_path / "model")
+    rendered = {"role": "user", "content": "<!user!>Name a fruit.<!!><!assistant!>"}
+    with pytest.raises(Unusable, match="prompt is a rendered chat"):
+        tokenize(ChatTokenizer(folder), [rendered], "Oak.", "Car.")
 
 
 def test_a_response_that_is_only_an_end_of_turn_is_empty(of_kind):

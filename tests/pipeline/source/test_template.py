@@ -160,6 +160,12 @@ def test_a_date_counts_only_where_it_is_printed(with_template):
     assert [prints_date(text) for text in ("{{ strftime_now('%Y') }}", "{{ m.strftime_now }}")] == [True, False]
 
 
+@pytest.mark.parametrize("chance", ["{{ ['a', 'b'] | random }}", "{{ lipsum(1) }}"])
+def test_a_template_that_prints_something_else_each_time_is_refused(with_template, chance):
+    with pytest.raises(InputError, match="prints something else each time: give one without `random`"):
+        with_template(ZEPHYR + chance).check()
+
+
 # --- what templates take -----------------------------------------------------------------------------------------------
 
 
