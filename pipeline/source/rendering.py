@@ -157,7 +157,8 @@ class PairRenderer:
 
     def _prints(self, before: list[Message], messages: list[Message], index: int) -> bool:
         """Return whether another content would be printed in this place; if it would be refused, this one was looked at."""
-        probe = type(messages[index])({**messages[index], "content": PROBE})
+        message = messages[index]
+        probe = type(message)({**dict(dict.items(message)), "content": PROBE})
         changed = [*before, *messages[:index], probe, *messages[index + 1 :]]
         try:
             return PROBE in self._render(changed, add_generation_prompt=messages is self._messages)

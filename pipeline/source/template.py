@@ -5,6 +5,7 @@ makes one row unusable, and one that would never finish, or does not compile, is
 """
 
 import datetime
+import inspect
 import re
 import sys
 from collections.abc import Collection, Iterator
@@ -34,20 +35,6 @@ _LINKS = frozenset({"id", "type", "index", "tool_call_id", "strict"})
 """Keys that link a call and its result, or repeat what is known: templates that print these in order do without."""
 _DETAILS = re.compile(r"tools\[\d+\](\.function)?\.(parameters|return)\.")
 """Inside of JSON schemas: templates print of them what the model was trained with."""
-_OWN_ARGUMENTS = frozenset(
-    {
-        "conversation",
-        "chat_template",
-        "add_generation_prompt",
-        "continue_final_message",
-        "tokenize",
-        "padding",
-        "truncation",
-    }
-    | {"max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
-    | {"messages", "strftime_now", "raise_exception"}
-)
-"""Arguments of `apply_chat_template` that are no variables of a template, and names that a row must not replace."""
 
 
 class WatchedDict(dict[str, Any]):
@@ -60,6 +47,10 @@ class WatchedDict(dict[str, Any]):
     def __getitem__(self, key: str) -> Any:
         self._read.add(key)
         return super().__getitem__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the keys. Python copies a dict that has its own iterator by `__getitem__`: a copy counts as read."""
+        return super().__iter__()
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value; the key counts as read."""
@@ -251,7 +242,7 @@ class ChatTemplate:
             Unusable: There are such arguments.
         """
         for key in arguments or {}:
-            if key in _OWN_ARGUMENTS:
+            if key in self._own_arguments:
                 raise Unusable(Reason.BAD_TOOLS, f"chat_template_kwargs.{key} cannot be set by a row")
             if key not in unprinted_keys and not any(_mentions(text, key) for text in self._templates):
                 raise Unusable(
@@ -262,7 +253,7 @@ class ChatTemplate:
         adapted = dict(message)
         if message["role"] == "developer" and not self._knows_developer:
             adapted["role"] = "system"
-        if message["content"] in (None, "") and message["content"] not in self._empty_contents:
+        if "tool_calls" in message and not message["content"] and message["content"] not in self._empty_contents:
             adapted["content"] = self._empty_contents[0] if self._empty_contents else ""
         if isinstance(message["content"], list) and not self._takes_parts:
             extra = {key for part in message["content"] for key in part} - {"type", "text"}
@@ -272,6 +263,12 @@ class ChatTemplate:
                 )
             adapted["content"] = "\n".join(part["text"] for part in message["content"])
         return adapted
+
+    @cached_property
+    def _own_arguments(self) -> frozenset[str]:
+        """Arguments of `apply_chat_template` that are no variables of a template, and names that a row must not replace."""
+        parameters = set(inspect.signature(self._tokenizer.apply_chat_template).parameters) - {"documents"}
+        return frozenset(parameters | {"messages", "strftime_now", "raise_exception"})
 
     @cached_property
     def _knows_developer(self) -> bool:
@@ -284,7 +281,7 @@ class ChatTemplate:
             text = self.render([{"role": "user", "content": [part]}], add_generation_prompt=True)
         except Unusable:
             return False
-        return PROBE in text and not any(part.unread(""))
+        return PROBE in text and ".text" not in part.unread("")
 
     @cached_property
     def _empty_contents(self) -> list[str | None]:

@@ -216,6 +216,28 @@ def test_a_call_without_text_renders_the_same_however_that_is_written(of_kind, w
     assert 'assistant: {"id"' in text_of(tokenizer, tokenize(tokenizer, chat).prompt_ids)
 
 
+def test_an_empty_turn_without_calls_stays_text(of_kind):
+    r1 = of_kind("r1")
+    assert "<｜Assistant｜><｜end｜>" in text_of(r1, tokenize(r1, [USER, said(""), USER]).prompt_ids)
+
+
+def test_a_copy_of_a_message_counts_as_read(with_template):
+    template = (
+        "{% for m in messages %}{% set m = dict(m, role='x') %}{{ m.role }}{{ m.content }}{{ m.name }}</s>{% endfor %}"
+    )
+    tokenizer = with_template(template)
+    assert "xName a fruit.Ann" in text_of(tokenizer, tokenize(tokenizer, [{**USER, "name": "Ann"}]).prompt_ids)
+
+
+def test_parts_whose_type_a_template_does_not_ask_for_are_parts(with_template):
+    template = "{% for m in messages %}{% for p in m.content if m.content is not string %}{{ p.text }}|{% endfor %}"
+    tokenizer = with_template(template + "{{ m.content if m.content is string }}</s>{% endfor %}")
+    parts = [{"type": "text", "text": "Name a"}, {"type": "text", "text": "fruit."}]
+    assert (
+        text_of(tokenizer, tokenize(tokenizer, [{"role": "user", "content": parts}]).prompt_ids) == "Name a|fruit.|</s>"
+    )
+
+
 def test_rendering_is_that_of_transformers(kind_folder, of_kind):
     tokenizer = AutoTokenizer.from_pretrained(kind_folder("qwen3"))
     chat = [USER, said("", tool_calls=[CALL]), {"role": "tool", "content": "18 C"}, USER]
