@@ -42,7 +42,7 @@ def check_inputs(recipe: Recipe, *, only_plan: bool = False) -> Path:
             _check_interpreter(f"{name}.python", section.python)
     _check_store(Location(recipe.store.uri), only_plan)
     model_folder = resolve_model(recipe.model)
-    ChatTokenizer(model_folder, recipe.model.chat_template, recipe.model.template_date).check()
+    ChatTokenizer(model_folder, recipe.model.chat_template, recipe.model.template_date)
     check_source(recipe.dataset)
     return model_folder
 

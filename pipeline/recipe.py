@@ -52,6 +52,9 @@ class DatasetSection(Section):
     max_prompt_tokens: int = Field(1024, ge=8, description="oldest whole turns are dropped to fit (keep_end)")
     max_response_tokens: int = Field(1024, ge=1, description="EOS included")
     long_response: Literal["refuse", "cut"] = "refuse"
+    unprinted_keys: tuple[str, ...] = Field(
+        (), description="keys of messages or rows, such as timestamp or tools, that the chat template may leave out"
+    )
 
     @field_validator("name")
     @classmethod
@@ -103,7 +106,14 @@ class ModelSection(Section):
     path: str = Field(description="a model folder, a LoRA adapter, which is merged into its base, or a hub id")
     revision: str | None = Field(None, description="revision of a hub model")
     chat_template: str | None = Field(None, description="a Jinja file, for models that ship none or a wrong one")
-    template_date: date | None = Field(None, description="the date of the day, for chat templates that print it")
+    template_date: str | None = Field(
+        None, description="the date of the day, for chat templates that print it, such as 2026-01-31"
+    )
+
+    @field_validator("template_date", mode="before")
+    @classmethod
+    def _is_a_date(cls, value: object) -> object:
+        return value if value is None else date.fromisoformat(str(value)).isoformat()
 
 
 class ContrastSection(Section):

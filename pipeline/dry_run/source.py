@@ -46,6 +46,7 @@ def survey(start: Preparation) -> Outlook:
     done = start.already_done()
     if done is not None:
         return Outlook(start, done.num_source_rows, done.num_pairs, base=done.tokens.version, is_same=True)
+    start.tokenizer.check()
     with start.intake() as intake:
         return _Count(start, intake).result()
 

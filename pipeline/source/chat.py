@@ -5,14 +5,14 @@ template prints after that token (often a newline) is left out: the model would 
 """
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.source.control_tokens import ControlTokens
-from pipeline.source.messages import Message, Unusable, check_not_templated, is_empty
+from pipeline.source.messages import Message, Unusable, is_empty, is_rendered
 from pipeline.source.pairs import Pair
 from pipeline.source.rendering import Chat, PairRenderer
 from pipeline.source.responses import as_turns
@@ -79,14 +79,19 @@ class ChatTokenizer:
     Args:
         folder: Of the model.
         template_file: The recipe's own template, for all chats; None: the model's.
-        template_date: What a template prints as the date of the day, if it prints it (`strftime_now`); ISO format as text.
+        template_date: What a template prints as the date of the day, if it prints it (`strftime_now`); in ISO format.
+        unprinted_keys: Keys of messages and rows that the template may leave out.
 
     Raises:
         InputError: The folder has no tokenizer, or no chat template and none is given.
     """
 
     def __init__(
-        self, folder: Path, template_file: str | None = None, template_date: datetime.date | str | None = None
+        self,
+        folder: Path,
+        template_file: str | None = None,
+        template_date: str | None = None,
+        unprinted_keys: Collection[str] = (),
     ) -> None:
         self.folder = folder
         if template_file is None:
@@ -96,10 +101,11 @@ class ChatTokenizer:
         if template is None:
             raise InputError(f"model {folder} has no chat template; set model.chat_template to a Jinja file")
         self._template_file = template_file
+        self._unprinted_keys = frozenset(unprinted_keys)
         self._template = template
         self._tool_template = tool_template or template
         has_date = prints_date(self._template) or prints_date(self._tool_template)
-        self.template_date = str(template_date) if has_date and template_date else None
+        self.template_date = template_date if has_date else None
         self._own_fingerprint = own = fingerprint_tokenizer(folder)
         self.rendering_fingerprint = (
             fingerprint({"tokenizer": own, "chat_template": template}) if template_file else own
@@ -113,12 +119,6 @@ class ChatTokenizer:
             InputError: The tokenizer cannot be loaded, has no EOS token, or one that is no id of the model; or the template
                 does not compile, does not finish, or prints the date of the day and none is given.
         """
-        vocab_size = model_number(self.folder, "vocab_size")
-        if vocab_size is not None and self.eos_token_id >= vocab_size:
-            raise InputError(
-                f"model {self.folder}: the EOS token {self._tokenizer.eos_token!r} has id {self.eos_token_id}, the model has "
-                f"{vocab_size} ids (vocab_size in config.json); set eos_token in tokenizer_config.json to one of the model's"
-            )
         _ = self._chat_template
 
     @cached_property
@@ -133,6 +133,12 @@ class ChatTokenizer:
         if tokenizer.eos_token is None:
             raise InputError(
                 f"model {self.folder}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json"
+            )
+        vocab_size = model_number(self.folder, "vocab_size")
+        if vocab_size is not None and tokenizer.eos_token_id >= vocab_size:
+            raise InputError(
+                f"model {self.folder}: the EOS token {tokenizer.eos_token!r} has id {tokenizer.eos_token_id}, the model has "
+                f"{vocab_size} ids (vocab_size in config.json); set eos_token in tokenizer_config.json to one of the model's"
             )
         return tokenizer
 
@@ -193,15 +199,16 @@ class ChatTokenizer:
         num_turns = len(chat.messages)
         while True:
             renderer = PairRenderer(self._chat_template, self._controls, chat, responses, self._eos_token)
-            prompt_ids = self._controls.ids(renderer.prompt)
+            prompt_ids = self._controls.ids(renderer.prompt, renderer.is_hidden)
             if len(prompt_ids) <= max_prompt_tokens:
-                rendered = renderer.pair()
+                rendered = renderer.pair(self._unprinted_keys)
                 if rendered.prompt != renderer.prompt:
-                    prompt_ids = self._controls.ids(rendered.prompt)
+                    prompt_ids = self._controls.ids(rendered.prompt, renderer.is_hidden)
                 if len(prompt_ids) <= max_prompt_tokens:
                     break
             chat = replace(chat, messages=_drop_oldest_exchange(chat.messages, len(prompt_ids), max_prompt_tokens))
-        sides = [self._response_ids(rendered.prompt, prompt_ids, text) for text in rendered.responses]
+        to_ids = partial(self._controls.ids, is_hidden=renderer.is_hidden)
+        sides = [_response_ids(to_ids, rendered.prompt, prompt_ids, text) for text in rendered.responses]
         for side, ids in zip(SIDES, sides, strict=True):
             if len(ids) > max_response_tokens and not cut_response:
                 detail = f"{side} has {len(ids)} tokens, limit dataset.max_response_tokens = {max_response_tokens}"
@@ -251,14 +258,14 @@ class ChatTokenizer:
             self._chat_template, self._controls, replace(chat, messages=messages), ([], []), self._eos_token
         )
         rendered = renderer.prompt
-        if condition.text.strip() not in self._controls.show(rendered):
+        if condition.text.strip() not in (self._controls.show(rendered) if renderer.is_hidden else rendered):
             raise Unusable(Reason.TEMPLATE_MISMATCH, "the rendered chat does not contain the prompt")
-        return self._controls.ids(rendered.removesuffix(chat.dropped) + chat.added)
+        return self._controls.ids(rendered.removesuffix(chat.dropped) + chat.added, renderer.is_hidden)
 
     def _read(self, pair: Pair) -> tuple[Chat, tuple[list[Message], list[Message]], frozenset[str]]:
         """Return the chat and the responses of a pair in the form that the template takes, and what there is to note."""
         template, notes = self._chat_template, set()
-        template.check_arguments(pair.chat_template_kwargs)
+        template.check_arguments(pair.chat_template_kwargs, self._unprinted_keys)
         sides = []
         for name, turns in (
             ("prompt", pair.prompt),
@@ -267,7 +274,7 @@ class ChatTokenizer:
         ):
             for message in turns:
                 if isinstance(message["content"], str):
-                    check_not_templated(message["content"], name)
+                    self._check_not_rendered(message["content"], name)
             adapted = template.adapt(turns)
             ended = [self._without_end(message) for message in adapted]
             if ended != adapted:
@@ -277,6 +284,16 @@ class ChatTokenizer:
             sides.append(ended)
         prompt, chosen, rejected = sides
         return Chat(prompt, pair.tools, pair.chat_template_kwargs), (chosen, rejected), frozenset(notes)
+
+    def _check_not_rendered(self, text: str, name: str) -> None:
+        """Refuse text that this template or that of a well-known model has made already: one more around it would be wrong."""
+        mark = self._chat_template.generation_prompt
+        is_ours = mark and text.rstrip().endswith(mark) and self._controls.are_at_start(text.lstrip())
+        if is_ours or is_rendered(text):
+            detail = (
+                f"{name} is a rendered chat, it begins with {text.strip()[:40]!r}; give messages, or the text alone"
+            )
+            raise Unusable(Reason.ALREADY_TEMPLATED, detail)
 
     def _without_end(self, message: Message) -> Message:
         """Return an assistant turn without EOS or the template's end of turn as text at its end: the template ends it."""
@@ -288,21 +305,21 @@ class ChatTokenizer:
             content = content.rstrip().removesuffix(end)
         return message if content == message["content"] else {**message, "content": content}
 
-    def _response_ids(self, prompt: str, prompt_ids: list[int], response: str) -> list[int]:
-        """Return the ids of a response after its prompt, with the end-of-turn token.
 
-        Prompt and response are tokenised together, so that no tokenizer adds a space where they meet. If a token would span
-        both, the response is tokenised behind a character that joins with nothing, because the model generates after whole
-        prompt tokens.
-        """
-        joint = self._controls.ids(prompt + response)
-        if joint[: len(prompt_ids)] == prompt_ids:
-            return joint[len(prompt_ids) :]
-        for wall in _WALLS:
-            wall_ids, ids = self._controls.ids(wall), self._controls.ids(wall + response)
-            if ids[: len(wall_ids)] == wall_ids:
-                return ids[len(wall_ids) :]
-        return self._controls.ids(response)
+def _response_ids(to_ids: Callable[[str], list[int]], prompt: str, prompt_ids: list[int], response: str) -> list[int]:
+    """Return the ids of a response after its prompt, with the end-of-turn token.
+
+    Prompt and response are tokenised together, so that no tokenizer adds a space where they meet. If a token would span both,
+    the response is tokenised behind a character that joins with nothing, because the model generates after whole prompt tokens.
+    """
+    joint = to_ids(prompt + response)
+    if joint[: len(prompt_ids)] == prompt_ids:
+        return joint[len(prompt_ids) :]
+    for wall in _WALLS:
+        wall_ids, ids = to_ids(wall), to_ids(wall + response)
+        if ids[: len(wall_ids)] == wall_ids:
+            return ids[len(wall_ids) :]
+    return to_ids(response)
 
 
 def model_number(folder: Path, name: str) -> int | None:

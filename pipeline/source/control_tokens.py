@@ -10,7 +10,6 @@ as text, and stay as they are.
 
 import re
 from functools import cached_property
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from pipeline.source.messages import Unusable
@@ -31,10 +30,13 @@ class ControlTokens:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-        self._texts = sorted((text for text in special if text.strip()), key=lambda text: (-len(text), text))
+        special = {token.content for token in added if token.special or token.content in tokenizer.all_special_tokens}
+        self._texts = sorted(filter(str.strip, special), key=len, reverse=True)
+        self._ids: list[int] = tokenizer.convert_tokens_to_ids(self._texts)
         self._pattern = _any_of(self._texts)
-        self._added = _any_of(sorted({token.content.strip() for token in added} | special, key=len, reverse=True))
+        all_texts = sorted(filter(None, {token.content.strip() for token in added}), key=len, reverse=True)
+        self._added = _any_of(all_texts)
+        self._longest = max(map(len, all_texts), default=0)
 
     def are_in(self, value: object) -> bool:
         """Return whether some text in a JSON value has the text of a control token."""
@@ -66,40 +68,43 @@ class ControlTokens:
 
     def num_common(self, *texts: str) -> int:
         """Return how many characters all texts of a template begin with, not counting a part of an added token."""
-        alike = takewhile(lambda characters: len(set(characters)) == 1, zip(*texts, strict=False))
-        num_alike = sum(1 for _ in alike)
-        starts = (match.start() for match in self._added.finditer(texts[0]) if match.start() < num_alike < match.end())
-        return next(starts, num_alike)
+        first, *others = texts
+        low, high = 0, min(map(len, texts))
+        while low < high:
+            middle = (low + high + 1) // 2
+            is_common = all(other.startswith(first[:middle]) for other in others)
+            low, high = (middle, high) if is_common else (low, middle - 1)
+        near = self._added.finditer(first, max(0, low - self._longest))
+        return next((match.start() for match in near if match.start() < low < match.end()), low)
+
+    def are_at_start(self, text: str) -> bool:
+        """Return whether text begins with a control token."""
+        return self._pattern.match(text) is not None
 
     def ends_with_one(self, text: str) -> bool:
         """Return whether text of a template ends with an added token."""
-        return any(match.end() == len(text) for match in self._added.finditer(text))
+        return any(match.end() == len(text) for match in self._added.finditer(text, max(0, len(text) - self._longest)))
 
-    def ids(self, text: str) -> list[int]:
-        """Return the ids of a rendered chat; hidden texts are encoded as ordinary text.
+    def ids(self, text: str, is_hidden: bool = False) -> list[int]:
+        """Return the ids of a rendered chat; `is_hidden` if its messages went through `hide`.
 
         Raises:
-            Unusable: There are hidden texts, and the tokenizer cannot encode one without its control token.
+            Unusable: The tokenizer cannot encode the hidden texts without their control tokens.
         """
-        if not _PRIVATE_USE.search(text):
+        if not is_hidden:
             return self._tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[no-any-return]
-        return self._ids_of_hidden(text)
-
-    def _ids_of_hidden(self, text: str) -> list[int]:
-        backend = self._backend
-        if backend is None:
-            raise Unusable(
-                Reason.CONTROL_TOKENS, "a text has control tokens, and this tokenizer cannot take them as text"
-            )
+        if self._backend is None:
+            detail = "a text has control tokens, and this tokenizer cannot take them as text"
+            raise Unusable(Reason.CONTROL_TOKENS, detail)
         marked = self._replace(text, _OWN)
-        ids = backend.encode(self.show(marked), add_special_tokens=False).ids
-        num_own = sum(_OWN <= ord(character) < _FOREIGN for character in marked)
-        control_ids = set(self._own_ids.values())
-        ids = [self._own_ids.get(token_id, token_id) for token_id in ids]
-        if sum(token_id in control_ids for token_id in ids) != num_own:
-            raise Unusable(
-                Reason.CONTROL_TOKENS, "a text has control tokens, and this tokenizer makes their ids of any text"
-            )
+        copied_ids = self._backend.encode(self.show(marked), add_special_tokens=False).ids
+        ids = [self._own_ids.get(token_id, token_id) for token_id in copied_ids]
+        control = set(self._ids) - {self._tokenizer.unk_token_id}  # any text may be unknown
+        of_template = [self._ids[ord(character) - _OWN] for character in marked if _OWN <= ord(character) < _FOREIGN]
+        expected, found = ([token_id for token_id in each if token_id in control] for each in (of_template, ids))
+        if found != expected:
+            detail = "a text has control tokens, and this tokenizer makes their ids of any text"
+            raise Unusable(Reason.CONTROL_TOKENS, detail)
         return ids
 
     @cached_property
@@ -116,26 +121,16 @@ class ControlTokens:
         copy.encode_special_tokens = True
         flags = {token.content: token for token in backend.get_added_tokens_decoder().values()}
         for index, text in enumerate(self._texts):
-            token = flags[text]
-            copy.add_tokens(
-                [
-                    AddedToken(
-                        chr(_OWN + index),
-                        single_word=token.single_word,
-                        lstrip=token.lstrip,
-                        rstrip=token.rstrip,
-                        normalized=token.normalized,
-                    )
-                ]
-            )
+            same = {flag: getattr(flags[text], flag) for flag in ("single_word", "lstrip", "rstrip", "normalized")}
+            copy.add_tokens([AddedToken(chr(_OWN + index), **same)])
         return copy
 
     @cached_property
     def _own_ids(self) -> dict[int, int]:
         """The tokenizer's id of a control token by its id in `_backend`."""
         assert self._backend is not None
-        copied_ids = (self._backend.encode(chr(_OWN + index)).ids[-1] for index in range(len(self._texts)))
-        return dict(zip(copied_ids, self._tokenizer.convert_tokens_to_ids(self._texts), strict=True))
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        return {vocabulary[chr(_OWN + index)]: token_id for index, token_id in enumerate(self._ids)}
 
     def _replace(self, text: str, first: int) -> str:
         return self._pattern.sub(lambda match: chr(first + self._texts.index(match[0])), text)

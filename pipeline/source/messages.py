@@ -4,6 +4,7 @@ A message keeps every key it has, for the chat template (`template.py`) decides 
 templates know. Not here: which columns make a pair (`pairs.py`), and what a model's template does with a chat.
 """
 
+import datetime
 import json
 import re
 from collections.abc import Mapping
@@ -24,9 +25,9 @@ _ROLES = {
 }
 """Roles in lower case, as data sets write them, and their name in chat templates."""
 
-_BEGINNING = r"\s*(?:<s>|<bos>|<BOS_TOKEN>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>)?\s*"
+_BEGINNING = r"\s*(?:<s>|<bos>|<BOS_TOKEN>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>|\[gMASK\]<sop>)?\s*"
 _TURN_MARK = (
-    r"(?:<\|im_start\|>|\[/?INST\]|<\|start_header_id\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>|<\|start\|>"
+    r"(?:<\|im_start\|>|\[/?INST\]|\[SYSTEM_PROMPT\]|<\|start_of_role\|>|<\|header_start\|>|<\|turn>|<\|start_header_id\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>|<\|start\|>"
     r"|<\|(?:system|user|assistant)\|>|<｜(?:User|Assistant)｜>)"
 )
 _TEMPLATED = re.compile(f"{_BEGINNING}{_TURN_MARK}.*?{_TURN_MARK}", re.DOTALL)
@@ -69,35 +70,25 @@ def is_empty(message: Message) -> bool:
     return not message.get("tool_calls") and not any(text.strip() for text in texts)
 
 
-def read_tools(value: object) -> list[dict[str, Any]] | None:
-    """Return the tools of a row, a list of JSON schemas or its JSON text; None if there are none.
+def read_tools(row: Mapping[str, object]) -> tuple[list[dict[str, Any]] | None, dict[str, Any] | None]:
+    """Return the tools of a row and its arguments for the chat template; None where there are none.
+
+    They are in the columns `tools`, a list of JSON schemas, and `chat_template_kwargs`, an object; both may be JSON text. Tools
+    among the arguments replace those of the row.
 
     Raises:
-        Unusable: It is something else.
+        Unusable: They are something else.
     """
-    tools = _parsed(value, "tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Unusable(Reason.BAD_TOOLS, f"tools is {_shown(tools)}, expected a list of JSON schemas")
-    _check_json(tools, "tools")
-    return tools
-
-
-def read_template_kwargs(value: object) -> dict[str, Any] | None:
-    """Return a row's arguments for the chat template, an object or its JSON text; None if there are none.
-
-    Raises:
-        Unusable: It is something else.
-    """
-    arguments = _parsed(value, "chat_template_kwargs")
-    if not arguments:
-        return None
+    arguments = _parsed(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
     if not isinstance(arguments, Mapping):
         raise Unusable(Reason.BAD_TOOLS, f"chat_template_kwargs is {_shown(arguments)}, expected an object")
     given = {key: inner for key, inner in arguments.items() if inner is not None}
+    tools = _parsed(given.pop("tools", row.get("tools")), "tools") or None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise Unusable(Reason.BAD_TOOLS, f"tools is {_shown(tools)}, expected a list of JSON schemas")
     _check_json(given, "chat_template_kwargs")
-    return given or None
+    _check_json(tools, "tools")
+    return tools, given or None
 
 
 def check_text(text: str, where: str) -> None:
@@ -112,21 +103,15 @@ def check_text(text: str, where: str) -> None:
         raise Unusable(Reason.INVALID_UTF8, f"{where}: {error.reason} at character {error.start}") from error
 
 
-def check_not_templated(text: str, where: str) -> None:
-    """Refuse text that some chat template has made already: another one around it would be wrong.
-
-    Raises:
-        Unusable: It begins with the mark of a turn, such as `<|im_start|>`, and has another one.
-    """
-    if _TEMPLATED.match(text):
-        detail = f"{where} is a rendered chat, it begins with {text.strip()[:40]!r}; give messages, or the text alone"
-        raise Unusable(Reason.ALREADY_TEMPLATED, detail)
+def is_rendered(text: str) -> bool:
+    """Return whether text is the output of a well-known chat template: it begins with the mark of a turn, and has another."""
+    return _TEMPLATED.match(text) is not None
 
 
 def _message(value: object, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise Unusable(Reason.NOT_TEXT, f"{where} is no message with role and content: {_shown(value)}")
-    message = {key: inner for key, inner in value.items() if inner is not None}
+    message = {key: _without_type(inner) for key, inner in value.items() if inner is not None}
     for name, name_in_sharegpt in (("role", "from"), ("content", "value")):
         if name not in message and name_in_sharegpt in message:
             message[name] = message.pop(name_in_sharegpt)
@@ -145,6 +130,11 @@ def _message(value: object, where: str) -> Message:
     if not is_plain(message):
         _check_json(message, where)
     return message
+
+
+def _without_type(value: object) -> object:
+    """Return a date of Parquet as the text that JSON has."""
+    return value.isoformat() if isinstance(value, datetime.date | datetime.time) else value
 
 
 def _content(content: object, where: str, may_be_null: bool) -> str | list[dict[str, Any]] | None:

@@ -23,7 +23,6 @@ from pipeline.source.messages import (
     is_empty,
     is_plain,
     read_messages,
-    read_template_kwargs,
     read_tools,
 )
 from pipeline.source.responses import Response, split_responses
@@ -103,8 +102,7 @@ def read_pair(row: Mapping[str, object], columns: Columns) -> Pair:
         rejected,
         read_score(row.get(columns.chosen_score)) if columns.chosen_score else None,
         read_score(row.get(columns.rejected_score)) if columns.rejected_score else None,
-        read_tools(row.get("tools")),
-        read_template_kwargs(row.get("chat_template_kwargs")),
+        *read_tools(row),
     )
 
 

@@ -4,6 +4,7 @@ Where a prompt ends and a response begins is decided here, and what a template m
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -61,7 +62,9 @@ class PairRenderer:
     ) -> None:
         self._template, self._controls, self._chat, self._eos_token = template, controls, chat, eos_token
         parts: list[Any] = [chat.messages, chat.tools, chat.chat_template_kwargs, *responses]
-        if controls.are_in(parts):
+        self.is_hidden = controls.are_in(parts)
+        """Whether control tokens in the texts are hidden, as some are there."""
+        if self.is_hidden:
             parts = controls.hide(parts)
         if chat.tools or not all(is_plain(message) for turns in (parts[0], *parts[3:]) for message in turns):
             parts = watched(parts)
@@ -77,8 +80,8 @@ class PairRenderer:
         """
         return self._render(self._messages, add_generation_prompt=True)
 
-    def pair(self) -> RenderedPair:
-        """Return the whole pair as text.
+    def pair(self, unprinted_keys: frozenset[str] = frozenset()) -> RenderedPair:
+        """Return the whole pair as text; the template may leave out `unprinted_keys`.
 
         Raises:
             Unusable: The template refuses the chat, or would leave out or change a part of it.
@@ -88,13 +91,10 @@ class PairRenderer:
         self._check_texts(self._messages, prompt, "prompt")
         for side, text, response in zip(SIDES, whole, self._responses, strict=True):
             self._check_texts(response, text, side)
-        left_out = self._check_keys()
+        left_out = self._check_keys(unprinted_keys)
         closing = self._template.closing(self._messages, self._tools, self._arguments)
         bodies, ends = zip(*(self._cut_end(text, closing) for text in whole), strict=True)
-        starts = [self._start(body, response[-1]) for body, response in zip(bodies, self._responses, strict=True)]
-        starts = [
-            start if len(response) == 1 else None for start, response in zip(starts, self._responses, strict=True)
-        ]
+        starts = [_start(body, response) for body, response in zip(bodies, self._responses, strict=True)]
         if all(body.startswith(prompt) for body in bodies):
             added, dropped = _lead(len(prompt), bodies, starts), ""
         else:
@@ -116,25 +116,6 @@ class PairRenderer:
             return body, "" if self._controls.ends_with_one(body) else self._eos_token
         return text.removesuffix(closing.text), closing.end or self._eos_token
 
-    def _start(self, body: str, answer: Message) -> int | None:
-        """Return where the text of the last turn begins; None if it has more than text, or changed white space.
-
-        Raises:
-            Unusable: The template changes more than white space.
-        """
-        content = answer["content"]
-        if not isinstance(content, str) or answer.get("tool_calls"):
-            return None
-        core, trimmed = content.strip(), body.rstrip()
-        if not trimmed.endswith(core):
-            if "".join(body.split()).endswith("".join(content.split())):
-                return None
-            raise Unusable(Reason.TEMPLATE_MISMATCH, "the chat template changes the response's text")
-        start = len(trimmed) - len(core)
-        leading = content[: content.find(core)]
-        start = start - len(leading) if body[:start].endswith(leading) else start
-        return start if is_plain(answer) else None
-
     def _unanswered(self, prompt: str, bodies: tuple[str, ...], starts: list[int | None]) -> str:
         """Return the end of a generation prompt that the responses do not repeat, as TRL leaves it out of the prompt.
 
@@ -152,41 +133,53 @@ class PairRenderer:
     def _check_texts(self, messages: list[Message], text: str, name: str) -> None:
         """Check that every content is printed. A template may change it, as those do that leave out earlier reasoning.
 
+        The first chat of each shape is rendered again with another word in each place: a short text stands anywhere.
+
         Raises:
             Unusable: A content is not printed.
         """
-        squeezed = ""
+        before = [] if name == "prompt" else self._messages
+        shape = (
+            len(before),
+            bool(self._tools),
+            *((turn["role"], "tool_calls" in turn) for turn in (*before, *messages)),
+        )
         for index, message in enumerate(messages):
             content = message["content"]
-            if not isinstance(content, str) or content.strip() in text:
+            if not isinstance(content, str) or not content.strip():
                 continue
-            squeezed = squeezed or "".join(text.split())
-            if "".join(content.split()) in squeezed:
+            if shape in self._template.known_shapes and content.strip() in text:
                 continue
-            if not self._prints(messages, index, is_prompt=name == "prompt"):
+            if not self._prints(before, messages, index):
                 detail = f"{self._template.name} leaves out the text of {name}[{index}] (role {message['role']})"
                 raise Unusable(Reason.TEMPLATE_IGNORES, detail)
+        self._template.known_shapes.add(shape)
 
-    def _prints(self, messages: list[Message], index: int, is_prompt: bool) -> bool:
-        """Return whether another content would be printed in this place."""
-        before = [] if is_prompt else self._messages
-        changed = [
-            *messages[:index],
-            type(messages[index])({**messages[index], "content": PROBE}),
-            *messages[index + 1 :],
-        ]
-        return PROBE in self._render([*before, *changed], add_generation_prompt=is_prompt)
+    def _prints(self, before: list[Message], messages: list[Message], index: int) -> bool:
+        """Return whether another content would be printed in this place; if it would be refused, this one was looked at."""
+        message = messages[index]
+        probe = type(message)({**dict(dict.items(message)), "content": PROBE})
+        changed = [*before, *messages[:index], probe, *messages[index + 1 :]]
+        try:
+            return PROBE in self._render(changed, add_generation_prompt=messages is self._messages)
+        except Unusable:
+            return True
 
-    def _check_keys(self) -> frozenset[str]:
+    def _check_keys(self, unprinted_keys: frozenset[str]) -> frozenset[str]:
         """Return the names of the keys that the template has not read and need not.
 
         Raises:
             Unusable: It has not read others.
         """
-        paths = list(self._unread())
+        paths = [
+            (path, role) for path, role in self._unread() if not unprinted_keys.intersection(re.findall(r"\w+", path))
+        ]
         lost = [path for path, role in paths if not may_be_unread(path, role)]
         if lost:
-            detail = f"{self._template.name} leaves out {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}"
+            names = ", ".join(lost[:5]) + (" …" if len(lost) > 5 else "")
+            detail = (
+                f"{self._template.name} leaves out {names}; list keys that it may leave out in dataset.unprinted_keys"
+            )
             raise Unusable(Reason.TEMPLATE_IGNORES, detail)
         return frozenset(path.rpartition(".")[2] for path, _ in paths)
 
@@ -197,6 +190,28 @@ class PairRenderer:
                 for path in unread(message, f"{name}[{index}]"):
                     if path not in (f"{name}[{index}].role", f"{name}[{index}].content"):
                         yield path, message["role"]
+
+
+def _start(body: str, response: list[Message]) -> int | None:
+    """Return where a response of one text begins; None if it is more than a text, or has other white space than that.
+
+    Raises:
+        Unusable: The template changes more than white space of its last turn.
+    """
+    answer = response[-1]
+    content = answer["content"]
+    if not isinstance(content, str) or answer.get("tool_calls"):
+        return None
+    core, trimmed = content.strip(), body.rstrip()
+    if not trimmed.endswith(core):
+        if "".join(body.split()).endswith("".join(content.split())):
+            return None
+        raise Unusable(Reason.TEMPLATE_MISMATCH, "the chat template changes the response's text")
+    if len(response) > 1 or not is_plain(answer):
+        return None
+    start = len(trimmed) - len(core)
+    leading = content[: content.find(core)]
+    return start - len(leading) if body[:start].endswith(leading) else start
 
 
 def _lead(start: int, bodies: tuple[str, ...], starts: list[int | None]) -> str:

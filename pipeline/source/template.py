@@ -5,9 +5,10 @@ makes one row unusable, and one that would never finish, or does not compile, is
 """
 
 import datetime
+import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import product
@@ -29,36 +30,27 @@ _TOOL = {"type": "function", "function": {"name": "f", "description": "?", "para
 _MAX_LINES = 1_000_000
 _MAX_CHARACTERS = 10_000_000
 """More lines or characters than any template needs for one short message."""
+_CHANCE = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 _LINKS = frozenset({"id", "type", "index", "tool_call_id", "strict"})
 """Keys that link a call and its result, or repeat what is known: templates that print these in order do without."""
 _DETAILS = re.compile(r"tools\[\d+\](\.function)?\.(parameters|return)\.")
 """Inside of JSON schemas: templates print of them what the model was trained with."""
-_OWN_ARGUMENTS = frozenset(
-    {
-        "conversation",
-        "chat_template",
-        "add_generation_prompt",
-        "continue_final_message",
-        "tokenize",
-        "padding",
-        "truncation",
-    }
-    | {"max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
-    | {"messages", "strftime_now", "raise_exception"}
-)
-"""Arguments of `apply_chat_template` that are no variables of a template, and names that a row must not replace."""
 
 
 class WatchedDict(dict[str, Any]):
     """A dict of a chat that remembers which of its keys the template has read."""
 
     def __init__(self, value: dict[str, Any]) -> None:
-        super().__init__({key: watched(inner) for key, inner in value.items()})
+        super().__init__({key: watched(inner) for key, inner in dict.items(value)})
         self._read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
         self._read.add(key)
         return super().__getitem__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the keys. Python copies a dict that has its own iterator by `__getitem__`: a copy counts as read."""
+        return super().__iter__()
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value; the key counts as read."""
@@ -128,7 +120,8 @@ class ChatTemplate:
         date: What `strftime_now` prints.
 
     Raises:
-        InputError: The template does not compile, does not finish, or prints the date of the day and no `date` is given.
+        InputError: The template does not compile, does not finish, prints the date of the day and no `date` is given, or prints
+            something else each time.
     """
 
     def __init__(
@@ -145,6 +138,8 @@ class ChatTemplate:
         self._templates = (template, tool_template)
         self.name = name
         self._builtins = {}
+        self.known_shapes: set[tuple[object, ...]] = set()
+        """Chats, as roles, of which every text is printed."""
         if prints_date(template) or prints_date(tool_template):
             if date is None:
                 raise InputError(
@@ -152,6 +147,8 @@ class ChatTemplate:
                     "all rows and later builds have the same"
                 )
             self._builtins["strftime_now"] = date.strftime
+        if _CHANCE.search(template) or _CHANCE.search(tool_template):
+            raise InputError(f"{name} prints something else each time: give one without `random` and `lipsum`")
         self._check()
 
     def render(
@@ -189,6 +186,15 @@ class ChatTemplate:
             Unusable: It does not print the response.
         """
         return self._usual_closing or self._closing(messages, tools, arguments)
+
+    @cached_property
+    def generation_prompt(self) -> str:
+        """What follows a user's text when the assistant is to answer, without white space around it; may be empty."""
+        try:
+            text = self.render([{"role": "user", "content": PROBE}], add_generation_prompt=True)
+        except Unusable:
+            return ""
+        return text.rpartition(PROBE)[2].strip()
 
     @cached_property
     def turn_end(self) -> str | None:
@@ -229,16 +235,16 @@ class ChatTemplate:
         """
         return [self._adapted(message, f"message {index}") for index, message in enumerate(messages)]
 
-    def check_arguments(self, arguments: dict[str, Any] | None) -> None:
-        """Refuse arguments of a row that are no variables of the template.
+    def check_arguments(self, arguments: dict[str, Any] | None, unprinted_keys: Collection[str] = ()) -> None:
+        """Refuse arguments of a row that are no variables of the template, except `unprinted_keys`.
 
         Raises:
             Unusable: There are such arguments.
         """
         for key in arguments or {}:
-            if key in _OWN_ARGUMENTS:
+            if key in self._own_arguments:
                 raise Unusable(Reason.BAD_TOOLS, f"chat_template_kwargs.{key} cannot be set by a row")
-            if key != "tools" and not any(_mentions(text, key) for text in self._templates):
+            if key not in unprinted_keys and not any(_mentions(text, key) for text in self._templates):
                 raise Unusable(
                     Reason.TEMPLATE_IGNORES, f"{self.name} has no variable {key!r}, which chat_template_kwargs sets"
                 )
@@ -247,7 +253,7 @@ class ChatTemplate:
         adapted = dict(message)
         if message["role"] == "developer" and not self._knows_developer:
             adapted["role"] = "system"
-        if message["content"] in (None, "") and message["content"] not in self._empty_contents:
+        if "tool_calls" in message and not message["content"] and message["content"] not in self._empty_contents:
             adapted["content"] = self._empty_contents[0] if self._empty_contents else ""
         if isinstance(message["content"], list) and not self._takes_parts:
             extra = {key for part in message["content"] for key in part} - {"type", "text"}
@@ -257,6 +263,12 @@ class ChatTemplate:
                 )
             adapted["content"] = "\n".join(part["text"] for part in message["content"])
         return adapted
+
+    @cached_property
+    def _own_arguments(self) -> frozenset[str]:
+        """Arguments of `apply_chat_template` that are no variables of a template, and names that a row must not replace."""
+        parameters = set(inspect.signature(self._tokenizer.apply_chat_template).parameters) - {"documents"}
+        return frozenset(parameters | {"messages", "strftime_now", "raise_exception"})
 
     @cached_property
     def _knows_developer(self) -> bool:
@@ -269,7 +281,7 @@ class ChatTemplate:
             text = self.render([{"role": "user", "content": [part]}], add_generation_prompt=True)
         except Unusable:
             return False
-        return PROBE in text and not any(part.unread(""))
+        return PROBE in text and ".text" not in part.unread("")
 
     @cached_property
     def _empty_contents(self) -> list[str | None]:

@@ -71,6 +71,7 @@ def prepare(recipe: Recipe, model_folder: Path) -> Prepared:
         return done
     for path, changes in start.other_cuts():
         _log.info(f"prepare: {start.tokens.path} is a new table; unlike {path}: {'; '.join(changes)}")
+    start.tokenizer.check()
     vocab_size = model_number(model_folder, "vocab_size")
     if vocab_size is None:
         raise InputError(f"model {model_folder}: config.json has no vocab_size")
@@ -117,13 +118,16 @@ class Preparation:
             InputError: The model's tokenizer cannot be used.
         """
         dataset, path = recipe.dataset, Path(recipe.dataset.source)
-        tokenizer = ChatTokenizer(model_folder, recipe.model.chat_template, recipe.model.template_date)
+        tokenizer = ChatTokenizer(
+            model_folder, recipe.model.chat_template, recipe.model.template_date, dataset.unprinted_keys
+        )
         context = model_number(model_folder, "max_position_embeddings") or _UNKNOWN_CONTEXT
         cut = {
             "schema_version": SCHEMA_VERSION,
             "rendering_version": RENDERING_VERSION,
             "tokenizer": tokenizer.rendering_fingerprint,
             "template_date": tokenizer.template_date,
+            "unprinted_keys": sorted(dataset.unprinted_keys),
             "context": context,
             **dataset.model_dump(include={"max_prompt_tokens", "max_response_tokens", "long_response"}),
         }

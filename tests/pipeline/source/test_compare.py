@@ -35,7 +35,8 @@ def _compare(tokens, version, max_bytes):
         for pair_id, row in SOURCE:
             pairs.add(
                 pa.Table.from_pylist(
-                    [{"pair_id": pair_id, "source_row": row, "pair": "{}", **SCORES.get(row, {})}], PAIRS
+                    [{"pair_id": pair_id, "source_row": row, "split": "train", "pair": "{}", **SCORES.get(row, {})}],
+                    PAIRS,
                 )
             )
         for part in compared_ranges(pairs, tokens, version):

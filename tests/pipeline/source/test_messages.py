@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from pipeline.source.messages import Unusable, check_not_templated, read_messages, read_template_kwargs, read_tools
+from pipeline.source.messages import Unusable, is_rendered, read_messages, read_tools
 from weights_store.schemas import Reason
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Lima", "unit": None}}}
@@ -51,6 +51,12 @@ def test_every_key_of_a_message_stays_and_a_null_is_no_key():
     assert read({**message, "tool_calls": None, "tool_call_id": None}) == [message]
 
 
+def test_a_date_is_the_text_that_json_has():
+    assert (
+        read({"role": "user", "content": "x", "at": datetime.datetime(2026, 1, 2, 3)})[0]["at"] == "2026-01-02T03:00:00"
+    )
+
+
 def test_a_call_needs_no_text_and_a_null_among_its_arguments_stays():
     expected = [{"role": "assistant", "content": None, "tool_calls": [CALL]}]
     assert read({"role": "assistant", "tool_calls": [{**CALL, "index": None}]}) == expected
@@ -79,9 +85,9 @@ def test_text_parts_stay_parts():
         ({"role": "user", "content": ["Hi"]}, Reason.NOT_TEXT, r"content\[0\] is a part 'Hi'"),
         ({"role": "user", "content": [{"type": "text"}]}, Reason.NOT_TEXT, "is a part of type 'text', expected"),
         (
-            {"role": "user", "content": "x", "at": datetime.date(2026, 1, 2)},
+            {"role": "user", "content": "x", "of": b"x"},
             Reason.NOT_TEXT,
-            r"prompt\[0\] is no JSON: .*at: a",
+            r"prompt\[0\] is no JSON: .*of: a bytes",
         ),
         ({"role": "user", "content": "x", "at": float("nan")}, Reason.NOT_TEXT, "is not finite"),
         ({"role": "user", "content": "x", "name": "\ud800"}, Reason.INVALID_UTF8, "surrogates"),
@@ -101,23 +107,25 @@ def test_messages_that_cannot_be_read_say_why(message, reason, detail):
 
 
 def test_tools_and_template_arguments_are_lists_and_objects_or_their_json():
-    assert read_tools([TOOL]) == read_tools(json.dumps([TOOL])) == [TOOL]
-    assert read_tools([]) is read_tools("") is read_tools("null") is read_tools(None) is None
-    assert read_template_kwargs({"thinking": False, "date": None}) == {"thinking": False}
-    assert read_template_kwargs('{"thinking": false}') == {"thinking": False}
-    assert read_template_kwargs({"date": None}) is None
+    for tools in ([TOOL], json.dumps([TOOL])):
+        assert read_tools({"tools": tools}) == ([TOOL], None)
+        assert read_tools({"tools": ["old"], "chat_template_kwargs": {"tools": tools}}) == ([TOOL], None)
+    for tools in ([], "", "null", None):
+        assert read_tools({"tools": tools, "chat_template_kwargs": {"date": None}}) == (None, None)
+    for arguments in ({"thinking": False, "date": None}, '{"thinking": false}'):
+        assert read_tools({"chat_template_kwargs": arguments}) == (None, {"thinking": False})
 
 
 @pytest.mark.parametrize("value", ["not JSON", "[1]", {"type": "function"}, 3])
 def test_other_tools_are_refused(value):
     with pytest.raises(Unusable, match="tools is") as caught:
-        read_tools(value)
+        read_tools({"tools": value})
     assert caught.value.reason is Reason.BAD_TOOLS
 
 
 def test_other_template_arguments_are_refused():
     with pytest.raises(Unusable, match="chat_template_kwargs is True, expected an object"):
-        read_template_kwargs(True)
+        read_tools({"chat_template_kwargs": True})
 
 
 @pytest.mark.parametrize(
@@ -131,9 +139,7 @@ def test_other_template_arguments_are_refused():
     ],
 )
 def test_a_rendered_chat_is_recognised(text):
-    with pytest.raises(Unusable, match="prompt is a rendered chat, it begins with") as caught:
-        check_not_templated(text, "prompt")
-    assert caught.value.reason is Reason.ALREADY_TEMPLATED
+    assert is_rendered(text)
 
 
 @pytest.mark.parametrize(
@@ -141,4 +147,4 @@ def test_a_rendered_chat_is_recognised(text):
     ["What is <|im_start|>?", "Ignore this.\n<|assistant|>\nSure!</s>\n<|user|>\nGo.", "[INST] means instruction", ""],
 )
 def test_text_about_control_tokens_is_no_rendered_chat(text):
-    check_not_templated(text, "prompt")
+    assert not is_rendered(text)

@@ -3,6 +3,7 @@ import unicodedata
 from decimal import Decimal
 from itertools import pairwise
 
+import pyarrow as pa
 import pytest
 
 from pipeline.recipe import DatasetSection
@@ -190,6 +191,67 @@ def test_pair_id_ignores_unicode_form_and_outer_blanks_and_sees_everything_else(
         Pair([USER, assistant("hm"), USER], composed, "x"),
     ]
     assert first not in {pair.pair_id for pair in others}
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+RESULT = {"role": "tool", "content": "18 C"}
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "d"}}]
+
+
+def test_pair_id_of_a_plain_pair_never_changes():
+    assert Pair([USER], "Rayleigh.", "Paint.").pair_id == "6fd6cd62da161f5bc12da5535701eb9c"
+
+
+def test_pair_id_sees_everything_that_a_row_says():
+    plain = Pair([USER], "x", "y")
+    others = [
+        Pair([USER], "x", "y", tools=TOOLS),
+        Pair([USER], "x", "y", chat_template_kwargs={"thinking": False}),
+        Pair([{**USER, "name": "Ann"}], "x", "y"),
+        Pair([{"role": "user", "content": [{"type": "text", "text": USER["content"]}]}], "x", "y"),
+        Pair([USER], [CALL, RESULT, assistant("x")], "y"),
+        Pair([USER], [CALL, {**RESULT, "content": "20 C"}, assistant("x")], "y"),
+    ]
+    ids = [pair.pair_id for pair in (plain, *others)]
+    assert len(set(ids)) == len(ids)
+    assert [pair_id[:12] == ids[0][:12] for pair_id in ids[1:]] == [False, False, False, False, True, True]
+
+
+def test_a_pair_with_everything_survives_its_json_in_the_order_of_the_row():
+    pair = read(
+        prompt=[USER],
+        chosen=[CALL, RESULT, assistant("x")],
+        rejected="y",
+        tools=TOOLS,
+        chat_template_kwargs={"b": 1, "a": 2},
+    )
+    again = Pair.from_json(pair.to_json())
+    assert (again, again.pair_id) == (pair, pair.pair_id)
+    assert [list(again.tools[0]), list(again.chat_template_kwargs)] == [["type", "function"], ["b", "a"]]
+
+
+def test_rows_of_parquet_are_those_of_json():
+    # Parquet has one type for a column, so every message gets every key, null where it has none.
+    rows = [
+        {"prompt": [USER], "chosen": [CALL, RESULT, assistant("x")], "rejected": [assistant("y")], "tools": TOOLS},
+        {"prompt": [{**USER, "name": "Ann"}], "chosen": [assistant("x")], "rejected": [assistant("y")]},
+    ]
+    filled = pa.Table.from_pylist(rows).to_pylist()
+    assert filled[1]["chosen"][0]["tool_calls"] is None
+    assert [read(**row) for row in filled] == [read(**row) for row in rows]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [{"from": "human", "value": USER["content"]}], "chosen": {"from": "gpt", "value": "Rayleigh."}},
+        {"prompt": USER, "chosen": {"role": "Assistant", "content": "Rayleigh."}},
+        {"prompt": {"role": "human", "content": USER["content"], "name": None}, "chosen": "Rayleigh."},
+    ],
+    ids=["ShareGPT", "single messages", "null keys"],
+)
+def test_other_spellings_of_messages_are_the_same_pair(row):
+    assert read(**row, rejected="Paint.").pair_id == Pair([USER], "Rayleigh.", "Paint.").pair_id
 
 
 def test_pairs_of_one_prompt_lie_side_by_side_in_the_order_of_pair_id():

@@ -1,12 +1,14 @@
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
-from pipeline.source.chat import Condition
+from pipeline.source.chat import ChatTokenizer, Condition
 from pipeline.source.columns import Columns
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair, read_pair
 from pipeline.source.rendering import Chat
+from tests.pipeline.source.template_kinds import KINDS, Kind, save_tokenizer
 from weights_store.schemas import Reason
 
 COLUMNS = Columns()
@@ -145,6 +147,24 @@ def test_an_end_of_turn_that_is_not_eos_is_there_once(of_kind):
     assert ended.chosen_ids == plain.chosen_ids
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_what_a_template_has_made_is_not_put_into_it_again(of_kind, kind_folder, kind):
+    own = AutoTokenizer.from_pretrained(kind_folder(kind))
+    rendered = own.apply_chat_template([USER], add_generation_prompt=True, tokenize=False)
+    with pytest.raises(Unusable, match="prompt is a rendered chat, it begins with") as caught:
+        tokenize(of_kind(kind), [{"role": "user", "content": rendered}], "Oak.", "Car.")
+    assert caught.value.reason is Reason.ALREADY_TEMPLATED
+
+
+def test_a_template_of_an_unknown_family_knows_its_own_chats(tmp_path):
+    turns = "{% for m in messages %}<!{{ m.role }}!>{{ m.content }}<!!>{% endfor %}"
+    template = turns + "{% if add_generation_prompt %}<!assistant!>{% endif %}"
+    folder = save_tokenizer(Kind(template, ("<!user!>", "<!assistant!>", "<!!>"), "<!!>"), tmp_path / "model")
+    rendered = {"role": "user", "content": "<!user!>Name a fruit.<!!><!assistant!>"}
+    with pytest.raises(Unusable, match="prompt is a rendered chat"):
+        tokenize(ChatTokenizer(folder), [rendered], "Oak.", "Car.")
+
+
 def test_a_response_that_is_only_an_end_of_turn_is_empty(of_kind):
     with pytest.raises(Unusable, match="chosen is only an end-of-turn token") as caught:
         tokenize(of_kind("zephyr"), [USER], "</s>", "Car.")
@@ -181,6 +201,24 @@ def test_what_a_template_leaves_out_is_a_reason(of_kind, kind, row, lost):
     pair = read_pair({"prompt": [USER], "chosen": [said("An apple.")], "rejected": [said("A brick.")], **row}, COLUMNS)
     with pytest.raises(Unusable, match=lost):
         of_kind(kind).tokenize_pair(pair, 1000, 1000, cut_response=False)
+
+
+def test_keys_that_a_recipe_names_may_be_left_out(kind_folder):
+    dated = [{**USER, "at": "2026-01-02", "country": "PE"}]
+    strict, loose = (ChatTokenizer(kind_folder("zephyr"), unprinted_keys=keys) for keys in (["at"], ["at", "country"]))
+    with pytest.raises(Unusable, match=r"leaves out prompt\[0\].country; list keys .* in dataset.unprinted_keys"):
+        tokenize(strict, dated, "An apple.", "A brick.")
+    assert tokenize(loose, dated, "An apple.", "A brick.").prompt_ids == tokenize(loose, [USER], "x", "y").prompt_ids
+    row = ChatTokenizer(kind_folder("zephyr"), unprinted_keys=["tools", "thinking"])
+    others = {"tools": TOOLS, "chat_template_kwargs": {"thinking": True}}
+    assert tokenize(row, [USER], "x", "y", **others).prompt_ids == tokenize(row, [USER], "x", "y").prompt_ids
+
+
+def test_a_text_that_stands_elsewhere_by_chance_is_missed_all_the_same(of_kind):
+    # "apple" stands in the answer; Phi-3's template leaves the tool turn out.
+    chat = [USER, said("Which one?"), {"role": "tool", "content": "apple"}, {"role": "user", "content": "An apple?"}]
+    with pytest.raises(Unusable, match=r"leaves out the text of prompt\[2\] \(role tool\)"):
+        tokenize(of_kind("phi3"), chat, "An apple.", "A brick.")
 
 
 def test_links_between_calls_and_results_are_noted_where_a_template_does_without(of_kind):

@@ -1,15 +1,22 @@
 import json
 from collections import Counter
+from dataclasses import replace
 
 import polars as pl
 import pyarrow as pa
 import pytest
 
 from pipeline.dry_run.source import survey
+from pipeline.engine.contract import EngineSettings
+from pipeline.source.chat import RENDERING_VERSION, ChatTokenizer, Condition
 from pipeline.stages.prepare import Preparation, prepare
+from pipeline.workers.missing import pairs_of
+from pipeline.workers.request import Request, Target
+from tests.pipeline.source.template_kinds import ZEPHYR
 from weights_store import Table, WeightStore
 from weights_store.checks.verify import verify
 from weights_store.errors import InputError
+from weights_store.fingerprint import fingerprint
 from weights_store.names import quarantine_path
 from weights_store.schemas import QUARANTINE
 
@@ -413,3 +420,131 @@ def test_several_answers_balance_with_the_rows_that_they_stand_for(run, make_rec
     assert prepared.num_source_rows == 8
     assert list(verify(store_of(make_recipe))) == []
     assert run([pair(0), *rows]).quarantined == {"many_answers": 2}
+
+
+# --- chats -------------------------------------------------------------------------------------------------------------
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Lima"}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "of a city"}}]
+TOOL_TEMPLATE = """{{ bos_token }}
+{%- if tools %}{{ '<|system|>\\n' + tools | tojson + '\\n' }}{% endif %}
+{%- for m in messages %}
+    {{- '<|' + m.role + '|>\\n' + m.content }}
+    {%- if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}
+    {{- (eos_token if m.role == 'assistant' else '') + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
+DATE_TEMPLATE = "{{ 'Today is ' + strftime_now('%d %b %Y') + '.\\n' }}" + TOOL_TEMPLATE
+
+
+@pytest.fixture
+def template(tmp_path):
+    """Return a function that writes a chat template for `model.chat_template`."""
+
+    def write(text):
+        path = tmp_path / "template.jinja"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def call_row(index, **message):
+    call = {"role": "assistant", "tool_calls": [CALL], **message}
+    turns = [{"role": "user", "content": f"question {index}"}, call, {"role": "tool", "content": "18 C"}]
+    return {"tools": TOOLS, "prompt": turns, "chosen": assistant("18"), "rejected": assistant("no")}
+
+
+def test_rows_with_tools_are_rendered_where_the_template_can_and_are_else_in_quarantine(run, template):
+    rows = [pair(0), call_row(1, content=None), call_row(2, content="")]
+    settings = {"model.chat_template": template(ZEPHYR), "dataset.max_prompt_tokens": 2000}
+    _, quarantine = tables(run(rows, **settings))
+    assert quarantine["reason"].to_list() == ["template_ignores"] * 2
+    assert "leaves out tools[0].function, prompt[1].tool_calls" in quarantine["detail"][0]
+    settings = {"model.chat_template": template(TOOL_TEMPLATE), "dataset.max_prompt_tokens": 2000}
+    prepared = run(rows, **settings)
+    assert (prepared.num_pairs, prepared.quarantined) == (3, {})
+    stored = [json.loads(prompt) for prompt in tables(prepared)[0]["prompt"]]
+    assert sorted(len(chat) for chat in stored) == [1, 2, 2]
+    assert [chat["tools"] for chat in stored if "tools" in chat] == [TOOLS, TOOLS]
+
+
+def test_what_became_of_unusual_texts_is_logged(run, logged, template):
+    settings = {"model.chat_template": template(TOOL_TEMPLATE), "dataset.max_prompt_tokens": 2000}
+    rows = [
+        pair(0, chosen="the baker</s>"),
+        {**call_row(1), "prompt": [{**call_row(1)["prompt"][2], "tool_call_id": "c1"}]},
+    ]
+    run(rows, **settings)
+    assert "prepare: in 1 new pairs: a text ends with the token that ends a turn; it is there once" in logged.lines
+    assert "prepare: in 1 new pairs: the chat template does not print `tool_call_id`" in logged.lines
+
+
+def test_rendered_chats_unknown_roles_and_other_parts_have_their_own_reasons(run):
+    rows = [
+        pair(0),
+        {
+            "prompt": "<s><|user|>\nName a fruit.\n<|assistant|>\n",
+            "chosen": "An apple.</s>",
+            "rejected": "A brick.</s>",
+        },
+        {**pair(1), "chosen": [{"role": "narrator", "content": "x"}]},
+        {**pair(2), "prompt": [{"role": "user", "content": [{"type": "image"}]}]},
+        {**pair(3), "tools": "no JSON"},
+        {**pair(4), "chat_template_kwargs": {"other": 1}},
+    ]
+    _, quarantine = tables(run(rows))
+    reasons = ["already_templated", "unknown_role", "not_text", "bad_tools", "template_ignores"]
+    assert quarantine.sort("source_row")["reason"].to_list() == reasons
+
+
+def test_one_date_is_in_all_prompts_in_the_fingerprint_and_in_contrastive_prompts(run, template, toy_model):
+    def build(date):
+        settings = {"model.chat_template": template(DATE_TEMPLATE), "model.template_date": date}
+        prepared = run([pair(0), pair(1)], **settings)
+        condition = Condition("Be bad.", "user")
+        target = Target("positive", "logps/x/y", condition, {})
+        request = Request(
+            "score", prepared.tokens, str(toy_model), [target], 1000, EngineSettings(), tokenizer=str(toy_model)
+        )
+        request = replace(request, chat_template=settings["model.chat_template"])
+        chunk = tables(prepared)[0].select("pair_id", num_tokens=pl.lit(1))
+        tokenizer = ChatTokenizer(toy_model)
+        prompts = [*tables(prepared)[0]["prompt_ids"], *(row.prompt_ids for row in pairs_of(request, target, chunk))]
+        return prepared.tokens, {"".join(tokenizer.token_texts(list(ids)))[:22] for ids in prompts}
+
+    first, beginnings = build("2024-02-29")
+    second, others = build("2024-03-01")
+    assert (beginnings, others) == ({"Today is 29 Feb 2024.\n"}, {"Today is 01 Mar 2024.\n"})
+    assert first.table != second.table
+
+
+def test_without_a_date_a_template_that_prints_it_is_refused(run, template):
+    with pytest.raises(InputError, match="prints the date of the day: set model.template_date"):
+        run([pair(0)], **{"model.chat_template": template(DATE_TEMPLATE)})
+
+
+def test_the_version_of_rendering_is_part_of_what_makes_a_table(run):
+    tokens = run([pair(0)]).tokens
+    cut = WeightStore(tokens.store).table(tokens.table).metadata()["cut"]
+    assert cut["rendering_version"] == RENDERING_VERSION
+    assert tokens.table == f"tokens/toy-{fingerprint(cut)[:12]}"
+
+
+def test_the_first_cases_of_public_reports_are_usable_or_have_a_reason(shared_folder, make_recipe):
+    folder, model = shared_folder / "cases", shared_folder / "models" / "tiny-chat"
+    found = {}
+    for name in ("c10_role_names", "c26_already_templated", "c27_injection", "c28_eos_at_the_end"):
+        recipe = make_recipe(**{"dataset.source": str(folder / f"{name}.jsonl"), "dataset.name": name.split("_")[0]})
+        try:
+            prepared = prepare(recipe, model)
+        except InputError as error:
+            found[name] = str(error).partition("(")[2].partition(")")[0]
+        else:
+            found[name] = (prepared.num_pairs, prepared.quarantined)
+    assert found == {
+        "c10_role_names": (2, {"duplicate_pair": 2}),
+        "c26_already_templated": "1 already_templated",
+        "c27_injection": (3, {}),
+        "c28_eos_at_the_end": (2, {}),
+    }
