@@ -31,7 +31,7 @@ KEPT_LOGITS = 1 << 26
 _PROBE_LENGTHS = (8, 5)
 _PROBE_TOLERANCE = 1e-3  # nats, float32
 _CAUSES = (
-    "this family gives something else than its last hidden states to its output layer. Train and attribute another model",
+    "this family gives something else than its last hidden states to its output layer; use another model",
     "only where padding follows, so its tokens see what comes after them. It must predict from left to right: if it is an "
     "encoder, set is_decoder=true in its config.json",
 )
@@ -241,7 +241,7 @@ def check_output_layer(model: nn.Module) -> None:
 
     Raises:
         InputError: They differ: this family gives something else than its last hidden states to its output layer, or tokens
-            see what comes after them. Or its code fails.
+            see what comes after them. Or its code fails, or changes the weights.
     """
     if getattr(model, "get_output_embeddings", lambda: None)() is None or decoder_of(model) is model:
         raise InputError(f"{type(model).__name__} is not a causal language model with a decoder and an output layer")
@@ -251,12 +251,18 @@ def check_output_layer(model: nn.Module) -> None:
     lengths = torch.tensor(_PROBE_LENGTHS, device=device)
     steps = torch.arange(places.shape[1], device=device)
     mask = (steps > 0) & (steps < lengths[:, None])
-    with explain(model, "does not run on a few ids", "train and attribute another model"):
+    versions = [parameter._version for parameter in model.parameters()]
+    with explain(model, "does not run on a few ids", "use another model"):
         got = per_token_logps(model, input_ids=input_ids, places=places, completion_mask=mask).logps
         differences = [
             (_own_logps(model, row[:length]) - logps[1:length]).abs().max().item()
             for row, logps, length in zip(input_ids, got, _PROBE_LENGTHS, strict=True)
         ]
+    if [parameter._version for parameter in model.parameters()] != versions:
+        raise InputError(
+            f"{type(model).__name__} changes its own weights in a forward pass, so that another model would be saved; switch that "
+            "off in its config.json (RWKV: rescale_every=0)"
+        )
     for difference, cause in zip(differences, _CAUSES, strict=True):
         if not difference <= _PROBE_TOLERANCE:
             raise InputError(

@@ -65,7 +65,7 @@ HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"]}
 GEMMA_4 = {
-    "num_hidden_layers": 2, "global_head_dim": 16, "per_layer_config": None, **WINDOWS, "hidden_size_per_layer_input": 8,
+    "num_hidden_layers": 2, "per_layer_config": {1: {"head_dim": 16}}, **WINDOWS, "hidden_size_per_layer_input": 8,
 }  # fmt: skip
 GEMMA_3N = {
     "num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [48] * 4, "vocab_size_per_layer_input": VOCAB_SIZE,
@@ -122,6 +122,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-alibi": ("falcon", {"alibi": True}),
     "falcon-grouped": ("falcon", {"new_decoder_architecture": True}),
     "granitemoehybrid-attention": ("granitemoehybrid", {"layer_types": ["full_attention"] * 2}),
+    "rwkv-unscaled": ("rwkv", {"rescale_every": 0}),
     "stablelm-parallel": ("stablelm", {"use_parallel_residual": True}),
 }
 """Settings of a family that change how its tokens see each other."""
@@ -177,10 +178,10 @@ def choose_layers(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def merge(keys: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return `keys` with `changes`, nested."""
+    """Return `keys` with `changes`, also in the configs inside."""
     merged = dict(keys)
     for key, value in changes.items():
-        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        nested = isinstance(value, dict) and "model_type" in (merged.get(key) or ())
         merged[key] = merge(merged[key], value) if nested else value
     return merged
 
@@ -194,6 +195,8 @@ def make_config(name: str) -> PreTrainedConfig:
 
 def add_noise(config: PreTrainedConfig) -> None:
     """Switch on everything that a config offers of dropout, layer drop and jitter, in training mode only."""
+    if config.model_type == "diffllama":  # refuses dropout
+        return
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for key, value in vars(part).items():
             if isinstance(value, int | float) and not isinstance(value, bool) and _NOISE.search(key):
