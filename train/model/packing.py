@@ -1,7 +1,7 @@
 """Which layout can this model compute? Packed pairs if a few ids say so, else two padded sequences per pair.
 
-`enable_packing` compares exactly, in float32, when a model is loaded. `confirm_layout` runs forward and backward where the model
-will run: on its device, in its dtype and mode. Not here: whether padded sequences are right, which has no alternative
+`enable_packing` compares exactly, in float32, when a model is loaded. `confirm_layout` runs forward and backward where the
+model will run: on its device, in its dtype and mode. Not here: whether padded sequences are right, which has no alternative
 (`logps.check_output_layer`).
 """
 

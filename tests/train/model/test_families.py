@@ -12,10 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.train.model.families import FIRST_ID, NAMES, NOT_MADE, VARIANTS, VOCAB_SIZE, add_noise, make_config, make_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tests.train.model.families import (
+    FIRST_ID,
+    NAMES,
+    NOT_MADE,
+    VARIANTS,
+    VOCAB_SIZE,
+    add_noise,
+    make_config,
+    make_model,
+)
 from train.config import ModelConfig
 from train.data.dataset import Pair, StoredResponse
 from train.model.attribution import AttributionTarget, attribute_tokens
@@ -58,6 +67,8 @@ ALL = os.environ.get("FAMILIES") == "all"
 TABLE = Path(__file__).parents[3] / "docs" / "families.md"
 TARGETS: tuple[AttributionTarget, ...] = ("max_logit", "gold_logps", "dpo_margin")
 LENGTHS = ((7, 19, 16), (1, 1, 28), (21, 3, 4), (14, 18, 18))  # prompt, chosen, rejected; the longest exceed the window
+NUM_MEASURED = 3
+"""Numbers of a line: the largest differences of log-probs, gradients and attributions."""
 LOGPS_NATS, GRADIENT_SHARE, ATTRIBUTION_SHARE = 1e-4, 1e-4, 1e-3
 
 
@@ -172,14 +183,14 @@ class Family:
         def number(key: str) -> str:
             return f"{self.found[key]:.0e}" if key in self.found else "–"
 
-        reason = self.refused or self.not_packed or ""
+        reason = (self.refused or self.not_packed or "").removeprefix(f"{type(self.model).__name__}: ")
         cells = [f"`{self.name}`", self.decision, *map(number, ("logps", "gradients", "attributions")), reason]
         return f"| {' | '.join(cells)} |"
 
 
 @pytest.fixture(scope="module")
 def lines() -> Iterator[dict[str, str]]:
-    """The lines of the table, by family; written if all families were run."""
+    """The lines of the table, by family; written if all families were measured."""
     found: dict[str, str] = {}
     yield found
     if ALL and len(found) == len(NAMES):
@@ -194,7 +205,8 @@ def lines() -> Iterator[dict[str, str]]:
 def family(request: pytest.FixtureRequest, lines: dict[str, str]) -> Iterator[Family]:
     family = Family.make(request.param)
     yield family
-    lines[family.name] = family.line()
+    if family.refused or len(family.found) == NUM_MEASURED:
+        lines[family.name] = family.line()
 
 
 def test_its_log_probs_and_gradients_are_those_of_its_own_forward_pass(family: Family) -> None:
@@ -228,11 +240,15 @@ def test_its_attributions_are_those_of_a_naive_loop(family: Family) -> None:
     assert max(shares) <= ATTRIBUTION_SHARE
 
 
+@pytest.mark.skipif(ALL, reason="this run writes the table")
 def test_its_layout_is_the_one_in_the_docs(family: Family) -> None:
-    (line,) = (line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{family.name}` |"))
-    assert ALL or line.split("|")[2].strip() == family.decision  # a run of all families writes the table
+    (line,) = (
+        line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{family.name}` |")
+    )
+    assert line.split("|")[2].strip() == family.decision
 
 
+@pytest.mark.skipif(ALL, reason="this run writes the table")
 def test_the_docs_list_every_family() -> None:
     text = TABLE.read_text(encoding="utf-8")
     assert [name for name in (*NAMES, *NOT_MADE) if f"| `{name}` |" not in text] == []
@@ -251,7 +267,9 @@ def source(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     add_noise(config)
     model = make_model(family.name, config=config)
     model.save_pretrained(folder / "float32")
-    if type(model.config) is not type(config):  # a model of texts inside another one: as published, with the outer config
+    if type(model.config) is not type(
+        config
+    ):  # a model of texts inside another one: as published, with the outer config
         config.save_pretrained(folder / "float32")
     AutoModelForCausalLM.from_pretrained(folder / "float32", dtype=torch.bfloat16).save_pretrained(folder / "source")
     if type(model.config) is not type(config):
