@@ -120,15 +120,22 @@ def _short_windows(model: PreTrainedModel) -> Iterator[None]:
         (values, name, value)
         for values in owners.values()
         for name, value in values.items()
-        if type(value) is int and value > _SHORT_WINDOW and _WINDOW_NAMES.search(name)
+        if _WINDOW_NAMES.search(name) and _shorten(value) != value
     ]
-    for values, name, _ in long:
-        values[name] = _SHORT_WINDOW
+    for values, name, value in long:
+        values[name] = _shorten(value)
     try:
         yield
     finally:
         for values, name, value in long:
             values[name] = value
+
+
+def _shorten(value: Any) -> Any:
+    """Return a length, or a list with one per layer, at most as long as `_SHORT_WINDOW`; anything else as it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_shorten, value))
+    return min(value, _SHORT_WINDOW) if type(value) is int else value
 
 
 def _compare_packed(model: nn.Module, expected: list[Tensor], limits: dict[str, float], **what: bool) -> str | None:

@@ -240,20 +240,18 @@ def test_its_attributions_are_those_of_a_naive_loop(family: Family) -> None:
     assert max(shares) <= ATTRIBUTION_SHARE
 
 
-@pytest.mark.skipif(ALL, reason="this run writes the table")
-def test_its_layout_is_the_one_in_the_docs(family: Family) -> None:
-    (line,) = (
-        line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{family.name}` |")
-    )
-    assert line.split("|")[2].strip() == family.decision
+if not ALL:  # a run of all families writes the table
 
+    def test_its_layout_is_the_one_in_the_docs(family: Family) -> None:
+        lines = TABLE.read_text(encoding="utf-8").splitlines()
+        (line,) = (line for line in lines if line.startswith(f"| `{family.name}` |"))
+        assert line.split("|")[2].strip() == family.decision
 
-@pytest.mark.skipif(ALL, reason="this run writes the table")
-def test_the_docs_list_every_family() -> None:
-    text = TABLE.read_text(encoding="utf-8")
-    assert [name for name in (*NAMES, *NOT_MADE) if f"| `{name}` |" not in text] == []
-    assert CHOSEN.keys() <= set(NAMES)
-    assert len(set(NAMES) - VARIANTS.keys()) >= 150
+    def test_the_docs_list_every_family() -> None:
+        text = TABLE.read_text(encoding="utf-8")
+        assert [name for name in (*NAMES, *NOT_MADE) if f"| `{name}` |" not in text] == []
+        assert CHOSEN.keys() <= set(NAMES)
+        assert len(set(NAMES) - VARIANTS.keys()) >= 150
 
 
 # --- loading and saving ------------------------------------------------------------------------------------------------
