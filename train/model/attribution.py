@@ -292,8 +292,8 @@ def _measured_layers(model: nn.Module) -> Iterator[list[Tensor]]:
     def measure(_decoder: nn.Module, _args: Inputs, output: BaseModelOutput) -> None:
         if isinstance(output, Replayed):
             return
-        shape = output.last_hidden_state.shape
-        if output.hidden_states is None or any(states.shape != shape for states in output.hidden_states[1:]):
+        places = output.last_hidden_state.shape[:2]
+        if output.hidden_states is None or any(states.shape[:-1] != places for states in output.hidden_states[1:]):
             raise InputError(
                 f"the layers of {type(unwrap_adapters(model)).__name__} do not return one state per token, so activations "
                 "cannot be measured; set attribute.activations=false"
