@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from train.data.dataset import Pair, StoredResponse
 from train.model.attention import PACKED
@@ -115,7 +115,8 @@ def _short_windows(model: PreTrainedModel) -> Iterator[None]:
     """
     modules = list(decoder_of(model).modules())
     configs = [model.config.get_text_config(), *(getattr(module, "config", None) for module in modules)]
-    owners: dict[int, MutableMapping[str, Any]] = {id(owner): vars(owner) for owner in (*configs, *modules) if owner}
+    known = [owner for owner in (*configs, *modules) if isinstance(owner, PreTrainedConfig | nn.Module)]
+    owners: dict[int, MutableMapping[str, Any]] = {id(owner): vars(owner) for owner in known}
     long = [
         (values, name, value)
         for values in owners.values()
