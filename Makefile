@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help install demo test bench-store bench-score bench-attribute bench-train lint format lock rehearse clean
+.PHONY: help install demo test test-families bench-store bench-score bench-attribute bench-train lint format lock rehearse clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -36,6 +36,9 @@ demo: $(INSTALLED)  ## run the whole job on a made-up language, in demo/
 WORKERS ?= 2
 test: $(INSTALLED)  ## run the whole suite (WORKERS=2 processes, eleven minutes on two cores)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-families: $(INSTALLED)  ## every causal language model of transformers, tiny -> docs/families.md (three minutes)
+	FAMILIES=all $(BIN)/python -m pytest -q tests/train/model/test_families.py
 
 bench-store: $(INSTALLED)  ## size and speed of the weight store -> benchmarks/results/store.json (about ten minutes)
 	$(BIN)/python benchmarks/store.py

@@ -73,9 +73,11 @@ def _place(policy: Policy, config: TrainConfig) -> Policy:
         InputError: Its code fails there.
     """
     processes = join_ranks()
-    if config.parallel.strategy != "fsdp2" or processes.num_processes == 1:
-        policy.model.to(processes.device)
     device = next(policy.model.parameters()).device
+    is_sharded = config.parallel.strategy == "fsdp2" and processes.num_processes > 1
+    if not is_sharded and device.type != processes.device.type:
+        device = processes.device
+        policy.model.to(device)
     policy.model.train()
     with torch.autocast(device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16"):
         not_packed = confirm_layout(

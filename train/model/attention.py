@@ -44,6 +44,8 @@ class Scoring(NamedTuple):
     """How many tokens a token sees, itself included; None for all."""
     softcap: float | None = None
     """Scores are mapped into (-softcap, softcap)."""
+    sinks: Tensor | None = None
+    """`[H]`, the score of a further key with value 0 that all tokens see (gpt-oss)."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class Packing:
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return the attention output of the row, `[1, N, H, D]`; see `packed_attention`."""
         if query.is_cuda:
-            options = {"scaling": scoring.scaling, "softcap": scoring.softcap}
+            options = {"scaling": scoring.scaling, "softcap": scoring.softcap, "s_aux": scoring.sinks}
             return flex_attention_forward(module, query, key, value, self.block_mask(scoring.window), **options)[0]
         return self.attend_in_groups((query, key, value), repeat(None), scoring)
 
@@ -176,6 +178,7 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_rest: object,
 ) -> tuple[Tensor, None]:
     """Attend within pairs; `[1, H, N, D]` queries, keys and values (fewer heads) to `[1, N, H, D]`.
@@ -183,7 +186,7 @@ def packed_attention(
     The decoder passes its keyword arguments, such as `packing`, on to here. Queries and keys are already rotated.
     """
     assert dropout == 0.0, "policy.py turns dropout off"
-    return packing.attend(module, query, key, value, Scoring(scaling, sliding_window, softcap)), None
+    return packing.attend(module, query, key, value, Scoring(scaling, sliding_window, softcap, s_aux)), None
 
 
 class _Spread(torch.autograd.Function):
@@ -207,27 +210,33 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor, scoring: Scoring, before: KeysValues | None
 ) -> Tensor:
     """Return softmax attention with a mask, `[B, H, T, D]`; `before` holds constant keys and values in front of the others."""
-    scaling, _, softcap = scoring
+    scaling, _, softcap, sinks = scoring
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
         before = before and (before[0].repeat_interleave(groups, dim=1), before[1].repeat_interleave(groups, dim=1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap is None and query.shape[0] * query.shape[2] * mask.shape[3] <= MAX_DENSE_SCORES:
+    is_plain = softcap is None and sinks is None
+    if is_plain and query.shape[0] * query.shape[2] * mask.shape[3] <= MAX_DENSE_SCORES:
         return _DenseAttention.apply(query, key, value, mask, scale, before)
     if before is not None:
         key, value = (torch.cat(parts, dim=2) for parts in zip(before, (key, value), strict=True))
-    if softcap is not None:
-        scores = torch.tanh((query * scale) @ key.transpose(-1, -2) / softcap) * softcap
-        return _shares(scores, mask, value.dtype) @ value
+    if not is_plain:
+        scores = (query * scale) @ key.transpose(-1, -2)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        return _shares(scores, mask, value.dtype, sinks) @ value
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-def _shares(scores: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+def _shares(scores: Tensor, mask: Tensor, dtype: torch.dtype, sinks: Tensor | None = None) -> Tensor:
     """Return the softmax over what the mask allows; in float32, since bfloat16 loses sums of many small numbers."""
     wide = torch.promote_types(dtype, torch.float32)
     scores.masked_fill_(~mask, -torch.inf)  # in place: nobody else uses the scores
-    return scores.softmax(-1, dtype=wide).to(dtype)
+    if sinks is None:
+        return scores.softmax(-1, dtype=wide).to(dtype)
+    sinks = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, sinks], dim=-1).softmax(-1, dtype=wide)[..., :-1].to(dtype)
 
 
 class _DenseAttention(torch.autograd.Function):

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from train.model.attention import NUM_BRANCHES
 from train.model.collate import Batch, model_inputs
 from train.model.continuation import Continuation, EnoughError, KeptPrompts, SplitBatch
-from train.model.foreign import decoder_of, output_layer, unwrap_adapters
+from train.model.foreign import Replayed, decoder_of, output_layer, unwrap_adapters
 from train.model.logps import decode, per_token_logps
 from weights_store.errors import InputError
 
@@ -75,7 +75,7 @@ def attribute_tokens(
             to the masks of SparsePO (arXiv 2410.05102) from the reference's activations, but another formula.
 
     Raises:
-        InputError: A response is empty, or the model gives no access to its input embeddings.
+        InputError: A response is empty, or the model gives no access to its input embeddings, or to its hidden states.
     """
     assert not (with_prompts and target == "dpo_margin"), "a prompt's part in the margin belongs to both responses"
     _check_layout(batch, with_prompts=with_prompts)
@@ -290,8 +290,14 @@ def _measured_layers(model: nn.Module) -> Iterator[list[Tensor]]:
     sizes: list[Tensor] = []
 
     def measure(_decoder: nn.Module, _args: Inputs, output: BaseModelOutput) -> None:
-        if output.hidden_states is None:  # `output_layer` runs the model without its decoder
+        if isinstance(output, Replayed):
             return
+        places = output.last_hidden_state.shape[:2]
+        if output.hidden_states is None or any(states.shape[:-1] != places for states in output.hidden_states[1:]):
+            raise InputError(
+                f"the layers of {type(unwrap_adapters(model)).__name__} do not return one state per token, so activations "
+                "cannot be measured; set attribute.activations=false"
+            )
         norms = [torch.linalg.vector_norm(h.detach(), dim=-1, dtype=torch.float32) for h in output.hidden_states[1:]]
         sizes.append(torch.stack(norms).mean(0).flatten())
 

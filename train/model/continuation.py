@@ -80,7 +80,14 @@ class Continuation(Packing):
     groups: Sequence[ResponseGroup] = field(kw_only=True)
     num_attended: int = 0
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+    def attend(
+        self,
+        module: nn.Module,  # noqa: ARG002 - what is kept is known by its order
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scoring: Scoring,
+    ) -> Tensor:
         """Return the attention output of the response tokens, `[1, N, H, D]`."""
         kept_key, kept_value = (kept[0].transpose(0, 1) for kept in self.prompts.kept[self.num_attended])
         self.num_attended += 1

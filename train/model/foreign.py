@@ -69,8 +69,8 @@ def output_layer(model: nn.Module) -> Head:
     return head
 
 
-class _Decoded(BaseModelOutput):
-    """What a decoder returns; anything but hidden states (caches, losses of routers) is None."""
+class Replayed(BaseModelOutput):
+    """What a replaced decoder returns; anything but hidden states (caches, losses of routers) is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -81,7 +81,7 @@ class _Decoded(BaseModelOutput):
 def _replaying(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
     """Make `decoder` return `hidden`, whatever it is called with."""
     ordinary = vars(decoder).get("forward")  # accelerate and peft may have set one
-    vars(decoder)["forward"] = lambda *_args, **_options: _Decoded(last_hidden_state=hidden)
+    vars(decoder)["forward"] = lambda *_args, **_options: Replayed(last_hidden_state=hidden)
     try:
         yield
     finally:

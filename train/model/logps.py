@@ -260,8 +260,8 @@ def check_output_layer(model: nn.Module) -> None:
         ]
     if [parameter._version for parameter in model.parameters()] != versions:
         raise InputError(
-            f"{type(model).__name__} changes its own weights in a forward pass, so that another model would be saved; switch that "
-            "off in its config.json (RWKV: rescale_every=0)"
+            f"{type(model).__name__} changes its own weights in a forward pass, so that another model would be saved; switch "
+            "that off in its config.json (RWKV: rescale_every=0)"
         )
     for difference, cause in zip(differences, _CAUSES, strict=True):
         if not difference <= _PROBE_TOLERANCE:

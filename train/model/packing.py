@@ -1,7 +1,7 @@
 """Which layout can this model compute? Packed pairs if a few ids say so, else two padded sequences per pair.
 
-`enable_packing` compares exactly, in float32, when a model is loaded. `confirm_layout` runs forward and backward where the model
-will run: on its device, in its dtype and mode. Not here: whether padded sequences are right, which has no alternative
+`enable_packing` compares exactly, in float32, when a model is loaded. `confirm_layout` runs forward and backward where the
+model will run: on its device, in its dtype and mode. Not here: whether padded sequences are right, which has no alternative
 (`logps.check_output_layer`).
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from train.data.dataset import Pair, StoredResponse
 from train.model.attention import PACKED
@@ -115,20 +115,28 @@ def _short_windows(model: PreTrainedModel) -> Iterator[None]:
     """
     modules = list(decoder_of(model).modules())
     configs = [model.config.get_text_config(), *(getattr(module, "config", None) for module in modules)]
-    owners: dict[int, MutableMapping[str, Any]] = {id(owner): vars(owner) for owner in (*configs, *modules) if owner}
+    known = [owner for owner in (*configs, *modules) if isinstance(owner, PreTrainedConfig | nn.Module)]
+    owners: dict[int, MutableMapping[str, Any]] = {id(owner): vars(owner) for owner in known}
     long = [
         (values, name, value)
         for values in owners.values()
         for name, value in values.items()
-        if type(value) is int and value > _SHORT_WINDOW and _WINDOW_NAMES.search(name)
+        if _WINDOW_NAMES.search(name) and _shorten(value) != value
     ]
-    for values, name, _ in long:
-        values[name] = _SHORT_WINDOW
+    for values, name, value in long:
+        values[name] = _shorten(value)
     try:
         yield
     finally:
         for values, name, value in long:
             values[name] = value
+
+
+def _shorten(value: Any) -> Any:
+    """Return a length, or a list with one per layer, at most as long as `_SHORT_WINDOW`; anything else as it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_shorten, value))
+    return min(value, _SHORT_WINDOW) if type(value) is int else value
 
 
 def _compare_packed(model: nn.Module, expected: list[Tensor], limits: dict[str, float], **what: bool) -> str | None:

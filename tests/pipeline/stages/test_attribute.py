@@ -18,7 +18,11 @@ from pipeline.workers.pair_row import read_pairs
 from pipeline.workers.process import fill
 from pipeline.workers.request import AttributionOptions, Executor, Request, Target
 from tests.pipeline.stages.test_score import NUM_PAIRS, PAIR_TOKENS, make_tokens
+from tests.train.model.families import make_model
+from train.data.dataset import Pair, StoredResponse
 from train.model.attribution import attribute_tokens
+from train.model.collate import PairCollator
+from train.model.continuation import KeptPrompts
 from weights_store import WeightStore
 from weights_store.checks.verify import verify
 from weights_store.errors import InputError, OutOfMemoryError
@@ -263,6 +267,60 @@ def test_a_model_without_input_embeddings_is_refused(make_request, monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "get_input_embeddings", refuse)
     with pytest.raises(InputError, match="LlamaForCausalLM gives no access to its input embeddings"):
         PairAttributor(make_request())
+
+
+@pytest.fixture
+def family_folder(tmp_path):
+    """Return a function that saves a tiny random model of a family."""
+
+    def make(name):
+        make_model(name).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("reformer", "ReformerModelWithLMHead does not run on a few ids: AssertionError: .*; use another model"),
+        ("rwkv", "RwkvForCausalLM changes its own weights in a forward pass"),
+        ("xlnet", "XLNetLMHeadModel: log-probs .* its tokens see what comes after them"),
+    ],
+)
+def test_a_family_whose_code_fails_is_refused_in_one_line(make_request, family_folder, family, message):
+    with pytest.raises(InputError, match=message) as error:
+        PairAttributor(make_request(model=family_folder(family)))
+    assert "\n" not in str(error.value)
+
+
+def test_activations_of_layers_with_several_states_per_token_are_refused_in_one_line(family_folder):
+    folder = family_folder("hy_v4")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    sides = [StoredResponse(np.array(ids, np.int32), *np.zeros((2, 2), np.float32)) for ids in ([11, 12], [13, 14])]
+    batch = PairCollator(packed=False)([Pair("p", np.array([9, 10], np.int32), *sides)])
+    with pytest.raises(InputError, match="the layers of HYV4ForCausalLM do not return one state per token, .*=false$"):
+        attribute_tokens(model, batch, "gold_logps", with_activations=True)
+
+
+def test_responses_are_padded_if_packed_attributions_are_wrong(make_request, naive, monkeypatch):
+    """Their log-probs are right, so only the comparison of attributions can tell."""
+    ordinary = KeptPrompts.attend
+
+    def swapped(self, module, query, key, value, scoring):
+        output = ordinary(self, module, query, key, value, scoring)
+        self.kept[-1] = self.kept[-1][::-1]
+        return output
+
+    request = make_request()
+    assert PairAttributor(request).record["packed"]
+    monkeypatch.setattr(KeptPrompts, "attend", swapped)
+    worker = PairAttributor(request)
+    assert not worker.record["packed"]
+    table, _ = worker.fill_in(pairs_in(request), request.targets[0])
+    row, pair = table.to_pylist()[0], rows_in(request).row(0, named=True)
+    expected = naive(pair["prompt_ids"], pair["chosen_ids"], "max_logit")[4:]
+    np.testing.assert_allclose(row["chosen_attributions"], expected, rtol=1e-5)
 
 
 def test_a_folder_that_is_no_whole_model_is_refused(make_request, model_folder, tmp_path):

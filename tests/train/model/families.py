@@ -41,10 +41,10 @@ for _size, _names in {
     HEAD_DIM: "head_dim dim_head d_head v_head_dim qk_rope_head_dim qk_nope_head_dim kv_channels attention_head_size "
     "swa_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim mamba_head_dim mamba_headdim index_head_dim "
     "attention_head_dim rotary_dim query_pre_attn_scalar mamba_d_state ssm_state_size state_size hidden_size_per_layer_input",
-    16: "index_n_heads kv_lora_rank q_lora_rank o_lora_rank qk_head_dim router_hidden_size laurel_rank adapter_rank image_size "
-    "mamba_d_head",
-    1: "num_shared_experts n_shared_experts moe_num_shared_experts first_k_dense_replace num_dense_layers mamba_n_groups n_groups "
-    "mamba_ngroups zero_expert_num moe_layer_start_index",
+    16: "index_n_heads kv_lora_rank q_lora_rank o_lora_rank qk_head_dim router_hidden_size laurel_rank adapter_rank "
+    "image_size mamba_d_head",
+    1: "num_shared_experts n_shared_experts moe_num_shared_experts first_k_dense_replace num_dense_layers mamba_n_groups "
+    "n_groups mamba_ngroups zero_expert_num moe_layer_start_index",
     WINDOW: "sliding_window sliding_window_size window_size attention_window_size local_attention keep_window_size "
     "attention_chunk_size",
     64: "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions max_source_positions",
@@ -59,7 +59,7 @@ MULTIPLIERS = {
 }  # fmt: skip
 """Scaling and capping of scores and logits, which many default configs switch off."""
 
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 ZAMBA = {"num_hidden_layers": 3, "attention_hidden_size": 64, "attention_head_dim": 16}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
@@ -80,7 +80,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
     "bamba": {**MAMBA, "attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
-    "cohere_compass_text": {**WINDOWS, "rope_parameters": dict.fromkeys(WINDOWS["layer_types"], {**ROPE, "mrope_section": [2, 1, 1]})},
+    "cohere_compass_text": {**WINDOWS, "rope_parameters": {"sliding_attention": MROPE, "full_attention": MROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, **WINDOWS},
@@ -146,7 +146,12 @@ def shrink(config: PreTrainedConfig) -> dict[str, Any]:
         if isinstance(part, PreTrainedConfig):
             small[key] = {**shrink(part), "model_type": part.model_type}
         elif key in SIZES and (value is None or (isinstance(value, int) and value > 0 and not isinstance(value, bool))):
-            if value is not None or key in {"head_dim", "num_key_value_heads", "sliding_window", "attention_chunk_size"}:
+            if value is not None or key in {
+                "head_dim",
+                "num_key_value_heads",
+                "sliding_window",
+                "attention_chunk_size",
+            }:
                 small[key] = SIZES[key]
         elif key in MULTIPLIERS:
             small[key] = MULTIPLIERS[key]
@@ -160,7 +165,7 @@ def shrink(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def choose_layers(keys: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys that keep two to four layers, at least one of each kind: kinds are the distinct values in lists of layers."""
+    """Return the keys that keep two to four layers, at least one of each kind; lists of one value per layer tell kinds."""
     num_layers = keys.get("num_hidden_layers")
     if not isinstance(num_layers, int):
         return {}
@@ -222,4 +227,3 @@ def enlarge(model: nn.Module) -> None:
             parameter.mul_(1.2 * parameter.shape[-1] ** -0.5 / spread)
         else:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-

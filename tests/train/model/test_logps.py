@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from tests.train.model.families import make_model
 from train.data.dataset import Pair, StoredResponse
 from train.model.collate import PairCollator, model_inputs
+from train.model.foreign import decoder_of, output_layer
 from train.model.logps import check_output_layer, per_token_logps, route_forward
 from weights_store.errors import InputError
 
@@ -136,6 +138,38 @@ def test_a_model_that_scales_its_logits_in_an_unknown_way_is_refused() -> None:
         InputError, match=r"Gemma2ForCausalLM: log-probs computed from its hidden states differ .* nats"
     ):
         check_output_layer(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        (
+            "cpmant",
+            "CpmAntForCausalLM: log-probs .* only where padding follows, so its tokens see what comes after them",
+        ),
+        ("bert-bidirectional", "BertLMHeadModel: log-probs .* set is_decoder=true in its config.json"),
+        ("prophetnet", "ProphetNetForCausalLM: .* something else than its last hidden states to its output layer"),
+        ("rwkv", "RwkvForCausalLM changes its own weights in a forward pass, .* rescale_every=0"),
+    ],
+)
+def test_families_that_cannot_be_computed_are_refused_in_one_line(family: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        check_output_layer(make_model(family))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "family", ["falcon_h1", "llama4", "recurrent_gemma", "hyperclovax", "modernbert-decoder", "cohere"]
+)
+def test_hidden_states_become_logits_in_the_way_of_the_family(family: str) -> None:
+    model = make_model(family)
+    ids = torch.arange(8, 30)[None]
+    with torch.no_grad():
+        hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        assert torch.allclose(output_layer(model)(hidden), logits, atol=1e-5)
+        assert not torch.allclose(model.get_output_embeddings()(hidden), logits, atol=0.1) or family == "llama4"
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits[0], logits)  # the decoder is its own again
 
 
 def test_a_model_without_an_output_layer_is_refused(model) -> None:

@@ -1,4 +1,5 @@
 import copy
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -22,11 +24,15 @@ from transformers import (
 )
 
 import train.model.attention
+import train.model.packing
+from tests.train.model.families import make_config, make_model
 from train.data.dataset import Pair, StoredResponse
 from train.model.attention import PACKED, Packing
 from train.model.collate import PairCollator, model_inputs
+from train.model.continuation import Continuation
 from train.model.logps import Divergence, per_token_logps
-from train.model.packing import enable_packing
+from train.model.packing import confirm_layout, enable_packing
+from weights_store.errors import InputError
 
 BASE = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -253,6 +259,113 @@ def test_models_that_cannot_be_packed_say_why_and_stay_as_they_are() -> None:
     chunked.config.layer_types[1] = "chunked_attention"
     assert enable_packing(chunked) == "Gemma3ForCausalLM has layers of type chunked_attention"
     assert chunked.config._attn_implementation == "sdpa"
+
+
+# --- what a few ids must see -------------------------------------------------------------------------------------------
+
+
+def with_real_window(name: str, window: int = 4096, **changes: object) -> PreTrainedModel:
+    """A model whose first layer has a window as long as real ones, far longer than any probe."""
+    config = make_config(name)
+    vars(config).update(sliding_window=window, **changes)
+    return make_model(name, config)
+
+
+def test_a_window_that_attention_is_not_told_of_is_seen_however_long_it_is() -> None:
+    """Qwen2-MoE puts its window into the mask alone, which packed attention makes itself."""
+    windowed = with_real_window("qwen2_moe")
+    assert windowed.config.layer_types == ["sliding_attention", "full_attention"]
+    assert enable_packing(windowed).startswith("packed log-probs differ from those of separate sequences by ")
+    assert windowed.config._attn_implementation == "sdpa"
+    assert enable_packing(with_real_window("qwen2_moe", layer_types=["full_attention"] * 2)) is None
+
+
+def test_windows_have_their_length_back_after_the_trial() -> None:
+    for name in ("qwen2", "qwen2_moe"):
+        model = with_real_window(name)
+        enable_packing(model)
+        assert model.config.sliding_window == 4096
+        assert {getattr(module, "sliding_window", None) for module in model.modules()} <= {4096, None}
+
+
+def test_a_window_that_cannot_be_shortened_is_not_packed(monkeypatch) -> None:
+    monkeypatch.setattr(train.model.packing, "_WINDOW_NAMES", re.compile("none is named so"))
+    model = with_real_window("qwen2")
+    assert enable_packing(model) == "its sliding window cannot be shortened for a test"
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_packed_attributions_are_tried_only_if_they_are_needed(monkeypatch) -> None:
+    """Their way keeps the keys and values of prompts; here responses continue without them."""
+
+    def without_prompts(self, module, query, key, value, scoring):
+        nothing = key[0, :, :0][None], value[0, :, :0][None]
+        groups = [replace(group, prompts=group.prompts[:, :0]) for group in self.groups]
+        befores = [tuple(t.expand(len(group.places), -1, -1, -1) for t in nothing) for group in groups]
+        return replace(self, groups=groups).attend_in_groups((query, key, value), befores, scoring)
+
+    monkeypatch.setattr(Continuation, "attend", without_prompts)
+    assert enable_packing(build("llama")) is None
+    model = build("llama")
+    assert enable_packing(model, attributions=True).startswith(
+        "packed gradients differ from those of separate sequences"
+    )
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("fault", ["fails", "is wrong", "fails backward"])
+def test_a_model_that_cannot_run_packed_on_its_device_gets_its_own_attention_back(monkeypatch, fault: str) -> None:
+    model = build("llama")
+    assert enable_packing(model) is None
+    assert confirm_layout(model, "sdpa", None, attributions=True) is None
+    assert model.config._attn_implementation == PACKED
+    ordinary = Packing.attend
+
+    def attend(self, module, query, key, value, scoring):
+        if fault == "fails":
+            raise NotImplementedError("no kernel\nand a long story")
+        output = ordinary(self, module, query, key, value, scoring)
+        if fault == "fails backward":
+            return NoBackward.apply(output)
+        return output.flip(1)
+
+    monkeypatch.setattr(Packing, "attend", attend)
+    reason = confirm_layout(model, "sdpa", None)
+    assert reason == {
+        "fails": "its decoder does not run packed: no kernel",
+        "fails backward": "its decoder does not run packed: no backward kernel",
+    }.get(fault, reason)
+    assert "\n" not in reason
+    assert model.config._attn_implementation == "sdpa"
+
+
+class NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output):
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("no backward kernel")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2-window-softcap"])
+def test_rounding_is_not_taken_for_an_error(name: str) -> None:
+    model = build(name)
+    ordinary = model.config._attn_implementation
+    assert enable_packing(model, attributions=True) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert confirm_layout(model, ordinary, None, attributions=True) is None
+
+
+def test_a_family_whose_code_fails_in_training_is_refused_in_one_line() -> None:
+    """Reformer's backward pass asserts that all its modules are in training mode."""
+    model = make_model("reformer")
+    with pytest.raises(
+        InputError, match="^ReformerModelWithLMHead does not run on a few ids: .*; use another model$"
+    ) as error:
+        confirm_layout(model, "eager", enable_packing(model))
+    assert "\n" not in str(error.value)
 
 
 def test_a_model_that_fails_the_trial_is_left_as_it_is(monkeypatch) -> None:
