@@ -74,8 +74,13 @@ def store(tmp_path_factory, toy_model):
     ]
     vocab_size = json.loads((toy_model / "config.json").read_text())["vocab_size"]
     tokenizer = {"fingerprint": fingerprint_tokenizer(toy_model), "vocab_size": vocab_size, "eos_token_id": 2}
-    statistics = {"num_pairs": 4, "num_response_tokens": 16}
-    metadata = {"fingerprint": "0" * 64, "tokenizer": tokenizer, "statistics": statistics, "parents": []}
+    metadata = {
+        "fingerprint": "0" * 64,
+        "tokenizer": tokenizer,
+        "statistics": {"num_pairs": 4, "num_response_tokens": 16},
+        "parents": [],
+        "identity": {"settings": {"weights": {"estimator": "uniform"}, "contrast": {}}},
+    }
     store.table("weights/toy/tis").append(pa.Table.from_pylist(rows, WEIGHTS), metadata)
     return store
 

@@ -195,8 +195,10 @@ class Location:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-        except BaseException:
+        except BaseException as error:
             partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+                error.filename = str(path)  # the system names no file when the disk is full
             raise
 
     def delete(self, name: str) -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 from collections import Counter
 
 import polars as pl
@@ -7,7 +8,7 @@ import pytest
 
 from pipeline.stages.prepare import prepare
 from weights_store import Table, WeightStore
-from weights_store.errors import InputError
+from weights_store.errors import InputError, StoreError
 from weights_store.names import quarantine_path
 from weights_store.schemas import QUARANTINE
 
@@ -255,3 +256,17 @@ def test_real_transcripts(shared_folder, make_recipe):
     assert prepared.num_source_rows == 1775
     assert prepared.num_pairs + sum(prepared.quarantined.values()) == 1775
     assert prepared.quarantined == {"empty_response": 3, "prompts_differ": 4}
+
+
+@pytest.mark.parametrize("free_kib", [0, 8, 24])
+def test_a_full_disk_is_one_line_and_a_later_run_goes_on(run, disk, free_kib):
+    folder, _ = disk
+    (folder / "filler").write_bytes(bytes((1 << 20) - (free_kib << 10)))
+    rows = [pair(index, chosen=f"the baker mixes {index}") for index in range(400)]
+    with pytest.raises(StoreError) as caught:
+        run(rows, **{"store.uri": str(folder / "store")})
+    text = str(caught.value)
+    assert re.match(rf"cannot write (tokens|quarantine)/toy-\w+ in {folder}/store: .*No space left on device", text)
+    assert text.endswith("; nothing became visible; make room and run again")
+    (folder / "filler").unlink()
+    assert run(rows, **{"store.uri": str(folder / "store")}).num_pairs == 400
