@@ -222,8 +222,14 @@ def _describe_unknown(key: str, value: object, model: type[_SettingsModel], chos
         models = _models_of(other_field)
         wanted = [models[chosen]] if other == section and chosen else models.values()
         known += [f"{other}.{name}" for inner in wanted for name in inner.model_fields] or [other]
+    if not known:
+        return f"unknown key {key!r}; there are no known keys here"
+    if field is None and not difflib.get_close_matches(section, model.model_fields, n=1, cutoff=0.5):
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        if not nearest:
+            return f"unknown section {section!r}; expected one of {', '.join(model.model_fields)}"
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"unknown key {key!r}; " + (f"did you mean {nearest[0]!r}?" if nearest else "there are no known keys here")
+    return f"unknown key {key!r}; did you mean {nearest[0]!r}?"
 
 
 def _models_of(field: _Field) -> dict[str, type[_SettingsModel]]:
