@@ -82,17 +82,23 @@ def first_line(error: BaseException | str) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+_MAKE_ROOM = "make room and run again"
 _REMEDIES = {
-    errno.ENOSPC: "make room and run again",
-    errno.EDQUOT: "make room and run again",
+    errno.ENOSPC: _MAKE_ROOM,
+    errno.EDQUOT: _MAKE_ROOM,
     errno.EACCES: "check the permissions",
     errno.EPERM: "check the permissions",
 }
 
 
 def remedy_of(error: BaseException) -> str:
-    """Return what to do about an error of the operating system, with `; ` before it; empty if nothing is known."""
+    """Return what to do about an error of the operating system, with `; ` before it; empty if nothing is known.
+
+    Libraries that are not written in Python keep only its text.
+    """
     remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
+    if "No space left on device" in str(error):
+        remedy = _MAKE_ROOM
     return f"; {remedy}" if remedy else ""
 
 

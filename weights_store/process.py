@@ -42,8 +42,7 @@ def run_main(main: Callable[[], int | None], *, debug: bool = False, after_inter
                 return 0
             if debug:
                 raise
-            is_ours = isinstance(error, TokenweightsError)
-            text = " ".join(str(error).split()) if is_ours else describe_os_error(error)
+            text = describe_os_error(error) if isinstance(error, OSError) else " ".join(str(error).split())
             print(f"error: {text}", file=sys.stderr, flush=True)
             return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
         except KeyboardInterrupt:

@@ -47,6 +47,7 @@ def test_places_are_taken_as_they_are_written(uri, place):
 def test_a_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     assert str(Location("~/store")) == "/home/ada/store"
+    assert str(Location("~")) == "/home/ada"
 
 
 @pytest.mark.parametrize(
