@@ -256,7 +256,7 @@ def _load_tokenizer(folder: str) -> "Tokenizer":
     """Return the tokenizer of a model folder.
 
     Raises:
-        InputError: The folder has no tokenizer.json.
+        InputError: The folder has no tokenizer.json, or a damaged one.
         MissingExtraError: The package `tokenizers` is not installed.
     """
     path = Path(folder) / "tokenizer.json"
@@ -264,7 +264,10 @@ def _load_tokenizer(folder: str) -> "Tokenizer":
         raise InputError(f"{folder} has no tokenizer.json; give the folder of the model that tokenised the pairs")
     with needs_extra("train"):
         from tokenizers import Tokenizer
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more precise
+        raise InputError(f"{path} is damaged: {first_line(error)}; copy it from the model again") from error
 
 
 if __name__ == "__main__":

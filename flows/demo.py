@@ -45,6 +45,7 @@ def run_demo(folder: str | Path, debug: bool = False) -> None:
     """
     started = time.monotonic()
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)  # before the model is made, which takes minutes
     language = ToyLanguage()
     _say("1/4 model and pairs")
     if (folder / "model").is_dir():

@@ -15,11 +15,15 @@ from pipeline.recipe import Recipe
 from pipeline.stages.report import findings, summary_rows
 from weights_store.errors import TokenweightsError
 
+_EXPECTED = (TokenweightsError, OSError, ModuleNotFoundError)
+"""Errors that the command prints as one line."""
+
 
 def run_build(recipe: Recipe, expect_same: bool = False, debug: bool = False) -> BuildResult:
     """Run `build_weights` and print what it made.
 
     Raises:
+        StageError: The Prefect server that is to be used does not answer.
         TokenweightsError: A stage failed. Prefect prints the traceback only with `debug`.
     """
     check_inputs(recipe)
@@ -83,7 +87,7 @@ def _hide_expected_tracebacks() -> None:
     """Stop Prefect from logging the traceback of errors that the command prints itself as one line."""
 
     def is_unexpected(record: logging.LogRecord) -> bool:
-        return not (isinstance(record.exc_info, tuple) and isinstance(record.exc_info[1], TokenweightsError | OSError))
+        return not (isinstance(record.exc_info, tuple) and isinstance(record.exc_info[1], _EXPECTED))
 
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(is_unexpected)

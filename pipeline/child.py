@@ -80,8 +80,10 @@ def run_child(
         raise KilledError(f"{what} was killed by signal {-child.returncode} (out of memory?); what it had done stays")
     if child.returncode:
         where = f" in the interpreter {python}" if python else ""
-        failure = next((kind for kind, code in EXIT_CODES.items() if code == child.returncode), StageError)
-        raise failure(f"{what}{where} failed with exit code {child.returncode}: {_cause(tail, package)}")
+        kind = next((kind for kind, code in EXIT_CODES.items() if code == child.returncode), StageError)
+        failure = kind(f"{what}{where} failed with exit code {child.returncode}: {_cause(tail, package)}")
+        failure.add_note("\n".join(["Its last lines:", *tail]))  # part of a traceback, which --debug shows
+        raise failure
 
 
 @contextmanager
@@ -121,6 +123,9 @@ def _cause(tail: list[str], package: str) -> str:
             return f"it has no package {missing[1]!r}; in its environment, {how_to_install(package, 'train')}"
         if line.startswith("ImportError: "):
             return line
+    if starts := [index for index, line in enumerate(tail) if line.startswith("Traceback (most recent call last)")]:
+        after = (line for line in tail[starts[-1] + 1 :] if not line.startswith(" "))
+        return f"{next(after, tail[-1].strip())} (unexpected; --debug shows more)"
     return "\n".join(tail[-15:]) or "it printed nothing"
 
 

@@ -195,8 +195,10 @@ class Location:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-        except BaseException:
+        except BaseException as error:
             partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+                error.filename = str(path)  # the system names no file when the disk is full
             raise
 
     def delete(self, name: str) -> None:
@@ -256,10 +258,12 @@ def _local_path(uri: str) -> str:
         raise SettingsError("store URI is empty; expected a folder or a URI")
     if uri.startswith("file://") and not uri.startswith("file:///"):
         raise SettingsError("a file:// URI of a store names a host: expected file:///absolute/path")
+    if "\0" in unquote(uri):
+        raise SettingsError("bad store URI: it has a zero byte, which no path can have")
     text = unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
     if _ESCAPE.search(text):
         raise SettingsError(f"bad folder {text!r}: deltalake takes a % before two hex digits for another character")
-    return str(Path(text).expanduser() if text.startswith("~/") else Path(text))
+    return str(Path(text).expanduser() if text == "~" or text.startswith("~/") else Path(text))
 
 
 def _check_remote(scheme: str, rest: str) -> None:

@@ -8,6 +8,7 @@ Every module logs through `logger(__name__)`, below the one logger `tokenweights
 * `flows/run_logs.py` shows them in Prefect's runs.
 """
 
+import errno
 import json
 import logging
 import sys
@@ -79,6 +80,33 @@ def progress_of(record: logging.LogRecord) -> Progress | None:
 def first_line(error: BaseException | str) -> str:
     """Return the first line of an error's message, or the name of its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+_MAKE_ROOM = "make room and run again"
+_REMEDIES = {
+    errno.ENOSPC: _MAKE_ROOM,
+    errno.EDQUOT: _MAKE_ROOM,
+    errno.EACCES: "check the permissions",
+    errno.EPERM: "check the permissions",
+}
+
+
+def remedy_of(error: BaseException) -> str:
+    """Return what to do about an error of the operating system, with `; ` before it; empty if nothing is known.
+
+    Libraries that are not written in Python keep only its text.
+    """
+    remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
+    if "No space left on device" in str(error):
+        remedy = _MAKE_ROOM
+    return f"; {remedy}" if remedy else ""
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return one line for an error of the operating system: what is wrong, with which files, and what to do."""
+    files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    text = " ".join((error.strerror or str(error)).split()) or type(error).__name__
+    return f"{files}: {text}{remedy_of(error)}" if files else f"{text}{remedy_of(error)}"
 
 
 def duration(seconds: float) -> str:

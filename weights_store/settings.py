@@ -6,10 +6,12 @@ pydantic: the store's own install stays small.
 
 import difflib
 import json
+import re
 import tomllib
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Any, NamedTuple, Protocol, TypeVar, get_args
 
 from weights_store.errors import InputError, SettingsError
 
@@ -35,22 +37,84 @@ class _SettingsModel(Protocol):
 T = TypeVar("T")
 
 
+class Kind(NamedTuple):
+    """A kind of settings file, the command that reads it, and the sections that only this kind has."""
+
+    name: str
+    command: str
+    sections: tuple[str, ...]
+
+
+KINDS = (
+    Kind(
+        "recipe",
+        "build",
+        ("dataset", "contrast", "score", "weights", "attribute", "anchors", "schedule", "store"),
+    ),
+    Kind("training config", "train", ("data", "lora", "loss", "optim", "eval", "gate", "parallel", "output")),
+)
+_GIVE = "give the path of a .toml file, see recipes/"
+_TOML = "[section] lines, and below them key = value"
+_ENCODINGS = {BOM_UTF32_LE: "UTF-32", BOM_UTF32_BE: "UTF-32", BOM_UTF16_LE: "UTF-16", BOM_UTF16_BE: "UTF-16"}
+"""By their byte order marks; those of UTF-32 first, which begin with one of UTF-16."""
+_YAML = re.compile(r"^(---\s*$|[\w-]+:(\s|$))", re.MULTILINE)
+
+
 def load_toml(path: str | Path) -> dict[str, Any]:
-    """Read one TOML file.
+    """Read one TOML file, with or without a byte order mark.
 
     Raises:
         InputError: There is no such file.
-        SettingsError: It is not TOML; the message names line and column.
+        SettingsError: It is not TOML, or empty; the message says what it is, or names line and column.
     """
     path = Path(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"no settings file at {path} ({error.strerror}); give the path of a .toml file, see recipes/"
+        raise InputError(f"no settings file at {path} ({error.strerror}); {_GIVE}") from error
+    text = _decode(path, data)
+    try:
+        settings = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path} {_describe_no_toml(text, error)}") from error
+    except RecursionError as error:
+        raise SettingsError(f"{path} is not valid TOML: nested too deeply") from error
+    if not settings:
+        raise SettingsError(f"{path} has no settings; {_GIVE}")
+    return settings
+
+
+def _decode(path: Path, data: bytes) -> str:
+    """Return the text of a file.
+
+    Raises:
+        SettingsError: It is not in UTF-8, or no text.
+    """
+    if not data:
+        raise SettingsError(f"{path} is empty; {_GIVE}")
+    encoding = next((name for mark, name in _ENCODINGS.items() if data.startswith(mark)), None)
+    if encoding is None and b"\0" in data:
+        if max(data[::2].count(0), data[1::2].count(0)) < len(data) // 3:
+            raise SettingsError(f"{path} is not a text file; {_GIVE}")
+        encoding = "UTF-16"  # without a mark: every other byte of Latin text is 0
+    if encoding is not None:
+        raise SettingsError(f"{path} is in {encoding}, expected UTF-8; save it in UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = 1 + data.count(b"\n", 0, error.start), data[error.start]
+        raise SettingsError(
+            f"{path} is not in UTF-8: line {line} has the byte {byte:#04x}; save it in UTF-8"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is not valid TOML: {error}") from error
+
+
+def _describe_no_toml(text: str, error: tomllib.TOMLDecodeError) -> str:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        is_yaml = _YAML.search(text) and "=" not in text.partition(":")[0]
+        return f"is not valid TOML, it looks like YAML; write {_TOML}" if is_yaml else f"is not valid TOML: {error}"
+    return f"is JSON, expected TOML: {_TOML}; see recipes/"
 
 
 def apply_overrides(settings: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -86,9 +150,11 @@ def parse_settings(model: type[T], settings: Mapping[str, Any], where: str) -> T
     messages.
 
     Raises:
-        SettingsError: Unknown key (with the nearest known one), wrong type or value, or a missing key.
+        SettingsError: Unknown key (with the nearest known one), wrong type or value, or a missing key; or a file of the other
+            kind, see `KINDS`.
     """
     checked: type[_SettingsModel] = model  # type: ignore[assignment]
+    _check_kind(checked, settings, where)
     try:
         return checked.model_validate(settings)  # type: ignore[return-value]
     except ValueError as error:
@@ -97,6 +163,17 @@ def parse_settings(model: type[T], settings: Mapping[str, Any], where: str) -> T
         # A default that depends on a wrong value is not a second mistake.
         problems = [problem for problem in error.errors() if problem["type"] != "default_factory_not_called"]
         raise SettingsError(f"{where}: " + "; ".join(_describe(problem, checked) for problem in problems)) from error
+
+
+def _check_kind(model: type[_SettingsModel], settings: Mapping[str, Any], where: str) -> None:
+    """Refuse a file of the other kind: every one of its keys would be unknown."""
+    sections = {kind: [name for name in settings if name in kind.sections] for kind in KINDS}
+    for own, other in (KINDS, KINDS[::-1]):
+        if set(own.sections) <= model.model_fields.keys() and len(sections[other]) > len(sections[own]):
+            raise SettingsError(
+                f"{where} is a {other.name} (sections {', '.join(sections[other])}), not a {own.name}; use it with "
+                f"`tokenweights {other.command}`"
+            )
 
 
 def _describe(problem: Mapping[str, Any], model: type[_SettingsModel]) -> str:
@@ -145,8 +222,14 @@ def _describe_unknown(key: str, value: object, model: type[_SettingsModel], chos
         models = _models_of(other_field)
         wanted = [models[chosen]] if other == section and chosen else models.values()
         known += [f"{other}.{name}" for inner in wanted for name in inner.model_fields] or [other]
+    if not known:
+        return f"unknown key {key!r}; there are no known keys here"
+    if field is None and not difflib.get_close_matches(section, model.model_fields, n=1, cutoff=0.5):
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        if not nearest:
+            return f"unknown section {section!r}; expected one of {', '.join(model.model_fields)}"
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"unknown key {key!r}; " + (f"did you mean {nearest[0]!r}?" if nearest else "there are no known keys here")
+    return f"unknown key {key!r}; did you mean {nearest[0]!r}?"
 
 
 def _models_of(field: _Field) -> dict[str, type[_SettingsModel]]:

@@ -10,6 +10,8 @@ import numpy as np
 from pipeline.engine.score_once import ScoredSequence, Scores
 from weights_store.errors import ScoringError
 
+NOT_FINITE = "expected a finite number"
+"""Ends the error of a reply with NaN or an infinity."""
 _ROUNDING_NATS = 1e-3
 """Log-probs above 0 by less than this are rounding of log-softmax and become 0; anything above is an error."""
 
@@ -98,12 +100,10 @@ def checked(scores: Scores, sequence: ScoredSequence, vocab_size: int) -> Scores
 
 def _check_logps(logps: np.ndarray, sequence: ScoredSequence, what: str) -> None:
     """Refuse values that cannot be log-probs; `logps` is `[num_wanted]` or `[num_wanted, k]`."""
-    for bad, expected in ((~np.isfinite(logps), "a finite number"), (logps > _ROUNDING_NATS, "at most 0")):
+    for bad, expected in ((~np.isfinite(logps), NOT_FINITE), (logps > _ROUNDING_NATS, "expected at most 0")):
         if bad.any():
             place = tuple(np.argwhere(bad)[0])
-            raise ScoringError(
-                f"response token {sequence.start + place[0]}: {what} is {logps[place]}, expected {expected}"
-            )
+            raise ScoringError(f"response token {sequence.start + place[0]}: {what} is {logps[place]}, {expected}")
 
 
 def _check_most_likely(scores: Scores, sequence: ScoredSequence, vocab_size: int) -> None:

@@ -5,6 +5,7 @@ files one range of keys at a time, so that memory stays at about one budget.
 """
 
 import bisect
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from weights_store.messages import first_line
 from weights_store.tables.key_ranges import KeyRange
 
 DEFAULT_BYTES = 256 << 20
@@ -49,7 +51,7 @@ class ExternalSort:
         """Add rows.
 
         Raises:
-            OSError: The temporary folder (TMPDIR) is full.
+            OSError: The temporary folder (TMPDIR) cannot be written, or is full.
         """
         if not rows.num_rows:
             return
@@ -83,8 +85,15 @@ class ExternalSort:
             self._folder = Path(self._files.enter_context(tempfile.TemporaryDirectory(prefix="tokenweights-sort-")))
         rows = self._sorted(self._waiting)
         path = self._folder / f"{len(self._runs)}.arrow"
-        with pa.ipc.new_file(path, self.schema) as file:
-            file.write_table(rows, max_chunksize=_ROWS_PER_BATCH)
+        try:
+            with pa.ipc.new_file(path, self.schema) as file:
+                file.write_table(rows, max_chunksize=_ROWS_PER_BATCH)
+        except OSError as error:
+            place = self._folder.parent
+            raise OSError(
+                f"cannot write temporary files to {place}, {shutil.disk_usage(place).free / 2**20:,.0f} MiB are free there: "
+                f"{first_line(error)}; make room, or set TMPDIR to a folder on a larger disk"
+            ) from error
         step = -(-rows.num_rows // _SAMPLES_PER_RUN)
         self._samples += rows[self.key[0]].take(list(range(0, rows.num_rows, step))).to_pylist()
         self._runs.append(path)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+import polars as pl
 import pyarrow as pa
 
 from pipeline.workers.pair_row import QuarantineRow
@@ -38,9 +39,17 @@ def check_filled(request: Request, target: Target, num_pairs: int) -> None:
     Raises:
         ScoringError: The target's table does not exist.
     """
-    if not WeightStore(request.tokens.store).table(target.table).exists():
-        where = quarantine_path(request.tokens.table)
-        raise ScoringError(f"none of {num_pairs} pairs could be {DONE[request.stage]}; see {where}")
+    store, where = WeightStore(request.tokens.store), quarantine_path(request.tokens.table)
+    if store.table(target.table).exists():
+        return
+    of_target = store.table(where).scan().filter(pl.col("detail").str.starts_with(f"{target.table}: "))
+    first = of_target.sort("source_row").head(1).collect()
+    example = (
+        f", for example row {first['source_row'][0]}: {first['detail'][0].partition(': ')[2]}" if first.height else ""
+    )
+    raise ScoringError(
+        f"none of {num_pairs} pairs could be {DONE[request.stage]} with {request.model}{example}; see {where}"
+    )
 
 
 class Tally:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.engine.contract import Engine
+from pipeline.engine.replies import NOT_FINITE
 from pipeline.engine.score_once import Scores, score_once
 from pipeline.workers.pair_row import PairRow, QuarantineRow, why_not
 from pipeline.workers.request import Request, Target
@@ -16,6 +17,9 @@ from weights_store.messages import logger
 from weights_store.schemas import LOGPS, SIDES
 
 _log = logger(__name__)
+
+_GIVE_UP_AFTER = 32
+"""So many pairs without a finite log-prob, and none with, are the fault of the model."""
 
 
 class PairScorer:
@@ -33,6 +37,7 @@ class PairScorer:
         _log.info(f"starting the engine for {request.model}")
         self._request = request
         self.engine: Engine = VllmEngine(Path(request.model), request.engine)
+        self._num_not_finite: int | None = 0  # None once a pair was scored
         top_k = max((target.top_k for target in request.targets), default=0)
         if top_k > self.engine.vocab_size:
             raise InputError(
@@ -47,8 +52,27 @@ class PairScorer:
     def fill_in(
         self, pairs: Sequence[PairRow], target: Target, progress: Callable[[float], None] = lambda share: None
     ) -> tuple[pa.Table, list[QuarantineRow]]:
-        """Return the log-probs of the pairs that could be scored, and a quarantine row for each other."""
-        return score_pairs(self.engine, pairs, target.top_k, progress)
+        """Return the log-probs of the pairs that could be scored, and a quarantine row for each other.
+
+        Raises:
+            ScoringError: The model has given nothing but NaN and infinities so far.
+        """
+        scored, unscorable = score_pairs(self.engine, pairs, target.top_k, progress)
+        self._check_finite(scored.num_rows, unscorable)
+        return scored, unscorable
+
+    def _check_finite(self, num_scored: int, unscorable: Sequence[QuarantineRow]) -> None:
+        if num_scored or self._num_not_finite is None:
+            self._num_not_finite = None
+            return
+        not_finite = [row for row in unscorable if NOT_FINITE in row["detail"]]
+        self._num_not_finite += len(not_finite)
+        if self._num_not_finite >= _GIVE_UP_AFTER:
+            raise ScoringError(
+                f"the model {self._request.model} gives no finite log-probs: none for the first {self._num_not_finite} pairs, "
+                f"for example pair {not_finite[0]['pair_id']}, {not_finite[0]['detail']}; its weights hold NaN or infinities, "
+                f"or overflow in {self._request.engine.dtype}: check the files, or set score.dtype"
+            )
 
 
 def score_pairs(

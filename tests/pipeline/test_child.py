@@ -7,7 +7,7 @@ import venv
 import pytest
 
 from pipeline.child import run_child
-from weights_store.errors import StageError
+from weights_store.errors import KilledError, StageError
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +71,26 @@ def test_an_interpreter_that_is_not_there_is_one_line(tmp_path):
 def test_the_error_of_a_child_is_the_error_of_its_stage():
     with pytest.raises(StageError, match="^training failed with exit code 1: no settings file at nowhere.toml"):
         run_child("tokenweights", ["train", "nowhere.toml"], "training")
+
+
+def test_an_error_that_nobody_expected_is_one_line_with_its_traceback_in_a_note(tmp_path):
+    python = tmp_path / "python"
+    code = "raise ZeroDivisionError('division by zero\\nin two lines')"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}"\n')
+    python.chmod(0o755)
+    with pytest.raises(StageError) as caught:
+        run_child("tokenweights", [], "working", str(python))
+    expected = f"working in the interpreter {python} failed with exit code 1: ZeroDivisionError: division by zero"
+    assert str(caught.value) == f"{expected} (unexpected; --debug shows more)"
+    (note,) = caught.value.__notes__
+    assert note.startswith("Its last lines:\nTraceback (most recent call last):")
+
+
+def test_a_child_that_is_killed_says_so(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -9 $$\n")
+    python.chmod(0o755)
+    with pytest.raises(
+        KilledError, match=r"^working was killed by signal 9 \(out of memory\?\); what it had done stays$"
+    ):
+        run_child("tokenweights", [], "working", str(python))

@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.recipe import load_recipe
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.weighing.estimators import ESTIMATORS
+from train.config import TrainConfig
 from weights_store.errors import SettingsError
+from weights_store.settings import KINDS, load_toml, parse_settings
 
 REPO = Path(__file__).resolve().parents[2]
 RECIPES = sorted(REPO.glob("recipes/*.toml"))
@@ -20,13 +22,39 @@ def test_every_recipe_loads_and_has_a_schedule(path):
 
 @pytest.mark.parametrize("path", TRAIN_RECIPES, ids=lambda path: path.stem)
 def test_every_training_recipe_loads_and_reads_what_a_recipe_builds(path):
-    from train.config import TrainConfig
-    from weights_store.settings import load_toml, parse_settings
-
     config = parse_settings(TrainConfig, load_toml(path), str(path))
     build = next(recipe for recipe in map(load_recipe, RECIPES) if recipe.weights.name == config.data.weights)
     assert build.model.path == config.model.path
     assert build.store.uri == config.data.store
+
+
+@pytest.mark.parametrize("path", TRAIN_RECIPES, ids=lambda path: path.stem)
+def test_a_training_config_given_as_a_recipe_is_told_for_what_it_is(path):
+    text = f"{path} is a training config (sections data, loss, optim, output), not a recipe; use it with `tokenweights train`"
+    with pytest.raises(SettingsError) as caught:
+        load_recipe(path)
+    assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_given_as_a_training_config_is_told_for_what_it_is(path):
+    text = rf"^{path} is a recipe \(sections [a-z, ]+\), not a training config; use it with `tokenweights build`$"
+    with pytest.raises(SettingsError, match=text):
+        parse_settings(TrainConfig, load_toml(path), str(path))
+
+
+def test_a_misplaced_section_of_the_other_kind_is_an_unknown_key():
+    settings = load_toml(RECIPES[0]) | {"optim": {"learning_rate": 1.0}}
+    with pytest.raises(SettingsError, match="unknown section 'optim'; expected one of dataset, model, "):
+        parse_settings(Recipe, settings, "x.toml")
+
+
+def test_the_kinds_of_files_are_told_apart_by_the_sections_that_only_one_of_them_has():
+    recipe, training = Recipe.model_fields.keys(), TrainConfig.model_fields.keys()
+    assert {kind.name: set(kind.sections) for kind in KINDS} == {
+        "recipe": recipe - training,
+        "training config": training - recipe,
+    }
 
 
 def test_recipes_ship_for_local_files_and_for_the_hub():

@@ -47,12 +47,15 @@ def test_places_are_taken_as_they_are_written(uri, place):
 def test_a_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     assert str(Location("~/store")) == "/home/ada/store"
+    assert str(Location("~")) == "/home/ada"
 
 
 @pytest.mark.parametrize(
     ("uri", "text"),
     [
         ("", "store URI is empty; expected a folder or a URI"),
+        ("data\0store", "it has a zero byte, which no path can have"),  # pyarrow would end the process
+        ("file:///data%00store", "it has a zero byte, which no path can have"),
         ("https://host/x", "a store cannot be at https://…: expected a folder, file:///… or one of s3://…"),
         ("file://host/x", "names a host: expected file:///absolute/path"),
         ("s3://", "bad part '' in the store's s3:// URI: expected s3://bucket/prefix"),

@@ -1,5 +1,6 @@
 """How a process ends: its exit code, and the one line that people see."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -35,6 +36,52 @@ def test_the_exit_code_is_what_main_returns(returned, code):
 def test_an_expected_error_is_one_line_and_its_exit_code(error, code, capsys):
     assert run_main(raising(error)) == code
     assert capsys.readouterr().err == "error: no file at x\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/a/b"),
+            "/a/b: No space left on device; make room and run again",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a: Permission denied; check the permissions"),
+        (OSError(errno.EROFS, "Read-only file system", "/a", None, "/b"), "/a -> /b: Read-only file system"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/a"), "/a: Is a directory"),
+        (
+            OSError(errno.ENOSPC, "Error writing bytes.\nDetail: full"),
+            "Error writing bytes. Detail: full; make room and",
+        ),
+        (OSError(), "OSError"),
+    ],
+)
+def test_an_error_of_the_system_names_the_file_and_what_to_do(error, line, capsys):
+    assert run_main(raising(error)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {line}")
+    assert said.count("\n") == 1
+
+
+def test_sigterm_unwinds_the_stack_as_ctrl_c_does():
+    code = """
+import time
+from weights_store.process import run_main
+
+def main():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        print("tidied up", flush=True)
+
+raise SystemExit(run_main(main, after_interrupt="run again"))
+"""
+    command = [sys.executable, "-c", code]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "ready\n"
+    child.terminate()
+    assert child.communicate(timeout=30) == ("tidied up\n", "run again\n")
+    assert child.returncode == 130
 
 
 def test_debug_shows_the_traceback_instead():

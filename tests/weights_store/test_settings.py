@@ -83,3 +83,54 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "broken.toml").write_text("[a\nx = 1")
     with pytest.raises(SettingsError, match="not valid TOML"):
         load_toml(tmp_path / "broken.toml")
+
+
+TEXT = '# café\n[optim]\nname = "é"\n'
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    assert load_toml(tmp_path / "a.toml") == {"optim": {"name": "é"}}
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (TEXT.encode("utf-16"), "is in UTF-16, expected UTF-8; save it in UTF-8"),
+        (TEXT.encode("utf-16-le"), "is in UTF-16, expected UTF-8; save it in UTF-8"),
+        (TEXT.encode("utf-16-be"), "is in UTF-16, expected UTF-8; save it in UTF-8"),
+        (TEXT.encode("utf-32"), "is in UTF-32, expected UTF-8; save it in UTF-8"),
+        (TEXT.encode("latin-1"), "is not in UTF-8: line 1 has the byte 0xe9; save it in UTF-8"),
+        (b'a = "b"\n\n[c]\nd = "\xff"', "is not in UTF-8: line 4 has the byte 0xff; save it in UTF-8"),
+        (b"\x7fELF\x02\x01\x01\x00\x00\x00\xf0", "is not a text file; give the path of a .toml file, see recipes/"),
+        (b"", "is empty; give the path of a .toml file, see recipes/"),
+        (b"\n# nothing but a comment\n", "has no settings; give the path of a .toml file, see recipes/"),
+        (
+            b'{"optim": {"name": "x"}}',
+            "is JSON, expected TOML: [section] lines, and below them key = value; see recipes/",
+        ),
+        (
+            b"optim:\n  name: x\n",
+            "is not valid TOML, it looks like YAML; write [section] lines, and below them key = value",
+        ),
+        (
+            b"---\noptim: 3\n",
+            "is not valid TOML, it looks like YAML; write [section] lines, and below them key = value",
+        ),
+        (b"[optim]\nname = x\n", "is not valid TOML: Invalid value (at line 2, column 8)"),
+        (b"a = " + b"[" * 5000, "is not valid TOML: nested too deeply"),
+    ],
+)
+def test_a_file_that_is_no_toml_is_told_for_what_it_is(tmp_path, data, problem):
+    path = tmp_path / "a.toml"
+    path.write_bytes(data)
+    with pytest.raises(SettingsError) as caught:
+        load_toml(path)
+    assert str(caught.value) == f"{path} {problem}"
+
+
+def test_a_folder_is_no_settings_file(tmp_path):
+    with pytest.raises(
+        InputError, match=f"no settings file at {tmp_path} .Is a directory.; give the path of a .toml file"
+    ):
+        load_toml(tmp_path)

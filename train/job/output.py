@@ -85,9 +85,14 @@ class OutputFolder:
         """Return the recorded lineage if this job is finished here, None if there is work to do. Reads only.
 
         Raises:
-            InputError: The folder holds something that no training job made.
+            InputError: The folder holds something that no training job made, or a file is in its place.
             SettingsError: It holds a checkpoint or a model of another job, and `overwrite` is False.
         """
+        nearest = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        if not nearest.is_dir():
+            raise InputError(
+                f"output.folder={str(self.path)!r} cannot be made: {nearest} is a file; choose another folder"
+            )
         if not self.path.exists() or not any(self.path.glob("[!.]*")):
             return None
         if not (self.path / RECORD).is_file():

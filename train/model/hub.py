@@ -19,11 +19,15 @@ def find_folder(path: str, revision: str | None, setting: str) -> Path:
         setting: Where the path is from, for messages.
 
     Raises:
-        InputError: There is no such folder and no such model on the hub, or the hub cannot be reached.
+        InputError: There is no such folder and no such model on the hub, it is a file, or the hub cannot be reached.
     """
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if path and folder.is_dir():
         return folder
+    if not path or folder.exists():
+        raise InputError(
+            f"{setting} {path!r} is {'a file' if path else 'empty'}; give a model folder or a hub id (owner/name)"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

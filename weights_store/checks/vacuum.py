@@ -14,7 +14,7 @@ import pyarrow.fs as pafs
 
 from weights_store.catalog import check_store, open_table
 from weights_store.checks.log import TableLog, read_log
-from weights_store.errors import DamageError, SettingsError
+from weights_store.errors import DamageError, NotFoundError, SettingsError
 from weights_store.location import Location
 from weights_store.names import is_name
 from weights_store.schemas import SCHEMAS
@@ -44,7 +44,7 @@ def find_orphans(store: WeightStore, tables: Iterable[str] | None = None) -> Ite
     are paths such as `weights/hh/tis-dpo`; by default all, and also folders with shards but without any commit.
 
     Raises:
-        NotFoundError: There is no such store.
+        NotFoundError: There is no such store or table.
         SettingsError: A path is malformed.
     """
     for log, files in _folders(store, tables):
@@ -61,7 +61,7 @@ def vacuum(
     For `tables` see `find_orphans`.
 
     Raises:
-        NotFoundError: There is no such store.
+        NotFoundError: There is no such store or table.
         SettingsError: `retention_hours` is negative or not a number, or a path is malformed.
         DamageError: A commit of one of the tables cannot be read, so the files that it names are unknown; nothing was removed.
         OSError: A file cannot be removed; those before it are gone.
@@ -94,6 +94,8 @@ def _folders(store: WeightStore, tables: Iterable[str] | None) -> Iterator[tuple
         table = open_table(store.root, path)
         files = table.location.files()
         in_log = (table.location / "_delta_log").files()
+        if not files and not in_log:
+            raise NotFoundError(f"no table {path} in {store.root}; `tokenweights ls --store {store.root}` lists them")
         yield read_log(table), files | {f"_delta_log/{name}": info for name, info in in_log.items()}
 
 

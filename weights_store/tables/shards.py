@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,11 +90,19 @@ class ShardWriter:
     It needs the memory of one shard. Readers see nothing before the records that `finish` returns are committed.
 
     Raises:
-        OSError: From `write` and `finish`: the folder cannot be written or the disk is full.
+        OSError: From `write` and `finish`: the folder cannot be written or the disk is full. With `cannot_write` the error
+            that this makes of it.
     """
 
-    def __init__(self, folder: Location, schema: pa.Schema, key: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: Location,
+        schema: pa.Schema,
+        key: Sequence[str],
+        cannot_write: Callable[[OSError], Exception] | None = None,
+    ) -> None:
         self.folder = folder
+        self.cannot_write = cannot_write
         self.schema = schema
         self.key = list(key)
         self.records: list[ShardRecord] = []
@@ -140,7 +148,12 @@ class ShardWriter:
         name = f"{self._stem}-{len(self.records):05d}.parquet"
         data, record = self._shard.close(name)
         self._shard = None
-        self.folder.write(name, data)
+        try:
+            self.folder.write(name, data)
+        except OSError as error:
+            if self.cannot_write is None:
+                raise
+            raise self.cannot_write(error) from (error if self.folder.is_local else None)
         self.records.append(record)
 
 

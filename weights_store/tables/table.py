@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from weights_store.errors import ConflictError, StoreError
 from weights_store.location import one_line
+from weights_store.messages import remedy_of
 from weights_store.schemas import SCHEMA_VERSION
 from weights_store.tables.commits import custom_metadata, delta_actions, log_name, read_commit
 from weights_store.tables.shards import ShardRecord, ShardWriter
@@ -40,8 +41,8 @@ class Table(TableReader):
         return self._write(self._conform(rows))
 
     def writer(self) -> ShardWriter:
-        """Return a writer of shards for `commit`; its rows must come sorted by the key."""
-        return ShardWriter(self.location, self.schema, self.key)
+        """Return a writer of shards for `commit`, which raises StoreError; its rows must come sorted by the key."""
+        return ShardWriter(self.location, self.schema, self.key, self.cannot_write)
 
     def append(self, rows: pa.Table, metadata: Mapping[str, object], known: int | None = None) -> TableVersion:
         """Add the rows whose key is not there yet, each exactly once, as one new version.
@@ -166,7 +167,11 @@ class Table(TableReader):
 
     def cannot_write(self, error: BaseException) -> StoreError:
         """Return the error to raise if a shard or a commit cannot be written."""
-        return StoreError(f"cannot write {self.path} in {self.root}: {one_line(error)}; nothing became visible")
+        # The name of a partial file says nothing to anybody.
+        reason = error.strerror if isinstance(error, OSError) and error.filename else one_line(error)
+        return StoreError(
+            f"cannot write {self.path} in {self.root}: {reason}; nothing became visible{remedy_of(error)}"
+        )
 
     def _create(self, schema: object, actions: list[object], properties: object) -> None:
         from deltalake.transaction import create_table_with_add_actions
@@ -257,9 +262,6 @@ class Table(TableReader):
         return version
 
     def _write(self, rows: pa.Table) -> list[ShardRecord]:
-        try:
-            writer = self.writer()
-            writer.write(rows.sort_by([(name, "ascending") for name in self.key]))
-            return writer.finish()
-        except OSError as error:
-            raise self.cannot_write(error) from self.cause(error)
+        writer = self.writer()
+        writer.write(rows.sort_by([(name, "ascending") for name in self.key]))
+        return writer.finish()

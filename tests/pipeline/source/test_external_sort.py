@@ -52,3 +52,14 @@ def test_temporary_files_are_gone_afterwards(tmp_path, monkeypatch):
 def test_nothing_added_gives_one_empty_range():
     with ExternalSort(SCHEMA, "pair_id") as sort:
         assert [rows.num_rows for _, rows in sort.ranges()] == [0]
+
+
+def test_a_full_temporary_folder_is_named_with_what_to_do(disk, monkeypatch):
+    folder, _ = disk
+    (folder / "filler").write_bytes(bytes((1 << 20) - (64 << 10)))
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    rows = pa.table({"key": [f"{index:09d}" for index in range(20_000)]})
+    text = f"^cannot write temporary files to {folder}, 0 MiB are free there: .*No space left.*; make room, or set TMPDIR to"
+    with pytest.raises(OSError, match=text), ExternalSort(rows.schema, "key", max_bytes=1000) as sort:
+        sort.add(rows)
+    assert [path.name for path in folder.iterdir()] == ["filler"]

@@ -1,4 +1,5 @@
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from pipeline.workers.request import Request, Target
 from tests.pipeline.source.template_kinds import ZEPHYR
 from weights_store import Table, WeightStore
 from weights_store.checks.verify import verify
-from weights_store.errors import InputError
+from weights_store.errors import InputError, StoreError
 from weights_store.fingerprint import fingerprint
 from weights_store.names import quarantine_path
 from weights_store.schemas import QUARANTINE
@@ -548,3 +549,17 @@ def test_the_first_cases_of_public_reports_are_usable_or_have_a_reason(shared_fo
         "c27_injection": (3, {}),
         "c28_eos_at_the_end": (2, {}),
     }
+
+
+@pytest.mark.parametrize("free_kib", [0, 8, 24])
+def test_a_full_disk_is_one_line_and_a_later_run_goes_on(run, disk, free_kib):
+    folder, _ = disk
+    (folder / "filler").write_bytes(bytes((1 << 20) - (free_kib << 10)))
+    rows = [pair(index, chosen=f"the baker mixes {index}") for index in range(400)]
+    with pytest.raises(StoreError) as caught:
+        run(rows, **{"store.uri": str(folder / "store")})
+    text = str(caught.value)
+    assert re.match(rf"cannot write (tokens|quarantine)/toy-\w+ in {folder}/store: .*No space left on device", text)
+    assert text.endswith("; nothing became visible; make room and run again")
+    (folder / "filler").unlink()
+    assert run(rows, **{"store.uri": str(folder / "store")}).num_pairs == 400

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -289,8 +290,27 @@ def test_poisonous_rows_are_quarantined_alone_and_never_tried_again(tmp_path, ru
 
 def test_nothing_but_poison_is_an_error(tmp_path, run):
     tokens = make_tokens(tmp_path / "store", **{f"row{i}": {"chosen_ids": [2000]} for i in range(NUM_PAIRS)})
-    with pytest.raises(StageError, match=f"none of {NUM_PAIRS} pairs could be scored; see quarantine/toy-1"):
+    example = "for example row 0: a token id is outside the model's vocabulary of 1000; see quarantine/toy-1"
+    with pytest.raises(StageError, match=f"none of {NUM_PAIRS} pairs could be scored with .*, {example}"):
         run(tokens)
+
+
+def test_a_model_that_gives_nothing_but_nan_is_named_before_all_pairs_are_tried(tmp_path, run, model):
+    poisoned = {f"row{index}": {"chosen_ids": [999]} for index in range(NUM_PAIRS)}
+    tokens = make_tokens(tmp_path / "store", **poisoned)
+    with pytest.raises(StageError) as caught:
+        run(tokens, bad_id=999)
+    text = str(caught.value).partition("exit code 1: ")[2]
+    start = rf"the model {model} gives no finite log-probs: none for the first 3\d pairs, for example pair "
+    assert re.match(start, text)
+    assert "chosen: response token 0: log-prob is nan, expected a finite number; its weights hold NaN or" in text
+    assert 0 < WeightStore(tokens.store).table("quarantine/toy-1").num_rows() < 32
+
+
+def test_many_pairs_without_finite_log_probs_after_a_good_one_go_to_quarantine(tmp_path, run):
+    tokens = make_tokens(tmp_path / "store", **{f"row{index}": {"chosen_ids": [999]} for index in range(1, NUM_PAIRS)})
+    scored = run(tokens, bad_id=999, chunk_tokens=NUM_PAIRS * PAIR_TOKENS)["ref"]
+    assert (scored.num_pairs, scored.num_unscorable) == (1, NUM_PAIRS - 1)
 
 
 def test_a_full_disk_stops_with_one_line_and_nothing_half_visible(disk, run):

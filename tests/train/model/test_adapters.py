@@ -210,9 +210,12 @@ def test_four_bits_without_the_package_say_what_to_install(model_folder, monkeyp
         MissingExtraError, match="model.quantization='nf4' needs bitsandbytes; pip install bitsandbytes"
     ):
         load_policy(model_folder, ModelConfig(path=str(model_folder), quantization="nf4"), LoraSection())
-    monkeypatch.setattr("train.model.policy.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"\[lora\] needs peft; pip install 'tokenweights\[train\]'"):
-        load_policy(model_folder, ModelConfig(path=str(model_folder)), LoraSection())
+    for package in ("peft", "jinja2"):
+        monkeypatch.setattr(
+            "train.model.policy.find_spec", lambda name, package=package: None if name == package else 1
+        )
+        with pytest.raises(MissingExtraError, match=rf"\[lora\] needs {package}; pip install 'tokenweights\[train\]'"):
+            load_policy(model_folder, ModelConfig(path=str(model_folder)), LoraSection())
 
 
 def test_four_bits_without_adapters_and_merging_into_them_are_refused(settings) -> None:

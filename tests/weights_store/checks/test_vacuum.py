@@ -168,6 +168,13 @@ def test_a_retention_that_is_no_time_is_refused(store, hours):
         vacuum(store, retention_hours=hours, dry_run=False)
 
 
+def test_a_table_that_is_not_there_is_refused(store):
+    with pytest.raises(NotFoundError, match="no table logps/toy/none in .*; `tokenweights ls --store"):
+        vacuum(store, tables=["logps/toy/none"])
+    with pytest.raises(NotFoundError, match="no table logps/toy/none in "):
+        list(find_orphans(store, ["logps/toy/none"]))
+
+
 def test_a_store_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(NotFoundError, match="no store at"):
         vacuum(WeightStore(tmp_path / "nowhere"))
