@@ -129,7 +129,8 @@ def test_scorers_of_one_model_share_one_engine(tokens, toy_model, run):
     """Construction P: reference and both prompts; the reference alone gets its likeliest tokens."""
     prompts = {role: Scorer(toy_model, Condition(role, "system")) for role in ("positive", "negative")}
     make_tokens(
-        tokens.store, **{f"row{i}": {"prompt": '[{"role": "user", "content": "hi"}]'} for i in range(NUM_PAIRS)}
+        tokens.store,
+        **{f"row{i}": {"prompt": '{"messages":[{"role":"user","content":"hi"}]}'} for i in range(NUM_PAIRS)},
     )
     tokens = WeightStore(tokens.store).table(tokens.table).reference()
     scored = run(tokens, {"ref": Scorer(toy_model), **prompts}, tokenizer=toy_model, top_k=3)

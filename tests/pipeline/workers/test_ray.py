@@ -77,7 +77,7 @@ def _commits(reference):
 
 @pytest.mark.slow
 def test_actors_score_what_the_process_scores_and_the_driver_commits_each_table_once(tmp_path, toy_model, run, logged):
-    chat = {"prompt": '[{"role": "user", "content": "hi"}]'}
+    chat = {"prompt": '{"messages":[{"role":"user","content":"hi"}]}'}
     changed = {f"row{index}": chat for index in range(NUM_PAIRS)}
     changed |= {"row5": {**chat, "chosen_ids": [3] * 97}, "row8": {**chat, "rejected_ids": [999, 4]}}
     scorers = {"ref": Scorer(toy_model), "positive": Scorer(toy_model, Condition("be good", "system"))}
