@@ -143,7 +143,9 @@ class WeightsSection(Section):
         """Return the name and the settings that determine the weights, for fingerprints."""
         common, read = WeightsSection.model_fields, {"name", *self.read_keys()}
         own = [key for key in type(self).model_fields if key not in common]
-        return {key: getattr(self, key) for key in ("name", "estimator", *own, *common) if key in read}
+        settings = {key: getattr(self, key) for key in ("name", "estimator", *own, *common) if key in read}
+        # The first formula gave pairs with a strongly negative margin the largest weight: such datasets are built again.
+        return settings | ({"margin_formula": 2} if self.pair_weight == "margin" else {})
 
 
 class _EnsembleSection(WeightsSection):
