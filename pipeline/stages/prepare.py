@@ -197,7 +197,8 @@ class Preparation:
         if self.tokens.exists():
             return
         for other in self.store.tables("tokens"):
-            if other.path.rpartition("-")[0] == tokens_path(self.dataset.name):
+            # A first commit that met a full disk leaves a folder without any version.
+            if other.path.rpartition("-")[0] == tokens_path(self.dataset.name) and other.exists():
                 yield other.path, explain_difference(other.metadata()["cut"], self.cut)
 
     @contextmanager
