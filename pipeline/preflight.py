@@ -9,9 +9,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from pipeline.chat.tokenizer import ChatTokenizer
 from pipeline.models.resolve import resolve_model
 from pipeline.recipe import Recipe
-from pipeline.source.chat import ChatTokenizer
 from pipeline.source.columns import check_source
 from weights_store.errors import InputError, StoreError
 from weights_store.location import Location

@@ -28,7 +28,7 @@ def _required(name: str, kind: pa.DataType) -> pa.Field:
 TOKENS = pa.schema(
     [
         _required("pair_id", pa.string()),
-        # JSON of the chat as tokenised (`Chat` in pipeline/source/rendering.py): method P puts a system turn in front.
+        # JSON of the chat as tokenised (`Chat` in pipeline/chat/rendering.py): method P puts a system turn in front.
         _required("prompt", pa.string()),
         _required("prompt_ids", IDS),
         _required("chosen_ids", IDS),

@@ -1,4 +1,4 @@
-"""Rows in: read from files and the hub, brought to one pair per row, rendered and tokenised.
+"""Rows in: read from files and the hub, and brought to one pair of chats per row.
 
-Not here: what is done with the pairs (`stages/prepare.py`).
+Not here: how a chat becomes ids (`chat/`), and what is done with the pairs (`stages/prepare.py`).
 """

@@ -1,6 +1,6 @@
 """Reads what a row says of a chat: messages, tools and arguments of the chat template; also the error for an unusable row.
 
-A message keeps every key it has, for the chat template (`template.py`) decides what is printed. Roles get the names that
+A message keeps every key it has, for the chat template (`chat/template.py`) decides what is printed. Roles get the names that
 templates know. Not here: which columns make a pair (`pairs.py`), and what a model's template does with a chat.
 """
 

@@ -4,7 +4,7 @@ Layouts: TRL standard and conversational, explicit or implicit prompt, transcrip
 prompt, Alpaca's instruction and input, a system column, with or without annotator scores. `Unusable` says why any other row is
 no pair.
 
-Does not tokenise (`chat.py`), does not read files (`load.py`) and does not find columns (`columns.py`).
+Does not tokenise (`chat/`), does not read files (`load.py`) and does not find columns (`columns.py`).
 """
 
 import hashlib

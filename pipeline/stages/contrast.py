@@ -9,10 +9,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.chat.tokenizer import Condition
 from pipeline.child import check_extra, run_child
 from pipeline.models.contrastive import ModelRecord, ModelShelf
 from pipeline.recipe import ContrastSection
-from pipeline.source.chat import Condition
 from pipeline.stages.score import Scorer
 from weights_store import TableVersion, WeightStore
 from weights_store.fingerprint import fingerprint, fingerprint_model

@@ -18,9 +18,9 @@ from pathlib import Path
 import polars as pl
 import pyarrow as pa
 
+from pipeline.chat.tokenizer import RENDERING_VERSION, ChatTokenizer, TokenizedPair, model_number
 from pipeline.provenance import provenance
 from pipeline.recipe import DatasetSection, Recipe
-from pipeline.source.chat import RENDERING_VERSION, ChatTokenizer, TokenizedPair, model_number
 from pipeline.source.columns import Columns, resolve_columns
 from pipeline.source.compare import Account, ComparedPair, compared_ranges, kept_version
 from pipeline.source.external_sort import ExternalSort

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from pipeline.chat.tokenizer import ChatTokenizer
 from pipeline.parity.check import parity_text
-from pipeline.source.chat import ChatTokenizer
 from pipeline.stages.publish import Published
 from weights_store import Table, WeightStore
 from weights_store.schemas import SIDES

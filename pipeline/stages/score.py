@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
+from pipeline.chat.tokenizer import Condition
 from pipeline.engine.contract import EngineSettings
 from pipeline.recipe import ScoreSection
-from pipeline.source.chat import Condition
 from pipeline.workers.request import Executor, Request
 from pipeline.workers.supervise import Filled, Job, resolve_dtype, run_jobs
 from weights_store import TableVersion

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.source.chat import ChatTokenizer
+from pipeline.chat.tokenizer import ChatTokenizer
 from pipeline.workers.pair_row import COLUMNS, PairRow, read_pairs, under_condition
 from pipeline.workers.request import Request, Target
 from weights_store import Table, TableVersion, WeightStore

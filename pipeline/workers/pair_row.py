@@ -6,8 +6,8 @@ from typing import TypedDict
 
 import polars as pl
 
+from pipeline.chat.tokenizer import ChatTokenizer, Condition
 from pipeline.engine.score_once import ScoredSequence
-from pipeline.source.chat import ChatTokenizer, Condition
 from weights_store.schemas import Reason
 
 

@@ -9,8 +9,8 @@ from typing import Literal, Protocol
 import pyarrow as pa
 from pydantic import TypeAdapter
 
+from pipeline.chat.tokenizer import Condition
 from pipeline.engine.contract import EngineSettings
-from pipeline.source.chat import Condition
 from pipeline.workers.pair_row import PairRow, QuarantineRow
 from train.model.sampling import AnchorSampling
 from weights_store import TableVersion

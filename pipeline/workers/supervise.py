@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pipeline.chat.tokenizer import Condition
 from pipeline.child import check_extra, run_child, temporary_folder
 from pipeline.provenance import provenance
-from pipeline.source.chat import Condition
 from pipeline.workers.missing import count_missing
 from pipeline.workers.request import DOING, DONE, Request, Stage, Target
 from weights_store import Table, TableVersion, WeightStore

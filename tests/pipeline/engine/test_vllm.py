@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.source.chat import ChatTokenizer
+from pipeline.chat.tokenizer import ChatTokenizer
 from pipeline.source.columns import Columns
 from pipeline.source.pairs import read_pair
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.source.chat import Condition
+from pipeline.chat.tokenizer import Condition
 from pipeline.stages.contrast import contrast
 from pipeline.stages.prepare import prepare
 from pipeline.stages.publish import Ingredients, publish

@@ -7,13 +7,13 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from pipeline.chat.tokenizer import RENDERING_VERSION, ChatTokenizer, Condition
 from pipeline.dry_run.source import survey
 from pipeline.engine.contract import EngineSettings
-from pipeline.source.chat import RENDERING_VERSION, ChatTokenizer, Condition
 from pipeline.stages.prepare import Preparation, prepare
 from pipeline.workers.missing import pairs_of
 from pipeline.workers.request import Request, Target
-from tests.pipeline.source.template_kinds import ZEPHYR
+from tests.pipeline.chat.template_kinds import ZEPHYR
 from weights_store import Table, WeightStore
 from weights_store.checks.verify import verify
 from weights_store.errors import InputError, StoreError

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.chat.tokenizer import Condition
 from pipeline.engine.contract import EngineSettings
 from pipeline.recipe import ScoreSection
-from pipeline.source.chat import Condition
 from pipeline.stages.prepare import prepare
 from pipeline.stages.score import Scorer, score
 from pipeline.workers.missing import missing_within

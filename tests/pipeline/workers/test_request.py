@@ -2,8 +2,8 @@
 
 import pytest
 
+from pipeline.chat.tokenizer import Condition
 from pipeline.engine.contract import EngineSettings
-from pipeline.source.chat import Condition
 from pipeline.workers.commit import Tally
 from pipeline.workers.request import AnchorOptions, AttributionOptions, Executor, Request, Target
 from train.model.sampling import AnchorSampling

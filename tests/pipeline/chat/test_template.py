@@ -4,11 +4,11 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline.source.chat import ChatTokenizer, Condition
+from pipeline.chat.template import prints_date
+from pipeline.chat.tokenizer import ChatTokenizer, Condition
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair
-from pipeline.source.template import prints_date
-from tests.pipeline.source.template_kinds import ZEPHYR
+from tests.pipeline.chat.template_kinds import ZEPHYR
 from weights_store.errors import InputError
 from weights_store.schemas import Reason
 

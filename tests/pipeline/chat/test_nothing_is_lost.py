@@ -5,12 +5,12 @@ import copy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.recipe import DatasetSection
+from pipeline.source.columns import Columns
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import read_pair
-from tests.pipeline.source.template_kinds import KINDS
+from tests.pipeline.chat.template_kinds import KINDS
 
-COLUMNS = DatasetSection(name="x", source="x.jsonl")
+COLUMNS = Columns()
 CALL = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": {"city": "Lima"}}}
 TOOL = {
     "type": "function",

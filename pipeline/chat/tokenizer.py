@@ -11,12 +11,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.source.control_tokens import ControlTokens
+from pipeline.chat.control_tokens import ControlTokens
+from pipeline.chat.rendering import Chat, PairRenderer
+from pipeline.chat.template import ChatTemplate, prints_date
 from pipeline.source.messages import Message, Unusable, is_empty, is_rendered
 from pipeline.source.pairs import Pair
-from pipeline.source.rendering import Chat, PairRenderer
 from pipeline.source.responses import as_turns
-from pipeline.source.template import ChatTemplate, prints_date
 from weights_store.errors import InputError
 from weights_store.fingerprint import (
     fingerprint,

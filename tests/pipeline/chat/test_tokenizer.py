@@ -2,10 +2,10 @@ import hashlib
 
 import pytest
 
-from pipeline.source.chat import ChatTokenizer, Condition
+from pipeline.chat.rendering import Chat
+from pipeline.chat.tokenizer import ChatTokenizer, Condition
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair
-from pipeline.source.rendering import Chat
 from weights_store.errors import InputError
 from weights_store.fingerprint import fingerprint_chat_template
 from weights_store.schemas import Reason

@@ -15,7 +15,7 @@ from itertools import product
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.source.control_tokens import ControlTokens
+from pipeline.chat.control_tokens import ControlTokens
 from pipeline.source.messages import Message, Unusable
 from weights_store.errors import InputError
 from weights_store.messages import first_line

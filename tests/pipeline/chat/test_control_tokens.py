@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from pipeline.source.chat import ChatTokenizer
-from pipeline.source.control_tokens import ControlTokens
+from pipeline.chat.control_tokens import ControlTokens
+from pipeline.chat.tokenizer import ChatTokenizer
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair
-from tests.pipeline.source.template_kinds import TEXTS, ZEPHYR
+from tests.pipeline.chat.template_kinds import TEXTS, ZEPHYR
 from weights_store.schemas import Reason
 
 CONTROL = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]

@@ -3,12 +3,12 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline.source.chat import ChatTokenizer, Condition
+from pipeline.chat.rendering import Chat
+from pipeline.chat.tokenizer import ChatTokenizer, Condition
 from pipeline.source.columns import Columns
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair, read_pair
-from pipeline.source.rendering import Chat
-from tests.pipeline.source.template_kinds import KINDS, Kind, save_tokenizer
+from tests.pipeline.chat.template_kinds import KINDS, Kind, save_tokenizer
 from weights_store.schemas import Reason
 
 COLUMNS = Columns()

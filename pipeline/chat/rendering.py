@@ -1,6 +1,6 @@
 """Renders one pair: the text of the prompt, and of both responses up to their end of turn.
 
-Where a prompt ends and a response begins is decided here, and what a template must not leave out. Ids are made in `chat.py`.
+Where a prompt ends and a response begins is decided here, and what a template must not leave out. Ids are made in `tokenizer.py`.
 """
 
 import json
@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from pipeline.source.control_tokens import ControlTokens
+from pipeline.chat.control_tokens import ControlTokens
+from pipeline.chat.template import PROBE, ChatTemplate, Closing, may_be_unread, unread, watched
 from pipeline.source.messages import Message, Unusable, is_plain
-from pipeline.source.template import PROBE, ChatTemplate, Closing, may_be_unread, unread, watched
 from weights_store.fingerprint import ordered_json
 from weights_store.schemas import SIDES, Reason
 

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline.source.chat import ChatTokenizer
+from pipeline.chat.tokenizer import ChatTokenizer
 from pipeline.source.columns import Columns
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair, read_pair
-from tests.pipeline.source.template_kinds import KINDS, Kind, save_tokenizer
+from tests.pipeline.chat.template_kinds import KINDS, Kind, save_tokenizer
 
 COLUMNS = Columns()
 TOOLS = [
