@@ -1,6 +1,6 @@
 """Renders one pair: the text of the prompt, and of both responses up to their end of turn.
 
-Where a prompt ends and a response begins is decided here, and what a template must not leave out. Ids are made in `tokenizer.py`.
+Where a prompt ends and a response begins is decided here, and what a template must not leave out. Ids: `tokenizer.py`.
 """
 
 import json

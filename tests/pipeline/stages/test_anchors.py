@@ -261,10 +261,8 @@ def test_an_anchor_that_cannot_be_scored_sends_the_pairs_of_its_prompt_to_quaran
 
 def test_nothing_but_prompts_without_room_is_an_error(tmp_path, policy, made_up):
     tokens = make_tokens(tmp_path / "bad", **{f"row{i}": {"prompt_ids": [3] * 100} for i in range(NUM_PAIRS)})
-    with pytest.raises(
-        ScoringError,
-        match=f"none of {NUM_PAIRS} pairs could be given an anchor with .*, for example row 0: the prompt has .*; see quarantine/toy-1",
-    ):
+    problem = "for example row 0: the prompt has 100 tokens, .*; see quarantine/toy-1"
+    with pytest.raises(ScoringError, match=f"none of {NUM_PAIRS} pairs could be given an anchor with .*, {problem}"):
         sampled(request_of(tokens, policy))
 
 
