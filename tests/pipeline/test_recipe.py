@@ -263,7 +263,7 @@ def test_what_changes_weights_is_in_the_identity_and_nothing_else():
         "weights.pair_weight=margin",
     ).result_settings()["weights"]
     read = {"members", "ti_lambda", "sigma_divisor", "span", "min_weight", "max_weight"}
-    read |= {"transforms", "smooth_over", "decay_gamma", "pair_weight", "margin_tau"}
+    read |= {"transforms", "smooth_over", "decay_gamma", "pair_weight", "margin_tau", "margin_formula"}
     assert set(whole) == {"name", "estimator", *read}
 
 

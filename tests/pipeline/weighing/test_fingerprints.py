@@ -101,7 +101,7 @@ EARLIER = [
         ["pair_weight=margin", "margin_tau=2"],
         '{"estimator": "tis", "k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5, "pair_weight": "margin", '
         '"margin_tau": 2.0, "margin_formula": 2}',
-        "53f68ce29c79c9e4",
+        "46d3878b8251522e",
     ),
 ]
 """Overrides of [weights], the settings without the name, and the first digits of the fingerprint of all settings."""
