@@ -59,28 +59,30 @@ def _summary(result: BuildResult, store: str) -> Iterator[tuple[str, object]]:
 
 @contextmanager
 def _leave_at_once_on_interrupt() -> Iterator[None]:
-    """On Ctrl-C end our children and this process, without Prefect.
+    """On Ctrl-C and SIGTERM end our children and this process, without Prefect.
 
-    Ctrl-C on a terminal ends Prefect's embedded server too, and its client would call the dead server for minutes. A server
-    that runs elsewhere (`PREFECT_API_URL`) survives, so there Prefect reports the crash as usual. So it does after SIGTERM,
-    which does not reach the server.
+    A signal often reaches the whole process group, and with it Prefect's embedded server: its client would call the dead server
+    for minutes. A server that runs elsewhere (`PREFECT_API_URL`) survives, so there Prefect reports the crash as usual.
     """
     if os.environ.get("PREFECT_API_URL"):
         yield
         return
 
     def leave(_signum: int, _frame: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for signum in handled:
+            signal.signal(signum, signal.SIG_IGN)
         print("interrupted; what was committed stays, run again to go on", file=sys.stderr, flush=True)
         stop_children()
         stop_own_server()
         os._exit(130)
 
-    before = signal.signal(signal.SIGINT, leave)
+    handled = (signal.SIGINT, signal.SIGTERM)
+    before = {signum: signal.signal(signum, leave) for signum in handled}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _hide_expected_tracebacks() -> None:

@@ -66,9 +66,9 @@ def test_a_server_that_does_not_answer_is_one_line(recipe, tmp_path, command):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_to_the_build_alone_ends_its_children_and_its_server(recipe, tmp_path, number):
-    """As `kill`, a container or a scheduler does it: only the one process gets the signal."""
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["alone", "group"])
+def test_sigterm_ends_a_build_with_its_children_and_its_server(recipe, tmp_path, send):
+    """As `kill` and containers send it, to the one process, or as `timeout` does, to its group."""
     log = tmp_path / "build.log"
     (tmp_path / "tmp").mkdir()
     environment = _environment(tmp_path, MADE_UP=json.dumps({"log": str(tmp_path), "call_s": 60}))
@@ -84,7 +84,7 @@ def test_a_signal_to_the_build_alone_ends_its_children_and_its_server(recipe, tm
     try:
         _wait_until(lambda: (tmp_path / "scored").exists(), build, log)
         assert len(_group(build.pid)) >= 3  # the build, its scorer, Prefect's server
-        build.send_signal(number)
+        send(build.pid, signal.SIGTERM)
         assert build.wait(60) == 130
         _wait_until(lambda: not _group(build.pid), None, log)
     finally:

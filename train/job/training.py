@@ -24,7 +24,7 @@ from train.job.ranks import gather_parameters, join_ranks
 from train.job.stopping import StopRequest
 from train.job.trainer import PairTrainer, build_batches
 from train.model.packing import confirm_layout
-from train.model.policy import Policy, load_policy, load_reference, save_policy
+from train.model.policy import Policy, compile_layers, load_policy, load_reference, save_policy
 from weights_store.messages import logger
 
 __all__ = ["build_batches", "build_trainer", "check_tracker", "pass_gate", "save", "train"]
@@ -83,6 +83,8 @@ def _place(policy: Policy, config: TrainConfig) -> Policy:
         not_packed = confirm_layout(
             policy.model, policy.attention, policy.not_packed, attributions=config.loss.needs.fresh_weights
         )
+    if config.model.compile:
+        compile_layers(policy.model)
     return replace(policy, not_packed=not_packed)
 
 

@@ -110,7 +110,7 @@ def in_float32(model: "PreTrainedModel") -> Iterator[None]:
 
     `model.to(dtype)` would not bring it back: it rounds what transformers keeps in float32.
     """
-    stored = [(tensor, tensor.dtype) for _, tensor in _named_tensors(model)]
+    stored = [(tensor, tensor.dtype) for _, tensor in _named_tensors(model) if tensor.dtype.itemsize < 4]
     for tensor, _ in stored:
         tensor.data = tensor.data.float()
     try:

@@ -6,6 +6,7 @@ folder (`hub.py`), reading it (`checkpoint.py`).
 """
 
 import shutil
+from copy import copy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,12 +14,13 @@ from types import MethodType
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from train.config import LoraSection, ModelConfig
 from train.model.attention import PACKED
 from train.model.checkpoint import TEMPLATE_FILES, TOKENIZER_FILES, load_checkpoint, restore_dtypes
+from train.model.foreign import unwrap_adapters
 from train.model.logps import check_output_layer
 from train.model.packing import enable_packing
 from weights_store.errors import InputError, MissingExtraError
@@ -60,19 +62,26 @@ def load_policy(
             # On CPUs with AVX512-BF16, bitsandbytes would pack 4-bit weights for inference at the first forward pass in eval
             # mode, permanently, and no gradient flows through packed weights.
             module.support_avx512bf16_for_cpu = False
-    check_output_layer(model)
+    # 4-bit layers compute in bfloat16, so there is rounding in what is compared.
+    rounds = config.quantization != "none"
+    check_output_layer(model, rounds=rounds)
     attention = str(model.config._attn_implementation)
-    not_packed = enable_packing(model, attributions=attributions) if config.packing else "model.packing is false"
+    not_packed: str | None = "model.packing is false"
+    if config.packing:
+        not_packed = enable_packing(model, attributions=attributions, rounds=rounds)
     if config.gradient_checkpointing:
         _enable_checkpointing(model)
     trained = model if lora is None else add_adapters(model, lora)
     switch_off_noise(trained)
-    if config.compile:
-        if not hasattr(model.base_model, "layers"):
-            raise InputError(f"model.compile: {type(model).__name__} has no list of layers to compile; leave it out")
-        for layer in model.base_model.layers:
-            layer.compile(dynamic=True)
+    if config.compile and not hasattr(model.base_model, "layers"):
+        raise InputError(f"model.compile: {type(model).__name__} has no list of layers to compile; leave it out")
     return Policy(trained, not_packed, attention)
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile the layers of a policy. Its layout is tried before, with two kinds of attention that would both be compiled."""
+    for layer in unwrap_adapters(model).base_model.layers:
+        layer.compile(dynamic=True)
 
 
 def load_reference(folder: Path, config: ModelConfig, policy: Policy) -> nn.Module:
@@ -153,15 +162,24 @@ def switch_off_noise(model: nn.Module) -> None:
     Dropout, router jitter, layer drop and whatever else a family does in training only is off, since the modules stay in
     evaluation mode. Two kinds do not: the model itself, which trainers ask for its mode, and layers with gradient checkpointing
     (not the modules inside them), since transformers recomputes a layer only in training mode. So dropout rates are set to 0
-    too. The config is left alone: the saved model keeps the rates of its source.
+    too, also in the config that such a layer reads (Falcon's), which is a copy from then on. The model's config is left alone:
+    the saved model keeps the rates of its source.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        _zero_dropout(module)
+        config = vars(module).get("config")
+        if isinstance(module, GradientCheckpointingLayer) and isinstance(config, PreTrainedConfig):
+            module.config = copy(config)
+            _zero_dropout(module.config)
     model.train = MethodType(_train_without_noise, model)  # type: ignore[method-assign]
+
+
+def _zero_dropout(owner: nn.Module | PreTrainedConfig) -> None:
+    for name, value in vars(owner).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(owner, name, 0.0)
 
 
 def _train_without_noise(model: nn.Module, mode: bool = True) -> nn.Module:

@@ -1,6 +1,7 @@
 import copy
 import re
 from dataclasses import replace
+from types import MethodType
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from train.data.dataset import Pair, StoredResponse
 from train.model.attention import PACKED, Packing
 from train.model.collate import PairCollator, model_inputs
 from train.model.continuation import Continuation
-from train.model.logps import Divergence, per_token_logps
+from train.model.logps import Divergence, check_output_layer, per_token_logps
 from train.model.packing import confirm_layout, enable_packing
 from weights_store.errors import InputError
 
@@ -379,3 +380,23 @@ def test_a_model_that_fails_the_trial_is_left_as_it_is(monkeypatch) -> None:
     )
     assert enable_packing(model).startswith("its decoder does not run packed: ")
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("name", "reason"), [("llama", None), ("qwen2_moe", "packed log-probs differ")])
+def test_a_quantised_model_is_packed_in_spite_of_its_rounding_but_not_with_wrong_attention(name: str, reason) -> None:
+    """Layers of 4 bits compute in bfloat16, whatever the dtype of the model is."""
+
+    def rounded(layer: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+        half = torch.nn.functional.linear(hidden.bfloat16(), layer.weight.bfloat16())
+        return half.to(hidden.dtype)
+
+    wide = BASE | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "initializer_range": 0.05}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**wide)).eval() if name == "llama" else with_real_window(name)
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and layer.bias is None and "lm_head" not in layer_name:
+            layer.forward = MethodType(rounded, layer)
+    check_output_layer(model, rounds=True)
+    assert re.match("packed log-probs differ", enable_packing(model))  # as if it were exact
+    found = enable_packing(model, rounds=True)
+    assert found is None if reason is None else found.startswith(reason)

@@ -151,6 +151,7 @@ NOISY = {
     "opt": {"layerdrop": 0.5, "dropout": 0.3, "attention_dropout": 0.3, "ffn_dim": 48, "word_embed_proj_dim": 32},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
     "bloom": {"n_layer": 2, "n_head": 4, "hidden_dropout": 0.3, "attention_dropout": 0.3},
+    "falcon": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
 }  # fmt: skip
 """Families with something that only `train()` switches on: jitter of routers, clipped coefficients, skipped layers, dropout."""
 
