@@ -60,6 +60,8 @@ class Columns:
     """Whether a response that is a transcript is split also in another column, if its row has no prompt of its own."""
     split: str | None = None
     """Holds the name of each row's split."""
+    guesses_prompt: bool = False
+    """Whether only a usual name, and not `prompt` itself, makes the prompt column one: then whole chats prevail over it."""
     combines_answers: bool = False
     """A row with several answers on a side gives a pair for each combination."""
 
@@ -110,6 +112,7 @@ def find_columns(dataset: DatasetSection, names: Collection[str]) -> Columns:
         *scores,
         splits_without_prompt=dataset.transcript != "no",
         split=dataset.split_column and _named(dataset, "split_column", names),
+        guesses_prompt=prompt is not None and dataset.prompt_column is None and _key(prompt) != "prompt",
         combines_answers=dataset.many_answers == "combine",
     )
 

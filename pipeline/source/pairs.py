@@ -11,7 +11,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from typing import Any
 
@@ -25,7 +25,7 @@ from pipeline.source.messages import (
     read_messages,
     read_tools,
 )
-from pipeline.source.responses import Response, split_responses
+from pipeline.source.responses import Response, as_turns, is_whole, split_responses
 from pipeline.source.transcripts import Markers, split_transcript
 from weights_store.fingerprint import canonical_json, ordered_json
 from weights_store.schemas import Reason
@@ -45,6 +45,8 @@ class Pair:
     rejected_score: float | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    ignores_prompt: bool = field(default=False, compare=False)
+    """Whether the prompt column contradicts the responses, and was not read because only its name made it one. Not stored."""
 
     @property
     def pair_id(self) -> str:
@@ -60,7 +62,9 @@ class Pair:
 
     def to_json(self) -> str:
         """Return a JSON text, all keys in the order of the row."""
-        return ordered_json(asdict(self))
+        values = asdict(self)
+        del values["ignores_prompt"]
+        return ordered_json(values)
 
     @classmethod
     def from_json(cls, text: str) -> "Pair":
@@ -86,14 +90,22 @@ def read_pair(row: Mapping[str, object], columns: Columns) -> Pair:
     for name in names:
         if row.get(name) is None:
             raise Unusable(Reason.MISSING_VALUE, f"column {name!r} has no value")
-    own = _own_prompt(row, columns)
+    own, problem = _own_prompt(row, columns)
     turns = [_turns(row[name], name, "assistant", columns.markers(name, bool(own))) for name in names]
     before, chosen, rejected = split_responses(turns[0], turns[1], names)
     if _response_key(chosen) == _response_key(rejected):
         raise Unusable(Reason.CHOSEN_EQUALS_REJECTED, f"both responses are {str(chosen)[:80]!r}")
-    if own and _keys(own) == _keys(turns[0]):  # `messages` beside two whole chats is often a copy of the better one
-        own = before
-    prompt = _join(own, before, columns.prompt or "")
+    try:
+        if problem is not None:
+            raise problem
+        prompt, ignores_prompt = _join(_without_response(own, (chosen, rejected)), before, columns.prompt or ""), False
+    except Unusable as error:
+        if not is_whole(before):
+            raise
+        if not columns.guesses_prompt:
+            remedy = 'dataset.prompt_column = "" would take the prompt from the responses alone'
+            raise Unusable(error.reason, f"{error.detail}; {remedy}") from error
+        prompt, ignores_prompt = before, True
     if all(map(is_empty, prompt)):
         raise Unusable(Reason.NO_PROMPT, _why_no_prompt(row, columns))
     return Pair(
@@ -103,7 +115,17 @@ def read_pair(row: Mapping[str, object], columns: Columns) -> Pair:
         read_score(row.get(columns.chosen_score)) if columns.chosen_score else None,
         read_score(row.get(columns.rejected_score)) if columns.rejected_score else None,
         *read_tools(row),
+        ignores_prompt=ignores_prompt,
     )
+
+
+def _without_response(own: list[Message], responses: tuple[Response, Response]) -> list[Message]:
+    """Return the prompt column without a response at its end: `messages` is often a copy of the whole chosen chat."""
+    if not own or own[-1]["role"] != "assistant":
+        return own
+    keys = _keys(own)
+    ends = [len(end) for response in responses if (end := _keys(as_turns(response))) == keys[-len(end) :]]
+    return own[: len(own) - max(ends, default=0)]
 
 
 def _turns(value: object, column: str, role: str, markers: Markers | None) -> list[Message]:
@@ -115,15 +137,24 @@ def _turns(value: object, column: str, role: str, markers: Markers | None) -> li
     return turns or [{"role": role, "content": value}]
 
 
-def _own_prompt(row: Mapping[str, object], columns: Columns) -> list[Message]:
-    """Return the turns in the prompt column, with the text of the input column below the last one."""
-    column = columns.prompt or ""
+def _own_prompt(row: Mapping[str, object], columns: Columns) -> tuple[list[Message], Unusable | None]:
+    """Return the turns in the prompt column, with the text of the input column below the last one.
+
+    Also why the prompt column cannot be read, which is no fault where the responses do without it.
+    """
+    column, problem = columns.prompt or "", None
     value = row.get(column)
     is_blank = value is None or (isinstance(value, str) and not value.strip())
-    own = [] if is_blank else _turns(value, column, "user", columns.markers(column))
+    try:
+        own = [] if is_blank else _turns(value, column, "user", columns.markers(column))
+    except Unusable as error:
+        own, problem = [], error
     if isinstance(value, str) and own and own[-1] == {"role": "assistant", "content": ""}:
         own.pop()  # a transcript may end with an empty turn for the response
-    more = _text(row, columns.input)
+    return _with_input(own, _text(row, columns.input)), problem
+
+
+def _with_input(own: list[Message], more: str) -> list[Message]:
     if not more.strip():
         return own
     if own and own[-1]["role"] == "user" and is_plain(own[-1]):
@@ -170,7 +201,8 @@ def _join(own: list[Message], before: list[Message], column: str) -> list[Messag
     if not own or not before:
         return own or before
     own_key, before_key = _keys(own), _keys(before)
-    if own_key in (before_key[: len(own)], before_key[-len(own) :]):
+    num_system = sum(message["role"] in SYSTEM_ROLES for message in before[:1])
+    if own_key in (before_key[: len(own)], before_key[num_system:][: len(own)], before_key[-len(own) :]):
         return before
     if before_key == own_key[-len(before) :]:
         return own

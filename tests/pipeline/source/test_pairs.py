@@ -81,6 +81,7 @@ MORE = [assistant("Who asks?"), {"role": "user", "content": "Me."}]
         ([SYSTEM], [USER], [SYSTEM, USER]),
         ([SYSTEM, USER], [USER], [SYSTEM, USER]),
         (f" {USER['content']}\n", [SYSTEM, USER], [SYSTEM, USER]),
+        (USER["content"], [SYSTEM, USER, *MORE], [SYSTEM, USER, *MORE]),
     ],
     ids=[
         "goes on",
@@ -89,6 +90,7 @@ MORE = [assistant("Who asks?"), {"role": "user", "content": "Me."}]
         "system only",
         "repeated without system",
         "system in the lists",
+        "text goes on, system in the lists",
     ],
 )
 def test_no_turn_between_prompt_column_and_response_is_lost(prompt, before, whole):
@@ -299,6 +301,57 @@ def test_input_beside_another_prompt_column_is_joined_only_if_the_recipe_says_so
 def test_messages_beside_whole_chats_may_repeat_the_chosen_one():
     chosen, rejected = [USER, assistant("a")], [USER, assistant("b")]
     assert read(messages=chosen, chosen=chosen, rejected=rejected) == Pair([USER], "a", "b")
+
+
+@pytest.mark.parametrize("name", ["messages", "conversations", "prompt"])
+@pytest.mark.parametrize("last", ["Rayleigh.", "Paint. "])
+@pytest.mark.parametrize("wrap", [str, lambda text: [assistant(text)], lambda text: [USER, assistant(text)]])
+def test_a_response_at_the_end_of_the_prompt_column_is_no_prompt(name, last, wrap):
+    row = {name: [USER, assistant(last)], "chosen": wrap("Rayleigh."), "rejected": wrap("Paint.")}
+    assert read(**row) == Pair([USER], "Rayleigh.", "Paint.")
+
+
+def test_a_response_of_several_turns_at_the_end_of_the_prompt_column_is_no_prompt():
+    response = [CALL, RESULT, assistant("x")]
+    assert read(messages=[USER, *response], chosen=response, rejected="x") == Pair([USER], response, "x")
+
+
+def test_an_answer_that_was_given_before_stays_in_the_prompt():
+    chat = [USER, assistant("a"), USER]
+    assert read(messages=chat, chosen="a", rejected="b").prompt == chat
+
+
+NO_PROMPTS = [
+    {"conversation": [{"input": "Why?", "output": "So."}]},
+    {"question": "In one word: why is the sky blue?"},
+    {"instruction": "Answer.", "input": "Why is the sky blue?"},
+    {"messages": [USER, assistant("From another model."), USER, assistant("More.")]},
+    {"messages": 3},
+]
+
+
+@pytest.mark.parametrize("other", NO_PROMPTS, ids=["Capybara", "question", "Alpaca", "SFT chat", "number"])
+def test_a_column_that_is_a_prompt_by_its_name_only_gives_way_to_whole_chats(other):
+    pair = read(**other, chosen=[USER, assistant("a")], rejected=[USER, assistant("b")])
+    assert pair == Pair([USER], "a", "b")
+    assert pair.ignores_prompt
+    assert pair.to_json() == Pair([USER], "a", "b").to_json()
+
+
+@pytest.mark.parametrize("other", NO_PROMPTS[:2], ids=["Capybara", "question"])
+def test_a_named_prompt_column_that_contradicts_whole_chats_names_the_remedy(other):
+    row = {**other, "chosen": [USER, assistant("a")], "rejected": [USER, assistant("b")]}
+    (named,) = read_all(row, prompt_column=next(iter(other)))
+    assert named.reason in (Reason.NOT_TEXT, Reason.PROMPTS_DIFFER)
+    assert 'dataset.prompt_column = ""' in named.detail
+    assert read_all(row, prompt_column="") == [Pair([USER], "a", "b")]
+
+
+def test_a_prompt_by_name_only_is_still_compared_with_responses_that_bring_none():
+    chats = {"chosen": [assistant("x"), USER, assistant("a")], "rejected": [assistant("x"), USER, assistant("b")]}
+    with pytest.raises(Unusable, match="no message with role and content"):
+        read(**NO_PROMPTS[0], **chats)
+    assert read(question="Hi", **chats).prompt == [{"role": "user", "content": "Hi"}, assistant("x"), USER]
 
 
 # --- texts that look like transcripts ----------------------------------------------------------------------------------
