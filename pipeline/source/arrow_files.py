@@ -1,7 +1,7 @@
 """Reads Parquet files, Arrow files and tables of `datasets`: only the columns that are asked for.
 
-So a column that nobody needs cannot stop a build: no image is decoded, no date is converted. A file is open only while a piece of
-it is read, for a folder may have more files than a process may open.
+So a column that nobody needs cannot stop a build: no image is decoded, no date is converted. A file is open only while a
+piece of it is read, for a folder may have more files than a process may open.
 """
 
 import json

@@ -26,7 +26,7 @@ from pipeline.source.messages import (
     read_tools,
 )
 from pipeline.source.responses import Response, as_turns, is_whole, split_responses
-from pipeline.source.transcripts import Markers, split_transcript
+from pipeline.source.transcripts import Markers, is_encoded_chat, split_transcript
 from weights_store.fingerprint import canonical_json, ordered_json
 from weights_store.schemas import Reason
 
@@ -91,14 +91,17 @@ def read_pair(row: Mapping[str, object], columns: Columns) -> Pair:
         if row.get(name) is None:
             raise Unusable(Reason.MISSING_VALUE, f"column {name!r} has no value")
     own, problem = _own_prompt(row, columns)
-    turns = [_turns(row[name], name, "assistant", columns.markers(name, bool(own))) for name in names]
+    more = _text(row, columns.input)
+    has_prompt = bool(own or more.strip())
+    turns = [_turns(row[name], name, "assistant", columns.markers(name, has_prompt)) for name in names]
     before, chosen, rejected = split_responses(turns[0], turns[1], names)
     if _response_key(chosen) == _response_key(rejected):
         raise Unusable(Reason.CHOSEN_EQUALS_REJECTED, f"both responses are {str(chosen)[:80]!r}")
     try:
         if problem is not None:
             raise problem
-        prompt, ignores_prompt = _join(_without_response(own, (chosen, rejected)), before, columns.prompt or ""), False
+        own = _without_response(own, (chosen, rejected))
+        prompt, ignores_prompt = _whole_prompt(own, more, before, columns), False
     except Unusable as error:
         if not is_whole(before):
             raise
@@ -138,10 +141,7 @@ def _turns(value: object, column: str, role: str, markers: Markers | None) -> li
 
 
 def _own_prompt(row: Mapping[str, object], columns: Columns) -> tuple[list[Message], Unusable | None]:
-    """Return the turns in the prompt column, with the text of the input column below the last one.
-
-    Also why the prompt column cannot be read, which is no fault where the responses do without it.
-    """
+    """Return the turns in the prompt column; none and the problem if it cannot be read, for the responses may do without it."""
     column, problem = columns.prompt or "", None
     value = row.get(column)
     is_blank = value is None or (isinstance(value, str) and not value.strip())
@@ -151,15 +151,29 @@ def _own_prompt(row: Mapping[str, object], columns: Columns) -> tuple[list[Messa
         own, problem = [], error
     if isinstance(value, str) and own and own[-1] == {"role": "assistant", "content": ""}:
         own.pop()  # a transcript may end with an empty turn for the response
-    return _with_input(own, _text(row, columns.input)), problem
+    return own, problem
+
+
+def _whole_prompt(own: list[Message], more: str, before: list[Message], columns: Columns) -> list[Message]:
+    """Join the prompt column, the text of the input column and the turns before the responses."""
+    try:
+        return _join(_with_input(own, more), before, columns.prompt or "")
+    except Unusable:
+        if not (columns.guesses_input and is_whole(before)):
+            raise
+        return _join(own, before, columns.prompt or "")
 
 
 def _with_input(own: list[Message], more: str) -> list[Message]:
+    """Return turns with the text of the input column below the last one, unless that has it as lines of its own."""
     if not more.strip():
         return own
-    if own and own[-1]["role"] == "user" and is_plain(own[-1]):
-        return [*own[:-1], {"role": "user", "content": f"{own[-1]['content']}\n\n{more}"}]
-    return [*own, {"role": "user", "content": more}]
+    if not (own and own[-1]["role"] == "user" and is_plain(own[-1])):
+        return [*own, {"role": "user", "content": more}]
+    text = own[-1]["content"]
+    if f"\n{more.strip()}\n" in f"\n{text}\n":
+        return own
+    return [*own[:-1], {"role": "user", "content": f"{text}\n\n{more}"}]
 
 
 def _with_system(row: Mapping[str, object], columns: Columns, prompt: list[Message]) -> list[Message]:
@@ -187,11 +201,16 @@ def _text(row: Mapping[str, object], column: str | None) -> str:
 
 
 def _why_no_prompt(row: Mapping[str, object], columns: Columns) -> str:
+    chosen = row.get(columns.chosen)
+    if isinstance(chosen, str) and is_encoded_chat(chosen):
+        return (
+            f"the text in column {columns.chosen!r} is a list of messages, written as text; decode it first, for example with "
+            "json.loads"
+        )
     if columns.prompt is not None:
         return f"nothing in column {columns.prompt!r} and no turns before the response"
-    start = str(row.get(columns.chosen))[:40]
     return (
-        f"no prompt column was found, and {start!r} in column {columns.chosen!r} begins no transcript (usual are "
+        f"no prompt column was found, and {str(chosen)[:40]!r} in column {columns.chosen!r} begins no transcript (usual are "
         "'\\n\\nHuman:' and '\\n\\nAssistant:'); set dataset.prompt_column, or the two markers in dataset.transcript"
     )
 

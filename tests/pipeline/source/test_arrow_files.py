@@ -1,8 +1,8 @@
 """Parquet and Arrow files, and saved datasets: types of columns, damage, and columns that nobody asked for."""
 
-import os
 import resource
 from decimal import Decimal
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -128,10 +128,12 @@ def test_a_table_without_rows_has_no_pairs(written, read):
 def test_a_folder_may_have_more_files_than_a_process_may_open(written):
     path = written(TEXTS)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    num_allowed = max(map(int, os.listdir("/proc/self/fd"))) + 20
+    num_allowed = max(int(opened.name) for opened in Path("/proc/self/fd").iterdir()) + 20
     resource.setrlimit(resource.RLIMIT_NOFILE, (num_allowed, hard))
     try:
-        source = joined("folder", [(parquet if path.suffix == ".parquet" else arrow)(path) for _ in range(2 * num_allowed)])
+        source = joined(
+            "folder", [(parquet if path.suffix == ".parquet" else arrow)(path) for _ in range(2 * num_allowed)]
+        )
         num_rows = sum(1 for _ in source.rows())
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

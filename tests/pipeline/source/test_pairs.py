@@ -292,10 +292,37 @@ def test_instruction_and_input_are_one_prompt_with_a_blank_line_between_them():
     assert prompts == [[{"role": "user", "content": text}] for text in texts]
 
 
-def test_input_beside_another_prompt_column_is_joined_only_if_the_recipe_says_so():
-    row = {"question": "Which?", "input": "cat", "chosen": "a", "rejected": "b"}
-    (plain,), (joined,) = read_all(row), read_all(row, input_column="input")
-    assert [pair.prompt[0]["content"] for pair in (plain, joined)] == ["Which?", "Which?\n\ncat"]
+@pytest.mark.parametrize("name", ["prompt", "question", "query", "instruction"])
+def test_input_beside_a_text_prompt_is_joined_to_it(name):
+    row = {name: "Which?", "input": "cat", "chosen": "a", "rejected": "b"}
+    found = read_all(row, {**row, "input": ""}, {**row, "input": None})
+    assert [pair.prompt[0]["content"] for pair in found] == ["Which?\n\ncat", "Which?", "Which?"]
+    assert [pair.prompt[0]["content"] for pair in read_all(row, input_column="")] == ["Which?"]
+
+
+def test_input_that_the_prompt_holds_already_is_not_joined_again():
+    prompt = "Below is an instruction.\n\n### Input:\ncat\ndog\n\n### Response:"
+    row = {"prompt": prompt, "chosen": "a", "rejected": "b"}
+    assert [pair.prompt[0]["content"] for pair in read_all({**row, "input": "cat\ndog "}, {**row, "input": "cat"})] == [
+        prompt,
+        prompt,
+    ]
+    assert read(**row, input="ca").prompt[0]["content"] == f"{prompt}\n\nca"
+
+
+@pytest.mark.parametrize(("prompt", "value"), [([USER], "cat"), (USER["content"], {"text": "cat"})])
+def test_input_beside_a_chat_or_of_another_type_is_joined_only_if_the_recipe_says_so(prompt, value, caplog):
+    row = {"prompt": prompt, "input": value, "chosen": "a", "rejected": "b"}
+    assert read(**row) == Pair([USER], "a", "b")
+    assert "columns that are not read: 'input'" in caplog.text
+    (named,) = read_all(row, input_column="input")
+    joined = {"role": "user", "content": f"{USER['content']}\n\ncat"}
+    assert named.prompt == [joined] if isinstance(value, str) else named.reason is Reason.NOT_TEXT
+
+
+def test_whole_chats_prevail_over_an_input_that_is_joined_by_its_name_only():
+    row = {"prompt": USER["content"], "input": "An aside.", "chosen": [USER, assistant("a")]}
+    assert read(**row, rejected=[USER, assistant("b")]) == Pair([USER], "a", "b")
 
 
 def test_messages_beside_whole_chats_may_repeat_the_chosen_one():
@@ -394,6 +421,20 @@ def test_prompts_that_are_mostly_transcripts_need_a_decision():
     assert texts[0].prompt[0]["content"] == "\n\nHuman: 0\n\nAssistant:"
 
 
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_transcripts_on_one_side_and_a_few_on_the_other_need_a_decision(side):
+    other = {"chosen": "rejected", "rejected": "chosen"}[side]
+    rows = [
+        {"prompt": "Hi", side: f"\n\nHuman: Hi\n\nAssistant: {index}", other: f"text {index}"} for index in range(3)
+    ]
+    mixed = [*rows[:2], {**rows[2], other: "\n\nHuman: Hi\n\nAssistant: other"}]
+    with pytest.raises(InputError, match=rf"1 of 3 texts in column '{other}' look like .*column '{side}' do.*\"hh\""):
+        read_all(*mixed)
+    (last,) = read_all(*mixed, transcript="hh")[2:]
+    assert {last.chosen, last.rejected} == {"2", "other"}
+    assert all(isinstance(found, Pair) for found in read_all(*rows))
+
+
 def test_transcripts_without_a_prompt_are_split_also_among_rows_that_have_one():
     transcripts = {side: f"\n\nHuman: Hi\n\nAssistant: {side}" for side in ("chosen", "rejected")}
     first, second = read_all(transcripts, PLAIN)
@@ -425,6 +466,18 @@ def test_chats_that_were_written_as_text_are_not_taken_for_text(column, encode):
     assert all(isinstance(found, Pair) for found in read_all(row, row, transcript="no"))
     (found, *_) = read_all(row, PLAIN)  # a single answer may look like that
     assert isinstance(found, Pair)
+
+
+@pytest.mark.parametrize("encode", [json.dumps, repr])
+@pytest.mark.parametrize("prompt", [{}, {"prompt": ""}], ids=["no column", "blank"])
+def test_chats_that_were_written_as_text_are_named_also_without_a_prompt(encode, prompt):
+    row = {side: encode([USER, assistant(side)]) for side in ("chosen", "rejected")}
+    (problem,) = read_all(row | prompt)
+    assert problem.reason is Reason.NO_PROMPT
+    assert "'chosen' is a list of messages, written as text; decode it first" in problem.detail
+    assert "prompt_column" not in problem.detail
+    (decoded,) = read_all({"chosen": [assistant("a")], "rejected": [assistant("b")]})
+    assert "written as text" not in decoded.detail
 
 
 # --- several answers ---------------------------------------------------------------------------------------------------
