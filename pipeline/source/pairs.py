@@ -97,10 +97,11 @@ def read_pair(row: Mapping[str, object], columns: Columns) -> Pair:
     before, chosen, rejected = split_responses(turns[0], turns[1], names)
     if _response_key(chosen) == _response_key(rejected):
         raise Unusable(Reason.CHOSEN_EQUALS_REJECTED, f"both responses are {str(chosen)[:80]!r}")
+    own = _without_response(own, (chosen, rejected))
+    _check_same_point(own, before, turns, columns)
     try:
         if problem is not None:
             raise problem
-        own = _without_response(own, (chosen, rejected))
         prompt, ignores_prompt = _whole_prompt(own, more, before, columns), False
     except Unusable as error:
         if not is_whole(before):
@@ -152,6 +153,24 @@ def _own_prompt(row: Mapping[str, object], columns: Columns) -> tuple[list[Messa
     if isinstance(value, str) and own and own[-1] == {"role": "assistant", "content": ""}:
         own.pop()  # a transcript may end with an empty turn for the response
     return own, problem
+
+
+def _check_same_point(own: list[Message], before: list[Message], turns: list[list[Message]], columns: Columns) -> None:
+    """Refuse a response alone beside a whole chat that goes on after the prompt column: it answers an earlier turn."""
+    chats = [name for name, side in zip((columns.chosen, columns.rejected), turns, strict=True) if is_whole(side)]
+    if len(chats) != 1 or all(message["role"] in SYSTEM_ROLES for message in own):
+        return
+    own_key, before_key = _keys(own), _keys(before)
+    if own_key in _beginnings(before_key, len(own)) and own_key != before_key[-len(own) :]:
+        raise Unusable(
+            Reason.PROMPTS_DIFFER, f"column {chats[0]!r} goes on after the prompt in column {columns.prompt!r}"
+        )
+
+
+def _beginnings(keys: list[tuple[object, ...]], num: int) -> tuple[object, object]:
+    """Return the first keys of a chat, with its system turn and without."""
+    num_system = sum(key[0] in SYSTEM_ROLES for key in keys[:1])
+    return keys[:num], keys[num_system:][:num]
 
 
 def _whole_prompt(own: list[Message], more: str, before: list[Message], columns: Columns) -> list[Message]:
@@ -220,8 +239,7 @@ def _join(own: list[Message], before: list[Message], column: str) -> list[Messag
     if not own or not before:
         return own or before
     own_key, before_key = _keys(own), _keys(before)
-    num_system = sum(message["role"] in SYSTEM_ROLES for message in before[:1])
-    if own_key in (before_key[: len(own)], before_key[num_system:][: len(own)], before_key[-len(own) :]):
+    if own_key in (*_beginnings(before_key, len(own)), before_key[-len(own) :]):
         return before
     if before_key == own_key[-len(before) :]:
         return own

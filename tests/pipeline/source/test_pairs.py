@@ -381,6 +381,23 @@ def test_a_prompt_by_name_only_is_still_compared_with_responses_that_bring_none(
     assert read(question="Hi", **chats).prompt == [{"role": "user", "content": "Hi"}, assistant("x"), USER]
 
 
+@pytest.mark.parametrize("name", ["prompt", "question"])
+@pytest.mark.parametrize("alone", ["b", [assistant("b")]], ids=["text", "turn"])
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_response_to_the_prompt_column_does_not_move_behind_a_chat_that_goes_on(name, alone, side):
+    other = {"chosen": "rejected", "rejected": "chosen"}[side]
+    row = {name: USER["content"], side: [SYSTEM, USER, *MORE, assistant("a")], other: alone}
+    with pytest.raises(Unusable, match=f"'{side}' goes on after the prompt in column '{name}'") as caught:
+        read(**row)
+    assert caught.value.reason is Reason.PROMPTS_DIFFER
+    assert read(**row | {name: MORE[-1]["content"]}).prompt == [
+        SYSTEM,
+        USER,
+        *MORE,
+    ]  # the last question: both answer it
+    assert read(**row | {name: [SYSTEM], side: [USER, assistant("a")]}).prompt == [SYSTEM, USER]
+
+
 # --- texts that look like transcripts ----------------------------------------------------------------------------------
 
 PLAIN = {"prompt": "Which title?", "chosen": "Human: All Too Human.", "rejected": "None."}
