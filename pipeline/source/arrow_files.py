@@ -1,6 +1,7 @@
 """Reads Parquet files, Arrow files and tables of `datasets`: only the columns that are asked for.
 
-So a column that nobody needs cannot stop a build: no image is decoded, no date is converted.
+So a column that nobody needs cannot stop a build: no image is decoded, no date is converted. A file is open only while a
+piece of it is read, for a folder may have more files than a process may open.
 """
 
 import json
@@ -30,23 +31,25 @@ def parquet(path: Path) -> Source:
         InputError: It is none, or its end is missing.
     """
     try:
-        file = pq.ParquetFile(path)
+        with pq.ParquetFile(path) as file:
+            metadata, schema = file.metadata, file.schema_arrow
     except (OSError, pa.ArrowException) as error:
         raise InputError(
             f"dataset.source {path} is not a whole Parquet file: {first_line(error)}; copy or download it again"
         ) from error
     parts: list[Part] = []
     start = 0
-    for group in range(file.num_row_groups):
-        num_rows = file.metadata.row_group(group).num_rows
+    for group in range(metadata.num_row_groups):
+        num_rows = metadata.row_group(group).num_rows
         name = f"row group {group} (rows {start} to {start + num_rows - 1})"
-        parts.append((name, partial(_row_group, file, group)))
+        parts.append((name, partial(_row_group, path, metadata, group)))
         start += num_rows
-    return arrow_source(str(path), file.schema_arrow, parts)
+    return arrow_source(str(path), schema, parts)
 
 
-def _row_group(file: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    return file.iter_batches(_ROWS_PER_BATCH, row_groups=[group], columns=columns)
+def _row_group(path: Path, metadata: pq.FileMetaData, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(path, metadata=metadata) as file:
+        yield from file.iter_batches(_ROWS_PER_BATCH, row_groups=[group], columns=columns)
 
 
 def arrow(path: Path) -> Source:
@@ -56,23 +59,25 @@ def arrow(path: Path) -> Source:
         InputError: It is neither.
     """
     try:
-        mapped = pa.memory_map(str(path))
-        try:
-            file = pa.ipc.open_file(mapped)
-        except pa.ArrowInvalid:
-            mapped.seek(0)
-            stream = pa.ipc.open_stream(mapped)
-            return arrow_source(str(path), stream.schema, [("the stream", partial(_stream, path))])
+        with pa.memory_map(str(path)) as mapped:
+            try:
+                file = pa.ipc.open_file(mapped)
+            except pa.ArrowInvalid:
+                mapped.seek(0)
+                schema = pa.ipc.open_stream(mapped).schema
+                return arrow_source(str(path), schema, [("the stream", partial(_stream, path))])
+            schema, num_batches = file.schema, file.num_record_batches
     except (OSError, pa.ArrowException) as error:
         raise InputError(
             f"dataset.source {path} is not a whole Arrow file: {first_line(error)}; copy or download it again"
         ) from error
-    parts: list[Part] = [(f"record batch {at}", partial(_batch, file, at)) for at in range(file.num_record_batches)]
-    return arrow_source(str(path), file.schema, parts)
+    parts: list[Part] = [(f"record batch {at}", partial(_batch, path, at)) for at in range(num_batches)]
+    return arrow_source(str(path), schema, parts)
 
 
-def _batch(file: pa.ipc.RecordBatchFileReader, at: int, columns: list[str]) -> list[pa.RecordBatch]:
-    return [file.get_batch(at).select(columns)]
+def _batch(path: Path, at: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    with pa.memory_map(str(path)) as mapped:
+        yield pa.ipc.open_file(mapped).get_batch(at).select(columns)
 
 
 def _stream(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:

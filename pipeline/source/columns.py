@@ -36,7 +36,9 @@ _USUAL = {
 """The usual names of a column, the first choice first. Case, `_`, `-` and blanks do not count."""
 _RESPONSES = ("{}", "{}_response", "response_{}", "{}_answer", "answer_{}", "{}_text")
 """The usual names of the two responses, with `chosen` and `rejected` in them."""
-_SCORE_WORDS = ("score", "rating", "reward", "grade")
+_SCORE = re.compile(r"(score|rating|reward|grade)s?|.+(score|rating|reward|grade)")
+"""What is left of the name of a score without `chosen` or `rejected`: such a word, or a kind of it, as in `avg_rating`. What
+goes on behind the word says something about the score, as `rating_rationale`."""
 _OF_THE_CHAT = ("tools", "chat_template_kwargs")
 """Columns that are handed to the chat template."""
 _PLAIN = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
@@ -50,7 +52,7 @@ class Columns:
     rejected: str = "rejected"
     prompt: str | None = "prompt"
     input: str | None = None
-    """Joined to the prompt, as in Alpaca's `instruction` and `input`."""
+    """Joined to a prompt that is text, as in Alpaca's `instruction` and `input`."""
     system: str | None = None
     chosen_score: str | None = None
     rejected_score: str | None = None
@@ -60,6 +62,10 @@ class Columns:
     """Whether a response that is a transcript is split also in another column, if its row has no prompt of its own."""
     split: str | None = None
     """Holds the name of each row's split."""
+    guesses_prompt: bool = False
+    """Whether only a usual name, and not `prompt` itself, makes the prompt column one: then whole chats prevail over it."""
+    guesses_input: bool = False
+    """Whether only its name makes the input column one: then it is left out where whole chats do not have it."""
     combines_answers: bool = False
     """A row with several answers on a side gives a pair for each combination."""
 
@@ -97,19 +103,22 @@ def find_columns(dataset: DatasetSection, names: Collection[str]) -> Columns:
         return Columns()
     chosen, rejected = _responses(dataset, names)
     prompt = _find(dataset, "prompt", names, (chosen, rejected))
-    joins_input = prompt is not None and _key(prompt) == "instruction"
-    has_input = dataset.input_column is not None or joins_input
+    input_column = (
+        _find(dataset, "input", names, (chosen, rejected, prompt)) if prompt or dataset.input_column else None
+    )
     usual_scores = score_columns(name for name in names if name not in (chosen, rejected))
     scores = _named_scores(dataset, names) or next(iter(usual_scores), (None, None))
     return Columns(
         chosen,
         rejected,
         prompt,
-        _find(dataset, "input", names, (chosen, rejected, prompt)) if has_input else None,
+        input_column,
         _find(dataset, "system", names, (chosen, rejected, prompt)),
         *scores,
         splits_without_prompt=dataset.transcript != "no",
         split=dataset.split_column and _named(dataset, "split_column", names),
+        guesses_prompt=prompt is not None and dataset.prompt_column is None and _key(prompt) != "prompt",
+        guesses_input=input_column is not None and dataset.input_column is None,
         combines_answers=dataset.many_answers == "combine",
     )
 
@@ -117,15 +126,15 @@ def find_columns(dataset: DatasetSection, names: Collection[str]) -> Columns:
 def score_columns(names: Iterable[str]) -> list[tuple[str, str]]:
     """Return the pairs of columns that may hold scores: equal names but for `chosen` and `rejected`, the usual ones first."""
     keys = {_key(name): name for name in names}
-    found = [
-        (name, keys[partner])
-        for key, name in keys.items()
-        if "chosen" in key
-        and any(word in key for word in _SCORE_WORDS)
-        and (partner := key.replace("chosen", "rejected")) in keys
-    ]
     usual = ("scorechosen", "chosenscore")
-    return sorted(found, key=lambda pair: usual.index(_key(pair[0])) if _key(pair[0]) in usual else len(usual))
+    found: list[tuple[int, str, str]] = []
+    for key, name in keys.items():
+        partner = keys.get(key.replace("chosen", "rejected"))
+        kind = _SCORE.fullmatch(key.replace("chosen", "")) if "chosen" in key else None
+        if partner is not None and kind is not None:
+            place = usual.index(key) if key in usual else len(usual) + (kind[1] is None)
+            found.append((place, name, partner))
+    return [(name, partner) for _, name, partner in sorted(found, key=lambda score: score[0])]
 
 
 def resolve_columns(dataset: DatasetSection, source: Source) -> Columns:
@@ -138,9 +147,9 @@ def resolve_columns(dataset: DatasetSection, source: Source) -> Columns:
     """
     count, names = TextCount(), dict.fromkeys(source.columns or [])
     columns = _check_doubled(source, find_columns(dataset, names)) if names else Columns()
-    asked = {columns.chosen, columns.rejected, columns.prompt or ""}
+    asked = {columns.chosen, columns.rejected, columns.prompt or "", columns.input or ""}
     has_texts = columns.prompt is not None and (source.texts is None or not asked.isdisjoint(source.texts))
-    if source.columns is None or (dataset.transcript == "auto" and has_texts):
+    if None in (source.columns, source.texts) or (dataset.transcript == "auto" and has_texts):
         for row in islice(source.rows(asked if names else None), source.max_looked_at):
             value = row.value or {}
             if not value.keys() <= names.keys():
@@ -149,10 +158,20 @@ def resolve_columns(dataset: DatasetSection, source: Source) -> Columns:
             if value.get(columns.prompt or "") not in (None, "", []):
                 count.add(value)
         columns = find_columns(dataset, names)
+    if columns.guesses_input and not _are_texts(columns, source, count):
+        columns = replace(columns, input=None, guesses_input=False)
     responses = (columns.chosen, columns.rejected)
     columns = replace(columns, transcripts=transcript_columns(dataset, columns.prompt, responses, count))
     _report(columns, names)
     return columns
+
+
+def _are_texts(columns: Columns, source: Source, count: TextCount) -> bool:
+    """Return whether the prompt and the input can be joined, as two texts."""
+    prompt, more = columns.prompt or "", columns.input or ""
+    if source.texts is not None:
+        return {prompt, more} <= source.texts
+    return count.texts[prompt] > 0 and not count.others[more]
 
 
 def _find_prompt(dataset: DatasetSection, names: Collection[str]) -> str | None:

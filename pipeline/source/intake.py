@@ -83,6 +83,8 @@ class Intake:
     """Pairs without a score on one side or on both."""
     num_odd_scores: int = 0
     """Scores that are no numbers that float32 can hold."""
+    num_ignored_prompts: int = 0
+    """Pairs whose prompt column contradicts the chats beside it, and is a prompt by its name only."""
     examples: dict[str, str] = field(default_factory=dict)
     """What the first unusable row of each reason looks like."""
 
@@ -99,6 +101,7 @@ class Intake:
                 if isinstance(found, Pair):
                     pairs.append(_pair_record(row, found))
                     self._count_scores(row, found)
+                    self._count_ignored_prompt(row, found)
                 else:
                     raw = row.raw or _raw_text(row)
                     self.reasons[found.reason.value] += 1
@@ -109,6 +112,16 @@ class Intake:
             self.unusable.add(pa.Table.from_pylist(unusable, QUARANTINE))
             if len(batch) == ROWS_PER_BATCH:
                 _log.info(f"prepare: {self.num_rows} rows read, {self.pairs.num_rows} of them are pairs")
+        self._warn()
+
+    def _warn(self) -> None:
+        """Say what was left out of the pairs."""
+        if self.num_ignored_prompts:
+            _log.warning(
+                f"prepare: column {self.columns.prompt!r} is not read in {self.num_ignored_prompts:,} pairs, because it is not "
+                f"the prompt of the chats in {self.columns.chosen!r} and {self.columns.rejected!r}; "
+                f'{self.examples["ignored prompt"]}; set dataset.prompt_column to another column, or to "" for none'
+            )
         if self.num_odd_scores:
             _log.warning(
                 f"prepare: {self.num_odd_scores:,} scores are stored as null, because they are no finite numbers of float32; "
@@ -123,6 +136,11 @@ class Intake:
             if score is None and value is not None:
                 self.num_odd_scores += 1
                 self.examples.setdefault("odd score", f"the first one, in row {row.source_row}, is {str(value)[:40]!r}")
+
+    def _count_ignored_prompt(self, row: RawRow, pair: Pair) -> None:
+        if pair.ignores_prompt:
+            self.num_ignored_prompts += 1
+            self.examples.setdefault("ignored prompt", f"the first one is in row {row.source_row}")
 
     def add_example(self, problem: Unusable, source_row: int, raw: str) -> None:
         """Keep the first unusable row of each reason for `explain`."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from typing import Any
 
@@ -25,8 +25,8 @@ from pipeline.source.messages import (
     read_messages,
     read_tools,
 )
-from pipeline.source.responses import Response, split_responses
-from pipeline.source.transcripts import Markers, split_transcript
+from pipeline.source.responses import Response, as_turns, is_whole, split_responses
+from pipeline.source.transcripts import Markers, is_encoded_chat, split_transcript
 from weights_store.fingerprint import canonical_json, ordered_json
 from weights_store.schemas import Reason
 
@@ -45,6 +45,8 @@ class Pair:
     rejected_score: float | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    ignores_prompt: bool = field(default=False, compare=False)
+    """Whether the prompt column contradicts the responses, and was not read because only its name made it one. Not stored."""
 
     @property
     def pair_id(self) -> str:
@@ -60,7 +62,9 @@ class Pair:
 
     def to_json(self) -> str:
         """Return a JSON text, all keys in the order of the row."""
-        return ordered_json(asdict(self))
+        values = asdict(self)
+        del values["ignores_prompt"]
+        return ordered_json(values)
 
     @classmethod
     def from_json(cls, text: str) -> "Pair":
@@ -86,14 +90,26 @@ def read_pair(row: Mapping[str, object], columns: Columns) -> Pair:
     for name in names:
         if row.get(name) is None:
             raise Unusable(Reason.MISSING_VALUE, f"column {name!r} has no value")
-    own = _own_prompt(row, columns)
-    turns = [_turns(row[name], name, "assistant", columns.markers(name, bool(own))) for name in names]
+    own, problem = _own_prompt(row, columns)
+    more = _text(row, columns.input)
+    has_prompt = bool(own or more.strip())
+    turns = [_turns(row[name], name, "assistant", columns.markers(name, has_prompt)) for name in names]
     before, chosen, rejected = split_responses(turns[0], turns[1], names)
     if _response_key(chosen) == _response_key(rejected):
         raise Unusable(Reason.CHOSEN_EQUALS_REJECTED, f"both responses are {str(chosen)[:80]!r}")
-    if own and _keys(own) == _keys(turns[0]):  # `messages` beside two whole chats is often a copy of the better one
-        own = before
-    prompt = _join(own, before, columns.prompt or "")
+    own = _without_response(own, (chosen, rejected))
+    _check_same_point(own, before, turns, columns)
+    try:
+        if problem is not None:
+            raise problem
+        prompt, ignores_prompt = _whole_prompt(own, more, before, columns), False
+    except Unusable as error:
+        if not is_whole(before):
+            raise
+        if not columns.guesses_prompt:
+            remedy = 'dataset.prompt_column = "" would take the prompt from the responses alone'
+            raise Unusable(error.reason, f"{error.detail}; {remedy}") from error
+        prompt, ignores_prompt = before, True
     if all(map(is_empty, prompt)):
         raise Unusable(Reason.NO_PROMPT, _why_no_prompt(row, columns))
     return Pair(
@@ -103,7 +119,17 @@ def read_pair(row: Mapping[str, object], columns: Columns) -> Pair:
         read_score(row.get(columns.chosen_score)) if columns.chosen_score else None,
         read_score(row.get(columns.rejected_score)) if columns.rejected_score else None,
         *read_tools(row),
+        ignores_prompt=ignores_prompt,
     )
+
+
+def _without_response(own: list[Message], responses: tuple[Response, Response]) -> list[Message]:
+    """Return the prompt column without a response at its end: `messages` is often a copy of the whole chosen chat."""
+    if not own or own[-1]["role"] != "assistant":
+        return own
+    keys = _keys(own)
+    ends = [len(end) for response in responses if (end := _keys(as_turns(response))) == keys[-len(end) :]]
+    return own[: len(own) - max(ends, default=0)]
 
 
 def _turns(value: object, column: str, role: str, markers: Markers | None) -> list[Message]:
@@ -115,20 +141,58 @@ def _turns(value: object, column: str, role: str, markers: Markers | None) -> li
     return turns or [{"role": role, "content": value}]
 
 
-def _own_prompt(row: Mapping[str, object], columns: Columns) -> list[Message]:
-    """Return the turns in the prompt column, with the text of the input column below the last one."""
-    column = columns.prompt or ""
+def _own_prompt(row: Mapping[str, object], columns: Columns) -> tuple[list[Message], Unusable | None]:
+    """Return the turns in the prompt column; none and the problem if it cannot be read, for the responses may do without it."""
+    column, problem = columns.prompt or "", None
     value = row.get(column)
     is_blank = value is None or (isinstance(value, str) and not value.strip())
-    own = [] if is_blank else _turns(value, column, "user", columns.markers(column))
+    try:
+        own = [] if is_blank else _turns(value, column, "user", columns.markers(column))
+    except Unusable as error:
+        own, problem = [], error
     if isinstance(value, str) and own and own[-1] == {"role": "assistant", "content": ""}:
         own.pop()  # a transcript may end with an empty turn for the response
-    more = _text(row, columns.input)
+    return own, problem
+
+
+def _check_same_point(own: list[Message], before: list[Message], turns: list[list[Message]], columns: Columns) -> None:
+    """Refuse a response alone beside a whole chat that goes on after the prompt column: it answers an earlier turn."""
+    chats = [name for name, side in zip((columns.chosen, columns.rejected), turns, strict=True) if is_whole(side)]
+    if len(chats) != 1 or all(message["role"] in SYSTEM_ROLES for message in own):
+        return
+    own_key, before_key = _keys(own), _keys(before)
+    if own_key in _beginnings(before_key, len(own)) and own_key != before_key[-len(own) :]:
+        raise Unusable(
+            Reason.PROMPTS_DIFFER, f"column {chats[0]!r} goes on after the prompt in column {columns.prompt!r}"
+        )
+
+
+def _beginnings(keys: list[tuple[object, ...]], num: int) -> tuple[object, object]:
+    """Return the first keys of a chat, with its system turn and without."""
+    num_system = sum(key[0] in SYSTEM_ROLES for key in keys[:1])
+    return keys[:num], keys[num_system:][:num]
+
+
+def _whole_prompt(own: list[Message], more: str, before: list[Message], columns: Columns) -> list[Message]:
+    """Join the prompt column, the text of the input column and the turns before the responses."""
+    try:
+        return _join(_with_input(own, more), before, columns.prompt or "")
+    except Unusable:
+        if not (columns.guesses_input and is_whole(before)):
+            raise
+        return _join(own, before, columns.prompt or "")
+
+
+def _with_input(own: list[Message], more: str) -> list[Message]:
+    """Return turns with the text of the input column below the last one, unless that has it as lines of its own."""
     if not more.strip():
         return own
-    if own and own[-1]["role"] == "user" and is_plain(own[-1]):
-        return [*own[:-1], {"role": "user", "content": f"{own[-1]['content']}\n\n{more}"}]
-    return [*own, {"role": "user", "content": more}]
+    if not (own and own[-1]["role"] == "user" and is_plain(own[-1])):
+        return [*own, {"role": "user", "content": more}]
+    text = own[-1]["content"]
+    if f"\n{more.strip()}\n" in f"\n{text}\n":
+        return own
+    return [*own[:-1], {"role": "user", "content": f"{text}\n\n{more}"}]
 
 
 def _with_system(row: Mapping[str, object], columns: Columns, prompt: list[Message]) -> list[Message]:
@@ -156,11 +220,16 @@ def _text(row: Mapping[str, object], column: str | None) -> str:
 
 
 def _why_no_prompt(row: Mapping[str, object], columns: Columns) -> str:
+    chosen = row.get(columns.chosen)
+    if isinstance(chosen, str) and is_encoded_chat(chosen):
+        return (
+            f"the text in column {columns.chosen!r} is a list of messages, written as text; decode it first, for example with "
+            "json.loads"
+        )
     if columns.prompt is not None:
         return f"nothing in column {columns.prompt!r} and no turns before the response"
-    start = str(row.get(columns.chosen))[:40]
     return (
-        f"no prompt column was found, and {start!r} in column {columns.chosen!r} begins no transcript (usual are "
+        f"no prompt column was found, and {str(chosen)[:40]!r} in column {columns.chosen!r} begins no transcript (usual are "
         "'\\n\\nHuman:' and '\\n\\nAssistant:'); set dataset.prompt_column, or the two markers in dataset.transcript"
     )
 
@@ -170,7 +239,7 @@ def _join(own: list[Message], before: list[Message], column: str) -> list[Messag
     if not own or not before:
         return own or before
     own_key, before_key = _keys(own), _keys(before)
-    if own_key in (before_key[: len(own)], before_key[-len(own) :]):
+    if own_key in (*_beginnings(before_key, len(own)), before_key[-len(own) :]):
         return before
     if before_key == own_key[-len(before) :]:
         return own

@@ -25,12 +25,17 @@ def split_responses(
     """
     for turns, column in zip((chosen, rejected), columns, strict=True):
         _check_end(turns, column)
-    (before, first), (other_before, second) = _cut(chosen), _cut(rejected)
-    if before and other_before and before != other_before:
+    first, second = _whole(chosen, rejected), _whole(rejected, chosen)
+    start = max(_start(first), _start(second))
+    if start >= min(len(first), len(second)) or first[:start] != second[:start]:
         raise Unusable(Reason.PROMPTS_DIFFER, "the turns before the two responses are not the same")
-    num_shared = _num_shared(first, second)
-    before = (before or other_before) + first[:num_shared]
-    return before, _response(first[num_shared:]), _response(second[num_shared:])
+    start += _num_shared(first[start:], second[start:])
+    return first[:start], _response(first[start:]), _response(second[start:])
+
+
+def is_whole(turns: list[Message]) -> bool:
+    """Return whether turns are a chat from its beginning: it begins with what was given to the model."""
+    return bool(turns) and turns[0]["role"] in _GIVEN_ROLES
 
 
 def as_turns(response: Response) -> list[Message]:
@@ -48,19 +53,26 @@ def _check_end(turns: list[Message], column: str) -> None:
         raise Unusable(Reason.EMPTY_RESPONSE, f"column {column!r} has an empty response")
 
 
-def _cut(turns: list[Message]) -> tuple[list[Message], list[Message]]:
-    """Cut a conversation where its last response begins: behind a turn of the user or the system.
+def _whole(turns: list[Message], other: list[Message]) -> list[Message]:
+    """Return a response that stands alone as an answer to the whole chat of the other side, if that is one."""
+    return other[: _start(other)] + turns if is_whole(other) and _start(turns) == 0 else turns
 
-    Also between two assistant turns in a row if the first calls no tool: a model ends its turn once.
+
+def _start(turns: list[Message]) -> int:
+    """Return where the last response of a conversation begins: behind a turn of the user or the system.
+
+    Also between two assistant turns in a row, for a model ends its turn once, unless one of them calls a tool: what is said
+    before a call belongs to it.
     """
     start = len(turns) - 1
     while start and turns[start - 1]["role"] not in _GIVEN_ROLES and not _is_finished(turns[start - 1], turns[start]):
         start -= 1
-    return turns[:start], turns[start:]
+    return start
 
 
 def _is_finished(turn: Message, following: Message) -> bool:
-    return turn["role"] == following["role"] == "assistant" and "tool_calls" not in turn
+    both_speak = turn["role"] == following["role"] == "assistant"
+    return both_speak and "tool_calls" not in turn and "tool_calls" not in following
 
 
 def _num_shared(first: list[Message], second: list[Message]) -> int:

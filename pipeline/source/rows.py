@@ -69,10 +69,11 @@ def joined(name: str, sources: list[Source]) -> Source:
 
     known = [source.columns for source in sources]
     columns = None if None in known else list(dict.fromkeys(chain(*filter(None, known))))
-    texts = None if columns is None else frozenset(chain(*(source.texts or () for source in sources)))
+    texts = [source.texts for source in sources]
+    all_texts = None if None in texts else frozenset(chain(*filter(None, texts)))
     doubled = frozenset(chain(*(source.doubled for source in sources)))
     looked_at = [source.max_looked_at for source in sources if source.max_looked_at is not None]
-    return Source(name, read, columns, texts, doubled, sum(looked_at) or None)
+    return Source(name, read, columns, all_texts, doubled, sum(looked_at) or None)
 
 
 def with_split(row: RawRow, column: str | None) -> RawRow:

@@ -36,6 +36,11 @@ def split_transcript(text: str, markers: Markers) -> list[Message] | None:
     return turns
 
 
+def is_encoded_chat(text: str) -> bool:
+    """Return whether a text is a list of messages, written as JSON or as Python prints it."""
+    return _ENCODED_CHAT.match(text) is not None
+
+
 def looks_like_transcript(text: str, is_prompt: bool) -> bool:
     """Return whether nobody but a program writes such a text: it has the white space of the layout, or turns of both sides.
 
@@ -56,14 +61,18 @@ class TextCount:
     prompts: Counter[str] = field(default_factory=Counter)
     responses: Counter[str] = field(default_factory=Counter)
     encoded: Counter[str] = field(default_factory=Counter)
-    """Texts that are lists of messages, written as JSON or as Python prints them."""
+    """Texts that are lists of messages."""
+    others: Counter[str] = field(default_factory=Counter)
+    """Values that are no texts, and are not null."""
 
     def add(self, row: Mapping[str, object]) -> None:
-        """Count the texts of a row with a prompt of its own; blank ones do not count."""
+        """Count the values of a row with a prompt of its own; blank texts do not count."""
         for name, value in row.items():
-            if isinstance(value, str) and value.strip():
+            if not isinstance(value, str):
+                self.others[name] += value is not None
+            elif value.strip():
                 self.texts[name] += 1
-                self.encoded[name] += _ENCODED_CHAT.match(value) is not None
+                self.encoded[name] += is_encoded_chat(value)
                 if "Human:" in value[:20]:  # quick: most texts are no transcripts
                     self.prompts[name] += looks_like_transcript(value, is_prompt=True)
                     self.responses[name] += looks_like_transcript(value, is_prompt=False)
@@ -107,4 +116,17 @@ def transcript_columns(
             f"dataset.source {dataset.source}: the texts in column {encoded[0]!r} are lists of messages, written as text; "
             'decode them first, for example with json.loads (or set dataset.transcript = "no", if they are meant as text)'
         )
-    return {column: HH for column in columns if count.are_transcripts(column, is_prompt=column == prompt)}
+    found = {column: HH for column in columns if count.are_transcripts(column, is_prompt=column == prompt)}
+    _check_sides(responses, found, count)
+    return found
+
+
+def _check_sides(responses: tuple[str, str], found: Mapping[str, Markers], count: TextCount) -> None:
+    """Refuse to split one side and leave whole chats in the other: the model would learn to tell them by that."""
+    for side, other in (responses, responses[::-1]):
+        if side in found and other not in found and count.responses[other]:
+            raise InputError(
+                f"{count.responses[other]:,} of {count.texts[other]:,} texts in column {other!r} look like transcripts of "
+                f'Human and Assistant, and all in column {side!r} do; set dataset.transcript = "hh" to split those that do, or '
+                '"no" to split none'
+            )

@@ -1,15 +1,19 @@
 """Parquet and Arrow files, and saved datasets: types of columns, damage, and columns that nobody asked for."""
 
+import resource
 from decimal import Decimal
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.recipe import DatasetSection
+from pipeline.source.arrow_files import arrow, parquet
 from pipeline.source.columns import resolve_columns
 from pipeline.source.intake import pairs_of
 from pipeline.source.load import streamed
+from pipeline.source.rows import joined
 from weights_store.errors import InputError
 
 TEXTS = pa.table({"prompt": ["p", "q", "r"], "chosen": ["a", "b", "c"], "rejected": ["x", "y", "z"]})
@@ -121,6 +125,21 @@ def test_a_table_without_rows_has_no_pairs(written, read):
 # --- damage ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_folder_may_have_more_files_than_a_process_may_open(written):
+    path = written(TEXTS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_allowed = max(int(opened.name) for opened in Path("/proc/self/fd").iterdir()) + 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_allowed, hard))
+    try:
+        source = joined(
+            "folder", [(parquet if path.suffix == ".parquet" else arrow)(path) for _ in range(2 * num_allowed)]
+        )
+        num_rows = sum(1 for _ in source.rows())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert num_rows == 2 * num_allowed * 3
+
+
 def damaged_parquet(path):
     """Write 4,000 rows in four row groups, and overwrite a page of the third."""
     rows = 4000
@@ -230,8 +249,8 @@ def stream(request):
     return make
 
 
-def pairs_of_stream(stream):
-    source = streamed(stream, "owner/name")
+def pairs_of_stream(*streams):
+    source = joined("owner/name", [streamed(stream, "owner/name") for stream in streams])
     columns = resolve_columns(DatasetSection(name="x", source="owner/name"), source)
     return [found for _, found in pairs_of(source, columns)]
 
@@ -245,3 +264,10 @@ def test_transcripts_in_a_stream_are_found_in_its_first_rows(stream):
     prompts = pa.array([f"\n\nHuman: {index}\n\nAssistant:" for index in range(3)])
     found = pairs_of_stream(stream(TEXTS.set_column(0, "prompt", prompts)))
     assert [pair.prompt for pair in found] == [message("user", str(index)) for index in range(3)]
+
+
+def test_transcripts_in_the_streams_of_two_splits_are_found(stream):
+    prompts = pa.array([f"\n\nHuman: {index}\n\nAssistant:" for index in range(3)])
+    table = TEXTS.set_column(0, "prompt", prompts)
+    found = pairs_of_stream(stream(table), stream(table))
+    assert [pair.prompt for pair in found] == [message("user", str(index)) for index in (0, 1, 2) * 2]

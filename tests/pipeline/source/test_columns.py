@@ -14,20 +14,28 @@ def found(*names, **settings):
     return find_columns(DatasetSection(name="x", source="x.jsonl", **settings), names)
 
 
+def guess(**columns):
+    """Return columns whose prompt only has a usual name."""
+    return Columns(**columns, guesses_prompt=True)
+
+
 @pytest.mark.parametrize(
     ("names", "columns"),
     [
         (["prompt", "chosen", "rejected"], Columns()),
         (["chosen", "rejected"], Columns(prompt=None)),
         (["Prompt", "Chosen", "REJECTED"], Columns("Chosen", "REJECTED", "Prompt")),
-        (["question", "chosen", "rejected", "system"], Columns(prompt="question", system="system")),
-        (["system_prompt", "query", "chosen", "rejected"], Columns(prompt="query", system="system_prompt")),
-        (["input", "chosen", "rejected"], Columns(prompt="input")),
-        (["instruction", "input", "chosen", "rejected"], Columns(prompt="instruction", input="input")),
-        (["prompt", "input", "chosen", "rejected"], Columns()),
-        (["conversations", "chosen", "rejected"], Columns(prompt="conversations")),
+        (["question", "chosen", "rejected", "system"], guess(prompt="question", system="system")),
+        (["system_prompt", "query", "chosen", "rejected"], guess(prompt="query", system="system_prompt")),
+        (["input", "chosen", "rejected"], guess(prompt="input")),
+        (
+            ["instruction", "input", "chosen", "rejected"],
+            guess(prompt="instruction", input="input", guesses_input=True),
+        ),
+        (["prompt", "input", "chosen", "rejected"], Columns(input="input", guesses_input=True)),
+        (["conversations", "chosen", "rejected"], guess(prompt="conversations")),
         (["prompt", "messages", "chosen", "rejected"], Columns()),
-        (["messages", "chosen", "rejected"], Columns(prompt="messages")),
+        (["messages", "chosen", "rejected"], guess(prompt="messages")),
         (["prompt", "response_chosen", "response_rejected"], Columns("response_chosen", "response_rejected")),
     ],
 )
@@ -44,6 +52,8 @@ def test_usual_names_are_found(names, columns):
         ("chosen-rating", "rejected-rating"),
         ("chosenReward", "rejectedReward"),
         ("chosen_avg_rating", "rejected_avg_rating"),
+        ("chosen_rewards", "rejected_rewards"),
+        ("rm_score_chosen", "rm_score_rejected"),
     ],
 )
 def test_scores_are_found_by_their_usual_names(names):
@@ -59,6 +69,19 @@ def test_scores_need_both_sides_and_the_usual_name_comes_first():
         ("score_chosen", "score_rejected"),
     ]
     assert score_columns([name for pair in pairs for name in pair]) == pairs[::-1]
+
+
+@pytest.mark.parametrize("name", ["{}_rating_rationale", "{}_rewarded_by", "rating_model_{}", "{}_num_ratings"])
+def test_what_is_said_about_a_score_is_no_score(name):
+    about = [name.format(side) for side in ("chosen", "rejected")]
+    assert score_columns(about) == []
+    columns = found("prompt", "chosen", "rejected", *about, "chosen_rating", "rejected_rating")
+    assert (columns.chosen_score, columns.rejected_score) == ("chosen_rating", "rejected_rating")
+
+
+def test_a_score_itself_comes_before_a_kind_of_score():
+    names = ["chosen_length_score", "rejected_length_score", "chosen_rating", "rejected_rating"]
+    assert score_columns(names)[0] == ("chosen_rating", "rejected_rating")
 
 
 ROLES = ["prompt", "input", "system", "chosen", "rejected"]

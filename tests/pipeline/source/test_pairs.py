@@ -81,6 +81,7 @@ MORE = [assistant("Who asks?"), {"role": "user", "content": "Me."}]
         ([SYSTEM], [USER], [SYSTEM, USER]),
         ([SYSTEM, USER], [USER], [SYSTEM, USER]),
         (f" {USER['content']}\n", [SYSTEM, USER], [SYSTEM, USER]),
+        (USER["content"], [SYSTEM, USER, *MORE], [SYSTEM, USER, *MORE]),
     ],
     ids=[
         "goes on",
@@ -89,6 +90,7 @@ MORE = [assistant("Who asks?"), {"role": "user", "content": "Me."}]
         "system only",
         "repeated without system",
         "system in the lists",
+        "text goes on, system in the lists",
     ],
 )
 def test_no_turn_between_prompt_column_and_response_is_lost(prompt, before, whole):
@@ -290,15 +292,110 @@ def test_instruction_and_input_are_one_prompt_with_a_blank_line_between_them():
     assert prompts == [[{"role": "user", "content": text}] for text in texts]
 
 
-def test_input_beside_another_prompt_column_is_joined_only_if_the_recipe_says_so():
-    row = {"question": "Which?", "input": "cat", "chosen": "a", "rejected": "b"}
-    (plain,), (joined,) = read_all(row), read_all(row, input_column="input")
-    assert [pair.prompt[0]["content"] for pair in (plain, joined)] == ["Which?", "Which?\n\ncat"]
+@pytest.mark.parametrize("name", ["prompt", "question", "query", "instruction"])
+def test_input_beside_a_text_prompt_is_joined_to_it(name):
+    row = {name: "Which?", "input": "cat", "chosen": "a", "rejected": "b"}
+    found = read_all(row, {**row, "input": ""}, {**row, "input": None})
+    assert [pair.prompt[0]["content"] for pair in found] == ["Which?\n\ncat", "Which?", "Which?"]
+    assert [pair.prompt[0]["content"] for pair in read_all(row, input_column="")] == ["Which?"]
+
+
+def test_input_that_the_prompt_holds_already_is_not_joined_again():
+    prompt = "Below is an instruction.\n\n### Input:\ncat\ndog\n\n### Response:"
+    row = {"prompt": prompt, "chosen": "a", "rejected": "b"}
+    assert [pair.prompt[0]["content"] for pair in read_all({**row, "input": "cat\ndog "}, {**row, "input": "cat"})] == [
+        prompt,
+        prompt,
+    ]
+    assert read(**row, input="ca").prompt[0]["content"] == f"{prompt}\n\nca"
+
+
+@pytest.mark.parametrize(("prompt", "value"), [([USER], "cat"), (USER["content"], {"text": "cat"})])
+def test_input_beside_a_chat_or_of_another_type_is_joined_only_if_the_recipe_says_so(prompt, value, caplog):
+    row = {"prompt": prompt, "input": value, "chosen": "a", "rejected": "b"}
+    assert read(**row) == Pair([USER], "a", "b")
+    assert "columns that are not read: 'input'" in caplog.text
+    (named,) = read_all(row, input_column="input")
+    joined = {"role": "user", "content": f"{USER['content']}\n\ncat"}
+    assert named.prompt == [joined] if isinstance(value, str) else named.reason is Reason.NOT_TEXT
+
+
+def test_whole_chats_prevail_over_an_input_that_is_joined_by_its_name_only():
+    row = {"prompt": USER["content"], "input": "An aside.", "chosen": [USER, assistant("a")]}
+    assert read(**row, rejected=[USER, assistant("b")]) == Pair([USER], "a", "b")
 
 
 def test_messages_beside_whole_chats_may_repeat_the_chosen_one():
     chosen, rejected = [USER, assistant("a")], [USER, assistant("b")]
     assert read(messages=chosen, chosen=chosen, rejected=rejected) == Pair([USER], "a", "b")
+
+
+@pytest.mark.parametrize("name", ["messages", "conversations", "prompt"])
+@pytest.mark.parametrize("last", ["Rayleigh.", "Paint. "])
+@pytest.mark.parametrize("wrap", [str, lambda text: [assistant(text)], lambda text: [USER, assistant(text)]])
+def test_a_response_at_the_end_of_the_prompt_column_is_no_prompt(name, last, wrap):
+    row = {name: [USER, assistant(last)], "chosen": wrap("Rayleigh."), "rejected": wrap("Paint.")}
+    assert read(**row) == Pair([USER], "Rayleigh.", "Paint.")
+
+
+def test_a_response_of_several_turns_at_the_end_of_the_prompt_column_is_no_prompt():
+    response = [CALL, RESULT, assistant("x")]
+    assert read(messages=[USER, *response], chosen=response, rejected="x") == Pair([USER], response, "x")
+
+
+def test_an_answer_that_was_given_before_stays_in_the_prompt():
+    chat = [USER, assistant("a"), USER]
+    assert read(messages=chat, chosen="a", rejected="b").prompt == chat
+
+
+NO_PROMPTS = [
+    {"conversation": [{"input": "Why?", "output": "So."}]},
+    {"question": "In one word: why is the sky blue?"},
+    {"instruction": "Answer.", "input": "Why is the sky blue?"},
+    {"messages": [USER, assistant("From another model."), USER, assistant("More.")]},
+    {"messages": 3},
+]
+
+
+@pytest.mark.parametrize("other", NO_PROMPTS, ids=["Capybara", "question", "Alpaca", "SFT chat", "number"])
+def test_a_column_that_is_a_prompt_by_its_name_only_gives_way_to_whole_chats(other):
+    pair = read(**other, chosen=[USER, assistant("a")], rejected=[USER, assistant("b")])
+    assert pair == Pair([USER], "a", "b")
+    assert pair.ignores_prompt
+    assert pair.to_json() == Pair([USER], "a", "b").to_json()
+
+
+@pytest.mark.parametrize("other", NO_PROMPTS[:2], ids=["Capybara", "question"])
+def test_a_named_prompt_column_that_contradicts_whole_chats_names_the_remedy(other):
+    row = {**other, "chosen": [USER, assistant("a")], "rejected": [USER, assistant("b")]}
+    (named,) = read_all(row, prompt_column=next(iter(other)))
+    assert named.reason in (Reason.NOT_TEXT, Reason.PROMPTS_DIFFER)
+    assert 'dataset.prompt_column = ""' in named.detail
+    assert read_all(row, prompt_column="") == [Pair([USER], "a", "b")]
+
+
+def test_a_prompt_by_name_only_is_still_compared_with_responses_that_bring_none():
+    chats = {"chosen": [assistant("x"), USER, assistant("a")], "rejected": [assistant("x"), USER, assistant("b")]}
+    with pytest.raises(Unusable, match="no message with role and content"):
+        read(**NO_PROMPTS[0], **chats)
+    assert read(question="Hi", **chats).prompt == [{"role": "user", "content": "Hi"}, assistant("x"), USER]
+
+
+@pytest.mark.parametrize("name", ["prompt", "question"])
+@pytest.mark.parametrize("alone", ["b", [assistant("b")]], ids=["text", "turn"])
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_response_to_the_prompt_column_does_not_move_behind_a_chat_that_goes_on(name, alone, side):
+    other = {"chosen": "rejected", "rejected": "chosen"}[side]
+    row = {name: USER["content"], side: [SYSTEM, USER, *MORE, assistant("a")], other: alone}
+    with pytest.raises(Unusable, match=f"'{side}' goes on after the prompt in column '{name}'") as caught:
+        read(**row)
+    assert caught.value.reason is Reason.PROMPTS_DIFFER
+    assert read(**row | {name: MORE[-1]["content"]}).prompt == [
+        SYSTEM,
+        USER,
+        *MORE,
+    ]  # the last question: both answer it
+    assert read(**row | {name: [SYSTEM], side: [USER, assistant("a")]}).prompt == [SYSTEM, USER]
 
 
 # --- texts that look like transcripts ----------------------------------------------------------------------------------
@@ -341,6 +438,20 @@ def test_prompts_that_are_mostly_transcripts_need_a_decision():
     assert texts[0].prompt[0]["content"] == "\n\nHuman: 0\n\nAssistant:"
 
 
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_transcripts_on_one_side_and_a_few_on_the_other_need_a_decision(side):
+    other = {"chosen": "rejected", "rejected": "chosen"}[side]
+    rows = [
+        {"prompt": "Hi", side: f"\n\nHuman: Hi\n\nAssistant: {index}", other: f"text {index}"} for index in range(3)
+    ]
+    mixed = [*rows[:2], {**rows[2], other: "\n\nHuman: Hi\n\nAssistant: other"}]
+    with pytest.raises(InputError, match=rf"1 of 3 texts in column '{other}' look like .*column '{side}' do.*\"hh\""):
+        read_all(*mixed)
+    (last,) = read_all(*mixed, transcript="hh")[2:]
+    assert {last.chosen, last.rejected} == {"2", "other"}
+    assert all(isinstance(found, Pair) for found in read_all(*rows))
+
+
 def test_transcripts_without_a_prompt_are_split_also_among_rows_that_have_one():
     transcripts = {side: f"\n\nHuman: Hi\n\nAssistant: {side}" for side in ("chosen", "rejected")}
     first, second = read_all(transcripts, PLAIN)
@@ -372,6 +483,18 @@ def test_chats_that_were_written_as_text_are_not_taken_for_text(column, encode):
     assert all(isinstance(found, Pair) for found in read_all(row, row, transcript="no"))
     (found, *_) = read_all(row, PLAIN)  # a single answer may look like that
     assert isinstance(found, Pair)
+
+
+@pytest.mark.parametrize("encode", [json.dumps, repr])
+@pytest.mark.parametrize("prompt", [{}, {"prompt": ""}], ids=["no column", "blank"])
+def test_chats_that_were_written_as_text_are_named_also_without_a_prompt(encode, prompt):
+    row = {side: encode([USER, assistant(side)]) for side in ("chosen", "rejected")}
+    (problem,) = read_all(row | prompt)
+    assert problem.reason is Reason.NO_PROMPT
+    assert "'chosen' is a list of messages, written as text; decode it first" in problem.detail
+    assert "prompt_column" not in problem.detail
+    (decoded,) = read_all({"chosen": [assistant("a")], "rejected": [assistant("b")]})
+    assert "written as text" not in decoded.detail
 
 
 # --- several answers ---------------------------------------------------------------------------------------------------

@@ -32,6 +32,10 @@ def said(text):
             [CALL, OTHER_RESULT, said("a")],
         ),
         ([USER, CALL], [USER, CALL, RESULT, said("b")], [USER], [CALL], [CALL, RESULT, said("b")]),
+        ([said("Wait."), CALL, RESULT, said("a")], [said("b")], [], [said("Wait."), CALL, RESULT, said("a")], "b"),
+        ([USER, said("Wait."), CALL], [USER, said("b")], [USER], [said("Wait."), CALL], "b"),
+        ([USER, said("Wait."), CALL], [USER, said("Wait."), said("b")], [USER, said("Wait.")], [CALL], "b"),
+        ([said("x"), USER, said("a")], [said("x"), USER, said("b")], [said("x"), USER], "a", "b"),
     ],
     ids=[
         "alone",
@@ -42,6 +46,10 @@ def said(text):
         "only a call",
         "other result",
         "one goes on",
+        "text before a call",
+        "text before a call in whole chats",
+        "same text before a call",
+        "both go on",
     ],
 )
 def test_what_both_sides_begin_with_is_no_response(chosen, rejected, before, chosen_response, rejected_response):
@@ -63,6 +71,17 @@ def test_conversations_without_a_response_say_why(chosen, reason):
     with pytest.raises(Unusable) as caught:
         split_responses(chosen, [USER, said("b")], COLUMNS)
     assert caught.value.reason is reason
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize(
+    "longer", [[said("x"), USER, said("a")], [said("x"), said("a")], [CALL, RESULT, USER, said("a")]]
+)
+def test_a_response_is_not_moved_behind_turns_that_it_never_saw(longer, swap):
+    sides = (longer, [said("b")])
+    with pytest.raises(Unusable) as caught:
+        split_responses(*(sides[::-1] if swap else sides), COLUMNS)
+    assert caught.value.reason is Reason.PROMPTS_DIFFER
 
 
 def test_a_response_as_turns():

@@ -369,6 +369,20 @@ def test_weights_from_scores_without_scores_are_refused_before_a_model_starts(
         run(rows, **QUALITY)
 
 
+def test_prompts_by_name_only_that_contradict_the_chats_are_counted(run, caplog):
+    def chat(answer):
+        return [{"role": "user", "content": "bada"}, {"role": "assistant", "content": answer}]
+
+    rows = [{"question": text, "chosen": chat("lumi"), "rejected": chat(f"zu {text}")} for text in ("bada", "mo", "ka")]
+    tokens, quarantine = tables(run(rows))
+    assert (len(tokens), len(quarantine)) == (3, 0)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == [
+        "prepare: column 'question' is not read in 2 pairs, because it is not the prompt of the chats in 'chosen' and "
+        "'rejected'; the first one is in row 1; set dataset.prompt_column to another column, or to \"\" for none"
+    ]
+
+
 def test_scores_that_are_no_numbers_are_stored_as_null_and_counted(run, caplog):
     scores = [{"score_chosen": float("inf"), "score_rejected": "4.5"}, {"score_chosen": 1e39, "score_rejected": None}]
     tokens, _ = tables(run([pair(index) | score for index, score in enumerate(scores)]))
