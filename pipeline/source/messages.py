@@ -63,11 +63,15 @@ def is_plain(message: Message) -> bool:
     return message.keys() == {"role", "content"} and isinstance(message["content"], str)
 
 
+def texts_of(message: Message) -> list[str]:
+    """Return the text of a message, or the texts of its parts; none beside tool calls without text."""
+    content = message["content"]
+    return [part["text"] for part in content] if isinstance(content, list) else [content] if content else []
+
+
 def is_empty(message: Message) -> bool:
     """Return whether a message says nothing: no text and no tool call."""
-    content = message["content"]
-    texts = [part["text"] for part in content] if isinstance(content, list) else [content or ""]
-    return not message.get("tool_calls") and not any(text.strip() for text in texts)
+    return not message.get("tool_calls") and not any(map(str.strip, texts_of(message)))
 
 
 def read_tools(row: Mapping[str, object]) -> tuple[list[dict[str, Any]] | None, dict[str, Any] | None]:

@@ -244,3 +244,25 @@ def test_rendering_is_that_of_transformers(kind_folder, of_kind):
     expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=False, return_dict=False)
     tokens = tokenize(of_kind("qwen3"), chat, chat_template_kwargs={"enable_thinking": False})
     assert tokens.prompt_ids == expected
+
+
+RENDERED = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("kind", ["parts", "zephyr"])
+@pytest.mark.parametrize("content", [RENDERED, [{"type": "text", "text": RENDERED}]], ids=["text", "parts"])
+def test_a_rendered_chat_is_refused_as_text_and_as_a_part(of_kind, kind, content):
+    with pytest.raises(Unusable, match="prompt is a rendered chat") as caught:
+        tokenize(of_kind(kind), [{"role": "user", "content": content}])
+    assert caught.value.reason is Reason.ALREADY_TEMPLATED
+
+
+def test_an_end_of_turn_at_the_end_of_text_parts_is_there_once(of_kind):
+    tokenizer = of_kind("parts")
+    plain = tokenize(tokenizer, chosen=[said([{"type": "text", "text": "An apple."}])])
+    for texts in (["An apple.<|im_end|>"], ["An ", "apple.<|im_end|>\n"], ["An apple.", "<|im_end|>"]):
+        tokens = tokenize(tokenizer, chosen=[said([{"type": "text", "text": text} for text in texts])])
+        assert text_of(tokenizer, tokens.chosen_ids) == text_of(tokenizer, plain.chosen_ids) == "An apple.<|im_end|>"
+        assert "a text ends with the token that ends a turn; it is there once" in tokens.notes
+    with pytest.raises(Unusable, match="chosen is only an end-of-turn token"):
+        tokenize(tokenizer, chosen=[said([{"type": "text", "text": "<|im_end|>"}])])
