@@ -25,7 +25,7 @@ _ROLES = {
 }
 """Roles in lower case, as data sets write them, and their name in chat templates."""
 
-_BEGINNING = r"\s*(?:<s>|<bos>|<BOS_TOKEN>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>|\[gMASK\]<sop>)?\s*"
+_BEGINNING = r"(?:<s>|<bos>|<BOS_TOKEN>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>|\[gMASK\]<sop>)?\s*"
 _TURN_MARK = (
     r"(?:<\|im_start\|>|\[/?INST\]|\[SYSTEM_PROMPT\]|<\|start_of_role\|>|<\|header_start\|>|<\|turn>|<\|start_header_id\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>|<\|start\|>"
     r"|<\|(?:system|user|assistant)\|>|<｜(?:User|Assistant)｜>)"
@@ -109,7 +109,7 @@ def check_text(text: str, where: str) -> None:
 
 def is_rendered(text: str) -> bool:
     """Return whether text is the output of a well-known chat template: it begins with the mark of a turn, and has another."""
-    return _TEMPLATED.match(text) is not None
+    return _TEMPLATED.match(text.lstrip()) is not None
 
 
 def _message(value: object, where: str) -> Message:

@@ -1,5 +1,7 @@
 import datetime
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -148,3 +150,9 @@ def test_a_rendered_chat_is_recognised(text):
 )
 def test_text_about_control_tokens_is_no_rendered_chat(text):
     assert not is_rendered(text)
+
+
+def test_white_space_at_the_start_of_a_text_costs_no_time():
+    # One pass over a million blanks takes milliseconds. A pattern that tries every split of them takes hours.
+    code = "from pipeline.source.messages import is_rendered; assert not is_rendered(' ' * 1_000_000 + 'x')"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
