@@ -86,8 +86,8 @@ def read_tools(row: Mapping[str, object]) -> tuple[list[dict[str, Any]] | None, 
     arguments = _parsed(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
     if not isinstance(arguments, Mapping):
         raise Unusable(Reason.BAD_TOOLS, f"chat_template_kwargs is {_shown(arguments)}, expected an object")
-    given = {key: inner for key, inner in arguments.items() if inner is not None}
-    tools = _parsed(given.pop("tools", row.get("tools")), "tools") or None
+    given = _cleaned(arguments, "chat_template_kwargs")
+    tools = _cleaned(_parsed(given.pop("tools", row.get("tools")), "tools"), "tools") or None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise Unusable(Reason.BAD_TOOLS, f"tools is {_shown(tools)}, expected a list of JSON schemas")
     _check_json(given, "chat_template_kwargs")
@@ -115,7 +115,7 @@ def is_rendered(text: str) -> bool:
 def _message(value: object, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise Unusable(Reason.NOT_TEXT, f"{where} is no message with role and content: {_shown(value)}")
-    message = {key: _without_type(inner) for key, inner in value.items() if inner is not None}
+    message: Message = _cleaned(value, where)
     for name, name_in_sharegpt in (("role", "from"), ("content", "value")):
         if name not in message and name_in_sharegpt in message:
             message[name] = message.pop(name_in_sharegpt)
@@ -136,8 +136,26 @@ def _message(value: object, where: str) -> Message:
     return message
 
 
-def _without_type(value: object) -> object:
-    """Return a date of Parquet as the text that JSON has."""
+def _cleaned(value: object, where: str) -> Any:
+    """Return a value of Parquet as the JSON that it was: no keys whose value is null, and dates as text.
+
+    A column of Parquet has one type, so that every object gets the keys of all others in its place, null where it has none.
+    This goes for the arguments of calls too. Items of a list are not filled in: a null there stays.
+
+    Raises:
+        Unusable: It is nested too deep.
+    """
+    try:
+        return _without_nulls(value)
+    except RecursionError as error:
+        raise Unusable(Reason.NOT_TEXT, f"{where} is no JSON: {error}") from error
+
+
+def _without_nulls(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(inner) for inner in value]
     return value.isoformat() if isinstance(value, datetime.date | datetime.time) else value
 
 
@@ -149,13 +167,13 @@ def _content(content: object, where: str, may_be_null: bool) -> str | list[dict[
     if isinstance(content, str):
         check_text(content, where)
         return content
-    if not isinstance(content, list | tuple) or not content:
+    if not isinstance(content, list) or not content:
         raise Unusable(Reason.NOT_TEXT, f"{where} is a {type(content).__name__}, expected text or text parts")
     return [_part(part, f"{where}[{index}]") for index, part in enumerate(content)]
 
 
 def _part(part: object, where: str) -> dict[str, Any]:
-    given = {key: inner for key, inner in part.items() if inner is not None} if isinstance(part, Mapping) else {}
+    given = part if isinstance(part, dict) else {}
     if given.get("type", "text") != "text" or not isinstance(given.get("text"), str):
         kind = f"of type {given['type']!r}" if "type" in given else f"{_shown(part)}"
         raise Unusable(Reason.NOT_TEXT, f"{where} is a part {kind}, expected a part of type 'text' with its text")
@@ -163,17 +181,16 @@ def _part(part: object, where: str) -> dict[str, Any]:
 
 
 def _tool_calls(value: object, where: str) -> list[dict[str, Any]] | None:
-    calls = _parsed(value, where)
+    calls = _cleaned(_parsed(value, where), where)
     if not calls:
         return None
-    if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise Unusable(Reason.BAD_TOOLS, f"{where} is {_shown(calls)}, expected a list of calls")
-    read = [{key: inner for key, inner in call.items() if inner is not None} for call in calls]
-    for index, call in enumerate(read):
+    for index, call in enumerate(calls):
         function = call.get("function", call)
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Unusable(Reason.BAD_TOOLS, f"{where}[{index}] names no function: {_shown(call)}")
-    return read
+    return calls
 
 
 def _parsed(value: object, where: str) -> object:

@@ -8,7 +8,7 @@ import pytest
 from pipeline.source.messages import Unusable, is_rendered, read_messages, read_tools
 from weights_store.schemas import Reason
 
-CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Lima", "unit": None}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Lima"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
 
@@ -59,11 +59,38 @@ def test_a_date_is_the_text_that_json_has():
     )
 
 
-def test_a_call_needs_no_text_and_a_null_among_its_arguments_stays():
+def test_a_call_needs_no_text():
     expected = [{"role": "assistant", "content": None, "tool_calls": [CALL]}]
     assert read({"role": "assistant", "tool_calls": [{**CALL, "index": None}]}) == expected
     assert read({"role": "assistant", "content": None, "tool_calls": json.dumps([CALL])}) == expected
     assert read({"role": "assistant", "content": "x", "tool_calls": []}) == [{"role": "assistant", "content": "x"}]
+
+
+def test_a_null_is_no_key_at_any_depth_of_a_call():
+    function = {"name": "weather", "arguments": {"city": "Lima", "unit": None, "at": {"day": None}}, "strict": None}
+    filled = {**CALL, "index": None, "function": function}
+    cleaned = {**CALL, "function": {"name": "weather", "arguments": {"city": "Lima", "at": {}}}}
+    for calls in ([filled], json.dumps([filled])):
+        assert read({"role": "assistant", "tool_calls": calls})[0]["tool_calls"] == [cleaned]
+
+
+def test_nulls_in_lists_and_in_arguments_that_are_json_text_stay():
+    function = {"name": "weather", "arguments": '{"city": "Lima", "unit": null}'}
+    calls = [{"function": function}]
+    assert read({"role": "assistant", "tool_calls": calls, "marks": [None, 1]}) == [
+        {"role": "assistant", "content": None, "tool_calls": calls, "marks": [None, 1]}
+    ]
+    schema = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"enum": [None, "x"]}}}}}
+    assert read_tools({"tools": [schema]}) == ([schema], None)
+
+
+def test_a_message_that_is_nested_too_deep_is_no_json():
+    deep: dict = {}
+    for _ in range(100_000):
+        deep = {"x": deep}
+    with pytest.raises(Unusable, match=r"prompt\[0\] is no JSON: ") as caught:
+        read({"role": "user", "content": "x", "deep": deep})
+    assert caught.value.reason is Reason.NOT_TEXT
 
 
 def test_text_parts_stay_parts():
