@@ -12,6 +12,7 @@ from itertools import islice
 
 from pipeline.recipe import DatasetSection
 from pipeline.source.load import is_hub_id, open_source
+from pipeline.source.messages import OF_THE_TEMPLATE
 from pipeline.source.rows import Source
 from pipeline.source.transcripts import HH, Markers, TextCount, transcript_columns
 from weights_store.errors import InputError
@@ -37,8 +38,6 @@ _USUAL = {
 _RESPONSES = ("{}", "{}_response", "response_{}", "{}_answer", "answer_{}", "{}_text")
 """The usual names of the two responses, with `chosen` and `rejected` in them."""
 _SCORE_WORDS = ("score", "rating", "reward", "grade")
-_OF_THE_CHAT = ("tools", "chat_template_kwargs")
-"""Columns that are handed to the chat template."""
 _PLAIN = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 
 
@@ -62,6 +61,8 @@ class Columns:
     """Holds the name of each row's split."""
     combines_answers: bool = False
     """A row with several answers on a side gives a pair for each combination."""
+    of_the_template: tuple[str, ...] = OF_THE_TEMPLATE
+    """The columns that are handed to the chat template."""
 
     def by_role(self) -> dict[str, str]:
         """Return the columns that there are, by what they hold."""
@@ -70,7 +71,7 @@ class Columns:
 
     def needed(self) -> set[str]:
         """Return every column that is read."""
-        return {*self.by_role().values(), *_OF_THE_CHAT}
+        return {*self.by_role().values(), *self.of_the_template}
 
     def markers(self, column: str, has_prompt: bool = True) -> Markers | None:
         """Return what splits the texts of a column into turns; None: nothing."""
@@ -111,6 +112,7 @@ def find_columns(dataset: DatasetSection, names: Collection[str]) -> Columns:
         splits_without_prompt=dataset.transcript != "no",
         split=dataset.split_column and _named(dataset, "split_column", names),
         combines_answers=dataset.many_answers == "combine",
+        of_the_template=tuple(name for name in OF_THE_TEMPLATE if name not in dataset.unprinted_keys),
     )
 
 

@@ -25,6 +25,9 @@ _ROLES = {
 }
 """Roles in lower case, as data sets write them, and their name in chat templates."""
 
+OF_THE_TEMPLATE = ("tools", "chat_template_kwargs")
+"""Columns that are handed to the chat template."""
+
 _BEGINNING = r"(?:<s>|<bos>|<BOS_TOKEN>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>|\[gMASK\]<sop>)?\s*"
 _TURN_MARK = (
     r"(?:<\|im_start\|>|\[/?INST\]|\[SYSTEM_PROMPT\]|<\|start_of_role\|>|<\|header_start\|>|<\|turn>|<\|start_header_id\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>|<\|start\|>"
@@ -77,17 +80,27 @@ def is_empty(message: Message) -> bool:
 def read_tools(row: Mapping[str, object]) -> tuple[list[dict[str, Any]] | None, dict[str, Any] | None]:
     """Return the tools of a row and its arguments for the chat template; None where there are none.
 
-    They are in the columns `tools`, a list of JSON schemas, and `chat_template_kwargs`, an object; both may be JSON text. Tools
-    among the arguments replace those of the row.
+    They are in the columns `tools`, a list of JSON schemas, and `chat_template_kwargs`, an object; both, and each
+    schema, may be JSON text. Tools among the arguments replace those of the row.
 
     Raises:
         Unusable: They are something else.
     """
+    try:
+        return _tools_and_arguments(row)
+    except Unusable as problem:
+        remedy = f"list {' or '.join(OF_THE_TEMPLATE)} in dataset.unprinted_keys to leave it out"
+        raise Unusable(problem.reason, f"{problem.detail}; {remedy}") from problem
+
+
+def _tools_and_arguments(row: Mapping[str, object]) -> tuple[list[dict[str, Any]] | None, dict[str, Any] | None]:
     arguments = _parsed(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
     if not isinstance(arguments, Mapping):
         raise Unusable(Reason.BAD_TOOLS, f"chat_template_kwargs is {_shown(arguments)}, expected an object")
     given = _cleaned(arguments, "chat_template_kwargs")
-    tools = _cleaned(_parsed(given.pop("tools", row.get("tools")), "tools"), "tools") or None
+    tools = _parsed(given.pop("tools", row.get("tools")), "tools") or None
+    if isinstance(tools, list):
+        tools = _cleaned([_parsed(tool, f"tools[{index}]") for index, tool in enumerate(tools)], "tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise Unusable(Reason.BAD_TOOLS, f"tools is {_shown(tools)}, expected a list of JSON schemas")
     _check_json(given, "chat_template_kwargs")
@@ -122,9 +135,15 @@ def _message(value: object, where: str) -> Message:
     if "role" not in message:
         raise Unusable(Reason.NOT_TEXT, f"{where} is no message with role and content: {_shown(value)}")
     role = message["role"]
-    message["role"] = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
-    if message["role"] is None:
-        raise Unusable(Reason.UNKNOWN_ROLE, f"{where}.role is {_shown(role)}, expected one of {', '.join(_ROLES)}")
+    name = role.strip().lower() if isinstance(role, str) else ""
+    calls = _sharegpt_calls(message.get("content")) if name == "function_call" else None
+    if calls is not None:
+        message |= {"role": "assistant", "content": None, "tool_calls": calls}
+    elif name in _ROLES:
+        message["role"] = _ROLES[name]
+    else:
+        expected = f"{', '.join(_ROLES)}, or function_call with the name and arguments of a call as JSON"
+        raise Unusable(Reason.UNKNOWN_ROLE, f"{where}.role is {_shown(role)}, expected one of {expected}")
     calls = _tool_calls(message.get("tool_calls"), f"{where}.tool_calls")
     message["content"] = _content(message.get("content"), f"{where}.content", may_be_null=calls is not None)
     if calls is not None:
@@ -134,6 +153,18 @@ def _message(value: object, where: str) -> Message:
     if not is_plain(message):
         _check_json(message, where)
     return message
+
+
+def _sharegpt_calls(content: object) -> list[dict[str, Any]] | None:
+    """Return the calls in the content of ShareGPT's role `function_call`: JSON of one call or of a list of calls."""
+    try:
+        found = json.loads(content) if isinstance(content, str) else content
+    except (ValueError, RecursionError):
+        return None
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):
+        return None
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _cleaned(value: object, where: str) -> Any:

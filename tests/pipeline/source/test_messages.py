@@ -30,11 +30,34 @@ def read(*messages):
         ("SYSTEM", "system"),
         ("developer", "developer"),
         ("function", "tool"),
+        ("observation", "tool"),
         (" tool ", "tool"),
     ],
 )
 def test_roles_get_the_names_of_chat_templates(written, role):
     assert read({"role": written, "content": "x"}) == [{"role": role, "content": "x"}]
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_function_call_of_sharegpt_is_a_turn_with_calls(as_list):
+    call = {"name": "weather", "arguments": {"city": "Lima"}}
+    calls = [call, {"name": "now", "arguments": "{}"}] if as_list else [call]
+    value = json.dumps(calls if as_list else call)
+    expected = [{"type": "function", "function": each} for each in calls]
+    assert read({"from": "function_call", "value": value}) == [
+        {"role": "assistant", "content": None, "tool_calls": expected}
+    ]
+
+
+@pytest.mark.parametrize(
+    "value", ["weather of Lima", "3", "[]", '{"name": "weather"}', '{"arguments": {}}', '["f"]', None]
+)
+def test_a_function_call_that_is_no_call_is_an_unknown_role(value):
+    with pytest.raises(
+        Unusable, match=r"prompt\[0\].role is 'function_call', expected one of .* or function_call with"
+    ) as caught:
+        read({"from": "function_call", "value": value})
+    assert caught.value.reason is Reason.UNKNOWN_ROLE
 
 
 @pytest.mark.parametrize("role", ["narrator", "", 3])
@@ -136,7 +159,7 @@ def test_messages_that_cannot_be_read_say_why(message, reason, detail):
 
 
 def test_tools_and_template_arguments_are_lists_and_objects_or_their_json():
-    for tools in ([TOOL], json.dumps([TOOL])):
+    for tools in ([TOOL], json.dumps([TOOL]), [json.dumps(TOOL)]):
         assert read_tools({"tools": tools}) == ([TOOL], None)
         assert read_tools({"tools": ["old"], "chat_template_kwargs": {"tools": tools}}) == ([TOOL], None)
     for tools in ([], "", "null", None):
@@ -145,11 +168,14 @@ def test_tools_and_template_arguments_are_lists_and_objects_or_their_json():
         assert read_tools({"chat_template_kwargs": arguments}) == (None, {"thinking": False})
 
 
-@pytest.mark.parametrize("value", ["not JSON", "[1]", {"type": "function"}, 3])
-def test_other_tools_are_refused(value):
-    with pytest.raises(Unusable, match="tools is") as caught:
+@pytest.mark.parametrize("value", ["not JSON", "None", "[1]", {"type": "function"}, 3, ["search", "calc"], [TOOL, "3"]])
+def test_other_tools_are_refused_with_a_remedy(value):
+    with pytest.raises(Unusable, match=r"tools(\[\d\])? is ") as caught:
         read_tools({"tools": value})
     assert caught.value.reason is Reason.BAD_TOOLS
+    assert caught.value.detail.endswith(
+        "; list tools or chat_template_kwargs in dataset.unprinted_keys to leave it out"
+    )
 
 
 def test_other_template_arguments_are_refused():

@@ -253,6 +253,15 @@ def test_rows_of_parquet_are_those_of_json():
     assert [pair.pair_id for pair, _ in pairs] == [of_json.pair_id for _, of_json in pairs]
 
 
+@pytest.mark.parametrize("tools", ["None", ["search", "calc"], TOOLS])
+def test_tools_that_a_recipe_leaves_out_are_not_read(tools):
+    row = {"prompt": [USER], "chosen": "Rayleigh.", "rejected": "Paint."}
+    (found,) = read_all({**row, "tools": tools}, unprinted_keys=["tools"])
+    assert found == Pair([USER], "Rayleigh.", "Paint.")
+    (found,) = read_all({**row, "chat_template_kwargs": 3}, unprinted_keys=["chat_template_kwargs"])
+    assert found == Pair([USER], "Rayleigh.", "Paint.")
+
+
 @pytest.mark.parametrize(
     "row",
     [
