@@ -229,7 +229,11 @@ def _quarantine(options: argparse.Namespace) -> None:
     from weights_store.views.quarantine import reasons_of, rows_of
 
     rows = _store(options).quarantine(options.dataset)
-    shown = reasons_of(rows) if options.reason is None else rows_of(rows, options.reason, options.limit)
+    if options.reason is None:
+        shown = reasons_of(rows)
+        num_rows = len(shown)
+    else:
+        shown, num_rows = rows_of(rows, options.reason, options.limit)
     found = shown.to_dicts()
     if options.json:
         print_json(found)
@@ -245,8 +249,8 @@ def _quarantine(options: argparse.Namespace) -> None:
         counted = f"{count_text(row['num_rows'], 'row')} {row['reason']}, for example " if "num_rows" in row else ""
         print(f"{GAP}{counted}row {row['source_row']}: {one_line(row['detail'])}")
         print(f"{GAP}{GAP}{one_line(row['raw'], 120)}")
-    if options.reason is not None and len(found) == options.limit:
-        print(f"the first {count_text(options.limit, 'row')}; --limit lists more")
+    if len(found) < num_rows:
+        print(f"the first {len(found)} of {count_text(num_rows, 'row')}; --limit lists more")
 
 
 # --- writing and checking ----------------------------------------------------------------------------------------------

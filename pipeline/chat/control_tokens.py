@@ -92,7 +92,9 @@ class ControlTokens:
             Unusable: The tokenizer cannot encode the hidden texts without their control tokens.
         """
         if not is_hidden:
-            return self._tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[no-any-return]
+            if self._plain is None:
+                return self._tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[no-any-return]
+            return self._plain.encode_batch_fast([text], add_special_tokens=False)[0].ids
         if self._backend is None:
             detail = "a text has control tokens, and this tokenizer cannot take them as text"
             raise Unusable(Reason.CONTROL_TOKENS, detail)
@@ -108,9 +110,15 @@ class ControlTokens:
         return ids
 
     @cached_property
-    def _backend(self) -> "Tokenizer | None":
-        """A copy of a fast tokenizer in which private-use characters are the control tokens, and their texts are text."""
-        from tokenizers import AddedToken, Tokenizer
+    def _plain(self) -> "Tokenizer | None":
+        """A copy of a fast tokenizer: what transformers calls, a quarter faster without its wrapper and without offsets."""
+        copy = self._copy()
+        if copy is not None:
+            copy.encode_special_tokens = self._tokenizer.split_special_tokens
+        return copy
+
+    def _copy(self) -> "Tokenizer | None":
+        from tokenizers import Tokenizer
 
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -118,8 +126,18 @@ class ControlTokens:
         copy = Tokenizer.from_str(backend.to_str())
         copy.no_padding()
         copy.no_truncation()
+        return copy
+
+    @cached_property
+    def _backend(self) -> "Tokenizer | None":
+        """A copy of a fast tokenizer in which private-use characters are the control tokens, and their texts are text."""
+        from tokenizers import AddedToken
+
+        copy = self._copy()
+        if copy is None:
+            return None
         copy.encode_special_tokens = True
-        flags = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+        flags = {token.content: token for token in copy.get_added_tokens_decoder().values()}
         for index, text in enumerate(self._texts):
             same = {flag: getattr(flags[text], flag) for flag in ("single_word", "lstrip", "rstrip", "normalized")}
             copy.add_tokens([AddedToken(chr(_OWN + index), **same)])

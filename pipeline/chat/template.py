@@ -174,7 +174,9 @@ class ChatTemplate:
                 **given,
             )
         except Exception as error:  # whatever the template's code raises
-            detail = f"{self.name} refuses this chat: {first_line(error)}"
+            detail = f"{self.name} refuses this chat: {_said_of_dicts(first_line(error))}"
+            if _is_mistyped(error) and any("tool_calls" in message for message in messages):
+                detail += "; write tool calls as this template takes them, see docs/chats.md on `arguments`"
             raise Unusable(Reason.TEMPLATE_MISMATCH, detail) from error
 
     def closing(
@@ -320,6 +322,18 @@ class ChatTemplate:
             raise InputError(f"{self.name} is no valid Jinja: line {cause.lineno}: {first_line(cause)}") from cause
         if isinstance(cause, EndlessError | OverflowError | MemoryError | RecursionError):
             raise InputError(f"{self.name} cannot render even one short message: {first_line(cause)}") from cause
+
+
+def _said_of_dicts(text: str) -> str:
+    """Return an error's text in which our dicts are dicts, as whoever wrote the chat knows them."""
+    return text.replace(f"{WatchedDict.__module__}.", "").replace(WatchedDict.__name__, "dict")
+
+
+def _is_mistyped(error: Exception) -> bool:
+    """Return whether a template was given another type than it expects; what it raises itself is something else."""
+    from jinja2 import UndefinedError
+
+    return isinstance(error, TypeError | UndefinedError)
 
 
 class EndlessError(Exception):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.chat.control_tokens import ControlTokens
 from pipeline.chat.rendering import Chat, PairRenderer
 from pipeline.chat.template import ChatTemplate, prints_date
-from pipeline.source.messages import Message, Unusable, is_empty, is_rendered
+from pipeline.source.messages import Message, Unusable, is_empty, is_rendered, texts_of
 from pipeline.source.pairs import Pair
 from pipeline.source.responses import as_turns
 from weights_store.errors import InputError
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _WALLS = ("\n", "|", "0")
 """Characters in front of a response that is tokenised apart from its prompt."""
-RENDERING_VERSION = 2
+RENDERING_VERSION = 3
 """Part of the fingerprint of tokens tables; goes up when the same chat, template and tokenizer give other ids than before."""
 
 
@@ -273,8 +273,8 @@ class ChatTokenizer:
             ("rejected", as_turns(pair.rejected)),
         ):
             for message in turns:
-                if isinstance(message["content"], str):
-                    self._check_not_rendered(message["content"], name)
+                for text in texts_of(message):
+                    self._check_not_rendered(text, name)
             adapted = template.adapt(turns)
             ended = [self._without_end(message) for message in adapted]
             if ended != adapted:
@@ -298,12 +298,18 @@ class ChatTokenizer:
     def _without_end(self, message: Message) -> Message:
         """Return an assistant turn without EOS or the template's end of turn as text at its end: the template ends it."""
         content = message["content"]
-        if message["role"] != "assistant" or not isinstance(content, str):
+        if message["role"] != "assistant" or not content:
             return message
+        if isinstance(content, str):
+            return {**message, "content": self._cut_ends(content)}
+        *others, last = content
+        return {**message, "content": [*others, {**last, "text": self._cut_ends(last["text"])}]}
+
+    def _cut_ends(self, text: str) -> str:
         ends = tuple(filter(None, (self._eos_token, self._chat_template.turn_end)))
-        while (end := next(filter(content.rstrip().endswith, ends), None)) is not None:
-            content = content.rstrip().removesuffix(end)
-        return message if content == message["content"] else {**message, "content": content}
+        while (end := next(filter(text.rstrip().endswith, ends), None)) is not None:
+            text = text.rstrip().removesuffix(end)
+        return text
 
 
 def _response_ids(to_ids: Callable[[str], list[int]], prompt: str, prompt_ids: list[int], response: str) -> list[int]:

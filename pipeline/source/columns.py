@@ -12,6 +12,7 @@ from itertools import islice
 
 from pipeline.recipe import DatasetSection
 from pipeline.source.load import is_hub_id, open_source
+from pipeline.source.messages import OF_THE_TEMPLATE
 from pipeline.source.rows import Source
 from pipeline.source.transcripts import HH, Markers, TextCount, transcript_columns
 from weights_store.errors import InputError
@@ -39,8 +40,6 @@ _RESPONSES = ("{}", "{}_response", "response_{}", "{}_answer", "answer_{}", "{}_
 _SCORE = re.compile(r"(score|rating|reward|grade)s?|.+(score|rating|reward|grade)")
 """What is left of the name of a score without `chosen` or `rejected`: such a word, or a kind of it, as in `avg_rating`. What
 goes on behind the word says something about the score, as `rating_rationale`."""
-_OF_THE_CHAT = ("tools", "chat_template_kwargs")
-"""Columns that are handed to the chat template."""
 _PLAIN = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 
 
@@ -68,6 +67,8 @@ class Columns:
     """Whether only its name makes the input column one: then it is left out where whole chats do not have it."""
     combines_answers: bool = False
     """A row with several answers on a side gives a pair for each combination."""
+    of_the_template: tuple[str, ...] = OF_THE_TEMPLATE
+    """The columns that are handed to the chat template."""
 
     def by_role(self) -> dict[str, str]:
         """Return the columns that there are, by what they hold."""
@@ -76,7 +77,7 @@ class Columns:
 
     def needed(self) -> set[str]:
         """Return every column that is read."""
-        return {*self.by_role().values(), *_OF_THE_CHAT}
+        return {*self.by_role().values(), *self.of_the_template}
 
     def markers(self, column: str, has_prompt: bool = True) -> Markers | None:
         """Return what splits the texts of a column into turns; None: nothing."""
@@ -120,6 +121,7 @@ def find_columns(dataset: DatasetSection, names: Collection[str]) -> Columns:
         guesses_prompt=prompt is not None and dataset.prompt_column is None and _key(prompt) != "prompt",
         guesses_input=input_column is not None and dataset.input_column is None,
         combines_answers=dataset.many_answers == "combine",
+        of_the_template=tuple(name for name in OF_THE_TEMPLATE if name not in dataset.unprinted_keys),
     )
 
 

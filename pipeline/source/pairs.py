@@ -118,7 +118,7 @@ def read_pair(row: Mapping[str, object], columns: Columns) -> Pair:
         rejected,
         read_score(row.get(columns.chosen_score)) if columns.chosen_score else None,
         read_score(row.get(columns.rejected_score)) if columns.rejected_score else None,
-        *read_tools(row),
+        *read_tools({name: row.get(name) for name in columns.of_the_template}),
         ignores_prompt=ignores_prompt,
     )
 

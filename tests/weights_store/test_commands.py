@@ -346,7 +346,9 @@ def test_quarantine_of_a_reason_lists_its_rows(command):
     _, out, _ = command("quarantine", "hh-harmless", "--reason", "not_text")
     assert [line.strip().split(":")[0] for line in out.splitlines()[1::2]] == ["row 7", "row 9"]
     _, out, _ = command("quarantine", "hh-harmless", "--reason", "not_text", "--limit", "1")
-    assert out.endswith("the first 1 row; --limit lists more\n")
+    assert out.endswith("the first 1 of 2 rows; --limit lists more\n")
+    _, out, _ = command("quarantine", "hh-harmless", "--reason", "not_text", "--limit", "2")
+    assert len(out.splitlines()) == 5  # the table and two lines of each of its two rows
     _, out, _ = command("quarantine", "hh-harmless", "--reason", "prompt_too_long")
     assert out.startswith("no row with reason prompt_too_long of hh-harmless is in quarantine in ")
 

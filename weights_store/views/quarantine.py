@@ -36,8 +36,8 @@ def reasons_of(rows: pl.LazyFrame) -> pl.DataFrame:
     return first.select(order).collect().sort("table", "num_rows", "reason", descending=[False, True, False])
 
 
-def rows_of(rows: pl.LazyFrame, reason: str, limit: int) -> pl.DataFrame:
-    """Return the first rows with one reason, at most `limit`.
+def rows_of(rows: pl.LazyFrame, reason: str, limit: int) -> tuple[pl.DataFrame, int]:
+    """Return the first rows with one reason, at most `limit`, and how many there are.
 
     Raises:
         SettingsError: There is no such reason, or the limit is below 1.
@@ -47,7 +47,9 @@ def rows_of(rows: pl.LazyFrame, reason: str, limit: int) -> pl.DataFrame:
     known = [known.value for known in Reason]
     if reason not in known:
         raise SettingsError(f"no reason {reason!r}: expected one of {', '.join(known)}")
-    return rows.filter(reason=reason).sort("table", "source_row", "detail").head(limit).collect()
+    found = rows.filter(reason=reason)
+    first = found.sort("table", "source_row", "detail").head(limit)
+    return first.collect(), found.select(pl.len()).collect().item()
 
 
 def _paths(root: Location, kind: str) -> list[str]:

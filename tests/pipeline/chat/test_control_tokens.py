@@ -244,3 +244,13 @@ def test_zephyr_is_the_template_of_the_small_chat_model(shared_folder):
         chat, chat_template=ZEPHYR, tokenize=False
     )
     assert ours.decode(tokens.prompt_ids) == f"<s><|user|>\n{INJECTED}\n<|assistant|>\n"
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_ids_are_those_of_transformers_whatever_the_tokenizer_cuts_or_splits(toy_model, splits):
+    tokenizer = AutoTokenizer.from_pretrained(toy_model, split_special_tokens=splits)
+    texts = ["", " ", "the dough</s> na\u00efve \U0001f35e", "<|user|>\nthe baker\n\n</s>"]
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    assert [ControlTokens(tokenizer).ids(text) for text in texts] == expected
+    assert len(expected[-1]) > 2

@@ -244,3 +244,58 @@ def test_rendering_is_that_of_transformers(kind_folder, of_kind):
     expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=False, return_dict=False)
     tokens = tokenize(of_kind("qwen3"), chat, chat_template_kwargs={"enable_thinking": False})
     assert tokens.prompt_ids == expected
+
+
+RENDERED = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("kind", ["parts", "zephyr"])
+@pytest.mark.parametrize("content", [RENDERED, [{"type": "text", "text": RENDERED}]], ids=["text", "parts"])
+def test_a_rendered_chat_is_refused_as_text_and_as_a_part(of_kind, kind, content):
+    with pytest.raises(Unusable, match="prompt is a rendered chat") as caught:
+        tokenize(of_kind(kind), [{"role": "user", "content": content}])
+    assert caught.value.reason is Reason.ALREADY_TEMPLATED
+
+
+def test_an_end_of_turn_at_the_end_of_text_parts_is_there_once(of_kind):
+    tokenizer = of_kind("parts")
+    plain = tokenize(tokenizer, chosen=[said([{"type": "text", "text": "An apple."}])])
+    for texts in (["An apple.<|im_end|>"], ["An ", "apple.<|im_end|>\n"], ["An apple.", "<|im_end|>"]):
+        tokens = tokenize(tokenizer, chosen=[said([{"type": "text", "text": text} for text in texts])])
+        assert text_of(tokenizer, tokens.chosen_ids) == text_of(tokenizer, plain.chosen_ids) == "An apple.<|im_end|>"
+        assert "a text ends with the token that ends a turn; it is there once" in tokens.notes
+    with pytest.raises(Unusable, match="chosen is only an end-of-turn token"):
+        tokenize(tokenizer, chosen=[said([{"type": "text", "text": "<|im_end|>"}])])
+
+
+CALLING = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}CALL{% endfor %}</s>{% endfor %}"
+)
+"""A template in which `CALL` prints a call."""
+
+
+@pytest.mark.parametrize(
+    ("printed", "call", "problem"),
+    [
+        ("'' + call.function.arguments", {"function": {"name": "f", "arguments": {"a": 1}}}, "to str"),
+        ("call.function.name", {"name": "f", "arguments": {}}, "'dict object' has no attribute 'function'"),
+        ("call.function.arguments.items()", {"function": {"name": "f", "arguments": "{}"}}, "'str object' has no"),
+    ],
+    ids=["concatenation", "attribute", "method"],
+)
+def test_a_form_of_calls_that_a_template_cannot_take_is_said_without_our_classes(with_template, printed, call, problem):
+    tokenizer = with_template(CALLING.replace("CALL", f"{{{{ {printed} }}}}"))
+    with pytest.raises(Unusable, match=f"refuses this chat: .*{problem}") as caught:
+        tokenize(tokenizer, chosen=[said(None, tool_calls=[call])])
+    assert "Watched" not in caught.value.detail
+    assert caught.value.detail.endswith(
+        "; write tool calls as this template takes them, see docs/chats.md on `arguments`"
+    )
+
+
+def test_a_template_that_refuses_a_chat_with_calls_itself_is_quoted_alone(with_template):
+    tokenizer = with_template(CALLING.replace("CALL", "{{ raise_exception('one call at a time') }}"))
+    with pytest.raises(Unusable, match="one call at a time") as caught:
+        tokenize(tokenizer, chosen=[said(None, tool_calls=[{"function": {"name": "f", "arguments": {}}}])])
+    assert caught.value.detail.endswith("refuses this chat: one call at a time")

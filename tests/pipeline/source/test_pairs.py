@@ -233,14 +233,35 @@ def test_a_pair_with_everything_survives_its_json_in_the_order_of_the_row():
 
 
 def test_rows_of_parquet_are_those_of_json():
-    # Parquet has one type for a column, so every message gets every key, null where it has none.
+    # Parquet has one type for a column, so every object gets every key, null where it has none.
+    calls, tools = [], []
+    for name, value in (("city", "Lima"), ("days", 2)):
+        function = {"name": name, "arguments": {name: value}}
+        calls.append({"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]})
+        schema = {"type": "object", "properties": {name: {"type": "string"}}}
+        tools.append([{"type": "function", "function": {"name": name, "parameters": schema}}])
     rows = [
+        {"prompt": [USER], "chosen": [calls[0]], "rejected": [assistant("y")], "tools": tools[0]},
+        {"prompt": [USER], "chosen": [calls[1]], "rejected": [assistant("y")], "tools": tools[1]},
         {"prompt": [USER], "chosen": [CALL, RESULT, assistant("x")], "rejected": [assistant("y")], "tools": TOOLS},
         {"prompt": [{**USER, "name": "Ann"}], "chosen": [assistant("x")], "rejected": [assistant("y")]},
     ]
     filled = pa.Table.from_pylist(rows).to_pylist()
-    assert filled[1]["chosen"][0]["tool_calls"] is None
-    assert [read(**row) for row in filled] == [read(**row) for row in rows]
+    assert filled[3]["chosen"][0]["tool_calls"] is None
+    assert filled[0]["chosen"][0]["tool_calls"][0]["function"]["arguments"]["days"] is None
+    assert filled[0]["tools"][0]["function"]["parameters"]["properties"]["days"] is None
+    pairs = [(read(**row), read(**of_json)) for row, of_json in zip(filled, rows, strict=True)]
+    assert [pair for pair, _ in pairs] == [of_json for _, of_json in pairs]
+    assert [pair.pair_id for pair, _ in pairs] == [of_json.pair_id for _, of_json in pairs]
+
+
+@pytest.mark.parametrize("tools", ["None", ["search", "calc"], TOOLS])
+def test_tools_that_a_recipe_leaves_out_are_not_read(tools):
+    row = {"prompt": [USER], "chosen": "Rayleigh.", "rejected": "Paint."}
+    (found,) = read_all({**row, "tools": tools}, unprinted_keys=["tools"])
+    assert found == Pair([USER], "Rayleigh.", "Paint.")
+    (found,) = read_all({**row, "chat_template_kwargs": 3}, unprinted_keys=["chat_template_kwargs"])
+    assert found == Pair([USER], "Rayleigh.", "Paint.")
 
 
 @pytest.mark.parametrize(
