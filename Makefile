@@ -34,7 +34,7 @@ demo: $(INSTALLED)  ## run the whole job on a made-up language, in demo/
 	$(BIN)/tokenweights demo
 
 WORKERS ?= 2
-test: $(INSTALLED)  ## run the whole suite (WORKERS=2 processes, eleven minutes on two cores)
+test: $(INSTALLED)  ## run the whole suite (WORKERS=2 processes, thirteen minutes on two cores)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-families: $(INSTALLED)  ## every causal language model of transformers, tiny -> docs/families.md (three minutes)

@@ -87,10 +87,9 @@ def store(tmp_path_factory, toy_model):
 def commands(store, toy_model, toy_pairs):
     """Each command with its arguments."""
     folder = Path(str(store.root)).parent
-    source = folder / "pairs.arrow"  # read with `datasets`
-    rows = pa.Table.from_pylist(toy_pairs[:3])
-    with pa.OSFile(str(source), "wb") as sink, pa.ipc.new_stream(sink, rows.schema) as stream:
-        stream.write_table(rows)
+    source = folder / "pairs"  # `datasets` finds the splits of a folder
+    source.mkdir()
+    (source / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in toy_pairs[:3]))
     recipe = [str(REPO / "recipes" / "hh_harmless.toml"), "--store", str(folder / "new")]
     recipe += [f"--set=dataset.source={source}", f"--set=model.path={toy_model}"]
     train = [

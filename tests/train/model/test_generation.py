@@ -102,10 +102,12 @@ def test_the_model_is_as_it_was_and_its_own_sampling_settings_do_not_count(polic
     inner.generation_config = GenerationConfig(eos_token_id=EOS, repetition_penalty=50.0, num_beams=3)
     forward, settings, attention = inner.forward, inner.generation_config, inner.config._attn_implementation
     inner.train()
+    modes = [module.training for module in inner.modules()]
+    assert modes[0]
     assert [ids.tolist() for ids in sample_responses(policy, prompts[:4], GREEDY, seed=0)] == expected
     assert (inner.forward, inner.generation_config) == (forward, settings)
     assert inner.config._attn_implementation == attention == "tokenweights_packed"
-    assert all(module.training for module in inner.modules())
+    assert [module.training for module in inner.modules()] == modes
     assert all(parameter.requires_grad and parameter.grad is None for parameter in inner.parameters())
     with pytest.raises(InputError):
         sample_responses(policy, [np.zeros(128, np.int32)], GREEDY, seed=0)
