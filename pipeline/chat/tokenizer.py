@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.chat.control_tokens import ControlTokens
 from pipeline.chat.rendering import Chat, PairRenderer
 from pipeline.chat.template import ChatTemplate, prints_date
-from pipeline.source.messages import Message, Unusable, is_empty, is_rendered, texts_of
+from pipeline.source.messages import SYSTEM_ROLES, Message, Unusable, is_empty, is_rendered, texts_of
 from pipeline.source.pairs import Pair
 from pipeline.source.responses import as_turns
 from weights_store.errors import InputError
@@ -62,7 +62,7 @@ class Condition:
     def apply(self, prompt: Sequence[Message]) -> list[Message]:
         """Return the chat with the contrastive prompt in front; a system turn that is there is extended, not replaced."""
         messages = [dict(message) for message in prompt]
-        roles = ("system", "developer") if self.role == "system" else ("user",)
+        roles = SYSTEM_ROLES if self.role == "system" else ("user",)
         if self.role == "system" and (not messages or messages[0]["role"] not in roles):
             return [{"role": "system", "content": self.text}, *messages]
         first = next((message for message in messages if message["role"] in roles), None)
@@ -353,7 +353,7 @@ def _read_template(path: str) -> str:
 
 def _drop_oldest_exchange(prompt: list[Message], num_tokens: int, limit: int) -> list[Message]:
     """Drop the oldest turn and everything up to the next user turn. A system turn and the last user turn stay."""
-    head = prompt[:1] if prompt[0]["role"] in ("system", "developer") else []
+    head = prompt[:1] if prompt[0]["role"] in SYSTEM_ROLES else []
     rest = prompt[len(head) :]
     starts = [index for index, message in enumerate(rest) if index > 0 and message["role"] == "user"]
     if not starts:

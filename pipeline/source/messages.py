@@ -16,6 +16,8 @@ from weights_store.schemas import Reason
 Message = dict[str, Any]
 """One turn: `role`, `content` (text, text parts, or None beside tool calls) and any other key of a chat template."""
 
+SYSTEM_ROLES = ("system", "developer")
+"""Roles of the turn that instructs the model, before the chat."""
 _ROLES = {
     **dict.fromkeys(("system",), "system"),
     **dict.fromkeys(("developer",), "developer"),

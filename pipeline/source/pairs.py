@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.source.columns import Columns
 from pipeline.source.messages import (
+    SYSTEM_ROLES,
     Message,
     Unusable,
     check_text,
@@ -30,7 +31,6 @@ from pipeline.source.transcripts import Markers, is_encoded_chat, split_transcri
 from weights_store.fingerprint import canonical_json, ordered_json
 from weights_store.schemas import Reason
 
-SYSTEM_ROLES = ("system", "developer")
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 

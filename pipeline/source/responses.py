@@ -3,13 +3,13 @@
 A response is usually one assistant turn. It may have several: calls of tools, their results, and the answer.
 """
 
-from pipeline.source.messages import Message, Unusable, is_empty, is_plain
+from pipeline.source.messages import SYSTEM_ROLES, Message, Unusable, is_empty, is_plain
 from weights_store.schemas import Reason
 
 Response = str | list[Message]
 """The text of one assistant turn; messages if there is more than that."""
 
-_GIVEN_ROLES = ("system", "developer", "user")
+_GIVEN_ROLES = (*SYSTEM_ROLES, "user")
 """Roles of turns that the model never writes, and that are no answer to its own calls."""
 
 

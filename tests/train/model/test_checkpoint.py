@@ -1,4 +1,4 @@
-"""Model folders that are damaged: one line that names the file."""
+"""Model folders that are damaged: one line that names the file. Models that are probed: the same afterwards."""
 
 from pathlib import Path
 
@@ -65,3 +65,17 @@ def test_a_model_is_in_float32_inside_and_what_it_was_afterwards(folder) -> None
     with in_float32(model):
         assert {tensor.dtype for tensor in tensors} == {torch.float32}
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def test_a_probe_in_float32_gives_every_tensor_back_bit_for_bit() -> None:
+    model = torch.nn.Module()
+    values = {
+        dtype: torch.tensor([0.1, 1 / 3], dtype=dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)
+    }
+    for dtype, value in values.items():
+        model.register_buffer(f"in_{dtype}".replace("torch.", ""), value.clone())
+    with in_float32(model):
+        assert model.in_bfloat16.dtype == torch.float32
+    for buffer, value in zip(model.buffers(), values.values(), strict=True):
+        assert buffer.dtype == value.dtype
+        assert torch.equal(buffer, value)
