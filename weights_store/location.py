@@ -146,8 +146,12 @@ class Location:
 
     def exists(self, *names: str) -> bool:
         """Return whether at least one of the files or folders is there."""
+        return any(info.type != pafs.FileType.NotFound for info in self.info(list(names)))
+
+    def info(self, names: list[str]) -> list[pafs.FileInfo]:
+        """Return what there is under each of some names."""
         with self._reading():
-            return any(info.type != pafs.FileType.NotFound for info in self.filesystem.get_file_info(list(names)))
+            return list(self.filesystem.get_file_info(names))
 
     def files(self) -> dict[str, pafs.FileInfo]:
         """Return the files in this folder by name; none if the folder does not exist."""

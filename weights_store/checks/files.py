@@ -5,6 +5,7 @@ shards are decoded, to name the row group, the column and the pairs.
 """
 
 import hashlib
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,12 +13,14 @@ from urllib.parse import unquote
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from weights_store.checks.findings import Finding
 from weights_store.checks.log import TableLog
 from weights_store.errors import DamageError, StoreError
 from weights_store.location import one_line
 from weights_store.messages import Progress, logger, show
+from weights_store.tables.commits import LAST_CHECKPOINT
 from weights_store.tables.shards import RESTORE, ShardReader, ShardRecord
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableReader
@@ -27,6 +30,8 @@ _log = logger(__name__)
 BYTES_PER_PROGRESS = 64 << 20
 """How much is read before progress is shown again: small tables show none."""
 _READ_BYTES = 4 << 20
+_PROTOCOL = (1, 2)
+"""Reader and writer version that a table needs."""
 _BYTES_DIFFER = "its bytes are not those that were committed (SHA-256 differs)"
 # What decoding damaged Parquet has been seen to raise.
 _UNDECODABLE = (DamageError, OSError, pa.ArrowException, ValueError, KeyError, IndexError, TypeError, MemoryError)
@@ -59,9 +64,9 @@ class SoundTable(TableReader):
         """Return the records of the undamaged shards."""
         return list(self._records)
 
-    def scan(self, version: int | None = None) -> pl.LazyFrame:  # noqa: ARG002 - it has one version
-        """Return the rows of the undamaged shards."""
-        return self.scan_shards(self._records)
+    def scan(self, version: int | None = None, checked: bool = False) -> pl.LazyFrame:  # noqa: ARG002 - one version
+        """Return the rows of the undamaged shards, which have been read and compared just now."""
+        return self.scan_shards(self._records, checked)
 
 
 def examine(log: TableLog) -> Examined:
@@ -71,8 +76,12 @@ def examine(log: TableLog) -> Examined:
     _log.info(f"{table.path}: versions {len(log.commits)}, shards {len(records)}, {num_bytes / 1e6:,.1f} MB")
     findings = [Finding(table.path, problem, version) for version, problem in sorted(log.problems.items())]
     findings += _check_foreign(log)
-    if log.is_whole:
-        findings += _check_view(log)
+    findings += check_summaries(log)
+    if log.is_whole and log.newest is not None:
+        findings += [
+            finding for version in sorted({*log.checkpoints, log.newest}) for finding in _check_view(log, version)
+        ]
+        findings += _note_weaker(log)
     digests = {record.sha256: record.name for _, record in records}
     unsound, done, shown, started = set(), 0, 0, time.monotonic()
     for version, record in records:
@@ -103,40 +112,91 @@ def _check_foreign(log: TableLog) -> Iterator[Finding]:
                 yield Finding(log.table.path, "the file is missing", version, path)
 
 
-def _check_view(log: TableLog) -> Iterator[Finding]:
-    """Compare what Delta readers see with what the commits recorded. This also finds a damaged checkpoint."""
+def _note_weaker(log: TableLog) -> Iterator[Finding]:
+    if log.weaker:
+        text = (
+            f"{len(log.weaker)} versions up to {log.weaker[-1]} are of an older tokenweights: their entries of the log do not "
+            "cover removals and their order, so exchanged entries may pass; entries that are written from now on do"
+        )
+        yield Finding(log.table.path, text, is_note=True)
+
+
+def check_summaries(log: TableLog) -> Iterator[Finding]:
+    """Yield the checkpoints, and Delta's hint at the last one, that are not a true summary of the log.
+
+    Readers believe them, but need neither: with all entries of the log in place they can be deleted.
+    """
+    mend = "; delete it, or run `tokenweights repair`: readers need only the entries of the log"
+    for version, names in sorted(log.checkpoints.items()):
+        for name in names:
+            if problem := _problem_of_checkpoint(log, version, name):
+                yield Finding(
+                    log.table.path, f"its checkpoint _delta_log/{name} {problem}{mend} (and _last_checkpoint)", version
+                )
+    try:
+        hint = json.loads(log.table.location.read(f"_delta_log/{LAST_CHECKPOINT}"))
+        found = hint["version"]
+        is_right = found in log.checkpoints and all(type(hint[key]) is int for key in ("version", "size"))
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):
+        found, is_right = "no version", False
+    if not is_right:
+        known = ", ".join(map(str, sorted(log.checkpoints))) or "none"
+        text = f"_delta_log/{LAST_CHECKPOINT} is damaged: it names {found!r}, there are checkpoints of versions {known}{mend}"
+        yield Finding(log.table.path, text, log.newest)
+
+
+def _problem_of_checkpoint(log: TableLog, version: int, name: str) -> str | None:
+    """Return how the files that a checkpoint names differ from those that the entries up to its version name."""
+    try:
+        rows = pq.read_table(pa.BufferReader(log.table.location.read(f"_delta_log/{name}")), columns=["add"])
+        named = [add["path"] for add in rows["add"].to_pylist() if add is not None]
+    except (*_UNDECODABLE, StoreError) as error:
+        return f"is damaged: {one_line(error)}"
+    if log.is_whole and (len(named) != len(log.active(version)) or set(named) != log.active(version)):
+        return f"names {len(named)} files, the entries up to it {len(log.active(version))}, and they are not the same"
+    return None
+
+
+def _check_view(log: TableLog, version: int) -> Iterator[Finding]:
+    """Compare what Delta readers see of one version with what the commits recorded."""
     from deltalake import Schema
     from deltalake.exceptions import DeltaError
 
-    table, newest = log.table, log.newest
-    if newest is None:
-        return
+    table = log.table
     try:
-        opened = table.open_delta(newest)
+        opened = table.open_delta(version)
         actions = pa.table(opened.get_add_actions(flatten=True)).to_pylist()
-        schema = opened.schema()
+        schema, about, protocol = opened.schema(), opened.metadata(), opened.protocol()
     except (StoreError, DeltaError, OSError, ValueError) as error:
-        yield Finding(table.path, f"Delta cannot open it: {one_line(error)}", newest)
+        yield Finding(table.path, f"Delta cannot open it: {one_line(error)}", version)
         return
     if schema.fields != Schema.from_arrow(table.schema).fields:
         names = [field.name for field in schema.fields]
         text = f"its log has the columns {names} or types that differ from those of this tokenweights"
-        yield Finding(table.path, f"{text}, {table.schema.names}", newest)
-    active = log.active(newest)
+        yield Finding(table.path, f"{text}, {table.schema.names}", version)
+    if about.partition_columns or (protocol.min_reader_version, protocol.min_writer_version) != _PROTOCOL:
+        text = f"partition columns {about.partition_columns} and protocol {tuple(protocol)[:2]}, expected none and {_PROTOCOL}"
+        yield Finding(table.path, f"its log has {text}: other programs may not read it", version)
+    strange = {key: value for key, value in about.configuration.items() if table.configuration.get(key) != value}
+    if strange:
+        yield Finding(table.path, f"its log has the properties {strange}, expected {table.configuration}", version)
+    active = log.active(version)
     stats = ("size_bytes", "num_records", f"min.{table.key[0]}", f"max.{table.key[0]}")
     seen = {action["path"]: tuple(action.get(name) for name in stats) for action in actions}
     recorded = {r.name: (r.num_bytes, r.num_rows, r.first_key, r.last_key) for _, r in log.records()}
-    if seen.keys() != active:
+    if seen.keys() != active or len(actions) != len(active):
         yield Finding(
             table.path,
-            f"Delta readers see {len(seen)} files, its commits say {len(active)}, and they are not the same: "
-            "a checkpoint in _delta_log is damaged; delete it and _last_checkpoint",
-            newest,
+            f"Delta readers see {len(actions)} files, its commits say {len(active)}, and they are not the same: "
+            "a checkpoint in _delta_log is damaged; delete it and _last_checkpoint, or run `tokenweights repair`",
+            version,
         )
     for name in sorted(seen.keys() & recorded.keys()):
         if seen[name] != recorded[name]:
             text = f"Delta has (bytes, rows, first key, last key) {seen[name]}, its commit recorded {recorded[name]}"
-            yield Finding(table.path, f"{text}: readers would skip or miscount rows", newest, name)
+            yield Finding(table.path, f"{text}: readers would skip or miscount rows", version, name)
 
 
 def _check_shard(table: Table, record: ShardRecord, digests: dict[str, str]) -> list[Finding]:

@@ -3,16 +3,15 @@
 `Table.history` stops at the first commit that it cannot read. Here every commit is either read or named with its problem.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 from weights_store.errors import StoreError
 from weights_store.location import one_line
-from weights_store.tables.commits import READERS, Commit, log_name, read_commit
+from weights_store.tables.commits import READERS, Commit, digest_names, log_name, wrong_base
 from weights_store.tables.metadata import CommitMetadata
 from weights_store.tables.shards import ShardRecord
 from weights_store.tables.table import Table
@@ -20,8 +19,7 @@ from weights_store.tables.table import Table
 _COMMIT = re.compile(r"(\d{20})\.json")
 _CHECKPOINT = re.compile(r"(\d{20})\.checkpoint(\.[\w-]+)*\.(parquet|json)")
 _HEX = re.compile(r"[0-9a-f]+")
-_ACTIONS = {"add", "remove", "commitInfo", "metaData", "protocol", "txn", "cdc", "domainMetadata"}
-# Whatever a commit can turn into when its bytes change: no JSON, other JSON, keys gone, texts for numbers.
+# Whatever a commit can turn into when its bytes change: keys gone, texts for numbers.
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OSError)
 
 
@@ -33,7 +31,9 @@ class TableLog:
     commits: dict[int, Commit]
     """Those that can be read, also those of other programs."""
     problems: dict[int, str]
-    """What is wrong with the others."""
+    """What is wrong with the others, or with the place in the log of some of these."""
+    checkpoints: dict[int, list[str]] = field(default_factory=dict)
+    """Files in `_delta_log` of Delta's own summaries, by version."""
 
     @property
     def newest(self) -> int | None:
@@ -42,8 +42,14 @@ class TableLog:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every commit could be read."""
+        """Whether every commit could be read and is in its place."""
         return not self.problems
+
+    @property
+    def weaker(self) -> list[int]:
+        """Versions whose commits say nothing of the log: they are of stores from before `LogRecord`."""
+        ours = (commit for commit in self.commits.values() if commit.metadata is not None)
+        return sorted(commit.version for commit in ours if commit.log is None)
 
     def metadata(self, version: int | None) -> CommitMetadata | None:
         """Return what one commit recorded; None if it is not ours, cannot be read or does not exist."""
@@ -84,8 +90,37 @@ def read_log(table: Table) -> TableLog:
         read = dict(zip(versions, pool.map(lambda version: _read(table, version), versions), strict=True))
     commits = {version: commit for version, commit in read.items() if isinstance(commit, Commit)}
     problems = {version: problem for version, problem in read.items() if isinstance(problem, str)}
-    checkpoints = [int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name))]
-    return TableLog(table, commits, problems | _gaps(versions, max([*versions, *checkpoints], default=-1)))
+    checkpoints: dict[int, list[str]] = {}
+    for name in sorted(names):
+        if match := _CHECKPOINT.fullmatch(name):
+            checkpoints.setdefault(int(match[1]), []).append(name)
+    problems |= _gaps(versions, max([*versions, *checkpoints], default=-1))
+    if not problems:
+        problems |= _out_of_place(commits)
+    return TableLog(table, commits, problems, checkpoints)
+
+
+def _out_of_place(commits: dict[int, Commit]) -> dict[int, str]:
+    """Return the first problem of commits that are whole, each by itself, but do not follow from each other."""
+    active: dict[str, int] = {}  # the files of a version, with their rows
+    ever: dict[str, int] = {}  # the version that added a file
+    for version, commit in sorted(commits.items()):
+        later = commits.get(version + 1)
+        if later is not None and (problem := wrong_base(later, commit)):
+            return {version: f"{problem}; restore {log_name(version)} from a copy"}
+        if lost := sorted(set(commit.removed) - active.keys()):
+            return {version: f"it removes {lost[0]}, which version {version - 1} does not have"}
+        if doubled := sorted(set(commit.added) & ever.keys()):
+            return {version: f"it adds {doubled[0]}, which version {ever[doubled[0]]} added: entries were copied"}
+        ever |= dict.fromkeys(commit.added, version)
+        num_rows = {record.name: record.num_rows for record in commit.shards}
+        active = {name: rows for name, rows in active.items() if name not in commit.removed}
+        active |= {name: num_rows.get(name, 0) for name in commit.added}
+        if commit.log is None:
+            continue
+        if digest_names(active) != commit.log["files"] or sum(active.values()) != commit.log["num_rows"]:
+            return {version: f"it was made for other files than the {len(active)} that the log has up to it"}
+    return {}
 
 
 def _gaps(versions: list[int], newest: int) -> dict[int, str]:
@@ -102,10 +137,8 @@ def _gaps(versions: list[int], newest: int) -> dict[int, str]:
 
 def _read(table: Table, version: int) -> Commit | str:
     try:
-        commit = read_commit(table.location, version)
+        commit = table.read_commit(version)
         _check(commit)
-        if commit.metadata is None:
-            _check_actions(table.location.read(log_name(version)))
     except StoreError as error:
         return f"its commit cannot be read: {one_line(error)}"
     except _UNREADABLE as error:
@@ -122,27 +155,10 @@ def _check(commit: Commit) -> None:
             raise TypeError(f"its record of shard {record.name!r} is malformed")
         if not all(isinstance(digest, str) and _HEX.fullmatch(digest) for digest in digests):
             raise ValueError(f"its checksums of shard {record.name} are malformed")
-    for path in (*commit.added, *commit.removed):
-        if not isinstance(path, str):
-            raise TypeError(f"{path!r} is not a path")
     if commit.metadata is None:
         return
-    recorded = {record.name for record in commit.shards}
-    if set(commit.added) != recorded:
-        raise ValueError(f"it adds {len(commit.added)} files and records {len(recorded)} shards, which differ")
     written, total = commit.metadata["num_rows_written"], sum(record.num_rows for record in commit.shards)
     if written != total:
         raise ValueError(f"it says {written} rows were written, its shards have {total}")
     if not isinstance(commit.metadata["fingerprint"], str):
         raise TypeError("its fingerprint is not a text")
-
-
-def _check_actions(data: bytes) -> None:
-    """Check that a commit of another program is a commit at all: if not, the files that it named would look like leftovers."""
-    actions = [json.loads(line) for line in data.splitlines() if line.strip()]
-    if not actions:
-        raise ValueError("it is empty")
-    for action in actions:
-        unknown = action.keys() - _ACTIONS
-        if unknown or not action:
-            raise ValueError(f"it holds {sorted(unknown) or 'nothing'} where an action of Delta is expected")

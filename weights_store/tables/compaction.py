@@ -10,8 +10,8 @@ from itertools import pairwise
 import polars as pl
 
 from weights_store.errors import DamageError
-from weights_store.tables import shards
 from weights_store.tables.checksums import sum_checksums
+from weights_store.tables.shards import SHARD_BYTES
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableVersion
 
@@ -30,7 +30,6 @@ def optimize(table: Table, max_bytes: int = 1 << 30) -> TableVersion | None:
         StoreError: The folder cannot be written; nothing changed.
     """
     with table.reading():
-        _check_sizes(table)
         try:
             return _compact(table, max_bytes)
         except OSError as error:
@@ -39,24 +38,12 @@ def optimize(table: Table, max_bytes: int = 1 << 30) -> TableVersion | None:
             raise
 
 
-def _check_sizes(table: Table) -> None:
-    """Look for shards that are missing or cut off: Polars panics on them."""
-    files = table.location.files()
-    for record in table.records():
-        found = files[record.name].size if record.name in files else "none"
-        if found != record.num_bytes:
-            raise DamageError(
-                f"{table.path} in {table.root}: shard {record.name} has {record.num_bytes} bytes in its commit, found "
-                f"{found}; {shards.RESTORE}"
-            )
-
-
 def _compact(table: Table, max_bytes: int) -> TableVersion | None:
     base = table.reference()
     old = table.records(base.version)
     spans = sorted((record.first_key, record.last_key) for record in old)
     overlap = any(left[1] >= right[0] for left, right in pairwise(spans))
-    num_needed = 1 + sum(record.num_bytes for record in old) // (shards.SHARD_BYTES // 2)
+    num_needed = 1 + sum(record.num_bytes for record in old) // (SHARD_BYTES // 2)
     if not overlap and len(old) <= num_needed:
         return None
     scan, writer = table.scan(base.version), table.writer()

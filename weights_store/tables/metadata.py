@@ -127,14 +127,31 @@ class Statistics(TypedDict, total=False):
     rejected: SideStatistics
 
 
+class LogRecord(TypedDict):
+    """What one commit says of the log itself, so that a commit or a checkpoint that is damaged, swapped or copied is found."""
+
+    version: int
+    base: str | None
+    """Digest of the commit before, None for the first."""
+    removed: list[str]
+    """Files whose rows this version does not have, or has in others."""
+    files: str
+    """SHA-256 of the names of all files of this version, see `commits.digest_names`."""
+    num_rows: int
+    """Rows of the whole version."""
+    written_ms: int
+    """When, in ms since 1970."""
+
+
 class CommitMetadata(TypedDict, total=False):
-    """What one commit records. Every commit of ours has the first four keys."""
+    """What one commit records. Every commit of ours has the first four keys; those of stores before format 2 have no `log`."""
 
     schema_version: int
     fingerprint: str
     num_rows_written: int
     commit_id: str
     """Tells two writers of the same version apart."""
+    log: LogRecord
     parents: list[Parent]
     identity: Identity
     recipe: dict[str, Section]

@@ -204,6 +204,35 @@ class _OpenShard:
         return data, record
 
 
+_checked: set[tuple[object, ...]] = set()
+"""Shards of which this process has seen the right bytes."""
+
+
+def check_bytes(folder: Location, record: ShardRecord, where: str) -> None:
+    """Compare the bytes of a shard with its record, once per process unless the file has changed since.
+
+    Raises:
+        DamageError: The file is missing, cannot be read or is not what was written.
+    """
+    place = f"{where}: shard {record.name}"
+    try:
+        # What an object store holds under a name is not written again, and asking would cost a request for each shard.
+        stat = (folder.path / record.name).stat() if folder.is_local else None
+        seen = (folder.uri, record.name, record.sha256, stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+        if seen in _checked:
+            return
+        sha256 = hashlib.sha256()
+        for data in folder.stream(record.name):
+            sha256.update(data)
+    except FileNotFoundError as error:
+        raise DamageError(f"{place} is missing; restore it or pin a version that does not need it") from error
+    except OSError as error:
+        raise DamageError(f"{place} cannot be read: {error}; {RESTORE}") from error
+    if sha256.hexdigest() != record.sha256:
+        raise DamageError(f"{place} is not the file that was committed (SHA-256 differs); {RESTORE}")
+    _checked.add(seen)
+
+
 class ShardReader:
     """One open shard; every row group that it returns has been checked against the commit.
 

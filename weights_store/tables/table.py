@@ -11,7 +11,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import polars as pl
 import pyarrow as pa
@@ -21,9 +21,14 @@ from weights_store.errors import ConflictError, StoreError
 from weights_store.location import one_line
 from weights_store.messages import remedy_of
 from weights_store.schemas import SCHEMA_VERSION
-from weights_store.tables.commits import custom_metadata, delta_actions, log_name, read_commit
+from weights_store.tables.commits import custom_metadata, delta_actions, digest_names, log_name
+from weights_store.tables.locks import shared_with_writers
+from weights_store.tables.metadata import LogRecord
 from weights_store.tables.shards import ShardRecord, ShardWriter
 from weights_store.tables.table_reader import TableReader, TableVersion
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
 
 _MAX_TRIES = 20
 
@@ -73,15 +78,10 @@ class Table(TableReader):
 
         Raises:
             ConflictError: Other writers won the race for the next version every time.
-            StoreError: Also if a shard is not in the table's folder.
+            StoreError: Also if a shard is not in the table's folder, or no longer when it is to become visible.
             DamageError: A shard that must be rewritten is not what was written.
         """
-        for shard in shards:
-            if self.location.is_local and not self.location.exists(shard.name):
-                raise StoreError(
-                    f"{self.path}: shard {shard.name} was written, but is not in {self.location}; a store that several "
-                    "machines write must be in storage that all of them share"
-                )
+        self._check_there(shards)
         return self._append(
             lambda version, since: self._shards_without_present(shards, version, since), metadata, known
         )
@@ -146,24 +146,60 @@ class Table(TableReader):
         commit_id = uuid.uuid4().hex
         num_rows = sum(shard.num_rows for shard in shards)
         record = {"schema_version": SCHEMA_VERSION, **metadata, "num_rows_written": num_rows, "commit_id": commit_id}
+        opened = None if base is None else self.open_delta(base)
+        record["log"] = log = self._log_record(shards, opened, mode, removed)
         properties = CommitProperties(custom_metadata=custom_metadata(record, shards), max_commit_retries=0)
         schema, actions = Schema.from_arrow(self.schema), delta_actions(self.key[0], shards, removed)
-        opened = None if base is None else self.open_delta(base)
-        version = 0 if base is None else base + 1
+        version = log["version"]
         try:
-            if opened is None:
-                self._create(schema, actions, properties)
-            else:
-                opened.create_write_transaction(actions, mode, schema, commit_properties=properties)
+            with shared_with_writers(self.location):
+                self._check_there(shards)
+                if opened is None:
+                    self._create(schema, actions, properties)
+                else:
+                    opened.create_write_transaction(actions, mode, schema, commit_properties=properties)
         except (DeltaError, OSError) as error:
             # The error does not say whether the commit was made: its reply may be lost, or another writer made the version.
             if not self.location.exists(log_name(version)):
                 raise self.cannot_write(error) from self.cause(error)
-            made = read_commit(self.location, version).metadata
+            made = self.read_commit(version).metadata
             if made is None or made["commit_id"] != commit_id:
                 problem = f"{self.path}: another writer made a version after {base}; run again"
                 raise ConflictError(problem) from self.cause(error)
         return TableVersion(str(self.root), self.path, version, str(metadata["fingerprint"]))
+
+    def _log_record(
+        self, shards: Sequence[ShardRecord], opened: "DeltaTable | None", mode: str, removed: Sequence[ShardRecord]
+    ) -> LogRecord:
+        """Return what the commit of the version after the opened one says of the log.
+
+        Raises:
+            DamageError: The log so far is not what was committed: nothing may be built on it.
+        """
+        base = None if opened is None else self.read_commit(opened.version())
+        files = set() if base is None else set(self.names_in(opened, base))
+        gone = files if mode == "overwrite" else {shard.name for shard in removed}
+        num_rows = sum(shard.num_rows for shard in shards)
+        if base is not None and mode == "append":
+            num_rows += self.num_rows(base.version) - sum(shard.num_rows for shard in removed)
+        return {
+            "version": 0 if base is None else base.version + 1,
+            "base": None if base is None else base.digest,
+            "removed": sorted(gone),
+            "files": digest_names(files - gone | {shard.name for shard in shards}),
+            "num_rows": num_rows,
+            "written_ms": time.time_ns() // 1_000_000,
+        }
+
+    def _check_there(self, shards: Sequence[ShardRecord]) -> None:
+        """Check that the files of shards exist: a commit that names missing ones would make the table unreadable."""
+        for info in self.location.info([shard.name for shard in shards]):
+            if not info.is_file:
+                raise StoreError(
+                    f"{self.path}: shard {info.path} was written, but is no longer in {self.location}: `tokenweights vacuum` "
+                    "with a short retention deleted it, or several machines write a store that is not in storage that all of "
+                    "them share; nothing became visible, run again"
+                )
 
     def cannot_write(self, error: BaseException) -> StoreError:
         """Return the error to raise if a shard or a commit cannot be written."""
@@ -187,18 +223,12 @@ class Table(TableReader):
                 )
         if self.location.is_local:
             self.location.path.mkdir(parents=True, exist_ok=True)
-        configuration = {
-            "delta.enableExpiredLogCleanup": "false",  # else old versions vanish with their log
-            # Our commits have statistics of this column only. pyarrow's datasets take missing ones for nulls, and a filter
-            # on another column would find no row.
-            "delta.dataSkippingStatsColumns": self.key[0],
-        }
         create_table_with_add_actions(
             str(self.location),
             schema,
             actions,
             mode="error",
-            configuration=configuration,
+            configuration=self.configuration,
             commit_properties=properties,
             storage_options=self.location.storage_options,
         )
@@ -220,11 +250,12 @@ class Table(TableReader):
         """Return the rows whose key is in no shard of `version` that `since` did not have already."""
         if version is None or version == since or not rows.num_rows:
             return rows
-        if since is None:
-            present = self.scan(version)
-        else:
-            present = self.scan_files(sorted(set(self.shards(version)) - set(self.shards(since))))
-        return self._without(rows, present)
+        return self._without(rows, self.scan_shards(self._records_since(version, since)))
+
+    def _records_since(self, version: int, since: int | None) -> list[ShardRecord]:
+        """Return the records of the shards of `version` that `since` did not have already."""
+        known = set() if since is None else set(self.shards(since))
+        return [record for record in self.records(version) if record.name not in known]
 
     def _without(self, rows: pa.Table, present: pl.LazyFrame) -> pa.Table:
         name = self.key[0]
@@ -241,8 +272,7 @@ class Table(TableReader):
         """Return shards with the rows whose key is in no shard of `version` that `since` did not have already."""
         if version is None or version == since:
             return shards
-        known = set() if since is None else set(self.shards(since))
-        added = [record for record in self.records(version) if record.name not in known]
+        added = self._records_since(version, since)
         left: list[ShardRecord] = []
         for shard in shards:
             near = [o for o in added if shard.first_key <= o.last_key and o.first_key <= shard.last_key]

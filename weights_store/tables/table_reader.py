@@ -1,15 +1,20 @@
 """Reads one Delta table of the store: its versions, what their commits recorded, and their rows.
 
 Every commit's rows are sorted by the table's key, so a range of keys is read from few row groups: joins go range by range, in
-bounded memory (`key_ranges`).
+bounded memory (`key_ranges`). Whatever is read is compared with its commit first: whole shards by their digest once per process
+(`scan`), or row groups by their checksums (`batches`). What Delta says of the files of a version is compared with the commit of
+that version, so damaged entries and checkpoints before it are found too.
 
 Not here: writing (`table.py`), finding tables (`catalog.py`), checks of whole tables (`checks/`).
 """
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -19,10 +24,19 @@ import pyarrow.parquet as pq
 
 from weights_store.errors import DamageError, NotFoundError, StoreError
 from weights_store.location import Location, one_line
-from weights_store.tables.commits import READERS, Commit, log_name, read_commit, read_commits
+from weights_store.tables.commits import (
+    LAST_CHECKPOINT,
+    READERS,
+    Commit,
+    digest_names,
+    log_name,
+    read_commit,
+    read_commits,
+    wrong_base,
+)
 from weights_store.tables.key_ranges import KeyRange, RowGroup, cut
 from weights_store.tables.metadata import CommitMetadata, Parent
-from weights_store.tables.shards import RESTORE, ShardReader, ShardRecord
+from weights_store.tables.shards import RESTORE, ShardReader, ShardRecord, check_bytes
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
@@ -62,9 +76,19 @@ class TableReader:
         self.key = key
         self.location = root / path
 
+    @property
+    def configuration(self) -> dict[str, str]:
+        """The table's properties in Delta."""
+        return {
+            "delta.enableExpiredLogCleanup": "false",  # else old versions vanish with their log
+            # Our commits have statistics of this column only. pyarrow's datasets take missing ones for nulls, and a filter
+            # on another column would find no row.
+            "delta.dataSkippingStatsColumns": self.key[0],
+        }
+
     def exists(self) -> bool:
         """Return whether the table has at least one version."""
-        return self.location.exists(log_name(0), "_delta_log/_last_checkpoint")
+        return self.location.exists(log_name(0), f"_delta_log/{LAST_CHECKPOINT}")
 
     def version(self) -> int | None:
         """Return the newest version, None if there is none."""
@@ -82,63 +106,106 @@ class TableReader:
             StoreError: The commit is not ours or was written by a newer tokenweights.
         """
         found = self._resolve(version)
-        metadata = read_commit(self.location, found).metadata
-        if metadata is None:
-            raise StoreError(f"{self.path}@{found} in {self.root} {_FOREIGN}")
-        return metadata
+        return self._metadata_of(self.read_commit(found))
+
+    def read_commit(self, version: int) -> Commit:
+        """Read one entry of the log, see `commits.read_commit`."""
+        return read_commit(self.location, version, self.key[0])
 
     def history(self, limit: int | None = None) -> list[Commit]:
-        """Return our commits, newest first, at most `limit`."""
+        """Return our commits, newest first, at most `limit`.
+
+        Raises:
+            DamageError: One of them is not what was written, or not the one that the next was made from.
+        """
         newest = self._resolve(None)
         oldest = -1 if limit is None else max(-1, newest - limit)
-        commits = read_commits(self.location, range(newest, oldest, -1))
+        commits = list(read_commits(self.location, range(newest, oldest, -1), self.key[0]))
+        for later, earlier in pairwise(commits):
+            if problem := wrong_base(later, earlier):
+                raise DamageError(f"{self.path}@{earlier.version} in {self.root}: {problem}; {self._repair}")
         return [commit for commit in commits if commit.metadata is not None]
 
-    def scan(self, version: int | None = None) -> pl.LazyFrame:
-        """Return one version as a lazy frame."""
+    def scan(self, version: int | None = None, checked: bool = True) -> pl.LazyFrame:
+        """Return one version as a lazy frame of shards that have been checked, see `check_shards`.
+
+        Without `checked` nothing is read and nothing compared: Polars reads what Delta's log names.
+
+        Raises:
+            DamageError: A shard, or what the log says of the shards, is not what was committed.
+        """
+        if checked:
+            return self.scan_shards(self.records(version))
         opened = self.open_delta(version)
         path = self.location.uri
         if self.location.is_local and (quote(path) != path or "~" in path):
             # scan_delta does not decode deltalake's percent-encoded paths (Polars 2.1.0) and finds no file.
-            return self.scan_files(_paths(opened))
+            return self._scan_files(_paths(opened))
         return pl.scan_delta(opened, storage_options=self.location.scan_options or None)
 
-    def scan_files(self, names: Iterable[str]) -> pl.LazyFrame:
-        """Return the rows of some shards, committed or not, as a lazy frame."""
-        paths = [f"{self.location}/{name}" for name in names]
-        if not paths:
-            return pl.LazyFrame(schema=self._polars_schema)
-        return pl.scan_parquet(
-            paths, glob=False, schema=self._polars_schema, storage_options=self.location.scan_options or None
-        )
+    def scan_shards(self, shards: Sequence[ShardRecord], checked: bool = True) -> pl.LazyFrame:
+        """Return the rows of some shards, committed or not, as a lazy frame, see `scan`."""
+        if checked:
+            self.check_shards(shards)
+        return self._scan_files([shard.name for shard in shards])
 
-    def scan_shards(self, shards: Iterable[ShardRecord]) -> pl.LazyFrame:
-        """Return the rows of some shards, committed or not, as a lazy frame."""
-        return self.scan_files(shard.name for shard in shards)
+    def check_shards(self, shards: Sequence[ShardRecord]) -> None:
+        """Compare the bytes of shards with their records: each shard once per process, unless the file has changed since.
+
+        Raises:
+            DamageError: A file is missing or is not what was written; names it.
+        """
+        where = f"{self.path} in {self.root}"
+        num_threads = min(READERS, os.cpu_count() or 1, len(shards)) or 1
+        with ThreadPoolExecutor(num_threads) as pool:  # hashing and reading leave Python's lock
+            for _ in pool.map(lambda shard: check_bytes(self.location, shard, where), shards):
+                pass
 
     def records(self, version: int | None = None) -> list[ShardRecord]:
         """Return what the commits recorded of the shards of one version, in the order in which they were written.
 
         Raises:
+            DamageError: They are not the files, or not the number of rows, that the commit of this version recorded.
             StoreError: A shard was added by another program.
         """
         opened = self.open_delta(version)
-        missing = set(_paths(opened))
-        found: dict[str, ShardRecord] = {}
         newest = opened.version()
-        for start in range(newest, -1, -READERS):  # backwards: the last commits usually hold all that is needed
+        made = self.read_commit(newest)
+        names = self.names_in(opened, made)
+        found = {shard.name: shard for shard in made.shards if shard.name in names}
+        for start in range(newest - 1, -1, -READERS):  # backwards: the last commits usually hold all that is needed
+            missing = set(names) - found.keys()
             if not missing:
                 break
-            for commit in read_commits(self.location, range(start, max(-1, start - READERS), -1)):
+            for commit in read_commits(self.location, range(start, max(-1, start - READERS), -1), self.key[0]):
                 found |= {shard.name: shard for shard in commit.shards if shard.name in missing}
-            missing -= found.keys()
-        if missing:
+        if missing := set(names) - found.keys():
             raise StoreError(f"{self.path}@{newest} in {self.root}: shard {min(missing)} {_FOREIGN}")
+        self._check_num_rows(made, sum(record.num_rows for record in found.values()))
         return [found[name] for name in sorted(found)]
 
     def shards(self, version: int | None = None) -> list[str]:
-        """Return the names of the shards of one version, in the order in which they were written."""
-        return _paths(self.open_delta(version))
+        """Return the names of the shards of one version, in the order in which they were written.
+
+        Raises:
+            DamageError: They are not the files that the commit of this version recorded.
+        """
+        opened = self.open_delta(version)
+        return self.names_in(opened, self.read_commit(opened.version()))
+
+    def names_in(self, opened: "DeltaTable", commit: Commit) -> list[str]:
+        """Return what Delta makes of all entries and checkpoints of the log, compared with the commit of that version.
+
+        Raises:
+            DamageError: They are not the files that it recorded.
+        """
+        names = _paths(opened)
+        if commit.log is not None and digest_names(names) != commit.log["files"]:
+            raise DamageError(
+                f"{self.path}@{commit.version} in {self.root}: its log names {len(names)} files, which are not those that "
+                f"were committed: an earlier entry or a checkpoint is damaged; {self._repair}"
+            )
+        return names
 
     def open_shard(self, record: ShardRecord) -> ShardReader:
         """Open one shard by its record from `records`; what is read from it is checked.
@@ -158,8 +225,9 @@ class TableReader:
             yield from self.open_shard(record).groups(self.schema.names if columns is None else columns)
 
     def num_rows(self, version: int | None = None) -> int:
-        """Return the number of rows of one version."""
-        return int(self._collect(self.scan(version).select(pl.len())).item())
+        """Return the number of rows of one version, as its commit recorded it."""
+        made = self.read_commit(self._resolve(version))
+        return made.log["num_rows"] if made.log is not None else sum(r.num_rows for r in self.records(made.version))
 
     def pair_ids(self, version: int | None = None) -> pl.Series:
         """Return the `pair_id`s of one version, none if the table does not exist yet."""
@@ -205,10 +273,13 @@ class TableReader:
             try:
                 newest = DeltaTable(str(self.location), storage_options=options).version()
             except (DeltaError, TableNotFoundError, ValueError, OSError):
-                raise StoreError(f"cannot open {self.path} in {self.root}: {one_line(error)}") from cause
+                raise StoreError(
+                    f"cannot open {self.path} in {self.root}: {one_line(error)}; {self._repair}"
+                ) from cause
             if version is not None and not 0 <= version <= newest:
                 raise NotFoundError(f"{self.path} has no version {version}; it has 0..{newest}") from cause
-            raise StoreError(f"cannot open {self.path}@{version} in {self.root}: {one_line(error)}") from cause
+            text = f"cannot open {self.path}@{version} in {self.root}: {one_line(error)}; {self._repair}"
+            raise StoreError(text) from cause
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -235,6 +306,36 @@ class TableReader:
     @cached_property
     def _polars_schema(self) -> pl.Schema:
         return pl.DataFrame(pl.from_arrow(self.schema.empty_table())).schema
+
+    def _scan_files(self, names: Sequence[str]) -> pl.LazyFrame:
+        if not names:
+            return pl.LazyFrame(schema=self._polars_schema)
+        paths = [f"{self.location}/{name}" for name in names]
+        options = self.location.scan_options or None
+        return pl.scan_parquet(paths, glob=False, schema=self._polars_schema, storage_options=options)
+
+    @property
+    def _repair(self) -> str:
+        return (
+            f"`tokenweights verify {self.path}` says what is wrong, `tokenweights repair {self.path}` what can be kept"
+        )
+
+    def _metadata_of(self, commit: Commit) -> CommitMetadata:
+        if commit.metadata is None:
+            raise StoreError(f"{self.path}@{commit.version} in {self.root} {_FOREIGN}")
+        return commit.metadata
+
+    def _check_num_rows(self, commit: Commit, num_rows: int) -> None:
+        if commit.log is not None:
+            expected: int | None = commit.log["num_rows"]
+        else:  # commits from before that record: only those of some tables count all rows
+            counts_all = self.path.partition("/")[0] in ("tokens", "weights")
+            expected = self._metadata_of(commit).get("statistics", {}).get("num_pairs") if counts_all else None
+        if expected is not None and num_rows != expected:
+            raise DamageError(
+                f"{self.path}@{commit.version} in {self.root}: its shards have {num_rows} rows, {expected} were committed: "
+                f"an earlier entry of the log or a checkpoint is damaged; {self._repair}"
+            )
 
     def _resolve(self, version: int | None) -> int:
         return int(self.open_delta(version).version())

@@ -14,7 +14,6 @@ import polars as pl
 from weights_store.catalog import open_table
 from weights_store.location import Location
 from weights_store.names import quarantine_path, weights_path
-from weights_store.tables.commits import read_commit
 from weights_store.tables.metadata import CommitMetadata, Parent, Section
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableVersion
@@ -82,7 +81,7 @@ class _Walk:
         """Add one table version and all that it was made from; `recipe` is that of the weight dataset below it."""
         table, version = open_table(self.root, parent["table"]), parent["version"]
         thing = _Thing(role, "table", table.path, version, parent["fingerprint"])
-        commit = read_commit(table.location, version)
+        commit = table.read_commit(version)
         metadata = commit.metadata
         if metadata is None or metadata["fingerprint"] != parent["fingerprint"]:  # it is gone, or another one is there
             self._add(depth, thing)

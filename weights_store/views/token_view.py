@@ -18,16 +18,18 @@ _CONTRASTIVE = {"logp_pos": "positive_logps", "logp_neg": "negative_logps"}  # c
 _ORDER = ("pair_id", "side", "position", "token_id", "token", "weight", "ref_logp", *_CONTRASTIVE)
 
 
-def scan_tokens(root: Location, weights: TableVersion, tokenizer: Tokenizer | None = None) -> pl.LazyFrame:
+def scan_tokens(
+    root: Location, weights: TableVersion, tokenizer: Tokenizer | None = None, checked: bool = False
+) -> pl.LazyFrame:
     """Return one version of a weight dataset by token, see `WeightStore.scan_tokens`."""
     table = open_table(root, weights.table)
     parents = {parent["role"]: parent for parent in table.metadata(weights.version).get("parents", [])}
     logps = {
-        column: open_table(root, parents[role]["table"]).scan(parents[role]["version"])
+        column: open_table(root, parents[role]["table"]).scan(parents[role]["version"], checked)
         for column, role in _CONTRASTIVE.items()
         if role in parents
     }
-    pairs = table.scan(weights.version)
+    pairs = table.scan(weights.version, checked)
     tokens = pl.concat([_side(pairs, logps, side) for side in SIDES])
     if tokenizer is not None:
         texts = TokenTexts(tokenizer)

@@ -10,7 +10,7 @@ import pytest
 
 from weights_store import WeightStore
 from weights_store.checks.verify import Finding, verify
-from weights_store.errors import NotFoundError, SettingsError
+from weights_store.errors import DamageError, NotFoundError, SettingsError
 from weights_store.fingerprint import fingerprint
 from weights_store.messages import progress_of
 from weights_store.schemas import LOGPS, QUARANTINE, TOKENS, WEIGHTS
@@ -365,11 +365,11 @@ def test_any_change_of_what_a_commit_says_is_found(store, old, new):
 
 
 def test_a_changed_checksum_in_a_commit_is_found(store):
-    record = store.table(TOKENS_PATH).records()[0]
+    record = store.table(TOKENS_PATH).records()[-1]
     checksum = record.checksums["chosen_ids"]
-    edit_commit(store, TOKENS_PATH, 0, checksum, f"{int(checksum, 16) ^ 1:016x}")
+    edit_commit(store, TOKENS_PATH, 1, checksum, f"{int(checksum, 16) ^ 1:016x}")
     found = only(verify(store, [TOKENS_PATH]))
-    assert (found.shard, found.version) == (record.name, 0)
+    assert (found.shard, found.version) == (record.name, 1)
     assert "the commit's record of it is damaged" in found.problem
 
 
@@ -386,11 +386,11 @@ def test_a_changed_count_in_a_commit_is_found(store):
     ],
 )
 def test_statistics_that_would_make_delta_skip_rows_are_found(store, old, new):
-    edit_commit(store, TOKENS_PATH, 1, old, new)
     record = store.table(TOKENS_PATH).records()[-1]
+    edit_commit(store, TOKENS_PATH, 1, old, new)
     found = only(verify(store, [TOKENS_PATH]))
-    assert (found.version, found.shard) == (1, record.name)
-    assert f"its commit recorded ({record.num_bytes}, 20, 'p000', 'p057')" in found.problem
+    assert found.version == 1
+    assert f"size, partition or statistics of {record.name} are not those of the shard" in found.problem
 
 
 def test_a_schema_that_is_not_ours_is_found(store):
@@ -398,15 +398,58 @@ def test_a_schema_that_is_not_ours_is_found(store):
     assert "its log has the columns ['pair_id', 'prompt'" in only(verify(store, [TOKENS_PATH])).problem
 
 
-def test_a_damaged_checkpoint_is_found(store):
+def checkpoint_of(store, path):
     from deltalake import DeltaTable
 
-    folder = store.root.path / TOKENS_PATH
+    folder = store.root.path / path
     DeltaTable(str(folder)).create_checkpoint()
-    assert list(verify(store)) == []
     (checkpoint,) = (folder / "_delta_log").glob("*.checkpoint.parquet")
+    return checkpoint
+
+
+def test_a_cut_checkpoint_is_found_and_named(store):
+    checkpoint = checkpoint_of(store, TOKENS_PATH)
+    assert list(verify(store)) == []
     checkpoint.write_bytes(checkpoint.read_bytes()[:-50])
-    assert only(verify(store, [TOKENS_PATH])).problem.startswith("Delta")
+    named, refused = verify(store, [TOKENS_PATH])
+    assert f"its checkpoint _delta_log/{checkpoint.name} is damaged: " in named.problem
+    assert "delete it, or run `tokenweights repair`" in named.problem
+    assert refused.problem.startswith("Delta cannot open it: ")
+
+
+def test_a_checkpoint_that_names_other_files_is_found_and_not_read(store):
+    checkpoint = checkpoint_of(store, TOKENS_PATH)
+    rows = pq.read_table(checkpoint)
+    last = max(index for index, add in enumerate(rows["add"].to_pylist()) if add)
+    pq.write_table(pa.concat_tables([rows.slice(0, last), rows.slice(last + 1)]), checkpoint)
+    assert "not the same" in next(verify(store, [TOKENS_PATH])).problem
+    for read in (store.table(TOKENS_PATH).scan, store.table(TOKENS_PATH).records):
+        with pytest.raises(DamageError, match=r"its log names \d+ files, which are not those .* `tokenweights repair"):
+            read()
+
+
+def test_statistics_in_a_checkpoint_are_compared(store):
+    checkpoint = checkpoint_of(store, TOKENS_PATH)
+    rows = pq.read_table(checkpoint)
+    adds = rows["add"].to_pylist()
+    last = max(index for index, add in enumerate(adds) if add)
+    adds[last]["stats"] = adds[last]["stats"].replace('"p', '"o')
+    if adds[last].get("stats_parsed"):
+        adds[last]["stats_parsed"]["maxValues"]["pair_id"] = "o"
+    column = pa.array(adds, rows.schema.field("add").type)
+    pq.write_table(rows.set_column(rows.schema.names.index("add"), rows.schema.field("add"), column), checkpoint)
+    assert any("readers would skip or miscount rows" in finding.problem for finding in verify(store, [TOKENS_PATH]))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "\x00", '{"version":"1","size":3}', '{"version":7,"size":3}', '{"size":3}']
+)
+def test_a_damaged_hint_at_the_last_checkpoint_is_found_and_named(store, text):
+    checkpoint_of(store, TOKENS_PATH)
+    (store.root.path / TOKENS_PATH / "_delta_log" / "_last_checkpoint").write_text(text)
+    found = list(verify(store, [TOKENS_PATH]))
+    assert "_delta_log/_last_checkpoint is damaged: it names" in found[0].problem
+    assert "delete it, or run `tokenweights repair`" in found[0].problem
 
 
 def test_a_foreign_commit_is_found_and_the_rest_still_checked(store):

@@ -133,8 +133,8 @@ def exchange_values(path):
 def test_a_value_that_changed_while_it_was_read_is_not_written(tmp_path, monkeypatch):
     table, scan = made_logps(tmp_path), Table.scan
 
-    def spoilt(self, version=None):
-        return scan(self, version).with_columns(pl.col("chosen_logps").list.eval(pl.element() - 1))
+    def spoilt(self, version=None, checked=True):
+        return scan(self, version, checked).with_columns(pl.col("chosen_logps").list.eval(pl.element() - 1))
 
     monkeypatch.setattr(Table, "scan", spoilt)
     with pytest.raises(DamageError, match="the rows read are not those that were committed; nothing was changed"):
@@ -150,7 +150,7 @@ def test_damaged_shards_are_not_written_anew(tmp_path, damage, max_bytes):
     table = made_logps(tmp_path)
     shards = table.shards()
     damage(table.location.path / shards[2])
-    with pytest.raises(DamageError, match=r"^logps/toy/x[^\n]*(tokenweights verify|restore the file)[^\n]*$"):
+    with pytest.raises(DamageError, match=r"^logps/toy/x[^\n]*shard [^\n]*restore[^\n]*$"):
         optimize(table, max_bytes)
     assert table.version() == 5
     assert table.shards() == shards

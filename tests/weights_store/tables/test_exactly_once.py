@@ -240,7 +240,9 @@ def test_shards_whose_rows_were_all_there_already_make_no_version(table, commits
 def test_a_shard_that_is_not_in_the_folder_is_refused(table):
     shards = write_in_two_shards(table, ["a", "b", "c"], 2)
     table.location.delete(shards[1].name)
-    with pytest.raises(StoreError, match=f"shard {shards[1].name} was written, but is not in .*that all of them share"):
+    with pytest.raises(
+        StoreError, match=f"shard {shards[1].name} was written, but is no longer in .*that all of them share"
+    ):
         table.append_shards(shards, METADATA)
     assert not table.exists()
 

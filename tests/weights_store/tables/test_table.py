@@ -224,7 +224,7 @@ def test_a_damaged_newest_entry_of_the_log_is_one_line(table):
 
 def test_many_commits_leave_checkpoints_and_opening_starts_from_them(tmp_path):
     # 250 versions without rows; delta-rs writes a checkpoint every 100 commits. With every log entry before the newest
-    # checkpoint out of the way the table still opens: they are not read for it.
+    # checkpoint out of the way the table still opens and counts its rows: they are not read for it.
     table = WeightStore(tmp_path).table("logps/toy/x")
     table.append(_rows("a"), METADATA)
     for version in range(250):
@@ -234,7 +234,7 @@ def test_many_commits_leave_checkpoints_and_opening_starts_from_them(tmp_path):
     assert sorted(checkpoints) == [99, 199]
     for version in range(199):
         (log / f"{version:020d}.json").rename(log / f"{version:020d}.away")
-    assert (table.version(), table.pair_ids().to_list()) == (250, ["a"])
+    assert (table.version(), table.num_rows(), len(table.shards())) == (250, 1, 1)
     (log / "00000000000000000005.json").write_text('{"commitInfo":{"timest')
     with pytest.raises(
         DamageError, match=r"_delta_log/00000000000000000005.json is damaged: .*; restore it from a copy"
