@@ -22,6 +22,7 @@ from weights_store.printing import (
 
 if TYPE_CHECKING:
     import polars as pl
+    import pyarrow as pa
 
     from weights_store.checks.findings import Finding
     from weights_store.views.token_texts import Tokenizer
@@ -122,7 +123,8 @@ def _show(options: argparse.Namespace) -> None:
     metadata = store.metadata(name, reference.version)
     statistics, parents = metadata["statistics"], metadata["parents"]
     versions = _versions(store.history(name))
-    rows = _row_summary(store.scan(name, reference.version).head(5)).collect().to_dicts()
+    first = next(store.table(reference.table).batches(reference.version), None)
+    rows = [] if first is None else _row_summary(first)
     if options.json:
         document = {"name": name, "version": reference.version, "fingerprint": reference.fingerprint}
         print_json({**document, "statistics": statistics, "parents": parents, "versions": versions, "rows": rows})
@@ -139,19 +141,20 @@ def _show(options: argparse.Namespace) -> None:
     print_table(rows, GAP)
 
 
-def _row_summary(rows: "pl.LazyFrame") -> "pl.LazyFrame":
-    """Return lengths and mean weights instead of lists, which no terminal can show."""
+def _row_summary(rows: "pa.Table", num_rows: int = 5) -> list[dict[str, object]]:
+    """Return the first rows with lengths and mean weights instead of lists, which no terminal can show."""
     import polars as pl
 
     from weights_store.schemas import SIDES
 
-    return rows.select(
+    summary = pl.DataFrame(pl.from_arrow(rows.slice(0, num_rows))).select(
         "pair_id",
         "split",
         pl.col("prompt_ids").list.len().alias("prompt_tokens"),
         *(pl.col(f"{side}_ids").list.len().alias(f"{side}_tokens") for side in SIDES),
         *(pl.col(f"{side}_token_weights").list.mean().alias(f"{side}_mean_weight") for side in SIDES),
     )
+    return summary.to_dicts()
 
 
 def _facts(statistics: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:

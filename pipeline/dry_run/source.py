@@ -134,7 +134,7 @@ class _Count:
         gone = set(part.gone)
         self.num_gone += len(gone)
         for table in self.tables:
-            present = set(part.piece.of(table.scan()).select("pair_id").collect()["pair_id"])
+            present = set(table.scan(within=part.piece).select("pair_id").collect()["pair_id"])
             self.overlaps[table.path].num_new_present += len(new & present)
             self.overlaps[table.path].gone_absent |= gone - present
 

@@ -72,9 +72,9 @@ def stored_sample(
     pairs, scores = store.table(tokens.table), store.table(logps.table)
     first = pairs.key_ranges(64 << 20, tokens.version)[0]  # the pairs that the sample is taken from fit into 64 MiB
     num_tokens = pl.col("prompt_ids").list.len() + pl.max_horizontal(pl.col(f"{side}_ids").list.len() for side in SIDES)
-    logps_of_sides = first.of(scores.scan(logps.version)).select("pair_id", *(f"{side}_logps" for side in SIDES))
+    logps_of_sides = scores.scan(logps.version, within=first).select("pair_id", *(f"{side}_logps" for side in SIDES))
     rows = (
-        first.of(pairs.scan(tokens.version))
+        pairs.scan(tokens.version, within=first)
         .select(COLUMNS)
         .filter(num_tokens <= max_tokens)
         .join(logps_of_sides, on="pair_id")

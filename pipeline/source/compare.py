@@ -78,7 +78,7 @@ def compared_ranges(pairs: ExternalSort, tokens: Table, version: int | None) -> 
     )
     for piece, sorted_rows in pairs.ranges():
         rows = pl.DataFrame(pl.from_arrow(sorted_rows))
-        scanned = rows.clear().lazy() if version is None else piece.of(tokens.scan(version))
+        scanned = rows.clear().lazy() if version is None else tokens.scan(version, within=piece)
         old = scanned.select("pair_id", **{f"old_{name}": name for name in followed}).collect()
         joined = rows.join(old, on="pair_id", how="left", maintain_order="left")
         gone = old.join(rows, on="pair_id", how="anti")["pair_id"]

@@ -253,7 +253,7 @@ def _weigh_rows(
     writer = table.writer()
     statistics: Statistics | None = None
     try:
-        for joined in join.batches(without=None if appended_to is None else table.scan(appended_to)):
+        for joined in join.batches(without=None if appended_to is None else (table, appended_to)):
             rows, of_batch = _weigh_batch(joined, weigher)
             statistics = merge_statistics(statistics, of_batch) if statistics else of_batch
             writer.write(rows)

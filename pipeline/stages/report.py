@@ -30,7 +30,7 @@ def write_report(published: Published, model_folder: Path, chat_template: str | 
     folder = store.root / REPORTS
     if folder.exists(file):
         return f"{folder}/{file}"
-    frame = store.scan(published.name, published.weights.version)
+    frame = store.scan(published.name, published.weights.version, checked=True)
     metadata = store.metadata(published.name, published.weights.version)
     context = {
         "title": f"{published.name}@{published.weights.version}",

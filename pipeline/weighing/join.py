@@ -42,8 +42,8 @@ class Join:
         self.tokens, self.version = self.tables["tokens"]
         self.section = section
 
-    def batches(self, without: pl.LazyFrame | None = None) -> Iterator[pl.DataFrame]:
-        """Yield all pairs by pair_id, except those in `without`, in batches of at least one pair.
+    def batches(self, without: tuple[Table, int] | None = None) -> Iterator[pl.DataFrame]:
+        """Yield all pairs by pair_id, except those in version `without` of a table, in batches of at least one pair.
 
         Raises:
             MismatchError: A list is not as long as its ids, or a column that is needed is null.
@@ -53,11 +53,12 @@ class Join:
         for piece in self.tokens.key_ranges(RANGE_BYTES, self.version, num_bytes):
             yield from self._read(piece, without).iter_slices(BATCH_PAIRS)
 
-    def _read(self, piece: KeyRange, without: pl.LazyFrame | None) -> pl.DataFrame:
-        wanted = {role: self._wanted(role, piece.of(table.scan(at))) for role, (table, at) in self.tables.items()}
+    def _read(self, piece: KeyRange, without: tuple[Table, int] | None) -> pl.DataFrame:
+        wanted = {role: self._wanted(role, table.scan(at, within=piece)) for role, (table, at) in self.tables.items()}
         frame = wanted.pop("tokens")
         if without is not None:
-            frame = frame.join(piece.of(without).select("pair_id"), on="pair_id", how="anti")
+            table, version = without
+            frame = frame.join(table.scan(version, within=piece).select("pair_id"), on="pair_id", how="anti")
         for rows in wanted.values():
             frame = frame.join(rows, on="pair_id")
         joined = frame.sort("pair_id").collect()
@@ -107,8 +108,8 @@ class Join:
         """Return whether the pairs of a weight dataset have the annotators' scores that they were published with."""
         scores = [f"{side}_score" for side in SIDES]
         for piece in weights.key_ranges(RANGE_BYTES, version):
-            published = piece.of(weights.scan(version)).select("pair_id", *scores)
-            now = piece.of(self.tokens.scan(self.version)).select("pair_id", *scores)
+            published = weights.scan(version, within=piece).select("pair_id", *scores)
+            now = self.tokens.scan(self.version, within=piece).select("pair_id", *scores)
             differ = pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"{name}_right")) for name in scores)
             if not published.join(now, on="pair_id").filter(differ).head(1).collect().is_empty():
                 return False
@@ -117,10 +118,10 @@ class Join:
     def has_all_of(self, table: Table, version: int | None) -> bool:
         """Return whether every pair of another table is in all tables of the join, and still of the same split."""
         for piece in table.key_ranges(RANGE_BYTES, version):
-            left = piece.of(table.scan(version)).select("pair_id", "split")
+            left = table.scan(version, within=piece).select("pair_id", "split")
             for role, (here, at) in self.tables.items():
                 keys = ["pair_id", "split"] if role == "tokens" else ["pair_id"]
-                lost = left.join(piece.of(here.scan(at)).select(keys), on=keys, how="anti")
+                lost = left.join(here.scan(at, within=piece).select(keys), on=keys, how="anti")
                 if not lost.head(1).collect().is_empty():
                     return False
         return True

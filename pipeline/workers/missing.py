@@ -27,16 +27,16 @@ def missing_pairs(tokens: TableVersion, table: Table) -> Iterator[pl.DataFrame]:
 
 def missing_within(piece: KeyRange, tokens: TableVersion, table: Table) -> pl.DataFrame:
     """Return the pairs of one range that have no row yet, by pair_id: `pair_id` and `num_tokens` to compute."""
-    pairs = piece.of(WeightStore(tokens.store).table(tokens.table).scan(tokens.version))
+    pairs = WeightStore(tokens.store).table(tokens.table).scan(tokens.version, within=piece)
     lengths = pl.sum_horizontal(pl.col(c).list.len() for c in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    done = [table.scan()] if table.exists() else []
+    done = [table.scan(within=piece)] if table.exists() else []
     quarantined = WeightStore(tokens.store).table(quarantine_path(tokens.table))
     if quarantined.exists():  # pairs that this very scorer could not take: trying them again would change nothing
         by_this = (pl.col("reason") == Reason.UNSCORABLE.value) & pl.col("detail").str.starts_with(f"{table.path}: ")
-        done.append(quarantined.scan().filter(by_this))
+        done.append(piece.of(quarantined.scan()).filter(by_this))  # its key is another one
     wanted = pairs.select("pair_id")
     for rows in done:
-        wanted = wanted.join(piece.of(rows.select("pair_id")), on="pair_id", how="anti")
+        wanted = wanted.join(rows.select("pair_id"), on="pair_id", how="anti")
     ids = wanted.collect()
     if ids.is_empty():  # the usual case of a second build: no list has been read
         return ids.with_columns(num_tokens=pl.lit(0, pl.UInt32))
@@ -65,9 +65,10 @@ def cut(part: pl.DataFrame, chunk_tokens: int) -> Iterator[pl.DataFrame]:
 def pairs_of(request: Request, target: Target, chunk: pl.DataFrame) -> list[PairRow]:
     """Read the pairs of a chunk, with the target's contrastive prompt if it has one."""
     table = WeightStore(request.tokens.store).table(request.tokens.table)
-    pairs = table.scan(request.tokens.version)
-    span = pl.col("pair_id").is_between(pl.lit(chunk["pair_id"].min()), pl.lit(chunk["pair_id"].max()))  # skips files
-    wanted = pairs.filter(span).join(chunk.lazy().select("pair_id"), on="pair_id", how="semi")
+    span = KeyRange.between(*chunk.select(first=pl.min("pair_id"), last=pl.max("pair_id")).row(0))
+    wanted = table.scan(request.tokens.version, within=span).join(
+        chunk.lazy().select("pair_id"), on="pair_id", how="semi"
+    )
     rows = read_pairs(wanted.select(COLUMNS).collect())
     if target.condition is None:
         return rows

@@ -13,6 +13,7 @@ import polars as pl
 from weights_store.checks.files import SoundTable
 from weights_store.checks.findings import Finding
 from weights_store.schemas import SIDES
+from weights_store.tables.key_ranges import KeyRange
 
 JOIN_BYTES = 256 << 20
 """About how much memory one range of a join takes."""
@@ -31,9 +32,8 @@ def check_keys(table: SoundTable) -> Iterator[Finding]:
     """Yield the first key that occurs more than once, and how many do."""
     found: list[_Found] = []
     num_bytes = _BYTES_PER_KEY * sum(record.num_rows for record in table.records())
-    keys = table.scan().select(table.key)
     for piece in table.key_ranges(JOIN_BYTES, num_bytes=num_bytes):
-        counts = piece.of(keys, table.key[0]).group_by(table.key).agg(count=pl.len())
+        counts = table.scan(within=piece).select(table.key).group_by(table.key).agg(count=pl.len())
         with table.reading():
             frame = counts.filter(pl.col("count") > 1).sort(table.key).collect()
         if frame.height:
@@ -66,13 +66,13 @@ def compare(
     largest = max((child, *parents), key=lambda table: table.num_bytes)
     num_bytes = child.num_bytes + max(parent.num_bytes for parent in parents)
     for piece in largest.key_ranges(JOIN_BYTES, num_bytes=num_bytes):
-        ours = piece.of(_values(child, list(columns), by_length, "")).filter(pl.col("pair_id").is_not_null())
+        ours = _values(child, piece, list(columns), by_length, "").filter(pl.col("pair_id").is_not_null())
         with child.reading():
             left = ours.collect()
         for parent in parents:
             if left.is_empty():
                 break
-            right = piece.of(_values(parent, list(columns.values()), by_length, _THEIRS))
+            right = _values(parent, piece, list(columns.values()), by_length, _THEIRS)
             with parent.reading():
                 joined = left.lazy().join(right, on="pair_id").sort("pair_id").collect()
             for name, theirs in columns.items():
@@ -88,9 +88,9 @@ def compare(
     yield from _one_of_each(found)
 
 
-def _values(table: SoundTable, names: list[str], by_length: bool, suffix: str) -> pl.LazyFrame:
+def _values(table: SoundTable, piece: KeyRange, names: list[str], by_length: bool, suffix: str) -> pl.LazyFrame:
     columns = [(pl.col(name).list.len() if by_length else pl.col(name)).alias(f"{name}{suffix}") for name in names]
-    return table.scan().select("pair_id", *columns)
+    return table.scan(within=piece).select("pair_id", *columns)
 
 
 def _unlike(

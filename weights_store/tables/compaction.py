@@ -46,9 +46,9 @@ def _compact(table: Table, max_bytes: int) -> TableVersion | None:
     num_needed = 1 + sum(record.num_bytes for record in old) // (SHARD_BYTES // 2)
     if not overlap and len(old) <= num_needed:
         return None
-    scan, writer = table.scan(base.version), table.writer()
+    writer = table.writer()
     for piece in table.key_ranges(max_bytes, base.version):
-        frame: pl.DataFrame = piece.of(scan, table.key[0]).collect()
+        frame: pl.DataFrame = table.scan(base.version, within=piece).collect()
         writer.write(frame.sort(table.key).to_arrow())
     new = writer.finish()
     if sum_checksums(record.sums for record in new) != sum_checksums(record.sums for record in old):

@@ -20,11 +20,23 @@ class KeyRange(NamedTuple):
     low: str | int | None
     high: str | int | None
 
+    @classmethod
+    def between(cls, first: str, last: str) -> "KeyRange":
+        """Return the range from one text to another, both included."""
+        return cls(first, f"{last}\0")  # no text lies between
+
+    def overlaps(self, first: Any, last: Any) -> bool:
+        """Return whether some key from `first` to `last` may be in this range."""
+        return (self.low is None or last >= self.low) and (self.high is None or first < self.high)
+
     def of(self, frame: pl.LazyFrame, key: str = "pair_id") -> pl.LazyFrame:
         """Return the rows of `frame` in this range; the condition reaches the files."""
         if self.low is not None:
             frame = frame.filter(pl.col(key) >= self.low)
         return frame if self.high is None else frame.filter(pl.col(key) < self.high)
+
+
+EVERYTHING = KeyRange(None, None)
 
 
 class RowGroup(NamedTuple):

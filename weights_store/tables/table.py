@@ -250,7 +250,10 @@ class Table(TableReader):
         """Return the rows whose key is in no shard of `version` that `since` did not have already."""
         if version is None or version == since or not rows.num_rows:
             return rows
-        return self._without(rows, self.scan_shards(self._records_since(version, since)))
+        span = pc.min_max(rows[self.key[0]]).as_py()
+        added = self._records_since(version, since)
+        near = [record for record in added if record.first_key <= span["max"] and span["min"] <= record.last_key]
+        return self._without(rows, self.scan_shards(near))
 
     def _records_since(self, version: int, since: int | None) -> list[ShardRecord]:
         """Return the records of the shards of `version` that `since` did not have already."""

@@ -34,7 +34,7 @@ from weights_store.tables.commits import (
     read_commits,
     wrong_base,
 )
-from weights_store.tables.key_ranges import KeyRange, RowGroup, cut
+from weights_store.tables.key_ranges import EVERYTHING, KeyRange, RowGroup, cut
 from weights_store.tables.metadata import CommitMetadata, Parent
 from weights_store.tables.shards import RESTORE, ShardReader, ShardRecord, check_bytes
 
@@ -126,22 +126,25 @@ class TableReader:
                 raise DamageError(f"{self.path}@{earlier.version} in {self.root}: {problem}; {self._repair}")
         return [commit for commit in commits if commit.metadata is not None]
 
-    def scan(self, version: int | None = None, checked: bool = True) -> pl.LazyFrame:
-        """Return one version as a lazy frame of shards that have been checked, see `check_shards`.
+    def scan(self, version: int | None = None, checked: bool = True, within: KeyRange = EVERYTHING) -> pl.LazyFrame:
+        """Return the rows of one version within a range of keys as a lazy frame; all shards it opens are checked first.
 
-        Without `checked` nothing is read and nothing compared: Polars reads what Delta's log names.
+        Without `checked` nothing is read before it is collected, and nothing compared: Polars reads what Delta's log names.
 
         Raises:
-            DamageError: A shard, or what the log says of the shards, is not what was committed.
+            DamageError: A shard, or what the log says of the shards, is not what was committed, see `check_shards`.
         """
         if checked:
-            return self.scan_shards(self.records(version))
+            near = [r for r in self.records(version) if within.overlaps(r.first_key, r.last_key)]
+            return within.of(self.scan_shards(near), self.key[0])
         opened = self.open_delta(version)
         path = self.location.uri
         if self.location.is_local and (quote(path) != path or "~" in path):
             # scan_delta does not decode deltalake's percent-encoded paths (Polars 2.1.0) and finds no file.
-            return self._scan_files(_paths(opened))
-        return pl.scan_delta(opened, storage_options=self.location.scan_options or None)
+            rows = self._scan_files(_paths(opened))
+        else:
+            rows = pl.scan_delta(opened, storage_options=self.location.scan_options or None)
+        return within.of(rows, self.key[0])
 
     def scan_shards(self, shards: Sequence[ShardRecord], checked: bool = True) -> pl.LazyFrame:
         """Return the rows of some shards, committed or not, as a lazy frame, see `scan`."""
@@ -242,13 +245,14 @@ class TableReader:
         of these keys; the table's own by default.
 
         Raises:
-            DamageError: A shard cannot be read.
+            DamageError: A shard is not what was committed.
         """
         records = self.records(version)
         total = _MEMORY_PER_BYTE * (sum(record.num_bytes for record in records) if num_bytes is None else num_bytes)
         num_ranges = -(-total // max_bytes)
         if num_ranges <= 1:
-            return [KeyRange(None, None)]
+            return [EVERYTHING]
+        self.check_shards(records)
         return cut([group for record in records for group in self._row_groups(record)], self._keys_of, num_ranges)
 
     def open_delta(self, version: int | None = None) -> "DeltaTable":

@@ -120,9 +120,9 @@ def _ranges(
     columns = [*names, pl.concat_list("pair_weight").alias(f"{_PAIR}_token_weights")]
     sizes = [sum(record.num_bytes for record in t.records(v)) for t, v in ((a, version_a), (b, version_b))]
     larger, version = (a, version_a) if sizes[0] >= sizes[1] else (b, version_b)
-    scans = [a.scan(version_a).select(columns), b.scan(version_b).select(columns)]
     for piece in larger.key_ranges(max_bytes, version, num_bytes=sum(sizes)):
-        yield piece.of(scans[0]).collect(), piece.of(scans[1]).collect()
+        old, new = (t.scan(v, within=piece).select(columns).collect() for t, v in ((a, version_a), (b, version_b)))
+        yield old, new
 
 
 def _changes(comparable: pl.DataFrame, side: str) -> pl.DataFrame:

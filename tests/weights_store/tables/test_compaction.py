@@ -133,8 +133,8 @@ def exchange_values(path):
 def test_a_value_that_changed_while_it_was_read_is_not_written(tmp_path, monkeypatch):
     table, scan = made_logps(tmp_path), Table.scan
 
-    def spoilt(self, version=None, checked=True):
-        return scan(self, version, checked).with_columns(pl.col("chosen_logps").list.eval(pl.element() - 1))
+    def spoilt(self, version=None, **options):
+        return scan(self, version, **options).with_columns(pl.col("chosen_logps").list.eval(pl.element() - 1))
 
     monkeypatch.setattr(Table, "scan", spoilt)
     with pytest.raises(DamageError, match="the rows read are not those that were committed; nothing was changed"):
