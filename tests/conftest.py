@@ -1,5 +1,6 @@
 """Fixtures shared by the suite: a toy model and pairs, made once, and quiet settings for engines and servers."""
 
+import io
 import json
 import os
 import subprocess
@@ -106,6 +107,33 @@ def make_recipe(tmp_path, toy_model):
         return parse_settings(Recipe, sections, "test")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def flip_silently():
+    """Return a function that damages a column of a table so that only a comparison with the commit can tell."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def flip(table, column, version=None):
+        """Flip one bit of a column in the newest shard of a version: the file can still be read, with other values."""
+        path = table.location.path / table.shards(version)[-1]
+        good, clean = path.read_bytes(), pq.read_table(path)
+        group = pq.ParquetFile(path).metadata.row_group(0)
+        chunk = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema.split(".")[0] == column)
+        for at in range(chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size):
+            data = bytearray(good)
+            data[at] ^= 4
+            try:
+                found = pq.read_table(io.BytesIO(data))
+            except (OSError, pa.ArrowException):
+                continue
+            if not found.equals(clean):
+                path.write_bytes(data)
+                return
+        pytest.fail("every flipped bit is noticed by Parquet itself")
+
+    return flip
 
 
 @pytest.fixture(scope="session")

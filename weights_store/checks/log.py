@@ -96,18 +96,26 @@ def read_log(table: Table) -> TableLog:
             checkpoints.setdefault(int(match[1]), []).append(name)
     problems |= _gaps(versions, max([*versions, *checkpoints], default=-1))
     if not problems:
-        problems |= _out_of_place(commits)
+        problems |= _wrong_links(commits) or _out_of_place(commits)
     return TableLog(table, commits, problems, checkpoints)
 
 
+def _wrong_links(commits: dict[int, Commit]) -> dict[int, str]:
+    """Return the commits that are whole, but not those that the next ones were made from."""
+    broken = [v for v in sorted(commits) if v + 1 in commits and wrong_base(commits[v + 1], commits[v])]
+    problems = {}
+    for version in broken:
+        # One that fits neither the commit before nor the one after is the stranger.
+        stranger = version + 1 if version + 1 in broken else version
+        problems[stranger] = f"its entry of the log is not the one that version {stranger + 1} was made from"
+    return {version: f"{problem}; restore {log_name(version)} from a copy" for version, problem in problems.items()}
+
+
 def _out_of_place(commits: dict[int, Commit]) -> dict[int, str]:
-    """Return the first problem of commits that are whole, each by itself, but do not follow from each other."""
+    """Return the first problem of commits that name other files than those that are there in their version."""
     active: dict[str, int] = {}  # the files of a version, with their rows
     ever: dict[str, int] = {}  # the version that added a file
     for version, commit in sorted(commits.items()):
-        later = commits.get(version + 1)
-        if later is not None and (problem := wrong_base(later, commit)):
-            return {version: f"{problem}; restore {log_name(version)} from a copy"}
         if lost := sorted(set(commit.removed) - active.keys()):
             return {version: f"it removes {lost[0]}, which version {version - 1} does not have"}
         if doubled := sorted(set(commit.added) & ever.keys()):

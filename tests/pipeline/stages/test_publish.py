@@ -8,7 +8,7 @@ import pytest
 from pipeline.stages.publish import Ingredients, publish
 from pipeline.stages.report import summary_markdown, write_report
 from weights_store import WeightStore
-from weights_store.errors import InputError, MismatchError
+from weights_store.errors import DamageError, InputError, MismatchError
 from weights_store.schemas import ANCHORS, ATTRIBUTIONS, LOGPS, TOKENS
 
 SIDES = {"chosen": [5, 6, 2], "rejected": [7, 2]}
@@ -69,6 +69,30 @@ def test_published_weights_by_hand(store, make_recipe):
     np.testing.assert_allclose(row["rejected_token_weights"], [0.7788008, 1.6487213], rtol=2**-13)
     assert (row["chosen_ids"], row["chosen_ref_logps"]) == ([5, 6, 2], [-1.0, -2.0, -3.0])
     assert row["rejected_ref_logps"] == [-4.0, -5.0]
+
+
+@pytest.mark.parametrize(
+    ("path", "column"),
+    [
+        ("tokens/toy-1", "rejected_ids"),
+        ("logps/toy-1/ref", "chosen_logps"),
+        ("logps/toy-1/pos", "chosen_logps"),
+        ("logps/toy-1/neg", "rejected_logps"),
+    ],
+)
+def test_nothing_is_published_from_damaged_tables(store, make_recipe, flip_silently, path, column):
+    ingredients = _ingredients(store)
+    flip_silently(store.table(path), column)
+    with pytest.raises(DamageError, match=f"^{path} in .*: shard .* is not the file that was committed"):
+        _publish(make_recipe, ingredients)
+    assert not store.table("weights/toy/tis-dpo").exists()
+
+
+def test_nothing_is_added_to_damaged_weights(store, make_recipe, flip_silently):
+    _publish(make_recipe, _ingredients(store, "a"))
+    flip_silently(store.table("weights/toy/tis-dpo"), "pair_id")
+    with pytest.raises(DamageError, match="^weights/toy/tis-dpo in"):
+        _publish(make_recipe, _ingredients(store, "ab"))
 
 
 def test_statistics_by_hand(store, make_recipe):
