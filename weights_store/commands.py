@@ -16,6 +16,7 @@ from weights_store.printing import (
     one_line,
     print_json,
     print_orphans,
+    print_repair,
     print_table,
     size_text,
 )
@@ -80,6 +81,14 @@ def add_commands(add: Add, load_tokenizer: "Callable[[str], Tokenizer]") -> None
         "--retention-hours", type=float, default=168.0, metavar="H", help="keep younger files, in hours (default: 168)"
     )
     vacuum.add_argument("--yes", action="store_true", help="delete the files")
+    vacuum.add_argument(
+        "--risk-running-builds",
+        action="store_true",
+        help="allow less than 24 hours: a build that runs may lose what it has not committed yet, and fails",
+    )
+    repair = add_listing("repair", _repair, "bring damaged tables back to their newest whole version, with --yes")
+    _add_tables(repair)
+    repair.add_argument("--yes", action="store_true", help="move the rest to the folder aside/ of the store")
     optimize = add("optimize", _optimize, "compact a table into fewer, sorted shards")
     optimize.add_argument("table", metavar="TABLE", help="a weight dataset, or a table such as logps/x/y")
 
@@ -306,7 +315,7 @@ def _vacuum(options: argparse.Namespace) -> None:
     from weights_store.checks.vacuum import vacuum
 
     store, tables = _store(options), _table_paths(options.tables)
-    orphans = vacuum(store, options.retention_hours, dry_run=not options.yes, tables=tables)
+    orphans = vacuum(store, options.retention_hours, not options.yes, tables, options.risk_running_builds)
     if options.json:
         document = {"store": options.store, "retention_hours": options.retention_hours, "deleted": options.yes}
         print_json({**document, "files": orphans})
@@ -319,6 +328,23 @@ def _vacuum(options: argparse.Namespace) -> None:
         print(f"deleted {amount_text(orphans, 'file')} {rule}")
     else:
         print(f"would delete {amount_text(orphans, 'file')} {rule}; --yes deletes")
+
+
+def _repair(options: argparse.Namespace) -> None:
+    from weights_store.checks.repair import apply_repair, find_repairs
+
+    store = _store(options)
+    repairs = list(find_repairs(store, _table_paths(options.tables)))
+    moved = {repair.table: apply_repair(store, repair) for repair in repairs} if options.yes else {}
+    if options.json:
+        print_json([{**vars(repair), "aside": moved.get(repair.table)} for repair in repairs])
+        return
+    for repair in repairs:
+        print_repair(repair, moved.get(repair.table))
+    if not repairs:
+        print(f"nothing to repair in {options.store}: every table's newest version is whole")
+    elif not options.yes:
+        print("nothing was changed: --yes does it. Restore damaged files from a copy instead, if there is one")
 
 
 def _optimize(options: argparse.Namespace) -> None:

@@ -205,6 +205,11 @@ class Location:
                 error.filename = str(path)  # the system names no file when the disk is full
             raise
 
+    def move(self, name: str, target: str) -> None:
+        """Move one file to another place under this one."""
+        self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+        self.filesystem.move(name, target)
+
     def delete(self, name: str) -> None:
         """Delete one file."""
         self.filesystem.delete_file(name)

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from weights_store.checks.repair import Repair
     from weights_store.checks.vacuum import Orphan
     from weights_store.tables.shards import ShardRecord
 
@@ -33,6 +34,23 @@ def print_orphans(orphans: "Sequence[Orphan]") -> None:
             for o in orphans
         ]
         print_table(rows, GAP)
+
+
+def print_repair(repair: "Repair", aside: str | None) -> None:
+    """Print what is lost and kept of one table, and where the rest went; None if it is still in its place."""
+    if repair.kept is None:
+        print(f"{repair.table}: none of its {count_text(repair.newest + 1, 'version')} is whole; build it again")
+    elif repair.dropped:
+        print(f"{repair.table}: back from version {repair.newest} to {repair.kept}, its newest whole one")
+    else:
+        print(f"{repair.table}: all versions stay; checkpoints that are no true summary of its log go")
+    for version, problem in sorted(repair.dropped.items()):
+        print(f"{GAP}version {version} is dropped: {problem}")
+    if repair.dropped:
+        before = "an unknown number of" if repair.num_rows is None else f"{repair.num_rows:,}"
+        print(f"{GAP}{repair.num_rows_kept:,} rows are kept of {before} in version {repair.newest}")
+    files = count_text(len(repair.files), "file")
+    print(f"{GAP}moved {files} to {aside}" if aside else f"{GAP}would move {files} to the folder aside/ of the store")
 
 
 def print_table(rows: Sequence[Mapping[str, object]], indent: str = "") -> None:

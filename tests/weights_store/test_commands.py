@@ -169,7 +169,10 @@ def test_vacuum_deletes_only_when_told_to_and_only_what_is_old(command, small_st
     assert (old.exists(), young.exists(), shard.exists()) == (False, True, True)
     _, out, _ = command("vacuum", "--yes")
     assert out.startswith("nothing to delete: no file that no version needs, older than 168 h, in ")
-    command("vacuum", "--yes", "--retention-hours", "0")
+    code, _, err = command("vacuum", "--yes", "--retention-hours", "0")
+    assert (code, young.exists()) == (1, True)
+    assert "a running build has written and will commit later may be deleted" in err
+    command("vacuum", "--yes", "--retention-hours", "0", "--risk-running-builds")
     assert not young.exists()
 
 
@@ -288,7 +291,7 @@ def test_verify_as_json_has_findings_and_exit_code_1(document, small_store):
     assert found["num_tables"] == 1
     (finding,) = found["findings"]
     assert (finding["table"], finding["version"], finding["shard"]) == (table.path, 0, table.shards()[0])
-    assert finding.keys() == {"table", "problem", "version", "shard", "row_group", "pair_id", "is_note"}
+    assert finding.keys() == {"table", "problem", "version", "shard", "row_group", "pair_id", "file", "is_note"}
     (orphan,) = found["orphans"]
     assert (orphan["table"], orphan["num_bytes"]) == (table.path, 321)
 
@@ -296,7 +299,7 @@ def test_verify_as_json_has_findings_and_exit_code_1(document, small_store):
 def test_vacuum_as_json_says_whether_it_deleted(document, small_store):
     orphan = small_store.root.path / "weights" / NAME / f"{1:020d}-0123456789ab-00000.parquet"
     orphan.write_bytes(b"x" * 321)
-    for deleted, options in ((False, ()), (True, ("--yes",))):
+    for deleted, options in ((False, ()), (True, ("--yes", "--risk-running-builds"))):
         found = document("vacuum", NAME, "--retention-hours", "0", *options)
         assert (found["deleted"], found["retention_hours"]) == (deleted, 0)
         assert [(file["name"], file["num_bytes"]) for file in found["files"]] == [(orphan.name, 321)]

@@ -129,7 +129,10 @@ def check_summaries(log: TableLog) -> Iterator[Finding]:
         for name in names:
             if problem := _problem_of_checkpoint(log, version, name):
                 yield Finding(
-                    log.table.path, f"its checkpoint _delta_log/{name} {problem}{mend} (and _last_checkpoint)", version
+                    log.table.path,
+                    f"it {problem}{mend}, together with {LAST_CHECKPOINT}",
+                    version,
+                    file=f"_delta_log/{name}",
                 )
     try:
         hint = json.loads(log.table.location.read(f"_delta_log/{LAST_CHECKPOINT}"))
@@ -141,8 +144,8 @@ def check_summaries(log: TableLog) -> Iterator[Finding]:
         found, is_right = "no version", False
     if not is_right:
         known = ", ".join(map(str, sorted(log.checkpoints))) or "none"
-        text = f"_delta_log/{LAST_CHECKPOINT} is damaged: it names {found!r}, there are checkpoints of versions {known}{mend}"
-        yield Finding(log.table.path, text, log.newest)
+        text = f"it is damaged: it names {found!r}, there are checkpoints of versions {known}{mend}"
+        yield Finding(log.table.path, text, log.newest, file=f"_delta_log/{LAST_CHECKPOINT}")
 
 
 def _problem_of_checkpoint(log: TableLog, version: int, name: str) -> str | None:

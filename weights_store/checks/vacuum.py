@@ -19,12 +19,17 @@ from weights_store.location import Location
 from weights_store.names import is_name
 from weights_store.schemas import SCHEMAS
 from weights_store.store import WeightStore
+from weights_store.tables.locks import without_writers
 
 # Commits, checkpoints, checksums and compacted commits, as the Delta protocol names them.
 _LOG_FILE = re.compile(r"_last_checkpoint|\d{20}\.(json|crc|checkpoint\..+)|\d{20}\.\d{20}\.compacted\.json")
 _SHARD = re.compile(r"\.?\d{20}-[0-9a-f]{12}-\d{5}\.parquet(\.\d+\.partial)?")
 # Names that the protocol or the system gives: change data, deletion vectors, hidden files.
 _RESERVED = re.compile(r"_.*|deletion_vector_.*\.bin|\.(?!.*\.partial$).*")
+
+
+MIN_RETENTION_HOURS = 24
+"""Shorter ones must be asked for: a build may run that long between two commits."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +58,32 @@ def find_orphans(store: WeightStore, tables: Iterable[str] | None = None) -> Ite
 
 
 def vacuum(
-    store: WeightStore, retention_hours: float = 168.0, dry_run: bool = True, tables: Iterable[str] | None = None
+    store: WeightStore,
+    retention_hours: float = 168.0,
+    dry_run: bool = True,
+    tables: Iterable[str] | None = None,
+    risk_running_builds: bool = False,
 ) -> list[Orphan]:
     """Remove the orphans that are older than a retention; return what was, or with `dry_run` would be, removed.
 
     Younger files stay, because a running writer may be about to commit them: `retention_hours` must be longer than any build.
-    For `tables` see `find_orphans`.
+    A writer whose shards are gone makes no commit, so its build fails and no table is harmed. In a local store a commit that is
+    being made is waited for. For `tables` see `find_orphans`.
 
     Raises:
         NotFoundError: There is no such store or table.
-        SettingsError: `retention_hours` is negative or not a number, or a path is malformed.
+        SettingsError: `retention_hours` is negative or not a number, or below `MIN_RETENTION_HOURS` without
+            `risk_running_builds`, or a path is malformed.
         DamageError: A commit of one of the tables cannot be read, so the files that it names are unknown; nothing was removed.
         OSError: A file cannot be removed; those before it are gone.
     """
     if not retention_hours >= 0:
         raise SettingsError(f"retention must be at least 0 hours, got {retention_hours}")
+    if retention_hours < MIN_RETENTION_HOURS and not (dry_run or risk_running_builds):
+        raise SettingsError(
+            f"a retention of {retention_hours:g} h is below {MIN_RETENTION_HOURS} h: shards that a running build has written "
+            "and will commit later may be deleted, and that build fails; if none runs, add --risk-running-builds"
+        )
     folders = list(_folders(store, tables))
     for log, _ in folders:
         for version, problem in log.problems.items():
@@ -77,11 +93,20 @@ def vacuum(
             )
     found = [(log, orphan) for log, files in folders for orphan in _orphans(log, files)]
     old = [(log, orphan) for log, orphan in found if orphan.age_hours > retention_hours]
-    if not dry_run:
-        for log, orphan in old:
+    if dry_run:
+        return [orphan for _, orphan in old]
+    return [orphan for path in dict.fromkeys(o.table for _, o in old) for orphan in _delete(path, old)]
+
+
+def _delete(path: str, old: list[tuple[TableLog, Orphan]]) -> Iterator[Orphan]:
+    """Delete the orphans of one table and yield them, except what has been committed since they were found."""
+    table = next(log.table for log, orphan in old if orphan.table == path)
+    with without_writers(table.location):
+        named = read_log(table).named()
+        for orphan in (orphan for _, orphan in old if orphan.table == path and orphan.name not in named):
             with suppress(FileNotFoundError):  # another process removed it
-                log.table.location.delete(orphan.name)
-    return [orphan for _, orphan in old]
+                table.location.delete(orphan.name)
+            yield orphan
 
 
 def _folders(store: WeightStore, tables: Iterable[str] | None) -> Iterator[tuple[TableLog, dict[str, pafs.FileInfo]]]:

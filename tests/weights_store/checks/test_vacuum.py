@@ -54,7 +54,7 @@ def everything(store):
 def test_a_store_as_it_was_committed_has_no_orphans_in_any_version(store):
     assert list(find_orphans(store)) == []
     before = everything(store)
-    assert vacuum(store, retention_hours=0, dry_run=False) == []
+    assert vacuum(store, retention_hours=0, dry_run=False, risk_running_builds=True) == []
     assert everything(store) == before
     contents = [sorted(store.table(PATH).pair_ids(version)) for version in (0, 1, 2)]
     assert contents == [["a", "c"], ["a", "b", "c"], ["a", "b", "c"]]
@@ -88,7 +88,7 @@ def test_partial_files_and_dead_commits_are_orphans(store):
     partial = leave(store, f".{written(store)}.4711.partial", hours=1)
     dead = leave(store, "_delta_log/_commit_0c9d.json.tmp", hours=1)
     assert {orphan.name for orphan in find_orphans(store)} >= {partial.name, "_delta_log/_commit_0c9d.json.tmp"}
-    vacuum(store, retention_hours=0.5, dry_run=False)
+    vacuum(store, retention_hours=0.5, dry_run=False, risk_running_builds=True)
     assert not partial.exists()
     assert not dead.exists()
 
@@ -99,7 +99,7 @@ def test_what_delta_or_the_system_put_there_stays(store):
     DeltaTable(str(store.root.path / PATH)).create_checkpoint()
     names = ("_change_data", "deletion_vector_1.bin", ".nfs0001", "_delta_log/00000000000000000000.crc")
     files = [leave(store, name, hours=1000) for name in names]
-    assert vacuum(store, retention_hours=0, dry_run=False) == []
+    assert vacuum(store, retention_hours=0, dry_run=False, risk_running_builds=True) == []
     assert all(file.exists() for file in files)
     assert (store.root.path / PATH / "_delta_log/_last_checkpoint").exists()
 
@@ -117,7 +117,7 @@ def test_files_of_a_table_inside_a_tables_folder_are_not_its_orphans(store):
 
     inner = str(store.root.path / PATH / "inner")
     write_deltalake(inner, rows("q"))
-    vacuum(store, retention_hours=0, dry_run=False)
+    vacuum(store, retention_hours=0, dry_run=False, risk_running_builds=True)
     assert DeltaTable(inner).to_pyarrow_table()["pair_id"].to_pylist() == ["q"]
 
 
@@ -126,7 +126,7 @@ def test_files_of_foreign_commits_stay(store):
 
     write_deltalake(str(store.root.path / PATH), rows("foreign"), mode="append")
     before = everything(store)
-    assert vacuum(store, retention_hours=0, dry_run=False) == []
+    assert vacuum(store, retention_hours=0, dry_run=False, risk_running_builds=True) == []
     assert everything(store) == before
 
 
@@ -137,7 +137,7 @@ def test_a_flipped_bit_in_a_foreign_commit_makes_no_file_a_leftover(store):
     log = store.root.path / PATH / "_delta_log" / f"{3:020d}.json"
     log.write_text(log.read_text().replace('{"add":', '{"ade":'))
     with pytest.raises(DamageError, match=r"x@3: .* it holds \['ade'\] where an action of Delta is expected"):
-        vacuum(store, retention_hours=0, dry_run=False)
+        vacuum(store, retention_hours=0, dry_run=False, risk_running_builds=True)
 
 
 @pytest.mark.parametrize("damage", ["unreadable", "empty", "missing"])

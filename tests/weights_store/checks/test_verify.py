@@ -412,7 +412,7 @@ def test_a_cut_checkpoint_is_found_and_named(store):
     assert list(verify(store)) == []
     checkpoint.write_bytes(checkpoint.read_bytes()[:-50])
     named, refused = verify(store, [TOKENS_PATH])
-    assert f"its checkpoint _delta_log/{checkpoint.name} is damaged: " in named.problem
+    assert str(named).startswith(f"{TOKENS_PATH}@1, file _delta_log/{checkpoint.name}: it is damaged: ")
     assert "delete it, or run `tokenweights repair`" in named.problem
     assert refused.problem.startswith("Delta cannot open it: ")
 
@@ -448,7 +448,7 @@ def test_a_damaged_hint_at_the_last_checkpoint_is_found_and_named(store, text):
     checkpoint_of(store, TOKENS_PATH)
     (store.root.path / TOKENS_PATH / "_delta_log" / "_last_checkpoint").write_text(text)
     found = list(verify(store, [TOKENS_PATH]))
-    assert "_delta_log/_last_checkpoint is damaged: it names" in found[0].problem
+    assert f"{TOKENS_PATH}@1, file _delta_log/_last_checkpoint: it is damaged: it names" in str(found[0])
     assert "delete it, or run `tokenweights repair`" in found[0].problem
 
 
