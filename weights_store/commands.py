@@ -75,6 +75,9 @@ def add_commands(add: Add, load_tokenizer: "Callable[[str], Tokenizer]") -> None
     )
     verify = add_listing("verify", _verify, "check every file against its commit; exit code 1 if something is wrong")
     _add_tables(verify)
+    verify.add_argument(
+        "--rows", action="store_true", help="also decode every row of the newest versions and check its rules: slower"
+    )
     vacuum = add_listing("vacuum", _vacuum, "list files that no version needs, or delete them with --yes")
     _add_tables(vacuum)
     vacuum.add_argument(
@@ -292,7 +295,7 @@ def _verify(options: argparse.Namespace) -> int:
     store, tables = _store(options), _table_paths(options.tables)
     findings: list[Finding] = []
     notes: list[Finding] = []
-    for finding in verify(store, tables):
+    for finding in verify(store, tables, options.rows):
         (notes if finding.is_note else findings).append(finding)
         if not options.json:
             print(finding, flush=True)
@@ -307,6 +310,8 @@ def _verify(options: argparse.Namespace) -> int:
         print(f"{count_text(len(orphans), 'file')} that no version needs, {size}; see `tokenweights vacuum`")
         print_orphans(orphans)
     result = count_text(len(findings), "finding") if findings else "all as it was committed"
+    if not (findings or options.rows):
+        result += "; --rows also checks the rules that rows must keep"
     print(f"checked {count_text(num_tables, 'table')} in {options.store}: {result}")
     return 1 if findings else 0
 

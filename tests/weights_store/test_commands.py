@@ -129,8 +129,11 @@ def test_export_takes_the_texts_from_a_model_folder(command, tmp_path, texts):
 
 
 def test_verify_of_a_sound_store_is_one_line_on_stdout(command, small_store):
+    checked = f"checked 8 tables in {small_store.root}: all as it was committed"
     code, out, _ = command("verify")
-    assert (code, out) == (0, f"checked 8 tables in {small_store.root}: all as it was committed\n")
+    assert (code, out) == (0, f"{checked}; --rows also checks the rules that rows must keep\n")
+    code, out, _ = command("verify", "--rows")
+    assert (code, out) == (0, f"{checked}\n")
 
 
 def test_verify_of_a_damaged_shard_is_exit_code_1_and_names_it(command, small_store):

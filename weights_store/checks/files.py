@@ -6,8 +6,10 @@ shards are decoded, to name the row group, the column and the pairs.
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from urllib.parse import unquote
 
@@ -82,15 +84,16 @@ def examine(log: TableLog) -> Examined:
         findings += _note_weaker(log)
     digests = {record.sha256: record.name for _, record in records}
     unsound, done, shown, started = set(), 0, 0, time.monotonic()
-    for version, record in records:
-        found = [replace(finding, version=version) for finding in _check_shard(table, record, digests)]
-        findings += found
-        if found:
-            unsound.add(record.name)
-        done += record.num_bytes
-        if done - shown >= BYTES_PER_PROGRESS or (shown and done == num_bytes):
-            shown = done
-            show(Progress(f"verify {table.path}", done, num_bytes, time.monotonic() - started, "bytes"))
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashing and reading leave Python's lock
+        checked = pool.map(lambda numbered: _check_shard(table, numbered[1], digests), records)
+        for (version, record), problems in zip(records, checked, strict=True):
+            findings += [replace(finding, version=version) for finding in problems]
+            if problems:
+                unsound.add(record.name)
+            done += record.num_bytes
+            if done - shown >= BYTES_PER_PROGRESS or (shown and done == num_bytes):
+                shown = done
+                show(Progress(f"verify {table.path}", done, num_bytes, time.monotonic() - started, "bytes"))
     return Examined(log, findings, frozenset(unsound))
 
 

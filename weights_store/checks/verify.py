@@ -1,7 +1,8 @@
-"""Verifies a store: every byte of every version, the laws of every newest version, and the lineage between tables.
+"""Verifies a store: every byte of every version, the lineage between tables and, if asked, the laws of every newest version.
 
-`verify` reads every file that any version of a table needs, as a stream, and every row of the newest versions. It changes
-nothing. It needs the memory of one row group, or of one range of keys when tables are joined.
+`verify` reads every file that any version of a table needs, as a stream: that finds whatever is not as it was committed. With
+`rows` it also decodes every row of the newest versions and checks the rules that rows must keep, which finds what a program has
+written wrong. It changes nothing. It needs the memory of one row group, or of one range of keys when tables are joined.
 
 Not here: files that no version needs (`vacuum.py`), and model folders.
 """
@@ -29,8 +30,8 @@ from weights_store.store import WeightStore
 from weights_store.tables.metadata import Parent, ScorerRecord
 
 
-def verify(store: WeightStore, tables: Iterable[str] | None = None) -> Iterator[Finding]:
-    """Yield every problem of a store, table by table.
+def verify(store: WeightStore, tables: Iterable[str] | None = None, rows: bool = False) -> Iterator[Finding]:
+    """Yield every problem of a store, table by table; with `rows` also each broken law of the rows of newest versions.
 
     A damaged shard or commit is a finding, and everything else is still checked. `tables` are paths such as
     `weights/hh/tis-dpo`; all by default. Tables that they were made from are read too; a problem of those is reported if it
@@ -42,7 +43,7 @@ def verify(store: WeightStore, tables: Iterable[str] | None = None) -> Iterator[
     """
     check_store(store.root)
     asked = list_tables(store.root) if tables is None else map(store.table, tables)
-    verification = _Verification(store, [table.path for table in asked])
+    verification = _Verification(store, [table.path for table in asked], rows)
     for path in () if tables is None else verification.asked:
         log = verification.log(path)
         if log is None or log.newest is None:
@@ -56,6 +57,7 @@ class _Verification:
 
     store: WeightStore
     asked: list[str]
+    with_rows: bool
     _logs: dict[str, TableLog | None] = field(default_factory=dict)
     _examined: dict[str, Examined] = field(default_factory=dict)
 
@@ -84,11 +86,8 @@ class _Verification:
         kind = log.table.path.partition("/")[0]
         rows = self._sound(log, log.newest)
         yield from self._examined[log.table.path].findings
-        scorer = (log.metadata(log.newest) or {}).get("scorer")
-        scorer = scorer if isinstance(scorer, dict) else None  # a damaged commit may hold anything
-        yield from _with_damage(rows, _check_rows(kind, rows, self._vocab_size(log), scorer))
-        yield from _with_damage(rows, check_keys(rows))
-        yield from _with_damage(rows, self._check_relations(kind, log, rows))
+        if self.with_rows:
+            yield from _with_damage(rows, self._check_laws(kind, log, rows))
         yield from check_lineage(log, self.log)
         yield from check_fingerprints(log)
         if kind in ("tokens", "weights"):
@@ -97,6 +96,13 @@ class _Verification:
         if quarantine is not None:  # a table without commits holds no rows
             unusable = self._sound(quarantine, quarantine.newest)
             yield from _with_damage(unusable, check_quarantine(log, quarantine, unusable))
+
+    def _check_laws(self, kind: str, log: TableLog, rows: SoundTable) -> Iterator[Finding]:
+        scorer = (log.metadata(log.newest) or {}).get("scorer")
+        scorer = scorer if isinstance(scorer, dict) else None  # a damaged commit may hold anything
+        yield from _check_rows(kind, rows, self._vocab_size(log), scorer)
+        yield from check_keys(rows)
+        yield from self._check_relations(kind, log, rows)
 
     def _check_relations(self, kind: str, log: TableLog, rows: SoundTable) -> Iterator[Finding]:
         if kind in ("logps", "attributions", "anchors"):  # of all commits: each adds some pairs

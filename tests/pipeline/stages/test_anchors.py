@@ -122,7 +122,7 @@ def test_pairs_of_one_prompt_share_one_anchor_and_its_log_probs_are_those_of_sco
         assert row["anchor_ids"] == expected_ids(row["prompt_ids"])
         expected = logps(ScoredSequence(row["prompt_ids"], row["anchor_ids"]))
         np.testing.assert_allclose(row["anchor_logps"], expected, rtol=2e-4)
-    assert list(verify(WeightStore(tokens.store), ["anchors/toy-1/x"])) == []
+    assert list(verify(WeightStore(tokens.store), ["anchors/toy-1/x"], rows=True)) == []
 
 
 def test_an_anchor_ends_with_the_end_of_a_turn_or_has_all_the_tokens_it_may_have(tokens, policy, made_up):

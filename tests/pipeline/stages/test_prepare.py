@@ -339,7 +339,7 @@ def test_a_later_source_without_a_usable_row_keeps_the_pairs_and_the_store_in_or
         run([BAD_ROWS[4][0]])
     store = store_of(make_recipe)
     assert store.quarantine("toy").collect()["reason"].to_list() == ["not_text"]
-    assert list(verify(store)) == []
+    assert list(verify(store, rows=True)) == []
     again = run(good)
     assert (again.num_pairs, again.num_new_pairs, again.quarantined) == (1, 0, first.quarantined)
     assert store.quarantine("toy").collect()["reason"].to_list() == ["unparsable_json"]
@@ -433,7 +433,7 @@ def test_several_answers_balance_with_the_rows_that_they_stand_for(run, make_rec
     assert prepared.num_pairs == 4
     assert prepared.quarantined == {"response_too_long": 2, "duplicate_pair": 1, "empty_response": 1}
     assert prepared.num_source_rows == 8
-    assert list(verify(store_of(make_recipe))) == []
+    assert list(verify(store_of(make_recipe), rows=True)) == []
     assert run([pair(0), *rows]).quarantined == {"many_answers": 2}
 
 

@@ -141,7 +141,7 @@ def test_scorers_of_one_model_share_one_engine(tokens, toy_model, run):
     for role in prompts:
         rows = WeightStore(tokens.store).table(scored[role].output.table).scan().collect()
         assert rows.select(pl.col("^.*_top_.*$").null_count()).row(0) == (NUM_PAIRS,) * 4
-    assert list(verify(WeightStore(tokens.store))) == []
+    assert list(verify(WeightStore(tokens.store), rows=True)) == []
 
 
 # --- the likeliest tokens ----------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_sigkill_at_twenty_random_moments_loses_a_chunk_each_at_most(tokens, run
         killer.join()
     assert_whole(tokens, scored)
     assert len(kills) == 20
-    assert list(verify(WeightStore(tokens.store))) == []
+    assert list(verify(WeightStore(tokens.store), rows=True)) == []
     repeated = sum(map(int, run.log("scored"))) - NUM_PAIRS * (6 + 5)
     assert repeated <= len(kills) * 2 * (6 + 5)
 

@@ -104,7 +104,7 @@ def test_actors_score_what_the_process_scores_and_the_driver_commits_each_table_
     assert restart.endswith("exit code 76: the engine ran out of memory: made up; batch_tokens 2048")
     assert logged.lines.count("an engine is up") == 1  # two are, for both tables: every actor says the same
     assert logged.progress[-1].percent == 100
-    assert list(verify(WeightStore(tmp_path / "ray"))) == []
+    assert list(verify(WeightStore(tmp_path / "ray"), rows=True)) == []
     assert list(find_orphans(WeightStore(tmp_path / "ray"))) == []
 
 
@@ -128,7 +128,7 @@ def test_an_actor_that_is_killed_is_replaced_and_its_chunk_scored_again(tmp_path
     assert scored.restarts == ()  # the process went on
     assert len(_commits(scored.output)) == 1
     assert len(set(run.log("engines"))) == 3
-    assert list(verify(WeightStore(tokens.store))) == []
+    assert list(verify(WeightStore(tokens.store), rows=True)) == []
     (orphan,) = find_orphans(WeightStore(tokens.store))  # what the dead actor had written
     assert orphan.table == scored.output.table
 

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from weights_store import WeightStore
-from weights_store.checks.verify import Finding, verify
+from weights_store.checks.verify import Finding
+from weights_store.checks.verify import verify as verify_store
 from weights_store.errors import DamageError, NotFoundError, SettingsError
 from weights_store.fingerprint import fingerprint
 from weights_store.messages import progress_of
@@ -140,6 +141,10 @@ def built(tmp_path_factory):
 def store(built, tmp_path):
     shutil.copytree(built, tmp_path / "store")
     return WeightStore(tmp_path / "store")
+
+
+def verify(store, tables=None):
+    return verify_store(store, tables, rows=True)
 
 
 def shards(store, path):
