@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help install demo test test-families bench-store bench-score bench-attribute bench-train lint format lock rehearse clean
+.PHONY: help install demo test test-families bench-store bench-checks bench-score bench-attribute bench-train lint format lock rehearse clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -42,6 +42,9 @@ test-families: $(INSTALLED)  ## every causal language model of transformers, tin
 
 bench-store: $(INSTALLED)  ## size and speed of the weight store -> benchmarks/results/store.json (about ten minutes)
 	$(BIN)/python benchmarks/store.py
+
+bench-checks: $(INSTALLED)  ## what it costs to compare what is read with its commit -> benchmarks/results/checks.json (three minutes)
+	$(BIN)/python benchmarks/checks.py
 
 bench-score: $(INSTALLED)  ## speed of scoring against prefill, plain vLLM and the official way -> benchmarks/results/score.json
 	$(BIN)/python benchmarks/score.py

@@ -149,7 +149,7 @@ def _num_response_tokens(rows: pa.Table) -> int:
 
 def measure_formats(source: str, scratch: str) -> dict[str, Any]:
     """Write and read the rows of one weight dataset in every format, `RUNS` times each, in turns."""
-    _one_core()
+    on_one_core()
     store, _, name = source.partition("::")
     rows = pa.concat_tables(list(WeightStore(store).table(f"weights/{name}").batches(columns=COLUMNS))).combine_chunks()
     num_tokens = _num_response_tokens(rows)
@@ -192,7 +192,8 @@ def _timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def _one_core() -> None:
+def on_one_core() -> None:
+    """Keep this process on one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     pa.set_cpu_count(1)
 
@@ -216,16 +217,16 @@ def _made_up(num_pairs: int, step: int = 5000) -> Iterator[pa.Table]:
     for start in range(0, num_pairs, step):
         size = min(step, num_pairs - start)
         columns: dict[str, Any] = {"pair_id": [f"{index:032x}" for index in range(start, start + size)]}
-        columns["prompt_ids"] = _ragged(rng, rng.poisson(64, size) + 1, "ids")
+        columns["prompt_ids"] = made_up_lists(rng, rng.poisson(64, size) + 1, "ids")
         for side in ("chosen", "rejected"):
             lengths = rng.poisson(48, size) + 1
-            columns[f"{side}_ids"] = _ragged(rng, lengths, "ids")
-            columns[f"{side}_token_weights"] = _ragged(rng, lengths, "weights")
-            columns[f"{side}_ref_logps"] = _ragged(rng, lengths, "logps")
+            columns[f"{side}_ids"] = made_up_lists(rng, lengths, "ids")
+            columns[f"{side}_token_weights"] = made_up_lists(rng, lengths, "weights")
+            columns[f"{side}_ref_logps"] = made_up_lists(rng, lengths, "logps")
         yield _whole(pa.table(columns).select(COLUMNS))
 
 
-def _ragged(rng: np.random.Generator, lengths: np.ndarray, kind: str) -> pa.Array:
+def made_up_lists(rng: np.random.Generator, lengths: np.ndarray, kind: str) -> pa.Array:
     """Return lists of Zipf-like ids, exponential log-probs (nats) or log-normal weights in the clamp's range."""
     total = int(lengths.sum())
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
@@ -240,7 +241,7 @@ def _ragged(rng: np.random.Generator, lengths: np.ndarray, kind: str) -> pa.Arra
 
 def measure_memory(store: str, num_pairs: str) -> dict[str, Any]:
     """Read a whole made-up dataset once, checked, and return the peak of resident memory."""
-    _one_core()
+    on_one_core()
     num_tokens, started = 0, time.perf_counter()
     for rows in WeightStore(store).table(f"weights/bench/made-up-{num_pairs}").batches():
         num_tokens += _num_response_tokens(rows)
@@ -251,7 +252,7 @@ def measure_memory(store: str, num_pairs: str) -> dict[str, Any]:
 
 def measure_weigh() -> dict[str, Any]:
     """Weigh ten million tokens from their log-probs, as `publish` does for a range of pairs."""
-    _one_core()
+    on_one_core()
     rng = np.random.default_rng(0)
     positive, negative = (-rng.exponential(2.0, 10_000_000).astype(np.float32) for _ in range(2))
     scores = SideScores("chosen", np.array([len(positive)]), positive, negative)

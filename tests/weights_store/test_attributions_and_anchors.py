@@ -140,7 +140,9 @@ def test_optimize_and_vacuum_go_through_these_tables(ti_store, path, capsys):
     (left,) = writer.finish()
     assert [(orphan.table, orphan.name) for orphan in find_orphans(ti_store)] == [(path, left.name)]
     os.utime(table.location.path / left.name, (1e9, 1e9))
-    assert [orphan.name for orphan in vacuum(ti_store, retention_hours=0, dry_run=False, risk_running_builds=True)] == [left.name]
+    assert [orphan.name for orphan in vacuum(ti_store, retention_hours=0, dry_run=False, risk_running_builds=True)] == [
+        left.name
+    ]
     assert table.scan(0).collect().height == 3  # what old versions need stays
 
 
