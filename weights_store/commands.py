@@ -23,6 +23,7 @@ from weights_store.printing import (
 if TYPE_CHECKING:
     import polars as pl
 
+    from weights_store.checks.findings import Finding
     from weights_store.views.token_texts import Tokenizer
 
 _DEFAULT_STORE = "stores/default"
@@ -277,7 +278,8 @@ def _verify(options: argparse.Namespace) -> int:
     from weights_store.checks.verify import verify
 
     store, tables = _store(options), _table_paths(options.tables)
-    findings, notes = [], []
+    findings: list[Finding] = []
+    notes: list[Finding] = []
     for finding in verify(store, tables):
         (notes if finding.is_note else findings).append(finding)
         if not options.json:
