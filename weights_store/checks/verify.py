@@ -1,9 +1,11 @@
-"""Verifies a store: every byte of every version, the laws of every newest version, and the lineage between tables.
+"""Verifies a store: every byte of every version, the laws of every newest version, lineage, models and reports.
 
 `verify` reads every file that any version of a table needs, as a stream, and every row of the newest versions. It changes
 nothing. It needs the memory of one row group, or of one range of keys when tables are joined.
 
-Not here: files that no version needs (`vacuum.py`), and model folders.
+If no tables are named, all contrastive models and reports are checked; else the models behind the named weight datasets.
+
+Not here: files that no version needs (`vacuum.py`).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +16,7 @@ from weights_store.checks.files import Examined, SoundTable, examine
 from weights_store.checks.findings import Finding
 from weights_store.checks.log import TableLog, read_log
 from weights_store.checks.metadata import check_balance, check_fingerprints, check_lineage, check_quarantine, parents
+from weights_store.checks.models import ModelChecks
 from weights_store.checks.relations import (
     ANCHOR_COLUMNS,
     PER_TOKEN_COLUMNS,
@@ -22,6 +25,7 @@ from weights_store.checks.relations import (
     check_keys,
     compare,
 )
+from weights_store.checks.reports import check_reports
 from weights_store.checks.rows import violations
 from weights_store.errors import DamageError, NotFoundError, SettingsError
 from weights_store.names import quarantine_path
@@ -47,7 +51,7 @@ def verify(store: WeightStore, tables: Iterable[str] | None = None) -> Iterator[
         log = verification.log(path)
         if log is None or log.newest is None:
             raise NotFoundError(f"no table {path} in {store.root}; `tokenweights ls --store {store.root}` lists them")
-    return verification.run()
+    return verification.run(everything=tables is None)
 
 
 @dataclass
@@ -59,11 +63,17 @@ class _Verification:
     _logs: dict[str, TableLog | None] = field(default_factory=dict)
     _examined: dict[str, Examined] = field(default_factory=dict)
 
-    def run(self) -> Iterator[Finding]:
+    def __post_init__(self) -> None:
+        self._models = ModelChecks(self.store.root, self.log)
+
+    def run(self, *, everything: bool) -> Iterator[Finding]:
         for path in self.asked:
             log = self.log(path)
             if log is not None and log.newest is not None:
                 yield from self._check(log)
+        if everything:
+            yield from self._models.check_all()
+            yield from check_reports(self.store.root)
 
     def log(self, path: str) -> TableLog | None:
         """Return the log of a table, None if the path names none."""
@@ -93,6 +103,8 @@ class _Verification:
         yield from check_fingerprints(log)
         if kind in ("tokens", "weights"):
             yield from check_balance(log)
+        if kind == "weights":
+            yield from self._models.check_scorers(log)
         quarantine = self.log(quarantine_path(log.table.path)) if kind == "tokens" else None
         if quarantine is not None:  # a table without commits holds no rows
             unusable = self._sound(quarantine, quarantine.newest)
