@@ -15,7 +15,7 @@ from typing import Any
 
 from weights_store.errors import InputError
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+WEIGHT_FILE = "*.safetensors"
 _SLOW_TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 # The settings of tokenizer_config.json that change ids or rendered text; others, such as class names, may differ.
 _TOKENIZER_SETTINGS = (
@@ -89,7 +89,7 @@ def fingerprint_model(folder: str | Path) -> str:
         InputError: The folder holds no `config.json` or no weight file.
     """
     folder = Path(folder)
-    weight_files = [path for pattern in WEIGHT_FILES for path in folder.glob(pattern)]
+    weight_files = list(folder.glob(WEIGHT_FILE))
     if not (folder / "config.json").is_file() or not weight_files:
         raise InputError(f"{folder} is not a model folder: expected config.json and *.safetensors files")
     return combine_model(load_json(folder / "config.json"), {path.name: digest_once(path) for path in weight_files})
@@ -116,17 +116,32 @@ def load_chat_template(folder: str | Path, name: str = "default") -> str | None:
     """Return a chat template of a tokenizer folder, None if it has none of this name.
 
     Some models have a second one, `tool_use`, for chats with tools.
+
+    Raises:
+        InputError: A file of it is not UTF-8 text, or not what transformers writes.
     """
     folder = Path(folder)
     file = folder / ("chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja")
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file} is not UTF-8 text: {error}") from error
     if (folder / "chat_template.jinja").is_file() or not (folder / "tokenizer_config.json").is_file():
         return None
     template = load_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):  # several named templates
-        return {entry["name"]: entry["template"] for entry in template}.get(name)
-    return template if name == "default" else None
+    try:
+        if isinstance(template, list):  # several named templates
+            template = {entry["name"]: entry["template"] for entry in template}.get(name)
+        elif name != "default":
+            return None
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'tokenizer_config.json'}: chat_template is no list of named templates") from error
+    if not isinstance(template, str | None):
+        raise InputError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is a {type(template).__name__}, expected text"
+        )
+    return template
 
 
 def fingerprint_chat_template(folder: str | Path) -> str | None:

@@ -1,7 +1,7 @@
 """The shelf of a store's contrastive models: where they are trained, kept and read. Whoever takes one gets a checked one.
 
 In a local store they lie in its folder `models/`. For an object store they are trained and read in a cache folder of this
-machine, uploaded when finished and downloaded where they are needed. What is recorded of them: `weights_store/models.py`.
+machine, uploaded when finished and downloaded where they are needed. Their records: `weights_store/checks/model_folders.py`.
 """
 
 import os
@@ -10,11 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from weights_store.errors import DamageError
-from weights_store.fingerprint import digest_once, fingerprint
-from weights_store.location import Location
-from weights_store.messages import logger
-from weights_store.models import (
+from weights_store.checks.model_folders import (
     RECORD,
     ModelRecord,
     check_files,
@@ -23,6 +19,10 @@ from weights_store.models import (
     remedy,
     sign_record,
 )
+from weights_store.errors import DamageError
+from weights_store.fingerprint import digest_once, fingerprint
+from weights_store.location import Location
+from weights_store.messages import logger
 
 _log = logger(__name__)
 

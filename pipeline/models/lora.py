@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.model.checkpoint import TEMPLATE_FILES, TOKENIZER_FILES, load_checkpoint
 from train.model.weight_files import check_safetensors
+from weights_store.checks.model_folders import compare_files, covered_files, open_record, sign_record
 from weights_store.errors import InputError, MissingExtraError
 from weights_store.fingerprint import (
     digest_once,
@@ -28,7 +29,6 @@ from weights_store.fingerprint import (
 )
 from weights_store.location import Location
 from weights_store.messages import first_line
-from weights_store.models import compare_files, covered_files, open_record, sign_record
 from weights_store.process import run_main
 
 if TYPE_CHECKING:

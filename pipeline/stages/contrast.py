@@ -15,9 +15,9 @@ from pipeline.models.contrastive import ModelShelf
 from pipeline.recipe import ContrastSection
 from pipeline.stages.score import Scorer
 from weights_store import TableVersion, WeightStore
+from weights_store.checks.model_folders import MODELS, ModelIdentity, ModelRecord, model_name
 from weights_store.fingerprint import fingerprint_model
 from weights_store.messages import logger
-from weights_store.models import MODELS, ModelIdentity, ModelRecord, model_name
 from weights_store.names import name_of
 
 _log = logger(__name__)

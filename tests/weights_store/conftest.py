@@ -17,8 +17,8 @@ import pyarrow as pa
 import pytest
 
 from weights_store import WeightStore
+from weights_store.checks.model_folders import model_name, sign_record
 from weights_store.fingerprint import explain_difference, fingerprint
-from weights_store.models import model_name, sign_record
 from weights_store.schemas import ANCHORS, ATTRIBUTIONS, LOGPS, QUARANTINE, TOKENS, WEIGHTS
 from weights_store.tables.checksums import sum_checksums
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from weights_store.checks.findings import Finding
 from weights_store.checks.log import TableLog
 from weights_store.checks.metadata import parent_problem, parents
+from weights_store.checks.model_folders import MODELS, ModelRecord, check_files, is_weak, read_model_record, remedy
 from weights_store.errors import DamageError
 from weights_store.location import Location
 from weights_store.messages import Progress, show
-from weights_store.models import MODELS, ModelRecord, check_files, is_weak, read_model_record, remedy
 from weights_store.tables.metadata import Parent
 
 _READ_BYTES = 4 << 20

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import polars as pl
 
 from weights_store.catalog import open_table
+from weights_store.checks.model_folders import MODELS, RECORD, ModelRecord, read_model_record
 from weights_store.location import Location
-from weights_store.models import MODELS, RECORD, ModelRecord, read_model_record
 from weights_store.names import quarantine_path, weights_path
 from weights_store.tables.commits import read_commit
 from weights_store.tables.metadata import CommitMetadata, Parent, Section

@@ -7,10 +7,10 @@ import shutil
 import pytest
 
 from pipeline.models.contrastive import ModelShelf
+from weights_store.checks.model_folders import model_name
 from weights_store.errors import DamageError
 from weights_store.fingerprint import fingerprint_model
 from weights_store.location import Location
-from weights_store.models import model_name
 
 FILES = {
     "config.json": b'{"vocab_size": 9}',

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCa
 from pipeline.models.lora import merge_adapter, merged_fingerprint, problem_of_merged
 from pipeline.models.resolve import resolve_model
 from pipeline.recipe import ModelSection
+from weights_store.checks.model_folders import sign_record
 from weights_store.errors import InputError, MissingExtraError
 from weights_store.fingerprint import fingerprint_file
-from weights_store.models import sign_record
 
 VOCAB_SIZE = 101
 SIZES = {

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
+from weights_store.checks.model_folders import model_name, sign_record
 from weights_store.checks.verify import verify
 from weights_store.fingerprint import combine_model, fingerprint, fingerprint_file
-from weights_store.models import model_name, sign_record
 
 NAME = "weights/hh-harmless/tis-dpo"
 UNIFORM = "weights/hh-harmless/uniform"

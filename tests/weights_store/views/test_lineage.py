@@ -4,9 +4,9 @@ import shutil
 import polars as pl
 import pytest
 
+from weights_store.checks.model_folders import model_name
 from weights_store.errors import DamageError, NotFoundError
 from weights_store.fingerprint import fingerprint
-from weights_store.models import model_name
 
 NAME = "hh-harmless/tis-dpo"
 KEY = "hh-harmless-0123456789ab"

@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from typing import Any, NotRequired, TypedDict, cast
 
 from weights_store.errors import DamageError
-from weights_store.fingerprint import WEIGHT_FILES, combine_model, fingerprint
+from weights_store.fingerprint import WEIGHT_FILE, combine_model, fingerprint
 from weights_store.location import Location, one_line
 
 MODELS = "models"
@@ -148,7 +148,7 @@ def _compare_fingerprint(folder: Location, recorded: str, digest: Digest) -> Ite
     except (ValueError, RecursionError) as error:
         yield f"config.json is damaged: {one_line(error)}"
         return
-    names = [name for name in folder.files() if any(fnmatch(name, pattern) for pattern in WEIGHT_FILES)]
+    names = [name for name in folder.files() if fnmatch(name, WEIGHT_FILE)]
     found = combine_model(config, {name: digest(folder, name) for name in names})
     if found != recorded:
         yield f"weights or config.json are damaged: their fingerprint is {_short(found)}, recorded is {_short(recorded)}"
