@@ -107,7 +107,7 @@ def test_pickles_are_no_weights(single, name):
     (single / "model.safetensors").rename(single / name)
     assert problem(single).startswith(f"no weight files in {single}; expected model.safetensors, or ")
     assert problem(single).endswith(
-        f"({name} is a pickle, which can run code, so it is not read: save the model as safetensors)"
+        f"({name} is a pickle, which can run code, so it is not read: save it as safetensors)"
     )
 
 
