@@ -23,7 +23,6 @@ from weights_store.printing import (
 if TYPE_CHECKING:
     import polars as pl
 
-    from weights_store.checks.findings import Finding
     from weights_store.views.token_texts import Tokenizer
 
 _DEFAULT_STORE = "stores/default"
@@ -278,17 +277,16 @@ def _verify(options: argparse.Namespace) -> int:
     from weights_store.checks.verify import verify
 
     store, tables = _store(options), _table_paths(options.tables)
-    findings: list[Finding] = []
-    notes: list[Finding] = []
+    findings = []
     for finding in verify(store, tables):
-        (notes if finding.is_note else findings).append(finding)
+        findings.append(finding)
         if not options.json:
             print(finding, flush=True)
     orphans = list(find_orphans(store, tables))
     num_tables = len(tables) if tables is not None else sum(1 for _ in list_tables(store.root))
     if options.json:
-        document = {"store": options.store, "num_tables": num_tables, "findings": findings, "notes": notes}
-        print_json({**document, "orphans": orphans})
+        document = {"store": options.store, "num_tables": num_tables, "findings": findings, "orphans": orphans}
+        print_json(document)
         return 1 if findings else 0
     if orphans:
         size = size_text(sum(orphan.num_bytes for orphan in orphans))

@@ -280,7 +280,7 @@ def test_export_as_json(document, tmp_path):
 
 def test_verify_as_json_has_findings_and_exit_code_1(document, small_store):
     sound = document("verify")
-    assert sound == {"store": str(small_store.root), "num_tables": 8, "findings": [], "notes": [], "orphans": []}
+    assert sound == {"store": str(small_store.root), "num_tables": 8, "findings": [], "orphans": []}
     table = small_store.table(f"weights/{NAME}")
     (table.location.path / table.shards()[0]).unlink()
     (table.location.path / f"{1:020d}-0123456789ab-00000.parquet").write_bytes(b"x" * 321)
@@ -288,7 +288,7 @@ def test_verify_as_json_has_findings_and_exit_code_1(document, small_store):
     assert found["num_tables"] == 1
     (finding,) = found["findings"]
     assert (finding["table"], finding["version"], finding["shard"]) == (table.path, 0, table.shards()[0])
-    assert finding.keys() == {"table", "problem", "version", "shard", "row_group", "pair_id", "is_note"}
+    assert finding.keys() == {"table", "problem", "version", "shard", "row_group", "pair_id"}
     (orphan,) = found["orphans"]
     assert (orphan["table"], orphan["num_bytes"]) == (table.path, 321)
 

@@ -1,11 +1,10 @@
-"""Verifies a store: every byte of every version, the laws of every newest version, lineage, models and reports.
+"""Verifies a store: every byte of every version, the laws of every newest version, and the lineage between tables.
 
 `verify` reads every file that any version of a table needs, as a stream, and every row of the newest versions. It changes
 nothing. It needs the memory of one row group, or of one range of keys when tables are joined.
 
-If no tables are named, all contrastive models and reports are checked; else the models behind the named weight datasets.
-
-Not here: files that no version needs (`vacuum.py`).
+Not here: files that no version needs (`vacuum.py`). Models and reports: all of them if no tables are named, else the models
+behind the named weight datasets.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
