@@ -32,10 +32,8 @@ def write_report(published: Published, model_folder: Path, chat_template: str | 
     store = WeightStore(published.weights.store)
     file = report_file(published.name, published.weights.version)
     folder = store.root / REPORTS
-    reason = why_write(folder, file, published.is_new)
-    if reason is None:
+    if (reason := why_write(folder, file, published.is_new)) is None:
         return f"{folder}/{file}"
-    _log.info(reason)
     frame = store.scan(published.name, published.weights.version)
     metadata = store.metadata(published.name, published.weights.version)
     context = {
@@ -47,6 +45,7 @@ def write_report(published: Published, model_folder: Path, chat_template: str | 
         "histograms": _histograms(store.table(published.weights.table), published),
         "pairs": _sample_pairs(frame, ChatTokenizer(model_folder, chat_template)),
     }
+    _log.info(reason)
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     folder.write(file, with_digest(Environment(autoescape=True).from_string(template).render(context)))
     return f"{folder}/{file}"
