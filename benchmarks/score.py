@@ -227,7 +227,10 @@ def measure_official(model: str, sets: str, num_sequences: str, dtype: str, runs
     import torch
     from transformers import AutoModelForCausalLM
 
-    models = [AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval() for _ in range(2)]
+    models = [
+        AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False, dtype=getattr(torch, dtype)).eval()
+        for _ in range(2)
+    ]
     pad = models[0].config.eos_token_id
 
     @torch.no_grad()

@@ -242,8 +242,14 @@ def run_official(job: Job, recorder: Recorder) -> None:
     from transformers import AutoModelForCausalLM
 
     half = torch.float16 if job.device == "cuda" else torch.bfloat16  # the release's float16 has no fast CPU kernels
-    policy = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32).to(job.device).train()
-    reference = AutoModelForCausalLM.from_pretrained(job.model, dtype=half).to(job.device).eval()
+    policy = (
+        AutoModelForCausalLM.from_pretrained(job.model, trust_remote_code=False, dtype=torch.float32)
+        .to(job.device)
+        .train()
+    )
+    reference = (
+        AutoModelForCausalLM.from_pretrained(job.model, trust_remote_code=False, dtype=half).to(job.device).eval()
+    )
     optimizer = torch.optim.RMSprop(policy.parameters(), lr=job.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 151))
     pairs, collate = pairs_of(job), recorder.wait(official_batch)
@@ -349,7 +355,7 @@ def _needed(job: Job) -> dict[str, list[float]]:
     """
     from transformers import AutoConfig
 
-    config, body = AutoConfig.from_pretrained(job.model), BODIES[job.device]
+    config, body = AutoConfig.from_pretrained(job.model, trust_remote_code=False), BODIES[job.device]
     hidden, inner, layers = body["hidden_size"], body["intermediate_size"], body["num_hidden_layers"]
     layer_parameters = 3 * hidden * hidden + 3 * hidden * inner  # q and o, k and v of half the heads; the MLP
     tokens: list[float] = []

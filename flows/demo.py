@@ -9,6 +9,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import polars as pl
@@ -20,6 +21,7 @@ from pipeline.recipe import Recipe, load_recipe
 from pipeline.toy.language import ToyLanguage, agreement
 from train.job.output import Result
 from weights_store import WeightStore
+from weights_store.fingerprint import load_json
 from weights_store.location import write_whole
 from weights_store.schemas import SIDES
 
@@ -114,8 +116,7 @@ def _train_policy(recipe: Recipe, result: BuildResult, output: Path) -> Result:
     arguments = ["train", "--store", recipe.store.uri, "--model", recipe.model.path, "--output", str(output)]
     arguments += ["--weights", f"{result.published.name}@{reference.version}", *_set(_POLICY_SETTINGS)]
     run_child("tokenweights", arguments, "training the policy")
-    metrics: Result = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-    return metrics
+    return cast(Result, load_json(output / "metrics.json"))
 
 
 def _agreement(recipe: Recipe, result: BuildResult, language: ToyLanguage) -> dict[str, float]:

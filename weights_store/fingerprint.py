@@ -15,7 +15,7 @@ from typing import Any
 
 from weights_store.errors import InputError
 
-_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+WEIGHT_FILE = "*.safetensors"
 _SLOW_TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 # The settings of tokenizer_config.json that change ids or rendered text; others, such as class names, may differ.
 _TOKENIZER_SETTINGS = (
@@ -89,18 +89,25 @@ def fingerprint_model(folder: str | Path) -> str:
         InputError: The folder holds no `config.json` or no weight file.
     """
     folder = Path(folder)
-    weight_files = [path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)]
+    weight_files = list(folder.glob(WEIGHT_FILE))
     if not (folder / "config.json").is_file() or not weight_files:
         raise InputError(f"{folder} is not a model folder: expected config.json and *.safetensors files")
-    config = load_json(folder / "config.json")
-    config.pop("transformers_version", None)
-    config.pop("_name_or_path", None)
-    stats = {path: path.stat() for path in weight_files}
-    files = {path.name: _digest(path.resolve(), stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
-    return fingerprint({"config": config, "files": files})
+    return combine_model(load_json(folder / "config.json"), {path.name: digest_once(path) for path in weight_files})
 
 
-@lru_cache(maxsize=256)
+def combine_model(config: Mapping[str, Any], files: Mapping[str, str]) -> str:
+    """Return the fingerprint of a model from its config and the SHA-256 of each weight file, by name."""
+    determines = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
+    return fingerprint({"config": determines, "files": dict(files)})
+
+
+def digest_once(path: Path) -> str:
+    """Return the SHA-256 of a large file; it is read once a process, unless its size or its time changes."""
+    stat = path.stat()
+    return _digest(path.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
 def _digest(path: Path, _size: int, _mtime_ns: int) -> str:
     return fingerprint_file(path)
 
@@ -109,17 +116,32 @@ def load_chat_template(folder: str | Path, name: str = "default") -> str | None:
     """Return a chat template of a tokenizer folder, None if it has none of this name.
 
     Some models have a second one, `tool_use`, for chats with tools.
+
+    Raises:
+        InputError: A file of it is not UTF-8 text, or not what transformers writes.
     """
     folder = Path(folder)
     file = folder / ("chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja")
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file} is not UTF-8 text: {error}") from error
     if (folder / "chat_template.jinja").is_file() or not (folder / "tokenizer_config.json").is_file():
         return None
     template = load_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):  # several named templates
-        return {entry["name"]: entry["template"] for entry in template}.get(name)
-    return template if name == "default" else None
+    try:
+        if isinstance(template, list):  # several named templates
+            template = {entry["name"]: entry["template"] for entry in template}.get(name)
+        elif name != "default":
+            return None
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'tokenizer_config.json'}: chat_template is no list of named templates") from error
+    if not isinstance(template, str | None):
+        raise InputError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is a {type(template).__name__}, expected text"
+        )
+    return template
 
 
 def fingerprint_chat_template(folder: str | Path) -> str | None:

@@ -157,13 +157,18 @@ class Location:
         """Return the files in this folder by name; none if the folder does not exist."""
         return {info.path: info for info in self._entries() if info.is_file}
 
+    def tree(self) -> dict[str, pafs.FileInfo]:
+        """Return the files in this folder and all below it, by path; none if the folder does not exist."""
+        return {info.path: info for info in self._entries(recursive=True) if info.is_file}
+
     def folders(self) -> list[str]:
         """Return the names of the folders in this one, sorted; none if it does not exist."""
         return sorted(info.base_name for info in self._entries() if info.type == pafs.FileType.Directory)
 
-    def _entries(self) -> list[pafs.FileInfo]:
+    def _entries(self, *, recursive: bool = False) -> list[pafs.FileInfo]:
+        selector = pafs.FileSelector("", allow_not_found=True, recursive=recursive)
         with self._reading():
-            return list(self.filesystem.get_file_info(pafs.FileSelector("", allow_not_found=True)))
+            return list(self.filesystem.get_file_info(selector))
 
     def read(self, name: str) -> bytes:
         """Return the bytes of one file.

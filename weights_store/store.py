@@ -108,6 +108,9 @@ class WeightStore:
         One row per table version, model and source: `depth` (0 is the weight dataset itself), `role`, `kind` ("table",
         "model" or "source"), `name`, `version`, `fingerprint` (12 hex digits), `rows`, `created`. What is no longer in the
         store has no `rows` and no `created`.
+
+        Raises:
+            DamageError: The record of a contrastive model is damaged.
         """
         return lineage(self.root, self.resolve(name, version))
 

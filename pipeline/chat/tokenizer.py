@@ -17,6 +17,7 @@ from pipeline.chat.template import ChatTemplate, prints_date
 from pipeline.source.messages import SYSTEM_ROLES, Message, Unusable, is_empty, is_rendered, texts_of
 from pipeline.source.pairs import Pair
 from pipeline.source.responses import as_turns
+from train.model.checkpoint import load_tokenizer
 from weights_store.errors import InputError
 from weights_store.fingerprint import (
     fingerprint,
@@ -25,7 +26,6 @@ from weights_store.fingerprint import (
     load_chat_template,
     load_json,
 )
-from weights_store.messages import first_line
 from weights_store.schemas import SIDES, Reason
 from weights_store.tables.metadata import TokenizerRecord
 
@@ -124,12 +124,7 @@ class ChatTokenizer:
     @cached_property
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
         """Loaded when text is first tokenised: a build with nothing to do needs only the fingerprint."""
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        except Exception as error:  # whatever the libraries raise for files that are not what they should be
-            raise InputError(f"model {self.folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
+        tokenizer = load_tokenizer(self.folder)
         if tokenizer.eos_token is None:
             raise InputError(
                 f"model {self.folder}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json"

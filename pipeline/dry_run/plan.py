@@ -18,12 +18,13 @@ from pipeline.stages.attribute import attribution_identity
 from pipeline.stages.contrast import WantedModel, model_shelf, prompt_pair, wanted_models
 from pipeline.stages.prepare import Preparation
 from pipeline.stages.publish import Ingredients, Wanted
-from pipeline.stages.report import REPORTS, report_file
+from pipeline.stages.report import report_file, why_write
 from pipeline.stages.score import REFERENCE, Scorer, identity_in
 from pipeline.weighing.section import WeightsSection
 from pipeline.workers.request import Stage
 from pipeline.workers.supervise import FOLDERS, changed_identity, stage_table
 from weights_store import TableVersion, WeightStore
+from weights_store.checks.reports import REPORTS
 from weights_store.fingerprint import explain_difference
 
 _MEASURED_COMMITS = 20
@@ -88,10 +89,10 @@ class _Plan:
         published, version = self._publish("publish", recipe.weights)
         yield published
         file, folder = report_file(recipe.weights.name, version.version), self.outlook.start.store.root / REPORTS
-        if published.action == "reuse" and folder.exists(file):
-            yield StagePlan("report", "reuse", reasons=(f"{REPORTS}/{file}",))
+        if reason := why_write(folder, file, is_new=published.action != "reuse"):
+            yield StagePlan("report", "compute", reasons=(reason,))
         else:
-            yield StagePlan("report", "compute", reasons=(f"new file {REPORTS}/{file}",))
+            yield StagePlan("report", "reuse", reasons=(f"{REPORTS}/{file}",))
 
     def _prepare(self) -> StagePlan:
         start, found = self.outlook.start, self.outlook

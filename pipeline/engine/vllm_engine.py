@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from pipeline.engine.contract import EngineSettings, Sampling
 from pipeline.engine.replies import checked
 from pipeline.engine.score_once import Reply, ScoredSequence
 from pipeline.engine.ways import FIXED_IDS, FLAT, MEAN_TOLERANCE_NATS, READERS, RESPONSE_ROWS, mean_difference
+from train.model import checkpoint
 from weights_store.errors import EngineError, InputError, MissingExtraError, OutOfMemoryError, ScoringError
 from weights_store.messages import first_line, logger
 
@@ -324,6 +326,7 @@ def _load(model: Path, settings: EngineSettings) -> Any:
         disable_log_stats=True,
         seed=0,
         skip_tokenizer_init=True,
+        trust_remote_code=False,
         max_logprobs=_MAX_TOP_K,
         worker_extension_cls="pipeline.engine.response_rows.ResponseRows",
         **({"block_size": CPU_BLOCK_SIZE} if on_cpu else {"gpu_memory_utilization": settings.gpu_memory_share}),
@@ -335,7 +338,13 @@ def _load(model: Path, settings: EngineSettings) -> Any:
             raise OutOfMemoryError(f"no memory for the model {model} in vLLM: {first_line(error)}") from error
         if not isinstance(error, ValueError | OSError):
             raise
-        raise InputError(f"vLLM cannot load the model {model}: {first_line(error)}") from error
+        raise InputError(f"vLLM cannot load the model {model}: {_why_not_loaded(error)}") from error
+
+
+def _why_not_loaded(error: ValueError | OSError) -> str:
+    """Return the reason in one line; vLLM wraps most in an error of pydantic, whose first line only counts problems."""
+    problems = error.errors() if isinstance(error, ValidationError) else []
+    return checkpoint.why_not_loaded(problems[0]["msg"] if problems else error)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -1,31 +1,30 @@
-"""The contrastive models of a store.
+"""The shelf of a store's contrastive models: where they are trained, kept and read. Whoever takes one gets a checked one.
 
 In a local store they lie in its folder `models/`. For an object store they are trained and read in a cache folder of this
-machine, uploaded when finished and downloaded where they are needed.
+machine, uploaded when finished and downloaded where they are needed. Their records: `weights_store/checks/model_folders.py`.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
-from weights_store.fingerprint import fingerprint
+from weights_store.checks.model_folders import (
+    RECORD,
+    ModelRecord,
+    check_files,
+    covered_files,
+    read_model_record,
+    remedy,
+    sign_record,
+)
+from weights_store.errors import DamageError
+from weights_store.fingerprint import digest_once, fingerprint
 from weights_store.location import Location
+from weights_store.messages import logger
 
-RECORD = "contrast.json"
-"""Says what determined a model; written last, so a model without it is unfinished."""
-
-
-class ModelRecord(TypedDict):
-    """What determined a trained model, and its fingerprint."""
-
-    identity: dict[str, object]
-    data: str
-    version: int
-    fingerprint: str
+_log = logger(__name__)
 
 
 def cache_folder() -> Path:
@@ -46,30 +45,79 @@ class ModelShelf:
         return cache_folder() / fingerprint(self.location.uri)[:16] / name
 
     def find(self, name: str) -> Path | None:
-        """Return the folder of a finished model, downloaded if need be; None if the store has none of that name."""
-        folder = self.place(name)
-        if (folder / RECORD).is_file():
-            return folder
-        if not (self.location / name).exists(RECORD):
+        """Return the folder of a finished model, downloaded if need be; None if the store has none of that name.
+
+        Every file is compared with the record. That costs little: whoever scores with the model needs the hash of its weights
+        too, and both read a file once a process (`digest_once`).
+
+        Raises:
+            DamageError: The model in the store is not what was recorded. A damaged download is fetched again.
+        """
+        source, folder = self.location / name, self.place(name)
+        record = read_model_record(source)
+        if not self.location.is_local:
+            return self._fetch(source, record, folder)
+        if record is None:
             return None
-        shutil.rmtree(folder, ignore_errors=True)
-        partial = folder.with_name(f".{name}.{os.getpid()}.partial")
-        (self.location / name).download(partial)
-        partial.replace(folder)
+        _check_sound(source, source, record)
         return folder
 
     def put(self, name: str, record: ModelRecord) -> None:
-        """Finish the model at `place(name)`: upload it if the store is remote, and write its record."""
-        target, folder = self.location / name, self.place(name)
-        text = json.dumps(record, indent=2).encode()
+        """Finish the model at `place(name)`: upload it if the store is remote, and write its record, which covers its files."""
+        target, folder = self.location / name, Location(str(self.place(name)))
+        text = sign_record(record, {file: _digest(folder, file) for file in covered_files(folder, RECORD)})
         if not self.location.is_local:
-            target.upload(folder)
-        target.write(RECORD, text)
-        if not self.location.is_local:
-            Location(str(folder)).write(RECORD, text)
+            target.upload(folder.path)
+            target.write(RECORD, text)
+        folder.write(RECORD, text)
 
     def records(self) -> Iterator[ModelRecord]:
-        """Yield the record of every finished model."""
+        """Yield the record of every finished model.
+
+        Raises:
+            DamageError: One is damaged. It may be that of the model that is looked for, so nobody may pass over it.
+        """
         for name in self.location.folders():
-            if (self.location / name).exists(RECORD):
-                yield json.loads((self.location / name).read(RECORD))
+            record = None if name.startswith(".") else read_model_record(self.location / name)
+            if record is not None:
+                yield record
+
+    def _fetch(self, source: Location, record: ModelRecord | None, folder: Path) -> Path | None:
+        """Make the copy in the cache folder equal to the model in the object store, and return its folder."""
+        copy = Location(str(folder))
+        if record is None:
+            if copy.exists(RECORD):  # it has left the store, so it is to be trained again
+                shutil.rmtree(folder)
+            return None
+        if _is_copy(copy, source, record):
+            return folder
+        _log.info(f"downloading {source}")
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had the same id
+        try:
+            source.download(partial)
+            _check_sound(Location(str(partial)), source, record)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.replace(folder)
+        except OSError:  # another process was faster
+            if not _is_copy(copy, source, record):
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return folder
+
+
+def _check_sound(folder: Location, shown: Location, record: ModelRecord) -> None:
+    """Raise DamageError if a file of `folder`, which messages call `shown`, is not as recorded."""
+    problem = next(check_files(folder, record, _digest), None)
+    if problem is not None:
+        raise DamageError(f"{shown}/{problem}; {remedy(shown)}")
+
+
+def _is_copy(copy: Location, source: Location, record: ModelRecord) -> bool:
+    is_same_record = copy.exists(RECORD) and copy.read(RECORD) == source.read(RECORD)
+    return is_same_record and not any(check_files(copy, record, _digest))
+
+
+def _digest(folder: Location, name: str) -> str:
+    return digest_once(folder.path / name)

@@ -7,7 +7,6 @@ The merged model has the base's dtypes. It is compared with base and adapter bef
 matrix and an adapter changes it, PEFT's merge adds the change twice or to the wrong layer.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -18,14 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 from train.model.checkpoint import TEMPLATE_FILES, TOKENIZER_FILES, load_checkpoint
 from train.model.weight_files import check_safetensors
+from weights_store.checks.model_folders import compare_files, covered_files, open_record, sign_record
 from weights_store.errors import InputError, MissingExtraError
 from weights_store.fingerprint import (
+    digest_once,
     fingerprint,
     fingerprint_file,
     fingerprint_model,
     load_chat_template,
     load_json,
 )
+from weights_store.location import Location
 from weights_store.messages import first_line
 from weights_store.process import run_main
 
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RECORD = "merged.json"
-"""In a merged folder: which adapter and base it was made from."""
+"""In a merged folder: which adapter and base it was made from, and the digests of its files."""
 
 _NOT_IDENTITY = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 
@@ -97,6 +99,18 @@ def merged_fingerprint(adapter: Path, base: Path) -> str:
     return fingerprint({"config": config, "weights": weights, "base": fingerprint_model(base), "files": files})
 
 
+def problem_of_merged(folder: Path) -> str | None:
+    """Return what is wrong with a merged model, None if it is as it was written."""
+    try:
+        files = open_record((folder / RECORD).read_bytes())["files"]
+    except FileNotFoundError:
+        return f"{RECORD} is missing"
+    except (ValueError, KeyError, RecursionError) as error:
+        return f"{RECORD} is damaged: {first_line(error)}"
+    place = Location(str(folder))
+    return next(compare_files(place, RECORD, files, lambda _, name: digest_once(folder / name)), None)
+
+
 def merge_adapter(adapter: Path, base: Path, target: Path) -> None:
     """Write the merged model to `target`, which appears whole or not at all; an existing one stays.
 
@@ -120,8 +134,9 @@ def merge_adapter(adapter: Path, base: Path, target: Path) -> None:
             (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
         for path in partial.glob("*.safetensors"):
             path.chmod((partial / "config.json").stat().st_mode)  # safetensors writes for the owner alone
+        files = {name: fingerprint_file(partial / name) for name in covered_files(Location(str(partial)), RECORD)}
         record = {"adapter": str(adapter.resolve()), "base": str(base.resolve())}
-        (partial / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+        (partial / RECORD).write_bytes(sign_record(record, files))
         try:
             partial.rename(target)
         except OSError:  # not empty: another process was faster

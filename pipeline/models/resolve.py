@@ -1,5 +1,6 @@
 """Find a model: a folder on disk or a hub id, resolved to a folder. A LoRA adapter becomes a whole model first."""
 
+import shutil
 from pathlib import Path
 
 from pipeline.child import check_extra, run_child
@@ -16,7 +17,7 @@ def resolve_model(model: ModelSection) -> Path:
     """Return the folder of a whole model.
 
     A hub id is downloaded into the hub's cache. A LoRA adapter is merged into its base, once, in a process of its own; the
-    merged model stays in the cache folder, named for the contents of adapter and base.
+    merged model stays in the cache folder, named for the contents of adapter and base; a damaged one is made again.
 
     Raises:
         InputError: There is no such folder and no such model on the hub, the hub cannot be reached, or it is an adapter that
@@ -34,7 +35,11 @@ def resolve_model(model: ModelSection) -> Path:
     setting = f"adapter {adapter}: base_model_name_or_path"
     base = check_model_folder(find_folder(path, config.get("revision"), setting), setting)
     target = cache_folder() / "merged" / lora.merged_fingerprint(adapter, base)[:16]
-    if not (target / lora.RECORD).is_file():
+    problem = lora.problem_of_merged(target) if target.exists() else None
+    if problem is not None:
+        _log.warning(f"{target}: {problem}; the adapter is merged again")
+        shutil.rmtree(target)
+    if not target.exists():
         check_extra("peft", None)
         _log.info(f"merging the adapter {adapter} into its base {base}")
         run_child("pipeline.models.lora", [str(adapter), str(base), str(target)], f"merging the adapter {adapter}")

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from pipeline.chat.tokenizer import Condition
 from pipeline.child import check_extra, run_child
-from pipeline.models.contrastive import ModelRecord, ModelShelf
+from pipeline.models.contrastive import ModelShelf
 from pipeline.recipe import ContrastSection
 from pipeline.stages.score import Scorer
 from weights_store import TableVersion, WeightStore
-from weights_store.fingerprint import fingerprint, fingerprint_model
+from weights_store.checks.model_folders import MODELS, ModelIdentity, ModelRecord, model_name
+from weights_store.fingerprint import fingerprint_model
 from weights_store.messages import logger
 from weights_store.names import name_of
 
@@ -45,6 +46,7 @@ def contrast(settings: ContrastSection, model_folder: Path, uniform: TableVersio
     the reference's log-probs.
 
     Raises:
+        DamageError: A model in the store is not what was recorded.
         MissingExtraError: There is something to train, and torch is not installed.
         StageError: A training job failed; carries its message.
     """
@@ -84,7 +86,7 @@ class WantedModel:
 
     side: str
     name: str
-    identity: dict[str, object]
+    identity: ModelIdentity
     data: str
     folder: Path | None
     """None: it has to be trained."""
@@ -92,29 +94,31 @@ class WantedModel:
 
 def model_shelf(store: str) -> ModelShelf:
     """Return where a store keeps its contrastive models."""
-    return ModelShelf(WeightStore(store).root / "models")
+    return ModelShelf(WeightStore(store).root / MODELS)
 
 
 def wanted_models(settings: ContrastSection, model_folder: Path, uniform: TableVersion) -> list[WantedModel]:
     """Return the positive and the negative model of construction S or D.
 
-    The fingerprint of the training data, `uniform`, matters only if `retrain` is set or the store has no pair yet.
+    The fingerprint of the training data, `uniform`, matters only if `retrain` is set or the store has no pair yet. A dry run
+    asks this too, and gets the same answer: it needs the hashes of the weights anyway, for the tables of their log-probs.
+
+    Raises:
+        DamageError: A record on the shelf, or a file of one of the two models, is not what was written.
     """
     # Which version of the data a model is trained on is no part of its identity.
-    both = {
-        "model": fingerprint_model(model_folder),
-        "training": settings.training_settings(),
-        "table": uniform.table,
+    model, training = fingerprint_model(model_folder), settings.training_settings()
+    identities: dict[str, ModelIdentity] = {
+        side: {"model": model, "training": training, "table": uniform.table, "side": side} for side in _SIDES
     }
-    identities: dict[str, dict[str, object]] = {side: {**both, "side": side} for side in _SIDES}
     models = model_shelf(uniform.store)
     wanted = uniform.fingerprint if settings.retrain else None
     data = _data_of_both(models, identities, wanted) or uniform.fingerprint
-    names = {side: fingerprint({**identity, "data": data})[:16] for side, identity in identities.items()}
+    names = {side: model_name(identity, data) for side, identity in identities.items()}
     return [WantedModel(side, names[side], identities[side], data, models.find(names[side])) for side in _SIDES]
 
 
-def _data_of_both(models: ModelShelf, identities: dict[str, dict[str, object]], wanted: str | None) -> str | None:
+def _data_of_both(models: ModelShelf, identities: dict[str, ModelIdentity], wanted: str | None) -> str | None:
     """Return the fingerprint of the oldest data that both sides have been trained on: a pair never mixes two versions."""
     versions: dict[str, dict[str, int]] = {side: {} for side in identities}
     for record in models.records():

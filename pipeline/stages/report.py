@@ -13,22 +13,26 @@ from pipeline.chat.tokenizer import ChatTokenizer
 from pipeline.parity.check import parity_text
 from pipeline.stages.publish import Published
 from weights_store import Table, WeightStore
+from weights_store.checks.reports import REPORTS, report_problem, with_digest
+from weights_store.location import Location
+from weights_store.messages import logger
 from weights_store.schemas import SIDES
 from weights_store.tables.metadata import SideStatistics, Statistics
 
-REPORTS = "reports"
+_log = logger(__name__)
+
 _SAMPLE_PAIRS = 12
 _MAX_SHOWN_TOKENS = 300
 
 
 def write_report(published: Published, model_folder: Path, chat_template: str | None = None) -> str:
-    """Write `reports/<name>@<version>.html` into the store, if it is not there yet, and return its path."""
+    """Write `reports/<name>@<version>.html` into the store, unless it is there and whole, and return its path."""
     from jinja2 import Environment
 
     store = WeightStore(published.weights.store)
     file = report_file(published.name, published.weights.version)
     folder = store.root / REPORTS
-    if folder.exists(file):
+    if (reason := why_write(folder, file, published.is_new)) is None:
         return f"{folder}/{file}"
     frame = store.scan(published.name, published.weights.version, checked=True)
     metadata = store.metadata(published.name, published.weights.version)
@@ -41,9 +45,21 @@ def write_report(published: Published, model_folder: Path, chat_template: str | 
         "histograms": _histograms(store.table(published.weights.table), published),
         "pairs": _sample_pairs(frame, ChatTokenizer(model_folder, chat_template)),
     }
+    _log.info(reason)
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    folder.write(file, Environment(autoescape=True).from_string(template).render(context).encode())
+    folder.write(file, with_digest(Environment(autoescape=True).from_string(template).render(context)))
     return f"{folder}/{file}"
+
+
+def why_write(folder: Location, file: str, is_new: bool) -> str | None:
+    """Return why the report `file` of the store's folder `REPORTS` has to be written, None if it is there and whole.
+
+    `is_new`: its version was published just now, so a report that is there is of a dataset that was deleted.
+    """
+    if is_new or not folder.exists(file):
+        return f"new file {REPORTS}/{file}"
+    problem = report_problem(folder.read(file))
+    return problem and f"{REPORTS}/{file} is written again: {problem}"
 
 
 def report_file(name: str, version: int) -> str:

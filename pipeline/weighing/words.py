@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from train.model.checkpoint import load_tokenizer
 from weights_store.errors import MismatchError
 
 _SPACES_OF_BYTES = tuple("ĠĊĉč")
@@ -38,10 +39,12 @@ class WordStarts:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "WordStarts":
-        """Read the vocabulary of a tokenizer's folder."""
-        from transformers import AutoTokenizer
+        """Read the vocabulary of a tokenizer's folder.
 
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        Raises:
+            InputError: The tokenizer cannot be loaded.
+        """
+        tokenizer = load_tokenizer(folder)
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         return cls.of_vocabulary([token or "" for token in tokens], set(tokenizer.all_special_ids))
 

@@ -4,6 +4,7 @@ Four pairs with distinct ids and unequal lengths: `b`'s chosen response has EOS 
 another split and its chosen response was cut before EOS.
 """
 
+import hashlib
 import json
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pytest
 
 from weights_store import WeightStore
+from weights_store.checks.model_folders import model_name, sign_record
 from weights_store.fingerprint import explain_difference, fingerprint
 from weights_store.schemas import ANCHORS, ATTRIBUTIONS, LOGPS, QUARANTINE, TOKENS, WEIGHTS
 from weights_store.tables.checksums import sum_checksums
@@ -137,7 +139,9 @@ def _weights_metadata(name, estimator, parents, token_weights, pair_ids):
         "data": {role: parent.fingerprint for role, parent in parents.items()},
     }
     num_tokens = sum(len(side) for pair_id in pair_ids for side in token_weights[pair_id])
+    trained = {} if estimator in ("uniform", "ti") else {"contrast": {"held_out": 0.0, "split": None}}
     return {
+        **trained,
         "fingerprint": fingerprint(identity),
         "identity": identity,
         "recipe": RECIPE,
@@ -164,6 +168,19 @@ def _append_weights(store, name, estimator, token_weights, pair_ids, parents):
     return table.append(weight_rows(pair_ids, token_weights), metadata)
 
 
+def put_model(store, made):
+    """Put a model of two files on the shelf, as a build does; return its place in the store."""
+    name = model_name(made["identity"], made["data"])
+    folder = store.root / f"models/{name}"
+    files = {"config.json": b'{"vocab_size": 10}', "model.safetensors": f"{made['identity']['side']} weights".encode()}
+    for file, content in files.items():
+        folder.write(file, content)
+    digests = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
+    made = {**made, "fingerprint": fingerprint(f"{made['identity']['side']} model")}
+    folder.write("contrast.json", sign_record(made, digests))
+    return f"models/{name}"
+
+
 def build_small_store(root):
     """Write the store as two builds do: pairs a, b, c first, then d on top."""
     store = WeightStore(root)
@@ -186,8 +203,7 @@ def build_small_store(root):
                     "training": TRAINING,
                     "table": uniform.table,
                 }
-                record = {"identity": identity, "data": uniform.fingerprint, "version": uniform.version}
-                (store.root / f"models/{side}-0123").write("contrast.json", json.dumps(record).encode())
+                put_model(store, {"identity": identity, "data": uniform.fingerprint, "version": uniform.version})
         positive = _append_logps(store, "positive", POSITIVE, pair_ids, tokens)
         negative = _append_logps(store, "negative", NEGATIVE, pair_ids, tokens)
         parents = {"tokens": tokens, "ref_logps": ref, "positive_logps": positive, "negative_logps": negative}
@@ -200,6 +216,13 @@ def build_small_store(root):
 def small_store(tmp_path):
     """The store of this file, one's own."""
     return build_small_store(tmp_path / "store")
+
+
+@pytest.fixture
+def model_places(small_store):
+    """Where the contrastive models of the small store lie, by side."""
+    paths = (small_store.root.path / "models").glob("*/contrast.json")
+    return {json.loads(path.read_text())["identity"]["side"]: f"models/{path.parent.name}" for path in paths}
 
 
 def add_ti(store):

@@ -10,6 +10,7 @@ from weights_store.fingerprint import (
     fingerprint_chat_template,
     fingerprint_model,
     fingerprint_tokenizer,
+    load_chat_template,
 )
 
 
@@ -99,3 +100,31 @@ def test_difference_names_every_changed_field_with_both_values():
     old = {"weights": {"upper": 1.5, "k": 1.0}, "dataset": {"name": "a"}}
     new = {"weights": {"upper": 2.0, "k": 1.0}, "dataset": {"name": "a", "max_pairs": 3}}
     assert explain_difference(old, new) == ["dataset.max_pairs: null -> 3", "weights.upper: 1.5 -> 2.0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("chat_template.jinja", b"{{ \xff }}", "chat_template.jinja is not UTF-8 text: "),
+        (
+            "tokenizer_config.json",
+            b'{"chat_template": [3]}',
+            "tokenizer_config.json: chat_template is no list of named",
+        ),
+        (
+            "tokenizer_config.json",
+            b'{"chat_template": [{"name": "default"}]}',
+            "tokenizer_config.json: chat_template is no",
+        ),
+        (
+            "tokenizer_config.json",
+            b'{"chat_template": 3}',
+            "tokenizer_config.json: chat_template is a int, expected text",
+        ),
+        ("tokenizer_config.json", b'{"chat_template": "{', "tokenizer_config.json is not valid JSON: "),
+    ],
+)
+def test_a_damaged_chat_template_is_one_line_with_its_file(tmp_path, name, content, problem):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"^{tmp_path}/{problem}[^\n]*$"):
+        load_chat_template(tmp_path)

@@ -164,6 +164,7 @@ def test_files_and_folders_are_listed_alike_everywhere(store_uri):
         (place / name).exists("")
         place.write(name, name.encode())
     assert (list(place.files()), list(place.folders())) == (["top.json"], ["a", "b"])
+    assert sorted(place.tree()) == ["a/deep/y.json", "b/x.json", "top.json"]
     assert place.exists("none", "b/x.json")
     assert place.exists("a")
     assert not place.exists("none")

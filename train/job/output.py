@@ -17,10 +17,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 from weights_store.errors import InputError, SettingsError
-from weights_store.fingerprint import explain_difference
+from weights_store.fingerprint import explain_difference, load_json
 from weights_store.tables.metadata import Parent, Section
 
 
@@ -66,6 +66,8 @@ class Lineage(TypedDict):
 RECORD, LINEAGE, METRICS = "train.json", "lineage.json", "metrics.json"
 _CHECKPOINT_FILES = ("optimizer*", "scheduler.pt", "trainer_state.json")  # FSDP has another name for its optimizer file
 
+_TRAIN_AGAIN = "delete the folder, or give --overwrite, to train again"
+
 _HARDLY_ANY_BYTES = 32 << 20
 """With less room than this, a failed write is explained by a full disk; the partial file may be deleted already."""
 
@@ -104,13 +106,15 @@ class OutputFolder:
         holds_work = files or any(self.checkpoints.glob("checkpoint-*"))  # else the job was refused at its start
         if overwrite or not holds_work:
             return None
-        changes = explain_difference(_read_json(self.path / RECORD)["identity"], identity)
+        changes = explain_difference(_read_json(self.path / RECORD, "identity", frozenset())["identity"], identity)
         if changes:
             raise SettingsError(
                 f"output.folder={str(self.path)!r} holds another training job: {'; '.join(changes)}; choose another "
                 "folder, or give --overwrite to delete what is there"
             )
-        return _read_json(self.path / LINEAGE) if (self.path / LINEAGE).is_file() else None
+        if not (self.path / LINEAGE).is_file():
+            return None
+        return cast(Lineage, _read_json(self.path / LINEAGE, "result", Result.__required_keys__))
 
     def claim(self, identity: Identity, config: Mapping[str, Section], *, overwrite: bool, resume: bool) -> None:
         """Write the record, after `check`. `overwrite` deletes everything else; without `resume`, the checkpoints are deleted.
@@ -190,16 +194,21 @@ def _is_complete(checkpoint: Path) -> bool:
     if not all(any(checkpoint.glob(pattern)) for pattern in _CHECKPOINT_FILES):
         return False
     try:
-        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except ValueError:
+        return "global_step" in load_json(checkpoint / "trainer_state.json")
+    except InputError:
         return False
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, key: str, needed: frozenset[str]) -> dict[str, Any]:
+    """Return the content of a file that a training wrote, whose `key` is an object with the `needed` keys."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}; give --overwrite to train again") from error
+        content = load_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; {_TRAIN_AGAIN}") from error
+    value = content.get(key)
+    if not isinstance(value, dict) or not needed <= value.keys():
+        raise InputError(f"{path} is damaged: its {key} is not what a training writes; {_TRAIN_AGAIN}")
+    return content
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

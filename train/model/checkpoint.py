@@ -1,4 +1,8 @@
-"""Load the model of a folder with transformers: its config, and all of its weights, or an error. Compare it with a dataset."""
+"""Load the model of a folder with transformers: config, tokenizer, all weights, or an error. Compare it with a dataset.
+
+No code that lies in a model folder ever runs: `trust_remote_code` is False at every call, because transformers asks on the
+terminal if it is left out; and weights are safetensors, never pickles.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +17,7 @@ from weights_store.messages import first_line
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from train.data.dataset import WeightSource
 
@@ -38,9 +42,30 @@ def load_model_config(folder: Path) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot read the config of the model in {folder}: {first_line(error)}") from error
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever the libraries raise for files that are not what they should be
+        raise InputError(f"cannot read the config of the model in {folder}: {why_not_loaded(error)}") from error
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of a model folder.
+
+    Raises:
+        InputError: It cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # see above
+        raise InputError(f"model {folder}: its tokenizer cannot be loaded: {why_not_loaded(error)}") from error
+
+
+def why_not_loaded(error: BaseException | str) -> str:
+    """Return in one line why a library cannot load something of a model folder."""
+    if "trust_remote_code" in str(error):
+        return "it needs Python code of its own (auto_map), which is never run; give a model that transformers knows"
+    return first_line(error)
 
 
 def load_checkpoint(folder: Path, **options: Any) -> "PreTrainedModel":
@@ -57,13 +82,15 @@ def load_checkpoint(folder: Path, **options: Any) -> "PreTrainedModel":
         # Gemma 2: transformers' default attention leaves the soft-capping out without a warning.
         options = {"attn_implementation": "eager", **options}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **options
+        )
     except SafetensorError as error:
         raise InputError(
             f"{_damaged_file(folder)} is not a whole safetensors file: {first_line(error)}; copy or download it again"
         ) from error
     except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise InputError(f"transformers cannot load the model {folder}: {first_line(error)}") from error
+        raise InputError(f"transformers cannot load the model {folder}: {why_not_loaded(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"the model {folder} lacks weights; they would be random: {', '.join(missing[:3])} ({len(missing)} in all)"

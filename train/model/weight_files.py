@@ -2,11 +2,13 @@
 
 Called for every folder that a build, a plan or a training starts from. It sees half a download, a git-LFS pointer and a missing
 shard. It does not see flipped bytes, nor NaN in the weights: for that, every byte would have to be read.
+
+Only safetensors are read. Files of torch.save (`pytorch_model.bin`) are pickles: loading one can run code, and nothing in their
+header tells whether they are whole.
 """
 
 import json
 import struct
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +19,10 @@ from weights_store.fingerprint import load_json
 from weights_store.messages import first_line
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_PICKLE, _PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_EXPECTED = f"{_SINGLE}, {_INDEX} with its files, or {_PICKLE}"
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+_EXPECTED = f"{_SINGLE}, or {_INDEX} with its files"
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_POINTER_BYTES = 1024
-_ZIP, _OLD_PICKLE = b"PK\x03\x04", b"\x80"
-"""How torch.save begins a file: since torch 1.6, and before."""
 
 
 def check_weight_files(folder: Path, setting: str) -> None:
@@ -38,10 +38,7 @@ def check_weight_files(folder: Path, setting: str) -> None:
     try:
         _check_pointers(folder)
         for path, tensors in _wanted_files(folder):
-            if path.suffix == ".safetensors":
-                check_safetensors(path, tensors)
-            else:
-                _check_pickle(path)
+            check_safetensors(path, tensors)
     except InputError as error:
         raise InputError(f"{setting}: {error}") from error
 
@@ -71,20 +68,20 @@ def check_safetensors(path: Path, tensors: frozenset[str] = frozenset()) -> None
 
 def _wanted_files(folder: Path) -> Iterator[tuple[Path, frozenset[str]]]:
     """Yield each file that would be loaded, with the tensors that an index says are in it."""
-    for single, index, pattern in (
-        (_SINGLE, _INDEX, "*.safetensors"),
-        (_PICKLE, _PICKLE_INDEX, "pytorch_model*.bin"),
-    ):
-        if (folder / single).is_file() or (folder / index).is_file():
-            if (folder / single).is_file():
-                yield folder / single, frozenset()
-            if (folder / index).is_file():
-                yield from _files_of_index(folder / index)
-            return
-        if others := sorted(folder.glob(pattern)):  # vLLM loads whatever ends so
-            yield from ((path, frozenset()) for path in others)
-            return
-    raise InputError(f"no weight files in {folder}; expected {_EXPECTED}")
+    if (folder / _SINGLE).is_file():
+        yield folder / _SINGLE, frozenset()
+    if (folder / _INDEX).is_file():
+        yield from _files_of_index(folder / _INDEX)
+    if (folder / _SINGLE).is_file() or (folder / _INDEX).is_file():
+        return
+    others = sorted(folder.glob("*.safetensors"))  # vLLM loads whatever ends so
+    if not others:
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        only = " ({} is a pickle, which can run code, so it is not read: save it as safetensors)"
+        raise InputError(
+            f"no weight files in {folder}; expected {_EXPECTED}{only.format(pickles[0]) if pickles else ''}"
+        )
+    yield from ((path, frozenset()) for path in others)
 
 
 def _files_of_index(index: Path) -> Iterator[tuple[Path, frozenset[str]]]:
@@ -95,24 +92,14 @@ def _files_of_index(index: Path) -> Iterator[tuple[Path, frozenset[str]]]:
     for tensor, name in weight_map.items():
         tensors.setdefault(str(name), set()).add(tensor)
     missing = sorted(name for name in tensors if not (index.parent / name).is_file())
+    if others := sorted(name for name in tensors if not name.endswith(".safetensors")):
+        raise InputError(f"{index} names {others[0]}, expected *.safetensors files only: other files can run code")
     if missing:
         raise InputError(
             f"{index} names {len(tensors)} files, of which {len(missing)} are missing, for example {missing[0]}; "
             "download or copy them"
         )
     yield from ((index.parent / name, frozenset(names)) for name, names in sorted(tensors.items()))
-
-
-def _check_pickle(path: Path) -> None:
-    """Check that a file of torch.save is a whole zip archive: its directory is the last part. Older files have none."""
-    _check_pointer(path)
-    with path.open("rb") as file:
-        start = file.read(len(_ZIP))
-    if not start.startswith(_OLD_PICKLE) and not zipfile.is_zipfile(path):
-        problem = "the end is missing" if start == _ZIP else "it is not what torch.save writes"
-        raise InputError(
-            f"{path} is not whole: {problem}, the file has {path.stat().st_size:,} bytes; download or copy it again"
-        )
 
 
 def _check_pointers(folder: Path) -> None:

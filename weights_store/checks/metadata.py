@@ -36,7 +36,7 @@ def check_lineage(log: TableLog, find_log: Callable[[str], TableLog | None]) -> 
             seen.append(parent)
             if not _is_reference(parent):
                 yield Finding(log.table.path, f"its parent {parent!r} is malformed", version)
-            elif problem := _parent_problem(parent, find_log):
+            elif problem := parent_problem(parent, find_log):
                 yield Finding(log.table.path, problem, version)
 
 
@@ -113,7 +113,8 @@ def _is_reference(parent: object) -> TypeGuard[Parent]:
     return isinstance(parent, dict) and all(isinstance(parent.get(name), kind) for name, kind in kinds.items())
 
 
-def _parent_problem(parent: Parent, find_log: Callable[[str], TableLog | None]) -> str | None:
+def parent_problem(parent: Parent, find_log: Callable[[str], TableLog | None]) -> str | None:
+    """Return what is wrong with a recorded parent; None if it is there, or if its own findings say what is wrong."""
     log, version = find_log(parent["table"]), parent["version"]
     name = f"{parent['table']}@{version}"
     if log is None or version not in {*log.commits, *log.problems}:

@@ -4,7 +4,8 @@
 `rows` it also decodes every row of the newest versions and checks the rules that rows must keep, which finds what a program has
 written wrong. It changes nothing. It needs the memory of one row group, or of one range of keys when tables are joined.
 
-Not here: files that no version needs (`vacuum.py`), and model folders.
+Not here: files that no version needs (`vacuum.py`). Models and reports: all of them if no tables are named, else the models
+behind the named weight datasets.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ from weights_store.checks.files import Examined, SoundTable, examine
 from weights_store.checks.findings import Finding
 from weights_store.checks.log import TableLog, read_log
 from weights_store.checks.metadata import check_balance, check_fingerprints, check_lineage, check_quarantine, parents
+from weights_store.checks.models import ModelChecks
 from weights_store.checks.relations import (
     ANCHOR_COLUMNS,
     PER_TOKEN_COLUMNS,
@@ -23,6 +25,7 @@ from weights_store.checks.relations import (
     check_keys,
     compare,
 )
+from weights_store.checks.reports import check_reports
 from weights_store.checks.rows import violations
 from weights_store.errors import DamageError, NotFoundError, SettingsError
 from weights_store.names import quarantine_path
@@ -48,7 +51,7 @@ def verify(store: WeightStore, tables: Iterable[str] | None = None, rows: bool =
         log = verification.log(path)
         if log is None or log.newest is None:
             raise NotFoundError(f"no table {path} in {store.root}; `tokenweights ls --store {store.root}` lists them")
-    return verification.run()
+    return verification.run(everything=tables is None)
 
 
 @dataclass
@@ -61,11 +64,17 @@ class _Verification:
     _logs: dict[str, TableLog | None] = field(default_factory=dict)
     _examined: dict[str, Examined] = field(default_factory=dict)
 
-    def run(self) -> Iterator[Finding]:
+    def __post_init__(self) -> None:
+        self._models = ModelChecks(self.store.root, self.log)
+
+    def run(self, *, everything: bool) -> Iterator[Finding]:
         for path in self.asked:
             log = self.log(path)
             if log is not None and log.newest is not None:
                 yield from self._check(log)
+        if everything:
+            yield from self._models.check_all()
+            yield from check_reports(self.store.root)
 
     def log(self, path: str) -> TableLog | None:
         """Return the log of a table, None if the path names none."""
@@ -92,6 +101,8 @@ class _Verification:
         yield from check_fingerprints(log)
         if kind in ("tokens", "weights"):
             yield from check_balance(log)
+        if kind == "weights":
+            yield from self._models.check_scorers(log)
         quarantine = self.log(quarantine_path(log.table.path)) if kind == "tokens" else None
         if quarantine is not None:  # a table without commits holds no rows
             unusable = self._sound(quarantine, quarantine.newest)

@@ -4,21 +4,20 @@ Everything comes from what commits recorded; nothing is hashed again. What is no
 number of rows and a time.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import NamedTuple
 
 import polars as pl
 
 from weights_store.catalog import open_table
+from weights_store.checks.model_folders import MODELS, RECORD, ModelRecord, read_model_record
 from weights_store.location import Location
 from weights_store.names import quarantine_path, weights_path
 from weights_store.tables.metadata import CommitMetadata, Parent, Section
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableVersion
 
-_CONTRAST_RECORD = "contrast.json"
 _MODEL_SIDES = {"positive_logps": "positive", "negative_logps": "negative"}
 _COLUMNS = {
     "depth": pl.Int64(),
@@ -52,22 +51,6 @@ class _Thing(NamedTuple):
     fingerprint: str | None
     rows: int | None = None
     created: int | None = None  # ms since 1970
-
-
-class _ContrastIdentity(TypedDict):
-    side: str
-    model: str
-    training: dict[str, object]
-    table: str
-
-
-class _ContrastRecord(TypedDict):
-    """What is stored beside a contrastive model that was trained here."""
-
-    identity: _ContrastIdentity
-    data: str
-    version: int
-    fingerprint: NotRequired[str]
 
 
 @dataclass
@@ -116,28 +99,25 @@ class _Walk:
                 self.table(depth + 1, "trained on", data, recipe)
                 self._add(depth + 1, _Thing("started from", "model", start, None, identity["model"]))
 
-    def _trained(
-        self, side: str, fingerprint: str, recipe: _Recipe
-    ) -> Iterator[tuple[str, _ContrastRecord, int | None]]:
+    def _trained(self, side: str, fingerprint: str, recipe: _Recipe) -> Iterator[tuple[str, ModelRecord, int | None]]:
         """Yield name, record and time of the contrastive models that fit the recipe: several if the data has grown since.
 
         A record with the model's own fingerprint decides.
         """
         settings = recipe.get("contrast", {})
         uniform = weights_path(f"{_text(recipe, 'dataset', 'name')}/uniform")
-        models = self.root / "models"
+        models = self.root / MODELS
         for name in models.folders():
             folder = models / name
-            try:
-                record: _ContrastRecord = json.loads(folder.read(_CONTRAST_RECORD))
-            except FileNotFoundError:
+            record = read_model_record(folder)
+            if record is None:
                 continue
             identity = record["identity"]
             fits = identity["side"] == side and identity["table"] == uniform
             fits &= all(settings.get(key) == value for key, value in identity["training"].items())
             if fits and record.get("fingerprint", fingerprint) == fingerprint:
-                modified_ns = folder.filesystem.get_file_info(_CONTRAST_RECORD).mtime_ns
-                yield f"models/{name}", record, None if modified_ns is None else modified_ns // 1_000_000
+                modified_ns = folder.filesystem.get_file_info(RECORD).mtime_ns
+                yield f"{MODELS}/{name}", record, None if modified_ns is None else modified_ns // 1_000_000
 
     def _quarantine(self, depth: int, tokens: Table, metadata: CommitMetadata) -> None:
         """Add the newest version of the quarantine that was made from the same source with the same limits."""

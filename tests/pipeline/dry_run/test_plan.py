@@ -21,7 +21,7 @@ from pipeline.stages.report import write_report
 from pipeline.stages.score import Scorer
 from pipeline.workers.supervise import resolve_dtype, stage_table
 from weights_store import WeightStore
-from weights_store.errors import InputError
+from weights_store.errors import DamageError, InputError
 from weights_store.fingerprint import fingerprint
 from weights_store.names import quarantine_path
 from weights_store.schemas import ANCHORS, ATTRIBUTIONS, LOGPS, QUARANTINE, SIDES
@@ -285,6 +285,25 @@ def test_grown_data_train_a_new_pair_only_when_asked(built, source, toy_model):
     num_tokens = _num_tokens(_rows(prepare(built(), toy_model).tokens))
     assert plans["score negative"].num_tokens == num_tokens
     assert plans["contrast"].num_tokens == 2 * 2 * num_tokens  # two models, two epochs
+
+
+def test_a_damaged_report_is_planned_again_and_a_damaged_model_ends_the_plan(built):
+    recipe = built()
+    store = Path(recipe.store.uri)
+    report = store / "reports/toy/tis-dpo@0.html"
+    report.write_bytes(report.read_bytes()[:-100])
+    plans = _plan(recipe)
+    assert _computed(plans) == ["report"]
+    assert (
+        plans["report"].reasons[0].startswith("reports/toy/tis-dpo@0.html is written again: it is damaged: its SHA-256")
+    )
+    weights = next(store.glob("models/*/model.safetensors"))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(
+        DamageError, match=rf"^{weights} is damaged: .*; restore it from a copy, or delete {weights.parent}:"
+    ):
+        plan(recipe)
 
 
 def test_two_prompts_need_no_training(make_recipe, source):

@@ -12,6 +12,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
 
 from pipeline.engine.contract import EngineSettings
 from pipeline.engine.response_rows import KEY
@@ -658,6 +660,12 @@ def test_a_refusal_of_the_chosen_way_is_an_error_of_the_engine_and_leaves_nothin
     assert len(made_up.ran) == 2
 
 
+def invalid(text):
+    """The error of pydantic that vLLM's configs raise; its first line only counts problems."""
+    lines = [{"type": PydanticCustomError("value_error", text), "input": None}]
+    return ValidationError.from_exception_data("ModelConfig", lines)
+
+
 # --- starting ----------------------------------------------------------------------------------------------------------
 
 
@@ -677,9 +685,21 @@ def test_an_engine_knows_its_limits(start):
         (RuntimeError("HIP out of memory"), OutOfMemoryError, "no memory for the model .* in vLLM: HIP out of memory"),
         (OSError("no config.json\nhere"), InputError, "vLLM cannot load the model .*: no config.json$"),
         (ValueError(), InputError, "vLLM cannot load the model .*: ValueError$"),
+        (
+            ValueError(
+                "The repository x contains custom code.\nPlease pass the argument `trust_remote_code=True` to run it."
+            ),
+            InputError,
+            r"vLLM cannot load the model .*: it needs Python code of its own \(auto_map\), which is never run; give a model",
+        ),
+        (
+            invalid("Value error, Model architectures are not supported"),
+            InputError,
+            "model .*: Value error, Model arch",
+        ),
         (KeyError("bug"), KeyError, "bug"),
     ],
-    ids=["no cache", "no memory", "no file", "no text", "bug"],
+    ids=["no cache", "no memory", "no file", "no text", "own code", "of pydantic", "bug"],
 )
 def test_an_engine_that_does_not_start_says_why(start, failure, kind, message):
     with pytest.raises(kind, match=message):

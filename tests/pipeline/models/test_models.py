@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pipeline.models.lora import merge_adapter, merged_fingerprint
+from pipeline.models.lora import merge_adapter, merged_fingerprint, problem_of_merged
 from pipeline.models.resolve import resolve_model
 from pipeline.recipe import ModelSection
+from weights_store.checks.model_folders import sign_record
 from weights_store.errors import InputError, MissingExtraError
+from weights_store.fingerprint import fingerprint_file
 
 VOCAB_SIZE = 101
 SIZES = {
@@ -210,6 +212,28 @@ def test_adapter_folder_is_resolved_to_a_merged_model_once(bases, make_adapter, 
     assert [line.partition(" ")[0] for line in logged.lines] == ["merging", "using", "using"]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # one bit of one weight
+    assert resolve_model(ModelSection(path=str(adapter))) == folder
+    assert weights.read_bytes() == whole
+    assert f"{folder}: model.safetensors is damaged: its SHA-256 is " in "\n".join(logged.lines)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "merged.json"])
+def test_each_flipped_bit_of_a_merged_model_is_noticed(tmp_path, name):
+    for file in ("config.json", "tokenizer.json"):
+        (tmp_path / file).write_text('{"a": 1}')
+    files = {path.name: fingerprint_file(path) for path in tmp_path.iterdir()}
+    (tmp_path / "merged.json").write_bytes(sign_record({"adapter": "a", "base": "b"}, files))
+    assert problem_of_merged(tmp_path) is None
+    whole = (tmp_path / name).read_bytes()
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / name).write_bytes(flipped)
+        assert problem_of_merged(tmp_path).startswith(f"{name} is damaged: "), bit
+
 
 def test_name_of_the_merged_model_follows_what_determines_it(bases, make_adapter, toy_model):
     base = bases()
@@ -232,8 +256,9 @@ def test_base_is_found_relative_to_the_adapter(bases, make_adapter, tmp_path, mo
     monkeypatch.setenv("TOKENWEIGHTS_CACHE", str(tmp_path / "cache"))
     shutil.copytree(bases(), tmp_path / "the-base")
     adapter = make_adapter(bases(), "../the-base", target_modules=["q_proj"])
-    (tmp_path / "cache" / "merged" / merged_fingerprint(adapter, bases())[:16]).mkdir(parents=True)
-    (tmp_path / "cache" / "merged" / merged_fingerprint(adapter, bases())[:16] / "merged.json").write_text("{}")
+    merged = tmp_path / "cache" / "merged" / merged_fingerprint(adapter, bases())[:16]
+    merged.mkdir(parents=True)
+    (merged / "merged.json").write_bytes(sign_record({}, {}))
     assert resolve_model(ModelSection(path=str(adapter))).is_dir()  # there already: found without merging
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -510,3 +511,20 @@ def test_the_report_of_a_selection_has_no_clamp(store, make_recipe, toy_model):
     assert "| weights | sepo: share 0.5, transforms smooth, mean_one, smooth_over tokens, smooth_window 3 |" in text
     assert "clamped" not in text
     assert write_report(published, toy_model).endswith(".html")
+
+
+def test_a_report_is_written_again_only_if_it_is_damaged_or_of_a_deleted_dataset(store, make_recipe, toy_model):
+    published = _publish(make_recipe, _ingredients(store))
+    path = Path(write_report(published, toy_model))
+    whole = path.read_bytes()
+    again = dataclasses.replace(published, is_new=False)
+    for damaged in (whole[:-30], whole[: len(whole) // 2], b"", whole.replace(b"toy/tis-dpo", b"toy/tis-dpp", 1)):
+        path.write_bytes(damaged)
+        write_report(again, toy_model)
+        assert path.read_bytes() == whole
+    other = b"<!doctype html>\n<html >another, of an earlier version</html>\n"
+    path.write_bytes(other)
+    write_report(again, toy_model)
+    assert path.read_bytes() == other  # it is whole, so it stays as it is
+    write_report(published, toy_model)
+    assert path.read_bytes() == whole

@@ -50,13 +50,6 @@ def test_a_file_that_is_missing_is_named(folder) -> None:
     assert str(path) in refusal(folder)
 
 
-def test_a_damaged_file_of_pickled_weights_names_the_folder(folder) -> None:
-    for path in folder.glob("*.safetensors*"):
-        path.unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"no pickle")
-    assert refusal(folder).startswith(f"transformers cannot load the model {folder}: ")
-
-
 def test_a_model_is_in_float32_inside_and_what_it_was_afterwards(folder) -> None:
     model = load_checkpoint(folder, dtype=torch.bfloat16)
     tensors = [*model.parameters(), *model.buffers()]

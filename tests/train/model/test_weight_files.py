@@ -7,11 +7,9 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import save_file
 
 from train.model.hub import check_model_folder
-from train.model.weight_files import check_weight_files
 from weights_store.errors import InputError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665ea4e\nsize 988097824\n"
@@ -104,18 +102,13 @@ def test_a_folder_without_weights_is_refused(single):
     assert problem(single).startswith(f"no weight files in {single}; expected model.safetensors, ")
 
 
-def test_a_file_of_torch_save_is_looked_at_too(single):
-    (single / "model.safetensors").unlink()
-    path = single / "pytorch_model.bin"
-    torch.save({"a": torch.ones(2, 3)}, path)
-    check_weight_files(single, "model.path")
-    torch.save({"a": torch.ones(2, 3)}, path, _use_new_zipfile_serialization=False)  # as before torch 1.6
-    check_weight_files(single, "model.path")
-    torch.save({"a": torch.ones(2, 3)}, path)
-    path.write_bytes(path.read_bytes()[:-30])
-    assert problem(single).startswith("pytorch_model.bin is not whole: the end is missing, the file has ")
-    path.write_bytes(b"<!DOCTYPE html>")
-    assert problem(single).startswith("pytorch_model.bin is not whole: it is not what torch.save writes, ")
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
+def test_pickles_are_no_weights(single, name):
+    (single / "model.safetensors").rename(single / name)
+    assert problem(single).startswith(f"no weight files in {single}; expected model.safetensors, or ")
+    assert problem(single).endswith(
+        f"({name} is a pickle, which can run code, so it is not read: save it as safetensors)"
+    )
 
 
 def test_files_that_nobody_loads_do_not_matter(folder):

@@ -4,14 +4,15 @@ import shutil
 import polars as pl
 import pytest
 
-from weights_store.errors import NotFoundError
+from weights_store.checks.model_folders import model_name
+from weights_store.errors import DamageError, NotFoundError
 from weights_store.fingerprint import fingerprint
 
 NAME = "hh-harmless/tis-dpo"
 KEY = "hh-harmless-0123456789ab"
 
 
-def test_everything_up_to_the_raw_pairs_stands_there_once(small_store):
+def test_everything_up_to_the_raw_pairs_stands_there_once(small_store, model_places):
     # Pairs a, b, c in version 0, d on top in version 1. The contrastive models were trained on version 0's pairs.
     lineage = small_store.lineage(NAME)
     assert lineage.select("depth", "role", "kind", "name", "version", "rows").rows() == [
@@ -22,12 +23,12 @@ def test_everything_up_to_the_raw_pairs_stands_there_once(small_store):
         (1, "ref_logps", "table", f"logps/{KEY}/ref", 1, 4),
         (2, "model", "model", "models/tiny-chat", None, None),
         (1, "positive_logps", "table", f"logps/{KEY}/positive", 1, 4),
-        (2, "positive model", "model", "models/positive-0123", None, None),
+        (2, "positive model", "model", model_places["positive"], None, None),
         (3, "trained on", "table", "weights/hh-harmless/uniform", 0, 3),
         (4, "tokens", "table", f"tokens/{KEY}", 0, 3),
         (4, "ref_logps", "table", f"logps/{KEY}/ref", 0, 3),
         (1, "negative_logps", "table", f"logps/{KEY}/negative", 1, 4),
-        (2, "negative model", "model", "models/negative-0123", None, None),
+        (2, "negative model", "model", model_places["negative"], None, None),
     ]
 
 
@@ -69,26 +70,44 @@ def test_another_table_in_the_place_of_a_parent_is_not_taken_for_it(small_store)
     assert (row["rows"], row["created"]) == (None, None)
 
 
-def test_models_of_other_settings_are_not_taken_for_the_pair(small_store):
-    path = small_store.root.path / "models/positive-0123/contrast.json"
-    record = json.loads(path.read_text())
+def test_models_of_other_settings_are_not_taken_for_the_pair(small_store, model_places):
+    record = json.loads((small_store.root.path / model_places["positive"] / "contrast.json").read_text())
+    shutil.rmtree(small_store.root.path / model_places["positive"])
     record["identity"]["training"]["seed"] = 7
-    path.write_text(json.dumps(record))
+    put_old_model(small_store, record)
     row = small_store.lineage(NAME).row(by_predicate=_role("positive_logps"), named=True)
     assert row["rows"] == 4
     assert "positive model" not in small_store.lineage(NAME)["role"].to_list()
 
 
-def test_with_two_models_of_the_same_settings_both_stand_there_until_a_fingerprint_decides(small_store):
-    models = small_store.root.path / "models"
-    shutil.copytree(models / "positive-0123", models / "positive-later")
-    roles = small_store.lineage(NAME)["role"].to_list()
-    assert roles.count("positive model, one of 2") == 2
-    for name, model in (("positive-0123", fingerprint("positive model")), ("positive-later", "ff")):
-        record = json.loads((models / name / "contrast.json").read_text())
-        (models / name / "contrast.json").write_text(json.dumps({**record, "fingerprint": model}))
+def test_with_two_models_of_the_same_settings_both_stand_there_until_a_fingerprint_decides(small_store, model_places):
+    record = json.loads((small_store.root.path / model_places["positive"] / "contrast.json").read_text())
+    shutil.rmtree(small_store.root.path / model_places["positive"])
+    first, later = record["data"], "da" * 32
+    for data in (first, later):
+        put_old_model(small_store, {**record, "data": data})
+    assert small_store.lineage(NAME)["role"].to_list().count("positive model, one of 2") == 2
+    for data, model in ((first, fingerprint("positive model")), (later, "ff")):
+        place = put_old_model(small_store, {**record, "data": data}, fingerprint=model)
     lineage = small_store.lineage(NAME)
-    assert lineage.filter(role="positive model")["name"].to_list() == ["models/positive-0123"]
+    assert lineage.filter(role="positive model")["name"].to_list() == [model_places["positive"]] != [place]
+
+
+def test_a_damaged_record_of_a_model_is_one_line(small_store, model_places):
+    path = small_store.root.path / model_places["positive"] / "contrast.json"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(
+        DamageError, match="^[^\n]*contrast.json is damaged: [^\n]*; restore it from a copy, or delete "
+    ):
+        small_store.lineage(NAME)
+
+
+def put_old_model(store, record, **more):
+    """Put a record on the shelf as earlier versions wrote it; return its place."""
+    old = {key: record[key] for key in ("identity", "data", "version")}
+    place = f"models/{model_name(old['identity'], old['data'])}"
+    (store.root / place).write("contrast.json", json.dumps({**old, **more}).encode())
+    return place
 
 
 def test_unknown_versions_are_refused(small_store):

@@ -1,0 +1,58 @@
+"""Reports carry a digest of themselves: whatever happens to one of their bytes is found."""
+
+import random
+
+import pytest
+
+from weights_store.checks.reports import check_reports, report_problem, with_digest
+from weights_store.location import Location
+
+HTML = '<!doctype html>\n<html lang="en"><title>toy@0</title>\n<p>né 🍞</p>\n</html>\n'
+OLD = HTML.encode()
+
+
+def test_a_report_is_the_same_page_with_one_more_line():
+    lines = with_digest(HTML).decode().splitlines()
+    assert lines[1].startswith("<!-- sha256 of all that follows this line: ")
+    assert [lines[0], *lines[2:]] == HTML.splitlines()
+    assert report_problem(with_digest(HTML)) is None
+
+
+def test_each_flipped_bit_and_each_cut_of_a_report_is_found():
+    whole = with_digest(HTML)
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        assert report_problem(bytes(flipped)), bit
+    for length in range(len(whole)):
+        assert report_problem(whole[:length]), length
+
+
+def test_of_a_report_without_a_digest_a_missing_end_is_found():
+    assert report_problem(OLD) is None
+    assert report_problem(OLD[:-10]) == "it is cut: expected </html> at its end"
+    assert report_problem(b"") == "it is damaged: its first lines are not those of a report"
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = Location(str(tmp_path))
+    for name in ("toy/tis-dpo@0.html", "toy/tis-dpo@1.html"):
+        (root / "reports").write(name, with_digest(HTML))
+    return root
+
+
+def test_damaged_reports_of_a_store_are_findings_and_old_ones_notes(root):
+    assert list(check_reports(root)) == []
+    whole, bit = bytearray(with_digest(HTML)), random.Random(3).randrange(8 * len(OLD))
+    whole[-1 - bit // 8] ^= 1 << bit % 8
+    (root / "reports").write("toy/tis-dpo@1.html", bytes(whole))
+    (root / "reports").write("old@0.html", OLD)
+    old, damaged = check_reports(root)
+    assert str(old) == "note: reports/old@0.html: it is of an earlier version and has no digest"
+    assert (damaged.table, damaged.is_note) == ("reports/toy/tis-dpo@1.html", False)
+    assert damaged.problem.startswith("it is damaged: its SHA-256 is ")
+
+
+def test_a_store_without_reports_has_none_to_check(tmp_path):
+    assert list(check_reports(Location(str(tmp_path)))) == []

@@ -1,0 +1,59 @@
+"""The reports of a store, `reports/<name>@<version>.html`: each begins with a digest of the rest of it.
+
+A report of an earlier version has no digest; there, only a missing end is found. A missing report is no finding: reports are
+written after publishing, and the next build writes one that is missing.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+
+from weights_store.checks.findings import Finding
+from weights_store.location import Location
+
+REPORTS = "reports"
+
+_DOCTYPE = b"<!doctype html>\n"
+_HEAD = re.compile(_DOCTYPE + rb"<!-- sha256 of all that follows this line: ([0-9a-f]{64}) -->\n")
+_OLD_HEAD, _END = _DOCTYPE + b"<html ", b"</html>"
+
+
+def with_digest(html: str) -> bytes:
+    """Return the bytes of a report, with its digest below the document type."""
+    data = html.encode()
+    assert data.startswith(_DOCTYPE), "a report is an HTML document"
+    body = data.removeprefix(_DOCTYPE)
+    return b"%s<!-- sha256 of all that follows this line: %s -->\n%s" % (_DOCTYPE, _sha256(body).encode(), body)
+
+
+def report_problem(data: bytes) -> str | None:
+    """Return what is wrong with a report, None if it is as it was written."""
+    if is_old_report(data):
+        return None if data.rstrip().endswith(_END) else f"it is cut: expected {_END.decode()} at its end"
+    head = _HEAD.match(data)
+    if head is None:
+        return "it is damaged: its first lines are not those of a report"
+    found, recorded = _sha256(data[head.end() :]), head[1].decode()
+    return None if found == recorded else f"it is damaged: its SHA-256 is {found[:12]}…, recorded is {recorded[:12]}…"
+
+
+def is_old_report(data: bytes) -> bool:
+    """Return whether a report is of an earlier version, which wrote no digest."""
+    return data.startswith(_OLD_HEAD)
+
+
+def check_reports(root: Location) -> Iterator[Finding]:
+    """Yield a finding for each damaged report of a store, and a note for each without a digest."""
+    folder = root / REPORTS
+    for name in sorted(folder.tree()):
+        if not name.endswith(".html") or name.rpartition("/")[2].startswith("."):
+            continue
+        data = folder.read(name)
+        if problem := report_problem(data):
+            yield Finding(f"{REPORTS}/{name}", f"{problem}; the next build of this weight dataset writes it again")
+        elif is_old_report(data):
+            yield Finding(f"{REPORTS}/{name}", "it is of an earlier version and has no digest", is_note=True)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
