@@ -1,7 +1,7 @@
 """Lock files: one process at a time does something, on one machine or on several that share a file system.
 
-The kernel releases a lock when its process ends, SIGKILL included. On NFS, Linux passes `flock` on to the server, so a lock also
-holds for other machines; if a machine dies, the server releases its locks after the lease (90 s by default).
+The kernel releases a lock when its process ends, SIGKILL included. On NFS, Linux passes `flock` on to the server, so a lock
+also holds for other machines; if a machine dies, the server releases its locks after the lease (90 s by default).
 """
 
 import errno
@@ -43,6 +43,11 @@ def locked(path: Path, when_busy: Callable[[str], None]) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)  # still locked: whoever waits sees that the file is gone, and makes a new one
+
+
+def wait_for(what: str) -> Callable[[str], None]:
+    """Return a `when_busy` that says which process we wait for, and what that does."""
+    return lambda holder: _log.info(f"waiting for {holder}, which is {what}")
 
 
 def is_at(file: IO[str] | IO[bytes], path: Path) -> bool:

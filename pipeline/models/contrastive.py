@@ -8,12 +8,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
 from weights_store.fingerprint import fingerprint
 from weights_store.location import Location
+from weights_store.lock import locked, wait_for
 
 RECORD = "contrast.json"
 """Says what determined a model; written last, so a model without it is unfinished."""
@@ -52,15 +54,34 @@ class ModelShelf:
             return folder
         if not (self.location / name).exists(RECORD):
             return None
-        shutil.rmtree(folder, ignore_errors=True)
-        partial = folder.with_name(f".{name}.{os.getpid()}.partial")
-        (self.location / name).download(partial)
-        partial.replace(folder)
+        with locked(folder.with_name(f".{name}.download.lock"), wait_for(f"downloading {folder}")):
+            if not (folder / RECORD).is_file():  # else another process has downloaded it meanwhile
+                self._download(name)
         return folder
 
+    def _download(self, name: str) -> None:
+        """Download a model, whole or not at all."""
+        folder = self.place(name)
+        partial = folder.with_name(f".{name}.partial")
+        for leftover in (folder, partial):
+            shutil.rmtree(leftover, ignore_errors=True)
+        (self.location / name).download(partial)
+        partial.replace(folder)
+
+    def lock(self, name: str) -> AbstractContextManager[None]:
+        """Keep a model to this process while inside, to train it; wait while another process of this machine does."""
+        folder = self.place(name)
+        return locked(folder.with_name(f".{name}.lock"), wait_for(f"training {folder}"))
+
     def put(self, name: str, record: ModelRecord) -> None:
-        """Finish the model at `place(name)`: upload it if the store is remote, and write its record."""
+        """Finish the model at `place(name)`: upload it if the store is remote, and write its record.
+
+        If another machine has put it there meanwhile, that model stays, and replaces the one here.
+        """
         target, folder = self.location / name, self.place(name)
+        if not self.location.is_local and target.exists(RECORD):
+            self._download(name)
+            return
         text = json.dumps(record, indent=2).encode()
         if not self.location.is_local:
             target.upload(folder)
