@@ -160,7 +160,9 @@ def _why_not(url: str, server: "subprocess.Popen[bytes]", log: Path) -> str | No
 
 def _ended(code: int, log: Path) -> str:
     """Return how a server ended, with the last error in its log."""
-    errors = _ERROR.findall(log.read_text(encoding="utf-8", errors="replace"))
+    errors: list[str] = []
+    with suppress(FileNotFoundError):  # this process is ending too
+        errors = _ERROR.findall(log.read_text(encoding="utf-8", errors="replace"))
     return f"ended with code {code}" + (f" ({' '.join(errors[-1].split())})" if errors else "")
 
 
