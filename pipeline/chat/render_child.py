@@ -1,11 +1,12 @@
 """Runs chat templates in a process of its own, within limits of time and memory.
 
 A template is code of somebody else: `{{ 'x' * 10**10 }}` or a loop that never ends would take the build with it, and nothing
-inside a Python process can stop it in the middle of one long operation. The kernel can. So each job gets `CPU_S` seconds of CPU
-time and the process `MEMORY_BYTES`; a job that takes more ends this process, and `render_process.py` starts another one.
+inside a Python process can stop one long operation in the middle. The kernel can. So each job gets so many seconds of CPU time,
+and the process so much memory, as its arguments say. A job that takes more ends this process, and `render_process.py` starts
+another one.
 
-A script of its own, which imports nothing of ours: it starts in the time of `import transformers`. Jobs come as lines of JSON on
-standard input, replies go to standard output.
+A script of its own, which imports nothing of ours: it starts in the time of `import transformers`. Lists of jobs come as lines
+of JSON on standard input, an answer to each goes as a line to standard output.
 """
 
 import datetime
@@ -13,19 +14,15 @@ import json
 import resource
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-CPU_S = 5
-"""CPU time for one job; a usual one takes less than a millisecond."""
-MEMORY_BYTES = 1 << 30
-"""Address space for all that a job needs: a row of 16 MiB takes half of it."""
-MAX_CHARACTERS = 100_000_000
-"""Longest text of one chat. It must be shorter than what fits the memory, for it is sent to the parent."""
-READY = b"ready\n"
+MAX_CHARACTERS = 20_000_000
+"""Longest text of one chat: it must fit the memory several times, and is sent to the parent."""
+MAX_BROKEN_LIMITS = 3
+"""Jobs that may break the limits before others are not tried: each costs seconds."""
 
 
 class WatchedDict(dict[str, Any]):
@@ -86,7 +83,7 @@ def unread(value: object, where: str) -> Iterator[str]:
 def answer(job: dict[str, Any]) -> dict[str, Any]:
     """Render the chats of a job: `texts` (or what each failed with), and the paths of keys that no template has `unread`.
 
-    The fields of a job are those of `render_process.Job`.
+    If one of them breaks a limit, the answer is that failure alone. The fields of a job are those of `render_process.Job`.
     """
     turns, tools, arguments = job["turns"], job["tools"], job["arguments"]
     if job["watch"]:
@@ -95,16 +92,19 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     variables = {**job["variables"], "tools": tools, **(arguments or {})}
     if job["date"] is not None:
         variables["strftime_now"] = datetime.date.fromisoformat(job["date"]).strftime
-    texts = []
+    template = job["templates"][variables["tools"] is not None]
+    texts: list[str | dict[str, Any]] = []
     for names, add_generation_prompt in job["chats"]:
         chat = [message for name in names for message in turns[name]]
-        template = job["templates"][variables["tools"] is not None]
-        texts.append(_render(template, chat, {**variables, "add_generation_prompt": add_generation_prompt}))
+        text = _render(template, chat, {**variables, "add_generation_prompt": add_generation_prompt})
+        if isinstance(text, dict) and text["kind"] == "limit":
+            return text
+        texts.append(text)
     return {"texts": texts, "unread": list(_unread_in(turns, tools))}
 
 
-def _unread_in(turns: dict[str, list[dict[str, Any]]], tools: object) -> Iterator[tuple[str, str]]:
-    """Yield path and role of every key that was not read, but for role and content: whether these are printed shows the text."""
+def _unread_in(turns: dict[str, list[dict[str, Any]]], tools: object) -> Iterator[tuple[str, Any]]:
+    """Yield path and role of every key that was not read. Not of role and content: the text shows whether these are printed."""
     yield from ((path, "") for path in unread(tools, "tools"))
     for name, messages in turns.items():
         for index, message in enumerate(messages):
@@ -118,7 +118,7 @@ def _render(template: str, chat: list[dict[str, Any]], variables: dict[str, Any]
 
     try:
         texts, _ = render_jinja_template(conversations=[chat], chat_template=template, **variables)
-    except Exception as error:  # whatever the template's code raises
+    except Exception as error:  # noqa: BLE001 - whatever the template's code raises
         return _failure(error)
     if len(texts[0]) > MAX_CHARACTERS:
         return {"kind": "limit", "text": f"it makes {len(texts[0]):,} characters of one chat"}
@@ -134,39 +134,43 @@ def _failure(error: Exception) -> dict[str, Any]:
     if isinstance(error, TemplateSyntaxError):
         return {"kind": "syntax", "text": f"line {error.lineno}: {text}"}
     if isinstance(error, MemoryError):
-        return {"kind": "limit", "text": f"it takes more than {MEMORY_BYTES >> 20:,} MiB of memory"}
+        return {"kind": "limit", "text": "it takes too much memory"}
     if isinstance(error, OverflowError | RecursionError):
         return {"kind": "overflow", "text": text}
     return {"kind": "type" if isinstance(error, TypeError | UndefinedError) else "other", "text": text}
 
 
-def main() -> None:
+def main(cpu_s: float, memory_bytes: int) -> None:
     """Answer jobs until the parent closes the pipe or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     import transformers.utils.chat_template_utils  # noqa: F401 - before memory is limited
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     replies, sys.stdout = sys.stdout.buffer, sys.stderr
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError, ValueError):  # only Linux says how much there is, and keeps the limit
         used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        _limit(resource.RLIMIT_AS, used_bytes + MEMORY_BYTES)
-    replies.write(READY)
-    replies.flush()
+        _, highest = resource.getrlimit(resource.RLIMIT_AS)
+        limit = used_bytes + memory_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit if highest < 0 else min(limit, highest), highest))
     for line in sys.stdin.buffer:
-        _limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + CPU_S)  # whole seconds, the first of which may be over
-        try:
-            reply = json.dumps(answer(json.loads(line))).encode()
-        except MemoryError as error:
-            reply = json.dumps(_failure(error)).encode()
-        replies.write(reply + b"\n")
-        replies.flush()
+        num_broken = 0
+        for job in json.loads(line):
+            signal.setitimer(signal.ITIMER_PROF, cpu_s)  # its signal ends the process, whatever runs
+            if num_broken < MAX_BROKEN_LIMITS:
+                reply, is_broken = _reply(job)
+            num_broken += is_broken
+            replies.write(reply + b"\n")
+            replies.flush()  # before a job that may end this process
 
 
-def _limit(what: int, value: int) -> None:
-    """Set a limit of this process, unless a lower one stands."""
-    _, highest = resource.getrlimit(what)
-    resource.setrlimit(what, (value if highest == resource.RLIM_INFINITY else min(value, highest), highest))
+def _reply(job: dict[str, Any]) -> tuple[bytes, bool]:
+    """Return the answer to a job, and whether it breaks a limit."""
+    try:
+        found = answer(job)
+        return json.dumps(found).encode(), "texts" not in found
+    except MemoryError as error:
+        return json.dumps(_failure(error)).encode(), True
 
 
 if __name__ == "__main__":
-    main()
+    main(float(sys.argv[1]), int(sys.argv[2]))

@@ -5,13 +5,13 @@ Where a prompt ends and a response begins is decided here, and what a template m
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from pipeline.chat.control_tokens import ControlTokens
-from pipeline.chat.render_process import Rendered
+from pipeline.chat.render_process import RENDERER, Job, Pending, Rendered
 from pipeline.chat.template import PROBE, ChatTemplate, Closing, may_be_unread
 from pipeline.source.messages import Message, Unusable, is_plain
 from weights_store.fingerprint import ordered_json
@@ -69,6 +69,7 @@ class PairRenderer:
             parts = controls.hide(parts)
         self._messages, self._tools, self._arguments = parts[:3]
         self._responses: list[list[Message]] = parts[3:]
+        self._pending: Pending | None = None
 
     @cached_property
     def prompt(self) -> str:
@@ -77,7 +78,9 @@ class PairRenderer:
         Raises:
             Unusable: The template refuses the chat.
         """
-        return self._render(self._messages, add_generation_prompt=True)
+        if self._pending is None:  # the chats with the responses may never be needed
+            return self._render(self._messages, add_generation_prompt=True)
+        return self._template.text_of(self._rendered.texts[0])
 
     def pair(self, unprinted_keys: frozenset[str] = frozenset()) -> RenderedPair:
         """Return the whole pair as text; the template may leave out `unprinted_keys`.
@@ -102,14 +105,18 @@ class PairRenderer:
         return RenderedPair(replace(self._chat, dropped=dropped, added=added), prompt, (chosen, rejected), left_out)
 
     @cached_property
-    def _rendered(self) -> Rendered:
-        """The prompt and the chats with each response, in one go."""
-        turns = {"prompt": self._messages, **dict(zip(SIDES, self._responses, strict=True))}
-        is_plain_chat = not self._tools and all(is_plain(message) for messages in turns.values() for message in messages)
-        chats = ((("prompt",), True), *((("prompt", side), False) for side in SIDES))
-        return self._template.render_chats(
-            turns, *chats, tools=self._tools, arguments=self._arguments, watch=not is_plain_chat
+    def job(self) -> Job:
+        """Renders the prompt and, if there are any, the chats with each response."""
+        turns: dict[str, list[Message]] = {"prompt": self._messages, **dict(zip(SIDES, self._responses, strict=True))}
+        is_plain_chat = not self._tools and all(
+            is_plain(message) for messages in turns.values() for message in messages
         )
+        whole = [(("prompt", side), False) for side in SIDES] if any(self._responses) else []
+        return self._template.job(turns, [(("prompt",), True), *whole], self._tools, self._arguments, not is_plain_chat)
+
+    @cached_property
+    def _rendered(self) -> Rendered:
+        return self._template.rendered(self.job, self._pending)
 
     def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         return self._template.render(messages, self._tools, self._arguments, add_generation_prompt)
@@ -198,7 +205,9 @@ class PairRenderer:
             Unusable: It has not read others.
         """
         paths = [
-            (path, role) for path, role in self._rendered.unread if not unprinted_keys.intersection(re.findall(r"\w+", path))
+            (path, role)
+            for path, role in self._rendered.unread
+            if not unprinted_keys.intersection(re.findall(r"\w+", path))
         ]
         lost = [path for path, role in paths if not may_be_unread(path, role)]
         if lost:
@@ -208,6 +217,12 @@ class PairRenderer:
             )
             raise Unusable(Reason.TEMPLATE_IGNORES, detail)
         return frozenset(path.rpartition(".")[2] for path, _ in paths)
+
+
+def begin(renderers: Sequence[PairRenderer]) -> None:
+    """Begin to render several pairs at once, in the other process."""
+    for renderer, pending in zip(renderers, RENDERER.submit([renderer.job for renderer in renderers]), strict=True):
+        renderer._pending = pending
 
 
 def _find(text: str, part: str, position: int) -> int:

@@ -8,13 +8,14 @@ breaks the limits on a short chat, is refused before a row is rendered.
 import datetime
 import inspect
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.chat.control_tokens import ControlTokens
-from pipeline.chat.render_process import Job, Rendered, RenderError, render
+from pipeline.chat.render_child import MAX_BROKEN_LIMITS
+from pipeline.chat.render_process import RENDERER, Job, Pending, Rendered, RenderError
 from pipeline.source.messages import Message, Unusable
 from weights_store.errors import InputError
 from weights_store.schemas import Reason
@@ -27,8 +28,6 @@ PROBE = "Probe7Zq"
 _TOOL = {"type": "function", "function": {"name": "f", "description": "?", "parameters": {"type": "object"}}}
 _MAX_CHARACTERS = 10_000_000
 """More characters than any template needs for one short message."""
-_MAX_BROKEN_LIMITS = 3
-"""Chats that may take too much time or memory before the build ends: each costs seconds."""
 _CHANCE = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 _LINKS = frozenset({"id", "type", "index", "tool_call_id", "strict"})
 """Keys that link a call and its result, or repeat what is known: templates that print these in order do without."""
@@ -78,6 +77,7 @@ class ChatTemplate:
         date: datetime.date | None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._special_tokens = tokenizer.special_tokens_map
         self._controls = controls
         self._templates = (template, tool_template)
         self.name = name
@@ -107,32 +107,37 @@ class ChatTemplate:
             Unusable: The template refuses the chat.
             InputError: The template has broken its limits of time or memory too often.
         """
-        rendered = self.render_chats({"chat": messages}, (("chat",), add_generation_prompt), tools=tools, arguments=arguments)
-        return self.text_of(rendered.texts[0])
+        job = self.job({"chat": messages}, [(("chat",), add_generation_prompt)], tools, arguments)
+        return self.text_of(self.rendered(job).texts[0])
 
-    def render_chats(
+    def job(
         self,
         turns: dict[str, list[Message]],
-        *chats: tuple[tuple[str, ...], bool],
-        tools: list[dict[str, Any]] | None,
-        arguments: dict[str, Any] | None,
+        chats: Sequence[tuple[Sequence[str], bool]],
+        tools: list[dict[str, Any]] | None = None,
+        arguments: dict[str, Any] | None = None,
         watch: bool = False,
-    ) -> Rendered:
-        """Return several chats of the same turns as texts, which `text_of` looks at; see `Job`.
+    ) -> Job:
+        """Return the job to render several chats that share turns."""
+        return Job(self._templates, self._special_tokens, self._date, turns, chats, tools, arguments, watch)
+
+    def rendered(self, job: Job, pending: Pending | None = None) -> Rendered:
+        """Return what became of a job, which may have been submitted before; `text_of` looks at its texts.
 
         Raises:
             InputError: The template has broken its limits of time or memory too often.
         """
-        special = self._tokenizer.special_tokens_map
-        rendered = render(Job(self._templates, special, self._date, turns, chats, tools, arguments, watch))
+        (pending,) = RENDERER.submit([job]) if pending is None else [pending]
+        rendered = pending.result()
         broken = [text for text in rendered.texts if isinstance(text, RenderError) and text.kind == "limit"]
         self._num_broken_limits += bool(broken)
-        if self._num_broken_limits > _MAX_BROKEN_LIMITS:
+        if broken and self._num_broken_limits >= MAX_BROKEN_LIMITS:
+            RENDERER.stop()  # others of its chats are under way
             raise InputError(
-                f"{self.name} could not render {self._num_broken_limits} chats within its limits: {broken[0].text}; give another "
-                "one in model.chat_template"
+                f"{self.name} could not render {self._num_broken_limits} chats within its limits: {broken[0].text}; give "
+                "another one in model.chat_template"
             )
-        if any("tool_calls" in message for messages in turns.values() for message in messages):
+        if any("tool_calls" in message for messages in job.turns.values() for message in messages):
             return rendered._replace(texts=[_with_remedy(text) for text in rendered.texts])
         return rendered
 
@@ -247,7 +252,7 @@ class ChatTemplate:
     @cached_property
     def _takes_parts(self) -> bool:
         turns: dict[str, list[Message]] = {"chat": [{"role": "user", "content": [{"type": "text", "text": PROBE}]}]}
-        rendered = self.render_chats(turns, (("chat",), True), tools=None, arguments=None, watch=True)
+        rendered = self.rendered(self.job(turns, [(("chat",), True)], watch=True))
         is_read = "chat[0].content[0].text" not in dict(rendered.unread)
         return is_read and isinstance(rendered.texts[0], str) and PROBE in rendered.texts[0]
 
@@ -271,10 +276,8 @@ class ChatTemplate:
         """Render short chats, and refuse a template that breaks on all. Others may want tools or roles: each row is asked."""
         turns: dict[str, list[Message]] = {role: [{"role": role, "content": PROBE}] for role in ("user", "assistant")}
         for tools in (None, [_TOOL]):
-            rendered = self.render_chats(
-                turns, (("user",), True), (("user", "assistant"), False), tools=tools, arguments=None
-            )
-            for text in rendered.texts:
+            chats = [(("user",), True), (("user", "assistant"), False)]
+            for text in self.rendered(self.job(turns, chats, tools)).texts:
                 if isinstance(text, RenderError):
                     self._check_kind(text)
                 elif len(text) > _MAX_CHARACTERS:
