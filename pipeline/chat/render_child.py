@@ -2,8 +2,7 @@
 
 A template is code of somebody else: `{{ 'x' * 10**10 }}` or a loop that never ends would take the build with it, and nothing
 inside a Python process can stop one long operation in the middle. The kernel can. So each job gets so many seconds of CPU time,
-and the process so much memory, as its arguments say. A job that takes more ends this process, and `render_process.py` starts
-another one.
+and the process so much memory, as its arguments say. A job that takes more ends it.
 
 A script of its own, which imports nothing of ours: it starts in the time of `import transformers`. Lists of jobs come as lines
 of JSON on standard input, an answer to each goes as a line to standard output.
@@ -11,6 +10,7 @@ of JSON on standard input, an answer to each goes as a line to standard output.
 
 import datetime
 import json
+import os
 import resource
 import signal
 import sys
@@ -21,6 +21,8 @@ from typing import Any
 
 MAX_CHARACTERS = 20_000_000
 """Longest text of one chat: it must fit the memory several times, and is sent to the parent."""
+DIED = "died"
+"""Key of the answer to a job that the process has died of: jobs after it must be sent again."""
 MAX_BROKEN_LIMITS = 3
 """Jobs that may break the limits before others are not tried: each costs seconds."""
 
@@ -141,26 +143,44 @@ def _failure(error: Exception) -> dict[str, Any]:
 
 
 def main(cpu_s: float, memory_bytes: int) -> None:
-    """Answer jobs until the parent closes the pipe or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    """Answer jobs until the parent closes the pipe or is gone.
+
+    A fork does the work, so that one that dies of a job is replaced without importing anything again. This process stays
+    single-threaded, and only waits.
+    """
     import transformers.utils.chat_template_utils  # noqa: F401 - before memory is limited
 
     replies, sys.stdout = sys.stdout.buffer, sys.stderr
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(OSError, ValueError):  # only Linux says how much there is, and keeps the limit
-        used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        _, highest = resource.getrlimit(resource.RLIMIT_AS)
-        limit = used_bytes + memory_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (limit if highest < 0 else min(limit, highest), highest))
+    while worker := os.fork():
+        code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+        if code >= 0:
+            sys.exit(code)
+        text = f"it runs for more than {cpu_s:g} s and goes on"
+        if code != -signal.SIGPROF:
+            text = f"it ends the process that renders by signal {-code}"
+        replies.write(json.dumps({"kind": "limit", "text": text, DIED: True}).encode() + b"\n")
+        replies.flush()
+    _limit_memory(memory_bytes)
     for line in sys.stdin.buffer:
         num_broken = 0
         for job in json.loads(line):
-            signal.setitimer(signal.ITIMER_PROF, cpu_s)  # its signal ends the process, whatever runs
+            signal.setitimer(signal.ITIMER_PROF, cpu_s)  # of CPU time; then its signal ends the process, whatever runs
             if num_broken < MAX_BROKEN_LIMITS:
                 reply, is_broken = _reply(job)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             num_broken += is_broken
             replies.write(reply + b"\n")
             replies.flush()  # before a job that may end this process
+
+
+def _limit_memory(num_bytes: int) -> None:
+    """Limit the address space of this process to so many more bytes."""
+    with suppress(OSError, ValueError):  # only Linux says how much there is, and keeps the limit
+        used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        _, highest = resource.getrlimit(resource.RLIMIT_AS)
+        limit = used_bytes + num_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit if highest < 0 else min(limit, highest), highest))
 
 
 def _reply(job: dict[str, Any]) -> tuple[bytes, bool]:

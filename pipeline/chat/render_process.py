@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, NamedTuple
 
-from pipeline.chat.render_child import MAX_BROKEN_LIMITS
+from pipeline.chat.render_child import DIED, MAX_BROKEN_LIMITS
 from pipeline.source.messages import Message
 from weights_store.errors import StageError
 
@@ -141,29 +141,30 @@ class RenderProcess:
         """End the child, if there is one, with what is under way."""
         child, self._child, self._under_way = self._child, None, None
         if child is not None and self._owner == os.getpid():
-            child.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # with its fork
             child.communicate()
             self._errors.close()
 
     def _finish(self) -> None:
-        """Wait for the ticket that is under way. What follows a job that the child dies of is sent to a new child."""
+        """Wait for the ticket that is under way. What follows a job that the child has died of is sent again."""
         ticket, self._under_way = self._under_way, None
         if ticket is None:
             return
         replies: list[Rendered] = []
-        num_broken = 0
+        num_died = 0
         while len(replies) < len(ticket.jobs):
             job, reply = ticket.jobs[len(replies)], self._receive()
-            if not isinstance(reply, RenderError):
-                replies.append(_rendered(reply, job))
+            has_died = reply.pop(DIED, False)
+            replies.append(_rendered(reply, job))
+            if not has_died:
                 continue
-            num_broken += 1
-            replies.append(_failed(reply, job))
+            num_died += 1
             rest = ticket.jobs[len(replies) :]
-            if num_broken < MAX_BROKEN_LIMITS and rest:
+            if num_died < MAX_BROKEN_LIMITS and rest:
                 self._send(rest)
             else:
-                replies += [_failed(reply, other) for other in rest]
+                replies += [_rendered(reply, other) for other in rest]
         ticket.replies = replies
 
     def _send(self, jobs: Sequence[Job]) -> None:
@@ -175,8 +176,8 @@ class RenderProcess:
             self._child.stdin.write(json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
             self._child.stdin.flush()
 
-    def _receive(self) -> dict[str, Any] | RenderError:
-        """Return the child's reply to the next job, or why it has died."""
+    def _receive(self) -> dict[str, Any]:
+        """Return the child's reply to the next job."""
         child = self._child
         assert child is not None
         assert child.stdout is not None
@@ -184,18 +185,11 @@ class RenderProcess:
             reply = child.stdout.readline()
             if reply.endswith(b"\n"):
                 return json.loads(reply)  # type: ignore[no-any-return]
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(10)
-        self._errors.seek(0)
-        said = self._errors.read().decode("utf-8", "replace").strip().splitlines()
-        self.stop()
-        if child.returncode == -signal.SIGPROF:
-            return RenderError("limit", f"it runs for more than {CPU_S:g} s and goes on")
-        if child.returncode < 0:
-            return RenderError("limit", f"it ends the process that renders by signal {-child.returncode}")
-        raise StageError(
-            f"the process that renders chat templates has failed: {said[-1] if said else 'it says nothing'}"
-        )
+            self._errors.seek(0)
+            said = self._errors.read().decode("utf-8", "replace").strip().splitlines()
+            raise StageError(
+                f"the process that renders chat templates has failed: {said[-1] if said else 'it says nothing'}"
+            )
 
     def _start(self) -> "subprocess.Popen[bytes]":
         """Return a new child; the first reply waits for it."""
@@ -206,6 +200,7 @@ class RenderProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
+            start_new_session=True,
             env={**os.environ, "PYTHONSAFEPATH": "1", "TRANSFORMERS_VERBOSITY": "error", "USE_TORCH": "0"},
         )
 
@@ -223,13 +218,9 @@ class RenderProcess:
 
 def _rendered(found: dict[str, Any], job: Job) -> Rendered:
     if "texts" not in found:  # not even the job could be read within the limits
-        return _failed(RenderError(**found), job)
+        return Rendered([RenderError(**found)] * len(job.chats), [])
     texts = [text if isinstance(text, str) else RenderError(**text) for text in found["texts"]]
     return Rendered(texts, [(path, role) for path, role in found["unread"]])
-
-
-def _failed(error: RenderError, job: Job) -> Rendered:
-    return Rendered([error] * len(job.chats), [])
 
 
 RENDERER = RenderProcess()
