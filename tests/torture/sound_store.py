@@ -38,10 +38,10 @@ from weights_store.catalog import list_tables
 from weights_store.fingerprint import fingerprint_model
 from weights_store.tables.compaction import optimize
 
-GROUP_BYTES, SHARD_BYTES = 6_000, 12_000
+GROUP_BYTES, SHARD_BYTES = 12_000, 24_000
 """Sizes that give a small table several shards of several row groups."""
 _VOCAB_SIZE = 320
-_NUM_PAIRS = (24, 36, 44)  # of the source at each build; the first pairs are gone in the later ones
+_NUM_PAIRS = (14, 20, 25)  # of the source at each build; the first pairs are gone in the later ones
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _build(made: SoundStore, build: int) -> list[Published]:
 def _score(recipe: Recipe, tokens: TableVersion, role: str, model: Path) -> TableVersion:
     identity = identity_in(role, Scorer(model), recipe.score)
     job = Job("score", tokens, role, model, identity)
-    run(Request("score", tokens, str(model), [job.target()], 1200, EngineSettings("float32"), tokenizer=str(model)))
+    run(Request("score", tokens, str(model), [job.target()], 2000, EngineSettings("float32"), tokenizer=str(model)))
     return job.table.reference()
 
 
