@@ -33,7 +33,9 @@ def run_damages(cases: Sequence[int], seed: int, sound: Path, folder: Path, num_
             trials.append(trial)
             if len(trials) % 500 == 0:
                 print(f"damages: {len(trials)} of {len(cases)}, {time.monotonic() - started:.0f} s", flush=True)
-    failures = [(trial.number, _text(trial)) for trial in trials if trial.outcome in ("silent", "raw error")]
+    failures = [
+        (f"damages:{trial.number}", _text(trial)) for trial in trials if trial.outcome in ("silent", "raw error")
+    ]
     return Result("damages", len(cases), _table(trials), failures, time.monotonic() - started)
 
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 @dataclass
 class Result:
-    """One part. A failure is the number of its case and what went wrong."""
+    """One part. A failure is its case, such as `damages:123` or `stages:4`, and what went wrong."""
 
     part: str
     num_cases: int
     table: list[str]
-    failures: list[tuple[int, str]]
+    failures: list[tuple[str, str]]
     wall_s: float
 
 
