@@ -5,8 +5,9 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ def run_damages(cases: Sequence[int], seed: int, sound: Path, folder: Path, num_
     """
     started = time.monotonic()
     trials: list[Trial] = []
-    with _children(num_processes, sound, folder, seed) as pool:
+    with _environment(ONE_THREAD), _children(num_processes, sound, folder, seed) as pool:
         for trial in pool.map(_try_one, cases, chunksize=4):
             trials.append(trial)
             if len(trials) % 500 == 0:
@@ -39,8 +40,22 @@ def run_damages(cases: Sequence[int], seed: int, sound: Path, folder: Path, num_
     return Result("damages", len(cases), _table(trials), failures, time.monotonic() - started)
 
 
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Let the processes that are started meanwhile find these variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def _children(num_processes: int, sound: Path, folder: Path, seed: int) -> ProcessPoolExecutor:
-    os.environ.update(ONE_THREAD)
     context = multiprocessing.get_context("spawn")
     if not (sound / "store").exists():
         sound.mkdir(parents=True, exist_ok=True)
