@@ -138,7 +138,7 @@ def _diff(place: Place) -> object:
 
 def _scan_tokens(place: Place) -> object:
     store = place.made.store
-    return [store.scan_tokens(name, version).collect() for name in place.weights for version in (None, 0)]
+    return [store.scan_tokens(name, version, checked=True).collect() for name in place.weights for version in (None, 0)]
 
 
 def _export(place: Place) -> object:
