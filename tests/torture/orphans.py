@@ -107,7 +107,7 @@ def write_recipe(folder: Path, model: Path, pairs: list[dict[str, object]]) -> P
         "dataset": {"name": "toy", "source": str(folder / "pairs.jsonl")},
         "model": {"path": str(model)},
         "contrast": {"method": "prompt"},
-        "score": {"python": str(scorer), "chunk_tokens": 256},
+        "score": {"python": str(scorer), "chunk_tokens": 256, "parity_pairs": 0},
         "weights": {"name": "toy/tis"},
     }
     lines = [f"[{name}]\n{_lines(section)}" for name, section in sections.items()]
