@@ -11,7 +11,8 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help install demo test test-families bench-store bench-checks bench-score bench-attribute bench-train lint format lock rehearse clean
+.PHONY: help install demo test torture test-families bench-store bench-checks bench-score bench-attribute bench-train lint format lock \
+	rehearse clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -36,6 +37,10 @@ demo: $(INSTALLED)  ## run the whole job on a made-up language, in demo/
 WORKERS ?= 2
 test: $(INSTALLED)  ## run the whole suite (WORKERS=2 processes, thirteen minutes on two cores)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+MINUTES ?= 30
+torture: $(INSTALLED)  ## damage, kill and disturb stores at random, and print what came of it (30 minutes; MINUTES=5)
+	$(BIN)/python -m tests.torture --minutes $(MINUTES)
 
 test-families: $(INSTALLED)  ## every causal language model of transformers, tiny -> docs/families.md (three minutes)
 	FAMILIES=all $(BIN)/python -m pytest -q tests/train/model/test_families.py

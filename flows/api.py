@@ -1,12 +1,40 @@
-"""The Prefect server that a run reports to: one that runs elsewhere, or the one that Prefect starts with the run."""
+"""The Prefect server that a run reports to: one that runs elsewhere, or one that we start and stop with the run.
 
+Prefect would start one by itself: on a port that somebody else may take first, again and again if it cannot start, and it
+outlives a killed build. Ours is guarded (`weights_store/guard.py`), and if it ends, the run ends with one line.
+"""
+
+import os
 import re
-from contextlib import suppress
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
+from pipeline.child import leave
 from weights_store.errors import StageError
+from weights_store.guard import guard
 from weights_store.messages import first_line
 
-_ANSWER_S = 10
+_ANSWER_S, _START_S, _STOP_S = 10, 180, 5
+_ATTEMPTS = 3
+_FIRST_USE = re.compile("database is locked|already exists|UNIQUE constraint")
+"""Errors of servers that prepare the same new database at the same time; the second attempt finds it ready."""
+_ERROR = re.compile(r"^[\w.]*(?:Error|Exception)\b.*", re.MULTILINE)
+_SERVE = """
+import socket, sys
+import uvicorn
+from prefect.server.api.server import create_app
+server = uvicorn.Server(uvicorn.Config(create_app, factory=True, log_level="error", lifespan="on"))
+server.run(sockets=[socket.socket(fileno=int(sys.argv[1]))])
+sys.exit(0 if server.started else 3)
+"""
+"""As Prefect starts its own, but with a socket of ours: nobody can take the port meanwhile."""
 
 
 def check_server() -> None:
@@ -18,9 +46,8 @@ def check_server() -> None:
         StageError: It does not answer, refuses us, or is of another version.
     """
     from prefect.client.orchestration import get_client
-    from prefect.settings import get_current_settings
 
-    url = get_current_settings().api.url
+    url = _configured_url()
     if not url:
         return
     try:
@@ -36,9 +63,119 @@ def check_server() -> None:
         ) from error
 
 
-def stop_own_server() -> None:
-    """Stop the server that Prefect has started with this process, for a caller that exits without unwinding the stack."""
-    from prefect.server.api.server import SubprocessASGIServer
+@contextmanager
+def server_of_run() -> Iterator[bool]:
+    """Have a server for the runs inside, and yield whether it is our own: one without UI and services.
 
-    with suppress(OSError):
-        SubprocessASGIServer().stop()  # the instance that Prefect's client starts; does nothing if it was not needed
+    Raises:
+        StageError: Our own could not be started.
+    """
+    if _configured_url():
+        yield False
+        return
+    from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
+        quiet = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+        environment = {**os.environ, **get_current_settings().to_environment_variables(exclude_unset=True), **quiet}
+        command = [sys.executable, "-P", "-c", _SERVE, str(listening.fileno())]
+        log = guard().folder / "prefect-server.log"
+        with (
+            running_server(command, url, log, environment, [listening.fileno()]),
+            temporary_settings({PREFECT_API_URL: url}),
+        ):
+            yield True
+
+
+@contextmanager
+def running_server(
+    command: Sequence[str], url: str, log: Path, environment: Mapping[str, str], pass_fds: Sequence[int] = ()
+) -> Iterator[None]:
+    """Run a server while inside. If it ends meanwhile, this process ends with one line.
+
+    Args:
+        command: Starts the server.
+        url: Where its API answers.
+        log: Its output.
+        environment: All of its environment.
+        pass_fds: Descriptors that it inherits.
+
+    Raises:
+        StageError: It ended before it answered, or did not answer in time.
+    """
+    server = _start(command, url, log, environment, pass_fds)
+    stopping = threading.Event()
+
+    def watch() -> None:
+        code = server.wait()
+        if not stopping.is_set():
+            leave(
+                1, f"error: the Prefect server {_ended(code, log)}; what was committed stays, run again", was_told=False
+            )
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        _stop(server)
+
+
+def _start(
+    command: Sequence[str], url: str, log: Path, environment: Mapping[str, str], pass_fds: Sequence[int]
+) -> "subprocess.Popen[bytes]":
+    for attempt in range(1, _ATTEMPTS + 1):
+        with log.open("wb") as stream:
+            # Its own session: Ctrl-C must not reach it before the run, which still has to report.
+            server = subprocess.Popen(
+                command, env=environment, pass_fds=pass_fds, stdout=stream, stderr=stream, start_new_session=True
+            )
+        problem = _why_not(url, server, log)
+        if problem is None:
+            return server
+        _stop(server)
+        if attempt == _ATTEMPTS or not _FIRST_USE.search(problem):
+            break
+    home = environment.get("PREFECT_HOME", "~/.prefect")
+    raise StageError(
+        f"the Prefect server {problem}; it keeps its database in {home}: set PREFECT_HOME to a folder that can be written, or "
+        "PREFECT_API_URL to a server that runs"
+    )
+
+
+def _why_not(url: str, server: "subprocess.Popen[bytes]", log: Path) -> str | None:
+    """Wait until a server answers and return None, or what happened instead."""
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline:
+        code = server.poll()
+        if code is not None:
+            return f"could not start: it {_ended(code, log)}"
+        with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=_ANSWER_S):
+            return None
+        time.sleep(0.1)
+    return f"was not ready after {_START_S} s"
+
+
+def _ended(code: int, log: Path) -> str:
+    """Return how a server ended, with the last error in its log."""
+    errors: list[str] = []
+    with suppress(FileNotFoundError):  # this process is ending too
+        errors = _ERROR.findall(log.read_text(encoding="utf-8", errors="replace"))
+    return f"ended with code {code}" + (f" ({' '.join(errors[-1].split())})" if errors else "")
+
+
+def _stop(server: "subprocess.Popen[bytes]") -> None:
+    server.terminate()
+    try:
+        server.wait(_STOP_S)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+def _configured_url() -> str | None:
+    from prefect.settings import get_current_settings
+
+    return get_current_settings().api.url

@@ -1,19 +1,18 @@
 """Run the build flow from a terminal: one line for an error, a summary at the end."""
 
 import logging
-import os
 import signal
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
-from flows.api import check_server, stop_own_server
+from flows.api import check_server, server_of_run
 from flows.build import BuildResult, build_weights
-from pipeline.child import stop_children
+from pipeline.child import leave
 from pipeline.preflight import check_inputs
 from pipeline.recipe import Recipe
 from pipeline.stages.report import findings, summary_rows
 from weights_store.errors import TokenweightsError
+from weights_store.guard import guard
 
 _EXPECTED = (TokenweightsError, OSError, ModuleNotFoundError)
 """Errors that the command prints as one line."""
@@ -23,14 +22,15 @@ def run_build(recipe: Recipe, expect_same: bool = False, debug: bool = False) ->
     """Run `build_weights` and print what it made.
 
     Raises:
-        StageError: The Prefect server that is to be used does not answer.
+        StageError: The Prefect server that is to be used does not answer, or the build's own does not start.
         TokenweightsError: A stage failed. Prefect prints the traceback only with `debug`.
     """
     check_inputs(recipe)
     check_server()
     if not debug:
         _hide_expected_tracebacks()
-    with _leave_at_once_on_interrupt():
+    guard().mark_environment()  # what the build starts ends with it
+    with server_of_run() as is_own, _leave_at_once_on_interrupt() if is_own else nullcontext():
         result = build_weights(recipe, expect_same)
     print()
     for label, value in _summary(result, recipe.store.uri):
@@ -61,23 +61,17 @@ def _summary(result: BuildResult, store: str) -> Iterator[tuple[str, object]]:
 def _leave_at_once_on_interrupt() -> Iterator[None]:
     """On Ctrl-C and SIGTERM end our children and this process, without Prefect.
 
-    A signal often reaches the whole process group, and with it Prefect's embedded server: its client would call the dead server
-    for minutes. A server that runs elsewhere (`PREFECT_API_URL`) survives, so there Prefect reports the crash as usual.
+    Prefect would report to the server, and wait for tasks that wait for children. A server that runs elsewhere keeps a
+    record of the run, so there Prefect reports the crash as usual.
     """
-    if os.environ.get("PREFECT_API_URL"):
-        yield
-        return
 
-    def leave(_signum: int, _frame: object) -> None:
+    def leave_at_once(_signum: int, _frame: object) -> None:
         for signum in handled:
             signal.signal(signum, signal.SIG_IGN)
-        print("interrupted; what was committed stays, run again to go on", file=sys.stderr, flush=True)
-        stop_children()
-        stop_own_server()
-        os._exit(130)
+        leave(130, "interrupted; what was committed stays, run again to go on", was_told=True)
 
     handled = (signal.SIGINT, signal.SIGTERM)
-    before = {signum: signal.signal(signum, leave) for signum in handled}
+    before = {signum: signal.signal(signum, leave_at_once) for signum in handled}
     try:
         yield
     finally:

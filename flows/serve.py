@@ -6,24 +6,21 @@ loopback until we stop. It uses Prefect's usual database, which keeps the histor
 
 import os
 import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.api import check_server
+from flows.api import check_server, running_server
 from pipeline.recipe import Recipe
 from weights_store.errors import SettingsError, StageError
+from weights_store.guard import guard
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
 
 _DEFAULT_PORT = 4200
-_START_TIMEOUT_S = 180
 
 
 def serve_recipes(recipes: Mapping[str, Recipe]) -> None:
@@ -87,28 +84,18 @@ def _api() -> Iterator[None]:
         check_server()
         yield
         return
+    guard().mark_environment()  # the server and the runs end with this process
     port = _free_port()
     url = f"http://127.0.0.1:{port}/api"
     quiet = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
     environment = {**quiet, **os.environ, "PREFECT_UI_API_URL": url}
     command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    # Its own session: Ctrl-C must not reach it, for we stop the runner first and then the server.
-    log_path = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser() / "tokenweights-serve.log"
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("wb") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        _wait_until_healthy(url, server)
+    log = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser() / "tokenweights-serve.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with running_server(command, url, log, environment):
         os.environ["PREFECT_API_URL"] = url  # before Prefect is imported here; runs inherit it
-        print(f"Prefect server: http://127.0.0.1:{port} (log: {log_path})", flush=True)
+        print(f"Prefect server: http://127.0.0.1:{port} (log: {log})", flush=True)
         yield
-    finally:
-        server.terminate()
-        try:
-            server.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
 
 
 def _free_port() -> int:
@@ -122,16 +109,3 @@ def _free_port() -> int:
                 continue
             return int(probe.getsockname()[1])
     raise StageError("no free port on 127.0.0.1 for the Prefect server")
-
-
-def _wait_until_healthy(url: str, server: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise StageError(f"the Prefect server ended with code {server.returncode} before it was ready")
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise StageError(f"the Prefect server was not ready after {_START_TIMEOUT_S} s")

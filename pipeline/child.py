@@ -8,16 +8,18 @@ gets them, but not the other packages of this one.
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 from weights_store.errors import EXIT_CODES, KilledError, MissingExtraError, StageError
+from weights_store.guard import end_marked, guard, marked_environment
 from weights_store.messages import PREFIX, Progress, receive
 from weights_store.packages import how_to_install
 from weights_store.process import CHILD
@@ -27,7 +29,8 @@ _OURS = ("tokenweights.py", "pipeline", "train", "weights_store")
 """What a child may need of this distribution; `flows` never runs in one."""
 _MISSING = re.compile(r"ModuleNotFoundError: (?:No module named '|import of )([\w.]+)")
 _running: set["subprocess.Popen[str]"] = set()
-_folders: set[Path] = set()
+_leaving = threading.RLock()
+"""Held by the thread that ends this process, for ever: other threads see our children die, and must not start them again."""
 
 
 def check_extra(package: str, python: str | None) -> None:
@@ -76,6 +79,8 @@ def run_child(
             raise
         finally:
             _running.discard(child)
+        with _leaving:
+            pass
     if child.returncode < 0:
         raise KilledError(f"{what} was killed by signal {-child.returncode} (out of memory?); what it had done stays")
     if child.returncode:
@@ -88,12 +93,16 @@ def run_child(
 
 @contextmanager
 def _started(command: Sequence[str], what: str) -> "Iterator[subprocess.Popen[str]]":
-    """Yield a running child. It finds our packages first, as links in a folder of their own: the very code of its parent."""
+    """Yield a running child. Once it has ended, what it had started ends too: a restarted one needs the memory.
+
+    It finds our packages first, as links in a folder of their own: the very code of its parent.
+    """
     # A relative entry starts in the current directory; an empty one is the current directory.
     path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if Path(entry).is_absolute()]
-    with temporary_folder("tokenweights-") as folder, ExitStack() as stack:
+    with temporary_folder("child-") as folder, ExitStack() as stack:
         for name in _OURS:
             (folder / name).symlink_to(_ROOT / name)
+        stack.callback(end_marked, folder)
         try:
             child = subprocess.Popen(
                 command,
@@ -104,6 +113,7 @@ def _started(command: Sequence[str], what: str) -> "Iterator[subprocess.Popen[st
                 errors="replace",
                 env={
                     **os.environ,
+                    **marked_environment(folder),
                     CHILD: "1",
                     "PYTHONSAFEPATH": "1",
                     "PYTHONPATH": os.pathsep.join([str(folder), *path]),
@@ -131,21 +141,25 @@ def _cause(tail: list[str], package: str) -> str:
 
 @contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
-    """Yield a new folder that is gone afterwards, and also after `stop_children`."""
-    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
-        _folders.add(Path(folder))
-        try:
-            yield Path(folder)
-        finally:
-            _folders.discard(Path(folder))
+    """Yield a new folder that is gone afterwards, also if this process is killed meanwhile."""
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=guard().folder, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
-def stop_children() -> None:
-    """Stop every running child and remove temporary folders; for a caller that exits without unwinding the stack."""
-    for child in list(_running):
-        _stop(child, was_told=True)
-    for folder in list(_folders):
-        shutil.rmtree(folder, ignore_errors=True)
+def leave(code: int, line: str, *, was_told: bool) -> NoReturn:
+    """Print a line, stop every child and end this process, without unwinding the stack.
+
+    Args:
+        code: The exit code.
+        line: For standard error.
+        was_told: The children have got the same signal, and may finish what they do.
+    """
+    with _leaving:
+        print(line, file=sys.stderr, flush=True)
+        for child in list(_running):
+            _stop(child, was_told)
+        guard().close()
+        os._exit(code)
 
 
 def _stop(child: "subprocess.Popen[str]", was_told: bool) -> None:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 from train.job.stopping import StopRequest, catch_signals
 from weights_store.errors import TokenweightsError
+from weights_store.guard import guard
 from weights_store.messages import ROOT
+from weights_store.process import end_with_parent
 from weights_store.settings import apply_overrides, load_toml, parse_settings
 
 if TYPE_CHECKING:
@@ -89,9 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_first = os.environ.get("RANK", "0") == "0"  # from the launcher: the processes have not joined yet
     if not is_first:
         logging.getLogger(ROOT).setLevel(logging.ERROR)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, which must not leave its ranks behind
+        end_with_parent()
     stop = StopRequest()
     try:
         config = load_config(arguments)
+        guard().mark_environment()  # loaders and compilers end with this process
         with catch_signals(stop):
             from train.job.job import run_job
 

@@ -1,7 +1,8 @@
 """How each of our processes begins and ends: the command, and the children that a build starts.
 
 `pipeline/child.py` starts a child with `TOKENWEIGHTS_CHILD` in its environment. The child sends its log to its parent and ends
-when its parent is gone. Its exit code says which error ended it.
+when its parent is gone: the kernel kills it, or it sees that its standard input closes, and `guard.py` ends whatever these two
+miss. Its exit code says which error ended it.
 """
 
 import os
@@ -16,6 +17,8 @@ from weights_store.messages import describe_os_error, send_to_parent, show_on_te
 
 CHILD = "TOKENWEIGHTS_CHILD"
 """Environment variable of a process that a build has started."""
+_PR_SET_PDEATHSIG = 1
+"""From <linux/prctl.h>."""
 
 
 def run_main(main: Callable[[], int | None], *, debug: bool = False, after_interrupt: str = "interrupted") -> int:
@@ -29,7 +32,8 @@ def run_main(main: Callable[[], int | None], *, debug: bool = False, after_inter
     """
     is_child = CHILD in os.environ
     if is_child:
-        _end_with_parent()
+        end_with_parent()
+        _end_with_pipe()
     else:
         _take_sigterm_as_interrupt()
     with send_to_parent() if is_child else show_on_terminal():
@@ -64,8 +68,19 @@ def _take_sigterm_as_interrupt() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def _end_with_parent() -> None:
-    """End this process when its parent ends: standard input is a pipe from the parent, and closes then."""
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends, whatever this one is doing then.
+
+    Only on Linux. Call it first: a parent that has ended before leaves no trace.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_with_pipe() -> None:
+    """End this process when its standard input closes, which is a pipe from its parent. On any system."""
 
     def wait() -> None:
         os.read(0, 1)  # not sys.stdin, whose lock would be held while the interpreter shuts down

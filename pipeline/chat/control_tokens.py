@@ -40,11 +40,17 @@ class ControlTokens:
 
     def are_in(self, value: object) -> bool:
         """Return whether some text in a JSON value has the text of a control token."""
-        if isinstance(value, str):
-            return self._pattern.search(value) is not None
-        if isinstance(value, dict):
-            return any(self.are_in(key) or self.are_in(inner) for key, inner in value.items())
-        return isinstance(value, list) and any(map(self.are_in, value))
+        waiting = [value]
+        while waiting:
+            inner = waiting.pop()
+            if isinstance(inner, str):
+                if self._pattern.search(inner):
+                    return True
+            elif isinstance(inner, dict):
+                waiting += [*inner, *inner.values()]
+            elif isinstance(inner, list):
+                waiting += inner
+        return False
 
     def hide(self, value: Any) -> Any:
         """Return a JSON value in which private-use characters stand for the control tokens in its texts.
@@ -85,6 +91,19 @@ class ControlTokens:
         """Return whether text of a template ends with an added token."""
         return any(match.end() == len(text) for match in self._added.finditer(text, max(0, len(text) - self._longest)))
 
+    def beginning(self, text: str, num_ids: int) -> str:
+        """Return text, or a beginning of it that has far more than `num_ids` ids, if it is so long.
+
+        So a text over a limit is recognised, and cut, without encoding all of it. What follows cannot take back so many ids:
+        tokenizers decide on a token by its neighbours.
+        """
+        length = 64 * num_ids + 4096
+        while length < len(text):
+            if len(self._encode(text[:length])) > 2 * num_ids + 1000:
+                return text[:length]
+            length *= 4
+        return text
+
     def ids(self, text: str, is_hidden: bool = False) -> list[int]:
         """Return the ids of a rendered chat; `is_hidden` if its messages went through `hide`.
 
@@ -92,9 +111,7 @@ class ControlTokens:
             Unusable: The tokenizer cannot encode the hidden texts without their control tokens.
         """
         if not is_hidden:
-            if self._plain is None:
-                return self._tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[no-any-return]
-            return self._plain.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            return self._encode(text)
         if self._backend is None:
             detail = "a text has control tokens, and this tokenizer cannot take them as text"
             raise Unusable(Reason.CONTROL_TOKENS, detail)
@@ -108,6 +125,11 @@ class ControlTokens:
             detail = "a text has control tokens, and this tokenizer makes their ids of any text"
             raise Unusable(Reason.CONTROL_TOKENS, detail)
         return ids
+
+    def _encode(self, text: str) -> list[int]:
+        if self._plain is None:
+            return self._tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[no-any-return]
+        return self._plain.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     @cached_property
     def _plain(self) -> "Tokenizer | None":

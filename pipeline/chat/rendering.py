@@ -5,13 +5,14 @@ Where a prompt ends and a response begins is decided here, and what a template m
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from pipeline.chat.control_tokens import ControlTokens
-from pipeline.chat.template import PROBE, ChatTemplate, Closing, may_be_unread, unread, watched
+from pipeline.chat.render_process import RENDERER, Job, Pending, Rendered
+from pipeline.chat.template import PROBE, ChatTemplate, Closing, may_be_unread
 from pipeline.source.messages import Message, Unusable, is_plain
 from weights_store.fingerprint import ordered_json
 from weights_store.schemas import SIDES, Reason
@@ -66,10 +67,9 @@ class PairRenderer:
         """Whether control tokens in the texts are hidden, as some are there."""
         if self.is_hidden:
             parts = controls.hide(parts)
-        if chat.tools or not all(is_plain(message) for turns in (parts[0], *parts[3:]) for message in turns):
-            parts = watched(parts)
         self._messages, self._tools, self._arguments = parts[:3]
         self._responses: list[list[Message]] = parts[3:]
+        self._pending: Pending | None = None
 
     @cached_property
     def prompt(self) -> str:
@@ -78,7 +78,9 @@ class PairRenderer:
         Raises:
             Unusable: The template refuses the chat.
         """
-        return self._render(self._messages, add_generation_prompt=True)
+        if self._pending is None:  # the chats with the responses may never be needed
+            return self._render(self._messages, add_generation_prompt=True)
+        return self._template.text_of(self._rendered.texts[0])
 
     def pair(self, unprinted_keys: frozenset[str] = frozenset()) -> RenderedPair:
         """Return the whole pair as text; the template may leave out `unprinted_keys`.
@@ -86,8 +88,7 @@ class PairRenderer:
         Raises:
             Unusable: The template refuses the chat, or would leave out or change a part of it.
         """
-        prompt = self.prompt
-        whole = [self._render([*self._messages, *response]) for response in self._responses]
+        prompt, *whole = map(self._template.text_of, self._rendered.texts)
         self._check_texts(self._messages, prompt, "prompt")
         for side, text, response in zip(SIDES, whole, self._responses, strict=True):
             self._check_texts(response, text, side)
@@ -102,6 +103,20 @@ class PairRenderer:
         prompt = prompt.removesuffix(dropped) + added
         chosen, rejected = (body[len(prompt) :] + end for body, end in zip(bodies, ends, strict=True))
         return RenderedPair(replace(self._chat, dropped=dropped, added=added), prompt, (chosen, rejected), left_out)
+
+    @cached_property
+    def job(self) -> Job:
+        """Renders the prompt and, if there are any, the chats with each response."""
+        turns: dict[str, list[Message]] = {"prompt": self._messages, **dict(zip(SIDES, self._responses, strict=True))}
+        is_plain_chat = not self._tools and all(
+            is_plain(message) for messages in turns.values() for message in messages
+        )
+        whole = [(("prompt", side), False) for side in SIDES] if any(self._responses) else []
+        return self._template.job(turns, [(("prompt",), True), *whole], self._tools, self._arguments, not is_plain_chat)
+
+    @cached_property
+    def _rendered(self) -> Rendered:
+        return self._template.rendered(self.job, self._pending)
 
     def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         return self._template.render(messages, self._tools, self._arguments, add_generation_prompt)
@@ -144,26 +159,44 @@ class PairRenderer:
             bool(self._tools),
             *((turn["role"], "tool_calls" in turn) for turn in (*before, *messages)),
         )
+        is_known = shape in self._template.known_shapes
+        places, position = [], 0
         for index, message in enumerate(messages):
             content = message["content"]
             if not isinstance(content, str) or not content.strip():
                 continue
-            if shape in self._template.known_shapes and content.strip() in text:
-                continue
-            if not self._prints(before, messages, index):
-                detail = f"{self._template.name} leaves out the text of {name}[{index}] (role {message['role']})"
-                raise Unusable(Reason.TEMPLATE_IGNORES, detail)
+            found = _find(text, content.strip(), position) if is_known else -1
+            position = max(position, found)
+            if found < 0:
+                places.append(index)
+        for index in self._unprinted(before, messages, places):
+            role = messages[index]["role"]
+            detail = f"{self._template.name} leaves out the text of {name}[{index}] (role {role})"
+            raise Unusable(Reason.TEMPLATE_IGNORES, detail)
         self._template.known_shapes.add(shape)
 
-    def _prints(self, before: list[Message], messages: list[Message], index: int) -> bool:
-        """Return whether another content would be printed in this place; if it would be refused, this one was looked at."""
-        message = messages[index]
-        probe = type(message)({**dict(dict.items(message)), "content": PROBE})
-        changed = [*before, *messages[:index], probe, *messages[index + 1 :]]
+    def _unprinted(self, before: list[Message], messages: list[Message], places: list[int]) -> Iterator[int]:
+        """Yield the places where another content would not be printed; if it would be refused, this one was looked at.
+
+        All contents are replaced at once. Only where that does not answer it, one after the other is.
+        """
+        words = {index: f"{PROBE}{index}q" for index in places}
         try:
-            return PROBE in self._render(changed, add_generation_prompt=messages is self._messages)
+            text = self._render_with(before, messages, words) if places else ""
         except Unusable:
-            return True
+            text = ""
+        for index, word in words.items():
+            try:
+                if word not in text and word not in self._render_with(before, messages, {index: word}):
+                    yield index
+            except Unusable:
+                continue
+
+    def _render_with(self, before: list[Message], messages: list[Message], contents: dict[int, str]) -> str:
+        changed = [
+            {**message, "content": contents.get(index, message["content"])} for index, message in enumerate(messages)
+        ]
+        return self._render([*before, *changed], add_generation_prompt=messages is self._messages)
 
     def _check_keys(self, unprinted_keys: frozenset[str]) -> frozenset[str]:
         """Return the names of the keys that the template has not read and need not.
@@ -172,7 +205,9 @@ class PairRenderer:
             Unusable: It has not read others.
         """
         paths = [
-            (path, role) for path, role in self._unread() if not unprinted_keys.intersection(re.findall(r"\w+", path))
+            (path, role)
+            for path, role in self._rendered.unread
+            if not unprinted_keys.intersection(re.findall(r"\w+", path))
         ]
         lost = [path for path, role in paths if not may_be_unread(path, role)]
         if lost:
@@ -183,13 +218,20 @@ class PairRenderer:
             raise Unusable(Reason.TEMPLATE_IGNORES, detail)
         return frozenset(path.rpartition(".")[2] for path, _ in paths)
 
-    def _unread(self) -> Iterator[tuple[str, str]]:
-        yield from ((path, "") for path in unread(self._tools, "tools"))
-        for name, turns in zip(("prompt", *SIDES), (self._messages, *self._responses), strict=True):
-            for index, message in enumerate(turns):
-                for path in unread(message, f"{name}[{index}]"):
-                    if path not in (f"{name}[{index}].role", f"{name}[{index}].content"):
-                        yield path, message["role"]
+
+def begin(renderers: Sequence[PairRenderer]) -> None:
+    """Begin to render several pairs at once, in the other process."""
+    for renderer, pending in zip(renderers, RENDERER.submit([renderer.job for renderer in renderers]), strict=True):
+        renderer._pending = pending
+
+
+def _find(text: str, part: str, position: int) -> int:
+    """Return where a part stands, first looked for from a position; -1 if nowhere.
+
+    Turns are printed in order, so that all texts of a chat together are looked for in one pass.
+    """
+    found = text.find(part, position)
+    return found if found >= 0 else text.find(part, 0, position + len(part))
 
 
 def _start(body: str, response: list[Message]) -> int | None:

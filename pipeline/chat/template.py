@@ -1,24 +1,23 @@
 """Renders chats with a model's chat template, and says what of a chat the template would leave out.
 
-Messages, tools and arguments go to the template as TRL gives them to it. A template is code of somebody else: what it raises
-makes one row unusable, and one that would never finish, or does not compile, is refused before a row is rendered.
+Messages, tools and arguments go to the template as TRL gives them to it. A template is code of somebody else: it runs in a
+process of its own within limits (`render_process.py`), and what it raises makes one row unusable. One that does not compile, or
+breaks the limits on a short chat, is refused before a row is rendered.
 """
 
 import datetime
 import inspect
 import re
-import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from functools import cached_property
-from itertools import product
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.chat.control_tokens import ControlTokens
+from pipeline.chat.render_child import MAX_BROKEN_LIMITS
+from pipeline.chat.render_process import RENDERER, Job, Pending, Rendered, RenderError
 from pipeline.source.messages import Message, Unusable
 from weights_store.errors import InputError
-from weights_store.messages import first_line
 from weights_store.schemas import Reason
 
 if TYPE_CHECKING:
@@ -27,69 +26,13 @@ if TYPE_CHECKING:
 PROBE = "Probe7Zq"
 """A word that stands in no template: where it is printed, a template prints what it was given."""
 _TOOL = {"type": "function", "function": {"name": "f", "description": "?", "parameters": {"type": "object"}}}
-_MAX_LINES = 1_000_000
 _MAX_CHARACTERS = 10_000_000
-"""More lines or characters than any template needs for one short message."""
+"""More characters than any template needs for one short message."""
 _CHANCE = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 _LINKS = frozenset({"id", "type", "index", "tool_call_id", "strict"})
 """Keys that link a call and its result, or repeat what is known: templates that print these in order do without."""
 _DETAILS = re.compile(r"tools\[\d+\](\.function)?\.(parameters|return)\.")
 """Inside of JSON schemas: templates print of them what the model was trained with."""
-
-
-class WatchedDict(dict[str, Any]):
-    """A dict of a chat that remembers which of its keys the template has read."""
-
-    def __init__(self, value: dict[str, Any]) -> None:
-        super().__init__({key: watched(inner) for key, inner in dict.items(value)})
-        self._read: set[str] = set()
-
-    def __getitem__(self, key: str) -> Any:
-        self._read.add(key)
-        return super().__getitem__(key)
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the keys. Python copies a dict that has its own iterator by `__getitem__`: a copy counts as read."""
-        return super().__iter__()
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return a value; the key counts as read."""
-        self._read.add(key)
-        return super().get(key, default)
-
-    def items(self) -> Any:
-        """Return all items; all keys count as read."""
-        self._read.update(self)
-        return super().items()
-
-    def values(self) -> Any:
-        """Return all values; all keys count as read."""
-        self._read.update(self)
-        return super().values()
-
-    def unread(self, where: str) -> Iterator[str]:
-        """Yield the path of every key that was not read and has a value."""
-        for key, inner in dict.items(self):
-            if key in self._read:
-                yield from unread(inner, f"{where}.{key}")
-            elif inner not in (None, "", [], {}):
-                yield f"{where}.{key}"
-
-
-def watched(value: Any) -> Any:
-    """Return a JSON value whose objects remember which of their keys were read."""
-    if isinstance(value, dict):
-        return WatchedDict(value)
-    return [watched(inner) for inner in value] if isinstance(value, list) else value
-
-
-def unread(value: object, where: str) -> Iterator[str]:
-    """Yield the path of every key of a watched value that was not read and has a value."""
-    if isinstance(value, WatchedDict):
-        yield from value.unread(where)
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from unread(inner, f"{where}[{index}]")
 
 
 def may_be_unread(path: str, role: str = "") -> bool:
@@ -134,19 +77,19 @@ class ChatTemplate:
         date: datetime.date | None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._special_tokens = tokenizer.special_tokens_map
         self._controls = controls
         self._templates = (template, tool_template)
         self.name = name
-        self._builtins = {}
+        self._date = None if date is None else date.isoformat()
+        self._num_broken_limits = 0
         self.known_shapes: set[tuple[object, ...]] = set()
         """Chats, as roles, of which every text is printed."""
-        if prints_date(template) or prints_date(tool_template):
-            if date is None:
-                raise InputError(
-                    f'{name} prints the date of the day: set model.template_date to a fixed one, such as "2026-01-31", so that '
-                    "all rows and later builds have the same"
-                )
-            self._builtins["strftime_now"] = date.strftime
+        if date is None and (prints_date(template) or prints_date(tool_template)):
+            raise InputError(
+                f'{name} prints the date of the day: set model.template_date to a fixed one, such as "2026-01-31", so that '
+                "all rows and later builds have the same"
+            )
         if _CHANCE.search(template) or _CHANCE.search(tool_template):
             raise InputError(f"{name} prints something else each time: give one without `random` and `lipsum`")
         self._check()
@@ -162,22 +105,52 @@ class ChatTemplate:
 
         Raises:
             Unusable: The template refuses the chat.
+            InputError: The template has broken its limits of time or memory too often.
         """
-        given = {"tools": tools, **(arguments or {})}
-        try:
-            return self._tokenizer.apply_chat_template(  # type: ignore[no-any-return]
-                messages,
-                chat_template=self._templates[given["tools"] is not None],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self._builtins,
-                **given,
+        job = self.job({"chat": messages}, [(("chat",), add_generation_prompt)], tools, arguments)
+        return self.text_of(self.rendered(job).texts[0])
+
+    def job(
+        self,
+        turns: dict[str, list[Message]],
+        chats: Sequence[tuple[Sequence[str], bool]],
+        tools: list[dict[str, Any]] | None = None,
+        arguments: dict[str, Any] | None = None,
+        watch: bool = False,
+    ) -> Job:
+        """Return the job to render several chats that share turns."""
+        return Job(self._templates, self._special_tokens, self._date, turns, chats, tools, arguments, watch)
+
+    def rendered(self, job: Job, pending: Pending | None = None) -> Rendered:
+        """Return what became of a job, which may have been submitted before; `text_of` looks at its texts.
+
+        Raises:
+            InputError: The template has broken its limits of time or memory too often.
+        """
+        (pending,) = RENDERER.submit([job]) if pending is None else [pending]
+        rendered = pending.result()
+        broken = [text for text in rendered.texts if isinstance(text, RenderError) and text.kind == "limit"]
+        self._num_broken_limits += bool(broken)
+        if broken and self._num_broken_limits >= MAX_BROKEN_LIMITS:
+            RENDERER.stop()  # others of its chats are under way
+            raise InputError(
+                f"{self.name} could not render {self._num_broken_limits} chats within its limits: {broken[0].text}; give "
+                "another one in model.chat_template"
             )
-        except Exception as error:  # whatever the template's code raises
-            detail = f"{self.name} refuses this chat: {_said_of_dicts(first_line(error))}"
-            if _is_mistyped(error) and any("tool_calls" in message for message in messages):
-                detail += "; write tool calls as this template takes them, see docs/chats.md on `arguments`"
-            raise Unusable(Reason.TEMPLATE_MISMATCH, detail) from error
+        if any("tool_calls" in message for messages in job.turns.values() for message in messages):
+            return rendered._replace(texts=[_with_remedy(text) for text in rendered.texts])
+        return rendered
+
+    def text_of(self, rendered: str | RenderError) -> str:
+        """Return the text of a chat.
+
+        Raises:
+            Unusable: The template has refused the chat.
+        """
+        if isinstance(rendered, str):
+            return rendered
+        verb = "cannot render" if rendered.kind in ("limit", "overflow") else "refuses"
+        raise Unusable(Reason.TEMPLATE_MISMATCH, f"{self.name} {verb} this chat: {rendered.text}") from rendered
 
     def closing(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, arguments: dict[str, Any] | None
@@ -278,12 +251,10 @@ class ChatTemplate:
 
     @cached_property
     def _takes_parts(self) -> bool:
-        part = WatchedDict({"type": "text", "text": PROBE})
-        try:
-            text = self.render([{"role": "user", "content": [part]}], add_generation_prompt=True)
-        except Unusable:
-            return False
-        return PROBE in text and ".text" not in part.unread("")
+        turns: dict[str, list[Message]] = {"chat": [{"role": "user", "content": [{"type": "text", "text": PROBE}]}]}
+        rendered = self.rendered(self.job(turns, [(("chat",), True)], watch=True))
+        is_read = "chat[0].content[0].text" not in dict(rendered.unread)
+        return is_read and isinstance(rendered.texts[0], str) and PROBE in rendered.texts[0]
 
     @cached_property
     def _empty_contents(self) -> list[str | None]:
@@ -303,62 +274,28 @@ class ChatTemplate:
 
     def _check(self) -> None:
         """Render short chats, and refuse a template that breaks on all. Others may want tools or roles: each row is asked."""
-        user: Message = {"role": "user", "content": PROBE}
-        assistant: Message = {"role": "assistant", "content": PROBE}
-        for chat, tools in product(([user], [user, assistant]), (None, [_TOOL])):
-            try:
-                with _line_limit():
-                    text = self.render(chat, tools, add_generation_prompt=chat[-1] is user)
-            except Unusable as problem:
-                self._check_cause(problem.__cause__)
-            else:
-                if len(text) > _MAX_CHARACTERS:
+        turns: dict[str, list[Message]] = {role: [{"role": role, "content": PROBE}] for role in ("user", "assistant")}
+        for tools in (None, [_TOOL]):
+            chats = [(("user",), True), (("user", "assistant"), False)]
+            for text in self.rendered(self.job(turns, chats, tools)).texts:
+                if isinstance(text, RenderError):
+                    self._check_kind(text)
+                elif len(text) > _MAX_CHARACTERS:
                     raise InputError(f"{self.name} makes {len(text):,} characters of one short message")
 
-    def _check_cause(self, cause: BaseException | None) -> None:
-        from jinja2 import TemplateSyntaxError
-
-        if isinstance(cause, TemplateSyntaxError):
-            raise InputError(f"{self.name} is no valid Jinja: line {cause.lineno}: {first_line(cause)}") from cause
-        if isinstance(cause, EndlessError | OverflowError | MemoryError | RecursionError):
-            raise InputError(f"{self.name} cannot render even one short message: {first_line(cause)}") from cause
+    def _check_kind(self, error: RenderError) -> None:
+        if error.kind == "syntax":
+            raise InputError(f"{self.name} is no valid Jinja: {error.text}") from error
+        if error.kind in ("limit", "overflow"):
+            raise InputError(f"{self.name} cannot render even one short message: {error.text}") from error
 
 
-def _said_of_dicts(text: str) -> str:
-    """Return an error's text in which our dicts are dicts, as whoever wrote the chat knows them."""
-    return text.replace(f"{WatchedDict.__module__}.", "").replace(WatchedDict.__name__, "dict")
-
-
-def _is_mistyped(error: Exception) -> bool:
-    """Return whether a template was given another type than it expects; what it raises itself is something else."""
-    from jinja2 import UndefinedError
-
-    return isinstance(error, TypeError | UndefinedError)
-
-
-class EndlessError(Exception):
-    """A template has run so many lines that it will not end."""
-
-
-@contextmanager
-def _line_limit() -> Iterator[None]:
-    """Stop a template after `_MAX_LINES` lines. Counting slows it down, so this is for a first look only."""
-    num_lines, previous = 0, sys.gettrace()
-
-    def count(frame: FrameType, _event: str, _argument: object) -> Any:
-        nonlocal num_lines
-        if frame.f_code.co_filename != "<template>":  # the name that Jinja gives to its code
-            return None
-        num_lines += 1
-        if num_lines > _MAX_LINES:
-            raise EndlessError(f"it has run {_MAX_LINES:,} lines and goes on")
-        return count
-
-    sys.settrace(count)
-    try:
-        yield
-    finally:
-        sys.settrace(previous)
+def _with_remedy(rendered: str | RenderError) -> str | RenderError:
+    """Return what became of a chat with calls; a template that was given another type than it expects wants other calls."""
+    if isinstance(rendered, str) or rendered.kind != "type":
+        return rendered
+    remedy = "write tool calls as this template takes them, see docs/chats.md on `arguments`"
+    return RenderError("type", f"{rendered.text}; {remedy}")
 
 
 def prints_date(template: str) -> bool:

@@ -5,14 +5,15 @@ template prints after that token (often a newline) is left out: the model would 
 """
 
 import datetime
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.chat.control_tokens import ControlTokens
-from pipeline.chat.rendering import Chat, PairRenderer
+from pipeline.chat.pair_ids import Limits, PairInWork, TokenizedPair
+from pipeline.chat.rendering import Chat, PairRenderer, begin
 from pipeline.chat.template import ChatTemplate, prints_date
 from pipeline.source.messages import SYSTEM_ROLES, Message, Unusable, is_empty, is_rendered, texts_of
 from pipeline.source.pairs import Pair
@@ -26,30 +27,16 @@ from weights_store.fingerprint import (
     load_chat_template,
     load_json,
 )
-from weights_store.schemas import SIDES, Reason
+from weights_store.schemas import Reason
 from weights_store.tables.metadata import TokenizerRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_WALLS = ("\n", "|", "0")
-"""Characters in front of a response that is tokenised apart from its prompt."""
+_PAIRS_PER_CHUNK = 64
+_CHARACTERS_PER_CHUNK = 1 << 20
 RENDERING_VERSION = 3
 """Part of the fingerprint of tokens tables; goes up when the same chat, template and tokenizer give other ids than before."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizedPair:
-    """One pair as ids. `chat` is what stands before the responses, without the turns that did not fit."""
-
-    chat: Chat
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-    prompt_was_cut: bool = False
-    response_was_cut: bool = False
-    notes: frozenset[str] = frozenset()
-    """What people should know of the ids, though nothing is wrong with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,49 +168,52 @@ class ChatTokenizer:
         cut_response: bool,
         context: int | None = None,
     ) -> TokenizedPair:
-        """Tokenise one pair within the limits.
-
-        The oldest turns of a long prompt are dropped. A long response is cut (`cut_response`) or refused. `context` is the
-        longest sequence of the model, one position of which the scoring engine needs; None: no limit.
+        """Tokenise one pair within limits, see `Limits`.
 
         Raises:
             Unusable: The pair is over a limit, or the template cannot render it or would leave out a part of it.
             InputError: The tokenizer or the template cannot be used, see `check`.
         """
-        chat, responses, notes = self._read(pair)
-        num_turns = len(chat.messages)
-        while True:
-            renderer = PairRenderer(self._chat_template, self._controls, chat, responses, self._eos_token)
-            prompt_ids = self._controls.ids(renderer.prompt, renderer.is_hidden)
-            if len(prompt_ids) <= max_prompt_tokens:
-                rendered = renderer.pair(self._unprinted_keys)
-                if rendered.prompt != renderer.prompt:
-                    prompt_ids = self._controls.ids(rendered.prompt, renderer.is_hidden)
-                if len(prompt_ids) <= max_prompt_tokens:
-                    break
-            chat = replace(chat, messages=_drop_oldest_exchange(chat.messages, len(prompt_ids), max_prompt_tokens))
-        to_ids = partial(self._controls.ids, is_hidden=renderer.is_hidden)
-        sides = [_response_ids(to_ids, rendered.prompt, prompt_ids, text) for text in rendered.responses]
-        for side, ids in zip(SIDES, sides, strict=True):
-            if len(ids) > max_response_tokens and not cut_response:
-                detail = f"{side} has {len(ids)} tokens, limit dataset.max_response_tokens = {max_response_tokens}"
-                raise Unusable(Reason.RESPONSE_TOO_LONG, detail)
-        chosen_ids, rejected_ids = (ids[:max_response_tokens] for ids in sides)
-        if chosen_ids == rejected_ids:  # after cutting, or because the template changes the texts
-            raise Unusable(Reason.CHOSEN_EQUALS_REJECTED, "the responses have the same tokens")
-        longest = len(prompt_ids) + max(len(chosen_ids), len(rejected_ids))
-        if context is not None and longest >= context:
-            detail = f"prompt and response have {longest} tokens, the model's context is {context}"
-            raise Unusable(Reason.RESPONSE_TOO_LONG, detail)
-        return TokenizedPair(
-            rendered.chat,
-            prompt_ids,
-            chosen_ids,
-            rejected_ids,
-            prompt_was_cut=len(chat.messages) < num_turns,
-            response_was_cut=any(len(ids) > max_response_tokens for ids in sides),
-            notes=frozenset([*notes, *(f"the chat template does not print `{key}`" for key in rendered.left_out)]),
-        )
+        limits = Limits(max_prompt_tokens, max_response_tokens, cut_response, context)
+        (found,) = self.tokenize_pairs([pair], limits)
+        if isinstance(found, Unusable):
+            raise found
+        return found
+
+    def tokenize_pairs(self, pairs: Iterable[Pair], limits: Limits) -> Iterator[TokenizedPair | Unusable]:
+        """Yield each pair within the limits as ids, or why it cannot be used.
+
+        While one chunk of pairs is tokenised, the process that renders works on the next one.
+
+        Raises:
+            InputError: The tokenizer or the template cannot be used, see `check`.
+        """
+        chunks = map(self._begun, _chunks(pairs))
+        chunk = next(chunks, [])
+        while chunk:
+            following = next(chunks, [])
+            for started in chunk:
+                try:
+                    yield started if isinstance(started, Unusable) else started.tokenized(limits)
+                except Unusable as problem:
+                    yield problem
+            chunk = following
+
+    def _begun(self, pairs: Sequence[Pair]) -> list[PairInWork | Unusable]:
+        """Begin to render pairs."""
+        started: list[PairInWork | Unusable] = []
+        for pair in pairs:
+            try:
+                chat, responses, notes = self._read(pair)
+                renderer_of = partial(self._renderer, responses=responses)
+                started.append(PairInWork(chat, renderer_of, self._controls, self._unprinted_keys, notes))
+            except Unusable as problem:
+                started.append(problem)
+        begin([each.renderer for each in started if isinstance(each, PairInWork)])
+        return started
+
+    def _renderer(self, chat: Chat, responses: tuple[list[Message], list[Message]]) -> PairRenderer:
+        return PairRenderer(self._chat_template, self._controls, chat, responses, self._eos_token)
 
     def conditioned_prompt_ids(self, prompts: Sequence[str], condition: Condition) -> list[list[int] | None]:
         """Return the ids of stored prompts (JSON of chats) with a contrastive prompt in front, None where it has no place.
@@ -233,9 +223,12 @@ class ChatTokenizer:
         """
         result: list[list[int] | None] = []
         problem = ""
-        for text in prompts:
+        chats = [Chat.from_json(text) for text in prompts]
+        for chat, renderer in zip(chats, self._conditioned(chats, condition), strict=True):
             try:
-                result.append(self._conditioned(Chat.from_json(text), condition))
+                if isinstance(renderer, Unusable):
+                    raise renderer
+                result.append(self._conditioned_ids(chat, renderer, condition))
             except Unusable as error:
                 problem = error.detail
                 result.append(None)
@@ -247,11 +240,19 @@ class ChatTokenizer:
             )
         return result
 
-    def _conditioned(self, chat: Chat, condition: Condition) -> list[int]:
-        messages = self._chat_template.adapt(condition.apply(chat.messages))
-        renderer = PairRenderer(
-            self._chat_template, self._controls, replace(chat, messages=messages), ([], []), self._eos_token
-        )
+    def _conditioned(self, chats: Sequence[Chat], condition: Condition) -> list[PairRenderer | Unusable]:
+        """Begin to render chats with a contrastive prompt in front."""
+        renderers: list[PairRenderer | Unusable] = []
+        for chat in chats:
+            try:
+                messages = self._chat_template.adapt(condition.apply(chat.messages))
+                renderers.append(self._renderer(replace(chat, messages=messages), ([], [])))
+            except Unusable as problem:
+                renderers.append(problem)
+        begin([renderer for renderer in renderers if isinstance(renderer, PairRenderer)])
+        return renderers
+
+    def _conditioned_ids(self, chat: Chat, renderer: PairRenderer, condition: Condition) -> list[int]:
         rendered = renderer.prompt
         if condition.text.strip() not in (self._controls.show(rendered) if renderer.is_hidden else rendered):
             raise Unusable(Reason.TEMPLATE_MISMATCH, "the rendered chat does not contain the prompt")
@@ -307,20 +308,19 @@ class ChatTokenizer:
         return text
 
 
-def _response_ids(to_ids: Callable[[str], list[int]], prompt: str, prompt_ids: list[int], response: str) -> list[int]:
-    """Return the ids of a response after its prompt, with the end-of-turn token.
-
-    Prompt and response are tokenised together, so that no tokenizer adds a space where they meet. If a token would span both,
-    the response is tokenised behind a character that joins with nothing, because the model generates after whole prompt tokens.
-    """
-    joint = to_ids(prompt + response)
-    if joint[: len(prompt_ids)] == prompt_ids:
-        return joint[len(prompt_ids) :]
-    for wall in _WALLS:
-        wall_ids, ids = to_ids(wall), to_ids(wall + response)
-        if ids[: len(wall_ids)] == wall_ids:
-            return ids[len(wall_ids) :]
-    return to_ids(response)
+def _chunks(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
+    """Cut pairs into chunks that are rendered together: long enough that waiting costs little, and short in memory."""
+    chunk: list[Pair] = []
+    num_characters = 0
+    for pair in pairs:
+        chunk.append(pair)
+        turns = (*pair.prompt, *as_turns(pair.chosen), *as_turns(pair.rejected))
+        num_characters += sum(len(text) for message in turns for text in texts_of(message))
+        if len(chunk) == _PAIRS_PER_CHUNK or num_characters > _CHARACTERS_PER_CHUNK:
+            yield chunk
+            chunk, num_characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def model_number(folder: Path, name: str) -> int | None:
@@ -344,14 +344,3 @@ def _read_template(path: str) -> str:
         raise InputError(f"model.chat_template {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"model.chat_template {path} is not in UTF-8: {error.reason} at byte {error.start}") from error
-
-
-def _drop_oldest_exchange(prompt: list[Message], num_tokens: int, limit: int) -> list[Message]:
-    """Drop the oldest turn and everything up to the next user turn. A system turn and the last user turn stay."""
-    head = prompt[:1] if prompt[0]["role"] in SYSTEM_ROLES else []
-    rest = prompt[len(head) :]
-    starts = [index for index, message in enumerate(rest) if index > 0 and message["role"] == "user"]
-    if not starts:
-        detail = f"the last turn alone has {num_tokens} tokens, limit dataset.max_prompt_tokens = {limit}"
-        raise Unusable(Reason.PROMPT_TOO_LONG, detail)
-    return head + rest[starts[0] :]

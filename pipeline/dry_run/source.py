@@ -142,11 +142,11 @@ class _Count:
         """Return prompt and response tokens of each pair that can be used, and why the others cannot."""
         lengths: list[tuple[int, int]] = []
         reasons: Counter[str] = Counter()
-        for row, text in self.sample:
-            try:
-                tokens = self.start.tokenize(Pair.from_json(text))
+        pairs = (Pair.from_json(text) for _, text in self.sample)
+        for (row, text), tokens in zip(self.sample, self.start.tokenize(pairs), strict=True):
+            if isinstance(tokens, Unusable):
+                reasons[tokens.reason.value] += 1
+                self.intake.add_example(tokens, row, text)
+            else:
                 lengths.append((len(tokens.prompt_ids), len(tokens.chosen_ids) + len(tokens.rejected_ids)))
-            except Unusable as problem:
-                reasons[problem.reason.value] += 1
-                self.intake.add_example(problem, row, text)
         return lengths, reasons

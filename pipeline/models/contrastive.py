@@ -7,6 +7,7 @@ machine, uploaded when finished and downloaded where they are needed. Their reco
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from weights_store.checks.model_folders import (
 from weights_store.errors import DamageError
 from weights_store.fingerprint import digest_once, fingerprint
 from weights_store.location import Location
+from weights_store.lock import locked, wait_for
 from weights_store.messages import logger
 
 _log = logger(__name__)
@@ -62,9 +64,20 @@ class ModelShelf:
         _check_sound(source, source, record)
         return folder
 
+    def lock(self, name: str) -> AbstractContextManager[None]:
+        """Keep a model to this process while inside, to train it; wait while another process of this machine does."""
+        folder = self.place(name)
+        return locked(folder.with_name(f".{name}.lock"), wait_for(f"training {folder}"))
+
     def put(self, name: str, record: ModelRecord) -> None:
-        """Finish the model at `place(name)`: upload it if the store is remote, and write its record, which covers its files."""
+        """Finish the model at `place(name)`: upload it if the store is remote, and write its record, which covers its files.
+
+        If another machine has put it there meanwhile, that model stays, and replaces the one here.
+        """
         target, folder = self.location / name, Location(str(self.place(name)))
+        if not self.location.is_local and (theirs := read_model_record(target)) is not None:
+            self._fetch(target, theirs, folder.path)
+            return
         text = sign_record(record, {file: _digest(folder, file) for file in covered_files(folder, RECORD)})
         if not self.location.is_local:
             target.upload(folder.path)
@@ -89,22 +102,24 @@ class ModelShelf:
             if copy.exists(RECORD):  # it has left the store, so it is to be trained again
                 shutil.rmtree(folder)
             return None
-        if _is_copy(copy, source, record):
-            return folder
-        _log.info(f"downloading {source}")
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had the same id
-        try:
-            source.download(partial)
-            _check_sound(Location(str(partial)), source, record)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.replace(folder)
-        except OSError:  # another process was faster
+        with locked(folder.with_name(f".{folder.name}.download.lock"), wait_for(f"downloading {folder}")):
             if not _is_copy(copy, source, record):
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+                _download(source, record, folder)
         return folder
+
+
+def _download(source: Location, record: ModelRecord, folder: Path) -> None:
+    """Replace a folder of the cache by the model in the object store, whole or not at all."""
+    _log.info(f"downloading {source}")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+    try:
+        source.download(partial)
+        _check_sound(Location(str(partial)), source, record)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_sound(folder: Location, shown: Location, record: ModelRecord) -> None:

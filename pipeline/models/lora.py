@@ -7,7 +7,6 @@ The merged model has the base's dtypes. It is compared with base and adapter bef
 matrix and an adapter changes it, PEFT's merge adds the change twice or to the wrong layer.
 """
 
-import os
 import shutil
 import sys
 import warnings
@@ -28,6 +27,7 @@ from weights_store.fingerprint import (
     load_json,
 )
 from weights_store.location import Location
+from weights_store.lock import locked, wait_for
 from weights_store.messages import first_line
 from weights_store.process import run_main
 
@@ -122,8 +122,15 @@ def merge_adapter(adapter: Path, base: Path, target: Path) -> None:
         MissingExtraError: peft, torch or transformers is not installed.
     """
     check_adapter(adapter)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
+    with locked(target.with_name(f".{target.name}.lock"), wait_for(f"merging {adapter}")):
+        if not (target / RECORD).is_file():  # else another process has merged it meanwhile
+            _merge_whole(adapter, base, target)
+
+
+def _merge_whole(adapter: Path, base: Path, target: Path) -> None:
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir()
     try:
         _write_merged(adapter, base, partial)
         has_tokenizer = any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
@@ -137,11 +144,7 @@ def merge_adapter(adapter: Path, base: Path, target: Path) -> None:
         files = {name: fingerprint_file(partial / name) for name in covered_files(Location(str(partial)), RECORD)}
         record = {"adapter": str(adapter.resolve()), "base": str(base.resolve())}
         (partial / RECORD).write_bytes(sign_record(record, files))
-        try:
-            partial.rename(target)
-        except OSError:  # not empty: another process was faster
-            if not (target / RECORD).is_file():
-                raise
+        partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,15 +1,15 @@
 """The pairs of a parity check: of the tokens table, of the source, or those whose log-probs are stored."""
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, tee
 
 import polars as pl
 
 from pipeline.parity.process import Column
 from pipeline.source.intake import pairs_of
 from pipeline.source.messages import Unusable
+from pipeline.source.pairs import Pair
 from pipeline.stages.prepare import Preparation
 from pipeline.workers.pair_row import COLUMNS, PairRow, read_pairs
 from weights_store import TableVersion, WeightStore
@@ -53,15 +53,13 @@ def take_sample(start: Preparation, num_pairs: int) -> Sample:
 
 
 def _usable_pairs(start: Preparation) -> Iterator[PairRow]:
-    for row, pair in pairs_of(start.opened, start.columns):
-        if isinstance(pair, Unusable):
+    usable = ((row, pair) for row, pair in pairs_of(start.opened, start.columns) if isinstance(pair, Pair))
+    found, again = tee(usable)
+    for (row, pair), tokens in zip(found, start.tokenize(pair for _, pair in again), strict=True):
+        if isinstance(tokens, Unusable):
             continue
-        with suppress(Unusable):
-            tokens = start.tokenize(pair)
-            prompt = tokens.chat.to_json()
-            yield PairRow(
-                pair.pair_id, row.source_row, prompt, tokens.prompt_ids, tokens.chosen_ids, tokens.rejected_ids
-            )
+        prompt = tokens.chat.to_json()
+        yield PairRow(pair.pair_id, row.source_row, prompt, tokens.prompt_ids, tokens.chosen_ids, tokens.rejected_ids)
 
 
 def stored_sample(

@@ -6,13 +6,13 @@ files one range of keys at a time, so that memory stays at about one budget.
 
 import bisect
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pyarrow as pa
 
+from pipeline.child import temporary_folder
 from weights_store.messages import first_line
 from weights_store.tables.key_ranges import KeyRange
 
@@ -82,14 +82,14 @@ class ExternalSort:
 
     def _spill(self) -> None:
         if not self._runs:
-            self._folder = Path(self._files.enter_context(tempfile.TemporaryDirectory(prefix="tokenweights-sort-")))
+            self._folder = Path(self._files.enter_context(temporary_folder("sort-")))
         rows = self._sorted(self._waiting)
         path = self._folder / f"{len(self._runs)}.arrow"
         try:
             with pa.ipc.new_file(path, self.schema) as file:
                 file.write_table(rows, max_chunksize=_ROWS_PER_BATCH)
         except OSError as error:
-            place = self._folder.parent
+            place = self._folder.parent.parent  # TMPDIR: between them is the folder of this process
             raise OSError(
                 f"cannot write temporary files to {place}, {shutil.disk_usage(place).free / 2**20:,.0f} MiB are free there: "
                 f"{first_line(error)}; make room, or set TMPDIR to a folder on a larger disk"

@@ -55,20 +55,14 @@ def contrast(settings: ContrastSection, model_folder: Path, uniform: TableVersio
     models = model_shelf(uniform.store)
     folders, num_trained = [], 0
     for model in wanted_models(settings, model_folder, uniform):
-        folder = model.folder or models.place(model.name)
-        if model.folder is None:
+        folder = model.folder
+        if folder is None:
             check_extra("torch", settings.python)
-            _log.info(f"training the {model.side} model ({settings.method}) on {uniform}")
-            arguments = _arguments(settings, model.side, model_folder, uniform, folder)
-            run_child("tokenweights", arguments, f"training {folder}", settings.python)
-            record: ModelRecord = {
-                "identity": model.identity,
-                "data": model.data,
-                "version": uniform.version,
-                "fingerprint": fingerprint_model(folder),
-            }
-            models.put(model.name, record)
-            num_trained += 1
+            with models.lock(model.name):
+                folder = models.find(model.name)  # another build may have trained it while we waited
+                if folder is None:
+                    folder = _train(models, model, settings, model_folder, uniform)
+                    num_trained += 1
         folders.append(folder)
     return ContrastivePair(Scorer(folders[0]), Scorer(folders[1]), num_trained)
 
@@ -90,6 +84,24 @@ class WantedModel:
     data: str
     folder: Path | None
     """None: it has to be trained."""
+
+
+def _train(
+    models: ModelShelf, model: WantedModel, settings: ContrastSection, model_folder: Path, uniform: TableVersion
+) -> Path:
+    """Train one side's model, put it into the store, and return its folder."""
+    folder = models.place(model.name)
+    _log.info(f"training the {model.side} model ({settings.method}) on {uniform}")
+    arguments = _arguments(settings, model.side, model_folder, uniform, folder)
+    run_child("tokenweights", arguments, f"training {folder}", settings.python)
+    record: ModelRecord = {
+        "identity": model.identity,
+        "data": model.data,
+        "version": uniform.version,
+        "fingerprint": fingerprint_model(folder),
+    }
+    models.put(model.name, record)
+    return folder
 
 
 def model_shelf(store: str) -> ModelShelf:

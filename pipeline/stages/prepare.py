@@ -9,7 +9,7 @@ The source is read once and sorted by pair_id. Then old and new pairs are compar
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +18,8 @@ from pathlib import Path
 import polars as pl
 import pyarrow as pa
 
-from pipeline.chat.tokenizer import RENDERING_VERSION, ChatTokenizer, TokenizedPair, model_number
+from pipeline.chat.pair_ids import Limits, TokenizedPair
+from pipeline.chat.tokenizer import RENDERING_VERSION, ChatTokenizer, model_number
 from pipeline.provenance import provenance
 from pipeline.recipe import DatasetSection, Recipe
 from pipeline.source.columns import Columns, resolve_columns
@@ -239,16 +240,19 @@ class Preparation:
                 f"has {found}. Name one of them in contrast.split"
             )
 
-    def tokenize(self, pair: Pair) -> TokenizedPair:
-        """Return the ids of a pair.
+    def tokenize(self, pairs: Iterable[Pair]) -> Iterator[TokenizedPair | Unusable]:
+        """Yield the ids of each pair, or why it has none.
+
+        It may be over a limit of the recipe or the model, or the chat template cannot render it.
 
         Raises:
-            Unusable: The pair is over a limit of the recipe or the model, or the chat template cannot render it.
+            InputError: The chat template has broken its limits of time or memory too often.
         """
-        limits, can_cut = self.dataset, self.dataset.long_response == "cut"
-        return self.tokenizer.tokenize_pair(
-            pair, limits.max_prompt_tokens, limits.max_response_tokens, can_cut, self.context
+        dataset = self.dataset
+        limits = Limits(
+            dataset.max_prompt_tokens, dataset.max_response_tokens, dataset.long_response == "cut", self.context
         )
+        return self.tokenizer.tokenize_pairs(pairs, limits)
 
 
 class _Update:
@@ -306,12 +310,14 @@ class _Update:
     def _tokenize(self, batch: pl.DataFrame) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
         """Return the tokens rows of the new pairs, and the quarantine rows of what cannot be used."""
         tokenised, problems = [], []
-        for row in map(ComparedPair._make, batch.iter_rows()):
+        rows = list(map(ComparedPair._make, batch.iter_rows()))
+        new = self.start.tokenize(Pair.from_json(row.pair) for row in rows if row.standing == "new")
+        for row in rows:
             try:
                 if row.standing == "duplicate":
                     raise Unusable(Reason.DUPLICATE_PAIR, "the same pair stood in an earlier row")
                 if row.standing == "new":
-                    tokenised.append(self._tokens_row(row))
+                    tokenised.append(self._tokens_row(row, next(new)))
             except Unusable as problem:
                 self.reasons[problem.reason.value] += 1
                 self.intake.add_example(problem, row.source_row, row.pair)
@@ -325,9 +331,9 @@ class _Update:
                 self.pair_ids.update(row.split.encode())
         return tokenised, problems
 
-    def _tokens_row(self, row: ComparedPair) -> dict[str, object]:
-        pair = Pair.from_json(row.pair)
-        tokens = self.start.tokenize(pair)
+    def _tokens_row(self, row: ComparedPair, tokens: TokenizedPair | Unusable) -> dict[str, object]:
+        if isinstance(tokens, Unusable):
+            raise tokens
         self.notes.update(tokens.notes)
         self.statistics["num_new_prompts_cut"] += tokens.prompt_was_cut
         self.statistics["num_new_responses_cut"] += tokens.response_was_cut
@@ -337,8 +343,8 @@ class _Update:
             "prompt_ids": tokens.prompt_ids,
             "chosen_ids": tokens.chosen_ids,
             "rejected_ids": tokens.rejected_ids,
-            "chosen_score": pair.chosen_score,
-            "rejected_score": pair.rejected_score,
+            "chosen_score": row.chosen_score,
+            "rejected_score": row.rejected_score,
             "source_row": row.source_row,
             "split": row.split,
         }

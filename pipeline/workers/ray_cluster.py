@@ -6,9 +6,8 @@ The local Ray binds to loopback, asks for a token, sends no usage statistics, an
 import os
 import secrets
 import socket
-import tempfile
 from collections.abc import Iterator
-from contextlib import chdir, contextmanager
+from contextlib import chdir, closing, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,6 +19,7 @@ from weights_store.errors import (
     StageError,
     TokenweightsError,
 )
+from weights_store.guard import Guard
 
 
 @contextmanager
@@ -44,13 +44,12 @@ def connected(address: str | None) -> Iterator[bool]:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the home folder
-    # Sockets need a short path.
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+    with closing(Guard("ray-", place="/tmp")) as guard:  # sockets need a short path
         if is_local:
-            settings["_temp_dir"] = folder
+            settings["_temp_dir"] = str(guard.folder)
         else:
             _check_answers(found)
-        _init(settings, folder)
+        _init(settings, guard.folder)
         try:
             yield is_local
         finally:
@@ -59,7 +58,7 @@ def connected(address: str | None) -> Iterator[bool]:
             ray.shutdown()
 
 
-def _init(settings: dict[str, object], empty_folder: str) -> None:
+def _init(settings: dict[str, object], empty_folder: Path) -> None:
     """Start Ray in an empty folder: it puts the current one, with a user's own `train.py`, in front of `sys.path`."""
     try:
         import ray.data

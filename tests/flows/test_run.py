@@ -1,4 +1,4 @@
-"""How `tokenweights build` begins and ends: a server that is not there, Ctrl-C and SIGTERM."""
+"""How `tokenweights build` begins and ends: servers that do not answer or start, signals, and what is left."""
 
 import json
 import os
@@ -11,36 +11,35 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline import made_up_scorer
+from tests.torture import orphans
 
 REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def recipe(make_recipe, toy_pairs, write_jsonl, tmp_path, toy_model):
+def recipe(toy_pairs, tmp_path, toy_model):
     """A recipe file whose scorer takes a minute for each call."""
-    write_jsonl(tmp_path / "pairs.jsonl", toy_pairs[:8])
-    scorer = tmp_path / "python"
-    scorer.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{made_up_scorer.__file__}" "$@"\n')
-    scorer.chmod(0o755)
-    settings = {
-        "dataset": {"name": "toy", "source": str(tmp_path / "pairs.jsonl")},
-        "model": {"path": str(toy_model)},
-        "contrast": {"method": "prompt"},
-        "score": {"python": str(scorer)},
-        "weights": {"name": "toy/tis"},
-        "store": {"uri": str(tmp_path / "store")},
-    }
-    lines = []
-    for section, values in settings.items():
-        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
-    (tmp_path / "recipe.toml").write_text("\n".join(lines))
-    return tmp_path / "recipe.toml"
+    return orphans.write_recipe(tmp_path, toy_model, toy_pairs[:8])
 
 
-def _environment(tmp_path, **settings):
-    without = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
-    return {**without, "PREFECT_HOME": str(tmp_path / "prefect"), "TMPDIR": str(tmp_path / "tmp"), **settings}
+@pytest.fixture
+def build(recipe, tmp_path):
+    """Return a function that starts a build and waits until it scores. What is left of it is killed at the end."""
+    started = []
+
+    def start():
+        made_up = json.dumps({"log": str(tmp_path), "call_s": 60})
+        arguments = ["build", str(recipe), "--store", str(tmp_path / "store")]
+        process = orphans.start(arguments, tmp_path.name, tmp_path, MADE_UP=made_up)
+        started.append(process)
+        _wait_until((tmp_path / "scored").exists, process, tmp_path / "log")
+        assert len(orphans.marked(tmp_path.name)) >= 4  # the build, its watcher, its scorer, Prefect's server
+        return process
+
+    yield start
+    orphans.kill_marked(tmp_path.name)
+    for process in started:
+        process.wait(20)
 
 
 @pytest.mark.parametrize("command", ["build", "serve"])
@@ -48,16 +47,8 @@ def test_a_server_that_does_not_answer_is_one_line(recipe, tmp_path, command):
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{taken.getsockname()[1]}/api"
-        environment = _environment(tmp_path, PREFECT_API_URL=f"http://somebody:secret@{place}")
-        arguments = [command, str(recipe), "--set", "schedule.interval_s=60"]
-        done = subprocess.run(
-            [sys.executable, "-m", "tokenweights", *arguments],
-            cwd=REPO,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        arguments = [command, str(recipe), "--store", str(tmp_path / "store"), "--set", "schedule.interval_s=60"]
+        done = _run(arguments, PREFECT_HOME=str(tmp_path), PREFECT_API_URL=f"http://somebody:secret@{place}")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: the Prefect server at http://{place} cannot be used: ")
     assert "unset PREFECT_API_URL" in done.stderr
@@ -65,38 +56,56 @@ def test_a_server_that_does_not_answer_is_one_line(recipe, tmp_path, command):
     assert "secret" not in done.stderr
 
 
+def test_a_server_that_cannot_start_is_one_line(recipe, tmp_path):
+    home = tmp_path / "prefect"
+    home.mkdir()
+    (home / "prefect.db").write_text("no database at all, which no second attempt would change")
+    arguments = ["build", str(recipe), "--store", str(tmp_path / "store")]
+    done = _run(arguments, PREFECT_HOME=str(home))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: the Prefect server could not start: it ended with code 3 (")
+    assert "file is not a database" in done.stderr
+    assert f"it keeps its database in {home}: set PREFECT_HOME to a folder that can be written" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def _run(arguments, **environment):
+    without = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
+    return subprocess.run(
+        [sys.executable, "-m", "tokenweights", *arguments],
+        cwd=REPO,
+        env={**without, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["alone", "group"])
-def test_sigterm_ends_a_build_with_its_children_and_its_server(recipe, tmp_path, send):
-    """As `kill` and containers send it, to the one process, or as `timeout` does, to its group."""
-    log = tmp_path / "build.log"
-    (tmp_path / "tmp").mkdir()
-    environment = _environment(tmp_path, MADE_UP=json.dumps({"log": str(tmp_path), "call_s": 60}))
-    with log.open("wb") as stream:
-        build = subprocess.Popen(
-            [sys.executable, "-m", "tokenweights", "build", str(recipe)],
-            cwd=REPO,
-            env=environment,
-            stdout=stream,
-            stderr=stream,
-            start_new_session=True,
-        )
-    try:
-        _wait_until(lambda: (tmp_path / "scored").exists(), build, log)
-        assert len(_group(build.pid)) >= 3  # the build, its scorer, Prefect's server
-        send(build.pid, signal.SIGTERM)
-        assert build.wait(60) == 130
-        _wait_until(lambda: not _group(build.pid), None, log)
-    finally:
-        for pid in _group(build.pid):
-            os.kill(pid, signal.SIGKILL)
-        build.wait()
-    text = log.read_text(errors="replace")
-    assert "interrupted; what was committed stays, run again to go on" in text
+@pytest.mark.parametrize("kind", ["SIGTERM alone", "SIGTERM group", "SIGKILL alone"])
+def test_nothing_is_left_of_a_killed_build(build, tmp_path, kind):
+    """SIGTERM to the one process, as `kill` and containers send it, or to its group, as `timeout` does; and SIGKILL."""
+    process = build()
+    orphans.KILLS[kind](process.pid)
+    code = process.wait(60)
+    _wait_until(lambda: not orphans.count_left(tmp_path.name, tmp_path / "tmp"), None, tmp_path / "log", timeout_s=10)
+    text = (tmp_path / "log").read_text(errors="replace")
     assert "Traceback" not in text
-    assert [
-        path.name for path in (tmp_path / "tmp").iterdir() if path.name.startswith(("tokenweights-", "score-"))
-    ] == []
+    if "SIGTERM" in kind:
+        assert code == 130
+        assert "interrupted; what was committed stays, run again to go on" in text
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_ends_the_build_with_one_line(build, tmp_path):
+    process = build()
+    (server,) = (pid for pid in orphans.marked(tmp_path.name) if "create_app" in orphans.command_line(pid))
+    before = (tmp_path / "log").read_text(errors="replace")
+    os.kill(server, signal.SIGKILL)
+    assert process.wait(30) == 1
+    assert not orphans.count_left(tmp_path.name, tmp_path / "tmp")
+    said = (tmp_path / "log").read_text(errors="replace").removeprefix(before)
+    assert said == "error: the Prefect server ended with code -9; what was committed stays, run again\n"
 
 
 def _wait_until(is_so, process, log, timeout_s=120):
@@ -105,16 +114,3 @@ def _wait_until(is_so, process, log, timeout_s=120):
         assert process is None or process.poll() is None, log.read_text(errors="replace")[-3000:]
         assert time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
         time.sleep(0.2)
-
-
-def _group(pgid):
-    """Return the processes of a group that still run."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
-        except OSError:  # it has just ended
-            continue
-        if int(group) == pgid and state != "Z":
-            found.append(int(stat.parent.name))
-    return found

@@ -17,6 +17,7 @@ from typing import BinaryIO
 from weights_store import Table
 from weights_store.errors import DamageError, StoreError
 from weights_store.location import Location
+from weights_store.lock import is_at
 from weights_store.messages import logger
 from weights_store.tables.shards import ShardReader, ShardRecord
 
@@ -150,12 +151,12 @@ def _locked_partial(path: Path) -> Iterator[BinaryIO]:
             continue
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(file, path):
+            if not is_at(file, path):
                 continue  # finished or deleted while we waited
             try:
                 yield file
             finally:
-                if _is_at(file, path):
+                if is_at(file, path):
                     path.unlink()
             return
 
@@ -166,7 +167,7 @@ def _delete_abandoned(folder: Path) -> None:
         try:
             with path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_at(file, path):
+                if is_at(file, path):
                     path.unlink()
         except (BlockingIOError, FileNotFoundError):  # held by a process, or finished meanwhile
             continue
@@ -178,11 +179,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Return whether an open file still has its name."""
-    try:
-        return os.fstat(file.fileno()).st_ino == path.stat().st_ino
-    except FileNotFoundError:
-        return False

@@ -3,6 +3,7 @@
 Reads as a table of contents; every part is in a file of its own.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def run_job(
     Raises:
         SettingsError: The output folder holds another job, the processes cannot share `pairs_per_step`, or the loss became
             infinite.
-        InputError: The model or the output folder cannot be used.
+        InputError: The model or the output folder cannot be used, or another process trains in that folder.
         MismatchError: Model and dataset do not belong together (tokenizer, vocabulary, step-0 gate), rows of the dataset are
             damaged, or the dataset lacks what the loss needs: columns, token weights that differ, or the settings to refresh
             them.
@@ -86,16 +87,18 @@ def run_job(
             print("\n".join(dry_run_lines(inputs, pairs)))
         return None
     processes.wait_for_everyone()  # every process has read the folder before one changes it
-    if processes.is_main_process:
-        settings = config.model_dump(exclude_none=True)
-        output.claim(inputs.identity, settings, overwrite=overwrite, resume=config.output.resume)
-    processes.wait_for_everyone()
-
-    trainer = build_trainer(inputs, pairs, output.checkpoints, stop)
-    pass_gate(trainer, inputs, pairs.sample)
-    with explain_full_disk(output.path):
-        lineage = _build_lineage(inputs, train(trainer, inputs, pairs, output.last_checkpoint(), stop))
-        save(trainer, inputs, output, lineage)
+    with ExitStack() as claim:
+        if processes.is_main_process:  # the one that writes; the others belong to the same job
+            settings = config.model_dump(exclude_none=True)
+            claim.enter_context(
+                output.claimed(inputs.identity, settings, overwrite=overwrite, resume=config.output.resume)
+            )
+        processes.wait_for_everyone()
+        trainer = build_trainer(inputs, pairs, output.checkpoints, stop)
+        pass_gate(trainer, inputs, pairs.sample)
+        with explain_full_disk(output.path):
+            lineage = _build_lineage(inputs, train(trainer, inputs, pairs, output.last_checkpoint(), stop))
+            save(trainer, inputs, output, lineage)
     _log.info(f"wrote {output.path}")
     return _result(output.path, lineage["result"])
 

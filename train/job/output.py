@@ -4,6 +4,7 @@
       train.json      what this folder is for (identity) and the resolved config; written first
       checkpoints/    of transformers' Trainer; gone when the job is finished
       .staging/       the model while it is written
+      .lock           held by the process that trains here
       config.json, model*.safetensors, tokenizer …, README.md (the card), metrics.json, lineage.json
       adapter/        of a training with [lora]; without a model beside it if lora.merge is false
 
@@ -14,13 +15,14 @@ folder with `lineage.json` is finished. Files are moved one by one, so OUTPUT ma
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from weights_store.errors import InputError, SettingsError
 from weights_store.fingerprint import explain_difference, load_json
+from weights_store.lock import locked
 from weights_store.tables.metadata import Parent, Section
 
 
@@ -63,7 +65,7 @@ class Lineage(TypedDict):
     packages: dict[str, str]
 
 
-RECORD, LINEAGE, METRICS = "train.json", "lineage.json", "metrics.json"
+RECORD, LINEAGE, METRICS, LOCK = "train.json", "lineage.json", "metrics.json", ".lock"
 _CHECKPOINT_FILES = ("optimizer*", "scheduler.pt", "trainer_state.json")  # FSDP has another name for its optimizer file
 
 _TRAIN_AGAIN = "delete the folder, or give --overwrite, to train again"
@@ -116,27 +118,51 @@ class OutputFolder:
             return None
         return cast(Lineage, _read_json(self.path / LINEAGE, "result", Result.__required_keys__))
 
-    def claim(self, identity: Identity, config: Mapping[str, Section], *, overwrite: bool, resume: bool) -> None:
-        """Write the record, after `check`. `overwrite` deletes everything else; without `resume`, the checkpoints are deleted.
+    @contextmanager
+    def claimed(
+        self, identity: Identity, config: Mapping[str, Section], *, overwrite: bool, resume: bool
+    ) -> Iterator[None]:
+        """Keep the folder to this job while inside, and write its record. One process of a job does this, after `check`.
+
+        `overwrite` deletes everything else; without `resume`, the checkpoints are deleted.
 
         Raises:
-            InputError: The folder cannot be written.
+            InputError: The folder cannot be written, another process trains there, or one has just finished this job there.
+            SettingsError: Another process has just trained another job there.
         """
-        try:
-            if overwrite and self.path.exists():
-                for name in (LINEAGE, "config.json"):  # first: from here on the folder is not finished
-                    (self.path / name).unlink(missing_ok=True)
-                for path in self.path.iterdir():
-                    if path.is_dir():
-                        shutil.rmtree(path)
-                    else:
-                        path.unlink()
-            if not resume:
-                shutil.rmtree(self.checkpoints, ignore_errors=True)
-            self.path.mkdir(parents=True, exist_ok=True)
-            _write_json(self.path / RECORD, {"identity": identity, "config": config})
-        except OSError as error:
-            raise InputError(f"cannot write output.folder={str(self.path)!r}: {error}") from error
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.path / LOCK, self._refuse))
+                if self.check(identity, overwrite=overwrite) is not None:  # since our first look
+                    raise InputError(
+                        f"output.folder={str(self.path)!r}: another process has just finished this job there; run the same "
+                        "command again to use it"
+                    )
+                self._clear(everything=overwrite, checkpoints=not resume)
+                _write_json(self.path / RECORD, {"identity": identity, "config": config})
+            except OSError as error:
+                raise InputError(f"cannot write output.folder={str(self.path)!r}: {error}") from error
+            yield
+
+    def _refuse(self, holder: str) -> None:
+        raise InputError(
+            f"output.folder={str(self.path)!r} is in use: {holder} is training there; wait until it is done, or choose another "
+            "folder"
+        )
+
+    def _clear(self, *, everything: bool, checkpoints: bool) -> None:
+        """Delete what an earlier job left."""
+        if checkpoints:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        if not everything:
+            return
+        for name in (LINEAGE, "config.json"):  # first: from here on the folder is not finished
+            (self.path / name).unlink(missing_ok=True)
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in (LOCK, RECORD):  # the record says until it is replaced that the folder is a job's
+                path.unlink()
 
     def last_checkpoint(self) -> Path | None:
         """Return the newest complete checkpoint. An incomplete one, left by a killed run, is ignored."""

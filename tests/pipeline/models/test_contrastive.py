@@ -31,10 +31,10 @@ IDENTITY = {
 NAME = model_name(IDENTITY, "da" * 32)
 
 
-def put(shelf):
+def put(shelf, **changed):
     """Put the model of `FILES` on a shelf, and return its folder on this machine."""
     folder = shelf.place(NAME)
-    for name, content in FILES.items():
+    for name, content in (FILES | changed).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     made = {"identity": IDENTITY, "data": "da" * 32, "version": 3, "fingerprint": fingerprint_model(folder)}
@@ -178,3 +178,23 @@ def test_a_model_that_has_left_the_object_store_is_not_taken_from_the_cache(remo
         (remote_shelf.location / NAME).delete(name)
     assert remote_shelf.find(NAME) is None
     assert not folder.exists()  # else a training would be skipped, since its folder is finished
+
+
+def test_of_two_machines_that_train_the_same_model_the_first_one_wins(remote_shelf, tmp_path, monkeypatch):
+    put(remote_shelf, **{"README.md": b"of the first"})
+    monkeypatch.setenv("TOKENWEIGHTS_CACHE", str(tmp_path / "second"))
+    folder = put(remote_shelf, **{"README.md": b"of the second"})
+    assert (folder / "README.md").read_bytes() == b"of the first"
+    monkeypatch.setenv("TOKENWEIGHTS_CACHE", str(tmp_path / "third"))
+    assert (remote_shelf.find(NAME) / "README.md").read_bytes() == b"of the first"
+
+
+def test_a_download_clears_what_a_killed_one_left(remote_shelf, tmp_path, monkeypatch):
+    put(remote_shelf)
+    monkeypatch.setenv("TOKENWEIGHTS_CACHE", str(tmp_path / "second"))
+    partial = remote_shelf.place(NAME).with_name(f".{NAME}.partial")
+    partial.mkdir(parents=True)
+    (partial / "left.safetensors").touch()
+    folder = remote_shelf.find(NAME)
+    assert not (folder / "left.safetensors").exists()
+    assert [path.name for path in folder.parent.iterdir()] == [NAME]

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from pipeline.recipe import ModelSection
 from weights_store.checks.model_folders import sign_record
 from weights_store.errors import InputError, MissingExtraError
 from weights_store.fingerprint import fingerprint_file
+from weights_store.lock import locked
 
 VOCAB_SIZE = 101
 SIZES = {
@@ -133,6 +135,25 @@ def test_merged_model_gives_the_log_probs_of_base_and_adapter(bases, make_adapte
     assert (expected - _logps(AutoModelForCausalLM.from_pretrained(base))).abs().mean() > 0.1
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(_logps(merged), expected, rtol=0, atol=1e-4)
+
+
+def test_merging_waits_for_the_process_that_merges_the_same(bases, make_adapter, tmp_path):
+    base = bases(False)
+    adapter, target = make_adapter(base, target_modules=["q_proj"]), tmp_path / "merged"
+    (tmp_path / ".merged.partial").mkdir()
+    (tmp_path / ".merged.partial" / "model.safetensors").write_text("left by a process that was killed")
+    with ThreadPoolExecutor(1) as executor:
+        with locked(tmp_path / ".merged.lock", pytest.fail):
+            second = executor.submit(merge_adapter, adapter, base, target)
+            with pytest.raises(TimeoutError):
+                second.result(timeout=0.3)
+            assert not target.exists()
+        second.result(timeout=60)
+    assert load_file(target / "model.safetensors")
+    changed_ns = (target / "model.safetensors").stat().st_mtime_ns
+    merge_adapter(adapter, base, target)
+    assert (target / "model.safetensors").stat().st_mtime_ns == changed_ns  # it was there
+    assert not list(tmp_path.glob(".merged*"))
 
 
 def test_merge_that_changes_what_it_should_not_is_noticed(bases, make_adapter, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.source.external_sort import ExternalSort
+from weights_store.guard import guard
 
 SCHEMA = pa.schema([("pair_id", pa.string()), ("source_row", pa.int64())])
 
@@ -41,11 +42,25 @@ def test_ranges_cover_all_keys_and_never_part_equal_ones():
         assert rows.nbytes < 4 * 3_000
 
 
-def test_temporary_files_are_gone_afterwards(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+@pytest.fixture
+def temporary(monkeypatch):
+    """Return a function that makes a folder the one for temporary files of this process."""
+
+    def use(folder):
+        monkeypatch.setattr("tempfile.tempdir", str(folder))
+        monkeypatch.setattr("weights_store.guard._guards", {})
+
+    yield use
+    guard().close()
+
+
+def test_temporary_files_are_gone_afterwards(tmp_path, temporary):
+    temporary(tmp_path)
     sort, _ = _filled(3_000)
     with sort:
         assert any(tmp_path.rglob("*.arrow"))
+    assert list(tmp_path.rglob("*")) == [guard().folder]
+    guard().close()
     assert not any(tmp_path.iterdir())
 
 
@@ -54,12 +69,12 @@ def test_nothing_added_gives_one_empty_range():
         assert [rows.num_rows for _, rows in sort.ranges()] == [0]
 
 
-def test_a_full_temporary_folder_is_named_with_what_to_do(disk, monkeypatch):
+def test_a_full_temporary_folder_is_named_with_what_to_do(disk, temporary):
     folder, _ = disk
     (folder / "filler").write_bytes(bytes((1 << 20) - (64 << 10)))
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    temporary(folder)
     rows = pa.table({"key": [f"{index:09d}" for index in range(20_000)]})
     text = f"^cannot write temporary files to {folder}, 0 MiB are free there: .*No space left.*; make room, or set TMPDIR to"
     with pytest.raises(OSError, match=text), ExternalSort(rows.schema, "key", max_bytes=1000) as sort:
         sort.add(rows)
-    assert [path.name for path in folder.iterdir()] == ["filler"]
+    assert set(folder.rglob("*")) == {folder / "filler", guard().folder}

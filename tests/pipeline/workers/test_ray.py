@@ -28,6 +28,7 @@ from pipeline.workers.request import Executor, Request, Target
 from tests.pipeline.made_up_scorer import MadeUpEngine
 from tests.pipeline.ray_engines import HOOK
 from tests.pipeline.stages.test_score import NUM_PAIRS, PAIR_TOKENS, assert_whole, interpreter, make_tokens
+from tests.torture import orphans
 from weights_store import WeightStore
 from weights_store.checks.vacuum import find_orphans
 from weights_store.checks.verify import verify
@@ -154,8 +155,11 @@ def test_two_real_engines_agree_with_the_one_of_the_process(tmp_path, toy_model,
 
 
 LOOK = """
+import os, signal
 from pipeline.workers.ray_cluster import connected
+from weights_store.guard import guard
 
+guard().mark_environment()
 with connected("local"):
     import ray
 
@@ -166,16 +170,26 @@ with connected("local"):
         return sys.path, [module.__file__ for module in (pipeline, train, weights_store)]
 
     print(ray.get(look.remote()))
+    print(ray._private.worker._global_node.get_temp_dir_path(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 @pytest.mark.slow
-def test_a_worker_of_ray_never_looks_into_the_folder_where_the_build_was_started(tmp_path, make_strangers):
+def test_a_ray_of_our_own_looks_into_no_strangers_folder_and_ends_with_a_killed_process(tmp_path, make_strangers):
     make_strangers(tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    (tmp_path / "tmp").mkdir()
+    environment = {"PYTHONPATH": str(REPO), "TMPDIR": str(tmp_path / "tmp"), orphans.MARK: tmp_path.name}
     command = [sys.executable, "-P", "-c", LOOK]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    folder, deadline = Path(done.stdout.split()[-1]), time.monotonic() + 10
+    assert folder.name.startswith("ray-")
+    while orphans.count_left(tmp_path.name, tmp_path / "tmp") or folder.exists():
+        assert time.monotonic() < deadline, orphans.count_left(tmp_path.name, tmp_path / "tmp")
+        time.sleep(0.1)
     assert str(tmp_path) not in done.stdout
     assert done.stdout.count(str(REPO)) >= 3
 

@@ -169,6 +169,42 @@ main(sys.argv[1:])
 """
 
 
+def test_a_second_training_in_the_same_folder_is_refused_and_disturbs_nothing(
+    settings, undisturbed, monkeypatch, capsys
+) -> None:
+    folder, ordinary, refused = Path(settings["output"]["folder"]), ProgressLines.on_step_end, []
+
+    def start_a_second(self, args, state, control, **kwargs):
+        if not refused:
+            refused.append(True)
+            more = [[], ["--overwrite"], ["--set", "output.resume=false"]]
+            refused[:] = [main([*flags_of(settings, **{"output.save_every_steps": 2}), *flags]) for flags in more]
+        return ordinary(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(ProgressLines, "on_step_end", start_a_second)
+    assert main(flags_of(settings, **{"output.save_every_steps": 2})) == 0
+    assert refused == [1, 1, 1]
+    said = capsys.readouterr().err
+    assert said.count(f"error: output.folder='{folder}' is in use: process {os.getpid()} on ") == 3
+    assert "is training there; wait until it is done, or choose another folder" in said
+    assert history_of(folder) == undisturbed
+    assert not [path.name for path in folder.glob(".*")]
+
+
+def test_a_job_that_another_process_has_finished_meanwhile_is_not_trained_again(make_config) -> None:
+    config = make_config(optim={"max_steps": 1})
+    folder = run_job(config).folder
+    identity = json.loads((folder / "lineage.json").read_text())["identity"]
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    with (
+        pytest.raises(InputError, match="another process has just finished this job there; run the same command again"),
+        OutputFolder(folder).claimed(identity, {}, overwrite=False, resume=True),
+    ):
+        pass
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert not (folder / ".lock").exists()
+
+
 def test_resume_false_starts_again(settings, make_config, undisturbed, monkeypatch, caplog) -> None:
     monkeypatch.setattr("train.job.training.save_policy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(flags_of(settings, **{"output.save_every_steps": 2})) == 130
