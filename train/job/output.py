@@ -14,16 +14,22 @@ folder with `lineage.json` is finished. Files are moved one by one, so OUTPUT ma
 
 import json
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
+from train.model.weight_files import check_safetensors
 from weights_store.errors import InputError, SettingsError
 from weights_store.fingerprint import explain_difference, load_json
 from weights_store.lock import locked
+from weights_store.messages import logger
 from weights_store.tables.metadata import Parent, Section
+
+_log = logger(__name__)
 
 
 class Identity(TypedDict):
@@ -165,9 +171,13 @@ class OutputFolder:
                 path.unlink()
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest complete checkpoint. An incomplete one, left by a killed run, is ignored."""
-        complete = filter(_is_complete, self.checkpoints.glob("checkpoint-*"))
-        return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        """Return the newest complete checkpoint. One that a killed run left incomplete, or that is damaged, is passed over."""
+        checkpoints = self.checkpoints.glob("checkpoint-*")
+        for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+            if _is_complete(checkpoint):
+                return checkpoint
+            _log.warning(f"{checkpoint} is incomplete or damaged; it is passed over")
+        return None
 
     def start_staging(self) -> Path:
         """Return an empty folder, in which the model is written before it becomes visible."""
@@ -216,12 +226,27 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """Return whether the Trainer finished writing `checkpoint`; it writes its state last."""
+    """Return whether the Trainer finished writing `checkpoint`, its state last, and nothing in it is cut.
+
+    Flipped bits are found in the numbers of optimizer, schedule and random states. Of weights, header and size are compared.
+    """
     if not all(any(checkpoint.glob(pattern)) for pattern in _CHECKPOINT_FILES):
         return False
     try:
-        return "global_step" in load_json(checkpoint / "trainer_state.json")
+        for path in checkpoint.glob("*.safetensors"):
+            check_safetensors(path)
+        has_state = "global_step" in load_json(checkpoint / "trainer_state.json")
     except InputError:
+        return False
+    return has_state and all(_is_sound_archive(path) for path in checkpoint.glob("*.pt*"))
+
+
+def _is_sound_archive(path: Path) -> bool:
+    """Return whether a file of torch.save is as it was written: a zip archive, with a checksum for each tensor."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, RuntimeError, EOFError):  # by what its directory says
         return False
 
 

@@ -1,8 +1,11 @@
 """Files of an output folder that were damaged after a training: one line each, with what to do."""
 
 import json
+import random
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from train.job.output import OutputFolder
 from weights_store.errors import InputError
@@ -46,12 +49,42 @@ def test_a_damaged_record_or_lineage_is_one_line(output, name, damage):
     assert output.check(IDENTITY, overwrite=True) is None
 
 
-@pytest.mark.parametrize("state", ["", "null", "[]", '{"global_st', '{"epoch": 1}'])
-def test_a_checkpoint_with_a_damaged_state_is_not_taken(output, state):
-    for step, text in ((1, '{"global_step": 1}'), (2, state)):
+@pytest.fixture
+def checkpoints(output):
+    """Two checkpoints of two small files of tensors each, and of weights."""
+    for step in (9, 10):
         folder = output.checkpoints / f"checkpoint-{step}"
         folder.mkdir(parents=True)
-        for name in ("optimizer.pt", "scheduler.pt"):
-            (folder / name).touch()
-        (folder / "trainer_state.json").write_text(text)
-    assert output.last_checkpoint() == output.checkpoints / "checkpoint-1"
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({"state": torch.arange(64) * step, "name": name}, folder / name)
+        save_file({"a": torch.ones(4)}, folder / "model.safetensors")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    assert output.last_checkpoint() == output.checkpoints / "checkpoint-10"
+    return output.checkpoints
+
+
+@pytest.mark.parametrize("state", ["", "null", "[]", '{"global_st', '{"epoch": 1}'])
+def test_a_checkpoint_with_a_damaged_state_is_passed_over(output, checkpoints, caplog, state):
+    (checkpoints / "checkpoint-10" / "trainer_state.json").write_text(state)
+    assert output.last_checkpoint() == checkpoints / "checkpoint-9"
+    assert f"{checkpoints}/checkpoint-10 is incomplete or damaged; it is passed over" in caplog.messages
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+def test_a_checkpoint_with_a_file_that_is_cut_or_garbage_is_passed_over(output, checkpoints, name):
+    path = checkpoints / "checkpoint-10" / name
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-1], whole[: len(whole) // 2], b"\x80\x02garbage"):
+        path.write_bytes(damaged)
+        assert output.last_checkpoint() == checkpoints / "checkpoint-9"
+
+
+def test_each_flipped_bit_in_the_numbers_of_the_optimizer_is_noticed(output, checkpoints):
+    path = checkpoints / "checkpoint-10" / "optimizer.pt"
+    whole, numbers = path.read_bytes(), (torch.arange(64) * 10).numpy().tobytes()
+    start = whole.index(numbers)
+    for bit in random.Random(7).sample(range(8 * len(numbers)), 100):
+        flipped = bytearray(whole)
+        flipped[start + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        assert output.last_checkpoint() == checkpoints / "checkpoint-9"
