@@ -47,7 +47,7 @@ def write_report(published: Published, model_folder: Path, chat_template: str | 
     }
     _log.info(reason)
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    folder.write(file, with_digest(Environment(autoescape=True).from_string(template).render(context)))
+    folder.write(file, with_digest(Environment(autoescape=True).from_string(template).render(context), file))
     return f"{folder}/{file}"
 
 
@@ -58,7 +58,7 @@ def why_write(folder: Location, file: str, is_new: bool) -> str | None:
     """
     if is_new or not folder.exists(file):
         return f"new file {REPORTS}/{file}"
-    problem = report_problem(folder.read(file))
+    problem = report_problem(folder.read(file), file)
     return problem and f"{REPORTS}/{file} is written again: {problem}"
 
 

@@ -1,4 +1,4 @@
-"""The reports of a store, `reports/<name>@<version>.html`: each begins with a digest of the rest of it.
+"""The reports of a store, `reports/<name>@<version>.html`: each begins with a digest of its name and the rest of it.
 
 A report of an earlier version has no digest; there, only a missing end is found. A missing report is no finding: reports are
 written after publishing, and the next build writes one that is missing.
@@ -14,27 +14,34 @@ from weights_store.location import Location
 REPORTS = "reports"
 
 _DOCTYPE = b"<!doctype html>\n"
-_HEAD = re.compile(_DOCTYPE + rb"<!-- sha256 of all that follows this line: ([0-9a-f]{64}) -->\n")
+_HEAD = re.compile(
+    _DOCTYPE + rb"<!-- sha256 of the name of this file and all that follows this line: ([0-9a-f]{64}) -->\n"
+)
 _OLD_HEAD, _END = _DOCTYPE + b"<html ", b"</html>"
 
 
-def with_digest(html: str) -> bytes:
-    """Return the bytes of a report, with its digest below the document type."""
+def with_digest(html: str, file: str) -> bytes:
+    """Return the bytes of a report with that name under `REPORTS`, with its digest below the document type."""
     data = html.encode()
     assert data.startswith(_DOCTYPE), "a report is an HTML document"
     body = data.removeprefix(_DOCTYPE)
-    return b"%s<!-- sha256 of all that follows this line: %s -->\n%s" % (_DOCTYPE, _sha256(body).encode(), body)
+    line = f"<!-- sha256 of the name of this file and all that follows this line: {_digest(file, body)} -->\n"
+    return _DOCTYPE + line.encode() + body
 
 
-def report_problem(data: bytes) -> str | None:
+def report_problem(data: bytes, file: str) -> str | None:
     """Return what is wrong with a report, None if it is as it was written."""
     if is_old_report(data):
         return None if data.rstrip().endswith(_END) else f"it is cut: expected {_END.decode()} at its end"
     head = _HEAD.match(data)
     if head is None:
         return "it is damaged: its first lines are not those of a report"
-    found, recorded = _sha256(data[head.end() :]), head[1].decode()
-    return None if found == recorded else f"it is damaged: its SHA-256 is {found[:12]}…, recorded is {recorded[:12]}…"
+    found, recorded = _digest(file, data[head.end() :]), head[1].decode()
+    if found == recorded:
+        return None
+    return (
+        f"it is damaged, or the report of another version: its SHA-256 is {found[:12]}…, recorded is {recorded[:12]}…"
+    )
 
 
 def is_old_report(data: bytes) -> bool:
@@ -49,11 +56,11 @@ def check_reports(root: Location) -> Iterator[Finding]:
         if not name.endswith(".html") or name.rpartition("/")[2].startswith("."):
             continue
         data = folder.read(name)
-        if problem := report_problem(data):
+        if problem := report_problem(data, name):
             yield Finding(f"{REPORTS}/{name}", f"{problem}; the next build of this weight dataset writes it again")
         elif is_old_report(data):
             yield Finding(f"{REPORTS}/{name}", "it is of an earlier version and has no digest", is_note=True)
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _digest(file: str, body: bytes) -> str:
+    return hashlib.sha256(file.encode() + b"\n" + body).hexdigest()

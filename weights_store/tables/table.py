@@ -183,6 +183,7 @@ class Table(TableReader):
         if base is not None and mode == "append":
             num_rows += self.num_rows(base.version) - sum(shard.num_rows for shard in removed)
         return {
+            "table": self.path,
             "version": 0 if base is None else base.version + 1,
             "base": None if base is None else base.digest,
             "removed": sorted(gone),

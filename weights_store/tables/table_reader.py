@@ -110,7 +110,7 @@ class TableReader:
 
     def read_commit(self, version: int) -> Commit:
         """Read one entry of the log, see `commits.read_commit`."""
-        return read_commit(self.location, version, self.key[0])
+        return read_commit(self.location, self.path, version, self.key[0])
 
     def history(self, limit: int | None = None) -> list[Commit]:
         """Return our commits, newest first, at most `limit`.
@@ -120,7 +120,7 @@ class TableReader:
         """
         newest = self._resolve(None)
         oldest = -1 if limit is None else max(-1, newest - limit)
-        commits = list(read_commits(self.location, range(newest, oldest, -1), self.key[0]))
+        commits = list(read_commits(self.location, self.path, range(newest, oldest, -1), self.key[0]))
         for later, earlier in pairwise(commits):
             if problem := wrong_base(later, earlier):
                 raise DamageError(f"{self.path}@{earlier.version} in {self.root}: {problem}; {self._repair}")
@@ -180,7 +180,8 @@ class TableReader:
             missing = set(names) - found.keys()
             if not missing:
                 break
-            for commit in read_commits(self.location, range(start, max(-1, start - READERS), -1), self.key[0]):
+            versions = range(start, max(-1, start - READERS), -1)
+            for commit in read_commits(self.location, self.path, versions, self.key[0]):
                 found |= {shard.name: shard for shard in commit.shards if shard.name in missing}
         if missing := set(names) - found.keys():
             raise StoreError(f"{self.path}@{newest} in {self.root}: shard {min(missing)} {_FOREIGN}")

@@ -9,49 +9,56 @@ from weights_store.location import Location
 
 HTML = '<!doctype html>\n<html lang="en"><title>toy@0</title>\n<p>né 🍞</p>\n</html>\n'
 OLD = HTML.encode()
+FILE = "toy/tis-dpo@0.html"
 
 
 def test_a_report_is_the_same_page_with_one_more_line():
-    lines = with_digest(HTML).decode().splitlines()
-    assert lines[1].startswith("<!-- sha256 of all that follows this line: ")
+    lines = with_digest(HTML, FILE).decode().splitlines()
+    assert lines[1].startswith("<!-- sha256 of the name of this file and all that follows this line: ")
     assert [lines[0], *lines[2:]] == HTML.splitlines()
-    assert report_problem(with_digest(HTML)) is None
+    assert report_problem(with_digest(HTML, FILE), FILE) is None
 
 
 def test_each_flipped_bit_and_each_cut_of_a_report_is_found():
-    whole = with_digest(HTML)
+    whole = with_digest(HTML, FILE)
     for bit in range(8 * len(whole)):
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
-        assert report_problem(bytes(flipped)), bit
+        assert report_problem(bytes(flipped), FILE), bit
     for length in range(len(whole)):
-        assert report_problem(whole[:length]), length
+        assert report_problem(whole[:length], FILE), length
 
 
 def test_of_a_report_without_a_digest_a_missing_end_is_found():
-    assert report_problem(OLD) is None
-    assert report_problem(OLD[:-10]) == "it is cut: expected </html> at its end"
-    assert report_problem(b"") == "it is damaged: its first lines are not those of a report"
+    assert report_problem(OLD, FILE) is None
+    assert report_problem(OLD[:-10], FILE) == "it is cut: expected </html> at its end"
+    assert report_problem(b"", FILE) == "it is damaged: its first lines are not those of a report"
 
 
 @pytest.fixture
 def root(tmp_path):
     root = Location(str(tmp_path))
     for name in ("toy/tis-dpo@0.html", "toy/tis-dpo@1.html"):
-        (root / "reports").write(name, with_digest(HTML))
+        (root / "reports").write(name, with_digest(HTML, name))
     return root
 
 
 def test_damaged_reports_of_a_store_are_findings_and_old_ones_notes(root):
     assert list(check_reports(root)) == []
-    whole, bit = bytearray(with_digest(HTML)), random.Random(3).randrange(8 * len(OLD))
+    whole, bit = bytearray(with_digest(HTML, "toy/tis-dpo@1.html")), random.Random(3).randrange(8 * len(OLD))
     whole[-1 - bit // 8] ^= 1 << bit % 8
     (root / "reports").write("toy/tis-dpo@1.html", bytes(whole))
     (root / "reports").write("old@0.html", OLD)
     old, damaged = check_reports(root)
     assert str(old) == "note: reports/old@0.html: it is of an earlier version and has no digest"
     assert (damaged.table, damaged.is_note) == ("reports/toy/tis-dpo@1.html", False)
-    assert damaged.problem.startswith("it is damaged: its SHA-256 is ")
+    assert damaged.problem.startswith("it is damaged, or the report of another version: its SHA-256 is ")
+
+
+def test_a_report_in_the_place_of_another_is_found(root):
+    (root / "reports").write("toy/tis-dpo@1.html", (root / "reports").read("toy/tis-dpo@0.html"))
+    (found,) = check_reports(root)
+    assert (found.table, "the report of another version" in found.problem) == ("reports/toy/tis-dpo@1.html", True)
 
 
 def test_a_store_without_reports_has_none_to_check(tmp_path):

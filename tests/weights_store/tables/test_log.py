@@ -112,13 +112,24 @@ def test_exchanged_entries_are_refused_and_named(table, one, other):
     assert_refused(table, one)
     found = findings(table)
     assert [f.version for f in found] == [one, other]
-    assert f"it is the entry of version {other}: entries were exchanged or copied" in found[0].problem
+    assert f"it is the entry of {PATH}@{other}: entries were exchanged or copied" in found[0].problem
 
 
 def test_a_copied_entry_is_refused_and_named(table):
     shutil.copy(entry(table, 1), entry(table, 2))
     assert_refused(table, 2)
     assert [found.version for found in findings(table)] == [2]
+
+
+def test_an_entry_of_another_table_is_refused_and_named(table):
+    other = WeightStore(table.root.uri).table("logps/hh/other")
+    for name in "abc":
+        other.append(rows(name), {"fingerprint": name})
+    shutil.copy(entry(other, 1), entry(table, 1))
+    assert_refused(table, 1)
+    with pytest.raises(DamageError, match="it is the entry of logps/hh/other@1: entries were exchanged or copied"):
+        table.read_commit(1)
+    assert [found.version for found in findings(table)] == [1]
 
 
 def test_an_entry_of_another_history_is_named_and_not_the_newest(table, tmp_path):
