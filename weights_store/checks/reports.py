@@ -1,4 +1,4 @@
-"""The reports of a store, `reports/<name>@<version>.html`: each begins with a digest of its name and the rest of it.
+"""The reports of a store, `reports/<name>@<version>.html`: each begins with a digest of its name and of the rest of it.
 
 A report of an earlier version has no digest; there, only a missing end is found. A missing report is no finding: reports are
 written after publishing, and the next build writes one that is missing.
@@ -14,34 +14,30 @@ from weights_store.location import Location
 REPORTS = "reports"
 
 _DOCTYPE = b"<!doctype html>\n"
-_HEAD = re.compile(
-    _DOCTYPE + rb"<!-- sha256 of the name of this file and all that follows this line: ([0-9a-f]{64}) -->\n"
-)
+_HEAD = re.compile(_DOCTYPE + rb"<!-- sha256 of the name in reports/ and of all that follows: ([0-9a-f]{64}) -->\n")
 _OLD_HEAD, _END = _DOCTYPE + b"<html ", b"</html>"
 
 
 def with_digest(html: str, file: str) -> bytes:
-    """Return the bytes of a report with that name under `REPORTS`, with its digest below the document type."""
+    """Return the bytes of the report `file`, with its digest below the document type."""
     data = html.encode()
     assert data.startswith(_DOCTYPE), "a report is an HTML document"
     body = data.removeprefix(_DOCTYPE)
-    line = f"<!-- sha256 of the name of this file and all that follows this line: {_digest(file, body)} -->\n"
+    line = f"<!-- sha256 of the name in {REPORTS}/ and of all that follows: {_digest(file, body)} -->\n"
     return _DOCTYPE + line.encode() + body
 
 
 def report_problem(data: bytes, file: str) -> str | None:
-    """Return what is wrong with a report, None if it is as it was written."""
+    """Return what is wrong with the report `file`, None if it is as it was written under this name."""
     if is_old_report(data):
         return None if data.rstrip().endswith(_END) else f"it is cut: expected {_END.decode()} at its end"
     head = _HEAD.match(data)
     if head is None:
         return "it is damaged: its first lines are not those of a report"
     found, recorded = _digest(file, data[head.end() :]), head[1].decode()
-    if found == recorded:
-        return None
-    return (
-        f"it is damaged, or the report of another version: its SHA-256 is {found[:12]}…, recorded is {recorded[:12]}…"
-    )
+    if found != recorded:
+        return f"it is damaged, or another report: its SHA-256 is {found[:12]}…, recorded is {recorded[:12]}…"
+    return None
 
 
 def is_old_report(data: bytes) -> bool:

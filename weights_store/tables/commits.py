@@ -163,8 +163,8 @@ def _parse(text: str, table: str, version: int, key: str) -> Commit:
     metadata: CommitMetadata = json.loads(info[_METADATA])
     if metadata["schema_version"] > SCHEMA_VERSION:
         raise StoreError(
-            f"{table}@{version} has schema version {metadata['schema_version']}, this tokenweights reads up to {SCHEMA_VERSION}; "
-            "upgrade tokenweights"
+            f"{table}@{version} has schema version {metadata['schema_version']}, this tokenweights reads up to "
+            f"{SCHEMA_VERSION}; upgrade tokenweights"
         )
     shards = [ShardRecord(**record) for record in json.loads(info[_SHARDS])]
     _check_added(added, shards, key)
