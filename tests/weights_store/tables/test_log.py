@@ -10,7 +10,7 @@ from weights_store import WeightStore
 from weights_store.checks.log import read_log
 from weights_store.checks.verify import verify
 from weights_store.errors import DamageError
-from weights_store.schemas import LOGPS
+from weights_store.schemas import LOGPS, WEIGHTS
 from weights_store.tables.commits import digest, log_name
 from weights_store.tables.compaction import optimize
 
@@ -203,3 +203,21 @@ def test_a_log_that_is_damaged_is_still_read_whole(table):
     edit(table, 0, "tokenweightsSha256", "tokenweightsSha257")
     log = read_log(table)
     assert (sorted(log.commits), sorted(log.problems)) == ([1, 2, 3, 4], [0])
+
+
+def test_rows_that_no_removal_took_away_reach_no_training_in_a_store_from_before(tmp_path):
+    # Their entries say nothing of removals, but weights say how many pairs they have.
+    table = WeightStore(tmp_path / "store").table("weights/hh/tis")
+    one_number = {"pair_weight": [1.0], "split": ["train"]}
+    one_list = {field.name: [[1]] for field in WEIGHTS if field.name not in ("pair_id", *one_number)}
+    for name in "ab":
+        row = pa.table({"pair_id": [name], **one_list, **one_number, "chosen_score": [1.0], "rejected_score": [1.0]})
+        table.replace(row.select(WEIGHTS.names), {"fingerprint": name, "statistics": {"num_pairs": 1}})
+    as_before(table)
+    assert table.records()[0].num_rows == 1
+    lines = entry(table, 1).read_text().splitlines()
+    entry(table, 1).write_text("\n".join(line for line in lines if '"remove"' not in line) + "\n")
+    with pytest.raises(
+        DamageError, match=r"^weights/hh/tis@1 in .*: its shards have 2 rows, 1 were committed: an earlier"
+    ):
+        table.records()
