@@ -153,6 +153,19 @@ class Location:
         with self._reading():
             return list(self.filesystem.get_file_info(names))
 
+    def state(self, name: str) -> tuple[int, int, int] | None:
+        """Return what changes if a local file is written again: inode, size in bytes and time in ns.
+
+        None for an object store: there our files are never written again, and asking costs a request.
+
+        Raises:
+            FileNotFoundError: There is no such local file.
+        """
+        if not self.is_local:
+            return None
+        stat = (self.path / name).stat()
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
     def files(self) -> dict[str, pafs.FileInfo]:
         """Return the files in this folder by name; none if the folder does not exist."""
         return {info.path: info for info in self._entries() if info.is_file}

@@ -12,8 +12,7 @@ Not here: logs that may be damaged (`checks/log.py`).
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import unquote
@@ -122,15 +121,6 @@ def read_commit(folder: Location, table: str, version: int, key: str) -> Commit:
         raise DamageError(
             f"{folder}: {log_name(version)} is damaged: {problem}; restore it from a copy, or run `tokenweights repair`"
         ) from error
-
-
-def read_commits(folder: Location, table: str, versions: range, key: str) -> Iterator[Commit]:
-    """Yield entries of the log in the order of `versions`, see `read_commit`."""
-    if folder.is_local or len(versions) < 2:
-        yield from (read_commit(folder, table, version, key) for version in versions)
-        return
-    with ThreadPoolExecutor(READERS) as pool:
-        yield from pool.map(lambda version: read_commit(folder, table, version, key), versions)
 
 
 def wrong_base(later: Commit, earlier: Commit) -> str | None:
