@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from http.client import HTTPException
 from pathlib import Path
+from secrets import randbelow
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
@@ -210,7 +211,8 @@ class Location:
             return
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        # Not the process id: containers that share a file system have the same one.
+        partial = path.with_name(f".{path.name}.{randbelow(10**9)}.partial")
         try:
             with partial.open("wb") as file:
                 file.write(data)
