@@ -6,6 +6,7 @@ It prints its seed first, a table for each part last, and for each failure how t
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ _SHOWN_FAILURES = 20
 def main() -> int:
     """Run the torture and return its exit code."""
     options = _parsed()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that whoever ends this ends its children too
     print(f"seed {options.seed}", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
     sound = options.sound or folder / "sound"

@@ -19,7 +19,7 @@ from tests.torture.results import Result, aligned
 from weights_store import WeightStore
 from weights_store.checks.verify import verify
 
-_PATIENCE_S = 120
+_PATIENCE_S = 600
 
 
 @dataclass
@@ -193,7 +193,8 @@ def build_concurrently(work: Work) -> Counts:
         for child in children:
             child.join(_PATIENCE_S)
             counts.kills += 1
-        end(tidying, kill=True)
+        tidying.kill()
+        tidying.join(_PATIENCE_S)
         if building.problems.exists():
             counts.problems.append((number, building.problems.read_text()[-1500:]))
             building.problems.unlink()
