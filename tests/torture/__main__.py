@@ -61,7 +61,7 @@ def _parsed() -> argparse.Namespace:
 def _results(options: argparse.Namespace, sound: Path, folder: Path) -> Iterator[Result]:
     part, _, number = (options.case or f"{options.part or ''}:").partition(":")
     amounts = {
-        name: max(1, round(amount * options.minutes / 30))
+        name: max(part != "", round(amount * options.minutes / 30))
         for name, amount in _IN_30_MINUTES.items()
         if part in ("", name)
     }

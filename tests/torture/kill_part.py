@@ -122,7 +122,7 @@ def kill_many_writers(work: Work) -> Counts:
         for _ in range(3):
             children = [work.server.start_and_wait(append_all, root, index) for index in range(3)]
             for child in children:
-                time.sleep(draw.uniform(0.0, 0.1))
+                time.sleep(draw.uniform(0.0, 0.2))
                 counts.kills += end(child, kill=True)
         end(work.server.start_and_wait(append_all, root, 3), kill=False)
         counts.add(number, loss_of_appends(root), root)
