@@ -9,7 +9,7 @@ import re
 import ssl
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from http.client import HTTPException
@@ -37,6 +37,7 @@ _XML_ERROR = re.compile(r"(?:<\?xml[^>]*\?>)?\s*<Error>.*?</Error>", re.DOTALL)
 _BACKTRACE = re.compile(r"\n\s+0: .*", re.DOTALL)
 _USER = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*@")
 _SECRET_NAME = re.compile(r"(AWS|AZURE|GOOGLE|GCS)_.*(KEY|SECRET|TOKEN|PASSWORD)")
+_LISTING_TRIES = 3
 PROBE_S = 4
 PROBE_PAUSES_S = (1, 3)
 """How long to wait for an answer of an object store, and how long between the tries, in seconds."""
@@ -182,6 +183,10 @@ class Location:
     def _entries(self, *, recursive: bool = False) -> list[pafs.FileInfo]:
         selector = pafs.FileSelector("", allow_not_found=True, recursive=recursive)
         with self._reading():
+            for _ in range(_LISTING_TRIES - 1):
+                # Only after it could not list a folder pyarrow looks whether there is one. By then a writer may have made it.
+                with suppress(FileNotFoundError):
+                    return list(self.filesystem.get_file_info(selector))
             return list(self.filesystem.get_file_info(selector))
 
     def read(self, name: str) -> bytes:
