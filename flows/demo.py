@@ -21,8 +21,10 @@ from pipeline.recipe import Recipe, load_recipe
 from pipeline.toy.language import ToyLanguage, agreement
 from train.job.output import Result
 from weights_store import WeightStore
+from weights_store.errors import InputError
 from weights_store.fingerprint import load_json
 from weights_store.location import write_whole
+from weights_store.lock import locked
 from weights_store.schemas import SIDES
 
 _NUM_PAIRS = 1000
@@ -43,11 +45,20 @@ def run_demo(folder: str | Path, debug: bool = False) -> None:
     """Run the whole job in `folder` and print a short table.
 
     Raises:
+        InputError: Another process runs a demo there.
         TokenweightsError: A stage failed.
     """
-    started = time.monotonic()
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)  # before the model is made, which takes minutes
+
+    def refuse(holder: str) -> None:
+        raise InputError(f"{holder} runs a demo in {folder}; wait until it is done, or give another --folder")
+
+    with locked(folder / ".lock", refuse):  # makes the folder, before the model is made, which takes minutes
+        _run(folder, debug)
+
+
+def _run(folder: Path, debug: bool) -> None:
+    started = time.monotonic()
     language = ToyLanguage()
     _say("1/4 model and pairs")
     if (folder / "model").is_dir():

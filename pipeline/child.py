@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -93,16 +93,12 @@ def run_child(
 
 @contextmanager
 def _started(command: Sequence[str], what: str) -> "Iterator[subprocess.Popen[str]]":
-    """Yield a running child. Once it has ended, what it had started ends too: a restarted one needs the memory.
-
-    It finds our packages first, as links in a folder of their own: the very code of its parent.
-    """
+    """Yield a running child. It finds our packages first, as links in a folder of their own: the very code of its parent."""
     # A relative entry starts in the current directory; an empty one is the current directory.
     path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if Path(entry).is_absolute()]
-    with temporary_folder("child-") as folder, ExitStack() as stack:
+    with temporary_folder("child-") as folder:
         for name in _OURS:
             (folder / name).symlink_to(_ROOT / name)
-        stack.callback(end_marked, folder)
         try:
             child = subprocess.Popen(
                 command,
@@ -121,7 +117,24 @@ def _started(command: Sequence[str], what: str) -> "Iterator[subprocess.Popen[st
             )
         except OSError as error:
             raise StageError(f"{what}: cannot start the interpreter {command[0]}: {error}") from error
-        yield stack.enter_context(child)
+        with child, _ended_whole(child, folder):
+            yield child
+
+
+@contextmanager
+def _ended_whole(child: "subprocess.Popen[str]", folder: Path) -> Iterator[None]:
+    """End what a child has started as soon as it has ended itself: that may hold its pipe to us, and memory that we need."""
+
+    def wait() -> None:
+        child.wait()
+        end_marked(folder)
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    try:
+        yield
+    finally:
+        waiting.join()
 
 
 def _cause(tail: list[str], package: str) -> str:

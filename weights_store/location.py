@@ -9,11 +9,12 @@ import re
 import ssl
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from http.client import HTTPException
 from pathlib import Path
+from secrets import randbelow
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
@@ -36,6 +37,7 @@ _XML_ERROR = re.compile(r"(?:<\?xml[^>]*\?>)?\s*<Error>.*?</Error>", re.DOTALL)
 _BACKTRACE = re.compile(r"\n\s+0: .*", re.DOTALL)
 _USER = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*@")
 _SECRET_NAME = re.compile(r"(AWS|AZURE|GOOGLE|GCS)_.*(KEY|SECRET|TOKEN|PASSWORD)")
+_LISTING_TRIES = 3
 PROBE_S = 4
 PROBE_PAUSES_S = (1, 3)
 """How long to wait for an answer of an object store, and how long between the tries, in seconds."""
@@ -153,6 +155,19 @@ class Location:
         with self._reading():
             return list(self.filesystem.get_file_info(names))
 
+    def state(self, name: str) -> tuple[int, int, int] | None:
+        """Return what changes if a local file is written again: inode, size in bytes and time in ns.
+
+        None for an object store: there our files are never written again, and asking costs a request.
+
+        Raises:
+            FileNotFoundError: There is no such local file.
+        """
+        if not self.is_local:
+            return None
+        stat = (self.path / name).stat()
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
     def files(self) -> dict[str, pafs.FileInfo]:
         """Return the files in this folder by name; none if the folder does not exist."""
         return {info.path: info for info in self._entries() if info.is_file}
@@ -168,6 +183,10 @@ class Location:
     def _entries(self, *, recursive: bool = False) -> list[pafs.FileInfo]:
         selector = pafs.FileSelector("", allow_not_found=True, recursive=recursive)
         with self._reading():
+            for _ in range(_LISTING_TRIES - 1):
+                # Only after it could not list a folder pyarrow looks whether there is one. By then a writer may have made it.
+                with suppress(FileNotFoundError):
+                    return list(self.filesystem.get_file_info(selector))
             return list(self.filesystem.get_file_info(selector))
 
     def read(self, name: str) -> bytes:
@@ -197,7 +216,8 @@ class Location:
             return
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        # Not the process id: containers that share a file system have the same one.
+        partial = path.with_name(f".{path.name}.{randbelow(10**9)}.partial")
         try:
             with partial.open("wb") as file:
                 file.write(data)

@@ -134,6 +134,7 @@ class Reason(StrEnum):
 
     UNPARSABLE_JSON = "unparsable_json"
     INVALID_UTF8 = "invalid_utf8"
+    ROW_TOO_LARGE = "row_too_large"
     MISSING_VALUE = "missing_value"
     NOT_TEXT = "not_text"
     UNKNOWN_ROLE = "unknown_role"

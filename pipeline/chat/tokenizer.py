@@ -314,8 +314,7 @@ def _chunks(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
     num_characters = 0
     for pair in pairs:
         chunk.append(pair)
-        turns = (*pair.prompt, *as_turns(pair.chosen), *as_turns(pair.rejected))
-        num_characters += sum(len(text) for message in turns for text in texts_of(message))
+        num_characters += pair.num_characters
         if len(chunk) == _PAIRS_PER_CHUNK or num_characters > _CHARACTERS_PER_CHUNK:
             yield chunk
             chunk, num_characters = [], 0

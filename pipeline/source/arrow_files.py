@@ -6,6 +6,7 @@ piece of it is read, for a folder may have more files than a process may open.
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,29 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.source.rows import RawRow, Source
+from pipeline.source.arrow_sizes import size_of, small_pieces
+from pipeline.source.parquet_pages import ColumnSize, column_sizes
+from pipeline.source.rows import MAX_ROW_BYTES, ROWS_PER_BATCH, RawRow, Source, too_large
 from weights_store.errors import InputError
 from weights_store.messages import first_line
 from weights_store.schemas import Reason
 
-_ROWS_PER_BATCH = 1000
+_MAX_PAGE_BYTES = 256 << 20
+"""Of a column in a row group, decompressed. Larger ones are not read: no row that can be used needs one."""
+_BATCH_BYTES = 64 << 20
+_LARGE_COLUMN_BYTES = 256 << 20
+"""Of a column in a row group: less than that is never too much at once, if its values are as long as its pages."""
 
-Part = tuple[str, Callable[[list[str]], Iterable[pa.RecordBatch | pa.Table]]]
+Part = tuple[str, Callable[[list[str]], Iterable["pa.RecordBatch | pa.Table | Unread"]]]
 """A piece of a file that is read at once: its name, and a function that reads columns of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """Rows that are not read, because they would take too much memory."""
+
+    num_rows: int
+    what: str
 
 
 def parquet(path: Path) -> Source:
@@ -47,9 +62,27 @@ def parquet(path: Path) -> Source:
     return arrow_source(str(path), schema, parts)
 
 
-def _row_group(path: Path, metadata: pq.FileMetaData, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _row_group(
+    path: Path, metadata: pq.FileMetaData, group: int, columns: list[str]
+) -> Iterator[pa.RecordBatch | Unread]:
+    row_group = metadata.row_group(group)
+    sizes = list(column_sizes(path, row_group, columns))
+    largest = max(sizes, key=lambda size: size.largest_page_bytes, default=None)
+    if largest is not None and largest.largest_page_bytes > _MAX_PAGE_BYTES:
+        size, limit = (f"{num_bytes >> 20:,} MiB" for num_bytes in (largest.largest_page_bytes, _MAX_PAGE_BYTES))
+        what = f"row group {group} has {size} in one page of column {largest.name!r}, limit {limit}"
+        remedy = "take long texts out of the source, or write it again with fewer rows in a row group"
+        yield Unread(row_group.num_rows, f"{what}; {remedy}")
+        return
+    num_rows = min([ROWS_PER_BATCH, *(_BATCH_BYTES // max(1, _longest_value(size)) for size in sizes)])
     with pq.ParquetFile(path, metadata=metadata) as file:
-        yield from file.iter_batches(_ROWS_PER_BATCH, row_groups=[group], columns=columns)
+        yield from file.iter_batches(max(1, num_rows), row_groups=[group], columns=columns)
+
+
+def _longest_value(size: ColumnSize) -> int:
+    """Return how long the values of a column may be; 1 if all together are not too long."""
+    is_small = size.num_bytes <= _LARGE_COLUMN_BYTES
+    return max(size.longest_shared_bytes, 1 if is_small else size.largest_page_bytes)
 
 
 def arrow(path: Path) -> Source:
@@ -108,11 +141,16 @@ def _rows(name: str, parts: Iterable[Part], columns: list[str]) -> Iterator[RawR
     for part, batches in parts:
         try:
             for batch in batches(columns):
-                for start in range(0, batch.num_rows, _ROWS_PER_BATCH):
-                    piece = batch.slice(start, _ROWS_PER_BATCH)
+                if isinstance(batch, Unread):
+                    yield from (too_large(index + at, batch.what) for at in range(batch.num_rows))
+                    index += batch.num_rows
+                    continue
+                for piece in small_pieces(batch):
                     yield from _values(piece, index)
                     index += piece.num_rows
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(
                 f"dataset.source {name}: {part} is damaged, after row {index}: {first_line(error)}; copy or download the "
                 "file again"
@@ -121,6 +159,12 @@ def _rows(name: str, parts: Iterable[Part], columns: list[str]) -> Iterator[RawR
 
 def _values(batch: pa.RecordBatch | pa.Table, index: int) -> Iterator[RawRow]:
     """Yield the rows of a batch, the first of which is row `index`; a value that has no Python form spoils its own row only."""
+    if batch.num_rows == 1 and (num_row_bytes := size_of(batch)) > MAX_ROW_BYTES:
+        largest = max(batch.schema.names, key=lambda name: size_of(batch.select([name])))
+        yield too_large(
+            index, f"the row has {num_row_bytes:,} bytes, limit {MAX_ROW_BYTES:,}, most in column {largest!r}"
+        )
+        return
     try:
         values = _python_rows(batch)
     except (ValueError, OverflowError) as error:

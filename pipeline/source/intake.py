@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 
 import pyarrow as pa
 
@@ -27,6 +26,7 @@ _log = logger(__name__)
 
 ROWS_PER_BATCH = 2000
 """Rows of the source that are Python objects at a time."""
+_BATCH_CHARACTERS = 16 << 20
 _RAW_CHARACTERS = 2000
 _EXAMPLE_CHARACTERS = 100
 PAIRS = pa.schema(
@@ -94,8 +94,7 @@ class Intake:
         Raises:
             InputError: The source cannot be read.
         """
-        rows = pairs_of(self.source, self.columns)
-        while batch := list(islice(rows, ROWS_PER_BATCH)):
+        for batch in _batches(pairs_of(self.source, self.columns)):
             pairs, unusable = [], []
             for row, found in batch:
                 if isinstance(found, Pair):
@@ -110,7 +109,7 @@ class Intake:
             self.num_rows += len(batch)
             self.pairs.add(pa.Table.from_pylist(pairs, PAIRS))
             self.unusable.add(pa.Table.from_pylist(unusable, QUARANTINE))
-            if len(batch) == ROWS_PER_BATCH:
+            if self.num_rows // ROWS_PER_BATCH > (self.num_rows - len(batch)) // ROWS_PER_BATCH:
                 _log.info(f"prepare: {self.num_rows} rows read, {self.pairs.num_rows} of them are pairs")
         self._warn()
 
@@ -158,6 +157,21 @@ class Intake:
         """Return the error for a source in which no row can be used, with one example of each reason."""
         what = f"dataset.source {self.dataset.source}: no usable pair in {self.num_rows} rows"
         return InputError(f"{what} {self.explain(reasons)}")
+
+
+def _batches(rows: Iterator[tuple[RawRow, Pair | Unusable]]) -> Iterator[list[tuple[RawRow, Pair | Unusable]]]:
+    """Cut rows into batches of at most `ROWS_PER_BATCH` and about `_BATCH_CHARACTERS`."""
+    batch: list[tuple[RawRow, Pair | Unusable]] = []
+    num_characters = 0
+    for row, found in rows:
+        batch.append((row, found))
+        if isinstance(found, Pair):
+            num_characters += found.num_characters
+        if len(batch) == ROWS_PER_BATCH or num_characters > _BATCH_CHARACTERS:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
 
 
 def _pair_record(row: RawRow, pair: Pair) -> dict[str, object]:

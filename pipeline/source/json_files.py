@@ -6,14 +6,15 @@ character spoils its own row only.
 
 import gzip
 import json
+import re
 import zlib
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, cast
 
-from pipeline.source.rows import RawRow
+from pipeline.source.rows import MAX_ROW_BYTES, RawRow, checked_size, too_large
 from weights_store.errors import InputError
 from weights_store.schemas import Reason
 
@@ -31,9 +32,14 @@ _ZEROS = {
     (True, False): "UTF-16BE",
 }
 """Where the zero bytes are in the first character of a JSON text, which is ASCII."""
+_QUOTE = re.compile(rb'(?<!\\)"')
+"""A quote that no backslash stands before: the end of a text, or its beginning."""
+_MAX_LINE_BYTES = 4 * MAX_ROW_BYTES
+"""Of a line, which may have more columns than those that are read."""
+_SHOWN_BYTES = 2000
 
 
-def json_lines(path: Path) -> Iterator[RawRow]:
+def json_lines(path: Path, columns: Collection[str] | None = None) -> Iterator[RawRow]:
     """Yield the rows of a file with one JSON object per line; blank lines do not count.
 
     Raises:
@@ -43,25 +49,39 @@ def json_lines(path: Path) -> Iterator[RawRow]:
     index = 0
     with _open(path) as file:
         try:
-            for (
-                line
-            ) in file:  # binary iteration splits at \n only, so a broken character cannot shift the rows after it
-                if line.strip():
-                    yield _parse_line(index, line)
-                    index += 1
+            # Lines of bytes: they are split at \n only, so that a broken character cannot shift the rows after it.
+            while line := file.readline(_MAX_LINE_BYTES + 1):
+                if len(line) > _MAX_LINE_BYTES:
+                    yield _too_long(index, line, file)
+                elif line.strip():
+                    row = _parse_line(index, line)
+                    yield row if len(line) <= MAX_ROW_BYTES else checked_size(row, columns)
+                else:
+                    continue
+                index += 1
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise InputError(
                 f"dataset.source {path} is damaged after row {index}: {error}; copy or download it again"
             ) from error
 
 
-def json_array(path: Path) -> Iterator[RawRow]:
+def _too_long(index: int, line: bytes, file: IO[bytes]) -> RawRow:
+    """Return the row of a line that is not read, and read on to its end."""
+    num_bytes, raw = len(line), line[:_SHOWN_BYTES].decode("utf-8", "replace")
+    while line and not line.endswith(b"\n"):
+        line = file.readline(_MAX_LINE_BYTES)
+        num_bytes += len(line)
+    return too_large(index, f"the line has {num_bytes:,} bytes, limit {_MAX_LINE_BYTES:,}", raw)
+
+
+def json_array(path: Path, columns: Collection[str] | None = None) -> Iterator[RawRow]:
     """Yield the rows of a JSON file: an array of objects, or an object whose only list of objects is that array.
 
     Raises:
         InputError: It is another JSON value, no JSON, or not UTF-8.
     """
     check_encoding(path)
+    _check_no_long_text(path)
     try:
         with _open(path) as file:
             document = _parse(file.read().decode("utf-8-sig"))
@@ -78,7 +98,30 @@ def json_array(path: Path) -> Iterator[RawRow]:
         problem = "it is empty" if not path.stat().st_size else f"{error}; one object per line needs the ending .jsonl"
         raise InputError(f"dataset.source {path} is not valid JSON: {problem}") from error
     for index, value in enumerate(_rows_in(document, path)):
-        yield RawRow(index, value) if isinstance(value, dict) else _no_object(index, value, str(value))
+        if not isinstance(value, dict):
+            yield _no_object(index, value, str(value))
+        else:
+            yield checked_size(RawRow(index, value), columns)
+
+
+def _check_no_long_text(path: Path) -> None:
+    """Refuse an array with a text that is far too long, before all of it is in memory several times.
+
+    A piece of `_MAX_LINE_BYTES` without the quote that ends a text is inside of one. Texts that are less than twice as long may
+    stand in no such piece; they are found when they are read.
+
+    Raises:
+        InputError: There is such a text.
+    """
+    with _open(path) as file, suppress(EOFError, gzip.BadGzipFile, zlib.error):  # damage is told by who reads on
+        start = 0
+        while piece := file.read(_MAX_LINE_BYTES):
+            if len(piece) == _MAX_LINE_BYTES and not _QUOTE.search(piece):
+                raise InputError(
+                    f"dataset.source {path}: one value has more than {_MAX_LINE_BYTES:,} bytes, after byte {start:,}; take its "
+                    "row out, or write one object per line into a .jsonl file, where only that row is left out"
+                )
+            start += len(piece)
 
 
 def check_encoding(path: Path) -> None:

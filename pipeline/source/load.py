@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.recipe import DatasetSection
 from pipeline.source.arrow_files import arrow, arrow_source, parquet
 from pipeline.source.json_files import check_encoding, json_array, json_lines
-from pipeline.source.rows import RawRow, Source, joined
+from pipeline.source.rows import RawRow, Source, checked_size, joined
 from weights_store.errors import InputError
 from weights_store.messages import first_line, logger
 
@@ -113,12 +113,12 @@ def _kind(path: Path) -> str:
 
 def _json_lines(path: Path) -> Source:
     check_encoding(path)
-    return Source(str(path), lambda _: json_lines(path))
+    return Source(str(path), lambda columns: json_lines(path, columns))
 
 
 def _json_array(path: Path) -> Source:
     check_encoding(path)
-    return Source(str(path), lambda _: json_array(path))
+    return Source(str(path), lambda columns: json_array(path, columns))
 
 
 _READERS: dict[str, Callable[[Path], Source]] = {
@@ -266,6 +266,6 @@ def streamed(loaded: "IterableDataset", name: str) -> Source:
         wanted = (
             loaded if known is None or columns is None else loaded.select_columns([c for c in known if c in columns])
         )
-        return (RawRow(index, value) for index, value in enumerate(wanted))
+        return (checked_size(RawRow(index, value), columns) for index, value in enumerate(wanted))
 
     return Source(name, read, loaded.column_names, max_looked_at=_LOOKED_AT_OF_A_STREAM)

@@ -25,6 +25,7 @@ from pipeline.source.messages import (
     is_plain,
     read_messages,
     read_tools,
+    texts_of,
 )
 from pipeline.source.responses import Response, as_turns, is_whole, split_responses
 from pipeline.source.transcripts import Markers, is_encoded_chat, split_transcript
@@ -59,6 +60,12 @@ class Pair:
         turns = _keys(self.prompt)
         prompt = [turns, extras] if any(extras.values()) else turns
         return _digest(prompt, 6) + _digest([prompt, _response_key(self.chosen), _response_key(self.rejected)], 10)
+
+    @property
+    def num_characters(self) -> int:
+        """Characters of all its texts."""
+        turns = (*self.prompt, *as_turns(self.chosen), *as_turns(self.rejected))
+        return sum(len(text) for message in turns for text in texts_of(message))
 
     def to_json(self) -> str:
         """Return a JSON text, all keys in the order of the row."""

@@ -3,11 +3,15 @@
 The kinds are in `json_files.py` and `arrow_files.py`; `load.py` chooses.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 from weights_store.schemas import Reason
+
+MAX_ROW_BYTES = 16 << 20
+"""Longest row that is read: several times what any model takes. In Parquet and Arrow the columns that are needed count."""
+ROWS_PER_BATCH = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,30 @@ class RawRow:
     raw: str = ""
     """The text of the row, if the source is text."""
     split: str = ""
+
+
+def too_large(source_row: int, what: str, raw: str = "(not read)") -> RawRow:
+    """Return a row that is not read, for its size."""
+    return RawRow(source_row, None, Reason.ROW_TOO_LARGE, what, raw)
+
+
+def checked_size(row: RawRow, columns: Collection[str] | None = None) -> RawRow:
+    """Return a row of Python values, or that it is too large; only these columns count."""
+    num_characters = 0
+    waiting: list[object] = [value for name, value in (row.value or {}).items() if columns is None or name in columns]
+    while waiting and num_characters <= MAX_ROW_BYTES:
+        value = waiting.pop()
+        if isinstance(value, str | bytes):
+            num_characters += len(value)
+        elif isinstance(value, Mapping):
+            num_characters += len(value)
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            num_characters += len(value)
+            waiting += value
+    if num_characters <= MAX_ROW_BYTES:
+        return row
+    return too_large(row.source_row, f"the row has more than {MAX_ROW_BYTES:,} characters, the limit", row.raw)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,10 @@ import tomllib
 
 import pytest
 
-from flows.demo import next_commands, write_recipe
+from flows.demo import next_commands, run_demo, write_recipe
 from pipeline.recipe import load_recipe
+from weights_store.errors import InputError
+from weights_store.lock import locked
 
 
 @pytest.mark.parametrize("name", ["demo", 'a "quoted" folder', "пример"])
@@ -38,3 +40,14 @@ def test_the_next_commands_name_the_demos_files(tmp_path):
         f"tokenweights train --store {tmp_path}/store --weights toy/tis-dpo --model {tmp_path}/model "
         f"--output {tmp_path}/dpo --set loss.name=dpo --set loss.beta=0.1 --set optim.learning_rate=3e-4",
     ]
+
+
+def test_a_second_demo_in_the_same_folder_is_refused(tmp_path):
+    with (
+        locked(tmp_path / ".lock", pytest.fail),
+        pytest.raises(
+            InputError, match=rf"^process \d+ on \S+ runs a demo in {tmp_path}; wait until it is done, or give"
+        ),
+    ):
+        run_demo(tmp_path)
+    assert not any(tmp_path.iterdir())

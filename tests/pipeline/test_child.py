@@ -7,6 +7,7 @@ import venv
 import pytest
 
 from pipeline.child import run_child
+from tests.torture import orphans
 from weights_store.errors import KilledError, StageError
 
 
@@ -94,3 +95,14 @@ def test_a_child_that_is_killed_says_so(tmp_path):
         KilledError, match=r"^working was killed by signal 9 \(out of memory\?\); what it had done stays$"
     ):
         run_child("tokenweights", [], "working", str(python))
+
+
+def test_what_a_dead_child_has_started_ends_too_and_keeps_nobody_waiting(tmp_path, monkeypatch):
+    """It holds the pipe through which its parent speaks to us."""
+    monkeypatch.setenv(orphans.MARK, tmp_path.name)
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nsleep 600 &\nkill -9 $$\n")
+    python.chmod(0o755)
+    with pytest.raises(KilledError):
+        run_child("tokenweights", [], "working", str(python))
+    assert not orphans.marked(tmp_path.name)

@@ -6,6 +6,7 @@ It prints its seed first, a table for each part last, and for each failure how t
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ _SHOWN_FAILURES = 20
 def main() -> int:
     """Run the torture and return its exit code."""
     options = _parsed()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that whoever ends this ends its children too
     print(f"seed {options.seed}", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
     sound = options.sound or folder / "sound"
@@ -59,7 +61,7 @@ def _parsed() -> argparse.Namespace:
 def _results(options: argparse.Namespace, sound: Path, folder: Path) -> Iterator[Result]:
     part, _, number = (options.case or f"{options.part or ''}:").partition(":")
     amounts = {
-        name: max(1, round(amount * options.minutes / 30))
+        name: max(part != "", round(amount * options.minutes / 30))
         for name, amount in _IN_30_MINUTES.items()
         if part in ("", name)
     }

@@ -32,7 +32,7 @@ def run_damages(cases: Sequence[int], seed: int, sound: Path, folder: Path, num_
     with _environment(ONE_THREAD), _children(num_processes, sound, folder, seed) as pool:
         for trial in pool.map(_try_one, cases, chunksize=4):
             trials.append(trial)
-            if len(trials) % 500 == 0:
+            if len(trials) % 200 == 0:
                 print(f"damages: {len(trials)} of {len(cases)}, {time.monotonic() - started:.0f} s", flush=True)
     failures = [
         (f"damages:{trial.number}", _text(trial)) for trial in trials if trial.outcome in ("silent", "raw error")

@@ -72,19 +72,14 @@ def draw_damage(rng: random.Random, files: Files) -> Damage:
         change = _WAYS[how][0](rng, files, rng.choice(by_kind[kind]))
         change = {path: data for path, data in change.items() if data != files.get(path)}
         if change and not _rolls_back(change, files):
-            return Damage(f"{kind}: {how}", ", ".join(change), change)
+            place = ", ".join(change) if len(change) < 3 else _folder_of(next(iter(change)))
+            return Damage(f"{kind}: {how}", place, change)
 
 
 def _rolls_back(change: Change, files: Files) -> bool:
-    """Return whether a damage only makes a table what it was some commits ago."""
-    return any(
-        data is None and kind_of(path) == "commit" and not any(kind_of(p) == "commit" for p in _later(path, files))
-        for path, data in change.items()
-    )
-
-
-def _later(path: str, files: Files) -> list[str]:
-    return [other for other in _alike(path, files) if other > path]
+    """Return whether a damage only makes a table what it was one commit ago."""
+    gone = [path for path, data in change.items() if data is None and kind_of(path) == "commit"]
+    return len(change) == 1 and any(path > max(_alike(path, files), default="") for path in gone)
 
 
 def _alike(path: str, files: Files) -> list[str]:
@@ -194,6 +189,23 @@ def _copy_from_elsewhere(rng: random.Random, files: Files, path: str) -> Change:
     return {path: files[rng.choice(others)]} if others else {}
 
 
+def _folder_over_another(rng: random.Random, files: Files, path: str) -> Change:
+    """A whole table or model in the place of another one of its kind."""
+    folder, kind = _folder_of(path), path.partition("/")[0]
+    folders = sorted({_folder_of(other) for other in files if other.startswith(f"{kind}/")} - {folder})
+    if not folders or kind == "reports":
+        return {}
+    source = rng.choice(folders)
+    gone: Change = {other: None for other in files if _folder_of(other) == folder}
+    come = {f"{folder}{other.removeprefix(source)}": files[other] for other in files if _folder_of(other) == source}
+    return gone | come
+
+
+def _folder_of(path: str) -> str:
+    """Return the folder of the table or the model that a file belongs to."""
+    return path.rpartition("/")[0].removesuffix("/_delta_log")
+
+
 def _repeat_commit(rng: random.Random, files: Files, path: str) -> Change:
     """An older commit once more, as the newest one."""
     if kind_of(path) != "commit":
@@ -214,5 +226,6 @@ _WAYS: dict[str, tuple[Callable[[random.Random, Files, str], Change], int]] = {
     "copied over another": (_copy_over, 5),
     "from elsewhere": (_copy_from_elsewhere, 3),
     "commit repeated": (_repeat_commit, 3),
+    "folder over another": (_folder_over_another, 3),
 }
 """The ways to damage a file, with how often each is drawn."""

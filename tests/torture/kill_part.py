@@ -19,7 +19,7 @@ from tests.torture.results import Result, aligned
 from weights_store import WeightStore
 from weights_store.checks.verify import verify
 
-_PATIENCE_S = 120
+_PATIENCE_S = 600
 
 
 @dataclass
@@ -122,7 +122,7 @@ def kill_many_writers(work: Work) -> Counts:
         for _ in range(3):
             children = [work.server.start_and_wait(append_all, root, index) for index in range(3)]
             for child in children:
-                time.sleep(draw.uniform(0.0, 0.1))
+                time.sleep(draw.uniform(0.0, 0.2))
                 counts.kills += end(child, kill=True)
         end(work.server.start_and_wait(append_all, root, 3), kill=False)
         counts.add(number, loss_of_appends(root), root)
@@ -193,7 +193,8 @@ def build_concurrently(work: Work) -> Counts:
         for child in children:
             child.join(_PATIENCE_S)
             counts.kills += 1
-        end(tidying, kill=True)
+        tidying.kill()
+        tidying.join(_PATIENCE_S)
         if building.problems.exists():
             counts.problems.append((number, building.problems.read_text()[-1500:]))
             building.problems.unlink()

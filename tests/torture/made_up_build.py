@@ -91,7 +91,10 @@ class MadeUpBuild:
             path = folder / f"{name}.jsonl"
             path.write_text("\n".join([*rows, "no json"]) + "\n")
             dataset, weights = {"name": "toy", "source": str(path)}, {"name": "toy/tis-dpo", "upper": upper}
-            recipes.append({"dataset": dataset, "model": {"path": str(model)}, "weights": weights})
+            contrast = {"method": "prompt"}  # no trained models, which `verify` would miss
+            recipes.append(
+                {"dataset": dataset, "model": {"path": str(model)}, "contrast": contrast, "weights": weights}
+            )
         return cls(recipes, model, folder / "problems")
 
     def start(self, server: Any, uri: Path) -> Any:

@@ -101,6 +101,8 @@ def append_all(root: str, started: Connection, number: int) -> None:
         some, keys = keys[:size], keys[size:]
         try:
             table.append(_rows(some, float(number)), {"fingerprint": "f"})
+            if draw.random() < 0.2:
+                table.open_delta().create_checkpoint()  # which Delta does after every 100 commits
         except ConflictError:  # the others are faster
             keys += some
             time.sleep(draw.random() / 50)

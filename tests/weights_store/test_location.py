@@ -218,6 +218,21 @@ def process(target, *args):
         child.join()
 
 
+def come_and_go(pipe, folder):
+    """Make a folder and remove it, again and again."""
+    pipe.send("started")
+    while True:
+        folder.mkdir()
+        folder.rmdir()
+
+
+def test_a_folder_that_a_writer_makes_just_now_is_listed(tmp_path):
+    folder, until = Location(str(tmp_path / "table")), time.monotonic() + 3
+    with process(come_and_go, tmp_path / "table"):
+        while time.monotonic() < until:  # some 100,000 times
+            assert folder.files() == {}
+
+
 def check_one_clean_line(error, keys):
     text = str(error)
     assert "\n" not in text

@@ -115,10 +115,7 @@ def _check_foreign(log: TableLog) -> Iterator[Finding]:
 
 def _note_weaker(log: TableLog) -> Iterator[Finding]:
     if log.weaker:
-        text = (
-            f"{len(log.weaker)} versions up to {log.weaker[-1]} are of an older tokenweights: their entries of the log do not "
-            "cover removals and their order, so exchanged entries may pass; entries that are written from now on do"
-        )
+        text = f"versions up to {log.weaker[-1]} are of an older tokenweights: exchanged entries of their log may pass"
         yield Finding(log.table.path, text, is_note=True)
 
 

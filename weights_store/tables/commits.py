@@ -12,8 +12,7 @@ Not here: logs that may be damaged (`checks/log.py`).
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import unquote
@@ -102,33 +101,26 @@ def digest_names(names: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(names)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def read_commit(table: Location, version: int, key: str) -> Commit:
-    """Read one entry of a table's log, whose first key column is `key`. A missing entry reads as a commit of another program.
+def read_commit(folder: Location, table: str, version: int, key: str) -> Commit:
+    """Read one entry of the log of a table, by its path; `key` is its first key column.
+
+    A missing entry reads as a commit of another program.
 
     Raises:
-        DamageError: It is not JSON, it is not what was written, or it is the entry of another version.
+        DamageError: It is not JSON, it is not what was written, or it is the entry of another version or table.
         StoreError: It was written by a newer tokenweights.
     """
     try:
-        text = table.read(log_name(version)).decode(errors="replace")
+        text = folder.read(log_name(version)).decode(errors="replace")
     except FileNotFoundError:  # another program has cleaned up the log of its table; our tables switch that off
         return Commit(version, None, None, [], [], [], None)
     try:
-        return _parse(text, version, key, f"{table}@{version}")
+        return _parse(text, table, version, key)
     except _MALFORMED as error:
         problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}, {error}"
         raise DamageError(
-            f"{table}: {log_name(version)} is damaged: {problem}; restore it from a copy, or run `tokenweights repair`"
+            f"{folder}: {log_name(version)} is damaged: {problem}; restore it from a copy, or run `tokenweights repair`"
         ) from error
-
-
-def read_commits(table: Location, versions: range, key: str) -> Iterator[Commit]:
-    """Yield entries of the log in the order of `versions`, see `read_commit`."""
-    if table.is_local or len(versions) < 2:
-        yield from (read_commit(table, version, key) for version in versions)
-        return
-    with ThreadPoolExecutor(READERS) as pool:
-        yield from pool.map(lambda version: read_commit(table, version, key), versions)
 
 
 def wrong_base(later: Commit, earlier: Commit) -> str | None:
@@ -143,7 +135,7 @@ def digest(metadata: str, shards: str) -> str:
     return hashlib.sha256(f"{metadata}\n{shards}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _parse(text: str, version: int, key: str, where: str) -> Commit:
+def _parse(text: str, table: str, version: int, key: str) -> Commit:
     actions = [json.loads(line) for line in text.splitlines() if line.strip()]
     if not actions:
         raise ValueError("it is empty")
@@ -161,14 +153,14 @@ def _parse(text: str, version: int, key: str, where: str) -> Commit:
     metadata: CommitMetadata = json.loads(info[_METADATA])
     if metadata["schema_version"] > SCHEMA_VERSION:
         raise StoreError(
-            f"{where} has schema version {metadata['schema_version']}, this tokenweights reads up to {SCHEMA_VERSION}; "
-            "upgrade tokenweights"
+            f"{table}@{version} has schema version {metadata['schema_version']}, this tokenweights reads up to "
+            f"{SCHEMA_VERSION}; upgrade tokenweights"
         )
     shards = [ShardRecord(**record) for record in json.loads(info[_SHARDS])]
     _check_added(added, shards, key)
     log = metadata.get("log")
     if log is not None:
-        _check_log(log, version, removed)
+        _check_log(log, table, version, removed)
     timestamp_ms = info.get("timestamp") if log is None else log["written_ms"]
     return Commit(version, timestamp_ms, metadata, shards, paths, removed, info[_DIGEST])
 
@@ -187,9 +179,9 @@ def _check_added(added: Sequence[Mapping[str, Any]], shards: Sequence[ShardRecor
             )
 
 
-def _check_log(log: LogRecord, version: int, removed: list[str]) -> None:
-    if log["version"] != version:
-        raise ValueError(f"it is the entry of version {log['version']}: entries were exchanged or copied")
+def _check_log(log: LogRecord, table: str, version: int, removed: list[str]) -> None:
+    if (log["table"], log["version"]) != (table, version):
+        raise ValueError(f"it is the entry of {log['table']}@{log['version']}: entries were exchanged or copied")
     if sorted(log["removed"]) != sorted(map(unquote, removed)):
         raise ValueError(f"it removes {len(removed)} files and records {len(log['removed'])}, which differ")
 

@@ -130,6 +130,7 @@ class Statistics(TypedDict, total=False):
 class LogRecord(TypedDict):
     """What one commit says of the log itself, so that a commit or a checkpoint that is damaged, swapped or copied is found."""
 
+    table: str
     version: int
     base: str | None
     """Digest of the commit before, None for the first."""

@@ -216,9 +216,7 @@ def check_bytes(folder: Location, record: ShardRecord, where: str) -> None:
     """
     place = f"{where}: shard {record.name}"
     try:
-        # What an object store holds under a name is not written again, and asking would cost a request for each shard.
-        stat = (folder.path / record.name).stat() if folder.is_local else None
-        seen = (folder.uri, record.name, record.sha256, stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+        seen = (folder.uri, record.name, record.sha256, folder.state(record.name))
         if seen in _checked:
             return
         sha256 = hashlib.sha256()

@@ -151,6 +151,7 @@ class Table(TableReader):
         properties = CommitProperties(custom_metadata=custom_metadata(record, shards), max_commit_retries=0)
         schema, actions = Schema.from_arrow(self.schema), delta_actions(self.key[0], shards, removed)
         version = log["version"]
+        self._commits.pop(version, None)  # of before a repair
         try:
             with shared_with_writers(self.location):
                 self._check_there(shards)
@@ -183,6 +184,7 @@ class Table(TableReader):
         if base is not None and mode == "append":
             num_rows += self.num_rows(base.version) - sum(shard.num_rows for shard in removed)
         return {
+            "table": self.path,
             "version": 0 if base is None else base.version + 1,
             "base": None if base is None else base.digest,
             "removed": sorted(gone),

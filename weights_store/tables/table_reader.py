@@ -31,7 +31,6 @@ from weights_store.tables.commits import (
     digest_names,
     log_name,
     read_commit,
-    read_commits,
     wrong_base,
 )
 from weights_store.tables.key_ranges import EVERYTHING, KeyRange, RowGroup, cut
@@ -75,6 +74,7 @@ class TableReader:
         self.schema = schema
         self.key = key
         self.location = root / path
+        self._commits: dict[int, tuple[object, Commit]] = {}
 
     @property
     def configuration(self) -> dict[str, str]:
@@ -109,8 +109,21 @@ class TableReader:
         return self._metadata_of(self.read_commit(found))
 
     def read_commit(self, version: int) -> Commit:
-        """Read one entry of the log, see `commits.read_commit`."""
-        return read_commit(self.location, version, self.key[0])
+        """Read one entry of the log, see `commits.read_commit`; each once, unless its file has changed since."""
+        try:
+            state = self.location.state(log_name(version))
+        except FileNotFoundError:
+            state = None
+        if version not in self._commits or self._commits[version][0] != state:
+            self._commits[version] = (state, read_commit(self.location, self.path, version, self.key[0]))
+        return self._commits[version][1]
+
+    def read_commits(self, versions: range) -> list[Commit]:
+        """Read entries of the log in the order of `versions`, those of an object store at the same time."""
+        if self.location.is_local or len(versions) < 2:
+            return list(map(self.read_commit, versions))
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(self.read_commit, versions))
 
     def history(self, limit: int | None = None) -> list[Commit]:
         """Return our commits, newest first, at most `limit`.
@@ -120,7 +133,7 @@ class TableReader:
         """
         newest = self._resolve(None)
         oldest = -1 if limit is None else max(-1, newest - limit)
-        commits = list(read_commits(self.location, range(newest, oldest, -1), self.key[0]))
+        commits = self.read_commits(range(newest, oldest, -1))
         for later, earlier in pairwise(commits):
             if problem := wrong_base(later, earlier):
                 raise DamageError(f"{self.path}@{earlier.version} in {self.root}: {problem}; {self._repair}")
@@ -180,7 +193,7 @@ class TableReader:
             missing = set(names) - found.keys()
             if not missing:
                 break
-            for commit in read_commits(self.location, range(start, max(-1, start - READERS), -1), self.key[0]):
+            for commit in self.read_commits(range(start, max(-1, start - READERS), -1)):
                 found |= {shard.name: shard for shard in commit.shards if shard.name in missing}
         if missing := set(names) - found.keys():
             raise StoreError(f"{self.path}@{newest} in {self.root}: shard {min(missing)} {_FOREIGN}")

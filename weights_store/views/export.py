@@ -4,7 +4,6 @@ Row groups are checked against the commit as they are read. The folder appears w
 """
 
 import json
-import os
 import re
 import shutil
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from weights_store.errors import InputError, MismatchError
+from weights_store.lock import locked, wait_for
 from weights_store.names import name_of
 from weights_store.schemas import SIDES
 from weights_store.tables.table import Table
@@ -36,11 +36,16 @@ def export_table(
     """Write one version into a new folder, see `WeightStore.export`."""
     if form not in FORMATS:
         raise InputError(f"no export format {form!r}: expected one of {', '.join(FORMATS)}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not an empty folder; export into a new one")
+    _check_empty(folder)
     folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    with locked(folder.with_name(f".{folder.name}.lock"), wait_for(f"exporting into {folder}")):
+        return _export(table, weights, folder, form, tokenizer)
+
+
+def _export(table: Table, weights: TableVersion, folder: Path, form: str, tokenizer: Tokenizer | None) -> list[Path]:
+    _check_empty(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     partial.mkdir()
     try:
         is_parquet, version = form == "parquet", weights.version
@@ -54,6 +59,11 @@ def export_table(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return [folder / name for name in (*names, _RECORD)]
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not an empty folder; export into a new one")
 
 
 def _write_parquet(table: Table, version: int, folder: Path) -> list[str]:

@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.torture import orphans
 from train.data.dataset import OrderedPairs, PairDataset, open_weights
 from train.data.sampler import BlockShuffle
 from train.job.job import run_job
+from train.job.output import OutputFolder
 from train.job.trainer import build_batches
 from train.model.collate import PairCollator
 from train.model.token_budget import cut_by_tokens
@@ -36,15 +39,14 @@ def settings_of_41(settings: Settings, write_weights, rows) -> Settings:
 
 def launch(launcher: Sequence[str], *command: str, cwd: Path = REPO) -> subprocess.CompletedProcess[str]:
     """Run a command in two processes, without a GPU even where there is one."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(REPO),
-        "PYTHONWARNINGS": "ignore",
-    }
     whole = [sys.executable, *launcher, *command]
-    return subprocess.run(whole, cwd=cwd, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    return subprocess.run(whole, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=180, check=False)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a launcher on this machine's CPUs."""
+    quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    return {**os.environ, **quiet, "PYTHONPATH": str(REPO), **more}
 
 
 def write_config(settings: Settings, folder: Path, **changes: dict[str, Any]) -> str:
@@ -196,3 +198,32 @@ def test_modules_in_the_current_folder_are_never_imported(settings_of_41, tmp_pa
     done = launch(launcher, "-m", "tokenweights", "train", config, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "lineage.json").is_file()
+
+
+@pytest.mark.slow
+def test_ranks_and_what_they_started_end_with_a_killed_torchrun(settings_of_41, tmp_path) -> None:
+    epochs = {"num_epochs": 1000}
+    config = write_config(settings_of_41, tmp_path / "out", data={"num_workers": 1}, optim=epochs)
+    command = [*TORCHRUN, "-m", "tokenweights", "train", config]
+    with (tmp_path / "log").open("wb") as log:
+        agent = subprocess.Popen(
+            [sys.executable, *command], env=environment(**{orphans.MARK: tmp_path.name}), stdout=log, stderr=log
+        )
+    try:
+        _wait_until(lambda: "step 3/" in (tmp_path / "log").read_text())
+        assert len(orphans.marked(tmp_path.name)) >= 7  # torchrun, and twice a rank, its watcher and its loader
+        agent.kill()
+        agent.wait(20)
+        _wait_until(lambda: not orphans.marked(tmp_path.name), timeout_s=10)
+        with OutputFolder(tmp_path / "out").claimed({}, {}, overwrite=True, resume=False):
+            pass  # the folder is free again
+    finally:
+        agent.kill()
+        orphans.kill_marked(tmp_path.name)
+
+
+def _wait_until(is_so: Callable[[], bool], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

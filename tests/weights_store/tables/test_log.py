@@ -10,7 +10,7 @@ from weights_store import WeightStore
 from weights_store.checks.log import read_log
 from weights_store.checks.verify import verify
 from weights_store.errors import DamageError
-from weights_store.schemas import LOGPS
+from weights_store.schemas import LOGPS, WEIGHTS
 from weights_store.tables.commits import digest, log_name
 from weights_store.tables.compaction import optimize
 
@@ -112,13 +112,24 @@ def test_exchanged_entries_are_refused_and_named(table, one, other):
     assert_refused(table, one)
     found = findings(table)
     assert [f.version for f in found] == [one, other]
-    assert f"it is the entry of version {other}: entries were exchanged or copied" in found[0].problem
+    assert f"it is the entry of {PATH}@{other}: entries were exchanged or copied" in found[0].problem
 
 
 def test_a_copied_entry_is_refused_and_named(table):
     shutil.copy(entry(table, 1), entry(table, 2))
     assert_refused(table, 2)
     assert [found.version for found in findings(table)] == [2]
+
+
+def test_an_entry_of_another_table_is_refused_and_named(table):
+    other = WeightStore(table.root.uri).table("logps/hh/other")
+    for name in "abc":
+        other.append(rows(name), {"fingerprint": name})
+    shutil.copy(entry(other, 1), entry(table, 1))
+    assert_refused(table, 1)
+    with pytest.raises(DamageError, match="it is the entry of logps/hh/other@1: entries were exchanged or copied"):
+        table.read_commit(1)
+    assert [found.version for found in findings(table)] == [1]
 
 
 def test_an_entry_of_another_history_is_named_and_not_the_newest(table, tmp_path):
@@ -166,7 +177,7 @@ def test_a_store_from_before_is_read_and_said_to_be_of_the_weaker_kind(table):
     as_before(table)
     notes = list(verify(WeightStore(table.root.uri)))
     assert [note.is_note for note in notes] == [True]
-    assert "5 versions up to 4 are of an older tokenweights" in notes[0].problem
+    assert "versions up to 4 are of an older tokenweights" in notes[0].problem
     assert table.scan().collect()["pair_id"].sort().to_list() == list("abcd")
     table.append(rows("e"), {"fingerprint": "e"})
     assert (table.num_rows(), table.metadata()["log"]["num_rows"]) == (5, 5)
@@ -192,3 +203,21 @@ def test_a_log_that_is_damaged_is_still_read_whole(table):
     edit(table, 0, "tokenweightsSha256", "tokenweightsSha257")
     log = read_log(table)
     assert (sorted(log.commits), sorted(log.problems)) == ([1, 2, 3, 4], [0])
+
+
+def test_rows_that_no_removal_took_away_reach_no_training_in_a_store_from_before(tmp_path):
+    # Their entries say nothing of removals, but weights say how many pairs they have.
+    table = WeightStore(tmp_path / "store").table("weights/hh/tis")
+    one_number = {"pair_weight": [1.0], "split": ["train"]}
+    one_list = {field.name: [[1]] for field in WEIGHTS if field.name not in ("pair_id", *one_number)}
+    for name in "ab":
+        row = pa.table({"pair_id": [name], **one_list, **one_number, "chosen_score": [1.0], "rejected_score": [1.0]})
+        table.replace(row.select(WEIGHTS.names), {"fingerprint": name, "statistics": {"num_pairs": 1}})
+    as_before(table)
+    assert table.records()[0].num_rows == 1
+    lines = entry(table, 1).read_text().splitlines()
+    entry(table, 1).write_text("\n".join(line for line in lines if '"remove"' not in line) + "\n")
+    with pytest.raises(
+        DamageError, match=r"^weights/hh/tis@1 in .*: its shards have 2 rows, 1 were committed: an earlier"
+    ):
+        table.records()

@@ -1,10 +1,12 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
 from weights_store.errors import DamageError, InputError, MismatchError
+from weights_store.lock import locked
 
 NAME = "hh-harmless/tis-dpo"
 
@@ -129,6 +131,21 @@ def test_an_empty_folder_is_filled_and_a_full_one_refused(small_store, tmp_path)
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="file exists"):
         small_store.export(NAME, tmp_path / "file")
+
+
+def test_two_exports_into_one_folder_do_not_mix_and_a_killed_one_leaves_nothing_behind(small_store, tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "part-00007.parquet").touch()  # of an export that was killed
+    with ThreadPoolExecutor() as exports, locked(tmp_path / ".out.lock", pytest.fail):
+        both = [exports.submit(small_store.export, NAME, tmp_path / "out") for _ in range(2)]
+        with pytest.raises(TimeoutError):
+            both[0].result(timeout=0.2)
+        assert not (tmp_path / "out").exists()
+    errors = [export.exception(timeout=60) for export in both]
+    assert sum(error is None for error in errors) == 1
+    assert "exists and is not an empty folder" in str(errors[0] or errors[1])
+    assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["part-00000.parquet", "tokenweights.json"]
 
 
 def test_unknown_formats_are_refused(small_store, tmp_path):
