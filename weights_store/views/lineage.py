@@ -19,6 +19,8 @@ from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableVersion
 
 _MODEL_SIDES = {"positive_logps": "positive", "negative_logps": "negative"}
+_TRAINED = ("sft", "dpo")
+"""Methods of `contrast` that train their models."""
 _COLUMNS = {
     "depth": pl.Int64(),
     "role": pl.String(),
@@ -89,7 +91,9 @@ class _Walk:
         trained = list(self._trained(side, fingerprint, recipe)) if side else []
         start = _text(recipe, "model", "path")
         if not trained:
-            self._add(depth, _Thing("model", "model", start, None, fingerprint))
+            is_gone = side and _text(recipe, "contrast", "method") in _TRAINED
+            gone = _Thing(f"{side} model, not in {MODELS}/", "model", None, None, fingerprint)
+            self._add(depth, gone if is_gone else _Thing("model", "model", start, None, fingerprint))
         for name, record, created in trained:
             known = record.get("fingerprint", fingerprint if len(trained) == 1 else None)
             label = f"{side} model" if len(trained) == 1 else f"{side} model, one of {len(trained)}"

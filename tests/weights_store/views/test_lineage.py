@@ -93,6 +93,13 @@ def test_with_two_models_of_the_same_settings_both_stand_there_until_a_fingerpri
     assert lineage.filter(role="positive model")["name"].to_list() == [model_places["positive"]] != [place]
 
 
+def test_a_model_that_is_gone_is_not_taken_for_the_starting_model(small_store, model_places):
+    (small_store.root.path / model_places["negative"] / "contrast.json").unlink()
+    row = small_store.lineage(NAME).row(by_predicate=_role("negative model, not in models/"), named=True)
+    assert (row["name"], row["fingerprint"]) == (None, fingerprint("negative model")[:12])
+    assert row["created"] is None
+
+
 def test_a_damaged_record_of_a_model_is_one_line(small_store, model_places):
     path = small_store.root.path / model_places["positive"] / "contrast.json"
     path.write_bytes(path.read_bytes()[:100])
