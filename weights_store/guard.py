@@ -84,18 +84,21 @@ def marked_environment(folder: Path) -> Mapping[str, str]:
     return {RUN: os.pathsep.join(dict.fromkeys([*named, str(folder)]))}
 
 
-def end_marked(folder: Path) -> None:
+def end_marked(folder: Path, spare: int = 0) -> None:
     """Kill every process whose environment names `folder`, a guard's or one inside it, and wait until they are gone.
 
     Python's resource trackers come last: as soon as the others are gone they delete their shared memory, and end.
+
+    Args:
+        folder: Named by `marked_environment`.
+        spare: A process that lives on.
     """
     deadline = time.monotonic() + _PATIENCE_S
     trackers_until = None
     num_quiet = 0
-    while (
-        num_quiet < 2 and time.monotonic() < deadline
-    ):  # twice: one that is being started has its environment a little later
-        found = _marked(str(folder).encode())
+    # Two quiet looks: a process that is being started has its environment a little later.
+    while num_quiet < 2 and time.monotonic() < deadline:
+        found = [pid for pid in _marked(str(folder).encode()) if pid not in (os.getpid(), spare)]
         workers = [pid for pid in found if not _is_tracker(pid)]
         if found and not workers:
             trackers_until = trackers_until or time.monotonic() + _TRACKER_S
@@ -114,7 +117,7 @@ def _marked(mark: bytes) -> list[int]:
         with suppress(OSError):  # it has just ended, or it is another user's
             if mark in path.read_bytes():
                 found.append(int(path.parent.name))
-    return [pid for pid in found if pid != os.getpid()]
+    return found
 
 
 def _is_tracker(pid: int) -> bool:
@@ -126,7 +129,7 @@ def _is_tracker(pid: int) -> bool:
 def _wait_for_end(pid: int) -> None:
     """Wait until a process has ended, or closes the pipe that is our standard input."""
     places = [0]
-    with suppress(AttributeError, PermissionError):  # only Linux has process descriptors
+    with suppress(AttributeError, OSError):  # only Linux has process descriptors
         try:
             places.append(os.pidfd_open(pid))  # a child that the process has forked may hold the pipe open
         except ProcessLookupError:
@@ -136,7 +139,7 @@ def _wait_for_end(pid: int) -> None:
 
 def _watch(pid: int, folder: Path) -> None:
     _wait_for_end(pid)
-    end_marked(folder)
+    end_marked(folder, spare=pid)  # it may only have closed its guard, and bear its own mark after an exec
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from flows.demo import next_commands
 from pipeline.recipe import load_recipe
+from tests.torture import orphans
 from weights_store import WeightStore
 
 REPO = Path(__file__).resolve().parents[2]
@@ -273,9 +274,11 @@ def test_ctrl_c_ends_a_build_and_keeps_what_was_committed(world, first_build, tm
 
 
 def test_a_schedule_fires_and_the_users_own_files_are_not_imported(world, first_build, tmp_path):
-    """`tokenweights serve` with its own server: a run of the deployment completes within the interval."""
+    """`tokenweights serve` with its own server: a run of the deployment completes; after a kill, server and runs end."""
     log = tmp_path / "serve.log"
-    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
+    (tmp_path / "tmp").mkdir()
+    settings = {"PREFECT_HOME": str(tmp_path / "prefect"), "TMPDIR": str(tmp_path / "tmp"), orphans.MARK: tmp_path.name}
+    environment = {**os.environ, **settings}
     for name in ("PREFECT_API_URL", "PYTHONSAFEPATH"):
         environment.pop(name, None)
     for name in ("flows", "pipeline", "train", "weights_store", "tokenizers", "prefect", "uvicorn"):
@@ -286,16 +289,23 @@ def test_a_schedule_fires_and_the_users_own_files_are_not_imported(world, first_
         try:
             text = _wait_for(log, serving, "Finished in state Completed()", "Flow run", timeout_s=240)
             _wait_for_log_line(re.search(r"Prefect server: (\S+)", text)[1], "score ref: logps/")
+            serving.kill()
+            serving.wait(20)
+            _wait_until_nothing_is_left(tmp_path.name, tmp_path / "tmp")
         finally:
-            serving.send_signal(signal.SIGINT)
-            try:
-                serving.wait(60)
-            except subprocess.TimeoutExpired:
-                serving.kill()
-                serving.wait()
+            serving.kill()
+            serving.wait()
+            orphans.kill_marked(tmp_path.name)
     first_run = re.split("Flow run .* Finished in state Completed", text)[0]
     assert first_run.count("score ref: logps/") == 1
     assert "a stranger was imported" not in text
+
+
+def _wait_until_nothing_is_left(mark, tmp):
+    deadline = time.monotonic() + 10  # about half a second on an idle core
+    while orphans.count_left(mark, tmp):
+        assert time.monotonic() < deadline, orphans.count_left(mark, tmp)
+        time.sleep(0.1)
 
 
 def _wait_for_log_line(server, start):

@@ -22,6 +22,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 MARK = "TOKENWEIGHTS_TORTURE"
 SCORER = REPO / "tests" / "pipeline" / "made_up_scorer.py"
+_CACHES = ("torchinductor_", "runner_storage")
 PATIENCE_S = 2.0
 """From the death of a build until nothing of it may be left."""
 
@@ -38,11 +39,13 @@ class Left:
 
 
 def count_left(mark: str, tmp: Path) -> Left:
-    """Return what is left: processes with `MARK=mark` in their environment, and everything in the folder `tmp`."""
-    return Left(
-        tuple(command_line(pid) for pid in marked(mark)),
-        tuple(sorted(path.name for path in tmp.iterdir())),
-    )
+    """Return what is left: processes with `MARK=mark` in their environment, and everything in the folder `tmp`.
+
+    Caches of libraries do not count: they have one name for all runs.
+    """
+    names = sorted(path.name for path in tmp.iterdir())
+    files = tuple(name for name in names if not name.startswith(_CACHES))
+    return Left(tuple(command_line(pid) for pid in marked(mark)), files)
 
 
 def marked(mark: str) -> list[int]:

@@ -134,3 +134,22 @@ def test_a_process_below_a_guarded_one_belongs_to_both(monkeypatch):
     assert marked_environment(Path("/tmp/inner")) == {RUN: "/tmp/outer:/tmp/inner"}
     monkeypatch.delenv(RUN)
     assert marked_environment(Path("/tmp/inner")) == {RUN: "/tmp/inner"}
+
+
+EXEC = """
+import os, sys
+from weights_store.guard import guard
+guard().mark_environment()
+code = "import os, sys; print(os.environ['TOKENWEIGHTS_RUN'], flush=True); sys.stdin.read()"
+os.execv(sys.executable, [sys.executable, "-c", code])
+"""
+
+
+def test_a_process_that_becomes_another_program_lives_on():
+    with subprocess.Popen(
+        [sys.executable, "-c", EXEC], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as one:
+        folder = Path(one.stdout.readline().strip())
+        seconds_until(lambda: not folder.exists())
+        one.stdin.close()
+        assert one.wait(20) == 0
