@@ -4,12 +4,20 @@ import re
 
 from weights_store.errors import SettingsError
 
+_MAX_PART = 200
+_MAX_NAME = 400
+"""Characters of a part of a name, and of all: a folder's name has at most 255, and tables, reports and models add to theirs."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*")
 
 
 def is_name(text: str) -> bool:
     """Return whether `text` may name a dataset: lower-case parts of letters, digits, `.`, `_`, `-`, joined by `/`."""
-    return bool(_NAME.fullmatch(text)) and ".." not in text
+    return bool(_NAME.fullmatch(text)) and ".." not in text and not is_too_long(text)
+
+
+def is_too_long(text: str) -> bool:
+    """Return whether the file system, or an object store, might not take a name."""
+    return len(text) > _MAX_NAME or max(map(len, text.split("/"))) > _MAX_PART
 
 
 def check_name(name: str) -> str:
@@ -18,6 +26,11 @@ def check_name(name: str) -> str:
     Raises:
         SettingsError: It may not.
     """
+    if is_too_long(name):
+        raise SettingsError(
+            f"bad name {name[:40]}…: it has {len(name):,} characters; expected at most {_MAX_NAME}, and {_MAX_PART} in each "
+            "part between '/', because a folder's name has at most 255"
+        )
     if not is_name(name):
         raise SettingsError(
             f"bad name {name!r}: expected lower-case letters, digits, '.', '_', '-', with '/' between parts, "

@@ -17,6 +17,15 @@ def test_bad_names_are_refused(name):
         check_name(name)
 
 
+@pytest.mark.parametrize("name", ["x" * 201, "a/" + "x" * 201, "/".join(["x" * 100] * 4)])
+def test_a_name_that_no_folder_can_have_is_refused_with_the_limit(name):
+    with pytest.raises(
+        SettingsError, match=rf"bad name .*: it has {len(name)} characters; expected at most 400, and 200"
+    ):
+        check_name(name)
+    assert check_name("x" * 200 + "/" + "y" * 199)
+
+
 def test_a_version_is_split_off():
     assert split_name("hh/tis@12") == ("hh/tis", 12)
     assert split_name("hh/tis") == ("hh/tis", None)
