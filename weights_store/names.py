@@ -4,20 +4,15 @@ import re
 
 from weights_store.errors import SettingsError
 
-_MAX_PART = 200
-_MAX_NAME = 400
-"""Characters of a part of a name, and of all: a folder's name has at most 255, and tables, reports and models add to theirs."""
+_MAX_NAME, _MAX_PART = 150, 255
+"""Characters of the name that a recipe gives, and of a part of a table's path, which file systems limit. The difference is for
+what tables, models and reports add to a name."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*")
 
 
 def is_name(text: str) -> bool:
     """Return whether `text` may name a dataset: lower-case parts of letters, digits, `.`, `_`, `-`, joined by `/`."""
-    return bool(_NAME.fullmatch(text)) and ".." not in text and not is_too_long(text)
-
-
-def is_too_long(text: str) -> bool:
-    """Return whether the file system, or an object store, might not take a name."""
-    return len(text) > _MAX_NAME or max(map(len, text.split("/"))) > _MAX_PART
+    return bool(_NAME.fullmatch(text)) and ".." not in text and max(map(len, text.split("/"))) <= _MAX_PART
 
 
 def check_name(name: str) -> str:
@@ -26,10 +21,9 @@ def check_name(name: str) -> str:
     Raises:
         SettingsError: It may not.
     """
-    if is_too_long(name):
+    if max(map(len, name.split("/"))) > _MAX_PART:
         raise SettingsError(
-            f"bad name {name[:40]}…: it has {len(name):,} characters; expected at most {_MAX_NAME}, and {_MAX_PART} in each "
-            "part between '/', because a folder's name has at most 255"
+            f"bad name {name[:40]}…: a part of it has more than the {_MAX_PART} characters that a folder's name can have"
         )
     if not is_name(name):
         raise SettingsError(
@@ -37,6 +31,20 @@ def check_name(name: str) -> str:
             "for example hh-harmless/tis-dpo"
         )
     return name
+
+
+def check_new_name(name: str) -> str:
+    """Return `name` if a recipe may give it to a dataset that is to be built.
+
+    Raises:
+        SettingsError: It may not.
+    """
+    if len(name) > _MAX_NAME:
+        raise SettingsError(
+            f"bad name {name[:40]}…: it has {len(name):,} characters, expected at most {_MAX_NAME}: a folder's name has "
+            f"at most {_MAX_PART}, and tables, models and reports add to it; give a shorter one"
+        )
+    return check_name(name)
 
 
 def split_name(text: str) -> tuple[str, int | None]:

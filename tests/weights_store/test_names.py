@@ -3,7 +3,16 @@
 import pytest
 
 from weights_store.errors import SettingsError
-from weights_store.names import check_name, name_of, quarantine_path, split_name, tokens_path, weights_path
+from weights_store.names import (
+    check_name,
+    check_new_name,
+    is_name,
+    name_of,
+    quarantine_path,
+    split_name,
+    tokens_path,
+    weights_path,
+)
 
 
 @pytest.mark.parametrize("name", ["hh", "hh-harmless/tis-dpo", "a.b_c/0/d"])
@@ -17,13 +26,22 @@ def test_bad_names_are_refused(name):
         check_name(name)
 
 
-@pytest.mark.parametrize("name", ["x" * 201, "a/" + "x" * 201, "/".join(["x" * 100] * 4)])
-def test_a_name_that_no_folder_can_have_is_refused_with_the_limit(name):
+@pytest.mark.parametrize("name", ["x" * 151, "a/" + "x" * 149, "x" * 300])
+def test_a_recipe_cannot_give_a_name_that_leaves_no_room_for_what_is_added_to_it(name):
     with pytest.raises(
-        SettingsError, match=rf"bad name .*: it has {len(name)} characters; expected at most 400, and 200"
+        SettingsError, match=rf"bad name .*: it has {len(name)} characters, expected at most 150: a folder's"
     ):
-        check_name(name)
-    assert check_name("x" * 200 + "/" + "y" * 199)
+        check_new_name(name)
+    assert check_new_name(name[:150]) == name[:150]
+
+
+def test_a_table_has_a_name_that_a_folder_can_have():
+    assert check_name("x" * 255 + "/" + "y" * 255)
+    assert not is_name("x" * 256)
+    with pytest.raises(
+        SettingsError, match=r"bad name a/x+…: a part of it has more than the 255 characters that a folder's"
+    ):
+        check_name("a/" + "x" * 256)
 
 
 def test_a_version_is_split_off():
