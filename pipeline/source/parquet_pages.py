@@ -5,7 +5,6 @@ pages stand in front of them, in Thrift's compact protocol, of which this reads 
 """
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -13,7 +12,7 @@ from typing import BinaryIO
 import pyarrow.parquet as pq
 
 _HEADER_BYTES = (1 << 14, 64 << 20)
-"""How much is read for a header: usually a few bytes, but some writers put the smallest and the largest text of a page there."""
+"""How much is read for a header: usually a few bytes, but some writers put the smallest and largest text of a page there."""
 _KIND, _DECOMPRESSED, _COMPRESSED = 1, 2, 3
 """Fields of a page header. A fourth, a checksum, may be negative."""
 _DICTIONARY_PAGE = 2
@@ -72,9 +71,13 @@ def _header(file: BinaryIO, position: int) -> tuple[dict[int, int], int]:
     for num_bytes in _HEADER_BYTES:
         file.seek(position)
         header = _Thrift(file.read(num_bytes))
-        with suppress(EOFError):
+        try:
             return header.integers(), header.position
-    raise ValueError(f"the page header at byte {position} does not end")
+        except EOFError:
+            continue
+        except RecursionError:
+            break
+    raise ValueError(f"no page header at byte {position}")
 
 
 class _Thrift:
@@ -117,8 +120,9 @@ class _Thrift:
         elif kind in _LISTS:
             first = self._byte()
             num_items = first >> 4 if first >> 4 < 15 else self._varint()
+            item_kind = first & 0x0F
             for _ in range(num_items):
-                self._skip(first & 0x0F)
+                self._skip(3 if item_kind in _BOOLEANS else item_kind)  # in a list, a boolean is a byte
         elif kind == _STRUCT:
             self.integers()
         else:
