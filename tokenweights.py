@@ -22,12 +22,12 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from train.run import build_parser as build_train_parser
 from weights_store.commands import add_commands, add_store_option
 from weights_store.errors import InputError, MissingExtraError, TokenweightsError
-from weights_store.messages import first_line
+from weights_store.messages import first_line, hide_credentials
 from weights_store.packages import how_to_install, missing_package, package_versions
 from weights_store.process import run_main
 
@@ -79,9 +79,17 @@ def needs_extra(extra: str) -> Iterator[None]:
 # --- options -----------------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors do not repeat credentials, such as those of a store's URI in the wrong place."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error, and exit with code 2."""
+        super().error(hide_credentials(message))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; nothing heavy is imported."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="tokenweights",
         description="Precomputed token weights for DPO: score once, weigh many times, train many times.",
     )

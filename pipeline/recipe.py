@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.section import Section
 from pipeline.weighing.section import MODELS, AnyWeights, WeightsSection
 from train.model.sampling import AnchorSampling
-from weights_store.names import check_name
+from weights_store.names import check_new_name
 from weights_store.settings import apply_overrides, load_toml, parse_settings
 
 Dtype = Annotated[
@@ -61,7 +61,7 @@ class DatasetSection(Section):
     def _name_is_safe(cls, name: str) -> str:
         if "/" in name:
             raise ValueError("a dataset name has one part, without '/'")
-        return check_name(name)
+        return check_new_name(name)
 
     @field_validator("transcript", mode="before")
     @classmethod

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from weights_store.errors import SettingsError, StoreError
+from weights_store.messages import hide_credentials
 
 _SCHEMES = ("s3", "gs", "abfs", "abfss")
 _KNOWN = ", ".join(f"{name}://…" for name in _SCHEMES)
@@ -35,7 +36,12 @@ _ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _XML_ERROR = re.compile(r"(?:<\?xml[^>]*\?>)?\s*<Error>.*?</Error>", re.DOTALL)
 _BACKTRACE = re.compile(r"\n\s+0: .*", re.DOTALL)
-_USER = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*@")
+_UNSAFE = re.compile(r"[\\\x00-\x1f\x7f]")
+"""Characters in a folder that deltalake takes for another one or refuses: the backslash, and control characters."""
+_MAX_PART_BYTES = 255
+"""Of a folder's name, on the usual file systems."""
+_MAX_PATH_BYTES = 3000
+"""Of a store's folder: a path has at most 4,096 bytes, and tables and their files need their part."""
 _SECRET_NAME = re.compile(r"(AWS|AZURE|GOOGLE|GCS)_.*(KEY|SECRET|TOKEN|PASSWORD)")
 _LISTING_TRIES = 3
 PROBE_S = 4
@@ -266,7 +272,7 @@ def one_line(error: BaseException) -> str:
     text = _BACKTRACE.sub("", _ANSI.sub("", str(error))).replace("↳", " ")
     # Of a server's reply only the code and the message: the rest may quote the key, the request and the session token.
     text = _XML_ERROR.sub(lambda reply: ": ".join(re.findall(r"<(?:Code|Message)>(.*?)</", reply[0], re.DOTALL)), text)
-    text = _USER.sub("***@", text)
+    text = hide_credentials(text)
     for name, value in os.environ.items():
         if len(value) >= 6 and _SECRET_NAME.fullmatch(name):
             text = text.replace(value, "***")
@@ -292,12 +298,39 @@ def _local_path(uri: str) -> str:
         raise SettingsError("store URI is empty; expected a folder or a URI")
     if uri.startswith("file://") and not uri.startswith("file:///"):
         raise SettingsError("a file:// URI of a store names a host: expected file:///absolute/path")
-    if "\0" in unquote(uri):
-        raise SettingsError("bad store URI: it has a zero byte, which no path can have")
     text = unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
+    if hide_credentials(text) != text:
+        raise SettingsError(
+            f"a store cannot be at …:…@…: expected a folder without a ':' before an '@', or one of {_KNOWN}"
+        )
+    if "\0" in text:
+        raise SettingsError("bad store URI: it has a zero byte, which no path can have")
+    if _UNSAFE.search(text):
+        raise SettingsError(
+            f"bad folder {text!r}: deltalake cannot read a table below a backslash or a control character"
+        )
     if _ESCAPE.search(text):
         raise SettingsError(f"bad folder {text!r}: deltalake takes a % before two hex digits for another character")
-    return str(Path(text).expanduser() if text == "~" or text.startswith("~/") else Path(text))
+    path = Path(text).expanduser() if text == "~" or text.startswith("~/") else Path(text)
+    _check_lengths(path)
+    return str(path)
+
+
+def _check_lengths(path: Path) -> None:
+    """Refuse a folder that no file system can make, or below which no table would fit."""
+    try:
+        parts = [len(part.encode()) for part in path.parts]
+    except UnicodeEncodeError:
+        raise SettingsError(f"bad folder {str(path)!r}: its name is not UTF-8") from None
+    if max(parts, default=0) > _MAX_PART_BYTES:
+        raise SettingsError(
+            f"bad folder {str(path)[:40]}…: a part of its path has {max(parts)} bytes, file systems take {_MAX_PART_BYTES}"
+        )
+    num_bytes = len(str(path.absolute()).encode("utf-8", "surrogateescape"))
+    if num_bytes > _MAX_PATH_BYTES:
+        raise SettingsError(
+            f"bad folder {str(path)[:40]}…: its path has {num_bytes:,} bytes, limit {_MAX_PATH_BYTES:,}; give a shorter one"
+        )
 
 
 def _check_remote(scheme: str, rest: str) -> None:

@@ -11,6 +11,7 @@ Every module logs through `logger(__name__)`, below the one logger `tokenweights
 import errno
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -80,6 +81,14 @@ def progress_of(record: logging.LogRecord) -> Progress | None:
 def first_line(error: BaseException | str) -> str:
     """Return the first line of an error's message, or the name of its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+_CREDENTIALS = re.compile(r"[^\s/'\"@:]+:(?!/)[^\s'\"@]+@")
+
+
+def hide_credentials(text: str) -> str:
+    """Return a text in which nothing reads `user:secret@`: errors quote what a user has typed, also as a name or a path."""
+    return _CREDENTIALS.sub("***@", text)
 
 
 _MAKE_ROOM = "make room and run again"

@@ -4,12 +4,15 @@ import re
 
 from weights_store.errors import SettingsError
 
+_MAX_NAME, _MAX_PART = 150, 255
+"""Characters of the name that a recipe gives, and of a part of a table's path, which file systems limit. The difference is for
+what tables, models and reports add to a name."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*")
 
 
 def is_name(text: str) -> bool:
     """Return whether `text` may name a dataset: lower-case parts of letters, digits, `.`, `_`, `-`, joined by `/`."""
-    return bool(_NAME.fullmatch(text)) and ".." not in text
+    return bool(_NAME.fullmatch(text)) and ".." not in text and max(map(len, text.split("/"))) <= _MAX_PART
 
 
 def check_name(name: str) -> str:
@@ -18,12 +21,30 @@ def check_name(name: str) -> str:
     Raises:
         SettingsError: It may not.
     """
+    if max(map(len, name.split("/"))) > _MAX_PART:
+        raise SettingsError(
+            f"bad name {name[:40]}…: a part of it has more than the {_MAX_PART} characters that a folder's name can have"
+        )
     if not is_name(name):
         raise SettingsError(
             f"bad name {name!r}: expected lower-case letters, digits, '.', '_', '-', with '/' between parts, "
             "for example hh-harmless/tis-dpo"
         )
     return name
+
+
+def check_new_name(name: str) -> str:
+    """Return `name` if a recipe may give it to a dataset that is to be built.
+
+    Raises:
+        SettingsError: It may not.
+    """
+    if len(name) > _MAX_NAME:
+        raise SettingsError(
+            f"bad name {name[:40]}…: it has {len(name):,} characters, expected at most {_MAX_NAME}: a folder's name has "
+            f"at most {_MAX_PART}, and tables, models and reports add to it; give a shorter one"
+        )
+    return check_name(name)
 
 
 def split_name(text: str) -> tuple[str, int | None]:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 
 from weights_store.errors import EXIT_CODES, TokenweightsError
-from weights_store.messages import describe_os_error, send_to_parent, show_on_terminal
+from weights_store.messages import describe_os_error, hide_credentials, send_to_parent, show_on_terminal
 
 CHILD = "TOKENWEIGHTS_CHILD"
 """Environment variable of a process that a build has started."""
@@ -47,7 +47,7 @@ def run_main(main: Callable[[], int | None], *, debug: bool = False, after_inter
             if debug:
                 raise
             text = describe_os_error(error) if isinstance(error, OSError) else " ".join(str(error).split())
-            print(f"error: {text}", file=sys.stderr, flush=True)
+            print(f"error: {hide_credentials(text)}", file=sys.stderr, flush=True)
             return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
         except KeyboardInterrupt:
             print(after_interrupt, file=sys.stderr, flush=True)

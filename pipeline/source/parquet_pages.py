@@ -11,7 +11,8 @@ from typing import BinaryIO
 
 import pyarrow.parquet as pq
 
-_HEADER_BYTES = 1 << 16
+_HEADER_BYTES = (1 << 14, 64 << 20)
+"""How much is read for a header: usually a few bytes, but some writers put the smallest and largest text of a page there."""
 _KIND, _DECOMPRESSED, _COMPRESSED = 1, 2, 3
 """Fields of a page header. A fourth, a checksum, may be negative."""
 _DICTIONARY_PAGE = 2
@@ -58,13 +59,25 @@ def _pages(file: BinaryIO, chunk: pq.ColumnChunkMetaData) -> Iterator[tuple[int,
     position = min(start for start in starts if start is not None and start > 0)
     end = position + chunk.total_compressed_size
     while position < end:
-        file.seek(position)
-        header = _Thrift(file.read(_HEADER_BYTES))
-        fields = header.integers()
+        fields, num_bytes = _header(file, position)
         if not {_KIND, _DECOMPRESSED, _COMPRESSED} <= fields.keys() or fields[_COMPRESSED] < 0:
             raise ValueError(f"no page header at byte {position}")
         yield fields[_KIND], fields[_DECOMPRESSED]
-        position += header.position + fields[_COMPRESSED]
+        position += num_bytes + fields[_COMPRESSED]
+
+
+def _header(file: BinaryIO, position: int) -> tuple[dict[int, int], int]:
+    """Return the integers of a page header by their field, and its length."""
+    for num_bytes in _HEADER_BYTES:
+        file.seek(position)
+        header = _Thrift(file.read(num_bytes))
+        try:
+            return header.integers(), header.position
+        except EOFError:
+            continue
+        except RecursionError:
+            break
+    raise ValueError(f"no page header at byte {position}")
 
 
 class _Thrift:
@@ -78,7 +91,8 @@ class _Thrift:
         """Return the integers of the struct by their field; what else it has is skipped.
 
         Raises:
-            ValueError: The data is no such struct, or ends before it does.
+            ValueError: The data is no such struct.
+            EOFError: It ends before the struct does.
         """
         found: dict[int, int] = {}
         field = 0
@@ -106,8 +120,9 @@ class _Thrift:
         elif kind in _LISTS:
             first = self._byte()
             num_items = first >> 4 if first >> 4 < 15 else self._varint()
+            item_kind = first & 0x0F
             for _ in range(num_items):
-                self._skip(first & 0x0F)
+                self._skip(3 if item_kind in _BOOLEANS else item_kind)  # in a list, a boolean is a byte
         elif kind == _STRUCT:
             self.integers()
         else:
@@ -115,7 +130,7 @@ class _Thrift:
 
     def _byte(self) -> int:
         if self.position >= len(self._data):
-            raise ValueError("a page header ends too early")
+            raise EOFError("the data ends before the header does")
         self.position += 1
         return self._data[self.position - 1]
 

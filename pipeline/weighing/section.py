@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, create_model, field
 from pipeline.section import Section
 from pipeline.weighing.estimators import ESTIMATORS, DecayGamma, Estimator, Input
 from pipeline.weighing.transforms import TRANSFORM_SETTINGS, TransformName
-from weights_store.names import check_name
+from weights_store.names import check_new_name
 
 Name = TypeVar("Name", bound=str)
 
@@ -55,7 +55,7 @@ class WeightsSection(Section):
     def _name_is_safe(cls, name: str) -> str:
         if name.count("/") != 1:  # one depth for all, so that no table lies inside another
             raise ValueError("a weight dataset's name has two parts, for example hh-harmless/tis-dpo")
-        return check_name(name)
+        return check_new_name(name)
 
     @field_validator("smooth_window")
     @classmethod

@@ -54,6 +54,12 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     ("uri", "text"),
     [
         ("", "store URI is empty; expected a folder or a URI"),
+        ("data\\store", r"bad folder 'data\\store': deltalake cannot read a table below a backslash"),
+        ("/data/a\nb", r"bad folder '/data/a\nb': deltalake cannot read a table below a backslash or a control char"),
+        ("/data/a\x7f", r"bad folder '/data/a\x7f': deltalake cannot read a table below"),
+        ("/data/\udc80", r"bad folder '/data/\udc80': its name is not UTF-8"),
+        ("/data/" + "é" * 128, "a part of its path has 256 bytes, file systems take 255"),
+        ("/data" + "/abcdefghi" * 300, "its path has 3,005 bytes, limit 3,000; give a shorter one"),
         ("data\0store", "it has a zero byte, which no path can have"),  # pyarrow would end the process
         ("file:///data%00store", "it has a zero byte, which no path can have"),
         ("https://host/x", "a store cannot be at https://…: expected a folder, file:///… or one of s3://…"),
@@ -130,6 +136,28 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(uri):
     with pytest.raises(
         SettingsError, match="URI carries credentials or options; give them as environment variables"
     ) as caught:
+        Location(uri)
+    assert "hunter2" not in str(caught.value)
+    assert "AKIDINURI" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3:/AKIDINURI:hunter2hunter2@b",
+        "s3:AKIDINURI:hunter2hunter2@b",
+        "S3://AKIDINURI:hunter2hunter2@b",
+        "file://AKIDINURI:hunter2hunter2@host/x",
+        "file:///AKIDINURI:hunter2hunter2@host/x",
+        "https://AKIDINURI:hunter2hunter2@host/x",
+        "AKIDINURI:hunter2hunter2@b",
+        "//AKIDINURI:hunter2/hunter2@b/x",
+        "/data/AKIDINURI:hunter2hunter2@b",
+        " s3:/ AKIDINURI:hunter2hunter2@b",
+    ],
+)
+def test_what_reads_like_credentials_is_no_folder_and_not_repeated(uri):
+    with pytest.raises(SettingsError, match="a store cannot be at|names a host") as caught:
         Location(uri)
     assert "hunter2" not in str(caught.value)
     assert "AKIDINURI" not in str(caught.value)

@@ -3,7 +3,16 @@
 import pytest
 
 from weights_store.errors import SettingsError
-from weights_store.names import check_name, name_of, quarantine_path, split_name, tokens_path, weights_path
+from weights_store.names import (
+    check_name,
+    check_new_name,
+    is_name,
+    name_of,
+    quarantine_path,
+    split_name,
+    tokens_path,
+    weights_path,
+)
 
 
 @pytest.mark.parametrize("name", ["hh", "hh-harmless/tis-dpo", "a.b_c/0/d"])
@@ -15,6 +24,24 @@ def test_good_names_come_back(name):
 def test_bad_names_are_refused(name):
     with pytest.raises(SettingsError, match=r"bad name .*: expected lower-case letters"):
         check_name(name)
+
+
+@pytest.mark.parametrize("name", ["x" * 151, "a/" + "x" * 149, "x" * 300])
+def test_a_recipe_cannot_give_a_name_that_leaves_no_room_for_what_is_added_to_it(name):
+    with pytest.raises(
+        SettingsError, match=rf"bad name .*: it has {len(name)} characters, expected at most 150: a folder's"
+    ):
+        check_new_name(name)
+    assert check_new_name(name[:150]) == name[:150]
+
+
+def test_a_table_has_a_name_that_a_folder_can_have():
+    assert check_name("x" * 255 + "/" + "y" * 255)
+    assert not is_name("x" * 256)
+    with pytest.raises(
+        SettingsError, match=r"bad name a/x+…: a part of it has more than the 255 characters that a folder's"
+    ):
+        check_name("a/" + "x" * 256)
 
 
 def test_a_version_is_split_off():

@@ -167,6 +167,14 @@ def test_the_largest_page_of_a_column_is_as_large_as_its_longest_text(tmp_path, 
     assert 300_000 <= size.largest_page_bytes <= size.num_bytes <= group.column(1).total_uncompressed_size
 
 
+def test_a_page_header_with_long_statistics_is_read_to_its_end(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"chosen": ["x" * 2000, "y" * 3000]}), tmp_path / "a.parquet", use_dictionary=False)
+    group = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0)
+    (size,) = column_sizes(tmp_path / "a.parquet", group, ["chosen"])
+    monkeypatch.setattr("pipeline.source.parquet_pages._HEADER_BYTES", (8, 1 << 20))
+    assert list(column_sizes(tmp_path / "a.parquet", group, ["chosen"])) == [size]
+
+
 def test_a_text_that_many_rows_share_is_read_a_few_rows_at_a_time(tmp_path):
     # 64 MiB of texts at a time: 16 rows of 4 MiB each, though the file has 40 KB.
     write_parquet(tmp_path / "a.parquet", [row(number, "x" * (4 << 20)) for number in range(40)], compression="zstd")
