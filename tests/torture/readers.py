@@ -7,7 +7,7 @@ publish, leave new files behind; `damage_trials.py` removes them.
 import contextlib
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,20 +38,21 @@ _PUBLISHED = ("toy/tis", "toy/ti", "toy/uniform")
 
 
 class RefusedError(TokenweightsError):
-    """A command ended with exit code 1 and one line."""
+    """A command ended with exit code 1 and one line, or a file is not there."""
 
 
 @dataclass(frozen=True)
 class Place:
     """Where a damage is: the table, None outside of tables; `scratch` is an empty folder for a reader's own files.
 
-    `rows` are the newest rows of every table before any damage.
+    `rows` are the newest rows of every table before any damage, `files` the paths of all files.
     """
 
     made: SoundStore
     path: str | None
     scratch: Path
     rows: Mapping[str, pa.Table]
+    files: Collection[str]
 
     @property
     def weights(self) -> list[str]:
@@ -227,10 +228,11 @@ def _contrast(place: Place) -> object:
 
 
 def _open_files(place: Place) -> object:
-    """What people and other programs see who open the files of models and reports."""
-    root = Path(place.made.uri)
-    paths = [path for name in ("models", "reports") for path in sorted((root / name).rglob("*")) if path.is_file()]
-    return {str(path.relative_to(root)): path.read_bytes() for path in paths}
+    """What people and other programs see who open the files of models and reports; a missing one hides from nobody."""
+    paths = {name: Path(place.made.uri, name) for name in place.files if name.startswith(("models/", "reports/"))}
+    if missing := [name for name, path in paths.items() if not path.exists()]:
+        raise RefusedError(f"no file {missing[0]}")
+    return {name: path.read_bytes() for name, path in paths.items()}
 
 
 @dataclass(frozen=True)
