@@ -101,10 +101,11 @@ def kill_one_writer(work: Work) -> Counts:
 
     counts = Counts()
     for number, root, draw in work.rounds(counts):
-        num_versions, loss, was_killed = 0, Loss(), True
+        num_versions, loss, was_killed, longest_s = 0, Loss(), True, 0.2
         while was_killed:
             child = work.server.start_and_wait(work_off, root)
-            time.sleep(draw.uniform(0.0, 0.2))
+            time.sleep(draw.uniform(0.0, longest_s))
+            longest_s *= 1.1  # on a busy machine, too, the plan comes to its end
             was_killed = end(child, kill=True)
             counts.kills += was_killed
             more, num_versions = loss_of_plan(root, num_versions, is_over=not was_killed)
