@@ -131,7 +131,7 @@ class DamageTrials:
     def _read(self, reader: Reader, table: str | None) -> object:
         self._scratch.mkdir()
         try:
-            return reader.read(Place(self.made, table, self._scratch, self._rows))
+            return reader.read(Place(self.made, table, self._scratch, self._rows, self._files.keys()))
         finally:
             shutil.rmtree(self._scratch)
 

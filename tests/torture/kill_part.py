@@ -101,10 +101,11 @@ def kill_one_writer(work: Work) -> Counts:
 
     counts = Counts()
     for number, root, draw in work.rounds(counts):
-        num_versions, loss, was_killed = 0, Loss(), True
+        num_versions, loss, was_killed, longest_s = 0, Loss(), True, 0.2
         while was_killed:
             child = work.server.start_and_wait(work_off, root)
-            time.sleep(draw.uniform(0.0, 0.2))
+            time.sleep(draw.uniform(0.0, longest_s))
+            longest_s *= 1.1  # on a busy machine, too, the plan comes to its end
             was_killed = end(child, kill=True)
             counts.kills += was_killed
             more, num_versions = loss_of_plan(root, num_versions, is_over=not was_killed)
@@ -154,28 +155,37 @@ def kill_commands(work: Work) -> Counts:
     from tests.torture.made_up_build import loss_of_build, make_model, make_pairs, rows_of
 
     recipe = orphans.write_recipe(work.folder, make_model(work.folder / "model"), make_pairs(40))
-
-    def finish(root: Path) -> float:
-        started = time.monotonic()
-        command = ["build", str(recipe), "--store", str(root / "store")]
-        code = orphans.start(command, f"end-{root.name}-{os.getpid()}", root).wait(_PATIENCE_S)
-        assert code == 0, (root / "log").read_text(errors="replace")[-2000:]
-        return time.monotonic() - started
-
-    whole_s, counts = finish(work.folder / "undisturbed"), Counts()
+    whole_s, counts = _run_command(recipe, work.folder / "undisturbed"), Counts()
     expected = rows_of(work.folder / "undisturbed" / "store")
     for number, root, draw in work.rounds(counts):
         for kind in draw.sample(list(orphans.KILLS), len(orphans.KILLS)):
             after_s = draw.uniform(0.2, 1.2 * whole_s)
-            left = orphans.kill_build(recipe, root, kind, after_s)
+            try:
+                left = orphans.kill_build(recipe, root, kind, after_s)
+            finally:  # if this very process is ended meanwhile
+                orphans.kill_marked(f"{root.name}-{os.getpid()}")
             counts.kills += 1
             counts.orphans += len(left.processes) + len(left.files)
             if left:
                 counts.problems.append((number, f"{kind} after {after_s:.1f} s left {left}"))
             shutil.rmtree(root / "tmp")
-        finish(root)
+        _run_command(recipe, root)
         counts.add(number, loss_of_build(root / "store", expected), root / "store")
     return counts
+
+
+def _run_command(recipe: Path, folder: Path) -> float:
+    """Run a build to its end and return how long it took, in seconds."""
+    from tests.torture import orphans
+
+    started, mark = time.monotonic(), f"end-{folder.name}-{os.getpid()}"
+    build = orphans.start(["build", str(recipe), "--store", str(folder / "store")], mark, folder)
+    try:
+        code = build.wait(_PATIENCE_S)
+    finally:
+        orphans.kill_marked(mark)  # nothing where it has ended by itself
+    assert code == 0, (folder / "log").read_text(errors="replace")[-2000:]
+    return time.monotonic() - started
 
 
 def build_concurrently(work: Work) -> Counts:

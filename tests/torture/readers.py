@@ -7,7 +7,7 @@ publish, leave new files behind; `damage_trials.py` removes them.
 import contextlib
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import polars as pl
 import pyarrow as pa
 
 import tokenweights
+from pipeline.dry_run.plan import plan
 from pipeline.stages.contrast import contrast
+from pipeline.stages.prepare import prepare
 from pipeline.stages.publish import Ingredients, Published, publish
 from pipeline.stages.report import report_file, write_report
 from pipeline.workers.missing import missing_pairs, pairs_of
@@ -29,6 +31,7 @@ from weights_store import Table, TableVersion
 from weights_store.catalog import list_tables
 from weights_store.checks.vacuum import vacuum
 from weights_store.errors import TokenweightsError
+from weights_store.names import quarantine_path
 from weights_store.tables.compaction import optimize
 
 TABLES = ("tokens", "logps", "attributions", "anchors", "quarantine", "weights")
@@ -38,20 +41,21 @@ _PUBLISHED = ("toy/tis", "toy/ti", "toy/uniform")
 
 
 class RefusedError(TokenweightsError):
-    """A command ended with exit code 1 and one line."""
+    """A command ended with exit code 1 and one line, or a file is not there."""
 
 
 @dataclass(frozen=True)
 class Place:
     """Where a damage is: the table, None outside of tables; `scratch` is an empty folder for a reader's own files.
 
-    `rows` are the newest rows of every table before any damage.
+    `rows` are the newest rows of every table before any damage, `files` the paths of all files.
     """
 
     made: SoundStore
     path: str | None
     scratch: Path
     rows: Mapping[str, pa.Table]
+    files: Collection[str]
 
     @property
     def weights(self) -> list[str]:
@@ -59,6 +63,12 @@ class Place:
         if self.path is not None and self.path.startswith("weights/"):
             return [self.path.removeprefix("weights/")]
         return list(_PUBLISHED[:2])
+
+    @property
+    def build(self) -> str:
+        """A weight dataset whose build reads the damaged table."""
+        of_ti = ("attributions", "anchors", "weights/toy/ti")
+        return "toy/ti" if self.path is not None and self.path.startswith(of_ti) else "toy/tis"
 
     @property
     def table(self) -> Table:
@@ -108,9 +118,8 @@ def _published(place: Place, name: str, new_name: str) -> object:
     section = recipe.uniform if name == "toy/uniform" else recipe.weights
     section = section.model_copy(update={"name": new_name})
     published = publish(recipe, section, Ingredients(**parents))
-    rows = place.made.store.table(published.weights.table).batches(published.weights.version)
-    frames = [pl.DataFrame(pl.from_arrow(part)) for part in rows]
-    return published.weights.fingerprint, published.is_new, published.statistics, pl.concat(frames).sort("pair_id")
+    rows = _rows_of(place.made.store.table(published.weights.table), published.weights)
+    return published.weights.fingerprint, published.is_new, published.statistics, rows
 
 
 def _fill(place: Place) -> object:
@@ -130,6 +139,22 @@ def _fill(place: Place) -> object:
 
 def _is_quarantine(place: Place) -> bool:
     return place.path is not None and place.path.startswith("quarantine/")
+
+
+def _prepare(place: Place) -> object:
+    """A build of the last source and one of the source before; the pairs of both are there."""
+    builds = [place.made.recipe("toy/tis", build) for build in (2, 1)]
+    prepared = [prepare(recipe, place.made.model) for recipe in builds]
+    tables = [
+        place.made.store.table(path) for path in (prepared[0].tokens.table, quarantine_path(prepared[0].tokens.table))
+    ]
+    counts = [(made.num_source_rows, made.num_pairs, made.quarantined, made.num_new_pairs) for made in prepared]
+    return counts, [pl.concat(_frames(table, None)).sort(table.key) for table in tables]
+
+
+def _plan(place: Place) -> object:
+    """What a build would do."""
+    return [vars(stage) for stage in plan(place.made.recipe(place.build))]
 
 
 def _diff(place: Place) -> object:
@@ -152,9 +177,7 @@ def _export(place: Place) -> object:
 
 
 def _lineage(place: Place) -> object:
-    made_from = ("attributions", "anchors", "weights/toy/ti")
-    name = "toy/ti" if place.path is not None and place.path.startswith(made_from) else "toy/tis"
-    return place.made.store.lineage(name)
+    return place.made.store.lineage(place.build)
 
 
 def _list(place: Place) -> object:
@@ -209,8 +232,11 @@ def _optimize(place: Place) -> object:
 
 
 def _rows_of(table: Table, reference: TableVersion) -> pl.DataFrame:
-    rows = [pl.DataFrame(pl.from_arrow(part)) for part in table.batches(reference.version)]
-    return pl.concat(rows).sort(table.key)
+    return pl.concat(_frames(table, reference.version)).sort(table.key)
+
+
+def _frames(table: Table, version: int | None) -> list[pl.DataFrame]:
+    return [pl.DataFrame(pl.from_arrow(part)) for part in table.batches(version)]
 
 
 def _vacuum(place: Place) -> object:
@@ -227,10 +253,11 @@ def _contrast(place: Place) -> object:
 
 
 def _open_files(place: Place) -> object:
-    """What people and other programs see who open the files of models and reports."""
-    root = Path(place.made.uri)
-    paths = [path for name in ("models", "reports") for path in sorted((root / name).rglob("*")) if path.is_file()]
-    return {str(path.relative_to(root)): path.read_bytes() for path in paths}
+    """What people and other programs see who open the files of models and reports; a missing one hides from nobody."""
+    paths = {name: Path(place.made.uri, name) for name in place.files if name.startswith(("models/", "reports/"))}
+    if missing := [name for name, path in paths.items() if not path.exists()]:
+        raise RefusedError(f"no file {missing[0]}")
+    return {name: path.read_bytes() for name, path in paths.items()}
 
 
 @dataclass(frozen=True)
@@ -248,6 +275,8 @@ READERS = [
     Reader("train", _train, ("weights",)),
     Reader("publish", _publish, TABLES),
     Reader("publish on top", _publish_on_top, TABLES),
+    Reader("prepare", _prepare, ("tokens", "quarantine")),
+    Reader("plan", _plan, (*TABLES, "models")),
     Reader("workers", _fill, ("tokens", "logps", "attributions", "anchors", "quarantine")),
     Reader("append", _append, TABLES),
     Reader("optimize", _optimize, TABLES),

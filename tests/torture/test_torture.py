@@ -57,7 +57,7 @@ def test_a_damaged_file_is_found_or_has_no_effect_on_any_reader(tmp_path):
 def test_kills_at_random_moments_lose_double_and_mix_nothing(tmp_path, monkeypatch):
     # The fork server finds `tests` in the current folder, which flows keep off the path of every process they start.
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
-    amounts = {"one writer": 30, "three writers": 18, "stages": 8, "concurrent builds": 3}
+    amounts = {"one writer": 20, "three writers": 9, "stages": 4, "concurrent builds": 3}
     result = run_kills(amounts, SEED, tmp_path)
     print("\n".join(result.table))
     assert not result.failures, _told(result)
