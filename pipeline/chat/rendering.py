@@ -88,7 +88,7 @@ class PairRenderer:
         Raises:
             Unusable: The template refuses the chat, or would leave out or change a part of it.
         """
-        prompt, *whole = map(self._template.text_of, self._rendered.texts)
+        prompt, *whole = map(self._template.text_of, self._rendered.texts[: 1 + len(SIDES)])
         self._check_texts(self._messages, prompt, "prompt")
         for side, text, response in zip(SIDES, whole, self._responses, strict=True):
             self._check_texts(response, text, side)
@@ -111,7 +111,11 @@ class PairRenderer:
         is_plain_chat = not self._tools and all(
             is_plain(message) for messages in turns.values() for message in messages
         )
-        whole = [(("prompt", side), False) for side in SIDES] if any(self._responses) else []
+        whole: list[tuple[tuple[str, ...], bool]] = (
+            [(("prompt", side), False) for side in SIDES] if any(self._responses) else []
+        )
+        if whole and self._template.needs_alone:
+            whole.append((("prompt",), False))
         return self._template.job(turns, [(("prompt",), True), *whole], self._tools, self._arguments, not is_plain_chat)
 
     @cached_property
@@ -139,7 +143,9 @@ class PairRenderer:
         """
         cut = self._controls.num_common(prompt, *bodies)
         cut = min(cut, *(start for start in starts if start is not None), cut)
-        alone = self._render(self._messages)
+        self._template.needs_alone = True
+        _, _, _, *last = self._rendered.texts
+        alone = self._template.text_of(last[0]) if last else self._render(self._messages)
         if cut < len(prompt[: self._controls.num_common(prompt, alone)].rstrip()):
             detail = "the chat with the response does not begin with the rendered prompt"
             raise Unusable(Reason.TEMPLATE_MISMATCH, detail)

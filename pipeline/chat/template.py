@@ -83,6 +83,8 @@ class ChatTemplate:
         self.name = name
         self._date = None if date is None else date.isoformat()
         self._num_broken_limits = 0
+        self.needs_alone = False
+        """Whether chats are also rendered without a generation prompt, because responses have not begun with that."""
         self.known_shapes: set[tuple[object, ...]] = set()
         """Chats, as roles, of which every text is printed."""
         if date is None and (prints_date(template) or prints_date(tool_template)):
