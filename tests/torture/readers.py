@@ -177,7 +177,11 @@ def _export(place: Place) -> object:
 
 
 def _lineage(place: Place) -> object:
-    return place.made.store.lineage(place.build)
+    found = place.made.store.lineage(place.build)
+    gone = found.filter(pl.col("kind") != "source", pl.col("created").is_null())
+    if gone.height:  # which is how a lineage says so
+        raise RefusedError(f"{gone['name'][0]} is no longer in the store")
+    return found
 
 
 def _list(place: Place) -> object:
