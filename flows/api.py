@@ -86,7 +86,19 @@ def server_of_run() -> Iterator[bool]:
             running_server(command, url, log, environment, [listening.fileno()]),
             temporary_settings({PREFECT_API_URL: url}),
         ):
-            yield True
+            try:
+                yield True
+            finally:
+                _deliver()
+
+
+def _deliver() -> None:
+    """Send the logs and events that wait: without a server, Prefect would try again for a minute before this process ends."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (APILogWorker, EventsWorker):
+        worker.drain_all(timeout=_STOP_S)
 
 
 @contextmanager

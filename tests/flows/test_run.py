@@ -114,3 +114,23 @@ def _wait_until(is_so, process, log, timeout_s=120):
         assert process is None or process.poll() is None, log.read_text(errors="replace")[-3000:]
         assert time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
         time.sleep(0.2)
+
+
+_LOGGING_RUN = """
+from prefect import flow, get_run_logger
+from flows.api import server_of_run
+with server_of_run():
+    flow(lambda: get_run_logger().info("done"), name="logging")()
+"""
+
+
+@pytest.mark.slow
+def test_a_server_stops_only_when_it_has_the_logs(tmp_path):
+    """Otherwise Prefect tries for a minute to reach a server that is gone, and prints an error for each log."""
+    environment = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
+    environment |= {"PREFECT_HOME": str(tmp_path / "prefect")}
+    done = subprocess.run(
+        [sys.executable, "-c", _LOGGING_RUN], cwd=REPO, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Error logging to API" not in done.stderr
