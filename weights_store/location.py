@@ -35,6 +35,7 @@ _ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _XML_ERROR = re.compile(r"(?:<\?xml[^>]*\?>)?\s*<Error>.*?</Error>", re.DOTALL)
 _BACKTRACE = re.compile(r"\n\s+0: .*", re.DOTALL)
+_LOG_PATHS = re.compile(r": ParsedLogPath \{.*\}", re.DOTALL)
 _USER = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*@")
 _SECRET_NAME = re.compile(r"(AWS|AZURE|GOOGLE|GCS)_.*(KEY|SECRET|TOKEN|PASSWORD)")
 _LISTING_TRIES = 3
@@ -165,7 +166,8 @@ class Location:
         """
         if not self.is_local:
             return None
-        stat = (self.path / name).stat()
+        with self._reading():
+            stat = (self.path / name).stat()
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
     def files(self) -> dict[str, pafs.FileInfo]:
@@ -263,7 +265,7 @@ def one_line(error: BaseException) -> str:
 
     For errors of storage libraries, which may quote keys. `messages.first_line` is for all others.
     """
-    text = _BACKTRACE.sub("", _ANSI.sub("", str(error))).replace("↳", " ")
+    text = _LOG_PATHS.sub("", _BACKTRACE.sub("", _ANSI.sub("", str(error)))).replace("↳", " ")
     # Of a server's reply only the code and the message: the rest may quote the key, the request and the session token.
     text = _XML_ERROR.sub(lambda reply: ": ".join(re.findall(r"<(?:Code|Message)>(.*?)</", reply[0], re.DOTALL)), text)
     text = _USER.sub("***@", text)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from weights_store.checks.findings import Finding
-from weights_store.checks.log import TableLog
+from weights_store.checks.log import TableLog, list_log
 from weights_store.errors import DamageError, StoreError
 from weights_store.location import one_line
 from weights_store.messages import Progress, logger, show
@@ -137,6 +137,8 @@ def check_summaries(log: TableLog) -> Iterator[Finding]:
     try:
         hint = json.loads(log.table.location.read(f"_delta_log/{LAST_CHECKPOINT}"))
         found = hint["version"]
+        if found not in log.checkpoints:  # a writer may have made it since the log was read
+            log.checkpoints.update(list_log(log.table)[1])
         is_right = found in log.checkpoints and all(type(hint[key]) is int for key in ("version", "size"))
     except FileNotFoundError:
         return
@@ -155,7 +157,9 @@ def _problem_of_checkpoint(log: TableLog, version: int, name: str) -> str | None
         named = [add["path"] for add in rows["add"].to_pylist() if add is not None]
     except (*_UNDECODABLE, StoreError) as error:
         return f"is damaged: {one_line(error)}"
-    if log.is_whole and (len(named) != len(log.active(version)) or set(named) != log.active(version)):
+    if min(log.problems, default=version + 1) > version and (
+        len(named) != len(log.active(version)) or set(named) != log.active(version)
+    ):
         return f"names {len(named)} files, the entries up to it {len(log.active(version))}, and they are not the same"
     return None
 

@@ -11,6 +11,7 @@ Not here: logs that may be damaged (`checks/log.py`).
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +29,9 @@ READERS = 16
 
 LAST_CHECKPOINT = "_last_checkpoint"
 """Delta's hint at its newest summary of the log, in the same folder."""
+
+ENTRY = re.compile(r"(\d{20})\.json")
+"""The name of an entry in `_delta_log`, with its version."""
 
 _METADATA, _SHARDS, _DIGEST = "tokenweights", "tokenweightsShards", "tokenweightsSha256"
 _ACTIONS = {"add", "remove", "commitInfo", "metaData", "protocol", "txn", "cdc", "domainMetadata"}

@@ -155,6 +155,9 @@ class Table(TableReader):
         try:
             with shared_with_writers(self.location):
                 self._check_there(shards)
+                if opened is not None and not self.location.exists(log_name(opened.version())):
+                    problem = f"{self.path}: `tokenweights repair` moved version {base} away while this was written"
+                    raise StoreError(f"{problem}; nothing became visible, run again")
                 if opened is None:
                     self._create(schema, actions, properties)
                 else:
