@@ -279,6 +279,8 @@ def _hint(error: BaseException) -> str:
     text = str(error)
     if "ACCESS_DENIED" in text or "403" in text:
         return "; check the credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION)"
+    if "Permission denied" in text:
+        return "; check the permissions"
     return "; check AWS_ENDPOINT_URL and the network" if "NETWORK_CONNECTION" in text else ""
 
 

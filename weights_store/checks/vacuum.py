@@ -98,7 +98,7 @@ def _check_known(logs: Iterable[TableLog]) -> None:
         for version, problem in log.problems.items():
             raise DamageError(
                 f"{log.table.path}@{version}: {problem}. Which files it needs is unknown, so none of them was removed; "
-                "repair it, or name the tables to vacuum"
+                "`tokenweights repair` says what can be done, or name other tables to vacuum"
             )
 
 

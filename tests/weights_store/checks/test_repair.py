@@ -199,12 +199,13 @@ def test_a_vacuum_beside_a_writer_costs_its_commit_and_no_table(table):
 
 def damage_entry(table, version):
     """Change our part of an entry so that Delta's readers see nothing of it."""
-    entry = table.location.path / log_name(version)
-    entry.write_bytes(entry.read_bytes().replace(b"tokenweightsSha256", b"tokenweightsSha257"))
+    entry = table.location.read(log_name(version))
+    table.location.write(log_name(version), entry.replace(b"tokenweightsSha256", b"tokenweightsSha257"))
 
 
-def test_an_old_entry_that_the_newest_version_does_not_need_costs_no_row(table, capsys):
-    damage_entry(table, 1)  # version 3 has its rows in another shard
+def test_an_old_entry_that_the_newest_version_does_not_need_costs_no_row(store_uri, capsys):
+    damage_entry(fill(store_uri), 1)  # version 3 has its rows in another shard
+    table = WeightStore(store_uri).table(PATH)
     assert content(table) == ["a", "b", "c", "d", "e"]
     store = WeightStore(table.root.uri)
     assert [(found.version, found.is_note) for found in verify(store)] == [(1, False)]
@@ -299,18 +300,15 @@ def test_a_gap_in_the_log_is_one_short_line(table):
 
 
 def test_a_repair_that_was_found_before_another_commit_moves_nothing(table):
-    checkpoint_of(table)
-    store = WeightStore(table.root.uri)
-    (table.location.path / "_delta_log" / "_last_checkpoint").write_text("{")
+    store, shard = WeightStore(table.root.uri), table.location.path / table.shards()[-1]
+    whole = shard.read_bytes()
+    shard.unlink()
     (repair,) = find_repairs(store)
-    lost = table.location.path / table.write_shards(rows("f"))[0].name
-    lost.with_suffix(".copy").write_bytes(lost.read_bytes())
-    lost.unlink()
-    (table.location.path / "_delta_log" / "_last_checkpoint").unlink()
-    table.append(rows("g"), {"fingerprint": "g"})
+    shard.write_bytes(whole)
+    table.append(rows("f"), {"fingerprint": "f"})
     with pytest.raises(ConflictError, match="nothing was moved, run again"):
         apply_repair(store, repair)
-    assert content(table) == ["a", "b", "c", "d", "e", "g"]
+    assert content(table) == ["a", "b", "c", "d", "e", "f"]
 
 
 def test_a_commit_that_waits_for_a_repair_leaves_no_gap(table):
@@ -343,3 +341,17 @@ def test_a_hint_at_a_checkpoint_that_a_writer_has_just_made_is_right(table):
     checkpoint_of(table)
     assert json.loads((table.location.path / "_delta_log" / "_last_checkpoint").read_text())["version"] == 5
     assert list(check_summaries(log)) == []
+
+
+def test_a_shard_that_vacuum_took_while_its_writer_lost_a_race_is_not_called_damaged(table, monkeypatch):
+    shards = table.write_shards(rows("e", "f"))
+    real = type(table)._checked_version
+
+    def after_vacuum(self):
+        self.location.delete(shards[0].name)
+        return real(self)
+
+    monkeypatch.setattr(type(table), "_checked_version", after_vacuum)
+    with pytest.raises(StoreError, match="is no longer in .*nothing became visible, run again") as raised:
+        table.append_shards(shards, {"fingerprint": "f"})
+    assert not isinstance(raised.value, DamageError)
