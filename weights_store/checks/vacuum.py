@@ -97,7 +97,7 @@ def _check_known(logs: Iterable[TableLog]) -> None:
     for log in logs:
         for version, problem in log.problems.items():
             raise DamageError(
-                f"{log.table.path}@{version}: {problem}. Which files it needs is unknown, so none of them was removed; "
+                f"{log.table.path}@{version}: {problem}. Which files it needs is unknown, so nothing was removed; "
                 "`tokenweights repair` says what can be done, or name other tables to vacuum"
             )
 
