@@ -53,7 +53,7 @@ class Repair:
 def find_repairs(store: WeightStore, tables: Iterable[str] | None = None) -> Iterator[Repair]:
     """Yield what is to be known or done about each table that is not whole; `tables` are paths, all by default. Reads only.
 
-    It reads every shard of the newest whole version of each table, once.
+    It reads every shard of the newest whole version of each table, once. Tables of other programs are left alone.
 
     Raises:
         NotFoundError: There is no such store or table.
@@ -63,7 +63,7 @@ def find_repairs(store: WeightStore, tables: Iterable[str] | None = None) -> Ite
     check_store(store.root)
     for table in list_tables(store.root) if tables is None else map(store.table, tables):
         repair = _repair_of(table)
-        if repair.files or repair.unreadable:
+        if repair is not None and (repair.files or repair.unreadable):
             yield repair
 
 
@@ -86,12 +86,15 @@ def apply_repair(store: WeightStore, repair: Repair) -> str:
     return aside
 
 
-def _repair_of(table: Table) -> Repair:
+def _repair_of(table: Table) -> Repair | None:
+    """Return what has to be done to a table, None if no version of it is ours."""
     log = read_log(table)
     if log.newest is None:
         raise NotFoundError(
             f"no table {table.path} in {table.root}; `tokenweights ls --store {table.root}` lists what is there"
         )
+    if log.commits and all(commit.metadata is None for commit in log.commits.values()):
+        return None
     _check_readable(log)
     search = _Search(log)
     dropped: dict[int, str] = {}

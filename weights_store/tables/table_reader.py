@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from deltalake import DeltaTable
 
 _MEMORY_PER_BYTE = 3  # measured: about 3 Arrow bytes per byte on disk
+_FOREIGN = "was not written by tokenweights, or its entry of the log is lost"
 _UNREADABLE = (OSError, UnicodeDecodeError, pa.ArrowException, pl.exceptions.PolarsError, pl.exceptions.PanicException)
 
 
@@ -214,8 +215,8 @@ class TableReader:
                 else:
                     found |= {shard.name: shard for shard in commit.shards if shard.name in missing}
         if missing := set(names) - found.keys():
-            problem = f"no entry of its log records shard {min(missing)}: it is lost, or another program wrote it"
-            raise damage or StoreError(f"{self.path}@{newest} in {self.root}: {problem}; {self._repair}")
+            problem = f"{self.path}@{newest} in {self.root}: shard {min(missing)} {_FOREIGN}; {self._repair}"
+            raise damage or StoreError(problem)
         self._check_num_rows(made, sum(record.num_rows for record in found.values()))
         return [found[name] for name in sorted(found)]
 
@@ -355,8 +356,7 @@ class TableReader:
 
     def _metadata_of(self, commit: Commit) -> CommitMetadata:
         if commit.metadata is None:
-            problem = "was not written by tokenweights, or its entry of the log is lost"
-            raise StoreError(f"{self.path}@{commit.version} in {self.root} {problem}; {self._repair}")
+            raise StoreError(f"{self.path}@{commit.version} in {self.root} {_FOREIGN}; {self._repair}")
         return commit.metadata
 
     def _check_num_rows(self, commit: Commit, num_rows: int) -> None:

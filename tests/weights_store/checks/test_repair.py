@@ -254,6 +254,13 @@ def test_a_version_of_another_program_is_dropped(table):
     assert (repair.kept, repair.dropped) == (5, {6: "it was not written by tokenweights"})
 
 
+def test_a_table_of_another_program_stays_where_it_is(table):
+    from deltalake import write_deltalake
+
+    write_deltalake(f"{table.root.uri}/weights/theirs", rows("a"))
+    assert list(find_repairs(WeightStore(table.root.uri))) == []
+
+
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file of Linux that gives EIO")
 @pytest.mark.parametrize("what", ["shard", "entry", "checkpoint"])
 def test_what_the_disk_does_not_give_now_is_not_dropped(table, what):
