@@ -78,9 +78,10 @@ def examine(log: TableLog) -> Examined:
     findings += _check_foreign(log)
     findings += check_summaries(log)
     if log.is_whole and log.newest is not None:
-        findings += [
-            finding for version in sorted({*log.checkpoints, log.newest}) for finding in _check_view(log, version)
-        ]
+        # Opening a version reads the entries since the last checkpoint before it: so each entry is read by one of these.
+        last = {version - 1 for version in log.checkpoints if version - 1 in log.commits}
+        views = sorted({*log.checkpoints, *last, log.newest})
+        findings += [finding for version in views for finding in check_view(log, version)]
         findings += _note_weaker(log)
     digests = {record.sha256: record.name for _, record in records}
     unsound, done, shown, started = set(), 0, 0, time.monotonic()
@@ -164,7 +165,7 @@ def _problem_of_checkpoint(log: TableLog, version: int, name: str) -> str | None
     return None
 
 
-def _check_view(log: TableLog, version: int) -> Iterator[Finding]:
+def check_view(log: TableLog, version: int) -> Iterator[Finding]:
     """Compare what Delta readers see of one version with what the commits recorded."""
     from deltalake import Schema
     from deltalake.exceptions import DeltaError

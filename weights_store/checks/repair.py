@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from weights_store.catalog import check_store, list_tables
-from weights_store.checks.files import check_summaries
+from weights_store.checks.files import check_summaries, check_view
 from weights_store.checks.log import TableLog, read_log
 from weights_store.errors import ConflictError, DamageError, NotFoundError, StoreError
 from weights_store.location import one_line
@@ -181,6 +181,9 @@ def _files_to_move(log: TableLog, kept: int | None) -> Iterator[str]:
     newer = {name for version, files in log.checkpoints.items() if kept is None or version > kept for name in files}
     hint = f"_delta_log/{LAST_CHECKPOINT}"
     false = {str(finding.file) for finding in check_summaries(log)}
+    if log.is_whole:  # what is wrong with the view of a checkpoint is wrong with the checkpoint
+        seen_wrong = [version for version in log.checkpoints if next(check_view(log, version), None)]
+        false |= {f"_delta_log/{name}" for version in seen_wrong for name in log.checkpoints[version]}
     if LAST_CHECKPOINT in names and (newer or false):
         yield hint
     yield from sorted(({f"_delta_log/{name}" for name in newer} | false) - {hint}, reverse=True)

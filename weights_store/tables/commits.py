@@ -115,11 +115,11 @@ def read_commit(folder: Location, table: str, version: int, key: str) -> Commit:
         StoreError: It was written by a newer tokenweights.
     """
     try:
-        text = folder.read(log_name(version)).decode(errors="replace")
+        data = folder.read(log_name(version))
     except FileNotFoundError:  # another program has cleaned up the log of its table; our tables switch that off
         return Commit(version, None, None, [], [], [], None)
     try:
-        return _parse(text, table, version, key)
+        return _parse(data.decode(), table, version, key)
     except _MALFORMED as error:
         problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}, {error}"
         raise DamageError(

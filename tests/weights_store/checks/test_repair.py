@@ -362,3 +362,15 @@ def test_a_shard_that_vacuum_took_while_its_writer_lost_a_race_is_not_called_dam
     with pytest.raises(StoreError, match="is no longer in .*nothing became visible, run again") as raised:
         table.append_shards(shards, {"fingerprint": "f"})
     assert not isinstance(raised.value, DamageError)
+
+
+def test_a_checkpoint_that_only_delta_cannot_read_goes(table):
+    checkpoint = checkpoint_of(table)
+    data = checkpoint.read_bytes()
+    at = data.index(b"elementType")
+    checkpoint.write_bytes(data[:at] + b"\xff" + data[at + 1 :])  # in the schema: the names of files are as they were
+    with pytest.raises(StoreError, match="cannot open"):
+        table.append(rows("f"), {"fingerprint": "f"})
+    repair = repaired(table)
+    assert (repair.kept, len(repair.files)) == (5, 2)
+    assert content(table) == ["a", "b", "c", "d", "e", "z"]
