@@ -182,6 +182,13 @@ def test_the_command_says_what_is_lost_and_moves_only_with_yes(table, capsys):
     assert table.version() == 4
 
 
+def test_versions_with_the_same_damage_are_one_line(table, capsys):
+    lost = table.shards(4)[-1]
+    table.location.delete(lost)
+    assert main(["repair", "--store", table.root.uri]) == 0
+    assert f"versions 4..5 are dropped: logps/hh/ref: shard {lost} is missing\n" in capsys.readouterr().out
+
+
 def test_a_table_that_is_not_there_is_refused(table):
     with pytest.raises(NotFoundError, match="no table logps/hh/none in"):
         list(find_repairs(WeightStore(table.root.uri), ["logps/hh/none"]))

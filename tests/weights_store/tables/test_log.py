@@ -238,3 +238,11 @@ def test_an_entry_that_only_delta_cannot_read_is_found_behind_a_checkpoint(table
     with pytest.raises(StoreError):
         table.scan(2)
     assert findings(table)
+
+
+def test_a_damaged_entry_stops_readers_of_a_store_from_before_even_if_its_rows_were_replaced(table):
+    as_before(table)
+    edit(table, 2, "tokenweightsSha256", "tokenweightsSha257")  # nothing says whether it also removed something
+    for read in (table.records, table.scan, lambda: list(table.batches())):
+        with pytest.raises(DamageError, match=f"{log_name(2)} is damaged"):
+            read()
