@@ -340,13 +340,14 @@ def _repair(options: argparse.Namespace) -> None:
 
     store = _store(options)
     repairs = list(find_repairs(store, _table_paths(options.tables)))
-    moved = {repair.table: apply_repair(store, repair) for repair in repairs} if options.yes else {}
+    needed = [repair for repair in repairs if repair.files]
+    moved = {repair.table: apply_repair(store, repair) for repair in needed} if options.yes else {}
     if options.json:
         print_json([{**vars(repair), "aside": moved.get(repair.table)} for repair in repairs])
         return
     for repair in repairs:
         print_repair(repair, moved.get(repair.table))
-    if not repairs:
+    if not needed:
         print(f"nothing to repair in {options.store}: every table's newest version is whole")
     elif not options.yes:
         print("nothing was changed: --yes does it. Restore damaged files from a copy instead, if there is one")

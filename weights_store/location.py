@@ -42,6 +42,7 @@ _MAX_PART_BYTES = 255
 """Of a folder's name, on the usual file systems."""
 _MAX_PATH_BYTES = 3000
 """Of a store's folder: a path has at most 4,096 bytes, and tables and their files need their part."""
+_LOG_PATHS = re.compile(r": ParsedLogPath \{.*\}", re.DOTALL)
 _SECRET_NAME = re.compile(r"(AWS|AZURE|GOOGLE|GCS)_.*(KEY|SECRET|TOKEN|PASSWORD)")
 _LISTING_TRIES = 3
 PROBE_S = 4
@@ -171,7 +172,8 @@ class Location:
         """
         if not self.is_local:
             return None
-        stat = (self.path / name).stat()
+        with self._reading():
+            stat = (self.path / name).stat()
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
     def files(self) -> dict[str, pafs.FileInfo]:
@@ -269,7 +271,7 @@ def one_line(error: BaseException) -> str:
 
     For errors of storage libraries, which may quote keys. `messages.first_line` is for all others.
     """
-    text = _BACKTRACE.sub("", _ANSI.sub("", str(error))).replace("↳", " ")
+    text = _LOG_PATHS.sub("", _BACKTRACE.sub("", _ANSI.sub("", str(error)))).replace("↳", " ")
     # Of a server's reply only the code and the message: the rest may quote the key, the request and the session token.
     text = _XML_ERROR.sub(lambda reply: ": ".join(re.findall(r"<(?:Code|Message)>(.*?)</", reply[0], re.DOTALL)), text)
     text = hide_credentials(text)
@@ -283,6 +285,8 @@ def _hint(error: BaseException) -> str:
     text = str(error)
     if "ACCESS_DENIED" in text or "403" in text:
         return "; check the credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION)"
+    if "Permission denied" in text:
+        return "; check the permissions"
     return "; check AWS_ENDPOINT_URL and the network" if "NETWORK_CONNECTION" in text else ""
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,13 +43,22 @@ def print_repair(repair: "Repair", aside: str | None) -> None:
         print(f"{repair.table}: none of its {count_text(repair.newest + 1, 'version')} is whole; build it again")
     elif repair.dropped:
         print(f"{repair.table}: back from version {repair.newest} to {repair.kept}, its newest whole one")
-    else:
+    elif repair.files:
         print(f"{repair.table}: all versions stay; checkpoints that are no true summary of its log go")
-    for version, problem in sorted(repair.dropped.items()):
-        print(f"{GAP}version {version} is dropped: {problem}")
+    else:
+        print(f"{repair.table}: version {repair.newest} is whole and can be built on; some older ones are damaged")
+    for problem, group in groupby(sorted(repair.dropped.items()), key=lambda item: item[1]):
+        versions = [version for version, _ in group]
+        one = len(versions) == 1
+        span = f"version {versions[0]} is" if one else f"versions {versions[0]}..{versions[-1]} are"
+        print(f"{GAP}{span} dropped: {problem}")
+    for version, problem in sorted(repair.unreadable.items()):
+        print(f"{GAP}version {version} stays damaged: {problem}")
     if repair.dropped:
         before = "an unknown number of" if repair.num_rows is None else f"{repair.num_rows:,}"
         print(f"{GAP}{repair.num_rows_kept:,} rows are kept of {before} in version {repair.newest}")
+    if not repair.files:
+        return
     files = count_text(len(repair.files), "file")
     print(f"{GAP}moved {files} to {aside}" if aside else f"{GAP}would move {files} to the folder aside/ of the store")
 

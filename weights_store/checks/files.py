@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from weights_store.checks.findings import Finding
-from weights_store.checks.log import TableLog
+from weights_store.checks.log import TableLog, list_log
 from weights_store.errors import DamageError, StoreError
 from weights_store.location import one_line
 from weights_store.messages import Progress, logger, show
@@ -78,9 +78,10 @@ def examine(log: TableLog) -> Examined:
     findings += _check_foreign(log)
     findings += check_summaries(log)
     if log.is_whole and log.newest is not None:
-        findings += [
-            finding for version in sorted({*log.checkpoints, log.newest}) for finding in _check_view(log, version)
-        ]
+        # Opening a version reads the entries since the last checkpoint before it: so each entry is read by one of these.
+        last = {version - 1 for version in log.checkpoints if version - 1 in log.commits}
+        views = sorted({*log.checkpoints, *last, log.newest})
+        findings += [finding for version in views for finding in check_view(log, version)]
         findings += _note_weaker(log)
     digests = {record.sha256: record.name for _, record in records}
     unsound, done, shown, started = set(), 0, 0, time.monotonic()
@@ -137,7 +138,9 @@ def check_summaries(log: TableLog) -> Iterator[Finding]:
     try:
         hint = json.loads(log.table.location.read(f"_delta_log/{LAST_CHECKPOINT}"))
         found = hint["version"]
-        is_right = found in log.checkpoints and all(type(hint[key]) is int for key in ("version", "size"))
+        # A writer may have made it since the log was read.
+        is_there = found in log.checkpoints or found in list_log(log.table)[1]
+        is_right = is_there and all(type(hint[key]) is int for key in ("version", "size"))
     except FileNotFoundError:
         return
     except (ValueError, KeyError, TypeError):
@@ -155,12 +158,14 @@ def _problem_of_checkpoint(log: TableLog, version: int, name: str) -> str | None
         named = [add["path"] for add in rows["add"].to_pylist() if add is not None]
     except (*_UNDECODABLE, StoreError) as error:
         return f"is damaged: {one_line(error)}"
-    if log.is_whole and (len(named) != len(log.active(version)) or set(named) != log.active(version)):
+    if min(log.problems, default=version + 1) > version and (
+        len(named) != len(log.active(version)) or set(named) != log.active(version)
+    ):
         return f"names {len(named)} files, the entries up to it {len(log.active(version))}, and they are not the same"
     return None
 
 
-def _check_view(log: TableLog, version: int) -> Iterator[Finding]:
+def check_view(log: TableLog, version: int) -> Iterator[Finding]:
     """Compare what Delta readers see of one version with what the commits recorded."""
     from deltalake import Schema
     from deltalake.exceptions import DeltaError

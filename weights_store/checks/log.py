@@ -4,19 +4,18 @@
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 from weights_store.errors import StoreError
 from weights_store.location import one_line
-from weights_store.tables.commits import READERS, Commit, digest_names, log_name, wrong_base
+from weights_store.tables.commits import ENTRY, READERS, Commit, digest_names, log_name, wrong_base
 from weights_store.tables.metadata import CommitMetadata
 from weights_store.tables.shards import ShardRecord
 from weights_store.tables.table import Table
 
-_COMMIT = re.compile(r"(\d{20})\.json")
 _CHECKPOINT = re.compile(r"(\d{20})\.checkpoint(\.[\w-]+)*\.(parquet|json)")
 _HEX = re.compile(r"[0-9a-f]+")
 # Whatever a commit can turn into when its bytes change: keys gone, texts for numbers.
@@ -84,20 +83,30 @@ class TableLog:
 
 def read_log(table: Table) -> TableLog:
     """Read every commit of a table; it may have none."""
-    names = (table.location / "_delta_log").files()
-    versions = sorted({int(match[1]) for name in names if (match := _COMMIT.fullmatch(name))})
+    versions, checkpoints = list_log(table)
+    gaps = _gaps(versions, checkpoints)
+    if gaps:  # a listing beside writers may lack one file that was made meanwhile, and have a later one
+        versions, checkpoints = list_log(table)
+        gaps = _gaps(versions, checkpoints)
     with ThreadPoolExecutor(READERS) as pool:
         read = dict(zip(versions, pool.map(lambda version: _read(table, version), versions), strict=True))
     commits = {version: commit for version, commit in read.items() if isinstance(commit, Commit)}
     problems = {version: problem for version, problem in read.items() if isinstance(problem, str)}
+    problems |= gaps
+    if not problems:
+        problems |= _wrong_links(commits) or _out_of_place(commits)
+    return TableLog(table, commits, problems, checkpoints)
+
+
+def list_log(table: Table) -> tuple[list[int], dict[int, list[str]]]:
+    """Return the versions that have an entry in the log, sorted, and the files of Delta's summaries by version."""
+    names = (table.location / "_delta_log").files()
+    versions = sorted({int(match[1]) for name in names if (match := ENTRY.fullmatch(name))})
     checkpoints: dict[int, list[str]] = {}
     for name in sorted(names):
         if match := _CHECKPOINT.fullmatch(name):
             checkpoints.setdefault(int(match[1]), []).append(name)
-    problems |= _gaps(versions, max([*versions, *checkpoints], default=-1))
-    if not problems:
-        problems |= _wrong_links(commits) or _out_of_place(commits)
-    return TableLog(table, commits, problems, checkpoints)
+    return versions, checkpoints
 
 
 def _wrong_links(commits: dict[int, Commit]) -> dict[int, str]:
@@ -131,8 +140,9 @@ def _out_of_place(commits: dict[int, Commit]) -> dict[int, str]:
     return {}
 
 
-def _gaps(versions: list[int], newest: int) -> dict[int, str]:
-    """Return one problem for each run of commits that are missing among 0..newest."""
+def _gaps(versions: Sequence[int], checkpoints: Iterable[int]) -> dict[int, str]:
+    """Return one problem for each run of commits that are missing up to the newest commit or checkpoint."""
+    newest = max([*versions, *checkpoints], default=-1)
     gaps = {}
     expected = 0
     for version in [*versions, newest + 1]:

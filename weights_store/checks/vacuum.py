@@ -85,12 +85,7 @@ def vacuum(
             "and will commit later may be deleted, and that build fails; if none runs, add --risk-running-builds"
         )
     folders = list(_folders(store, tables))
-    for log, _ in folders:
-        for version, problem in log.problems.items():
-            raise DamageError(
-                f"{log.table.path}@{version}: {problem}. Which files it needs is unknown, so nothing was removed; "
-                "repair it, or name the tables to vacuum"
-            )
+    _check_known(log for log, _ in folders)
     found = [(log, orphan) for log, files in folders for orphan in _orphans(log, files)]
     old = [(log, orphan) for log, orphan in found if orphan.age_hours > retention_hours]
     if dry_run:
@@ -98,11 +93,22 @@ def vacuum(
     return [orphan for path in dict.fromkeys(o.table for _, o in old) for orphan in _delete(path, old)]
 
 
+def _check_known(logs: Iterable[TableLog]) -> None:
+    for log in logs:
+        for version, problem in log.problems.items():
+            raise DamageError(
+                f"{log.table.path}@{version}: {problem}. Which files it needs is unknown, so nothing was removed; "
+                "`tokenweights repair` says what can be done, or name other tables to vacuum"
+            )
+
+
 def _delete(path: str, old: list[tuple[TableLog, Orphan]]) -> Iterator[Orphan]:
     """Delete the orphans of one table and yield them, except what has been committed since they were found."""
     table = next(log.table for log, orphan in old if orphan.table == path)
     with without_writers(table.location):
-        named = read_log(table).named()
+        log = read_log(table)
+        _check_known([log])
+        named = log.named()
         for orphan in (orphan for _, orphan in old if orphan.table == path and orphan.name not in named):
             with suppress(FileNotFoundError):  # another process removed it
                 table.location.delete(orphan.name)

@@ -11,6 +11,7 @@ Not here: logs that may be damaged (`checks/log.py`).
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +29,9 @@ READERS = 16
 
 LAST_CHECKPOINT = "_last_checkpoint"
 """Delta's hint at its newest summary of the log, in the same folder."""
+
+ENTRY = re.compile(r"(\d{20})\.json")
+"""The name of an entry in `_delta_log`, with its version."""
 
 _METADATA, _SHARDS, _DIGEST = "tokenweights", "tokenweightsShards", "tokenweightsSha256"
 _ACTIONS = {"add", "remove", "commitInfo", "metaData", "protocol", "txn", "cdc", "domainMetadata"}
@@ -111,11 +115,11 @@ def read_commit(folder: Location, table: str, version: int, key: str) -> Commit:
         StoreError: It was written by a newer tokenweights.
     """
     try:
-        text = folder.read(log_name(version)).decode(errors="replace")
+        data = folder.read(log_name(version))
     except FileNotFoundError:  # another program has cleaned up the log of its table; our tables switch that off
         return Commit(version, None, None, [], [], [], None)
     try:
-        return _parse(text, table, version, key)
+        return _parse(data.decode(), table, version, key)
     except _MALFORMED as error:
         problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}, {error}"
         raise DamageError(

@@ -212,7 +212,8 @@ def check_bytes(folder: Location, record: ShardRecord, where: str) -> None:
     """Compare the bytes of a shard with its record, once per process unless the file has changed since.
 
     Raises:
-        DamageError: The file is missing, cannot be read or is not what was written.
+        DamageError: The file is missing or is not what was written.
+        StoreError: It cannot be read now, because of its permissions, the disk or the network.
     """
     place = f"{where}: shard {record.name}"
     try:
@@ -224,8 +225,6 @@ def check_bytes(folder: Location, record: ShardRecord, where: str) -> None:
             sha256.update(data)
     except FileNotFoundError as error:
         raise DamageError(f"{place} is missing; restore it or pin a version that does not need it") from error
-    except OSError as error:
-        raise DamageError(f"{place} cannot be read: {error}; {RESTORE}") from error
     if sha256.hexdigest() != record.sha256:
         raise DamageError(f"{place} is not the file that was committed (SHA-256 differs); {RESTORE}")
     _checked.add(seen)

@@ -155,6 +155,9 @@ class Table(TableReader):
         try:
             with shared_with_writers(self.location):
                 self._check_there(shards)
+                if opened is not None and not self.location.exists(log_name(opened.version())):
+                    problem = f"{self.path}: `tokenweights repair` moved version {base} away while this was written"
+                    raise StoreError(f"{problem}; nothing became visible, run again")
                 if opened is None:
                     self._create(schema, actions, properties)
                 else:
@@ -281,6 +284,7 @@ class Table(TableReader):
         left: list[ShardRecord] = []
         for shard in shards:
             near = [o for o in added if shard.first_key <= o.last_key and o.first_key <= shard.last_key]
+            self._check_there([shard] if near else [])
             keys = pa.concat_tables(self.open_shard(shard).groups(list(self.key))) if near else None
             if keys is None or len(self._without(keys, self.scan_shards(near))) == len(keys):
                 left.append(shard)

@@ -11,7 +11,7 @@ Not here: writing (`table.py`), finding tables (`catalog.py`), checks of whole t
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from weights_store.errors import DamageError, NotFoundError, StoreError
 from weights_store.location import Location, one_line
 from weights_store.tables.commits import (
+    ENTRY,
     LAST_CHECKPOINT,
     READERS,
     Commit,
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
     from deltalake import DeltaTable
 
 _MEMORY_PER_BYTE = 3  # measured: about 3 Arrow bytes per byte on disk
+_FOREIGN = "was not written by tokenweights, or its entry of the log is lost"
 _UNREADABLE = (OSError, UnicodeDecodeError, pa.ArrowException, pl.exceptions.PolarsError, pl.exceptions.PanicException)
-_FOREIGN = "was not written by tokenweights: its commit has no metadata of ours"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +88,9 @@ class TableReader:
         }
 
     def exists(self) -> bool:
-        """Return whether the table has at least one version."""
-        return self.location.exists(log_name(0), f"_delta_log/{LAST_CHECKPOINT}")
+        """Return whether the table has at least one version, even if its first entry of the log is lost."""
+        log = self.location / "_delta_log"
+        return log.exists(f"{0:020d}.json", LAST_CHECKPOINT) or any(map(ENTRY.fullmatch, log.files()))
 
     def version(self) -> int | None:
         """Return the newest version, None if there is none."""
@@ -118,12 +120,19 @@ class TableReader:
             self._commits[version] = (state, read_commit(self.location, self.path, version, self.key[0]))
         return self._commits[version][1]
 
-    def read_commits(self, versions: range) -> list[Commit]:
-        """Read entries of the log in the order of `versions`, those of an object store at the same time."""
+    def read_commits(self, versions: range) -> list[Commit | DamageError]:
+        """Read entries of the log, those of an object store at the same time; an error stands for a damaged one."""
+
+        def read(version: int) -> Commit | DamageError:
+            try:
+                return self.read_commit(version)
+            except DamageError as error:
+                return error
+
         if self.location.is_local or len(versions) < 2:
-            return list(map(self.read_commit, versions))
+            return list(map(read, versions))
         with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(self.read_commit, versions))
+            return list(pool.map(read, versions))
 
     def history(self, limit: int | None = None) -> list[Commit]:
         """Return our commits, newest first, at most `limit`.
@@ -133,7 +142,11 @@ class TableReader:
         """
         newest = self._resolve(None)
         oldest = -1 if limit is None else max(-1, newest - limit)
-        commits = self.read_commits(range(newest, oldest, -1))
+        commits: list[Commit] = []
+        for commit in self.read_commits(range(newest, oldest, -1)):
+            if isinstance(commit, DamageError):
+                raise commit
+            commits.append(commit)
         for later, earlier in pairwise(commits):
             if problem := wrong_base(later, earlier):
                 raise DamageError(f"{self.path}@{earlier.version} in {self.root}: {problem}; {self._repair}")
@@ -181,22 +194,29 @@ class TableReader:
         """Return what the commits recorded of the shards of one version, in the order in which they were written.
 
         Raises:
-            DamageError: They are not the files, or not the number of rows, that the commit of this version recorded.
-            StoreError: A shard was added by another program.
+            DamageError: They are not the files or the number of rows that the commit of this version recorded, or an entry is
+                damaged that is needed: this version does not need every older one.
+            StoreError: A shard was added by another program, or its entry of the log is lost.
         """
         opened = self.open_delta(version)
         newest = opened.version()
         made = self.read_commit(newest)
         names = self.names_in(opened, made)
         found = {shard.name: shard for shard in made.shards if shard.name in names}
+        damage: DamageError | None = None
         for start in range(newest - 1, -1, -READERS):  # backwards: the last commits usually hold all that is needed
-            missing = set(names) - found.keys()
-            if not missing:
+            if not (missing := set(names) - found.keys()):
                 break
             for commit in self.read_commits(range(start, max(-1, start - READERS), -1)):
-                found |= {shard.name: shard for shard in commit.shards if shard.name in missing}
+                if isinstance(commit, DamageError):
+                    damage = damage or commit
+                    if made.log is None:  # nothing else says whether its removals are right
+                        raise commit
+                else:
+                    found |= {shard.name: shard for shard in commit.shards if shard.name in missing}
         if missing := set(names) - found.keys():
-            raise StoreError(f"{self.path}@{newest} in {self.root}: shard {min(missing)} {_FOREIGN}")
+            problem = f"{self.path}@{newest} in {self.root}: shard {min(missing)} {_FOREIGN}; {self._repair}"
+            raise damage or StoreError(problem)
         self._check_num_rows(made, sum(record.num_rows for record in found.values()))
         return [found[name] for name in sorted(found)]
 
@@ -286,17 +306,14 @@ class TableReader:
         try:
             return DeltaTable(str(self.location), version=version, storage_options=options)
         except (DeltaError, TableNotFoundError, ValueError, OSError, OverflowError) as error:
-            cause = self.cause(error)
-            try:
+            cause, newest = self.cause(error), None
+            with suppress(DeltaError, TableNotFoundError, ValueError, OSError):
                 newest = DeltaTable(str(self.location), storage_options=options).version()
-            except (DeltaError, TableNotFoundError, ValueError, OSError):
-                raise StoreError(
-                    f"cannot open {self.path} in {self.root}: {one_line(error)}; {self._repair}"
-                ) from cause
-            if version is not None and not 0 <= version <= newest:
+            if version is not None and newest is not None and not 0 <= version <= newest:
                 raise NotFoundError(f"{self.path} has no version {version}; it has 0..{newest}") from cause
-            text = f"cannot open {self.path}@{version} in {self.root}: {one_line(error)}; {self._repair}"
-            raise StoreError(text) from cause
+            at = "" if version is None else f"@{version}"
+            problem = f"cannot open {self.path}{at} in {self.root}: {one_line(error)}"
+            raise StoreError(f"{problem}; {self._repair}") from cause
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -339,7 +356,7 @@ class TableReader:
 
     def _metadata_of(self, commit: Commit) -> CommitMetadata:
         if commit.metadata is None:
-            raise StoreError(f"{self.path}@{commit.version} in {self.root} {_FOREIGN}")
+            raise StoreError(f"{self.path}@{commit.version} in {self.root} {_FOREIGN}; {self._repair}")
         return commit.metadata
 
     def _check_num_rows(self, commit: Commit, num_rows: int) -> None:

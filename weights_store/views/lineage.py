@@ -71,7 +71,7 @@ class _Walk:
         if metadata is None or metadata["fingerprint"] != parent["fingerprint"]:  # it is gone, or another one is there
             self._add(depth, thing)
             return
-        thing = thing._replace(rows=_num_rows(table, version), created=commit.timestamp_ms)
+        thing = thing._replace(rows=table.num_rows(version), created=commit.timestamp_ms)
         if not self._add(depth, thing):
             return
         recipe = metadata.get("recipe", recipe)
@@ -129,7 +129,7 @@ class _Walk:
         for commit in table.history() if table.exists() else ():
             made = commit.metadata or {}
             if (made.get("cut"), made.get("source")) == (metadata.get("cut"), metadata["source"]):
-                at, rows, created = commit.version, _num_rows(table, commit.version), commit.timestamp_ms
+                at, rows, created = commit.version, table.num_rows(commit.version), commit.timestamp_ms
                 self._add(depth, _Thing("quarantine", "table", table.path, at, made["fingerprint"], rows, created))
                 return
 
@@ -141,10 +141,6 @@ class _Walk:
             return False
         self.found[key] = (depth, thing)
         return True
-
-
-def _num_rows(table: Table, version: int) -> int:
-    return sum(record.num_rows for record in table.records(version))
 
 
 def _text(recipe: _Recipe, section: str, key: str) -> str | None:

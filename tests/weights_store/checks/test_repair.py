@@ -1,15 +1,21 @@
+import json
+import threading
+import time
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 
 from tokenweights import main
 from weights_store import WeightStore
-from weights_store.checks.repair import Repair, apply_repair, find_repairs
+from weights_store.checks.repair import apply_repair, find_repairs
 from weights_store.checks.vacuum import vacuum
 from weights_store.checks.verify import verify
-from weights_store.errors import DamageError, NotFoundError, StoreError
+from weights_store.errors import ConflictError, DamageError, NotFoundError, StoreError
 from weights_store.schemas import LOGPS
-from weights_store.tables.commits import log_name
+from weights_store.tables.commits import ENTRY, log_name
 from weights_store.tables.compaction import optimize
+from weights_store.tables.locks import without_writers
 
 PATH = "logps/hh/ref"
 
@@ -151,8 +157,7 @@ def test_a_kill_in_the_middle_is_mended_by_another_repair(table):
     store = WeightStore(table.root.uri)
     (whole,) = find_repairs(store)
     for count in range(1, len(whole.files)):
-        part = Repair(**{**vars(whole), "files": whole.files[:1]})
-        apply_repair(store, part)
+        store.root.move(f"{PATH}/{whole.files[0]}", f"aside/{PATH}/{count}/{whole.files[0]}")
         found = list(find_repairs(store))
         whole = found[0] if found else whole
         if not found:
@@ -177,6 +182,13 @@ def test_the_command_says_what_is_lost_and_moves_only_with_yes(table, capsys):
     assert table.version() == 4
 
 
+def test_versions_with_the_same_damage_are_one_line(table, capsys):
+    lost = table.shards(4)[-1]
+    table.location.delete(lost)
+    assert main(["repair", "--store", table.root.uri]) == 0
+    assert f"versions 4..5 are dropped: logps/hh/ref: shard {lost} is missing\n" in capsys.readouterr().out
+
+
 def test_a_table_that_is_not_there_is_refused(table):
     with pytest.raises(NotFoundError, match="no table logps/hh/none in"):
         list(find_repairs(WeightStore(table.root.uri), ["logps/hh/none"]))
@@ -190,3 +202,182 @@ def test_a_vacuum_beside_a_writer_costs_its_commit_and_no_table(table):
     assert content(table) == ["a", "b", "c", "d", "e"]
     assert list(verify(WeightStore(table.root.uri))) == []
     table.append(rows("f"), {"fingerprint": "f"})
+
+
+def damage_entry(table, version):
+    """Change our part of an entry so that Delta's readers see nothing of it."""
+    entry = table.location.read(log_name(version))
+    table.location.write(log_name(version), entry.replace(b"tokenweightsSha256", b"tokenweightsSha257"))
+
+
+def test_an_old_entry_that_the_newest_version_does_not_need_costs_no_row(store_uri, capsys):
+    damage_entry(fill(store_uri), 1)  # version 3 has its rows in another shard
+    table = WeightStore(store_uri).table(PATH)
+    assert content(table) == ["a", "b", "c", "d", "e"]
+    store = WeightStore(table.root.uri)
+    assert [(found.version, found.is_note) for found in verify(store)] == [(1, False)]
+    (repair,) = find_repairs(store)
+    assert (repair.kept, repair.num_rows_kept, repair.files, list(repair.unreadable)) == (5, 5, [], [1])
+    assert main(["repair", "--store", table.root.uri, "--yes"]) == 0
+    out = capsys.readouterr().out
+    assert "version 1 stays damaged: its commit cannot be read: " in out
+    assert "nothing to repair" in out
+    table.append(rows("a", "f"), {"fingerprint": "f"})
+    assert content(table) == ["a", "b", "c", "d", "e", "f"]
+    assert main(["repair", "--store", table.root.uri]) == 0
+
+
+def test_an_entry_that_is_still_needed_ends_the_log_before_it(table):
+    damage_entry(table, 4)
+    with pytest.raises(DamageError, match=f"{log_name(4)} is damaged: KeyError"):
+        table.records()
+    assert (repaired(table).kept, content(table)) == (3, ["a", "b", "c", "z"])
+
+
+def test_an_entry_that_delta_needs_ends_the_log_before_it(table):
+    (table.location.path / log_name(1)).write_text("{")
+    with pytest.raises(StoreError, match="cannot open"):
+        table.records()
+    repair = repaired(table)
+    assert (repair.kept, repair.dropped[5].partition(":")[0]) == (0, "version 1")
+
+
+def test_a_version_that_a_checkpoint_replaces_is_kept(table):
+    checkpoint_of(table)
+    entry = table.location.path / log_name(1)
+    entry.write_text("{")
+    assert content(table) == ["a", "b", "c", "d", "e"]
+    (repair,) = find_repairs(WeightStore(table.root.uri))
+    assert (repair.kept, repair.files, list(repair.unreadable)) == (5, [], [1])
+
+
+def test_a_version_of_another_program_is_dropped(table):
+    from deltalake import DeltaTable
+
+    DeltaTable(str(table.location)).alter.set_table_properties({"delta.logRetentionDuration": "interval 30 days"})
+    with pytest.raises(StoreError, match="logps/hh/ref@6 .* was not written by tokenweights.* `tokenweights repair"):
+        table.append(rows("f"), {"fingerprint": "f"})
+    repair = repaired(table)
+    assert (repair.kept, repair.dropped) == (5, {6: "it was not written by tokenweights"})
+
+
+def test_a_table_of_another_program_stays_where_it_is(table):
+    from deltalake import write_deltalake
+
+    write_deltalake(f"{table.root.uri}/weights/theirs", rows("a"))
+    assert list(find_repairs(WeightStore(table.root.uri))) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file of Linux that gives EIO")
+@pytest.mark.parametrize("what", ["shard", "entry", "checkpoint"])
+def test_what_the_disk_does_not_give_now_is_not_dropped(table, what):
+    checkpoint = checkpoint_of(table)
+    shard, entry = table.location.path / table.shards()[-1], table.location.path / log_name(4)
+    path = {"shard": shard, "entry": entry, "checkpoint": checkpoint}[what]
+    whole = path.read_bytes()
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # its first page cannot be read: EIO, like a bad sector
+    store = WeightStore(table.root.uri)
+    with pytest.raises(StoreError, match=r"cannot read .*Input/output error") as raised:
+        list(find_repairs(store))
+    assert not isinstance(raised.value, DamageError)
+    assert any("Input/output error" in found.problem for found in verify(store))
+    path.unlink()
+    path.write_bytes(whole)
+    assert list(find_repairs(store)) == []
+
+
+def test_a_version_of_a_newer_tokenweights_is_not_dropped(table, monkeypatch):
+    monkeypatch.setattr("weights_store.tables.table.SCHEMA_VERSION", 99)
+    table.append(rows("f"), {"fingerprint": "f"})
+    with pytest.raises(StoreError, match="upgrade tokenweights"):
+        list(find_repairs(WeightStore(table.root.uri)))
+
+
+def test_a_table_without_its_first_entry_is_no_new_table(table):
+    (table.location.path / log_name(0)).unlink()
+    with pytest.raises(
+        StoreError, match="cannot open logps/hh/ref .*`tokenweights repair logps/hh/ref` what can be kept"
+    ):
+        table.append(rows("f"), {"fingerprint": "f"})
+    (repair,) = find_repairs(WeightStore(table.root.uri))
+    assert repair.kept is None
+
+
+def test_a_gap_in_the_log_is_one_short_line(table):
+    (table.location.path / log_name(4)).unlink()
+    with pytest.raises(
+        StoreError, match=r"Expected contiguous commit files, but found gap; `tokenweights verify"
+    ) as raised:
+        table.version()
+    assert len(str(raised.value)) < 350
+
+
+def test_a_repair_that_was_found_before_another_commit_moves_nothing(table):
+    store, shard = WeightStore(table.root.uri), table.location.path / table.shards()[-1]
+    whole = shard.read_bytes()
+    shard.unlink()
+    (repair,) = find_repairs(store)
+    shard.write_bytes(whole)
+    table.append(rows("f"), {"fingerprint": "f"})
+    with pytest.raises(ConflictError, match="nothing was moved, run again"):
+        apply_repair(store, repair)
+    assert content(table) == ["a", "b", "c", "d", "e", "f"]
+
+
+def test_a_commit_that_waits_for_a_repair_leaves_no_gap(table):
+    shards, done = table.write_shards(rows("f")), []
+    base = table.version()
+
+    def write():
+        try:
+            table.commit(shards, {"fingerprint": "f"}, base)
+        except StoreError as error:
+            done.append(str(error))
+
+    with without_writers(table.location):
+        writer = threading.Thread(target=write)
+        writer.start()
+        time.sleep(0.5)  # it waits for the lock
+        table.root.move(f"{PATH}/{log_name(base)}", f"aside/{PATH}/{log_name(base)}")
+    writer.join(20)
+    assert len(done) == 1
+    assert "`tokenweights repair` moved version 5 away" in done[0]
+    names = sorted(path.name for path in (table.location.path / "_delta_log").iterdir())
+    assert [int(match[1]) for name in names if (match := ENTRY.fullmatch(name))] == [0, 1, 2, 3, 4]
+
+
+def test_a_hint_at_a_checkpoint_that_a_writer_has_just_made_is_right(table):
+    from weights_store.checks.files import check_summaries
+    from weights_store.checks.log import read_log
+
+    log = read_log(table)
+    checkpoint_of(table)
+    assert json.loads((table.location.path / "_delta_log" / "_last_checkpoint").read_text())["version"] == 5
+    assert list(check_summaries(log)) == []
+
+
+def test_a_shard_that_vacuum_took_while_its_writer_lost_a_race_is_not_called_damaged(table, monkeypatch):
+    shards = table.write_shards(rows("e", "f"))
+    real = type(table)._checked_version
+
+    def after_vacuum(self):
+        self.location.delete(shards[0].name)
+        return real(self)
+
+    monkeypatch.setattr(type(table), "_checked_version", after_vacuum)
+    with pytest.raises(StoreError, match="is no longer in .*nothing became visible, run again") as raised:
+        table.append_shards(shards, {"fingerprint": "f"})
+    assert not isinstance(raised.value, DamageError)
+
+
+def test_a_checkpoint_that_only_delta_cannot_read_goes(table):
+    checkpoint = checkpoint_of(table)
+    data = checkpoint.read_bytes()
+    at = data.index(b"elementType")
+    checkpoint.write_bytes(data[:at] + b"\xff" + data[at + 1 :])  # in the schema: the names of files are as they were
+    with pytest.raises(StoreError, match="cannot open"):
+        table.append(rows("f"), {"fingerprint": "f"})
+    repair = repaired(table)
+    assert (repair.kept, len(repair.files)) == (5, 2)
+    assert content(table) == ["a", "b", "c", "d", "e", "z"]

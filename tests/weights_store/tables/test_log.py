@@ -9,7 +9,7 @@ import pytest
 from weights_store import WeightStore
 from weights_store.checks.log import read_log
 from weights_store.checks.verify import verify
-from weights_store.errors import DamageError
+from weights_store.errors import DamageError, StoreError
 from weights_store.schemas import LOGPS, WEIGHTS
 from weights_store.tables.commits import digest, log_name
 from weights_store.tables.compaction import optimize
@@ -221,3 +221,28 @@ def test_rows_that_no_removal_took_away_reach_no_training_in_a_store_from_before
         DamageError, match=r"^weights/hh/tis@1 in .*: its shards have 2 rows, 1 were committed: an earlier"
     ):
         table.records()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b"dataChange", b"dataChangf"), (b"engineInfo", b"engine\xffnfo"), (b"numRecords", b"numRecord\xff")],
+)
+def test_an_entry_that_only_delta_cannot_read_is_found_behind_a_checkpoint(table, old, new):
+    from deltalake import DeltaTable
+
+    path = entry(table, 2)
+    assert old in path.read_bytes()
+    DeltaTable(str(table.location)).create_checkpoint()  # newer versions no longer need the entry
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+    assert table.scan().collect().height == 4
+    with pytest.raises(StoreError):
+        table.scan(2)
+    assert findings(table)
+
+
+def test_a_damaged_entry_stops_readers_of_a_store_from_before_even_if_its_rows_were_replaced(table):
+    as_before(table)
+    edit(table, 2, "tokenweightsSha256", "tokenweightsSha257")  # nothing says whether it also removed something
+    for read in (table.records, table.scan, lambda: list(table.batches())):
+        with pytest.raises(DamageError, match=f"{log_name(2)} is damaged"):
+            read()
