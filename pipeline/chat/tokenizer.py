@@ -18,6 +18,7 @@ from pipeline.chat.template import ChatTemplate, prints_date
 from pipeline.source.messages import SYSTEM_ROLES, Message, Unusable, is_empty, is_rendered, texts_of
 from pipeline.source.pairs import Pair
 from pipeline.source.responses import as_turns
+from pipeline.source.rows import batches
 from train.model.checkpoint import load_tokenizer
 from weights_store.errors import InputError
 from weights_store.fingerprint import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _PAIRS_PER_CHUNK = 64
 _CHARACTERS_PER_CHUNK = 1 << 20
+"""Pairs are rendered together: so many that waiting costs little, and so few that they take little memory."""
 RENDERING_VERSION = 3
 """Part of the fingerprint of tokens tables; goes up when the same chat, template and tokenizer give other ids than before."""
 
@@ -188,7 +190,8 @@ class ChatTokenizer:
         Raises:
             InputError: The tokenizer or the template cannot be used, see `check`.
         """
-        chunks = map(self._begun, _chunks(pairs))
+        sizes = (_PAIRS_PER_CHUNK, _CHARACTERS_PER_CHUNK)
+        chunks = map(self._begun, batches(pairs, *sizes, lambda pair: pair.num_characters))
         chunk = next(chunks, [])
         while chunk:
             following = next(chunks, [])
@@ -306,20 +309,6 @@ class ChatTokenizer:
         while (end := next(filter(text.rstrip().endswith, ends), None)) is not None:
             text = text.rstrip().removesuffix(end)
         return text
-
-
-def _chunks(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    """Cut pairs into chunks that are rendered together: long enough that waiting costs little, and short in memory."""
-    chunk: list[Pair] = []
-    num_characters = 0
-    for pair in pairs:
-        chunk.append(pair)
-        num_characters += pair.num_characters
-        if len(chunk) == _PAIRS_PER_CHUNK or num_characters > _CHARACTERS_PER_CHUNK:
-            yield chunk
-            chunk, num_characters = [], 0
-    if chunk:
-        yield chunk
 
 
 def model_number(folder: Path, name: str) -> int | None:

@@ -17,7 +17,7 @@ from pipeline.source.external_sort import ExternalSort
 from pipeline.source.load import open_source
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair
-from pipeline.source.rows import RawRow, Source, with_split
+from pipeline.source.rows import RawRow, Source, batches, with_split
 from weights_store.errors import InputError
 from weights_store.messages import logger
 from weights_store.schemas import QUARANTINE, Reason
@@ -94,7 +94,8 @@ class Intake:
         Raises:
             InputError: The source cannot be read.
         """
-        for batch in _batches(pairs_of(self.source, self.columns)):
+        rows = pairs_of(self.source, self.columns)
+        for batch in batches(rows, ROWS_PER_BATCH, _BATCH_CHARACTERS, _num_characters):
             pairs, unusable = [], []
             for row, found in batch:
                 if isinstance(found, Pair):
@@ -159,19 +160,8 @@ class Intake:
         return InputError(f"{what} {self.explain(reasons)}")
 
 
-def _batches(rows: Iterator[tuple[RawRow, Pair | Unusable]]) -> Iterator[list[tuple[RawRow, Pair | Unusable]]]:
-    """Cut rows into batches of at most `ROWS_PER_BATCH` and about `_BATCH_CHARACTERS`."""
-    batch: list[tuple[RawRow, Pair | Unusable]] = []
-    num_characters = 0
-    for row, found in rows:
-        batch.append((row, found))
-        if isinstance(found, Pair):
-            num_characters += found.num_characters
-        if len(batch) == ROWS_PER_BATCH or num_characters > _BATCH_CHARACTERS:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
+def _num_characters(found: tuple[RawRow, Pair | Unusable]) -> int:
+    return found[1].num_characters if isinstance(found[1], Pair) else 0
 
 
 def _pair_record(row: RawRow, pair: Pair) -> dict[str, object]:

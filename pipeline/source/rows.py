@@ -3,15 +3,17 @@
 The kinds are in `json_files.py` and `arrow_files.py`; `load.py` chooses.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from typing import TypeVar
 
 from weights_store.schemas import Reason
 
 MAX_ROW_BYTES = 16 << 20
 """Longest row that is read: several times what any model takes. In Parquet and Arrow the columns that are needed count."""
 ROWS_PER_BATCH = 1000
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +117,17 @@ def with_split(row: RawRow, column: str | None) -> RawRow:
         detail = f"column {column!r} is a {type(split).__name__}, expected the name of a split"
         return replace(row, reason=Reason.NOT_TEXT, detail=detail)
     return replace(row, split=split)
+
+
+def batches(items: Iterable[T], max_items: int, max_size: int, size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Cut items into lists of at most `max_items`, each closed as soon as the sizes in it add up to more than `max_size`."""
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if len(batch) == max_items or total > max_size:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
