@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, NamedTuple
@@ -193,6 +194,8 @@ class RenderProcess:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         """Return a new child; the first reply waits for it."""
+        if find_spec("jinja2") is None:  # the child's error would not say what to install
+            raise ModuleNotFoundError("No module named 'jinja2'", name="jinja2")
         script = Path(__file__).with_name("render_child.py")
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
         return subprocess.Popen(

@@ -30,7 +30,6 @@ _log = logger(__name__)
 
 BYTES_PER_PROGRESS = 64 << 20
 """How much is read before progress is shown again: small tables show none."""
-_READ_BYTES = 4 << 20
 _PROTOCOL = (1, 2)
 """Reader and writer version that a table needs."""
 _BYTES_DIFFER = "its bytes are not those that were committed (SHA-256 differs)"
@@ -210,13 +209,12 @@ def _check_shard(table: Table, record: ShardRecord, digests: dict[str, str]) -> 
     place = Finding(table.path, "", shard=record.name)
     size, sha256 = 0, hashlib.sha256()
     try:
-        with table.location.filesystem.open_input_stream(record.name, compression=None) as file:
-            while data := file.read(_READ_BYTES):
-                sha256.update(data)
-                size += len(data)
+        for data in table.location.stream(record.name):
+            sha256.update(data)
+            size += len(data)
     except FileNotFoundError:
         return [replace(place, problem=f"the file is missing; {RESTORE}")]
-    except OSError as error:
+    except (OSError, StoreError) as error:
         return [replace(place, problem=f"the file cannot be read: {one_line(error)}; {RESTORE}")]
     problem = _compare_bytes(record, size, sha256.hexdigest(), digests)
     try:

@@ -18,7 +18,6 @@ from weights_store.location import Location
 from weights_store.messages import Progress, show
 from weights_store.tables.metadata import Parent
 
-_READ_BYTES = 4 << 20
 _BYTES_PER_PROGRESS = 64 << 20
 _TRAINED_ROLES = ("positive_logps", "negative_logps")
 
@@ -115,7 +114,7 @@ class _Reader:
 
     def __call__(self, folder: Location, name: str) -> str:
         digest = hashlib.sha256()
-        for chunk in folder.stream(name, _READ_BYTES):
+        for chunk in folder.stream(name):
             digest.update(chunk)
             self._done += len(chunk)
             if self._done - self._shown >= _BYTES_PER_PROGRESS:
