@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.chat.tokenizer import Condition
-from pipeline.stages.contrast import contrast
+from pipeline.stages.contrast import contrast, wanted_models
 from pipeline.stages.prepare import prepare
 from pipeline.stages.publish import Ingredients, publish
 from pipeline.stages.score import Scorer, score
@@ -83,44 +83,44 @@ def test_trained_pair_is_two_models_of_opposite_data_and_is_reused(make_recipe, 
     assert (again.num_trained, again.positive, again.negative) == (0, first.positive, first.negative)
 
 
-def test_grown_data_train_a_new_pair_only_when_asked(make_recipe, toy_model, uniform):
+def test_grown_data_train_a_new_pair_only_when_asked_or_if_one_side_is_missing(make_recipe, toy_model, uniform):
     settings = {"contrast.method": "sft", **SMALL}
-    first = contrast(make_recipe(**settings).contrast, toy_model, uniform(16))
-    retrain = make_recipe(**settings, **{"contrast.retrain": True}).contrast
+    plain, retrain = (make_recipe(**settings, **{"contrast.retrain": again}).contrast for again in (False, True))
+    first = contrast(plain, toy_model, uniform(16))
     grown = uniform(20)
-    second = contrast(retrain, toy_model, grown)
-    assert second.num_trained == 2
-    assert second.positive.model != first.positive.model
-    assert contrast(retrain, toy_model, grown).num_trained == 0
-
-
-def test_a_pair_of_which_one_side_is_missing_is_trained_whole_on_the_data_of_now(make_recipe, toy_model, uniform):
-    # As after a kill between the two trainings, with pairs appended before the next build.
-    recipe = make_recipe(**{"contrast.method": "sft", **SMALL})
-    first = contrast(recipe.contrast, toy_model, uniform(16))
-    shutil.rmtree(first.negative.model)
-    second = contrast(recipe.contrast, toy_model, uniform(20))
+    found = [model.folder for model in wanted_models(plain, toy_model, grown)]
+    assert found == [first.positive.model, first.negative.model]
+    assert [(model.folder, model.data) for model in wanted_models(retrain, toy_model, grown)] == [
+        (None, grown.fingerprint)
+    ] * 2
+    shutil.rmtree(first.negative.model)  # as after a kill between the two trainings
+    second = contrast(plain, toy_model, grown)
     records = [json.loads((s.model / "contrast.json").read_text()) for s in (second.positive, second.negative)]
-    assert records[0]["data"] == records[1]["data"]
+    assert [record["data"] for record in records] == [grown.fingerprint] * 2
     assert second.num_trained == 2
+    assert contrast(retrain, toy_model, grown).num_trained == 0
 
 
 def test_what_is_held_out_and_the_split_reach_the_training_and_name_other_models(make_recipe, toy_model, uniform):
     settings = {"contrast.method": "sft", **SMALL}
-    plain, changed = make_recipe(**settings), make_recipe(**settings, **{"contrast.held_out": 0.25})
+    held_out, split = {"contrast.held_out": 0.25}, {"contrast.split": "train"}
+    plain, changed = make_recipe(**settings), make_recipe(**settings, **held_out)
     assert plain.contrast_settings.training_settings().keys() == {
         "method", "learning_rate", "num_epochs", "max_steps", "pairs_per_step", "dtype", "seed"
     }  # fmt: skip
     assert plain.result_settings()["contrast"] == plain.contrast.training_settings()
     assert changed.contrast.training_settings() == {**plain.contrast.training_settings(), "held_out": 0.25}
     pairs = uniform(16)
-    held_out = contrast(changed.contrast, toy_model, pairs)
-    config = json.loads((held_out.positive.model / "lineage.json").read_text())["config"]
-    assert (config["eval"]["share"], config["data"]["split"]) == (0.25, "")
-    assert contrast(plain.contrast, toy_model, pairs).num_trained == 2
-    train_alone = make_recipe(**settings, **{"contrast.split": "train"}).contrast
-    config = json.loads((contrast(train_alone, toy_model, pairs).positive.model / "lineage.json").read_text())["config"]
-    assert (config["eval"]["share"], config["data"]["split"]) == (0.0, "train")
+    both = contrast(make_recipe(**settings, **held_out, **split).contrast, toy_model, pairs)
+    config = json.loads((both.positive.model / "lineage.json").read_text())["config"]
+    assert (config["eval"]["share"], config["data"]["split"]) == (0.25, "train")
+    names = [
+        model.name
+        for options in ({}, held_out, split, held_out | split)
+        for model in wanted_models(make_recipe(**settings, **options).contrast, toy_model, pairs)
+    ]
+    assert len(set(names)) == 8
+    assert names[-2:] == [both.positive.model.name, both.negative.model.name]
 
 
 @pytest.mark.parametrize(
