@@ -93,3 +93,13 @@ def test_a_doubled_row_is_not_published_twice_because_a_key_is_damaged(small_sto
     with pytest.raises(DamageError):
         table.append(again, {"fingerprint": "f"})
     assert table.version() == 1
+
+
+def test_a_column_that_the_footer_has_lost_is_damage(small_store):
+    table = small_store.table(f"weights/{NAME}")
+    path = table.location.path / table.shards()[0]
+    path.write_bytes(
+        path.read_bytes().replace(b"chosen_token_weights", b"chosen_token_weightz", 1)
+    )  # the schema's name
+    with pytest.raises(DamageError, match="cannot be decoded"):
+        list(table.batches(columns=["pair_id", "chosen_token_weights"]))

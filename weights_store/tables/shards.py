@@ -266,7 +266,7 @@ class ShardReader:
         wanted = list(dict.fromkeys([*names, *self._key]))
         where = f"{self.where}, shard {self.record.name}, row group {index}"
         try:
-            rows = self._file.read_row_group(index, columns=wanted)
+            rows = self._file.read_row_group(index, columns=wanted).select(wanted)  # pyarrow passes over missing ones
             found = column_checksums(rows, self._key)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:  # also bad UTF-8 and missing columns
             raise DamageError(f"{where}: cannot be decoded: {error}; {RESTORE}") from error
