@@ -35,7 +35,7 @@ demo: $(INSTALLED)  ## run the whole job on a made-up language, in demo/
 	$(BIN)/tokenweights demo
 
 WORKERS ?= 2
-test: $(INSTALLED)  ## run the whole suite (WORKERS=2 processes, thirteen minutes on two cores)
+test: $(INSTALLED)  ## run the whole suite (WORKERS=2 processes, fourteen minutes on two cores)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 MINUTES ?= 30

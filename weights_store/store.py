@@ -75,7 +75,7 @@ class WeightStore:
         """Return one version of a weight dataset as a lazy frame, columns as in `schemas.WEIGHTS`.
 
         A plain scan reads only what a query needs and compares nothing: damaged values pass. With `checked` the bytes of every
-        shard are compared with its commit first, each once per process, at about 2 GB/s a core.
+        shard are compared with its commit first, each once per process, at about 1.8 GB/s a core.
 
         Raises:
             DamageError: Only with `checked`: a shard, or the log, is not what was committed. Names it.

@@ -214,7 +214,7 @@ def _check_shard(table: Table, record: ShardRecord, digests: dict[str, str]) -> 
             size += len(data)
     except FileNotFoundError:
         return [replace(place, problem=f"the file is missing; {RESTORE}")]
-    except (OSError, StoreError) as error:
+    except StoreError as error:
         return [replace(place, problem=f"the file cannot be read: {one_line(error)}; {RESTORE}")]
     problem = _compare_bytes(record, size, sha256.hexdigest(), digests)
     try:

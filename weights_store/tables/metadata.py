@@ -145,7 +145,7 @@ class LogRecord(TypedDict):
 
 
 class CommitMetadata(TypedDict, total=False):
-    """What one commit records. Every commit of ours has the first four keys; those of stores before format 2 have no `log`."""
+    """What one commit records. Every commit of ours has the first four keys; those of older stores have no `log`."""
 
     schema_version: int
     fingerprint: str

@@ -172,10 +172,9 @@ class TableReader:
             rows = pl.scan_delta(opened, storage_options=self.location.scan_options or None)
         return within.of(rows, self.key[0])
 
-    def scan_shards(self, shards: Sequence[ShardRecord], checked: bool = True) -> pl.LazyFrame:
-        """Return the rows of some shards, committed or not, as a lazy frame, see `scan`."""
-        if checked:
-            self.check_shards(shards)
+    def scan_shards(self, shards: Sequence[ShardRecord]) -> pl.LazyFrame:
+        """Return the rows of some shards, committed or not, as a lazy frame; they are checked first, see `check_shards`."""
+        self.check_shards(shards)
         return self._scan_files([shard.name for shard in shards])
 
     def check_shards(self, shards: Sequence[ShardRecord]) -> None:
