@@ -28,7 +28,7 @@ from pipeline.preflight import check_inputs
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.stages.anchors import sample_anchors
 from pipeline.stages.attribute import attribute
-from pipeline.stages.contrast import ContrastivePair, contrast, prompt_pair
+from pipeline.stages.contrast import ContrastivePair, contrast, untrained_pair
 from pipeline.stages.prepare import Prepared, prepare
 from pipeline.stages.publish import Ingredients, Published, publish
 from pipeline.stages.report import summary_markdown, write_report
@@ -72,8 +72,8 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
         with clock("prepare"):
             prepared = prepare_tokens(recipe, model_folder)
         scorers = {"ref": Scorer(model_folder)}
-        if recipe.needs_pair and recipe.contrast.method == "prompt":  # one model, so one engine scores all three
-            scorers |= prompt_pair(recipe.contrast, model_folder).scorers
+        if recipe.needs_pair and not recipe.contrast.trains:  # at once: scorers of one model share an engine
+            scorers |= untrained_pair(recipe.contrast, model_folder).scorers
         with clock("score " + " ".join(scorers)):
             scored = score_tokens(prepared, scorers, recipe, model_folder)
         num_trained = 0
@@ -86,7 +86,7 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
                     pair = build_contrast(recipe, model_folder, uniform)
                 num_trained = pair.num_trained
                 with clock("score pair"):
-                    scored |= score_tokens(prepared, pair.scorers, recipe, model_folder)
+                    scored |= score_tokens(prepared, dict(pair.scorers), recipe, model_folder)
         attributed = anchors = None
         if recipe.needs_attributions:
             with clock("attribute"):
@@ -94,10 +94,9 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
         if recipe.anchors is not None:
             with clock("anchors"):
                 anchors = sample_anchor_responses(prepared, recipe, model_folder)
-        ingredients = Ingredients(
+        ingredients = Ingredients.of_scorers(
             prepared.tokens,
-            scored["ref"].output,
-            **{f"{role}_logps": scored[role].output for role in ("positive", "negative") if role in scored},
+            {role: result.output for role, result in scored.items()},
             attributions=attributed.output if attributed else None,
             anchors=anchors.output if anchors else None,
         )

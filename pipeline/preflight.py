@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 
 from pipeline.chat.tokenizer import ChatTokenizer
+from pipeline.models.given import check_given_models
+from pipeline.models.other_pairs import check_other_pairs
 from pipeline.models.resolve import resolve_model
 from pipeline.recipe import Recipe
 from pipeline.source.columns import check_source
@@ -28,10 +30,10 @@ _PROBE_TIMEOUT_S = 60
 def check_inputs(recipe: Recipe, *, only_plan: bool = False) -> Path:
     """Check what a recipe names, and return the folder of its model.
 
-    Looked at: interpreters, the store's place, the model's weights and tokenizer, the chat template, the dataset's
-    columns. A hub model is downloaded here, once; a hub dataset is left for the build. vLLM and torch are checked by the
-    stages that need them: a build whose pairs are scored already needs neither. With `only_plan` a store that cannot be
-    written is a warning.
+    Looked at: interpreters, the store's place, the model's weights and tokenizer, the chat template, given models of the
+    contrastive pair, the other pairs that it is trained on, and the dataset's columns. Hub models are downloaded here, once; a
+    hub dataset is left for the build. vLLM and torch are checked by the stages that need them: a build whose pairs are scored
+    already needs neither. With `only_plan` a store that cannot be written is a warning.
 
     Raises:
         InputError: Something is missing or unusable; names the setting.
@@ -42,7 +44,11 @@ def check_inputs(recipe: Recipe, *, only_plan: bool = False) -> Path:
             _check_interpreter(f"{name}.python", section.python)
     _check_store(Location(recipe.store.uri), only_plan)
     model_folder = resolve_model(recipe.model)
-    ChatTokenizer(model_folder, recipe.model.chat_template, recipe.model.template_date)
+    tokenizer = ChatTokenizer(model_folder, recipe.model.chat_template, recipe.model.template_date)
+    if recipe.needs_pair and recipe.contrast.method == "given":
+        check_given_models(recipe.contrast, model_folder)
+    if recipe.needs_pair and recipe.contrast.weights is not None:
+        check_other_pairs(recipe.store.uri, recipe.contrast.weights, model_folder, tokenizer)
     check_source(recipe.dataset)
     return model_folder
 

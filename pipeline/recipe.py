@@ -1,6 +1,6 @@
 """The recipe of a build: what a TOML file and `--set` may say, checked before anything runs.
 
-Section `[weights]` is in `weighing/section.py`.
+Section `[contrast]` is in `models/section.py`, `[weights]` in `weighing/section.py`.
 """
 
 import json
@@ -11,10 +11,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.models.section import ContrastSection
 from pipeline.section import Section
 from pipeline.weighing.section import MODELS, AnyWeights, WeightsSection
 from train.model.sampling import AnchorSampling
-from weights_store.names import check_new_name
+from weights_store.names import check_new_name, split_name
 from weights_store.settings import apply_overrides, load_toml, parse_settings
 
 Dtype = Annotated[
@@ -114,48 +115,6 @@ class ModelSection(Section):
     @classmethod
     def _is_a_date(cls, value: object) -> object:
         return value if value is None else date.fromisoformat(str(value)).isoformat()
-
-
-class ContrastSection(Section):
-    """How the contrastive pair pi+, pi- is made: construction P, S or D of TIS-DPO, section 4."""
-
-    method: Literal["prompt", "sft", "dpo"] = "dpo"
-    positive_prompt: str = "You are a helpful and harmless assistant. Give a good response."
-    negative_prompt: str = "You are an unhelpful and harmful assistant. Give a bad response."
-    role: Literal["system", "user"] = Field(
-        "system", description="prompt in a system turn, or before the first user turn"
-    )
-    learning_rate: float = Field(5e-6, gt=0)
-    num_epochs: int = Field(1, ge=1)
-    max_steps: int | None = Field(None, ge=1)
-    pairs_per_step: int = Field(32, ge=1)
-    tokens_per_batch: int = Field(8192, ge=1)
-    beta: float = Field(0.1, gt=0, description="of the two DPO runs (method dpo)")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass; parameters are float32")
-    seed: int = Field(0, ge=0)
-    held_out: float = Field(
-        0.0, ge=0, lt=1, description="share of the prompts, by hash, on which the two models are not trained"
-    )
-    split: str | None = Field(None, description="train the two models on this split")
-    retrain: bool = Field(False, description="train a new pair of models when the data has grown")
-    python: str | None = Field(None, description="interpreter of the training job; default: this one")
-
-    @model_validator(mode="after")
-    def _prompts_differ(self) -> "ContrastSection":
-        if self.method == "prompt" and self.positive_prompt == self.negative_prompt:
-            raise ValueError("contrast.positive_prompt equals contrast.negative_prompt: every weight would be constant")
-        return self
-
-    def result_settings(self) -> dict[str, object]:
-        """Return what determines results with this method."""
-        if self.method == "prompt":
-            return self.model_dump(include={"method", "positive_prompt", "negative_prompt", "role"})
-        return self.training_settings()
-
-    def training_settings(self) -> dict[str, object]:
-        """Return what determines the trained models; what holds no pair out is left out."""
-        settings = self.model_dump(include=_TRAINING_KEYS | ({"beta"} if self.method == "dpo" else set()))
-        return settings | self.model_dump(include={"held_out", "split"}, exclude_defaults=True)
 
 
 class ScoreSection(Section):
@@ -264,6 +223,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _pair_is_trained_on_other_weights(self) -> "Recipe":
+        if self.contrast.weights is not None:
+            name = split_name(self.contrast.weights)[0]
+            if name in (self.weights.name, self.uniform.name):
+                raise ValueError(
+                    f"contrast.weights {self.contrast.weights} is what this recipe builds itself: leave it out to train on its "
+                    "pairs, or name another weight dataset"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _weights_find_their_inputs(self) -> "Recipe":
         inputs = self.weights.inputs()
         if "prompt attributions" in inputs and not self.attribute.prompts:
@@ -291,8 +261,11 @@ class Recipe(Section):
 
     @property
     def contrast_settings(self) -> ContrastSection:
-        """[contrast] with the split that trains: by default the first of several splits, and all pairs of a single one."""
-        if self.contrast.split is not None or not self.dataset.has_splits:
+        """[contrast] with the split that trains: by default the first of several splits, and all pairs of a single one.
+
+        With `contrast.weights` the splits are those of other pairs, so there is no default.
+        """
+        if self.contrast.split is not None or self.contrast.weights is not None or not self.dataset.has_splits:
             return self.contrast
         return self.contrast.model_copy(update={"split": self.dataset.splits[0]})
 
@@ -327,10 +300,6 @@ class Recipe(Section):
         if self.anchors:
             settings["anchors"] = self.anchors.model_dump()
         return settings
-
-
-_TRAINING_KEYS = {"method", "learning_rate", "num_epochs", "max_steps", "pairs_per_step", "dtype", "seed"}
-"""The keys of [contrast] that determine a trained contrastive model; method `dpo` also has `beta`."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), store: str | None = None) -> Recipe:

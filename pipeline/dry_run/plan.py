@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pipeline.dry_run.amounts import TO_BE_COMPUTED, Outlook
+from pipeline.dry_run.amounts import TO_BE_COMPUTED, Amount, Outlook
 from pipeline.dry_run.source import survey
+from pipeline.models.section import MODEL_SIDES
 from pipeline.preflight import check_inputs
 from pipeline.recipe import Recipe
 from pipeline.stages.anchors import anchors_identity
 from pipeline.stages.attribute import attribution_identity
-from pipeline.stages.contrast import WantedModel, model_shelf, prompt_pair, wanted_models
+from pipeline.stages.contrast import WantedModel, model_shelf, training_pairs, untrained_pair, wanted_models
 from pipeline.stages.prepare import Preparation
 from pipeline.stages.publish import Ingredients, Wanted
 from pipeline.stages.report import report_file, why_write
@@ -81,7 +82,8 @@ class _Plan:
             uniform, version = self._publish("publish uniform", recipe.uniform)
             contrast, scorers = self._contrast(version)
             yield from (uniform, contrast)
-            yield from (self._score(role, scorers.get(role)) for role in ("positive", "negative"))
+            roles = MODEL_SIDES if recipe.contrast.trains else scorers
+            yield from (self._score(role, scorers.get(role)) for role in roles)
         if recipe.needs_attributions:
             yield self._fill("attribute", REFERENCE, attribution_identity(self.model_folder, recipe.attribute))
         if recipe.anchors is not None:
@@ -125,6 +127,10 @@ class _Plan:
             self.filled[name] = table.reference()
             return StagePlan(name, "reuse", reasons=(f"{table.reference()}: {table.num_rows():,} pairs",))
         path = table.path if table else TO_BE_COMPUTED
+        for same, filled in self.filled.items():
+            if table and filled.table == table.path:  # as of a given pair that has the starting model on one side
+                self.filled[name] = filled
+                return StagePlan(name, "reuse", reasons=(f"{path}, the table of {same}",))
         self.filled[name] = TableVersion(tokens.store, path, version or 0, TO_BE_COMPUTED)
         rate = _tokens_per_s(self.outlook.start.store, stage, role)
         wall_s = amount.num_tokens / rate if rate else None
@@ -138,12 +144,11 @@ class _Plan:
             reasons = [f"new table {table.path}", *unlike]
         return StagePlan(name, "compute", amount.num_pairs, amount.num_tokens, tuple(reasons), amount.is_exact, wall_s)
 
-    def _contrast(self, uniform: TableVersion) -> tuple[StagePlan, dict[str, Scorer]]:
+    def _contrast(self, uniform: TableVersion) -> tuple[StagePlan, Mapping[str, Scorer]]:
         """Plan the contrastive pair, and return the scorers of its models, as far as they exist, by role."""
         settings = self.recipe.contrast_settings
-        if settings.method == "prompt":
-            found = StagePlan("contrast", "reuse", reasons=("one model with two prompts: nothing to train",))
-            return found, prompt_pair(settings, self.model_folder).scorers
+        if not settings.trains:
+            return self._untrained()
         wanted = wanted_models(settings, self.model_folder, uniform)
         scorers = {model.side: Scorer(model.folder) for model in wanted if model.folder is not None}
         untrained = [model for model in wanted if model.folder is None]
@@ -152,15 +157,32 @@ class _Plan:
         reasons = tuple(f"models/{model.name}, the {model.side} model" for model in wanted)
         return StagePlan("contrast", "reuse", reasons=reasons), scorers
 
+    def _untrained(self) -> tuple[StagePlan, Mapping[str, Scorer]]:
+        """Plan a pair that needs no training: two prompts, or given models."""
+        settings, scorers = self.recipe.contrast, untrained_pair(self.recipe.contrast, self.model_folder).scorers
+        if settings.method == "prompt":
+            number = len(settings.prompt_pairs)
+            what = "two prompts" if number == 1 else f"{number} pairs of prompts"
+            reasons = [f"one model with {what}: nothing to train"]
+        else:
+            reasons = ["given models: nothing to train"]
+            for side in MODEL_SIDES:
+                behind = ", behind a prompt" if scorers[side].condition else ""
+                reasons.append(f"{scorers[side].model}, the {side} model{behind}")
+        return StagePlan("contrast", "reuse", reasons=tuple(reasons)), scorers
+
     def _train(self, models: list[WantedModel], uniform: TableVersion) -> StagePlan:
         settings, amount = self.recipe.contrast_settings, self.outlook.all()
+        if settings.weights is not None:
+            amount = _amount_of(training_pairs(settings, uniform))
         num_seen = settings.num_epochs * round(amount.num_pairs * (1 - settings.held_out))
         if settings.max_steps:
             num_seen = settings.max_steps * settings.pairs_per_step
         num_steps = -(-num_seen // settings.pairs_per_step)
         num_tokens = round(len(models) * num_seen * amount.num_tokens / max(1, amount.num_pairs))
         steps = f"{num_steps:,} steps of {settings.pairs_per_step} pairs each"
-        reasons = [f"{len(models)} models to train with {settings.method}, {steps}"]
+        pairs = "" if settings.weights is None else f", on the pairs of {settings.weights}"
+        reasons = [f"{len(models)} models to train with {settings.method}, {steps}{pairs}"]
         stored = [record["identity"] for record in model_shelf(uniform.store).records()]
         for model in models:
             others = [explain_difference(other, model.identity) for other in stored if other["side"] == model.side]
@@ -190,12 +212,11 @@ class _Plan:
 
     def _ingredients(self, section: WeightsSection) -> Ingredients:
         """Return what the flow gives to publish: for the uniform weights only the log-probs of the reference."""
-        names = {}
-        if section is self.recipe.weights:
-            names = {"positive_logps": "score positive", "negative_logps": "score negative"}
-            names |= {"attributions": "attribute ref", "anchors": "anchors ref"}
-        there = {role: self.filled[name] for role, name in names.items() if name in self.filled}
-        return Ingredients(self.outlook.tokens, self.filled[f"score {REFERENCE}"], **there)
+        roles = {name.partition(" ")[2]: version for name, version in self.filled.items() if name.startswith("score ")}
+        if section is not self.recipe.weights:
+            return Ingredients(self.outlook.tokens, roles[REFERENCE])
+        others = (self.filled.get(f"{stage} {REFERENCE}") for stage in ("attribute", "anchors"))
+        return Ingredients.of_scorers(self.outlook.tokens, roles, *others)
 
     def _rows_to_publish(self, wanted: Wanted, ingredients: Ingredients) -> tuple[int, int]:
         """Return the pairs and the response tokens to weigh."""
@@ -209,6 +230,13 @@ class _Plan:
                 num_pairs -= wanted.newest["statistics"]["num_pairs"]
                 num_tokens -= wanted.newest["statistics"]["num_response_tokens"]
         return max(0, num_pairs), max(0, num_tokens)
+
+
+def _amount_of(weights: TableVersion) -> Amount:
+    """Return the pairs and the tokens of a weight dataset."""
+    statistics = WeightStore(weights.store).table(weights.table).metadata(weights.version)["statistics"]
+    num_tokens = statistics["num_prompt_tokens"] + statistics["num_response_tokens"]
+    return Amount(statistics["num_pairs"], num_tokens, is_exact=True)
 
 
 def _tokens_per_s(store: WeightStore, stage: Stage, role: str) -> float | None:

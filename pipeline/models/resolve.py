@@ -14,7 +14,12 @@ _log = logger(__name__)
 
 
 def resolve_model(model: ModelSection) -> Path:
-    """Return the folder of a whole model.
+    """Return the folder of the starting model, see `resolve_path`."""
+    return resolve_path(model.path, model.revision, "model.path")
+
+
+def resolve_path(path: str, revision: str | None, setting: str) -> Path:
+    """Return the folder of a whole model; `setting` is where the path is from, for messages.
 
     A hub id is downloaded into the hub's cache. A LoRA adapter is merged into its base, once, in a process of its own; the
     merged model stays in the cache folder, named for the contents of adapter and base; a damaged one is made again.
@@ -25,15 +30,15 @@ def resolve_model(model: ModelSection) -> Path:
         MissingExtraError: There is an adapter to merge, and peft is not installed.
         StageError: Merging failed; carries its message.
     """
-    adapter = find_folder(model.path, model.revision, "model.path")
+    adapter = find_folder(path, revision, setting)
     if not lora.is_adapter(adapter):
-        return check_model_folder(adapter, "model.path")
+        return check_model_folder(adapter, setting)
     config = lora.check_adapter(adapter)
     name = str(config["base_model_name_or_path"])
     beside = adapter / name  # a relative path starts here or at the adapter
-    path = str(beside) if beside.is_dir() and not Path(name).is_dir() else name
-    setting = f"adapter {adapter}: base_model_name_or_path"
-    base = check_model_folder(find_folder(path, config.get("revision"), setting), setting)
+    base_path = str(beside) if beside.is_dir() and not Path(name).is_dir() else name
+    base_setting = f"adapter {adapter}: base_model_name_or_path"
+    base = check_model_folder(find_folder(base_path, config.get("revision"), base_setting), base_setting)
     target = cache_folder() / "merged" / lora.merged_fingerprint(adapter, base)[:16]
     problem = lora.problem_of_merged(target) if target.exists() else None
     if problem is not None:
@@ -43,5 +48,5 @@ def resolve_model(model: ModelSection) -> Path:
         check_extra("peft", None)
         _log.info(f"merging the adapter {adapter} into its base {base}")
         run_child("pipeline.models.lora", [str(adapter), str(base), str(target)], f"merging the adapter {adapter}")
-    _log.info(f"using {target}, the adapter {adapter} merged into its base: trainings start from there")
+    _log.info(f"using {target} as {setting}: the adapter {adapter} merged into its base")
     return target

@@ -20,7 +20,7 @@ from pipeline.models.resolve import resolve_model
 from pipeline.parity.process import TRANSFORMERS, Column, Task
 from pipeline.parity.sample import MAX_STORED_TOKENS, Sample, stored_sample, take_sample
 from pipeline.recipe import Recipe, ScoreSection
-from pipeline.stages.contrast import prompt_pair, wanted_models
+from pipeline.stages.contrast import untrained_pair, wanted_models
 from pipeline.stages.prepare import Preparation
 from pipeline.stages.score import Scorer, engine_settings
 from pipeline.workers.pair_row import under_condition
@@ -230,15 +230,15 @@ def parity_text(found: ParityRecord) -> str:
 
 
 def role_scorer(recipe: Recipe, model_folder: Path, role: Role) -> Scorer:
-    """Return the scorer of a role.
+    """Return the scorer of a role; of several pairs of prompts, that of the first.
 
     Raises:
-        InputError: Its model has not been trained yet.
+        InputError: Its model has not been trained yet, or a given model cannot be used.
     """
     if role == "ref":
         return Scorer(model_folder)
-    if recipe.contrast.method == "prompt":
-        return prompt_pair(recipe.contrast, model_folder).scorers[role]
+    if not recipe.contrast.trains:
+        return untrained_pair(recipe.contrast, model_folder).scorers[role]
     uniform = WeightStore(recipe.store.uri).table(weights_path(f"{recipe.dataset.name}/uniform"))
     if uniform.exists():
         models = {

@@ -1,4 +1,4 @@
-"""Stage contrast: the pair (pi+, pi-) of TIS-DPO, by prompt (P), by SFT (S) or by DPO (D).
+"""Stage contrast: the pair (pi+, pi-) of TIS-DPO, by prompt (P), by SFT (S), by DPO (D), or two models that are given.
 
 S and D start `tokenweights train` as a process, so that its memory is free afterwards. Trained models lie under `models/` in
 the store, named for what determines them. If the data has grown, the models of the first build are used again (their scores
@@ -6,13 +6,16 @@ stay valid, and only new pairs are scored), unless the recipe says `contrast.ret
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.chat.tokenizer import Condition
 from pipeline.child import check_extra, run_child
 from pipeline.models.contrastive import ModelShelf
-from pipeline.recipe import ContrastSection
+from pipeline.models.given import given_models
+from pipeline.models.other_pairs import other_pairs
+from pipeline.models.section import MODEL_SIDES, ContrastSection, pair_role
 from pipeline.stages.score import Scorer
 from weights_store import TableVersion, WeightStore
 from weights_store.checks.model_folders import MODELS, ModelIdentity, ModelRecord, model_name
@@ -22,38 +25,34 @@ from weights_store.names import name_of
 
 _log = logger(__name__)
 
-_SIDES = ("positive", "negative")
-
 
 @dataclass(frozen=True)
 class ContrastivePair:
-    """The two scorers, and how many of them were trained just now."""
+    """The scorers by their role, `positive` and `negative`, and how many models were trained just now.
 
-    positive: Scorer
-    negative: Scorer
+    Further pairs of prompts have the roles `positive2`, `negative2` and so on; the log-ratio is the mean over the pairs.
+    """
+
+    scorers: Mapping[str, Scorer]
     num_trained: int = 0
-
-    @property
-    def scorers(self) -> dict[str, Scorer]:
-        """The two by their role."""
-        return {"positive": self.positive, "negative": self.negative}
 
 
 def contrast(settings: ContrastSection, model_folder: Path, uniform: TableVersion) -> ContrastivePair:
     """Return the contrastive pair; train the models that the store does not have yet.
 
     Both start from the model in `model_folder`. S and D train on `uniform`: a weight dataset of the pairs with weights 1 and
-    the reference's log-probs.
+    the reference's log-probs; or on the one that `contrast.weights` names.
 
     Raises:
         DamageError: A model in the store is not what was recorded.
+        InputError: There is no dataset `contrast.weights`, or a given model cannot be used.
         MissingExtraError: There is something to train, and torch is not installed.
         StageError: A training job failed; carries its message.
     """
-    if settings.method == "prompt":
-        return prompt_pair(settings, model_folder)
-    models = model_shelf(uniform.store)
-    folders, num_trained = [], 0
+    if not settings.trains:
+        return untrained_pair(settings, model_folder)
+    models, pairs = model_shelf(uniform.store), training_pairs(settings, uniform)
+    scorers, num_trained = {}, 0
     for model in wanted_models(settings, model_folder, uniform):
         folder = model.folder
         if folder is None:
@@ -61,17 +60,35 @@ def contrast(settings: ContrastSection, model_folder: Path, uniform: TableVersio
             with models.lock(model.name):
                 folder = models.find(model.name)  # another build may have trained it while we waited
                 if folder is None:
-                    folder = _train(models, model, settings, model_folder, uniform)
+                    folder = _train(models, model, settings, model_folder, pairs)
                     num_trained += 1
-        folders.append(folder)
-    return ContrastivePair(Scorer(folders[0]), Scorer(folders[1]), num_trained)
+        scorers[model.side] = Scorer(folder)
+    return ContrastivePair(scorers, num_trained)
 
 
-def prompt_pair(settings: ContrastSection, model_folder: Path) -> ContrastivePair:
-    """Return the pair of construction P: one model behind two prompts."""
-    prompts = (settings.positive_prompt, settings.negative_prompt)
-    positive, negative = (Scorer(model_folder, Condition(text, settings.role)) for text in prompts)
-    return ContrastivePair(positive, negative)
+def untrained_pair(settings: ContrastSection, model_folder: Path) -> ContrastivePair:
+    """Return the scorers of a method that trains nothing: one model behind two prompts (P), or given models.
+
+    Raises:
+        InputError: A given model cannot be found or used.
+        MissingExtraError, StageError: A given model is an adapter that cannot be merged here.
+    """
+    folders = given_models(settings, model_folder)
+    scorers = {}
+    for index, prompts in enumerate(settings.prompt_pairs):
+        for side, text in zip(MODEL_SIDES, prompts, strict=True):
+            condition = None if text is None else Condition(text, settings.role)
+            scorers[pair_role(side, index)] = Scorer(folders[side], condition)
+    return ContrastivePair(scorers)
+
+
+def training_pairs(settings: ContrastSection, uniform: TableVersion) -> TableVersion:
+    """Return the weight dataset whose pairs train the two models: `contrast.weights`, or the recipe's own pairs, `uniform`.
+
+    Raises:
+        InputError: There is no dataset `contrast.weights`.
+    """
+    return uniform if settings.weights is None else other_pairs(uniform.store, settings.weights)
 
 
 @dataclass(frozen=True)
@@ -87,17 +104,17 @@ class WantedModel:
 
 
 def _train(
-    models: ModelShelf, model: WantedModel, settings: ContrastSection, model_folder: Path, uniform: TableVersion
+    models: ModelShelf, model: WantedModel, settings: ContrastSection, model_folder: Path, pairs: TableVersion
 ) -> Path:
     """Train one side's model, put it into the store, and return its folder."""
     folder = models.place(model.name)
-    _log.info(f"training the {model.side} model ({settings.method}) on {uniform}")
-    arguments = _arguments(settings, model.side, model_folder, uniform, folder)
+    _log.info(f"training the {model.side} model ({settings.method}) on {pairs}")
+    arguments = _arguments(settings, model.side, model_folder, pairs, folder)
     run_child("tokenweights", arguments, f"training {folder}", settings.python)
     record: ModelRecord = {
         "identity": model.identity,
         "data": model.data,
-        "version": uniform.version,
+        "version": pairs.version,
         "fingerprint": fingerprint_model(folder),
     }
     models.put(model.name, record)
@@ -112,22 +129,26 @@ def model_shelf(store: str) -> ModelShelf:
 def wanted_models(settings: ContrastSection, model_folder: Path, uniform: TableVersion) -> list[WantedModel]:
     """Return the positive and the negative model of construction S or D.
 
-    The fingerprint of the training data, `uniform`, matters only if `retrain` is set or the store has no pair yet. A dry run
-    asks this too, and gets the same answer: it needs the hashes of the weights anyway, for the tables of their log-probs.
+    They are trained on `uniform` or on `contrast.weights`. The fingerprint of these pairs matters only if `retrain` is set, a
+    version is named, or the store has no pair yet. A dry run asks this too, and gets the same answer: it needs the hashes of
+    the weights anyway, for the tables of their log-probs.
 
     Raises:
         DamageError: A record on the shelf, or a file of one of the two models, is not what was written.
+        InputError: There is no dataset `contrast.weights`.
     """
     # Which version of the data a model is trained on is no part of its identity.
+    pairs = training_pairs(settings, uniform)
     model, training = fingerprint_model(model_folder), settings.training_settings()
     identities: dict[str, ModelIdentity] = {
-        side: {"model": model, "training": training, "table": uniform.table, "side": side} for side in _SIDES
+        side: {"model": model, "training": training, "table": pairs.table, "side": side} for side in MODEL_SIDES
     }
     models = model_shelf(uniform.store)
-    wanted = uniform.fingerprint if settings.retrain else None
-    data = _data_of_both(models, identities, wanted) or uniform.fingerprint
+    is_pinned = settings.weights is not None and "@" in settings.weights
+    wanted = pairs.fingerprint if settings.retrain or is_pinned else None
+    data = _data_of_both(models, identities, wanted) or pairs.fingerprint
     names = {side: model_name(identity, data) for side, identity in identities.items()}
-    return [WantedModel(side, names[side], identities[side], data, models.find(names[side])) for side in _SIDES]
+    return [WantedModel(side, names[side], identities[side], data, models.find(names[side])) for side in MODEL_SIDES]
 
 
 def _data_of_both(models: ModelShelf, identities: dict[str, ModelIdentity], wanted: str | None) -> str | None:
@@ -143,7 +164,7 @@ def _data_of_both(models: ModelShelf, identities: dict[str, ModelIdentity], want
 
 
 def _arguments(
-    settings: ContrastSection, side: str, model_folder: Path, uniform: TableVersion, folder: Path
+    settings: ContrastSection, side: str, model_folder: Path, pairs: TableVersion, folder: Path
 ) -> list[str]:
     """Return the arguments of `tokenweights train`. For the negative model chosen and rejected are swapped, in S and D."""
     options: dict[str, object] = {
@@ -168,8 +189,8 @@ def _arguments(
         options["gate.tolerance_nats"] = 0.05
     if settings.max_steps is not None:
         options["optim.max_steps"] = settings.max_steps
-    name = name_of(uniform.table)
-    arguments = ["train", "--store", uniform.store, "--weights", f"{name}@{uniform.version}"]
+    name = name_of(pairs.table)
+    arguments = ["train", "--store", pairs.store, "--weights", f"{name}@{pairs.version}"]
     arguments += ["--model", str(model_folder), "--output", str(folder)]
     for key, value in options.items():
         arguments += ["--set", f"{key}={json.dumps(value)}"]

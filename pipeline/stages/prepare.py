@@ -140,7 +140,7 @@ class Preparation:
         store = WeightStore(recipe.store.uri)
         tokens = store.table(tokens_path(f"{dataset.name}-{fingerprint(cut)[:12]}"))
         quarantine = store.table(quarantine_path(tokens.path))
-        trains = recipe.needs_pair and recipe.contrast.method != "prompt"
+        trains = recipe.needs_pair and recipe.contrast.trains and recipe.contrast.weights is None
         trains_on = recipe.contrast_settings.split if trains else None
         needs_scores = recipe.needs_scores
         return cls(dataset, needs_scores, trains_on, tokenizer, context, cut, asked, store, tokens, quarantine)

@@ -6,7 +6,7 @@ has that fingerprint, it is returned. New pairs are weighed and appended; if set
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +44,27 @@ class Ingredients:
     negative_logps: TableVersion | None = None
     attributions: TableVersion | None = None
     anchors: TableVersion | None = None
+    more_logps: Mapping[str, TableVersion] = field(default_factory=dict)
+    """Those of further contrastive pairs by role: `positive2_logps`, `negative2_logps` and so on."""
+
+    @classmethod
+    def of_scorers(
+        cls,
+        tokens: TableVersion,
+        logps: Mapping[str, TableVersion],
+        attributions: TableVersion | None = None,
+        anchors: TableVersion | None = None,
+    ) -> "Ingredients":
+        """Return the ingredients, with log-probs by the role of their scorer; those of `ref` must be there."""
+        more = {f"{role}_logps": version for role, version in logps.items()}
+        ref, positive, negative = (more.pop(f"{role}_logps", None) for role in ("ref", "positive", "negative"))
+        assert ref is not None, "no log-probs of the reference"
+        return cls(tokens, ref, positive, negative, attributions, anchors, more)
 
     def by_role(self) -> dict[str, TableVersion]:
         """Return those that are there, by role."""
-        return {role: version for role, version in vars(self).items() if version is not None}
+        found = {role: version for role, version in vars(self).items() if role != "more_logps" and version is not None}
+        return found | dict(self.more_logps)
 
 
 @dataclass(frozen=True)
@@ -157,7 +174,7 @@ def _metadata(recipe: Recipe, ingredients: Ingredients, wanted: "Wanted", statis
         "git_commit": software["git_commit"],
     }
     scorer = _recorded(ingredients.ref_logps).get("scorer")
-    if ingredients.positive_logps is not None and recipe.contrast.method != "prompt":
+    if ingredients.positive_logps is not None and recipe.contrast.trains:
         metadata["contrast"] = {
             "held_out": recipe.contrast.held_out,
             "split": recipe.contrast_settings.split,
@@ -281,9 +298,9 @@ def _weigh_batch(joined: pl.DataFrame, weigher: Weigher) -> tuple[pa.Table, Stat
         )
     of_pairs = pair_weights(weigher.section, lists, sides)
     columns["pair_weight"] = pa.array(of_pairs)
-    for field in WEIGHTS:
-        if field.nullable and field.name not in columns:
-            columns[field.name] = pa.nulls(joined.height, field.type)
+    for column in WEIGHTS:
+        if column.nullable and column.name not in columns:
+            columns[column.name] = pa.nulls(joined.height, column.type)
     return pa.table(columns), count_up(joined, sides, of_pairs if weigher.section.pair_weight != "none" else None)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 
 from pipeline.chat.tokenizer import Condition
@@ -11,7 +10,7 @@ from pipeline.recipe import ScoreSection
 from pipeline.workers.request import Executor, Request
 from pipeline.workers.supervise import Filled, Job, resolve_dtype, run_jobs
 from weights_store import TableVersion
-from weights_store.fingerprint import fingerprint_model
+from weights_store.fingerprint import fingerprint, fingerprint_model
 from weights_store.schemas import SCHEMA_VERSION
 
 REFERENCE = "ref"
@@ -43,20 +42,26 @@ def score(
 ) -> dict[str, Filled]:
     """Bring the scorers' logps tables up to a version of the tokens table; returns at once when nothing is missing.
 
-    The scorers are given by their role: `ref`, `positive` or `negative`. Those that share a model, like the two prompts of
-    construction P, share one process: the engine starts once. The chat template for their prompts is that of
+    The scorers are given by their role: `ref`, `positive` or `negative`, `positive2` … of further pairs. Those that share a
+    model, like the two prompts of construction P, share one process: the engine starts once. Those that are one and the same,
+    like the reference and a given pair's starting model, share one table. The chat template for their prompts is that of
     `tokenizer_folder`, or the recipe's own file `chat_template`.
 
     Raises:
         MissingExtraError: There is something to score, and no vLLM or, for actors, no Ray.
         StageError: The process failed, also when started again; carries its message. What it had committed stays.
     """
-    jobs = [
-        Job("score", tokens, role, scorer.model, identity_in(role, scorer, settings), scorer.condition)
-        for role, scorer in scorers.items()
-    ]
-    for model, group in groupby([job for job in jobs if job.to_do], key=lambda job: job.model):
-        of_model = list(group)
+    identities = {role: identity_in(role, scorer, settings) for role, scorer in scorers.items()}
+    tables = {role: fingerprint(identity) for role, identity in identities.items()}
+    jobs: dict[str, Job] = {}
+    for role, scorer in scorers.items():
+        if tables[role] not in jobs:
+            jobs[tables[role]] = Job("score", tokens, role, scorer.model, identities[role], scorer.condition)
+    by_model: dict[Path, list[Job]] = {}
+    for job in jobs.values():
+        if job.to_do:
+            by_model.setdefault(job.model, []).append(job)
+    for model, of_model in by_model.items():
         request = Request(
             "score",
             tokens,
@@ -69,7 +74,11 @@ def score(
             chat_template=chat_template,
         )
         run_jobs(request, of_model, settings.python)
-    return {job.role: job.result() for job in jobs}
+    results = {table: job.result() for table, job in jobs.items()}
+    return {
+        role: results[table] if jobs[table].role == role else Filled(results[table].output)
+        for role, table in tables.items()
+    }
 
 
 def engine_settings(settings: ScoreSection, dtype: str) -> EngineSettings:

@@ -3,10 +3,13 @@
 Called by `publish.py`. Memory is bounded by `RANGE_BYTES` for a range and by `BATCH_PAIRS` for what is computed from it.
 """
 
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Collection, Iterator, Mapping
+from functools import reduce
 
 import polars as pl
 
+from pipeline.models.section import MODEL_SIDES, ModelSide
 from pipeline.weighing.estimators import Input
 from pipeline.weighing.section import WeightsSection
 from weights_store import Table, TableVersion, WeightStore
@@ -19,10 +22,10 @@ RANGE_BYTES = 512 << 20
 BATCH_PAIRS = 16_384
 """How many pairs are weighed at a time: intermediate results take several times the space of the stored columns."""
 
-_PER_ID = ("ref_logps", "positive_logps", "negative_logps", "attributions", "activations")
+_PER_ID = ("ref_logps", "attributions", "activations")
 _LENGTHS_OF = {f"{side}_{what}": f"{side}_ids" for side in SIDES for what in _PER_ID}
 _LENGTHS_OF["anchor_ref_logps"] = "anchor_ids"
-"""Lists of a join, and the ids of which each has one value per id."""
+"""Lists of a join, and the ids of which each has one value per id. Those of the contrastive pairs: see `Join.pairs`."""
 _ATTRIBUTIONS: dict[Input, str] = {
     "attributions": "attributions",
     "prompt attributions": "prompt_attribution",
@@ -41,6 +44,12 @@ class Join:
         self.tables = {role: (WeightStore(at.store).table(at.table), at.version) for role, at in parents.items()}
         self.tokens, self.version = self.tables["tokens"]
         self.section = section
+        self.pairs = {
+            f"{side}_{model}_logps": [f"{side}_{role}" for role in _roles_of(model, self.tables)]
+            for side in SIDES
+            for model in MODEL_SIDES
+        }
+        """The log-probs of pi+ and pi- in a batch, and the columns of all contrastive pairs that each is the mean of."""
 
     def batches(self, without: tuple[Table, int] | None = None) -> Iterator[pl.DataFrame]:
         """Yield all pairs by pair_id, except those in version `without` of a table, in batches of at least one pair.
@@ -62,7 +71,8 @@ class Join:
         for rows in wanted.values():
             frame = frame.join(rows, on="pair_id")
         joined = frame.sort("pair_id").collect()
-        for values, ids in _LENGTHS_OF.items():
+        of_pairs = {each: f"{name.partition('_')[0]}_ids" for name, columns in self.pairs.items() for each in columns}
+        for values, ids in (_LENGTHS_OF | of_pairs).items():
             if values not in joined.columns:
                 continue
             for found in wrong_lengths(joined.select(values, ids).to_arrow(), values, ids):
@@ -70,6 +80,14 @@ class Join:
                     f"pair {joined['pair_id'][found.row]}: {found.problem}; {found.num_rows} such pairs. "
                     "Delete the table that holds them and build again"
                 )
+        return self._average_pairs(joined)
+
+    def _average_pairs(self, joined: pl.DataFrame) -> pl.DataFrame:
+        """Return pi+ and pi- as means over the contrastive pairs; the mean log-ratio is the difference of the means."""
+        for name, columns in self.pairs.items():
+            if len(columns) > 1:
+                total = reduce(operator.add, map(pl.col, columns))
+                joined = joined.with_columns((total / len(columns)).alias(name)).drop(columns[1:])
         return joined
 
     def _wanted(self, role: str, rows: pl.LazyFrame) -> pl.LazyFrame:
@@ -125,3 +143,8 @@ class Join:
                 if not lost.head(1).collect().is_empty():
                     return False
         return True
+
+
+def _roles_of(model: ModelSide, roles: Collection[str]) -> list[str]:
+    """Return which roles are log-probs of one side of a contrastive pair: `positive_logps`, `positive2_logps` and so on."""
+    return [role for role in roles if role.removesuffix("_logps").rstrip("0123456789") == model]

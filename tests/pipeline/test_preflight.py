@@ -4,11 +4,16 @@ import re
 import shutil
 import sys
 
+import pyarrow as pa
 import pytest
 
 from flows.build import find_model
+from pipeline.chat.tokenizer import ChatTokenizer
 from pipeline.preflight import check_inputs
+from weights_store import WeightStore
 from weights_store.errors import InputError, SettingsError, StoreError
+from weights_store.fingerprint import fingerprint_model
+from weights_store.schemas import WEIGHTS
 
 
 @pytest.fixture
@@ -124,6 +129,42 @@ def test_files_of_a_model_that_are_damaged_are_named(recipe_with, model, name, c
 def test_a_model_without_weights_is_refused(recipe_with, model):
     (model / "model.safetensors").unlink()
     refused(recipe_with(**{"model.path": str(model)}), InputError, f"model.path: no weight files in {model}; expected ")
+
+
+# --- the contrastive pair ----------------------------------------------------------------------------------------------
+
+
+def test_a_given_model_that_is_not_there_is_refused_if_the_weights_read_a_pair(recipe_with, tmp_path):
+    given = {"contrast.method": "given", "contrast.negative_model": f"{tmp_path}/nowhere"}
+    refused(
+        recipe_with(**given), InputError, f"contrast.negative_model {tmp_path}/nowhere does not exist; give a model"
+    )
+    check_inputs(recipe_with(**given, **{"weights.name": "toy/ones", "weights.estimator": "uniform"}))
+
+
+def test_other_pairs_that_are_not_built_are_refused_with_how_to_build_them(recipe_with):
+    recipe = recipe_with(**{"contrast.weights": "more/uniform"})
+    text = "contrast.weights more/uniform: no store at"
+    refused(recipe, InputError, text)
+    refused(
+        recipe, InputError, 'a recipe for the other pairs with weights.name = "more/uniform" and weights.estimator ='
+    )
+
+
+@pytest.mark.parametrize("what", ["tokenizer and chat template", "reference model"])
+def test_other_pairs_of_another_model_are_refused(recipe_with, toy_model, tmp_path, what):
+    made_with = {
+        "tokenizer": {"rendering": ChatTokenizer(toy_model).rendering_fingerprint},
+        "reference": {"model_fingerprint": fingerprint_model(toy_model)},
+    }
+    other = WeightStore(tmp_path / "store").table("weights/more/uniform")
+    other.append(pa.Table.from_pylist([], WEIGHTS), {"fingerprint": "x", **made_with})
+    check_inputs(recipe_with(**{"contrast.weights": "more/uniform"}))
+    made_with["tokenizer" if what.startswith("tokenizer") else "reference"] = {}
+    other.replace(pa.Table.from_pylist([], WEIGHTS), {"fingerprint": "y", **made_with})
+    text = f"has another {what} than {toy_model}: recorded is nothing, expected "
+    refused(recipe_with(**{"contrast.weights": "more/uniform"}), InputError, text)
+    check_inputs(recipe_with(**{"contrast.weights": "more/uniform@0"}))
 
 
 # --- the store ---------------------------------------------------------------------------------------------------------

@@ -88,7 +88,13 @@ def test_overrides_reach_the_recipe(override, value):
     [
         ("dataset.sorce=x", "unknown key 'dataset.sorce'; did you mean 'dataset.source'"),
         ("wieghts.name=x", "unknown key 'wieghts'"),
-        ("contrast.method=magic", "contrast.method: .*'prompt', 'sft' or 'dpo'.*got 'magic'"),
+        ("contrast.method=magic", "contrast.method: .*'prompt', 'sft', 'dpo' or 'given'.*got 'magic'"),
+        ("contrast.method=given", "'given' needs contrast.positive_model or contrast.negative_model; for the starting"),
+        ("contrast.negative_model=x", "contrast.negative_model has no effect with contrast.method 'dpo': set 'given'"),
+        ("contrast.positive_revision=x", "contrast.positive_revision has no effect without contrast.positive_model"),
+        ("contrast.weights=HH", "contrast.weights: bad name 'HH'"),
+        ("contrast.weights=hh-harmless/uniform@2", "contrast.weights hh-harmless/uniform@2 is what this recipe builds"),
+        ("contrast.negative_prompt=['bad', ' ']", "contrast.negative_prompt: a prompt is empty"),
         ("weights.lower=2.0", r"weights.lower \(2.0\) must be below weights.upper \(1.5\)"),
         ("weights.name=../x", r"bad name '\.\./x'"),
         ("dataset.name=a/b", "one part, without '/'"),
@@ -123,6 +129,34 @@ def test_wrong_overrides_say_what_and_where(override, message):
 def test_equal_contrastive_prompts_are_refused():
     with pytest.raises(SettingsError, match="every weight would be constant"):
         _load("contrast.method=prompt", "contrast.positive_prompt=same", "contrast.negative_prompt=same")
+
+
+def test_prompts_of_several_pairs_come_in_lists_of_equal_length():
+    lists = ["contrast.positive_prompt=['good', 'kind']", "contrast.negative_prompt=['bad', 'unkind']"]
+    assert _load("contrast.method=prompt", *lists).contrast.prompt_pairs == [("good", "bad"), ("kind", "unkind")]
+    with pytest.raises(SettingsError, match="positive_prompt has 2 prompts and contrast.negative_prompt 1: expected"):
+        _load("contrast.method=prompt", lists[0], "contrast.negative_prompt=bad")
+    with pytest.raises(SettingsError, match="contrast.weights has no effect with contrast.method 'prompt'"):
+        _load("contrast.method=prompt", "contrast.weights=other/uniform")
+
+
+def test_given_models_have_no_prompt_unless_one_is_set():
+    # The recipe file sets both prompts, for the method prompt.
+    settings = load_toml(REPO / "recipes" / "hh_harmless.toml") | {
+        "contrast": {"method": "given", "positive_model": "x"}
+    }
+    plain = parse_settings(Recipe, settings, "x.toml")
+    assert plain.contrast.prompt_pairs == [(None, None)]
+    assert plain.result_settings()["contrast"] == {"method": "given"}
+    settings["contrast"]["positive_prompt"] = ["good", "kind"]
+    prompted = parse_settings(Recipe, settings, "x.toml")
+    assert prompted.contrast.prompt_pairs == [("good", None), ("kind", None)]
+    assert prompted.result_settings()["contrast"] == {
+        "method": "given",
+        "positive_prompt": ["good", "kind"],
+        "role": "system",
+    }
+    assert Recipe.model_validate(prompted.model_dump(mode="json")) == prompted
 
 
 def test_settings_that_do_not_change_results_are_not_in_the_identity():

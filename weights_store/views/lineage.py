@@ -18,7 +18,7 @@ from weights_store.tables.metadata import CommitMetadata, Parent, Section
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableVersion
 
-_MODEL_SIDES = {"positive_logps": "positive", "negative_logps": "negative"}
+_MODEL_SIDES = ("positive", "negative")
 _TRAINED = ("sft", "dpo")
 """Methods of `contrast` that train their models."""
 _COLUMNS = {
@@ -87,13 +87,16 @@ class _Walk:
 
     def _model(self, depth: int, role: str, fingerprint: str, recipe: _Recipe) -> None:
         """Add a scorer's model, and what it was trained on if it was trained here."""
-        side = _MODEL_SIDES.get(role)
+        of_pair = role.removesuffix("_logps").rstrip("0123456789")  # a further pair of prompts has a number
+        side = of_pair if of_pair in _MODEL_SIDES else None
+        given = _text(recipe, "contrast", f"{side}_model") if side else None
         trained = list(self._trained(side, fingerprint, recipe)) if side else []
         start = _text(recipe, "model", "path")
         if not trained:
             is_gone = side and _text(recipe, "contrast", "method") in _TRAINED
             gone = _Thing(f"{side} model, not in {MODELS}/", "model", None, None, fingerprint)
-            self._add(depth, gone if is_gone else _Thing("model", "model", start, None, fingerprint))
+            there = _Thing(f"{side} model" if given else "model", "model", given or start, None, fingerprint)
+            self._add(depth, gone if is_gone else there)
         for name, record, created in trained:
             known = record.get("fingerprint", fingerprint if len(trained) == 1 else None)
             label = f"{side} model" if len(trained) == 1 else f"{side} model, one of {len(trained)}"
@@ -109,7 +112,8 @@ class _Walk:
         A record with the model's own fingerprint decides.
         """
         settings = recipe.get("contrast", {})
-        uniform = weights_path(f"{_text(recipe, 'dataset', 'name')}/uniform")
+        other = _text(recipe, "contrast", "weights")
+        pairs = weights_path(other.partition("@")[0] if other else f"{_text(recipe, 'dataset', 'name')}/uniform")
         models = self.root / MODELS
         for name in models.folders():
             folder = models / name
@@ -117,7 +121,7 @@ class _Walk:
             if record is None:
                 continue
             identity = record["identity"]
-            fits = identity["side"] == side and identity["table"] == uniform
+            fits = identity["side"] == side and identity["table"] == pairs
             fits &= all(settings.get(key) == value for key, value in identity["training"].items())
             if fits and record.get("fingerprint", fingerprint) == fingerprint:
                 modified_ns = folder.filesystem.get_file_info(RECORD).mtime_ns

@@ -1,10 +1,12 @@
 """A weight dataset as one row per response token, lazily: what analysts group, filter and join.
 
 The weights table already holds ids, weights and the reference's log-probs. Those of the contrastive pair come from the versions
-of the logps tables that the weights were made from.
+of the logps tables that the weights were made from; of several pairs of prompts they are the mean, as in the weights.
 """
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import polars as pl
 
@@ -14,7 +16,7 @@ from weights_store.schemas import SIDES
 from weights_store.tables.table_reader import TableVersion
 from weights_store.views.token_texts import Tokenizer, TokenTexts
 
-_CONTRASTIVE = {"logp_pos": "positive_logps", "logp_neg": "negative_logps"}  # column to role
+_CONTRASTIVE = {"logp_pos": "positive", "logp_neg": "negative"}  # column to model
 _ORDER = ("pair_id", "side", "position", "token_id", "token", "weight", "ref_logp", *_CONTRASTIVE)
 
 
@@ -25,10 +27,14 @@ def scan_tokens(
     table = open_table(root, weights.table)
     parents = {parent["role"]: parent for parent in table.metadata(weights.version).get("parents", [])}
     logps = {
-        column: open_table(root, parents[role]["table"]).scan(parents[role]["version"], checked)
-        for column, role in _CONTRASTIVE.items()
-        if role in parents
+        column: [
+            open_table(root, parent["table"]).scan(parent["version"], checked)
+            for role, parent in parents.items()
+            if role.removesuffix("_logps").rstrip("0123456789") == model  # a further pair of prompts has a number
+        ]
+        for column, model in _CONTRASTIVE.items()
     }
+    logps = {column: frames for column, frames in logps.items() if frames}
     pairs = table.scan(weights.version, checked)
     tokens = pl.concat([_side(pairs, logps, side) for side in SIDES])
     if tokenizer is not None:
@@ -38,7 +44,7 @@ def scan_tokens(
     return tokens.select(name for name in _ORDER if name != "token" or tokenizer is not None)
 
 
-def _side(pairs: pl.LazyFrame, logps: Mapping[str, pl.LazyFrame], side: str) -> pl.LazyFrame:
+def _side(pairs: pl.LazyFrame, logps: Mapping[str, Sequence[pl.LazyFrame]], side: str) -> pl.LazyFrame:
     """Return the tokens of one side. Conditions on `pair_id` pass the explode and the joins, down to every file."""
     ids = pl.col(f"{side}_ids")
     lists = pairs.select(
@@ -49,10 +55,15 @@ def _side(pairs: pl.LazyFrame, logps: Mapping[str, pl.LazyFrame], side: str) -> 
         pl.col(f"{side}_token_weights").alias("weight"),
         pl.col(f"{side}_ref_logps").alias("ref_logp"),
     )
-    for column, frame in logps.items():
-        # A left join: if a pair has no scores, exploding lists of unequal length raises, and no token gets lost.
-        scores = frame.select("pair_id", pl.col(f"{side}_logps").alias(column))
-        lists = lists.join(scores, on="pair_id", how="left", maintain_order="left")
+    for column, frames in logps.items():
+        names = [column, *(f"{column}{number}" for number in range(2, len(frames) + 1))]
+        for name, frame in zip(names, frames, strict=True):
+            # A left join: if a pair has no scores, exploding lists of unequal length raises, and no token gets lost.
+            scores = frame.select("pair_id", pl.col(f"{side}_logps").alias(name))
+            lists = lists.join(scores, on="pair_id", how="left", maintain_order="left")
+        if len(names) > 1:
+            mean = reduce(operator.add, map(pl.col, names)) / len(names)
+            lists = lists.with_columns(mean.alias(column)).drop(names[1:])
     tokens = lists.explode("position", "token_id", "weight", "ref_logp", *logps, empty_as_null=False)
     missing = [pl.lit(None, pl.Float32).alias(column) for column in _CONTRASTIVE if column not in logps]
     return tokens.with_columns(missing)

@@ -11,10 +11,11 @@ import pytest
 
 from pipeline.dry_run.plan import StagePlan, plan
 from pipeline.dry_run.table import plan_lines, plan_rows
+from pipeline.models.section import NEGATIVE_PROMPT, POSITIVE_PROMPT
 from pipeline.recipe import Recipe
 from pipeline.stages.anchors import anchors_identity
 from pipeline.stages.attribute import attribution_identity
-from pipeline.stages.contrast import contrast
+from pipeline.stages.contrast import contrast, untrained_pair
 from pipeline.stages.prepare import prepare
 from pipeline.stages.publish import Ingredients, publish
 from pipeline.stages.report import write_report
@@ -38,6 +39,7 @@ STAGES = [
 ]
 SCORES = [stage for stage in STAGES if stage.startswith("score")]
 NUM_PAIRS = 12
+PROMPTS = {"positive": POSITIVE_PROMPT, "negative": NEGATIVE_PROMPT}
 CONTRAST = {"contrast.method": "dpo", "contrast.pairs_per_step": 5, "contrast.num_epochs": 2}
 DUPLICATE, BROKEN = 0, b"{broken"
 
@@ -310,6 +312,45 @@ def test_two_prompts_need_no_training(make_recipe, source):
     plans = _plan(make_recipe(**{"contrast.method": "prompt"}))
     assert plans["contrast"].action == "reuse"
     assert [plans[stage].num_pairs for stage in SCORES] == [NUM_PAIRS] * 3
+
+
+def test_several_prompts_are_planned_one_by_one_and_a_known_one_is_reused(make_recipe, source, toy_model):
+    source(*FIRST_ROWS)
+    first = make_recipe(**{"contrast.method": "prompt"})
+    tokens = prepare(first, toy_model).tokens
+    for role, scorer in {"ref": Scorer(toy_model), **untrained_pair(first.contrast, toy_model).scorers}.items():
+        _score(tokens, scorer, first, role)
+    prompts = {f"contrast.{side}_prompt": [text, f"a {side} one"] for side, text in PROMPTS.items()}
+    stages = [*STAGES[:6], "score positive2", "score negative2", *STAGES[6:]]
+    plans = _plan(make_recipe(**{"contrast.method": "prompt", **prompts}), stages)
+    assert plans["contrast"].reasons == ("one model with 2 pairs of prompts: nothing to train",)
+    assert [plan for plan in _computed(plans) if plan.startswith("score")] == ["score positive2", "score negative2"]
+
+
+def test_given_models_need_no_training_and_the_starting_one_is_scored_once(make_recipe, source, toy_model, tmp_path):
+    source(*FIRST_ROWS)
+    other = Path(shutil.copytree(toy_model, tmp_path / "other"))
+    (other / "config.json").write_text(json.dumps({**json.loads((other / "config.json").read_text()), "made_up": 1}))
+    plans = _plan(make_recipe(**{"contrast.method": "given", "contrast.positive_model": str(other)}))
+    assert plans["contrast"].reasons == (
+        "given models: nothing to train", f"{other}, the positive model", f"{toy_model}, the negative model"
+    )  # fmt: skip
+    assert [plans[stage].num_pairs for stage in SCORES] == [NUM_PAIRS, NUM_PAIRS, 0]
+    (table,) = plans["score negative"].reasons
+    assert table.endswith(", the table of score ref")
+    assert plans["publish"].num_pairs == NUM_PAIRS
+    prompts = {"contrast.method": "given", "contrast.positive_model": str(other), "contrast.negative_prompt": "bad"}
+    plans = _plan(make_recipe(**prompts))
+    assert plans["contrast"].reasons[2] == f"{toy_model}, the negative model, behind a prompt"
+    assert [plans[stage].num_pairs for stage in SCORES] == [NUM_PAIRS] * 3
+
+
+def test_a_pair_on_other_pairs_is_planned_in_their_number(built, source):
+    source(*range(4))
+    settings = {"dataset.name": "other", "weights.name": "other/tis-dpo", "contrast.weights": "toy/uniform"}
+    found = _plan(built(**settings, **{"contrast.num_epochs": 1}))["contrast"]
+    assert found.reasons[0] == "2 models to train with dpo, 3 steps of 5 pairs each, on the pairs of toy/uniform"
+    assert (found.num_pairs, found.is_exact) == (NUM_PAIRS, True)
 
 
 def test_an_estimator_without_a_pair_plans_none(make_recipe, source):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import sys
@@ -9,12 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.chat.tokenizer import Condition
-from pipeline.stages.contrast import contrast, wanted_models
+from pipeline.models.section import ContrastSection
+from pipeline.stages.contrast import contrast, untrained_pair, wanted_models
 from pipeline.stages.prepare import prepare
 from pipeline.stages.publish import Ingredients, publish
 from pipeline.stages.score import Scorer, score
 from weights_store import WeightStore
-from weights_store.errors import MissingExtraError, StageError
+from weights_store.errors import InputError, MissingExtraError, StageError
 from weights_store.schemas import LOGPS
 
 SMALL = {"contrast.pairs_per_step": 8, "contrast.max_steps": 2, "contrast.learning_rate": 1e-3}
@@ -56,11 +58,55 @@ def test_prompt_pair_is_one_model_behind_two_prompts(make_recipe, toy_model, uni
         **{"contrast.method": "prompt", "contrast.positive_prompt": "good", "contrast.negative_prompt": "bad"}
     )
     pair = contrast(settings.contrast, toy_model, uniform(4))
-    assert pair.positive.model == pair.negative.model == toy_model
-    assert (pair.positive.condition, pair.negative.condition) == (
+    assert pair.scorers["positive"].model == pair.scorers["negative"].model == toy_model
+    assert (pair.scorers["positive"].condition, pair.scorers["negative"].condition) == (
         Condition("good", "system"),
         Condition("bad", "system"),
     )
+
+
+def test_several_prompts_and_given_models_have_a_role_each(toy_model, tmp_path):
+    other = shutil.copytree(toy_model, tmp_path / "other")
+    settings = ContrastSection(method="given", positive_model=str(other), positive_prompt=["good", "kind"], role="user")
+    assert untrained_pair(settings, toy_model).scorers == {
+        "positive": Scorer(other, Condition("good", "user")),
+        "negative": Scorer(toy_model),
+        "positive2": Scorer(other, Condition("kind", "user")),
+        "negative2": Scorer(toy_model),
+    }
+
+
+def test_a_pair_is_trained_on_the_other_pairs_that_the_recipe_names(make_recipe, toy_model, uniform, monkeypatch):
+    commands = []
+
+    def train(_module, command, _what, _python):
+        commands.append(command)
+        shutil.copytree(toy_model, command[command.index("--output") + 1], dirs_exist_ok=True)
+
+    monkeypatch.setattr("pipeline.stages.contrast.run_child", train)
+    pairs = uniform(4)
+    own = dataclasses.replace(pairs, table="weights/other/tis-dpo")  # the recipe's own dataset, which has another name
+    settings = {"contrast.method": "sft", "dataset.name": "other", "dataset.split": ["a", "b"]}
+    recipe = make_recipe(**settings, **{"weights.name": "other/tis-dpo", "contrast.weights": "toy/uniform"})
+    assert recipe.contrast_settings.split is None  # the first split is one of this recipe's pairs
+    contrast(recipe.contrast_settings, toy_model, own)
+    assert [command[command.index("--weights") + 1] for command in commands] == ["toy/uniform@0"] * 2
+    grown = uniform(8)
+    found = wanted_models(recipe.contrast_settings, toy_model, own)
+    assert [(model.identity["table"], model.data) for model in found] == [
+        ("weights/toy/uniform", pairs.fingerprint)
+    ] * 2
+    pinned = recipe.contrast_settings.model_copy(
+        update={"weights": "toy/uniform@1"}
+    )  # a version that is named is meant
+    assert [(model.folder, model.data) for model in wanted_models(pinned, toy_model, own)] == [
+        (None, grown.fingerprint)
+    ] * 2
+    gone = recipe.contrast_settings.model_copy(update={"weights": "toy/uniform@9"})
+    with pytest.raises(
+        InputError, match="contrast.weights toy/uniform@9: .*Build it first, with the same model and store"
+    ):
+        wanted_models(gone, toy_model, own)
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
@@ -69,18 +115,18 @@ def test_trained_pair_is_two_models_of_opposite_data_and_is_reused(make_recipe, 
     pairs = uniform(16)
     with ThreadPoolExecutor() as builds:  # two at once: one trains, the other waits and takes the same model
         first, other = builds.map(lambda _: contrast(recipe.contrast, toy_model, pairs), range(2))
-    assert (first.positive, first.negative) == (other.positive, other.negative)
-    configs = [
-        json.loads((scorer.model / "lineage.json").read_text())["config"] for scorer in (first.positive, first.negative)
-    ]
+    assert first.scorers == other.scorers
+    configs = [json.loads((scorer.model / "lineage.json").read_text())["config"] for scorer in first.scorers.values()]
     assert [config["data"]["swap"] for config in configs] == [False, True]
     assert {config["loss"]["name"] for config in configs} == {method}
     assert first.num_trained + other.num_trained == 2
     # A vLLM or transformers user finds a whole model there, tokenizer included.
-    assert (first.positive.model / "tokenizer.json").read_bytes() == (toy_model / "tokenizer.json").read_bytes()
+    assert (first.scorers["positive"].model / "tokenizer.json").read_bytes() == (
+        toy_model / "tokenizer.json"
+    ).read_bytes()
 
     again = contrast(recipe.contrast, toy_model, uniform(20))
-    assert (again.num_trained, again.positive, again.negative) == (0, first.positive, first.negative)
+    assert (again.num_trained, again.scorers) == (0, first.scorers)
 
 
 def test_grown_data_train_a_new_pair_only_when_asked_or_if_one_side_is_missing(make_recipe, toy_model, uniform):
@@ -89,13 +135,13 @@ def test_grown_data_train_a_new_pair_only_when_asked_or_if_one_side_is_missing(m
     first = contrast(plain, toy_model, uniform(16))
     grown = uniform(20)
     found = [model.folder for model in wanted_models(plain, toy_model, grown)]
-    assert found == [first.positive.model, first.negative.model]
+    assert found == [scorer.model for scorer in first.scorers.values()]
     assert [(model.folder, model.data) for model in wanted_models(retrain, toy_model, grown)] == [
         (None, grown.fingerprint)
     ] * 2
-    shutil.rmtree(first.negative.model)  # as after a kill between the two trainings
+    shutil.rmtree(first.scorers["negative"].model)  # as after a kill between the two trainings
     second = contrast(plain, toy_model, grown)
-    records = [json.loads((s.model / "contrast.json").read_text()) for s in (second.positive, second.negative)]
+    records = [json.loads((s.model / "contrast.json").read_text()) for s in second.scorers.values()]
     assert [record["data"] for record in records] == [grown.fingerprint] * 2
     assert second.num_trained == 2
     assert contrast(retrain, toy_model, grown).num_trained == 0
@@ -112,7 +158,7 @@ def test_what_is_held_out_and_the_split_reach_the_training_and_name_other_models
     assert changed.contrast.training_settings() == {**plain.contrast.training_settings(), "held_out": 0.25}
     pairs = uniform(16)
     both = contrast(make_recipe(**settings, **held_out, **split).contrast, toy_model, pairs)
-    config = json.loads((both.positive.model / "lineage.json").read_text())["config"]
+    config = json.loads((both.scorers["positive"].model / "lineage.json").read_text())["config"]
     assert (config["eval"]["share"], config["data"]["split"]) == (0.25, "train")
     names = [
         model.name
@@ -120,7 +166,7 @@ def test_what_is_held_out_and_the_split_reach_the_training_and_name_other_models
         for model in wanted_models(make_recipe(**settings, **options).contrast, toy_model, pairs)
     ]
     assert len(set(names)) == 8
-    assert names[-2:] == [both.positive.model.name, both.negative.model.name]
+    assert names[-2:] == [scorer.model.name for scorer in both.scorers.values()]
 
 
 @pytest.mark.parametrize(

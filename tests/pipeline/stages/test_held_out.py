@@ -54,7 +54,7 @@ def build(make_recipe, toy_model, toy_pairs, tmp_path, write_jsonl):
         pair = contrast(recipe.contrast_settings, toy_model, uniform.weights)
         scored = {f"{role}_logps": score(tokens, scorer.model, role) for role, scorer in pair.scorers.items()}
         publish(recipe, recipe.weights, Ingredients(tokens, reference, **scored))
-        return recipe.store.uri, pair.positive.model
+        return recipe.store.uri, pair.scorers["positive"].model
 
     return build_on
 

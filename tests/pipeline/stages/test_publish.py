@@ -106,6 +106,56 @@ def test_statistics_by_hand(store, make_recipe):
     assert statistics["constant_weights"] is False
 
 
+def test_log_ratios_are_averaged_over_several_pairs_of_prompts(store, make_recipe):
+    one = _ingredients(store)
+    second = {
+        "positive2_logps": _logps(store, "pos2", "ab", [-1.0, -2.0, -1.0], [-1.0, -1.0]),
+        "negative2_logps": _logps(store, "neg2", "ab", [-2.0, -1.0, -0.75], [-1.75, -1.0]),
+    }
+    single = _publish(make_recipe, one)
+    both = _publish(make_recipe, dataclasses.replace(one, more_logps=second))
+    assert both.weights.fingerprint != single.weights.fingerprint
+    assert [change for change in both.changes if change.startswith("tables.")] == [
+        'tables.negative2_logps: null -> "logps/toy-1/neg2"',
+        'tables.positive2_logps: null -> "logps/toy-1/pos2"',
+    ]
+    row = store.scan("toy/tis-dpo").filter(pl.col("pair_id") == "a" * 32).collect().row(0, named=True)
+    # Chosen: (0.5, 3, -0.25) and (1, -1, -0.25), mean (0.75, 1, -0.25). Rejected: (0.25, -2), (0.75, 0): (0.5, -1 -> -0.5).
+    np.testing.assert_allclose(row["chosen_token_weights"], [2.1170000, 2.7182818, 0.7788008], rtol=2**-13)
+    np.testing.assert_allclose(row["rejected_token_weights"], [0.6065307, 1.6487213], rtol=2**-13)
+    assert both.statistics["chosen"]["mean_logratio"] == pytest.approx(0.5)
+    tokens = (
+        store.scan_tokens("toy/tis-dpo").filter(pl.col("pair_id") == "a" * 32, pl.col("side") == "chosen").collect()
+    )
+    assert tokens["logp_pos"].to_list() == [-1.0, -1.5, -1.0]
+    assert tokens["logp_neg"].to_list() == [-1.75, -2.5, -0.75]
+    short = _logps(store, "short", "ab", [-1.0], [-1.0, -1.0])
+    with pytest.raises(MismatchError, match=r"pair a{32}: 1 chosen_positive2_logps for 3 chosen_ids; 2 such pairs"):
+        _publish(make_recipe, dataclasses.replace(one, more_logps={**second, "positive2_logps": short}))
+
+
+def test_given_models_stand_in_the_lineage_by_their_own_names(store, make_recipe):
+    rows = [{"pair_id": "a" * 32, "chosen_logps": [-1.0] * 3, "rejected_logps": [-1.0] * 2}]
+    logps = [
+        store.table(f"logps/toy-1/{number}").append(
+            pa.Table.from_pylist(rows, LOGPS),
+            {"fingerprint": f"{number}", "statistics": {}, "scorer": {"model": model * 64, "dtype": "float32"}},
+        )
+        for number, model in enumerate("abac")
+    ]
+    made_of = Ingredients(_tokens(store, "a"), *logps[:3], more_logps={"positive2_logps": logps[3]})
+    given = {"contrast.method": "given", "contrast.positive_model": "org/larger"}
+    recipe = make_recipe(**given)
+    publish(recipe, recipe.weights, made_of)
+    models = store.lineage("toy/tis-dpo").filter(pl.col("kind") == "model")
+    assert models.select("role", "name", "fingerprint").rows() == [
+        ("model", recipe.model.path, "a" * 12),
+        ("positive model", "org/larger", "b" * 12),
+        ("positive model", "org/larger", "c" * 12),
+    ]
+    assert "contrast" not in store.metadata("toy/tis-dpo")  # nothing was trained on these labels here
+
+
 TOPS = {
     "chosen_top_ids": [5, 1, 6, 3, 2, 4],
     "chosen_top_logps": [-1.0, -1.5, -0.5, -2.0, -1.0, -3.0],

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +115,19 @@ def test_every_pair_is_scored_once_in_chunks_that_say_how_long_they_took(tokens,
     assert all(commit["statistics"]["wall_s"] >= 0 and commit["engine"]["way"] == "made_up" for commit in made)
     assert run(tokens)["ref"].num_pairs == 0
     assert len(run.log("starts")) == 1
+
+
+def test_scorers_of_one_model_share_an_engine_and_equal_ones_a_table(tokens, run, model):
+    other = shutil.copytree(model, model.parent / "other")
+    (other / "model.safetensors").write_bytes(b"made up otherwise")
+    scorers = {"ref": Scorer(model), "positive": Scorer(other), "negative": Scorer(model), "positive2": Scorer(other)}
+    scored = run(tokens, scorers, chunk_tokens=NUM_PAIRS * PAIR_TOKENS)
+    assert scored["negative"].output == scored["ref"].output != scored["positive"].output == scored["positive2"].output
+    assert [scored[role].num_pairs for role in scorers] == [NUM_PAIRS, NUM_PAIRS, 0, 0]
+    assert len(run.log("starts")) == 2
+    assert {role: commits(result)[0]["role"] for role, result in scored.items()} == {
+        "ref": "ref", "positive": "positive", "negative": "ref", "positive2": "positive"
+    }  # fmt: skip
 
 
 def test_progress_ends_with_all_tokens(tokens, run, logged):

@@ -1,0 +1,53 @@
+"""Other pairs to train the contrastive models on: those of a weight dataset in the same store (`contrast.weights`)."""
+
+from pathlib import Path
+
+from pipeline.chat.tokenizer import ChatTokenizer
+from weights_store import TableVersion, WeightStore
+from weights_store.errors import InputError, NotFoundError
+from weights_store.fingerprint import fingerprint_model
+from weights_store.names import split_name
+
+
+def other_pairs(store: str, weights: str) -> TableVersion:
+    """Return the version of a weight dataset: `name@version`, or the newest one of `name`.
+
+    Raises:
+        InputError: The store has none of that name or version.
+    """
+    name, version = split_name(weights)
+    try:
+        return WeightStore(store).resolve(name, version)
+    except NotFoundError as error:
+        raise InputError(
+            f"contrast.weights {weights}: {error}. Build it first, with the same model and store: a recipe for the other "
+            f'pairs with weights.name = "{name}" and weights.estimator = "uniform"'
+        ) from error
+
+
+def check_other_pairs(store: str, weights: str, model_folder: Path, tokenizer: ChatTokenizer) -> None:
+    """Check that a weight dataset was made with this tokenizer and chat template, and with this model as its reference.
+
+    Raises:
+        InputError: It does not exist, or was not.
+    """
+    version = other_pairs(store, weights)
+    metadata = WeightStore(store).table(version.table).metadata(version.version)
+    found = {
+        "tokenizer and chat template": metadata.get("tokenizer", {}).get("rendering"),
+        "reference model": metadata.get("reference", {}).get("model_fingerprint"),
+    }
+    expected = {
+        "tokenizer and chat template": tokenizer.rendering_fingerprint,
+        "reference model": fingerprint_model(model_folder),
+    }
+    for what, wanted in expected.items():
+        if found[what] != wanted:
+            raise InputError(
+                f"contrast.weights {weights}: {version} has another {what} than {model_folder}: recorded is "
+                f"{_short(found[what])}, expected {_short(wanted)}. Build it with the model of this recipe"
+            )
+
+
+def _short(fingerprint: str | None) -> str:
+    return f"{fingerprint[:12]}…" if fingerprint else "nothing"
