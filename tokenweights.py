@@ -143,6 +143,13 @@ def _add_build_commands(commands: "Commands") -> None:
         default="ref",
         help="model to score with: the reference, or one of the contrastive pair (default: ref)",
     )
+    prompts = _recipe_command(
+        commands,
+        "check-prompts",
+        _check_prompts,
+        "measure on a sample whether contrastive prompts or given models say anything",
+    )
+    prompts.add_argument("--pairs", metavar="N", type=_count, default=64, help="number of pairs to score (default: 64)")
     what = "run recipes on their schedules as Prefect deployments, until stopped"
     serve = _command(commands, "serve", _serve, what, "flows")
     serve.add_argument("recipes", nargs="+", metavar="RECIPE", help="TOML files, each with a [schedule]")
@@ -235,6 +242,14 @@ def _check_scorer(options: argparse.Namespace) -> None:
     )
     print("\n".join(parity_lines(found)))
     check_parity(found)
+
+
+def _check_prompts(options: argparse.Namespace) -> None:
+    from pipeline.prompt_check import check_lines, check_prompts
+    from pipeline.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides, options.store)
+    print("\n".join(check_lines(check_prompts(recipe, options.pairs))))
 
 
 def _serve(options: argparse.Namespace) -> None:

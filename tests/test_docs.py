@@ -33,6 +33,7 @@ NOT_RUN = {
     "build": "scores and trains for minutes",
     "plan": "reads ../shared, which is not part of the project",
     "check-scorer": "starts vLLM",
+    "check-prompts": "starts vLLM",
     "train": "loads torch and a model",
     "serve": "runs until it is stopped",
 }

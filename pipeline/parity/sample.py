@@ -1,6 +1,6 @@
 """The pairs of a parity check: of the tokens table, of the source, or those whose log-probs are stored."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, tee
 
@@ -10,6 +10,7 @@ from pipeline.parity.process import Column
 from pipeline.source.intake import pairs_of
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair
+from pipeline.source.rows import RawRow
 from pipeline.stages.prepare import Preparation
 from pipeline.workers.pair_row import COLUMNS, PairRow, read_pairs
 from weights_store import TableVersion, WeightStore
@@ -32,11 +33,12 @@ class Sample:
         return sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in self.pairs)
 
 
-def take_sample(start: Preparation, num_pairs: int) -> Sample:
-    """Return pairs as prepare tokenises them: of the tokens table if it exists, else the first usable rows of the source.
+def take_sample(start: Preparation, num_pairs: int, look_at: int | None = None) -> Sample:
+    """Return pairs as prepare tokenises them: of the tokens table if it exists, else usable rows of the source.
 
     Of the table, they are those with the lowest pair_ids. These are hashes, so that is a random sample; and pairs of one
-    prompt are adjacent, so the sample shares computations as a build does.
+    prompt are adjacent, so the sample shares computations as a build does. Of the source they are the first usable rows, or
+    with `look_at` those with the lowest pair_ids among so many of the first rows.
 
     Raises:
         InputError: The source cannot be read, or no row of it can be used.
@@ -46,14 +48,18 @@ def take_sample(start: Preparation, num_pairs: int) -> Sample:
         last = pl.lit(rows.select("pair_id").bottom_k(num_pairs, by="pair_id").max().collect().item())
         wanted = rows.filter(pl.col("pair_id") <= last).select(COLUMNS).sort("pair_id").collect()
         return Sample(str(start.tokens.reference()), read_pairs(wanted))
-    pairs = list(islice(_usable_pairs(start), num_pairs))
+    found = ((row, pair) for row, pair in pairs_of(start.opened, start.columns) if isinstance(pair, Pair))
+    if look_at is not None:
+        by_id = {pair.pair_id: (row, pair) for row, pair in islice(found, look_at)}
+        found = (by_id[pair_id] for pair_id in sorted(by_id))
+    pairs = list(islice(_tokenized(start, found), num_pairs))
     if not pairs:
         raise InputError(f"dataset.source {start.dataset.source}: no row of it can be used")
-    return Sample(f"the first rows of {start.dataset.source}", pairs)
+    which = "the first rows" if look_at is None else f"a sample of the first {look_at:,} rows"
+    return Sample(f"{which} of {start.dataset.source}", pairs)
 
 
-def _usable_pairs(start: Preparation) -> Iterator[PairRow]:
-    usable = ((row, pair) for row, pair in pairs_of(start.opened, start.columns) if isinstance(pair, Pair))
+def _tokenized(start: Preparation, usable: Iterable[tuple[RawRow, Pair]]) -> Iterator[PairRow]:
     found, again = tee(usable)
     for (row, pair), tokens in zip(found, start.tokenize(pair for _, pair in again), strict=True):
         if isinstance(tokens, Unusable):
