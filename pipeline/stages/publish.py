@@ -15,10 +15,13 @@ import pyarrow as pa
 
 from pipeline.provenance import provenance
 from pipeline.recipe import Recipe
+from pipeline.weighing.fits import with_fits
 from pipeline.weighing.join import Join
+from pipeline.weighing.margins import COLUMNS, NONE_SEEN, Margins, SeenLabels
 from pipeline.weighing.section import WeightsSection
 from pipeline.weighing.statistics import count_up, merge_statistics
-from pipeline.weighing.weigh import Weigher, one_chunk, pair_weights, with_curves
+from pipeline.weighing.weigh import Weigher, one_chunk, pair_weights
+from train.data.selection import Selection
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ConflictError, InputError, StoreError
 from weights_store.fingerprint import explain_difference, fingerprint
@@ -110,7 +113,7 @@ def _publish(
         )
     join = Join(ingredients.by_role(), weights)
     join.check_annotations()
-    weigher = Weigher.of(weights, tokenizer_folder)
+    weigher = Weigher.of(weights, tokenizer_folder, _seen_labels(recipe))
     checked = check()
     appended_to = wanted.appended_to(ingredients)
     shards, statistics = _weigh_rows(join, weigher, wanted, appended_to)
@@ -166,6 +169,14 @@ def _metadata(recipe: Recipe, ingredients: Ingredients, wanted: "Wanted", statis
         model = scorer["model"]
         metadata["reference"] = {"model_fingerprint": model, "dtype": scorer["dtype"], "model": recipe.model.path}
     return metadata
+
+
+def _seen_labels(recipe: Recipe) -> SeenLabels:
+    """Return which labels the models of the contrastive pair have been trained on."""
+    settings = recipe.contrast_settings
+    if settings.method not in ("sft", "dpo"):
+        return NONE_SEEN
+    return SeenLabels(Selection(settings.split or "", settings.held_out), by_dpo=settings.method == "dpo")
 
 
 def _with_balance(statistics: Statistics, tokens: TableVersion) -> Statistics:
@@ -229,9 +240,9 @@ class Wanted:
     def appended_to(self, ingredients: Ingredients) -> int | None:
         """Return the version whose rows stay, so that only new rows are added; None if all rows must be written again.
 
-        With transform `position` every new pair changes all weights.
+        Where weights depend on the whole dataset, every new pair changes all of them.
         """
-        if self.newest is None or self.made_differently or "position" in self.section.transforms:
+        if self.newest is None or self.made_differently or self.section.looks_at_all_pairs:
             return None
         join = Join(ingredients.by_role(), self.section)
         stays = join.has_all_of(self.table, self.base) and join.has_scores_of(self.table, self.base)
@@ -248,13 +259,14 @@ def _weigh_rows(
 
     The statistics are those of the whole version; None if it has no pairs.
     """
-    weigher = with_curves(weigher, map(_lists, join.batches()))
+    weigher = with_fits(weigher, lambda: map(_lists, join.batches()))
+    margins = Margins(weigher.section.estimators, weigher.seen)
     table = wanted.table
     writer = table.writer()
     statistics: Statistics | None = None
     try:
         for joined in join.batches(without=None if appended_to is None else (table, appended_to)):
-            rows, of_batch = _weigh_batch(joined, weigher)
+            rows, of_batch = _weigh_batch(joined, weigher, None if appended_to is not None else margins)
             statistics = merge_statistics(statistics, of_batch) if statistics else of_batch
             writer.write(rows)
         shards = writer.finish()
@@ -267,10 +279,16 @@ def _weigh_rows(
         statistics = merge_statistics(before, statistics) if statistics else before
     if statistics and weigher.curves:
         statistics["mean_weight_by_position"] = {side: curve.tolist() for side, curve in weigher.curves.items()}
+    if statistics and margins.estimators:
+        if appended_to is not None and margins.can_measure:
+            # Figures of two sets of pairs cannot be merged exactly: the fit needs all margins, and a version keeps none.
+            for lists in map(_lists, join.batches(columns=COLUMNS)):
+                margins.add(lists, weigher.scores(lists))
+        statistics["held_out"] = margins.records(weigher.scales)
     return shards, statistics
 
 
-def _weigh_batch(joined: pl.DataFrame, weigher: Weigher) -> tuple[pa.Table, Statistics]:
+def _weigh_batch(joined: pl.DataFrame, weigher: Weigher, margins: Margins | None) -> tuple[pa.Table, Statistics]:
     lists = _lists(joined)
     columns = {name: lists[name] for name in WEIGHTS.names if name in lists.column_names}
     sides = weigher.sides(lists)
@@ -279,6 +297,8 @@ def _weigh_batch(joined: pl.DataFrame, weigher: Weigher) -> tuple[pa.Table, Stat
         columns[f"{side}_token_weights"] = pa.ListArray.from_arrays(
             pa.array(offsets - offsets[0]), pa.array(weighed.token_weights)
         )
+    if margins is not None:
+        margins.add(lists, {side: scores for side, (scores, _) in sides.items()})
     of_pairs = pair_weights(weigher.section, lists, sides)
     columns["pair_weight"] = pa.array(of_pairs)
     for field in WEIGHTS:

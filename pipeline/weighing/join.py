@@ -3,7 +3,7 @@
 Called by `publish.py`. Memory is bounded by `RANGE_BYTES` for a range and by `BATCH_PAIRS` for what is computed from it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import polars as pl
 
@@ -42,8 +42,12 @@ class Join:
         self.tokens, self.version = self.tables["tokens"]
         self.section = section
 
-    def batches(self, without: tuple[Table, int] | None = None) -> Iterator[pl.DataFrame]:
+    def batches(
+        self, without: tuple[Table, int] | None = None, columns: Sequence[str] | None = None
+    ) -> Iterator[pl.DataFrame]:
         """Yield all pairs by pair_id, except those in version `without` of a table, in batches of at least one pair.
+
+        With `columns` only these are read, as far as the join has them.
 
         Raises:
             MismatchError: A list is not as long as its ids, or a column that is needed is null.
@@ -51,9 +55,9 @@ class Join:
         records = (record for table, version in self.tables.values() for record in table.records(version))
         num_bytes = sum(record.num_bytes for record in records)
         for piece in self.tokens.key_ranges(RANGE_BYTES, self.version, num_bytes):
-            yield from self._read(piece, without).iter_slices(BATCH_PAIRS)
+            yield from self._read(piece, without, columns).iter_slices(BATCH_PAIRS)
 
-    def _read(self, piece: KeyRange, without: tuple[Table, int] | None) -> pl.DataFrame:
+    def _read(self, piece: KeyRange, without: tuple[Table, int] | None, columns: Sequence[str] | None) -> pl.DataFrame:
         wanted = {role: self._wanted(role, table.scan(at, within=piece)) for role, (table, at) in self.tables.items()}
         frame = wanted.pop("tokens")
         if without is not None:
@@ -61,6 +65,8 @@ class Join:
             frame = frame.join(table.scan(version, within=piece).select("pair_id"), on="pair_id", how="anti")
         for rows in wanted.values():
             frame = frame.join(rows, on="pair_id")
+        if columns is not None:
+            frame = frame.select(name for name in columns if name in frame.collect_schema())
         joined = frame.sort("pair_id").collect()
         for values, ids in _LENGTHS_OF.items():
             if values not in joined.columns:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from train.config import DataConfig, EvalSection
 
-_PROMPT_DIGITS = 12
+PROMPT_DIGITS = 12
 """A pair_id begins with so many hex digits of a hash of its prompt, so all pairs of a prompt are on the same side."""
 
 
@@ -58,5 +58,5 @@ class Selection:
 
 def is_held_out(pair_id: str, share: float) -> bool:
     """Return whether a pair's prompt is among the held-out `share`: by a hash, the same in every version and run."""
-    digest = blake2b(pair_id[:_PROMPT_DIGITS].encode(), digest_size=8).digest()
+    digest = blake2b(pair_id[:PROMPT_DIGITS].encode(), digest_size=8).digest()
     return int.from_bytes(digest) < share * 2.0**64
