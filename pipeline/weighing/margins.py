@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.weighing.estimators import Estimator, SideScores
-from pipeline.weighing.held_out import HeldOut, compare, measure
+from pipeline.weighing.held_out import MIN_PROMPTS, HeldOut, compare, measure
 from train.data.selection import PROMPT_DIGITS, Selection
 from weights_store.schemas import SIDES, Side
 from weights_store.tables.metadata import HeldOutRecord
@@ -32,8 +32,8 @@ _HOLD_OUT = "set contrast.held_out, for example to 0.1"
 class SeenLabels:
     """Which labels the models of the contrastive pair were trained on.
 
-    The recipe says so, not the models: pairs that came after a pair was trained count as seen too. A pair that was given from
-    elsewhere counts as unseen, whatever it was trained on.
+    The recipe says so, not the models. Pairs that came after the training count as seen too, and one that left the split since
+    then as unseen. Models that were not trained here have seen nothing that we know of.
     """
 
     selection: Selection | None = None
@@ -119,8 +119,14 @@ class Margins:
         if _reads_pair(self.estimators[name]) and self.seen.are_all:
             return f"the models of the contrastive pair were trained on all these labels; {_HOLD_OUT}"
         _, prompts = self._unseen(name)
-        remedy = f"; {_HOLD_OUT}" if _reads_pair(self.estimators[name]) and self.seen.selection is not None else ""
-        return f"only {len(np.unique(prompts))} prompts have labels that the scores have not seen{remedy}"
+        num_prompts = len(np.unique(prompts))
+        problem = (
+            f"only {num_prompts} prompts have labels that the scores have not seen, at least {MIN_PROMPTS} are needed"
+        )
+        selection = self.seen.selection if _reads_pair(self.estimators[name]) else None
+        if selection is None:
+            return problem
+        return f"{problem}; {f'raise contrast.held_out above {selection.share:g}' if selection.share else _HOLD_OUT}"
 
     def _record(self, name: str, scale: float | None) -> HeldOutRecord:
         found = self.measure(name)

@@ -91,7 +91,10 @@ def test_what_was_trained_on_everything_is_not_measured_and_says_what_to_do():
     remedy = "trained on all these labels; set contrast.held_out, for example to 0.1"
     assert margins.records({}) == {"tis": {"not_measured": f"the models of the contrastive pair were {remedy}"}}
     few = _margins([_pairs(_log_ratios(5))]).records({})
-    assert few == {"tis": {"not_measured": "only 5 prompts have labels that the scores have not seen"}}
+    problem = "only 5 prompts have labels that the scores have not seen, at least 10 are needed"
+    assert few == {"tis": {"not_measured": problem}}
+    few = _margins([_pairs(_log_ratios(5))], SeenLabels(Selection(share=0.99))).records({})
+    assert few == {"tis": {"not_measured": f"{problem}; raise contrast.held_out above 0.99"}}
 
 
 def test_estimators_without_scores_have_nothing_to_measure():
