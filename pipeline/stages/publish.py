@@ -17,7 +17,7 @@ from pipeline.provenance import provenance
 from pipeline.recipe import Recipe
 from pipeline.weighing.fits import with_fits
 from pipeline.weighing.join import Join
-from pipeline.weighing.margins import COLUMNS, NONE_SEEN, Margins, SeenLabels
+from pipeline.weighing.margins import NONE_SEEN, Margins, SeenLabels
 from pipeline.weighing.section import WeightsSection
 from pipeline.weighing.statistics import count_up, merge_statistics
 from pipeline.weighing.weigh import Weigher, one_chunk, pair_weights
@@ -282,7 +282,7 @@ def _weigh_rows(
     if statistics and margins.estimators:
         if appended_to is not None and margins.can_measure:
             # Figures of two sets of pairs cannot be merged exactly: the fit needs all margins, and a version keeps none.
-            for lists in map(_lists, join.batches(columns=COLUMNS)):
+            for lists in map(_lists, join.batches(logps_only=True)):
                 margins.add(lists, weigher.scores(lists))
         statistics["held_out"] = margins.records(weigher.scales)
     return shards, statistics

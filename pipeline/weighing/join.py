@@ -3,9 +3,10 @@
 Called by `publish.py`. Memory is bounded by `RANGE_BYTES` for a range and by `BATCH_PAIRS` for what is computed from it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import polars as pl
+import polars.selectors as cs
 
 from pipeline.weighing.estimators import Input
 from pipeline.weighing.section import WeightsSection
@@ -23,6 +24,8 @@ _PER_ID = ("ref_logps", "positive_logps", "negative_logps", "attributions", "act
 _LENGTHS_OF = {f"{side}_{what}": f"{side}_ids" for side in SIDES for what in _PER_ID}
 _LENGTHS_OF["anchor_ref_logps"] = "anchor_ids"
 """Lists of a join, and the ids of which each has one value per id."""
+_BESIDES_LOGPS = "^prompt$|_score$|_top_|attribution|activations|^anchor_"
+"""Columns of a join that log-ratios are not made of."""
 _ATTRIBUTIONS: dict[Input, str] = {
     "attributions": "attributions",
     "prompt attributions": "prompt_attribution",
@@ -42,12 +45,10 @@ class Join:
         self.tokens, self.version = self.tables["tokens"]
         self.section = section
 
-    def batches(
-        self, without: tuple[Table, int] | None = None, columns: Sequence[str] | None = None
-    ) -> Iterator[pl.DataFrame]:
+    def batches(self, without: tuple[Table, int] | None = None, logps_only: bool = False) -> Iterator[pl.DataFrame]:
         """Yield all pairs by pair_id, except those in version `without` of a table, in batches of at least one pair.
 
-        With `columns` only these are read, as far as the join has them.
+        With `logps_only` they have ids, splits and log-probs, and nothing else is read.
 
         Raises:
             MismatchError: A list is not as long as its ids, or a column that is needed is null.
@@ -55,9 +56,9 @@ class Join:
         records = (record for table, version in self.tables.values() for record in table.records(version))
         num_bytes = sum(record.num_bytes for record in records)
         for piece in self.tokens.key_ranges(RANGE_BYTES, self.version, num_bytes):
-            yield from self._read(piece, without, columns).iter_slices(BATCH_PAIRS)
+            yield from self._read(piece, without, logps_only).iter_slices(BATCH_PAIRS)
 
-    def _read(self, piece: KeyRange, without: tuple[Table, int] | None, columns: Sequence[str] | None) -> pl.DataFrame:
+    def _read(self, piece: KeyRange, without: tuple[Table, int] | None, logps_only: bool) -> pl.DataFrame:
         wanted = {role: self._wanted(role, table.scan(at, within=piece)) for role, (table, at) in self.tables.items()}
         frame = wanted.pop("tokens")
         if without is not None:
@@ -65,8 +66,8 @@ class Join:
             frame = frame.join(table.scan(version, within=piece).select("pair_id"), on="pair_id", how="anti")
         for rows in wanted.values():
             frame = frame.join(rows, on="pair_id")
-        if columns is not None:
-            frame = frame.select(name for name in columns if name in frame.collect_schema())
+        if logps_only:
+            frame = frame.select(~cs.matches(_BESIDES_LOGPS))
         joined = frame.sort("pair_id").collect()
         for values, ids in _LENGTHS_OF.items():
             if values not in joined.columns:

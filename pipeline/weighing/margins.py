@@ -18,13 +18,6 @@ from weights_store.tables.metadata import HeldOutRecord
 
 DPO = "dpo"
 """Name of DPO's own implicit reward, log pi+ - log ref, among what is measured."""
-COLUMNS = (
-    "pair_id",
-    "split",
-    "prompt_ids",
-    *(f"{side}_{kind}" for side in SIDES for kind in ("ids", "positive_logps", "negative_logps", "ref_logps")),
-)
-"""The columns of a join that the log-ratios of a contrastive pair and DPO's implicit reward are made of."""
 _HOLD_OUT = "set contrast.held_out, for example to 0.1"
 
 

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from pipeline.weighing.fits import with_fits
 from pipeline.weighing.held_out import fit_multiplier
-from pipeline.weighing.margins import COLUMNS, Margins, SeenLabels
+from pipeline.weighing.margins import Margins, SeenLabels
 from pipeline.weighing.section import AnyWeights
 from pipeline.weighing.weigh import Weigher
 from train.data.selection import Selection, is_held_out
@@ -41,7 +41,6 @@ def _pairs(log_ratios, splits=None, prompts=None, rewards=None):
         "chosen_ref_logps": [[a - r, b] for (a, b), r in zip(log_ratios, rewards or [0.0] * num_pairs, strict=True)],
         "rejected_ref_logps": [[-1.0]] * num_pairs,
     }
-    assert columns.keys() == set(COLUMNS)
     floats = {name: pa.array(values, pa.list_(pa.float32())) for name, values in columns.items() if "logps" in name}
     return pa.table(columns | floats)
 
