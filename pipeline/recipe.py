@@ -249,6 +249,19 @@ class Recipe(Section):
             raise ValueError("estimator 'entropy' reads the most likely tokens: set score.top_k, for example to 16")
         return self
 
+    @model_validator(mode="after")
+    def _scale_has_labels_to_fit(self) -> "Recipe":
+        """Say before anything is trained what `fits.py` would say at the end."""
+        is_on_these = self.contrast.trains and self.contrast.weights is None
+        seen_all = is_on_these and not self.contrast.held_out and self.contrast_settings.split is None
+        of_pair = any("contrastive pair" in self.weights.estimators[name].reads for name in self.weights.scales)
+        if self.weights.is_calibrated and of_pair and seen_all:
+            raise ValueError(
+                "weights.scale 'calibrated' fits the scale on labels that the contrastive models have not seen, and they are "
+                "trained on all: set contrast.held_out, for example to 0.1, or give weights.scale a number"
+            )
+        return self
+
     @property
     def needs_pair(self) -> bool:
         """Whether the weights compare a contrastive pair."""

@@ -129,6 +129,8 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
+    from weights_store.views.held_out import held_out_lines
+
     name, version = weights_store.split_name(options.name)
     store = _store(options)
     reference = store.resolve(name, version)
@@ -142,8 +144,11 @@ def _show(options: argparse.Namespace) -> None:
         print_json({**document, "statistics": statistics, "parents": parents, "versions": versions, "rows": rows})
         return
     print(f"{reference}  fingerprint {reference.fingerprint[:12]}\n")
-    for label, value in _facts(statistics):
+    facts = _facts({key: value for key, value in statistics.items() if key != "held_out"})
+    for label, value in facts:
         print(f"  {label:<36}{value}")
+    for label, line in held_out_lines(statistics):
+        print(f"\n{label}: {line}")
     print("\nmade from")
     for parent in parents:
         print(f"  {parent['role']:<16}{parent['table']}@{parent['version']}  {parent['fingerprint'][:12]}")

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.chat.tokenizer import ChatTokenizer
+from train.data.selection import Selection, prompt_hashes
 from weights_store import TableVersion, WeightStore
 from weights_store.errors import InputError, NotFoundError
 from weights_store.fingerprint import fingerprint_model
@@ -47,6 +50,21 @@ def check_other_pairs(store: str, weights: str, model_folder: Path, tokenizer: C
                 f"contrast.weights {weights}: {version} has another {what} than {model_folder}: recorded is "
                 f"{_short(found[what])}, expected {_short(wanted)}. Build it with the model of this recipe"
             )
+
+
+def trained_prompts(pairs: TableVersion, selection: Selection) -> np.ndarray:
+    """Return hashes of the prompts of the pairs that a training with this selection reads, sorted and each once, uint64.
+
+    8 bytes a prompt: with those of another dataset they tell which prompts both have.
+
+    Raises:
+        DamageError: A shard is not what was committed.
+    """
+    table = WeightStore(pairs.store).table(pairs.table)
+    found = [np.empty(0, np.uint64)]
+    for rows in table.batches(pairs.version, ["pair_id", "split"]):
+        found.append(np.unique(prompt_hashes(rows.filter(selection.keeps(rows))["pair_id"].to_pylist())))
+    return np.unique(np.concatenate(found))
 
 
 def _short(fingerprint: str | None) -> str:

@@ -13,20 +13,24 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from pipeline.models.other_pairs import other_pairs, trained_prompts
 from pipeline.provenance import provenance
 from pipeline.recipe import Recipe
+from pipeline.weighing.fits import with_fits
 from pipeline.weighing.join import Join
+from pipeline.weighing.margins import NONE_SEEN, Margins, SeenLabels, are_among
 from pipeline.weighing.section import WeightsSection
 from pipeline.weighing.statistics import count_up, merge_statistics
-from pipeline.weighing.weigh import Weigher, one_chunk, pair_weights, with_curves
+from pipeline.weighing.weigh import Weigher, one_chunk, pair_weights
+from train.data.selection import Selection, prompt_hashes
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ConflictError, InputError, StoreError
 from weights_store.fingerprint import explain_difference, fingerprint
 from weights_store.location import one_line
 from weights_store.messages import logger
-from weights_store.names import weights_path
+from weights_store.names import name_of, weights_path
 from weights_store.schemas import ATTRIBUTIONS, FLOATS, SCHEMA_VERSION, WEIGHTS, Reason
-from weights_store.tables.metadata import CommitMetadata, Identity, ParityRecord, Section, Statistics
+from weights_store.tables.metadata import CommitMetadata, ContrastRecord, Identity, ParityRecord, Section, Statistics
 from weights_store.tables.shards import ShardRecord
 
 _log = logger(__name__)
@@ -127,13 +131,16 @@ def _publish(
         )
     join = Join(ingredients.by_role(), weights)
     join.check_annotations()
-    weigher = Weigher.of(weights, tokenizer_folder)
+    seen = _seen_labels(recipe, ingredients)
+    weigher = Weigher.of(weights, tokenizer_folder, seen)
     checked = check()
     appended_to = wanted.appended_to(ingredients)
     shards, statistics = _weigh_rows(join, weigher, wanted, appended_to)
     if statistics is None:
         raise InputError(f"no pair of {ingredients.tokens} has all its scores; nothing to publish")
     metadata = _metadata(recipe.model_copy(update={"weights": weights}), ingredients, wanted, statistics)
+    if ingredients.positive_logps is not None and recipe.contrast.trains:
+        metadata["contrast"] = _contrast_record(recipe, ingredients.tokens, seen)
     if "parity" in checked:
         metadata["parity"] = checked["parity"]
     reference = wanted.table.commit(
@@ -174,15 +181,38 @@ def _metadata(recipe: Recipe, ingredients: Ingredients, wanted: "Wanted", statis
         "git_commit": software["git_commit"],
     }
     scorer = _recorded(ingredients.ref_logps).get("scorer")
-    if ingredients.positive_logps is not None and recipe.contrast.trains:
-        metadata["contrast"] = {
-            "held_out": recipe.contrast.held_out,
-            "split": recipe.contrast_settings.split,
-        }
     if scorer is not None:
         model = scorer["model"]
         metadata["reference"] = {"model_fingerprint": model, "dtype": scorer["dtype"], "model": recipe.model.path}
     return metadata
+
+
+def _seen_labels(recipe: Recipe, ingredients: Ingredients) -> SeenLabels:
+    """Return which labels the models of the contrastive pair have been trained on."""
+    settings = recipe.contrast_settings
+    if ingredients.positive_logps is None:
+        return NONE_SEEN
+    if not settings.trains:
+        is_given = settings.method == "given"
+        return SeenLabels(assumption="the given models were not trained on these labels") if is_given else NONE_SEEN
+    selection = Selection(settings.split or "", settings.held_out)
+    if settings.weights is None:
+        return SeenLabels(selection, by_dpo=settings.method == "dpo")
+    # Plain DPO on this dataset does not see the labels of the other one, so it is no comparison.
+    pairs = other_pairs(ingredients.tokens.store, settings.weights)
+    return SeenLabels(other_prompts=trained_prompts(pairs, selection), other=f"{name_of(pairs.table)}@{pairs.version}")
+
+
+def _contrast_record(recipe: Recipe, tokens: TableVersion, seen: SeenLabels) -> ContrastRecord:
+    """Return which pairs the models of the contrastive pair have been trained on, for trainings that hold some out."""
+    settings = recipe.contrast_settings
+    record: ContrastRecord = {"held_out": settings.held_out, "split": settings.split}
+    if seen.other_prompts is None:
+        return record
+    pair_ids = WeightStore(tokens.store).table(tokens.table).pair_ids(tokens.version)
+    record["weights"] = seen.other
+    record["num_seen_pairs"] = int(are_among(prompt_hashes(pair_ids.to_list()), seen.other_prompts).sum())
+    return record
 
 
 def _with_balance(statistics: Statistics, tokens: TableVersion) -> Statistics:
@@ -246,9 +276,9 @@ class Wanted:
     def appended_to(self, ingredients: Ingredients) -> int | None:
         """Return the version whose rows stay, so that only new rows are added; None if all rows must be written again.
 
-        With transform `position` every new pair changes all weights.
+        Where weights depend on the whole dataset, every new pair changes all of them.
         """
-        if self.newest is None or self.made_differently or "position" in self.section.transforms:
+        if self.newest is None or self.made_differently or self.section.looks_at_all_pairs:
             return None
         join = Join(ingredients.by_role(), self.section)
         stays = join.has_all_of(self.table, self.base) and join.has_scores_of(self.table, self.base)
@@ -265,13 +295,14 @@ def _weigh_rows(
 
     The statistics are those of the whole version; None if it has no pairs.
     """
-    weigher = with_curves(weigher, map(_lists, join.batches()))
+    weigher = with_fits(weigher, lambda: map(_lists, join.batches()))
+    margins = Margins(weigher.section.estimators, weigher.seen)
     table = wanted.table
     writer = table.writer()
     statistics: Statistics | None = None
     try:
         for joined in join.batches(without=None if appended_to is None else (table, appended_to)):
-            rows, of_batch = _weigh_batch(joined, weigher)
+            rows, of_batch = _weigh_batch(joined, weigher, None if appended_to is not None else margins)
             statistics = merge_statistics(statistics, of_batch) if statistics else of_batch
             writer.write(rows)
         shards = writer.finish()
@@ -284,10 +315,16 @@ def _weigh_rows(
         statistics = merge_statistics(before, statistics) if statistics else before
     if statistics and weigher.curves:
         statistics["mean_weight_by_position"] = {side: curve.tolist() for side, curve in weigher.curves.items()}
+    if statistics and margins.estimators:
+        if appended_to is not None and margins.can_measure:
+            # Figures of two sets of pairs cannot be merged exactly: the fit needs all margins, and a version keeps none.
+            for lists in map(_lists, join.batches(logps_only=True)):
+                margins.add(lists, weigher.scores(lists))
+        statistics["held_out"] = margins.records(weigher.scales)
     return shards, statistics
 
 
-def _weigh_batch(joined: pl.DataFrame, weigher: Weigher) -> tuple[pa.Table, Statistics]:
+def _weigh_batch(joined: pl.DataFrame, weigher: Weigher, margins: Margins | None) -> tuple[pa.Table, Statistics]:
     lists = _lists(joined)
     columns = {name: lists[name] for name in WEIGHTS.names if name in lists.column_names}
     sides = weigher.sides(lists)
@@ -296,6 +333,8 @@ def _weigh_batch(joined: pl.DataFrame, weigher: Weigher) -> tuple[pa.Table, Stat
         columns[f"{side}_token_weights"] = pa.ListArray.from_arrays(
             pa.array(offsets - offsets[0]), pa.array(weighed.token_weights)
         )
+    if margins is not None:
+        margins.add(lists, {side: scores for side, (scores, _) in sides.items()})
     of_pairs = pair_weights(weigher.section, lists, sides)
     columns["pair_weight"] = pa.array(of_pairs)
     for column in WEIGHTS:

@@ -18,6 +18,7 @@ from weights_store.location import Location
 from weights_store.messages import logger
 from weights_store.schemas import SIDES
 from weights_store.tables.metadata import SideStatistics, Statistics
+from weights_store.views.held_out import held_out_lines
 
 _log = logger(__name__)
 
@@ -90,6 +91,7 @@ def summary_rows(published: Published) -> list[tuple[str, str]]:
         rows.append(("anchors", f"of {statistics['num_anchored_pairs']:,} pairs"))
     rows.append(("weights", _settings_text(published.settings)))
     rows += [(f"{side} tokens", _side_text(statistics[side])) for side in SIDES]
+    rows += held_out_lines(statistics)
     if "mean_pair_weight" in statistics:
         ends = f"{statistics['min_pair_weight']:.4f} to {statistics['max_pair_weight']:.4f}"
         rows.append(("pair weights", f"{ends}, mean {statistics['mean_pair_weight']:.4f}"))

@@ -15,16 +15,31 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
-from pydantic import Field
 
+from pipeline.weighing.draws import draw_uniform
+from pipeline.weighing.keys import (
+    Calibrated,
+    DecayGamma,
+    K,
+    Lower,
+    MaxWeight,
+    MinWeight,
+    Mu,
+    Scale,
+    Seed,
+    Share,
+    SigmaDivisor,
+    Span,
+    TiLambda,
+    Upper,
+)
 from pipeline.weighing.transforms import decay as decay_transform
 from pipeline.weighing.transforms import mean_one, means, positions
 from train.model.hybrid import hybrid_weights
 from weights_store.schemas import Side
-from weights_store.tables.checksums import mix
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +113,7 @@ Input = Literal[
     "token keys",
     "words",
 ]
-"""What weighing reads of each token. Pair and reference: their log-probs. Token keys: see `token_keys`."""
+"""What weighing reads of each token. Pair and reference: their log-probs. Token keys: see `draws.py`."""
 F = TypeVar("F", bound=Callable[..., SideWeights])
 
 
@@ -111,6 +126,8 @@ class Estimator:
     reads: tuple[Input, ...]
     zero_at: Mapping[str, float] | None
     """Values of settings with which weights are often 0, so that they have no log; {}: with any values; None: with none."""
+    token_scores: Callable[[SideScores], np.ndarray] | None
+    """Estimates of the tokens' rewards, `[N]` nats, made without knowing the side; None if it has none. See `margins.py`."""
 
     @cached_property
     def settings(self) -> dict[str, tuple[object, object]]:
@@ -123,57 +140,45 @@ ESTIMATORS: dict[str, Estimator] = {}
 """By name in a recipe; `ensemble` is made of them."""
 
 
-def estimator(name: str, source: str, *reads: Input, zero_at: Mapping[str, float] | None = None) -> Callable[[F], F]:
-    """Register a function as the estimator `name`, see `Estimator`."""
+def estimator(
+    name: str,
+    source: str,
+    *reads: Input,
+    zero_at: Mapping[str, float] | None = None,
+    token_scores: Callable[[SideScores], np.ndarray] | None = None,
+) -> Callable[[F], F]:
+    """Register a function as the estimator `name`, see `Estimator`. Token scores of a contrastive pair are its log-ratios."""
+    if token_scores is None and "contrastive pair" in reads:
+        token_scores = SideScores.logratios
 
     def register(function: F) -> F:
-        ESTIMATORS[name] = Estimator(function, source, reads, zero_at)
+        ESTIMATORS[name] = Estimator(function, source, reads, zero_at, token_scores)
         return function
 
     return register
-
-
-# --- settings: keys of [weights] with their ranges; the descriptions are the rows of docs/settings.md ------------------
-
-K = Annotated[float, Field(gt=0, description="factor of every weight")]
-Mu = Annotated[float, Field(gt=0, description="+mu on chosen, -mu on rejected tokens")]
-Lower = Annotated[float, Field(description="lower end L of the clamp on log-ratios, in nats")]
-Upper = Annotated[float, Field(description="upper end U of the clamp, in nats")]
-Seed = Annotated[int, Field(ge=0, description="seed of the random numbers")]
-MinWeight = Annotated[float, Field(ge=0, description="smallest weight")]
-MaxWeight = Annotated[float, Field(gt=0, description="largest weight")]
-_SHARE = "share of each response's tokens to select, rounded down, at least one; of equal scores the earlier token"
-Share = Annotated[float, Field(gt=0, le=1, description=_SHARE)]
-TiLambda = Annotated[float, Field(ge=0, le=1, description="share of the attribution, 0 to 1; the rest is the prior")]
-_SIGMA = "the prior's sigma is the span's length divided by this; 4 in the paper, 8 in the release"
-SigmaDivisor = Annotated[float, Field(gt=0, description=_SIGMA)]
-_SPAN = (
-    "over which tokens the weights have mean 1; `sequence`: prompt and response, as in the release, needs `attribute.prompts`, "
-    "and the mean over the response is then not 1"
-)
-Span = Annotated[Literal["response", "sequence"], Field(description=_SPAN)]
-DecayGamma = Annotated[float, Field(gt=0, le=1, description="factor per token, the first included")]
 
 
 # --- TIS-DPO ----------------------------------------------------------------------------------------------------------
 
 
 @estimator("tis", "TIS-DPO, 2410.04350", "contrastive pair")
-def tis(scores: SideScores, *, k: K = 1.0, mu: Mu = 1.0, lower: Lower = -0.5, upper: Upper = 1.5) -> SideWeights:
-    """Return k * exp(mu * clamp(log pi+ - log pi-, lower, upper)), mu < 0 on rejected tokens.
+def tis(
+    scores: SideScores, *, scale: Scale = 1.0, k: K = 1.0, mu: Mu = 1.0, lower: Lower = -0.5, upper: Upper = 1.5
+) -> SideWeights:
+    """Return k * exp(mu * clamp(scale * (log pi+ - log pi-), lower, upper)), mu < 0 on rejected tokens.
 
-    TIS-DPO, arXiv 2410.04350, eq. 19 of the submission; mu multiplies the clamped value. The paper has k = 1 and mu = +1 / -1;
-    lower = -0.5 and upper = 1.5 are the values of SWIFT (NeurIPS 2025, appendix B.2), which are often quoted.
+    TIS-DPO, arXiv 2410.04350, eq. 19 of the submission; mu multiplies the clamped value. The paper has scale = k = 1 and mu =
+    +1 / -1; lower = -0.5 and upper = 1.5 are the values of SWIFT (NeurIPS 2025, appendix B.2), which are often quoted.
     """
-    return _clamped(scores.side, scores.logratios(), k, mu, lower, upper)
+    return _clamped(scores.side, _scaled(scores.logratios(), scale), k, mu, lower, upper)
 
 
-@estimator("reversed", "ablation", "contrastive pair")
+@estimator("reversed", "ablation", "contrastive pair", token_scores=lambda scores: -scores.logratios())
 def reversed_tis(
-    scores: SideScores, *, k: K = 1.0, mu: Mu = 1.0, lower: Lower = -0.5, upper: Upper = 1.5
+    scores: SideScores, *, scale: Scale = 1.0, k: K = 1.0, mu: Mu = 1.0, lower: Lower = -0.5, upper: Upper = 1.5
 ) -> SideWeights:
     """Return `tis` with pi+ and pi- swapped: an ablation that should hurt."""
-    return _clamped(scores.side, -scores.logratios(), k, mu, lower, upper)
+    return _clamped(scores.side, _scaled(-scores.logratios(), scale), k, mu, lower, upper)
 
 
 @estimator("random", "ablation", "token keys")
@@ -181,7 +186,7 @@ def random(
     scores: SideScores, *, k: K = 1.0, mu: Mu = 1.0, lower: Lower = -0.5, upper: Upper = 1.5, seed: Seed = 0
 ) -> SideWeights:
     """Return `tis` of log-ratios drawn from U(lower, upper). A draw depends only on the token and the seed."""
-    drawn = (lower + (upper - lower) * _uniform(scores, seed)).astype(np.float32)
+    drawn = (lower + (upper - lower) * _drawn(scores, seed)).astype(np.float32)
     return _clamped(scores.side, drawn, k, mu, lower, upper)
 
 
@@ -189,6 +194,14 @@ def random(
 def uniform(scores: SideScores) -> SideWeights:
     """Return 1: plain DPO."""
     return SideWeights(np.ones(scores.num_tokens, dtype=np.float32))
+
+
+def _scaled(logratios: np.ndarray, scale: float | Calibrated) -> np.ndarray:
+    """Scale log-ratios in place."""
+    assert scale != "calibrated", "measure the scale over the whole dataset first, see `fits.py`"
+    if scale != 1:
+        logratios *= np.float32(scale)
+    return logratios
 
 
 def _clamped(side: Side, logratios: np.ndarray, k: float, mu: float, lower: float, upper: float) -> SideWeights:
@@ -244,7 +257,7 @@ def random_scale(
     scores: SideScores, *, seed: Seed = 0, min_weight: MinWeight = 0.7, max_weight: MaxWeight = 1.3
 ) -> SideWeights:
     """Return weights drawn from U(min_weight, max_weight), the release's `random`. Draws are repeatable, as in `random`."""
-    drawn = min_weight + (max_weight - min_weight) * _uniform(scores, seed)
+    drawn = min_weight + (max_weight - min_weight) * _drawn(scores, seed)
     return SideWeights(drawn.astype(np.float32))
 
 
@@ -382,18 +395,6 @@ def _relative(values: np.ndarray, lengths: np.ndarray) -> SideWeights:
     return SideWeights(token_weights, num_without_mass=int(np.count_nonzero(is_empty)))
 
 
-# --- randomness -------------------------------------------------------------------------------------------------------
-
-
-def token_keys(pair_ids: list[str], side: Side, lengths: np.ndarray) -> np.ndarray:
-    """Return one 64-bit key per token, flat `[N]` uint64: a hash of pair (32 hex digits), side and position."""
-    pairs = np.array([int(pair_id[:16], 16) for pair_id in pair_ids], dtype=np.uint64)
-    salt = np.uint64(1 if side == "chosen" else 2) << np.uint64(62)
-    return mix(np.repeat(mix(pairs), lengths) + positions(lengths).astype(np.uint64) + salt)
-
-
-def _uniform(scores: SideScores, seed: int) -> np.ndarray:
-    """Return a number in [0, 1) for each token, float32, which does not depend on the other tokens."""
+def _drawn(scores: SideScores, seed: int) -> np.ndarray:
     assert scores.token_keys is not None, "no token keys"
-    mixed = mix(scores.token_keys + mix(np.full(1, seed, dtype=np.uint64)))
-    return ((mixed >> np.uint64(40)).astype(np.float32)) * np.float32(2.0**-24)
+    return draw_uniform(scores.token_keys, seed)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import reduce
 
 import polars as pl
+import polars.selectors as cs
 
 from pipeline.models.section import MODEL_SIDES, ModelSide
 from pipeline.weighing.estimators import Input
@@ -26,6 +27,8 @@ _PER_ID = ("ref_logps", "attributions", "activations")
 _LENGTHS_OF = {f"{side}_{what}": f"{side}_ids" for side in SIDES for what in _PER_ID}
 _LENGTHS_OF["anchor_ref_logps"] = "anchor_ids"
 """Lists of a join, and the ids of which each has one value per id. Those of the contrastive pairs: see `Join.pairs`."""
+_BESIDES_LOGPS = "^prompt$|_score$|_top_|attribution|activations|^anchor_"
+"""Columns of a join that log-ratios are not made of."""
 _ATTRIBUTIONS: dict[Input, str] = {
     "attributions": "attributions",
     "prompt attributions": "prompt_attribution",
@@ -51,8 +54,10 @@ class Join:
         }
         """The log-probs of pi+ and pi- in a batch, and the columns of all contrastive pairs that each is the mean of."""
 
-    def batches(self, without: tuple[Table, int] | None = None) -> Iterator[pl.DataFrame]:
+    def batches(self, without: tuple[Table, int] | None = None, logps_only: bool = False) -> Iterator[pl.DataFrame]:
         """Yield all pairs by pair_id, except those in version `without` of a table, in batches of at least one pair.
+
+        With `logps_only` they have ids, splits and log-probs, and nothing else is read.
 
         Raises:
             MismatchError: A list is not as long as its ids, or a column that is needed is null.
@@ -60,9 +65,9 @@ class Join:
         records = (record for table, version in self.tables.values() for record in table.records(version))
         num_bytes = sum(record.num_bytes for record in records)
         for piece in self.tokens.key_ranges(RANGE_BYTES, self.version, num_bytes):
-            yield from self._read(piece, without).iter_slices(BATCH_PAIRS)
+            yield from self._read(piece, without, logps_only).iter_slices(BATCH_PAIRS)
 
-    def _read(self, piece: KeyRange, without: tuple[Table, int] | None) -> pl.DataFrame:
+    def _read(self, piece: KeyRange, without: tuple[Table, int] | None, logps_only: bool) -> pl.DataFrame:
         wanted = {role: self._wanted(role, table.scan(at, within=piece)) for role, (table, at) in self.tables.items()}
         frame = wanted.pop("tokens")
         if without is not None:
@@ -70,6 +75,8 @@ class Join:
             frame = frame.join(table.scan(version, within=piece).select("pair_id"), on="pair_id", how="anti")
         for rows in wanted.values():
             frame = frame.join(rows, on="pair_id")
+        if logps_only:
+            frame = frame.select(~cs.matches(_BESIDES_LOGPS))
         joined = frame.sort("pair_id").collect()
         of_pairs = {each: f"{name.partition('_')[0]}_ids" for name, columns in self.pairs.items() for each in columns}
         for values, ids in (_LENGTHS_OF | of_pairs).items():

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
 from pydantic import AfterValidator, BeforeValidator, Field, create_model, field_validator, model_validator
 
 from pipeline.section import Section
-from pipeline.weighing.estimators import ESTIMATORS, DecayGamma, Estimator, Input
+from pipeline.weighing.estimators import ESTIMATORS, Estimator, Input
+from pipeline.weighing.keys import Calibrated, DecayGamma
 from pipeline.weighing.transforms import TRANSFORM_SETTINGS, TransformName
 from weights_store.names import check_new_name
 
@@ -128,6 +129,22 @@ class WeightsSection(Section):
             found.add("contrastive pair")
         return found
 
+    @property
+    def scales(self) -> dict[str, float | Calibrated]:
+        """`weights.scale` by estimator, for those that read it."""
+        keys = ((name, key) for name, each in self.estimators.items() for key in each.settings)
+        return {name: getattr(self, key) for name, key in keys if key == "scale"}
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether scores are multiplied by factors that are fitted on held-out labels."""
+        return "calibrated" in self.scales.values()
+
+    @property
+    def looks_at_all_pairs(self) -> bool:
+        """Whether a pair's weights depend on all other pairs, so that new pairs change them."""
+        return self.is_calibrated or "position" in self.transforms
+
     def read_keys(self) -> set[str]:
         """Return the keys that determine the weights; `transforms` and `pair_weight` only if they are used."""
         keys = {"estimator"}.union(*(estimator.settings for estimator in self.estimators.values()))
@@ -144,6 +161,8 @@ class WeightsSection(Section):
         common, read = WeightsSection.model_fields, {"name", *self.read_keys()}
         own = [key for key in type(self).model_fields if key not in common]
         settings = {key: getattr(self, key) for key in ("name", "estimator", *own, *common) if key in read}
+        if settings.get("scale") == 1:  # the key came later, and what was built without it is the same
+            del settings["scale"]
         # The first formula gave pairs with a strongly negative margin the largest weight: such datasets are built again.
         return settings | ({"margin_formula": 2} if self.pair_weight == "margin" else {})
 

@@ -1,9 +1,9 @@
 """From joined columns of some pairs to their weights, as the recipe's [weights] says. Called by `publish.py`, batch by batch.
 
-Not here: the formulas (`estimators.py`, `transforms.py`).
+Not here: the formulas (`estimators.py`, `transforms.py`), and what has to be known of the whole dataset first (`fits.py`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.weighing import transforms
-from pipeline.weighing.estimators import SideScores, SideWeights, ensemble, token_keys
+from pipeline.weighing.draws import token_keys
+from pipeline.weighing.estimators import SideScores, SideWeights, ensemble
+from pipeline.weighing.margins import NONE_SEEN, SeenLabels
 from pipeline.weighing.section import WeightsSection
 from pipeline.weighing.transforms import TransformName
 from pipeline.weighing.words import WordStarts
@@ -33,23 +35,29 @@ class Weigher:
 
     section: WeightsSection
     words: WordStarts | None = None
+    seen: SeenLabels = NONE_SEEN
+    """Which labels the scores have seen."""
+    multipliers: Mapping[str, float] = field(default_factory=dict)
+    """Factors of the scores by estimator, for `weights.scale` "calibrated"; see `fits.py`, also for curves."""
     curves: Mapping[Side, np.ndarray] = field(default_factory=dict)
     """Mean weight by relative position over the whole dataset, for transform `position`."""
 
     @classmethod
-    def of(cls, section: WeightsSection, tokenizer_folder: Path | None = None) -> "Weigher":
+    def of(
+        cls, section: WeightsSection, tokenizer_folder: Path | None = None, seen: SeenLabels = NONE_SEEN
+    ) -> "Weigher":
         """Return the weigher of a recipe; reads the tokenizer's vocabulary if the settings need it.
 
         Raises:
             InputError: They need it, and no folder is given.
         """
         if "words" not in section.inputs():
-            return cls(section)
+            return cls(section, seen=seen)
         if tokenizer_folder is None:
             raise InputError(
                 "weights.smooth_over 'words' needs the tokenizer that the pairs were tokenised with, got none: give its folder"
             )
-        return cls(section, WordStarts.of_folder(tokenizer_folder))
+        return cls(section, WordStarts.of_folder(tokenizer_folder), seen)
 
     def sides(self, lists: pa.Table) -> dict[Side, Weighed]:
         """Return the weights of both sides of at least one pair; `lists` are joined columns, each in one chunk.
@@ -58,14 +66,23 @@ class Weigher:
             MismatchError: A score is not valid, or a weight is 0 and a transform takes its log.
         """
         found: dict[Side, Weighed] = {}
-        for side in SIDES:
-            scores = self._scores(lists, side)
+        for side, scores in self.scores(lists).items():
             try:
-                found[side] = Weighed(scores, weigh(scores, self.section, self.curves.get(side)))
+                found[side] = Weighed(scores, weigh(scores, self.section, self.curves.get(side), self.multipliers))
             except ValueError as error:
                 first, last = (lists["pair_id"][at].as_py() for at in (0, -1))
                 raise MismatchError(f"{side} responses of the pairs {first} to {last}: {error}") from error
         return found
+
+    def scores(self, lists: pa.Table) -> dict[Side, SideScores]:
+        """Return what is known of the tokens of at least one pair; `lists` are joined columns, each in one chunk."""
+        return {side: self._scores(lists, side) for side in SIDES}
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The factor of the scores by estimator, for those that have one; calibrated ones must be fitted, see `fits.py`."""
+        given = {name: scale for name, scale in self.section.scales.items() if scale != "calibrated"}
+        return {**given, **self.multipliers}
 
     def _scores(self, lists: pa.Table, side: Side) -> SideScores:
         """Return the flat arrays of one side, without copying."""
@@ -94,18 +111,27 @@ class Weigher:
         )
 
 
-def weigh(scores: SideScores, section: WeightsSection, curve: np.ndarray | None = None) -> SideWeights:
+def weigh(
+    scores: SideScores,
+    section: WeightsSection,
+    curve: np.ndarray | None = None,
+    multipliers: Mapping[str, float] | None = None,
+) -> SideWeights:
     """Return the weights of one side: the estimator's or the ensemble's, then transformed in the order of the section.
 
-    `curve` is the mean weight by relative position, for transform `position`; see `with_curves`.
+    `curve` is the mean weight by relative position, for transform `position`, and `multipliers` are the factors of scores by
+    estimator, for `weights.scale` "calibrated"; see `fits.py`.
 
     Raises:
         ValueError: A score is not valid, or a weight is 0 and a transform takes its log.
     """
-    members = [
-        estimator.estimate(scores, **{key: getattr(section, key) for key in estimator.settings})
-        for estimator in section.estimators.values()
-    ]
+    members = []
+    for name, estimator in section.estimators.items():
+        settings = {key: getattr(section, key) for key in estimator.settings}
+        if section.is_calibrated and "scale" in settings:
+            assert multipliers is not None, "no multipliers: fit them over the whole dataset first"
+            settings["scale"] = multipliers[name]
+        members.append(estimator.estimate(scores, **settings))
     weighed = ensemble(members) if len(members) > 1 else members[0]
     for name in section.transforms:
         weighed = replace(weighed, token_weights=_transform(name, weighed.token_weights, scores, section, curve))
@@ -131,29 +157,6 @@ def _transform(
             return transforms.decay(weights, lengths, section.decay_gamma)
         case "mean_one":
             return transforms.mean_one(weights, lengths)
-
-
-def with_curves(weigher: Weigher, batches: Iterable[pa.Table]) -> Weigher:
-    """Return the weigher with mean weights by relative position over all pairs, if it has transform `position`.
-
-    This is the first of two passes over the pairs.
-
-    Raises:
-        MismatchError: As `Weigher.sides`.
-    """
-    section = weigher.section
-    if "position" not in section.transforms:
-        return weigher
-    before = section.transforms[: section.transforms.index("position")]
-    first_pass = replace(weigher, section=section.model_copy(update={"transforms": before}))
-    sums, counts = ({side: np.zeros(section.position_bins) for side in SIDES} for _ in range(2))
-    for lists in batches:
-        for side, (scores, weights) in first_pass.sides(lists).items():
-            of_bins, in_bins = transforms.position_sums(weights.token_weights, scores.lengths, section.position_bins)
-            sums[side] += of_bins
-            counts[side] += in_bins
-    # Where there is no token the curve is 0, and nothing reads it.
-    return replace(weigher, curves={side: sums[side] / np.maximum(counts[side], 1) for side in SIDES})
 
 
 def pair_weights(section: WeightsSection, lists: pa.Table, sides: Mapping[Side, Weighed]) -> np.ndarray:

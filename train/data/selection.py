@@ -1,5 +1,6 @@
 """Which rows of a weight dataset are in view: a split, the held-out prompts, or all others."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -60,3 +61,8 @@ def is_held_out(pair_id: str, share: float) -> bool:
     """Return whether a pair's prompt is among the held-out `share`: by a hash, the same in every version and run."""
     digest = blake2b(pair_id[:_PROMPT_DIGITS].encode(), digest_size=8).digest()
     return int.from_bytes(digest) < share * 2.0**64
+
+
+def prompt_hashes(pair_ids: Iterable[str]) -> NDArray[np.uint64]:
+    """Return a hash of each pair's prompt, `[N]`, which is the beginning of its pair_id: the same in every dataset."""
+    return np.array([int(pair_id[:_PROMPT_DIGITS], 16) for pair_id in pair_ids], np.uint64)

@@ -59,6 +59,13 @@ def _of_held_out(config: TrainConfig, source: WeightSource) -> list[str]:
     if not held_out_was_seen(config, source):
         return []
     seen = source.metadata["contrast"]
+    if "weights" in seen:  # which of the two datasets' pairs share a prompt is not recorded, only how many
+        share = f"contrast.held_out={config.eval.share:g}, or " if config.eval.share else ""
+        return [
+            f"held-out pairs may have been seen: the contrastive models behind {source.name} were trained on "
+            f"{seen['weights']}, which has the prompts of {seen.get('num_seen_pairs', 0):,} of its pairs; for a clean "
+            f"measurement build it with {share}a contrast.weights without these prompts"
+        ]
     on = f"split {seen['split']!r}" if seen["split"] else "all pairs"
     but = f" but a share of {seen['held_out']:g} of the prompts" if seen["held_out"] else ""
     remedy = (
@@ -71,15 +78,21 @@ def _of_held_out(config: TrainConfig, source: WeightSource) -> list[str]:
 
 
 def held_out_was_seen(config: TrainConfig, source: WeightSource) -> bool:
-    """Return whether contrastive models were trained on held-out pairs, and the loss reads weights that they made."""
+    """Return whether contrastive models were trained on held-out pairs, and the loss reads weights that they made.
+
+    True also if that cannot be excluded: they were trained on another dataset, which has some of the prompts.
+    """
     seen = source.metadata.get("contrast")
     weights = (source.metadata.get("recipe") or {}).get("weights") or {}
     reads_margins = config.data.use_pair_weights and weights.get("pair_weight") == "margin"
     reads_weights = config.loss.needs.token_weights and not config.loss.needs.fresh_weights
     if seen is None or not config.eval.is_on or not (reads_weights or reads_margins):
         return False
+    if "weights" in seen and not seen.get("num_seen_pairs"):
+        return False
     measured_split = config.eval.split or config.data.split
     is_other_split = bool(seen["split"]) and bool(measured_split) and seen["split"] != measured_split
+    is_other_split &= "weights" not in seen  # a split of other pairs
     # The held-out prompts are those with the smallest hashes, so a smaller share lies in a larger one.
     is_held_out = 0 < config.eval.share <= seen["held_out"]
     return not is_other_split and not is_held_out

@@ -60,6 +60,10 @@ class ContrastRecord(TypedDict):
     """Share of the prompts, by hash, that they have not seen, see `train/data/selection.py`."""
     split: str | None
     """The split that they were trained on; None for all pairs."""
+    weights: NotRequired[str]
+    """Another weight dataset, `name@version`, that they were trained on instead; `split` is one of that dataset."""
+    num_seen_pairs: NotRequired[int]
+    """How many pairs have a prompt that is among those of `weights` which they were trained on."""
 
 
 class ReferenceRecord(TypedDict, total=False):
@@ -103,6 +107,33 @@ class SideStatistics(TypedDict, total=False):
     mean_logratio: float
 
 
+class HeldOutRecord(TypedDict, total=False):
+    """How well the token scores of an estimator predict labels that they have not seen; nats a pair, see `held_out.py`."""
+
+    not_measured: str
+    """Why the other keys are missing, and what to do."""
+    num_pairs: int
+    num_seen_pairs: int
+    """Pairs that are left out, because the scores know labels of their prompts."""
+    assumption: str
+    """What the figures take for granted and nobody can check."""
+    num_prompts: int
+    log_likelihood: float
+    """`-0.693` is chance. A key with `_se` is the standard error of another one."""
+    log_likelihood_se: float
+    accuracy: float
+    multiplier: float
+    """The factor with which the scores predict best; 1 if they are log-odds, below 1 if they are overconfident."""
+    multiplier_se: float
+    scale: float
+    """The factor that they have in the weights; missing if the estimator has no `weights.scale`."""
+    verdict: str
+    """What to make of the scores with that factor, or with 1."""
+    gain_over_dpo: float
+    """By how much they predict better than DPO's own implicit reward."""
+    gain_over_dpo_se: float
+
+
 class Statistics(TypedDict, total=False):
     """Counts and means over the rows of a version, or over what a commit added to a scored table."""
 
@@ -123,6 +154,8 @@ class Statistics(TypedDict, total=False):
     max_pair_weight: float
     mean_weight_by_position: dict[str, list[float]]
     constant_weights: bool
+    held_out: dict[str, HeldOutRecord]
+    """By estimator; `dpo` is DPO's own implicit reward, log pi+ - log ref."""
     chosen: SideStatistics
     rejected: SideStatistics
 

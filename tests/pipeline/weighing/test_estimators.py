@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 
+from pipeline.weighing.draws import token_keys
 from pipeline.weighing.estimators import (
     SideScores,
     SideWeights,
@@ -21,7 +22,6 @@ from pipeline.weighing.estimators import (
     threshold_and_scale,
     ti,
     tis,
-    token_keys,
     uniform,
 )
 

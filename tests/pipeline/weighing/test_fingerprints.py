@@ -67,6 +67,12 @@ EARLIER = [
         "1c8228c37b48be1f",
     ),
     (["estimator=uniform", "upper=9", "k=2", "seed=3"], '{"estimator": "uniform"}', "00614e6a8e44ae06"),
+    (["scale=1"], '{"estimator": "tis", "k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5}', "a493a0c37926517a"),
+    (
+        ["scale=0.25"],
+        '{"estimator": "tis", "scale": 0.25, "k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5}',
+        "695702fb38211f45",
+    ),
     (["seed=3", "k=2"], '{"estimator": "tis", "k": 2.0, "mu": 1.0, "lower": -0.5, "upper": 1.5}', "c83c0497d155f289"),
     (
         ["estimator=threshold_and_scale", "upper=2"],

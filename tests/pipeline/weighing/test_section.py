@@ -3,7 +3,8 @@
 import inspect
 import re
 from pathlib import Path
-from typing import get_args
+from types import UnionType
+from typing import Annotated, Union, get_args, get_origin
 
 import pytest
 
@@ -19,7 +20,7 @@ COMMON = WeightsSection.model_fields
 def test_a_model_has_the_settings_of_its_function_and_no_other(name):
     own = set(MODELS[name].model_fields) - set(COMMON)
     if name in ("tis", "reversed", "random", "uniform"):  # an ablation changes nothing but the estimator
-        assert own == {"k", "mu", "lower", "upper", "seed"}
+        assert own == {"scale", "k", "mu", "lower", "upper", "seed"}
     else:
         assert own == set(ESTIMATORS[name].settings) - set(COMMON)
 
@@ -78,6 +79,10 @@ def test_the_table_of_transforms_names_each_with_its_settings():
 
 
 def _type(annotation):
+    if isinstance(annotation, UnionType) or get_origin(annotation) is Union:  # weights.scale
+        return r" \| ".join(
+            _type(get_args(part)[0] if get_origin(part) is Annotated else part) for part in get_args(annotation)
+        )
     if annotation in (float, int, str):
         return annotation.__name__
     return "list" if "list[" in str(annotation) else r" \| ".join(get_args(annotation))

@@ -6,8 +6,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from pipeline.weighing.estimators import SideScores
+from pipeline.weighing.fits import with_fits
 from pipeline.weighing.section import AnyWeights
-from pipeline.weighing.weigh import Weigher, pair_weights, weigh, with_curves
+from pipeline.weighing.weigh import Weigher, pair_weights, weigh
 from weights_store.errors import InputError, MismatchError
 
 
@@ -32,6 +33,9 @@ def test_settings_reach_their_estimator():
     assert _weights(_section(estimator="decay", decay_gamma=0.25), _scores()) == [0.25, 0.0625, 0.25]
     tis = _weights(_section(k=2.0, mu=2.0, upper=0.5), _scores(**PAIR))
     assert tis == pytest.approx([2 * math.e, 2 / math.e, 2])
+    # The scale comes before the clamp: 3 * -0.5 is below -1.
+    scaled = _weights(_section(scale=3.0, mu=0.5, lower=-1.0, upper=2.5), _scores(**PAIR))
+    assert scaled == pytest.approx([math.exp(1.25), math.exp(-0.5), 1])
 
 
 def test_transforms_are_applied_in_their_order():
@@ -62,7 +66,7 @@ def _lists(chosen, rejected, **columns):
 def test_positions_are_divided_by_the_means_of_their_own_side_over_all_batches():
     section = _section(transforms=["position"], position_bins=2, lower=-9.0, upper=9.0)
     batches = [_lists([[0.0, math.log(2)]], [[0.0, 0.0]]), _lists([[math.log(3), math.log(4)]], [[-math.log(3), 0.0]])]
-    weigher = with_curves(Weigher(section), batches)
+    weigher = with_fits(Weigher(section), lambda: batches)
     # Chosen weights 1, 2 and 3, 4: means 2 and 3. Rejected 1, 1 and 3, 1: means 2 and 1.
     assert {side: curve.tolist() for side, curve in weigher.curves.items()} == {
         "chosen": pytest.approx([2, 3]),
@@ -77,7 +81,7 @@ def test_what_comes_before_positions_is_in_their_means_and_what_comes_behind_is_
     batch = _lists([[0.0, 0.0]], [[0.0, 0.0]])
     for transforms, mean in ((["decay", "position"], 0.5), (["position", "decay"], 1.0)):
         section = _section(estimator="uniform", transforms=transforms, position_bins=2, decay_gamma=0.5)
-        weigher = with_curves(Weigher(section), [batch])
+        weigher = with_fits(Weigher(section), [batch].copy)
         assert weigher.curves["chosen"].tolist() == [mean, mean**2]
         after = [1, 1] if mean == 0.5 else [0.5, 0.25]
         assert weigher.sides(batch)["chosen"].weights.token_weights.tolist() == after

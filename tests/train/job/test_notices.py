@@ -90,6 +90,7 @@ def test_training_on_all_of_several_splits_is_said(write_weights, rows, notices_
 # --- held-out pairs that contrastive models have seen ------------------------------------------------------------------
 
 ALL = {"held_out": 0.0, "split": None}
+OTHER = {"held_out": 0.0, "split": "train", "weights": "other/uniform@2", "num_seen_pairs": 12}
 MARGIN = {"weights": {"pair_weight": "margin"}}
 
 
@@ -111,6 +112,10 @@ MARGIN = {"weights": {"pair_weight": "margin"}}
         ({"held_out": 0.0, "split": "train"}, {}, {"data": {"split": "train"}, "eval": {"share": 0.2}}, True),
         ({"held_out": 0.0, "split": "train"}, {}, {"data": {"split": "test"}, "eval": {"share": 0.2}}, False),
         ({"held_out": 0.0, "split": "train"}, {}, {"eval": {"share": 0.2}}, True),  # of all splits, that one too
+        (OTHER, {}, {"eval": {"share": 0.2}}, True),
+        (OTHER | {"num_seen_pairs": 0}, {}, {"eval": {"share": 0.2}}, False),  # no prompt in common
+        (OTHER | {"held_out": 0.2}, {}, {"eval": {"share": 0.2}}, False),  # the same prompts in both datasets
+        (OTHER, {}, {"data": {"split": "a"}, "eval": {"split": "b"}}, True),  # its splits are not these
     ],
 )
 def test_held_out_pairs_were_seen_where_contrastive_models_were_trained_on_them(
@@ -120,6 +125,15 @@ def test_held_out_pairs_were_seen_where_contrastive_models_were_trained_on_them(
     loss = {"beta": 0.1, **changes.get("loss", {})}
     config = make_config(**{**changes, "loss": loss})
     assert held_out_was_seen(config, open_weights(config.data)) is expected
+
+
+def test_what_other_pairs_may_have_told_is_said(write_weights, rows, notices_of) -> None:
+    write_weights(rows, contrast=OTHER)
+    assert notices_of(eval={"share": 0.2}) == [
+        "held-out pairs may have been seen: the contrastive models behind toy/tis@1 were trained on other/uniform@2, which has "
+        "the prompts of 12 of its pairs; for a clean measurement build it with contrast.held_out=0.2, or a contrast.weights "
+        "without these prompts"
+    ]
 
 
 def test_what_was_seen_is_said_in_log_card_metrics_and_dry_run(

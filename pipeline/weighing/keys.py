@@ -1,0 +1,30 @@
+"""The settings of estimators: keys of [weights] with their ranges. The descriptions are the rows of docs/settings.md."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+Calibrated = Literal["calibrated"]
+_SCALE = (
+    "factor of the log-ratios, before the clamp; `calibrated`: the factor with which they predict held-out labels best, at "
+    "least 0, see [weights.md](weights.md#how-well-scores-predict-labels-that-they-have-not-seen)"
+)
+Scale = Annotated[Annotated[float, Field(gt=0)] | Calibrated, Field(description=_SCALE)]
+K = Annotated[float, Field(gt=0, description="factor of every weight")]
+Mu = Annotated[float, Field(gt=0, description="+mu on chosen, -mu on rejected tokens")]
+Lower = Annotated[float, Field(description="lower end L of the clamp on log-ratios, in nats")]
+Upper = Annotated[float, Field(description="upper end U of the clamp, in nats")]
+Seed = Annotated[int, Field(ge=0, description="seed of the random numbers")]
+MinWeight = Annotated[float, Field(ge=0, description="smallest weight")]
+MaxWeight = Annotated[float, Field(gt=0, description="largest weight")]
+_SHARE = "share of each response's tokens to select, rounded down, at least one; of equal scores the earlier token"
+Share = Annotated[float, Field(gt=0, le=1, description=_SHARE)]
+TiLambda = Annotated[float, Field(ge=0, le=1, description="share of the attribution, 0 to 1; the rest is the prior")]
+_SIGMA = "the prior's sigma is the span's length divided by this; 4 in the paper, 8 in the release"
+SigmaDivisor = Annotated[float, Field(gt=0, description=_SIGMA)]
+_SPAN = (
+    "over which tokens the weights have mean 1; `sequence`: prompt and response, as in the release, needs `attribute.prompts`, "
+    "and the mean over the response is then not 1"
+)
+Span = Annotated[Literal["response", "sequence"], Field(description=_SPAN)]
+DecayGamma = Annotated[float, Field(gt=0, le=1, description="factor per token, the first included")]

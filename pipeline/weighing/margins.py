@@ -1,0 +1,212 @@
+"""Collects, over one pass, the margins of the pairs whose labels the token scores have not seen, and measures them.
+
+Scores are those of an estimator that has some (`Estimator.token_scores`): log pi+ - log pi- for those that read the contrastive
+pair. 16 bytes a pair and estimator stay in memory.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.weighing.estimators import Estimator, SideScores
+from pipeline.weighing.held_out import MIN_PROMPTS, HeldOut, compare, measure
+from train.data.selection import Selection, prompt_hashes
+from weights_store.schemas import SIDES, Side
+from weights_store.tables.metadata import HeldOutRecord
+
+DPO = "dpo"
+"""Name of DPO's own implicit reward, log pi+ - log ref, among what is measured."""
+_HOLD_OUT = "set contrast.held_out, for example to 0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class SeenLabels:
+    """Which labels the models of the contrastive pair were trained on.
+
+    The recipe says so, not the models. Pairs that came after the training count as seen too, and one that left the split since
+    then as unseen. Models that were not trained here have seen nothing that we know of.
+    """
+
+    selection: Selection | None = None
+    """The pairs of this dataset that they were trained on; None for none, as with two prompts of one model."""
+    other_prompts: np.ndarray | None = None
+    """Hashes, sorted, of the prompts of another dataset that they were trained on: all pairs here with one of these count as
+    seen, because nobody can tell whether other responses to the same prompt give the label away."""
+    other: str = ""
+    """Name and version of that dataset."""
+    by_dpo: bool = False
+    """Whether pi+ was trained by DPO on this dataset, so that log pi+ - log ref is what plain DPO learns of its labels."""
+    assumption: str = ""
+    """What cannot be checked, said with the figures."""
+
+    @property
+    def are_all(self) -> bool:
+        """Whether no pair can be unseen."""
+        return self.selection is not None and not self.selection.columns
+
+    def of(self, lists: pa.Table, prompts: np.ndarray) -> np.ndarray:
+        """Return which pairs are seen, `[B]`; `lists` has their columns, and `prompts` are hashes of their prompts."""
+        seen = np.zeros(len(prompts), np.bool_) if self.selection is None else self.selection.keeps(lists)
+        return seen if self.other_prompts is None else seen | are_among(prompts, self.other_prompts)
+
+
+NONE_SEEN = SeenLabels()
+
+
+class _Collected:
+    """Margins of some kind, and of which prompts they are."""
+
+    def __init__(self) -> None:
+        self.margins: list[np.ndarray] = []
+        self.prompts: list[np.ndarray] = []
+
+    def add(self, margins: np.ndarray, prompts: np.ndarray) -> None:
+        self.margins.append(margins)
+        self.prompts.append(prompts)
+
+    def without(self, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return margins `[n]` and prompts `[n]`, except those of some prompts."""
+        if not self.margins:
+            return np.empty(0), np.empty(0, np.uint64)
+        margins, prompts = np.concatenate(self.margins), np.concatenate(self.prompts)
+        is_unseen = ~np.isin(prompts, seen)
+        return margins[is_unseen], prompts[is_unseen]
+
+
+class Margins:
+    """The margins of a dataset, batch by batch."""
+
+    def __init__(self, estimators: Mapping[str, Estimator], seen: SeenLabels) -> None:
+        self.estimators = {name: each for name, each in estimators.items() if each.token_scores is not None}
+        self.seen = seen
+        self._found = {name: _Collected() for name in [*self.estimators, DPO]}
+        self._seen_prompts: list[np.ndarray] = []
+        self._num_pairs = 0
+
+    @property
+    def can_measure(self) -> bool:
+        """Whether a pass over the pairs can find something to measure."""
+        return any(not (_reads_pair(each) and self.seen.are_all) for each in self.estimators.values())
+
+    def add(self, lists: pa.Table, sides: Mapping[Side, SideScores]) -> None:
+        """Add a batch of pairs; `lists` are joined columns, and `sides` what is known of their tokens."""
+        if not self.can_measure:
+            return
+        prompts = prompt_hashes(lists["pair_id"].to_pylist())
+        is_seen = self.seen.of(lists, prompts)
+        self._seen_prompts.append(np.unique(prompts[is_seen]))
+        self._num_pairs += len(prompts)
+        for name, estimator in self.estimators.items():
+            kept = ~is_seen if _reads_pair(estimator) else np.ones(len(prompts), np.bool_)
+            self._found[name].add(
+                _margins({side: _scores(estimator, sides[side]) for side in SIDES}, sides)[kept], prompts[kept]
+            )
+        if self.seen.by_dpo and any(map(_reads_pair, self.estimators.values())):
+            rewards = {side: implicit_reward(sides[side]) for side in SIDES}
+            self._found[DPO].add(_margins(rewards, sides)[~is_seen], prompts[~is_seen])
+
+    def measure(self, name: str) -> HeldOut | None:
+        """Return how well one estimator's scores predict labels; None if there are too few that its scores have not seen."""
+        return measure(*self._unseen(name))
+
+    def records(self, scales: Mapping[str, float]) -> dict[str, HeldOutRecord]:
+        """Return what a version records, by estimator, then for DPO's own implicit reward.
+
+        `scales` has the factors of scores in the weights, of estimators that have one.
+        """
+        found = {name: self._record(name, scales.get(name)) for name in self.estimators}
+        if self._found[DPO].margins and (dpo := self.measure(DPO)) is not None:
+            found[DPO] = _record(dpo, None, self._num_pairs)
+        return found
+
+    def why_unseen_are_few(self, name: str) -> str:
+        """Return why nothing is measured, and what to do."""
+        if _reads_pair(self.estimators[name]) and self.seen.are_all:
+            return f"the models of the contrastive pair were trained on all these labels; {_HOLD_OUT}"
+        _, prompts = self._unseen(name)
+        num_prompts = len(np.unique(prompts))
+        problem = (
+            f"only {num_prompts} prompts have labels that the scores have not seen, at least {MIN_PROMPTS} are needed"
+        )
+        if not _reads_pair(self.estimators[name]):
+            return problem
+        selection = self.seen.selection
+        if self.seen.other_prompts is not None:
+            overlap = f"the models were trained on the other prompts, which are also in {self.seen.other}"
+            return f"{problem}; {overlap}; {_HOLD_OUT}"
+        if selection is None:
+            return problem
+        return f"{problem}; {f'raise contrast.held_out above {selection.share:g}' if selection.share else _HOLD_OUT}"
+
+    def _record(self, name: str, scale: float | None) -> HeldOutRecord:
+        found = self.measure(name)
+        if found is None:
+            return {"not_measured": self.why_unseen_are_few(name)}
+        record = _record(found, scale, self._num_pairs)
+        if not _reads_pair(self.estimators[name]):
+            return record
+        if self.seen.assumption:
+            record["assumption"] = self.seen.assumption
+        if self._found[DPO].margins:
+            margins, prompts = self._unseen(name)
+            record["gain_over_dpo"], record["gain_over_dpo_se"] = compare(margins, self._unseen(DPO)[0], prompts)
+        return record
+
+    def _unseen(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        reads_pair = name == DPO or _reads_pair(self.estimators[name])
+        seen = self._seen_prompts if reads_pair else []
+        return self._found[name].without(np.concatenate([np.empty(0, np.uint64), *seen]))
+
+
+def implicit_reward(scores: SideScores) -> np.ndarray:
+    """Return log pi+ - log ref, `[N]` nats: DPO's implicit reward of each token over beta, arXiv 2305.18290, eq. 5."""
+    assert scores.positive_logps is not None, "no log-probs of pi+"
+    assert scores.ref_logps is not None, "no log-probs of the reference"
+    return np.subtract(scores.positive_logps, scores.ref_logps, dtype=np.float32)
+
+
+def are_among(prompts: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return which prompts are among others, which are sorted: much faster than `np.isin` for a few against many."""
+    places = np.searchsorted(others, prompts)
+    found = np.zeros(len(prompts), np.bool_)
+    is_inside = places < len(others)
+    found[is_inside] = others[places[is_inside]] == prompts[is_inside]
+    return found
+
+
+def _margins(token_scores: Mapping[Side, np.ndarray], sides: Mapping[Side, SideScores]) -> np.ndarray:
+    """Return the sum of token scores over chosen minus over rejected tokens, `[B]` float64 nats."""
+    chosen, rejected = (
+        np.add.reduceat(token_scores[side], np.cumsum(sides[side].lengths) - sides[side].lengths, dtype=np.float64)
+        for side in SIDES
+    )
+    return chosen - rejected
+
+
+def _scores(estimator: Estimator, scores: SideScores) -> np.ndarray:
+    assert estimator.token_scores is not None, "an estimator without token scores"
+    return estimator.token_scores(scores)
+
+
+def _reads_pair(estimator: Estimator) -> bool:
+    return "contrastive pair" in estimator.reads
+
+
+def _record(found: HeldOut, scale: float | None, num_all_pairs: int) -> HeldOutRecord:
+    record: HeldOutRecord = {
+        "num_pairs": found.num_pairs,
+        "num_seen_pairs": num_all_pairs - found.num_pairs,
+        "num_prompts": found.num_prompts,
+        "log_likelihood": found.log_likelihood,
+        "log_likelihood_se": found.log_likelihood_se,
+        "accuracy": found.accuracy,
+        "multiplier": found.multiplier,
+        "multiplier_se": found.multiplier_se,
+        # A scale of 0 comes from scores that predict nothing, or the opposite: they have been switched off.
+        "verdict": found.verdict(scale or 1.0),
+    }
+    if scale is not None:
+        record["scale"] = scale
+    return record
