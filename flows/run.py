@@ -34,7 +34,7 @@ def run_build(recipe: Recipe, expect_same: bool = False, debug: bool = False) ->
         result = build_weights(recipe, expect_same)
     print()
     for label, value in _summary(result, recipe.store.uri):
-        print(f"  {label:<18}{value}")
+        print(f"  {label:<17} {value}")
     return result
 
 

@@ -147,8 +147,11 @@ def _show(options: argparse.Namespace) -> None:
     facts = _facts({key: value for key, value in statistics.items() if key != "held_out"})
     for label, value in facts:
         print(f"  {label:<36}{value}")
-    for label, line in held_out_lines(statistics):
-        print(f"\n{label}: {line}")
+    held_out = held_out_lines(statistics)
+    if held_out:
+        print()
+    for label, line in held_out:
+        print(f"{label}: {line}")
     print("\nmade from")
     for parent in parents:
         print(f"  {parent['role']:<16}{parent['table']}@{parent['version']}  {parent['fingerprint'][:12]}")

@@ -125,12 +125,14 @@ class Margins:
         """Return why nothing is measured, and what to do."""
         if _reads_pair(self.estimators[name]) and self.seen.are_all:
             return f"the models of the contrastive pair were trained on all these labels; {_HOLD_OUT}"
-        _, prompts = self._unseen(name)
-        num_prompts = len(np.unique(prompts))
+        reads_pair = _reads_pair(self.estimators[name])
+        num_unseen = len(np.unique(self._unseen(name)[1]))
+        num_seen = len(np.unique(np.concatenate(self._seen_prompts))) if reads_pair and self._seen_prompts else 0
+        count = f"{num_unseen} of {num_unseen + num_seen}" if num_seen else f"{num_unseen}"
         problem = (
-            f"only {num_prompts} prompts have labels that the scores have not seen, at least {MIN_PROMPTS} are needed"
+            f"only {count} prompts have labels that the scores have not seen, and at least {MIN_PROMPTS} are needed"
         )
-        if not _reads_pair(self.estimators[name]):
+        if not reads_pair:
             return problem
         selection = self.seen.selection
         if self.seen.other_prompts is not None:

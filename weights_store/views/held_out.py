@@ -7,18 +7,22 @@ _CHANCE = "-0.693"
 
 
 def held_out_lines(statistics: Statistics) -> list[tuple[str, str]]:
-    """Return a label and a line for each kind of scores that was measured; none if the weights come from no scores."""
+    """Return labels and lines: figures and a verdict for each kind of scores; none if the weights come from no scores."""
     records = statistics.get("held_out", {})
     lines = []
     for name, record in records.items():
-        label = "held-out labels" + (f", {name}" if len(records.keys() - {_DPO}) > 1 else "")
+        of_member = f", {name}" if len(records.keys() - {_DPO}) > 1 else ""
+        label, verdict = f"held-out labels{of_member}", f"verdict{of_member}"
         if name == _DPO:
-            lines.append(("DPO's implicit reward", f"on the same pairs: {_figures(record)}"))
+            lines.append(
+                ("DPO's own reward", f"the implicit one, log π+ − log ref, on the same pairs: {_figures(record)}")
+            )
         elif "not_measured" in record:
             lines.append((label, f"not measured: {record['not_measured']}"))
         else:
             assumed = f"; assumed: {record['assumption']}" if "assumption" in record else ""
-            lines.append((label, f"{_figures(record)}{_left_out(record)}; {_advice(record)}{assumed}"))
+            lines.append((label, f"{_figures(record)}{_left_out(record)}{assumed}"))
+            lines.append((verdict, _advice(record)))
     return lines
 
 

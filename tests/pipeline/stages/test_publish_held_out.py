@@ -97,16 +97,19 @@ def test_a_version_records_how_its_scores_predict_labels_and_says_so(store, make
     assert list(made.statistics["held_out"]) == ["tis"]
     assert (record["num_pairs"], record["scale"], record["verdict"]) == (400, 1, "overconfident")
     assert record["multiplier"] == pytest.approx(fitted(range(400)), rel=2e-3)  # stored with 12 mantissa bits
-    line = dict(summary_rows(made))["held-out labels"]
+    rows = dict(summary_rows(made))
+    line = rows["held-out labels"]
     right = np.mean([margin(row) > 0 for row in range(400)])
     assert line.startswith(
         f"log-likelihood {record['log_likelihood']:.3f} ± {record['log_likelihood_se']:.3f} nats a pair"
     )
-    assert f"(chance -0.693), {right:.0%} right in 400 pairs; the scores are " in line
-    assert line.endswith(' times overconfident: set weights.scale = "calibrated", or use no weights')
+    assert line.endswith(f" (chance -0.693), {right:.0%} right in 400 pairs")
+    times = 1 / record["multiplier"]
+    verdict = f'the scores are {times:.1f} times overconfident: set weights.scale = "calibrated", or use no weights'
+    assert rows["verdict"] == verdict
     tokenweights.main(["show", "toy/tis-dpo", "--store", str(store.root)])
     shown = capsys.readouterr().out
-    assert f"\nheld-out labels: {line}\n" in shown
+    assert f"\nheld-out labels: {line}\nverdict: {verdict}\n" in shown
     assert "held_out" not in shown  # no second time as bare numbers
 
 
@@ -170,8 +173,8 @@ def test_only_prompts_that_the_models_have_not_seen_are_measured_and_dpo_is_comp
     gain = found["tis"]["log_likelihood"] - found["dpo"]["log_likelihood"]
     assert found["tis"]["gain_over_dpo"] == pytest.approx(gain)
     rows = dict(summary_rows(made))
-    assert "; they predict better than DPO's own implicit reward (+0." in rows["held-out labels"]
-    assert rows["DPO's implicit reward"].startswith("on the same pairs: log-likelihood -0.")
+    assert "; they predict better than DPO's own implicit reward (+0." in rows["verdict"]
+    assert " on the same pairs: log-likelihood -0." in rows["DPO's own reward"]
     sft = published(make_recipe, made_of, **held_out, **{"contrast.method": "sft"})
     assert list(sft.statistics["held_out"]) == ["tis"]
 
@@ -198,9 +201,7 @@ def test_a_calibrated_scale_by_hand_and_new_pairs_change_every_weight(store, mak
     assert weights == pytest.approx(expected, rel=2e-3)
     record = first.statistics["held_out"]["tis"]
     assert (record["scale"], record["verdict"]) == (record["multiplier"], "calibrated")
-    assert dict(summary_rows(first))["held-out labels"].endswith(
-        f"the scores times {a:.3g} (weights.scale) are calibrated"
-    )
+    assert dict(summary_rows(first))["verdict"] == f"the scores times {a:.3g} (weights.scale) are calibrated"
     grown = published(make_recipe, ingredients(store, range(200, 300)), **settings)
     assert grown.statistics["held_out"]["tis"]["scale"] == pytest.approx(fitted(range(300)), rel=2e-3)
     assert len(store.table("weights/toy/tis-dpo").shards()) == 1  # all rows were written again
@@ -225,7 +226,7 @@ def test_a_calibrated_scale_without_held_out_labels_is_refused_before_and_after_
     settings = {"weights.scale": "calibrated", "contrast.split": "train"}
     with pytest.raises(
         InputError,
-        match=r"'tis' .*: only 0 prompts have labels .*, at least 10 .*; set contrast.held_out, for example to",
+        match=r"'tis' .*: only 0 of 40 prompts have labels .* at least 10 .*; set contrast.held_out, for example to",
     ):
         published(make_recipe, ingredients(store, range(40)), **settings)
     assert not store.table("weights/toy/tis-dpo").exists()

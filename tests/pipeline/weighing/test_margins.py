@@ -90,7 +90,7 @@ def test_what_was_trained_on_everything_is_not_measured_and_says_what_to_do():
     remedy = "trained on all these labels; set contrast.held_out, for example to 0.1"
     assert margins.records({}) == {"tis": {"not_measured": f"the models of the contrastive pair were {remedy}"}}
     few = _margins([_pairs(_log_ratios(5))]).records({})
-    problem = "only 5 prompts have labels that the scores have not seen, at least 10 are needed"
+    problem = "only 5 prompts have labels that the scores have not seen, and at least 10 are needed"
     assert few == {"tis": {"not_measured": problem}}
     few = _margins([_pairs(_log_ratios(5))], SeenLabels(Selection(share=0.99))).records({})
     assert few == {"tis": {"not_measured": f"{problem}; raise contrast.held_out above 0.99"}}
@@ -103,8 +103,8 @@ def test_prompts_of_other_pairs_that_trained_the_models_are_left_out():
     assert (found["num_pairs"], found["num_seen_pairs"]) == (25, 15)
     all_seen = SeenLabels(other_prompts=np.arange(35, dtype=np.uint64), other="other/uniform@3")
     assert _margins([lists], all_seen).records({})["tis"] == {
-        "not_measured": "only 5 prompts have labels that the scores have not seen, at least 10 are needed; the models were "
-        "trained on the other prompts, which are also in other/uniform@3; set contrast.held_out, for example to 0.1"
+        "not_measured": "only 5 of 40 prompts have labels that the scores have not seen, and at least 10 are needed; the "
+        "models were trained on the other prompts, which are also in other/uniform@3; set contrast.held_out, for example to 0.1"
     }
 
 

@@ -5,15 +5,15 @@ import pytest
 from weights_store.views.held_out import held_out_lines
 
 RECORD = {"num_pairs": 1234, "log_likelihood": -0.6262, "log_likelihood_se": 0.0041, "accuracy": 0.614}
-FIGURES = "log-likelihood -0.626 ± 0.004 nats a pair (chance -0.693), 61% right in 1,234 pairs; "
+FIGURES = "log-likelihood -0.626 ± 0.004 nats a pair (chance -0.693), 61% right in 1,234 pairs"
 SET = 'set weights.scale = "calibrated"'
 
 
 def line(**record):
-    ((label, text),) = held_out_lines({"held_out": {"tis": RECORD | record}})
-    assert label == "held-out labels"
-    assert text.startswith(FIGURES)
-    return text.removeprefix(FIGURES)
+    figures, (label, verdict) = held_out_lines({"held_out": {"tis": RECORD | record}})
+    assert figures == ("held-out labels", FIGURES)
+    assert label == "verdict"
+    return verdict
 
 
 @pytest.mark.parametrize(
@@ -42,9 +42,8 @@ def test_every_other_verdict():
 
 def test_what_is_left_out_and_what_is_assumed_are_said():
     found = {"multiplier": 1.0, "scale": 1.0, "verdict": "calibrated", "num_seen_pairs": 5678}
-    ((_, text),) = held_out_lines({"held_out": {"tis": RECORD | found}})
-    assert "in 1,234 pairs (5,678 with prompts that the models were trained on are left out); the scores" in text
-    assert line(**found | {"num_seen_pairs": 0}, assumption="x") == "the scores are calibrated; assumed: x"
+    (_, text), _ = held_out_lines({"held_out": {"tis": RECORD | found | {"assumption": "so"}}})
+    assert text == f"{FIGURES} (5,678 with prompts that the models were trained on are left out); assumed: so"
 
 
 def test_a_comparison_with_dpo_counts_only_if_it_is_larger_than_its_error():
