@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.models.section import ContrastSection
 from pipeline.section import Section
 from pipeline.weighing.section import MODELS, AnyWeights, WeightsSection
+from train.data.selection import Selection
 from train.model.sampling import AnchorSampling
 from weights_store.names import check_new_name, split_name
 from weights_store.settings import apply_overrides, load_toml, parse_settings
@@ -156,13 +157,23 @@ class AttributeSection(Section):
         False, description="also store the attributions of prompts, which weights.span 'sequence' needs"
     )
     activations: bool = Field(False, description="also store the size of the hidden states, for estimator 'activation'")
+    contexts: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="also store so many numbers per token that describe what was read before it, for weights.features "
+        "'contexts'",
+    )
     chunk_tokens: int = Field(262_144, ge=1, description="tokens between two commits: what a kill can lose")
     batch_tokens: int = Field(4096, ge=256, description="tokens in one forward and backward pass")
     python: str | None = Field(None, description="interpreter of the process; default: this one")
 
     def result_settings(self) -> dict[str, object]:
         """Return what determines results."""
-        return self.model_dump(include={"target", "dtype", "prompts", "activations"})
+        settings = self.model_dump(include={"target", "dtype", "prompts", "activations", "contexts"})
+        if not self.contexts:  # the key came later, and what was attributed without it is the same
+            del settings["contexts"]
+        return settings
 
 
 class AnchorsSection(Section):
@@ -245,6 +256,11 @@ class Recipe(Section):
             )
         if "activations" in inputs and not self.attribute.activations:
             raise ValueError("estimator 'activation' reads the size of hidden states: set attribute.activations = true")
+        if "contexts" in inputs and not self.attribute.contexts:
+            raise ValueError(
+                "weights.features 'contexts' reads what the reference model makes of the text before each token: set "
+                "attribute.contexts, for example to 16"
+            )
         if "reference top k" in inputs and not self.score.top_k:
             raise ValueError("estimator 'entropy' reads the most likely tokens: set score.top_k, for example to 16")
         return self
@@ -283,9 +299,17 @@ class Recipe(Section):
         return self.contrast.model_copy(update={"split": self.dataset.splits[0]})
 
     @property
+    def labels(self) -> Selection:
+        """The pairs whose labels estimator `head` learns from: those that would train contrastive models of these pairs."""
+        is_of_others = self.contrast.weights is not None  # then contrast.split is one of theirs
+        first = self.dataset.splits[0] if self.dataset.has_splits else ""
+        split = first if is_of_others else self.contrast_settings.split or ""
+        return Selection(split, self.contrast.held_out)
+
+    @property
     def needs_attributions(self) -> bool:
-        """Whether the weights read gradient attributions, or the activations in the same table."""
-        return not self.weights.inputs().isdisjoint(("attributions", "activations"))
+        """Whether the weights read gradient attributions, or the activations or contexts in the same table."""
+        return not self.weights.inputs().isdisjoint(("attributions", "activations", "contexts"))
 
     @property
     def uniform(self) -> WeightsSection:
@@ -308,6 +332,8 @@ class Recipe(Section):
         if self.dataset.split_column is not None:
             settings["dataset"]["split_column"] = self.dataset.split_column
         # These sections came later. They are left out if they are not used, so that older versions keep their fingerprints.
+        if "labels" in self.weights.inputs():
+            settings["labels"] = {"split": self.labels.split or None, "held_out": self.labels.share}
         if self.needs_attributions:
             settings["attribute"] = self.attribute.result_settings()
         if self.anchors:

@@ -64,11 +64,13 @@ ATTRIBUTIONS = pa.schema(
         pa.field("rejected_prompt_attribution", pa.float32()),
         pa.field("chosen_activations", FLOATS),
         pa.field("rejected_activations", FLOATS),
+        pa.field("chosen_contexts", FLOATS),
+        pa.field("rejected_contexts", FLOATS),
     ]
 )
 """L1 norms of the gradient of a target with respect to each response token's input embedding (>= 0, un-normalised). On request
-also their sum over the prompt's tokens, and the mean size of the hidden states that predict each token (> 0, relative to the
-response's mean); else null."""
+also their sum over the prompt's tokens, the mean size of the hidden states that predict each token (> 0, relative to the
+response's mean), and `attribute.contexts` numbers per token for its context (`train/model/contexts.py`); else null."""
 
 ANCHORS = pa.schema(
     [

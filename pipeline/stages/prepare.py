@@ -99,7 +99,7 @@ class Preparation:
     needs_scores: bool
     """Whether the weights are made from annotators' scores of both responses."""
     trains_on: str | None
-    """The split that contrastive models are trained on; None for all pairs, or if nothing is trained."""
+    """The split whose labels contrastive models or estimator `head` learn; None for all pairs, or if nothing learns them."""
     tokenizer: ChatTokenizer
     context: int
     """Longest sequence of the model, in tokens."""
@@ -142,6 +142,8 @@ class Preparation:
         quarantine = store.table(quarantine_path(tokens.path))
         trains = recipe.needs_pair and recipe.contrast.trains and recipe.contrast.weights is None
         trains_on = recipe.contrast_settings.split if trains else None
+        if "labels" in recipe.weights.inputs():
+            trains_on = recipe.labels.split or None
         needs_scores = recipe.needs_scores
         return cls(dataset, needs_scores, trains_on, tokenizer, context, cut, asked, store, tokens, quarantine)
 
@@ -228,7 +230,7 @@ class Preparation:
         )
 
     def check_split(self, num_pairs: Mapping[str, int]) -> None:
-        """Check that the contrastive models have a split to train on, given the number of pairs of each split.
+        """Check that the split whose labels are learnt is there, given the number of pairs of each split.
 
         Raises:
             InputError: There is no pair of it.
@@ -236,7 +238,7 @@ class Preparation:
         if self.trains_on is not None and self.trains_on not in num_pairs:
             found = ", ".join(f"{split} ({count:,} pairs)" for split, count in sorted(num_pairs.items()))
             raise InputError(
-                f"the contrastive models train on split {self.trains_on!r}, of which there is no pair; {self.dataset.source} "
+                f"the weights learn from split {self.trains_on!r}, of which there is no pair; {self.dataset.source} "
                 f"has {found}. Name one of them in contrast.split"
             )
 

@@ -132,7 +132,7 @@ def _publish(
     join = Join(ingredients.by_role(), weights)
     join.check_annotations()
     seen = _seen_labels(recipe, ingredients)
-    weigher = Weigher.of(weights, tokenizer_folder, seen)
+    weigher = Weigher.of(weights, tokenizer_folder, seen, recipe.labels)
     checked = check()
     appended_to = wanted.appended_to(ingredients)
     shards, statistics = _weigh_rows(join, weigher, wanted, appended_to)
@@ -141,6 +141,8 @@ def _publish(
     metadata = _metadata(recipe.model_copy(update={"weights": weights}), ingredients, wanted, statistics)
     if ingredients.positive_logps is not None and recipe.contrast.trains:
         metadata["contrast"] = _contrast_record(recipe, ingredients.tokens, seen)
+    elif "labels" in weights.inputs():
+        metadata["contrast"] = {"held_out": recipe.labels.share, "split": recipe.labels.split or None, "is_head": True}
     if "parity" in checked:
         metadata["parity"] = checked["parity"]
     reference = wanted.table.commit(
@@ -315,12 +317,16 @@ def _weigh_rows(
         statistics = merge_statistics(before, statistics) if statistics else before
     if statistics and weigher.curves:
         statistics["mean_weight_by_position"] = {side: curve.tolist() for side, curve in weigher.curves.items()}
+    if statistics and weigher.head is not None:
+        statistics["head"] = weigher.head.record
+    if statistics and weigher.spreads:
+        statistics["spread"] = dict(weigher.spreads)
     if statistics and margins.estimators:
         if appended_to is not None and margins.can_measure:
             # Figures of two sets of pairs cannot be merged exactly: the fit needs all margins, and a version keeps none.
             for lists in map(_lists, join.batches(logps_only=True)):
                 margins.add(lists, weigher.scores(lists))
-        statistics["held_out"] = margins.records(weigher.scales)
+        statistics["held_out"] = margins.records(weigher.scales, weigher.section.spreads)
     return shards, statistics
 
 

@@ -7,6 +7,8 @@ keys of [weights] that it reads, with their defaults; the first line of its docs
 EOS is a token like any other. Weights are at least 0: a negative one would reverse the gradient. Those of `tis` and of the
 release's transforms are not normalised.
 
+Over 400 lines because all estimators are here, each in a few lines.
+
 Throughout, z is the log-ratio with the sign that makes important tokens large: log pi+ - log pi- on chosen tokens, log pi- -
 log pi+ on rejected ones.
 """
@@ -23,6 +25,7 @@ from pipeline.weighing.draws import draw_uniform
 from pipeline.weighing.keys import (
     Calibrated,
     DecayGamma,
+    Features,
     K,
     Lower,
     MaxWeight,
@@ -33,6 +36,7 @@ from pipeline.weighing.keys import (
     Share,
     SigmaDivisor,
     Span,
+    Spread,
     TiLambda,
     Upper,
 )
@@ -70,6 +74,8 @@ class SideScores:
     """64-bit hashes of pair, side and position, `[N]`."""
     word_starts: np.ndarray | None = None
     """Whether a word starts at each token, `[N]` bool."""
+    rewards: np.ndarray | None = None
+    """Token rewards of a fit on labels, `[N]` nats; see `head.py`."""
 
     @property
     def num_tokens(self) -> int:
@@ -81,6 +87,11 @@ class SideScores:
         assert self.positive_logps is not None, "no log-probs of pi+"
         assert self.negative_logps is not None, "no log-probs of pi-"
         return np.subtract(self.positive_logps, self.negative_logps, dtype=np.float32)
+
+    def fitted_rewards(self) -> np.ndarray:
+        """Return the token rewards of a fit on labels, `[N]` float32 nats."""
+        assert self.rewards is not None, "fit the rewards over the whole dataset first, see `fits.py`"
+        return self.rewards
 
     def z(self) -> np.ndarray:
         """Return the log-ratios with the sign that makes important tokens of this side large, `[N]` float32 nats."""
@@ -112,8 +123,10 @@ Input = Literal[
     "activations",
     "token keys",
     "words",
+    "labels",
+    "contexts",
 ]
-"""What weighing reads of each token. Pair and reference: their log-probs. Token keys: see `draws.py`."""
+"""What weighing reads of each token. Pair and reference: their log-probs. Token keys: see `draws.py`. Labels: see `head.py`."""
 F = TypeVar("F", bound=Callable[..., SideWeights])
 
 
@@ -163,22 +176,36 @@ def estimator(
 
 @estimator("tis", "TIS-DPO, 2410.04350", "contrastive pair")
 def tis(
-    scores: SideScores, *, scale: Scale = 1.0, k: K = 1.0, mu: Mu = 1.0, lower: Lower = -0.5, upper: Upper = 1.5
+    scores: SideScores,
+    *,
+    scale: Scale = 1.0,
+    spread: Spread = "none",
+    k: K = 1.0,
+    mu: Mu = 1.0,
+    lower: Lower = -0.5,
+    upper: Upper = 1.5,
 ) -> SideWeights:
     """Return k * exp(mu * clamp(scale * (log pi+ - log pi-), lower, upper)), mu < 0 on rejected tokens.
 
     TIS-DPO, arXiv 2410.04350, eq. 19 of the submission; mu multiplies the clamped value. The paper has scale = k = 1 and mu =
     +1 / -1; lower = -0.5 and upper = 1.5 are the values of SWIFT (NeurIPS 2025, appendix B.2), which are often quoted.
     """
-    return _clamped(scores.side, _scaled(scores.logratios(), scale), k, mu, lower, upper)
+    return _clamped(scores.side, _scaled(scores.logratios(), scale, spread), k, mu, lower, upper)
 
 
 @estimator("reversed", "ablation", "contrastive pair", token_scores=lambda scores: -scores.logratios())
 def reversed_tis(
-    scores: SideScores, *, scale: Scale = 1.0, k: K = 1.0, mu: Mu = 1.0, lower: Lower = -0.5, upper: Upper = 1.5
+    scores: SideScores,
+    *,
+    scale: Scale = 1.0,
+    spread: Spread = "none",
+    k: K = 1.0,
+    mu: Mu = 1.0,
+    lower: Lower = -0.5,
+    upper: Upper = 1.5,
 ) -> SideWeights:
     """Return `tis` with pi+ and pi- swapped: an ablation that should hurt."""
-    return _clamped(scores.side, _scaled(-scores.logratios(), scale), k, mu, lower, upper)
+    return _clamped(scores.side, _scaled(-scores.logratios(), scale, spread), k, mu, lower, upper)
 
 
 @estimator("random", "ablation", "token keys")
@@ -196,20 +223,21 @@ def uniform(scores: SideScores) -> SideWeights:
     return SideWeights(np.ones(scores.num_tokens, dtype=np.float32))
 
 
-def _scaled(logratios: np.ndarray, scale: float | Calibrated) -> np.ndarray:
-    """Scale log-ratios in place."""
+def _scaled(values: np.ndarray, scale: float | Calibrated, spread: float | Literal["none"]) -> np.ndarray:
+    """Scale token scores in place."""
     assert scale != "calibrated", "measure the scale over the whole dataset first, see `fits.py`"
+    assert spread == "none", "measure the spread over the whole dataset first, see `fits.py`"
     if scale != 1:
-        logratios *= np.float32(scale)
-    return logratios
+        values *= np.float32(scale)
+    return values
 
 
-def _clamped(side: Side, logratios: np.ndarray, k: float, mu: float, lower: float, upper: float) -> SideWeights:
-    token_weights = np.clip(logratios, np.float32(lower), np.float32(upper))
+def _clamped(side: Side, values: np.ndarray, k: float, mu: float, lower: float, upper: float) -> SideWeights:
+    token_weights = np.clip(values, np.float32(lower), np.float32(upper))
     token_weights *= np.float32(mu if side == "chosen" else -mu)  # in place: memory traffic is the cost
     np.exp(token_weights, out=token_weights)
     token_weights *= np.float32(k)
-    return SideWeights(token_weights, *_at_ends(logratios, lower, upper))
+    return SideWeights(token_weights, *_at_ends(values, lower, upper))
 
 
 def _at_ends(values: np.ndarray, lower: float, upper: float) -> tuple[int, int]:
@@ -335,6 +363,25 @@ def ti(
         prompt_attributions=scores.prompt_attributions if whole else None,
     )
     return SideWeights(weighed.token_weights, num_without_mass=weighed.num_without_mass)
+
+
+@estimator("head", "ours", "labels", token_scores=lambda scores: scores.fitted_rewards())
+def head(
+    scores: SideScores,
+    *,
+    features: Features = "tokens",  # noqa: ARG001 - what the rewards were fitted on, see `head.py`
+    scale: Scale = 1.0,
+    spread: Spread = 0.6,
+    k: K = 1.0,
+    mu: Mu = 1.0,
+    lower: Lower = -1.5,
+    upper: Upper = 1.5,
+) -> SideWeights:
+    """Return `tis` of token rewards that a ridge Bradley-Terry regression on the labels finds, out of fold.
+
+    The labels are those of other prompts than the pair's own, see `head.py`.
+    """
+    return _clamped(scores.side, _scaled(scores.fitted_rewards().copy(), scale, spread), k, mu, lower, upper)
 
 
 @estimator("decay", "D2PO, 2502.14340")

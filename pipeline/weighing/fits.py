@@ -11,10 +11,14 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.weighing import transforms
+from pipeline.weighing.head import Differences, LabelledPairs
 from pipeline.weighing.margins import Margins
-from pipeline.weighing.weigh import Weigher
+from pipeline.weighing.weigh import Weigher, responses_of
+from train.data.selection import prompt_hashes
 from weights_store.errors import InputError
 from weights_store.schemas import SIDES
+from weights_store.tables.checksums import mix
+from weights_store.tables.metadata import SpreadRecord
 
 Pass = Callable[[], Iterable[pa.Table]]
 """Starts one pass over all pairs: joined columns in batches of at least one pair, each column in one chunk."""
@@ -24,12 +28,33 @@ def with_fits(weigher: Weigher, over_all: Pass) -> Weigher:
     """Return the weigher with everything that its section needs to know of the whole dataset.
 
     Raises:
-        InputError: Scores are to be calibrated, and too few labels are left that they have not seen.
+        InputError: Scores are to be calibrated or rewards fitted, and there are too few labels that may be used for it.
         MismatchError: As `Weigher.sides`.
     """
     for fit in _FITS:
         weigher = fit(weigher, over_all)
     return weigher
+
+
+def _with_head(weigher: Weigher, over_all: Pass) -> Weigher:
+    """Fit token rewards on labels, for estimator `head`."""
+    if "labels" not in weigher.section.inputs():
+        return weigher
+    labelled = LabelledPairs()
+    for lists in over_all():
+        kept = lists.filter(pa.array(weigher.labels.keeps(lists))).combine_chunks()
+        if kept.num_rows:
+            pair_ids = kept["pair_id"].to_pylist()
+            keys = mix(np.array([int(pair_id[-16:], 16) for pair_id in pair_ids], np.uint64))
+            differences = Differences.of(*(responses_of(kept, side) for side in SIDES))
+            labelled.add(differences, prompt_hashes(pair_ids), keys)
+    try:
+        return replace(weigher, head=labelled.fit())
+    except ValueError as error:
+        raise InputError(
+            f"estimator 'head' learns token rewards from labels: {error}, among the pairs of {weigher.labels}. "
+            "Choose another weights.estimator, or add pairs"
+        ) from error
 
 
 def _with_multipliers(weigher: Weigher, over_all: Pass) -> Weigher:
@@ -57,6 +82,27 @@ def _with_multipliers(weigher: Weigher, over_all: Pass) -> Weigher:
     return replace(weigher, multipliers=multipliers)
 
 
+def _with_spreads(weigher: Weigher, over_all: Pass) -> Weigher:
+    """Fit the factors of scores that give them the standard deviation `weights.spread`; equal scores get 0."""
+    spreads = weigher.section.spreads
+    if not spreads:
+        return weigher
+    sums = {name: np.zeros(3) for name in spreads}
+    for lists in over_all():
+        for scores in weigher.scores(lists).values():
+            for name in spreads:
+                token_scores = weigher.section.estimators[name].token_scores
+                assert token_scores is not None, "an estimator with a spread and without token scores"
+                values = token_scores(scores).astype(np.float64)
+                sums[name] += np.array([len(values), values.sum(), values @ values])
+    found: dict[str, SpreadRecord] = {}
+    for name, (count, total, squares) in sums.items():
+        std = float(np.sqrt(max(0.0, squares / count - (total / count) ** 2)))
+        # Rounded, so that where batches end cannot change the weights.
+        found[name] = {"std": std, "scale": float(np.float32(spreads[name] / std)) if std > 0 else 0.0}
+    return replace(weigher, spreads=found, multipliers={name: each["scale"] for name, each in found.items()})
+
+
 def _with_curves(weigher: Weigher, over_all: Pass) -> Weigher:
     """Take mean weights by relative position, for transform `position`: those of the weights that reach it."""
     section = weigher.section
@@ -74,5 +120,5 @@ def _with_curves(weigher: Weigher, over_all: Pass) -> Weigher:
     return replace(weigher, curves={side: sums[side] / np.maximum(counts[side], 1) for side in SIDES})
 
 
-_FITS: tuple[Callable[[Weigher, Pass], Weigher], ...] = (_with_multipliers, _with_curves)
+_FITS: tuple[Callable[[Weigher, Pass], Weigher], ...] = (_with_head, _with_multipliers, _with_spreads, _with_curves)
 """In their order: each uses what the ones before have found."""

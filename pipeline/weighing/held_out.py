@@ -112,13 +112,18 @@ def held_out_log_likelihoods(margins: np.ndarray, groups: np.ndarray) -> np.ndar
         ValueError: A margin is not finite.
     """
     x, _ = _rescaled(margins)
-    folds = mix(groups.astype(np.uint64)) % np.uint64(NUM_FOLDS)
+    folds = folds_of(groups)
     found = np.empty(len(x))
     for fold in range(NUM_FOLDS):
         is_left_out = folds == fold
         rms, b = _fit(x[~is_left_out])
         found[is_left_out] = -np.logaddexp(0.0, -_multiply(b, rms, x[is_left_out]))
     return found
+
+
+def folds_of(groups: np.ndarray) -> np.ndarray:
+    """Return the fold of each pair, `[n]`, 0 to `NUM_FOLDS` - 1, by the hash of its prompt alone."""
+    return (mix(groups.astype(np.uint64)) % np.uint64(NUM_FOLDS)).astype(np.int64)
 
 
 def fit_multiplier(margins: np.ndarray, groups: np.ndarray) -> tuple[float, float]:

@@ -27,12 +27,13 @@ _PER_ID = ("ref_logps", "attributions", "activations")
 _LENGTHS_OF = {f"{side}_{what}": f"{side}_ids" for side in SIDES for what in _PER_ID}
 _LENGTHS_OF["anchor_ref_logps"] = "anchor_ids"
 """Lists of a join, and the ids of which each has one value per id. Those of the contrastive pairs: see `Join.pairs`."""
-_BESIDES_LOGPS = "^prompt$|_score$|_top_|attribution|activations|^anchor_"
+_BESIDES_LOGPS = "^prompt$|_score$|_top_|attribution|activations|contexts|^anchor_"
 """Columns of a join that log-ratios are not made of."""
 _ATTRIBUTIONS: dict[Input, str] = {
     "attributions": "attributions",
     "prompt attributions": "prompt_attribution",
     "activations": "activations",
+    "contexts": "contexts",
 }
 """Inputs of an estimator, and the ends of their columns in the attributions table."""
 

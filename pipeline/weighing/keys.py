@@ -6,13 +6,22 @@ from pydantic import Field
 
 Calibrated = Literal["calibrated"]
 _SCALE = (
-    "factor of the log-ratios, before the clamp; `calibrated`: the factor with which they predict held-out labels best, at "
+    "factor of the scores, before the clamp; `calibrated`: the factor with which they predict held-out labels best, at "
     "least 0, see [weights.md](weights.md#how-well-scores-predict-labels-that-they-have-not-seen)"
 )
 Scale = Annotated[Annotated[float, Field(gt=0)] | Calibrated, Field(description=_SCALE)]
+_SPREAD = (
+    "the scores are multiplied so that their standard deviation over all response tokens is this many nats, before the clamp; "
+    "`none`: they are not"
+)
+Spread = Annotated[Annotated[float, Field(gt=0)] | Literal["none"], Field(description=_SPREAD)]
+_FEATURES = (
+    "what a token's reward depends on: its id, or its id and what was read before it, which needs `attribute.contexts`"
+)
+Features = Annotated[Literal["tokens", "contexts"], Field(description=_FEATURES)]
 K = Annotated[float, Field(gt=0, description="factor of every weight")]
 Mu = Annotated[float, Field(gt=0, description="+mu on chosen, -mu on rejected tokens")]
-Lower = Annotated[float, Field(description="lower end L of the clamp on log-ratios, in nats")]
+Lower = Annotated[float, Field(description="lower end L of the clamp on scores, in nats")]
 Upper = Annotated[float, Field(description="upper end U of the clamp, in nats")]
 Seed = Annotated[int, Field(ge=0, description="seed of the random numbers")]
 MinWeight = Annotated[float, Field(ge=0, description="smallest weight")]

@@ -111,14 +111,16 @@ class Margins:
         """Return how well one estimator's scores predict labels; None if there are too few that its scores have not seen."""
         return measure(*self._unseen(name))
 
-    def records(self, scales: Mapping[str, float]) -> dict[str, HeldOutRecord]:
+    def records(
+        self, scales: Mapping[str, float], spreads: Mapping[str, float] | None = None
+    ) -> dict[str, HeldOutRecord]:
         """Return what a version records, by estimator, then for DPO's own implicit reward.
 
-        `scales` has the factors of scores in the weights, of estimators that have one.
+        `scales` has the factors of scores in the weights, of estimators that have one, and `spreads` their `weights.spread`.
         """
-        found = {name: self._record(name, scales.get(name)) for name in self.estimators}
+        found = {name: self._record(name, scales.get(name), (spreads or {}).get(name)) for name in self.estimators}
         if self._found[DPO].margins and (dpo := self.measure(DPO)) is not None:
-            found[DPO] = _record(dpo, None, self._num_pairs)
+            found[DPO] = _record(dpo, None, None, self._num_pairs)
         return found
 
     def why_unseen_are_few(self, name: str) -> str:
@@ -142,11 +144,11 @@ class Margins:
             return problem
         return f"{problem}; {f'raise contrast.held_out above {selection.share:g}' if selection.share else _HOLD_OUT}"
 
-    def _record(self, name: str, scale: float | None) -> HeldOutRecord:
+    def _record(self, name: str, scale: float | None, spread: float | None) -> HeldOutRecord:
         found = self.measure(name)
         if found is None:
             return {"not_measured": self.why_unseen_are_few(name)}
-        record = _record(found, scale, self._num_pairs)
+        record = _record(found, scale, spread, self._num_pairs)
         if not _reads_pair(self.estimators[name]):
             return record
         if self.seen.assumption:
@@ -196,7 +198,7 @@ def _reads_pair(estimator: Estimator) -> bool:
     return "contrastive pair" in estimator.reads
 
 
-def _record(found: HeldOut, scale: float | None, num_all_pairs: int) -> HeldOutRecord:
+def _record(found: HeldOut, scale: float | None, spread: float | None, num_all_pairs: int) -> HeldOutRecord:
     record: HeldOutRecord = {
         "num_pairs": found.num_pairs,
         "num_seen_pairs": num_all_pairs - found.num_pairs,
@@ -206,9 +208,12 @@ def _record(found: HeldOut, scale: float | None, num_all_pairs: int) -> HeldOutR
         "accuracy": found.accuracy,
         "multiplier": found.multiplier,
         "multiplier_se": found.multiplier_se,
-        # A scale of 0 comes from scores that predict nothing, or the opposite: they have been switched off.
-        "verdict": found.verdict(scale or 1.0),
+        # A scale of 0 comes from scores that predict nothing, or the opposite: they have been switched off. A spread is
+        # chosen for the training, so the verdict is on the scores before.
+        "verdict": found.verdict((scale or 1.0) if spread is None else 1.0),
     }
+    if spread is not None:
+        record["spread"] = spread
     if scale is not None:
         record["scale"] = scale
     return record

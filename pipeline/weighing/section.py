@@ -79,6 +79,16 @@ class WeightsSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_scale(self) -> "WeightsSection":
+        scale, spread = getattr(self, "scale", 1), getattr(self, "spread", "none")
+        if scale != 1 and spread != "none":
+            raise ValueError(
+                f"weights.scale ({scale}) and weights.spread ({spread}) both multiply the scores: keep one, "
+                'and set weights.spread to "none" or leave weights.scale out'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _every_key_has_an_effect(self) -> "WeightsSection":
         """Compare values, not what was given: Prefect hands a recipe back with every key in it."""
         read = self.read_keys()
@@ -123,6 +133,8 @@ class WeightsSection(Section):
         found: set[Input] = {needed for estimator in self.estimators.values() for needed in estimator.reads}
         if getattr(self, "span", "response") == "sequence":
             found.add("prompt attributions")
+        if "labels" in found and getattr(self, "features", "tokens") == "contexts":
+            found.add("contexts")
         if "smooth" in self.transforms and self.smooth_over == "words":
             found.add("words")
         if self.pair_weight == "margin":
@@ -141,9 +153,16 @@ class WeightsSection(Section):
         return "calibrated" in self.scales.values()
 
     @property
+    def spreads(self) -> dict[str, float]:
+        """`weights.spread` by estimator, for those that read it; empty if it is "none"."""
+        keys = ((name, key) for name, each in self.estimators.items() for key in each.settings)
+        return {name: getattr(self, key) for name, key in keys if key == "spread" and getattr(self, key) != "none"}
+
+    @property
     def looks_at_all_pairs(self) -> bool:
         """Whether a pair's weights depend on all other pairs, so that new pairs change them."""
-        return self.is_calibrated or "position" in self.transforms
+        is_fitted = "labels" in self.inputs()
+        return self.is_calibrated or bool(self.spreads) or is_fitted or "position" in self.transforms
 
     def read_keys(self) -> set[str]:
         """Return the keys that determine the weights; `transforms` and `pair_weight` only if they are used."""
@@ -161,8 +180,9 @@ class WeightsSection(Section):
         common, read = WeightsSection.model_fields, {"name", *self.read_keys()}
         own = [key for key in type(self).model_fields if key not in common]
         settings = {key: getattr(self, key) for key in ("name", "estimator", *own, *common) if key in read}
-        if settings.get("scale") == 1:  # the key came later, and what was built without it is the same
-            del settings["scale"]
+        for key, value in (("scale", 1), ("spread", "none")):
+            if settings.get(key) == value:  # the key came later, and what was built without it is the same
+                del settings[key]
         # The first formula gave pairs with a strongly negative margin the largest weight: such datasets are built again.
         return settings | ({"margin_formula": 2} if self.pair_weight == "margin" else {})
 

@@ -14,12 +14,17 @@ import pyarrow as pa
 from pipeline.weighing import transforms
 from pipeline.weighing.draws import token_keys
 from pipeline.weighing.estimators import SideScores, SideWeights, ensemble
+from pipeline.weighing.head import Head, Responses
 from pipeline.weighing.margins import NONE_SEEN, SeenLabels
 from pipeline.weighing.section import WeightsSection
 from pipeline.weighing.transforms import TransformName
 from pipeline.weighing.words import WordStarts
+from train.data.selection import Selection, prompt_hashes
 from weights_store.errors import InputError, MismatchError
 from weights_store.schemas import SIDES, Side
+from weights_store.tables.metadata import SpreadRecord
+
+ALL_LABELS = Selection()
 
 
 class Weighed(NamedTuple):
@@ -37,14 +42,24 @@ class Weigher:
     words: WordStarts | None = None
     seen: SeenLabels = NONE_SEEN
     """Which labels the scores have seen."""
+    labels: Selection = ALL_LABELS
+    """The pairs whose labels `head` is fitted on."""
+    head: Head | None = None
+    """Token rewards fitted on labels; see `fits.py`, also for what follows."""
     multipliers: Mapping[str, float] = field(default_factory=dict)
-    """Factors of the scores by estimator, for `weights.scale` "calibrated"; see `fits.py`, also for curves."""
+    """Factors of the scores by estimator, for `weights.scale` "calibrated" and for `weights.spread`."""
+    spreads: Mapping[str, SpreadRecord] = field(default_factory=dict)
+    """What was measured for `weights.spread`, by estimator."""
     curves: Mapping[Side, np.ndarray] = field(default_factory=dict)
     """Mean weight by relative position over the whole dataset, for transform `position`."""
 
     @classmethod
     def of(
-        cls, section: WeightsSection, tokenizer_folder: Path | None = None, seen: SeenLabels = NONE_SEEN
+        cls,
+        section: WeightsSection,
+        tokenizer_folder: Path | None = None,
+        seen: SeenLabels = NONE_SEEN,
+        labels: Selection = ALL_LABELS,
     ) -> "Weigher":
         """Return the weigher of a recipe; reads the tokenizer's vocabulary if the settings need it.
 
@@ -52,12 +67,12 @@ class Weigher:
             InputError: They need it, and no folder is given.
         """
         if "words" not in section.inputs():
-            return cls(section, seen=seen)
+            return cls(section, None, seen, labels)
         if tokenizer_folder is None:
             raise InputError(
                 "weights.smooth_over 'words' needs the tokenizer that the pairs were tokenised with, got none: give its folder"
             )
-        return cls(section, WordStarts.of_folder(tokenizer_folder), seen)
+        return cls(section, WordStarts.of_folder(tokenizer_folder), seen, labels)
 
     def sides(self, lists: pa.Table) -> dict[Side, Weighed]:
         """Return the weights of both sides of at least one pair; `lists` are joined columns, each in one chunk.
@@ -95,6 +110,9 @@ class Weigher:
 
         lengths, ids = _lengths(lists, f"{side}_ids"), flat(f"{side}_ids")
         needs_keys = "token keys" in self.section.inputs()
+        rewards = None
+        if self.head is not None:
+            rewards = self.head.scores(responses_of(lists, side), prompt_hashes(lists["pair_id"].to_pylist()))
         return SideScores(
             side,
             lengths,
@@ -107,6 +125,7 @@ class Weigher:
             prompt_lengths=_lengths(lists, "prompt_ids"),
             activations=flat(f"{side}_activations"),
             token_keys=token_keys(lists["pair_id"].to_pylist(), side, lengths) if needs_keys else None,
+            rewards=rewards,
             word_starts=self.words.starts(ids, lengths) if self.words is not None and ids is not None else None,
         )
 
@@ -120,7 +139,7 @@ def weigh(
     """Return the weights of one side: the estimator's or the ensemble's, then transformed in the order of the section.
 
     `curve` is the mean weight by relative position, for transform `position`, and `multipliers` are the factors of scores by
-    estimator, for `weights.scale` "calibrated"; see `fits.py`.
+    estimator, for `weights.scale` "calibrated" and `weights.spread`; see `fits.py`.
 
     Raises:
         ValueError: A score is not valid, or a weight is 0 and a transform takes its log.
@@ -128,9 +147,9 @@ def weigh(
     members = []
     for name, estimator in section.estimators.items():
         settings = {key: getattr(section, key) for key in estimator.settings}
-        if section.is_calibrated and "scale" in settings:
+        if (section.is_calibrated or section.spreads) and "scale" in settings:
             assert multipliers is not None, "no multipliers: fit them over the whole dataset first"
-            settings["scale"] = multipliers[name]
+            settings |= {"scale": multipliers[name], "spread": "none"}
         members.append(estimator.estimate(scores, **settings))
     weighed = ensemble(members) if len(members) > 1 else members[0]
     for name in section.transforms:
@@ -179,6 +198,15 @@ def pair_weights(section: WeightsSection, lists: pa.Table, sides: Mapping[Side, 
         chosen, rejected = (transforms.means(each.logratios(), each.lengths) * each.lengths for each in of_sides)
         return np.tanh(np.maximum(chosen - rejected, 0) / (2 * section.margin_tau)).astype(np.float32)
     return np.ones(lists.num_rows, dtype=np.float32)
+
+
+def responses_of(lists: pa.Table, side: Side) -> Responses:
+    """Return ids, and contexts if they are there, of one side of at least one pair."""
+    lengths = _lengths(lists, f"{side}_ids")
+    ids, contexts = one_chunk(lists[f"{side}_ids"]).flatten().to_numpy(), None
+    if (column := f"{side}_contexts") in lists.column_names:
+        contexts = one_chunk(lists[column]).flatten().to_numpy().reshape(len(ids), -1)
+    return Responses(ids, lengths, contexts)
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:

@@ -71,8 +71,10 @@ def _of_held_out(config: TrainConfig, source: WeightSource) -> list[str]:
     remedy = (
         f"contrast.held_out={config.eval.share:g}" if config.eval.share else "contrast.split to the split that trains"
     )
+    of_pair = f"the contrastive models behind {source.name} were trained on"
+    learner = f"the estimator behind {source.name} was fitted on" if seen.get("is_head") else of_pair
     return [
-        f"held-out pairs were seen: the contrastive models behind {source.name} were trained on {on}{but}, so its weights know "
+        f"held-out pairs were seen: {learner} {on}{but}, so its weights know "
         f"labels that are held out here; for a clean measurement build it with {remedy}"
     ]
 

@@ -54,7 +54,7 @@ class ScorerRecord(TypedDict, total=False):
 
 
 class ContrastRecord(TypedDict):
-    """Which pairs the contrastive models of a weight dataset have been trained on."""
+    """Which pairs the contrastive models of a weight dataset have been trained on, or estimator `head` was fitted on."""
 
     held_out: float
     """Share of the prompts, by hash, that they have not seen, see `train/data/selection.py`."""
@@ -64,6 +64,8 @@ class ContrastRecord(TypedDict):
     """Another weight dataset, `name@version`, that they were trained on instead; `split` is one of that dataset."""
     num_seen_pairs: NotRequired[int]
     """How many pairs have a prompt that is among those of `weights` which they were trained on."""
+    is_head: NotRequired[bool]
+    """Whether these are the pairs that estimator `head` was fitted on, and there are no contrastive models."""
 
 
 class ReferenceRecord(TypedDict, total=False):
@@ -127,11 +129,37 @@ class HeldOutRecord(TypedDict, total=False):
     multiplier_se: float
     scale: float
     """The factor that they have in the weights; missing if the estimator has no `weights.scale`."""
+    spread: float
+    """The standard deviation to which `weights.spread` has scaled them; the verdict is then that of the scores before."""
     verdict: str
     """What to make of the scores with that factor, or with 1."""
     gain_over_dpo: float
     """By how much they predict better than DPO's own implicit reward."""
     gain_over_dpo_se: float
+
+
+class HeadRecord(TypedDict, total=False):
+    """How the token rewards of estimator `head` were fitted on labels, see `weighing/head.py`."""
+
+    num_pairs: int
+    num_prompts: int
+    strength: float
+    """The L2 penalty of a token's reward that was chosen: 1 / variance of its prior."""
+    context_strength: float
+    """That of its contexts; missing if tokens alone predict as well."""
+    log_likelihood: float
+    """Mean over the fitted pairs, each with a fit that has not seen its prompt, in nats."""
+    log_likelihoods: dict[str, float]
+    """By candidate of the strengths."""
+
+
+class SpreadRecord(TypedDict):
+    """The spread of token scores, in nats, for `weights.spread`."""
+
+    std: float
+    """Standard deviation over all response tokens before they are multiplied."""
+    scale: float
+    """What they are multiplied by."""
 
 
 class Statistics(TypedDict, total=False):
@@ -156,6 +184,9 @@ class Statistics(TypedDict, total=False):
     constant_weights: bool
     held_out: dict[str, HeldOutRecord]
     """By estimator; `dpo` is DPO's own implicit reward, log pi+ - log ref."""
+    head: HeadRecord
+    spread: dict[str, SpreadRecord]
+    """By estimator, with `weights.spread`."""
     chosen: SideStatistics
     rejected: SideStatistics
 
@@ -200,7 +231,7 @@ class CommitMetadata(TypedDict, total=False):
     engine: dict[str, object]
     reference: ReferenceRecord
     contrast: ContrastRecord
-    """Only of weights that trained contrastive models have made."""
+    """Only of weights that trained contrastive models or estimator `head` have made."""
     parity: ParityRecord
     packages: dict[str, str]
     python: str

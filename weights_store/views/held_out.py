@@ -42,7 +42,7 @@ def _left_out(record: HeldOutRecord) -> str:
 
 def _advice(record: HeldOutRecord) -> str:
     """Return what the scores are like, and what to do."""
-    multiplier, scale = record["multiplier"], record.get("scale")
+    multiplier, scale = record["multiplier"], None if "spread" in record else record.get("scale")
     match record["verdict"]:
         case "no better than chance":
             return "the scores predict labels no better than chance: use other scores, or no weights"
@@ -57,7 +57,14 @@ def _advice(record: HeldOutRecord) -> str:
         case _:
             times = f" times {scale:.3g} (weights.scale)" if scale not in (None, 1) else ""
             found, remedy = f"the scores{times} are calibrated", ""
-    return found + remedy + _against_dpo(record)
+    return found + remedy + _spread(record) + _against_dpo(record)
+
+
+def _spread(record: HeldOutRecord) -> str:
+    """Return what `weights.spread` has made of the scores."""
+    if "spread" not in record or "scale" not in record:
+        return ""
+    return f"; weights.spread {record['spread']:g} multiplies them by {record['scale']:.3g}"
 
 
 def _against_dpo(record: HeldOutRecord) -> str:

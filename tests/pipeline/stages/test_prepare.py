@@ -164,7 +164,7 @@ def test_no_pair_of_the_split_that_contrastive_models_train_on_is_said_before_an
     column = {"dataset.split_column": "fold"}
     with pytest.raises(
         InputError,
-        match=r"contrastive models train on split 'train', of which there is no pair; .*pairs.jsonl has test \(2 pairs\), "
+        match=r"the weights learn from split 'train', of which there is no pair; .*pairs.jsonl has test \(2 pairs\), "
         r"training \(1 pairs\)\. Name one of them in contrast.split",
     ):
         run(rows, **column)

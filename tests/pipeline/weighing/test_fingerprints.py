@@ -73,6 +73,7 @@ EARLIER = [
         '{"estimator": "tis", "scale": 0.25, "k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5}',
         "695702fb38211f45",
     ),
+    (["spread=none"], '{"estimator": "tis", "k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5}', "a493a0c37926517a"),
     (["seed=3", "k=2"], '{"estimator": "tis", "k": 2.0, "mu": 1.0, "lower": -0.5, "upper": 1.5}', "c83c0497d155f289"),
     (
         ["estimator=threshold_and_scale", "upper=2"],

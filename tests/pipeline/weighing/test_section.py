@@ -20,7 +20,7 @@ COMMON = WeightsSection.model_fields
 def test_a_model_has_the_settings_of_its_function_and_no_other(name):
     own = set(MODELS[name].model_fields) - set(COMMON)
     if name in ("tis", "reversed", "random", "uniform"):  # an ablation changes nothing but the estimator
-        assert own == {"scale", "k", "mu", "lower", "upper", "seed"}
+        assert own == {"scale", "spread", "k", "mu", "lower", "upper", "seed"}
     else:
         assert own == set(ESTIMATORS[name].settings) - set(COMMON)
 

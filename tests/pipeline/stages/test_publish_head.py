@@ -1,0 +1,199 @@
+"""Estimator `head` and `weights.spread` from tables in a store to a published version: no model is needed for them."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.stages.publish import Ingredients, publish
+from pipeline.stages.report import summary_rows
+from pipeline.weighing.head import Responses, fit_head
+from train.data.selection import is_held_out, prompt_hashes
+from weights_store import WeightStore
+from weights_store.errors import InputError, SettingsError
+from weights_store.schemas import ATTRIBUTIONS, LOGPS, SIDES, TOKENS
+
+HEAD = {"weights.estimator": "head", "weights.lower": -9.0, "weights.upper": 9.0}
+GOOD, NUM_CONTEXTS = 5, 2
+
+
+@pytest.fixture
+def store(tmp_path):
+    return WeightStore(tmp_path / "store")
+
+
+def pair_id(row):
+    return f"{row:012x}{row * 7919:020x}"
+
+
+def pair(row):
+    """Chosen has the good token more often, mostly; all else is noise."""
+    rng = np.random.default_rng(row)
+    sides = [rng.integers(6, 12, rng.integers(2, 6)).tolist() for _ in range(2)]
+    sides[rng.random() < 0.2].append(GOOD)
+    return sides
+
+
+def ingredients(store, rows, split=lambda row: "train", logp=lambda row: -1.0, contexts=False):
+    """Write tables that have these rows too."""
+    pairs = {row: pair(row) for row in rows}
+    tokens = [
+        {"pair_id": pair_id(row), "prompt": "[]", "prompt_ids": [1], "split": split(row), "source_row": row}
+        | {"chosen_ids": chosen, "rejected_ids": rejected}
+        for row, (chosen, rejected) in pairs.items()
+    ]
+    metadata = {
+        "fingerprint": f"tokens of {rows}",
+        "tokenizer": {"fingerprint": "t", "vocab_size": 12, "eos_token_id": 2},
+        "statistics": {"num_source_rows": rows.stop, "num_pairs": rows.stop, "quarantined": {}},
+    }
+    made = {"tokens": store.table("tokens/toy-1").append(pa.Table.from_pylist(tokens, TOKENS), metadata)}
+    for role, of_row in (("ref", lambda row: -1.0), ("positive", logp), ("negative", lambda row: -4.0)):
+        values = [
+            {"pair_id": pair_id(row)}
+            | {f"{side}_logps": [of_row(row)] * len(ids) for side, ids in zip(SIDES, pairs[row], strict=True)}
+            for row in rows
+        ]
+        record = {"fingerprint": f"{role} of {rows}", "statistics": {}}
+        made[f"{role}_logps"] = store.table(f"logps/toy-1/{role}").append(pa.Table.from_pylist(values, LOGPS), record)
+    if contexts:
+        values = [{"pair_id": pair_id(row)} for row in rows]
+        for row, value in zip(rows, values, strict=True):
+            for side, ids in zip(SIDES, pairs[row], strict=True):
+                value[f"{side}_attributions"] = [1.0] * len(ids)
+                value[f"{side}_contexts"] = np.random.default_rng(row).normal(size=len(ids) * NUM_CONTEXTS).tolist()
+        record = {"fingerprint": f"contexts of {rows}", "statistics": {}}
+        table = store.table("attributions/toy-1/ref")
+        made["attributions"] = table.append(pa.Table.from_pylist(values, ATTRIBUTIONS), record)
+    return Ingredients(**made)
+
+
+def without_pair(made):
+    return Ingredients(made.tokens, made.ref_logps, attributions=made.attributions)
+
+
+def published(make_recipe, made_of, **settings):
+    recipe = make_recipe(**settings)
+    return publish(recipe, recipe.weights, made_of)
+
+
+def weights_of(store, name="toy/tis-dpo"):
+    """Log of the chosen and of minus the rejected weights by pair_id: the scores, if nothing is clamped."""
+    columns = [f"{side}_token_weights" for side in SIDES]
+    rows = store.scan(name).select("pair_id", *columns).collect().iter_rows()
+    return {key: (np.log(chosen), -np.log(rejected)) for key, chosen, rejected in rows}
+
+
+def fitted(rows):
+    """The scores of all pairs of a fit on some rows, computed without a store."""
+    rows = sorted(rows, key=pair_id)
+    sides = [
+        Responses(np.concatenate([pair(r)[i] for r in rows]), np.array([len(pair(r)[i]) for r in rows])) for i in (0, 1)
+    ]
+    return fit_head(*sides, prompt_hashes(map(pair_id, rows)))
+
+
+def scores_of(head, row):
+    groups = prompt_hashes([pair_id(row)])
+    return tuple(head.scores(Responses(np.array(ids), np.array([len(ids)])), groups) for ids in pair(row))
+
+
+def test_weights_are_the_scores_of_the_fit_with_the_spread_that_was_asked_for(store, make_recipe):
+    made = published(make_recipe, without_pair(ingredients(store, range(300))), **HEAD)
+    head, weights = fitted(range(300)), weights_of(store)
+    natural = np.concatenate([np.concatenate(scores_of(head, row)) for row in range(300)])
+    scale = 0.6 / natural.std()
+    for row in (0, 7, 299):
+        for got, wanted in zip(weights[pair_id(row)], scores_of(head, row), strict=True):
+            np.testing.assert_allclose(got, scale * wanted, rtol=1e-3, atol=2e-3)
+    assert np.std(np.concatenate([np.concatenate(each) for each in weights.values()])) == pytest.approx(0.6, abs=1e-3)
+    statistics = made.statistics
+    assert statistics["spread"]["head"] == pytest.approx({"std": natural.std(), "scale": scale}, rel=1e-3)
+    assert statistics["head"]["num_pairs"] == 300
+    assert statistics["head"]["log_likelihood"] == max(statistics["head"]["log_likelihoods"].values())
+    record = statistics["held_out"]["head"]
+    assert (record["num_pairs"], record["num_seen_pairs"], record["spread"]) == (300, 0, 0.6)
+    assert 0.7 < record["accuracy"] < 0.9
+    assert f"; weights.spread 0.6 multiplies them by {scale:.3g}" in dict(summary_rows(made))["verdict"]
+
+
+def test_new_pairs_change_every_weight_and_the_same_pairs_give_the_same_ones(store, make_recipe):
+    settings = HEAD | {"weights.spread": "none"}
+    published(make_recipe, without_pair(ingredients(store, range(200))), **settings)
+    before = weights_of(store)
+    made_of = without_pair(ingredients(store, range(200, 300)))
+    published(make_recipe, made_of, **settings)
+    after = weights_of(store)
+    assert len(store.table("weights/toy/tis-dpo").shards()) == 1  # all rows were written again
+    assert np.mean([(after[key][0] != before[key][0]).all() for key in before]) > 0.9
+    published(make_recipe, made_of, **settings, **{"weights.name": "toy/other"})  # tokens in two shards, as before
+    at_once = WeightStore(store.root.path.parent / "at-once")
+    recipe = make_recipe(**settings, **{"store.uri": str(at_once.root)})
+    publish(recipe, recipe.weights, without_pair(ingredients(at_once, range(300))))
+    for other in (weights_of(store, "toy/other"), weights_of(at_once)):
+        for key, sides in after.items():
+            np.testing.assert_array_equal(np.concatenate(sides), np.concatenate(other[key]))
+
+
+def test_labels_of_other_splits_and_held_out_prompts_are_never_fitted_on(store, make_recipe):
+    settings = HEAD | {"weights.spread": "none", "contrast.held_out": 0.25, "dataset.split": ["train", "test"]}
+    made_of = without_pair(ingredients(store, range(300), split=lambda row: "test" if row % 3 == 0 else "train"))
+    made = published(make_recipe, made_of, **settings)
+    kept = [row for row in range(300) if row % 3 and not is_held_out(pair_id(row), 0.25)]
+    assert made.statistics["head"]["num_pairs"] == len(kept) < 180
+    head, weights = fitted(kept), weights_of(store)
+    for row in (3, 4, 5, 6, 7):
+        for got, wanted in zip(weights[pair_id(row)], scores_of(head, row), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=2e-3)
+    metadata = store.metadata("toy/tis-dpo")
+    assert metadata["contrast"] == {"held_out": 0.25, "split": "train", "is_head": True}
+    assert metadata["identity"]["settings"]["labels"] == {"split": "train", "held_out": 0.25}
+    assert metadata["identity"]["settings"]["contrast"] == {}
+
+
+def test_contexts_reach_the_fit(store, make_recipe):
+    settings = HEAD | {"weights.features": "contexts", "attribute.contexts": NUM_CONTEXTS}
+    made = published(make_recipe, without_pair(ingredients(store, range(300), contexts=True)), **settings)
+    tried = made.statistics["head"]["log_likelihoods"]
+    assert any("," in strengths for strengths in tried)
+    with pytest.raises(
+        SettingsError, match=r"weights.features 'contexts' reads .* set attribute.contexts, for example"
+    ):
+        make_recipe(**HEAD | {"weights.features": "contexts"})
+
+
+def test_the_spread_of_log_ratios_by_hand(store, make_recipe):
+    # log pi+ - log pi- is 1 in even and 3 in odd rows, on all tokens: the deviation is that of these numbers by token.
+    made_of = ingredients(store, range(60), logp=lambda row: -1.0 if row % 2 else -3.0)
+    settings = {"contrast.method": "prompt", "weights.spread": 0.5, "weights.lower": -9.0, "weights.upper": 9.0}
+    made = published(make_recipe, made_of, **settings)
+    tokens = np.repeat([3.0 if row % 2 else 1.0 for row in range(60)], [sum(map(len, pair(row))) for row in range(60)])
+    assert made.statistics["spread"]["tis"] == pytest.approx({"std": tokens.std(), "scale": 0.5 / tokens.std()})
+    weights = weights_of(store)
+    np.testing.assert_allclose(weights[pair_id(1)][0], 3 * 0.5 / tokens.std(), rtol=1e-3)
+    np.testing.assert_allclose(weights[pair_id(2)][1], 1 * 0.5 / tokens.std(), rtol=1e-3)
+
+
+def test_scores_that_are_all_equal_have_no_spread_and_give_equal_weights(store, make_recipe):
+    settings = {"contrast.method": "prompt", "weights.spread": 0.5}
+    made = published(make_recipe, ingredients(store, range(20)), **settings)
+    assert made.statistics["spread"] == {"tis": {"std": 0, "scale": 0}}
+    assert made.statistics["constant_weights"]
+
+
+def test_a_spread_and_a_scale_exclude_each_other_and_few_prompts_are_refused(store, make_recipe):
+    for scale in (2.0, "calibrated"):
+        with pytest.raises(
+            SettingsError, match=r"weights.scale \(.*\) and weights.spread \(0.6\) both multiply .* to \"none\""
+        ):
+            make_recipe(**HEAD | {"weights.scale": scale})
+    make_recipe(**HEAD | {"weights.scale": "calibrated", "weights.spread": "none"})
+    with pytest.raises(InputError, match=r"'head' learns .*: labels of only 9 prompts, and at least 10 .* any split"):
+        published(make_recipe, without_pair(ingredients(store, range(9))), **HEAD)
+    assert not store.table("weights/toy/tis-dpo").exists()
+
+
+def test_head_needs_no_contrastive_pair_and_no_attributions(make_recipe):
+    recipe = make_recipe(**HEAD)
+    assert (recipe.needs_pair, recipe.needs_attributions) == (False, False)
+    assert recipe.weights.looks_at_all_pairs
+    assert make_recipe(**HEAD | {"weights.features": "contexts", "attribute.contexts": 16}).needs_attributions
