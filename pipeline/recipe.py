@@ -307,6 +307,12 @@ class Recipe(Section):
         return Selection(split, self.contrast.held_out)
 
     @property
+    def learns_from(self) -> str | None:
+        """The split whose labels the weights learn; None for all pairs, or if they learn none of these labels."""
+        trains = self.needs_pair and self.contrast.trains and self.contrast.weights is None
+        return self.labels.split or None if trains or "labels" in self.weights.inputs() else None
+
+    @property
     def needs_attributions(self) -> bool:
         """Whether the weights read gradient attributions, or the activations or contexts in the same table."""
         return not self.weights.inputs().isdisjoint(("attributions", "activations", "contexts"))

@@ -98,7 +98,7 @@ class Preparation:
     dataset: DatasetSection
     needs_scores: bool
     """Whether the weights are made from annotators' scores of both responses."""
-    trains_on: str | None
+    learns_from: str | None
     """The split whose labels contrastive models or estimator `head` learn; None for all pairs, or if nothing learns them."""
     tokenizer: ChatTokenizer
     context: int
@@ -140,12 +140,8 @@ class Preparation:
         store = WeightStore(recipe.store.uri)
         tokens = store.table(tokens_path(f"{dataset.name}-{fingerprint(cut)[:12]}"))
         quarantine = store.table(quarantine_path(tokens.path))
-        trains = recipe.needs_pair and recipe.contrast.trains and recipe.contrast.weights is None
-        trains_on = recipe.contrast_settings.split if trains else None
-        if "labels" in recipe.weights.inputs():
-            trains_on = recipe.labels.split or None
-        needs_scores = recipe.needs_scores
-        return cls(dataset, needs_scores, trains_on, tokenizer, context, cut, asked, store, tokens, quarantine)
+        needs_scores, learns_from = recipe.needs_scores, recipe.learns_from
+        return cls(dataset, needs_scores, learns_from, tokenizer, context, cut, asked, store, tokens, quarantine)
 
     @cached_property
     def opened(self) -> Source:
@@ -185,7 +181,7 @@ class Preparation:
         if self.needs_scores:
             lacks = pl.any_horizontal(pl.col(f"{side}_score").is_null() for side in SIDES)
             self._check_scores(*self.tokens.scan().select(lacks.sum(), pl.len()).collect().row(0))
-        if self.trains_on is not None:
+        if self.learns_from is not None:
             self.check_split(dict(self.tokens.scan().group_by("split").len().collect().iter_rows()))
         num_pairs = self.tokens.metadata()["statistics"]["num_pairs"]
         return Prepared(self.tokens.reference(), recorded.num_source_rows, num_pairs, recorded.quarantined, 0)
@@ -235,10 +231,10 @@ class Preparation:
         Raises:
             InputError: There is no pair of it.
         """
-        if self.trains_on is not None and self.trains_on not in num_pairs:
+        if self.learns_from is not None and self.learns_from not in num_pairs:
             found = ", ".join(f"{split} ({count:,} pairs)" for split, count in sorted(num_pairs.items()))
             raise InputError(
-                f"the weights learn from split {self.trains_on!r}, of which there is no pair; {self.dataset.source} "
+                f"the weights learn from split {self.learns_from!r}, of which there is no pair; {self.dataset.source} "
                 f"has {found}. Name one of them in contrast.split"
             )
 
