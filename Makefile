@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help install demo test torture test-families bench-store bench-checks bench-score bench-attribute bench-train lint format lock \
+.PHONY: help install demo test torture test-families bench-store bench-checks bench-score bench-attribute bench-train bench-quality lint format lock \
 	rehearse clean
 
 help:  ## show this list
@@ -60,6 +60,12 @@ bench-attribute: $(INSTALLED)  ## speed of attribution against the naive loop an
 DEVICE ?= cpu
 bench-train: $(INSTALLED)  ## a training step against TRL's and the official one -> benchmarks/results/train.json (15 minutes; DEVICE=cuda)
 	$(BIN)/python benchmarks/train.py --device $(DEVICE)
+
+# A planted world alone, two seeds and few samples: to see that everything runs, not to report.
+QUICK_QUALITY := --worlds planted --seeds 1 2 --cells sparse-1000-0 --samples 400 --scratch benchmarks/scratch/quality-quick \
+	--results benchmarks/scratch/quality-quick
+bench-quality: $(INSTALLED)  ## do token weights help? -> benchmarks/results/quality.json and figures (two hours; QUICK=1: five minutes)
+	$(BIN)/python -m benchmarks.quality $(if $(QUICK),$(QUICK_QUALITY))
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

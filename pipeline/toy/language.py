@@ -68,10 +68,6 @@ TOPICS: Mapping[str, Topic] = {
     topic: Topic(*(tuple(part.split()) for part in words.split("|"))) for topic, words in _TOPIC_WORDS.items()
 }
 
-# Reward of one word in the eight topics, before they are shuffled. Without this lean, only word, topic and prompt together
-# would tell good from bad, which the demo's small model does not learn in a few hundred steps.
-_LEAN = (1.0, 1.0, 1.0, 1.0, 1.0, 0.0, -1.0, -1.0)
-
 # Probability that a planted word is good, neutral or bad in its topic. In PLAIN_MIX all planted words are equally likely in
 # every topic (7, 2 and 7 of 16). Neutral words are equally likely under both prompts: the ideal log-ratio between the
 # prompts is ln(0.775 / 0.1) = 2.05 nats times the true reward.
@@ -92,6 +88,9 @@ class ToyLanguage:
         planted_rate: Probability of an adverb at each of the three places of a clause, in [0, 1].
         temperature: Noise of the judge who compares two responses, > 0, in units of reward. With the default about 6 % of
             the labels are wrong.
+        contrary_topics: In how many of the eight topics a word means the opposite of what it means in most others, 0 to 3. It
+            lets a small model learn the rewards at all: if words leaned to neither side, only word, topic and prompt together
+            would tell good from bad, which a few hundred steps do not teach.
 
     Raises:
         ValueError: `planted_rate` or `temperature` is out of its range.
@@ -100,22 +99,26 @@ class ToyLanguage:
     seed: int = 0
     planted_rate: float = 0.8
     temperature: float = 0.75
+    contrary_topics: int = 2
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.planted_rate <= 1.0:
             raise ValueError(f"planted_rate must be in [0, 1], got {self.planted_rate}")
         if not self.temperature > 0.0:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")
+        if self.contrary_topics not in range(4):
+            raise ValueError(f"contrary_topics must be 0 to 3, got {self.contrary_topics}")
 
     @cached_property
     def rewards(self) -> Mapping[str, Mapping[str, float]]:
         """True reward by topic and planted word: +1.0, 0.0 or -1.0.
 
-        Every topic has 7 good, 2 neutral and 7 bad words; every word is good in 5 topics, neutral in 1 and bad in 2, or
-        bad in 5, neutral in 1 and good in 2.
+        Every topic has 7 good, 2 neutral and 7 bad words. Every word is neutral in one topic; with the default of
+        `contrary_topics` it is good in 5 and bad in 2 of the others, or bad in 5 and good in 2.
         """
         rng = np.random.default_rng((self.seed, _REWARDS_STREAM))
-        rolled = np.stack([np.roll(_LEAN, shift) for shift in range(len(TOPICS))])  # [topic, word], symmetric counts
+        of_word = [1.0] * (len(TOPICS) - 1 - self.contrary_topics) + [0.0] + [-1.0] * self.contrary_topics
+        rolled = np.stack([np.roll(of_word, shift) for shift in range(len(TOPICS))])  # [topic, word], symmetric counts
         table = rng.permutation(rng.permutation(np.hstack([rolled, -rolled]), axis=0), axis=1)
         return {
             topic: dict(zip(PLANTED_WORDS, row, strict=True)) for topic, row in zip(TOPICS, table.tolist(), strict=True)

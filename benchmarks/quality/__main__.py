@@ -1,0 +1,181 @@
+"""`make bench-quality`: do token weights help? Trains every kind of policy in worlds with known rewards, and compares them.
+
+The runs are in `benchmarks/scratch/quality/`, one line for each policy; a second call goes on where the first one stopped. The
+result file and the figures are made from all of them.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(REPO))
+SCRATCH = REPO / "benchmarks" / "scratch" / "quality"
+RESULTS = REPO / "benchmarks" / "results"
+KLS = {"planted": (0.5, 1.0, 2.0), "toy": (1.0, 2.0, 3.0), "real": (1.0, 2.0, 3.0)}
+"""At which policies of each kind of world are compared, nats a response."""
+TITLES = {"planted-sparse-1000-0": "planted, sparse", "toy": "the demo's language", "real": "real language"}
+"""Worlds in the figures."""
+REPORTING_SEEDS = (1, 2, 3, 4, 5)
+"""Fixed before anything was run with them; seed 0 was for trying out."""
+
+
+def jobs(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], object], tuple[str, ...], int]]:
+    """Return every world and seed: a name for its file, how to make it, the families to train, the seed."""
+    from benchmarks.quality import worlds
+    from benchmarks.quality.methods import CORE, FAMILIES
+
+    every = tuple(family.name for family in FAMILIES)
+    found = []
+    for seed in arguments.seeds:
+        if "toy" in arguments.worlds:
+            make = partial(
+                worlds.toy, arguments.scratch / "toy-model", seed, num_other=2000, num_samples=arguments.samples
+            )
+            found.append((f"toy-{seed}", make, every, seed))
+        if "planted" in arguments.worlds:
+            for kind, num_pairs, flips in PLANTED:
+                cell = f"{kind}-{num_pairs}-{flips:g}"
+                if arguments.cells and cell not in arguments.cells:
+                    continue
+                make = partial(
+                    worlds.planted,
+                    arguments.scratch / "planted-model",
+                    kind,
+                    seed,
+                    num_pairs=num_pairs,
+                    num_other=4000,
+                    flips=flips,
+                    num_samples=arguments.samples,
+                )
+                names = (*CORE, "head with contexts") if kind in ("topic", "previous") else CORE
+                found.append((f"planted-{cell}-{seed}", make, names, seed))
+        if "real" in arguments.worlds:
+            make = partial(
+                worlds.real,
+                Path(arguments.model),
+                Path(arguments.prompts),
+                seed,
+                num_pairs=arguments.pairs,
+                num_other=3000,
+                num_samples=arguments.samples,
+                device=arguments.device,
+                dtype=arguments.dtype,
+            )
+            found.append((f"real-{seed}", make, every, seed))
+    return found
+
+
+PLANTED = [(kind, 1000, 0.0) for kind in ("sparse", "dense", "topic", "previous")] + [
+    ("sparse", 250, 0.0),
+    ("sparse", 4000, 0.0),
+    ("sparse", 1000, 0.2),
+]
+
+
+def report(folder: Path, results: Path) -> None:
+    """Write `quality.json` and the figures from all runs in a folder, and print the tables."""
+    from benchmarks.machine import describe
+    from benchmarks.quality.figures import draw_curves, draw_gaps
+    from benchmarks.quality.summary import summarise
+
+    paths: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        paths.setdefault(path.stem.rsplit("-", 1)[0], []).append(path)
+    kls = {world: KLS[world.split("-")[0]] for world in paths}
+    summaries = {world: summarise(of_world, kls[world]) for world, of_world in paths.items()}
+    found = {"machine": describe("torch", "transformers", "numpy"), "worlds": summaries}
+    results.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(found, indent=1, sort_keys=True).replace("NaN", "null")
+    (results / "quality.json").write_text(text + "\n")
+    shown = {title: world for world, title in TITLES.items() if world in paths}
+    if shown:
+        of_titles = {title: kls[world] for title, world in shown.items()}
+        draw_curves({title: paths[world] for title, world in shown.items()}, of_titles, results / "quality-curves.svg")
+        draw_gaps({title: summaries[world] for title, world in shown.items()}, of_titles, results / "quality-gaps.svg")
+    for world, summary in summaries.items():
+        print(f"\n### {world} ({len(paths[world])} seeds, {summary['num_policies']} policies)\n")
+        print("\n".join(_table(summary, kls[world])))
+
+
+def _table(summary: dict[str, Any], kls: tuple[float, ...]) -> list[str]:
+    """Return a table in Markdown: reward minus DPO's and the gap closed at each KL, and what is known of the scores."""
+    heads = [f"{what}, KL {kl:g}" for kl in kls for what in ("reward − DPO", "gap closed")]
+    lines = [
+        f"| | {' | '.join([*heads, 'token corr', 'neutral std', 'held-out LL', 'weight term'])} |",
+        "|---" * (len(heads) + 5) + "|",
+    ]
+    for family, row in summary["rows"].items():
+        cells = []
+        for kl in kls:
+            at_kl = row["at_kl"][f"{kl:g}"]
+            gap = at_kl["gap_closed"]
+            cells += [
+                _pm(at_kl["minus_dpo"], at_kl["minus_dpo_half_width"], 2),
+                _pm(gap["percent"], gap["half_width"], 0, " %"),
+            ]
+        of_scores = row["scores"]
+        names = ("token_corr", "neutral_std", "log_likelihood", "weight_term_ratio")
+        cells += [f"{of_scores[name]:.2f}" if of_scores else "" for name in names]
+        if of_scores and of_scores["in_sample"]:
+            cells[-2] = "in sample"
+        lines.append(f"| {family} | {' | '.join(cells)} |")
+    return lines
+
+
+def _pm(value: float, half_width: float, digits: int, unit: str = "") -> str:
+    return "–" if math.isnan(value) else f"{value:+.{digits}f} ± {half_width:.{digits}f}{unit}"
+
+
+def main() -> None:
+    """Run what is missing, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--worlds", nargs="+", default=["planted", "toy"], choices=["planted", "toy", "real"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(REPORTING_SEEDS))
+    parser.add_argument("--cells", nargs="*", default=[], help="of the planted world only these, such as sparse-1000-0")
+    parser.add_argument("--families", nargs="*", default=[], help="only these")
+    parser.add_argument("--samples", type=int, default=2000, help="sampled responses in a measurement")
+    parser.add_argument("--pairs", type=int, default=1000, help="pairs of real language")
+    parser.add_argument("--model", help="real language: the folder of a chat model")
+    parser.add_argument("--prompts", help="real language: a JSON list of instructions")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no policy after this long")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--scratch", type=Path, default=SCRATCH, help="the folder of the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the result file and the figures")
+    arguments = parser.parse_args()
+    if not arguments.report:
+        run_missing(arguments)
+    report(arguments.scratch, arguments.results)
+
+
+def run_missing(arguments: argparse.Namespace) -> None:
+    """Run what the folder of runs does not have."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    from benchmarks.quality.runs import run_job
+
+    until = time.monotonic() + 60 * arguments.minutes
+    with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
+        futures = [
+            pool.submit(
+                run_job, arguments.scratch / f"{name}.jsonl", make, names, arguments.families, until - time.monotonic()
+            )
+            for name, make, names, _ in jobs(arguments)
+        ]
+        for future in futures:
+            print(f"{time.strftime('%H:%M:%S')} {future.result()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What is compared: families of methods, each with a few settings to choose from. All families have the same kinds of settings.
+
+Settings are chosen on other seeds than the one that is reported, and the baseline has the most of them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from benchmarks.quality.scores import Scorers, Scores, weights_of
+
+SPREAD_CLAMP = {"lower": -1.5, "upper": 1.5}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One training: its loss, and its learning rate relative to the world's."""
+
+    name: str
+    loss: Mapping[str, object]
+    rate: float = 1.0
+    weights: Callable[[Scores], Scores] | None = None
+    """From the token scores of its family; None for weights of 1."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Token scores, and the trainings that use them."""
+
+    name: str
+    settings: tuple[Setting, ...]
+    scores: Callable[[Scorers], Scores] | None = None
+    in_sample: bool = False
+    """Whether the scores have seen the labels that they are measured on."""
+    needs: str = ""
+    """`other` pairs or system `prompts`; worlds without them leave the family out."""
+
+
+def _dpo(beta: float, rate: float = 1.0) -> Setting:
+    return Setting(f"beta {beta:g}" + (f", rate x{rate:g}" if rate != 1 else ""), {"name": "dpo", "beta": beta}, rate)
+
+
+def _paper(beta: float) -> Setting:
+    return Setting(f"beta {beta:g}", {"name": "tis_dpo", "beta": beta}, weights=weights_of)
+
+
+def _spread(spread: float, beta: float = 0.1) -> Setting:
+    name = f"spread {spread:g}" + (f", beta {beta:g}" if beta != 0.1 else "")
+    return Setting(
+        name,
+        {"name": "tis_dpo", "beta": beta},
+        weights=lambda scores: weights_of(scores, spread=spread, **SPREAD_CLAMP),
+    )
+
+
+def _release(estimator: str) -> Setting:
+    return Setting(estimator, {"name": "tis_dpo", "beta": 0.1}, weights=lambda scores: weights_of(scores, estimator))
+
+
+def _d(scorers: Scorers) -> Scores:
+    return scorers.trained("dpo")
+
+
+def _d_on_other(scorers: Scorers) -> Scores:
+    return scorers.trained("dpo", on_other=True, num_epochs=1)
+
+
+_SPREADS = (_spread(0.15), _spread(0.3), _spread(0.6), _spread(0.3, 0.3))
+DPO, ORACLE = "DPO", "oracle weights"
+FAMILIES = (
+    Family(DPO, (_dpo(0.1), _dpo(0.3), _dpo(0.03), _dpo(1.0), _dpo(0.1, 2.0), _dpo(0.1, 0.5))),
+    Family(ORACLE, (_paper(0.1), _paper(0.3)), Scorers.oracle),
+    Family("head", _SPREADS, Scorers.head),
+    Family("TIS-DPO (D), paper", (_paper(0.1), _paper(0.3), _paper(0.03), _paper(1.0)), _d, in_sample=True),
+    Family("head on other pairs", _SPREADS, lambda scorers: scorers.head(on_other=True), needs="other"),
+    Family("D on other pairs, paper", (_paper(0.1), _paper(0.3)), _d_on_other, needs="other"),
+    Family("D on other pairs", _SPREADS, _d_on_other, needs="other"),
+    Family("TIS-DPO (P), paper", (_paper(0.1), _paper(0.3)), Scorers.prompted, needs="prompts"),
+    Family("P", _SPREADS, Scorers.prompted, needs="prompts"),
+    Family("head with contexts", _SPREADS, lambda scorers: scorers.head(16)),
+    Family("D", _SPREADS, _d, in_sample=True),
+    Family("TIS-DPO (S), paper", (_paper(0.1), _paper(0.3)), lambda scorers: scorers.trained("sft"), in_sample=True),
+    Family("TIS-DPO (D), release", (_release("rank_based"), _release("threshold_and_scale")), _d, in_sample=True),
+    Family("random weights", (_paper(0.1),), lambda scorers: scorers.drawn(0)),
+    Family("reversed D", (_paper(0.1),), lambda scorers: [-each for each in _d(scorers)], in_sample=True),
+    Family("SePO (D)", (Setting("30 %", {"name": "sepo"}, weights=lambda s: weights_of(s, "sepo")),), _d, in_sample=True),
+    Family("SimPO", (Setting("beta 2", {"name": "simpo", "beta": 2.0}), Setting("beta 10", {"name": "simpo", "beta": 10.0}))),
+    Family("D2PO", (Setting("beta 0.1", {"name": "d2po", "beta": 0.1}),)),
+    Family("TDPO2", (Setting("beta 0.1", {"name": "tdpo2", "beta": 0.1}), Setting("beta 0.3", {"name": "tdpo2", "beta": 0.3}))),
+)  # fmt: skip
+CORE = (DPO, ORACLE, "head", "TIS-DPO (D), paper", "head on other pairs", "random weights")
+"""The families that every cell of the planted world has."""

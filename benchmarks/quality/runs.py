@@ -1,0 +1,114 @@
+"""Train and measure what is not done yet; every policy is one line of a file, so a killed run goes on where it stopped."""
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from benchmarks.quality.methods import FAMILIES, Family, Setting
+from benchmarks.quality.policies import Enough, measure, train_policy
+from benchmarks.quality.scores import PAIRS_PER_STEP, Scorers, Scores, as_pairs, describe, weight_term_ratio
+from benchmarks.quality.worlds import World
+
+Line = dict[str, Any]
+
+
+class Log:
+    """The lines of one world and seed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # a killed run may have left half a line
+        if whole != text:
+            path.write_text(whole)
+        self.lines: list[Line] = [json.loads(line) for line in whole.splitlines()]
+
+    def has(self, **keys: object) -> bool:
+        """Return whether a line has these values."""
+        return any(all(line.get(key) == value for key, value in keys.items()) for line in self.lines)
+
+    def add(self, **line: object) -> None:
+        """Append a line."""
+        self.lines.append(line)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def run_job(path: Path, make: Callable[[], World], names: Iterable[str], only: Collection[str], seconds: float) -> str:
+    """Run one world and seed in a process of its own, and return its name; of the families only some, if `only` names any."""
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    run_world(make, Log(path), [name for name in names if not only or name in only], time.monotonic() + seconds)
+    return path.stem
+
+
+def run_world(make: Callable[[], World], log: Log, names: Iterable[str], until: float = float("inf")) -> None:
+    """Train the families of these names in one world and seed; begin nothing new after `until` (`time.monotonic`)."""
+    families = [family for family in FAMILIES if family.name in set(names)]
+    if all(log.has(family=family.name, setting=setting.name) for family in families for setting in family.settings):
+        return
+    world = make()
+    has = {"": True, "other": bool(world.other), "prompts": world.behind is not None}
+    scorers = Scorers(world)
+    if not log.has(kind="start"):
+        log.add(kind="start", **_measured(world, world.base.plain, 0))
+    for family in families:
+        if has[family.needs] and time.monotonic() < until:
+            _run_family(world, scorers, family, log, until)
+
+
+def _run_family(world: World, scorers: Scorers, family: Family, log: Log, until: float) -> None:
+    missing = [setting for setting in family.settings if not log.has(family=family.name, setting=setting.name)]
+    if not missing:
+        return
+    scores = family.scores(scorers) if family.scores else None
+    if scores is not None and not log.has(kind="scores", family=family.name):
+        weights = family.settings[0].weights
+        ratio = weight_term_ratio(world.base, world.rows, weights(scores)) if weights else 0.0
+        log.add(
+            kind="scores",
+            family=family.name,
+            in_sample=family.in_sample,
+            weight_term_ratio=ratio,
+            **describe(world, scores),
+        )
+    for setting in missing:
+        if time.monotonic() < until:
+            log.add(
+                kind="policy", family=family.name, setting=setting.name, **_trained(world, scorers, setting, scores)
+            )
+
+
+def _trained(world: World, scorers: Scorers, setting: Setting, scores: Scores | None) -> Line:
+    """Train one policy, and return its points and seconds."""
+    started, points = time.monotonic(), list[Line]()
+
+    def look(step: int, model: nn.Module) -> None:
+        points.append(_measured(world, world.base.plain_copy(model), step))
+        if points[-1]["kl"] > 1.25 * world.kls[-1]:
+            raise Enough
+
+    weights = setting.weights(scores) if setting.weights and scores is not None else None
+    optim = {
+        "learning_rate": setting.rate * world.learning_rate,
+        "max_steps": world.steps[-1],
+        "pairs_per_step": PAIRS_PER_STEP,
+    }
+    pairs = as_pairs(world.rows, scorers.ref_logps, weights)
+    train_policy(world.base, pairs, setting.loss, optim, steps=world.steps, look=look)
+    return {"points": points, "wall_s": round(time.monotonic() - started, 1)}
+
+
+def _measured(world: World, model: nn.Module, step: int) -> Line:
+    next_rewards = world.rewards.behind(world.prompts, world.base.device)
+    return measure(world.base, model, world.prompts, next_rewards, num_new=world.num_new, step=step)._asdict()

@@ -1,0 +1,217 @@
+"""Token scores of every construction, for the pairs of a world: what a build computes, here on models in memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.quality.policies import Base, Ids, batches, padded, train_policy
+from benchmarks.quality.worlds import Row, World
+from pipeline.weighing.estimators import ESTIMATORS, SideScores
+from pipeline.weighing.head import Responses, fit_head
+from pipeline.weighing.held_out import HeldOut, measure
+from train.data.stored_pairs import Pair, StoredResponse
+from weights_store.schemas import SIDES
+from weights_store.tables.checksums import mix
+
+PAIRS_PER_STEP = 32
+Scores = list[np.ndarray]
+"""One array of token scores for each response, `[T]` float32 nats: chosen, rejected, chosen, …"""
+
+
+def sequences(rows: Sequence[Row]) -> tuple[list[Ids], list[Ids]]:
+    """Return prompts and responses of pairs, chosen and rejected in turns."""
+    return [row[0] for row in rows for _ in range(2)], [response for row in rows for response in row[1:]]
+
+
+@torch.inference_mode()
+def logps_of(base: Base, model: nn.Module, prompts: Sequence[Ids], responses: Sequence[Ids]) -> Scores:
+    """Return the log-probs of the response tokens under a model with the forward pass of transformers."""
+    found: dict[int, np.ndarray] = {}
+    for part in batches([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]):
+        ids, predicts = (
+            each.to(base.device) for each in padded([prompts[i] for i in part], [responses[i] for i in part])
+        )
+        with base.autocast():
+            states = model.base_model(input_ids=ids).last_hidden_state[predicts]
+            targets = ids.roll(-1, dims=1)[predicts]
+            pieces = zip(states.split(4096), targets.split(4096), strict=True)
+            logps = [model.lm_head(s).float().log_softmax(-1).gather(1, t[:, None])[:, 0] for s, t in pieces]
+        ends = np.cumsum([len(responses[i]) for i in part])[:-1]
+        found |= zip(part, np.split(torch.cat(logps).cpu().numpy(), ends), strict=True)
+    return [found[i] for i in range(len(responses))]
+
+
+@torch.inference_mode()
+def contexts_of(base: Base, prompts: Sequence[Ids], responses: Sequence[Ids]) -> Scores:
+    """Return the states of the base at half depth that predict each response token, `[T, H]` for each response."""
+    layer, found = base.plain.config.num_hidden_layers // 2, dict[int, np.ndarray]()
+    for part in batches([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]):
+        ids, predicts = (
+            each.to(base.device) for each in padded([prompts[i] for i in part], [responses[i] for i in part])
+        )
+        with base.autocast():
+            states = base.plain.base_model(input_ids=ids, output_hidden_states=True).hidden_states[layer][predicts]
+        ends = np.cumsum([len(responses[i]) for i in part])[:-1]
+        found |= zip(part, np.split(states.float().cpu().numpy(), ends), strict=True)
+    return [found[i] for i in range(len(responses))]
+
+
+def as_pairs(rows: Sequence[Row], ref_logps: Scores, weights: Scores | None = None) -> list[Pair]:
+    """Return pairs as the trainer takes them, with these token weights or with weights of 1."""
+    weights = weights or [np.ones(len(logps), np.float32) for logps in ref_logps]
+
+    def response(ids: Ids, index: int) -> StoredResponse:
+        return StoredResponse(ids, weights[index], ref_logps[index])
+
+    return [
+        Pair(f"{i:032x}", prompt, response(chosen, 2 * i), response(rejected, 2 * i + 1))
+        for i, (prompt, chosen, rejected) in enumerate(rows)
+    ]
+
+
+@dataclass
+class Scorers:
+    """The constructions over one world. Models are trained when they are first asked for."""
+
+    world: World
+
+    def __post_init__(self) -> None:
+        """Score the pairs with the reference."""
+        self.base = self.world.base
+        self.ref_logps = logps_of(self.base, self.base.plain, *sequences(self.world.rows))
+        self._trained: dict[tuple[str, bool], Scores] = {}
+
+    def oracle(self) -> Scores:
+        """Return the true token rewards."""
+        return self.world.true_rewards()
+
+    def trained(self, loss: str, *, on_other: bool = False, num_epochs: int = 2) -> Scores:
+        """Return log pi+ - log pi- of construction S (`sft`) or D (`dpo`), trained on these pairs or on the other ones."""
+        if (loss, on_other) not in self._trained:
+            rows = self.world.other if on_other else self.world.rows
+            pairs = as_pairs(
+                rows, logps_of(self.base, self.base.plain, *sequences(rows)) if on_other else self.ref_logps
+            )
+            steps = max(1, num_epochs * len(rows) // PAIRS_PER_STEP)
+            optim = {"learning_rate": self.world.learning_rate, "max_steps": steps, "pairs_per_step": PAIRS_PER_STEP}
+            sides = []
+            for swap in (False, True):
+                model = train_policy(
+                    self.base, pairs, {"name": loss} | ({"beta": 0.1} if loss == "dpo" else {}), optim, swap=swap
+                )
+                sides.append(logps_of(self.base, self.base.plain_copy(model), *sequences(self.world.rows)))
+            self._trained[loss, on_other] = [plus - minus for plus, minus in zip(*sides, strict=True)]
+        return self._trained[loss, on_other]
+
+    def prompted(self) -> Scores:
+        """Return log pi+ - log pi- of construction P."""
+        behind = self.world.behind
+        assert behind is not None, "this world has no system prompts"
+        prompts, responses = sequences(self.world.rows)
+        sides = [
+            logps_of(self.base, self.base.plain, [behind(prompt, good) for prompt in prompts], responses)
+            for good in (True, False)
+        ]
+        return [plus - minus for plus, minus in zip(*sides, strict=True)]
+
+    def head(self, num_contexts: int = 0, *, on_other: bool = False) -> Scores:
+        """Return the scores of estimator `head`, out of fold; with `on_other` it is fitted on the other pairs too."""
+        rows = [*self.world.rows, *(self.world.other if on_other else ())]
+        responses = [response for row in rows for response in row[1:]]
+        contexts = _reduced(contexts_of(self.base, *sequences(rows)), num_contexts) if num_contexts else None
+        sides = []
+        for side in range(2):
+            ids = np.concatenate(responses[side::2])
+            lengths = np.array([len(each) for each in responses[side::2]])
+            sides.append(Responses(ids, lengths, None if contexts is None else np.concatenate(contexts[side::2])))
+        # Each pair is a group of its own: worlds have few prompts, and another pair of a prompt does not give a label away.
+        groups = mix(np.arange(len(rows), dtype=np.uint64))
+        head = fit_head(*sides, groups)
+        chosen, rejected = (np.split(head.scores(side, groups), np.cumsum(side.lengths)[:-1]) for side in sides)
+        in_turns = [each for pair in zip(chosen, rejected, strict=True) for each in pair]
+        return in_turns[: 2 * len(self.world.rows)]
+
+    def drawn(self, seed: int) -> Scores:
+        """Return noise: U(-0.5, 1.5), the range of the paper's clamp."""
+        rng = np.random.default_rng(seed)
+        return [rng.uniform(-0.5, 1.5, len(logps)).astype(np.float32) for logps in self.ref_logps]
+
+
+def _reduced(states: Scores, num_axes: int) -> Scores:
+    """Return states on their principal axes, with a mean squared norm of 1."""
+    flat = np.concatenate(states)
+    mean, some = flat.mean(0), flat[:: max(1, len(flat) // 20_000)]
+    axes = np.linalg.svd(some - mean, full_matrices=False)[2][:num_axes]
+    found = (flat - mean) @ axes.T
+    found /= np.sqrt((found**2).sum(1).mean())
+    return np.split(found.astype(np.float32), np.cumsum([len(each) for each in states])[:-1])
+
+
+def margins_of(scores: Scores) -> np.ndarray:
+    """Return the sum over chosen minus that over rejected tokens of each pair, `[n]`."""
+    sums = np.array([float(each.sum(dtype=np.float64)) for each in scores])
+    return sums[::2] - sums[1::2]
+
+
+def describe(world: World, scores: Scores) -> dict[str, float]:
+    """Return how scores agree with the truth, and how well they predict labels."""
+    truth, flat = np.concatenate(world.true_rewards()), np.concatenate(scores)
+    within = [
+        np.corrcoef(true, found)[0, 1]
+        for true, found in zip(world.true_rewards(), scores, strict=True)
+        if np.ptp(true) > 0 and np.ptp(found) > 0
+    ]
+    found: HeldOut | None = measure(margins_of(scores), mix(np.arange(len(world.rows), dtype=np.uint64)))
+    assert found is not None, "too few pairs to measure"
+    return {
+        "token_corr": float(np.corrcoef(truth, flat)[0, 1]) if np.ptp(flat) > 0 else 0.0,
+        "token_corr_within": float(np.mean(within)) if within else 0.0,
+        "std": float(flat.std()),
+        "neutral_std": float(flat[truth == 0].std()) if (truth == 0).any() else 0.0,
+        "log_likelihood": found.log_likelihood,
+        "multiplier": found.multiplier,
+        "accuracy": found.accuracy,
+    }
+
+
+def weights_of(scores: Scores, estimator: str = "tis", spread: float | None = None, **settings: object) -> Scores:
+    """Return the weights that an estimator makes of log-ratios, which `spread` scales to that standard deviation first."""
+    scale = 1.0 if spread is None else spread / max(float(np.concatenate(scores).std()), 1e-9)
+    found: list[Scores] = []
+    for index, side in enumerate(SIDES):
+        of_side = [scale * each for each in scores[index::2]]
+        lengths, flat = np.array([len(each) for each in of_side]), np.concatenate(of_side).astype(np.float32)
+        known = SideScores(side, lengths, positive_logps=flat, negative_logps=np.zeros_like(flat))
+        weights = ESTIMATORS[estimator].estimate(known, **settings).token_weights
+        found.append(np.split(weights, np.cumsum(lengths)[:-1]))
+    return [each for pair in zip(*found, strict=True) for each in pair]
+
+
+def weight_term_ratio(base: Base, rows: Sequence[Row], weights: Scores, num_pairs: int = 256) -> float:
+    """Return the size of the gradient that weights add at the start, relative to plain DPO's gradient."""
+    gradients = []
+    prompts, responses = sequences(rows[:num_pairs])
+    for of_tokens in (lambda w: np.ones_like(w), lambda w: w - 1):
+        model = base.plain.requires_grad_(True)
+        model.zero_grad()
+        for part in batches([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]):
+            ids, predicts = (
+                each.to(base.device) for each in padded([prompts[i] for i in part], [responses[i] for i in part])
+            )
+            signed = np.concatenate([(1.0, -1.0)[i % 2] * of_tokens(weights[i]) for i in part]).astype(np.float32)
+            with base.autocast():
+                states = model.base_model(input_ids=ids).last_hidden_state[predicts]
+                logps = (
+                    model.lm_head(states)
+                    .float()
+                    .log_softmax(-1)
+                    .gather(1, ids.roll(-1, dims=1)[predicts][:, None])[:, 0]
+                )
+            (logps * torch.from_numpy(signed).to(base.device)).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item())
+        model.zero_grad(set_to_none=True)
+        model.requires_grad_(False)
+    return gradients[1] / gradients[0]

@@ -1,0 +1,313 @@
+"""Worlds in which the true reward of every token is known: a small planted one, the demo's language, and real language.
+
+Responses come from the starting model or its language. A judge compares two of them by Bradley and Terry: P(first is better) =
+sigmoid((difference of the sums of true token rewards) / temperature). Some labels are flipped besides.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.quality.lexicon import token_rewards
+from benchmarks.quality.policies import Base, Ids, sample
+from pipeline.toy.language import NEGATIVE_PROMPT, POSITIVE_PROMPT, QUESTIONS, TOPICS, ToyLanguage, find_topic
+from pipeline.toy.model_maker import make_chat_model
+
+Row = tuple[Ids, Ids, Ids]
+"""A pair: prompt, chosen, rejected."""
+Kind = Literal["sparse", "dense", "topic", "previous"]
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """True rewards of tokens: of the token alone, or also of what the prompt is about, or of the token before.
+
+    `table` is `[G, V]`; the row is 0, what `group_of` says of the prompt, or the id before the token.
+    """
+
+    table: np.ndarray
+    group_of: Callable[[Ids], int] | None = None
+    by_previous: bool = False
+
+    def of(self, prompt: Ids, response: Ids) -> np.ndarray:
+        """Return the reward of each response token, `[T]` float32."""
+        rows: int | np.ndarray = 0 if self.group_of is None else self.group_of(prompt)
+        if self.by_previous:
+            rows = np.concatenate([prompt[-1:], response[:-1]])
+        return self.table[rows, response].astype(np.float32)
+
+    def behind(self, prompts: Sequence[Ids], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the `NextRewards` of sampled responses to these prompts."""
+        table = torch.tensor(self.table, dtype=torch.float32, device=device)
+        if self.by_previous:
+            return lambda _, previous: table[previous]
+        if self.group_of is None:
+            return lambda _prompts, _previous: table[0]
+        groups = torch.tensor([self.group_of(prompt) for prompt in prompts], device=device)
+        return lambda which, _: table[groups[which]]
+
+
+@dataclass(frozen=True)
+class World:
+    """Pairs of one seed, and all that is needed to train policies on them and to measure these."""
+
+    name: str
+    base: Base
+    rewards: Rewards
+    rows: list[Row]
+    other: list[Row]
+    """More pairs of the same judge, which the policy is not trained on."""
+    prompts: list[Ids]
+    """Of the measurements."""
+    num_new: int
+    learning_rate: float
+    steps: tuple[int, ...]
+    """Steps after which a policy is measured; the last ends its training."""
+    kls: tuple[float, float, float]
+    """At which rewards are compared, nats."""
+    behind: Callable[[Ids, bool], Ids] | None = field(default=None, compare=False)
+    """A prompt behind the good or the bad system prompt."""
+
+    def true_rewards(self, rows: Sequence[Row] | None = None) -> list[np.ndarray]:
+        """Return the true token rewards of the responses of pairs, chosen and rejected in turns."""
+        return [self.rewards.of(row[0], response) for row in rows or self.rows for response in row[1:]]
+
+
+def judged(
+    rewards: Rewards, triples: Sequence[tuple[Ids, Ids, Ids]], temperature: float, flips: float, seed: int
+) -> list[Row]:
+    """Return pairs out of a prompt and two responses each; equal responses are left out."""
+    rng, rows = np.random.default_rng(seed), []
+    for prompt, first, second in triples:
+        margin = float(rewards.of(prompt, first).sum() - rewards.of(prompt, second).sum())
+        first_wins = (rng.random() < (1 + np.tanh(margin / (2 * temperature))) / 2) != (rng.random() < flips)
+        if not np.array_equal(first, second):
+            rows.append((prompt, first, second) if first_wins else (prompt, second, first))
+    return rows
+
+
+def _sampled(base: Base, prompts: Sequence[Ids], num_new: int, seed: int) -> list[tuple[Ids, Ids, Ids]]:
+    """Return each prompt with two responses of the base."""
+    with base.autocast():
+        responses = sample(
+            base.plain, [prompt for prompt in prompts for _ in range(2)], num_new, base.end_ids, seed=seed
+        )
+    return list(zip(prompts, responses[::2], responses[1::2], strict=True))
+
+
+# --- (a) a small planted world -------------------------------------------------------------------------------------------
+
+_NUM_TOPICS, _NUM_WORDS, _BOS, _EOS, _ANSWER, _FIRST_TOPIC = 8, 64, 1, 2, 3, 4
+_FIRST_WORD = _FIRST_TOPIC + _NUM_TOPICS
+_VOCAB = _FIRST_WORD + _NUM_WORDS
+
+
+def planted(
+    folder: Path,
+    kind: Kind,
+    seed: int,
+    *,
+    num_pairs: int = 1000,
+    num_other: int = 0,
+    flips: float = 0.0,
+    temperature: float = 2.0,
+    num_samples: int = 2000,
+) -> World:
+    """Return a world of a model with 100 k parameters that speaks a Markov chain over 64 words, with planted rewards.
+
+    `sparse`: 12 words are worth +1 or -1; `dense`: all words are worth something, from a normal distribution; `topic`: 12 words
+    are worth +1 or -1, which depends on the topic in the prompt; `previous`: one in seven pairs of words, of which the second
+    gets the reward.
+    """
+    base = Base(_planted_model(folder))
+    rng = np.random.default_rng((seed, 11))
+    table = np.zeros((_VOCAB if kind == "previous" else _NUM_TOPICS if kind == "topic" else 1, _VOCAB))
+    words = np.arange(_FIRST_WORD, _VOCAB)
+    if kind == "dense":
+        table[0, words] = rng.normal(0, 0.45, _NUM_WORDS)
+    elif kind == "previous":
+        table[:, words] = rng.choice([-1.0, 0.0, 1.0], (_VOCAB, _NUM_WORDS), p=[0.1, 0.8, 0.1])
+    else:
+        table[:, rng.choice(words, 12, replace=False)] = rng.choice([-1.0, 1.0], (len(table), 12))
+    group_of = (lambda prompt: int(prompt[1]) - _FIRST_TOPIC) if kind == "topic" else None
+    rewards = Rewards(table, group_of, kind == "previous")
+    prompts = [np.array([_BOS, _FIRST_TOPIC + topic, _ANSWER], np.int32) for topic in range(_NUM_TOPICS)]
+    total = num_pairs + num_other
+    rows = judged(
+        rewards,
+        _sampled(base, [prompts[i % len(prompts)] for i in range(total + total // 50 + 5)], 24, 1000 + seed),
+        temperature,
+        flips,
+        seed,
+    )
+    name = f"planted {kind}, {num_pairs} pairs" + (f", {flips:.0%} flipped" if flips else "")
+    return World(
+        name,
+        base,
+        rewards,
+        rows[:num_pairs],
+        rows[num_pairs:total],
+        prompts * (num_samples // len(prompts)),
+        24,
+        3e-4,
+        (12, 30, 60),
+        (0.5, 1.0, 2.0),
+    )
+
+
+def _planted_model(folder: Path) -> Path:
+    """Train the model of the planted world once, on 4,000 texts."""
+    if (folder / "config.json").is_file():
+        return folder
+    rng = np.random.default_rng(5)
+    chances = rng.dirichlet(np.full(_NUM_WORDS, 0.25), (_NUM_TOPICS + 1, _NUM_WORDS + 1))  # the last row begins a text
+    texts = torch.zeros(4000, 28, dtype=torch.long)
+    for text in texts:
+        topic, word, place = int(rng.integers(_NUM_TOPICS)), _NUM_WORDS, 3
+        text[:3] = torch.tensor([_BOS, _FIRST_TOPIC + topic, _ANSWER])
+        while place < 26 and (place < 9 or rng.random() > 0.08):
+            mixed = 0.7 * chances[-1, word] + 0.3 * chances[topic, word]
+            word = int(rng.choice(_NUM_WORDS, p=mixed))
+            text[place], place = _FIRST_WORD + word, place + 1
+        text[place] = _EOS
+    config = LlamaConfig(
+        vocab_size=_VOCAB, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=64, initializer_range=0.125, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=_BOS, eos_token_id=_EOS, dtype="float32",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    for _ in range(8):
+        for batch in texts[torch.randperm(len(texts))].split(64):
+            loss = model(input_ids=batch, labels=batch.masked_fill(batch == 0, -100)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
+
+
+# --- (b) the demo's language -----------------------------------------------------------------------------------------------
+
+
+def toy(
+    folder: Path,
+    seed: int,
+    *,
+    num_pairs: int = 500,
+    num_other: int = 0,
+    temperature: float = 5.0,
+    num_samples: int = 2000,
+) -> World:
+    """Return the demo's language with adverbs that are good or bad nearly everywhere, and a judge who is often wrong.
+
+    Every adverb is neutral in one topic. With the demo's own words, good in five topics and bad in two, and a judge who is wrong in
+    6 % of the pairs, DPO leaves weights nothing to win.
+    """
+    language = ToyLanguage(temperature=temperature, contrary_topics=0)
+    if not (folder / "config.json").is_file():
+        make_chat_model(language.sample_conversations(6000, seed=1), folder)
+    base, tokenizer = Base(folder), AutoTokenizer.from_pretrained(folder)
+
+    def ids(messages: list[dict[str, str]], **more: bool) -> Ids:
+        return np.array(tokenizer.apply_chat_template(messages, return_dict=False, **more), np.int32)
+
+    def question(text: str, *before: dict[str, str]) -> Ids:
+        return ids([*before, {"role": "user", "content": text}], add_generation_prompt=True)
+
+    texts = {question(q.format(topic=topic)).tobytes(): q.format(topic=topic) for topic in TOPICS for q in QUESTIONS}
+    topics = {prompt: list(TOPICS).index(find_topic(text)) for prompt, text in texts.items()}
+    words = [tokenizer.decode([i]).strip() for i in range(len(tokenizer))]
+    table = np.zeros((len(TOPICS), base.plain.config.vocab_size))
+    for group, topic in enumerate(TOPICS):
+        table[group, : len(words)] = [language.rewards[topic].get(word, 0.0) for word in words]
+    rows = []
+    for pair in language.sample_pairs(num_pairs + num_other, seed=1000 + seed):
+        prompt = ids(pair["prompt"], add_generation_prompt=True)
+        rows.append((prompt, *(ids(pair["prompt"] + pair[side])[len(prompt) :] for side in ("chosen", "rejected"))))
+    system = {
+        True: {"role": "system", "content": POSITIVE_PROMPT},
+        False: {"role": "system", "content": NEGATIVE_PROMPT},
+    }
+    prompts = [np.frombuffer(prompt, np.int32) for prompt in texts]
+    return World(
+        f"demo's language, {num_pairs} pairs",
+        base,
+        Rewards(table, lambda prompt: topics[prompt.tobytes()]),
+        rows[:num_pairs],
+        rows[num_pairs:],
+        prompts * (num_samples // len(prompts)),
+        48,
+        1.5e-4,
+        (10, 22, 44),
+        (1.0, 2.0, 3.0),
+        lambda prompt, good: question(texts[prompt.tobytes()], system[good]),
+    )
+
+
+# --- (c) real language -------------------------------------------------------------------------------------------------------
+
+CHEERFUL = "You always write cheerful, warm, positive answers and speak to the reader."
+GLOOMY = "You always write gloomy, cold, negative answers and speak about yourself."
+
+
+def real(
+    folder: Path,
+    prompt_file: Path,
+    seed: int,
+    *,
+    num_pairs: int = 1000,
+    num_other: int = 0,
+    temperature: float = 2.0,
+    num_samples: int = 2048,
+    num_new: int = 40,
+    device: str = "cpu",
+    dtype: str = "float32",
+    learning_rate: float = 4e-5,
+) -> World:
+    """Return samples of a real chat model, judged by sentiment words, forbidden phrases and rules of style (`lexicon.py`).
+
+    `prompt_file` is a JSON list of instructions; the first 128 are kept for the measurements.
+    """
+    base, tokenizer = Base(folder, device, dtype), AutoTokenizer.from_pretrained(folder)
+
+    def rendered(text: str, *before: dict[str, str]) -> Ids:
+        messages = [*before, {"role": "user", "content": text}]
+        return np.array(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False), np.int32
+        )
+
+    texts = {rendered(text).tobytes(): text for text in json.loads(prompt_file.read_text())}
+    prompts = [np.frombuffer(prompt, np.int32) for prompt in texts if len(prompt) // 4 <= 110]
+    rewards = Rewards(token_rewards(tokenizer, base.plain.config.vocab_size)[None])
+    held_out, rest = prompts[:128], prompts[128:]
+    order, total = np.random.default_rng(seed).permutation(len(rest)), num_pairs + num_other
+    asked = [rest[order[i % len(rest)]] for i in range(total + total // 50 + 5)]
+    rows = judged(rewards, _sampled(base, asked, num_new, 1000 + seed), temperature, 0.0, seed)
+    system = {True: {"role": "system", "content": CHEERFUL}, False: {"role": "system", "content": GLOOMY}}
+    return World(
+        f"real language, {num_pairs} pairs",
+        base,
+        rewards,
+        rows[:num_pairs],
+        rows[num_pairs:total],
+        held_out * (num_samples // len(held_out)),
+        num_new,
+        learning_rate,
+        (10, 20, 40),
+        (1.0, 2.0, 3.0),
+        lambda prompt, good: rendered(texts[prompt.tobytes()], system[good]),
+    )
+
+
+def with_pairs(world: World, num_pairs: int) -> World:
+    """Return a world with its first pairs alone."""
+    return replace(world, rows=world.rows[:num_pairs])
