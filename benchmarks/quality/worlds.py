@@ -157,7 +157,7 @@ def planted(
         prompts * (num_samples // len(prompts)),
         24,
         3e-4,
-        (12, 30, 60),
+        (12, 30, 60, 120),
         (0.5, 1.0, 2.0),
     )
 
@@ -209,8 +209,8 @@ def toy(
 ) -> World:
     """Return the demo's language with adverbs that are good or bad nearly everywhere, and a judge who is often wrong.
 
-    Every adverb is neutral in one topic. With the demo's own words, good in five topics and bad in two, and a judge who is wrong in
-    6 % of the pairs, DPO leaves weights nothing to win.
+    Every adverb is neutral in one topic. With the demo's own words, good in five topics and bad in two, and a judge who is
+    wrong in 6 % of the pairs, DPO leaves weights nothing to win.
     """
     language = ToyLanguage(temperature=temperature, contrary_topics=0)
     if not (folder / "config.json").is_file():
@@ -247,7 +247,7 @@ def toy(
         prompts * (num_samples // len(prompts)),
         48,
         1.5e-4,
-        (10, 22, 44),
+        (10, 22, 44, 88),
         (1.0, 2.0, 3.0),
         lambda prompt, good: question(texts[prompt.tobytes()], system[good]),
     )
@@ -302,7 +302,7 @@ def real(
         held_out * (num_samples // len(held_out)),
         num_new,
         learning_rate,
-        (10, 20, 40),
+        (10, 20, 40, 80),
         (1.0, 2.0, 3.0),
         lambda prompt, good: rendered(texts[prompt.tobytes()], system[good]),
     )
