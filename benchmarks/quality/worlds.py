@@ -126,7 +126,7 @@ def planted(
     are worth +1 or -1, which depends on the topic in the prompt; `previous`: one in seven pairs of words, of which the second
     gets the reward.
     """
-    base = Base(_planted_model(folder))
+    base = Base(planted_model(folder))
     rng = np.random.default_rng((seed, 11))
     table = np.zeros((_VOCAB if kind == "previous" else _NUM_TOPICS if kind == "topic" else 1, _VOCAB))
     words = np.arange(_FIRST_WORD, _VOCAB)
@@ -162,7 +162,7 @@ def planted(
     )
 
 
-def _planted_model(folder: Path) -> Path:
+def planted_model(folder: Path, num_epochs: int = 8) -> Path:
     """Train the model of the planted world once, on 4,000 texts."""
     if (folder / "config.json").is_file():
         return folder
@@ -185,7 +185,7 @@ def _planted_model(folder: Path) -> Path:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    for _ in range(8):
+    for _ in range(num_epochs):
         for batch in texts[torch.randperm(len(texts))].split(64):
             loss = model(input_ids=batch, labels=batch.masked_fill(batch == 0, -100)).loss
             loss.backward()
