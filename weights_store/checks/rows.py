@@ -126,7 +126,7 @@ def _context_laws(rows: pa.Table, scorer: ScorerRecord | None) -> Iterator[Viola
     num_contexts = 0 if scorer is None else scorer.get("contexts", 0)
     if scorer is None:
         num_contexts = next((n for of_tokens, values in columns if (n := _first_per_token(rows, of_tokens, values))), 0)
-    for of_tokens, values in columns:
+    for of_tokens, values in columns if num_contexts else ():
         yield from wrong_lengths(rows, values, of_tokens, per_token=num_contexts, may_be_null=True)
 
 
