@@ -11,6 +11,7 @@ from pipeline.stages.report import summary_rows
 from pipeline.weighing.head import Responses, fit_head
 from train.data.selection import is_held_out, prompt_hashes
 from weights_store import WeightStore
+from weights_store.checks.verify import verify
 from weights_store.errors import InputError, MismatchError, SettingsError
 from weights_store.schemas import ATTRIBUTIONS, LOGPS, SIDES, TOKENS
 
@@ -55,7 +56,8 @@ def ingredients(store, rows, split=lambda row: "train", logp=lambda row: -1.0, c
             | {f"{side}_logps": [of_row(row)] * len(ids) for side, ids in zip(SIDES, pairs[row], strict=True)}
             for row in rows
         ]
-        record = {"fingerprint": f"{role} of {rows}", "statistics": {}}
+        scorer = {"model": f"{role} model", "dtype": "float32"}
+        record = {"fingerprint": f"{role} of {rows}", "statistics": {}, "scorer": scorer}
         made[f"{role}_logps"] = store.table(f"logps/toy-1/{role}").append(pa.Table.from_pylist(values, LOGPS), record)
     if contexts:
         values = [{"pair_id": pair_id(row)} for row in rows]
@@ -174,6 +176,15 @@ def test_contexts_that_do_not_fit_the_tokens_are_refused(store, make_recipe):
         MismatchError, match=rf"pair {rows[7]['pair_id']}: .* rejected_contexts .* expected 2 for each; 1 such"
     ):
         published(make_recipe, dataclasses.replace(made_of, attributions=attributions), **settings)
+
+
+def test_an_ensemble_with_a_pair_that_was_not_trained_needs_no_model_in_the_store(store, make_recipe):
+    settings = {"weights.estimator": "ensemble", "weights.members": ["tis", "head"], "contrast.method": "prompt"}
+    made_of = ingredients(store, range(60), logp=lambda row: -4.0 + 0.1 * row)
+    made = published(make_recipe, made_of, **settings, **{"weights.spread": 0.3})
+    assert list(made.statistics["held_out"]) == list(made.statistics["spread"]) == ["tis", "head"]
+    assert store.metadata("toy/tis-dpo")["contrast"] == {"held_out": 0, "split": None, "is_head": True}
+    assert not [finding for finding in verify(store) if "model" in finding.problem]
 
 
 def test_the_spread_of_log_ratios_by_hand(store, make_recipe):
