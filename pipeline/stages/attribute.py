@@ -33,7 +33,7 @@ def attribute(tokens: TableVersion, model: Path, settings: AttributeSection, exe
             settings.chunk_tokens,
             EngineSettings(resolve_dtype(model, settings.dtype), settings.batch_tokens),
             executor,
-            options=AttributionOptions(settings.target, settings.prompts, settings.activations),
+            options=AttributionOptions(settings.target, settings.prompts, settings.activations, settings.contexts),
         )
         run_jobs(request, [job], settings.python)
     return job.result()

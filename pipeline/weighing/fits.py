@@ -94,7 +94,7 @@ def _with_spreads(weigher: Weigher, over_all: Pass) -> Weigher:
                 token_scores = weigher.section.estimators[name].token_scores
                 assert token_scores is not None, "an estimator with a spread and without token scores"
                 values = token_scores(scores).astype(np.float64)
-                sums[name] += np.array([len(values), values.sum(), values @ values])
+                sums[name] += np.array([len(values), values.sum(), np.square(values).sum()])
     found: dict[str, SpreadRecord] = {}
     for name, (count, total, squares) in sums.items():
         std = float(np.sqrt(max(0.0, squares / count - (total / count) ** 2)))

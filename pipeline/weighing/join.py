@@ -88,7 +88,24 @@ class Join:
                     f"pair {joined['pair_id'][found.row]}: {found.problem}; {found.num_rows} such pairs. "
                     "Delete the table that holds them and build again"
                 )
+        self._check_contexts(joined)
         return self._average_pairs(joined)
+
+    def _check_contexts(self, joined: pl.DataFrame) -> None:
+        """Check that all response tokens have equally many numbers for their contexts, if there are any."""
+        for side in SIDES:
+            ids, contexts = f"{side}_ids", f"{side}_contexts"
+            if contexts in joined.columns and joined.height:
+                per_token = (
+                    joined[contexts].list.len()[0] // joined[ids].list.len()[0]
+                    if joined[contexts][0] is not None
+                    else 1
+                )
+                for found in wrong_lengths(joined.select(contexts, ids).to_arrow(), contexts, ids, per_token=per_token):
+                    raise MismatchError(
+                        f"pair {joined['pair_id'][found.row]}: {found.problem}; {found.num_rows} such pairs. "
+                        "Delete the table of attributions and build again"
+                    )
 
     def _average_pairs(self, joined: pl.DataFrame) -> pl.DataFrame:
         """Return pi+ and pi- as means over the contrastive pairs; the mean log-ratio is the difference of the means."""

@@ -40,7 +40,7 @@ def check_filled(request: Request, target: Target, num_pairs: int) -> None:
         ScoringError: The target's table does not exist.
     """
     store, where = WeightStore(request.tokens.store), quarantine_path(request.tokens.table)
-    if store.table(target.table).exists():
+    if store.table(target.table).exists() and store.table(target.table).num_rows():
         return
     of_target = store.table(where).scan().filter(pl.col("detail").str.starts_with(f"{target.table}: "))
     first = of_target.sort("source_row").head(1).collect()

@@ -62,6 +62,24 @@ def cut(part: pl.DataFrame, chunk_tokens: int) -> Iterator[pl.DataFrame]:
         yield chunk.select("pair_id", "num_tokens")
 
 
+def first_pairs(tokens: TableVersion, num_pairs: int) -> list[PairRow]:
+    """Return the pairs with the smallest pair_ids, at most so many."""
+    table, first = WeightStore(tokens.store).table(tokens.table), pl.DataFrame()
+    for piece in table.key_ranges(RANGE_BYTES, tokens.version):
+        ids = (
+            table.scan(tokens.version, within=piece)
+            .select("pair_id")
+            .collect()
+            .get_column("pair_id")
+            .bottom_k(num_pairs)
+        )
+        rows = table.scan(tokens.version, within=piece).filter(pl.col("pair_id").is_in(ids.to_list())).select(COLUMNS)
+        first = pl.concat([first, rows.collect().sort("pair_id")], how="diagonal").head(num_pairs)
+        if first.height == num_pairs:  # ranges come in the order of their keys
+            break
+    return read_pairs(first)
+
+
 def pairs_of(request: Request, target: Target, chunk: pl.DataFrame) -> list[PairRow]:
     """Read the pairs of a chunk, with the target's contrastive prompt if it has one."""
     table = WeightStore(request.tokens.store).table(request.tokens.table)

@@ -7,7 +7,7 @@ has its own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,17 +16,21 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
+from pipeline.workers.commit import commit_metadata
+from pipeline.workers.context_basis import SAMPLE_PAIRS, ContextBasis, fit_basis
+from pipeline.workers.missing import first_pairs
 from pipeline.workers.pair_row import PairRow, QuarantineRow, why_not
 from pipeline.workers.request import AttributionOptions, Request, Target
 from train.data.dataset import Pair, StoredResponse
-from train.model.attribution import TokenAttributions, attribute_tokens, input_embeddings
+from train.model.attribution import TokenAttributions, attribute_tokens, input_embeddings, states_before
 from train.model.checkpoint import in_float32, load_checkpoint
-from train.model.collate import PairCollator
+from train.model.collate import Batch, PairCollator
 from train.model.foreign import is_out_of_memory
 from train.model.logps import check_output_layer
 from train.model.packing import confirm_layout, enable_packing
 from train.model.token_budget import cut_by_tokens
-from weights_store.errors import OutOfMemoryError
+from weights_store import WeightStore
+from weights_store.errors import ConflictError, InputError, OutOfMemoryError
 from weights_store.messages import first_line, logger
 from weights_store.schemas import ATTRIBUTIONS, SIDES
 
@@ -44,11 +48,13 @@ class Attributed:
     attributions: np.ndarray
     prompt_attribution: float | None
     activations: np.ndarray | None
+    contexts: np.ndarray | None
+    """d numbers per token, `[T * d]`."""
 
     @property
     def is_finite(self) -> bool:
         """Whether the model's gradients are."""
-        parts = (self.attributions, self.prompt_attribution, self.activations)
+        parts = (self.attributions, self.prompt_attribution, self.activations, self.contexts)
         return all(np.isfinite(part).all() for part in parts if part is not None)
 
 
@@ -75,6 +81,7 @@ class PairAttributor:
         config = self._model.config.get_text_config()
         self._vocab_size = int(config.vocab_size)
         self._max_tokens = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+        self._basis = self._find_basis(request) if self._options.contexts else None
 
     @property
     def record(self) -> dict[str, object]:
@@ -98,7 +105,7 @@ class PairAttributor:
         Raises:
             OutOfMemoryError: A smaller token budget may fit.
         """
-        problems = {pair.pair_id: why_not(pair, self._vocab_size, self._max_tokens) for pair in pairs}
+        problems = {pair.pair_id: self._why_not(pair) for pair in pairs}
         good = [pair for pair in pairs if problems[pair.pair_id] is None]
         attributed = self._attribute([sequence for pair in good for sequence in _sequences(pair)], progress)
         filled = []
@@ -113,6 +120,7 @@ class PairAttributor:
                     row[f"{side}_attributions"] = result.attributions
                     row[f"{side}_prompt_attribution"] = result.prompt_attribution
                     row[f"{side}_activations"] = result.activations
+                    row[f"{side}_contexts"] = result.contexts
                 filled.append(row)
         unscorable = [pair.unscorable(problem) for pair in pairs if (problem := problems[pair.pair_id]) is not None]
         return pa.Table.from_pylist(filled, ATTRIBUTIONS), unscorable
@@ -121,6 +129,17 @@ class PairAttributor:
         self, sequences: Sequence[PromptedResponse], progress: Callable[[float], None]
     ) -> dict[PromptedResponse, Attributed]:
         """Attribute each distinct sequence once; one whose result is not finite once more, alone."""
+        attributed: dict[PromptedResponse, Attributed] = {}
+        for groups, share in self._batches(sequences):
+            attributed |= self._attribute_batch(groups)
+            progress(share)
+        # In a packed row 0 * NaN is NaN: one sequence may have spoilt others.
+        for alone in [[sequence] for sequence, result in attributed.items() if not result.is_finite]:
+            attributed |= self._attribute_batch([alone])
+        return attributed
+
+    def _batches(self, sequences: Sequence[PromptedResponse]) -> Iterator[tuple[list[list[PromptedResponse]], float]]:
+        """Yield micro-batches of distinct sequences, grouped by prompt, and the share of the work that is done after each."""
         of_prompt: dict[Ids, list[PromptedResponse]] = {}
         for prompt, response in dict.fromkeys(sequences):
             of_prompt.setdefault(prompt, []).append((prompt, response))
@@ -131,35 +150,65 @@ class PairAttributor:
         ]
         # The prompt of a group counts once.
         sizes = [len(group[0][0]) + sum(len(response) for _, response in group) for group in groups]
-        attributed: dict[PromptedResponse, Attributed] = {}
         done, total = 0, sum(sizes)
         for num_together in range(1, self._num_together + 1):  # a micro-batch holds groups of one size
             alike = [(group, size) for group, size in zip(groups, sizes, strict=True) if len(group) == num_together]
             for batch in cut_by_tokens(alike, [size for _, size in alike], self._engine.batch_tokens):
-                attributed |= self._attribute_batch([group for group, _ in batch])
                 done += sum(size for _, size in batch)
-                progress(done / total)
-        # In a packed row 0 * NaN is NaN: one sequence may have spoilt others.
-        for alone in [[sequence] for sequence, result in attributed.items() if not result.is_finite]:
-            attributed |= self._attribute_batch([alone])
-        return attributed
+                yield [group for group, _ in batch], done / total
 
-    def _attribute_batch(self, groups: Sequence[list[PromptedResponse]]) -> dict[PromptedResponse, Attributed]:
-        """Attribute groups of equally many responses, one forward and one backward pass."""
+    def _collated(self, groups: Sequence[list[PromptedResponse]]) -> Batch:
+        """Return groups of equally many responses as a micro-batch on the model's device."""
         collate = PairCollator(
             packed=self._not_packed is None, with_rejected=len(groups[0]) == 2, share_beginnings=False
         )
-        batch = collate([_as_pair(group) for group in groups])
+        return {
+            name: tensor.to(self._device) for name, tensor in collate([_as_pair(group) for group in groups]).items()
+        }
+
+    def _find_basis(self, request: Request) -> ContextBasis:
+        """Return the basis of the contexts of the table; the first to come computes and commits it.
+
+        Raises:
+            InputError: The model has no hidden states to compute one from, or the table has none.
+        """
+        (target,) = request.targets
+        table = WeightStore(request.tokens.store).table(target.table)
+        if not table.exists():
+            pairs = [pair for pair in first_pairs(request.tokens, SAMPLE_PAIRS) if self._why_not(pair) is None]
+            sequences = [sequence for pair in pairs for sequence in _sequences(pair)]
+            _log.info(f"computing the axes of contexts from {len(pairs)} pairs")
+            with _reporting_memory():
+                states = (states_before(self._model, self._collated(groups)) for groups, _ in self._batches(sequences))
+                basis = fit_basis(states, self._options.contexts)
+            metadata = commit_metadata(target, 0, 0, 0.0, self.record) | {"contexts": basis.record()}
+            with suppress(ConflictError):  # another actor was faster: its basis counts
+                table.commit([], metadata, None)
+        record = table.metadata(0).get("contexts")
+        if record is None:
+            raise InputError(
+                f"{target.table}: its first commit has lost the axes of contexts, which all its rows share; delete the table's "
+                "folder and build again"
+            )
+        return ContextBasis.of_record(record).to(self._device)
+
+    def _why_not(self, pair: PairRow) -> str | None:
+        return why_not(pair, self._vocab_size, self._max_tokens)
+
+    def _attribute_batch(self, groups: Sequence[list[PromptedResponse]]) -> dict[PromptedResponse, Attributed]:
+        """Attribute groups of equally many responses, one forward and one backward pass."""
         with _reporting_memory():
+            batch = self._collated(groups)
             result = attribute_tokens(
                 self._model,
-                {name: tensor.to(self._device) for name, tensor in batch.items()},
+                batch,
                 self._options.target,
                 with_prompts=self._options.prompts,
                 with_activations=self._options.activations,
+                with_contexts=None if self._basis is None else self._basis.project,
             )
             sequences = [group[index] for index in range(len(groups[0])) for group in groups]
-            return dict(zip(sequences, _attributed(result, batch["completion_mask"]), strict=True))
+            return dict(zip(sequences, _attributed(result, batch["completion_mask"].cpu()), strict=True))
 
 
 # --- the model ---------------------------------------------------------------------------------------------------------
@@ -229,4 +278,5 @@ def _attributed(result: TokenAttributions, mask: torch.Tensor) -> list[Attribute
     attributions = split(result.attributions)
     prompts = [None] * len(sizes) if result.prompt_attributions is None else result.prompt_attributions.tolist()
     activations = [None] * len(sizes) if result.activations is None else split(result.activations)
-    return [Attributed(*parts) for parts in zip(attributions, prompts, activations, strict=True)]
+    contexts = [None] * len(sizes) if result.contexts is None else [each.ravel() for each in split(result.contexts)]
+    return [Attributed(*parts) for parts in zip(attributions, prompts, activations, contexts, strict=True)]

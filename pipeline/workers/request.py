@@ -52,6 +52,7 @@ class AttributionOptions:
     target: Literal["max_logit", "gold_logps", "dpo_margin"]
     prompts: bool
     activations: bool
+    contexts: int = 0
 
 
 @dataclass(frozen=True)

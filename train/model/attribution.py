@@ -9,7 +9,7 @@ The model runs in evaluation mode: no dropout, no gradient checkpointing. The ke
 training step of the same micro-batch, which also needs gradients of parameters.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -42,11 +42,17 @@ class TokenAttributions:
         attributions: `[S, T]`, >= 0, aligned to `completion_mask`, not normalised; not finite if the gradients are not.
         prompt_attributions: `[S]`, if requested: the sum over the tokens before the response.
         activations: `[S, T]`, if requested: the size of the hidden states that predict token t.
+        contexts: `[S, T, d]`, if requested: what `with_contexts` makes of the hidden state that predicts token t.
     """
 
     attributions: Tensor
     prompt_attributions: Tensor | None = None
     activations: Tensor | None = None
+    contexts: Tensor | None = None
+
+
+Measure = Callable[[tuple[Tensor, ...]], Tensor]
+"""From the hidden states after each layer, `[N, H]` each, to m numbers per token, `[N, m]` float32."""
 
 
 def attribute_tokens(
@@ -56,6 +62,7 @@ def attribute_tokens(
     *,
     with_prompts: bool = False,
     with_activations: bool = False,
+    with_contexts: Callable[[Tensor], Tensor] | None = None,
 ) -> TokenAttributions:
     """Return I_i = ||d target / d e_i||_1 of every response token.
 
@@ -73,25 +80,44 @@ def attribute_tokens(
         with_activations: Return activations too: the L2 norm of the hidden state after each layer (for the last one, after the
             final norm) at the position that predicts a token, averaged over layers, relative to the response's mean. Similar
             to the masks of SparsePO (arXiv 2410.05102) from the reference's activations, but another formula.
+        with_contexts: Return contexts too: what this makes of the hidden states after half of the layers, `[N, H]` to `[N, d]`
+            float32, at the position that predicts a token, so that it has read all tokens before it.
 
     Raises:
         InputError: A response is empty, or the model gives no access to its input embeddings, or to its hidden states.
     """
     assert not (with_prompts and target == "dpo_margin"), "a prompt's part in the margin belongs to both responses"
     _check_layout(batch, with_prompts=with_prompts)
-    with _frozen(model), _measured_layers(model) if with_activations else nullcontext() as sizes:
+    measures: list[Measure] = [_mean_size] if with_activations else []
+    if with_contexts is not None:
+        measures.append(lambda layers: with_contexts(_at_half_depth(layers)))
+    with _frozen(model), _measured_layers(model, measures) if measures else nullcontext() as measured:
         if "branch_ids" in batch and not with_prompts:
-            norms, token_sizes = _attribute_responses(model, batch, target, sizes)
+            norms, of_tokens = _attribute_responses(model, batch, target, measured)
         else:
             norms = _differentiate(model, batch, target)
-            token_sizes = None if sizes is None else sizes[0]
+            of_tokens = None if measured is None else measured[0]
     mask, places = batch["completion_mask"], batch["places"]
     prompts = norms[places].where(mask.cumsum(1) == 0, 0.0).sum(1) if with_prompts else None
-    activations = None
-    if token_sizes is not None:  # of the states that predict a token; the first column is never a response token
-        predicting = token_sizes[places.roll(1, dims=1)].where(mask, 0.0)
-        activations = predicting / (predicting.sum(1, keepdim=True) / mask.sum(1, keepdim=True))
-    return TokenAttributions(norms[places].where(mask, 0.0), prompts, activations)
+    activations = contexts = None
+    if of_tokens is not None:  # of the states that predict a token; the first column is never a response token
+        predicting = of_tokens[places.roll(1, dims=1)].where(mask[..., None], 0.0)
+        contexts = predicting[..., int(with_activations) :] if with_contexts is not None else None
+        if with_activations:
+            sizes = predicting[..., 0]
+            activations = sizes / (sizes.sum(1, keepdim=True) / mask.sum(1, keepdim=True))
+    return TokenAttributions(norms[places].where(mask, 0.0), prompts, activations, contexts)
+
+
+def states_before(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the hidden states after half of the layers that predict the response tokens of a micro-batch, `[n, H]` float32.
+
+    Raises:
+        InputError: As `attribute_tokens`.
+    """
+    with torch.no_grad(), _frozen(model), _measured_layers(model, [_at_half_depth]) as measured:
+        decode(model, model_inputs(batch))
+    return measured[0][batch["places"].roll(1, dims=1)[batch["completion_mask"]]]
 
 
 def _differentiate(model: nn.Module, batch: Batch, target: AttributionTarget) -> Tensor:
@@ -109,34 +135,34 @@ def _differentiate(model: nn.Module, batch: Batch, target: AttributionTarget) ->
 
 
 def _attribute_responses(
-    model: nn.Module, batch: Batch, target: AttributionTarget, sizes: list[Tensor] | None
+    model: nn.Module, batch: Batch, target: AttributionTarget, measured: list[Tensor] | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the norms at every place of a packed row, 0 on prompts, and the sizes of hidden states if `sizes` collects them.
+    """Return the norms at every place of a packed row, 0 on prompts, and what `measured` collects of hidden states, if it does.
 
     The prompts run without gradients (`continuation.py`). Each response's first token, which a prompt predicts, is then not
-    part of the target; it does not depend on any response token anyway. Without `sizes`, states after the last layer that no
+    part of the target; it does not depend on any response token anyway. Without `measured`, states after the last layer that no
     target reads are not computed, which saves much in models with few layers; how many attentions there are is known from
     the first batch.
     """
     split = SplitBatch.of(batch)
     row, decoder = split.responses, decoder_of(model)
     prompt_row, response_row = ((part["branch_ids"][0], part["position_ids"][0]) for part in (split.prompts, row))
-    prompts = KeptPrompts(*prompt_row, num_attentions=_num_attentions.get(decoder) if sizes is None else None)
+    prompts = KeptPrompts(*prompt_row, num_attentions=_num_attentions.get(decoder) if measured is None else None)
     with torch.no_grad(), _decoder_option(model, packing=prompts), suppress(EnoughError):
         decode(model, model_inputs(split.prompts))
     _num_attentions[decoder] = len(prompts.kept)
     continuation = Continuation(*response_row, prompts=prompts, groups=split.groups)
-    ends_alone = sizes is None and target == "max_logit"
+    ends_alone = measured is None and target == "max_logit"
     short_mlp = _last_mlp_at(model, _last_places(row)) if ends_alone else nullcontext()
     with _decoder_option(model, packing=continuation), short_mlp:
         own_norms = _differentiate(model, row, target)
     norms = own_norms.new_zeros(split.is_prompt.shape)
     norms[split.own_places] = own_norms
-    if sizes is None:
+    if measured is None:
         return norms, None
-    token_sizes = torch.empty_like(norms)
-    token_sizes[split.is_prompt], token_sizes[split.own_places] = sizes
-    return norms, token_sizes
+    of_tokens = norms.new_empty((*norms.shape, measured[0].shape[1]))
+    of_tokens[split.is_prompt], of_tokens[split.own_places] = measured
+    return norms, of_tokens
 
 
 def _check_layout(batch: Batch, *, with_prompts: bool) -> None:
@@ -285,9 +311,9 @@ def input_embeddings(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _measured_layers(model: nn.Module) -> Iterator[list[Tensor]]:
-    """List the mean over layers of the L2 norms of hidden states, `[N]` float32, for each run of the decoder."""
-    sizes: list[Tensor] = []
+def _measured_layers(model: nn.Module, measures: Sequence[Measure]) -> Iterator[list[Tensor]]:
+    """List what is measured of hidden states at each place, `[N, m]` float32, for each run of the decoder."""
+    measured: list[Tensor] = []
 
     def measure(_decoder: nn.Module, _args: Inputs, output: BaseModelOutput) -> None:
         if isinstance(output, Replayed):
@@ -295,12 +321,23 @@ def _measured_layers(model: nn.Module) -> Iterator[list[Tensor]]:
         places = output.last_hidden_state.shape[:2]
         if output.hidden_states is None or any(states.shape[:-1] != places for states in output.hidden_states[1:]):
             raise InputError(
-                f"the layers of {type(unwrap_adapters(model)).__name__} do not return one state per token, so activations "
-                "cannot be measured; set attribute.activations=false"
+                f"the layers of {type(unwrap_adapters(model)).__name__} do not return one state per token, so activations and "
+                "contexts cannot be measured; set attribute.activations=false and attribute.contexts=0"
             )
-        norms = [torch.linalg.vector_norm(h.detach(), dim=-1, dtype=torch.float32) for h in output.hidden_states[1:]]
-        sizes.append(torch.stack(norms).mean(0).flatten())
+        layers = tuple(states.detach().flatten(0, 1) for states in output.hidden_states[1:])
+        measured.append(torch.cat([each(layers) for each in measures], dim=1))
 
     decoder = decoder_of(model)
     with _decoder_option(model, output_hidden_states=True), decoder.register_forward_hook(measure):
-        yield sizes
+        yield measured
+
+
+def _mean_size(layers: tuple[Tensor, ...]) -> Tensor:
+    """Return the mean over layers of the L2 norms of hidden states, `[N, 1]` float32."""
+    norms = [torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32) for states in layers]
+    return torch.stack(norms).mean(0)[:, None]
+
+
+def _at_half_depth(layers: tuple[Tensor, ...]) -> Tensor:
+    """Return the hidden states after half of the layers, rounded up, `[N, H]` float32."""
+    return layers[(len(layers) - 1) // 2].float()

@@ -44,7 +44,9 @@ class ModelChecks:
     def check_scorers(self, log: TableLog) -> Iterator[Finding]:
         """Yield the findings of the models that the newest version of a weight dataset was made with."""
         metadata = log.metadata(log.newest) or {}
-        for parent in parents(metadata) if metadata.get("contrast") else ():
+        contrast = metadata.get("contrast")
+        trained = bool(contrast) and not (isinstance(contrast, dict) and contrast.get("is_head"))
+        for parent in parents(metadata) if trained else ():
             wanted = self._scorer(parent)
             if wanted is None:
                 continue

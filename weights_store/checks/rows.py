@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from weights_store.schemas import SIDES, Reason
 from weights_store.tables.metadata import ScorerRecord
 
-_OPTIONAL = {"prompts": "prompt_attribution", "activations": "activations"}
+_OPTIONAL = {"prompts": "prompt_attribution", "activations": "activations", "contexts": "contexts"}
 """Optional columns of attributions: setting of the scorer, and name of the columns after the side."""
 _MASS_ROUNDING = 1e-3
 """How much the probabilities of k tokens may add up to above 1: log-probs are stored with a relative error of 1.2e-4."""
@@ -48,7 +48,7 @@ WEIGHT = Law(lambda values: np.isfinite(values) & (values >= 0), "expected a fin
 SIZE = Law(lambda values: np.isfinite(values) & (values > 0), "expected a finite number > 0")
 FINITE = Law(lambda values: np.isfinite(values), "expected a finite number")
 
-_LAWS = {"logps": LOGP, "activations": SIZE}
+_LAWS = {"logps": LOGP, "activations": SIZE, "contexts": FINITE}
 _LAWS |= dict.fromkeys(("weights", "weight", "attributions", "attribution"), WEIGHT)
 """The law of a column, by the last word of its name."""
 _ONE_PER = {
@@ -97,6 +97,7 @@ def violations(
             for option, column in _OPTIONAL.items():
                 wanted = None if scorer is None else bool(scorer.get(option, False))
                 yield from _partly_null(rows, [f"{side}_{column}" for side in SIDES], wanted)
+            yield from _context_laws(rows, scorer)
         case "weights":
             yield from _top_laws(rows, "ref_", scorer)
         case "quarantine":
@@ -119,11 +120,21 @@ def _partly_null(rows: pa.Table, names: list[str], wanted: bool | None) -> Itera
         yield Violation(name, row, problem, num_rows)
 
 
+def _context_laws(rows: pa.Table, scorer: ScorerRecord | None) -> Iterator[Violation]:
+    """Check that there are equally many numbers for each response token."""
+    columns = [(f"{side}_attributions", f"{side}_contexts") for side in SIDES]
+    num_contexts = 0 if scorer is None else scorer.get("contexts", 0)
+    if scorer is None:
+        num_contexts = next((n for of_tokens, values in columns if (n := _first_per_token(rows, of_tokens, values))), 0)
+    for of_tokens, values in columns if num_contexts else ():
+        yield from wrong_lengths(rows, values, of_tokens, per_token=num_contexts, may_be_null=True)
+
+
 def _top_laws(rows: pa.Table, of: str, scorer: ScorerRecord | None) -> Iterator[Violation]:
     """Check the k most likely tokens at each position; `of` is `ref_` in weights and empty in logps."""
     columns = [(f"{side}_{of}logps", f"{side}_{of}top_logps") for side in SIDES]
     if scorer is None:
-        top_k = next((k for of_tokens, logps in columns if (k := _first_top_k(rows, of_tokens, logps))), 0)
+        top_k = next((k for of_tokens, logps in columns if (k := _first_per_token(rows, of_tokens, logps))), 0)
     else:
         top_k = scorer.get("top_k", 0)
     for of_tokens, logps in columns:
@@ -131,8 +142,8 @@ def _top_laws(rows: pa.Table, of: str, scorer: ScorerRecord | None) -> Iterator[
         yield from wrong or _bad_positions(rows, logps, top_k)
 
 
-def _first_top_k(rows: pa.Table, of_tokens: str, logps: str) -> int:
-    """Return k of the first row that has any most likely tokens, 0 if none has."""
+def _first_per_token(rows: pa.Table, of_tokens: str, logps: str) -> int:
+    """Return how many values the first row that has any has for each token, 0 if none has."""
     num_tokens, num_listed = _lengths(rows[of_tokens]), _lengths(rows[logps])
     listed = np.flatnonzero((num_tokens > 0) & (num_listed > 0))
     return int(num_listed[listed[0]] // num_tokens[listed[0]]) if listed.size else 0

@@ -51,6 +51,16 @@ class ScorerRecord(TypedDict, total=False):
     top_k: int
     prompts: bool
     activations: bool
+    contexts: int
+
+
+class ContextsRecord(TypedDict):
+    """How hidden states become the contexts of an attributions table, see `pipeline/workers/context_basis.py`."""
+
+    num_contexts: int
+    mean: str
+    """Base64 of little-endian float32, as long as a hidden state; `axes` has `num_contexts` of them, one after another."""
+    axes: str
 
 
 class ContrastRecord(TypedDict):
@@ -232,6 +242,8 @@ class CommitMetadata(TypedDict, total=False):
     reference: ReferenceRecord
     contrast: ContrastRecord
     """Only of weights that trained contrastive models or estimator `head` have made."""
+    contexts: ContextsRecord
+    """Only of the first commit of attributions with contexts."""
     parity: ParityRecord
     packages: dict[str, str]
     python: str

@@ -57,7 +57,7 @@ def make_request(tmp_path, model_folder):
     """Return a function that makes tokens and a request over them: `make_request(target="gold_logps", row3={...})`."""
 
     def make(batch_tokens=256, dtype="float32", chunk_tokens=40 * PAIR_TOKENS, model=model_folder, **changed):
-        options = {"target": "max_logit", "prompts": False, "activations": False}
+        options = {"target": "max_logit", "prompts": False, "activations": False, "contexts": 0}
         options |= {name: changed.pop(name) for name in list(changed) if name in options}
         tokens = make_tokens(tmp_path / "store", **changed)
         metadata = {"fingerprint": "attributions", "inputs": [str(tokens)]}
@@ -299,7 +299,9 @@ def test_activations_of_layers_with_several_states_per_token_are_refused_in_one_
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     sides = [StoredResponse(np.array(ids, np.int32), *np.zeros((2, 2), np.float32)) for ids in ([11, 12], [13, 14])]
     batch = PairCollator(packed=False)([Pair("p", np.array([9, 10], np.int32), *sides)])
-    with pytest.raises(InputError, match="the layers of HYV4ForCausalLM do not return one state per token, .*=false$"):
+    with pytest.raises(
+        InputError, match="the layers of HYV4ForCausalLM do not return one state per token, .* attribute.contexts=0$"
+    ):
         attribute_tokens(model, batch, "gold_logps", with_activations=True)
 
 
@@ -364,6 +366,103 @@ def test_other_errors_are_not_taken_for_want_of_memory(make_request, monkeypatch
         worker.fill_in(pairs_in(request), request.targets[0])
 
 
+# --- contexts ----------------------------------------------------------------------------------------------------------
+
+
+def test_contexts_are_principal_axes_of_the_states_that_predict_a_token(make_request, model_folder):
+    """By a plain forward pass and NumPy; a pair that the model cannot take is not in the sample."""
+    request = make_request(contexts=3, row6={"chosen_ids": [VOCAB_SIZE]})
+    table, unscorable = run(request)
+    assert [row["pair_id"] for row in unscorable] == [f"{6:032x}"]
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    pairs, states = [pair for pair in pairs_in(request) if pair.source_row != 6], {}
+    for side in ("chosen", "rejected"):
+        ids = torch.tensor([[*pair.prompt_ids, *getattr(pair, f"{side}_ids")] for pair in pairs])
+        layers = model(ids, output_hidden_states=True).hidden_states
+        states[side] = layers[1][:, 3:-1].detach().numpy().astype(np.float64)  # after the first of two layers
+    sample = np.concatenate([each.reshape(-1, each.shape[-1]) for each in states.values()])
+    mean = sample.mean(0)
+    variances, axes = np.linalg.eigh(np.cov(sample.T, bias=True))
+    axes = axes[:, ::-1][:, :3] / np.sqrt(variances[-3:].sum())
+    of_sample = 0.0
+    for side in ("chosen", "rejected"):
+        wanted = (states[side] - mean) @ axes
+        got = np.array(table[f"{side}_contexts"].to_pylist()).reshape(wanted.shape)
+        signs = np.sign((got * wanted).sum((0, 1)))
+        np.testing.assert_allclose(got * signs, wanted, atol=2e-4)
+        of_sample += (got**2).sum()
+    assert of_sample == pytest.approx(len(sample), rel=1e-4)  # mean squared norm 1
+
+
+def test_contexts_do_not_depend_on_batches_prompts_or_padding(make_request, monkeypatch):
+    request = make_request(contexts=4, activations=True)
+
+    def run_few(request):
+        worker = PairAttributor(request)
+        return worker.fill_in(pairs_in(request)[:8], request.targets[0])[0]
+
+    expected = run_few(request)
+    found = [
+        run_few(replace(request, engine=replace(request.engine, batch_tokens=1))),
+        run_few(replace(request, options=replace(request.options, prompts=True))),
+    ]
+    monkeypatch.setattr(pipeline.workers.pair_attributor, "enable_packing", lambda model, **_: "made up")
+    for other in [*found, run_few(request)]:
+        for name in ("chosen_contexts", "rejected_contexts", "chosen_activations"):
+            for got, wanted in zip(other[name].to_pylist(), expected[name].to_pylist(), strict=True):
+                assert got == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+    plain = run_few(make_request(activations=True, contexts=0))
+    assert plain["chosen_contexts"].null_count == 8
+    assert plain["chosen_activations"].to_pylist()[0] == pytest.approx(
+        other["chosen_activations"].to_pylist()[0], rel=1e-4
+    )
+
+
+def test_later_processes_actors_and_pairs_use_the_axes_of_the_first_commit(make_request, model_folder, monkeypatch):
+    monkeypatch.setattr(pipeline.workers.pair_attributor, "SAMPLE_PAIRS", 12)
+    request = make_request(contexts=4)
+    first = PairAttributor(request)  # commits its axes, and is gone
+    table = WeightStore(request.tokens.store).table(request.targets[0].table)
+    assert (table.version(), table.num_rows()) == (0, 0)
+    monkeypatch.setattr(
+        pipeline.workers.pair_attributor, "fit_basis", lambda *_: pytest.fail("the axes are there already")
+    )
+    # Other pairs have the smallest ids by now, and would give other axes.
+    changed = make_request(contexts=4, **{f"row{i}": {"prompt_ids": [3, 3, 3, 3]} for i in range(100)})
+    second = PairAttributor(changed)
+    torch.testing.assert_close(second._basis.axes, first._basis.axes, rtol=0, atol=0)
+    torch.testing.assert_close(second._basis.mean, first._basis.mean, rtol=0, atol=0)
+    fill(request, request.targets[0], PairAttributor(request))
+    assert filled(request).height == NUM_PAIRS
+    assert list(verify(WeightStore(request.tokens.store), rows=True)) == []
+
+
+def test_an_actor_that_loses_the_race_takes_the_axes_of_the_winner(make_request, monkeypatch):
+    monkeypatch.setattr(pipeline.workers.pair_attributor, "SAMPLE_PAIRS", 12)
+    request = make_request(contexts=2)
+    fit, made = pipeline.workers.pair_attributor.fit_basis, []
+
+    def beaten(states, num_contexts):
+        if not made:
+            made.append(None)
+            made.append(PairAttributor(request))  # another actor commits meanwhile
+        basis = fit(states, num_contexts)
+        return replace(basis, axes=-basis.axes)
+
+    monkeypatch.setattr(pipeline.workers.pair_attributor, "fit_basis", beaten)
+    loser = PairAttributor(request)
+    assert WeightStore(request.tokens.store).table(request.targets[0].table).version() == 0
+    torch.testing.assert_close(loser._basis.axes, made[1]._basis.axes, rtol=0, atol=0)
+
+
+def test_a_model_with_narrow_states_or_without_finite_ones_has_no_contexts(make_request):
+    with pytest.raises(InputError, match="attribute.contexts is 64, and the model's hidden states have 32 numbers"):
+        PairAttributor(make_request(contexts=64))
+    poisoned = {f"row{row}": {"prompt_ids": [POISON] * 4} for row in range(NUM_PAIRS)}
+    with pytest.raises(InputError, match="no hidden state of the first pairs is finite, .* set attribute.contexts=0"):
+        PairAttributor(make_request(contexts=2, **poisoned))
+
+
 # --- the stage ---------------------------------------------------------------------------------------------------------
 
 
@@ -423,9 +522,16 @@ def test_the_stage_runs_in_a_process_of_its_own_and_again_only_for_what_is_new(
 def test_the_identity_holds_what_changes_numbers_and_nothing_else(model_folder):
     identity = attribution_identity(model_folder, AttributeSection())
     assert identity["dtype"] == "float32"
+    assert "contexts" not in identity  # what was attributed before there was the key is the same
     same = AttributeSection(chunk_tokens=1, batch_tokens=999, python="elsewhere", dtype="float32")
     assert attribution_identity(model_folder, same) == identity
-    for changed in ({"target": "gold_logps"}, {"dtype": "bfloat16"}, {"prompts": True}, {"activations": True}):
+    for changed in (
+        {"target": "gold_logps"},
+        {"dtype": "bfloat16"},
+        {"prompts": True},
+        {"activations": True},
+        {"contexts": 4},
+    ):
         assert attribution_identity(model_folder, AttributeSection(**changed)) != identity
 
 

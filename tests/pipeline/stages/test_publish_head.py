@@ -1,5 +1,7 @@
 """Estimator `head` and `weights.spread` from tables in a store to a published version: no model is needed for them."""
 
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,7 +11,8 @@ from pipeline.stages.report import summary_rows
 from pipeline.weighing.head import Responses, fit_head
 from train.data.selection import is_held_out, prompt_hashes
 from weights_store import WeightStore
-from weights_store.errors import InputError, SettingsError
+from weights_store.checks.verify import verify
+from weights_store.errors import InputError, MismatchError, SettingsError
 from weights_store.schemas import ATTRIBUTIONS, LOGPS, SIDES, TOKENS
 
 HEAD = {"weights.estimator": "head", "weights.lower": -9.0, "weights.upper": 9.0}
@@ -53,7 +56,8 @@ def ingredients(store, rows, split=lambda row: "train", logp=lambda row: -1.0, c
             | {f"{side}_logps": [of_row(row)] * len(ids) for side, ids in zip(SIDES, pairs[row], strict=True)}
             for row in rows
         ]
-        record = {"fingerprint": f"{role} of {rows}", "statistics": {}}
+        scorer = {"model": f"{role} model", "dtype": "float32"}
+        record = {"fingerprint": f"{role} of {rows}", "statistics": {}, "scorer": scorer}
         made[f"{role}_logps"] = store.table(f"logps/toy-1/{role}").append(pa.Table.from_pylist(values, LOGPS), record)
     if contexts:
         values = [{"pair_id": pair_id(row)} for row in rows]
@@ -159,6 +163,28 @@ def test_contexts_reach_the_fit(store, make_recipe):
         SettingsError, match=r"weights.features 'contexts' reads .* set attribute.contexts, for example"
     ):
         make_recipe(**HEAD | {"weights.features": "contexts"})
+
+
+def test_contexts_that_do_not_fit_the_tokens_are_refused(store, make_recipe):
+    made_of = without_pair(ingredients(store, range(30), contexts=True))
+    rows = store.table("attributions/toy-1/ref").scan().sort("pair_id").collect().to_dicts()
+    rows[7]["rejected_contexts"].append(0.5)
+    wrong = store.table("attributions/toy-1/wrong")
+    attributions = wrong.append(pa.Table.from_pylist(rows, ATTRIBUTIONS), {"fingerprint": "wrong", "statistics": {}})
+    settings = HEAD | {"weights.features": "contexts", "attribute.contexts": NUM_CONTEXTS}
+    with pytest.raises(
+        MismatchError, match=rf"pair {rows[7]['pair_id']}: .* rejected_contexts .* expected 2 for each; 1 such"
+    ):
+        published(make_recipe, dataclasses.replace(made_of, attributions=attributions), **settings)
+
+
+def test_an_ensemble_with_a_pair_that_was_not_trained_needs_no_model_in_the_store(store, make_recipe):
+    settings = {"weights.estimator": "ensemble", "weights.members": ["tis", "head"], "contrast.method": "prompt"}
+    made_of = ingredients(store, range(60), logp=lambda row: -4.0 + 0.1 * row)
+    made = published(make_recipe, made_of, **settings, **{"weights.spread": 0.3})
+    assert list(made.statistics["held_out"]) == list(made.statistics["spread"]) == ["tis", "head"]
+    assert store.metadata("toy/tis-dpo")["contrast"] == {"held_out": 0, "split": None, "is_head": True}
+    assert not [finding for finding in verify(store) if "model" in finding.problem]
 
 
 def test_the_spread_of_log_ratios_by_hand(store, make_recipe):

@@ -136,6 +136,14 @@ def test_what_other_pairs_may_have_told_is_said(write_weights, rows, notices_of)
     ]
 
 
+def test_what_an_estimator_learnt_from_is_said(write_weights, rows, notices_of) -> None:
+    write_weights(rows, contrast={"held_out": 0.0, "split": None, "is_head": True})
+    assert notices_of(eval={"share": 0.2}) == [
+        "held-out pairs were seen: the estimator behind toy/tis@1 was fitted on all pairs, so its weights know labels that are "
+        "held out here; for a clean measurement build it with contrast.held_out=0.2"
+    ]
+
+
 def test_what_was_seen_is_said_in_log_card_metrics_and_dry_run(
     write_weights, rows, make_config, caplog, capsys
 ) -> None:

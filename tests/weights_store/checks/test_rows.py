@@ -123,6 +123,8 @@ ATTRIBUTED = [
         "rejected_prompt_attribution": 0.0,
         "chosen_activations": [0.5, 1.5],
         "rejected_activations": [1.0],
+        "chosen_contexts": [0.5, -2.0, 0.0, 1.0],
+        "rejected_contexts": [1.0, 3.0],
     },
     {
         "pair_id": "b",
@@ -132,10 +134,13 @@ ATTRIBUTED = [
         "rejected_prompt_attribution": 0.25,
         "chosen_activations": [1.0],
         "rejected_activations": [0.25, 0.75, 2.0],
+        "chosen_contexts": [1.5, 0.25],
+        "rejected_contexts": [1.0, 2.0, 3.0, 4.0, 5.0, -6.0],
     },
 ]
 PROMPTS = [f"{side}_prompt_attribution" for side in ("chosen", "rejected")]
 ACTIVATIONS = [f"{side}_activations" for side in ("chosen", "rejected")]
+CONTEXTS = [f"{side}_contexts" for side in ("chosen", "rejected")]
 ALL_OR_NONE = "a table has them for all responses or for none"
 
 
@@ -146,14 +151,14 @@ def _found_in_attributions(change, scorer=None):
     return [(violation.row, violation.problem) for violation in found]
 
 
-@pytest.mark.parametrize("scorer", [None, {"prompts": True, "activations": True}])
+@pytest.mark.parametrize("scorer", [None, {"prompts": True, "activations": True, "contexts": 2}])
 def test_attributions_that_obey_break_no_law(scorer):
     assert _found_in_attributions({}, scorer) == []
 
 
 @pytest.mark.parametrize("scorer", [None, {"prompts": False}])
 def test_attributions_without_what_comes_on_request_break_no_law(scorer):
-    bare = [row | dict.fromkeys([*PROMPTS, *ACTIVATIONS]) for row in ATTRIBUTED]
+    bare = [row | dict.fromkeys([*PROMPTS, *ACTIVATIONS, *CONTEXTS]) for row in ATTRIBUTED]
     assert list(violations("attributions", pa.Table.from_pylist(bare, ATTRIBUTIONS), ("pair_id",), None, scorer)) == []
     assert list(violations("attributions", ATTRIBUTIONS.empty_table(), ("pair_id",), None, scorer)) == []
 
@@ -162,6 +167,9 @@ def test_attributions_without_what_comes_on_request_break_no_law(scorer):
     ("change", "problem"),
     [
         ({"chosen_attributions": [-0.5]}, "chosen_attributions[0] is -0.5, expected a finite number >= 0"),
+        ({"chosen_contexts": [1.5, math.inf]}, "chosen_contexts[1] is inf, expected a finite number"),
+        ({"chosen_contexts": [1.5]}, "1 chosen_contexts for 1 chosen_attributions, expected 2 for each"),
+        ({"chosen_contexts": None}, f"chosen_contexts is null, expected a value: {ALL_OR_NONE}"),
         ({"rejected_attributions": [0.0, math.nan, 3.0]}, "rejected_attributions[1] is nan, expected a finite number >= 0"),
         ({"rejected_attributions": [0.0, 1.0, math.inf]}, "rejected_attributions[2] is inf, expected a finite number >= 0"),
         ({"chosen_prompt_attribution": -1.0}, "chosen_prompt_attribution is -1.0, expected a finite number >= 0"),
@@ -181,10 +189,16 @@ def test_a_broken_law_of_attributions_names_the_row_and_what_is_wrong(change, pr
 
 def test_what_attributions_hold_on_request_is_what_their_commit_says():
     unasked = f"is there, expected null: {ALL_OR_NONE}"
-    assert _found_in_attributions({}, {"prompts": False, "activations": True}) == [
+    assert _found_in_attributions({}, {"prompts": False, "activations": True, "contexts": 2}) == [
         (0, f"chosen_prompt_attribution {unasked}")
     ]
-    assert _found_in_attributions({}, {"prompts": True}) == [(0, f"chosen_activations {unasked}")]
+    of_two = {"prompts": True, "contexts": 2}
+    assert _found_in_attributions({}, of_two) == [(0, f"chosen_activations {unasked}")]
+    assert _found_in_attributions({}, {"prompts": True, "activations": True}) == [(0, f"chosen_contexts {unasked}")]
+    assert _found_in_attributions({}, {"prompts": True, "activations": True, "contexts": 1}) == [
+        (0, "4 chosen_contexts for 2 chosen_attributions, expected 1 for each"),
+        (0, "2 rejected_contexts for 1 rejected_attributions, expected 1 for each"),
+    ]
 
 
 @pytest.mark.parametrize(
