@@ -48,6 +48,7 @@ pairs_per_step = 8
 kv_cache_gib = 1.0
 [weights]
 name = "toy/tis-dpo"
+estimator = "tis"
 [schedule]
 interval_s = 8
 [store]
