@@ -23,8 +23,8 @@ PAIR_WEIGHT_SETTINGS: dict[str, tuple[str, ...]] = {"quality": ("quality_eta",),
 DEFAULT_ESTIMATOR = "head"
 """Of a recipe that names none: it needs no second model, and is what helps from labels alone (docs/quality.md)."""
 
-_AS_WRITTEN = {"transforms": [], "pair_weight": "none"}
-_TIS = {"scale": 1.0, "spread": "none", "k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5}
+_AS_WRITTEN: dict[str, object] = {"transforms": [], "pair_weight": "none"}
+_TIS: dict[str, object] = {"scale": 1.0, "spread": "none", "k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5}
 PRESETS: dict[str, dict[str, dict[str, object]]] = {
     "paper": {
         "tis": _TIS | _AS_WRITTEN,

@@ -348,7 +348,10 @@ def test_a_preset_names_its_estimator_if_the_recipe_names_none():
     ("overrides", "message"),
     [
         (["preset=paper", "estimator=tis", "upper=2"], r"'paper' sets weights.upper = 1.5 for .*'tis', got 2: leave"),
-        (["preset=paper", "estimator=tis", "transforms=['decay']"], r"sets weights.transforms = \[\] .*got \['decay'\]"),
+        (
+            ["preset=paper", "estimator=tis", "transforms=['decay']"],
+            r"sets weights.transforms = \[\] .*got \['decay'\]",
+        ),
         (["preset=release", "estimator=tis"], "is for estimator 'rank_based' or 'ti', got weights.estimator 'tis'"),
         (["preset=papers"], "weights.preset: .*'none', 'paper' or 'release', got 'papers'"),
     ],
