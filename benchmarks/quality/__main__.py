@@ -162,9 +162,11 @@ def main() -> None:
 
 def run_missing(arguments: argparse.Namespace) -> None:
     """Run what the folder of runs does not have."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     from benchmarks.quality.runs import run_job
+    from weights_store.guard import guard, marked_environment
 
+    # The processes of the pool end with this one, also if it is killed.
+    os.environ |= {**marked_environment(guard().folder), "OMP_NUM_THREADS": "1"}
     until = time.monotonic() + 60 * arguments.minutes
     with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
         futures = [

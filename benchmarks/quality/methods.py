@@ -64,6 +64,12 @@ def _d_on_other(scorers: Scorers) -> Scores:
     return scorers.trained("dpo", on_other=True, num_epochs=1)
 
 
+def _natural(beta: float) -> Setting:
+    """Scores as they are: those of `head` are calibrated already."""
+    weights: Callable[[Scores], Scores] = lambda scores: weights_of(scores, **SPREAD_CLAMP)  # noqa: E731
+    return Setting(f"as they are, beta {beta:g}", {"name": "tis_dpo", "beta": beta}, weights=weights)
+
+
 _SPREADS = (_spread(0.15), _spread(0.3), _spread(0.6), _spread(0.3, 0.3))
 DPO, ORACLE = "DPO", "oracle weights"
 FAMILIES = (
@@ -76,6 +82,7 @@ FAMILIES = (
     Family("D on other pairs", _SPREADS, _d_on_other, needs="other"),
     Family("TIS-DPO (P), paper", (_paper(0.1), _paper(0.3)), Scorers.prompted, needs="prompts"),
     Family("P", _SPREADS, Scorers.prompted, needs="prompts"),
+    Family("head, calibrated", (_natural(0.1), _natural(0.3)), Scorers.head),
     Family("head with contexts", _SPREADS, lambda scorers: scorers.head(16)),
     Family("D", _SPREADS, _d, in_sample=True),
     Family("TIS-DPO (S), paper", (_paper(0.1), _paper(0.3)), lambda scorers: scorers.trained("sft"), in_sample=True),

@@ -106,6 +106,13 @@ def summarise(paths: Sequence[Path], kls: Sequence[float]) -> dict[str, Any]:
             }  # fmt: skip
         rows[family] = {"at_kl": of_kls, "scores": _mean_scores(scores.get(family, {}))}
     return {
+        "every_run": {
+            family: {
+                setting: {seed: [round(reward_at_kl(points, kl), 4) for kl in kls] for seed, points in by_seed.items()}
+                for setting, by_seed in settings.items()
+            }
+            for family, settings in runs.items()
+        },
         "rows": rows,
         "ranking": _ranking(rows, f"{kls[1]:g}"),
         "num_policies": sum(len(s) for f in runs.values() for s in f.values()),

@@ -97,7 +97,7 @@ def planted(
     are worth +1 or -1, which depends on the topic in the prompt; `previous`: one in seven pairs of words, of which the second
     gets the reward.
     """
-    base = Base(_planted_model(folder))
+    base = Base(planted_model(folder))
     rng = np.random.default_rng((seed, 11))
     table = np.zeros((_VOCAB if kind == "previous" else _NUM_TOPICS if kind == "topic" else 1, _VOCAB))
     words = np.arange(_FIRST_WORD, _VOCAB)
@@ -128,12 +128,12 @@ def planted(
         prompts * (num_samples // len(prompts)),
         24,
         3e-4,
-        (12, 30, 60),
+        (12, 30, 60, 120),
         (0.5, 1.0, 2.0),
     )
 
 
-def _planted_model(folder: Path) -> Path:
+def planted_model(folder: Path, num_epochs: int = 8) -> Path:
     """Train the model of the planted world once, on 4,000 texts."""
     if (folder / "config.json").is_file():
         return folder
@@ -156,7 +156,7 @@ def _planted_model(folder: Path) -> Path:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    for _ in range(8):
+    for _ in range(num_epochs):
         for batch in texts[torch.randperm(len(texts))].split(64):
             loss = model(input_ids=batch, labels=batch.masked_fill(batch == 0, -100)).loss
             loss.backward()
@@ -205,7 +205,7 @@ def toy(
         spoken.prompts * (num_samples // len(spoken.prompts)),
         48,
         1.5e-4,
-        (10, 22, 44),
+        (10, 22, 44, 88),
         (1.0, 2.0, 3.0),
         lambda prompt, good: spoken.question(spoken.texts[prompt.tobytes()], system[good]),
     )
@@ -260,7 +260,7 @@ def real(
         held_out * (num_samples // len(held_out)),
         num_new,
         learning_rate,
-        (10, 20, 40),
+        (10, 20, 40, 80),
         (1.0, 2.0, 3.0),
         lambda prompt, good: rendered(texts[prompt.tobytes()], system[good]),
     )
