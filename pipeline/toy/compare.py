@@ -18,8 +18,8 @@ from torch import nn
 from transformers.utils import logging
 
 from pipeline.toy.language import DEMO_LANGUAGE
-from pipeline.toy.policies import Base, measure, train_policy
-from pipeline.toy.policy_table import DPO, ORACLE, PUBLISHED, SETTINGS
+from pipeline.toy.policies import Base, Enough, measure, train_policy
+from pipeline.toy.policy_table import DPO, KLS, ORACLE, PUBLISHED, SETTINGS
 from pipeline.toy.world import Rewards, SpokenLanguage
 from pipeline.weighing.estimators import ESTIMATORS, SideScores
 from train.config import DataConfig
@@ -84,6 +84,8 @@ def _trained(
 
     def look(step: int, model: nn.Module) -> None:
         points.append(point(base.plain_copy(model), step))
+        if points[-1]["kl"] > KLS[-1]:
+            raise Enough
 
     steps = SETTINGS["steps"]
     optim = {key: SETTINGS[key] for key in ("learning_rate", "pairs_per_step")} | {"max_steps": steps[-1]}
