@@ -281,7 +281,10 @@ def _build(shared: Path, store: Path, num_pairs: int) -> float:
         "dataset.max_pairs": num_pairs,
         "model.path": shared / "models" / "tiny-chat",
         "contrast.max_steps": 6,
+        "contrast.learning_rate": 2e-4,
+        "contrast.dtype": "bfloat16",
         "weights.name": NAME,
+        "weights.estimator": "tis",
     }
     command = [sys.executable, "-m", "tokenweights", "build", "recipes/alpaca_judged.toml", "--store", str(store)]
     command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]

@@ -98,7 +98,7 @@ def make_recipe(tmp_path, toy_model):
             "dataset": {"name": "toy", "source": str(tmp_path / "pairs.jsonl")},
             "model": {"path": str(toy_model)},
             "score": {"kv_cache_gib": 1.0},
-            "weights": {"name": "toy/tis-dpo"},
+            "weights": {"name": "toy/tis-dpo", "estimator": "tis"},
             "store": {"uri": str(tmp_path / "store")},
         }
         for key, value in settings.items():

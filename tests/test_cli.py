@@ -15,7 +15,7 @@ import tokenweights
 from weights_store.errors import MissingExtraError, TokenweightsError
 
 REPO = Path(__file__).resolve().parent.parent
-RECIPE = str(REPO / "recipes" / "hh_harmless.toml")
+RECIPE = str(REPO / "recipes" / "hh_harmless_paper.toml")
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ def folder(tmp_path_factory):
     """A folder with the small store of tests/weights_store in `stores/default`."""
     folder = tmp_path_factory.mktemp("docs")
     made = runpy.run_path(str(REPO / "tests" / "weights_store" / "conftest.py"))
-    made["add_ti"](made["build_small_store"](folder / "stores" / "default"))
+    made["add_head"](made["add_ti"](made["build_small_store"](folder / "stores" / "default")))
     return folder
 
 

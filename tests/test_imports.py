@@ -206,7 +206,7 @@ def test_what_is_not_needed_is_not_loaded(code, absent):
     [
         (["plan", "recipes/hh_harmless.toml"], "flows"),
         (["build", "recipes/hh_harmless.toml"], "flows"),
-        (["train", "recipes/train/hh_harmless_tis_dpo.toml"], "train"),
+        (["train", "recipes/train/hh_harmless_head_dpo.toml"], "train"),
     ],
 )
 def test_a_base_install_names_the_extra_that_is_missing(light_install, arguments, extra):

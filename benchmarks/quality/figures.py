@@ -9,7 +9,8 @@ import matplotlib as mpl
 import numpy as np
 
 from benchmarks.quality.methods import DPO, ORACLE
-from benchmarks.quality.summary import chosen_rewards, read_runs, reward_at_kl
+from benchmarks.quality.summary import chosen_rewards, read_runs
+from pipeline.toy.policy_table import reward_at_kl
 
 mpl.use("svg")
 mpl.rcParams |= {

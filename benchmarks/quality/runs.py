@@ -12,9 +12,9 @@ from torch import nn
 from transformers.utils import logging
 
 from benchmarks.quality.methods import FAMILIES, Family, Setting
-from benchmarks.quality.policies import Enough, measure, train_policy
 from benchmarks.quality.scores import PAIRS_PER_STEP, Scorers, Scores, as_pairs, describe, weight_term_ratio
 from benchmarks.quality.worlds import World
+from pipeline.toy.policies import Enough, measure, train_policy
 
 Line = dict[str, Any]
 

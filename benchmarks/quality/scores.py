@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.quality.policies import Base, Ids, batches, padded, train_policy
 from benchmarks.quality.worlds import Row, World
+from pipeline.toy.policies import Base, Ids, batches, padded, train_policy
 from pipeline.weighing.estimators import ESTIMATORS, SideScores
 from pipeline.weighing.head import Responses, fit_head
 from pipeline.weighing.held_out import HeldOut, measure

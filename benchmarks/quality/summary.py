@@ -14,22 +14,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality.methods import DPO, FAMILIES, ORACLE
+from pipeline.toy.policy_table import reward_at_kl
 
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 """Student's t for a 95 % interval of the mean of n values."""
 Points = Sequence[Mapping[str, float]]
 Runs = dict[str, dict[str, dict[int, Points]]]
 """Points by family, setting and seed; those of a seed begin with the starting model."""
-
-
-def reward_at_kl(points: Points, kl: float) -> float:
-    """Return the reward at a KL, linear in sqrt(KL) between the points of a training; nan beyond the last.
-
-    A small step away from a model costs KL by its square, so rewards grow about like sqrt(KL).
-    """
-    found = sorted((point["kl"], point["reward"]) for point in points)
-    kls, rewards = (np.array(values) for values in zip(*found, strict=True))
-    return float(np.interp(math.sqrt(kl), np.sqrt(np.maximum(kls, 0)), rewards)) if kl <= kls[-1] else math.nan
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[Runs, dict[str, dict[int, dict[str, float]]]]:

@@ -12,46 +12,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.quality.lexicon import token_rewards
-from benchmarks.quality.policies import Base, Ids, sample
-from pipeline.toy.language import NEGATIVE_PROMPT, POSITIVE_PROMPT, QUESTIONS, TOPICS, ToyLanguage, find_topic
+from pipeline.toy.language import DEMO_LANGUAGE, NEGATIVE_PROMPT, POSITIVE_PROMPT
 from pipeline.toy.model_maker import make_chat_model
+from pipeline.toy.policies import Base, Ids, sample
+from pipeline.toy.world import Rewards, SpokenLanguage
 
 Row = tuple[Ids, Ids, Ids]
 """A pair: prompt, chosen, rejected."""
 Kind = Literal["sparse", "dense", "topic", "previous"]
-
-
-@dataclass(frozen=True)
-class Rewards:
-    """True rewards of tokens: of the token alone, or also of what the prompt is about, or of the token before.
-
-    `table` is `[G, V]`; the row is 0, what `group_of` says of the prompt, or the id before the token.
-    """
-
-    table: np.ndarray
-    group_of: Callable[[Ids], int] | None = None
-    by_previous: bool = False
-
-    def of(self, prompt: Ids, response: Ids) -> np.ndarray:
-        """Return the reward of each response token, `[T]` float32."""
-        rows: int | np.ndarray = 0 if self.group_of is None else self.group_of(prompt)
-        if self.by_previous:
-            rows = np.concatenate([prompt[-1:], response[:-1]])
-        return self.table[rows, response].astype(np.float32)
-
-    def behind(self, prompts: Sequence[Ids], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return the `NextRewards` of sampled responses to these prompts."""
-        table = torch.tensor(self.table, dtype=torch.float32, device=device)
-        if self.by_previous:
-            return lambda _, previous: table[previous]
-        if self.group_of is None:
-            return lambda _prompts, _previous: table[0]
-        groups = torch.tensor([self.group_of(prompt) for prompt in prompts], device=device)
-        return lambda which, _: table[groups[which]]
 
 
 @dataclass(frozen=True)
@@ -204,52 +175,39 @@ def toy(
     *,
     num_pairs: int = 500,
     num_other: int = 0,
-    temperature: float = 5.0,
+    temperature: float = DEMO_LANGUAGE.temperature,
     num_samples: int = 2000,
 ) -> World:
-    """Return the demo's language with adverbs that are good or bad nearly everywhere, and a judge who is often wrong.
+    """Return the demo's language: adverbs that are good or bad nearly everywhere, and a judge who is often wrong.
 
-    Every adverb is neutral in one topic. With the demo's own words, good in five topics and bad in two, and a judge who is
-    wrong in 6 % of the pairs, DPO leaves weights nothing to win.
+    Every adverb is neutral in one topic. See `DEMO_LANGUAGE` for why.
     """
-    language = ToyLanguage(temperature=temperature, contrary_topics=0)
+    language = replace(DEMO_LANGUAGE, temperature=temperature)
     if not (folder / "config.json").is_file():
         make_chat_model(language.sample_conversations(6000, seed=1), folder)
-    base, tokenizer = Base(folder), AutoTokenizer.from_pretrained(folder)
-
-    def ids(messages: list[dict[str, str]], **more: bool) -> Ids:
-        return np.array(tokenizer.apply_chat_template(messages, return_dict=False, **more), np.int32)
-
-    def question(text: str, *before: dict[str, str]) -> Ids:
-        return ids([*before, {"role": "user", "content": text}], add_generation_prompt=True)
-
-    texts = {question(q.format(topic=topic)).tobytes(): q.format(topic=topic) for topic in TOPICS for q in QUESTIONS}
-    topics = {prompt: list(TOPICS).index(find_topic(text)) for prompt, text in texts.items()}
-    words = [tokenizer.decode([i]).strip() for i in range(len(tokenizer))]
-    table = np.zeros((len(TOPICS), base.plain.config.vocab_size))
-    for group, topic in enumerate(TOPICS):
-        table[group, : len(words)] = [language.rewards[topic].get(word, 0.0) for word in words]
+    base = Base(folder)
+    spoken = SpokenLanguage(language, folder, base.plain.config.vocab_size)
     rows = []
     for pair in language.sample_pairs(num_pairs + num_other, seed=1000 + seed):
-        prompt = ids(pair["prompt"], add_generation_prompt=True)
-        rows.append((prompt, *(ids(pair["prompt"] + pair[side])[len(prompt) :] for side in ("chosen", "rejected"))))
+        prompt = spoken.ids(pair["prompt"], add_generation_prompt=True)
+        whole = [spoken.ids(pair["prompt"] + pair[side]) for side in ("chosen", "rejected")]
+        rows.append((prompt, whole[0][len(prompt) :], whole[1][len(prompt) :]))
     system = {
         True: {"role": "system", "content": POSITIVE_PROMPT},
         False: {"role": "system", "content": NEGATIVE_PROMPT},
     }
-    prompts = [np.frombuffer(prompt, np.int32) for prompt in texts]
     return World(
         f"demo's language, {num_pairs} pairs",
         base,
-        Rewards(table, lambda prompt: topics[prompt.tobytes()]),
+        spoken.rewards,
         rows[:num_pairs],
         rows[num_pairs:],
-        prompts * (num_samples // len(prompts)),
+        spoken.prompts * (num_samples // len(spoken.prompts)),
         48,
         1.5e-4,
         (10, 22, 44, 88),
         (1.0, 2.0, 3.0),
-        lambda prompt, good: question(texts[prompt.tobytes()], system[good]),
+        lambda prompt, good: spoken.question(spoken.texts[prompt.tobytes()], system[good]),
     )
 
 

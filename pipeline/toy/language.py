@@ -215,6 +215,13 @@ class ToyLanguage:
         return [_pick([word for word in PLANTED_WORDS if self.rewards[topic][word] == reward], rng)]
 
 
+DEMO_LANGUAGE = ToyLanguage(temperature=5.0, contrary_topics=0)
+"""In which weights have something to win: no word has opposite meanings, so that labels can tell its reward, and the judge is
+wrong in a third of the pairs. With the defaults, where words change sides and 6 % of the labels are wrong, plain DPO learns
+what there is to learn, and even weights that know the true rewards add almost nothing.
+"""
+
+
 def find_topic(prompt_text: str) -> str:
     """Return the topic that a prompt names.
 
@@ -238,9 +245,10 @@ def agreement(true_rewards: ArrayLike, estimates: ArrayLike) -> dict[str, float]
         estimates: `[N]`, any unit.
 
     Returns:
-        `auc`: probability that a good token has a higher estimate than a bad one; a tie counts half. `pearson`: over all
-        tokens; nan if one of the two is constant. `mean_good`, `mean_neutral`, `mean_bad`: mean estimate; nan for neutral
-        if there are no such tokens.
+        `pearson`: correlation over all tokens; nan if one of the two is constant. `mean_good`, `std_good` and so on for
+        `neutral` and `bad`: mean and standard deviation of the estimates; nan for neutral if there are no such tokens. `auc`:
+        probability that a good token has a higher estimate than a bad one; a tie counts half. It does not see neutral tokens,
+        which are most of them, and whose spread does harm.
 
     Raises:
         ValueError: Shapes differ or are not `[N]`, a value is not finite, or there is no good or no bad token.
@@ -259,9 +267,10 @@ def agreement(true_rewards: ArrayLike, estimates: ArrayLike) -> dict[str, float]
     return {
         "auc": float((below + at_most).mean() / (2 * bad.size)),
         "pearson": float("nan") if is_constant else float(np.corrcoef(rewards, values)[0, 1]),
-        "mean_good": float(good.mean()),
-        "mean_neutral": float(neutral.mean()) if neutral.size else float("nan"),
-        "mean_bad": float(bad.mean()),
+    } | {
+        f"{name}_{of}": float(measure(values)) if values.size else float("nan")
+        for of, values in (("good", good), ("neutral", neutral), ("bad", bad))
+        for name, measure in (("mean", np.mean), ("std", np.std))
     }
 
 

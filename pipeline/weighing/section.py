@@ -20,6 +20,26 @@ PAIR_WEIGHT_SETTINGS: dict[str, tuple[str, ...]] = {"quality": ("quality_eta",),
 """The keys of [weights] that each kind of pair weight reads."""
 
 
+DEFAULT_ESTIMATOR = "head"
+"""Of a recipe that names none: it needs no second model, and is what helps from labels alone (docs/quality.md)."""
+
+_AS_WRITTEN: dict[str, object] = {"transforms": [], "pair_weight": "none"}
+_TIS: dict[str, object] = {"scale": 1.0, "spread": "none", "k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5}
+PRESETS: dict[str, dict[str, dict[str, object]]] = {
+    "paper": {
+        "tis": _TIS | _AS_WRITTEN,
+        "ti": {"ti_lambda": 0.7, "sigma_divisor": 4.0, "span": "response"} | _AS_WRITTEN,
+    },
+    "release": {
+        "rank_based": {"min_weight": 0.7, "max_weight": 1.3} | _AS_WRITTEN,
+        "ti": {"ti_lambda": 0.2, "sigma_divisor": 8.0, "span": "sequence"} | _AS_WRITTEN,
+    },
+}
+"""What `weights.preset` sets, by estimator; the first is that of a recipe which names none. TIS-DPO: eq. 19 of arXiv 2410.04350
+with SWIFT's clamp, and the command in its release's README. TI-DPO: arXiv 2505.19653, and its release.
+"""
+
+
 def _each_once(names: list[Name]) -> list[Name]:
     if len(set(names)) < len(names):
         raise ValueError("expected each name once")
@@ -31,6 +51,11 @@ class WeightsSection(Section):
 
     name: str = Field(description="name of the weight dataset in two parts, for example hh-harmless/tis-dpo")
     estimator: str = Field(description="where the weights come from, see [weights.md](weights.md)")
+    preset: Literal["none", "paper", "release"] = Field(
+        "none",
+        description="the weights as TIS-DPO's paper or release has them, or TI-DPO's with estimator `ti`, see "
+        "[weights.md](weights.md#reproductions-of-the-papers); keys that contradict it are refused",
+    )
     transforms: Annotated[list[TransformName], AfterValidator(_each_once)] = Field(
         [],
         description="what is done to the weights, in this order: `position`, `smooth`, `shrink`, `decay`, `mean_one`",
@@ -235,11 +260,33 @@ MODELS = {name: _model(name, WeightsSection, _ABLATIONS if name in _ABLATIONS el
 globals().update({model.__name__: model for model in MODELS.values()})  # so that recipes can be pickled
 
 
+def _completed(given: object) -> object:
+    """Fill in the preset's values and the estimator where they are not given, and refuse values that contradict the preset."""
+    if not isinstance(given, Mapping):
+        return given
+    presets = PRESETS.get(str(given.get("preset")))  # another name is refused by its type
+    if presets is None:
+        return {"estimator": DEFAULT_ESTIMATOR, **given}
+    preset, estimator = given["preset"], given.get("estimator", next(iter(presets)))
+    if estimator not in presets:
+        raise ValueError(
+            f"weights.preset {preset!r} is for estimator {' or '.join(map(repr, presets))}, got weights.estimator "
+            f"{estimator!r}: leave one of the two out"
+        )
+    for key, value in presets[estimator].items():
+        if given.get(key, value) != value:
+            raise ValueError(
+                f"weights.preset {preset!r} sets weights.{key} = {value!r} for estimator {estimator!r}, got {given[key]!r}: "
+                f'leave weights.{key} out, or set weights.preset = "none"'
+            )
+    return {"estimator": estimator, **presets[estimator], **given}
+
+
 if TYPE_CHECKING:
     AnyWeights = WeightsSection
 else:
     AnyWeights = Annotated[
         Union[tuple(MODELS.values())],  # noqa: UP007
         Field(discriminator="estimator"),
-        BeforeValidator(lambda given: {"estimator": "tis", **given} if isinstance(given, Mapping) else given),
+        BeforeValidator(_completed),
     ]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks.quality import runs, scores, summary, worlds
-from benchmarks.quality.policies import along, sample
+from pipeline.toy.policies import along, sample
+from pipeline.toy.policy_table import reward_at_kl
 
 
 def points(*pairs):
@@ -17,9 +18,9 @@ def points(*pairs):
 
 def test_reward_at_kl_is_linear_in_the_square_root():
     curve = points((0, 1.0), (4.0, 5.0), (1.0, 2.5))
-    assert summary.reward_at_kl(curve, 1.0) == pytest.approx(2.5)
-    assert summary.reward_at_kl(curve, 2.25) == pytest.approx(3.75)  # half way between sqrt 1 and 2
-    assert math.isnan(summary.reward_at_kl(curve, 4.1))
+    assert reward_at_kl(curve, 1.0) == pytest.approx(2.5)
+    assert reward_at_kl(curve, 2.25) == pytest.approx(3.75)  # half way between sqrt 1 and 2
+    assert math.isnan(reward_at_kl(curve, 4.1))
 
 
 def test_a_setting_is_chosen_on_the_other_seeds():

@@ -48,6 +48,7 @@ pairs_per_step = 8
 kv_cache_gib = 1.0
 [weights]
 name = "toy/tis-dpo"
+estimator = "tis"
 [schedule]
 interval_s = 8
 [store]
@@ -243,8 +244,22 @@ def test_the_commands_that_the_demo_prints_work(world, first_build):
     assert "made from" in shown
     assert "score ref: logps/" in built
     assert "nothing to score" in built
-    assert "published weights/toy/wider@0" in built
+    assert "published weights/toy/milder@0" in built
     assert f"wrote {world / 'dpo'}" in trained
+
+
+def test_the_demo_compares_three_policies_on_what_was_published(world, first_build, monkeypatch):
+    from pipeline.toy.compare import SETTINGS, compare
+
+    small = {"pairs_per_step": 8, "steps": [1, 2], "num_samples": 40, "max_new_tokens": 4}
+    for key, value in small.items():
+        monkeypatch.setitem(SETTINGS, key, value)
+    policies = compare(str(world / "store"), "toy/tis-dpo@0", first_build.model_folder)
+    assert list(policies) == ["DPO", "published weights", "oracle weights"]
+    for points in policies.values():
+        assert [point["step"] for point in points] == [0, 1, 2]
+        assert points[0]["kl"] == 0 < points[1]["kl"] < points[2]["kl"]
+    assert len({points[2]["reward"] for points in policies.values()}) == 3  # they differ in their weights
 
 
 def test_ctrl_c_ends_a_build_and_keeps_what_was_committed(world, first_build, tmp_path):

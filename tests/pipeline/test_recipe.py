@@ -64,7 +64,9 @@ def test_recipes_ship_for_local_files_and_for_the_hub():
 
 
 def _load(*overrides):
-    return load_recipe(REPO / "recipes" / "hh_harmless.toml", overrides)
+    """Return the paper's recipe, which has a contrastive pair, without its preset."""
+    own = ("weights.preset=none", "weights.estimator=tis")
+    return load_recipe(REPO / "recipes" / "hh_harmless_paper.toml", [*own, *overrides])
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_prompts_of_several_pairs_come_in_lists_of_equal_length():
 
 def test_given_models_have_no_prompt_unless_one_is_set():
     # The recipe file sets both prompts, for the method prompt.
-    settings = load_toml(REPO / "recipes" / "hh_harmless.toml") | {
+    settings = load_toml(REPO / "recipes" / "hh_harmless_paper.toml") | {
         "contrast": {"method": "given", "positive_model": "x"}
     }
     plain = parse_settings(Recipe, settings, "x.toml")
@@ -299,6 +301,64 @@ def test_what_changes_weights_is_in_the_identity_and_nothing_else():
     read = {"members", "ti_lambda", "sigma_divisor", "span", "min_weight", "max_weight"}
     read |= {"transforms", "smooth_over", "decay_gamma", "pair_weight", "margin_tau", "margin_formula"}
     assert set(whole) == {"name", "estimator", *read}
+
+
+def _weights(*overrides):
+    return load_recipe(REPO / "recipes" / "hh_harmless.toml", [f"weights.{override}" for override in overrides]).weights
+
+
+def test_a_recipe_without_an_estimator_asks_for_no_contrastive_pair():
+    settings = load_toml(REPO / "recipes" / "hh_harmless.toml")
+    del settings["weights"]["estimator"]
+    recipe = parse_settings(Recipe, settings, "x.toml")
+    assert (recipe.weights.estimator, recipe.needs_pair, recipe.needs_attributions) == ("head", False, False)
+
+
+@pytest.mark.parametrize(
+    ("preset", "same"),
+    [
+        (["preset=paper", "estimator=tis"], ["estimator=tis", "upper=1.5", "lower=-0.5", "scale=1", "k=1", "mu=1"]),
+        (["preset=release", "estimator=rank_based"], ["estimator=rank_based", "min_weight=0.7", "max_weight=1.3"]),
+        (["preset=paper", "estimator=ti"], ["estimator=ti", "ti_lambda=0.7", "sigma_divisor=4", "span=response"]),
+    ],
+)
+def test_a_preset_is_another_way_to_write_its_settings(preset, same):
+    assert _weights(*preset).result_settings() == _weights(*same).result_settings()
+
+
+def test_the_release_of_ti_dpo_needs_attributions_of_prompts():
+    overrides = ["weights.preset=release", "weights.estimator=ti"]
+    with pytest.raises(SettingsError, match=r"weights.span 'sequence' .*: set attribute.prompts = true"):
+        _load(*overrides)
+    weights = _load(*overrides, "attribute.prompts=true").weights
+    assert (weights.ti_lambda, weights.sigma_divisor, weights.span) == (0.2, 8, "sequence")
+
+
+def test_a_preset_names_its_estimator_if_the_recipe_names_none():
+    settings = load_toml(REPO / "recipes" / "hh_harmless_paper.toml")
+    found = {}
+    for preset in ("paper", "release"):
+        settings["weights"]["preset"] = preset
+        found[preset] = parse_settings(Recipe, settings, "x.toml").weights
+    assert {preset: weights.estimator for preset, weights in found.items()} == {"paper": "tis", "release": "rank_based"}
+    assert Recipe.model_validate(settings | {"weights": found["paper"].model_dump()}).weights == found["paper"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["preset=paper", "estimator=tis", "upper=2"], r"'paper' sets weights.upper = 1.5 for .*'tis', got 2: leave"),
+        (
+            ["preset=paper", "estimator=tis", "transforms=['decay']"],
+            r"sets weights.transforms = \[\] .*got \['decay'\]",
+        ),
+        (["preset=release", "estimator=tis"], "is for estimator 'rank_based' or 'ti', got weights.estimator 'tis'"),
+        (["preset=papers"], "weights.preset: .*'none', 'paper' or 'release', got 'papers'"),
+    ],
+)
+def test_what_contradicts_a_preset_is_refused(overrides, message):
+    with pytest.raises(SettingsError, match=message):
+        _weights(*overrides)
 
 
 def test_the_releases_transforms_have_its_own_ends():

@@ -61,7 +61,7 @@ def _recipe(folder, model, name, **sections):
         "dataset": {"name": "toy", "source": "pairs.jsonl"},
         "model": {"path": str(model)},
         "store": {"uri": "store"},
-        "weights": {"name": f"toy/{name}"},
+        "weights": {"name": f"toy/{name}", "estimator": "tis"},
     }
     for section, values in sections.items():
         settings[section] = {**settings.get(section, {}), **values}

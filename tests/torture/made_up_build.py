@@ -90,7 +90,10 @@ class MadeUpBuild:
         for name, rows, upper in (("first", pairs[:40], 1.5), ("second", pairs[3:], 1.5), ("second", pairs[3:], 0.2)):
             path = folder / f"{name}.jsonl"
             path.write_text("\n".join([*rows, "no json"]) + "\n")
-            dataset, weights = {"name": "toy", "source": str(path)}, {"name": "toy/tis-dpo", "upper": upper}
+            dataset, weights = (
+                {"name": "toy", "source": str(path)},
+                {"name": "toy/tis-dpo", "estimator": "tis", "upper": upper},
+            )
             contrast = {"method": "prompt"}  # no trained models, which `verify` would miss
             recipes.append(
                 {"dataset": dataset, "model": {"path": str(model)}, "contrast": contrast, "weights": weights}

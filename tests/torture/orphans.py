@@ -111,7 +111,7 @@ def write_recipe(folder: Path, model: Path, pairs: list[dict[str, object]]) -> P
         "model": {"path": str(model)},
         "contrast": {"method": "prompt"},
         "score": {"python": str(scorer), "chunk_tokens": 256, "parity_pairs": 0},
-        "weights": {"name": "toy/tis"},
+        "weights": {"name": "toy/tis", "estimator": "tis"},
     }
     lines = [f"[{name}]\n{_lines(section)}" for name, section in sections.items()]
     (folder / "recipe.toml").write_text("\n".join(lines), encoding="utf-8")

@@ -135,11 +135,11 @@ def _weights_metadata(name, estimator, parents, token_weights, pair_ids):
     if estimator in ("tis", "reversed"):
         weights |= {"k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5}
     identity = {
-        "settings": {"weights": weights, "contrast": {} if estimator in ("uniform", "ti") else TRAINING},
+        "settings": {"weights": weights, "contrast": {} if estimator in ("uniform", "ti", "head") else TRAINING},
         "data": {role: parent.fingerprint for role, parent in parents.items()},
     }
     num_tokens = sum(len(side) for pair_id in pair_ids for side in token_weights[pair_id])
-    trained = {} if estimator in ("uniform", "ti") else {"contrast": {"held_out": 0.0, "split": None}}
+    trained = {} if estimator in ("uniform", "ti", "head") else {"contrast": {"held_out": 0.0, "split": None}}
     return {
         **trained,
         "fingerprint": fingerprint(identity),
@@ -223,6 +223,14 @@ def model_places(small_store):
     """Where the contrastive models of the small store lie, by side."""
     paths = (small_store.root.path / "models").glob("*/contrast.json")
     return {json.loads(path.read_text())["identity"]["side"]: f"models/{path.parent.name}" for path in paths}
+
+
+def add_head(store):
+    """Add what a build without a contrastive pair leaves: weights of all pairs from the labels alone."""
+    tables = {"tokens": f"tokens/{DATASET}", "ref_logps": f"logps/{DATASET}/ref"}
+    parents = {role: store.table(path).reference() for role, path in tables.items()}
+    _append_weights(store, "hh-harmless/head", "head", TIS, "abcd", parents)
+    return store
 
 
 def add_ti(store):

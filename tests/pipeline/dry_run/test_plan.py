@@ -149,7 +149,7 @@ def built_once(tmp_path_factory, toy_model, toy_pairs, write_jsonl):
             "dataset": {"name": "toy", "source": str(folder / "pairs.jsonl")},
             "model": {"path": str(toy_model)},
             "contrast": {name.partition(".")[2]: value for name, value in CONTRAST.items()},
-            "weights": {"name": "toy/tis-dpo"},
+            "weights": {"name": "toy/tis-dpo", "estimator": "tis"},
             "store": {"uri": str(folder / "store")},
         }
     )

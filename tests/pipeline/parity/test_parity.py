@@ -140,7 +140,7 @@ def _recipe(folder, model, pairs_file, **sections):
         "dataset": {"name": "toy", "source": str(pairs_file)},
         "model": {"path": str(model)},
         "score": {"kv_cache_gib": 1.0},
-        "weights": {"name": "toy/tis-dpo"},
+        "weights": {"name": "toy/tis-dpo", "estimator": "tis"},
         "store": {"uri": str(folder / "store")},
         **sections,
     }
@@ -434,7 +434,7 @@ def test_command_prints_the_table_and_fails_above_the_tolerance(tmp_path, toy_mo
     recipe.write_text(
         f"[dataset]\nname = 'toy'\nsource = {json.dumps(str(tmp_path / 'pairs.jsonl'))}\n"
         f"[model]\npath = {json.dumps(str(toy_model))}\n[contrast]\nmethod = 'prompt'\n[score]\nkv_cache_gib = 1.0\n"
-        "[weights]\nname = 'toy/tis-dpo'\n"
+        "[weights]\nname = 'toy/tis-dpo'\nestimator = 'tis'\n"
     )
     options = ["--store", str(tmp_path / "store"), "--pairs", "3", "--role", "positive", "--tolerance", "1e-12"]
     code = tokenweights.main(["check-scorer", str(recipe), *options])

@@ -195,6 +195,7 @@ def test_auc_counts_ordered_pairs_and_half_the_ties():
     scores = agreement([1, 1, -1, -1, -1, 0], [3.0, 1.0, 1.0, 0.0, 2.0, 7.0])
     assert scores["auc"] == pytest.approx(0.75)
     assert (scores["mean_good"], scores["mean_neutral"], scores["mean_bad"]) == (2.0, 7.0, 1.0)
+    assert (scores["std_good"], scores["std_neutral"], scores["std_bad"]) == (1.0, 0.0, pytest.approx(math.sqrt(2 / 3)))
 
 
 def test_pearson_is_the_hand_computed_one():
@@ -206,6 +207,7 @@ def test_true_rewards_agree_fully_with_themselves_and_negation_reverses_all():
     truth = np.array([1.0, 0.0, -1.0, 1.0, 0.0])
     assert agreement(truth, truth) == pytest.approx(
         {"auc": 1.0, "pearson": 1.0, "mean_good": 1.0, "mean_neutral": 0.0, "mean_bad": -1.0}
+        | {"std_good": 0.0, "std_neutral": 0.0, "std_bad": 0.0}
     )
     assert agreement(truth, -truth)["auc"] == 0.0
     assert agreement(truth, -truth)["pearson"] == pytest.approx(-1.0)

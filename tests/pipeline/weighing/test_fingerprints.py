@@ -8,7 +8,7 @@ import pytest
 from pipeline.recipe import load_recipe
 from weights_store.fingerprint import canonical_json, fingerprint
 
-RECIPE = Path(__file__).resolve().parents[3] / "recipes" / "hh_harmless.toml"
+RECIPE = Path(__file__).resolve().parents[3] / "recipes" / "hh_harmless_paper.toml"
 INPUTS = ["score.top_k=8", "attribute.activations=true", "attribute.prompts=true"]
 
 EARLIER = [
@@ -116,6 +116,7 @@ EARLIER = [
 
 @pytest.mark.parametrize(("overrides", "settings", "digits"), EARLIER)
 def test_every_estimator_keeps_its_fingerprint(overrides, settings, digits):
+    overrides = ["preset=none", "estimator=tis", *overrides]
     recipe = load_recipe(RECIPE, [*INPUTS, *(f"weights.{override}" for override in overrides)])
     result_settings = recipe.result_settings()
     assert fingerprint(result_settings).startswith(digits)

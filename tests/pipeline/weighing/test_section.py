@@ -113,5 +113,5 @@ def key_rows():
 def test_the_keys_in_the_settings_page_are_those_of_the_models():
     rows = _table("settings.md", "### [weights]")
     (of_estimator,) = [row for row in rows if row.startswith("| `weights.estimator`")]
-    assert re.match(r"\| `weights.estimator` \| .* \| `\"tis\"` \|", of_estimator)
+    assert re.match(r"\| `weights.estimator` \| .* \| `\"head\"` \|", of_estimator)
     assert [row for row in rows if row != of_estimator] == key_rows()

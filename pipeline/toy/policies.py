@@ -1,7 +1,7 @@
 """Train policies with the project's own trainer, and measure what they have become: true reward, and KL to the reference.
 
-Pairs and weights are held in memory; the loss, its gradient, the order of pairs and the optimizer are those of `tokenweights
-train`.
+The demo and the quality benchmark use it. Pairs and weights are held in memory; the loss, its gradient, the order of pairs and
+the optimizer are those of `tokenweights train`.
 """
 
 import copy
@@ -9,7 +9,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from train.job.trainer import PairTrainer
 from train.model.packing import confirm_layout
 from train.model.policy import Policy, load_policy, load_reference, switch_off_noise
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Ids = np.ndarray
 """Token ids of a prompt or a response, `[T]` int32."""
 SAMPLES_PER_BATCH = 2048
@@ -32,7 +35,7 @@ TOKENS_PER_BATCH = 1 << 14
 class NextRewards(Protocol):
     """The true rewards of whatever token comes next."""
 
-    def __call__(self, prompts: Tensor, previous: Tensor) -> Tensor:
+    def __call__(self, prompts: Tensor, previous: Tensor, /) -> Tensor:
         """Return `[V]`, or `[n, V]` for n positions; `prompts` says whose each is, `previous` which token came before."""
         ...
 
@@ -65,9 +68,10 @@ class Base:
         self.policy = Policy(policy.model, not_packed, policy.attention)
         # With attention and forward pass of transformers. In float32: a short training changes less than bfloat16 resolves.
         in_float32 = self.config.model_copy(update={"dtype": "float32"})
-        self.plain = load_reference(folder, in_float32, Policy(policy.model, "its own attention")).to(device).eval()
+        plain = load_reference(folder, in_float32, Policy(policy.model, "its own attention"))
+        self.plain = cast("PreTrainedModel", plain.to(device).eval())
         ends = self.plain.generation_config.eos_token_id
-        self.end_ids = [self.plain.config.eos_token_id] if ends is None else [*np.atleast_1d(ends).tolist()]
+        self.end_ids = [*np.atleast_1d(self.plain.config.eos_token_id if ends is None else ends).tolist()]
 
     def autocast(self) -> torch.autocast:
         """Return the arithmetic of a forward pass."""
@@ -79,7 +83,7 @@ class Base:
         switch_off_noise(model)  # its `train` would be that of the original
         return Policy(model, self.policy.not_packed, self.policy.attention)
 
-    def plain_copy(self, model: nn.Module) -> nn.Module:
+    def plain_copy(self, model: nn.Module) -> "PreTrainedModel":
         """Return a model with the parameters of a policy and the forward pass of transformers."""
         plain = copy.deepcopy(self.plain)
         plain.load_state_dict(model.state_dict())
@@ -177,7 +181,7 @@ def sample(
 
 @torch.inference_mode()
 def along(
-    base: Base, model: nn.Module, prompts: Sequence[Ids], responses: Sequence[Ids], next_rewards: NextRewards
+    base: Base, model: "PreTrainedModel", prompts: Sequence[Ids], responses: Sequence[Ids], next_rewards: NextRewards
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return two sums over the positions of each response, `[S]`, given what was sampled up to there.
 
@@ -222,7 +226,7 @@ class Point(NamedTuple):
 
 def measure(
     base: Base,
-    model: nn.Module,
+    model: "PreTrainedModel",
     prompts: Sequence[Ids],
     next_rewards: NextRewards,
     *,
