@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from transformers.utils import logging
 
@@ -95,6 +96,9 @@ def _trained(
 
 def main() -> None:
     """Compare, and write the points to a file."""
+    torch.set_num_threads(
+        1
+    )  # for so small a model more threads mostly wait for each other, and far longer on a busy machine
     warnings.filterwarnings("ignore")  # of trainers that save nothing
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,10 +1,11 @@
 """A made-up language in which the true reward of every token is known.
 
-The demo and the quality benchmark use it for the one question that real data cannot answer: does an estimator find the
-tokens that matter? Each of eight topics has its own neutral words. Sixteen *planted* adverbs occur in all topics. Half of
-them are good (+1) in five topics, bad (-1) in two and neutral (0) in one; the other half are bad in five and good in two. So
-a word is good only in its context: the best table of words that ignores the topic reaches an AUC of 0.71 (`agreement`), the
-truth 1.0, and chance 0.5.
+The demo and the quality benchmark use it (as `DEMO_LANGUAGE`) for the one question that real data cannot answer: does an
+estimator find the tokens that matter? Each of eight topics has its own neutral words. Sixteen *planted* adverbs occur in all
+topics. Half of them are good (+1) in five topics, bad (-1) in two and neutral (0) in one; the other half are bad in five and
+good in two. So a word is good only in its context: the best table of words that ignores the topic reaches an AUC of 0.71
+(`agreement`), the truth 1.0, and chance 0.5. In `DEMO_LANGUAGE` every word but for its neutral topic is good or bad in all of
+them.
 
 This file knows no tokenizer and no model. `pipeline.toy.model_maker` makes a model that speaks the language. Errors are
 plain `ValueError`s, because the file needs nothing but numpy.

@@ -20,8 +20,8 @@ SETTINGS: dict[str, Any] = {
     "num_samples": 1000,
     "max_new_tokens": 48,
 }
-"""Of all three policies; measured after each of `steps`, on `num_samples` sampled responses. DPO was tried with betas of
-0.3 and 1 and with twice the learning rate too: these are best for it.
+"""Of all three policies; measured after each of `steps`, on `num_samples` sampled responses. DPO was tried with betas of 0.3
+and 1 and with twice the learning rate too: these are best for it.
 """
 KLS = (1.0, 2.0)
 """At which policies are compared, nats; a training ends when it has passed the last."""
