@@ -48,12 +48,19 @@ def draw_curves(worlds: Mapping[str, Sequence[Path]], kls: Mapping[str, Sequence
             if not names:
                 continue
             of_setting = runs[family][max(set(names), key=names.count)]
-            curves = np.array([[reward_at_kl(points, kl) for kl in grid] for points in of_setting.values()])
+            # Above the starting model, whose reward differs from seed to seed.
+            curves = np.array(
+                [[reward_at_kl(points, kl) - points[0]["reward"] for kl in grid] for points in of_setting.values()]
+            )
             ax.plot(grid, curves.mean(0), color=colour, label=family, lw=1.6)
             if len(curves) > 1:
                 error = curves.std(0, ddof=1) / math.sqrt(len(curves))
                 ax.fill_between(grid, curves.mean(0) - error, curves.mean(0) + error, color=colour, alpha=0.15, lw=0)
-        ax.set(title=world, xlabel="KL(policy ‖ reference), nats a response", ylabel="true reward of a response")
+        ax.set(
+            title=world,
+            xlabel="KL(policy ‖ reference), nats a response",
+            ylabel="true reward above the starting model's",
+        )
         ax.legend(frameon=False, fontsize=8)
     figure.savefig(path, metadata=_WITHOUT_DATE)
     plt.close(figure)
@@ -88,7 +95,7 @@ def draw_gaps(summaries: Mapping[str, Any], kls: Mapping[str, Sequence[float]], 
         ax.axvline(100, color="tab:green", lw=0.8, ls="--")
         ax.set(
             title=f"{world}, KL {kls[world][1]:g}",
-            xlabel="gap closed between DPO (0) and oracle weights (100), %",
+            xlabel="gap closed, %: DPO 0, oracle weights 100",
             xlim=(-150, 150),
         )
     figure.savefig(path, metadata=_WITHOUT_DATE)

@@ -96,9 +96,8 @@ def _trained(
 
 def main() -> None:
     """Compare, and write the points to a file."""
-    torch.set_num_threads(
-        1
-    )  # for so small a model more threads mostly wait for each other, and far longer on a busy machine
+    # With so small a model more threads mostly wait for each other, and far longer on a busy machine.
+    torch.set_num_threads(1)
     warnings.filterwarnings("ignore")  # of trainers that save nothing
     logging.set_verbosity_error()
     logging.disable_progress_bar()
