@@ -235,7 +235,7 @@ def real(
 
     `prompt_file` is a JSON list of instructions; the first 128 are kept for the measurements.
     """
-    base, tokenizer = Base(folder, device, dtype), AutoTokenizer.from_pretrained(folder)
+    base, tokenizer = Base(folder, device, dtype), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
     def rendered(text: str, *before: dict[str, str]) -> Ids:
         messages = [*before, {"role": "user", "content": text}]

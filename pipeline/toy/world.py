@@ -54,7 +54,7 @@ class SpokenLanguage:
     """
 
     def __init__(self, language: ToyLanguage, folder: Path, vocab_size: int) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         asked = [(topic, question.format(topic=topic)) for topic in TOPICS for question in QUESTIONS]
         self.texts = {self.question(text).tobytes(): text for _, text in asked}
         topics = {prompt: list(TOPICS).index(find_topic(text)) for prompt, text in self.texts.items()}

@@ -17,7 +17,7 @@ from weights_store.errors import InputError
 
 
 def _section(**settings):
-    return TypeAdapter(AnyWeights).validate_python({"name": "toy/weights", **settings})
+    return TypeAdapter(AnyWeights).validate_python({"name": "toy/weights", "estimator": "tis", **settings})
 
 
 def _pairs(log_ratios, splits=None, prompts=None, rewards=None):

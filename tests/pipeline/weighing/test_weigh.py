@@ -13,7 +13,7 @@ from weights_store.errors import InputError, MismatchError
 
 
 def _section(**settings):
-    return TypeAdapter(AnyWeights).validate_python({"name": "toy/weights", **settings})
+    return TypeAdapter(AnyWeights).validate_python({"name": "toy/weights", "estimator": "tis", **settings})
 
 
 def _scores(lengths=(2, 1), **arrays):
