@@ -103,6 +103,9 @@ def report(folder: Path, results: Path) -> None:
         draw_curves({title: paths[world] for title, world in shown.items()}, of_titles, results / "quality-curves.svg")
         draw_gaps({title: summaries[world] for title, world in shown.items()}, of_titles, results / "quality-gaps.svg")
     for world, summary in summaries.items():
+        if len(paths[world]) == 1:
+            print(f"\n### {world}: one seed, so no settings can be chosen on others")
+            continue
         print(f"\n### {world} ({len(paths[world])} seeds, {summary['num_policies']} policies)\n")
         print("\n".join(_table(summary, kls[world])))
 
