@@ -128,7 +128,7 @@ def _table(summary: dict[str, Any], kls: tuple[float, ...]) -> list[str]:
             ]
         of_scores = row["scores"]
         names = ("token_corr", "neutral_std", "log_likelihood", "weight_term_ratio")
-        cells += [f"{of_scores[name]:.2f}" if of_scores and math.isfinite(of_scores[name]) else "" for name in names]
+        cells += [f"{of_scores[name]:.2f}" if name in of_scores else "" for name in names]
         if of_scores and of_scores["in_sample"]:
             cells[-2] = "in sample"
         lines.append(f"| {family} | {' | '.join(cells)} |")
