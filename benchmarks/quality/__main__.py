@@ -21,16 +21,14 @@ REPO = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPO))
 SCRATCH = REPO / "benchmarks" / "scratch" / "quality"
 RESULTS = REPO / "benchmarks" / "results"
-KLS = {"planted": (0.5, 1.0, 2.0), "toy": (1.0, 2.0, 3.0), "real": (1.0, 2.0, 3.0)}
-"""At which policies of each kind of world are compared, nats a response."""
 TITLES = {"planted-sparse-1000-0": "planted, sparse", "toy": "the demo's language", "real": "real language"}
 """Worlds in the figures."""
 REPORTING_SEEDS = (1, 2, 3, 4, 5)
 """Fixed before anything was run with them; seed 0 was for trying out."""
 
 
-def jobs(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], object], tuple[str, ...], int]]:
-    """Return every world and seed: a name for its file, how to make it, the families to train, the seed."""
+def jobs(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], object], tuple[str, ...]]]:
+    """Return every world and seed: a name for its file, how to make it, the families to train."""
     from benchmarks.quality import worlds
     from benchmarks.quality.methods import CORE, FAMILIES
 
@@ -41,7 +39,7 @@ def jobs(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], object],
             make = partial(
                 worlds.toy, arguments.scratch / "toy-model", seed, num_other=2000, num_samples=arguments.samples
             )
-            found.append((f"toy-{seed}", make, every, seed))
+            found.append((f"toy-{seed}", make, every))
         if "planted" in arguments.worlds:
             for kind, num_pairs, flips in PLANTED:
                 cell = f"{kind}-{num_pairs}-{flips:g}"
@@ -58,7 +56,7 @@ def jobs(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], object],
                     num_samples=arguments.samples,
                 )
                 names = (*CORE, "head with contexts") if kind in ("topic", "previous") else CORE
-                found.append((f"planted-{cell}-{seed}", make, names, seed))
+                found.append((f"planted-{cell}-{seed}", make, names))
         if "real" in arguments.worlds:
             make = partial(
                 worlds.real,
@@ -71,7 +69,7 @@ def jobs(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], object],
                 device=arguments.device,
                 dtype=arguments.dtype,
             )
-            found.append((f"real-{seed}", make, every, seed))
+            found.append((f"real-{seed}", make, every))
     return found
 
 
@@ -87,6 +85,7 @@ def report(folder: Path, results: Path) -> None:
     from benchmarks.machine import describe
     from benchmarks.quality.figures import draw_curves, draw_gaps
     from benchmarks.quality.summary import summarise
+    from benchmarks.quality.worlds import KLS
 
     paths: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.jsonl")):
@@ -176,7 +175,7 @@ def run_missing(arguments: argparse.Namespace) -> None:
             pool.submit(
                 run_job, arguments.scratch / f"{name}.jsonl", make, names, arguments.families, until - time.monotonic()
             )
-            for name, make, names, _ in jobs(arguments)
+            for name, make, names in jobs(arguments)
         ]
         for future in futures:
             print(f"{time.strftime('%H:%M:%S')} {future.result()}", flush=True)

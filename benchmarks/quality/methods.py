@@ -1,4 +1,4 @@
-"""What is compared: families of methods, each with a few settings to choose from. All families have the same kinds of settings.
+"""What is compared: families of methods, each with a few settings to choose from.
 
 Settings are chosen on other seeds than the one that is reported, and the baseline has the most of them.
 """

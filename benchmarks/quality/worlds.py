@@ -6,7 +6,7 @@ sigmoid((difference of the sums of true token rewards) / temperature). Some labe
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,17 +19,19 @@ from pipeline.toy.language import DEMO_LANGUAGE, NEGATIVE_PROMPT, POSITIVE_PROMP
 from pipeline.toy.model_maker import make_chat_model
 from pipeline.toy.policies import Base, Ids, sample
 from pipeline.toy.world import Rewards, SpokenLanguage
+from weights_store.lock import locked, wait_for
 
 Row = tuple[Ids, Ids, Ids]
 """A pair: prompt, chosen, rejected."""
 Kind = Literal["sparse", "dense", "topic", "previous"]
+KLS = {"planted": (0.5, 1.0, 2.0), "toy": (1.0, 2.0, 3.0), "real": (1.0, 2.0, 3.0)}
+"""At which policies of each kind of world are compared, nats a response."""
 
 
 @dataclass(frozen=True)
 class World:
     """Pairs of one seed, and all that is needed to train policies on them and to measure these."""
 
-    name: str
     base: Base
     rewards: Rewards
     rows: list[Row]
@@ -43,12 +45,12 @@ class World:
     """Steps after which a policy is measured; the last ends its training."""
     kls: tuple[float, float, float]
     """At which rewards are compared, nats."""
-    behind: Callable[[Ids, bool], Ids] | None = field(default=None, compare=False)
+    behind: Callable[[Ids, bool], Ids] | None = None
     """A prompt behind the good or the bad system prompt."""
 
-    def true_rewards(self, rows: Sequence[Row] | None = None) -> list[np.ndarray]:
+    def true_rewards(self) -> list[np.ndarray]:
         """Return the true token rewards of the responses of pairs, chosen and rejected in turns."""
-        return [self.rewards.of(row[0], response) for row in rows or self.rows for response in row[1:]]
+        return [self.rewards.of(row[0], response) for row in self.rows for response in row[1:]]
 
 
 def judged(
@@ -118,9 +120,7 @@ def planted(
         flips,
         seed,
     )
-    name = f"planted {kind}, {num_pairs} pairs" + (f", {flips:.0%} flipped" if flips else "")
     return World(
-        name,
         base,
         rewards,
         rows[:num_pairs],
@@ -129,14 +129,19 @@ def planted(
         24,
         3e-4,
         (12, 30, 60, 120),
-        (0.5, 1.0, 2.0),
+        KLS["planted"],
     )
 
 
 def planted_model(folder: Path, num_epochs: int = 8) -> Path:
     """Train the model of the planted world once, on 4,000 texts."""
-    if (folder / "config.json").is_file():
-        return folder
+    with locked(folder.with_name(f".{folder.name}.lock"), wait_for(f"making {folder}")):
+        if not (folder / "config.json").is_file():
+            _train_planted_model(folder, num_epochs)
+    return folder
+
+
+def _train_planted_model(folder: Path, num_epochs: int) -> None:
     rng = np.random.default_rng(5)
     chances = rng.dirichlet(np.full(_NUM_WORDS, 0.25), (_NUM_TOPICS + 1, _NUM_WORDS + 1))  # the last row begins a text
     texts = torch.zeros(4000, 28, dtype=torch.long)
@@ -163,7 +168,6 @@ def planted_model(folder: Path, num_epochs: int = 8) -> Path:
             optimizer.step()
             optimizer.zero_grad()
     model.save_pretrained(folder)
-    return folder
 
 
 # --- (b) the demo's language -----------------------------------------------------------------------------------------------
@@ -183,8 +187,9 @@ def toy(
     Every adverb is neutral in one topic. See `DEMO_LANGUAGE` for why.
     """
     language = replace(DEMO_LANGUAGE, temperature=temperature)
-    if not (folder / "config.json").is_file():
-        make_chat_model(language.sample_conversations(6000, seed=1), folder)
+    with locked(folder.with_name(f".{folder.name}.lock"), wait_for(f"making {folder}")):
+        if not folder.exists():
+            make_chat_model(language.sample_conversations(6000, seed=1), folder)
     base = Base(folder)
     spoken = SpokenLanguage(language, folder, base.plain.config.vocab_size)
     rows = []
@@ -197,7 +202,6 @@ def toy(
         False: {"role": "system", "content": NEGATIVE_PROMPT},
     }
     return World(
-        f"demo's language, {num_pairs} pairs",
         base,
         spoken.rewards,
         rows[:num_pairs],
@@ -206,7 +210,7 @@ def toy(
         48,
         1.5e-4,
         (10, 22, 44, 88),
-        (1.0, 2.0, 3.0),
+        KLS["toy"],
         lambda prompt, good: spoken.question(spoken.texts[prompt.tobytes()], system[good]),
     )
 
@@ -252,7 +256,6 @@ def real(
     rows = judged(rewards, _sampled(base, asked, num_new, 1000 + seed), temperature, 0.0, seed)
     system = {True: {"role": "system", "content": CHEERFUL}, False: {"role": "system", "content": GLOOMY}}
     return World(
-        f"real language, {num_pairs} pairs",
         base,
         rewards,
         rows[:num_pairs],
@@ -261,11 +264,6 @@ def real(
         num_new,
         learning_rate,
         (10, 20, 40, 80),
-        (1.0, 2.0, 3.0),
+        KLS["real"],
         lambda prompt, good: rendered(texts[prompt.tobytes()], system[good]),
     )
-
-
-def with_pairs(world: World, num_pairs: int) -> World:
-    """Return a world with its first pairs alone."""
-    return replace(world, rows=world.rows[:num_pairs])

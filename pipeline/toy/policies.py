@@ -127,7 +127,6 @@ def sample(
     end_ids: Sequence[int],
     *,
     seed: int,
-    temperature: float = 1.0,
 ) -> list[Ids]:
     """Sample a response of at most `num_new` tokens to each prompt, without top-k or top-p."""
     device = next(model.parameters()).device
@@ -164,7 +163,7 @@ def sample(
             )
             # Gumbel's trick: the largest of logits with noise is a sample.
             noise = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
-            new = (logits / temperature + noise).argmax(-1)
+            new = (logits + noise).argmax(-1)
             columns.append(new)
             lengths += alive
             alive &= ~torch.isin(new, ends)
@@ -232,11 +231,10 @@ def measure(
     *,
     num_new: int,
     step: int = 0,
-    temperature: float = 1.0,
 ) -> Point:
     """Sample one response to every prompt from a model with the forward pass of transformers, and measure it."""
     with base.autocast():
-        responses = sample(model, prompts, num_new, base.end_ids, seed=7, temperature=temperature)
+        responses = sample(model, prompts, num_new, base.end_ids, seed=7)
     kls, rewards = along(base, model, prompts, responses, next_rewards)
     error = float(rewards.std() / math.sqrt(len(rewards)))
     return Point(
