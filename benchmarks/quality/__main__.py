@@ -157,6 +157,10 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="the folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the result file and the figures")
     arguments = parser.parse_args()
+    if "real" in arguments.worlds and not (arguments.report or (arguments.model and arguments.prompts)):
+        parser.error(
+            "--worlds real needs --model, the folder of a chat model, and --prompts, a JSON list of instructions"
+        )
     if not arguments.report:
         run_missing(arguments)
     report(arguments.scratch, arguments.results)

@@ -12,6 +12,7 @@ from pipeline.toy.policies import Base, Ids, batches, padded, train_policy
 from pipeline.weighing.estimators import ESTIMATORS, SideScores
 from pipeline.weighing.head import Responses, fit_head
 from pipeline.weighing.held_out import HeldOut, measure
+from pipeline.workers.context_basis import fit_basis
 from train.data.stored_pairs import Pair, StoredResponse
 from weights_store.schemas import SIDES
 from weights_store.tables.checksums import mix
@@ -141,13 +142,10 @@ class Scorers:
 
 
 def _reduced(states: Scores, num_axes: int) -> Scores:
-    """Return states on their principal axes, with a mean squared norm of 1."""
-    flat = np.concatenate(states)
-    mean, some = flat.mean(0), flat[:: max(1, len(flat) // 20_000)]
-    axes = np.linalg.svd(some - mean, full_matrices=False)[2][:num_axes]
-    found = (flat - mean) @ axes.T
-    found /= np.sqrt((found**2).sum(1).mean())
-    return np.split(found.astype(np.float32), np.cumsum([len(each) for each in states])[:-1])
+    """Return states as the attribute stage stores contexts, `[T, num_axes]` for each response."""
+    tensors = [torch.from_numpy(each) for each in states]
+    basis = fit_basis(tensors, num_axes)
+    return [basis.project(each).numpy() for each in tensors]
 
 
 def margins_of(scores: Scores) -> np.ndarray:
