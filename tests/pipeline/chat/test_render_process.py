@@ -28,7 +28,7 @@ def job(template, content="Hi", **others):
 def process():
     """Return a process with limits that are reached quickly."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(render_process, "CPU_S", 0.3)
+        patch.setattr(render_process, "CPU_S", 1.5)
         patch.setattr(render_process, "MEMORY_BYTES", 200 << 20)
         process = RenderProcess()
         yield process
@@ -56,7 +56,7 @@ def one(process, asked):
             "limit",
             TOO_MUCH,
         ),
-        (LOOP, "limit", "it runs for more than 0.3 s and goes on"),
+        (LOOP, "limit", "it runs for more than 1.5 s and goes on"),
         ("{{ 'x' * 10**9 | join }}", "type", "'int' object is not iterable"),
         ("{{ 1 // 0 }}", "other", "division"),
         ("{% if %}", "syntax", "line 1: Expected an expression"),
