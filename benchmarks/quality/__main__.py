@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -21,55 +21,47 @@ REPO = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPO))
 SCRATCH = REPO / "benchmarks" / "scratch" / "quality"
 RESULTS = REPO / "benchmarks" / "results"
-TITLES = {"planted-sparse-1000-0": "planted, sparse", "toy": "the demo's language", "real": "real language"}
+TITLES = {
+    "planted-sparse-1000-0": "planted, sparse",
+    "toy": "the demo's language",
+    "tiny": "real language, 8 M parameters",
+    "real": "real language, 135 M parameters",
+}
 """Worlds in the figures."""
 REPORTING_SEEDS = (1, 2, 3, 4, 5)
 """Fixed before anything was run with them; seed 0 was for trying out."""
 
 
-def jobs(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], object], tuple[str, ...]]]:
-    """Return every world and seed: a name for its file, how to make it, the families to train."""
+def jobs(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], object], Mapping[str, int]]]:
+    """Return every world and seed: a name for its file, how to make it, and of which families how many settings to train."""
     from benchmarks.quality import worlds
-    from benchmarks.quality.methods import CORE, FAMILIES
+    from benchmarks.quality.methods import CORE, EVERY, TINY
 
-    every = tuple(family.name for family in FAMILIES)
-    found = []
+    scratch, samples = arguments.scratch, {"num_samples": arguments.samples}
+    instructions = arguments.shared / "data" / "alpaca_judged.parquet"
+    found: list[tuple[str, Callable[[], object], Mapping[str, int]]] = []
     for seed in arguments.seeds:
+        if "tiny" in arguments.worlds:
+            texts = worlds.instructions_of(instructions)
+            model = arguments.shared / "models" / "tiny-chat"
+            found.append((f"tiny-{seed}", partial(worlds.tiny, model, texts, seed, num_other=3000, **samples), TINY))
         if "toy" in arguments.worlds:
-            make = partial(
-                worlds.toy, arguments.scratch / "toy-model", seed, num_other=2000, num_samples=arguments.samples
-            )
-            found.append((f"toy-{seed}", make, every))
+            make = partial(worlds.toy, scratch / "toy-model", seed, num_other=2000, **samples)
+            found.append((f"toy-{seed}", make, EVERY))
         if "planted" in arguments.worlds:
             for kind, num_pairs, flips in PLANTED:
                 cell = f"{kind}-{num_pairs}-{flips:g}"
                 if arguments.cells and cell not in arguments.cells:
                     continue
-                make = partial(
-                    worlds.planted,
-                    arguments.scratch / "planted-model",
-                    kind,
-                    seed,
-                    num_pairs=num_pairs,
-                    num_other=4000,
-                    flips=flips,
-                    num_samples=arguments.samples,
-                )
-                names = (*CORE, "head with contexts") if kind in ("topic", "previous") else CORE
-                found.append((f"planted-{cell}-{seed}", make, names))
+                how_many = {"num_pairs": num_pairs, "num_other": 4000, "flips": flips, **samples}
+                families = EVERY if (kind, num_pairs, flips) == PLANTED[0] else CORE
+                make = partial(worlds.planted, scratch / "planted-model", kind, seed, **how_many)
+                found.append((f"planted-{cell}-{seed}", make, families))
         if "real" in arguments.worlds:
-            make = partial(
-                worlds.real,
-                Path(arguments.model),
-                Path(arguments.prompts),
-                seed,
-                num_pairs=arguments.pairs,
-                num_other=3000,
-                num_samples=arguments.samples,
-                device=arguments.device,
-                dtype=arguments.dtype,
-            )
-            found.append((f"real-{seed}", make, every))
+            where = {"device": arguments.device, "dtype": arguments.dtype}
+            texts, how_many = worlds.instructions_of(instructions), {"num_pairs": arguments.pairs, "num_other": 3000}
+            make = partial(worlds.real, Path(arguments.model), texts, seed, **how_many, **samples, **where)
+            found.append((f"real-{seed}", make, EVERY))
     return found
 
 
@@ -141,14 +133,16 @@ def _pm(value: float, half_width: float, digits: int, unit: str = "") -> str:
 def main() -> None:
     """Run what is missing, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--worlds", nargs="+", default=["planted", "toy"], choices=["planted", "toy", "real"])
+    parser.add_argument(
+        "--worlds", nargs="+", default=["planted", "toy", "tiny"], choices=["planted", "toy", "tiny", "real"]
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(REPORTING_SEEDS))
     parser.add_argument("--cells", nargs="*", default=[], help="of the planted world only these, such as sparse-1000-0")
     parser.add_argument("--families", nargs="*", default=[], help="only these")
     parser.add_argument("--samples", type=int, default=2000, help="sampled responses in a measurement")
     parser.add_argument("--pairs", type=int, default=1000, help="pairs of real language")
     parser.add_argument("--model", help="real language: the folder of a chat model")
-    parser.add_argument("--prompts", help="real language: a JSON list of instructions")
+    parser.add_argument("--shared", type=Path, default=REPO.parent / "shared", help="folder with data/ and models/")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--processes", type=int, default=2)
@@ -157,11 +151,11 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="the folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the result file and the figures")
     arguments = parser.parse_args()
-    if "real" in arguments.worlds and not (arguments.report or (arguments.model and arguments.prompts)):
-        parser.error(
-            "--worlds real needs --model, the folder of a chat model, and --prompts, a JSON list of instructions"
-        )
     if not arguments.report:
+        if "real" in arguments.worlds and not arguments.model:
+            parser.error("--worlds real needs --model, the folder of a chat model")
+        if {"real", "tiny"} & {*arguments.worlds} and not (arguments.shared / "data").is_dir():
+            parser.error(f"no folder {arguments.shared / 'data'}: give --shared, or leave out real language (--worlds)")
         run_missing(arguments)
     report(arguments.scratch, arguments.results)
 
@@ -177,9 +171,14 @@ def run_missing(arguments: argparse.Namespace) -> None:
     with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
         futures = [
             pool.submit(
-                run_job, arguments.scratch / f"{name}.jsonl", make, names, arguments.families, until - time.monotonic()
+                run_job,
+                arguments.scratch / f"{name}.jsonl",
+                make,
+                families,
+                arguments.families,
+                until - time.monotonic(),
             )
-            for name, make, names in jobs(arguments)
+            for name, make, families in jobs(arguments)
         ]
         for future in futures:
             print(f"{time.strftime('%H:%M:%S')} {future.result()}", flush=True)

@@ -70,21 +70,22 @@ def _natural(beta: float) -> Setting:
     return Setting(f"as they are, beta {beta:g}", {"name": "tis_dpo", "beta": beta}, weights=weights)
 
 
-_SPREADS = (_spread(0.15), _spread(0.3), _spread(0.6), _spread(0.3, 0.3))
+_TWO_SPREADS = (_spread(0.3, 0.3), _spread(0.6))
+_SPREADS = (*_TWO_SPREADS, _spread(0.3), _spread(0.15))
 DPO, ORACLE = "DPO", "oracle weights"
 FAMILIES = (
-    Family(DPO, (_dpo(0.1), _dpo(0.3), _dpo(0.03), _dpo(1.0), _dpo(0.1, 2.0), _dpo(0.1, 0.5))),
-    Family(ORACLE, (_paper(0.1), _paper(0.3)), Scorers.oracle),
+    Family(DPO, (_dpo(0.1), _dpo(0.3), _dpo(0.1, 2.0), _dpo(1.0), _dpo(0.03), _dpo(0.1, 0.5))),
+    Family(ORACLE, (_paper(0.3), _paper(0.1)), Scorers.oracle),
     Family("head", _SPREADS, Scorers.head),
     Family("TIS-DPO (D), paper", (_paper(0.1), _paper(0.3), _paper(0.03), _paper(1.0)), _d, in_sample=True),
-    Family("head on other pairs", _SPREADS, lambda scorers: scorers.head(on_other=True), needs="other"),
+    Family("head on other pairs", _TWO_SPREADS, lambda scorers: scorers.head(on_other=True), needs="other"),
     Family("D on other pairs, paper", (_paper(0.1), _paper(0.3)), _d_on_other, needs="other"),
-    Family("D on other pairs", _SPREADS, _d_on_other, needs="other"),
+    Family("D on other pairs", _TWO_SPREADS, _d_on_other, needs="other"),
     Family("TIS-DPO (P), paper", (_paper(0.1), _paper(0.3)), Scorers.prompted, needs="prompts"),
-    Family("P", _SPREADS, Scorers.prompted, needs="prompts"),
+    Family("P", _TWO_SPREADS, Scorers.prompted, needs="prompts"),
     Family("head, calibrated", (_natural(0.1), _natural(0.3)), Scorers.head),
-    Family("head with contexts", _SPREADS, lambda scorers: scorers.head(16)),
-    Family("D", _SPREADS, _d, in_sample=True),
+    Family("head with contexts", _TWO_SPREADS, lambda scorers: scorers.head(16)),
+    Family("D", _TWO_SPREADS, _d, in_sample=True),
     Family("TIS-DPO (S), paper", (_paper(0.1), _paper(0.3)), lambda scorers: scorers.trained("sft"), in_sample=True),
     Family("TIS-DPO (D), release", (_release("rank_based"), _release("threshold_and_scale")), _d, in_sample=True),
     Family("random weights", (_paper(0.1),), lambda scorers: scorers.drawn(0)),
@@ -94,5 +95,8 @@ FAMILIES = (
     Family("D2PO", (Setting("beta 0.1", {"name": "d2po", "beta": 0.1}),)),
     Family("TDPO2", (Setting("beta 0.1", {"name": "tdpo2", "beta": 0.1}), Setting("beta 0.3", {"name": "tdpo2", "beta": 0.3}))),
 )  # fmt: skip
-CORE = (DPO, ORACLE, "head", "TIS-DPO (D), paper", "head on other pairs", "random weights")
-"""The families that every cell of the planted world has."""
+EVERY = {family.name: len(family.settings) for family in FAMILIES}
+CORE = {DPO: 4, ORACLE: 2, "head": 2, "head with contexts": 1, "TIS-DPO (D), paper": 2, "head on other pairs": 1}
+"""The families that every cell of the planted world has, and how many of their settings."""
+TINY = {DPO: 4, ORACLE: 1, "head": 2, "head on other pairs": 1}
+"""Those of real language on two cores."""

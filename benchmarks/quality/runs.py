@@ -3,7 +3,8 @@
 import json
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,27 +43,34 @@ class Log:
             file.write(json.dumps(line) + "\n")
 
 
-def run_job(path: Path, make: Callable[[], World], names: Iterable[str], only: Collection[str], seconds: float) -> str:
+def run_job(
+    path: Path, make: Callable[[], World], families: Mapping[str, int], only: Collection[str], seconds: float
+) -> str:
     """Run one world and seed in a process of its own, and return its name; of the families only some, if `only` names any."""
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    run_world(make, Log(path), [name for name in names if not only or name in only], time.monotonic() + seconds)
+    wanted = {name: number for name, number in families.items() if not only or name in only}
+    run_world(make, Log(path), wanted, time.monotonic() + seconds)
     return path.stem
 
 
-def run_world(make: Callable[[], World], log: Log, names: Iterable[str], until: float = float("inf")) -> None:
-    """Train the families of these names in one world and seed; begin nothing new after `until` (`time.monotonic`)."""
-    families = [family for family in FAMILIES if family.name in set(names)]
-    if all(log.has(family=family.name, setting=setting.name) for family in families for setting in family.settings):
+def run_world(make: Callable[[], World], log: Log, families: Mapping[str, int], until: float = float("inf")) -> None:
+    """Train families, and of each so many settings, in one world and seed; begin nothing after `until` (`time.monotonic`)."""
+    wanted = [
+        replace(family, settings=family.settings[: families[family.name]])
+        for family in FAMILIES
+        if family.name in families
+    ]
+    if all(log.has(family=family.name, setting=setting.name) for family in wanted for setting in family.settings):
         return
     world = make()
     has = {"": True, "other": bool(world.other), "prompts": world.behind is not None}
     scorers = Scorers(world)
     if not log.has(kind="start"):
         log.add(kind="start", **_measured(world, world.base.plain, 0))
-    for family in families:
+    for family in wanted:
         if has[family.needs] and time.monotonic() < until:
             _run_family(world, scorers, family, log, until)
 

@@ -1,16 +1,16 @@
-"""Worlds in which the true reward of every token is known: a small planted one, the demo's language, and real language.
+"""Worlds in which the true reward of every token is known: a small planted one, the demo's language, and real language twice.
 
 Responses come from the starting model or its language. A judge compares two of them by Bradley and Terry: P(first is better) =
 sigmoid((difference of the sums of true token rewards) / temperature). Some labels are flipped besides.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -24,7 +24,7 @@ from weights_store.lock import locked, wait_for
 Row = tuple[Ids, Ids, Ids]
 """A pair: prompt, chosen, rejected."""
 Kind = Literal["sparse", "dense", "topic", "previous"]
-KLS = {"planted": (0.5, 1.0, 2.0), "toy": (1.0, 2.0, 3.0), "real": (1.0, 2.0, 3.0)}
+KLS = {"planted": (0.5, 1.0, 2.0), "toy": (1.0, 2.0, 3.0), "tiny": (0.5, 1.0, 2.0), "real": (1.0, 2.0, 3.0)}
 """At which policies of each kind of world are compared, nats a response."""
 
 
@@ -223,7 +223,7 @@ GLOOMY = "You always write gloomy, cold, negative answers and speak about yourse
 
 def real(
     folder: Path,
-    prompt_file: Path,
+    instructions: Sequence[str],
     seed: int,
     *,
     num_pairs: int = 1000,
@@ -231,13 +231,16 @@ def real(
     temperature: float = 2.0,
     num_samples: int = 2048,
     num_new: int = 40,
+    max_prompt_tokens: int = 110,
     device: str = "cpu",
     dtype: str = "float32",
     learning_rate: float = 4e-5,
+    steps: tuple[int, ...] = (10, 20, 40, 80),
+    kls: tuple[float, float, float] = KLS["real"],
 ) -> World:
     """Return samples of a real chat model, judged by sentiment words, forbidden phrases and rules of style (`lexicon.py`).
 
-    `prompt_file` is a JSON list of instructions; the first 128 are kept for the measurements.
+    The first 128 instructions that are short enough are kept for the measurements.
     """
     base, tokenizer = Base(folder, device, dtype), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
@@ -247,8 +250,8 @@ def real(
             tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False), np.int32
         )
 
-    texts = {rendered(text).tobytes(): text for text in json.loads(prompt_file.read_text())}
-    prompts = [np.frombuffer(prompt, np.int32) for prompt in texts if len(prompt) // 4 <= 110]
+    texts = {rendered(text).tobytes(): text for text in instructions}
+    prompts = [ids for ids in (np.frombuffer(each, np.int32) for each in texts) if len(ids) <= max_prompt_tokens]
     rewards = Rewards(token_rewards(tokenizer, base.plain.config.vocab_size)[None])
     held_out, rest = prompts[:128], prompts[128:]
     order, total = np.random.default_rng(seed).permutation(len(rest)), num_pairs + num_other
@@ -263,7 +266,29 @@ def real(
         held_out * (num_samples // len(held_out)),
         num_new,
         learning_rate,
-        (10, 20, 40, 80),
-        KLS["real"],
+        steps,
+        kls,
         lambda prompt, good: rendered(texts[prompt.tobytes()], system[good]),
     )
+
+
+def tiny(folder: Path, instructions: Sequence[str], seed: int, **settings: Any) -> World:
+    """Return real language that two cores can do: a chat model of 8 M parameters, short prompts, responses of 24 tokens."""
+    return real(
+        folder,
+        instructions,
+        seed,
+        num_new=24,
+        max_prompt_tokens=32,
+        learning_rate=1e-4,
+        steps=(8, 16, 32),
+        kls=KLS["tiny"],
+        **settings,
+    )
+
+
+def instructions_of(path: Path) -> list[str]:
+    """Return the last user turn of every prompt in a Parquet file of preference pairs once, in a fixed random order."""
+    texts = sorted({prompt[-1]["content"] for prompt in pl.read_parquet(path, columns=["prompt"])["prompt"]})
+    np.random.default_rng(0).shuffle(texts)
+    return texts
