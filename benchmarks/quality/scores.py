@@ -2,20 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
 
 from benchmarks.quality.worlds import Row, World
-from pipeline.toy.policies import Base, Ids, batches, padded, train_policy
-from pipeline.weighing.estimators import ESTIMATORS, SideScores
+from pipeline.toy.policies import Base, Ids, batches, train_policy, weights_of_side
 from pipeline.weighing.head import Responses, fit_head
 from pipeline.weighing.held_out import HeldOut, measure
 from pipeline.workers.context_basis import fit_basis
 from train.data.stored_pairs import Pair, StoredResponse
 from weights_store.schemas import SIDES
 from weights_store.tables.checksums import mix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PAIRS_PER_STEP = 32
 Scores = list[np.ndarray]
@@ -28,35 +30,20 @@ def sequences(rows: Sequence[Row]) -> tuple[list[Ids], list[Ids]]:
 
 
 @torch.inference_mode()
-def logps_of(base: Base, model: nn.Module, prompts: Sequence[Ids], responses: Sequence[Ids]) -> Scores:
+def logps_of(base: Base, model: "PreTrainedModel", prompts: Sequence[Ids], responses: Sequence[Ids]) -> Scores:
     """Return the log-probs of the response tokens under a model with the forward pass of transformers."""
     found: dict[int, np.ndarray] = {}
-    for part in batches([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]):
-        ids, predicts = (
-            each.to(base.device) for each in padded([prompts[i] for i in part], [responses[i] for i in part])
-        )
-        with base.autocast():
-            states = model.base_model(input_ids=ids).last_hidden_state[predicts]
-            targets = ids.roll(-1, dims=1)[predicts]
-            pieces = zip(states.split(4096), targets.split(4096), strict=True)
-            logps = [model.lm_head(s).float().log_softmax(-1).gather(1, t[:, None])[:, 0] for s, t in pieces]
-        ends = np.cumsum([len(responses[i]) for i in part])[:-1]
-        found |= zip(part, np.split(torch.cat(logps).cpu().numpy(), ends), strict=True)
+    for batch in batches(base, prompts, responses):
+        found |= batch.by_response(batch.logps(model))
     return [found[i] for i in range(len(responses))]
 
 
 @torch.inference_mode()
 def contexts_of(base: Base, prompts: Sequence[Ids], responses: Sequence[Ids]) -> Scores:
     """Return the states of the base at half depth that predict each response token, `[T, H]` for each response."""
-    layer, found = base.plain.config.num_hidden_layers // 2, dict[int, np.ndarray]()
-    for part in batches([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]):
-        ids, predicts = (
-            each.to(base.device) for each in padded([prompts[i] for i in part], [responses[i] for i in part])
-        )
-        with base.autocast():
-            states = base.plain.base_model(input_ids=ids, output_hidden_states=True).hidden_states[layer][predicts]
-        ends = np.cumsum([len(responses[i]) for i in part])[:-1]
-        found |= zip(part, np.split(states.float().cpu().numpy(), ends), strict=True)
+    found: dict[int, np.ndarray] = {}
+    for batch in batches(base, prompts, responses):
+        found |= batch.by_response(batch.states(base.plain, base.plain.config.num_hidden_layers // 2))
     return [found[i] for i in range(len(responses))]
 
 
@@ -178,14 +165,11 @@ def describe(world: World, scores: Scores) -> dict[str, float]:
 def weights_of(scores: Scores, estimator: str = "tis", spread: float | None = None, **settings: object) -> Scores:
     """Return the weights that an estimator makes of log-ratios, which `spread` scales to that standard deviation first."""
     scale = 1.0 if spread is None else spread / max(float(np.concatenate(scores).std()), 1e-9)
-    found: list[Scores] = []
-    for index, side in enumerate(SIDES):
-        of_side = [scale * each for each in scores[index::2]]
-        lengths, flat = np.array([len(each) for each in of_side]), np.concatenate(of_side).astype(np.float32)
-        known = SideScores(side, lengths, positive_logps=flat, negative_logps=np.zeros_like(flat))
-        weights = ESTIMATORS[estimator].estimate(known, **settings).token_weights
-        found.append(np.split(weights, np.cumsum(lengths)[:-1]))
-    return [each for pair in zip(*found, strict=True) for each in pair]
+    sides = [
+        weights_of_side(side, [scale * each for each in scores[index::2]], estimator, **settings)
+        for index, side in enumerate(SIDES)
+    ]
+    return [each for pair in zip(*sides, strict=True) for each in pair]
 
 
 def weight_term_ratio(base: Base, rows: Sequence[Row], weights: Scores, num_pairs: int = 256) -> float:
@@ -195,20 +179,9 @@ def weight_term_ratio(base: Base, rows: Sequence[Row], weights: Scores, num_pair
     for of_tokens in (lambda w: np.ones_like(w), lambda w: w - 1):
         model = base.plain.requires_grad_(True)
         model.zero_grad()
-        for part in batches([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]):
-            ids, predicts = (
-                each.to(base.device) for each in padded([prompts[i] for i in part], [responses[i] for i in part])
-            )
-            signed = np.concatenate([(1.0, -1.0)[i % 2] * of_tokens(weights[i]) for i in part]).astype(np.float32)
-            with base.autocast():
-                states = model.base_model(input_ids=ids).last_hidden_state[predicts]
-                logps = (
-                    model.lm_head(states)
-                    .float()
-                    .log_softmax(-1)
-                    .gather(1, ids.roll(-1, dims=1)[predicts][:, None])[:, 0]
-                )
-            (logps * torch.from_numpy(signed).to(base.device)).sum().backward()
+        for batch in batches(base, prompts, responses):
+            signed = np.concatenate([(1.0, -1.0)[i % 2] * of_tokens(weights[i]) for i in batch.indices])
+            (batch.logps(model) * torch.from_numpy(signed.astype(np.float32)).to(base.device)).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item())
         model.zero_grad(set_to_none=True)
         model.requires_grad_(False)

@@ -13,23 +13,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers.utils import logging
 
 from pipeline.toy.language import DEMO_LANGUAGE
-from pipeline.toy.policies import Base, Enough, measure, train_policy
+from pipeline.toy.policies import Base, Enough, measure, train_policy, weights_of_side
 from pipeline.toy.policy_table import DPO, KLS, ORACLE, PUBLISHED, SETTINGS
 from pipeline.toy.world import Rewards, SpokenLanguage
-from pipeline.weighing.estimators import ESTIMATORS, SideScores
 from train.config import DataConfig
 from train.data.dataset import PairDataset, open_weights
-from train.data.stored_pairs import Pair, StoredResponse
+from train.data.stored_pairs import Pair
 from weights_store.location import write_whole
 from weights_store.messages import logger
 from weights_store.process import run_main
-from weights_store.schemas import SIDES, Side
+from weights_store.schemas import SIDES
 
 _log = logger(__name__)
 
@@ -66,16 +64,11 @@ def compare(store: str, weights: str, model: Path) -> dict[str, list[dict[str, f
 
 def with_oracle_weights(pairs: list[Pair], rewards: Rewards) -> list[Pair]:
     """Return pairs with the weights of TIS-DPO's formula, as the paper sets it, for their true token rewards."""
-
-    def of(side: Side, prompt: np.ndarray, response: StoredResponse) -> np.ndarray:
-        true = rewards.of(prompt, response.ids)
-        known = SideScores(side, np.array([len(true)]), positive_logps=true, negative_logps=np.zeros_like(true))
-        return ESTIMATORS["tis"].estimate(known).token_weights
-
-    return [
-        pair.with_weights(*(of(side, pair.prompt_ids, getattr(pair, side)) for side in SIDES))  # chosen, rejected
-        for pair in pairs
+    sides = [
+        weights_of_side(side, [rewards.of(pair.prompt_ids, getattr(pair, side).ids) for pair in pairs])
+        for side in SIDES  # chosen, rejected
     ]
+    return [pair.with_weights(*weights) for pair, *weights in zip(pairs, *sides, strict=True)]
 
 
 def _trained(

@@ -8,6 +8,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 from transformers.cache_utils import DynamicCache, StaticCache
 
+from pipeline.weighing.estimators import ESTIMATORS, SideScores
 from train.config import ModelConfig, TrainConfig
 from train.data.stored_pairs import Pair
 from train.job.trainer import PairTrainer
 from train.model.packing import confirm_layout
 from train.model.policy import Policy, load_policy, load_reference, switch_off_noise
+from weights_store.schemas import Side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +33,8 @@ Ids = np.ndarray
 """Token ids of a prompt or a response, `[T]` int32."""
 SAMPLES_PER_BATCH = 2048
 TOKENS_PER_BATCH = 1 << 14
+POSITIONS_PER_PIECE = 4096
+"""So many have their logits in memory at once."""
 
 
 class NextRewards(Protocol):
@@ -93,30 +98,57 @@ class Base:
 # --- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yield indices of sequences of similar length, so many that they have at most `TOKENS_PER_BATCH` tokens with padding."""
+@dataclass(frozen=True)
+class Batch:
+    """Responses of similar length behind their prompts, padded at the end; N tokens of the responses in all."""
+
+    base: Base
+    indices: list[int]
+    """Which of all responses these are."""
+    ids: Tensor
+    """`[B, T]`."""
+    predicts: Tensor
+    """Which positions predict a token of a response, `[B, T]` bool."""
+
+    def states(self, model: "PreTrainedModel", layer: int | None = None) -> Tensor:
+        """Return the states that predict each response token, `[N, H]`: the last ones, or those after a layer."""
+        with self.base.autocast():
+            output = model.base_model(input_ids=self.ids, output_hidden_states=layer is not None)
+        return (output.last_hidden_state if layer is None else output.hidden_states[layer])[self.predicts]
+
+    def logps(self, model: "PreTrainedModel") -> Tensor:
+        """Return the log-probs of the response tokens, `[N]` float32."""
+        pieces = (each.split(POSITIONS_PER_PIECE) for each in (self.states(model), self.ids.roll(-1, 1)[self.predicts]))
+        with self.base.autocast():
+            found = [
+                model.lm_head(state).float().log_softmax(-1).gather(1, target[:, None])[:, 0]
+                for state, target in zip(*pieces, strict=True)
+            ]
+        return torch.cat(found)
+
+    def by_response(self, values: Tensor) -> dict[int, np.ndarray]:
+        """Return `[N, …]` values as one array for each response, by its index."""
+        ends = self.predicts.sum(1).cumsum(0)[:-1].tolist()
+        return dict(zip(self.indices, np.split(values.float().cpu().numpy(), ends), strict=True))
+
+
+def batches(base: Base, prompts: Sequence[Ids], responses: Sequence[Ids]) -> Iterator[Batch]:
+    """Yield every response once, the shortest sequences first; a batch has at most `TOKENS_PER_BATCH` ids with padding."""
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     begin = 0
     while begin < len(order):
         end = begin + 1
         while end < len(order) and (end + 1 - begin) * lengths[order[end]] <= TOKENS_PER_BATCH:
             end += 1
-        yield order[begin:end]
+        part = order[begin:end]
+        ids = torch.zeros(len(part), lengths[part[-1]], dtype=torch.long)
+        predicts = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, i in enumerate(part):
+            ids[row, : lengths[i]] = torch.from_numpy(np.concatenate([prompts[i], responses[i]]).astype(np.int64))
+            predicts[row, len(prompts[i]) - 1 : lengths[i] - 1] = True
+        yield Batch(base, part, ids.to(base.device), predicts.to(base.device))
         begin = end
-
-
-def padded(prompts: Sequence[Ids], responses: Sequence[Ids]) -> tuple[Tensor, Tensor]:
-    """Return ids `[B, T]` with padding at the end, and which positions predict a token of a response, `[B, T]` bool."""
-    width = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
-    ids, predicts = (
-        torch.zeros(len(prompts), width, dtype=torch.long),
-        torch.zeros(len(prompts), width, dtype=torch.bool),
-    )
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        end = len(prompt) + len(response)
-        ids[row, :end] = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
-        predicts[row, len(prompt) - 1 : end - 1] = True
-    return ids, predicts
 
 
 @torch.inference_mode()
@@ -187,30 +219,23 @@ def along(
     The exact KL(policy || reference) of the next token, in nats, and its expected true reward: the mean over the vocabulary, so
     both are unbiased and far less noisy than log-ratios and rewards of the tokens that were sampled.
     """
-    kls, rewards = np.zeros((2, len(responses)))
-    for part in batches([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]):
-        ids, predicts = (
-            each.to(base.device) for each in padded([prompts[i] for i in part], [responses[i] for i in part])
-        )
-        with base.autocast():
-            states = [each.base_model(input_ids=ids).last_hidden_state[predicts] for each in (model, base.plain)]
-        rows = predicts.nonzero()[:, 0]
-        whose = torch.tensor(part, device=base.device)[rows]
-        of_part: list[list[Tensor]] = [[], []]
+    found = np.zeros((len(responses), 2))
+    for batch in batches(base, prompts, responses):
+        whose = torch.tensor(batch.indices, device=base.device).repeat_interleave(batch.predicts.sum(1))
+        of_positions = batch.states(model), batch.states(base.plain), whose, batch.ids[batch.predicts]
+        sums = []
         for state, ref_state, prompt, previous in zip(
-            *(each.split(4096) for each in (*states, whose, ids[predicts])), strict=True
+            *(each.split(POSITIONS_PER_PIECE) for each in of_positions), strict=True
         ):
             with base.autocast():
                 logits, ref_logits = model.lm_head(state), base.plain.lm_head(ref_state)
             logps, ref_logps = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
             probs, gains = logps.exp(), next_rewards(prompt, previous)
-            of_part[0].append((probs * (logps - ref_logps)).sum(-1))
-            of_part[1].append(probs @ gains if gains.ndim == 1 else (probs * gains).sum(-1))
-        for target, values in zip((kls, rewards), of_part, strict=True):
-            target[part] = (
-                torch.zeros(len(part), device=base.device).index_add_(0, rows, torch.cat(values)).cpu().numpy()
-            )
-    return kls, rewards
+            expected = probs @ gains if gains.ndim == 1 else (probs * gains).sum(-1)
+            sums.append(torch.stack([(probs * (logps - ref_logps)).sum(-1), expected], 1))
+        for i, values in batch.by_response(torch.cat(sums)).items():
+            found[i] = values.sum(0)
+    return found[:, 0], found[:, 1]
 
 
 class Point(NamedTuple):
@@ -243,6 +268,19 @@ def measure(
 
 
 # --- training ----------------------------------------------------------------------------------------------------------
+
+
+def weights_of_side(
+    side: Side, scores: Sequence[np.ndarray], estimator: str = "tis", **settings: object
+) -> list[np.ndarray]:
+    """Return the token weights, `[T]` each, that an estimator makes of the token scores of one side's responses.
+
+    The scores stand for log pi+ - log pi-, in nats; settings that are not given are the paper's.
+    """
+    lengths, flat = np.array([len(each) for each in scores]), np.concatenate(scores).astype(np.float32)
+    known = SideScores(side, lengths, positive_logps=flat, negative_logps=np.zeros_like(flat))
+    weights = ESTIMATORS[estimator].estimate(known, **settings).token_weights
+    return np.split(weights, np.cumsum(lengths)[:-1])
 
 
 class Enough(Exception):  # noqa: N818  (a signal, not an error)
