@@ -134,7 +134,7 @@ def main() -> None:
     """Run what is missing, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--worlds", nargs="+", default=["planted", "toy", "tiny"], choices=["planted", "toy", "tiny", "real"]
+        "--worlds", nargs="+", choices=["planted", "toy", "tiny", "real"], help="default: planted toy tiny"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(REPORTING_SEEDS))
     parser.add_argument("--cells", nargs="*", default=[], help="of the planted world only these, such as sparse-1000-0")
@@ -147,10 +147,17 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no policy after this long")
+    parser.add_argument(
+        "--close-look",
+        action="store_true",
+        help="not the runs, but what docs/quality.md plots of a few families; default: planted sparse-1000-0 and toy",
+    )
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="the folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the result file and the figures")
     arguments = parser.parse_args()
+    arguments.worlds = arguments.worlds or (["planted", "toy"] if arguments.close_look else ["planted", "toy", "tiny"])
+    arguments.cells = arguments.cells or (["sparse-1000-0"] if arguments.close_look else [])
     if not arguments.report:
         if "real" in arguments.worlds and not arguments.model:
             parser.error("--worlds real needs --model, the folder of a chat model")
@@ -162,24 +169,21 @@ def main() -> None:
 
 def run_missing(arguments: argparse.Namespace) -> None:
     """Run what the folder of runs does not have."""
-    from benchmarks.quality.runs import run_job
+    from benchmarks.quality import close_look, runs
     from weights_store.guard import guard, marked_environment
 
     # The processes of the pool end with this one, also if it is killed.
     os.environ |= {**marked_environment(guard().folder), "OMP_NUM_THREADS": "1"}
     until = time.monotonic() + 60 * arguments.minutes
     with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
-        futures = [
-            pool.submit(
-                run_job,
-                arguments.scratch / f"{name}.jsonl",
-                make,
-                families,
-                arguments.families,
-                until - time.monotonic(),
-            )
-            for name, make, families in jobs(arguments)
-        ]
+        futures = []
+        for name, make, families in jobs(arguments):
+            path = arguments.scratch / f"{name}.jsonl"
+            if arguments.close_look:
+                futures.append(pool.submit(close_look.run_job, path, make))
+            else:
+                seconds = until - time.monotonic()
+                futures.append(pool.submit(runs.run_job, path, make, families, arguments.families, seconds))
         for future in futures:
             print(f"{time.strftime('%H:%M:%S')} {future.result()}", flush=True)
 

@@ -3,7 +3,7 @@
 import json
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,18 @@ def run_job(
     path: Path, make: Callable[[], World], families: Mapping[str, int], only: Collection[str], seconds: float
 ) -> str:
     """Run one world and seed in a process of its own, and return its name; of the families only some, if `only` names any."""
+    settle_process()
+    wanted = {name: number for name, number in families.items() if not only or name in only}
+    run_world(make, Log(path), wanted, time.monotonic() + seconds)
+    return path.stem
+
+
+def settle_process() -> None:
+    """Give a process of the benchmark one thread, and no messages of libraries."""
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    wanted = {name: number for name, number in families.items() if not only or name in only}
-    run_world(make, Log(path), wanted, time.monotonic() + seconds)
-    return path.stem
 
 
 def run_world(make: Callable[[], World], log: Log, families: Mapping[str, int], until: float = float("inf")) -> None:
@@ -63,20 +68,26 @@ def run_world(make: Callable[[], World], log: Log, families: Mapping[str, int], 
         for family in FAMILIES
         if family.name in families
     ]
-    if all(log.has(family=family.name, setting=setting.name) for family in wanted for setting in family.settings):
+    if not any(_missing(family, log) for family in wanted):
         return
     world = make()
     has = {"": True, "other": bool(world.other), "prompts": world.behind is not None}
     scorers = Scorers(world)
     if not log.has(kind="start"):
-        log.add(kind="start", **_measured(world, world.base.plain, 0))
+        log.add(kind="start", **measured(world, world.base.plain, 0))
     for family in wanted:
         if has[family.needs] and time.monotonic() < until:
             _run_family(world, scorers, family, log, until)
 
 
+def _missing(family: Family, log: Log) -> list[Setting]:
+    return [
+        setting for setting in family.settings if not log.has(kind="policy", family=family.name, setting=setting.name)
+    ]
+
+
 def _run_family(world: World, scorers: Scorers, family: Family, log: Log, until: float) -> None:
-    missing = [setting for setting in family.settings if not log.has(family=family.name, setting=setting.name)]
+    missing = _missing(family, log)
     if not missing:
         return
     scores = family.scores(scorers) if family.scores else None
@@ -102,21 +113,34 @@ def _trained(world: World, scorers: Scorers, setting: Setting, scores: Scores | 
     started, points = time.monotonic(), list[Line]()
 
     def look(step: int, model: nn.Module) -> None:
-        points.append(_measured(world, world.base.plain_copy(model), step))
+        points.append(measured(world, world.base.plain_copy(model), step))
         if points[-1]["kl"] > 1.25 * world.kls[-1]:
             raise Enough
 
-    weights = setting.weights(scores) if setting.weights and scores is not None else None
-    optim = {
-        "learning_rate": setting.rate * world.learning_rate,
-        "max_steps": world.steps[-1],
-        "pairs_per_step": PAIRS_PER_STEP,
-    }
-    pairs = as_pairs(world.rows, scorers.ref_logps, weights)
-    train_policy(world.base, pairs, setting.loss, optim, steps=world.steps, look=look)
+    train_setting(scorers, setting, scores, world.steps, look)
     return {"points": points, "wall_s": round(time.monotonic() - started, 1)}
 
 
-def _measured(world: World, model: nn.Module, step: int) -> Line:
+def train_setting(
+    scorers: Scorers,
+    setting: Setting,
+    scores: Scores | None,
+    steps: Sequence[int],
+    look: Callable[[int, nn.Module], None],
+) -> None:
+    """Train a policy of a setting as far as the last of `steps`, and look at it after each of them."""
+    world = scorers.world
+    weights = setting.weights(scores) if setting.weights and scores is not None else None
+    optim = {
+        "learning_rate": setting.rate * world.learning_rate,
+        "max_steps": steps[-1],
+        "pairs_per_step": PAIRS_PER_STEP,
+    }
+    pairs = as_pairs(world.rows, scorers.ref_logps, weights)
+    train_policy(world.base, pairs, setting.loss, optim, steps=steps, look=look)
+
+
+def measured(world: World, model: nn.Module, step: int) -> Line:
+    """Return the `Point` of a model with the forward pass of transformers, over the prompts of its world."""
     next_rewards = world.rewards.behind(world.prompts, world.base.device)
     return measure(world.base, model, world.prompts, next_rewards, num_new=world.num_new, step=step)._asdict()

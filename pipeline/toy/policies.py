@@ -159,8 +159,12 @@ def sample(
     end_ids: Sequence[int],
     *,
     seed: int,
+    temperature: float = 1.0,
 ) -> list[Ids]:
-    """Sample a response of at most `num_new` tokens to each prompt, without top-k or top-p."""
+    """Sample a response of at most `num_new` tokens to each prompt, without top-k or top-p.
+
+    A token has the probability softmax(logits / temperature).
+    """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     ends = torch.tensor(list(end_ids), device=device)
@@ -195,7 +199,7 @@ def sample(
             )
             # Gumbel's trick: the largest of logits with noise is a sample.
             noise = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
-            new = (logits + noise).argmax(-1)
+            new = (logits / temperature + noise).argmax(-1)
             columns.append(new)
             lengths += alive
             alive &= ~torch.isin(new, ends)
