@@ -75,7 +75,8 @@ PLANTED = [(kind, 1000, 0.0) for kind in ("sparse", "dense", "topic", "previous"
 def report(folder: Path, results: Path) -> None:
     """Write `quality.json` and the figures from all runs in a folder, and print the tables."""
     from benchmarks.machine import describe
-    from benchmarks.quality.figures import draw_curves, draw_gaps
+    from benchmarks.quality.close_look import summarise_close_looks
+    from benchmarks.quality.figures import draw_curves, draw_gaps, draw_ranking, draw_steps, draw_wins
     from benchmarks.quality.summary import summarise
     from benchmarks.quality.worlds import KLS
 
@@ -83,7 +84,10 @@ def report(folder: Path, results: Path) -> None:
     for path in sorted(folder.glob("*.jsonl")):
         paths.setdefault(path.stem.rsplit("-", 1)[0], []).append(path)
     kls = {world: KLS[world.split("-")[0]] for world in paths}
-    summaries = {world: summarise(of_world, kls[world]) for world, of_world in paths.items()}
+    summaries = {
+        world: summarise(of_world, kls[world]) | {"close_look": summarise_close_looks(of_world)}
+        for world, of_world in paths.items()
+    }
     found = {"machine": describe("torch", "transformers", "numpy"), "worlds": summaries}
     results.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, indent=1, sort_keys=True).replace("NaN", "null")
@@ -92,7 +96,12 @@ def report(folder: Path, results: Path) -> None:
     if shown:
         of_titles = {title: kls[world] for title, world in shown.items()}
         draw_curves({title: paths[world] for title, world in shown.items()}, of_titles, results / "quality-curves.svg")
-        draw_gaps({title: summaries[world] for title, world in shown.items()}, of_titles, results / "quality-gaps.svg")
+        of_shown = {title: summaries[world] for title, world in shown.items()}
+        draw_gaps(of_shown, of_titles, results / "quality-gaps.svg")
+        draw_ranking(of_shown, of_titles, results / "quality-ranking.svg")
+        if looks := {title: summary["close_look"] for title, summary in of_shown.items() if summary["close_look"]}:
+            draw_steps(looks, results / "quality-steps.svg")
+            draw_wins(looks, results / "quality-wins.svg")
     for world, summary in summaries.items():
         if len(paths[world]) == 1:
             print(f"\n### {world}: one seed, so no settings can be chosen on others")

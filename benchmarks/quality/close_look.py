@@ -166,7 +166,7 @@ def _mean_look(lines: Sequence[Line]) -> dict[str, Any]:
     rewards = {
         name: {
             side: [
-                interval([line["points"][step][name][column] for line in lines])
+                _rounded_interval([line["points"][step][name][column] for line in lines])
                 for step in range(len(lines[0]["points"]))
             ]
             for column, side in enumerate(("chosen", "rejected"))
@@ -183,9 +183,15 @@ def _mean_look(lines: Sequence[Line]) -> dict[str, Any]:
         "kls": [line["kl"] for line in at_middle],
         **{
             name: {
-                temperature: interval([line[name][temperature] for line in of_name]) for temperature in of_name[0][name]
+                temperature: _rounded_interval([line[name][temperature] for line in of_name])
+                for temperature in of_name[0][name]
             }
             for name in ("mean_rewards", "wins")
             if (of_name := [line for line in at_middle if name in line])
         },
     }
+
+
+def _rounded_interval(values: Sequence[float]) -> tuple[float, float]:
+    mean, half = interval(values)
+    return round(mean, 4), round(half, 4)

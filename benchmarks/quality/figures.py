@@ -1,4 +1,8 @@
-"""The figures of docs/quality.md: reward against KL, and the gap that each family closes. SVG, by matplotlib."""
+"""The figures of docs/quality.md. SVG, by matplotlib.
+
+Reward against KL, the gap that each family closes, how held-out labels rank families, and those of close looks: rewards of
+chosen and rejected responses over steps, and win rates by sampling temperature.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,6 +25,7 @@ mpl.rcParams |= {
     "axes.spines.right": False,
 }
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
 
 SHOWN = {
     DPO: "black",
@@ -100,3 +105,120 @@ def draw_gaps(summaries: Mapping[str, Any], kls: Mapping[str, Sequence[float]], 
         )
     figure.savefig(path, metadata=_WITHOUT_DATE)
     plt.close(figure)
+
+
+def draw_ranking(summaries: Mapping[str, Any], kls: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draw the gap that families close at the middle KL against how well their scores predict held-out labels."""
+    figure, axes = plt.subplots(
+        1, len(summaries), figsize=(4.6 * len(summaries), 3.8), layout="constrained", squeeze=False
+    )
+    found: list[dict[str, tuple[float, float, float]]] = []
+    for ax, (world, summary) in zip(axes[0], summaries.items(), strict=True):
+        found.append({})
+        for name, row in summary["rows"].items():
+            gap = row["at_kl"][f"{kls[world][1]:g}"]["gap_closed"]
+            if row["scores"] and not row["scores"]["in_sample"] and math.isfinite(gap["percent"]):
+                x, y, half = found[-1][name] = row["scores"]["log_likelihood"], gap["percent"], gap["half_width"]
+                ax.errorbar(x, y, half, color=SHOWN.get(name, "tab:gray"), fmt="o", ms=5, elinewidth=0.7, alpha=0.9)
+        ax.axhline(0, color="black", lw=0.8)
+        ax.axvline(-math.log(2), color="tab:gray", lw=0.8, ls=":")
+        ax.margins(x=0.15)
+        ax.set(
+            title=f"{world}, KL {kls[world][1]:g}",
+            xlabel="held-out log-likelihood, nats a pair (dotted: chance)",
+            ylabel="gap closed, %: DPO 0, oracle weights 100",
+            ylim=(-110, 160),
+        )
+    figure.draw_without_rendering()  # settles the layout
+    for ax, places in zip(axes[0], found, strict=True):
+        _label(ax, dict(sorted(places.items(), key=lambda item: [*SHOWN, item[0]].index(item[0]))))
+    figure.savefig(path, metadata=_WITHOUT_DATE)
+    plt.close(figure)
+
+
+def _label(ax: Any, places: Mapping[str, tuple[float, float, float]]) -> None:
+    """Write names next to points with error bars, the first ones first; a name without room for it is left out."""
+    taken = [
+        ax.transData.transform([(x, y - half), (x, y + half)]) + np.array([[-4, -4], [4, 4]])
+        for x, y, half in places.values()
+    ]
+    frame = ax.get_window_extent()
+    for name, (x, y, _) in places.items():
+        for shift, left, below in _LABEL_PLACES:
+            text = ax.annotate(name, (x, y), shift, textcoords="offset points", ha=left, va=below, fontsize=8)
+            text.set_color(SHOWN.get(name, "dimgray"))
+            text.set_in_layout(False)
+            box = text.get_window_extent().get_points()
+            inside = (box[0] > frame.p0).all() and (box[1] < frame.p1).all()
+            if inside and not any((box[0] < other[1]).all() and (other[0] < box[1]).all() for other in taken):
+                taken.append(box)
+                break
+            text.remove()
+
+
+_LABEL_PLACES = [
+    ((6, 0), "left", "center"),
+    ((-6, 0), "right", "center"),
+    ((5, 4), "left", "bottom"),
+    ((5, -4), "left", "top"),
+    ((-5, 4), "right", "bottom"),
+    ((-5, -4), "right", "top"),
+    ((0, 9), "center", "bottom"),
+    ((0, -9), "center", "top"),
+]
+"""Where a label may stand: its distance from the point, in points, and how it is aligned there."""
+
+
+def draw_steps(looks: Mapping[str, Any], path: Path) -> None:
+    """Draw how the log-ratios of chosen and rejected responses change in training, on its own pairs and on others."""
+    rows = {"train": "training pairs", "unseen": "other pairs"}
+    figure, axes = plt.subplots(
+        2, len(looks), figsize=(4.6 * len(looks), 5.4), layout="constrained", squeeze=False, sharex="col", sharey="col"
+    )
+    for column, (world, families) in zip(axes.T, looks.items(), strict=True):
+        for ax, (row, title) in zip(column, rows.items(), strict=True):
+            for family, look in families.items():
+                for side, style in (("chosen", "-"), ("rejected", "--")):
+                    # Over beta, which differs from family to family.
+                    means = np.array([mean for mean, _ in look["rewards"][row][side]]) / look["beta"]
+                    ax.plot(look["steps"], means, style, color=SHOWN[family], lw=1.6)
+            ax.axhline(0, color="black", lw=0.6)
+            ax.set(title=f"{world}: {title}", ylabel="log π − log ref, nats a response")
+        column[-1].set_xlabel("steps")
+    _legend_below(figure, [*next(iter(looks.values()))], {"chosen": "-", "rejected": "--"})
+    figure.savefig(path, metadata=_WITHOUT_DATE)
+    plt.close(figure)
+
+
+def draw_wins(looks: Mapping[str, Any], path: Path) -> None:
+    """Draw how often responses have a higher true reward than DPO's, by sampling temperature; bands are 95 % over seeds."""
+    shown = {
+        world: compared
+        for world, families in looks.items()
+        if (compared := {family: look for family, look in families.items() if "wins" in look})
+    }
+    if not shown:
+        return
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(4.6 * len(shown), 3.6), layout="constrained", squeeze=False, sharey=True
+    )
+    for ax, (world, families) in zip(axes[0], shown.items(), strict=True):
+        for family, look in families.items():
+            temperatures = [float(each) for each in look["wins"]]
+            means, halves = 100 * np.array([*look["wins"].values()], float).T
+            ax.plot(temperatures, means, "o-", color=SHOWN[family], lw=1.6, ms=4)
+            if np.isfinite(halves).all():
+                ax.fill_between(temperatures, means - halves, means + halves, color=SHOWN[family], alpha=0.15, lw=0)
+        ax.axhline(50, color="black", lw=0.8)
+        ax.set(title=world, xlabel="sampling temperature", xticks=temperatures)
+    axes[0, 0].set_ylabel("win rate against DPO, %")
+    _legend_below(figure, [*next(iter(shown.values()))], {})
+    figure.savefig(path, metadata=_WITHOUT_DATE)
+    plt.close(figure)
+
+
+def _legend_below(figure: Any, families: Sequence[str], styles: Mapping[str, str]) -> None:
+    """Put one legend for all panels below them: a colour for each family, and what line styles mean."""
+    lines = [Line2D([], [], color="gray", ls=style, lw=1.6, label=name) for name, style in styles.items()]
+    lines += [Line2D([], [], color=SHOWN[family], lw=1.6, label=family) for family in families]
+    figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False, fontsize=8)

@@ -8,6 +8,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def summarise(paths: Sequence[Path], kls: Sequence[float]) -> dict[str, Any]:
             for family, settings in runs.items()
         },
         "rows": rows,
-        "ranking": _ranking(rows, f"{kls[1]:g}"),
+        "ranking": _ranking(rows, scores, f"{kls[1]:g}"),
         "num_policies": sum(len(s) for f in runs.values() for s in f.values()),
     }
 
@@ -124,19 +125,58 @@ def _mean_scores(by_seed: Mapping[int, Mapping[str, float]]) -> dict[str, float]
     return {name: float(np.mean([of[name] for of in by_seed.values()])) for name in names}
 
 
-def _ranking(rows: Mapping[str, Any], kl: str) -> dict[str, float]:
-    """Return Spearman's correlation between measures of scores and the reward of the policies trained with them.
+def _ranking(
+    rows: Mapping[str, Any], scores: Mapping[str, Mapping[int, Mapping[str, float]]], kl: str
+) -> dict[str, Any]:
+    """Return how well measures of scores rank families by the reward of their policies at a KL; the truth is left out.
 
-    Only of scores that have not seen the labels, the truth left out.
+    Of families whose scores have not seen the labels, of those whose scores have, and of all.
     """
-    kept = [row for name, row in rows.items() if row["scores"] and not row["scores"]["in_sample"] and name != ORACLE]
-    found: dict[str, float] = {"num_families": len(kept)}
-    if len(kept) < 4:
-        return found
-    rewards = [row["at_kl"][kl]["reward"] for row in kept]
-    for measure in ("log_likelihood", "token_corr", "token_corr_within"):
-        found[measure] = spearman([row["scores"][measure] for row in kept], rewards)
+    found: dict[str, Any] = {}
+    for group, belongs in (("unseen labels", (False,)), ("in sample", (True,)), ("all", (False, True))):
+        names = [
+            name
+            for name, row in rows.items()
+            if name != ORACLE and row["scores"] and bool(row["scores"]["in_sample"]) in belongs
+        ]
+        found[group] = {"num_families": len(names)}
+        for measure in ("log_likelihood", "token_corr", "token_corr_within"):
+            by_seed: dict[int, list[tuple[float, float]]] = defaultdict(list)
+            for name in names:
+                rewards = rows[name]["at_kl"][kl]["by_seed"]
+                for seed in rewards.keys() & scores[name].keys():
+                    by_seed[seed].append((scores[name][seed][measure], rewards[seed]))
+            means = [(rows[name]["scores"][measure], rows[name]["at_kl"][kl]["reward"]) for name in names]
+            found[group][measure] = {"spearman_of_means": _spearman_of(means)} | rank_agreement([*by_seed.values()])
     return found
+
+
+def rank_agreement(seeds: Sequence[Sequence[tuple[float, float]]]) -> dict[str, Any]:
+    """Return how well a measure ranks families by reward, mean and half width of a 95 % interval over seeds.
+
+    `spearman` needs four families in a seed; `pairs_right` is the share of pairs of families with the better one in front.
+    Pairs with equal measures are left out: families that differ in the size of their weights alone.
+
+    Args:
+        seeds: Measure and reward of each family, for each seed.
+    """
+    spearmans = [value for value in map(_spearman_of, seeds) if math.isfinite(value)]
+    shares = []
+    for families in seeds:
+        pairs = [(left, right) for left, right in combinations(families, 2) if left[0] != right[0]]
+        if pairs:
+            shares.append(float(np.mean([(left[0] > right[0]) == (left[1] > right[1]) for left, right in pairs])))
+    return {
+        "spearman": interval(spearmans) if spearmans else (math.nan, math.nan),
+        "pairs_right": interval(shares) if shares else (math.nan, math.nan),
+        "num_seeds": len(shares),
+    }
+
+
+def _spearman_of(families: Sequence[tuple[float, float]]) -> float:
+    pairs = [pair for pair in families if all(map(math.isfinite, pair))]
+    different = all(len(set(values)) > 1 for values in zip(*pairs, strict=True))
+    return spearman(*zip(*pairs, strict=True)) if len(pairs) >= 4 and different else math.nan
 
 
 def spearman(left: Sequence[float], right: Sequence[float]) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import runs, scores, summary, worlds
+from benchmarks.quality import close_look, runs, scores, summary, worlds
 from pipeline.toy.policies import along, sample
 from pipeline.toy.policy_table import reward_at_kl
 
@@ -41,6 +41,20 @@ def test_gap_closed_is_a_ratio_of_means():
 def test_spearman_shares_the_ranks_of_ties():
     assert summary.spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
     assert summary.spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(math.sqrt(3) / 2)
+
+
+def test_agreement_of_ranks_by_hand():
+    """Seed 1: three of four pairs are right, and two with equal measures do not count. Seed 2: one pair, wrong."""
+    first = [(0.1, 1.0), (0.1, 2.0), (0.2, 1.5), (0.2, 3.0)]
+    found = summary.rank_agreement([first, [(0.1, 5.0), (0.3, 4.0)]])
+    assert found["pairs_right"][0] == pytest.approx((3 / 4 + 0) / 2)
+    # Ranks 0.5, 0.5, 2.5, 2.5 against 0, 2, 1, 3: the products of deviations sum to 2, their squares to 4 and 5.
+    assert found["spearman"][0] == pytest.approx(2 / math.sqrt(4 * 5))  # two families are too few
+    assert found["num_seeds"] == 2
+
+
+def test_a_tie_is_half_a_win():
+    assert close_look.win_rate([1.0, 2.0, -1.0, 0.0], [0.0, 2.0, 3.0, 0.0]) == pytest.approx((1 + 0.5 + 0 + 0.5) / 4)
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +93,35 @@ def test_expected_rewards_and_kl_agree_with_what_was_sampled(world):
         assert (kls.mean() > 0.1) == has_moved
 
 
-def test_sampled_tokens_have_the_probabilities_of_the_model(world):
-    prompt = world.prompts[0]
-    first = [ids[0] for ids in sample(world.base.plain, [prompt] * 2000, 1, world.base.end_ids, seed=1)]
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+def test_sampled_tokens_have_the_probabilities_of_the_model(world, temperature):
+    model, prompt = world.base.plain, world.prompts[0]
+    responses = sample(model, [prompt] * 2000, 1, world.base.end_ids, seed=1, temperature=temperature)
     with torch.no_grad():
-        probs = (
-            world.base.plain(input_ids=torch.tensor(prompt[None].astype(np.int64))).logits[0, -1].softmax(-1).numpy()
-        )
-    counts = np.bincount(first, minlength=len(probs))
+        logits = model(input_ids=torch.tensor(prompt[None].astype(np.int64))).logits[0, -1]
+    probs = (logits / temperature).softmax(-1).numpy()
+    counts = np.bincount([ids[0] for ids in responses], minlength=len(probs))
     errors = np.sqrt(2000 * probs * (1 - probs)) + 1
     assert (abs(counts - 2000 * probs) < 5 * errors).all()
+
+
+def test_a_close_look_begins_at_zero_and_finds_the_middle_kl(world):
+    base = world.base
+    look = close_look.CloseLook(scores.Scorers(world), beta=0.1)
+    assert [look.points[0][name] for name in ("kl", "train", "unseen")] == [0, [0, 0], [0, 0]]
+    assert look.at_middle is None
+    moved = base.plain_copy(base.policy.model)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter.add_(0.06 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    look(5, moved)
+    after = scores.logps_of(base, moved, *scores.sequences(world.rows))
+    before = scores.logps_of(base, base.plain, *scores.sequences(world.rows))
+    rejected = np.mean([(x - y).sum() for x, y in zip(after[1::2], before[1::2], strict=True)])
+    assert look.points[1]["train"][1] == pytest.approx(0.1 * rejected, abs=1e-4)
+    # One step of KL 2 to 4 lies around the middle KL of 1: the policy in between is nearer to it.
+    assert look.points[1]["kl"] > 2
+    assert runs.measured(world, look.at_middle, 0)["kl"] == pytest.approx(world.kls[1], rel=0.25)
 
 
 def test_scores_know_no_label_of_their_own_pair(world):
