@@ -208,7 +208,8 @@ def draw_wins(looks: Mapping[str, Any], path: Path) -> None:
             means, halves = 100 * np.array([*look["wins"].values()], float).T
             ax.plot(temperatures, means, "o-", color=SHOWN[family], lw=1.6, ms=4)
             if np.isfinite(halves).all():
-                ax.fill_between(temperatures, means - halves, means + halves, color=SHOWN[family], alpha=0.15, lw=0)
+                band = np.clip([means - halves, means + halves], 0, 100)
+                ax.fill_between(temperatures, *band, color=SHOWN[family], alpha=0.12, lw=0)
         ax.axhline(50, color="black", lw=0.8)
         ax.set(title=world, xlabel="sampling temperature", xticks=temperatures)
     axes[0, 0].set_ylabel("win rate against DPO, %")
