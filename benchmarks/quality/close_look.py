@@ -23,7 +23,7 @@ from benchmarks.quality.runs import Line, Log, measured, settle_process, train_s
 from benchmarks.quality.scores import Scorers, logps_of, sequences
 from benchmarks.quality.summary import interval
 from benchmarks.quality.worlds import Row, World
-from pipeline.toy.policies import sample
+from pipeline.toy.sampling import sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,8 +131,7 @@ def _sampled(world: World, model: "PreTrainedModel", *, seed: int) -> Line:
     small, rewards = _small(world), dict[str, list[float]]()
     for number, temperature in enumerate(TEMPERATURES):
         settings: dict[str, Any] = {"seed": seed + number, "temperature": temperature}
-        with world.base.autocast():
-            responses = sample(model, small.prompts, world.num_new, world.base.end_ids, **settings)
+        responses = sample(world.base, model, small.prompts, world.num_new, **settings)
         pairs = zip(small.prompts, responses, strict=True)
         rewards[f"{temperature:g}"] = [round(float(world.rewards.of(*each).sum()), 2) for each in pairs]
     means = {temperature: float(np.mean(values)) for temperature, values in rewards.items()}

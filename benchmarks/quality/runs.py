@@ -15,7 +15,8 @@ from transformers.utils import logging
 from benchmarks.quality.methods import FAMILIES, Family, Setting
 from benchmarks.quality.scores import PAIRS_PER_STEP, Scorers, Scores, as_pairs, describe, weight_term_ratio
 from benchmarks.quality.worlds import World
-from pipeline.toy.policies import Enough, measure, train_policy
+from pipeline.toy.policies import Enough, train_policy
+from pipeline.toy.sampling import measure
 
 Line = dict[str, Any]
 

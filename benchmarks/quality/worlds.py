@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from benchmarks.quality.lexicon import token_rewards
 from pipeline.toy.language import DEMO_LANGUAGE, NEGATIVE_PROMPT, POSITIVE_PROMPT
 from pipeline.toy.model_maker import make_chat_model
-from pipeline.toy.policies import Base, Ids, sample
+from pipeline.toy.policies import Base, Ids
+from pipeline.toy.sampling import sample
 from pipeline.toy.world import Rewards, SpokenLanguage
 from weights_store.lock import locked, wait_for
 
@@ -68,10 +69,7 @@ def judged(
 
 def _sampled(base: Base, prompts: Sequence[Ids], num_new: int, seed: int) -> list[tuple[Ids, Ids, Ids]]:
     """Return each prompt with two responses of the base."""
-    with base.autocast():
-        responses = sample(
-            base.plain, [prompt for prompt in prompts for _ in range(2)], num_new, base.end_ids, seed=seed
-        )
+    responses = sample(base, base.plain, [prompt for prompt in prompts for _ in range(2)], num_new, seed=seed)
     return list(zip(prompts, responses[::2], responses[1::2], strict=True))
 
 

@@ -18,8 +18,9 @@ from torch import nn
 from transformers.utils import logging
 
 from pipeline.toy.language import DEMO_LANGUAGE
-from pipeline.toy.policies import Base, Enough, measure, train_policy, weights_of_side
+from pipeline.toy.policies import Base, Enough, train_policy, weights_of_side
 from pipeline.toy.policy_table import DPO, KLS, ORACLE, PUBLISHED, SETTINGS
+from pipeline.toy.sampling import measure
 from pipeline.toy.world import Rewards, SpokenLanguage
 from train.config import DataConfig
 from train.data.dataset import PairDataset, open_weights

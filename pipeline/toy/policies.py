@@ -1,22 +1,20 @@
-"""Train policies with the project's own trainer, and measure what they have become: true reward, and KL to the reference.
+"""Train policies with the project's own trainer, on pairs and weights in memory.
 
-The demo and the quality benchmark use it. Pairs and weights are held in memory; the loss, its gradient, the order of pairs and
-the optimizer are those of `tokenweights train`.
+The demo and the quality benchmark use it. The loss, its gradient, the order of pairs and the optimizer are those of
+`tokenweights train`. What policies have become is measured in `sampling.py`.
 """
 
 import copy
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
-from transformers.cache_utils import DynamicCache, StaticCache
 
 from pipeline.weighing.estimators import ESTIMATORS, SideScores
 from train.config import ModelConfig, TrainConfig
@@ -31,18 +29,9 @@ if TYPE_CHECKING:
 
 Ids = np.ndarray
 """Token ids of a prompt or a response, `[T]` int32."""
-SAMPLES_PER_BATCH = 2048
 TOKENS_PER_BATCH = 1 << 14
 POSITIONS_PER_PIECE = 4096
 """So many have their logits in memory at once."""
-
-
-class NextRewards(Protocol):
-    """The true rewards of whatever token comes next."""
-
-    def __call__(self, prompts: Tensor, previous: Tensor, /) -> Tensor:
-        """Return `[V]`, or `[n, V]` for n positions; `prompts` says whose each is, `previous` which token came before."""
-        ...
 
 
 class PairsInMemory:
@@ -95,7 +84,7 @@ class Base:
         return plain
 
 
-# --- measuring ---------------------------------------------------------------------------------------------------------
+# --- a forward pass -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -149,126 +138,6 @@ def batches(base: Base, prompts: Sequence[Ids], responses: Sequence[Ids]) -> Ite
             predicts[row, len(prompts[i]) - 1 : lengths[i] - 1] = True
         yield Batch(base, part, ids.to(base.device), predicts.to(base.device))
         begin = end
-
-
-@torch.inference_mode()
-def sample(
-    model: nn.Module,
-    prompts: Sequence[Ids],
-    num_new: int,
-    end_ids: Sequence[int],
-    *,
-    seed: int,
-    temperature: float = 1.0,
-) -> list[Ids]:
-    """Sample a response of at most `num_new` tokens to each prompt, without top-k or top-p.
-
-    A token has the probability softmax(logits / temperature).
-    """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    ends = torch.tensor(list(end_ids), device=device)
-    order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
-    responses: dict[int, Ids] = {}
-    for begin in range(0, len(order), SAMPLES_PER_BATCH):
-        part = order[begin : begin + SAMPLES_PER_BATCH].tolist()
-        width = max(len(prompts[i]) for i in part)
-        ids, seen = torch.zeros(2, len(part), width, dtype=torch.long)
-        for row, i in enumerate(part):  # padding in front
-            ids[row, width - len(prompts[i]) :] = torch.from_numpy(prompts[i].astype(np.int64))
-            seen[row, width - len(prompts[i]) :] = 1
-        ids, seen = ids.to(device), seen.to(device)
-        # A static cache is twice as fast on a CPU; on a GPU with autocast its keys and values have different dtypes.
-        cache = (
-            DynamicCache(config=model.config) if device.type == "cuda" else StaticCache(model.config, width + num_new)
-        )
-        positions, alive = (seen.cumsum(1) - 1).clamp(min=0), torch.ones(len(part), dtype=torch.bool, device=device)
-        columns, lengths = [], torch.zeros(len(part), dtype=torch.long, device=device)
-        for step in range(num_new):
-            logits = (
-                model(
-                    input_ids=ids,
-                    attention_mask=seen,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                .logits[:, -1]
-                .float()
-            )
-            # Gumbel's trick: the largest of logits with noise is a sample.
-            noise = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
-            new = (logits / temperature + noise).argmax(-1)
-            columns.append(new)
-            lengths += alive
-            alive &= ~torch.isin(new, ends)
-            if step % 8 == 7 and not bool(alive.any()):
-                break
-            ids, positions = new[:, None], positions[:, -1:] + 1
-            seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
-        sampled = torch.stack(columns, 1).to(torch.int32).cpu().numpy()
-        responses |= {
-            i: sampled[row, :length] for row, (i, length) in enumerate(zip(part, lengths.tolist(), strict=True))
-        }
-    return [responses[i] for i in range(len(prompts))]
-
-
-@torch.inference_mode()
-def along(
-    base: Base, model: "PreTrainedModel", prompts: Sequence[Ids], responses: Sequence[Ids], next_rewards: NextRewards
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return two sums over the positions of each response, `[S]`, given what was sampled up to there.
-
-    The exact KL(policy || reference) of the next token, in nats, and its expected true reward: the mean over the vocabulary, so
-    both are unbiased and far less noisy than log-ratios and rewards of the tokens that were sampled.
-    """
-    found = np.zeros((len(responses), 2))
-    for batch in batches(base, prompts, responses):
-        whose = torch.tensor(batch.indices, device=base.device).repeat_interleave(batch.predicts.sum(1))
-        of_positions = batch.states(model), batch.states(base.plain), whose, batch.ids[batch.predicts]
-        sums = []
-        for state, ref_state, prompt, previous in zip(
-            *(each.split(POSITIONS_PER_PIECE) for each in of_positions), strict=True
-        ):
-            with base.autocast():
-                logits, ref_logits = model.lm_head(state), base.plain.lm_head(ref_state)
-            logps, ref_logps = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
-            probs, gains = logps.exp(), next_rewards(prompt, previous)
-            expected = probs @ gains if gains.ndim == 1 else (probs * gains).sum(-1)
-            sums.append(torch.stack([(probs * (logps - ref_logps)).sum(-1), expected], 1))
-        for i, values in batch.by_response(torch.cat(sums)).items():
-            found[i] = values.sum(0)
-    return found[:, 0], found[:, 1]
-
-
-class Point(NamedTuple):
-    """A policy at one step of its training: means over sampled responses, and the standard error of the reward."""
-
-    step: int
-    reward: float
-    kl: float
-    reward_se: float
-    num_tokens: float
-
-
-def measure(
-    base: Base,
-    model: "PreTrainedModel",
-    prompts: Sequence[Ids],
-    next_rewards: NextRewards,
-    *,
-    num_new: int,
-    step: int = 0,
-) -> Point:
-    """Sample one response to every prompt from a model with the forward pass of transformers, and measure it."""
-    with base.autocast():
-        responses = sample(model, prompts, num_new, base.end_ids, seed=7)
-    kls, rewards = along(base, model, prompts, responses, next_rewards)
-    error = float(rewards.std() / math.sqrt(len(rewards)))
-    return Point(
-        step, float(rewards.mean()), float(kls.mean()), error, float(np.mean([len(each) for each in responses]))
-    )
 
 
 # --- training ----------------------------------------------------------------------------------------------------------

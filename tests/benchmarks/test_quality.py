@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks.quality import close_look, runs, scores, summary, worlds
-from pipeline.toy.policies import along, sample
 from pipeline.toy.policy_table import reward_at_kl
+from pipeline.toy.sampling import measure_each, sample
 
 
 def points(*pairs):
@@ -74,8 +74,7 @@ def test_expected_rewards_and_kl_agree_with_what_was_sampled(world):
     prompts = world.prompts * 4
     next_rewards = world.rewards.behind(prompts, base.device)
     for model, has_moved in ((base.plain, False), (moved, True)):
-        responses = sample(model, prompts, world.num_new, base.end_ids, seed=3)
-        kls, rewards = along(base, model, prompts, responses, next_rewards)
+        responses, kls, rewards = measure_each(base, model, prompts, next_rewards, num_new=world.num_new, seed=3)
         raw = np.array([world.rewards.of(*each).sum() for each in zip(prompts, responses, strict=True)])
         assert abs((rewards - raw).mean()) < 4 * (rewards - raw).std() / math.sqrt(len(raw))
         assert rewards.std() < raw.std()
@@ -96,7 +95,7 @@ def test_expected_rewards_and_kl_agree_with_what_was_sampled(world):
 @pytest.mark.parametrize("temperature", [1.0, 0.4])
 def test_sampled_tokens_have_the_probabilities_of_the_model(world, temperature):
     model, prompt = world.base.plain, world.prompts[0]
-    responses = sample(model, [prompt] * 2000, 1, world.base.end_ids, seed=1, temperature=temperature)
+    responses = sample(world.base, model, [prompt] * 2000, 1, seed=1, temperature=temperature)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(prompt[None].astype(np.int64))).logits[0, -1]
     probs = (logits / temperature).softmax(-1).numpy()
