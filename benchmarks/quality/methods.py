@@ -6,6 +6,7 @@ Settings are chosen on other seeds than the one that is reported, and the baseli
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from benchmarks.quality import estimates
 from benchmarks.quality.scores import Scorers, Scores, weights_of
 
 SPREAD_CLAMP = {"lower": -1.5, "upper": 1.5}
@@ -86,6 +87,11 @@ FAMILIES = (
     Family("head, calibrated", (_natural(0.1), _natural(0.3)), Scorers.head),
     Family("head with contexts", _TWO_SPREADS, lambda scorers: scorers.head(16)),
     Family("D", _TWO_SPREADS, _d, in_sample=True),
+    Family("D, cross-fitted", _TWO_SPREADS, estimates.cross_fitted),
+    Family("D, cross-fitted and bagged", _TWO_SPREADS, lambda scorers: estimates.cross_fitted(scorers, 3)),
+    Family("stacked", _TWO_SPREADS, estimates.stacked),
+    Family("iterated", (_spread(0.6),), estimates.iterated),
+    Family("given", _TWO_SPREADS, estimates.given, needs="other"),
     Family("TIS-DPO (S), paper", (_paper(0.1), _paper(0.3)), lambda scorers: scorers.trained("sft"), in_sample=True),
     Family("TIS-DPO (D), release", (_release("rank_based"), _release("threshold_and_scale")), _d, in_sample=True),
     Family("random weights", (_paper(0.1),), lambda scorers: scorers.drawn(0)),
