@@ -3,11 +3,14 @@
 Settings are chosen on other seeds than the one that is reported, and the baseline has the most of them.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
-from benchmarks.quality import estimates
+from benchmarks.quality import estimates, needed
 from benchmarks.quality.scores import Scorers, Scores, weights_of
+from train.data.stored_pairs import Pair
 
 SPREAD_CLAMP = {"lower": -1.5, "upper": 1.5}
 
@@ -21,6 +24,10 @@ class Setting:
     rate: float = 1.0
     weights: Callable[[Scores], Scores] | None = None
     """From the token scores of its family; None for weights of 1."""
+    pairs: Callable[[Scorers, list[Pair]], list[Pair]] | None = None
+    """Adds to the pairs what else the loss reads."""
+    recipe: Mapping[str, object] | None = None
+    """How the training refreshes weights and anchors."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Family:
     in_sample: bool = False
     """Whether the scores have seen the labels that they are measured on."""
     needs: str = ""
-    """`other` pairs or system `prompts`; worlds without them leave the family out."""
+    """`other` pairs, system `prompts` or a larger `scorer`; worlds without them leave the family out."""
 
 
 def _dpo(beta: float, rate: float = 1.0) -> Setting:
@@ -51,6 +58,31 @@ def _spread(spread: float, beta: float = 0.1) -> Setting:
         {"name": "tis_dpo", "beta": beta},
         weights=lambda scores: weights_of(scores, spread=spread, **SPREAD_CLAMP),
     )
+
+
+def _clamp(name: str, lower: float, upper: float) -> Setting:
+    weights: Callable[[Scores], Scores] = lambda scores: weights_of(scores, lower=lower, upper=upper)  # noqa: E731
+    return Setting(f"beta 0.1, {name}", {"name": "tis_dpo", "beta": 0.1}, weights=weights)
+
+
+def _ti(beta: float = 0.1, mix: float = 0.7, **loss: object) -> Setting:
+    """TI-DPO of the paper on stored attributions and anchors."""
+    pairs = partial(needed.attributed, mix=mix)
+    return Setting(f"beta {beta:g}", {"name": "ti_dpo", "beta": beta, **loss}, pairs=pairs)
+
+
+def _ti_online(beta: float) -> Setting:
+    loss = {"name": "ti_dpo", "beta": beta, "importance": "online", "anchor": "online"}
+    return Setting(f"beta {beta:g}", loss, recipe=needed.TI_RECIPE)
+
+
+def _uni(beta: float, pairs: Callable[[Scorers, list[Pair]], list[Pair]], **loss: object) -> Setting:
+    return Setting(f"beta {beta:g}", {"name": "uni_dpo", "beta": beta, **loss}, pairs=pairs)
+
+
+def _uni_true(beta: float) -> Setting:
+    # The paper's threshold for good responses belongs to its scale of scores; here good is better than neutral.
+    return _uni(beta, needed.scored, tau_good=0.0)
 
 
 def _release(estimator: str) -> Setting:
@@ -74,7 +106,7 @@ def _natural(beta: float) -> Setting:
 _TWO_SPREADS = (_spread(0.3, 0.3), _spread(0.6))
 _SPREADS = (*_TWO_SPREADS, _spread(0.3), _spread(0.15))
 DPO, ORACLE = "DPO", "oracle weights"
-FAMILIES = (
+_IN_ALL_WORLDS = (
     Family(DPO, (_dpo(0.1), _dpo(0.3), _dpo(0.1, 2.0), _dpo(1.0), _dpo(0.03), _dpo(0.1, 0.5))),
     Family(ORACLE, (_paper(0.3), _paper(0.1)), Scorers.oracle),
     Family("head", _SPREADS, Scorers.head),
@@ -100,8 +132,26 @@ FAMILIES = (
     Family("SimPO", (Setting("beta 2", {"name": "simpo", "beta": 2.0}), Setting("beta 10", {"name": "simpo", "beta": 10.0}))),
     Family("D2PO", (Setting("beta 0.1", {"name": "d2po", "beta": 0.1}),)),
     Family("TDPO2", (Setting("beta 0.1", {"name": "tdpo2", "beta": 0.1}), Setting("beta 0.3", {"name": "tdpo2", "beta": 0.3}))),
+    Family("TI-DPO, stored", (_ti(0.1), _ti(0.3))),
+    Family("TI-DPO, online", (_ti_online(0.1), _ti_online(0.3))),
+    Family("Uni-DPO", (_uni(2.0, needed.unscored, quality_eta=0.0), _uni(10.0, needed.unscored, quality_eta=0.0))),
+    Family("Uni-DPO, true scores", (_uni_true(2.0), _uni_true(10.0))),
+    Family("P, larger scorer", _TWO_SPREADS, lambda scorers: scorers.prompted(by_scorer=True), needs="scorer"),
 )  # fmt: skip
-EVERY = {family.name: len(family.settings) for family in FAMILIES}
+_ETA = Setting("beta 0.1, eta", {"name": "tis_dpo", "beta": 0.1, "kl": "exact"}, weights=weights_of)
+_IN_THE_PLANTED_WORLD = (
+    Family("GRPO (TRL), true rewards", tuple(Setting(f"beta {b:g}", {"name": "grpo", "beta": b}) for b in (0.04, 0.1, 0.01))),
+    Family("TIS-DPO (D), no clamp", (_clamp("no clamp", -math.inf, math.inf),), _d, in_sample=True),
+    Family("TIS-DPO (D), symmetric clamp", (_clamp("clamp ±1", -1.0, 1.0),), _d, in_sample=True),
+    Family("TIS-DPO (D), with eta", (_ETA,), _d, in_sample=True),
+    Family("TI-DPO, no prior", (_ti(mix=1.0),)),
+    Family("TI-DPO, no triplet", (_ti(triplet_gamma=0.0),)),
+)  # fmt: skip
+"""A reference point that no pairs can reach, and ablations of the papers. Their full forms are above, TIS-DPO without eta."""
+FAMILIES = (*_IN_ALL_WORLDS, *_IN_THE_PLANTED_WORLD)
+EVERY = {family.name: len(family.settings) for family in _IN_ALL_WORLDS}
+PLANTED = {family.name: len(family.settings) for family in FAMILIES}
+"""Those of the planted world's first cell."""
 CORE = {DPO: 4, ORACLE: 2, "head": 2, "head with contexts": 1, "TIS-DPO (D), paper": 2, "head on other pairs": 1}
 """The families that every cell of the planted world has, and how many of their settings."""
 TINY = {DPO: 4, ORACLE: 1, "head": 2, "head on other pairs": 1}

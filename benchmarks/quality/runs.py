@@ -66,7 +66,12 @@ def run_world(make: Callable[[], World], log: Log, families: Mapping[str, int], 
     if all(log.has(family=family.name, setting=setting.name) for family in wanted for setting in family.settings):
         return
     world = make()
-    has = {"": True, "other": bool(world.other), "prompts": world.behind is not None}
+    has = {
+        "": True,
+        "other": bool(world.other),
+        "prompts": world.behind is not None,
+        "scorer": world.scorer is not None,
+    }
     scorers = Scorers(world)
     if not log.has(kind="start"):
         log.add(kind="start", **_measured(world, world.base.plain, 0))
@@ -112,8 +117,15 @@ def _trained(world: World, scorers: Scorers, setting: Setting, scores: Scores | 
         "max_steps": world.steps[-1],
         "pairs_per_step": PAIRS_PER_STEP,
     }
-    pairs = as_pairs(world.rows, scorers.ref_logps, weights)
-    train_policy(world.base, pairs, setting.loss, optim, steps=world.steps, look=look)
+    if setting.loss["name"] == "grpo":
+        from benchmarks.quality.grpo import train_grpo  # it takes seconds, and only one family needs it
+
+        train_grpo(world, setting.loss["beta"], optim, steps=world.steps, look=look)
+    else:
+        pairs = as_pairs(world.rows, scorers.ref_logps, weights)
+        if setting.pairs is not None:
+            pairs = setting.pairs(scorers, pairs)
+        train_policy(world.base, pairs, setting.loss, optim, steps=world.steps, look=look, recipe=setting.recipe)
     return {"points": points, "wall_s": round(time.monotonic() - started, 1)}
 
 

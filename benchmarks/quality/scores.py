@@ -133,13 +133,16 @@ class Scorers:
         model = train_policy(self.base, pairs, loss, optim, swap=swap)
         return logps_of(self.base, self.base.plain_copy(model), *sequences(scored))
 
-    def prompted(self) -> Scores:
-        """Return log pi+ - log pi- of construction P."""
-        behind = self.world.behind
+    def prompted(self, *, by_scorer: bool = False) -> Scores:
+        """Return log pi+ - log pi- of construction P, of the base or of the world's larger scorer."""
+        behind, base = self.world.behind, self.base
         assert behind is not None, "this world has no system prompts"
+        if by_scorer:
+            assert self.world.scorer is not None, "this world has no larger scorer"
+            base = self.world.scorer()
         prompts, responses = sequences(self.world.rows)
         sides = [
-            logps_of(self.base, self.base.plain, [behind(prompt, good) for prompt in prompts], responses)
+            logps_of(base, base.plain, [behind(prompt, good) for prompt in prompts], responses)
             for good in (True, False)
         ]
         return difference(*sides)
