@@ -92,17 +92,18 @@ def fit_factors(margins: np.ndarray) -> np.ndarray:
 
 
 def iterated(scorers: Scorers) -> Scores:
-    """Return the mean of `head` and of the implicit rewards of policies trained with its weights, at equal spread.
+    """Return the mean of `head` and of the log-ratios of construction D trained with its weights, at equal spread.
 
-    Such a policy may find rewards that depend on the context, which `head` cannot express, with less noise than plain DPO.
-    Head and policy are trained without the fold that they score.
+    Such models may find rewards that depend on the context, which `head` cannot express, with less noise than those of plain
+    DPO. Head and models are trained without the fold that they score. Both models are needed: the log-ratio of one policy to
+    the reference is below 0 on average, because DPO lowers the likelihood of both responses.
     """
     loss: Mapping[str, object] = {"name": "tis_dpo", "beta": 0.1}
 
     def score(kept: np.ndarray, left_out: np.ndarray) -> Scores:
         weights = weights_of(head_of(_part(scorers, kept)), spread=0.3, lower=-1.5, upper=1.5)
-        logps = scorers.logps_after(_pairs(scorers, kept, weights), _part(scorers, left_out), loss)
-        return difference(logps, _of_pairs(scorers.ref_logps, left_out))
+        rows, pairs = _part(scorers, left_out), _pairs(scorers, kept, weights)
+        return difference(*(scorers.logps_after(pairs, rows, loss, swap=swap) for swap in (False, True)))
 
     rewards, head = out_of_fold(len(scorers.world.rows), score), scorers.head()
     spreads = [float(np.concatenate(each).std()) for each in (rewards, head)]

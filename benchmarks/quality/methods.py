@@ -5,7 +5,7 @@ Settings are chosen on other seeds than the one that is reported, and the baseli
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from benchmarks.quality import estimates, needed
@@ -65,24 +65,24 @@ def _clamp(name: str, lower: float, upper: float) -> Setting:
     return Setting(f"beta 0.1, {name}", {"name": "tis_dpo", "beta": 0.1}, weights=weights)
 
 
-def _ti(beta: float = 0.1, mix: float = 0.7, **loss: object) -> Setting:
+def _at_rates(setting: Setting, *rates: float) -> tuple[Setting, ...]:
+    """At the world's learning rate some losses move so little that they do not come to the KLs of the comparison."""
+    return setting, *(replace(setting, name=f"{setting.name}, rate x{rate:g}", rate=rate) for rate in rates)
+
+
+def _ti(mix: float = 0.7, **loss: object) -> Setting:
     """TI-DPO of the paper on stored attributions and anchors."""
-    pairs = partial(needed.attributed, mix=mix)
-    return Setting(f"beta {beta:g}", {"name": "ti_dpo", "beta": beta, **loss}, pairs=pairs)
+    return Setting("beta 0.1", {"name": "ti_dpo", "beta": 0.1, **loss}, pairs=partial(needed.attributed, mix=mix))
 
 
-def _ti_online(beta: float) -> Setting:
-    loss = {"name": "ti_dpo", "beta": beta, "importance": "online", "anchor": "online"}
-    return Setting(f"beta {beta:g}", loss, recipe=needed.TI_RECIPE)
-
-
-def _uni(beta: float, pairs: Callable[[Scorers, list[Pair]], list[Pair]], **loss: object) -> Setting:
-    return Setting(f"beta {beta:g}", {"name": "uni_dpo", "beta": beta, **loss}, pairs=pairs)
-
-
-def _uni_true(beta: float) -> Setting:
-    # The paper's threshold for good responses belongs to its scale of scores; here good is better than neutral.
-    return _uni(beta, needed.scored, tau_good=0.0)
+_TI_ONLINE = Setting(
+    "beta 0.1",
+    {"name": "ti_dpo", "beta": 0.1, "importance": "online", "anchor": "online"},
+    recipe=needed.TI_RECIPE,
+)
+_UNI = Setting("beta 2", {"name": "uni_dpo", "beta": 2.0, "quality_eta": 0.0}, pairs=needed.unscored)
+# The paper's threshold for good responses belongs to its scale of scores; here good is better than neutral.
+_UNI_TRUE = Setting("beta 2", {"name": "uni_dpo", "beta": 2.0, "tau_good": 0.0}, pairs=needed.scored)
 
 
 def _release(estimator: str) -> Setting:
@@ -132,10 +132,10 @@ _IN_ALL_WORLDS = (
     Family("SimPO", (Setting("beta 2", {"name": "simpo", "beta": 2.0}), Setting("beta 10", {"name": "simpo", "beta": 10.0}))),
     Family("D2PO", (Setting("beta 0.1", {"name": "d2po", "beta": 0.1}),)),
     Family("TDPO2", (Setting("beta 0.1", {"name": "tdpo2", "beta": 0.1}), Setting("beta 0.3", {"name": "tdpo2", "beta": 0.3}))),
-    Family("TI-DPO, stored", (_ti(0.1), _ti(0.3))),
-    Family("TI-DPO, online", (_ti_online(0.1), _ti_online(0.3))),
-    Family("Uni-DPO", (_uni(2.0, needed.unscored, quality_eta=0.0), _uni(10.0, needed.unscored, quality_eta=0.0))),
-    Family("Uni-DPO, true scores", (_uni_true(2.0), _uni_true(10.0))),
+    Family("TI-DPO, stored", _at_rates(_ti(), 2, 4)),
+    Family("TI-DPO, online", _at_rates(_TI_ONLINE, 2, 4)),
+    Family("Uni-DPO", _at_rates(_UNI, 2)),
+    Family("Uni-DPO, true scores", _at_rates(_UNI_TRUE, 2)),
     Family("P, larger scorer", _TWO_SPREADS, lambda scorers: scorers.prompted(by_scorer=True), needs="scorer"),
 )  # fmt: skip
 _ETA = Setting("beta 0.1, eta", {"name": "tis_dpo", "beta": 0.1, "kl": "exact"}, weights=weights_of)
@@ -144,8 +144,8 @@ _IN_THE_PLANTED_WORLD = (
     Family("TIS-DPO (D), no clamp", (_clamp("no clamp", -math.inf, math.inf),), _d, in_sample=True),
     Family("TIS-DPO (D), symmetric clamp", (_clamp("clamp ±1", -1.0, 1.0),), _d, in_sample=True),
     Family("TIS-DPO (D), with eta", (_ETA,), _d, in_sample=True),
-    Family("TI-DPO, no prior", (_ti(mix=1.0),)),
-    Family("TI-DPO, no triplet", (_ti(triplet_gamma=0.0),)),
+    Family("TI-DPO, no prior", _at_rates(_ti(mix=1.0), 2)[1:]),
+    Family("TI-DPO, no triplet", _at_rates(_ti(triplet_gamma=0.0), 2)[1:]),
 )  # fmt: skip
 """A reference point that no pairs can reach, and ablations of the papers. Their full forms are above, TIS-DPO without eta."""
 FAMILIES = (*_IN_ALL_WORLDS, *_IN_THE_PLANTED_WORLD)

@@ -1,10 +1,10 @@
-"""Scores of the quality benchmark that are fitted in parts: none of them may know the label of its own pair."""
+"""Rows of the quality benchmark that are made in parts: scores must not know the label of their own pair."""
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import estimates, scores, worlds
+from benchmarks.quality import estimates, needed, scores, worlds
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +36,22 @@ def test_stacking_trusts_what_predicts_labels():
     assert good == pytest.approx(1, abs=0.1)
     assert useless == pytest.approx(0, abs=0.1)
     assert wrong == 0
+
+
+def test_attributed_pairs_have_hybrid_weights_and_an_anchor_of_their_prompt(world):
+    """Weights are T times a mix of two distributions (TI-DPO, eq. 8): their mean is 1. Mix 1 leaves no floor of the prior."""
+    pairs = scores.as_pairs(world.rows, scores.Scorers(world).ref_logps)
+    mixed, pure = (needed.attributed(scores.Scorers(world), pairs, mix) for mix in (0.7, 1.0))
+    for pair in (*mixed, *pure):
+        for side in (pair.chosen, pair.rejected):
+            assert side.token_weights.mean() == pytest.approx(1, abs=1e-5)
+            assert pair.anchor is not None
+    first, same_prompt = (
+        mixed[0],
+        next(each for each in mixed[1:] if np.array_equal(each.prompt_ids, mixed[0].prompt_ids)),
+    )
+    assert np.array_equal(first.anchor.ids, same_prompt.anchor.ids)
+    # weight = 0.7 * pure + 0.3 * prior, and the prior is symmetric about the middle of the response
+    rest = (mixed[0].chosen.token_weights - 0.7 * pure[0].chosen.token_weights) / 0.3
+    assert rest == pytest.approx(rest[::-1], abs=1e-4)
+    assert rest.argmax() in (len(rest) // 2, (len(rest) - 1) // 2)
