@@ -34,8 +34,7 @@ REPORTING_SEEDS = (1, 2, 3, 4, 5)
 
 def jobs(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], object], Mapping[str, int]]]:
     """Return every world and seed: a name for its file, how to make it, and of which families how many settings to train."""
-    from benchmarks.quality import worlds
-    from benchmarks.quality.methods import CORE, EVERY, TINY
+    from benchmarks.quality import methods, worlds
 
     scratch, samples = arguments.scratch, {"num_samples": arguments.samples}
     instructions = arguments.shared / "data" / "alpaca_judged.parquet"
@@ -44,24 +43,27 @@ def jobs(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], object],
         if "tiny" in arguments.worlds:
             texts = worlds.instructions_of(instructions)
             model = arguments.shared / "models" / "tiny-chat"
-            found.append((f"tiny-{seed}", partial(worlds.tiny, model, texts, seed, num_other=3000, **samples), TINY))
+            found.append(
+                (f"tiny-{seed}", partial(worlds.tiny, model, texts, seed, num_other=3000, **samples), methods.TINY)
+            )
         if "toy" in arguments.worlds:
             make = partial(worlds.toy, scratch / "toy-model", seed, num_other=2000, **samples)
-            found.append((f"toy-{seed}", make, EVERY))
+            found.append((f"toy-{seed}", make, methods.TOY))
         if "planted" in arguments.worlds:
             for kind, num_pairs, flips in PLANTED:
                 cell = f"{kind}-{num_pairs}-{flips:g}"
                 if arguments.cells and cell not in arguments.cells:
                     continue
-                how_many = {"num_pairs": num_pairs, "num_other": 4000, "flips": flips, **samples}
-                families = EVERY if (kind, num_pairs, flips) == PLANTED[0] else CORE
+                first = (kind, num_pairs, flips) == PLANTED[0]
+                families = methods.PLANTED if first else methods.CELL
+                how_many = {"num_pairs": num_pairs, "num_other": 4000 if first else 0, "flips": flips, **samples}
                 make = partial(worlds.planted, scratch / "planted-model", kind, seed, **how_many)
                 found.append((f"planted-{cell}-{seed}", make, families))
         if "real" in arguments.worlds:
             where = {"device": arguments.device, "dtype": arguments.dtype}
             texts, how_many = worlds.instructions_of(instructions), {"num_pairs": arguments.pairs, "num_other": 3000}
             make = partial(worlds.real, Path(arguments.model), texts, seed, **how_many, **samples, **where)
-            found.append((f"real-{seed}", make, EVERY))
+            found.append((f"real-{seed}", make, methods.REAL))
     return found
 
 

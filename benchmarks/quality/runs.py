@@ -72,7 +72,12 @@ def run_world(make: Callable[[], World], log: Log, families: Mapping[str, int], 
     if not any(_missing(family, log) for family in wanted):
         return
     world = make()
-    has = {"": True, "other": bool(world.other), "prompts": world.behind is not None}
+    has = {
+        "": True,
+        "other": bool(world.other),
+        "prompts": world.behind is not None,
+        "scorer": world.scorer is not None,
+    }
     scorers = Scorers(world)
     if not log.has(kind="start"):
         log.add(kind="start", **measured(world, world.base.plain, 0))
@@ -137,8 +142,15 @@ def train_setting(
         "max_steps": steps[-1],
         "pairs_per_step": PAIRS_PER_STEP,
     }
+    if setting.loss["name"] == "grpo":
+        from benchmarks.quality.grpo import train_grpo  # it takes seconds, and only one family needs it
+
+        train_grpo(world, setting.loss["beta"], optim, steps=steps, look=look)
+        return
     pairs = as_pairs(world.rows, scorers.ref_logps, weights)
-    train_policy(world.base, pairs, setting.loss, optim, steps=steps, look=look)
+    if setting.pairs is not None:
+        pairs = setting.pairs(scorers, pairs)
+    train_policy(world.base, pairs, setting.loss, optim, steps=steps, look=look, recipe=setting.recipe)
 
 
 def measured(world: World, model: nn.Module, step: int) -> Line:

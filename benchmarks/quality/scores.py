@@ -1,6 +1,6 @@
 """Token scores of every construction, for the pairs of a world: what a build computes, here on models in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -70,7 +70,13 @@ class Scorers:
         """Score the pairs with the reference."""
         self.base = self.world.base
         self.ref_logps = logps_of(self.base, self.base.plain, *sequences(self.world.rows))
-        self._trained: dict[tuple[str, bool], Scores] = {}
+        self._known: dict[tuple[object, ...], Scores] = {}
+
+    def known(self, key: tuple[object, ...], make: Callable[[], Scores]) -> Scores:
+        """Return what was made under this key before, or make it."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
 
     def oracle(self) -> Scores:
         """Return the true token rewards."""
@@ -78,54 +84,86 @@ class Scorers:
 
     def trained(self, loss: str, *, on_other: bool = False, num_epochs: int = 2) -> Scores:
         """Return log pi+ - log pi- of construction S (`sft`) or D (`dpo`), trained on these pairs or on the other ones."""
-        if (loss, on_other) not in self._trained:
-            rows = self.world.other if on_other else self.world.rows
-            pairs = as_pairs(
-                rows, logps_of(self.base, self.base.plain, *sequences(rows)) if on_other else self.ref_logps
-            )
-            steps = max(1, num_epochs * len(rows) // PAIRS_PER_STEP)
-            optim = {"learning_rate": self.world.learning_rate, "max_steps": steps, "pairs_per_step": PAIRS_PER_STEP}
-            sides = []
-            for swap in (False, True):
-                model = train_policy(
-                    self.base, pairs, {"name": loss} | ({"beta": 0.1} if loss == "dpo" else {}), optim, swap=swap
-                )
-                sides.append(logps_of(self.base, self.base.plain_copy(model), *sequences(self.world.rows)))
-            self._trained[loss, on_other] = [plus - minus for plus, minus in zip(*sides, strict=True)]
-        return self._trained[loss, on_other]
+        plus, minus = (self.of_side(loss, swap, on_other=on_other, num_epochs=num_epochs) for swap in (False, True))
+        return difference(plus, minus)
 
-    def prompted(self) -> Scores:
-        """Return log pi+ - log pi- of construction P."""
-        behind = self.world.behind
+    def of_side(self, loss: str, swap: bool, *, on_other: bool = False, num_epochs: int = 2) -> Scores:
+        """Return log-probs of the pairs under pi+, or with `swap` pi-, trained on these pairs or on the other ones."""
+
+        def make() -> Scores:
+            pairs = as_pairs(self.world.rows, self.ref_logps)
+            if on_other:
+                rows = self.world.other
+                pairs = as_pairs(rows, logps_of(self.base, self.base.plain, *sequences(rows)))
+            settings = {"name": loss} | ({"beta": 0.1} if loss == "dpo" else {})
+            return self.logps_after(pairs, self.world.rows, settings, swap=swap, num_epochs=num_epochs)
+
+        return self.known(("of_side", loss, swap, on_other, num_epochs), make)
+
+    def logps_after(
+        self,
+        pairs: Sequence[Pair],
+        scored: Sequence[Row],
+        loss: Mapping[str, object],
+        *,
+        swap: bool = False,
+        num_epochs: int = 2,
+        seed: int = 0,
+    ) -> Scores:
+        """Train a model on pairs, in an order that `seed` draws, and return its log-probs of the responses of other pairs."""
+        optim = {
+            "learning_rate": self.world.learning_rate,
+            "max_steps": max(1, num_epochs * len(pairs) // PAIRS_PER_STEP),
+            "pairs_per_step": PAIRS_PER_STEP,
+            "seed": seed,
+        }
+        model = train_policy(self.base, pairs, loss, optim, swap=swap)
+        return logps_of(self.base, self.base.plain_copy(model), *sequences(scored))
+
+    def prompted(self, *, by_scorer: bool = False) -> Scores:
+        """Return log pi+ - log pi- of construction P, of the base or of the world's larger scorer."""
+        behind, base = self.world.behind, self.base
         assert behind is not None, "this world has no system prompts"
+        if by_scorer:
+            assert self.world.scorer is not None, "this world has no larger scorer"
+            base = self.world.scorer()
         prompts, responses = sequences(self.world.rows)
         sides = [
-            logps_of(self.base, self.base.plain, [behind(prompt, good) for prompt in prompts], responses)
+            logps_of(base, base.plain, [behind(prompt, good) for prompt in prompts], responses)
             for good in (True, False)
         ]
-        return [plus - minus for plus, minus in zip(*sides, strict=True)]
+        return difference(*sides)
 
     def head(self, num_contexts: int = 0, *, on_other: bool = False) -> Scores:
         """Return the scores of estimator `head`, out of fold; with `on_other` it is fitted on the other pairs too."""
         rows = [*self.world.rows, *(self.world.other if on_other else ())]
-        responses = [response for row in rows for response in row[1:]]
         contexts = _reduced(contexts_of(self.base, *sequences(rows)), num_contexts) if num_contexts else None
-        sides = []
-        for side in range(2):
-            ids = np.concatenate(responses[side::2])
-            lengths = np.array([len(each) for each in responses[side::2]])
-            sides.append(Responses(ids, lengths, None if contexts is None else np.concatenate(contexts[side::2])))
-        # Each pair is a group of its own: worlds have few prompts, and another pair of a prompt does not give a label away.
-        groups = mix(np.arange(len(rows), dtype=np.uint64))
-        head = fit_head(*sides, groups)
-        chosen, rejected = (np.split(head.scores(side, groups), np.cumsum(side.lengths)[:-1]) for side in sides)
-        in_turns = [each for pair in zip(chosen, rejected, strict=True) for each in pair]
-        return in_turns[: 2 * len(self.world.rows)]
+        return head_of(rows, contexts)[: 2 * len(self.world.rows)]
 
     def drawn(self, seed: int) -> Scores:
         """Return noise: U(-0.5, 1.5), the range of the paper's clamp."""
         rng = np.random.default_rng(seed)
         return [rng.uniform(-0.5, 1.5, len(logps)).astype(np.float32) for logps in self.ref_logps]
+
+
+def head_of(rows: Sequence[Row], contexts: Scores | None = None) -> Scores:
+    """Return the scores of estimator `head` for pairs, each by fits on other pairs."""
+    responses = [response for row in rows for response in row[1:]]
+    sides = []
+    for side in range(2):
+        ids = np.concatenate(responses[side::2])
+        lengths = np.array([len(each) for each in responses[side::2]])
+        sides.append(Responses(ids, lengths, None if contexts is None else np.concatenate(contexts[side::2])))
+    # Each pair is a group of its own: worlds have few prompts, and another pair of a prompt does not give a label away.
+    groups = mix(np.arange(len(rows), dtype=np.uint64))
+    head = fit_head(*sides, groups)
+    chosen, rejected = (np.split(head.scores(side, groups), np.cumsum(side.lengths)[:-1]) for side in sides)
+    return [each for pair in zip(chosen, rejected, strict=True) for each in pair]
+
+
+def difference(plus: Scores, minus: Scores) -> Scores:
+    """Return log-ratios, `[T]` nats for each response."""
+    return [left - right for left, right in zip(plus, minus, strict=True)]
 
 
 def _reduced(states: Scores, num_axes: int) -> Scores:

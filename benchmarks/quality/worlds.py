@@ -6,6 +6,7 @@ sigmoid((difference of the sums of true token rewards) / temperature). Some labe
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.quality.lexicon import token_rewards
-from pipeline.toy.language import DEMO_LANGUAGE, NEGATIVE_PROMPT, POSITIVE_PROMPT
+from pipeline.toy.language import DEMO_LANGUAGE, NEGATIVE_PROMPT, POSITIVE_PROMPT, ToyLanguage
 from pipeline.toy.model_maker import make_chat_model
 from pipeline.toy.policies import Base, Ids
 from pipeline.toy.sampling import sample
@@ -48,6 +49,8 @@ class World:
     """At which rewards are compared, nats."""
     behind: Callable[[Ids, bool], Ids] | None = None
     """A prompt behind the good or the bad system prompt."""
+    scorer: Callable[[], Base] | None = None
+    """Makes or loads a larger model with the same tokens."""
 
     def true_rewards(self) -> list[np.ndarray]:
         """Return the true token rewards of the responses of pairs, chosen and rejected in turns."""
@@ -189,6 +192,7 @@ def toy(
         if not folder.exists():
             make_chat_model(language.sample_conversations(6000, seed=1), folder)
     base = Base(folder)
+    scorer = partial(_larger_model, language, folder)
     spoken = SpokenLanguage(language, folder, base.plain.config.vocab_size)
     rows = []
     for pair in language.sample_pairs(num_pairs + num_other, seed=1000 + seed):
@@ -210,7 +214,21 @@ def toy(
         (10, 22, 44, 88),
         KLS["toy"],
         lambda prompt, good: spoken.question(spoken.texts[prompt.tobytes()], system[good]),
+        scorer,
     )
+
+
+def _larger_model(language: ToyLanguage, folder: Path) -> Base:
+    """Return a model of 2.8 M parameters, trained longer on the same conversations, so with the same tokenizer; made once."""
+    larger = folder.with_name(f"{folder.name}-larger")
+    with locked(folder.with_name(f".{larger.name}.lock"), wait_for(f"making {larger}")):
+        if not larger.exists():
+            sizes = {"hidden_size": 256, "num_layers": 3, "steps": 700, "learning_rate": 2e-3}
+            make_chat_model(language.sample_conversations(6000, seed=1), larger, **sizes)
+    own, its = (AutoTokenizer.from_pretrained(each, trust_remote_code=False).get_vocab() for each in (folder, larger))
+    if own != its:
+        raise ValueError(f"{folder} and {larger} have different tokens: remove both, then they are made again")
+    return Base(larger)
 
 
 # --- (c) real language -------------------------------------------------------------------------------------------------------

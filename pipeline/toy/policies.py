@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -34,11 +34,19 @@ POSITIONS_PER_PIECE = 4096
 """So many have their logits in memory at once."""
 
 
-class PairsInMemory:
-    """Pairs in the form in which the trainer reads them from a store."""
+class _Source(NamedTuple):
+    """What trainings that refresh weights read of a dataset."""
 
-    def __init__(self, pairs: Sequence[Pair]) -> None:
+    name: str
+    metadata: Mapping[str, object]
+
+
+class PairsInMemory:
+    """Pairs in the form in which the trainer reads them from a store, with the recipe that it would record."""
+
+    def __init__(self, pairs: Sequence[Pair], recipe: Mapping[str, object] | None = None) -> None:
         self.pairs = list(pairs)
+        self.source = _Source("pairs in memory", {"recipe": recipe or {}})
         self.group_sizes = [[len(self.pairs)]]
 
     def __len__(self) -> int:
@@ -160,11 +168,14 @@ class Enough(Exception):  # noqa: N818  (a signal, not an error)
     """Raised by a look at a policy: its training may end."""
 
 
-class _Look(TrainerCallback):
+class Look(TrainerCallback):
+    """Calls `look(step, model)` after some steps; `Enough` ends the training."""
+
     def __init__(self, steps: Sequence[int], look: Callable[[int, nn.Module], None]) -> None:
         self.steps, self.look = frozenset(steps), look
 
     def on_step_end(self, args: object, state: Any, control: Any, model: nn.Module, **_: object) -> None:  # noqa: ARG002
+        """Look, if it is time to."""
         if state.global_step in self.steps:
             try:
                 self.look(state.global_step, model)
@@ -181,8 +192,12 @@ def train_policy(
     swap: bool = False,
     steps: Sequence[int] = (),
     look: Callable[[int, nn.Module], None] = lambda step, model: None,
+    recipe: Mapping[str, object] | None = None,
 ) -> nn.Module:
-    """Train a policy on pairs with their token weights, look at it after some steps, and return it with our forward pass."""
+    """Train a policy on pairs with their token weights, look at it after some steps, and return it with our forward pass.
+
+    `recipe` says how a loss that refreshes weights or anchors makes them, see `train/job/refresh.py`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig.model_validate({
             "data": {"store": "memory", "weights": "memory/pairs"},
@@ -195,11 +210,11 @@ def train_policy(
         reference = base.fresh_policy().model.requires_grad_(False) if config.loss.needs.reference_model else None
         trainer = PairTrainer(
             policy,
-            PairsInMemory([pair.swapped() for pair in pairs] if swap else pairs),  # type: ignore[arg-type]
+            PairsInMemory([pair.swapped() for pair in pairs] if swap else pairs, recipe),  # type: ignore[arg-type]
             config,
             checkpoints=Path(folder),
             reference=reference,
-            callbacks=[_Look(steps, look)],
+            callbacks=[Look(steps, look)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
