@@ -44,7 +44,7 @@ def jobs(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], object],
             texts = worlds.instructions_of(instructions)
             model = arguments.shared / "models" / "tiny-chat"
             found.append(
-                (f"tiny-{seed}", partial(worlds.tiny, model, texts, seed, num_other=3000, **samples), methods.TINY)
+                (f"tiny-{seed}", partial(worlds.tiny, model, texts, seed, num_other=2000, **samples), methods.TINY)
             )
         if "toy" in arguments.worlds:
             make = partial(worlds.toy, scratch / "toy-model", seed, num_other=2000, **samples)

@@ -120,7 +120,7 @@ def _trained(world: World, scorers: Scorers, setting: Setting, scores: Scores | 
 
     def look(step: int, model: nn.Module) -> None:
         points.append(measured(world, world.base.plain_copy(model), step))
-        if points[-1]["kl"] > 1.25 * world.kls[-1]:
+        if points[-1]["kl"] >= world.kls[-1]:
             raise Enough
 
     train_setting(scorers, setting, scores, world.steps, look)

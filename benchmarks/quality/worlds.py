@@ -294,10 +294,11 @@ def tiny(folder: Path, instructions: Sequence[str], seed: int, **settings: Any) 
         folder,
         instructions,
         seed,
+        temperature=1.0,
         num_new=24,
         max_prompt_tokens=32,
-        learning_rate=1e-4,
-        steps=(8, 16, 32),
+        learning_rate=6e-5,
+        steps=(10, 20, 40),
         kls=KLS["tiny"],
         **settings,
     )
