@@ -13,6 +13,7 @@ Every policy is one line in `benchmarks/scratch/real_pairs/`; a second call goes
 
 import argparse
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -27,14 +28,14 @@ from transformers.utils import logging
 
 from benchmarks.machine import describe
 from benchmarks.quality.heat_map import SPREAD, STRONGEST, draw_sentences
-from benchmarks.quality.real_data import Split, groups_of, read_pairs, split_by_prompt
+from benchmarks.quality.real_data import Split, groups_of, read_pairs, responses_of, split_by_prompt
 from benchmarks.quality.runs import Log
 from benchmarks.quality.scores import Scorers, Scores, as_pairs, logps_of, margins_of, sequences, weights_of
 from benchmarks.quality.summary import interval
 from benchmarks.quality.worlds import KLS, Row, World
 from pipeline.toy.policies import Base, train_policy
 from pipeline.toy.world import Rewards
-from pipeline.weighing.head import Head, Responses, fit_head
+from pipeline.weighing.head import Head, fit_head
 from pipeline.weighing.held_out import measure
 
 REPO = Path(__file__).resolve().parent.parent.parent
@@ -46,30 +47,23 @@ MEASURES = ("accuracy", "log_likelihood", "log_likelihood_at_beta")
 """Of held-out pairs: share that is right; nats a pair with a fitted scale of the margins, and with the method's own beta."""
 
 
-def responses_of(rows: Sequence[Row]) -> tuple[Responses, Responses]:
-    """Return the chosen and the rejected responses as the head takes them."""
-    sides = [[row[side] for row in rows] for side in (1, 2)]
-    chosen, rejected = (Responses(np.concatenate(side), np.array([len(ids) for ids in side])) for side in sides)
-    return chosen, rejected
-
-
 def scores_of(head: Head, rows: Sequence[Row]) -> Scores:
     """Return the head's token scores, chosen and rejected in turns, of fits that have not seen the pair's prompt."""
     sides = [np.split(head.scores(side, groups_of(rows)), np.cumsum(side.lengths)[:-1]) for side in responses_of(rows)]
     return [each for pair in zip(*sides, strict=True) for each in pair]
 
 
-def measured(scores: Scores, rows: Sequence[Row], beta: float) -> dict[str, float]:
-    """Return how well token scores of pairs, chosen and rejected in turns, predict the labels; `beta` is their own scale."""
+def measured(scores: Scores, rows: Sequence[Row], beta: float | None) -> dict[str, float]:
+    """Return how well token scores of pairs, chosen and rejected in turns, predict the labels; `beta`: their own scale, if any."""
     margins = margins_of(scores)
     found = measure(margins, groups_of(rows))
     assert found is not None, "too few prompts to measure"
     sums = [float(each.sum(dtype=np.float64)) for each in scores]
-    return {
+    at_beta = {} if beta is None else {"log_likelihood_at_beta": float(np.mean(-np.logaddexp(0.0, -beta * margins)))}
+    return at_beta | {
         "accuracy": found.accuracy,
         "log_likelihood": found.log_likelihood,
         "log_likelihood_se": found.log_likelihood_se,
-        "log_likelihood_at_beta": float(np.mean(-np.logaddexp(0.0, -beta * margins))),
         "multiplier": found.multiplier,
         "margin_std": float(margins.std()),
         "mean_chosen": float(np.mean(sums[::2])),
@@ -158,7 +152,7 @@ def run_case(base: Base, rows: Sequence[Row], seed: int, methods: Sequence[str],
             "the head's scores, on other pairs": scores_of(case.head(on_other=True), held_out),
         }
         for name, scores in alone.items():
-            log.add(kind="scores", name=name, **measured(scores, held_out, 1.0))
+            log.add(kind="scores", name=name, **measured(scores, held_out, 1.0 if "head" in name else None))
     for name in methods:
         if not log.has(kind="policy", name=name):
             log.add(kind="policy", name=name, **case.run(METHODS[name]))
@@ -174,10 +168,14 @@ def summarise(logs: Mapping[int, Log]) -> dict[str, Any]:
                 found.setdefault(line["name"], {})[seed] = line
     rows: dict[str, Any] = {name: {"every_run": by_seed} for name, by_seed in found.items()}
     for key in MEASURES:
-        values = {name: {seed: line[key] for seed, line in by_seed.items()} for name, by_seed in found.items()}
-        complete = [name for name in values if METHODS.get(name, Method("", 0)).loss == "dpo"]
-        dpo = max(complete, key=lambda name: np.mean([*values[name].values()])) if complete else None
+        values = {
+            name: {seed: line[key] for seed, line in by_seed.items() if key in line} for name, by_seed in found.items()
+        }
+        of_dpo = [name for name in values if name.startswith("DPO")]
+        dpo = max(of_dpo, key=lambda name: np.mean([*values[name].values()]), default=None)
         for name, by_seed in values.items():
+            if not by_seed:
+                continue
             rows[name][key] = interval([*by_seed.values()])
             if dpo is not None and name != dpo and (seeds := sorted(by_seed.keys() & values[dpo].keys())):
                 rows[name][f"{key}_minus_dpo"] = interval([by_seed[seed] - values[dpo][seed] for seed in seeds])
@@ -191,14 +189,19 @@ def table(summary: Mapping[str, Any]) -> list[str]:
     for name, row in summary["rows"].items():
         cells = []
         for key in MEASURES:
-            form = "{:.1%} ± {:.1%}" if key == "accuracy" else "{:.3f} ± {:.3f}"
-            cells.append(form.format(*row[key]))
-            difference = row.get(f"{key}_minus_dpo")
-            cells.append(
-                "" if difference is None else form.replace("{", "{:+", 1).replace(":+:", ":+").format(*difference)
-            )
+            unit = "%" if key == "accuracy" else ""
+            cells += [_pm(row.get(key), unit, ""), _pm(row.get(f"{key}_minus_dpo"), unit, "+")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def _pm(found: tuple[float, float] | None, unit: str, sign: str) -> str:
+    """Return a mean and half its interval, which is unknown with one seed; in percent or in nats."""
+    if found is None:
+        return ""
+    scale, digits = (100, 1) if unit else (1, 3)
+    error = "" if math.isnan(found[1]) else f" ± {scale * found[1]:.{digits}f}"
+    return f"{scale * found[0]:{sign}.{digits}f}{error}{' ' * bool(unit)}{unit}"
 
 
 def main() -> None:
