@@ -54,7 +54,7 @@ def scores_of(head: Head, rows: Sequence[Row]) -> Scores:
 
 
 def measured(scores: Scores, rows: Sequence[Row], beta: float | None) -> dict[str, float]:
-    """Return how well token scores of pairs, chosen and rejected in turns, predict the labels; `beta`: their own scale, if any."""
+    """Return how well token scores of pairs, chosen and rejected in turns, predict labels; `beta` is their scale, if any."""
     margins = margins_of(scores)
     found = measure(margins, groups_of(rows))
     assert found is not None, "too few prompts to measure"
