@@ -106,7 +106,8 @@ def _natural(beta: float) -> Setting:
 _TWO_SPREADS = (_spread(0.3, 0.3), _spread(0.6))
 _SPREADS = (*_TWO_SPREADS, _spread(0.3), _spread(0.15))
 DPO, ORACLE = "DPO", "oracle weights"
-_IN_ALL_WORLDS = (
+_ETA = Setting("beta 0.1, eta", {"name": "tis_dpo", "beta": 0.1, "kl": "exact"}, weights=weights_of)
+FAMILIES = (
     Family(DPO, (_dpo(0.1), _dpo(0.3), _dpo(0.1, 2.0), _dpo(1.0), _dpo(0.03), _dpo(0.1, 0.5))),
     Family(ORACLE, (_paper(0.3), _paper(0.1)), Scorers.oracle),
     Family("head", _SPREADS, Scorers.head),
@@ -137,9 +138,7 @@ _IN_ALL_WORLDS = (
     Family("Uni-DPO", _at_rates(_UNI, 2)),
     Family("Uni-DPO, true scores", _at_rates(_UNI_TRUE, 2)),
     Family("P, larger scorer", _TWO_SPREADS, lambda scorers: scorers.prompted(by_scorer=True), needs="scorer"),
-)  # fmt: skip
-_ETA = Setting("beta 0.1, eta", {"name": "tis_dpo", "beta": 0.1, "kl": "exact"}, weights=weights_of)
-_IN_THE_PLANTED_WORLD = (
+    # A reference point that no pairs can reach, and ablations of the papers. Their full forms are above, TIS-DPO without eta.
     Family("GRPO (TRL), true rewards", tuple(Setting(f"beta {b:g}", {"name": "grpo", "beta": b}) for b in (0.04, 0.1, 0.01))),
     Family("TIS-DPO (D), no clamp", (_clamp("no clamp", -math.inf, math.inf),), _d, in_sample=True),
     Family("TIS-DPO (D), symmetric clamp", (_clamp("clamp ±1", -1.0, 1.0),), _d, in_sample=True),
@@ -147,8 +146,6 @@ _IN_THE_PLANTED_WORLD = (
     Family("TI-DPO, no prior", _at_rates(_ti(mix=1.0), 2)[1:]),
     Family("TI-DPO, no triplet", _at_rates(_ti(triplet_gamma=0.0), 2)[1:]),
 )  # fmt: skip
-"""A reference point that no pairs can reach, and ablations of the papers. Their full forms are above, TIS-DPO without eta."""
-FAMILIES = (*_IN_ALL_WORLDS, *_IN_THE_PLANTED_WORLD)
 PLANTED = {family.name: 1 for family in FAMILIES} | {
     DPO: 6,
     ORACLE: 2,
