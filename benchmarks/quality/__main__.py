@@ -67,11 +67,14 @@ def jobs(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], object],
     return found
 
 
-PLANTED = [(kind, 1000, 0.0) for kind in ("sparse", "dense", "topic", "previous")] + [
+PLANTED = [
+    *((kind, 1000, 0.0) for kind in ("sparse", "dense", "topic", "previous")),
     ("sparse", 250, 0.0),
     ("sparse", 4000, 0.0),
     ("sparse", 1000, 0.2),
+    ("previous", 4000, 0.0),
 ]
+"""Cells of the planted world: kind of rewards, number of pairs, share of flipped labels."""
 
 
 def report(folder: Path, results: Path) -> None:
