@@ -70,7 +70,7 @@ def jobs(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], object],
 PLANTED = [
     *((kind, 1000, 0.0) for kind in ("sparse", "dense", "topic", "previous")),
     ("sparse", 250, 0.0),
-    ("sparse", 4000, 0.0),
+    ("sparse", 8000, 0.0),
     ("sparse", 1000, 0.2),
     ("previous", 4000, 0.0),
 ]
