@@ -83,6 +83,9 @@ def draw_gaps(summaries: Mapping[str, Any], kls: Mapping[str, Sequence[float]], 
             if name not in (DPO, ORACLE)
         }
         found = {name: gap for name, gap in found.items() if math.isfinite(gap["percent"])}
+        if not found:  # its runs have only begun
+            ax.set(title=world)
+            continue
         names = sorted(found, key=lambda name: found[name]["percent"])
         values = np.array([[found[name]["percent"], found[name]["half_width"]] for name in names]).T
         colours = [
