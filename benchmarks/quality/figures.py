@@ -25,6 +25,8 @@ mpl.rcParams |= {
     "axes.spines.right": False,
 }
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
 SHOWN = {
@@ -40,10 +42,20 @@ SHOWN = {
 _WITHOUT_DATE = {"Date": None}
 
 
+def _panels(number: int, heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """Return a figure with so many panels in two columns, each row as high as its highest panel, in inches."""
+    rows = [max(heights[i : i + 2]) for i in range(0, number, 2)]
+    shape = {"figsize": (4.9 * min(number, 2), sum(rows)), "layout": "constrained", "height_ratios": rows}
+    figure, axes = plt.subplots(len(rows), min(number, 2), squeeze=False, **shape)
+    for ax in axes.flat[number:]:
+        ax.set_axis_off()
+    return figure, list(axes.flat[:number])
+
+
 def draw_curves(worlds: Mapping[str, Sequence[Path]], kls: Mapping[str, Sequence[float]], path: Path) -> None:
     """Draw true reward against KL for each world: means over seeds, of the setting that is best at the middle KL."""
-    figure, axes = plt.subplots(1, len(worlds), figsize=(4.6 * len(worlds), 3.4), layout="constrained", squeeze=False)
-    for ax, (world, paths) in zip(axes[0], worlds.items(), strict=True):
+    figure, axes = _panels(len(worlds), [3.4] * len(worlds))
+    for ax, (world, paths) in zip(axes, worlds.items(), strict=True):
         runs, _ = read_runs(paths)
         grid = np.linspace(0.02, 1.15 * math.sqrt(kls[world][-1]), 40) ** 2
         for family, colour in SHOWN.items():
@@ -73,20 +85,22 @@ def draw_curves(worlds: Mapping[str, Sequence[Path]], kls: Mapping[str, Sequence
 
 def draw_gaps(summaries: Mapping[str, Any], kls: Mapping[str, Sequence[float]], path: Path) -> None:
     """Draw the gap that each family closes at the middle KL, with its 95 % interval over seeds."""
-    figure, axes = plt.subplots(
-        1, len(summaries), figsize=(4.6 * len(summaries), 3.6), layout="constrained", squeeze=False
-    )
-    for ax, (world, summary) in zip(axes[0], summaries.items(), strict=True):
-        found = {
-            name: row["at_kl"][f"{kls[world][1]:g}"]["gap_closed"]
+    gaps = {
+        world: {
+            name: gap
             for name, row in summary["rows"].items()
             if name not in (DPO, ORACLE)
+            and math.isfinite((gap := row["at_kl"][f"{kls[world][1]:g}"]["gap_closed"])["percent"])
         }
-        found = {name: gap for name, gap in found.items() if math.isfinite(gap["percent"])}
-        if not found:  # its runs have only begun
+        for world, summary in summaries.items()
+    }
+    figure, axes = _panels(len(gaps), [0.8 + 0.17 * max(len(found), 4) for found in gaps.values()])
+    for index, (ax, (world, found)) in enumerate(zip(axes, gaps.items(), strict=True)):
+        most = max(map(len, list(gaps.values())[index // 2 * 2 :][:2]))  # bars of neighbours are equally wide
+        names = sorted(found, key=lambda name: found[name]["percent"])
+        if not names:  # its runs have only begun
             ax.set(title=world)
             continue
-        names = sorted(found, key=lambda name: found[name]["percent"])
         values = np.array([[found[name]["percent"], found[name]["half_width"]] for name in names]).T
         colours = [
             "tab:blue" if value > half else "tab:red" if value < -half else "tab:gray" for value, half in values.T
@@ -105,6 +119,7 @@ def draw_gaps(summaries: Mapping[str, Any], kls: Mapping[str, Sequence[float]], 
             title=f"{world}, KL {kls[world][1]:g}",
             xlabel="gap closed, %: DPO 0, oracle weights 100",
             xlim=(-150, 150),
+            ylim=(len(names) - most - 0.6, len(names) - 0.4),
         )
     figure.savefig(path, metadata=_WITHOUT_DATE)
     plt.close(figure)
@@ -112,11 +127,9 @@ def draw_gaps(summaries: Mapping[str, Any], kls: Mapping[str, Sequence[float]], 
 
 def draw_ranking(summaries: Mapping[str, Any], kls: Mapping[str, Sequence[float]], path: Path) -> None:
     """Draw the gap that families close at the middle KL against how well their scores predict held-out labels."""
-    figure, axes = plt.subplots(
-        1, len(summaries), figsize=(4.6 * len(summaries), 3.8), layout="constrained", squeeze=False
-    )
+    figure, axes = _panels(len(summaries), [3.8] * len(summaries))
     found: list[dict[str, tuple[float, float, float]]] = []
-    for ax, (world, summary) in zip(axes[0], summaries.items(), strict=True):
+    for ax, (world, summary) in zip(axes, summaries.items(), strict=True):
         found.append({})
         for name, row in summary["rows"].items():
             gap = row["at_kl"][f"{kls[world][1]:g}"]["gap_closed"]
@@ -133,7 +146,7 @@ def draw_ranking(summaries: Mapping[str, Any], kls: Mapping[str, Sequence[float]
             ylim=(-110, 160),
         )
     figure.draw_without_rendering()  # settles the layout
-    for ax, places in zip(axes[0], found, strict=True):
+    for ax, places in zip(axes, found, strict=True):
         _label(ax, dict(sorted(places.items(), key=lambda item: [*SHOWN, item[0]].index(item[0]))))
     figure.savefig(path, metadata=_WITHOUT_DATE)
     plt.close(figure)
