@@ -64,8 +64,9 @@ bench-train: $(INSTALLED)  ## a training step against TRL's and the official one
 # A planted world alone, two seeds and few samples: to see that everything runs, not to report.
 QUICK_QUALITY := --worlds planted --seeds 1 2 --cells sparse-1000-0 --samples 400 --families DPO "oracle weights" head "TIS-DPO (D), paper" \
 	"head on other pairs" "random weights" --scratch benchmarks/scratch/quality-quick --results benchmarks/scratch/quality-quick
-bench-quality: $(INSTALLED)  ## do token weights help? -> benchmarks/results/quality.json and figures (two hours; QUICK=1: two minutes)
+bench-quality: $(INSTALLED)  ## do token weights help? -> benchmarks/results/quality.json and figures (an hour; QUICK=1: two minutes)
 	$(BIN)/python -m benchmarks.quality $(if $(QUICK),$(QUICK_QUALITY))
+	$(if $(QUICK),,$(BIN)/python -m benchmarks.quality --close-look)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
