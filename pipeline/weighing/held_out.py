@@ -7,10 +7,10 @@ fits a by folds, and gives the mean log-likelihood of the labels of the fold tha
 The scores themselves must not have seen these labels: models of a contrastive pair "predict" 94 to 100 % of the pairs that they
 were trained on. `margins.py` leaves those out.
 
-Where it fails: the log-likelihood orders kinds of scores much like the reward of their policies at equal KL (Spearman 0.75 in a
-planted world, 0.67 in the demo's language, see docs/quality.md), but it sees sums over responses, so two sets of scores with the
-same sums are the same to it, however their tokens differ; what is in the labels already, a policy can learn by plain DPO; and
-figures of different datasets cannot be compared.
+Where it fails: the log-likelihood orders kinds of scores much like the reward of their policies at equal KL (Spearman 0.75 in
+a planted world, 0.67 in the demo's language, see docs/quality.md), but it sees sums over responses, so two sets of scores
+with the same sums are the same to it, however their tokens differ; what is in the labels already, a policy can learn by plain
+DPO; and figures of different datasets cannot be compared.
 """
 
 import math
