@@ -57,7 +57,7 @@ def start(tmp_path):
         )
         started.append(process)
         folder, shared = process.stdout.readline().split()
-        assert len(marked(mark)) >= 5  # it, its watcher, the daemon, the other child and its resource tracker
+        wait_until(lambda: len(marked(mark)) >= 5)  # it, its watcher, the daemon, the other child, its resource tracker
         return process, Path(folder), Path("/dev/shm") / shared
 
     yield run
@@ -66,12 +66,11 @@ def start(tmp_path):
         process.communicate()
 
 
-def seconds_until(is_so, patience_s=20.0):
+def wait_until(is_so, patience_s=60.0):
     started = time.monotonic()
     while not is_so():
         assert time.monotonic() - started < patience_s
         time.sleep(0.01)
-    return time.monotonic() - started
 
 
 @pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["alone", "group"])
@@ -82,7 +81,7 @@ def test_nothing_is_left_of_a_killed_process(start, tmp_path, kill, signum):
     assert shared.exists()
     kill(process.pid, signum)
     process.wait(20)
-    took_s = seconds_until(lambda: not marked(tmp_path.name))
+    wait_until(lambda: not marked(tmp_path.name))
     assert not folder.exists()
     if (kill, signum) == (
         os.killpg,
@@ -90,15 +89,14 @@ def test_nothing_is_left_of_a_killed_process(start, tmp_path, kill, signum):
     ):  # it reaches the resource tracker, which alone knows what is shared
         shared.unlink(missing_ok=True)
     assert not shared.exists()
-    assert took_s < 5  # about 0.2 s on an idle core
 
 
 def test_a_forked_child_that_holds_its_parents_pipes_does_not_keep_the_watcher_waiting(start, tmp_path):
     process, folder, _ = start("fork")
     process.kill()
     process.wait(20)
-    seconds_until(lambda: not folder.exists())
-    seconds_until(lambda: len(marked(tmp_path.name)) == 1)  # the forked child, which was not marked
+    wait_until(lambda: not folder.exists())
+    wait_until(lambda: len(marked(tmp_path.name)) == 1)  # the forked child, which was not marked
 
 
 @pytest.mark.parametrize("text", ["", "raise"], ids=["returns", "raises"])
@@ -150,6 +148,6 @@ def test_a_process_that_becomes_another_program_lives_on():
         [sys.executable, "-c", EXEC], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as one:
         folder = Path(one.stdout.readline().strip())
-        seconds_until(lambda: not folder.exists())
+        wait_until(lambda: not folder.exists())
         one.stdin.close()
         assert one.wait(20) == 0
