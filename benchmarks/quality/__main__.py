@@ -61,8 +61,8 @@ def jobs(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], object],
                 found.append((f"planted-{cell}-{seed}", make, families))
         if "real" in arguments.worlds:
             where = {"device": arguments.device, "dtype": arguments.dtype}
-            texts, how_many = worlds.instructions_of(instructions), {"num_pairs": arguments.pairs, "num_other": 3000}
-            make = partial(worlds.real, Path(arguments.model), texts, seed, **how_many, **samples, **where)
+            texts = worlds.instructions_of(instructions)
+            make = partial(worlds.real, Path(arguments.model), texts, seed, num_other=3000, **samples, **where)
             found.append((f"real-{seed}", make, methods.REAL))
     return found
 
@@ -158,13 +158,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--worlds", nargs="+", default=["planted", "toy"], choices=["planted", "toy", "tiny", "real"],
-        help="tiny and real are real language: an hour more, and a GPU",
+        help="tiny and real are real language: an hour more, and on a GPU",
     )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=list(REPORTING_SEEDS))
     parser.add_argument("--cells", nargs="*", default=[], help="of the planted world only these, such as sparse-1000-0")
     parser.add_argument("--families", nargs="*", default=[], help="only these")
     parser.add_argument("--samples", type=int, default=2000, help="sampled responses in a measurement")
-    parser.add_argument("--pairs", type=int, default=1000, help="pairs of real language")
     parser.add_argument("--model", help="real language: the folder of a chat model")
     parser.add_argument("--shared", type=Path, default=REPO.parent / "shared", help="folder with data/ and models/")
     parser.add_argument("--device", default="cpu")

@@ -130,8 +130,7 @@ def _sampled(world: World, model: "PreTrainedModel", *, seed: int) -> Line:
     """Return the KL of a policy, and the true rewards of its responses by temperature."""
     small, rewards = _small(world), dict[str, list[float]]()
     for number, temperature in enumerate(TEMPERATURES):
-        settings: dict[str, Any] = {"seed": seed + number, "temperature": temperature}
-        responses = sample(world.base, model, small.prompts, world.num_new, **settings)
+        responses = sample(world.base, model, small.prompts, world.num_new, seed=seed + number, temperature=temperature)
         pairs = zip(small.prompts, responses, strict=True)
         rewards[f"{temperature:g}"] = [round(float(world.rewards.of(*each).sum()), 2) for each in pairs]
     means = {temperature: float(np.mean(values)) for temperature, values in rewards.items()}

@@ -10,7 +10,6 @@ import numpy as np
 from benchmarks.quality.worlds import Row
 from pipeline.recipe import Recipe
 from pipeline.stages.prepare import prepare
-from pipeline.weighing.head import Responses
 from weights_store import WeightStore
 from weights_store.settings import parse_settings
 
@@ -77,10 +76,3 @@ def groups_of(rows: Sequence[Row]) -> np.ndarray:
     """Return a hash of the prompt of each pair, `[n]` uint64."""
     digests = [blake2b(row[0].tobytes(), digest_size=8).digest() for row in rows]
     return np.array([int.from_bytes(digest) for digest in digests], np.uint64)
-
-
-def responses_of(rows: Sequence[Row]) -> tuple[Responses, Responses]:
-    """Return the chosen and the rejected responses as the head takes them."""
-    sides = [[row[side] for row in rows] for side in (1, 2)]
-    chosen, rejected = (Responses(np.concatenate(side), np.array([len(ids) for ids in side])) for side in sides)
-    return chosen, rejected

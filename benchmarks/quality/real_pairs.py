@@ -27,10 +27,21 @@ import torch
 from transformers.utils import logging
 
 from benchmarks.machine import describe
-from benchmarks.quality.heat_map import SPREAD, STRONGEST, draw_sentences
-from benchmarks.quality.real_data import Split, groups_of, read_pairs, responses_of, split_by_prompt
+from benchmarks.quality.heat_map import SPREAD, draw_sentences
+from benchmarks.quality.methods import SPREAD_CLAMP
+from benchmarks.quality.real_data import Split, groups_of, read_pairs, split_by_prompt
 from benchmarks.quality.runs import Log
-from benchmarks.quality.scores import Scorers, Scores, as_pairs, logps_of, margins_of, sequences, weights_of
+from benchmarks.quality.scores import (
+    Scorers,
+    Scores,
+    as_pairs,
+    logps_of,
+    margins_of,
+    responses_of,
+    scores_by,
+    sequences,
+    weights_of,
+)
 from benchmarks.quality.summary import interval
 from benchmarks.quality.worlds import KLS, Row, World
 from pipeline.toy.policies import Base, train_policy
@@ -49,8 +60,7 @@ MEASURES = ("accuracy", "log_likelihood", "log_likelihood_at_beta")
 
 def scores_of(head: Head, rows: Sequence[Row]) -> Scores:
     """Return the head's token scores, chosen and rejected in turns, of fits that have not seen the pair's prompt."""
-    sides = [np.split(head.scores(side, groups_of(rows)), np.cumsum(side.lengths)[:-1]) for side in responses_of(rows)]
-    return [each for pair in zip(*sides, strict=True) for each in pair]
+    return scores_by(head, responses_of(rows), groups_of(rows))
 
 
 def measured(scores: Scores, rows: Sequence[Row], beta: float | None) -> dict[str, float]:
@@ -126,7 +136,7 @@ class Method(NamedTuple):
 
 
 def _spread(scores: Scores) -> Scores:
-    return weights_of(scores, spread=SPREAD, lower=-STRONGEST, upper=STRONGEST)
+    return weights_of(scores, spread=SPREAD, **SPREAD_CLAMP)
 
 
 METHODS = {

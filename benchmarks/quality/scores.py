@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.quality.worlds import Row, World
 from pipeline.toy.policies import Base, Ids, batches, train_policy, weights_of_side
-from pipeline.weighing.head import Responses, fit_head
+from pipeline.weighing.head import Head, Responses, fit_head
 from pipeline.weighing.held_out import HeldOut, measure
 from pipeline.workers.context_basis import fit_basis
 from train.data.stored_pairs import Pair, StoredResponse
@@ -43,7 +43,7 @@ def contexts_of(base: Base, prompts: Sequence[Ids], responses: Sequence[Ids]) ->
     """Return the states of the base at half depth that predict each response token, `[T, H]` for each response."""
     found: dict[int, np.ndarray] = {}
     for batch in batches(base, prompts, responses):
-        found |= batch.by_response(batch.states(base.plain, base.plain.config.num_hidden_layers // 2))
+        found |= batch.by_response(batch.states(base.plain, (base.plain.config.num_hidden_layers + 1) // 2))
     return [found[i] for i in range(len(responses))]
 
 
@@ -148,15 +148,26 @@ class Scorers:
 
 def head_of(rows: Sequence[Row], contexts: Scores | None = None) -> Scores:
     """Return the scores of estimator `head` for pairs, each by fits on other pairs."""
-    responses = [response for row in rows for response in row[1:]]
-    sides = []
-    for side in range(2):
-        ids = np.concatenate(responses[side::2])
-        lengths = np.array([len(each) for each in responses[side::2]])
-        sides.append(Responses(ids, lengths, None if contexts is None else np.concatenate(contexts[side::2])))
+    sides = responses_of(rows, contexts)
     # Each pair is a group of its own: worlds have few prompts, and another pair of a prompt does not give a label away.
     groups = mix(np.arange(len(rows), dtype=np.uint64))
-    head = fit_head(*sides, groups)
+    return scores_by(fit_head(*sides, groups), sides, groups)
+
+
+def responses_of(rows: Sequence[Row], contexts: Scores | None = None) -> list[Responses]:
+    """Return the chosen and the rejected responses as the head takes them."""
+    return [
+        Responses(
+            np.concatenate([row[1 + side] for row in rows]),
+            np.array([len(row[1 + side]) for row in rows]),
+            None if contexts is None else np.concatenate(contexts[side::2]),
+        )
+        for side in range(2)
+    ]
+
+
+def scores_by(head: Head, sides: Sequence[Responses], groups: np.ndarray) -> Scores:
+    """Return a head's scores of chosen and rejected responses, in turns; `groups` says which fit has not seen a pair."""
     chosen, rejected = (np.split(head.scores(side, groups), np.cumsum(side.lengths)[:-1]) for side in sides)
     return [each for pair in zip(chosen, rejected, strict=True) for each in pair]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SAMPLES_PER_BATCH = 1024
-Look = Callable[[Tensor, Tensor, Sequence[Tensor], Tensor], None]
+Watch = Callable[[Tensor, Tensor, Sequence[Tensor], Tensor], None]
 """Given which responses go on, `[n]`, the token before the next one, `[n]`, the logits of each model, `[n, V]`, and which of
 these responses have ended already, `[n]`."""
 
@@ -104,7 +104,7 @@ def _sample(
     num_new: int,
     seed: int,
     temperature: float,
-    look: Look,
+    watch: Watch,
 ) -> list[Ids]:
     """Sample from the first model, and let the others read the same."""
     generator = torch.Generator(base.device).manual_seed(seed)
@@ -120,7 +120,7 @@ def _sample(
         sampled, lengths = torch.zeros(len(part), num_new, dtype=torch.long, device=base.device), torch.zeros_like(rows)
         previous = torch.tensor([prompts[i][-1] for i in part], device=base.device)
         for place in range(num_new):
-            look(indices[rows], previous, reading.logits, has_ended)
+            watch(indices[rows], previous, reading.logits, has_ended)
             previous = sampled[rows, place] = _draw(reading.logits[0] / temperature, generator)
             lengths[rows] += ~has_ended
             has_ended = has_ended | torch.isin(previous, ends)
