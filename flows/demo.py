@@ -36,7 +36,7 @@ _RECIPE = Path(__file__).with_suffix(".toml")
 """The recipe of a demo in the folder `demo`."""
 _POLICY_SETTINGS = (
     "loss.name=tis_dpo",
-    "loss.beta=0.1",
+    "loss.beta=0.3",
     "optim.learning_rate=3e-4",
     "optim.num_epochs=1",
     "optim.pairs_per_step=32",
@@ -115,12 +115,12 @@ def write_recipe(folder: Path) -> Path:
 def next_commands(recipe_file: Path, recipe: Recipe) -> list[tuple[str, list[str]]]:
     """Return three commands that go on from a finished build, each with what it does."""
     store = ["--store", recipe.store.uri]
-    milder = ["build", str(recipe_file), *_set(["weights.name=toy/milder", "weights.spread=0.3"])]
+    stronger = ["build", str(recipe_file), *_set(["weights.name=toy/stronger", "weights.spread=0.6"])]
     train = ["--weights", recipe.weights.name, "--model", recipe.model.path, "--output", f"{recipe_file.parent}/dpo"]
     settings = ["loss.name=dpo", "loss.beta=0.1", "optim.learning_rate=3e-4"]
     return [
         ("look at the weights", ["tokenweights", "show", recipe.weights.name, *store]),
-        ("other weights from the same log-probs, without scoring again", ["tokenweights", *milder]),
+        ("other weights from the same log-probs, without scoring again", ["tokenweights", *stronger]),
         ("plain DPO on the same pairs, to compare", ["tokenweights", "train", *store, *train, *_set(settings)]),
     ]
 

@@ -57,7 +57,8 @@ def compare(store: str, weights: str, model: Path) -> dict[str, list[dict[str, f
     start = point(base.plain, 0)
     found = {}
     for name, of_policy in ((DPO, pairs), (PUBLISHED, pairs), (ORACLE, with_oracle_weights(pairs, spoken.rewards))):
-        found[name] = [start, *_trained(base, of_policy, "dpo" if name == DPO else "tis_dpo", point)]
+        loss = {"name": "dpo" if name == DPO else "tis_dpo", "beta": SETTINGS["beta"][name]}
+        found[name] = [start, *_trained(base, of_policy, loss, point)]
         last = found[name][-1]
         _log.info(f"{name}: true reward {last['reward']:.2f} at a KL of {last['kl']:.2f} nats")
     return found
@@ -73,7 +74,7 @@ def with_oracle_weights(pairs: list[Pair], rewards: Rewards) -> list[Pair]:
 
 
 def _trained(
-    base: Base, pairs: list[Pair], loss: str, point: Callable[[Any, int], dict[str, float]]
+    base: Base, pairs: list[Pair], loss: dict[str, object], point: Callable[[Any, int], dict[str, float]]
 ) -> list[dict[str, float]]:
     points: list[dict[str, float]] = []
 
@@ -84,7 +85,7 @@ def _trained(
 
     steps = SETTINGS["steps"]
     optim = {key: SETTINGS[key] for key in ("learning_rate", "pairs_per_step")} | {"max_steps": steps[-1]}
-    train_policy(base, pairs, {"name": loss, "beta": SETTINGS["beta"]}, optim, steps=steps, look=look)
+    train_policy(base, pairs, loss, optim, steps=steps, look=look)
     return points
 
 

@@ -371,7 +371,7 @@ def head(
     *,
     features: Features = "tokens",  # noqa: ARG001 - what the rewards were fitted on, see `head.py`
     scale: Scale = 1.0,
-    spread: Spread = 0.6,
+    spread: Spread = 0.3,
     k: K = 1.0,
     mu: Mu = 1.0,
     lower: Lower = -1.5,

@@ -244,7 +244,7 @@ def test_the_commands_that_the_demo_prints_work(world, first_build):
     assert "made from" in shown
     assert "score ref: logps/" in built
     assert "nothing to score" in built
-    assert "published weights/toy/milder@0" in built
+    assert "published weights/toy/stronger@0" in built
     assert f"wrote {world / 'dpo'}" in trained
 
 

@@ -105,19 +105,19 @@ def test_weights_are_the_scores_of_the_fit_with_the_spread_that_was_asked_for(st
     made = published(make_recipe, without_pair(ingredients(store, range(300))), **HEAD)
     head, weights = fitted(range(300)), weights_of(store)
     natural = np.concatenate([np.concatenate(scores_of(head, row)) for row in range(300)])
-    scale = 0.6 / natural.std()
+    scale = 0.3 / natural.std()
     for row in (0, 7, 299):
         for got, wanted in zip(weights[pair_id(row)], scores_of(head, row), strict=True):
             np.testing.assert_allclose(got, scale * wanted, rtol=1e-3, atol=2e-3)
-    assert np.std(np.concatenate([np.concatenate(each) for each in weights.values()])) == pytest.approx(0.6, abs=1e-3)
+    assert np.std(np.concatenate([np.concatenate(each) for each in weights.values()])) == pytest.approx(0.3, abs=1e-3)
     statistics = made.statistics
     assert statistics["spread"]["head"] == pytest.approx({"std": natural.std(), "scale": scale}, rel=1e-3)
     assert statistics["head"]["num_pairs"] == 300
     assert statistics["head"]["log_likelihood"] == max(statistics["head"]["log_likelihoods"].values())
     record = statistics["held_out"]["head"]
-    assert (record["num_pairs"], record["num_seen_pairs"], record["spread"]) == (300, 0, 0.6)
+    assert (record["num_pairs"], record["num_seen_pairs"], record["spread"]) == (300, 0, 0.3)
     assert 0.7 < record["accuracy"] < 0.9
-    assert f"; weights.spread 0.6 multiplies them by {scale:.3g}" in dict(summary_rows(made))["verdict"]
+    assert f"; weights.spread 0.3 multiplies them by {scale:.3g}" in dict(summary_rows(made))["verdict"]
 
 
 def test_new_pairs_change_every_weight_and_the_same_pairs_give_the_same_ones(store, make_recipe):
@@ -209,7 +209,7 @@ def test_scores_that_are_all_equal_have_no_spread_and_give_equal_weights(store, 
 def test_a_spread_and_a_scale_exclude_each_other_and_few_prompts_are_refused(store, make_recipe):
     for scale in (2.0, "calibrated"):
         with pytest.raises(
-            SettingsError, match=r"weights.scale \(.*\) and weights.spread \(0.6\) both multiply .* to \"none\""
+            SettingsError, match=r"weights.scale \(.*\) and weights.spread \(0.3\) both multiply .* to \"none\""
         ):
             make_recipe(**HEAD | {"weights.scale": scale})
     make_recipe(**HEAD | {"weights.scale": "calibrated", "weights.spread": "none"})

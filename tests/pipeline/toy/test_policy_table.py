@@ -17,7 +17,10 @@ def test_policies_are_compared_at_kls_that_all_of_them_reach():
     """At a KL of 1 DPO is half way between 0 and 4 (in the square root), and the weights are at their only point."""
     first, *lines = table((4.0, 3.0), (1.0, 2.5), (4.0, 5.0))
     assert "(± 0.10) at equal KL to the starting model, whose reward is 1.00" in first
-    assert lines.pop() == "  so the published weights close 50 % of the gap from DPO to oracle weights (one run)"
+    assert lines.pop() == (
+        "  so the published weights close 50 % of the gap from DPO to oracle weights "
+        "(one run; β is 0.1 for DPO and 0.3 with weights)"
+    )
     assert [line.split() for line in lines] == [
         ["KL", "1", "at", "the", "end", "of", "its", "training"],
         ["DPO", "2.00", "3.00", "at", "a", "KL", "of", "4.00", "nats"],
