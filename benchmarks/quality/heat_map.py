@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from benchmarks.quality.methods import SPREAD_CLAMP
 from pipeline.weighing.head import Head, Responses
 
 SENTENCES = {
@@ -27,8 +26,10 @@ SENTENCES = {
 }
 """By dataset: title, question, a good and a bad answer. Nobody's data: they were written for this figure."""
 _CHARACTER, _LINE, _WIDTH, _SIZE = 7.6, 22.0, 880.0, 12.6
-SPREAD = 0.6
-"""Rewards are scaled to the spread of the weights, nats; the colour is full where weights are clamped."""
+SPREAD = 0.3
+"""Rewards are scaled to the spread that a recipe gives to the head's weights, nats, …"""
+_FULL = 2.5 * SPREAD
+"""… and from here on the colour is full."""
 _GOOD, _BAD = "46,160,67", "230,126,34"
 
 
@@ -76,7 +77,7 @@ def _draw_tokens(parts: list[str], texts: list[str], rewards: np.ndarray, y: flo
             x, y = 24.0, y + _LINE
         if not shown:
             continue
-        strength = min(1.0, abs(reward) / SPREAD_CLAMP["upper"])
+        strength = min(1.0, abs(reward) / _FULL)
         colour = f"rgba({_GOOD if reward >= 0 else _BAD},{strength:.2f})"
         box = f'x="{x:.1f}" y="{y - 15:.0f}" width="{width:.1f}" height="20"'
         parts.append(f'<rect {box} fill="{colour}"><title>{reward:+.2f}</title></rect>')

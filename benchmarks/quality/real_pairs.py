@@ -135,17 +135,20 @@ class Method(NamedTuple):
     weights: Callable[[Case], Scores] | None = None
 
 
-def _spread(scores: Scores) -> Scores:
-    return weights_of(scores, spread=SPREAD, **SPREAD_CLAMP)
+def _of_head(spread: float, on_other: bool = False) -> Callable[[Case], Scores]:
+    def weights(case: Case) -> Scores:
+        return weights_of(scores_of(case.head(on_other=on_other), case.split.train), spread=spread, **SPREAD_CLAMP)
+
+    return weights
 
 
 METHODS = {
     "DPO, beta 0.1": Method("dpo", 0.1),
-    "head": Method("tis_dpo", 0.1, lambda case: _spread(scores_of(case.head(), case.split.train))),
-    "head on other pairs": Method(
-        "tis_dpo", 0.1, lambda case: _spread(scores_of(case.head(on_other=True), case.split.train))
-    ),
     "DPO, beta 0.3": Method("dpo", 0.3),
+    "head": Method("tis_dpo", 0.3, _of_head(SPREAD)),
+    "head on other pairs": Method("tis_dpo", 0.3, _of_head(SPREAD, on_other=True)),
+    "head, spread 0.6, beta 0.1": Method("tis_dpo", 0.1, _of_head(0.6)),
+    "head on other pairs, spread 0.6, beta 0.1": Method("tis_dpo", 0.1, _of_head(0.6, on_other=True)),
     "TIS-DPO (D), paper": Method("tis_dpo", 0.1, lambda case: weights_of(case.scores_of_d())),
 }
 
