@@ -26,7 +26,7 @@ from weights_store.lock import locked, wait_for
 Row = tuple[Ids, Ids, Ids]
 """A pair: prompt, chosen, rejected."""
 Kind = Literal["sparse", "dense", "topic", "previous"]
-KLS = {"planted": (0.5, 1.0, 2.0), "toy": (1.0, 2.0, 3.0), "tiny": (0.5, 1.0, 2.0), "real": (1.0, 2.0, 3.0)}
+KLS = {"planted": (0.5, 1.0, 2.0), "toy": (1.0, 2.0, 3.0), "tiny": (0.75, 1.0, 2.0), "real": (1.0, 2.0, 3.0)}
 """At which policies of each kind of world are compared, nats a response."""
 
 
@@ -298,7 +298,7 @@ def tiny(folder: Path, instructions: Sequence[str], seed: int, **settings: Any) 
         num_new=24,
         max_prompt_tokens=32,
         learning_rate=6e-5,
-        steps=(10, 20, 40),
+        steps=(10, 20, 40, 60),
         kls=KLS["tiny"],
         **settings,
     )
