@@ -162,9 +162,7 @@ class PairAttributor:
         collate = PairCollator(
             packed=self._not_packed is None, with_rejected=len(groups[0]) == 2, share_beginnings=False
         )
-        return {
-            name: tensor.to(self._device) for name, tensor in collate([_as_pair(group) for group in groups]).items()
-        }
+        return collate([_as_pair(group) for group in groups], self._device)
 
     def _find_basis(self, request: Request) -> ContextBasis:
         """Return the basis of the contexts of the table; the first to come computes and commits it.

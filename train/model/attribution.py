@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_outputs import BaseModelOutput
 
-from train.model.attention import NUM_BRANCHES
+from train.model.attention.continuation import Continuation, EnoughError, KeptPrompts, SplitBatch
 from train.model.collate import Batch, model_inputs
-from train.model.continuation import Continuation, EnoughError, KeptPrompts, SplitBatch
 from train.model.foreign import Replayed, decoder_of, output_layer, unwrap_adapters
 from train.model.logps import decode, per_token_logps
 from weights_store.errors import InputError
@@ -92,7 +91,7 @@ def attribute_tokens(
     if with_contexts is not None:
         measures.append(lambda layers: with_contexts(_at_half_depth(layers)))
     with _frozen(model), _measured_layers(model, measures) if measures else nullcontext() as measured:
-        if "branch_ids" in batch and not with_prompts:
+        if "layout" in batch and not with_prompts:
             norms, of_tokens = _attribute_responses(model, batch, target, measured)
         else:
             norms = _differentiate(model, batch, target)
@@ -146,22 +145,22 @@ def _attribute_responses(
     """
     split = SplitBatch.of(batch)
     row, decoder = split.responses, decoder_of(model)
-    prompt_row, response_row = ((part["branch_ids"][0], part["position_ids"][0]) for part in (split.prompts, row))
-    prompts = KeptPrompts(*prompt_row, num_attentions=_num_attentions.get(decoder) if measured is None else None)
+    device, num_attentions = row["input_ids"].device, _num_attentions.get(decoder) if measured is None else None
+    prompts = KeptPrompts(split.prompts["layout"], device, num_attentions=num_attentions)
     with torch.no_grad(), _decoder_option(model, packing=prompts), suppress(EnoughError):
         decode(model, model_inputs(split.prompts))
     _num_attentions[decoder] = len(prompts.kept)
-    continuation = Continuation(*response_row, prompts=prompts, groups=split.groups)
+    continuation = Continuation(row["layout"], device, prompts=prompts, group_sizes=split.group_sizes)
     ends_alone = measured is None and target == "max_logit"
     short_mlp = _last_mlp_at(model, _last_places(row)) if ends_alone else nullcontext()
     with _decoder_option(model, packing=continuation), short_mlp:
         own_norms = _differentiate(model, row, target)
-    norms = own_norms.new_zeros(split.is_prompt.shape)
+    norms = own_norms.new_zeros(len(split.prompt_places) + len(split.own_places))
     norms[split.own_places] = own_norms
     if measured is None:
         return norms, None
     of_tokens = norms.new_empty((*norms.shape, measured[0].shape[1]))
-    of_tokens[split.is_prompt], of_tokens[split.own_places] = measured
+    of_tokens[split.prompt_places], of_tokens[split.own_places] = measured
     return norms, of_tokens
 
 
@@ -171,9 +170,9 @@ def _check_layout(batch: Batch, *, with_prompts: bool) -> None:
     empty = (~mask.any(1)).nonzero().flatten().tolist()
     if empty:
         raise InputError(f"sequences {empty} of the micro-batch have no response tokens: there is nothing to attribute")
-    if "branch_ids" in batch:
-        branches = batch["branch_ids"].flatten()[places[mask]] % NUM_BRANCHES
-        assert branches.all(), (
+    if "layout" in batch:
+        layout = batch["layout"]
+        assert int(mask.sum()) == layout.lengths[~layout.is_shared].sum(), (
             "responses share their first tokens, whose gradients mix: collate with share_beginnings=False"
         )
         is_shared = with_prompts and len(places) > len(batch["pair_weights"])

@@ -1,8 +1,8 @@
 """Put pairs into one micro-batch: packed, or a padded sequence per response.
 
 Packed, all pairs are in one row without padding: the prompt once (with the tokens that all responses begin with), then the
-rest of the chosen response, of the rejected one and of the anchor, positions continued from the prompt; `attention.py`
-decides who sees whom. Padded, for models that cannot be packed, every response has its prompt in front of it. Either way
+rest of the chosen response, of the rejected one and of the anchor, positions continued from the prompt; its `layout` says
+who sees whom. Padded, for models that cannot be packed, every response has its prompt in front of it. Either way
 `places` says where token t of each sequence is, and all values per token are `[2 B, T]`: chosen sequences, then rejected;
 with anchors `[3 B, T]`.
 """
@@ -10,20 +10,20 @@ with anchors `[3 B, T]`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from train.data.dataset import Pair, StoredResponse
 from train.loss.terms import ResponseLogps
-from train.model.attention import ANCHOR, CHOSEN, NUM_BRANCHES, REJECTED
+from train.model.attention.layout import ANCHOR, CHOSEN, NUM_BRANCHES, REJECTED, Layout
 from train.model.logps import ModelInputs, TokenTerms
 from weights_store.schemas import SIDES
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+"""Tensors by name, see `PairCollator`; a packed one has a `Layout` too."""
 PADDING_ID = 0  # any id does: no token sees what comes after it
 
 Ids = NDArray[np.int32]
@@ -59,7 +59,7 @@ class PairCollator:
         """Return the micro-batch of `pairs` on a device."""
         responses = list(chain(*zip(*(self._responses(pair).values() for pair in pairs), strict=True)))
         prompts = [pair.prompt_ids for pair in pairs] * (len(responses) // len(pairs))
-        arrays = self._pack(pairs) if self.packed else _pad(prompts, responses)
+        layout, arrays = self._pack(pairs) if self.packed else (None, _pad(prompts, responses))
         arrays |= _align(prompts, responses)
         arrays["pair_weights"] = np.array([pair.pair_weight for pair in pairs], np.float32)
         arrays["counts"] = np.array([not pair.is_filler for pair in pairs])
@@ -68,7 +68,8 @@ class PairCollator:
         if pairs[0].chosen_score is not None:
             for side in SIDES:
                 arrays[f"{side}_scores"] = np.array([getattr(pair, f"{side}_score") for pair in pairs], np.float32)
-        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        batch: Batch = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        return batch if layout is None else batch | {"layout": layout}
 
     def num_tokens(self, pair: Pair) -> int:
         """Return the tokens that a pair adds to a micro-batch (before padding; as if no beginning were shared)."""
@@ -100,10 +101,9 @@ class PairCollator:
             responses[ANCHOR] = pair.anchor
         return responses
 
-    def _pack(self, pairs: Sequence[Pair]) -> dict[str, NDArray]:
+    def _pack(self, pairs: Sequence[Pair]) -> tuple[Layout, dict[str, NDArray]]:
         ids: list[Ids] = []
-        branches: list[tuple[int, int]] = []  # branch id and number of tokens
-        positions: list[NDArray] = []
+        runs: list[tuple[int, int]] = []  # branch id and number of tokens
         places: list[list[NDArray]] = []  # of each pair, of each response
         end = 0
         for pair_idx, pair in enumerate(pairs):
@@ -112,23 +112,22 @@ class PairCollator:
             num_shared = len(pair.prompt_ids) + common
             shared = np.arange(end, end + num_shared)
             ids += [pair.prompt_ids, pair.chosen.ids[:common]]
-            branches.append((NUM_BRANCHES * pair_idx, num_shared))
-            positions.append(shared - end)
+            runs.append((NUM_BRANCHES * pair_idx, num_shared))
             places.append([])
             end += num_shared
             for branch, response in responses.items():
-                own = np.arange(len(response.ids) - common)
-                ids.append(response.ids[common:])
-                branches.append((NUM_BRANCHES * pair_idx + branch, len(own)))
-                positions.append(num_shared + own)
-                places[-1].append(np.concatenate([shared, end + own]))
+                own = response.ids[common:]
+                ids.append(own)
+                runs.append((NUM_BRANCHES * pair_idx + branch, len(own)))
+                places[-1].append(np.concatenate([shared, np.arange(end, end + len(own))]))
                 end += len(own)
-        return {
+        layout = Layout.of(runs)
+        arrays = {
             "input_ids": np.concatenate(ids).astype(np.int64)[None],
-            "position_ids": np.concatenate(positions).astype(np.int64)[None],
-            "branch_ids": np.repeat(*(np.array(column) for column in zip(*branches, strict=True)))[None],
+            "position_ids": layout.positions()[None],
             "places": _stack(list(chain(*zip(*places, strict=True)))),
         }
+        return layout, arrays
 
 
 def _count_common(responses: Sequence[Ids]) -> int:

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from train.loss.config import KlDirection
 from train.loss.divergence import exact_kl, top_k_kl
-from train.model.attention import Packing
+from train.model.attention.layout import Layout
+from train.model.attention.packed import Packing
 from train.model.foreign import Head, decoder_of, explain, output_layer, unwrap_adapters
 from weights_store.errors import InputError
 
@@ -48,9 +49,10 @@ class ModelInputs(TypedDict):
     """`[2 B, T]`, where each token of each sequence is in the flattened `input_ids`."""
     completion_mask: Tensor
     """`[2 B, T]` bool, True on response tokens; False in the first column, which nothing predicts."""
-    branch_ids: NotRequired[Tensor]
-    """Of packed pairs, `[1, N]`, see `attention.Packing`; `position_ids` likewise."""
+    layout: NotRequired[Layout]
+    """Of packed pairs."""
     position_ids: NotRequired[Tensor]
+    """`[1, N]`, of packed pairs."""
     ref_top_ids: NotRequired[Tensor]
     """`[2 B, T, K]`, for a divergence from stored log-probs; `ref_top_logps` likewise."""
     ref_top_logps: NotRequired[Tensor]
@@ -152,9 +154,9 @@ def decode(model: nn.Module, batch: ModelInputs) -> Tensor:
     tests that. Masks do not hold everywhere: some families select keys, or count tokens, regardless of them.
     """
     context: dict[str, Tensor | Packing] = {}
-    if "branch_ids" in batch:
-        position_ids = batch["position_ids"]
-        context = {"position_ids": position_ids, "packing": Packing(batch["branch_ids"][0], position_ids[0])}
+    if "layout" in batch:
+        packing = Packing(batch["layout"], batch["input_ids"].device)
+        context = {"position_ids": batch["position_ids"], "packing": packing}
     output = decoder_of(model)(input_ids=batch["input_ids"], use_cache=False, **context)
     return output.last_hidden_state.flatten(0, 1)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from train.data.dataset import Pair, StoredResponse
-from train.model.attention import PACKED
+from train.model.attention.packed import PACKED
 from train.model.attribution import AttributionTarget, attribute_tokens, embedding_norms, leaf_embeddings
 from train.model.collate import PairCollator, model_inputs
 from train.model.foreign import FOREIGN_ERRORS, decoder_of, explain, unwrap_adapters

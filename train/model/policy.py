@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from train.config import LoraSection, ModelConfig
-from train.model.attention import PACKED
+from train.model.attention.packed import PACKED
 from train.model.checkpoint import TEMPLATE_FILES, TOKENIZER_FILES, load_checkpoint, restore_dtypes
 from train.model.foreign import unwrap_adapters
 from train.model.logps import check_output_layer

@@ -20,9 +20,9 @@ from pipeline.workers.request import AttributionOptions, Executor, Request, Targ
 from tests.pipeline.stages.test_score import NUM_PAIRS, PAIR_TOKENS, make_tokens
 from tests.train.model.families import make_model
 from train.data.dataset import Pair, StoredResponse
+from train.model.attention.continuation import KeptPrompts
 from train.model.attribution import attribute_tokens
 from train.model.collate import PairCollator
-from train.model.continuation import KeptPrompts
 from weights_store import WeightStore
 from weights_store.checks.verify import verify
 from weights_store.errors import InputError, OutOfMemoryError

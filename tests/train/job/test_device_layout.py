@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from train.job.job import run_job
-from train.model.attention import Packing
+from train.model.attention.packed import Packing
 
 
 def history_of(folder: Path) -> list[dict]:

@@ -85,7 +85,7 @@ def test_the_merged_model_and_the_adapter_on_its_base_are_the_trained_one(
     batch = trainer.collator(pairs)
     with torch.no_grad():
         logps = trainer.model(
-            **{k: batch[k] for k in ("input_ids", "position_ids", "places", "completion_mask", "branch_ids")}
+            **{k: batch[k] for k in ("input_ids", "position_ids", "places", "completion_mask", "layout")}
         )
     live = [logps.logps[i][batch["completion_mask"][i]] for i in range(len(pairs))]
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-import train.model.attention
+import train.model.attention.groups
 from train.data.dataset import Pair, StoredResponse
 from train.model.attribution import AttributionTarget, TokenAttributions, attribute_tokens
 from train.model.collate import Batch, PairCollator
@@ -186,8 +186,9 @@ def test_how_attention_is_computed_and_laid_out_changes_nothing(monkeypatch: pyt
     assert enable_packing(model) is None
     batch = PairCollator(share_beginnings=False)(make_pairs())
     expected = attribute_tokens(model, batch, "gold_logps").attributions
-    monkeypatch.setattr("train.model.attention." + limit, 0)
-    monkeypatch.setattr("train.model.continuation.MAX_GROUP_SCORES", train.model.attention.MAX_GROUP_SCORES)
+    monkeypatch.setattr("train.model.attention.groups." + limit, 0)
+    largest = train.model.attention.groups.MAX_GROUP_SCORES
+    monkeypatch.setattr("train.model.attention.continuation.MAX_GROUP_SCORES", largest)
     torch.testing.assert_close(attribute_tokens(model, batch, "gold_logps").attributions, expected, rtol=1e-5, atol=0)
 
 

@@ -35,7 +35,7 @@ def test_a_packed_batch_by_hand() -> None:
     # a: prompt 11 12, chosen 21 2, rejected 31; b: 13, 0, then 2 0 2; c: 14 41 is common, then 42, and 2
     assert batch["input_ids"].tolist() == [[11, 12, 21, 2, 31, 13, 0, 2, 0, 2, 14, 41, 42, 2]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 2, 3, 0, 1, 2, 2]]
-    assert batch["branch_ids"].tolist() == [[0, 0, 1, 1, 2, 4, 5, 6, 6, 6, 8, 8, 9, 10]]
+    assert batch["layout"].token_branch_ids().tolist() == [0, 0, 1, 1, 2, 4, 5, 6, 6, 6, 8, 8, 9, 10]
     # chosen of a, b, c, then rejected; behind the end 0
     assert batch["places"].tolist() == [
         [0, 1, 2, 3], [5, 6, 0, 0], [10, 11, 12, 0], [0, 1, 4, 0], [5, 7, 8, 9], [10, 11, 13, 0],
@@ -51,7 +51,7 @@ def test_a_response_that_begins_with_the_whole_other_one_is_packed() -> None:
     pair = Pair("d", np.array([5], np.int32), stored([6], [1], [-1]), stored([6, 7], [1, 1], [-1, -1]))
     batch = PairCollator()([pair])
     assert batch["input_ids"].tolist() == [[5, 6, 7]]
-    assert batch["branch_ids"].tolist() == [[0, 0, 2]]
+    assert batch["layout"].token_branch_ids().tolist() == [0, 0, 2]
     assert batch["places"].tolist() == [[0, 1, 0], [0, 1, 2]]
 
 
@@ -70,7 +70,7 @@ def test_anchors_are_packed_as_a_third_response_by_hand() -> None:
     # b: 13, then 0, then 2 0 2, then 51; c: 14 41 is common, then 42 43, then 42, then 44
     assert batch["input_ids"].tolist() == [[11, 12, 21, 2, 31, 21, 2, 13, 0, 2, 0, 2, 51, 14, 41, 42, 43, 42, 44]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 2, 3, 0, 1, 1, 2, 3, 1, 0, 1, 2, 3, 2, 2]]
-    assert batch["branch_ids"].tolist() == [[0, 0, 1, 1, 2, 3, 3, 4, 5, 6, 6, 6, 7, 8, 8, 9, 9, 10, 11]]
+    assert batch["layout"].token_branch_ids().tolist() == [0, 0, 1, 1, 2, 3, 3, 4, 5, 6, 6, 6, 7, 8, 8, 9, 9, 10, 11]
     # chosen of a, b, c, then rejected, then anchors; behind the end 0
     assert batch["places"].tolist() == [
         [0, 1, 2, 3], [7, 8, 0, 0], [13, 14, 15, 16],
@@ -86,7 +86,7 @@ def test_beginnings_that_are_not_shared_leave_the_prompt_alone_in_common() -> No
     pairs = anchored()
     batch = PairCollator(share_beginnings=False)(pairs[2:])
     assert batch["input_ids"].tolist() == [[14, 41, 42, 43, 41, 42]]
-    assert batch["branch_ids"].tolist() == [[0, 1, 1, 1, 2, 2]]
+    assert batch["layout"].token_branch_ids().tolist() == [0, 1, 1, 1, 2, 2]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 1, 2]]
     assert batch["places"].tolist() == [[0, 1, 2, 3], [0, 4, 5, 0]]
     batch = PairCollator(with_anchors=True, share_beginnings=False)(pairs)

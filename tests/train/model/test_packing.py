@@ -24,13 +24,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import train.model.attention
+import train.model.attention.groups
 import train.model.packing
 from tests.train.model.families import make_config, make_model
 from train.data.dataset import Pair, StoredResponse
-from train.model.attention import PACKED, Packing
+from train.model.attention.continuation import Continuation
+from train.model.attention.layout import Layout
+from train.model.attention.packed import PACKED, Packing
 from train.model.collate import PairCollator, model_inputs
-from train.model.continuation import Continuation
 from train.model.logps import Divergence, check_output_layer, per_token_logps
 from train.model.packing import confirm_layout, enable_packing
 from weights_store.errors import InputError
@@ -91,7 +92,7 @@ def inputs_of(pairs: list[Pair], packed: bool, **flags: bool) -> dict[str, torch
 def kernel(request, monkeypatch) -> str:
     """Both ways of the CPU: plain products for short pairs, torch's kernel for long ones."""
     if request.param == "sdpa":
-        monkeypatch.setattr(train.model.attention, "MAX_DENSE_SCORES", 0)
+        monkeypatch.setattr(train.model.attention.groups, "MAX_DENSE_SCORES", 0)
     return request.param
 
 
@@ -186,9 +187,14 @@ def with_top_k(response: StoredResponse) -> StoredResponse:
     return replace(response, ref_top_ids=ids, ref_top_logps=np.log(np.full(ids.shape, 0.2, np.float32)))
 
 
+def packing_of(branch_ids: list[int]) -> Packing:
+    return Packing(Layout.of_tokens(branch_ids), torch.device("cpu"))
+
+
 def test_who_sees_whom_by_hand() -> None:
     # pair 0: prompt a b, chosen c, rejected d e; pair 1: prompt f, chosen g, rejected h
-    packing = Packing(torch.tensor([0, 0, 1, 2, 2, 4, 5, 6]), torch.tensor([0, 1, 2, 2, 3, 0, 1, 1]))
+    packing = packing_of([0, 0, 1, 2, 2, 4, 5, 6])
+    assert packing.layout.positions().tolist() == [0, 1, 2, 2, 3, 0, 1, 1]
     tokens = torch.arange(8)
     seen = packing.sees(tokens[:, None], tokens[None], None).int().tolist()
     assert seen == [
@@ -203,7 +209,7 @@ def test_who_sees_whom_by_hand() -> None:
     ]
     assert packing.sees(tokens[4], tokens, 2).int().tolist() == [0, 0, 0, 1, 1, 0, 0, 0]  # itself and the one before
     # prompt a, chosen b, rejected c, anchor d e
-    triple = Packing(torch.tensor([0, 1, 2, 3, 3]), torch.tensor([0, 1, 1, 1, 2]))
+    triple = packing_of([0, 1, 2, 3, 3])
     assert triple.sees(tokens[:5, None], tokens[None, :5], None).int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
@@ -216,25 +222,10 @@ def test_who_sees_whom_by_hand() -> None:
         (0, 5, [[0, 1, 2, 3, 4]]),
         (5, 3, [[0, 1, 2]]),
     ]
-    together = Packing(torch.tensor([0, 0, 1, 2, 2, 4, 4, 5, 6]), torch.tensor([0, 1, 2, 2, 3, 0, 1, 2, 2]))
+    together = packing_of([0, 0, 1, 2, 2, 4, 4, 5, 6])
     (group,) = together.groups
     assert group.places.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 0]]
     assert group.is_token.int().tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
-
-
-def test_the_block_mask_of_gpus_says_what_the_mask_of_cpus_says() -> None:
-    """Flex attention itself is not run: its mask function, and which blocks of 128 it would skip."""
-    batch = PairCollator()(random_pairs([(90, 150, 70), (9, 200, 3)], vocab_size=96))
-    packing = Packing(batch["branch_ids"][0], batch["position_ids"][0])
-    tokens = torch.arange(len(packing.positions))
-    for window in (None, 7):
-        block_mask = packing.block_mask(window)
-        expected = packing.sees(tokens[:, None], tokens[None], window)
-        no_head = torch.zeros((), dtype=torch.long)
-        assert torch.equal(block_mask.mask_mod(no_head, no_head, tokens[:, None], tokens[None]), expected)
-        looked_at = block_mask.to_dense()[0, 0].bool().repeat_interleave(128, 0).repeat_interleave(128, 1)
-        assert looked_at[: len(tokens), : len(tokens)][expected].all()
-        assert not looked_at.all()  # pairs that share no block are skipped
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
@@ -301,9 +292,9 @@ def test_packed_attributions_are_tried_only_if_they_are_needed(monkeypatch) -> N
 
     def without_prompts(self, module, query, key, value, scoring):
         nothing = key[0, :, :0][None], value[0, :, :0][None]
-        groups = [replace(group, prompts=group.prompts[:, :0]) for group in self.groups]
-        befores = [tuple(t.expand(len(group.places), -1, -1, -1) for t in nothing) for group in groups]
-        return replace(self, groups=groups).attend_in_groups((query, key, value), befores, scoring)
+        self.groups = [replace(group, prompts=group.prompts[:, :0]) for group in self.groups]
+        befores = [tuple(t.expand(len(group.places), -1, -1, -1) for t in nothing) for group in self.groups]
+        return self.attend_in_groups((query, key, value), befores, scoring)
 
     monkeypatch.setattr(Continuation, "attend", without_prompts)
     assert enable_packing(build("llama")) is None
