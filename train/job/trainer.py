@@ -192,16 +192,15 @@ class PairTrainer(Trainer):
         chosen, rejected, anchor = self.collator.split_sides(batch, terms)
         scores = (batch["chosen_scores"], batch["rejected_scores"]) if "chosen_scores" in batch else None
         result, values = compute_pair_losses(self.loss, chosen, rejected, scores, anchor)
-        counts = batch["counts"]
-        total_loss = (result.losses * batch["pair_weights"] * counts).sum()
-        values = {name: value[counts] for name, value in values.items()}
+        counted = slice(batch["num_counted"])
+        total_loss = (result.losses * batch["pair_weights"])[counted].sum()
+        values = {name: value[counted] for name, value in values.items()}
         window.add(values, total_loss=total_loss, num_units=self._count_units(batch))
         return total_loss
 
     def _count_units(self, batch: Batch) -> int:
-        counts = batch["counts"]
-        tokens = batch["completion_mask"][: len(counts)][counts].sum()
-        return count_units(self.config.loss, num_pairs=int(counts.sum()), num_chosen_tokens=int(tokens))
+        numbers = {"num_pairs": batch["num_counted"], "num_chosen_tokens": batch["num_chosen_tokens"]}
+        return count_units(self.config.loss, **numbers)
 
     def cut_step(self, pairs: Sequence[Pair], device: torch.device) -> Step:
         """Cut the pairs of this rank into micro-batches, equally many on all ranks: the ranks compute in lockstep."""
@@ -214,7 +213,7 @@ class PairTrainer(Trainer):
                 longest = max(range(len(parts)), key=lambda part: len(parts[part]))
                 middle = len(parts[longest]) // 2
                 parts[longest : longest + 1] = [parts[longest][:middle], parts[longest][middle:]]
-        batches = [self.collator(part) for part in parts]
+        batches = [self.collator(sorted(part, key=lambda pair: pair.is_filler)) for part in parts]
         num_units: Tensor | int = sum(map(self._count_units, batches))
         if self.accelerator.num_processes > 1:
             num_units = self.accelerator.reduce(torch.tensor(num_units, device=device), reduction="sum")

@@ -23,7 +23,7 @@ from train.model.logps import ModelInputs, TokenTerms
 from weights_store.schemas import SIDES
 
 Batch = dict[str, Any]
-"""Tensors by name, see `PairCollator`; a packed one has a `Layout` too."""
+"""What `PairCollator` makes: tensors on a device, and what the host has to know: numbers, and a `Layout` if packed."""
 PADDING_ID = 0  # any id does: no token sees what comes after it
 
 Ids = NDArray[np.int32]
@@ -38,9 +38,10 @@ def model_inputs(batch: Batch) -> ModelInputs:
 class PairCollator:
     """Collate B pairs.
 
-    Keys: those of `ModelInputs`; `token_weights` and `ref_logps` (float32, aligned to their token, 0 elsewhere), `[2 B, T]`;
-    `pair_weights` (float32) and `counts` (bool, False for fillers), `[B]`. If the pairs have them `chosen_scores` and
-    `rejected_scores` `[B]`. With anchors, `has_kl` is False for anchors, whose divergence no loss reads.
+    Keys: those of `ModelInputs`; `completion_mask` (bool, True on response tokens), `token_weights` and `ref_logps` (float32,
+    aligned to their token, 0 elsewhere), `[2 B, T]`; `pair_weights` (float32) `[B]`; and if the pairs have them `chosen_scores`
+    and `rejected_scores` `[B]`. `num_counted` pairs, which come first, are no fillers, and have `num_chosen_tokens` chosen
+    response tokens. With anchors, `num_kls` leaves out those of anchors, whose divergence no loss reads.
 
     Args:
         packed: Otherwise padded.
@@ -56,19 +57,22 @@ class PairCollator:
     share_beginnings: bool = True
 
     def __call__(self, pairs: Sequence[Pair], device: torch.device | str = "cpu") -> Batch:
-        """Return the micro-batch of `pairs` on a device."""
+        """Return the micro-batch of `pairs`, of which fillers come last, on a device."""
         responses = list(chain(*zip(*(self._responses(pair).values() for pair in pairs), strict=True)))
         prompts = [pair.prompt_ids for pair in pairs] * (len(responses) // len(pairs))
         layout, arrays = self._pack(pairs) if self.packed else (None, _pad(prompts, responses))
         arrays |= _align(prompts, responses)
         arrays["pair_weights"] = np.array([pair.pair_weight for pair in pairs], np.float32)
-        arrays["counts"] = np.array([not pair.is_filler for pair in pairs])
+        counted = [pair for pair in pairs if not pair.is_filler]
+        assert not any(pair.is_filler for pair in pairs[: len(counted)]), "fillers come last"
+        arrays["scored"] = np.flatnonzero(arrays["completion_mask"])
+        numbers = {"num_counted": len(counted), "num_chosen_tokens": sum(len(pair.chosen.ids) for pair in counted)}
         if self.with_anchors:
-            arrays["has_kl"] = np.arange(len(responses)) < len(responses) - len(pairs)
+            numbers["num_kls"] = sum(len(response.ids) for response in responses[: -len(pairs)])
         if pairs[0].chosen_score is not None:
             for side in SIDES:
                 arrays[f"{side}_scores"] = np.array([getattr(pair, f"{side}_score") for pair in pairs], np.float32)
-        batch: Batch = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        batch: Batch = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()} | numbers
         return batch if layout is None else batch | {"layout": layout}
 
     def num_tokens(self, pair: Pair) -> int:

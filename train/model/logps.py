@@ -7,7 +7,7 @@ are many of them, each chunk is computed again in the backward pass. So there is
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import MethodType
 from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
 
@@ -23,12 +23,14 @@ from train.model.attention.packed import Packing
 from train.model.foreign import Head, decoder_of, explain, output_layer, unwrap_adapters
 from weights_store.errors import InputError
 
-CHUNK_LOGITS = 1 << 25
-"""Logits that are computed at a time on a GPU, 128 MiB in float32."""
+CHUNK_LOGITS = 1 << 28
+"""Logits that are computed at a time on a GPU, 512 MiB in bfloat16: each chunk has a gradient of the whole output layer."""
 CHUNK_ROWS = 256
 """Rows of logits that are computed at a time, at least; on CPUs not more, since larger chunks do not fit into the cache."""
 KEPT_LOGITS = 1 << 26
 """So many logits of a micro-batch are kept for the backward pass at most (128 MiB in bfloat16); else all are computed again."""
+WIDE_LOGITS = 1 << 25
+"""The same of whole distributions in float32, 128 MiB."""
 _PROBE_LENGTHS = (8, 5)
 _PROBE_TOLERANCE = 1e-3  # nats, float32
 _ROUNDED_TOLERANCE = 0.1  # nats, half precision
@@ -47,8 +49,8 @@ class ModelInputs(TypedDict):
     """Packed pairs `[1, N]`, or sequences `[2 B, T]` with padding at their end."""
     places: Tensor
     """`[2 B, T]`, where each token of each sequence is in the flattened `input_ids`."""
-    completion_mask: Tensor
-    """`[2 B, T]` bool, True on response tokens; False in the first column, which nothing predicts."""
+    scored: Tensor
+    """`[n]`, which entries of the flattened `places` are response tokens; none in its first column, which nothing predicts."""
     layout: NotRequired[Layout]
     """Of packed pairs."""
     position_ids: NotRequired[Tensor]
@@ -56,8 +58,8 @@ class ModelInputs(TypedDict):
     ref_top_ids: NotRequired[Tensor]
     """`[2 B, T, K]`, for a divergence from stored log-probs; `ref_top_logps` likewise."""
     ref_top_logps: NotRequired[Tensor]
-    has_kl: NotRequired[Tensor]
-    """`[3 B]` bool, the sequences that have a divergence, which come first; without it, all have one."""
+    num_kls: NotRequired[int]
+    """How many of `scored` have a divergence, which come first; without it, all have one."""
 
 
 class TokenTerms(NamedTuple):
@@ -102,15 +104,13 @@ def per_token_logps(
         kept_logits: With more logits, they are computed again in the backward pass.
         **batch: See `ModelInputs`.
     """
-    input_ids, places, completion_mask = batch["input_ids"], batch["places"], batch["completion_mask"]
-    assert not completion_mask[:, 0].any(), "the first token of a sequence cannot be scored"
-    sequence_idx, token_idx = completion_mask.nonzero(as_tuple=True)
-    previous = places[sequence_idx, token_idx - 1]  # the state at the token before predicts a token
-    target_ids = input_ids.flatten()[places[sequence_idx, token_idx]]
+    places, scored = batch["places"].flatten(), batch["scored"]
+    previous = places[scored - 1]  # the state at the token before predicts a token
+    target_ids = batch["input_ids"].flatten()[places[scored]]
     head, extra = output_layer(model), []
     compute: Callable[..., tuple[Tensor, ...]] = partial(_logps_alone, head)
     if divergence is not None and divergence.top_k:
-        extra = [values[sequence_idx, token_idx] for values in (batch["ref_top_ids"], batch["ref_top_logps"])]
+        extra = [values.flatten(0, 1)[scored] for values in (batch["ref_top_ids"], batch["ref_top_logps"])]
         compute = partial(_logps_and_top_k_kl, head, divergence.direction)
     elif divergence is not None:
         reference = model if divergence.reference is None else divergence.reference
@@ -120,17 +120,17 @@ def per_token_logps(
     columns = [decode(model, batch)[previous], target_ids]
     vocab_size = _vocab_size(model)
     if chunk_logits is None:
-        chunk_logits = max(CHUNK_LOGITS if input_ids.is_cuda else 0, CHUNK_ROWS * vocab_size)
-    # Rows of full distributions cost several times as much as rows of logits.
-    rows = max(1, chunk_logits // vocab_size // (1 if divergence is None else 4))
+        # Rows of full distributions, of which several are in float32 at a time, cost more than rows of logits.
+        on_gpu = CHUNK_LOGITS if divergence is None else WIDE_LOGITS // 4
+        chunk_logits = max(on_gpu if scored.is_cuda else 0, CHUNK_ROWS * vocab_size // (1 if divergence is None else 4))
+    rows = max(1, chunk_logits // vocab_size)
     again = len(target_ids) * vocab_size > kept_logits or divergence is not None
-    has_kl = batch.get("has_kl")
-    num_with_kl = len(target_ids) if has_kl is None or divergence is None else int(completion_mask[has_kl].sum())
-    chunks = _run(compute, [column[:num_with_kl] for column in (*columns, *extra)], rows, again=again)
-    if num_with_kl < len(target_ids):
-        chunks += _run(partial(_logps_alone, head), [column[num_with_kl:] for column in columns], rows, again=again)
+    num_kls = len(target_ids) if divergence is None else batch.get("num_kls", len(target_ids))
+    chunks = _run(compute, [column[:num_kls] for column in (*columns, *extra)], rows, again=again)
+    if num_kls < len(target_ids):
+        chunks += _run(partial(_logps_alone, head), [column[num_kls:] for column in columns], rows, again=again)
     terms = [torch.cat([chunk[i] for chunk in chunks if i < len(chunk)]) for i in range(len(chunks[0]))]
-    return TokenTerms(*(_scatter(values, (sequence_idx, token_idx), places.shape) for values in terms))
+    return TokenTerms(*(_scatter(values, scored, batch["places"].shape) for values in terms))
 
 
 def _run(
@@ -141,10 +141,10 @@ def _run(
     return [compute(*chunk) for chunk in zip(*(column.split(rows) for column in columns), strict=True)]
 
 
-def _scatter(values: Tensor, where: tuple[Tensor, Tensor], shape: torch.Size) -> Tensor:
+def _scatter(values: Tensor, scored: Tensor, shape: torch.Size) -> Tensor:
     """Put `values`, which may end before the last response token, into their places, 0 elsewhere."""
-    first = tuple(indices[: len(values)] for indices in where)
-    return values.new_zeros(shape).index_put(first, values)
+    flat = values.new_zeros(shape.numel()).index_put((scored[: len(values)],), values)
+    return flat.view(shape)
 
 
 def decode(model: nn.Module, batch: ModelInputs) -> Tensor:
@@ -213,25 +213,46 @@ def _select(values: Tensor, ids: Tensor) -> Tensor:
 
 
 class _SelectedLogps(torch.autograd.Function):
-    """log softmax(logits)[ids], `[n, V]` and `[n]` to `[n]` float32. The gradient is computed in place, in one buffer.
+    """log softmax(logits)[ids], `[n, V]` and `[n]` to `[n]` float32.
 
-    d logp / d logits = onehot(id) - softmax(logits); autograd would allocate half a dozen tensors over the vocabulary.
+    d logp / d logits = onehot(id) - softmax(logits); autograd would allocate half a dozen tensors over the vocabulary. On a GPU
+    both directions are compiled: they read logits once, and nothing over the vocabulary is in float32.
     """
 
     @staticmethod
     def forward(ctx: FunctionCtx, logits: Tensor, ids: Tensor) -> Tensor:  # type: ignore[override]
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        logps = _select(wide.log_softmax(-1), ids)  # logsumexp allocates more such tensors and takes twice as long
-        ctx.save_for_backward(logits, ids, _select(wide, ids) - logps)
+        compute = compiled(selected_logps) if logits.is_cuda else selected_logps
+        logps, log_sums = compute(logits, ids)
+        ctx.save_for_backward(logits, ids, log_sums)
         return logps
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         logits, ids, log_sums = ctx.saved_tensors
-        wide = logits.to(log_sums.dtype, copy=True)
-        wide.sub_(log_sums[:, None]).exp_().mul_(-gradient[:, None])
+        if logits.is_cuda:
+            return compiled(gradient_of_logits)(logits, ids, log_sums, gradient), None
+        wide = torch.sub(logits, log_sums[:, None]).exp_().mul_(-gradient[:, None])
         wide.scatter_add_(1, ids[:, None], gradient[:, None])
         return wide.to(logits.dtype), None
+
+
+def selected_logps(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log softmax(logits)[ids] and log sum exp(logits), `[n, V]` and `[n]` to `[n]` each, float32 (or float64)."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logps = _select(logits.log_softmax(-1, dtype=wide), ids)  # on CPUs, logsumexp takes twice the memory and time
+    return logps, _select(logits, ids).to(wide) - logps
+
+
+def gradient_of_logits(logits: Tensor, ids: Tensor, log_sums: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient of `selected_logps`, `[n, V]` in the dtype of `logits`, written so that a compiler makes one loop."""
+    is_target = torch.arange(logits.shape[1], device=logits.device) == ids[:, None]
+    return (gradient[:, None] * (is_target.to(gradient.dtype) - (logits - log_sums[:, None]).exp())).to(logits.dtype)
+
+
+@cache
+def compiled(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function over tensors of any number of rows as few kernels."""
+    return torch.compile(compute, dynamic=True)
 
 
 def _vocab_size(model: nn.Module) -> int:
@@ -255,10 +276,10 @@ def check_output_layer(model: nn.Module, *, rounds: bool = False) -> None:
     input_ids = (places + 1) * 7 % _vocab_size(model)
     lengths = torch.tensor(_PROBE_LENGTHS, device=device)
     steps = torch.arange(places.shape[1], device=device)
-    mask = (steps > 0) & (steps < lengths[:, None])
+    scored = ((steps > 0) & (steps < lengths[:, None])).flatten().nonzero().flatten()
     versions = [parameter._version for parameter in model.parameters()]
     with explain(model, "does not run on a few ids", "use another model"):
-        got = per_token_logps(model, input_ids=input_ids, places=places, completion_mask=mask).logps
+        got = per_token_logps(model, input_ids=input_ids, places=places, scored=scored).logps
         differences = [
             (_own_logps(model, row[:length]) - logps[1:length]).abs().max().item()
             for row, logps, length in zip(input_ids, got, _PROBE_LENGTHS, strict=True)

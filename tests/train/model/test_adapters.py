@@ -84,9 +84,7 @@ def test_the_merged_model_and_the_adapter_on_its_base_are_the_trained_one(
     by_id = {row["pair_id"]: row for row in rows}
     batch = trainer.collator(pairs)
     with torch.no_grad():
-        logps = trainer.model(
-            **{k: batch[k] for k in ("input_ids", "position_ids", "places", "completion_mask", "layout")}
-        )
+        logps = trainer.model(**{k: batch[k] for k in ("input_ids", "position_ids", "places", "scored", "layout")})
     live = [logps.logps[i][batch["completion_mask"][i]] for i in range(len(pairs))]
 
     save_policy(trainer.model, trainer.config.lora, float32_folder, tmp_path)

@@ -78,7 +78,7 @@ def test_anchors_are_packed_as_a_third_response_by_hand() -> None:
         [0, 1, 5, 6], [7, 12, 0, 0], [13, 14, 18, 0],
     ]  # fmt: skip
     assert batch["completion_mask"][6:].int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [0, 1, 1, 0]]
-    assert batch["has_kl"].tolist() == [True] * 6 + [False] * 3
+    assert batch["num_kls"] == 12  # chosen 2 + 1 + 3, rejected 1 + 3 + 2
     assert batch["ref_logps"][6:].tolist() == [[0, 0, -0.5, -1.5], [0, -2.5, 0, 0], [0, -3.5, -4.5, 0]]
 
 
@@ -138,7 +138,7 @@ def test_fillers_weights_and_scores_travel_along() -> None:
     scored = [replace(pair, pair_weight=0.5, chosen_score=4.0, rejected_score=1.5) for pair in PAIRS]
     batch = PairCollator()([scored[0], replace(scored[1], is_filler=True)])
     assert batch["pair_weights"].tolist() == [0.5, 0.5]
-    assert batch["counts"].tolist() == [True, False]
+    assert (batch["num_counted"], batch["num_chosen_tokens"]) == (1, 2)
     assert batch["chosen_scores"].tolist() == [4.0, 4.0]
     assert batch["rejected_scores"].tolist() == [1.5, 1.5]
     assert "chosen_scores" not in PairCollator()(PAIRS)

@@ -10,7 +10,14 @@ from tests.train.model.families import make_model
 from train.data.dataset import Pair, StoredResponse
 from train.model.collate import PairCollator, model_inputs
 from train.model.foreign import decoder_of, output_layer
-from train.model.logps import check_output_layer, per_token_logps, route_forward
+from train.model.logps import (
+    _SelectedLogps,
+    check_output_layer,
+    gradient_of_logits,
+    per_token_logps,
+    route_forward,
+    selected_logps,
+)
 from weights_store.errors import InputError
 
 
@@ -175,3 +182,27 @@ def test_hidden_states_become_logits_in_the_way_of_the_family(family: str) -> No
 def test_a_model_without_an_output_layer_is_refused(model) -> None:
     with pytest.raises(InputError, match="LlamaModel is not a causal language model"):
         check_output_layer(model.base_model)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-3)])
+def test_what_gpus_compile_is_the_log_softmax_and_its_gradient(dtype: torch.dtype, atol: float) -> None:
+    """The functions alone; `tests/gpu` runs them compiled."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(5, 40, generator=generator)).to(dtype)
+    ids, gradient = (
+        torch.tensor([0, 39, 7, 7, 21]),
+        torch.randn(5, generator=generator).to(torch.promote_types(dtype, torch.float32)),
+    )
+    logps, log_sums = selected_logps(logits, ids)
+    exact = logits.double().requires_grad_()
+    expected = exact.log_softmax(-1)[torch.arange(5), ids]
+    expected.backward(gradient.double())
+    assert logps.dtype == log_sums.dtype == gradient.dtype
+    torch.testing.assert_close(logps.double(), expected, rtol=0, atol=atol)
+    torch.testing.assert_close(log_sums.double(), exact.logsumexp(-1), rtol=0, atol=atol)
+    got = gradient_of_logits(logits, ids, log_sums, gradient)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), exact.grad, rtol=0, atol=2 * atol)
+    on_cpu = logits.detach().clone().requires_grad_()
+    _SelectedLogps.apply(on_cpu, ids).backward(gradient)
+    torch.testing.assert_close(on_cpu.grad.double(), exact.grad, rtol=0, atol=2 * atol)

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from train.config import LoraSection, ModelConfig
-from train.model.attention import PACKED
+from train.model.attention.packed import PACKED
 from train.model.checkpoint import load_checkpoint
 from train.model.policy import Policy, add_adapters, load_policy, load_reference, save_policy
 from weights_store.errors import InputError

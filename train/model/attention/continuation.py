@@ -177,9 +177,11 @@ class SplitBatch:
         begins[order] = num_own[order].cumsum() - num_own[order]
         steps = np.arange(num_own.max())
         is_own = steps < num_own[:, None]
+        mask = (steps > 0) & is_own
         arrays = {
             "places": np.where(is_own, begins[:, None] + steps, 0),
-            "completion_mask": (steps > 0) & is_own,
+            "completion_mask": mask,
+            "scored": np.flatnonzero(mask),
         }
         responses |= {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         responses["pair_weights"] = batch["pair_weights"]
