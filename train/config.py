@@ -80,8 +80,9 @@ class OptimConfig(_Section):
     """Exactly this many optimizer steps, instead of num_epochs."""
     pairs_per_step: int = Field(default=16, ge=1)
     """Pairs per optimizer step, over all devices and accumulated micro-batches."""
-    tokens_per_batch: int = Field(default=8192, ge=1)
-    """Tokens that one device computes at a time (a longer pair goes alone); affects memory and speed only."""
+    tokens_per_batch: int | None = Field(default=None, ge=1)
+    """Tokens that one device computes at a time (a longer pair goes alone); affects memory and speed only. Left out: 8,192, on
+    a GPU then as many as its memory holds. What does not fit is halved."""
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
     """Share of all steps in which the learning rate rises, 0..1; of n such steps the first has 1/n of the peak."""
     weight_decay: float = Field(default=0.0, ge=0)

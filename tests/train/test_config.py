@@ -39,7 +39,7 @@ def test_defaults_are_the_documented_ones(load) -> None:
         "num_epochs": 1,
         "max_steps": None,
         "pairs_per_step": 16,
-        "tokens_per_batch": 8192,
+        "tokens_per_batch": None,
         "warmup_share": 0.1,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,

@@ -1,6 +1,7 @@
 """What a training would do, for `tokenweights train --dry-run`: lines of text, without loading the model."""
 
 from train.job.gate import tolerance_of
+from train.job.memory import FIRST_TOKENS
 from train.job.prepare import JobInputs, JobPairs
 from train.job.trainer import build_batches
 from weights_store.fingerprint import fingerprint
@@ -27,7 +28,7 @@ def dry_run_lines(inputs: JobInputs, pairs: JobPairs) -> list[str]:
         "loss": " ".join(f"{key}={value}" for key, value in job["loss"].items()),
         "model": f"{config.model.path}, fingerprint {job['model']['fingerprint'][:12]}, {config.model.dtype}",
         "steps": f"{batches.num_steps:,} of {optim.pairs_per_step} pairs "
-        f"({batches.num_positions / num_pairs:.3g} epochs), {optim.tokens_per_batch:,} tokens at a time",
+        f"({batches.num_positions / num_pairs:.3g} epochs), {optim.tokens_per_batch or FIRST_TOKENS:,} tokens at a time",
         "reference": reference,
         "gate": check,
         "output": f"{config.output.folder} (job {fingerprint(job)[:12]})",

@@ -21,6 +21,7 @@ from torch import nn
 
 from train.config import TrainConfig
 from train.data.dataset import Pair, PairDataset, StoredResponse, WeightSource, sample_pairs
+from train.job.memory import FIRST_TOKENS
 from train.model.attribution import AttributionTarget, attribute_tokens
 from train.model.collate import Batch, PairCollator, model_inputs
 from train.model.generation import sample_responses
@@ -97,7 +98,7 @@ class Refresher:
     sampling: AnchorSampling | None = None
     end_ids: tuple[int, ...] = ()
     num_steps: int = 1
-    tokens_per_batch: int = 8192
+    tokens_per_batch: int = FIRST_TOKENS
     dtype: str = "float32"
 
     @classmethod
@@ -119,7 +120,7 @@ class Refresher:
             sampling_of(pairs.source) if needs.fresh_anchors else None,
             find_end_ids(sample_pairs(pairs)) if needs.fresh_anchors else (),
             needs.refresh_steps,
-            config.optim.tokens_per_batch,
+            config.optim.tokens_per_batch or FIRST_TOKENS,
             config.model.dtype,
         )
 

@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from train.config import TrainConfig
 from train.data.dataset import OrderedPairs, Pair, PairDataset
 from train.data.sampler import BlockShuffle, StepBatches
+from train.job.memory import TokenBudget, save_memory
 from train.job.progress import LogLastStep
 from train.job.ranks import join_ranks, shard_on_cpus
 from train.job.refresh import FRESH_FILES, Refresher
@@ -32,17 +33,24 @@ from train.job.step_reader import StepReader
 from train.loss.metrics import MetricWindow
 from train.loss.objective import compute_pair_losses, count_units
 from train.model.collate import Batch, PairCollator, model_inputs
+from train.model.foreign import is_out_of_memory
 from train.model.logps import Divergence, TokenTerms, per_token_logps, route_forward
 from train.model.policy import Policy
 from train.model.token_budget import cut_by_tokens
 from weights_store.errors import SettingsError
+from weights_store.messages import first_line, logger
+
+_log = logger(__name__)
 
 
 @dataclass(frozen=True)
 class Step:
     """What one rank computes in one optimizer step."""
 
+    pairs: Sequence[Pair]
     batches: list[Batch]
+    largest: int
+    """Tokens of the largest micro-batch, as the budget counts them."""
     num_units: Tensor | int
     """Pairs or tokens of all ranks that the loss is averaged over."""
 
@@ -101,6 +109,7 @@ class PairTrainer(Trainer):
         self.reference: nn.Module | None = None if reference is None else reference.to(self.args.device)
         direction = needs.kl_direction
         route_forward(policy.model, Divergence(direction, needs.ref_top, reference) if direction else None)
+        self.budget = TokenBudget(config.optim.tokens_per_batch, self.args.device)
         self.loss_is_scaled_for_ga = True  # training_step divides by the units of the whole step
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -171,13 +180,46 @@ class PairTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Step, num_items_in_batch: object = None) -> Tensor:
         """Run forward and backward of a whole step, and add to the metrics; return this rank's share of the mean loss."""
         model.train()
+        step, window = inputs, MetricWindow()
+        self.budget.begin_step()
+        while (total := self._run_step(model, step, window)) is None:  # out of memory
+            model.zero_grad(set_to_none=True)
+            window = MetricWindow()
+            step = self.cut_step(step.pairs, self.args.device)
+        self.budget.end_step(step.largest, model.parameters())
+        self.window.merge(window)
+        return total
+
+    def _run_step(self, model: nn.Module, step: Step, window: MetricWindow) -> Tensor | None:
+        """Return the share of the loss; None if it did not fit into memory, after making what comes smaller."""
+        try:
+            return self._forward_and_backward(model, step, window)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if self.accelerator.num_processes > 1:  # the others wait for this one's gradients
+                raise SettingsError(
+                    f"a micro-batch of {step.largest:,} tokens does not fit into the memory of process "
+                    f"{self.accelerator.process_index}: lower optim.tokens_per_batch (now {self.budget.tokens:,}), or set "
+                    f"model.gradient_checkpointing=true ({first_line(error)})"
+                ) from error
+            if max(len(batch["pair_weights"]) for batch in step.batches) > 1:
+                self.budget.shrink(step.largest)
+                _log.info(f"out of memory: micro-batches of up to {self.budget.tokens:,} tokens from here on")
+            else:
+                save_memory(model, step.largest, error)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+    def _forward_and_backward(self, model: nn.Module, step: Step, window: MetricWindow) -> Tensor:
         total = torch.zeros((), device=self.args.device)
-        for batch in inputs.batches:
-            with nullcontext() if batch is inputs.batches[-1] else self.accelerator.no_sync(model):
+        for batch in step.batches:
+            with nullcontext() if batch is step.batches[-1] else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
-                    total_loss = self._add_batch(model, self._prepare_inputs(batch), self.window)
+                    total_loss = self._add_batch(model, self._prepare_inputs(batch), window)
                     # DDP averages gradients over ranks, while the units of a step are counted over all of them.
-                    loss = total_loss * self.accelerator.num_processes / inputs.num_units
+                    loss = total_loss * self.accelerator.num_processes / step.num_units
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
@@ -204,8 +246,7 @@ class PairTrainer(Trainer):
 
     def cut_step(self, pairs: Sequence[Pair], device: torch.device) -> Step:
         """Cut the pairs of this rank into micro-batches, equally many on all ranks: the ranks compute in lockstep."""
-        budget = self.config.optim.tokens_per_batch
-        parts = cut_by_tokens(pairs, [self.collator.num_tokens(pair) for pair in pairs], budget)
+        parts = cut_by_tokens(pairs, [self.collator.num_tokens(pair) for pair in pairs], self.budget.tokens)
         if self.accelerator.num_processes > 1:
             most = torch.tensor(len(parts), device=device)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
@@ -217,7 +258,8 @@ class PairTrainer(Trainer):
         num_units: Tensor | int = sum(map(self._count_units, batches))
         if self.accelerator.num_processes > 1:
             num_units = self.accelerator.reduce(torch.tensor(num_units, device=device), reduction="sum")
-        return Step(batches, num_units)
+        largest = max(sum(map(self.collator.num_tokens, part)) for part in parts)
+        return Step(pairs, batches, largest, num_units)
 
     @torch.no_grad()
     def measure(self, sample: Sequence[Pair]) -> dict[str, float]:
@@ -261,7 +303,7 @@ class PairTrainer(Trainer):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         device = next(self.model_wrapped.parameters()).device
         sizes = [self.measured.num_tokens(pair) for pair in sample]
-        for part in cut_by_tokens(sample, sizes, self.config.optim.tokens_per_batch):
+        for part in cut_by_tokens(sample, sizes, self.budget.tokens):
             batch = self.measured(part, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
                 terms = logps_of(**model_inputs(batch))

@@ -86,6 +86,11 @@ class MetricWindow:
             total = total.detach().float()
             self._sums[name] = self._sums.get(name, 0) + torch.stack([total, torch.full_like(total, count)])
 
+    def merge(self, other: "MetricWindow") -> None:
+        """Add what another window holds."""
+        for name, sums in other._sums.items():
+            self._sums[name] = self._sums.get(name, 0) + sums
+
     def pop_means(self, reduce_over_ranks: Callable[..., Tensor] | None = None) -> dict[str, float]:
         """Return the mean of every value and start a new window; `reduce_over_ranks` is None for a single process."""
         if not self._sums:

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from train.config import LoraSection, ModelConfig
 from train.model.attention.packed import PACKED
 from train.model.checkpoint import TEMPLATE_FILES, TOKENIZER_FILES, load_checkpoint, restore_dtypes
+from train.model.elementwise import enter_bfloat16
 from train.model.foreign import unwrap_adapters
 from train.model.logps import check_output_layer
 from train.model.packing import enable_packing
@@ -69,8 +70,10 @@ def load_policy(
     not_packed: str | None = "model.packing is false"
     if config.packing:
         not_packed = enable_packing(model, attributions=attributions, rounds=rounds)
-    if config.gradient_checkpointing:
-        _enable_checkpointing(model)
+    if config.dtype == "bfloat16":
+        enter_bfloat16(model)
+    if config.gradient_checkpointing and not enable_checkpointing(model):
+        raise InputError(f"model.gradient_checkpointing: {type(model).__name__} cannot do that; leave it out")
     trained = model if lora is None else add_adapters(model, lora)
     switch_off_noise(trained)
     if config.compile and not hasattr(model.base_model, "layers"):
@@ -99,13 +102,19 @@ def load_reference(folder: Path, config: ModelConfig, policy: Policy) -> nn.Modu
     return model.requires_grad_(False)
 
 
-def _enable_checkpointing(model: PreTrainedModel) -> None:
+def enable_checkpointing(model: nn.Module) -> bool:
+    """Let layers keep their inputs alone and compute the rest again; return whether that changes anything.
+
+    False: they do so already, or the model cannot.
+    """
+    causal_lm = unwrap_adapters(model)
+    if causal_lm.is_gradient_checkpointing:
+        return False
     try:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    except ValueError as error:
-        raise InputError(
-            f"model.gradient_checkpointing: {type(model).__name__} cannot do that; leave it out"
-        ) from error
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError:
+        return False
+    return True
 
 
 def _nf4_settings() -> BitsAndBytesConfig:

@@ -6,26 +6,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from train.config import ModelConfig
-from train.data.dataset import PairDataset, open_weights, sample_pairs
+from train.data.dataset import sample_pairs
 from train.job.trainer import PairTrainer, build_batches
 from train.model.policy import load_policy, switch_off_noise
 from weights_store.errors import SettingsError
 
 RATE_OF_NOTHING = 1e-30  # float32 weights do not move
-
-
-@pytest.fixture
-def make_trainer(make_config, model_folder, tmp_path):
-    """Return a function that builds a trainer on the tiny model: `make_trainer(optim={...})`."""
-
-    def make(**changes) -> PairTrainer:
-        config = make_config(**changes)
-        pairs = PairDataset(open_weights(config.data), config.data, vocab_size=128)
-        return PairTrainer(
-            load_policy(model_folder, config.model, config.lora), pairs, config, checkpoints=tmp_path / "checkpoints"
-        )
-
-    return make
 
 
 @pytest.fixture

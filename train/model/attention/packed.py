@@ -129,6 +129,7 @@ class Packing:
         return torch.cat(outputs)[None]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -145,6 +146,8 @@ def packed_attention(
     **_rest: object,
 ) -> tuple[Tensor, None]:
     """Attend within pairs; `[1, H, N, D]` queries, keys and values (fewer heads) to `[1, N, H, D]`.
+
+    Not compiled with the layer around it (`model.compile`): who sees whom changes with every micro-batch.
 
     The decoder passes its keyword arguments, such as `packing`, on to here. Queries and keys are already rotated.
     """
