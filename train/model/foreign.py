@@ -64,7 +64,8 @@ def output_layer(model: nn.Module) -> Head:
     def head(hidden: Tensor) -> Tensor:
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)  # nothing but the decoder reads them
         with _replaying(decoder, hidden[None]):
-            return own_forward(causal_lm, input_ids=ids, use_cache=False).logits[0]
+            # not [0]: the gradient of a view needs no copy
+            return own_forward(causal_lm, input_ids=ids, use_cache=False).logits.flatten(0, 1)
 
     return head
 

@@ -94,13 +94,13 @@ class Segments:
             before: Keys and values of the row of prompts, constant.
         """
         kept = None if before is None else _by_token(*before)
-        keys_values = _LayOut.apply(_by_token(key, value), kept, self)
+        keys, values = _LayOut.apply(_by_token(key, value), kept, self).unbind(1)
         groups = {"enable_gqa": True} if _NEEDS_TO_KNOW_OF_GROUPS else {}
         attend: Callable[..., Any] = varlen_attn
         output: Tensor = attend(
             query[0].transpose(0, 1),
-            keys_values[:, 0],
-            keys_values[:, 1],
+            keys,
+            values,
             self.query_ends,
             self.key_ends,
             self.max_queries,
