@@ -46,7 +46,7 @@ class ModelConfig(_Section):
     revision: str | None = None
     """Commit, tag or branch of a hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the forward pass. Parameters and optimizer are float32 either way (bfloat16 is autocast)."""
+    """Arithmetic of the forward pass. What is trained is float32 either way, and so is the optimizer's state."""
     packing: bool = True
     """One row per micro-batch with every prompt once. If false, and for models that cannot: two padded sequences per pair."""
     quantization: Literal["none", "nf4"] = "none"
@@ -54,7 +54,7 @@ class ModelConfig(_Section):
     gradient_checkpointing: bool = False
     """Keep only the inputs of layers and recompute the rest: less memory, more time."""
     compile: bool = False
-    """torch.compile of the decoder's layers. It takes a minute or more at the start; whether it pays was not measured."""
+    """torch.compile of the decoder's layers without their attention, which takes half a minute at the start."""
 
 
 class LoraSection(_Section):

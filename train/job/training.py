@@ -38,7 +38,7 @@ def build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: S
         transformers_logging.disable_progress_bar()
     set_seed(config.optim.seed)  # new adapters begin at random
     fresh_weights = config.loss.needs.fresh_weights
-    policy = load_policy(folder, config.model, config.lora, attributions=fresh_weights)
+    policy = load_policy(folder, config.model, config.lora, attributions=fresh_weights, one_dtype=_is_sharded(config))
     policy = _place(policy, config)
     if policy.not_packed is not None:
         _log.info(f"two padded sequences per pair: {policy.not_packed}")
@@ -64,6 +64,10 @@ def build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: S
     return trainer
 
 
+def _is_sharded(config: TrainConfig) -> bool:
+    return config.parallel.strategy == "fsdp2" and join_ranks().num_processes > 1
+
+
 def _place(policy: Policy, config: TrainConfig) -> Policy:
     """Move the policy to the device that it trains on, and see that its layout holds there.
 
@@ -74,8 +78,7 @@ def _place(policy: Policy, config: TrainConfig) -> Policy:
     """
     processes = join_ranks()
     device = next(policy.model.parameters()).device
-    is_sharded = config.parallel.strategy == "fsdp2" and processes.num_processes > 1
-    if not is_sharded and device.type != processes.device.type:
+    if not _is_sharded(config) and device.type != processes.device.type:
         device = processes.device
         policy.model.to(device)
     policy.model.train()
@@ -140,7 +143,7 @@ def save(trainer: PairTrainer, inputs: JobInputs, output: OutputFolder, lineage:
     whole = gather_parameters(trainer.model_wrapped) if trainer.is_fsdp_enabled else {}
     if accelerator.is_main_process:
         if whole:
-            model = load_policy(inputs.model_folder, config.model, config.lora).model
+            model = load_policy(inputs.model_folder, config.model, config.lora, one_dtype=True).model
             model.load_state_dict(whole)
         staging = output.start_staging()
         is_hub_id = not Path(config.model.path).expanduser().is_dir()

@@ -6,6 +6,7 @@ folder (`hub.py`), reading it (`checkpoint.py`).
 """
 
 import shutil
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,7 +20,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from train.config import LoraSection, ModelConfig
 from train.model.attention.packed import PACKED
-from train.model.checkpoint import TEMPLATE_FILES, TOKENIZER_FILES, load_checkpoint, restore_dtypes
+from train.model.checkpoint import (
+    TEMPLATE_FILES,
+    TOKENIZER_FILES,
+    in_float32,
+    load_checkpoint,
+    load_model_config,
+    restore_dtypes,
+)
 from train.model.elementwise import enter_bfloat16
 from train.model.foreign import unwrap_adapters
 from train.model.logps import check_output_layer
@@ -45,11 +53,24 @@ class Policy:
 
 
 def load_policy(
-    folder: Path, config: ModelConfig, lora: LoraSection | None = None, *, attributions: bool = False
+    folder: Path,
+    config: ModelConfig,
+    lora: LoraSection | None = None,
+    *,
+    attributions: bool = False,
+    one_dtype: bool = False,
 ) -> Policy:
-    """Load a model for training: parameters in float32 (4 bits when quantised, then frozen), without noise.
+    """Load a model for training, without noise.
 
-    With `attributions`, it is packed only if packed attributions are right too.
+    What is trained is in float32. Frozen parameters under adapters are in 4 bits if quantised, and in bfloat16 if the forward
+    pass and the files are.
+
+    Args:
+        folder: Of the model.
+        config: See `ModelConfig`.
+        lora: Adapters to train.
+        attributions: Pack it only if packed attributions are right too.
+        one_dtype: Hold all parameters in float32, as FSDP2 wants them.
 
     Raises:
         InputError: It cannot be loaded, lacks weights, computes its logits in a way that we do not know, lacks the layers that
@@ -57,7 +78,9 @@ def load_policy(
         MissingExtraError: `model.quantization` or `[lora]` need a package that is not installed.
     """
     quantization = {"quantization_config": _nf4_settings()} if config.quantization == "nf4" else {}
-    model = load_checkpoint(folder, dtype=torch.float32, **quantization)
+    is_half = lora is not None and not one_dtype and not quantization and config.dtype == "bfloat16"
+    is_half = is_half and load_model_config(folder).get_text_config().dtype == torch.bfloat16
+    model = load_checkpoint(folder, dtype=torch.bfloat16 if is_half else torch.float32, **quantization)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On CPUs with AVX512-BF16, bitsandbytes would pack 4-bit weights for inference at the first forward pass in eval
@@ -65,11 +88,12 @@ def load_policy(
             module.support_avx512bf16_for_cpu = False
     # 4-bit layers compute in bfloat16, so there is rounding in what is compared.
     rounds = config.quantization != "none"
-    check_output_layer(model, rounds=rounds)
     attention = str(model.config._attn_implementation)
     not_packed: str | None = "model.packing is false"
-    if config.packing:
-        not_packed = enable_packing(model, attributions=attributions, rounds=rounds)
+    with in_float32(model) if is_half else nullcontext():
+        check_output_layer(model, rounds=rounds)
+        if config.packing:
+            not_packed = enable_packing(model, attributions=attributions, rounds=rounds)
     if config.dtype == "bfloat16":
         enter_bfloat16(model)
     if config.gradient_checkpointing and not enable_checkpointing(model):
@@ -217,7 +241,11 @@ def save_policy(
         (target / "adapter" / "README.md").unlink(missing_ok=True)  # peft's template; our card is in the folder above
         if not lora.merge:
             return
-        model = model.merge_and_unload()
+        model.cpu()  # where there is room for all parameters in float32
+        with in_float32(
+            model.get_base_model()
+        ):  # else the update would be rounded before it is added, and once more after
+            model = model.merge_and_unload()
     restore_dtypes(model, source_folder)
     model.save_pretrained(target)
     for pattern in _COPIED:

@@ -355,3 +355,22 @@ def test_a_checkpoint_without_what_was_fresh_is_refused(pairs, tmp_path) -> None
             InputError, match=r"lacks the weights or anchors of pair pair-0001 \(position \d+\); set output"
         ):
             load_fresh(tmp_path, wanted)
+
+
+def test_weights_and_anchors_are_refreshed_with_adapters_in_bfloat16(make_config, ti_store, tmp_path) -> None:
+    """The reference of fresh anchors is the policy without its adapters: all log-ratios of the first window are 0."""
+    config = make_config(
+        data={"store": ti_store},
+        loss={**ONLINE, "refresh_steps": 2},
+        lora={"rank": 4},
+        model={"dtype": "bfloat16"},
+        optim={"max_steps": 4, "warmup_share": 0, "learning_rate": 1e-2},
+        gate={"tolerance_nats": 0.1},
+    )
+    run_job(config)
+    logs = [log for log in history_of(tmp_path / "out") if "triplet" in log]
+    margin = config.loss.triplet_margin
+    assert logs[0]["triplet"] == pytest.approx(margin, abs=1e-4 + 0.05 * margin)
+    assert logs[0]["triplet/to_chosen"] == pytest.approx(0, abs=0.05)
+    assert len(logs) == 4
+    assert logs[3]["triplet/to_chosen"] > 2 * logs[0]["triplet/to_chosen"]  # the adapters have moved

@@ -104,6 +104,40 @@ def test_the_merged_model_and_the_adapter_on_its_base_are_the_trained_one(
     assert moved > 0.1
 
 
+def test_a_frozen_base_is_as_precise_as_its_files_and_what_is_trained_is_float32(model_folder, float32_folder) -> None:
+    def dtypes(folder: Path, *, one_dtype: bool = False, **settings: str) -> dict[bool, set[torch.dtype]]:
+        config = ModelConfig(path=str(folder), **settings)
+        model = load_policy(folder, config, LoraSection(**LORA), one_dtype=one_dtype).model
+        found: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+        for parameter in model.parameters():
+            found[parameter.requires_grad].add(parameter.dtype)
+        assert all(buffer.dtype == torch.float32 for name, buffer in model.named_buffers() if "inv_freq" in name)
+        return found
+
+    wide = {True: {torch.float32}, False: {torch.float32}}
+    assert dtypes(model_folder, dtype="bfloat16") == {True: {torch.float32}, False: {torch.bfloat16}}
+    assert dtypes(model_folder, dtype="float32") == wide
+    assert dtypes(float32_folder, dtype="bfloat16") == wide
+    assert dtypes(model_folder, dtype="bfloat16", one_dtype=True) == wide  # FSDP2 shards parameters of one dtype
+
+
+def test_what_is_merged_into_a_half_precision_base_is_rounded_once(make_config, model_folder, tmp_path) -> None:
+    config = make_config(lora=LORA, optim=QUICK, model={"dtype": "bfloat16"}, gate={"pairs": 0})
+    run_job(config)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    exact = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").merge_and_unload()
+    plain = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
+    moved = 0
+    for (name, got), expected, before in zip(
+        saved.named_parameters(), exact.parameters(), plain.parameters(), strict=True
+    ):
+        assert got.dtype == torch.bfloat16
+        assert torch.equal(got, expected.bfloat16()), name
+        moved += not torch.equal(got, before)
+    assert moved == 2 * 7
+
+
 def test_an_adapter_alone_is_a_finished_job(make_config, caplog) -> None:
     config = make_config(lora={**LORA, "merge": False}, optim=QUICK)
     folder = run_job(config).folder
