@@ -143,8 +143,8 @@ def _run(
 
 def _scatter(values: Tensor, scored: Tensor, shape: torch.Size) -> Tensor:
     """Put `values`, which may end before the last response token, into their places, 0 elsewhere."""
-    flat = values.new_zeros(shape.numel()).index_put((scored[: len(values)],), values)
-    return flat.view(shape)
+    first = scored[: len(values)]
+    return values.new_zeros(shape).index_put((first // shape[1], first % shape[1]), values)
 
 
 def decode(model: nn.Module, batch: ModelInputs) -> Tensor:
