@@ -66,5 +66,5 @@ def is_rms_norm(module: nn.Module) -> bool:
         own = module(rows)
     except (RuntimeError, TypeError):  # it takes something else, too
         return False
-    expected = F.rms_norm(rows, weight.shape, weight, epsilon)
+    expected = F.rms_norm(rows, weight.shape, weight.to(rows.dtype), epsilon)
     return own.dtype == rows.dtype and torch.allclose(own, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
