@@ -1,6 +1,7 @@
 """The checks: each is a function of a device that raises `AssertionError`. The same ones run on the CPU and on a card.
 
-The oracles compute one sequence at a time with the model's own attention, in float32 on the same device, or in float64 on the CPU.
+The oracles compute one sequence at a time with the model's own attention: in float32 on the same device, or in float64 on the
+CPU.
 """
 
 import copy
@@ -28,8 +29,8 @@ from train.model.policy import compile_layers, switch_off_noise
 
 EXACT = 2e-4
 """Nats, in float32 without TF32; 1.4e-6 were seen on an H200 for the mean."""
-ROUNDED_MEAN, ROUNDED_MAX = 0.03, 0.5
-"""Nats, in bfloat16 against float32."""
+ROUNDED_MEAN, ROUNDED_MAX = 0.02, 0.15
+"""Nats, in bfloat16 against float32; 0.006 and 0.024 on a CPU."""
 LOSSES = ({"name": "tis_dpo", "beta": 0.1}, {"name": "dpo", "beta": 0.1}, {"name": "sft"})
 
 

@@ -5,6 +5,7 @@ import torch
 
 from tests.gpu.checks import CHECKS, SLOW_ON_CPUS, full_float32
 
+torch.set_num_threads(1)
 ON_A_CARD = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
