@@ -72,14 +72,11 @@ def run_part(run: Run, name: str, limit_s: float) -> dict[str, Any]:
         return {"status": "left out", "reason": f"{limit_s:.0f} s were left for it"}
     started = time.time()
     _result_file(run, name).unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.gpu.child", name, "--device", run.device]
-    command += ["--shared", str(run.shared), "--work", str(run.work), "--out", str(_result_file(run, name))]
-    command += ["--deadline", str(started + limit_s - GRACE_S), *(["--quick"] if run.quick else [])]
     log = run.work / f"{name}.log"
     hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if run.device == "cpu" else {}
     with log.open("w") as lines:
         process = subprocess.Popen(
-            command,
+            child_command(run, name, started + limit_s - GRACE_S),
             cwd=REPO,
             env={**os.environ, **QUIET, **hidden},
             stdout=lines,
@@ -98,6 +95,13 @@ def run_part(run: Run, name: str, limit_s: float) -> dict[str, Any]:
     status = "killed" if code is None else "failed"
     reason = f"it took longer than its {limit_s:.0f} s" if code is None else f"exit code {code}"
     return {"status": status, **took, "reason": f"{reason}: {_tail(log)}", **_found(run, name)}
+
+
+def child_command(run: Run, name: str, deadline: float) -> list[str]:
+    """Return the command of a part, which knows by when it should have ended."""
+    command = [sys.executable, "-m", "benchmarks.gpu.child", name, "--device", run.device, "--deadline", str(deadline)]
+    command += ["--shared", str(run.shared), "--work", str(run.work), "--out", str(_result_file(run, name))]
+    return [*command, *(["--quick"] if run.quick else [])]
 
 
 def _end(process: subprocess.Popen) -> None:
