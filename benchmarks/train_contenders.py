@@ -197,7 +197,7 @@ def _random_policy(job: Job) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from train.model.attention import PACKED
+    from train.model.attention.packed import PACKED
     from train.model.policy import Policy, switch_off_noise
 
     config = AutoConfig.from_pretrained(job.model, trust_remote_code=False)

@@ -37,9 +37,9 @@ def print_changes(pairs: Sequence[Pair], pairs_at_once: int) -> None:
 
 
 def print_table(card: Card, top: int) -> None:
-    """Print milliseconds by class and phase, beside what was measured, and the `top` most expensive operations."""
+    """Print milliseconds by class and phase, beside `MEASURED_MS`, and the `top` most expensive operations."""
     phases = ("forward", "backward", "update")
-    print(f"\n{'predicted ms':<22}" + "".join(f"{name:>10}" for name in (*phases, "all", "kernels", "measured")))
+    print(f"\n{'predicted ms':<22}" + "".join(f"{name:>10}" for name in (*phases, "all", "kernels", "26 Nov.")))
     totals: dict[str, float] = {}
     for kernel in card.kernels:
         totals[kernel.kind] = totals.get(kernel.kind, 0.0) + kernel.ms

@@ -1,20 +1,24 @@
 """Count what a training step does on a card: a mode of torch that runs operations on tensors without data."""
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from train.model.attention import Packing, Scoring
+import train.model.attention.packed
+import train.model.logps
+from train.model.attention.packed import Packing
 
 PRODUCTS, BYTES, LAUNCH_S = 0.70 * 989e12, 0.67 * 4.8e12, 3e-6
 """Of an H200: bf16 products per second and bytes per second, as shares of the data sheet, and the shortest kernel. The shares
@@ -39,7 +43,9 @@ KINDS = {
     "attention forward": {"flex", "_varlen_attn"},
     "optimizer": {"_fused_adamw_"},
     "clipping": {"_foreach_norm", "_foreach_mul_", "_foreach_mul", "linalg_vector_norm", "stack"},
-    "log-softmax": {"_log_softmax", "logsumexp", "exp", "exp_"},
+    "log-softmax": {
+        "_log_softmax", "logsumexp", "exp", "exp_", "compiled_selected_logps", "compiled_gradient_of_logits",
+    },
     "casts and copies": {"_to_copy", "copy_", "clone", "cat", "slice_backward", "select_backward"},
     "gather and scatter": {
         "index", "index_select", "gather", "embedding", "index_put", "index_put_", "_index_put_impl_", "scatter_add_",
@@ -48,6 +54,10 @@ KINDS = {
     "multiplications": {"mul", "mul_"},
     "additions": {"add", "add_", "sub", "sub_"},
     "reductions": {"sum", "mean"},
+    "fused": {
+        "_fused_rms_norm", "_fused_rms_norm_backward", "fused_rotation", "fused_rotation_backward", "fused_gate",
+        "fused_gate_backward",
+    },
 }  # fmt: skip
 """Names of operations, for those that have no formula in torch's counter of products; what is in none is `other`."""
 
@@ -155,20 +165,45 @@ class Card(TorchDispatchMode):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count, with branches on `is_cuda` taken as on a card and flex attention replaced by its stand-in."""
-        with mock.patch.object(Tensor, "is_cuda", property(lambda _: True)), self:
+        """Count what is done, on the code path of CUDA and with stand-ins for what cannot run on tensors without data."""
+        with (
+            mock.patch.object(Tensor, "is_cuda", property(lambda _: True)),
+            mock.patch.object(Packing, "block_mask", lambda packing, window: (packing.layout.positions(), window)),
+            mock.patch.object(train.model.attention.packed, "flex_attention_forward", self._flex),
+            mock.patch.object(train.model.logps, "compiled", self._compiled),
+            mock.patch.object(F, "rms_norm", self._rms_norm),
+            self,
+        ):
             yield
+
+    def _flex(self, _: Any, query: Tensor, key: Tensor, value: Tensor, seen: Any, **__: Any) -> tuple[Tensor, None]:
+        positions, window = seen
+        # A token sees all that come before it in its own sequence, wherever these are in the row.
+        visible = int(np.minimum(positions + 1, window or len(positions)).sum())
+        return _Flex.apply(query, key, value, self, visible), None
+
+    def _compiled(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that counts as one kernel, as a compiler makes it."""
+
+        def call(*tensors: Tensor) -> Any:
+            with self.uncounted():
+                outputs = compute(*tensors)
+            self.add(f"compiled_{compute.__name__}", 0, 1, sum(map(byte_size, (*tensors, *tree_leaves(outputs)))))
+            return outputs
+
+        return call
+
+    def _rms_norm(self, hidden: Tensor, _shape: Any, weight: Tensor, _epsilon: float | None = None) -> Tensor:
+        """On a card it is one kernel in each direction; on a CPU it has several parts."""
+        return Fused.apply(self, "_fused_rms_norm", hidden, weight)
 
     @contextmanager
-    def with_flex(self) -> Iterator[None]:
-        """Replace flex attention, where the code uses it, by a stand-in that counts."""
-        card = self
-
-        def attend(_: Packing, __: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-            return _Flex.apply(query, key, value, card, _.positions, scoring.window)
-
-        with mock.patch.object(Packing, "attend", attend):
-            yield
+    def uncounted(self) -> Iterator[None]:
+        """Count neither kernels nor memory that is free again at the end."""
+        num_kernels, peak_bytes = len(self.kernels), self.peak_bytes
+        yield
+        del self.kernels[num_kernels:]
+        self.peak_bytes = max(peak_bytes, self.live_bytes)
 
 
 def _without_masks(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -220,17 +255,29 @@ def _varlen_flop(*args: Any, **_: Any) -> float:
     return (10.0 if backward else 4.0) * query.shape[1] * query.shape[2] * visible
 
 
-class _Flex(torch.autograd.Function):
-    """Stand-in for flex attention: shapes, operations and bytes. Queries and keys are cast as transformers does it."""
+class Fused(torch.autograd.Function):
+    """One kernel forward and one backward, over whatever goes in; the first input has the shape of what comes out."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, card: Card, positions: Tensor, window: int | None
-    ) -> Tensor:
-        # A token sees all that come before it in its own sequence, wherever these are in the row.
-        visible = int((positions + 1).clamp(max=window or int(positions.max()) + 1).sum())
-        ctx.dtypes = [tensor.dtype for tensor in (query, key, value)]
-        query, key = query.to(value.dtype), key.to(value.dtype)
+    def forward(ctx: Any, card: Card, name: str, *inputs: Tensor) -> Tensor:
+        ctx.card, ctx.name = card, name
+        ctx.save_for_backward(*inputs)
+        output = torch.empty_like(inputs[0])
+        card.add(name, 0, 1, sum(map(byte_size, (*inputs, output))))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        ctx.card.add(f"{ctx.name}_backward", 0, 1, 2 * sum(map(byte_size, inputs)) + byte_size(gradient))
+        return (None, None, *map(torch.empty_like, inputs))
+
+
+class _Flex(torch.autograd.Function):
+    """Stand-in for flex attention: shapes, operations and bytes."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, card: Card, visible: int) -> Tensor:
         output = torch.empty_like(query.transpose(1, 2).contiguous())
         ctx.save_for_backward(query, key, value, output)
         ctx.card, ctx.flop = card, 4.0 * query.shape[1] * query.shape[3] * visible
@@ -241,5 +288,4 @@ class _Flex(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         ctx.card.add("flex_backward", 2.5 * ctx.flop, FLEX, 2 * sum(map(byte_size, (*tensors, gradient))))
-        gradients = (torch.empty_like(tensor).to(dtype) for tensor, dtype in zip(tensors[:3], ctx.dtypes, strict=True))
-        return (*gradients, None, None, None)
+        return (*map(torch.empty_like, tensors[:3]), None, None)

@@ -1,7 +1,6 @@
 """Changes to a training step that `python -m benchmarks.roofline --changes` predicts one by one, and all together.
 
-Stand-ins: they count what such a step would do, and are no implementation of it. Delete one that
-the code has got.
+Stand-ins: they count what such a step would do, and are no implementation of it. Delete one that the code has got.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,65 +10,10 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers.models.llama import modeling_llama
 
 import train.model.logps
-from benchmarks.roofline.card import Card, byte_size
-from train.model.attention import NUM_BRANCHES, Packing, Scoring
-
-
-class _Fused(torch.autograd.Function):
-    """One kernel forward and one backward, over whatever goes in; the first input has the shape of what comes out."""
-
-    @staticmethod
-    def forward(ctx: Any, card: Card, name: str, *inputs: Tensor) -> Tensor:
-        ctx.card, ctx.name = card, name
-        ctx.save_for_backward(*inputs)
-        output = torch.empty_like(inputs[0])
-        card.add(name, 0, 1, sum(map(byte_size, (*inputs, output))))
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        ctx.card.add(f"{ctx.name}_backward", 0, 1, 2 * sum(map(byte_size, inputs)) + byte_size(gradient))
-        return (None, None, *map(torch.empty_like, inputs))
-
-
-@contextmanager
-def varlen_attention(_card: Card) -> Iterator[None]:
-    """Three segments a pair; keys and values of prompts gathered in front of both responses."""
-
-    def attend(packing: Packing, _: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        index, of_queries, of_keys = _segments(packing.branch_ids.tolist())
-        rows = [tensor[0].transpose(0, 1).to(value.dtype) for tensor in (query, key, value)]
-        keys, values = (row.index_select(0, index) for row in rows[1:])
-        longest = [int(ends.diff().max()) for ends in (of_queries, of_keys)]
-        window = (-1 if scoring.window is None else scoring.window - 1, 0)
-        return varlen_attn(
-            rows[0], keys, values, of_queries, of_keys, *longest, window_size=window, enable_gqa=True
-        )[None]  # fmt: skip
-
-    with mock.patch.object(Packing, "attend", attend):
-        yield
-
-
-def _segments(branches: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where keys come from, and the ends of segments of queries and of keys."""
-    starts = [i for i in range(len(branches)) if i == 0 or branches[i] != branches[i - 1]]
-    segments = list(zip(starts, [*starts[1:], len(branches)], strict=True))
-    index: list[int] = []
-    of_keys, shared = [0], range(0)
-    for begin, end in segments:
-        own = range(begin, end)
-        if branches[begin] % NUM_BRANCHES == 0:
-            shared, before = own, range(0)
-        else:
-            before = shared
-        index += [*before, *own]
-        of_keys.append(len(index))
-    return torch.tensor(index), torch.tensor([0, *(end for _, end in segments)]), torch.tensor(of_keys)
+from benchmarks.roofline.card import Card, Fused
 
 
 @contextmanager
@@ -77,27 +21,19 @@ def fused_layers(card: Card) -> Iterator[None]:
     """Norm, rotation and gated product as one kernel each, as Liger has them."""
 
     def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return _Fused.apply(card, "fused_rotation", query, cos, sin), _Fused.apply(
-            card, "fused_rotation", key, cos, sin
-        )
+        first, second = (Fused.apply(card, "fused_rotation", each, cos, sin) for each in (query, key))
+        return first, second
 
     def gate(mlp: Any, hidden: Tensor) -> Tensor:
-        return mlp.down_proj(_Fused.apply(card, "fused_gate", mlp.gate_proj(hidden), mlp.up_proj(hidden)))
+        return mlp.down_proj(Fused.apply(card, "fused_gate", mlp.gate_proj(hidden), mlp.up_proj(hidden)))
 
     with (
         mock.patch.object(
-            modeling_llama.LlamaRMSNorm, "forward", lambda s, x: _Fused.apply(card, "fused_norm", x, s.weight)
+            modeling_llama.LlamaRMSNorm, "forward", lambda s, x: Fused.apply(card, "_fused_rms_norm", x, s.weight)
         ),
         mock.patch.object(modeling_llama.LlamaMLP, "forward", gate),
         mock.patch.object(modeling_llama, "apply_rotary_pos_emb", rotate),
     ):
-        yield
-
-
-@contextmanager
-def head_in_large_chunks(_card: Card) -> Iterator[None]:
-    """2 ** 29 logits at a time, computed again in the backward pass: fewer casts of the matrix and sums of its gradients."""
-    with mock.patch.object(train.model.logps, "CHUNK_LOGITS", 1 << 29):
         yield
 
 
@@ -141,15 +77,11 @@ class MasterWeights:
 Change = Callable[[Card], Any]
 CHANGES: dict[str, tuple[bool, list[Change]]] = {
     "as it is": (False, []),
-    "varlen attention": (False, [varlen_attention]),
     "fused norm, rotation, gate": (False, [fused_layers]),
-    "head in large chunks": (False, [head_in_large_chunks]),
     "head keeps its logits": (False, [head_keeps_logits]),
     "bfloat16 parameters": (True, []),
-    "bfloat16, varlen": (True, [varlen_attention]),
-    "bfloat16, varlen, fused": (True, [varlen_attention, fused_layers]),
-    "bfloat16, varlen, fused, large chunks": (True, [varlen_attention, fused_layers, head_in_large_chunks]),
-    "bfloat16, varlen, fused, logits kept": (True, [varlen_attention, fused_layers, head_keeps_logits]),
+    "bfloat16 parameters, fused": (True, [fused_layers]),
+    "bfloat16 parameters, fused, logits kept": (True, [fused_layers, head_keeps_logits]),
 }
 """Whether parameters are bfloat16, with float32 masters and no autocast; and what else is exchanged."""
 

@@ -15,7 +15,7 @@ from benchmarks.train_inputs import BODIES, MAX_SIDE, VOCABULARIES
 from train.data.dataset import Pair
 from train.loss.config import LossSection
 from train.loss.objective import compute_pair_losses
-from train.model.attention import PACKED
+from train.model.attention.packed import PACKED
 from train.model.collate import Batch, PairCollator, model_inputs
 from train.model.logps import per_token_logps
 from train.model.policy import switch_off_noise
@@ -74,7 +74,7 @@ def predict(pairs: Sequence[Pair], pairs_at_once: int, change: str = "as it is")
     card = Card()
     model = build_model(card, torch.bfloat16 if is_bfloat16 else torch.float32)
     batches = cut_step(pairs, pairs_at_once)
-    with card.with_flex(), applied(changes, card):
+    with applied(changes, card):
         with card.running():
             make = MasterWeights if is_bfloat16 else partial(torch.optim.AdamW, fused=True)
             optimizer = make(list(model.parameters()))

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import train.model.logps
 from benchmarks.roofline.card import BYTES, FLOAT32_PRODUCTS, LAUNCH_S, PRODUCTS, Card, Kernel
-from benchmarks.roofline.changes import _segments, varlen_attention
-from train.model.attention import CHOSEN, NUM_BRANCHES, REJECTED, Packing, Scoring
+from train.model.attention.groups import Scoring
+from train.model.attention.layout import CHOSEN, REJECTED, Layout
+from train.model.attention.packed import Packing
 
 
 def make(card: Card, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -60,22 +62,28 @@ def test_positions_that_data_decides_come_from_the_data() -> None:
         assert int(mask.sum()) == 3
 
 
-def test_attention_of_a_packed_pair_counts_what_each_token_sees() -> None:
+@pytest.mark.parametrize(("dtype", "kernel"), [(torch.bfloat16, "_varlen_attn"), (torch.float32, "flex")])
+@pytest.mark.parametrize(("window", "visible"), [(None, 19), (3, 15)])
+def test_attention_of_a_packed_pair_counts_what_each_token_sees(dtype, kernel, window, visible) -> None:
     """Prompt of 3, chosen of 2, rejected of 1: 1 + 2 + 3, 4 + 5 and 4 keys; with a window of 3: 1 + 2 + 3 + 3 * 3."""
-    branches = torch.tensor([0, 0, 0, CHOSEN, CHOSEN, REJECTED])
-    packing = Packing(branches, torch.tensor([0, 1, 2, 3, 4, 3]))
-    for window, visible in ((None, 19), (3, 15)):
-        card = Card()
-        tensors = [make(card, 1, heads, 6, 16, dtype=torch.bfloat16).requires_grad_() for heads in (4, 2, 2)]
-        with card.with_flex(), card.running():
-            packing.attend(nn.Module(), *tensors, Scoring(window=window)).sum().backward()
-        with varlen_attention(card), card.running():
-            packing.attend(nn.Module(), *tensors, Scoring(window=window)).sum().backward()
-        found = counted(card)
-        for forward, backward in (("flex", "flex_backward"), ("_varlen_attn", "_varlen_attn_backward")):
-            assert found[forward].flop == 4 * 4 * 16 * visible
-            assert found[backward].flop == 10 * 4 * 16 * visible
-    index, of_queries, of_keys = _segments([*branches.tolist(), NUM_BRANCHES, NUM_BRANCHES + CHOSEN])
-    assert index.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 6, 7]
-    assert of_queries.tolist() == [0, 3, 5, 6, 7, 8]
-    assert of_keys.tolist() == [0, 3, 8, 12, 13, 15]
+    card = Card()
+    packing = Packing(Layout.of_tokens([0, 0, 0, CHOSEN, CHOSEN, REJECTED]), torch.device("cpu"))
+    tensors = [make(card, 1, heads, 6, 16, dtype=dtype).requires_grad_() for heads in (4, 2, 2)]
+    with card.running():
+        packing.attend(nn.Module(), *tensors, Scoring(window=window)).sum().backward()
+    found = counted(card)
+    assert found[kernel].flop == 4 * 4 * 16 * visible
+    assert found[f"{kernel}_backward"].flop == 10 * 4 * 16 * visible
+
+
+def test_what_is_compiled_is_one_kernel_without_tensors_between() -> None:
+    card = Card()
+    logits, ids = make(card, 8, 1000, dtype=torch.bfloat16).requires_grad_(), torch.arange(8)
+    with card.running():
+        logps = train.model.logps._SelectedLogps.apply(logits, ids)
+        logps.sum().backward()
+    found = counted(card)
+    forward, backward = (found[f"compiled_{name}"] for name in ("selected_logps", "gradient_of_logits"))
+    assert forward.num_bytes == 2 * 8 * 1000 + 8 * 8 + 2 * 4 * 8  # logits and ids in, two float32 a row out
+    assert backward.num_bytes == 2 * 2 * 8 * 1000 + 8 * 8 + 4 * 8 + 4  # the gradient of a sum is one number
+    assert card.peak_bytes < 2 * 2 * 8 * 1000  # never anything of that size in float32

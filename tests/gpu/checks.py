@@ -105,7 +105,9 @@ def check_losses(device: str) -> None:
                 rows = own_logps(policy, pairs)[: len(batch["completion_mask"])]
                 whole = batch["ref_logps"].double() * 0
                 whole = whole.masked_scatter(batch["completion_mask"], torch.cat(rows))
-                batch = {n: v.double() if v.is_floating_point() else v for n, v in batch.items()}
+                batch = {
+                    n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in batch.items()
+                }
                 terms = per_token_logps(policy, **model_inputs(batch))._replace(logps=whole)
             chosen, rejected, _ = collator.split_sides(batch, terms)
             losses = compute_pair_losses(loss, chosen, rejected)[0].losses
