@@ -78,7 +78,7 @@ class Recorder:
 
     def begin(self) -> None:
         """Everything is loaded, the first step comes next."""
-        self.before_mb = _memory_mb(self.device, restart_peak=True)
+        self.before_mb = memory_mb(self.device, restart_peak=True)
         self._last = time.perf_counter()
 
     def wait(self, get: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,7 +104,7 @@ class Recorder:
         self._last, self._waited, self._loss = now, 0.0, 0.0
 
     def end(self) -> None:
-        self.peak_mb = _memory_mb(self.device)
+        self.peak_mb = memory_mb(self.device)
 
     def watch(self, trainer: "Trainer") -> None:
         """Record the training of a transformers Trainer."""
@@ -134,7 +134,7 @@ class Recorder:
         trainer.add_callback(Callback())
 
 
-def _memory_mb(device: str, *, restart_peak: bool = False) -> float:
+def memory_mb(device: str, *, restart_peak: bool = False) -> float:
     """Return the peak since the last restart, or with `restart_peak` what is in use now, MB."""
     import torch
 
@@ -185,7 +185,7 @@ def make_trainer(job: Job, loss: str = "tis_dpo") -> "PairTrainer":
     changed = {name: {**sections[name], **changes} for name, changes in job.settings.items()}
     config = TrainConfig.model_validate({**sections, **changed})
     policy = _random_policy(job) if job.random else load_policy(Path(job.model), config.model)
-    assert policy.not_packed is None, policy.not_packed
+    assert policy.not_packed is None or not config.model.packing, policy.not_packed
     pairs = PairDataset(open_weights(config.data), config.data, vocab_size=max(VOCABULARIES.values()))
     trainer = PairTrainer(policy, pairs, config, checkpoints=Path(job.out))
     if config.model.compile:

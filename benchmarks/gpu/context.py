@@ -24,6 +24,8 @@ class Sizes:
     """Steps of a contender that do not count, and that do."""
     larger_model: dict[str, int] | None
     """Of a second training, if the card has 100 GB."""
+    long_row: int
+    """Tokens of one pair that is trained on alone."""
     score_model: dict[str, int] | None
     """None for the small chat model."""
     amounts: dict[str, int]
@@ -39,9 +41,10 @@ CARD = Sizes(
     vocabulary="128k",
     pairs_per_step=32,
     pairs_at_once=16,
-    warm_up=3,
-    steps=6,
+    warm_up=2,
+    steps=5,
     larger_model={"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
+    long_row=65_536,
     score_model={"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 28, "num_attention_heads": 16},
     amounts={"hh": 3500, "alpaca": 115, "long": 400},
     parity_sequences=32,
@@ -58,6 +61,7 @@ QUICK = Sizes(
     warm_up=1,
     steps=2,
     larger_model={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    long_row=600,
     score_model=None,
     amounts={"hh": 16, "alpaca": 1, "long": 4},
     parity_sequences=8,

@@ -90,6 +90,9 @@ def _print_parts(parts: Results) -> None:
     for name, of in steps.items():
         cells = f"{of['median_step_s']:>10.3f}{of['peak_mb']:>10,.0f}{of['tokens_per_s']:>10,.0f}"
         print(f"{name:<34}{cells}{of['model_flops_utilisation']:>8.1%}")
+    for name, of in parts.get("train", {}).items():
+        if name.startswith("long row") and "s" in of:
+            print(f"{name}: {of['num_tokens']:,} tokens, {of['s'][-1]:.2f} s, {of['with_adamw_mb']:,.0f} MB with AdamW")
     rates = [
         (f"{name}, {way}" if way != "plain" else name, of[way])
         for name, of in parts.get("score", {}).items()

@@ -6,10 +6,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from benchmarks.gpu.context import Context
+from benchmarks.gpu.context import Context, timed
 from benchmarks.gpu.inputs import llama_config, train_job
 from benchmarks.train import peak_tflops
-from benchmarks.train_contenders import Job, measure
+from benchmarks.train_contenders import Job, make_trainer, measure, memory_mb
 from benchmarks.train_inputs import VOCABULARIES
 
 SWITCHES: dict[str, dict[str, dict[str, Any]]] = {
@@ -34,6 +34,10 @@ def run(ctx: Context) -> None:
     larger = _larger(ctx, job)
     if larger is not None:
         ctx.attempt("ours, larger model", partial(_measure, larger, reachable), CONTENDER_S)
+    for name in ("", ", gradient checkpointing"):
+        settings = {"model": {"gradient_checkpointing": bool(name)}}
+        row = partial(_measure_row, replace(job, settings=settings), ctx.sizes.long_row)
+        ctx.attempt(f"long row{name}", row, CONTENDER_S)
     for name, settings in SWITCHES.items():
         ctx.attempt(f"ours, {name}", partial(_measure, replace(job, settings=settings), reachable), CONTENDER_S)
 
@@ -51,6 +55,33 @@ def _measure(job: Job, reachable: float, record: Callable[..., None]) -> None:
         losses=found["losses"],
         step_s=found["step_s"],
     )
+
+
+def _measure_row(job: Job, num_tokens: int, record: Callable[..., None]) -> None:
+    """Run forward and backward of one pair, half of it prompt; the optimizer would add 8 bytes a parameter."""
+    import numpy as np
+    import torch
+
+    from train.data.dataset import Pair, StoredResponse
+    from train.model.collate import PairCollator, model_inputs
+
+    ids = np.random.default_rng(0).integers(3, 8000, num_tokens).astype(np.int32)
+    prompt, chosen, rejected = np.split(ids, [num_tokens // 2, num_tokens * 3 // 4])
+    sides = [StoredResponse(part, *np.zeros((2, len(part)), np.float32)) for part in (chosen, rejected)]
+    trainer = make_trainer(job)
+    model = trainer.model.train()
+    batch = PairCollator()([Pair("long", prompt, sides[0], sides[1])], job.device)
+    before_mb = memory_mb(job.device, restart_peak=True)
+
+    def run() -> None:
+        with torch.autocast(job.device, torch.bfloat16):
+            terms = model(**model_inputs(batch))
+        terms.logps.sum().backward()
+
+    seconds = [timed(job.device, run) for _ in range(2)]
+    peak_mb = memory_mb(job.device)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    record(num_tokens=num_tokens, s=seconds, peak_mb=peak_mb - before_mb, with_adamw_mb=peak_mb + 8e-6 * num_parameters)
 
 
 def _larger(ctx: Context, job: Job) -> Job | None:
