@@ -63,7 +63,8 @@ def print_table(results: Results) -> None:
         + (" (quick)" if results.get("quick") else "")
     )
     for name, part in results["parts"].items():
-        errors = [f"{key}: {' '.join(of['error'].split())[:160]}" for key, of in part.get("results", {}).items() if has_error(of)]
+        found = part.get("results", {})
+        errors = [f"{key}: {' '.join(of['error'].split())[:160]}" for key, of in found.items() if has_error(of)]
         print(f"  {name:<12}{part['status']:<12}{part.get('took_s', 0):>6.0f} s   {part.get('reason', '')[:120]}")
         for error in errors:
             print(f"    {error}")
