@@ -79,7 +79,7 @@ def describe_pairs(rows: pl.DataFrame) -> dict[str, Any]:
 class Bench:
     """One loaded model, and the contenders."""
 
-    def __init__(self, model: Path, rows: pl.DataFrame, dtype: str) -> None:
+    def __init__(self, model: Path | str, rows: pl.DataFrame, dtype: str) -> None:
         settings = AttributeSection(dtype=dtype)  # type: ignore[arg-type]
         engine = EngineSettings(dtype, settings.batch_tokens)
         options = AttributionOptions(settings.target, settings.prompts, settings.activations)
@@ -87,9 +87,8 @@ class Bench:
         request = Request("attribute", nowhere, str(model), [TARGET], settings.chunk_tokens, engine, options=options)
         self.rows = rows
         self.worker = PairAttributor(request)
-        self.plain = pipeline.workers.pair_attributor.load_model(model, dtype).requires_grad_(
-            True
-        )  # as the release has it
+        self.plain = pipeline.workers.pair_attributor.load_model(Path(model), dtype).to(self.worker._device)
+        self.plain.requires_grad_(True)  # as the release has it
         self.batches = self._batches()
 
     def _batches(self) -> list[dict[str, torch.Tensor]]:
@@ -116,21 +115,22 @@ class Bench:
         for batch in self.batches:
             _largest_logits(self.worker._model, batch)
 
-    def naive(self) -> dict[str, list[np.ndarray]]:
+    def naive(self, rows: pl.DataFrame | None = None) -> dict[str, list[np.ndarray]]:
+        """Attribute all rows, or these."""
+        rows = self.rows if rows is None else rows
         return {
             side: [
-                self._naive(row["prompt_ids"], row[f"{side}_ids"])
-                for row in self.rows.sort("pair_id").iter_rows(named=True)
+                self._naive(row["prompt_ids"], row[f"{side}_ids"]) for row in rows.sort("pair_id").iter_rows(named=True)
             ]
             for side in ("chosen", "rejected")
         }
 
     def _naive(self, prompt_ids: list[int], response_ids: list[int]) -> np.ndarray:
-        ids = torch.tensor([prompt_ids + response_ids])
+        ids = torch.tensor([prompt_ids + response_ids], device=self.worker._device)
         embeddings = self.plain.get_input_embeddings()(ids).detach().requires_grad_()
         logits = self.plain(inputs_embeds=embeddings, attention_mask=torch.ones_like(ids), use_cache=False).logits
         (gradient,) = torch.autograd.grad(logits[0, -1].max(), embeddings)
-        return gradient[0].float().abs().sum(-1)[len(prompt_ids) :].numpy()
+        return gradient[0].float().abs().sum(-1)[len(prompt_ids) :].cpu().numpy()
 
     def max_difference(self) -> float:
         """Return the largest difference between ours and the naive loop, relative to the response's largest value."""
@@ -149,10 +149,17 @@ def time_in_turns(contenders: dict[str, Callable[[], Any]], runs: int) -> dict[s
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(runs):
         for name, run in contenders.items():
+            _wait_for_card()
             started = time.perf_counter()
             run()
+            _wait_for_card()
             seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def _wait_for_card() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def run_all(work: Path, shared: Path, num_pairs: int, runs: int) -> dict[str, Any]:

@@ -49,12 +49,15 @@ TARGETS = {
     "vs_official": dict.fromkeys(SETS, 4.0),
 }
 MEMORY_TARGET = 1.15
-NUM_PROMPTS, NUM_HH, NUM_LONG = 30, 600, 100
+AMOUNTS = {"hh": 600, "alpaca": 30, "long": 100}
+"""Pairs; of Alpaca instructions, each with some 17 pairs."""
 
 # --- the pairs ---------------------------------------------------------------------------------------------------------
 
 
-def make_sets(work: Path, shared: Path, share: float = 1.0) -> dict[str, dict[str, Any]]:
+def make_sets(
+    work: Path, shared: Path, share: float = 1.0, amounts: dict[str, int] = AMOUNTS
+) -> dict[str, dict[str, Any]]:
     """Tokenise a share of the three sets into stores of their own; return where they are and what is in them."""
     import polars as pl
 
@@ -62,11 +65,11 @@ def make_sets(work: Path, shared: Path, share: float = 1.0) -> dict[str, dict[st
     alpaca = pl.read_parquet(shared / "data" / "alpaca_judged.parquet")
     # All pairs of some instructions, as a chunk of the real job holds them: they lie in the order of pair_id, which begins
     # with the prompt. The first rows of the file would be one pair of each instruction.
-    prompts = alpaca.select(pl.col("prompt").unique(maintain_order=True)).head(int(share * NUM_PROMPTS))
+    prompts = alpaca.select(pl.col("prompt").unique(maintain_order=True)).head(int(share * amounts["alpaca"]))
     sources = {
-        "hh": (hh[: int(share * NUM_HH)], 1024),
+        "hh": (_repeated(hh, int(share * amounts["hh"])), 1024),
         "alpaca": (alpaca.join(prompts, on="prompt", how="semi").to_dicts(), 1024),
-        "long": (_long_prompts(hh)[: int(share * NUM_LONG)], 1536),
+        "long": (_long_prompts(hh, int(share * amounts["long"])), 1536),
     }
     found = {}
     for name, (rows, max_prompt) in sources.items():
@@ -86,15 +89,28 @@ def make_sets(work: Path, shared: Path, share: float = 1.0) -> dict[str, dict[st
     return found
 
 
-def _long_prompts(hh: list[dict[str, str]]) -> list[dict[str, str]]:
+def _repeated(hh: list[dict[str, str]], num_pairs: int) -> list[dict[str, str]]:
+    """So many pairs; where the file ends it begins again, with other first words, so that no prompt comes twice."""
+    return [
+        {
+            side: hh[i % len(hh)][side].replace("Human:", f"Human: ({i // len(hh)})", 1)
+            for side in ("chosen", "rejected")
+        }
+        if i >= len(hh)
+        else hh[i]
+        for i in range(num_pairs)
+    ]
+
+
+def _long_prompts(hh: list[dict[str, str]], num_pairs: int) -> list[dict[str, str]]:
     """A dialogue of about 1,000 tokens in front of each pair: the earlier ones of the file."""
     rows = []
-    for index in range(NUM_LONG):
-        before = "".join(row["chosen"] for row in hh[8 * index : 8 * index + 8])[-4200:]
+    for index in range(num_pairs):
+        begin = 8 * index % (len(hh) - 8)
+        before = "".join(row["chosen"] for row in hh[begin : begin + 8])[-4200:]
         before = before[before.index("\n\nHuman:") :] + "\n\nHuman: And now this."
-        rows.append(
-            {side: before + hh[1000 + index][side].replace("\n\nHuman:", "", 1) for side in ("chosen", "rejected")}
-        )
+        pair = hh[(1000 + index) % len(hh)]
+        rows.append({side: before + pair[side].replace("\n\nHuman:", "", 1) for side in ("chosen", "rejected")})
     return rows
 
 

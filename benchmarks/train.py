@@ -73,7 +73,7 @@ TRIES: dict[str, dict[str, Any]] = {
 
 
 def in_child(job: Job) -> dict[str, Any]:
-    """Run one contender in a process of its own, with two threads on the CPU."""
+    """Run one contender in a process of its own, with two threads on the CPU; a finished run is kept in `runs.jsonl`."""
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "0"}
     threads = {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""} if job.device == "cpu" else {}
     started = time.perf_counter()
@@ -83,6 +83,8 @@ def in_child(job: Job) -> dict[str, Any]:
         raise SystemExit(f"{job.contender} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     took = time.perf_counter() - started
+    with (Path(job.store).parent.parent / "runs.jsonl").open("a") as lines:
+        lines.write(json.dumps({"job": asdict(job), "took_s": round(took, 1), **result}) + "\n")
     _say(f"  {job.contender:<16} median step {statistics.median(result['step_s']):6.2f} s   run {took:4.0f} s")
     return result
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.train_inputs import BODIES, MAX_SIDE, VOCABULARIES
+from benchmarks.train_inputs import MAX_SIDE, VOCABULARIES
 
 if TYPE_CHECKING:
     import torch
     from transformers import Trainer
 
     from train.data.dataset import Pair
+    from train.job.trainer import PairTrainer
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Job:
     dtype: str = "bfloat16"
     learning_rate: float = 1e-6
     trl_settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of our config, by section, on top of what the benchmark sets."""
+    random: bool = False
+    """The folder has a config alone, and the model gets random weights where it is trained: too large to write."""
 
     @property
     def out(self) -> str:
@@ -73,7 +78,7 @@ class Recorder:
 
     def begin(self) -> None:
         """Everything is loaded, the first step comes next."""
-        self.before_mb = _memory_mb(self.device, restart_peak=True)
+        self.before_mb = memory_mb(self.device, restart_peak=True)
         self._last = time.perf_counter()
 
     def wait(self, get: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,7 +104,7 @@ class Recorder:
         self._last, self._waited, self._loss = now, 0.0, 0.0
 
     def end(self) -> None:
-        self.peak_mb = _memory_mb(self.device)
+        self.peak_mb = memory_mb(self.device)
 
     def watch(self, trainer: "Trainer") -> None:
         """Record the training of a transformers Trainer."""
@@ -129,7 +134,7 @@ class Recorder:
         trainer.add_callback(Callback())
 
 
-def _memory_mb(device: str, *, restart_peak: bool = False) -> float:
+def memory_mb(device: str, *, restart_peak: bool = False) -> float:
     """Return the peak since the last restart, or with `restart_peak` what is in use now, MB."""
     import torch
 
@@ -151,10 +156,17 @@ def _memory_mb(device: str, *, restart_peak: bool = False) -> float:
 
 def run_ours(job: Job, recorder: Recorder, loss: str = "tis_dpo") -> None:
     """Our trainer as `tokenweights train` makes it, without the measuring before and after."""
+    trainer = make_trainer(job, loss)
+    recorder.watch(trainer)
+    trainer.train()
+
+
+def make_trainer(job: Job, loss: str = "tis_dpo") -> "PairTrainer":
+    """Return our trainer over the pairs of a job."""
     from train.config import TrainConfig
     from train.data.dataset import PairDataset, open_weights
     from train.job.trainer import PairTrainer
-    from train.model.policy import load_policy
+    from train.model.policy import compile_layers, load_policy
 
     optim = {
         "learning_rate": job.learning_rate,
@@ -163,21 +175,37 @@ def run_ours(job: Job, recorder: Recorder, loss: str = "tis_dpo") -> None:
         "tokens_per_batch": 3 * MAX_SIDE * job.pairs_at_once,  # holds at least so many pairs
         "seed": job.seed,
     }
-    config = TrainConfig.model_validate(
-        {
-            "data": _data(job),
-            "model": {"path": job.model, "dtype": job.dtype},
-            "loss": {"name": loss, "beta": 0.1},
-            "optim": optim,
-            "output": {"folder": job.out, "log_every_steps": 1_000_000},
-        }
-    )
-    policy = load_policy(Path(job.model), config.model)
-    assert policy.not_packed is None, policy.not_packed
+    sections: dict[str, Any] = {
+        "data": _data(job),
+        "model": {"path": job.model, "dtype": job.dtype},
+        "loss": {"name": loss, "beta": 0.1},
+        "optim": optim,
+        "output": {"folder": job.out, "log_every_steps": 1_000_000},
+    }
+    changed = {name: {**sections[name], **changes} for name, changes in job.settings.items()}
+    config = TrainConfig.model_validate({**sections, **changed})
+    policy = _random_policy(job) if job.random else load_policy(Path(job.model), config.model)
+    assert policy.not_packed is None or not config.model.packing, policy.not_packed
     pairs = PairDataset(open_weights(config.data), config.data, vocab_size=max(VOCABULARIES.values()))
     trainer = PairTrainer(policy, pairs, config, checkpoints=Path(job.out))
-    recorder.watch(trainer)
-    trainer.train()
+    if config.model.compile:
+        compile_layers(policy.model)
+    return trainer
+
+
+def _random_policy(job: Job) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from train.model.attention.packed import PACKED
+    from train.model.policy import Policy, switch_off_noise
+
+    config = AutoConfig.from_pretrained(job.model, trust_remote_code=False)
+    with torch.device(job.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.set_attn_implementation(PACKED)
+    switch_off_noise(model)
+    return Policy(model)
 
 
 def _trl_arguments(job: Job, **settings: Any) -> Any:
@@ -355,9 +383,11 @@ def _needed(job: Job) -> dict[str, list[float]]:
     """
     from transformers import AutoConfig
 
-    config, body = AutoConfig.from_pretrained(job.model, trust_remote_code=False), BODIES[job.device]
-    hidden, inner, layers = body["hidden_size"], body["intermediate_size"], body["num_hidden_layers"]
-    layer_parameters = 3 * hidden * hidden + 3 * hidden * inner  # q and o, k and v of half the heads; the MLP
+    config = AutoConfig.from_pretrained(job.model, trust_remote_code=False)
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    # q and o; k and v, which have fewer heads; the MLP
+    kv_share = config.num_key_value_heads / config.num_attention_heads
+    layer_parameters = (2 + 2 * kv_share) * hidden * hidden + 3 * hidden * inner
     tokens: list[float] = []
     tflop: list[float] = []
     for step in _steps(job):

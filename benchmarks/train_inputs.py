@@ -2,7 +2,10 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.data.dataset import Pair
 
 MAX_SIDE = 256
 """Longest prompt and longest response, tokens: 512 together, as in the release."""
@@ -42,6 +45,31 @@ def make_inputs(work: Path, shared: Path, device: str, vocabulary: str, num_pair
     rows = [row for source in _sources(folder, shared, num_pairs // 2) for row in _tokenise(source, folder, tiny)]
     _write_weights(store, rows, model.to(device), model_folder)
     return {"model": str(model_folder), "store": store}
+
+
+def read_pairs(folder: Path, shared: Path, num_pairs: int) -> "list[Pair]":
+    """Return pairs of both files, half of each, with weights 1 and reference log-probs 0: for what needs no scores."""
+    import numpy as np
+
+    from train.data.dataset import Pair, StoredResponse
+
+    def response(ids: list[int]) -> StoredResponse:
+        return StoredResponse(np.array(ids, np.int32), np.ones(len(ids), np.float32), np.zeros(len(ids), np.float32))
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tiny = shared / "models" / "tiny-chat"
+    half = num_pairs // 2
+    rows = [row for source in _sources(folder, shared, half) for row in _tokenise(source, folder, tiny)[:half]]
+    return [
+        Pair(
+            row["pair_id"],
+            np.array(row["prompt_ids"], np.int32),
+            response(row["chosen_ids"]),
+            response(row["rejected_ids"]),
+        )
+        for row in rows
+    ]
 
 
 def _sources(folder: Path, shared: Path, num_pairs: int) -> list[Path]:

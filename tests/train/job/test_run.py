@@ -86,7 +86,7 @@ def test_lineage_leads_back_to_the_dataset(make_config, store) -> None:
     assert lineage["parents"] == [{"table": "weights/toy/tis", "version": 0, "fingerprint": f"{40:064d}"}]
     assert lineage["identity"]["weights"]["name"] == "toy/tis@0"
     assert lineage["config"]["loss"] == {"name": "tis_dpo", "beta": 0.1, "kl": "off"}
-    assert lineage["packages"]["torch"] == torch.__version__
+    assert lineage["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # some builds name CUDA in one
     record = json.loads((folder / "train.json").read_text())
     assert record["config"] == lineage["config"]
 
