@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import train.model.attention.packed
+import train.model.elementwise
 import train.model.logps
 from train.model.attention.packed import Packing
 
@@ -170,7 +171,8 @@ class Card(TorchDispatchMode):
             mock.patch.object(Tensor, "is_cuda", property(lambda _: True)),
             mock.patch.object(Packing, "block_mask", lambda packing, window: (packing.layout.positions(), window)),
             mock.patch.object(train.model.attention.packed, "flex_attention_forward", self._flex),
-            mock.patch.object(train.model.logps, "compiled", self._compiled),
+            mock.patch.object(train.model.logps, "compiled", self.compiled),
+            mock.patch.object(train.model.elementwise, "compiled", self.compiled),
             mock.patch.object(F, "rms_norm", self._rms_norm),
             self,
         ):
@@ -182,7 +184,7 @@ class Card(TorchDispatchMode):
         visible = int(np.minimum(positions + 1, window or len(positions)).sum())
         return _Flex.apply(query, key, value, self, visible), None
 
-    def _compiled(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+    def compiled(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that counts as one kernel, as a compiler makes it."""
 
         def call(*tensors: Tensor) -> Any:

@@ -1,10 +1,11 @@
-"""Changes to a training step that `python -m benchmarks.roofline --changes` predicts one by one, and all together.
+"""Changes to a training step that `python -m benchmarks.roofline --changes` predicts one by one.
 
-Stand-ins: they count what such a step would do, and are no implementation of it. Delete one that the code has got.
+Some take back what the code has got, to say what it is worth. Others are stand-ins for what it has not: they count what such a
+step would do, and are no implementation of it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -12,8 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
+import train.model.attention.packed
+import train.model.elementwise
 import train.model.logps
 from benchmarks.roofline.card import Card, Fused
+
+Change = Callable[[Card], AbstractContextManager[Any]]
 
 
 @contextmanager
@@ -33,20 +38,6 @@ def fused_layers(card: Card) -> Iterator[None]:
         ),
         mock.patch.object(modeling_llama.LlamaMLP, "forward", gate),
         mock.patch.object(modeling_llama, "apply_rotary_pos_emb", rotate),
-    ):
-        yield
-
-
-@contextmanager
-def head_keeps_logits(_card: Card) -> Iterator[None]:
-    """Large chunks, and nothing is computed again."""
-    with (
-        mock.patch.object(train.model.logps, "CHUNK_LOGITS", 1 << 29),
-        mock.patch.object(
-            train.model.logps.per_token_logps,
-            "__kwdefaults__",
-            {"divergence": None, "chunk_logits": None, "kept_logits": 1 << 40},
-        ),
     ):
         yield
 
@@ -74,14 +65,32 @@ class MasterWeights:
             parameter.grad = None
 
 
-Change = Callable[[Card], Any]
+def exchanged(owner: Any, name: str, value: object) -> Change:
+    """Return a change that puts something else in the place of a name."""
+    return lambda _card: mock.patch.object(owner, name, value)
+
+
+autocast_alone = exchanged(train.model.elementwise, "enter_bfloat16", lambda _model: None)
+flex_attention = exchanged(train.model.attention.packed, "way_of", lambda *_: "blocks")
+single_gates = exchanged(train.model.elementwise, "_run_gated", lambda mlp, hidden: type(mlp).forward(mlp, hidden))
+small_chunks = exchanged(train.model.logps, "CHUNK_LOGITS", 1 << 25)
+logits_again = exchanged(train.model.logps, "KEPT_LOGITS", dict.fromkeys(("cpu", "cuda"), 1 << 26))
+not_compiled = exchanged(Card, "compiled", lambda _card, compute: compute)
+
 CHANGES: dict[str, tuple[bool, list[Change]]] = {
     "as it is": (False, []),
-    "fused norm, rotation, gate": (False, [fused_layers]),
-    "head keeps its logits": (False, [head_keeps_logits]),
-    "bfloat16 parameters": (True, []),
-    "bfloat16 parameters, fused": (True, [fused_layers]),
-    "bfloat16 parameters, fused, logits kept": (True, [fused_layers, head_keeps_logits]),
+    "with autocast alone": (False, [autocast_alone]),
+    "with flex attention": (False, [flex_attention]),
+    "with an output layer of 256 rows at a time": (False, [small_chunks]),
+    "with logits computed again": (False, [logits_again]),
+    "with log-softmax and gates not compiled": (False, [not_compiled]),
+    "with gates as single operations": (False, [single_gates]),
+    "with all of that: as it was": (
+        False,
+        [autocast_alone, flex_attention, small_chunks, logits_again, not_compiled],
+    ),
+    "as it is, norm, rotation, gate fused": (False, [fused_layers]),
+    "bfloat16 parameters with float32 masters": (True, []),
 }
 """Whether parameters are bfloat16, with float32 masters and no autocast; and what else is exchanged."""
 

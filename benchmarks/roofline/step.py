@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from pydantic import TypeAdapter
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from benchmarks.roofline.card import Card
 from benchmarks.roofline.changes import CHANGES, MasterWeights, applied
@@ -15,6 +17,7 @@ from benchmarks.train_inputs import BODIES, MAX_SIDE, VOCABULARIES
 from train.data.dataset import Pair
 from train.loss.config import LossSection
 from train.loss.objective import compute_pair_losses
+from train.model import elementwise
 from train.model.attention.packed import PACKED
 from train.model.collate import Batch, PairCollator, model_inputs
 from train.model.logps import per_token_logps
@@ -34,6 +37,13 @@ def build_model(card: Card, dtype: torch.dtype) -> nn.Module:
     with card.fake:
         model = LlamaForCausalLM._from_config(config, dtype=dtype)
     model.set_attn_implementation(PACKED)
+    if dtype == torch.float32:
+        # Whether norms and gates are the usual ones cannot be computed without data.
+        with (
+            mock.patch.object(elementwise, "is_rms_norm", lambda module: isinstance(module, LlamaRMSNorm)),
+            mock.patch.object(elementwise, "is_gated_mlp", lambda module: isinstance(module, LlamaMLP)),
+        ):
+            elementwise.enter_bfloat16(model)
     switch_off_noise(model)
     for tensor in (*model.parameters(), *model.buffers()):
         card.hold(tensor)
@@ -72,9 +82,9 @@ def predict(pairs: Sequence[Pair], pairs_at_once: int, change: str = "as it is")
     """Run two steps with one of `CHANGES`, and count the second."""
     is_bfloat16, changes = CHANGES[change]
     card = Card()
-    model = build_model(card, torch.bfloat16 if is_bfloat16 else torch.float32)
     batches = cut_step(pairs, pairs_at_once)
     with applied(changes, card):
+        model = build_model(card, torch.bfloat16 if is_bfloat16 else torch.float32)
         with card.running():
             make = MasterWeights if is_bfloat16 else partial(torch.optim.AdamW, fused=True)
             optimizer = make(list(model.parameters()))

@@ -7,7 +7,7 @@ are many of them, each chunk is computed again in the backward pass. So there is
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
 
@@ -20,15 +20,17 @@ from train.loss.config import KlDirection
 from train.loss.divergence import exact_kl, top_k_kl
 from train.model.attention.layout import Layout
 from train.model.attention.packed import Packing
+from train.model.elementwise import compiled
 from train.model.foreign import Head, decoder_of, explain, output_layer, unwrap_adapters
 from weights_store.errors import InputError
 
-CHUNK_LOGITS = 1 << 28
-"""Logits that are computed at a time on a GPU, 512 MiB in bfloat16: each chunk has a gradient of the whole output layer."""
+CHUNK_LOGITS = 1 << 29
+"""Logits that are computed at a time on a GPU, 1 GiB in bfloat16: each chunk has a gradient of the whole output layer."""
 CHUNK_ROWS = 256
 """Rows of logits that are computed at a time, at least; on CPUs not more, since larger chunks do not fit into the cache."""
-KEPT_LOGITS = 1 << 26
-"""So many logits of a micro-batch are kept for the backward pass at most (128 MiB in bfloat16); else all are computed again."""
+KEPT_LOGITS = {"cpu": 1 << 26, "cuda": 1 << 30}
+"""So many logits of a micro-batch are kept for the backward pass at most, by device; else all are computed again. On a GPU that
+is 2 GiB in bfloat16, at the time when a chunk that is computed again would be there too."""
 WIDE_LOGITS = 1 << 25
 """The same of whole distributions in float32, 128 MiB."""
 _PROBE_LENGTHS = (8, 5)
@@ -92,7 +94,7 @@ def per_token_logps(
     *,
     divergence: Divergence | None = None,
     chunk_logits: int | None = None,
-    kept_logits: int = KEPT_LOGITS,
+    kept_logits: int | None = None,
     **batch: Unpack[ModelInputs],
 ) -> TokenTerms:
     """Return the log-probs of all response tokens.
@@ -101,7 +103,7 @@ def per_token_logps(
         model: A causal language model of transformers, or peft's wrapper of one.
         divergence: What to compute besides the log-probs.
         chunk_logits: Logits computed at a time; None for a default that suits the device.
-        kept_logits: With more logits, they are computed again in the backward pass.
+        kept_logits: With more logits, they are computed again in the backward pass; None for a default likewise.
         **batch: See `ModelInputs`.
     """
     places, scored = batch["places"].flatten(), batch["scored"]
@@ -124,6 +126,8 @@ def per_token_logps(
         on_gpu = CHUNK_LOGITS if divergence is None else WIDE_LOGITS // 4
         chunk_logits = max(on_gpu if scored.is_cuda else 0, CHUNK_ROWS * vocab_size // (1 if divergence is None else 4))
     rows = max(1, chunk_logits // vocab_size)
+    if kept_logits is None:
+        kept_logits = KEPT_LOGITS["cuda" if scored.is_cuda else "cpu"]
     again = len(target_ids) * vocab_size > kept_logits or divergence is not None
     num_kls = len(target_ids) if divergence is None else batch.get("num_kls", len(target_ids))
     chunks = _run(compute, [column[:num_kls] for column in (*columns, *extra)], rows, again=again)
@@ -247,12 +251,6 @@ def gradient_of_logits(logits: Tensor, ids: Tensor, log_sums: Tensor, gradient: 
     """Return the gradient of `selected_logps`, `[n, V]` in the dtype of `logits`, written so that a compiler makes one loop."""
     is_target = torch.arange(logits.shape[1], device=logits.device) == ids[:, None]
     return (gradient[:, None] * (is_target.to(gradient.dtype) - (logits - log_sums[:, None]).exp())).to(logits.dtype)
-
-
-@cache
-def compiled(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function over tensors of any number of rows as few kernels."""
-    return torch.compile(compute, dynamic=True)
 
 
 def _vocab_size(model: nn.Module) -> int:

@@ -95,7 +95,7 @@ def load_policy(
         if config.packing:
             not_packed = enable_packing(model, attributions=attributions, rounds=rounds)
     if config.dtype == "bfloat16":
-        enter_bfloat16(model)
+        enter_bfloat16(model, fuse=not config.compile)
     if config.gradient_checkpointing and not enable_checkpointing(model):
         raise InputError(f"model.gradient_checkpointing: {type(model).__name__} cannot do that; leave it out")
     trained = model if lora is None else add_adapters(model, lora)

@@ -4,11 +4,19 @@ import pytest
 import torch
 from torch import nn
 
+import train.model.elementwise
 from tests.train.model.families import make_model
 from tests.train.model.test_packing import build, inputs_of, random_pairs
 from train.model.attribution import attribute_tokens
 from train.model.collate import PairCollator
-from train.model.elementwise import enter_bfloat16, is_rms_norm
+from train.model.elementwise import (
+    _Gated,
+    enter_bfloat16,
+    gated,
+    gradients_of_gated,
+    is_gated_mlp,
+    is_rms_norm,
+)
 from train.model.logps import per_token_logps
 from train.model.packing import enable_packing
 from train.model.policy import compile_layers
@@ -89,6 +97,40 @@ def test_which_norms_are_the_one_that_torch_has() -> None:
             return hidden / (hidden.abs().mean(-1, keepdim=True) + self.eps) * self.weight
 
     assert not is_rms_norm(OtherRMSNorm())
+
+
+def test_which_mlps_are_gated_by_silu() -> None:
+    assert sum(map(is_gated_mlp, build("llama").modules())) == 3
+    assert not any(map(is_gated_mlp, build("gemma3-window").modules()))  # its gate is a GELU
+    other = build("llama").model.layers[0].mlp
+    other.forward = lambda hidden: other.down_proj(other.act_fn(other.up_proj(hidden)) * other.gate_proj(hidden))
+    assert not is_gated_mlp(other)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_gates_and_their_gradients_by_autograd(dtype: torch.dtype, atol: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate, up, gradient = (2 * torch.randn(3, 40, generator=generator, dtype=torch.float64)).unbind(0)
+    gate, up = gate.requires_grad_(), up.requires_grad_()
+    expected = gate * torch.sigmoid(gate) * up
+    of_both = torch.autograd.grad(expected, (gate, up), gradient)
+    rounded = [tensor.detach().to(dtype) for tensor in (gate, up, gradient)]
+    torch.testing.assert_close(gated(*rounded[:2]).double(), expected, rtol=0.01 if atol > 1e-3 else 0, atol=atol)
+    for got, exact in zip(gradients_of_gated(*rounded), of_both, strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), exact, rtol=0.02 if atol > 1e-3 else 0, atol=atol)
+
+
+def test_fused_gates_keep_what_a_backward_pass_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of GPUs, not compiled."""
+    monkeypatch.setattr(train.model.elementwise, "compiled", lambda compute: compute)
+    mlp = build("llama").model.layers[0].mlp.double()
+    hidden = torch.randn(1, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    parts = mlp.gate_proj(hidden), mlp.up_proj(hidden)
+    found = [_Gated.apply(*parts), mlp.act_fn(parts[0]) * parts[1]]
+    gradients = [torch.autograd.grad(each.square().sum(), hidden, retain_graph=True)[0] for each in found]
+    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_model_that_does_not_say_which_its_embeddings_are_stays_as_it_is() -> None:
