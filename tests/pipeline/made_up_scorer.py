@@ -55,8 +55,9 @@ class MadeUpEngine:
     way = "made_up"
 
     def __init__(self, model, settings):
-        self.batch_tokens, self.num_calls = settings.batch_tokens, 0
-        log("starts", settings.batch_tokens)
+        self.batch_tokens, self.num_calls = settings.step_tokens(4096), 0
+        log("starts", self.batch_tokens)
+        log("longest", settings.longest)
 
     def score(self, sequences, progress=lambda num_tokens: None):
         from weights_store.errors import ScoringError
@@ -68,6 +69,12 @@ class MadeUpEngine:
             else scores(sequence)
             for sequence in sequences
         ]
+
+    def begin(self, sequences, progress=lambda num_tokens: None):
+        return lambda: self.score(sequences, progress)
+
+    def load(self, model):
+        self.call("loads", model)
 
     def generate(self, prompts, sampling, seeds, progress=lambda num_prompts: None):
         self.call("continued", len(prompts))

@@ -109,15 +109,14 @@ class _MadeUpEngine:
         self.ran += done
         return [self._reply(*request) for request in reversed(done)]
 
-    def collective_rpc(self, method):
+    def collective_rpc(self, method, args=()):
         if method in self.lacks:
             raise AttributeError(f"no attribute {method!r}")
         if method == "tokenweights_install":
             self.installed = True
             return [None]
         assert method == "tokenweights_take"
-        taken, self.answers = self.answers, {}
-        return [taken]
+        return [{key: self.answers.pop(key) for key in args[0] if key in self.answers}]
 
     # How it replies.
 
