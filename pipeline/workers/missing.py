@@ -94,6 +94,8 @@ def sized(request: Request, backlogs: Iterable[Backlog]) -> Request:
     """
     longest = 0
     for target, backlog in zip(request.targets, backlogs, strict=True):
+        if not backlog.num_pairs:
+            continue
         if isinstance(request.options, AnchorOptions):
             length = backlog.longest_prompt + request.options.sampling.max_new_tokens
         else:

@@ -127,6 +127,6 @@ class Worker(ABC):
         """Return a function that does what `fill_in` does; a worker that can may begin the work now."""
         return lambda: self.fill_in(pairs, target, progress)
 
-    def use(self, model: str) -> None:  # noqa: ARG002, B027 - most workers have one model
+    def use(self, model: str) -> None:  # noqa: ARG002 - most workers have one model
         """Go on with this model. Only scorers have requests with several models."""
         return

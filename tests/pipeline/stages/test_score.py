@@ -17,11 +17,12 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
+from safetensors.numpy import save_file
 
 from pipeline.chat.tokenizer import Condition
 from pipeline.engine.score_once import ScoredSequence
 from pipeline.recipe import ScoreSection
-from pipeline.stages.score import Scorer, score
+from pipeline.stages.score import Scorer, engine_key, score
 from tests.pipeline.made_up_scorer import logps, scores
 from weights_store import WeightStore
 from weights_store.checks.verify import verify
@@ -130,6 +131,48 @@ def test_scorers_of_one_model_share_an_engine_and_equal_ones_a_table(tokens, run
     }  # fmt: skip
 
 
+def save_model(folder, shape=(2, 3), config=()):
+    """A folder with a real header of safetensors; the engines are made up."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 1000, "_name_or_path": folder.name, **dict(config)}))
+    (folder / "tokenizer.json").write_text("{}")
+    draw = np.random.default_rng(len(folder.name))
+    save_file({"weight": draw.normal(size=shape).astype(np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("made_up", [{}, {"cannot_load": True}])
+def test_models_of_one_architecture_share_an_engine_or_get_one_each_if_it_cannot_exchange_weights(
+    tokens, run, tmp_path, made_up
+):
+    models = [save_model(tmp_path / name) for name in ("reference", "plus", "minus-")]
+    scorers = dict(zip(("ref", "positive", "negative"), map(Scorer, models), strict=True))
+    scored = run(tokens, scorers, chunk_tokens=NUM_PAIRS * PAIR_TOKENS, **made_up)
+    for result in scored.values():
+        assert_whole(tokens, result)
+    assert len({result.output.table for result in scored.values()}) == 3
+    amount = NUM_PAIRS * (6 + 5)
+    assert sorted(run.log("calls")) == [f"{name}:{amount}" for name in ("minus-", "plus", "reference")]
+    assert len(run.log("starts")) == (3 if made_up else 1)
+    assert run.log("loads") == ([] if made_up else ["plus", "reference"])  # the first is what it starts with
+
+
+def test_models_that_differ_in_config_or_tensors_or_are_quantized_have_engines_of_their_own(tmp_path):
+    quantized = {"quantization_config": {"quant_method": "fp8"}}
+    folders = [
+        save_model(tmp_path / "a"),
+        save_model(tmp_path / "shape", shape=(3, 2)),
+        save_model(tmp_path / "rope", config={"rope_theta": 5e5}),
+        save_model(tmp_path / "dtype", config={"dtype": "float16"}),
+        save_model(tmp_path / "q1", config=quantized),
+        save_model(tmp_path / "q2", config=quantized),
+    ]
+    assert len({engine_key(folder, ScoreSection()) for folder in folders}) == 6
+    same = save_model(tmp_path / "b", config={"transformers_version": "6"})
+    assert engine_key(same, ScoreSection()) == engine_key(folders[0], ScoreSection())
+    assert engine_key(same, ScoreSection(executor="ray")) != engine_key(folders[0], ScoreSection(executor="ray"))
+
+
 def test_progress_ends_with_all_tokens(tokens, run, logged):
     run(tokens)
     states = logged.progress
@@ -206,11 +249,27 @@ def test_more_likely_tokens_than_the_vocabulary_has_are_refused(tokens, model, m
         PairScorer(Request("score", tokens, str(model), [target], 100, EngineSettings()))
 
 
+# --- the size of the engine --------------------------------------------------------------------------------------------
+
+
+def test_an_engine_is_started_for_the_longest_pair_that_is_missing(tmp_path, run):
+    tokens = make_tokens(tmp_path / "store", row3={"prompt_ids": [5] * 9}, row7={"rejected_ids": [6] * 20})
+    run(tokens)
+    assert run.log("longest") == ["24"]  # a prompt of 4 and a response of 20
+
+
+def test_a_sequence_that_is_longer_than_foreseen_gets_an_engine_for_any_length(tokens, run):
+    scored = run(tokens, too_long=True)["ref"]
+    assert_whole(tokens, scored)
+    assert run.log("longest") == ["10", "None"]
+    assert "a sequence has more tokens" in scored.restarts[0]
+
+
 # --- what goes wrong ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_sigkill_at_eight_random_moments_loses_a_chunk_each_at_most(tokens, run, monkeypatch):
+def test_sigkill_at_eight_random_moments_loses_two_chunks_each_at_most(tokens, run, monkeypatch):
     draw, stop, kills = random.Random(0), threading.Event(), []
 
     def kill():
@@ -243,18 +302,21 @@ def test_sigkill_at_eight_random_moments_loses_a_chunk_each_at_most(tokens, run,
     assert len(kills) == 8
     assert list(verify(WeightStore(tokens.store), rows=True)) == []
     repeated = sum(map(int, run.log("scored"))) - NUM_PAIRS * (6 + 5)
-    assert repeated <= len(kills) * 2 * (6 + 5)
+    assert repeated <= len(kills) * 2 * 2 * (6 + 5)
 
 
 def test_out_of_memory_halves_the_budget_and_is_recorded(tokens, run, logged):
     scored = run(tokens, oom_above=1024)["ref"]
     assert_whole(tokens, scored)
     assert run.log("starts") == ["4096", "2048", "1024"]
-    assert [restart.rpartition("; ")[2] for restart in scored.restarts] == ["batch_tokens 2048", "batch_tokens 1024"]
+    assert [restart.rpartition("; ")[2] for restart in scored.restarts] == [
+        "1/2 of the default batch_tokens",
+        "1/4 of the default batch_tokens",
+    ]
     engine = commits(scored)[0]["engine"]
     assert engine["batch_tokens"] == 1024
     assert "ran out of memory: made up" in engine["restarts"][0]
-    assert any("Starting again with batch_tokens 2048" in line for line in logged.lines)
+    assert any("Starting again with 1/2 of the default batch_tokens" in line for line in logged.lines)
 
 
 def test_an_engine_that_dies_now_and_then_is_started_again_with_the_same_budget(tokens, run):
