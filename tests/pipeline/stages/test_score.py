@@ -20,13 +20,17 @@ import pytest
 from safetensors.numpy import save_file
 
 from pipeline.chat.tokenizer import Condition
+from pipeline.engine.contract import EngineSettings
 from pipeline.engine.score_once import ScoredSequence
 from pipeline.recipe import ScoreSection
 from pipeline.stages.score import Scorer, engine_key, score
-from tests.pipeline.made_up_scorer import logps, scores
-from weights_store import WeightStore
+from pipeline.workers.pair_scorer import PairScorer
+from pipeline.workers.process import run as fill_all
+from pipeline.workers.request import Request, Target
+from tests.pipeline.made_up_scorer import MadeUpEngine, logps, scores
+from weights_store import Table, WeightStore
 from weights_store.checks.verify import verify
-from weights_store.errors import InputError, StageError
+from weights_store.errors import InputError, StageError, StoreError
 from weights_store.schemas import TOKENS, Reason
 
 SCRIPT = Path(__file__).parents[1] / "made_up_scorer.py"
@@ -238,11 +242,6 @@ def test_asking_for_likeliest_tokens_scores_into_another_table_and_leaves_the_pl
 
 
 def test_more_likely_tokens_than_the_vocabulary_has_are_refused(tokens, model, monkeypatch):
-    from pipeline.engine.contract import EngineSettings
-    from pipeline.workers.pair_scorer import PairScorer
-    from pipeline.workers.request import Request, Target
-    from tests.pipeline.made_up_scorer import MadeUpEngine
-
     monkeypatch.setattr("pipeline.engine.vllm_engine.VllmEngine", type("Small", (MadeUpEngine,), {"vocab_size": 96}))
     target = Target("ref", "logps/toy-1/x", None, {}, top_k=128)
     with pytest.raises(InputError, match=f"score.top_k is 128, the vocabulary of {model} has 96 ids"):
@@ -363,6 +362,24 @@ def test_poisonous_rows_are_quarantined_alone_and_never_tried_again(tmp_path, ru
     ]
     assert run(tokens)["ref"].num_unscorable == 0
     assert len(run.log("starts")) == 1
+
+
+def test_a_commit_that_fails_ends_the_process_and_what_was_committed_before_stays(tokens, model, monkeypatch):
+    monkeypatch.setattr("pipeline.engine.vllm_engine.VllmEngine", MadeUpEngine)
+    append, num_calls = Table.append, []
+
+    def fails_the_third_time(self, *args):
+        num_calls.append(self.path)
+        if len(num_calls) == 3:
+            raise StoreError("the disk is full")
+        return append(self, *args)
+
+    monkeypatch.setattr(Table, "append", fails_the_third_time)
+    target = Target("ref", "logps/toy-1/x", None, {"fingerprint": "x"})
+    with pytest.raises(StoreError, match="the disk is full"):
+        fill_all(Request("score", tokens, str(model), [target], 4 * PAIR_TOKENS, EngineSettings()))
+    assert WeightStore(tokens.store).table("logps/toy-1/x").num_rows() == 2 * 4
+    assert len(num_calls) == 3
 
 
 def test_nothing_but_poison_is_an_error(tmp_path, run):
