@@ -35,7 +35,6 @@ from benchmarks.machine import describe
 from pipeline.engine.contract import EngineSettings
 from pipeline.recipe import Recipe
 from pipeline.stages.prepare import prepare
-from pipeline.workers.missing import count_missing
 from pipeline.workers.pair_scorer import PairScorer
 from pipeline.workers.process import fill
 from pipeline.workers.request import Request, Target
@@ -145,7 +144,7 @@ class Bench:
         target = Target("ref", f"logps/bench/{time.monotonic_ns()}", None, {"fingerprint": "bench"})
         version = TableVersion(tokens["store"], tokens["table"], tokens["version"], "")
         request = replace(self.request, tokens=version)
-        fill(request, target, self.scorer, count_missing(version, WeightStore(version.store).table(target.table)))
+        fill(request, target, self.scorer)
         shutil.rmtree(Path(tokens["store"]) / target.table)
 
     def prefill(self, sequences: list[tuple[list[int], list[int]]]) -> None:

@@ -42,12 +42,13 @@ def run(request: Request) -> None:
     request = sized(request, backlogs)
     worker: Worker | None = None
     for target, backlog in zip(request.targets, backlogs, strict=True):
-        if backlog.num_pairs:
-            model = request.model_of(target)
-            worker = worker or start_worker(replace(request, model=model))
-            worker.use(model)
-            fill(request, target, worker, backlog)
-        check_filled(request, target, backlog.num_pairs)
+        if not backlog.num_pairs:
+            check_filled(request, target, 0)
+            continue
+        model = request.model_of(target)
+        worker = worker or start_worker(replace(request, model=model))
+        worker.use(model)
+        fill(request, target, worker, backlog)
 
 
 @dataclass
@@ -59,15 +60,18 @@ class _Chunk:
     finish: Callable[[], tuple[pa.Table, list[QuarantineRow]]]
 
 
-def fill(request: Request, target: Target, worker: Worker, backlog: Backlog) -> None:
-    """Compute what one target lacks, chunk by chunk.
+def fill(request: Request, target: Target, worker: Worker, backlog: Backlog | None = None) -> None:
+    """Compute what one target lacks, chunk by chunk; the backlog is counted if it is not given.
 
     A thread commits a chunk while the next one is computed, and the one after that has begun by then, so that the engine
     always has work. If a commit fails, no other one follows.
 
     Raises:
+        ScoringError: No pair could be computed.
         TokenweightsError: The engine or the store failed; what was committed stays.
     """
+    if backlog is None:
+        backlog = count_missing(request.tokens, WeightStore(request.tokens.store).table(target.table))
     tally = Tally(request.stage, target.role, backlog.num_tokens)
     appender = Appender(request, target)
     with ThreadPoolExecutor(1) as executor:
@@ -83,6 +87,7 @@ def fill(request: Request, target: Target, worker: Worker, backlog: Backlog) -> 
             committing = executor.submit(appender.append, filled, unscorable, metadata)
         if committing is not None:
             committing.result()
+    check_filled(request, target, backlog.num_pairs)
 
 
 def _begun(request: Request, target: Target, worker: Worker, tally: Tally) -> Iterator[_Chunk]:

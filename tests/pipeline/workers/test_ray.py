@@ -263,7 +263,7 @@ def test_the_driver_commits_when_a_round_is_full_or_old(request_, monkeypatch, l
     monkeypatch.setattr("pipeline.engine.vllm_engine.VllmEngine", MadeUpEngine)
     chunks = chunks_of(Chunk(0, "", "", 0, 0), request_, max_chunks=1000)
     actor, filling = ChunkScorer(request_), Filling(request_, request_.targets[0], **limit)
-    filling.expect(chunks)
+    filling.expect([chunk.backlog for chunk in chunks])
     for chunk in chunks:
         (scored,) = replies(
             SimpleNamespace(iter_batches=lambda chunk=chunk, **_: [actor(pa.Table.from_pylist([asdict(chunk)]))])
