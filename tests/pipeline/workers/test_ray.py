@@ -102,7 +102,7 @@ def test_actors_score_what_the_process_scores_and_the_driver_commits_each_table_
     assert len({str(table.scan().sort("detail", "source_row").collect().rows()) for table in quarantines}) == 1
     # That an engine had no memory came out of its actor as what it is, and halved the budget.
     (restart,) = on_ray.restarts
-    assert restart.endswith("exit code 76: the engine ran out of memory: made up; batch_tokens 2048")
+    assert restart.endswith("exit code 76: the engine ran out of memory: made up; 1/2 of the default batch_tokens")
     assert logged.lines.count("an engine is up") == 1  # two are, for both tables: every actor says the same
     assert logged.progress[-1].percent == 100
     assert list(verify(WeightStore(tmp_path / "ray"), rows=True)) == []
