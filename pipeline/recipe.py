@@ -125,8 +125,10 @@ class ScoreSection(Section):
     top_k: int = Field(
         0, ge=0, le=256, description="also store the reference log-probs of this many most likely tokens"
     )
-    chunk_tokens: int = Field(262_144, ge=1, description="tokens scored between two commits: what a kill can lose")
-    batch_tokens: int = Field(4096, ge=256, description="tokens in one engine step (max_num_batched_tokens)")
+    chunk_tokens: int = Field(262_144, ge=1, description="tokens between two commits; a kill can lose two chunks")
+    batch_tokens: int | None = Field(
+        None, ge=256, description="tokens in one engine step; default: 16,384 on a GPU, 4,096 on a CPU"
+    )
     kv_cache_gib: float = Field(2.0, gt=0, description="KV cache on the CPU back end")
     gpu_memory_share: float = Field(0.85, gt=0, le=1)
     tensor_parallel: int = Field(1, ge=1, description="GPUs that share one model")
@@ -164,7 +166,7 @@ class AttributeSection(Section):
         description="also store so many numbers per token that describe what was read before it, for weights.features "
         "'contexts'",
     )
-    chunk_tokens: int = Field(262_144, ge=1, description="tokens between two commits: what a kill can lose")
+    chunk_tokens: int = Field(262_144, ge=1, description="tokens between two commits; a kill can lose two chunks")
     batch_tokens: int = Field(4096, ge=256, description="tokens in one forward and backward pass")
     python: str | None = Field(None, description="interpreter of the process; default: this one")
 

@@ -25,7 +25,7 @@ PACKAGES = {
     "tokenweights_flows": set(),
 }
 ONLY_IN = {
-    "vllm": {"pipeline/engine/vllm_engine.py"},
+    "vllm": {"pipeline/engine/vllm_engine.py", "pipeline/engine/vllm_start.py"},
     "ray": {"pipeline/workers/on_ray.py", "pipeline/workers/ray_cluster.py"},
     "trl": {"train/trl_adapter.py"},
     "tqdm": {"weights_store/messages.py", "train/job/progress.py"},

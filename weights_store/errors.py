@@ -11,7 +11,8 @@ The tree::
     ├── StageError(RuntimeError)        a process that a stage started has failed
     │   ├── KilledError                 a signal ended it: out of memory, or a kill
     │   └── EngineError                 the scoring engine failed; a new one continues where it was
-    │       └── OutOfMemoryError        it ran out of memory: a smaller token budget may help
+    │       ├── OutOfMemoryError        it ran out of memory: a smaller token budget may help
+    │       └── SequenceLengthError     it was started for shorter sequences; one for the model's context takes them
     └── StoreError(RuntimeError)        the store cannot be read or written
         ├── NotFoundError(LookupError)  no such store, table or version
         ├── DamageError                 a file of the store is not what was committed
@@ -62,6 +63,10 @@ class OutOfMemoryError(EngineError):
     """The scoring engine ran out of memory; one with a smaller token budget may work."""
 
 
+class SequenceLengthError(EngineError):
+    """A sequence is longer than the engine was started for; one that is started for the model's whole context takes it."""
+
+
 class StoreError(TokenweightsError, RuntimeError):
     """The store cannot be read or written."""
 
@@ -78,5 +83,5 @@ class ConflictError(StoreError):
     """Other writers won the race for the next version every time."""
 
 
-EXIT_CODES: dict[type[TokenweightsError], int] = {OutOfMemoryError: 76, EngineError: 75}
+EXIT_CODES: dict[type[TokenweightsError], int] = {OutOfMemoryError: 76, SequenceLengthError: 77, EngineError: 75}
 """Exit codes of a child for errors after which its parent starts it again; the first match counts. Other errors give 1."""

@@ -27,6 +27,16 @@ class ResponseRows:
     """Methods that vLLM adds to its worker; called by `collective_rpc`."""
 
     model_runner: Any
+    reload_weights: Callable[..., None]
+
+    def tokenweights_load(self, model: str) -> None:
+        """Exchange the weights for those of another folder with the same config and the same tensors."""
+        self.reload_weights(weights_path=model)
+        for name, head in self.model_runner.model.named_modules():
+            # vLLM 0.32 leaves out an lm_head that is tied to the embeddings. On a GPU it is the same memory. On a CPU it is a
+            # packed copy, which still holds the weights of the model before.
+            if name.rpartition(".")[2] == "lm_head" and hasattr(head, "quant_method"):
+                head.quant_method.process_weights_after_loading(head)
 
     def tokenweights_install(self) -> None:
         """Make the runner answer requests that carry `KEY`."""
@@ -46,8 +56,8 @@ class ResponseRows:
         runner._get_prompt_logprobs_dict = with_response_rows
         runner.tokenweights_answers, runner.tokenweights_failures = answers, failures
 
-    def tokenweights_take(self) -> dict[int, tuple[np.ndarray, ...]]:
-        """Return the answers since the last call by their key, see `Answer`; NaN where no row was computed.
+    def tokenweights_take(self, keys: list[int]) -> dict[int, tuple[np.ndarray, ...]]:
+        """Return and forget the answers of finished requests by their key, see `Answer`; NaN where no row was computed.
 
         Raises:
             Exception: A step failed.
@@ -55,9 +65,8 @@ class ResponseRows:
         answers, failures = self.model_runner.tokenweights_answers, self.model_runner.tokenweights_failures
         if failures:
             raise failures[0]
-        taken = {key: tuple(values.cpu().numpy() for values in answer) for key, answer in answers.items()}
-        answers.clear()
-        return taken
+        taken = {key: answers.pop(key) for key in keys if key in answers}
+        return {key: tuple(values.cpu().numpy() for values in answer) for key, answer in taken.items()}
 
 
 def _score_step(runner: Any, hidden: torch.Tensor, num_scheduled: dict[str, int], answers: dict[int, Answer]) -> None:

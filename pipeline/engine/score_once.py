@@ -78,33 +78,51 @@ Reply = Scores | ScoringError
 def score_once(
     sequences: Sequence[ScoredSequence], score: Callable[[list[ScoredSequence]], list[Reply]]
 ) -> list[Reply]:
-    """Return the scores of all tokens of all responses; `score` gets each distinct token once.
+    """Return the scores of all tokens of all responses; `score` gets each distinct token once, see `Shared`."""
+    shared = Shared(sequences)
+    return shared.replies(score(shared.wanted), score)
 
-    The log-prob of a token depends on the ids before it alone. In lexicographic order a response shares its longest beginning
-    with its predecessor, and copies its values. `score` gets the sequences in that order, which suits a prefix cache, and
-    returns the scores of `num_wanted` tokens for each. All have `start` 0 and one `top_k`.
+
+class Shared:
+    """Sequences in lexicographic order, each from the first token on in which it differs from its predecessor.
+
+    The log-prob of a token depends on the ids before it alone. In this order a response shares its longest beginning with its
+    predecessor, and copies its values. `wanted` are those that have tokens of their own, in that order, which suits a prefix
+    cache. The sequences given have `start` 0 and one `top_k`.
     """
-    order = sorted(range(len(sequences)), key=lambda i: (sequences[i].prompt_ids, sequences[i].response_ids))
-    in_order = [sequences[index] for index in order]
-    starts = [0, *(_num_shared(*neighbours) for neighbours in pairwise(in_order))]
-    jobs = [replace(sequence, start=start) for sequence, start in zip(in_order, starts, strict=False)]
-    wanted = [job for job in jobs if job.num_wanted]
-    fresh = iter(score(wanted))
-    replies: dict[int, Reply] = {}
-    alone: list[int] = []
-    last: Reply = ScoringError("nothing has been scored yet")
-    for index, job in zip(order, jobs, strict=True):
-        own = next(fresh) if job.num_wanted else Scores.of_none(job.top_k)
-        if isinstance(own, ScoringError) or not job.start:
-            last = own
-        elif isinstance(last, ScoringError):  # there is nothing to copy
-            alone.append(index)
-        else:
-            last = last.first(job.start).then(own)
-        replies[index] = last
-    if alone:
-        replies |= zip(alone, score([sequences[i] for i in alone]), strict=True)
-    return [replies[index] for index in range(len(sequences))]
+
+    def __init__(self, sequences: Sequence[ScoredSequence]) -> None:
+        self._sequences = sequences
+        self._order = sorted(range(len(sequences)), key=lambda i: (sequences[i].prompt_ids, sequences[i].response_ids))
+        in_order = [sequences[index] for index in self._order]
+        starts = [0, *(_num_shared(*neighbours) for neighbours in pairwise(in_order))]
+        self._jobs = [
+            replace(sequence, start=start) if start else sequence
+            for sequence, start in zip(in_order, starts, strict=False)
+        ]
+        self.wanted = [job for job in self._jobs if job.num_wanted]
+
+    def replies(self, of_wanted: Sequence[Reply], score: Callable[[list[ScoredSequence]], list[Reply]]) -> list[Reply]:
+        """Return the scores of all tokens of each sequence, from those of `wanted`.
+
+        `score` gets the sequences whose predecessor has no scores to copy.
+        """
+        fresh = iter(of_wanted)
+        replies: dict[int, Reply] = {}
+        alone: list[int] = []
+        last: Reply = ScoringError("nothing has been scored yet")
+        for index, job in zip(self._order, self._jobs, strict=True):
+            own = next(fresh) if job.num_wanted else Scores.of_none(job.top_k)
+            if isinstance(own, ScoringError) or not job.start:
+                last = own
+            elif isinstance(last, ScoringError):  # there is nothing to copy
+                alone.append(index)
+            else:
+                last = last.first(job.start).then(own)
+            replies[index] = last
+        if alone:
+            replies |= zip(alone, score([self._sequences[i] for i in alone]), strict=True)
+        return [replies[index] for index in range(len(self._sequences))]
 
 
 def _num_shared(one: ScoredSequence, other: ScoredSequence) -> int:

@@ -1,4 +1,4 @@
-"""vLLM behind the contract of `contract.py`. The only file that imports vLLM.
+"""vLLM behind the contract of `contract.py`. Only this file and `vllm_start.py` import vLLM.
 
 Token ids go in; one log-prob per wanted token comes out, on request also those of the most likely tokens. `ways.py` has the
 three ways to ask vLLM for them: the fast one of its model runner is compared with `flat` on the first sequences, and on a
@@ -8,35 +8,41 @@ Sequences share KV blocks through the prefix cache. A cache hit that reaches int
 numbers, or no reply at all), so such a sequence is scored again without the cache.
 """
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from pipeline.engine.contract import EngineSettings, Sampling
 from pipeline.engine.replies import checked
+from pipeline.engine.request_queue import EngineRequest, RequestQueue, reporting_errors
 from pipeline.engine.score_once import Reply, ScoredSequence
+from pipeline.engine.vllm_start import start_vllm
 from pipeline.engine.ways import FIXED_IDS, FLAT, MEAN_TOLERANCE_NATS, READERS, RESPONSE_ROWS, mean_difference
-from train.model import checkpoint
-from weights_store.errors import EngineError, InputError, MissingExtraError, OutOfMemoryError, ScoringError
-from weights_store.messages import first_line, logger
+from weights_store.errors import EngineError, ScoringError, SequenceLengthError
+from weights_store.messages import logger
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
 _log = logger(__name__)
 
-CPU_BLOCK_SIZE = 32
-"""Tokens in a block of the prefix cache: the least for vLLM's CPU back end; its default, 128, shares few prompts."""
 _NUM_CHECKED = 8
-_MAX_TOP_K = 256
-"""The most that `score.top_k` may ask for; vLLM's default is 20."""
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "no available memory for the cache blocks")
+
+
+@dataclass
+class _Asked:
+    """Sequences in the queue by their key, and their replies so far: None if the wanted rows were in the cache."""
+
+    sequences: dict[int, ScoredSequence]
+    way: str
+    progress: Callable[[int], None]
+    replies: dict[int, Reply | None] = field(default_factory=dict)
 
 
 class VllmEngine:
@@ -49,9 +55,11 @@ class VllmEngine:
     """
 
     def __init__(self, model: Path, settings: EngineSettings) -> None:
-        self._engine: Any = _load(model, settings)
-        self.max_tokens: int = self._engine.model_config.max_model_len - 1
-        """Longest prompt + response that can be scored: the engine needs one free position."""
+        self._engine: Any
+        self._engine, max_len, self.batch_tokens = start_vllm(model, settings)
+        self.max_tokens: int = max_len - 1
+        """Longest prompt + response that the model takes: the engine needs one free position."""
+        self._room: int = self._engine.model_config.max_model_len - 1
         self.vocab_size: int = self._engine.model_config.get_vocab_size()
         self.way: str | None = None
         self._top_k: int | None = None  # that `way` was chosen for; None if it was set from outside
@@ -59,6 +67,9 @@ class VllmEngine:
         self._fast_way = FIXED_IDS if self._is_v2 else RESPONSE_ROWS
         self._keys = count()
         self._rows_installed = False
+        self._queue = RequestQueue(self._engine, self.batch_tokens)
+        gc.collect()
+        gc.freeze()  # the collector need not look at what vLLM and torch have built, again and again
 
     def why_not(self, way: str) -> str | None:
         """Return why this engine does not have one of the three ways; None if it has."""
@@ -85,13 +96,57 @@ class VllmEngine:
             OutOfMemoryError: A step did not fit into memory. This engine is lost; one with a smaller budget may fit.
             EngineError: A step failed for another reason, or vLLM refuses the requests. This engine is lost.
         """
+        return self._begin(sequences, progress, first=True)()
+
+    def begin(
+        self, sequences: Sequence[ScoredSequence], progress: Callable[[int], None] = lambda num_tokens: None
+    ) -> Callable[[], list[Reply]]:
+        """Queue sequences behind those begun before, and return a function that waits for what `score` returns.
+
+        While the engine finishes what was begun first, it fills its steps with what was begun next.
+
+        Raises:
+            EngineError: What `score` raises, when the sequences choose the way. The function raises the same.
+        """
+        return self._begin(sequences, progress, first=False)
+
+    def _begin(
+        self, sequences: Sequence[ScoredSequence], progress: Callable[[int], None], *, first: bool
+    ) -> Callable[[], list[Reply]]:
         if not sequences:
-            return []
-        with _reporting_errors():
+            return list
+        self._check_room(max(len(each.prompt_ids) + len(each.response_ids) for each in sequences))
+        with reporting_errors():
             top_k = sequences[0].top_k
             if self.way is None or self._top_k not in (None, top_k):
                 self.way, self._top_k = self._choose_way(sequences[:_NUM_CHECKED]), top_k
-            return self._score(sequences, self.way or FLAT, progress)
+            asked = self._ask(sequences, self.way or FLAT, progress, first=first)
+
+        def wait() -> list[Reply]:
+            with reporting_errors():
+                return self._wait(asked)
+
+        return wait
+
+    def load(self, model: Path) -> None:
+        """Exchange the weights for those of another model with the same config and the same tensors.
+
+        Takes a second or so, where another engine takes 15 to 30. The way is chosen again.
+
+        Raises:
+            EngineError: This vLLM cannot. This engine is lost.
+        """
+        with reporting_errors():
+            self._engine.collective_rpc("tokenweights_load", args=(str(model),))
+            if not self._engine.reset_prefix_cache():
+                raise EngineError("the engine failed: it kept the prefix cache of the model before")
+        self.way = self._top_k = None
+
+    def _check_room(self, num_tokens: int) -> None:
+        if num_tokens > self._room:
+            raise SequenceLengthError(
+                f"a sequence has {num_tokens} tokens, more than any that was known when the engine was started for {self._room}"
+            )
 
     def generate(
         self,
@@ -110,13 +165,16 @@ class VllmEngine:
             OutOfMemoryError: A step did not fit into memory. This engine is lost; one with a smaller budget may fit.
             EngineError: A step failed for another reason, or vLLM refuses the requests. This engine is lost.
         """
-        with _reporting_errors():
+        limits = [min(sampling.max_new_tokens, self.max_tokens - len(prompt)) for prompt in prompts]
+        if prompts:
+            self._check_room(max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)))
+        with reporting_errors():
             asked: dict[int, tuple[list[int], SamplingParams]] = {}
-            for prompt, seed in zip(prompts, seeds, strict=True):
+            for prompt, seed, limit in zip(prompts, seeds, limits, strict=True):
                 asked[next(self._keys)] = (
                     prompt,
                     _params(
-                        max_tokens=min(sampling.max_new_tokens, self.max_tokens - len(prompt)),
+                        max_tokens=limit,
                         temperature=sampling.temperature,
                         top_k=sampling.top_k,
                         top_p=sampling.top_p,
@@ -159,11 +217,14 @@ class VllmEngine:
         asked: Mapping[int, tuple[list[int], "SamplingParams"]],
         progress: Callable[[int], None] = lambda num_prompts: None,
     ) -> dict[int, list[int]]:
-        self._add(asked)
         ids: dict[int, list[int]] = {}
-        for output in self._outputs():
+
+        def take(output: "RequestOutput") -> None:
             ids[int(output.request_id)] = list(output.outputs[0].token_ids)
             progress(1)
+
+        self._queue.add([EngineRequest(key, partial(_prompt_of, *request), take) for key, request in asked.items()])
+        self._queue.run(asked)
         return ids
 
     def _choose_way(self, sample: Sequence[ScoredSequence]) -> str | None:
@@ -174,13 +235,13 @@ class VllmEngine:
             _log.info(f"{fall_back}: {fast} cannot find the {top_k} most likely tokens (score.top_k)")
             return FLAT
         try:
-            replies = self._score(sample, fast)
+            replies = self._wait(self._ask(sample, fast, first=True))
         except EngineError:  # in a step: the engine is lost
             raise
         except Exception as error:  # noqa: BLE001 - whatever another vLLM version makes of it, the slow way is left
             _log.info(f"{fall_back}: {fast} failed with {type(error).__name__}: {error}")
             return FLAT
-        difference = mean_difference(replies, self._score(sample, FLAT))
+        difference = mean_difference(replies, self._wait(self._ask(sample, FLAT, first=True)))
         if difference is None:
             return None
         if difference > MEAN_TOLERANCE_NATS:
@@ -195,55 +256,56 @@ class VllmEngine:
         )
         return fast
 
-    def _score(
-        self, sequences: Sequence[ScoredSequence], way: str, progress: Callable[[int], None] = lambda num_tokens: None
-    ) -> list[Reply]:
-        replies = self._ask(sequences, way, True, progress)
-        again = [i for i, reply in enumerate(replies) if reply is None]
-        for index, reply in zip(again, self._ask([sequences[i] for i in again], way, False), strict=True):
-            replies[index] = reply
-        unread = ScoringError("the engine read rows from its cache that it was told to compute")
-        return [unread if reply is None else reply for reply in replies]
-
     def _ask(
         self,
         sequences: Sequence[ScoredSequence],
         way: str,
-        use_cache: bool,
         progress: Callable[[int], None] = lambda num_tokens: None,
-    ) -> list[Reply | None]:
-        """Run the sequences through the engine; the reply is None if a sequence's wanted rows were in the cache."""
-        if not sequences:
-            return []
+        *,
+        first: bool,
+        use_cache: bool = True,
+    ) -> _Asked:
+        """Queue the sequences, behind all others or `first`."""
         if way == RESPONSE_ROWS and not self._rows_installed:
             self._engine.collective_rpc("tokenweights_install")
             self._rows_installed = True
-        asked = {next(self._keys): sequence for sequence in sequences}
-        self._add(
-            {
-                key: (sequence.prompt_ids + sequence.response_ids, _scoring_params(key, sequence, way, use_cache))
-                for key, sequence in asked.items()
-            }
-        )
-        replies: dict[int, Reply | None] = {}
-        try:
-            for output in self._outputs():
-                key, num_cached = int(output.request_id), output.num_cached_tokens or 0
-                if num_cached > asked[key].first_row:
-                    replies[key] = None
-                elif way != RESPONSE_ROWS:  # at once: a whole chunk of flat log-probs would fill the memory
-                    replies[key] = self._reply(way, output, asked[key])
-                progress(asked[key].num_wanted)
-        except EngineError:
-            raise
-        except Exception:
-            self._abort(asked)
-            raise
-        if way == RESPONSE_ROWS:
-            taken = self._engine.collective_rpc("tokenweights_take")[0]
-            for key in asked.keys() - replies.keys():
-                replies[key] = self._reply(way, taken.get(key), asked[key])
-        return [replies[key] for key in asked]
+        asked = _Asked({next(self._keys): sequence for sequence in sequences}, way, progress)
+        take, requests, last = partial(self._take, asked), list[EngineRequest](), list[int]()
+        for key, sequence in asked.sequences.items():
+            is_new = sequence.prompt_ids != last  # else the prompt is in the cache
+            last = sequence.prompt_ids
+            make = partial(_scoring_request, key, sequence, way, use_cache)
+            requests.append(EngineRequest(key, make, take, sequence.num_wanted + (len(last) if is_new else 0)))
+        self._queue.add(requests, first=first)
+        return asked
+
+    def _take(self, asked: _Asked, output: "RequestOutput") -> None:
+        key, num_cached = int(output.request_id), output.num_cached_tokens or 0
+        sequence = asked.sequences[key]
+        if num_cached > sequence.first_row:
+            asked.replies[key] = None
+        elif asked.way != RESPONSE_ROWS:  # at once: a whole chunk of flat log-probs would fill the memory
+            asked.replies[key] = self._reply(asked.way, output, sequence)
+        asked.progress(sequence.num_wanted)
+
+    def _wait(self, asked: _Asked) -> list[Reply]:
+        """Run the engine until these sequences are scored."""
+        replies = self._run(asked)
+        again = {key: asked.sequences[key] for key, reply in replies.items() if reply is None}
+        if again:
+            rescored = self._ask(list(again.values()), asked.way, first=True, use_cache=False)
+            replies |= zip(again, self._run(rescored).values(), strict=True)
+        unread = ScoringError("the engine read rows from its cache that it was told to compute")
+        return [unread if reply is None else reply for reply in replies.values()]
+
+    def _run(self, asked: _Asked) -> dict[int, Reply | None]:
+        """Return the replies in the order of their sequences."""
+        self._queue.run(asked.sequences.keys())
+        if asked.way == RESPONSE_ROWS:
+            left = asked.sequences.keys() - asked.replies.keys()
+            taken = self._engine.collective_rpc("tokenweights_take", args=(list(asked.sequences),))[0]
+            asked.replies |= {key: self._reply(asked.way, taken.get(key), asked.sequences[key]) for key in left}
+        return {key: asked.replies[key] for key in asked.sequences}
 
     def _reply(self, way: str, given: object, sequence: ScoredSequence) -> Reply:
         """Read and check what the engine gave for a sequence; return what is wrong with it as an error."""
@@ -252,26 +314,16 @@ class VllmEngine:
         except ScoringError as error:
             return error
 
-    def _outputs(self) -> "Iterator[RequestOutput]":
-        """Yield what the engine finishes, until nothing is left; a step that fails raises an `EngineError`."""
-        while self._engine.has_unfinished_requests():
-            with _reporting_errors():
-                finished = self._engine.step()
-            yield from finished
 
-    def _add(self, requests: Mapping[int, tuple[list[int], "SamplingParams"]]) -> None:
-        """Hand over all requests, or none: if vLLM refuses one, those before it must not run with the next call."""
-        from vllm.inputs import TokensPrompt
+def _prompt_of(ids: list[int], params: "SamplingParams") -> tuple[Any, "SamplingParams"]:
+    """Return ids as vLLM takes them, with the parameters of their request."""
+    from vllm.inputs import TokensPrompt
 
-        try:
-            for key, (ids, params) in requests.items():
-                self._engine.add_request(str(key), TokensPrompt(prompt_token_ids=ids), params)
-        except Exception:
-            self._abort(requests)
-            raise
+    return TokensPrompt(prompt_token_ids=ids), params
 
-    def _abort(self, keys: Iterable[int]) -> None:
-        self._engine.abort_request([str(key) for key in keys])
+
+def _scoring_request(key: int, sequence: ScoredSequence, way: str, use_cache: bool) -> tuple[Any, "SamplingParams"]:
+    return _prompt_of(sequence.prompt_ids + sequence.response_ids, _scoring_params(key, sequence, way, use_cache))
 
 
 def _scoring_params(key: int, sequence: ScoredSequence, way: str, use_cache: bool) -> "SamplingParams":
@@ -295,71 +347,3 @@ def _params(**asked: object) -> "SamplingParams":
 
     always = {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
     return SamplingParams(**{"max_tokens": 1, "temperature": 0.0, **always, **asked})
-
-
-def _load(model: Path, settings: EngineSettings) -> Any:
-    """Start vLLM in this process. Raises what `VllmEngine` does."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process is the engine's own already
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(settings.kv_cache_gib))))
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    try:
-        from vllm.platforms import current_platform
-
-        on_cpu = current_platform.is_cpu()
-        if on_cpu:  # else vLLM compiles a helper, which needs g++ and changes no number
-            os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-        from vllm import EngineArgs, LLMEngine
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"scoring needs the package {error.name!r}, which is not installed; pip install 'tokenweights[score]' (GPU) or "
-            "'tokenweights[score-cpu]'"
-        ) from error
-    arguments = EngineArgs(
-        model=str(model),
-        dtype=settings.dtype,
-        max_num_batched_tokens=settings.batch_tokens,
-        tensor_parallel_size=settings.tensor_parallel,
-        enable_prefix_caching=True,
-        enforce_eager=True,  # compiling costs more than it saves on prefill alone
-        disable_log_stats=True,
-        seed=0,
-        skip_tokenizer_init=True,
-        trust_remote_code=False,
-        max_logprobs=_MAX_TOP_K,
-        worker_extension_cls="pipeline.engine.response_rows.ResponseRows",
-        **({"block_size": CPU_BLOCK_SIZE} if on_cpu else {"gpu_memory_utilization": settings.gpu_memory_share}),
-    )
-    try:
-        return LLMEngine.from_engine_args(arguments)
-    except Exception as error:
-        if _is_out_of_memory(error):
-            raise OutOfMemoryError(f"no memory for the model {model} in vLLM: {first_line(error)}") from error
-        if not isinstance(error, ValueError | OSError):
-            raise
-        raise InputError(f"vLLM cannot load the model {model}: {_why_not_loaded(error)}") from error
-
-
-def _why_not_loaded(error: ValueError | OSError) -> str:
-    """Return the reason in one line; vLLM wraps most in an error of pydantic, whose first line only counts problems."""
-    problems = error.errors() if isinstance(error, ValidationError) else []
-    return checkpoint.why_not_loaded(problems[0]["msg"] if problems else error)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in _OUT_OF_MEMORY)
-
-
-@contextmanager
-def _reporting_errors() -> Iterator[None]:
-    """Turn any error of vLLM into an `OutOfMemoryError` or another `EngineError`."""
-    try:
-        yield
-    except EngineError:
-        raise
-    except Exception as error:
-        text = first_line(error)
-        if _is_out_of_memory(error):
-            raise OutOfMemoryError(f"the engine ran out of memory: {text}") from error
-        raise EngineError(f"the engine failed: {type(error).__name__}: {text}") from error

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -65,7 +65,8 @@ def run(task: Task) -> dict[str, Column]:
 
     if task.runner is not None:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if task.runner == "V2" else "0"
-    engine = VllmEngine(Path(task.model), task.engine)
+    longest = max(len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in task.pairs)
+    engine = VllmEngine(Path(task.model), replace(task.engine, longest=longest))
     columns: dict[str, Column] = {}
     for way in task.ways:
         columns[way] = Column(failed=engine.why_not(way))

@@ -3,6 +3,7 @@
 Runs in a process of its own, like scoring; `workers/anchor_sampler.py` samples.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.recipe import AnchorsSection, ScoreSection
@@ -34,7 +35,7 @@ def sample_anchors(tokens: TableVersion, model: Path, settings: AnchorsSection, 
             str(model),
             [job.target()],
             engine.chunk_tokens,
-            engine_settings(engine, resolve_dtype(model, engine.dtype)),
+            replace(engine_settings(engine, resolve_dtype(model, engine.dtype)), samples=True),
             executor_of(engine),
             options=AnchorOptions(sampling, settings.seed),
         )

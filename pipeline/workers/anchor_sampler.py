@@ -16,7 +16,7 @@ from pipeline.engine.contract import Sampling
 from pipeline.engine.score_once import ScoredSequence, score_once
 from pipeline.workers.pair_row import PairRow, QuarantineRow
 from pipeline.workers.pair_scorer import PairScorer, as_share
-from pipeline.workers.request import AnchorOptions, Request, Target
+from pipeline.workers.request import AnchorOptions, Request, Target, Worker
 from train.model.sampling import closing_ids
 from weights_store import TableVersion, WeightStore
 from weights_store.errors import ScoringError
@@ -26,7 +26,7 @@ from weights_store.schemas import ANCHORS, SIDES
 _Prompt = tuple[int, ...]
 
 
-class AnchorSampler:
+class AnchorSampler(Worker):
     """The request's engine: pairs in, rows of an anchors table out.
 
     Raises:

@@ -33,6 +33,24 @@ def quarantine(request: Request, target: Target, rows: list[QuarantineRow]) -> N
     table.append(pa.Table.from_pylist(marked, QUARANTINE), table.metadata())
 
 
+class Appender:
+    """Puts chunk after chunk into the table of a target, and what could not be computed into quarantine."""
+
+    def __init__(self, request: Request, target: Target) -> None:
+        self._request, self._target = request, target
+        self._table = WeightStore(request.tokens.store).table(target.table)
+        # Holds none of the pairs to come, so an append looks only at what others have added since.
+        self._known = self._table.version()
+
+    def append(self, filled: pa.Table, unscorable: list[QuarantineRow], metadata: dict[str, object]) -> None:
+        """Commit the rows of one chunk."""
+        quarantine(self._request, self._target, unscorable)
+        if filled.num_rows:
+            reference = self._table.append(filled, metadata, self._known)
+            if reference.version == (0 if self._known is None else self._known + 1):
+                self._known = reference.version  # nobody else has written: the next append need not look at ours
+
+
 def check_filled(request: Request, target: Target, num_pairs: int) -> None:
     """Refuse to go on if no pair could be computed.
 
@@ -48,22 +66,29 @@ def check_filled(request: Request, target: Target, num_pairs: int) -> None:
         f", for example row {first['source_row'][0]}: {first['detail'][0].partition(': ')[2]}" if first.height else ""
     )
     raise ScoringError(
-        f"none of {num_pairs} pairs could be {DONE[request.stage]} with {request.model}{example}; see {where}"
+        f"none of {num_pairs} pairs could be {DONE[request.stage]} with {request.model_of(target)}{example}; see {where}"
     )
 
 
 class Tally:
     """Counts tokens and shows every change; log handlers decide how often to print. The work began `since_s` ago."""
 
-    def __init__(self, stage: Stage, role: str, num_pairs: int, num_tokens: int, since_s: float = 0.0) -> None:
-        self.num_pairs = num_pairs
+    def __init__(self, stage: Stage, role: str, num_tokens: int, since_s: float = 0.0) -> None:
         self._name, self._total, self._done = f"{stage} {role}", num_tokens, 0
         self._started = time.monotonic() - since_s
         self._show(0)
 
     def within(self, num_tokens: int) -> Callable[[float], None]:
-        """Return a function that shows a share of the next `num_tokens` as done."""
-        return lambda share: self._show(self._done + int(share * num_tokens))
+        """Return a function that shows a share of the next `num_tokens` as done; several may be going on."""
+        own = 0
+
+        def show_share(share: float) -> None:
+            nonlocal own
+            own, before = int(share * num_tokens), own
+            self._done += own - before
+            self._show(self._done)
+
+        return show_share
 
     def add(self, num_tokens: int) -> None:
         """Count tokens that are done and committed."""

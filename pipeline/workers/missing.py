@@ -1,6 +1,7 @@
 """Which pairs a table lacks, cut into chunks of about `chunk_tokens`, and their rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import polars as pl
 
 from pipeline.chat.tokenizer import ChatTokenizer
 from pipeline.workers.pair_row import COLUMNS, PairRow, read_pairs, under_condition
-from pipeline.workers.request import Request, Target
+from pipeline.workers.request import AnchorOptions, Request, Target
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.names import quarantine_path
 from weights_store.schemas import Reason
@@ -16,19 +17,28 @@ from weights_store.tables.key_ranges import KeyRange
 
 RANGE_BYTES = 512 << 20
 """Memory for one range of pairs while the missing ones are looked up."""
+_AROUND_PROMPT = 256
 _tokenizer = lru_cache(maxsize=1)(ChatTokenizer)
 
 
 def missing_pairs(tokens: TableVersion, table: Table) -> Iterator[pl.DataFrame]:
-    """Yield the pairs that have no row yet, by pair_id, one range at a time: `pair_id` and `num_tokens` to compute."""
+    """Yield the pairs that have no row yet, by pair_id, one range at a time, see `missing_within`."""
     for piece in WeightStore(tokens.store).table(tokens.table).key_ranges(RANGE_BYTES, tokens.version):
         yield missing_within(piece, tokens, table)
 
 
 def missing_within(piece: KeyRange, tokens: TableVersion, table: Table) -> pl.DataFrame:
-    """Return the pairs of one range that have no row yet, by pair_id: `pair_id` and `num_tokens` to compute."""
+    """Return the pairs of one range that have no row yet, by pair_id.
+
+    The columns are `pair_id`, `num_tokens` to compute, and the tokens of the prompt and of the longer response.
+    """
     pairs = WeightStore(tokens.store).table(tokens.table).scan(tokens.version, within=piece)
-    lengths = pl.sum_horizontal(pl.col(c).list.len() for c in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    prompt, *responses = (pl.col(c).list.len() for c in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    lengths = {
+        "num_tokens": pl.sum_horizontal(prompt, *responses),
+        "prompt_tokens": prompt,
+        "response_tokens": pl.max_horizontal(responses),
+    }
     done = [table.scan(within=piece)] if table.exists() else []
     quarantined = WeightStore(tokens.store).table(quarantine_path(tokens.table))
     if quarantined.exists():  # pairs that this very scorer could not take: trying them again would change nothing
@@ -39,27 +49,67 @@ def missing_within(piece: KeyRange, tokens: TableVersion, table: Table) -> pl.Da
         wanted = wanted.join(rows.select("pair_id"), on="pair_id", how="anti")
     ids = wanted.collect()
     if ids.is_empty():  # the usual case of a second build: no list has been read
-        return ids.with_columns(num_tokens=pl.lit(0, pl.UInt32))
-    return (
-        pairs.join(ids.lazy(), on="pair_id", how="semi")
-        .select("pair_id", lengths.alias("num_tokens"))
-        .sort("pair_id")
-        .collect()
-    )
+        return ids.with_columns(**dict.fromkeys(lengths, pl.lit(0, pl.UInt32)))
+    return pairs.join(ids.lazy(), on="pair_id", how="semi").select("pair_id", **lengths).sort("pair_id").collect()
 
 
-def count_missing(tokens: TableVersion, table: Table) -> tuple[int, int]:
-    """Return how many pairs have no row yet, and their tokens."""
-    parts = [(part.height, int(part["num_tokens"].sum())) for part in missing_pairs(tokens, table)]
-    num_pairs, num_tokens = (sum(counts) for counts in zip(*parts, strict=True))
-    return num_pairs, num_tokens
+@dataclass(frozen=True)
+class Backlog:
+    """What a table lacks: pairs, their tokens to compute, and the tokens of the longest prompt and of the longest sequence."""
+
+    num_pairs: int = 0
+    num_tokens: int = 0
+    longest_prompt: int = 0
+    longest: int = 0
+
+    @classmethod
+    def of(cls, missing: pl.DataFrame) -> "Backlog":
+        """Count missing pairs, see `missing_within`."""
+        if missing.is_empty():
+            return cls()
+        prompts, responses = missing["prompt_tokens"].cast(pl.Int64), missing["response_tokens"].cast(pl.Int64)
+        num_tokens, longest = int(missing["num_tokens"].sum()), int((prompts + responses).to_numpy().max())
+        return cls(missing.height, num_tokens, int(prompts.to_numpy().max()), longest)
+
+    def __add__(self, other: "Backlog") -> "Backlog":
+        """Return both together."""
+        return Backlog(
+            self.num_pairs + other.num_pairs,
+            self.num_tokens + other.num_tokens,
+            max(self.longest_prompt, other.longest_prompt),
+            max(self.longest, other.longest),
+        )
+
+
+def count_missing(tokens: TableVersion, table: Table) -> Backlog:
+    """Return what a table lacks."""
+    return sum((Backlog.of(part) for part in missing_pairs(tokens, table)), Backlog())
+
+
+def sized(request: Request, backlogs: Iterable[Backlog]) -> Request:
+    """Return the request with an engine for the longest sequence that its targets lack, one backlog for each.
+
+    A contrastive prompt is not put into all prompts for that. It has at most as many tokens as bytes, and what a chat template
+    puts around it has fewer than `_AROUND_PROMPT`. If one has more, the worker says so, and is started again for any length.
+    """
+    longest = 0
+    for target, backlog in zip(request.targets, backlogs, strict=True):
+        if not backlog.num_pairs:
+            continue
+        if isinstance(request.options, AnchorOptions):
+            length = backlog.longest_prompt + request.options.sampling.max_new_tokens
+        else:
+            length = backlog.longest
+        added = len(target.condition.text.encode()) + _AROUND_PROMPT if target.condition else 0
+        longest = max(longest, length + added)
+    return replace(request, engine=replace(request.engine, longest=None if request.any_length else longest))
 
 
 def cut(part: pl.DataFrame, chunk_tokens: int) -> Iterator[pl.DataFrame]:
     """Cut missing pairs, sorted by pair_id, into spans of about `chunk_tokens`."""
     numbered = part.with_columns(((pl.col("num_tokens").cum_sum() - 1) // chunk_tokens).alias("chunk"))
     for chunk in numbered.partition_by("chunk", maintain_order=True):
-        yield chunk.select("pair_id", "num_tokens")
+        yield chunk.drop("chunk")
 
 
 def first_pairs(tokens: TableVersion, num_pairs: int) -> list[PairRow]:

@@ -16,14 +16,14 @@ Not here: how Ray is reached (`ray_cluster.py`), and how a cluster is started (d
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from pipeline.workers.commit import Tally, check_filled, commit_metadata, quarantine
-from pipeline.workers.missing import RANGE_BYTES, cut, missing_within, pairs_of
+from pipeline.workers.missing import RANGE_BYTES, Backlog, cut, missing_within, pairs_of, sized
 from pipeline.workers.pair_row import QuarantineRow
 from pipeline.workers.ray_cluster import as_ours, connected
 from pipeline.workers.request import DOING, Request, Target, Worker
@@ -53,6 +53,13 @@ class Chunk:
     high: str
     num_pairs: int = 0
     num_tokens: int = 0
+    longest_prompt: int = 0
+    longest: int = 0
+
+    @property
+    def backlog(self) -> Backlog:
+        """What there is to compute."""
+        return Backlog(self.num_pairs, self.num_tokens, self.longest_prompt, self.longest)
 
     @property
     def span(self) -> KeyRange:
@@ -92,8 +99,8 @@ def run_on_ray(request: Request) -> None:
         try:
             chunks = _find_chunks(request)
             for target_idx, filling in enumerate(fillings):
-                filling.expect([chunk for chunk in chunks if chunk.target_idx == target_idx])
-            for scored in _score(request, chunks, is_local):
+                filling.expect([chunk.backlog for chunk in chunks if chunk.target_idx == target_idx])
+            for scored in _score(sized(request, [filling.backlog for filling in fillings]), chunks, is_local):
                 fillings[scored.chunk.target_idx].add(scored)
         except RayError as error:
             raise as_ours(error, any(filling.done for filling in fillings)) from error
@@ -101,7 +108,7 @@ def run_on_ray(request: Request) -> None:
             for filling in fillings:
                 filling.commit()
     for filling in fillings:
-        check_filled(request, filling.target, filling.num_pairs)
+        check_filled(request, filling.target, filling.backlog.num_pairs)
 
 
 def _with_absolute_paths(request: Request) -> Request:
@@ -148,7 +155,7 @@ def chunks_of(whole: Chunk, request: Request, max_chunks: int) -> list[Chunk]:
     parts = list(cut(missing, chunk_tokens))
     lows = [str(part["pair_id"][0]) for part in parts]
     return [
-        Chunk(whole.target_idx, low, high, part.height, int(part["num_tokens"].sum()))
+        Chunk(whole.target_idx, low, high, *astuple(Backlog.of(part)))
         for part, low, high in zip(parts, lows, [*lows[1:], whole.high], strict=True)
     ]
 
@@ -270,22 +277,20 @@ class Filling:
         self, request: Request, target: Target, round_chunks: int = _ROUND_CHUNKS, round_s: float = _ROUND_S
     ) -> None:
         self.target = target
-        self.num_pairs = 0
+        self.backlog = Backlog()
         self.done: set[Chunk] = set()
         self._request = request
         self._round_chunks, self._round_s = round_chunks, round_s
         self._table = WeightStore(request.tokens.store).table(target.table)
         self._known = self._table.version()  # holds none of the pairs to come
-        self._num_tokens = 0
         self._waiting: list[ScoredChunk] = []
         self._tally: Tally | None = None
         self._since = 0.0
         self._lines: set[str] = set()
 
-    def expect(self, chunks: Sequence[Chunk]) -> None:
+    def expect(self, backlogs: Sequence[Backlog]) -> None:
         """Count what is to come."""
-        self.num_pairs = sum(chunk.num_pairs for chunk in chunks)
-        self._num_tokens = sum(chunk.num_tokens for chunk in chunks)
+        self.backlog = sum(backlogs, Backlog())
 
     def add(self, scored: ScoredChunk) -> None:
         """Take a chunk from an actor, once, and commit when it is time."""
@@ -298,7 +303,8 @@ class Filling:
                 _log.info(line)
         if self._tally is None:
             self._since = time.monotonic() - scored.wall_s
-            self._tally = Tally(self._request.stage, self.target.role, self.num_pairs, self._num_tokens, scored.wall_s)
+            num_tokens = self.backlog.num_tokens
+            self._tally = Tally(self._request.stage, self.target.role, num_tokens, scored.wall_s)
         self._waiting.append(scored)
         self._tally.add(scored.chunk.num_tokens)
         if len(self._waiting) >= self._round_chunks or time.monotonic() - self._since >= self._round_s:

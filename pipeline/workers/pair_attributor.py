@@ -20,7 +20,7 @@ from pipeline.workers.commit import commit_metadata
 from pipeline.workers.context_basis import SAMPLE_PAIRS, ContextBasis, fit_basis
 from pipeline.workers.missing import first_pairs
 from pipeline.workers.pair_row import PairRow, QuarantineRow, why_not
-from pipeline.workers.request import AttributionOptions, Request, Target
+from pipeline.workers.request import AttributionOptions, Request, Target, Worker
 from train.data.dataset import Pair, StoredResponse
 from train.model.attribution import TokenAttributions, attribute_tokens, input_embeddings, states_before
 from train.model.checkpoint import in_float32, load_checkpoint
@@ -35,6 +35,8 @@ from weights_store.messages import first_line, logger
 from weights_store.schemas import ATTRIBUTIONS, SIDES
 
 _log = logger(__name__)
+
+_BATCH_TOKENS = 4096
 
 Ids = tuple[int, ...]
 PromptedResponse = tuple[Ids, Ids]
@@ -58,7 +60,7 @@ class Attributed:
         return all(np.isfinite(part).all() for part in parts if part is not None)
 
 
-class PairAttributor:
+class PairAttributor(Worker):
     """The request's model: pairs in, rows of an attributions table out.
 
     Raises:
@@ -70,6 +72,7 @@ class PairAttributor:
         assert isinstance(request.options, AttributionOptions)
         _log.info(f"loading {request.model} for gradients")
         self._engine, self._restarts, self._options = request.engine, request.restarts, request.options
+        self._batch_tokens = request.engine.step_tokens(_BATCH_TOKENS)
         with _reporting_memory():
             self._model = load_model(Path(request.model), request.engine.dtype)
             self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,7 +92,7 @@ class PairAttributor:
         return {
             "restarts": self._restarts,
             "dtype": self._engine.dtype,
-            "batch_tokens": self._engine.batch_tokens,
+            "batch_tokens": self._batch_tokens,
             "packed": self._not_packed is None,
             "device": self._device.type,
         }
@@ -153,7 +156,7 @@ class PairAttributor:
         done, total = 0, sum(sizes)
         for num_together in range(1, self._num_together + 1):  # a micro-batch holds groups of one size
             alike = [(group, size) for group, size in zip(groups, sizes, strict=True) if len(group) == num_together]
-            for batch in cut_by_tokens(alike, [size for _, size in alike], self._engine.batch_tokens):
+            for batch in cut_by_tokens(alike, [size for _, size in alike], self._batch_tokens):
                 done += sum(size for _, size in batch)
                 yield [group for group, _ in batch], done / total
 

@@ -1,10 +1,11 @@
 """The contract between a stage and its process: one request file, and what a worker does with pairs."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import pyarrow as pa
 from pydantic import TypeAdapter
@@ -23,9 +24,10 @@ DONE: dict[Stage, str] = {"score": "scored", "attribute": "attributed", "anchors
 
 @dataclass(frozen=True)
 class Target:
-    """One table to fill by the request's model, maybe behind a contrastive prompt.
+    """One table to fill by a model, maybe behind a contrastive prompt.
 
-    If `top_k` > 0, also store the k most likely tokens and their log-probs at each position.
+    If `top_k` > 0, also store the k most likely tokens and their log-probs at each position. `model` is None for the model of
+    the request; another one has the same config and tensors, so that the engine can exchange the weights.
     """
 
     role: str
@@ -33,6 +35,7 @@ class Target:
     condition: Condition | None
     metadata: dict[str, object]
     top_k: int = 0
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ class Request:
     """What one process of a stage does: fill the targets for all pairs in `tokens`, one commit per `chunk_tokens`.
 
     The folder `tokenizer` and the recipe's own file `chat_template` are for contrastive prompts. `restarts` says why the
-    process was started again, once for each time.
+    process was started again, once for each time. The engine takes the longest sequence that is missing, or `any_length` that
+    the model takes.
     """
 
     stage: Stage
@@ -82,6 +86,11 @@ class Request:
     chat_template: str | None = None
     restarts: list[str] = field(default_factory=list)
     options: AttributionOptions | AnchorOptions | None = None
+    any_length: bool = False
+
+    def model_of(self, target: Target) -> str:
+        """Return the folder of the model that fills a target."""
+        return target.model or self.model
 
     def save(self, path: Path) -> None:
         """Write a request file."""
@@ -95,14 +104,15 @@ class Request:
         )  # JSON mode refuses odd bytes in paths
 
 
-class Worker(Protocol):
+class Worker(ABC):
     """What a stage does with pairs; holds a loaded model."""
 
     @property
+    @abstractmethod
     def record(self) -> dict[str, object]:
         """How it runs, for the lineage; only the dtype changes numbers."""
-        ...
 
+    @abstractmethod
     def fill_in(
         self, pairs: Sequence[PairRow], target: Target, progress: Callable[[float], None] = ...
     ) -> tuple[pa.Table, list[QuarantineRow]]:
@@ -110,4 +120,13 @@ class Worker(Protocol):
 
         The pairs have the target's contrastive prompt already. `progress` gets the share of the work that is done, 0 to 1.
         """
-        ...
+
+    def begin(
+        self, pairs: Sequence[PairRow], target: Target, progress: Callable[[float], None]
+    ) -> Callable[[], tuple[pa.Table, list[QuarantineRow]]]:
+        """Return a function that does what `fill_in` does; a worker that can may begin the work now."""
+        return lambda: self.fill_in(pairs, target, progress)
+
+    def use(self, model: str) -> None:  # noqa: ARG002 - most workers have one model
+        """Go on with this model. Only scorers have requests with several models."""
+        return

@@ -15,7 +15,7 @@ from pipeline.provenance import provenance
 from pipeline.workers.missing import count_missing
 from pipeline.workers.request import DOING, DONE, Request, Stage, Target
 from weights_store import Table, TableVersion, WeightStore
-from weights_store.errors import EngineError, KilledError, OutOfMemoryError, StageError
+from weights_store.errors import EngineError, KilledError, OutOfMemoryError, SequenceLengthError, StageError
 from weights_store.fingerprint import explain_difference, fingerprint, load_json
 from weights_store.messages import Progress, logger
 from weights_store.names import name_of
@@ -78,7 +78,8 @@ class Job:
         """Look up what the table of the identity lacks, and say why it is new if it is."""
         self.table = stage_table(self.stage, self.tokens, self.identity)
         exists = self.table.exists()
-        self.num_missing, self.num_missing_tokens = count_missing(self.tokens, self.table)
+        missing = count_missing(self.tokens, self.table)
+        self.num_missing, self.num_missing_tokens = missing.num_pairs, missing.num_tokens
         changed = None if exists else changed_identity(self.table, self.role, self.identity)
         if changed is not None:
             new = f"{self.stage} {self.role}: {self.table.path} is a new table"
@@ -88,7 +89,7 @@ class Job:
         """Whether a process is needed."""
 
     def target(self) -> Target:
-        """Return the Target for the worker request."""
+        """Return the Target for the worker request, with the job's own model."""
         top_k = self.identity.get("top_k", 0)
         assert isinstance(top_k, int)
         metadata: dict[str, object] = {
@@ -98,7 +99,7 @@ class Job:
             "fingerprint": fingerprint({"scorer": self.identity, "tokens": self.tokens.fingerprint}),
             **provenance(),
         }
-        return Target(self.role, self.table.path, self.condition, metadata, top_k)
+        return Target(self.role, self.table.path, self.condition, metadata, top_k, str(self.model))
 
     def num_filled(self) -> int:
         """Return how many pairs have been computed since the stage began."""
@@ -139,16 +140,15 @@ def run_jobs(request: Request, jobs: Sequence[Job], python: str | None) -> None:
             had committed stays.
     """
     check_extra("ray" if request.executor.kind == "ray" else _PACKAGES[request.stage], python)
-    budget, num_fruitless, restarts = request.engine.batch_tokens, 0, list[str]()
+    num_fruitless, restarts = 0, list[str]()
     doing, done = DOING[request.stage], DONE[request.stage]
     while True:
         before = sum(job.num_filled() for job in jobs)
         try:
-            engine = replace(request.engine, batch_tokens=budget)
-            _run_process(replace(request, engine=engine, restarts=restarts), jobs, python)
+            _run_process(replace(request, restarts=restarts), jobs, python)
             return
         except (KilledError, EngineError) as error:
-            if not any(count_missing(request.tokens, job.table)[0] for job in jobs):
+            if not any(count_missing(request.tokens, job.table).num_pairs for job in jobs):
                 return  # it died after its work
             num_filled = sum(job.num_filled() for job in jobs)
             num_fruitless = 0 if num_filled > before else num_fruitless + 1
@@ -159,11 +159,13 @@ def run_jobs(request: Request, jobs: Sequence[Job], python: str | None) -> None:
                 ) from error
             # The kernel may have killed it to free memory; if it is killed again without any result, assume that.
             if isinstance(error, OutOfMemoryError) or (isinstance(error, KilledError) and num_fruitless > 1):
-                budget = max(256, budget // 2)
-            restarts = [*restarts, f"{error}; batch_tokens {budget}"]
+                engine = replace(request.engine, num_halvings=request.engine.num_halvings + 1)
+                request = replace(request, engine=engine)
+            request = replace(request, any_length=request.any_length or isinstance(error, SequenceLengthError))
+            restarts = [*restarts, f"{error}; {request.engine.budget}"]
             for job in jobs:
                 job.restarts = restarts
-            _log.info(f"{error}. Starting again with batch_tokens {budget}; {num_filled} pairs are {done} and stay")
+            _log.info(f"{error}. Starting again with {request.engine.budget}; {num_filled} pairs are {done} and stay")
 
 
 def _run_process(request: Request, jobs: Sequence[Job], python: str | None) -> None:
@@ -176,5 +178,6 @@ def _run_process(request: Request, jobs: Sequence[Job], python: str | None) -> N
     with temporary_folder(f"{request.stage}-") as folder:
         path = folder / "request.json"
         request.save(path)
-        what = f"{DOING[request.stage]} with {request.model}"
+        models = dict.fromkeys(request.model_of(target) for target in request.targets)
+        what = f"{DOING[request.stage]} with {' and '.join(models)}"
         run_child("pipeline.workers.process", [str(path)], what, python, heard, _PACKAGES[request.stage])

@@ -13,7 +13,8 @@ import numpy as np
 
 SETTINGS = json.loads(os.environ.get("MADE_UP", "{}"))
 """`log`: a folder for what happened; `oom_above`: batch_tokens that do not fit; `dies_after`: calls of an engine that come
-back; `call_s`: seconds a call takes; `bad_id`: responses with this id are answered with NaN."""
+back; `call_s`: seconds a call takes; `bad_id`: responses with this id are answered with NaN; `too_long`: no sequence fits
+into an engine that is not started for any length; `cannot_load`: an engine cannot exchange its weights."""
 
 
 def log(name, text):
@@ -55,12 +56,17 @@ class MadeUpEngine:
     way = "made_up"
 
     def __init__(self, model, settings):
-        self.batch_tokens, self.num_calls = settings.batch_tokens, 0
-        log("starts", settings.batch_tokens)
+        self.longest, self.model = settings.longest, Path(model).name
+        self.batch_tokens, self.num_calls = settings.step_tokens(4096), 0
+        log("starts", self.batch_tokens)
+        log("longest", self.longest)
+        log("models", self.model)
 
     def score(self, sequences, progress=lambda num_tokens: None):
-        from weights_store.errors import ScoringError
+        from weights_store.errors import ScoringError, SequenceLengthError
 
+        if "too_long" in SETTINGS and self.longest is not None:
+            raise SequenceLengthError("a sequence has more tokens: made up")
         self.call("scored", sum(sequence.num_wanted for sequence in sequences))
         return [
             ScoringError("response token 0: log-prob is nan, expected a finite number")
@@ -68,6 +74,17 @@ class MadeUpEngine:
             else scores(sequence)
             for sequence in sequences
         ]
+
+    def begin(self, sequences, progress=lambda num_tokens: None):
+        return lambda: self.score(sequences, progress)
+
+    def load(self, model):
+        from weights_store.errors import EngineError
+
+        if "cannot_load" in SETTINGS:
+            raise EngineError("the engine cannot exchange its weights: made up")
+        self.model = model.name
+        log("loads", self.model)
 
     def generate(self, prompts, sampling, seeds, progress=lambda num_prompts: None):
         self.call("continued", len(prompts))
@@ -84,6 +101,7 @@ class MadeUpEngine:
             raise EngineError("the engine failed: made up")
         self.num_calls += 1
         log(name, amount)
+        log("calls", f"{self.model}:{amount}")
         time.sleep(SETTINGS.get("call_s", 0))
 
 

@@ -50,10 +50,14 @@ class MadeUpEngine:
 
     vocab_size = 1 << 20
     max_tokens = 1 << 20
+    batch_tokens = 4096
     way = "made_up"
 
     def __init__(self, model, settings):
         self.scale = float(model.name)
+
+    def begin(self, sequences, progress=lambda num_tokens: None):
+        return lambda: self.score(sequences, progress)
 
     def score(self, sequences, progress=lambda num_tokens: None):
         return [self._scores(sequence) for sequence in sequences]

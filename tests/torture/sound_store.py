@@ -88,6 +88,9 @@ class MadeUpEngine:
     def __init__(self, model, settings):
         self.scale = 0.5 + sum((Path(model) / "model.safetensors").read_bytes()) % 97 / 97
 
+    def begin(self, sequences, progress=lambda num_tokens: None):
+        return lambda: self.score(sequences, progress)
+
     def score(self, sequences, progress=lambda num_tokens: None):
         return [self._scores(sequence) for sequence in sequences]
 

@@ -137,4 +137,4 @@ def test_a_runner_that_is_not_the_known_one_is_told_of_without_killing_the_engin
     worker.tokenweights_install()
     assert worker.model_runner._get_prompt_logprobs_dict(None, {"a": 4}) == {"own": {"a": 4}}
     with pytest.raises(AttributeError, match="prompt_token_ids"):
-        worker.tokenweights_take()
+        worker.tokenweights_take([0])

@@ -19,6 +19,7 @@ from pipeline.engine.contract import EngineSettings
 from pipeline.engine.response_rows import KEY
 from pipeline.engine.score_once import ScoredSequence
 from pipeline.engine.vllm_engine import VllmEngine
+from pipeline.engine.vllm_start import own_length_counts
 from pipeline.engine.ways import FIXED_IDS, FLAT, RESPONSE_ROWS
 from weights_store.errors import EngineError, InputError, OutOfMemoryError, ScoringError
 
@@ -109,15 +110,14 @@ class _MadeUpEngine:
         self.ran += done
         return [self._reply(*request) for request in reversed(done)]
 
-    def collective_rpc(self, method):
+    def collective_rpc(self, method, args=()):
         if method in self.lacks:
             raise AttributeError(f"no attribute {method!r}")
         if method == "tokenweights_install":
             self.installed = True
             return [None]
         assert method == "tokenweights_take"
-        taken, self.answers = self.answers, {}
-        return [taken]
+        return [{key: self.answers.pop(key) for key in args[0] if key in self.answers}]
 
     # How it replies.
 
@@ -196,14 +196,14 @@ def start(monkeypatch, tmp_path):
     """Return a function that starts a `VllmEngine` on a made-up engine: `start(made_up, way)`."""
     import vllm
 
-    def start(made_up, way=None):
+    def start(made_up, way=None, **settings):
         def from_engine_args(arguments):
             if isinstance(made_up, Exception):
                 raise made_up
             return made_up
 
         monkeypatch.setattr(vllm.LLMEngine, "from_engine_args", from_engine_args)
-        engine = VllmEngine(tmp_path, EngineSettings())
+        engine = VllmEngine(tmp_path, EngineSettings(**settings))
         engine.way = way
         return engine
 
@@ -218,10 +218,11 @@ def _values(replies):
 
 
 def test_vllm_has_what_the_engine_uses_by_these_names():
-    from vllm import LLMEngine, RequestOutput, SamplingParams
-    from vllm.config import SchedulerConfig, VllmConfig
+    from vllm import EngineArgs, LLMEngine, RequestOutput, SamplingParams
+    from vllm.config import CompilationMode, CUDAGraphMode, SchedulerConfig, VllmConfig
     from vllm.logprobs import create_prompt_logprobs
     from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
     asked = {
         "max_tokens": 1,
@@ -246,6 +247,12 @@ def test_vllm_has_what_the_engine_uses_by_these_names():
     assert {"start_indices", "end_indices", "token_ids", "logprobs"} <= vars(create_prompt_logprobs(True)).keys()
     called = ("from_engine_args", "add_request", "abort_request", "has_unfinished_requests", "step", "collective_rpc")
     called += ("reset_prefix_cache",)
+    assert callable(getattr(GPUWorker, "reload_weights", None))
+    assert callable(getattr(EngineArgs, "create_model_config", None))
+    names = {"max_model_len", "compilation_config", "enforce_eager", "max_num_seqs", "block_size"}
+    assert names <= {each.name for each in fields(EngineArgs)}
+    assert CUDAGraphMode["FULL_DECODE_ONLY"]
+    assert CompilationMode(0).name == "NONE"
     assert [name for name in called if not callable(getattr(LLMEngine, name, None))] == []
     assert isinstance(VllmConfig.use_v2_model_runner, property)
     assert {"enable_chunked_prefill", "max_num_batched_tokens"} <= {field.name for field in fields(SchedulerConfig)}
@@ -322,6 +329,52 @@ def test_no_sequences_choose_no_way(start, logged):
     engine = start(made_up)
     assert engine.score([]) == []
     assert (engine.way, logged.lines, made_up.added) == (None, [], [])
+
+
+# --- sequences that are begun before others have ended -----------------------------------------------------------------
+
+
+@EVERY_WAY
+def test_what_is_begun_next_fills_the_steps_in_which_the_first_ends(start, way, v2):
+    made_up = _MadeUpEngine(v2, hits={_ids(SEQUENCES[0]): 8})
+    engine = start(made_up, way)
+    first, second = engine.begin(SEQUENCES[:3]), engine.begin(SEQUENCES[3:])
+    assert made_up.added == []
+    assert _values(first()) == [_expected(sequence) for sequence in SEQUENCES[:3]]
+    # All four were in the engine before it ended any; the first was scored again without the cache.
+    assert [ids for _, ids, _ in made_up.added] == [_ids(SEQUENCES[i]) for i in (0, 1, 2, 3, 0)]
+    num_steps = made_up.num_steps
+    assert _values(second()) == [_expected(SEQUENCES[3])]
+    assert made_up.num_steps == num_steps
+    assert _values(engine.begin(SEQUENCES)()) == [_expected(sequence) for sequence in SEQUENCES]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "num_added"),
+    [
+        ([ScoredSequence([place] * 40, [5] * 10) for place in range(50)], 21),  # 20 * 50 < 4 * 256 <= 21 * 50
+        (
+            [ScoredSequence([1] * 40, [place] * 10) for place in range(150)],
+            99,
+        ),  # 40 + 98 * 10 < 4 * 256 <= 40 + 99 * 10
+    ],
+    ids=["apart", "one prompt"],
+)
+def test_requests_are_handed_over_as_four_steps_need_them_a_shared_prompt_once(start, sequences, num_added):
+    made_up = _MadeUpEngine(v2=True)
+    engine = start(made_up, FIXED_IDS, batch_tokens=256)
+    made_up.fails = lambda num_steps: ValueError("stop")
+    with pytest.raises(EngineError, match="stop"):
+        engine.score(sequences)
+    assert len(made_up.added) == num_added
+
+
+def test_requests_that_an_engine_loses_are_an_error(start):
+    made_up = _MadeUpEngine(v2=True)
+    engine = start(made_up, FIXED_IDS)
+    made_up.has_unfinished_requests = lambda: False
+    with pytest.raises(EngineError, match="4 requests have no answer"):
+        engine.score(SEQUENCES)
 
 
 # --- cache hits --------------------------------------------------------------------------------------------------------
@@ -667,6 +720,15 @@ def invalid(text):
 
 
 # --- starting ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rope", "counts"),
+    [({"rope_type": "llama3", "factor": 8.0}, False), ({"type": "dynamic"}, True), ({"rope_type": "longrope"}, True)],
+)
+def test_models_whose_numbers_depend_on_it_are_started_for_their_own_length(rope, counts):
+    assert own_length_counts({"model_type": "llama", "rope_scaling": rope}) is counts
+    assert own_length_counts({"model_type": "llama4_text"})
 
 
 def test_an_engine_knows_its_limits(start):

@@ -59,6 +59,7 @@ result["flat"] = score(sequences)
 likeliest = engine.score([replace(sequence, top_k=4) for sequence in sequences])
 result["likeliest"] = [[each.logps.tolist(), each.top_ids.tolist(), each.top_logps.tolist()] for each in likeliest]
 engine.way, engine._top_k = "fixed_ids", None
+engine._room = engine.max_tokens + 2  # so that vLLM refuses it, not we
 try:
     engine.score([sequences[0], ScoredSequence([1] * (engine.max_tokens + 1), [1])])
 except EngineError as error:

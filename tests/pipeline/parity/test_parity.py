@@ -69,18 +69,18 @@ GEMMA_TEMPLATE = (
 SCRIPT = """
 import gc, json, sys
 from pathlib import Path
-from pipeline.engine.vllm_engine import VllmEngine
+from pipeline.engine.request_queue import RequestQueue
 from pydantic import TypeAdapter
 from pipeline.parity.process import Task, run
 
-outputs_of_engine, seen = VllmEngine._outputs, []
+outputs_of_engine, seen = RequestQueue._outputs, []
 
 def watched(self):
-    for output in outputs_of_engine(self):
-        seen.append(output.prompt_token_ids)
-        yield output
+    outputs = outputs_of_engine(self)
+    seen.extend(output.prompt_token_ids for output in outputs)
+    return outputs
 
-VllmEngine._outputs = watched
+RequestQueue._outputs = watched
 result = {}
 for name, task in json.loads(Path(sys.argv[1]).read_text()).items():
     columns = run(TypeAdapter(Task).validate_python({"side": "engine", **task}))

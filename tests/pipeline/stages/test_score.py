@@ -17,15 +17,20 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
+from safetensors.numpy import save_file
 
 from pipeline.chat.tokenizer import Condition
+from pipeline.engine.contract import EngineSettings
 from pipeline.engine.score_once import ScoredSequence
 from pipeline.recipe import ScoreSection
-from pipeline.stages.score import Scorer, score
-from tests.pipeline.made_up_scorer import logps, scores
-from weights_store import WeightStore
+from pipeline.stages.score import Scorer, engine_key, score
+from pipeline.workers.pair_scorer import PairScorer
+from pipeline.workers.process import run as fill_all
+from pipeline.workers.request import Request, Target
+from tests.pipeline.made_up_scorer import MadeUpEngine, logps, scores
+from weights_store import Table, WeightStore
 from weights_store.checks.verify import verify
-from weights_store.errors import InputError, StageError
+from weights_store.errors import InputError, StageError, StoreError
 from weights_store.schemas import TOKENS, Reason
 
 SCRIPT = Path(__file__).parents[1] / "made_up_scorer.py"
@@ -130,6 +135,48 @@ def test_scorers_of_one_model_share_an_engine_and_equal_ones_a_table(tokens, run
     }  # fmt: skip
 
 
+def save_model(folder, shape=(2, 3), config=()):
+    """A folder with a real header of safetensors; the engines are made up."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 1000, "_name_or_path": folder.name, **dict(config)}))
+    (folder / "tokenizer.json").write_text("{}")
+    draw = np.random.default_rng(len(folder.name))
+    save_file({"weight": draw.normal(size=shape).astype(np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("made_up", [{}, {"cannot_load": True}])
+def test_models_of_one_architecture_share_an_engine_or_get_one_each_if_it_cannot_exchange_weights(
+    tokens, run, tmp_path, made_up
+):
+    models = [save_model(tmp_path / name) for name in ("reference", "plus", "minus-")]
+    scorers = dict(zip(("ref", "positive", "negative"), map(Scorer, models), strict=True))
+    scored = run(tokens, scorers, chunk_tokens=NUM_PAIRS * PAIR_TOKENS, **made_up)
+    for result in scored.values():
+        assert_whole(tokens, result)
+    assert len({result.output.table for result in scored.values()}) == 3
+    amount = NUM_PAIRS * (6 + 5)
+    assert sorted(run.log("calls")) == [f"{name}:{amount}" for name in ("minus-", "plus", "reference")]
+    assert len(run.log("starts")) == (3 if made_up else 1)
+    assert run.log("loads") == ([] if made_up else ["plus", "reference"])  # the first is what it starts with
+
+
+def test_models_that_differ_in_config_or_tensors_or_are_quantized_have_engines_of_their_own(tmp_path):
+    quantized = {"quantization_config": {"quant_method": "fp8"}}
+    folders = [
+        save_model(tmp_path / "a"),
+        save_model(tmp_path / "shape", shape=(3, 2)),
+        save_model(tmp_path / "rope", config={"rope_theta": 5e5}),
+        save_model(tmp_path / "dtype", config={"dtype": "float16"}),
+        save_model(tmp_path / "q1", config=quantized),
+        save_model(tmp_path / "q2", config=quantized),
+    ]
+    assert len({engine_key(folder, ScoreSection()) for folder in folders}) == 6
+    same = save_model(tmp_path / "b", config={"transformers_version": "6"})
+    assert engine_key(same, ScoreSection()) == engine_key(folders[0], ScoreSection())
+    assert engine_key(same, ScoreSection(executor="ray")) != engine_key(folders[0], ScoreSection(executor="ray"))
+
+
 def test_progress_ends_with_all_tokens(tokens, run, logged):
     run(tokens)
     states = logged.progress
@@ -195,22 +242,33 @@ def test_asking_for_likeliest_tokens_scores_into_another_table_and_leaves_the_pl
 
 
 def test_more_likely_tokens_than_the_vocabulary_has_are_refused(tokens, model, monkeypatch):
-    from pipeline.engine.contract import EngineSettings
-    from pipeline.workers.pair_scorer import PairScorer
-    from pipeline.workers.request import Request, Target
-    from tests.pipeline.made_up_scorer import MadeUpEngine
-
     monkeypatch.setattr("pipeline.engine.vllm_engine.VllmEngine", type("Small", (MadeUpEngine,), {"vocab_size": 96}))
     target = Target("ref", "logps/toy-1/x", None, {}, top_k=128)
     with pytest.raises(InputError, match=f"score.top_k is 128, the vocabulary of {model} has 96 ids"):
         PairScorer(Request("score", tokens, str(model), [target], 100, EngineSettings()))
 
 
+# --- the size of the engine --------------------------------------------------------------------------------------------
+
+
+def test_an_engine_is_started_for_the_longest_pair_that_is_missing(tmp_path, run):
+    tokens = make_tokens(tmp_path / "store", row3={"prompt_ids": [5] * 9}, row7={"rejected_ids": [6] * 20})
+    run(tokens)
+    assert run.log("longest") == ["24"]  # a prompt of 4 and a response of 20
+
+
+def test_a_sequence_that_is_longer_than_foreseen_gets_an_engine_for_any_length(tokens, run):
+    scored = run(tokens, too_long=True)["ref"]
+    assert_whole(tokens, scored)
+    assert run.log("longest") == ["10", "None"]
+    assert "a sequence has more tokens" in scored.restarts[0]
+
+
 # --- what goes wrong ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_sigkill_at_eight_random_moments_loses_a_chunk_each_at_most(tokens, run, monkeypatch):
+def test_sigkill_at_eight_random_moments_loses_two_chunks_each_at_most(tokens, run, monkeypatch):
     draw, stop, kills = random.Random(0), threading.Event(), []
 
     def kill():
@@ -243,18 +301,21 @@ def test_sigkill_at_eight_random_moments_loses_a_chunk_each_at_most(tokens, run,
     assert len(kills) == 8
     assert list(verify(WeightStore(tokens.store), rows=True)) == []
     repeated = sum(map(int, run.log("scored"))) - NUM_PAIRS * (6 + 5)
-    assert repeated <= len(kills) * 2 * (6 + 5)
+    assert repeated <= len(kills) * 2 * 2 * (6 + 5)
 
 
 def test_out_of_memory_halves_the_budget_and_is_recorded(tokens, run, logged):
     scored = run(tokens, oom_above=1024)["ref"]
     assert_whole(tokens, scored)
     assert run.log("starts") == ["4096", "2048", "1024"]
-    assert [restart.rpartition("; ")[2] for restart in scored.restarts] == ["batch_tokens 2048", "batch_tokens 1024"]
+    assert [restart.rpartition("; ")[2] for restart in scored.restarts] == [
+        "1/2 of the default batch_tokens",
+        "1/4 of the default batch_tokens",
+    ]
     engine = commits(scored)[0]["engine"]
     assert engine["batch_tokens"] == 1024
     assert "ran out of memory: made up" in engine["restarts"][0]
-    assert any("Starting again with batch_tokens 2048" in line for line in logged.lines)
+    assert any("Starting again with 1/2 of the default batch_tokens" in line for line in logged.lines)
 
 
 def test_an_engine_that_dies_now_and_then_is_started_again_with_the_same_budget(tokens, run):
@@ -301,6 +362,24 @@ def test_poisonous_rows_are_quarantined_alone_and_never_tried_again(tmp_path, ru
     ]
     assert run(tokens)["ref"].num_unscorable == 0
     assert len(run.log("starts")) == 1
+
+
+def test_a_commit_that_fails_ends_the_process_and_what_was_committed_before_stays(tokens, model, monkeypatch):
+    monkeypatch.setattr("pipeline.engine.vllm_engine.VllmEngine", MadeUpEngine)
+    append, num_calls = Table.append, []
+
+    def fails_the_third_time(self, *args):
+        num_calls.append(self.path)
+        if len(num_calls) == 3:
+            raise StoreError("the disk is full")
+        return append(self, *args)
+
+    monkeypatch.setattr(Table, "append", fails_the_third_time)
+    target = Target("ref", "logps/toy-1/x", None, {"fingerprint": "x"})
+    with pytest.raises(StoreError, match="the disk is full"):
+        fill_all(Request("score", tokens, str(model), [target], 4 * PAIR_TOKENS, EngineSettings()))
+    assert WeightStore(tokens.store).table("logps/toy-1/x").num_rows() == 2 * 4
+    assert len(num_calls) == 3
 
 
 def test_nothing_but_poison_is_an_error(tmp_path, run):

@@ -102,7 +102,7 @@ def test_actors_score_what_the_process_scores_and_the_driver_commits_each_table_
     assert len({str(table.scan().sort("detail", "source_row").collect().rows()) for table in quarantines}) == 1
     # That an engine had no memory came out of its actor as what it is, and halved the budget.
     (restart,) = on_ray.restarts
-    assert restart.endswith("exit code 76: the engine ran out of memory: made up; batch_tokens 2048")
+    assert restart.endswith("exit code 76: the engine ran out of memory: made up; 1/2 of the default batch_tokens")
     assert logged.lines.count("an engine is up") == 1  # two are, for both tables: every actor says the same
     assert logged.progress[-1].percent == 100
     assert list(verify(WeightStore(tmp_path / "ray"), rows=True)) == []
@@ -263,7 +263,7 @@ def test_the_driver_commits_when_a_round_is_full_or_old(request_, monkeypatch, l
     monkeypatch.setattr("pipeline.engine.vllm_engine.VllmEngine", MadeUpEngine)
     chunks = chunks_of(Chunk(0, "", "", 0, 0), request_, max_chunks=1000)
     actor, filling = ChunkScorer(request_), Filling(request_, request_.targets[0], **limit)
-    filling.expect(chunks)
+    filling.expect([chunk.backlog for chunk in chunks])
     for chunk in chunks:
         (scored,) = replies(
             SimpleNamespace(iter_batches=lambda chunk=chunk, **_: [actor(pa.Table.from_pylist([asdict(chunk)]))])
