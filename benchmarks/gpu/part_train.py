@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.gpu.context import Context, timed
 from benchmarks.gpu.inputs import llama_config, train_job
+from benchmarks.taken_back import TAKEN_BACK, exchanged
 from benchmarks.train import peak_tflops
 from benchmarks.train_contenders import Job, make_trainer, measure, memory_mb
 from benchmarks.train_inputs import VOCABULARIES
@@ -40,6 +41,9 @@ def run(ctx: Context) -> None:
         ctx.attempt(f"long row{name}", row, CONTENDER_S)
     for name, settings in SWITCHES.items():
         ctx.attempt(f"ours, {name}", partial(_measure, replace(job, settings=settings), reachable), CONTENDER_S)
+    for name, exchanges in TAKEN_BACK.items():
+        with exchanged(exchanges):
+            ctx.attempt(f"ours, with {name}", partial(_measure, job, reachable), CONTENDER_S)
 
 
 def _measure(job: Job, reachable: float, record: Callable[..., None]) -> None:

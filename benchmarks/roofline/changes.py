@@ -4,8 +4,10 @@ Some take back what the code has got, to say what it is worth. Others are stand-
 step would do, and are no implementation of it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 from unittest import mock
 
@@ -13,12 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
-import train.model.attention.packed
-import train.model.elementwise
-import train.model.logps
 from benchmarks.roofline.card import Card, Fused
-
-Change = Callable[[Card], AbstractContextManager[Any]]
+from benchmarks.taken_back import TAKEN_BACK, Exchange, exchanged
 
 
 @contextmanager
@@ -65,40 +63,34 @@ class MasterWeights:
             parameter.grad = None
 
 
-def exchanged(owner: Any, name: str, value: object) -> Change:
-    """Return a change that puts something else in the place of a name."""
-    return lambda _card: mock.patch.object(owner, name, value)
+@dataclass(frozen=True)
+class Change:
+    """A step to predict.
+
+    Args:
+        exchanges: Parts of the code that are exchanged.
+        is_fused: Norms, rotation and gates are one kernel each.
+        is_bfloat16: Parameters are bfloat16, with float32 masters and no autocast.
+    """
+
+    exchanges: Sequence[Exchange] = ()
+    is_fused: bool = False
+    is_bfloat16: bool = False
 
 
-autocast_alone = exchanged(train.model.elementwise, "enter_bfloat16", lambda _model: None)
-flex_attention = exchanged(train.model.attention.packed, "way_of", lambda *_: "blocks")
-single_gates = exchanged(train.model.elementwise, "_run_gated", lambda mlp, hidden: type(mlp).forward(mlp, hidden))
-small_chunks = exchanged(train.model.logps, "CHUNK_LOGITS", 1 << 25)
-logits_again = exchanged(train.model.logps, "KEPT_LOGITS", dict.fromkeys(("cpu", "cuda"), 1 << 26))
-not_compiled = exchanged(Card, "compiled", lambda _card, compute: compute)
-
-CHANGES: dict[str, tuple[bool, list[Change]]] = {
-    "as it is": (False, []),
-    "with autocast alone": (False, [autocast_alone]),
-    "with flex attention": (False, [flex_attention]),
-    "with an output layer of 256 rows at a time": (False, [small_chunks]),
-    "with logits computed again": (False, [logits_again]),
-    "with log-softmax and gates not compiled": (False, [not_compiled]),
-    "with gates as single operations": (False, [single_gates]),
-    "with all of that: as it was": (
-        False,
-        [autocast_alone, flex_attention, small_chunks, logits_again, not_compiled],
-    ),
-    "as it is, norm, rotation, gate fused": (False, [fused_layers]),
-    "bfloat16 parameters with float32 masters": (True, []),
+CHANGES: dict[str, Change] = {
+    "as it is": Change(),
+    **{f"with {name}": Change(exchanges) for name, exchanges in TAKEN_BACK.items()},
+    "with all of that: as it was": Change(list(chain(*TAKEN_BACK.values()))),
+    "as it is, norm, rotation, gate fused": Change(is_fused=True),
+    "bfloat16 parameters with float32 masters": Change(is_bfloat16=True),
 }
-"""Whether parameters are bfloat16, with float32 masters and no autocast; and what else is exchanged."""
 
 
 @contextmanager
-def applied(changes: Sequence[Change], card: Card) -> Iterator[None]:
-    """Exchange the parts."""
-    with ExitStack() as stack:
-        for change in changes:
-            stack.enter_context(change(card))
+def applied(change: Change, card: Card) -> Iterator[None]:
+    """Exchange the parts. What is no longer compiled must not be counted as one kernel either."""
+    is_compiled = not any(exchange.name == "compiled" for exchange in change.exchanges)
+    plain = nullcontext() if is_compiled else mock.patch.object(Card, "compiled", lambda _card, compute: compute)
+    with exchanged(change.exchanges), plain, fused_layers(card) if change.is_fused else nullcontext():
         yield

@@ -17,11 +17,10 @@ from benchmarks.train_inputs import BODIES, MAX_SIDE, VOCABULARIES
 from train.data.dataset import Pair
 from train.loss.config import LossSection
 from train.loss.objective import compute_pair_losses
-from train.model import elementwise
+from train.model import elementwise, policy
 from train.model.attention.packed import PACKED
 from train.model.collate import Batch, PairCollator, model_inputs
 from train.model.logps import per_token_logps
-from train.model.policy import switch_off_noise
 from train.model.token_budget import cut_by_tokens
 
 
@@ -43,8 +42,8 @@ def build_model(card: Card, dtype: torch.dtype) -> nn.Module:
             mock.patch.object(elementwise, "is_rms_norm", lambda module: isinstance(module, LlamaRMSNorm)),
             mock.patch.object(elementwise, "is_gated_mlp", lambda module: isinstance(module, LlamaMLP)),
         ):
-            elementwise.enter_bfloat16(model)
-    switch_off_noise(model)
+            policy.enter_bfloat16(model)
+    policy.switch_off_noise(model)
     for tensor in (*model.parameters(), *model.buffers()):
         card.hold(tensor)
     card.parameter_bytes = card.live_bytes
@@ -80,15 +79,15 @@ def cut_step(pairs: Sequence[Pair], pairs_at_once: int) -> list[Batch]:
 
 def predict(pairs: Sequence[Pair], pairs_at_once: int, change: str = "as it is") -> Card:
     """Run two steps with one of `CHANGES`, and count the second."""
-    is_bfloat16, changes = CHANGES[change]
+    made = CHANGES[change]
     card = Card()
     batches = cut_step(pairs, pairs_at_once)
-    with applied(changes, card):
-        model = build_model(card, torch.bfloat16 if is_bfloat16 else torch.float32)
+    with applied(made, card):
+        model = build_model(card, torch.bfloat16 if made.is_bfloat16 else torch.float32)
         with card.running():
-            make = MasterWeights if is_bfloat16 else partial(torch.optim.AdamW, fused=True)
+            make = MasterWeights if made.is_bfloat16 else partial(torch.optim.AdamW, fused=True)
             optimizer = make(list(model.parameters()))
         for _ in range(2):
             card.kernels.clear()
-            run_step(card, model, optimizer, batches, autocast=not is_bfloat16)
+            run_step(card, model, optimizer, batches, autocast=not made.is_bfloat16)
     return card
