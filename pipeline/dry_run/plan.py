@@ -175,12 +175,13 @@ class _Plan:
         settings, amount = self.recipe.contrast_settings, self.outlook.all()
         if settings.weights is not None:
             amount = _amount_of(training_pairs(settings, uniform))
-        num_seen = settings.num_epochs * round(amount.num_pairs * (1 - settings.held_out))
-        if settings.max_steps:
-            num_seen = settings.max_steps * settings.pairs_per_step
-        num_steps = -(-num_seen // settings.pairs_per_step)
+        optim = settings.train.optim
+        num_seen = optim.num_epochs * round(amount.num_pairs * (1 - settings.held_out))
+        if optim.max_steps:
+            num_seen = optim.max_steps * optim.pairs_per_step
+        num_steps = -(-num_seen // optim.pairs_per_step)
         num_tokens = round(len(models) * num_seen * amount.num_tokens / max(1, amount.num_pairs))
-        steps = f"{num_steps:,} steps of {settings.pairs_per_step} pairs each"
+        steps = f"{num_steps:,} steps of {optim.pairs_per_step} pairs each"
         pairs = "" if settings.weights is None else f", on the pairs of {settings.weights}"
         reasons = [f"{len(models)} models to train with {settings.method}, {steps}{pairs}"]
         stored = [record["identity"] for record in model_shelf(uniform.store).records()]

@@ -40,7 +40,7 @@ STAGES = [
 SCORES = [stage for stage in STAGES if stage.startswith("score")]
 NUM_PAIRS = 12
 PROMPTS = {"positive": POSITIVE_PROMPT, "negative": NEGATIVE_PROMPT}
-CONTRAST = {"contrast.method": "dpo", "contrast.pairs_per_step": 5, "contrast.num_epochs": 2}
+CONTRAST = {"contrast.method": "dpo", "contrast.train.optim.pairs_per_step": 5, "contrast.train.optim.num_epochs": 2}
 DUPLICATE, BROKEN = 0, b"{broken"
 
 
@@ -268,7 +268,7 @@ def test_the_most_likely_tokens_are_stored_for_the_reference_alone(built):
 
 
 def test_other_training_settings_train_and_score_a_new_pair(built):
-    plans = _plan(built(**{"contrast.seed": 7}))
+    plans = _plan(built(**{"contrast.train.optim.seed": 7}))
     assert _computed(plans) == ["contrast", "score positive", "score negative", "publish", "report"]
     assert plans["contrast"].reasons[1:] == (
         "unlike the positive model that is there: training.seed: 0 -> 7",
@@ -348,7 +348,7 @@ def test_given_models_need_no_training_and_the_starting_one_is_scored_once(make_
 def test_a_pair_on_other_pairs_is_planned_in_their_number(built, source):
     source(*range(4))
     settings = {"dataset.name": "other", "weights.name": "other/tis-dpo", "contrast.weights": "toy/uniform"}
-    found = _plan(built(**settings, **{"contrast.num_epochs": 1}))["contrast"]
+    found = _plan(built(**settings, **{"contrast.train.optim.num_epochs": 1}))["contrast"]
     assert found.reasons[0] == "2 models to train with dpo, 3 steps of 5 pairs each, on the pairs of toy/uniform"
     assert (found.num_pairs, found.is_exact) == (NUM_PAIRS, True)
 
