@@ -132,7 +132,7 @@ def _train(
     arguments = _arguments(settings, model.side, model_folder, pairs, folder)
     for machine in range(1, train.num_machines):
         command = shlex.join(["python", *train.launcher(machine), "-m", "tokenweights", *arguments])
-        _log.info(f"waiting for machine {machine} of {train.num_machines}; start there: {command}")
+        _log.info(f"waiting for machine {machine + 1} of {train.num_machines}; start there, in {Path.cwd()}: {command}")
     run_child("tokenweights", arguments, f"training {folder}", settings.python, launcher=train.launcher())
     whole = _whole(folder, settings, model_folder)
     record: ModelRecord = {
@@ -210,12 +210,12 @@ def _arguments(
         options["data.split"] = settings.split
     if settings.method == "dpo":
         options["loss.beta"] = train.loss.beta
-    # The model is the reference itself, and rounding puts them apart: bfloat16 by about 0.02 nats if the reference was scored
-    # in float32, 4-bit weights by a few tenths.
+    # The model is the reference itself, and rounding puts them apart: bfloat16 by up to 0.04 nats (SmolLM2-135M), 4-bit weights
+    # by a few tenths.
     if train.model.quantization != "none":
         options["gate.tolerance_nats"] = 0.5
     elif train.model.dtype == "bfloat16":
-        options["gate.tolerance_nats"] = 0.05
+        options["gate.tolerance_nats"] = 0.1
     name = name_of(pairs.table)
     arguments = ["train", "--store", pairs.store, "--weights", f"{name}@{pairs.version}"]
     arguments += ["--model", str(model_folder), "--output", str(folder)]
