@@ -15,6 +15,8 @@ from pipeline.dry_run.memory import ModelSize, attribution_bytes, engine_bytes, 
 from pipeline.dry_run.needs import Needs
 from pipeline.models.train_section import PairTraining
 from pipeline.recipe import load_recipe
+from train.config import LoraSection
+from train.model.policy import add_adapters
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA_8B = {
@@ -115,6 +117,39 @@ def test_training_states_are_bytes_per_parameter_plus_activations(size, sections
 
 def test_attribution_keeps_no_gradients_of_weights(size):
     assert attribution_bytes(size, "bfloat16", 4096) == 2 * PARAMETERS + 4096 * 32 * KEPT
+
+
+def _kept_bytes(num_layers, dtype, lora):
+    """Return what autograd keeps of a forward pass over 256 tokens, without weights and their copies, by counting it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**{**TINY, "num_hidden_layers": num_layers}))
+    if lora:
+        model = add_adapters(model, LoraSection(rank=1))
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if 256 in tensor.shape:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too, so that its place is not used again
+        return tensor
+
+    rounding = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), rounding:
+        logits = model(torch.arange(256)[None] % 96).logits
+    assert logits.requires_grad
+    return sum(num_bytes for num_bytes, _ in kept.values())
+
+
+TINY = {**SMALL, "hidden_size": 128, "intermediate_size": 384, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lora", "tolerance"), [("float32", False, 0.02), ("bfloat16", True, 0.02), ("bfloat16", False, 0.15)]
+)
+def test_activations_of_a_layer_are_what_autograd_keeps(dtype, lora, tolerance):
+    size = ModelSize({}, hidden=128, num_layers=1, kv_width=64, intermediate=384, vocab=96)
+    layer = _kept_bytes(3, dtype, lora) - _kept_bytes(2, dtype, lora)
+    assert size.activation_bytes(256, dtype) == pytest.approx(layer, rel=tolerance)
 
 
 @pytest.mark.parametrize(
