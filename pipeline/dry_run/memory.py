@@ -59,20 +59,12 @@ class ModelSize:
 
     @classmethod
     def _of_config(cls, config: dict[str, Any], shapes: dict[str, Shape]) -> "ModelSize | None":
-        heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-        numbers = (
-            heads,
-            hidden,
-            *(config.get(key) for key in ("num_hidden_layers", "intermediate_size", "vocab_size")),
-        )
-        is_covered = all(isinstance(number, int) and number > 0 for number in numbers)
-        if (
-            not is_covered
-            or any(config.get(key) for key in _EXPERTS)
-            or set(config.get("layer_types") or ()) - _ATTENTION
-        ):
+        keys = ("num_attention_heads", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+        numbers = [number for key in keys if isinstance(number := config.get(key), int) and number > 0]
+        is_other = any(config.get(key) for key in _EXPERTS) or set(config.get("layer_types") or ()) - _ATTENTION
+        if len(numbers) < len(keys) or is_other:
             return None
-        _, hidden, num_layers, intermediate, vocab = numbers
+        heads, hidden, num_layers, intermediate, vocab = numbers
         kv_heads = config.get("num_key_value_heads") or heads
         kv_width = kv_heads * (config.get("head_dim") or hidden // heads)
         return cls(shapes, hidden, num_layers, kv_width, intermediate, vocab)
