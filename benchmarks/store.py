@@ -280,9 +280,9 @@ def _build(shared: Path, store: Path, num_pairs: int) -> float:
         "dataset.source": shared / "data" / "alpaca_judged.parquet",
         "dataset.max_pairs": num_pairs,
         "model.path": shared / "models" / "tiny-chat",
-        "contrast.max_steps": 6,
-        "contrast.learning_rate": 2e-4,
-        "contrast.dtype": "bfloat16",
+        "contrast.train.optim.max_steps": 6,
+        "contrast.train.optim.learning_rate": 2e-4,
+        "contrast.train.model.dtype": "bfloat16",
         "weights.name": NAME,
         "weights.estimator": "tis",
     }

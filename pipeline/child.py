@@ -28,6 +28,10 @@ _ROOT = Path(__file__).resolve().parent.parent
 _OURS = ("tokenweights.py", "pipeline", "train", "weights_store")
 """What a child may need of this distribution; `flows` never runs in one."""
 _MISSING = re.compile(r"ModuleNotFoundError: (?:No module named '|import of )([\w.]+)")
+_RANK_ENDED = re.compile(r"^\s*exitcode\s*: (-?\d+) \(pid")
+"""In what torchrun prints at its end about each process that failed, the first cause last."""
+_KEPT_LINES = 99
+"""Last lines that are kept of a child. When a process fails, torchrun prints about 50 after its error message."""
 _running: set["subprocess.Popen[str]"] = set()
 _leaving = threading.RLock()
 """Held by the thread that ends this process, for ever: other threads see our children die, and must not start them again."""
@@ -52,12 +56,14 @@ def run_child(
     python: str | None = None,
     heard: Callable[[Progress], None] = lambda progress: None,
     package: str = "torch",
+    launcher: Sequence[str] = (),
 ) -> None:
     """Run `python -P -m MODULE ARGUMENTS` to its end, log what it logs, and stop it when we are stopped.
 
     The module is one of ours that runs in `weights_store.process.run_main`; error messages name `what` it does. `heard` gets
     its progress before that is logged. If its interpreter `python` (None: this one) lacks any package, the error says how to
-    install `package`, the one that it needs most.
+    install `package`, the one that it needs most. `launcher` goes in front of `-m MODULE`: torchrun, which starts several
+    processes. They write to the same pipe, and the error and exit code of the one that failed first count.
 
     Raises:
         KilledError: It died by a signal.
@@ -65,7 +71,7 @@ def run_child(
             exit code says which subclass (`weights_store.errors.EXIT_CODES`).
     """
     tail: list[str] = []
-    with _started([python or sys.executable, "-P", "-m", module, *arguments], what) as child:
+    with _started([python or sys.executable, "-P", *launcher, "-m", module, *arguments], what) as child:
         assert child.stdout is not None
         _running.add(child)
         try:
@@ -73,7 +79,7 @@ def run_child(
                 if line.startswith(PREFIX):
                     receive(line.removeprefix(PREFIX), heard)
                 elif line.strip():
-                    tail = [*tail[-39:], line.rstrip()]
+                    tail = [*tail[-_KEPT_LINES:], line.rstrip()]
         except BaseException as error:
             _stop(child, was_told=isinstance(error, KeyboardInterrupt))
             raise
@@ -81,12 +87,13 @@ def run_child(
             _running.discard(child)
         with _leaving:
             pass
-    if child.returncode < 0:
-        raise KilledError(f"{what} was killed by signal {-child.returncode} (out of memory?); what it had done stays")
-    if child.returncode:
+    code = (_code_of_rank(tail) if launcher else None) or child.returncode
+    if code < 0:
+        raise KilledError(f"{what} was killed by signal {-code} (out of memory?); what it had done stays")
+    if code:
         where = f" in the interpreter {python}" if python else ""
-        kind = next((kind for kind, code in EXIT_CODES.items() if code == child.returncode), StageError)
-        failure = kind(f"{what}{where} failed with exit code {child.returncode}: {_cause(tail, package)}")
+        kind = next((kind for kind, known in EXIT_CODES.items() if known == code), StageError)
+        failure = kind(f"{what}{where} failed with exit code {code}: {_cause(tail, package)}")
         failure.add_note("\n".join(["Its last lines:", *tail]))  # part of a traceback, which --debug shows
         raise failure
 
@@ -135,6 +142,12 @@ def _ended_whole(child: "subprocess.Popen[str]", folder: Path) -> Iterator[None]
         yield
     finally:
         waiting.join()
+
+
+def _code_of_rank(tail: list[str]) -> int | None:
+    """Return the exit code of the process that failed first, as torchrun reports it; None if it reports none."""
+    found = [match[1] for line in tail if (match := _RANK_ENDED.match(line))]
+    return int(found[-1]) if found else None
 
 
 def _cause(tail: list[str], package: str) -> str:

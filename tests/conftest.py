@@ -102,8 +102,11 @@ def make_recipe(tmp_path, toy_model):
             "store": {"uri": str(tmp_path / "store")},
         }
         for key, value in settings.items():
-            section, _, name = key.partition(".")
-            sections.setdefault(section, {})[name] = value
+            *path, name = key.split(".")
+            section = sections
+            for part in path:
+                section = section.setdefault(part, {})
+            section[name] = value
         return parse_settings(Recipe, sections, "test")
 
     return make

@@ -38,13 +38,9 @@ class DataConfig(_Section):
     """Largest size of that folder in GiB; the least recently used shards are deleted first."""
 
 
-class ModelConfig(_Section):
-    """Which model is trained."""
+class ModelOptions(_Section):
+    """How the model is computed. Also `[contrast.train.model]` of a recipe."""
 
-    path: str
-    """Folder, or id on the hub."""
-    revision: str | None = None
-    """Commit, tag or branch of a hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward pass. What is trained is float32 either way, and so is the optimizer's state."""
     packing: bool = True
@@ -56,9 +52,22 @@ class ModelConfig(_Section):
     compile: bool = False
     """torch.compile of the decoder's layers without their attention, which takes half a minute at the start."""
 
+    def result_settings(self) -> dict[str, str]:
+        """Return what determines the trained model."""
+        return self.model_dump(include={"dtype", "quantization"})
 
-class LoraSection(_Section):
-    """Train low-rank adapters instead of all parameters (LoRA, arXiv 2106.09685), through peft."""
+
+class ModelConfig(ModelOptions):
+    """Which model is trained."""
+
+    path: str
+    """Folder, or id on the hub."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id."""
+
+
+class LoraOptions(_Section):
+    """Which low-rank adapters are trained. Also `[contrast.train.lora]` of a recipe."""
 
     rank: int = Field(default=16, ge=1)
     """Rank of the update."""
@@ -66,6 +75,11 @@ class LoraSection(_Section):
     """The update is scaled by alpha / rank."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Names of the layers with an adapter."""
+
+
+class LoraSection(LoraOptions):
+    """Train low-rank adapters instead of all parameters (LoRA, arXiv 2106.09685), through peft."""
+
     merge: bool = True
     """Merge the adapter into the saved model, which then loads like any other; the adapter lies beside it in `adapter/`."""
 
@@ -92,6 +106,10 @@ class OptimConfig(_Section):
     """Learning rate after the warm-up."""
     seed: int = Field(default=0, ge=0)
     """Of the order of pairs, and of new adapters."""
+
+    def result_settings(self) -> dict[str, object]:
+        """Return what determines the trained model."""
+        return self.model_dump(exclude={"tokens_per_batch"})
 
 
 class EvalSection(_Section):

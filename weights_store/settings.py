@@ -118,7 +118,7 @@ def _describe_no_toml(text: str, error: tomllib.TOMLDecodeError) -> str:
 
 
 def apply_overrides(settings: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Return a copy of `settings` with every `section.key=value` put in.
+    """Return a copy of `settings` with every `section.key=value` put in; a section may lie in another one.
 
     A value is read as TOML (`3`, `1e-6`, `true`, `"text"`, `[1, 2]`) and, where that fails, as plain text, so that
     paths need no quotes.
@@ -129,12 +129,14 @@ def apply_overrides(settings: Mapping[str, Any], overrides: Iterable[str]) -> di
     merged: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     for override in overrides:
         key, equals, text = override.partition("=")
-        section, dot, name = key.strip().partition(".")
-        if not (equals and dot and section and name) or "." in name:
+        *sections, name = key.strip().split(".")
+        if not (equals and sections and name and all(sections)):
             raise SettingsError(f"--set {override!r}: expected section.key=value, for example contrast.method=prompt")
-        table = merged.setdefault(section, {})
-        if not isinstance(table, dict):
-            raise SettingsError(f"--set {override!r}: {section!r} is a value in this file, not a section")
+        table = merged
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise SettingsError(f"--set {override!r}: {section!r} is a value in this file, not a section")
         try:
             table[name] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
@@ -219,17 +221,27 @@ def _describe_unknown(key: str, value: object, model: type[_SettingsModel], chos
         )
     known: list[str] = []  # keys of all sections, but of this one those of its chosen model alone
     for other, other_field in model.model_fields.items():
-        models = _models_of(other_field)
-        wanted = [models[chosen]] if other == section and chosen else models.values()
-        known += [f"{other}.{name}" for inner in wanted for name in inner.model_fields] or [other]
+        known += _keys_of(other, other_field, chosen if other == section else None)
     if not known:
         return f"unknown key {key!r}; there are no known keys here"
     if field is None and not difflib.get_close_matches(section, model.model_fields, n=1, cutoff=0.5):
         nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         if not nearest:
             return f"unknown section {section!r}; expected one of {', '.join(model.model_fields)}"
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    # A key of the same name deeper in this section, else the one that is written most alike.
+    same = [other for other in known if other.startswith(f"{section}.") and other.endswith(f".{name}")]
+    nearest = same or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     return f"unknown key {key!r}; did you mean {nearest[0]!r}?"
+
+
+def _keys_of(name: str, field: _Field, chosen: str | None = None) -> list[str]:
+    """Return the keys of a section and of the sections in it; of a value, its own. `chosen` is the one model that counts."""
+    models = _models_of(field)
+    wanted = [models[chosen]] if chosen else models.values()
+    keys = [
+        _keys_of(f"{name}.{key}", inner_field) for inner in wanted for key, inner_field in inner.model_fields.items()
+    ]
+    return [key for found in keys for key in found] or [name]
 
 
 def _models_of(field: _Field) -> dict[str, type[_SettingsModel]]:

@@ -5,11 +5,14 @@ What a stage would make does not exist yet for the next one: its fingerprint rea
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from pipeline.dry_run.amounts import TO_BE_COMPUTED, Amount, Outlook
+from pipeline.dry_run.device import find_device
+from pipeline.dry_run.needs import Needs, Note
 from pipeline.dry_run.source import survey
 from pipeline.models.section import MODEL_SIDES
 from pipeline.preflight import check_inputs
@@ -49,6 +52,10 @@ class StagePlan:
     wall_s: float | None = None
     """Seconds at the rate that this store has recorded for the stage and the role of the model, without the start of the model;
     None if it has recorded none."""
+    memory: str = ""
+    """What a stage that runs a model needs on each device, by formula, and what is there."""
+    memory_bytes: int | None = None
+    """The former as a number; None where no model runs, or the formula does not cover it."""
 
 
 def plan(recipe: Recipe) -> list[StagePlan]:
@@ -72,15 +79,31 @@ class _Plan:
     outlook: Outlook
     filled: dict[str, TableVersion] = field(default_factory=dict)
     """The results of the stages so far, by stage and role."""
+    models: dict[str, Path] = field(default_factory=dict)
+    """The scored models that are not the starting model nor trained from it, by role."""
 
     def stages(self) -> Iterator[StagePlan]:
         """Yield the stages in their order; each needs the results of those before it."""
+        for stage in self._stages():
+            note = self._note(stage) if stage.action == "compute" else None
+            yield replace(stage, memory=note.text, memory_bytes=note.num_bytes) if note else stage
+
+    def _note(self, stage: StagePlan) -> Note | None:
+        name, _, role = stage.stage.partition(" ")
+        return self._needs.of(name, self.models.get(role, self.model_folder))
+
+    @cached_property
+    def _needs(self) -> Needs:
+        return Needs(self.recipe, find_device())
+
+    def _stages(self) -> Iterator[StagePlan]:
         recipe = self.recipe
         yield self._prepare()
         yield self._score(REFERENCE, Scorer(self.model_folder))
         if recipe.needs_pair:
             uniform, version = self._publish("publish uniform", recipe.uniform)
             contrast, scorers = self._contrast(version)
+            self.models = {role: scorer.model for role, scorer in scorers.items()}
             yield from (uniform, contrast)
             roles = MODEL_SIDES if recipe.contrast.trains else scorers
             yield from (self._score(role, scorers.get(role)) for role in roles)
@@ -175,12 +198,13 @@ class _Plan:
         settings, amount = self.recipe.contrast_settings, self.outlook.all()
         if settings.weights is not None:
             amount = _amount_of(training_pairs(settings, uniform))
-        num_seen = settings.num_epochs * round(amount.num_pairs * (1 - settings.held_out))
-        if settings.max_steps:
-            num_seen = settings.max_steps * settings.pairs_per_step
-        num_steps = -(-num_seen // settings.pairs_per_step)
+        optim = settings.train.optim
+        num_seen = optim.num_epochs * round(amount.num_pairs * (1 - settings.held_out))
+        if optim.max_steps:
+            num_seen = optim.max_steps * optim.pairs_per_step
+        num_steps = -(-num_seen // optim.pairs_per_step)
         num_tokens = round(len(models) * num_seen * amount.num_tokens / max(1, amount.num_pairs))
-        steps = f"{num_steps:,} steps of {settings.pairs_per_step} pairs each"
+        steps = f"{num_steps:,} steps of {optim.pairs_per_step} pairs each"
         pairs = "" if settings.weights is None else f", on the pairs of {settings.weights}"
         reasons = [f"{len(models)} models to train with {settings.method}, {steps}{pairs}"]
         stored = [record["identity"] for record in model_shelf(uniform.store).records()]

@@ -30,7 +30,7 @@ def plan_lines(plans: Sequence[StagePlan]) -> list[str]:
     lines = [_aligned(header, widths)]
     for plan, row in zip(plans, rows[1:], strict=True):
         lines.append(_aligned(row, widths))
-        for reason in plan.reasons:
+        for reason in (*plan.reasons, plan.memory):
             lines += _WRAP.wrap(reason)
     num_computed = sum(plan.action == "compute" for plan in plans)
     what = f"{num_computed} of {len(plans)} stages to compute" if num_computed else "nothing to compute"

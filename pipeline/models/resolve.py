@@ -39,14 +39,31 @@ def resolve_path(path: str, revision: str | None, setting: str) -> Path:
     base_path = str(beside) if beside.is_dir() and not Path(name).is_dir() else name
     base_setting = f"adapter {adapter}: base_model_name_or_path"
     base = check_model_folder(find_folder(base_path, config.get("revision"), base_setting), base_setting)
+    target = merge_once(adapter, base)
+    _log.info(f"using {target} as {setting}: the adapter {adapter} merged into its base")
+    return target
+
+
+def merge_once(adapter: Path, base: Path, python: str | None = None) -> Path:
+    """Return the folder of the whole model that an adapter and its base make; merged in a process if the cache has it not.
+
+    Args:
+        adapter: A folder that `check_adapter` accepts.
+        base: The folder of a whole model.
+        python: The interpreter that merges; None: this one.
+
+    Raises:
+        MissingExtraError: It has no peft.
+        StageError: Merging failed; carries its message.
+    """
     target = cache_folder() / "merged" / lora.merged_fingerprint(adapter, base)[:16]
     problem = lora.problem_of_merged(target) if target.exists() else None
     if problem is not None:
         _log.warning(f"{target}: {problem}; the adapter is merged again")
         shutil.rmtree(target)
     if not target.exists():
-        check_extra("peft", None)
+        check_extra("peft", python)
         _log.info(f"merging the adapter {adapter} into its base {base}")
-        run_child("pipeline.models.lora", [str(adapter), str(base), str(target)], f"merging the adapter {adapter}")
-    _log.info(f"using {target} as {setting}: the adapter {adapter} merged into its base")
+        arguments = [str(adapter), str(base), str(target)]
+        run_child("pipeline.models.lora", arguments, f"merging the adapter {adapter}", python)
     return target

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from pipeline.models.train_section import PairTraining
 from pipeline.section import Section
 from weights_store.names import split_name
 
@@ -45,14 +46,7 @@ class ContrastSection(Section):
     weights: str | None = Field(
         None, description="weight dataset, name or name@version, whose pairs train the two models (methods sft and dpo)"
     )
-    learning_rate: float = Field(5e-6, gt=0)
-    num_epochs: int = Field(1, ge=1)
-    max_steps: int | None = Field(None, ge=1)
-    pairs_per_step: int = Field(32, ge=1)
-    tokens_per_batch: int = Field(8192, ge=1)
-    beta: float = Field(0.1, gt=0, description="of the two DPO runs (method dpo)")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass; parameters are float32")
-    seed: int = Field(0, ge=0)
+    train: PairTraining = PairTraining()
     held_out: float = Field(
         0.0, ge=0, lt=1, description="share of the prompts, by hash, on which the two models are not trained"
     )
@@ -144,12 +138,12 @@ class ContrastSection(Section):
 
     def training_settings(self) -> dict[str, object]:
         """Return what determines the trained models; what holds no pair out is left out."""
-        settings = self.model_dump(include=_TRAINING_KEYS | ({"beta"} if self.method == "dpo" else set()))
-        return settings | self.model_dump(include={"held_out", "split"}, exclude_defaults=True)
-
-
-_TRAINING_KEYS = {"method", "learning_rate", "num_epochs", "max_steps", "pairs_per_step", "dtype", "seed"}
-"""The keys of [contrast] that determine a trained contrastive model; method `dpo` also has `beta`."""
+        train = self.train.result_settings()
+        if self.method == "dpo":
+            train["loss"] = self.train.loss.model_dump()
+        return {"method": self.method, "train": train} | self.model_dump(
+            include={"held_out", "split"}, exclude_defaults=True
+        )
 
 
 def pair_role(side: ModelSide, index: int) -> str:

@@ -1,11 +1,13 @@
 """Stage contrast: the pair (pi+, pi-) of TIS-DPO, by prompt (P), by SFT (S), by DPO (D), or two models that are given.
 
-S and D start `tokenweights train` as a process, so that its memory is free afterwards. Trained models lie under `models/` in
-the store, named for what determines them. If the data has grown, the models of the first build are used again (their scores
-stay valid, and only new pairs are scored), unless the recipe says `contrast.retrain`.
+S and D start `tokenweights train` as a process, or as several ones by torchrun, so that its memory is free afterwards. Trained
+models lie under `models/` in the store, named for what determines them. Of a model trained with LoRA the store keeps only the
+adapter; each machine that scores merges it into its base, the starting model, once. If the data has grown, the models of the
+first build are used again (their scores stay valid, and only new pairs are scored), unless the recipe says `contrast.retrain`.
 """
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from pipeline.child import check_extra, run_child
 from pipeline.models.contrastive import ModelShelf
 from pipeline.models.given import given_models
 from pipeline.models.other_pairs import other_pairs
+from pipeline.models.resolve import merge_once
 from pipeline.models.section import MODEL_SIDES, ContrastSection, pair_role
 from pipeline.stages.score import Scorer
 from weights_store import TableVersion, WeightStore
@@ -58,7 +61,8 @@ def contrast(settings: ContrastSection, model_folder: Path, uniform: TableVersio
         if folder is None:
             check_extra("torch", settings.python)
             with models.lock(model.name):
-                folder = models.find(model.name)  # another build may have trained it while we waited
+                # another build may have trained it while we waited
+                folder = _find_whole(models, model.name, settings, model_folder)
                 if folder is None:
                     folder = _train(models, model, settings, model_folder, pairs)
                     num_trained += 1
@@ -100,25 +104,45 @@ class WantedModel:
     identity: ModelIdentity
     data: str
     folder: Path | None
-    """None: it has to be trained."""
+    """The whole model, to score with; None: it has to be trained."""
+
+
+_ADAPTER = "adapter"
+"""The folder in which `tokenweights train` leaves an adapter that it does not merge."""
+
+
+def _find_whole(models: ModelShelf, name: str, settings: ContrastSection, model_folder: Path) -> Path | None:
+    """Return the folder of a finished model, its adapter merged; None if the store has none of that name."""
+    folder = models.find(name)
+    return None if folder is None else _whole(folder, settings, model_folder)
+
+
+def _whole(folder: Path, settings: ContrastSection, model_folder: Path) -> Path:
+    if settings.train.lora is None:
+        return folder
+    return merge_once(folder / _ADAPTER, model_folder, settings.python)
 
 
 def _train(
     models: ModelShelf, model: WantedModel, settings: ContrastSection, model_folder: Path, pairs: TableVersion
 ) -> Path:
-    """Train one side's model, put it into the store, and return its folder."""
-    folder = models.place(model.name)
+    """Train one side's model, put it into the store, and return the folder of the whole model."""
+    folder, train = models.place(model.name), settings.train
     _log.info(f"training the {model.side} model ({settings.method}) on {pairs}")
     arguments = _arguments(settings, model.side, model_folder, pairs, folder)
-    run_child("tokenweights", arguments, f"training {folder}", settings.python)
+    for machine in range(1, train.num_machines):
+        command = shlex.join(["python", *train.launcher(machine), "-m", "tokenweights", *arguments])
+        _log.info(f"waiting for machine {machine + 1} of {train.num_machines}; start there, in {Path.cwd()}: {command}")
+    run_child("tokenweights", arguments, f"training {folder}", settings.python, launcher=train.launcher())
+    whole = _whole(folder, settings, model_folder)
     record: ModelRecord = {
         "identity": model.identity,
         "data": model.data,
         "version": pairs.version,
-        "fingerprint": fingerprint_model(folder),
+        "fingerprint": fingerprint_model(whole),
     }
     models.put(model.name, record)
-    return folder
+    return whole
 
 
 def model_shelf(store: str) -> ModelShelf:
@@ -148,7 +172,8 @@ def wanted_models(settings: ContrastSection, model_folder: Path, uniform: TableV
     wanted = pairs.fingerprint if settings.retrain or is_pinned else None
     data = _data_of_both(models, identities, wanted) or pairs.fingerprint
     names = {side: model_name(identity, data) for side, identity in identities.items()}
-    return [WantedModel(side, names[side], identities[side], data, models.find(names[side])) for side in MODEL_SIDES]
+    folders = {side: _find_whole(models, names[side], settings, model_folder) for side in MODEL_SIDES}
+    return [WantedModel(side, names[side], identities[side], data, folders[side]) for side in MODEL_SIDES]
 
 
 def _data_of_both(models: ModelShelf, identities: dict[str, ModelIdentity], wanted: str | None) -> str | None:
@@ -167,28 +192,30 @@ def _arguments(
     settings: ContrastSection, side: str, model_folder: Path, pairs: TableVersion, folder: Path
 ) -> list[str]:
     """Return the arguments of `tokenweights train`. For the negative model chosen and rejected are swapped, in S and D."""
+    train = settings.train
     options: dict[str, object] = {
         "loss.name": settings.method,
         "data.swap": side == "negative",
-        "model.dtype": settings.dtype,
-        "optim.learning_rate": settings.learning_rate,
-        "optim.num_epochs": settings.num_epochs,
-        "optim.pairs_per_step": settings.pairs_per_step,
-        "optim.tokens_per_batch": settings.tokens_per_batch,
-        "optim.seed": settings.seed,
         "output.save_every_steps": 50,
     }
+    sections = {"model": train.model, "lora": train.lora, "optim": train.optim, "parallel": train.parallel}
+    for section, values in sections.items():
+        given = {} if values is None else values.model_dump(exclude_none=True)
+        options |= {f"{section}.{key}": value for key, value in given.items()}
+    if train.lora is not None:
+        options["lora.merge"] = False  # the scorer merges, and checks what it has merged
     if settings.held_out:
         options["eval.share"] = settings.held_out
     if settings.split is not None:
         options["data.split"] = settings.split
     if settings.method == "dpo":
-        options["loss.beta"] = settings.beta
-    if settings.dtype == "bfloat16":
-        # The model is the reference itself. If that was scored in float32, rounding puts them about 0.02 nats apart.
-        options["gate.tolerance_nats"] = 0.05
-    if settings.max_steps is not None:
-        options["optim.max_steps"] = settings.max_steps
+        options["loss.beta"] = train.loss.beta
+    # The model is the reference itself, and rounding puts them apart: with SmolLM2-135M bfloat16 by 0.04 nats, 4-bit weights by
+    # 0.64; less with larger models.
+    if train.model.quantization != "none":
+        options["gate.tolerance_nats"] = 1.0
+    elif train.model.dtype == "bfloat16":
+        options["gate.tolerance_nats"] = 0.1
     name = name_of(pairs.table)
     arguments = ["train", "--store", pairs.store, "--weights", f"{name}@{pairs.version}"]
     arguments += ["--model", str(model_folder), "--output", str(folder)]

@@ -41,6 +41,7 @@ source = {json.dumps(str(folder / "pairs.jsonl"))}
 path = {json.dumps(str(toy_model))}
 [contrast]
 method = "dpo"
+[contrast.train.optim]
 learning_rate = 1e-3
 max_steps = 2
 pairs_per_step = 8

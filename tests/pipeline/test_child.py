@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.child import run_child
 from tests.torture import orphans
-from weights_store.errors import KilledError, StageError
+from weights_store.errors import KilledError, OutOfMemoryError, StageError
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,38 @@ def test_a_child_that_is_killed_says_so(tmp_path):
         KilledError, match=r"^working was killed by signal 9 \(out of memory\?\); what it had done stays$"
     ):
         run_child("tokenweights", [], "working", str(python))
+
+
+_TORCHRUN = """\
+error: loss.beta is wrong
+E1126 10:00:00.1 api.py:1022] failed (exitcode: {code}) local_rank: 0 (pid: 7) of binary: python
+Traceback (most recent call last):
+{lines}torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+Failures:
+  exitcode  : 1 (pid: 8)
+Root Cause (first observed failure):
+  exitcode  : {code} (pid: 7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "said"),
+    [
+        (-9, KilledError, "training was killed by signal 9"),
+        (76, OutOfMemoryError, "failed with exit code 76: loss.beta is wrong"),
+        (1, StageError, "failed with exit code 1: loss.beta is wrong"),
+    ],
+)
+def test_the_error_of_the_process_that_failed_first_is_the_launchers(tmp_path, code, kind, said):
+    """torchrun itself ends with 1, and prints a long traceback of its own after the error of its process."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncat "$0.txt"\nexit 1\n')
+    python.chmod(0o755)
+    (tmp_path / "python.txt").write_text(_TORCHRUN.format(code=code, lines="  File\n" * 60))
+    with pytest.raises(StageError) as caught:
+        run_child("tokenweights", [], "training", str(python), launcher=["-m", "torch.distributed.run"])
+    assert type(caught.value) is kind
+    assert said in str(caught.value)
 
 
 def test_what_a_dead_child_has_started_ends_too_and_keeps_nobody_waiting(tmp_path, monkeypatch):

@@ -169,12 +169,20 @@ def test_settings_that_do_not_change_results_are_not_in_the_identity():
         ).result_settings()
         == base
     )
-    assert _load("contrast.tokens_per_batch=2048", "contrast.python=/x", "dataset.source=/y").result_settings() == base
+    train = (
+        "optim.tokens_per_batch=2048", "model.gradient_checkpointing=true", "model.packing=false", "model.compile=true",
+        "parallel.strategy=fsdp2", "num_processes=4", "num_machines=2", "main_address=node0:29500",
+    )  # fmt: skip
+    faster = (*(f"contrast.train.{override}" for override in train), "contrast.python=/x", "dataset.source=/y")
+    assert _load(*faster).result_settings() == base
     assert _load("score.top_k=0").result_settings() == base
     for override in (
         "score.dtype=float32",
         "score.top_k=16",
-        "contrast.beta=0.2",
+        "contrast.train.loss.beta=0.2",
+        "contrast.train.optim.schedule=constant",
+        "contrast.train.model.dtype=float32",
+        "contrast.train.lora.rank=8",
         "weights.k=2",
         "dataset.max_response_tokens=9",
     ):
@@ -183,9 +191,31 @@ def test_settings_that_do_not_change_results_are_not_in_the_identity():
 
 def test_settings_of_other_methods_and_estimators_are_not_in_the_identity():
     prompt = _load("contrast.method=prompt").result_settings()
-    assert _load("contrast.method=prompt", "contrast.learning_rate=1").result_settings() == prompt
+    assert _load("contrast.method=prompt", "contrast.train.optim.learning_rate=1").result_settings() == prompt
     uniform = _load("weights.estimator=uniform").result_settings()
-    assert _load("weights.estimator=uniform", "weights.upper=9", "contrast.beta=3").result_settings() == uniform
+    assert (
+        _load("weights.estimator=uniform", "weights.upper=9", "contrast.train.loss.beta=3").result_settings() == uniform
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("beta=0.2", "unknown key 'contrast.beta'; did you mean 'contrast.train.loss.beta'?"),
+        ("learning_rate=1e-5", "did you mean 'contrast.train.optim.learning_rate'?"),
+        ("train.model.dtyp=float32", "did you mean 'contrast.train.model.dtype'?"),
+        ("train.lora.merge=true", "unknown key 'contrast.train.lora.merge'"),
+        ("train.model.dtype=float16", "contrast.train.model.dtype: Input should be 'float32' or 'bfloat16'"),
+        ("train.model.quantization=nf4", "freezes the model's weights; add a [contrast.train.lora] section"),
+        ("train.num_processes=5", "pairs_per_step=32 cannot be shared equally by 5 processes"),
+        ("train.num_machines=2", "contrast.train.num_machines=2 and contrast.train.main_address=None do not fit"),
+        ("train.main_address=node0", "contrast.train.main_address: String should match pattern"),
+    ],
+)
+def test_wrong_settings_of_the_contrastive_trainings_are_refused(override, message):
+    with pytest.raises(SettingsError) as caught:
+        _load(f"contrast.{override}")
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -403,13 +433,13 @@ def test_every_key_stands_in_the_settings_page_and_no_other():
     from pipeline.recipe import Recipe
     from train.config import TrainConfig
 
-    def keys(annotation):  # of an optional section, or of one that is a union
-        parts = (annotation, *get_args(annotation))
-        return {key for part in parts for key in getattr(part, "model_fields", ())}
+    def keys(name, annotation):  # of an optional section, one that is a union, or one with sections in it
+        parts = [part for part in (annotation, *get_args(annotation)) if hasattr(part, "model_fields")]
+        inner = [keys(f"{name}.{key}", field.annotation) for part in parts for key, field in part.model_fields.items()]
+        return {key for found in inner for key in found} or {name}
 
     page = (REPO / "docs" / "settings.md").read_text(encoding="utf-8")
     parts = page.split("## Training")
     for model, part in zip((Recipe, TrainConfig), parts, strict=True):
-        fields = model.model_fields.items()
-        known = {f"{name}.{key}" for name, field in fields for key in keys(field.annotation)}
-        assert set(re.findall(r"^\| `([a-z_]+\.[a-z_]+)`", part, flags=re.MULTILINE)) == known
+        known = {key for name, field in model.model_fields.items() for key in keys(name, field.annotation)}
+        assert set(re.findall(r"^\| `([a-z_]+\.[a-z_.]+)`", part, flags=re.MULTILINE)) == known

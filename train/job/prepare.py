@@ -107,12 +107,12 @@ def build_identity(config: TrainConfig, source: WeightSource, model_folder: Path
         "weights": {"name": source.name, "fingerprint": source.reference.fingerprint},
         "model": {
             "fingerprint": fingerprint_model(model_folder),
-            **config.model.model_dump(include={"dtype", "quantization"}),
+            **config.model.result_settings(),
         },
         "lora": None if config.lora is None else config.lora.model_dump(),
         "data": config.data.model_dump(include={"swap", "split", "max_pairs"})
         | config.data.model_dump(include={"use_pair_weights"}, exclude_defaults=True),
         "loss": config.loss.model_dump(exclude_none=True),
-        "optim": config.optim.model_dump(exclude={"tokens_per_batch"}),
+        "optim": config.optim.result_settings(),
         "eval": config.eval.model_dump(exclude=set() if config.eval.best else {"every_steps", "max_pairs"}),
     }

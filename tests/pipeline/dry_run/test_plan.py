@@ -9,6 +9,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from pipeline.dry_run.memory import ModelSize, training_bytes
 from pipeline.dry_run.plan import StagePlan, plan
 from pipeline.dry_run.table import plan_lines, plan_rows
 from pipeline.models.section import NEGATIVE_PROMPT, POSITIVE_PROMPT
@@ -40,11 +41,12 @@ STAGES = [
 SCORES = [stage for stage in STAGES if stage.startswith("score")]
 NUM_PAIRS = 12
 PROMPTS = {"positive": POSITIVE_PROMPT, "negative": NEGATIVE_PROMPT}
-CONTRAST = {"contrast.method": "dpo", "contrast.pairs_per_step": 5, "contrast.num_epochs": 2}
+TRAINING = {"pairs_per_step": 5, "num_epochs": 2}
+CONTRAST = {"contrast.method": "dpo", **{f"contrast.train.optim.{key}": value for key, value in TRAINING.items()}}
 DUPLICATE, BROKEN = 0, b"{broken"
 
 
-def _train(_module, command, _what, _python):
+def _train(_module, command, _what, _python, launcher=()):
     """Stand in for the training job: copy the model, and change its config so that its content differs."""
     options = dict(pairwise(command[1:]))
     target = Path(shutil.copytree(options["--model"], options["--output"], dirs_exist_ok=True))
@@ -148,7 +150,7 @@ def built_once(tmp_path_factory, toy_model, toy_pairs, write_jsonl):
         {
             "dataset": {"name": "toy", "source": str(folder / "pairs.jsonl")},
             "model": {"path": str(toy_model)},
-            "contrast": {name.partition(".")[2]: value for name, value in CONTRAST.items()},
+            "contrast": {"method": "dpo", "train": {"optim": TRAINING}},
             "weights": {"name": "toy/tis-dpo", "estimator": "tis"},
             "store": {"uri": str(folder / "store")},
         }
@@ -196,6 +198,9 @@ def test_a_fresh_store_computes_everything_in_the_numbers_that_the_stages_then_f
     # Two epochs of 12 pairs are 24, in steps of 5: the last one has 4.
     assert plans["contrast"].reasons[0] == "2 models to train with dpo, 5 steps of 5 pairs each"
     assert plans["contrast"].num_tokens == 2 * 2 * num_tokens
+    size = ModelSize.of(Path(recipe.model.path))
+    assert plans["contrast"].memory_bytes == training_bytes(size, recipe.contrast.train)
+    assert [name for name, found in plans.items() if found.memory_bytes] == ["score ref", "contrast", *SCORES[1:]]
 
 
 def test_pairs_that_are_held_out_are_not_planned_to_be_trained_on(make_recipe, source):
@@ -268,11 +273,11 @@ def test_the_most_likely_tokens_are_stored_for_the_reference_alone(built):
 
 
 def test_other_training_settings_train_and_score_a_new_pair(built):
-    plans = _plan(built(**{"contrast.seed": 7}))
+    plans = _plan(built(**{"contrast.train.optim.seed": 7}))
     assert _computed(plans) == ["contrast", "score positive", "score negative", "publish", "report"]
     assert plans["contrast"].reasons[1:] == (
-        "unlike the positive model that is there: training.seed: 0 -> 7",
-        "unlike the negative model that is there: training.seed: 0 -> 7",
+        "unlike the positive model that is there: training.train.optim.seed: 0 -> 7",
+        "unlike the negative model that is there: training.train.optim.seed: 0 -> 7",
     )
     assert plans["score positive"].reasons == ("the positive model is not trained yet",)
     assert plans["score positive"].num_pairs == NUM_PAIRS
@@ -348,7 +353,7 @@ def test_given_models_need_no_training_and_the_starting_one_is_scored_once(make_
 def test_a_pair_on_other_pairs_is_planned_in_their_number(built, source):
     source(*range(4))
     settings = {"dataset.name": "other", "weights.name": "other/tis-dpo", "contrast.weights": "toy/uniform"}
-    found = _plan(built(**settings, **{"contrast.num_epochs": 1}))["contrast"]
+    found = _plan(built(**settings, **{"contrast.train.optim.num_epochs": 1}))["contrast"]
     assert found.reasons[0] == "2 models to train with dpo, 3 steps of 5 pairs each, on the pairs of toy/uniform"
     assert (found.num_pairs, found.is_exact) == (NUM_PAIRS, True)
 
@@ -644,4 +649,6 @@ def test_rows_for_programs_have_every_field():
         "reasons": ["new " + "word " * 20],
         "is_exact": False,
         "wall_s": 3725.0,
+        "memory": "",
+        "memory_bytes": None,
     }

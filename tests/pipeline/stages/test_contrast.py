@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.chat.tokenizer import Condition
@@ -17,9 +18,14 @@ from pipeline.stages.publish import Ingredients, publish
 from pipeline.stages.score import Scorer, score
 from weights_store import WeightStore
 from weights_store.errors import InputError, MissingExtraError, StageError
+from weights_store.fingerprint import fingerprint_model
 from weights_store.schemas import LOGPS
 
-SMALL = {"contrast.pairs_per_step": 8, "contrast.max_steps": 2, "contrast.learning_rate": 1e-3}
+SMALL = {
+    "contrast.train.optim.pairs_per_step": 8,
+    "contrast.train.optim.max_steps": 2,
+    "contrast.train.optim.learning_rate": 1e-3,
+}
 
 
 @pytest.fixture
@@ -79,7 +85,8 @@ def test_several_prompts_and_given_models_have_a_role_each(toy_model, tmp_path):
 def test_a_pair_is_trained_on_the_other_pairs_that_the_recipe_names(make_recipe, toy_model, uniform, monkeypatch):
     commands = []
 
-    def train(_module, command, _what, _python):
+    def train(_module, command, _what, _python, launcher):
+        assert launcher == []
         commands.append(command)
         shutil.copytree(toy_model, command[command.index("--output") + 1], dirs_exist_ok=True)
 
@@ -109,16 +116,15 @@ def test_a_pair_is_trained_on_the_other_pairs_that_the_recipe_names(make_recipe,
         wanted_models(gone, toy_model, own)
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_trained_pair_is_two_models_of_opposite_data_and_is_reused(make_recipe, toy_model, uniform, method):
-    recipe = make_recipe(**{"contrast.method": method, **SMALL})
+def test_trained_pair_is_two_models_of_opposite_data_and_is_reused(make_recipe, toy_model, uniform):
+    recipe = make_recipe(**{"contrast.method": "sft", **SMALL})
     pairs = uniform(16)
     with ThreadPoolExecutor() as builds:  # two at once: one trains, the other waits and takes the same model
         first, other = builds.map(lambda _: contrast(recipe.contrast, toy_model, pairs), range(2))
     assert first.scorers == other.scorers
     configs = [json.loads((scorer.model / "lineage.json").read_text())["config"] for scorer in first.scorers.values()]
     assert [config["data"]["swap"] for config in configs] == [False, True]
-    assert {config["loss"]["name"] for config in configs} == {method}
+    assert {config["loss"]["name"] for config in configs} == {"sft"}
     assert first.num_trained + other.num_trained == 2
     # A vLLM or transformers user finds a whole model there, tokenizer included.
     assert (first.scorers["positive"].model / "tokenizer.json").read_bytes() == (
@@ -127,6 +133,35 @@ def test_trained_pair_is_two_models_of_opposite_data_and_is_reused(make_recipe, 
 
     again = contrast(recipe.contrast, toy_model, uniform(20))
     assert (again.num_trained, again.scorers) == (0, first.scorers)
+
+
+def test_adapters_are_trained_in_two_processes_and_scored_merged_into_their_base(make_recipe, toy_model, uniform):
+    """The store keeps the adapters; the probe of `pipeline/models/lora.py` has compared base + adapter with what is scored."""
+    shared = {"contrast.train.lora.rank": 4, "contrast.train.num_processes": 2}
+    sharded = {"contrast.train.parallel.strategy": "fsdp2", "contrast.train.optim.tokens_per_batch": 512}
+    recipe = make_recipe(**{"contrast.method": "dpo", **SMALL, **shared, **sharded})
+    pairs = uniform(16)
+    pair = contrast(recipe.contrast, toy_model, pairs)
+    assert pair.num_trained == 2
+    start = load_file(toy_model / "model.safetensors")
+    changes = []
+    for model, scorer in zip(wanted_models(recipe.contrast, toy_model, pairs), pair.scorers.values(), strict=True):
+        assert model.folder == scorer.model
+        stored = WeightStore(pairs.store).root.path / "models" / model.name
+        record = json.loads((stored / "contrast.json").read_text())
+        assert record["fingerprint"] == fingerprint_model(scorer.model)
+        assert not list(stored.glob("*.safetensors"))
+        adapter = load_file(stored / "adapter" / "adapter_model.safetensors")
+        layer = "model.layers.1.self_attn.q_proj"
+        low, high = (adapter[f"base_model.model.{layer}.lora_{part}.weight"] for part in "AB")
+        merged = load_file(scorer.model / "model.safetensors")[f"{layer}.weight"]
+        change = (32 / 4) * high @ low  # alpha / rank
+        torch.testing.assert_close(merged, start[f"{layer}.weight"] + change, rtol=1e-5, atol=1e-6)
+        changes.append(change.flatten())
+    # Opposite data: the two models move apart.
+    assert torch.cosine_similarity(*changes, dim=0) < 0
+    lone = make_recipe(**{"contrast.method": "dpo", **SMALL, "contrast.train.lora.rank": 4})
+    assert contrast(lone.contrast, toy_model, pairs).num_trained == 0  # who computes is no part of a model's identity
 
 
 def test_grown_data_train_a_new_pair_only_when_asked_or_if_one_side_is_missing(make_recipe, toy_model, uniform):
@@ -151,8 +186,16 @@ def test_what_is_held_out_and_the_split_reach_the_training_and_name_other_models
     settings = {"contrast.method": "sft", **SMALL}
     held_out, split = {"contrast.held_out": 0.25}, {"contrast.split": "train"}
     plain, changed = make_recipe(**settings), make_recipe(**settings, **held_out)
-    assert plain.contrast_settings.training_settings().keys() == {
-        "method", "learning_rate", "num_epochs", "max_steps", "pairs_per_step", "dtype", "seed"
+    assert plain.contrast_settings.training_settings() == {
+        "method": "sft",
+        "train": {
+            "model": {"dtype": "float32", "quantization": "none"},
+            "lora": None,
+            "optim": {
+                "learning_rate": 1e-3, "num_epochs": 1, "max_steps": 2, "pairs_per_step": 8, "seed": 0,
+                "warmup_share": 0.1, "weight_decay": 0.0, "max_grad_norm": 1.0, "schedule": "linear",
+            },
+        },
     }  # fmt: skip
     assert plain.result_settings()["contrast"] == plain.contrast.training_settings()
     assert changed.contrast.training_settings() == {**plain.contrast.training_settings(), "held_out": 0.25}

@@ -21,7 +21,11 @@ from weights_store.errors import NotFoundError
 from weights_store.schemas import LOGPS, SIDES
 
 pytestmark = pytest.mark.slow
-SHORT = {"contrast.pairs_per_step": 8, "contrast.max_steps": 2, "contrast.learning_rate": 1e-3}
+SHORT = {
+    "contrast.train.optim.pairs_per_step": 8,
+    "contrast.train.optim.max_steps": 2,
+    "contrast.train.optim.learning_rate": 1e-3,
+}
 
 
 def score(tokens, folder, scorer):

@@ -1,0 +1,78 @@
+"""The `[contrast.train]` section of a recipe: how the two models of constructions S and D are trained. Part of `section.py`.
+
+Its sections are those of a training config (`train/config.py`), so a key means the same in both.
+"""
+
+from pydantic import Field, model_validator
+
+from pipeline.section import Section
+from train.config import LoraOptions, ModelOptions, OptimConfig, ParallelSection
+
+
+class PairLoss(Section):
+    """The loss of the two trainings."""
+
+    beta: float = Field(0.1, gt=0, description="of the two DPO runs (method dpo)")
+
+
+class PairOptim(OptimConfig):
+    """How it is minimised: AdamW."""
+
+    learning_rate: float = Field(default=5e-6, gt=0)
+    """Peak learning rate."""
+    pairs_per_step: int = Field(default=32, ge=1)
+    """Pairs per optimizer step, over all devices and accumulated micro-batches."""
+
+
+class PairTraining(Section):
+    """How the two models of methods sft and dpo are trained. The launcher is torchrun if there is more than one process."""
+
+    model: ModelOptions = ModelOptions()
+    lora: LoraOptions | None = None
+    loss: PairLoss = PairLoss()
+    optim: PairOptim = PairOptim()
+    parallel: ParallelSection = ParallelSection()
+    num_processes: int = Field(1, ge=1, description="processes that train one model on this machine: one per GPU")
+    num_machines: int = Field(1, ge=1, description="machines that train one model, each with num_processes")
+    main_address: str | None = Field(
+        None, pattern=r"^[^\s:/]+:\d+$", description="host:port of this machine, where the other machines find it"
+    )
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "PairTraining":
+        if self.model.quantization != "none" and self.lora is None:
+            raise ValueError(
+                "contrast.train.model.quantization freezes the model's weights; add a [contrast.train.lora] section to train "
+                "adapters on it"
+            )
+        world_size = self.num_processes * self.num_machines
+        if self.optim.pairs_per_step % world_size:
+            raise ValueError(
+                f"contrast.train.optim.pairs_per_step={self.optim.pairs_per_step} cannot be shared equally by {world_size} "
+                f"processes; make it a multiple of {world_size}"
+            )
+        if (self.num_machines > 1) != (self.main_address is not None):
+            raise ValueError(
+                f"contrast.train.num_machines={self.num_machines} and contrast.train.main_address={self.main_address!r} do not "
+                "fit: several machines need a host:port of the first one, and a single machine needs none"
+            )
+        return self
+
+    def result_settings(self) -> dict[str, object]:
+        """Return what determines the trained models, by section, without the loss."""
+        lora = None if self.lora is None else self.lora.model_dump()
+        return {"model": self.model.result_settings(), "lora": lora, "optim": self.optim.result_settings()}
+
+    def launcher(self, machine: int = 0) -> list[str]:
+        """Return what Python gets before `-m MODULE` to start the processes of one machine: nothing for a single one.
+
+        Args:
+            machine: From 0, the one that builds.
+        """
+        if self.num_processes * self.num_machines == 1:
+            return []
+        host, _, port = (self.main_address or "").partition(":")
+        together = ["--nnodes", str(self.num_machines), "--node-rank", str(machine)]
+        together += ["--master-addr", host, "--master-port", port]
+        where = together if self.num_machines > 1 else ["--standalone"]
+        return ["-m", "torch.distributed.run", *where, "--nproc-per-node", str(self.num_processes)]
