@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from train.loss.config import LossSection
 
+FIRST_TOKENS = 8192
+"""Tokens that a training computes at a time before it has measured anything, and on CPUs."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

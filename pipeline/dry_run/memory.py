@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pipeline.models.train_section import PairTraining
+from train.config import FIRST_TOKENS
 from weights_store.errors import InputError
 from weights_store.fingerprint import WEIGHT_FILE, load_json
 
@@ -23,9 +24,10 @@ _NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 _TRAINED_BYTES = 4 + 4 + 8
 """Per trained parameter: itself in float32, its gradient, and AdamW's two moments."""
 _SCORED_LOGIT_BYTES = 6
-"""vLLM's V1 runner, per position of an engine step and token of the vocabulary: logits and their float32 log-softmax."""
-_TRAINED_LOGITS, _TRAINED_LOGIT_BYTES = 1 << 25, 16
-"""Logits that a training computes at a time (`train/model/logps.py`), and four float32 copies of them."""
+"""Per position of a sequence and token of the vocabulary: logits and their float32 log-softmax, which vLLM computes sequence by
+sequence."""
+_KEPT_LOGITS, _CHUNK_LOGITS = 1 << 30, 1 << 29
+"""Logits that a training on a GPU keeps, and computes at a time (`train/model/logps.py`)."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _ATTENTION = {"full_attention", "sliding_attention"}
 Shape = tuple[int, ...]
@@ -43,6 +45,8 @@ class ModelSize:
     """Size of the keys of one token in one layer; the values have the same."""
     intermediate: int
     vocab: int
+    is_half: bool = False
+    """Whether its config says bfloat16: then a frozen base is held in it, see `train/model/policy.py`."""
 
     @classmethod
     def of(cls, folder: Path) -> "ModelSize | None":
@@ -67,7 +71,8 @@ class ModelSize:
         heads, hidden, num_layers, intermediate, vocab = numbers
         kv_heads = config.get("num_key_value_heads") or heads
         kv_width = kv_heads * (config.get("head_dim") or hidden // heads)
-        return cls(shapes, hidden, num_layers, kv_width, intermediate, vocab)
+        is_half = (config.get("dtype") or config.get("torch_dtype")) == "bfloat16"
+        return cls(shapes, hidden, num_layers, kv_width, intermediate, vocab, is_half)
 
     @property
     def num_parameters(self) -> int:
@@ -86,15 +91,18 @@ class ModelSize:
         return 2 * self.num_layers * self.kv_width * BYTES[dtype] * num_tokens
 
     def activation_bytes(self, num_tokens: int, dtype: str, *, checkpointing: bool = False) -> int:
-        """Return what a forward pass keeps for the backward pass.
+        """Return what a forward pass keeps for the backward pass on a GPU.
 
-        Per token and layer: the residual stream and its norm, twice, in float32; and in the dtype of the pass inputs and
-        outputs of attention and the MLP. With checkpointing: the inputs of all layers, and one layer whole.
+        Per token and layer: the residual stream and its norm, twice, queries and outputs of attention, keys and values, and
+        gate, input and product of the MLP. In float32 also what norms and gates compute in between; in half precision the
+        keys and values once more, as flash attention reads them, with prompts in front of each response. With checkpointing:
+        the inputs of all layers, and one layer whole.
         """
-        wide = 4 * self.hidden + 2 * self.kv_width + 4 * self.intermediate
-        layer_bytes = num_tokens * (16 * self.hidden + BYTES[dtype] * wide)
+        is_wide = dtype == "float32"
+        values = (11 if is_wide else 6) * self.hidden + (4 if is_wide else 3) * self.intermediate
+        layer_bytes = num_tokens * BYTES[dtype] * (values + (2 if is_wide else 5) * self.kv_width)
         if checkpointing:
-            return self.num_layers * num_tokens * 4 * self.hidden + layer_bytes
+            return self.num_layers * num_tokens * BYTES[dtype] * self.hidden + layer_bytes
         return self.num_layers * layer_bytes
 
 
@@ -117,8 +125,8 @@ def engine_bytes(size: ModelSize, dtype: str, *, batch_tokens: int, max_tokens: 
         tensor_parallel: GPUs that share weights and KV cache.
     """
     shared = BYTES[dtype] * size.num_parameters + size.kv_bytes(max_tokens, dtype)
-    step = batch_tokens * (BYTES[dtype] * 2 * (size.hidden + size.intermediate) + _SCORED_LOGIT_BYTES * size.vocab)
-    return shared // tensor_parallel + step
+    step = batch_tokens * BYTES[dtype] * 2 * (size.hidden + size.intermediate)
+    return shared // tensor_parallel + step + min(batch_tokens, max_tokens) * _SCORED_LOGIT_BYTES * size.vocab
 
 
 def attribution_bytes(size: ModelSize, dtype: str, batch_tokens: int) -> int:
@@ -129,8 +137,11 @@ def attribution_bytes(size: ModelSize, dtype: str, batch_tokens: int) -> int:
 def training_bytes(size: ModelSize, train: PairTraining) -> int:
     """Return the memory of one process that trains one side of the contrastive pair, on its device."""
     model, num_processes = train.model, train.num_processes * train.num_machines
+    is_sharded = train.parallel.strategy == "fsdp2" and num_processes > 1
     width = BYTES[model.dtype]
     copies = 0 if width == 4 else width  # the 16-bit parameters that compute, beside those in float32
+    is_half = size.is_half and not is_sharded and model.quantization == "none"
+    frozen = width if is_half else 4 + copies
     states: float = (_TRAINED_BYTES + copies) * size.num_parameters
     if train.lora is not None:
         targets = train.lora.target_modules
@@ -138,13 +149,13 @@ def training_bytes(size: ModelSize, train: PairTraining) -> int:
         num_adapter = train.lora.rank * sum(sum(shape) for shape in adapted)
         num_quantized = sum(map(math.prod, size.linear())) if model.quantization == "nf4" else 0
         states = (_TRAINED_BYTES + copies) * num_adapter
-        states += _NF4_BYTES * num_quantized + width * (size.num_parameters - num_quantized)
-    if train.parallel.strategy == "fsdp2" and num_processes > 1:
+        states += _NF4_BYTES * num_quantized + frozen * (size.num_parameters - num_quantized)
+    if is_sharded:
         states = states / num_processes + width * _gathered(size)
-    activations = size.activation_bytes(
-        train.optim.tokens_per_batch, model.dtype, checkpointing=model.gradient_checkpointing
-    )
-    return round(states) + activations + _TRAINED_LOGIT_BYTES * _TRAINED_LOGITS
+    num_tokens = train.optim.tokens_per_batch or FIRST_TOKENS
+    activations = size.activation_bytes(num_tokens, model.dtype, checkpointing=model.gradient_checkpointing)
+    num_logits = min(num_tokens * size.vocab, _KEPT_LOGITS)
+    return round(states) + activations + width * (num_logits + min(num_logits, _CHUNK_LOGITS))
 
 
 def _gathered(size: ModelSize) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.dry_run.device import Device
 from pipeline.dry_run.memory import BYTES, ModelSize, attribution_bytes, engine_bytes, training_bytes
+from pipeline.engine.contract import STEP_TOKENS
 from pipeline.recipe import Recipe
 from pipeline.workers.supervise import resolve_dtype
 
@@ -62,7 +63,7 @@ class Needs:
         num_bytes = engine_bytes(
             size,
             dtype,
-            batch_tokens=score.batch_tokens,
+            batch_tokens=score.batch_tokens or STEP_TOKENS["gpu" if self.device.is_gpu else "cpu"],
             max_tokens=self.recipe.dataset.max_prompt_tokens + self.recipe.dataset.max_response_tokens,
             tensor_parallel=score.tensor_parallel if self.device.is_gpu else 1,
         )

@@ -8,6 +8,9 @@ from typing import Protocol
 from pipeline.engine.score_once import Reply, ScoredSequence
 from train.model.sampling import AnchorSampling
 
+STEP_TOKENS = {"cpu": 4096, "gpu": 16_384}
+"""Tokens of an engine step that no recipe sets."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.engine.contract import EngineSettings
+from pipeline.engine.contract import STEP_TOKENS, EngineSettings
 from pipeline.engine.request_queue import is_out_of_memory
 from train.model import checkpoint
 from weights_store.errors import InputError, MissingExtraError, OutOfMemoryError
@@ -16,7 +16,6 @@ from weights_store.messages import first_line
 
 CPU_BLOCK_SIZE = 32
 """Tokens in a block of the prefix cache: the least for vLLM's CPU back end; its default, 128, shares few prompts."""
-CPU_STEP_TOKENS, GPU_STEP_TOKENS = 4096, 16_384
 _GPU_SEQUENCES = 512
 """Most sequences in a step on a GPU. vLLM's default here is 128: too few to fill a step with short ends of cached prompts."""
 _ROUNDING_TOKENS = 256
@@ -45,7 +44,7 @@ def start_vllm(model: Path, settings: EngineSettings) -> tuple[Any, int, int]:
             f"scoring needs the package {error.name!r}, which is not installed; pip install 'tokenweights[score]' (GPU) or "
             "'tokenweights[score-cpu]'"
         ) from error
-    step_tokens = settings.step_tokens(CPU_STEP_TOKENS if on_cpu else GPU_STEP_TOKENS)
+    step_tokens = settings.step_tokens(STEP_TOKENS["cpu" if on_cpu else "gpu"])
     arguments = EngineArgs(
         model=str(model),
         dtype=settings.dtype,

@@ -25,6 +25,7 @@ from train.data.dataset import Pair, StoredResponse
 from train.model.attribution import TokenAttributions, attribute_tokens, input_embeddings, states_before
 from train.model.checkpoint import in_float32, load_checkpoint
 from train.model.collate import Batch, PairCollator
+from train.model.elementwise import use_kernels
 from train.model.foreign import is_out_of_memory
 from train.model.logps import check_output_layer
 from train.model.packing import confirm_layout, enable_packing
@@ -238,6 +239,8 @@ def _choose_layout(model: PreTrainedModel, device: torch.device) -> str | None:
     with in_float32(model):
         check_output_layer(model)
         reason = enable_packing(model, attributions=True)
+    if model.dtype != torch.float32:
+        use_kernels(model)
     model.to(device)
     return confirm_layout(model, ordinary, reason, attributions=True)
 

@@ -1,7 +1,7 @@
 """What a training would do, for `tokenweights train --dry-run`: lines of text, without loading the model."""
 
+from train.config import FIRST_TOKENS
 from train.job.gate import tolerance_of
-from train.job.memory import FIRST_TOKENS
 from train.job.prepare import JobInputs, JobPairs
 from train.job.trainer import build_batches
 from weights_store.fingerprint import fingerprint

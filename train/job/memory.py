@@ -7,14 +7,13 @@ from collections.abc import Iterable
 
 import torch
 
+from train.config import FIRST_TOKENS
 from train.model.policy import enable_checkpointing
 from weights_store.errors import SettingsError
 from weights_store.messages import logger
 
 _log = logger(__name__)
 
-FIRST_TOKENS = 8192
-"""Tokens at a time before anything is measured, and on CPUs."""
 MOST_TOKENS = 65_536
 """More at a time save nothing."""
 _SHARE = 0.8

@@ -19,9 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from train.config import TrainConfig
+from train.config import FIRST_TOKENS, TrainConfig
 from train.data.dataset import Pair, PairDataset, StoredResponse, WeightSource, sample_pairs
-from train.job.memory import FIRST_TOKENS
 from train.model.attribution import AttributionTarget, attribute_tokens
 from train.model.collate import Batch, PairCollator, model_inputs
 from train.model.generation import sample_responses

@@ -22,10 +22,9 @@ _TOLERANCE = 1e-5
 
 
 def enter_bfloat16(model: PreTrainedModel, *, fuse: bool = True) -> None:
-    """Let the residual stream of a model be bfloat16 wherever autocast to bfloat16 is on.
+    """Let the residual stream of a model be bfloat16 wherever autocast to bfloat16 is on; see `use_kernels` for `fuse`.
 
-    With `fuse`, the gate of an MLP is one kernel in each direction on a GPU, and its silu is not kept; a model whose layers are
-    compiled does not need that. A model that does not say which its input embeddings are stays as it is.
+    A model that does not say which its input embeddings are stays as it is.
     """
     try:
         embeddings = model.get_input_embeddings()
@@ -34,6 +33,14 @@ def enter_bfloat16(model: PreTrainedModel, *, fuse: bool = True) -> None:
     if not isinstance(embeddings, nn.Module):
         return
     embeddings.register_forward_hook(_round)
+    use_kernels(model, fuse=fuse)
+
+
+def use_kernels(model: PreTrainedModel, *, fuse: bool = True) -> None:
+    """Let norms be torch's own, one kernel in each direction on a GPU; and with `fuse` the gates of MLPs too.
+
+    The silu of a gate is then not kept for the backward pass. A model whose layers are compiled does not need that.
+    """
     for module in model.modules():
         if is_rms_norm(module):
             module.forward = MethodType(_norm_by_torch, module)
@@ -48,8 +55,11 @@ def _round(_embeddings: nn.Module, _inputs: object, output: Tensor) -> Tensor:
 def _norm_by_torch(module: nn.Module, hidden: Tensor) -> Tensor:
     """Torch's own RMS norm, one kernel on a GPU, in place of the lines of a family; in the dtype that comes in.
 
-    One function for all layers, so that `torch.compile` sees the same code in each.
+    On a CPU it has more parts than those lines. One function for all layers: `torch.compile` then sees the same code in each.
     """
+    if not hidden.is_cuda:
+        own: Tensor = type(module).forward(module, hidden)
+        return own.to(hidden.dtype)
     weight: Tensor = module.weight  # type: ignore[assignment]
     return F.rms_norm(hidden, weight.shape, weight.to(hidden.dtype), _epsilon_of(module))
 

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from train.job.memory import FIRST_TOKENS, MOST_TOKENS, TokenBudget, fitting_tokens
+from train.config import FIRST_TOKENS
+from train.job.memory import MOST_TOKENS, TokenBudget, fitting_tokens
 from train.job.trainer import PairTrainer
 from weights_store.errors import SettingsError
 

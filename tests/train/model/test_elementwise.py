@@ -82,6 +82,20 @@ def test_log_probs_and_gradients_are_those_of_float32_but_for_rounding() -> None
         assert error < 0.05
 
 
+def test_norms_of_gpus_are_those_of_the_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, hidden = build("llama"), torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    norm = model.model.layers[0].input_layernorm
+    torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    expected = norm(hidden), norm(hidden.bfloat16())
+    enter_bfloat16(model)
+    on_cpu = norm(hidden), norm(hidden.bfloat16())
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for other, own, exact in zip((norm(hidden), norm(hidden.bfloat16())), on_cpu, expected, strict=True):
+        assert other.dtype == own.dtype
+        torch.testing.assert_close(own, exact.to(own.dtype))
+        torch.testing.assert_close(other, own, rtol=2**-6 if own.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
 def test_which_norms_are_the_one_that_torch_has() -> None:
     assert all(is_rms_norm(module) for name, module in build("llama").named_modules() if name.endswith("norm"))
     # Gemma multiplies by 1 + weight
