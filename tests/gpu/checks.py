@@ -8,6 +8,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.gpu.toys import FAMILIES, build_model, make_job, random_pairs, whole_logps
-from train.data.dataset import Pair
+from train.data.dataset import Pair, PairDataset, open_weights
 from train.job.job import run_job
+from train.job.trainer import PairTrainer
 from train.loss.config import LossSection
 from train.loss.objective import compute_pair_losses
 from train.model.attribution import AttributionTarget, attribute_tokens
@@ -26,7 +28,7 @@ from train.model.collate import PairCollator, model_inputs
 from train.model.elementwise import enter_bfloat16, use_kernels
 from train.model.logps import per_token_logps
 from train.model.packing import enable_packing
-from train.model.policy import compile_layers, switch_off_noise
+from train.model.policy import compile_layers, load_policy, switch_off_noise
 
 EXACT = 2e-4
 """Nats, in float32 without TF32; 1.4e-6 were seen on an H200 for the mean."""
@@ -202,6 +204,30 @@ def check_job(device: str) -> None:
         )
 
 
+def check_no_waits(device: str) -> None:
+    """A step of two micro-batches in which the host never waits for the card; torch raises if it does."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        config = make_job(folder, model={"path": str(folder / "model"), "dtype": "bfloat16"})
+        policy = load_policy(folder / "model", config.model)
+        vocab_size = policy.model.config.vocab_size
+        pairs = PairDataset(open_weights(config.data), config.data, vocab_size=vocab_size)
+        policy.model.to(device)
+        trainer = PairTrainer(policy, pairs, config, checkpoints=folder / "checkpoints")
+        step = trainer.cut_step([pairs[row] for row in range(4)], trainer.args.device)
+        halves = [half for batch in step.batches for half in (batch, batch)]
+        trainer.training_step(trainer.model, replace(step, batches=halves))  # compiles, and fills caches
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            total = trainer.training_step(trainer.model, replace(step, batches=halves))
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        assert total.isfinite(), f"loss {total}"
+
+
 def assert_near(got: Tensor, expected: Tensor, limit: float, what: str) -> None:
     """Raise unless all values are within `limit`; NaN is not."""
     gap = float((got.detach().double().cpu() - expected.detach().double().cpu()).abs().max())
@@ -226,6 +252,7 @@ CHECKS: dict[str, Check] = {
     **{f"attribution-{family}": partial(check_attribution, family) for family in ("llama", "mistral-window")},
     "losses": check_losses,
     "job": check_job,
+    "no-waits": check_no_waits,
     "compile": check_compile,
 }
 """By name. Compiling comes last: it takes longest."""

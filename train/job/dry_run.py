@@ -1,9 +1,9 @@
 """What a training would do, for `tokenweights train --dry-run`: lines of text, without loading the model."""
 
 from train.config import FIRST_TOKENS
+from train.job.arguments import build_batches
 from train.job.gate import tolerance_of
 from train.job.prepare import JobInputs, JobPairs
-from train.job.trainer import build_batches
 from weights_store.fingerprint import fingerprint
 
 

@@ -146,7 +146,10 @@ class Refresher:
     def _weighted(self, pairs: Sequence[Pair], hybrid: HybridSettings) -> list[Pair]:
         # The gradients of two responses mix in a shared prompt; if prompts count, each response gets its own.
         collator = self._collator(with_rejected=not hybrid.with_prompts)
-        rows = [*pairs, *(pair.swapped() for pair in pairs)] if hybrid.with_prompts else list(pairs)
+        alike = [
+            replace(pair, is_filler=False) for pair in pairs
+        ]  # nothing is counted here, so fillers need not come last
+        rows = [*alike, *(pair.swapped() for pair in alike)] if hybrid.with_prompts else alike
         weights: dict[tuple[int, int], Floats] = {}  # by pair and side
         for part, batch in self._batches(rows, collator):
             with self._arithmetic(batch):

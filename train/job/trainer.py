@@ -19,24 +19,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from train.config import TrainConfig
 from train.data.dataset import OrderedPairs, Pair, PairDataset
-from train.data.sampler import BlockShuffle, StepBatches
-from train.job.memory import TokenBudget, save_memory
+from train.data.sampler import BlockShuffle
+from train.job.arguments import build_arguments, build_batches
 from train.job.progress import LogLastStep
 from train.job.ranks import join_ranks, shard_on_cpus
 from train.job.refresh import FRESH_FILES, Refresher
 from train.job.step_reader import StepReader
 from train.loss.metrics import MetricWindow
 from train.loss.objective import compute_pair_losses, count_units
+from train.model.attention.layout import to_device
+from train.model.checkpoint import in_float32
 from train.model.collate import Batch, PairCollator, model_inputs
-from train.model.foreign import is_out_of_memory
+from train.model.foreign import is_out_of_memory, unwrap_adapters
 from train.model.logps import Divergence, TokenTerms, per_token_logps, route_forward
 from train.model.policy import Policy
-from train.model.token_budget import cut_by_tokens
+from train.model.token_budget import TokenBudget, cut_by_tokens, empty_cache, save_memory
 from weights_store.errors import SettingsError
 from weights_store.messages import first_line, logger
 
@@ -109,7 +111,9 @@ class PairTrainer(Trainer):
         self.reference: nn.Module | None = None if reference is None else reference.to(self.args.device)
         direction = needs.kl_direction
         route_forward(policy.model, Divergence(direction, needs.ref_top, reference) if direction else None)
-        self.budget = TokenBudget(config.optim.tokens_per_batch, self.args.device)
+        self.budget = TokenBudget(
+            config.optim.tokens_per_batch, self.args.device, measures=self.accelerator.num_processes == 1
+        )
         self.loss_is_scaled_for_ga = True  # training_step divides by the units of the whole step
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -179,42 +183,46 @@ class PairTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Step, num_items_in_batch: object = None) -> Tensor:
         """Run forward and backward of a whole step, and add to the metrics; return this rank's share of the mean loss."""
-        model.train()
         step, window = inputs, MetricWindow()
         self.budget.begin_step()
         while (total := self._run_step(model, step, window)) is None:  # out of memory
             model.zero_grad(set_to_none=True)
             window = MetricWindow()
             step = self.cut_step(step.pairs, self.args.device)
-        self.budget.end_step(step.largest, model.parameters())
+        self.budget.end_step(step.largest)
         self.window.merge(window)
         return total
 
     def _run_step(self, model: nn.Module, step: Step, window: MetricWindow) -> Tensor | None:
         """Return the share of the loss; None if it did not fit into memory, after making what comes smaller."""
+        model.train()  # here, for layers that have just been told to be computed again
         try:
             return self._forward_and_backward(model, step, window)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            if self.accelerator.num_processes > 1:  # the others wait for this one's gradients
-                raise SettingsError(
-                    f"a micro-batch of {step.largest:,} tokens does not fit into the memory of process "
-                    f"{self.accelerator.process_index}: lower optim.tokens_per_batch (now {self.budget.tokens:,}), or set "
-                    f"model.gradient_checkpointing=true ({first_line(error)})"
-                ) from error
-            if max(len(batch["pair_weights"]) for batch in step.batches) > 1:
-                self.budget.shrink(step.largest)
-                _log.info(f"out of memory: micro-batches of up to {self.budget.tokens:,} tokens from here on")
-            else:
-                save_memory(model, step.largest, error)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            self._make_room(model, error)
+        empty_cache()
         return None
+
+    def _make_room(self, model: nn.Module, error: BaseException) -> None:
+        """Make micro-batches smaller than the one that did not fit; if it was a single pair, compute its layers again."""
+        num_tokens, num_pairs = self._current["input_ids"].numel(), len(self._current["pair_weights"])
+        if self.accelerator.num_processes > 1:  # the others wait for this one's gradients
+            raise SettingsError(
+                f"a micro-batch of {num_tokens:,} tokens does not fit into the memory of process "
+                f"{self.accelerator.process_index}: lower optim.tokens_per_batch (now {self.budget.tokens:,}), or set "
+                f"model.gradient_checkpointing=true ({first_line(error)})"
+            ) from error
+        if num_pairs > 1:
+            self.budget.shrink(num_tokens)
+        else:
+            save_memory(model, num_tokens, error)
 
     def _forward_and_backward(self, model: nn.Module, step: Step, window: MetricWindow) -> Tensor:
         total = torch.zeros((), device=self.args.device)
         for batch in step.batches:
+            self._current = batch
             with nullcontext() if batch is step.batches[-1] else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     total_loss = self._add_batch(model, self._prepare_inputs(batch), window)
@@ -223,6 +231,13 @@ class PairTrainer(Trainer):
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """Send a micro-batch to the device, without waiting for what it is doing."""
+        return {
+            name: to_device(value, self.args.device) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
 
     def floating_point_ops(self, inputs: Step) -> int:
         """Return 0: the Trainer's estimate needs padded batches."""
@@ -273,41 +288,56 @@ class PairTrainer(Trainer):
         if self.collator.with_anchors and not self.measured.with_anchors:
             self.loss = self.loss.model_copy(update={"triplet_gamma": 0.0})
         self.collator = self.measured
-        window = MetricWindow()
         num_processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = -(-len(sample) // num_processes)
         share = list(sample[rank * size : (rank + 1) * size])
         share += [replace(sample[-1], is_filler=True)] * (size - len(share))
-        for batch in self.cut_step(share, self.args.device).batches:
-            with self.compute_loss_context_manager():
-                self._add_batch(model, self._prepare_inputs(batch), window)
+
+        def add_all() -> MetricWindow:
+            window = MetricWindow()
+            for batch in self.cut_step(share, self.args.device).batches:
+                with self.compute_loss_context_manager():
+                    self._add_batch(model, self._prepare_inputs(batch), window)
+            return window
+
+        window = self.budget.within(add_all, can_shrink=num_processes == 1)
         self.loss, self.collator = ordinary
         return window.pop_means(self.accelerator.reduce if num_processes > 1 else None)
 
-    def response_logps(self, sample: Sequence[Pair], dtype: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield policy and stored reference log-probs of all response tokens of `sample`, `[n]` each, nats.
+    def response_logps(self, sample: Sequence[Pair], dtype: str) -> list[tuple[Tensor, Tensor]]:
+        """Return policy and stored reference log-probs of all response tokens of `sample`, in parts, `[n]` each, nats.
 
         Every rank runs the whole sample, so that all ranks decide the same. The model is in the mode that trains; `dtype` is
         that of the forward pass.
         """
-        return self._beside_stored(self.model_wrapped.train(), sample, dtype)
+        model = self.model_wrapped.train()
+        # A frozen base in half precision would round whatever autocast does.
+        exact = in_float32(unwrap_adapters(self.model)) if dtype == "float32" else nullcontext()
+        with exact:
+            return self._beside_stored(model, sample, dtype)
 
-    def reference_logps(self, sample: Sequence[Pair]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the same of the frozen reference model, computed as in training."""
+    def reference_logps(self, sample: Sequence[Pair]) -> list[tuple[Tensor, Tensor]]:
+        """Return the same of the frozen reference model, computed as in training."""
         assert self.reference is not None, "there is no reference model"
         return self._beside_stored(partial(per_token_logps, self.reference), sample, self.config.model.dtype)
 
     @torch.no_grad()
     def _beside_stored(
         self, logps_of: Callable[..., TokenTerms], sample: Sequence[Pair], dtype: str
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> list[tuple[Tensor, Tensor]]:
         device = next(self.model_wrapped.parameters()).device
         sizes = [self.measured.num_tokens(pair) for pair in sample]
-        for part in cut_by_tokens(sample, sizes, self.budget.tokens):
-            batch = self.measured(part, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-                terms = logps_of(**model_inputs(batch))
-            yield terms.logps[batch["completion_mask"]], batch["ref_logps"][batch["completion_mask"]]
+
+        def compute() -> list[tuple[Tensor, Tensor]]:
+            found = []
+            for part in cut_by_tokens(sample, sizes, self.budget.tokens):
+                batch = self.measured(part, device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+                    terms = logps_of(**model_inputs(batch))
+                found.append((terms.logps[batch["completion_mask"]], batch["ref_logps"][batch["completion_mask"]]))
+            return found
+
+        return self.budget.within(compute, can_shrink=self.accelerator.num_processes == 1)
 
     def evaluate(
         self, eval_dataset: object = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
@@ -339,55 +369,3 @@ class PairTrainer(Trainer):
         done = min(self.state.global_step * self.config.optim.pairs_per_step, self.batches.num_positions)
         self.state.epoch = done / self.num_pairs  # the Trainer sees the whole run as one epoch
         super().log(logs, start_time)
-
-
-def build_batches(config: TrainConfig, num_pairs: int, *, rank: int = 0, world_size: int = 1) -> StepBatches:
-    """Return the positions that one rank trains on, step by step.
-
-    Raises:
-        SettingsError: `optim.pairs_per_step` cannot be shared equally by the processes.
-    """
-    optim = config.optim
-    if optim.pairs_per_step % world_size:
-        raise SettingsError(
-            f"optim.pairs_per_step={optim.pairs_per_step} cannot be shared equally by {world_size} processes; "
-            f"make it a multiple of {world_size}"
-        )
-    num_positions = optim.max_steps * optim.pairs_per_step if optim.max_steps else optim.num_epochs * num_pairs
-    return StepBatches(num_positions, pairs_per_step=optim.pairs_per_step, rank=rank, world_size=world_size)
-
-
-def build_arguments(config: TrainConfig, batches: StepBatches, checkpoints: Path) -> TrainingArguments:
-    """Return the Trainer's own settings; data, loss, order and learning rate are ours."""
-    optim, output, evaluation = config.optim, config.output, config.eval
-    sharding: dict[str, object] = {}
-    if config.parallel.strategy == "fsdp2" and join_ranks().num_processes > 1:  # one process has nothing to shard
-        sharding = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
-    return TrainingArguments(
-        output_dir=str(checkpoints),
-        max_steps=batches.num_steps,
-        gradient_accumulation_steps=1,  # training_step accumulates
-        learning_rate=optim.learning_rate,
-        weight_decay=optim.weight_decay,
-        max_grad_norm=optim.max_grad_norm,
-        seed=optim.seed,
-        use_cpu=not torch.accelerator.is_available(),  # otherwise the Trainer refuses bf16 on CPUs
-        bf16=config.model.dtype == "bfloat16",
-        dataloader_num_workers=config.data.num_workers,
-        logging_steps=output.log_every_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # it would replace a NaN by an earlier loss
-        save_strategy="steps" if output.save_every_steps else "no",
-        save_steps=output.save_every_steps or 1,
-        save_total_limit=1,
-        eval_strategy="steps" if evaluation.every_steps else "no",
-        eval_steps=evaluation.every_steps,
-        load_best_model_at_end=bool(evaluation.best),
-        metric_for_best_model=f"eval_{evaluation.best}" if evaluation.best else None,
-        greater_is_better=evaluation.best != "loss" if evaluation.best else None,
-        report_to=output.report_to,
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        disable_tqdm=True,  # progress.py
-        **sharding,
-    )

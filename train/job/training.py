@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from train.config import TrainConfig
 from train.data.dataset import Pair
+from train.job.arguments import build_batches
 from train.job.card import model_card
 from train.job.gate import check_reference, check_step_0
 from train.job.notices import held_out_was_seen
@@ -22,7 +23,7 @@ from train.job.prepare import JobInputs, JobPairs
 from train.job.progress import ProgressLines, StopAfterStep, check_tracker, metrics_line
 from train.job.ranks import gather_parameters, join_ranks
 from train.job.stopping import StopRequest
-from train.job.trainer import PairTrainer, build_batches
+from train.job.trainer import PairTrainer
 from train.model.packing import confirm_layout
 from train.model.policy import Policy, compile_layers, load_policy, load_reference, save_policy
 from weights_store.messages import logger

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from train.data.dataset import Pair, StoredResponse
 from train.loss.terms import ResponseLogps
-from train.model.attention.layout import ANCHOR, CHOSEN, NUM_BRANCHES, REJECTED, Layout
+from train.model.attention.layout import ANCHOR, CHOSEN, NUM_BRANCHES, REJECTED, Layout, to_device
 from train.model.logps import ModelInputs, TokenTerms
 from weights_store.schemas import SIDES
 
@@ -72,7 +72,7 @@ class PairCollator:
         if pairs[0].chosen_score is not None:
             for side in SIDES:
                 arrays[f"{side}_scores"] = np.array([getattr(pair, f"{side}_score") for pair in pairs], np.float32)
-        batch: Batch = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()} | numbers
+        batch: Batch = {name: to_device(array, device) for name, array in arrays.items()} | numbers
         return batch if layout is None else batch | {"layout": layout}
 
     def num_tokens(self, pair: Pair) -> int:

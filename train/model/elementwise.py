@@ -8,6 +8,7 @@ which are float32 always.
 
 from collections.abc import Callable
 from functools import cache
+from inspect import signature
 from types import MethodType
 from typing import Any
 
@@ -17,6 +18,11 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
+
+from train.model.foreign import FOREIGN_ERRORS, is_out_of_memory
+from weights_store.messages import first_line, logger
+
+_log = logger(__name__)
 
 _TOLERANCE = 1e-5
 
@@ -77,12 +83,14 @@ def is_rms_norm(module: nn.Module) -> bool:
     A name proves nothing, so two rows are compared.
     """
     weight, epsilon = getattr(module, "weight", None), _epsilon_of(module)
-    if "RMSNorm" not in type(module).__name__ or not isinstance(weight, Tensor) or weight.dim() != 1 or epsilon is None:
+    if "RMSNorm" not in type(module).__name__ or epsilon is None or not _takes_one_input(module):
+        return False
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1:  # a buffer may be there for show
         return False
     rows = torch.linspace(-1, 3, 2 * len(weight), device=weight.device).view(2, -1) * epsilon**0.5
     try:
         own = module(rows)
-    except (RuntimeError, TypeError):  # it takes something else, too
+    except FOREIGN_ERRORS:
         return False
     expected = F.rms_norm(rows, weight.shape, weight.to(rows.dtype), epsilon)
     return own.dtype == rows.dtype and torch.allclose(own, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
@@ -102,12 +110,16 @@ def is_gated_mlp(module: nn.Module) -> bool:
     gate = getattr(module, "gate_proj", None)
     if not isinstance(gate, nn.Linear) or not isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
         return False
-    rows = torch.linspace(-1, 1, 2 * gate.in_features, device=gate.weight.device, dtype=gate.weight.dtype)
-    rows = rows.view(1, 2, -1)
+    dtype = gate.weight.dtype if gate.weight.is_floating_point() else torch.float32  # 4-bit weights are bytes
+    rows = torch.linspace(-1, 1, 2 * gate.in_features, device=gate.weight.device, dtype=dtype).view(1, 2, -1)
     try:
-        return torch.equal(module(rows), _run_gated(module, rows))
-    except (AttributeError, RuntimeError, TypeError):  # other parts, or another input
+        return _takes_one_input(module) and torch.equal(module(rows), _run_gated(module, rows))
+    except FOREIGN_ERRORS:
         return False
+
+
+def _takes_one_input(module: nn.Module) -> bool:
+    return len(signature(module.forward).parameters) == 1
 
 
 class _Gated(torch.autograd.Function):
@@ -139,5 +151,22 @@ def gradients_of_gated(gate: Tensor, up: Tensor, gradient: Tensor) -> tuple[Tens
 
 @cache
 def compiled(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """Return an elementwise function over tensors of any number of rows, as few kernels."""
-    return torch.compile(compute, dynamic=True)
+    """Return an elementwise function over tensors of any number of rows, as few kernels.
+
+    Where nothing can be compiled, for want of a C compiler for example, it stays what it is.
+    """
+    fast: Callable[..., Any] | None = torch.compile(compute, dynamic=True)
+
+    def call(*tensors: Tensor) -> Any:
+        nonlocal fast
+        if fast is not None:
+            try:
+                return fast(*tensors)
+            except FOREIGN_ERRORS as error:
+                if is_out_of_memory(error):
+                    raise
+                fast = None
+                _log.info(f"{compute.__name__} cannot be compiled, and is slower now: {first_line(error)}")
+        return compute(*tensors)
+
+    return call

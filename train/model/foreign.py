@@ -28,6 +28,8 @@ FOREIGN_ERRORS = (
 )
 """What a model's code raises on inputs, or on a device, that it was not written for; all but bugs of Python itself."""
 
+_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 Head = Callable[[Tensor], Tensor]
 
 
@@ -109,4 +111,4 @@ def explain(model: nn.Module, problem: str, remedy: str) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether PyTorch ran out of memory; on CPUs it raises a RuntimeError like any other."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)

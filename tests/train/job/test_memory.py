@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from train.config import FIRST_TOKENS
-from train.job.memory import MOST_TOKENS, TokenBudget, fitting_tokens
 from train.job.trainer import PairTrainer
+from train.model.token_budget import MOST_TOKENS, TokenBudget, fitting_tokens
 from weights_store.errors import SettingsError
 
 OPTIM = {"pairs_per_step": 8, "max_steps": 2, "warmup_share": 0}
@@ -66,9 +66,11 @@ def test_gradients_before_the_failure_do_not_count_twice(make_trainer) -> None:
 def test_a_single_pair_that_does_not_fit_is_computed_with_checkpointing(make_trainer, caplog) -> None:
     expected_logs, expected = results(make_trainer(optim={**OPTIM, "tokens_per_batch": 1}))
     trainer = make_trainer(optim={**OPTIM, "tokens_per_batch": 1})
-    limit_memory(trainer, 20)
+    sizes, runs = limit_memory(trainer, 5), []
+    trainer.model.model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: runs.append(inputs[0].numel()))
     logs, parameters = results(trainer)
     assert trainer.model.is_gradient_checkpointing
+    assert len(runs) == 2 * len(sizes) == 2 * 16  # every pair of two steps, again in the backward pass
     assert "does not fit into memory: computing layers again (gradient checkpointing)" in caplog.text
     assert logs == pytest.approx(expected_logs, rel=1e-6)
     assert (parameters - expected).abs().mean() < 1e-7
@@ -80,6 +82,35 @@ def test_a_pair_that_does_not_fit_at_all_says_what_to_do(make_trainer) -> None:
     with pytest.raises(SettingsError, match=r"^a pair of \d+ tokens does not fit .* train with \[lora\]") as error:
         trainer.train()
     assert "\n" not in str(error.value)
+
+
+def test_one_long_pair_does_not_make_all_micro_batches_small(make_trainer, caplog) -> None:
+    trainer = make_trainer(optim={**OPTIM, "tokens_per_batch": 64})
+    pairs = [trainer.train_dataset.pairs[row] for row in range(8)]
+    lengths = sorted(trainer.collator.num_tokens(pair) for pair in pairs)
+    limit_memory(trainer, lengths[-1] - 1)  # too little for the longest pair alone
+    trainer.budget.tokens = lengths[-1]
+    step = trainer.cut_step(pairs, torch.device("cpu"))
+    trainer.training_step(trainer.model, step)
+    assert trainer.model.is_gradient_checkpointing
+    assert trainer.budget.tokens == lengths[-1]
+    assert "micro-batches of up to" not in caplog.text
+
+
+@pytest.mark.parametrize("which", ["measure", "response_logps"])
+def test_what_is_measured_before_the_first_step_is_cut_finer_too(make_trainer, which: str) -> None:
+    def found(trainer: PairTrainer) -> object:
+        sample = [trainer.train_dataset.pairs[row] for row in range(8)]
+        if which == "measure":
+            return trainer.measure(sample)["logps/chosen"]
+        return sorted(torch.cat([policy for policy, _ in trainer.response_logps(sample, "float32")]).tolist())
+
+    expected = found(make_trainer(optim={**OPTIM, "tokens_per_batch": 10_000}))
+    trainer = make_trainer(optim={**OPTIM, "tokens_per_batch": 10_000})
+    sizes = limit_memory(trainer, 60)
+    assert found(trainer) == pytest.approx(expected, rel=1e-5)
+    assert len(sizes) > 1
+    assert 1 < trainer.budget.tokens <= 60
 
 
 def test_with_several_processes_nobody_begins_again(make_trainer, monkeypatch) -> None:
@@ -102,23 +133,24 @@ def test_what_fits_is_reckoned_from_what_was_measured() -> None:
 
 
 def test_on_a_gpu_the_second_step_is_measured_and_a_budget_that_was_given_is_kept(monkeypatch, caplog) -> None:
-    """By made-up numbers of a card: 8 GiB before a step, 16 at its peak, 56 of 80 not in use by anybody."""
+    """By made-up numbers of a card: 8 GiB after the backward pass, 16 at the peak, 56 of 80 not in use by anybody."""
     gib = 2**30
     card = {"memory_allocated": 8 * gib, "max_memory_allocated": 16 * gib, "memory_reserved": 16 * gib}
     for name, value in card.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (56 * gib, 80 * gib))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    budgets = [TokenBudget(tokens, torch.device("cuda")) for tokens in (None, 1000)]
+    cuda = torch.device("cuda")
+    # One of several processes does not measure: if it reached too high, all would end.
+    budgets = [TokenBudget(None, cuda), TokenBudget(1000, cuda), TokenBudget(None, cuda, measures=False)]
     for _ in range(3):
         for budget in budgets:
             budget.begin_step()
-            budget.end_step(4096, [parameter])
+            budget.end_step(4096)
     # 8 GiB for 4,096 tokens; 0.8 of 72 - 8 GiB hold 26,214
-    assert [budget.tokens for budget in budgets] == [26_214, 1000]
+    assert [budget.tokens for budget in budgets] == [26_214, 1000, FIRST_TOKENS]
     assert caplog.text.count("micro-batches of up to") == 1
     on_cpu = TokenBudget(None, torch.device("cpu"))
     on_cpu.begin_step()
-    on_cpu.end_step(4096, [parameter])
+    on_cpu.end_step(4096)
     assert on_cpu.tokens == FIRST_TOKENS

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from tests.torture import orphans
 from train.data.dataset import OrderedPairs, PairDataset, open_weights
 from train.data.sampler import BlockShuffle
+from train.job.arguments import build_batches
 from train.job.job import run_job
 from train.job.output import OutputFolder
-from train.job.trainer import build_batches
 from train.model.collate import PairCollator
 from train.model.token_budget import cut_by_tokens
 

@@ -374,3 +374,14 @@ def test_weights_and_anchors_are_refreshed_with_adapters_in_bfloat16(make_config
     assert logs[0]["triplet/to_chosen"] == pytest.approx(0, abs=0.05)
     assert len(logs) == 4
     assert logs[3]["triplet/to_chosen"] > 2 * logs[0]["triplet/to_chosen"]  # the adapters have moved
+
+
+def test_fillers_of_a_window_are_refreshed_wherever_they_are(policy, pairs) -> None:
+    """The longest pair comes first in a micro-batch, and may be one that only fills a step of several processes."""
+    by_length = sorted(pairs[:3], key=lambda pair: len(pair.chosen.ids) + len(pair.rejected.ids))
+    refresher = Refresher(policy, hybrid=HybridSettings("gold_logps", MIX, SIGMA_DIVISOR, False))
+    expected = refresher.refresh(by_length, seed=0)
+    fresh = refresher.refresh([*by_length[:2], replace(by_length[2], is_filler=True)], seed=0)
+    assert fresh[2].is_filler
+    for pair, other in zip(fresh, expected, strict=True):
+        np.testing.assert_allclose(pair.chosen.token_weights, other.chosen.token_weights, rtol=1e-5)

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from train.config import ModelConfig
 from train.data.dataset import sample_pairs
-from train.job.trainer import PairTrainer, build_batches
+from train.job.arguments import build_batches
+from train.job.trainer import PairTrainer
 from train.model.policy import load_policy, switch_off_noise
 from weights_store.errors import SettingsError
 

@@ -60,7 +60,6 @@ def test_a_step_of_several_micro_batches_never_waits(make_trainer, monkeypatch, 
     pairs = [trainer.train_dataset.pairs[row] for row in range(8)]
     trainer.budget.tokens = 40
     calls = use_segments(monkeypatch)
-    monkeypatch.setattr(trainer, "_prepare_inputs", lambda batch: batch)
     step = trainer.cut_step(pairs, torch.device("cpu"))
     assert len(step.batches) > 2
     with Waits() as waits:

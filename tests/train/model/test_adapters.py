@@ -121,6 +121,23 @@ def test_a_frozen_base_is_as_precise_as_its_files_and_what_is_trained_is_float32
     assert dtypes(model_folder, dtype="bfloat16", one_dtype=True) == wide  # FSDP2 shards parameters of one dtype
 
 
+def test_in_float32_a_base_in_half_precision_is_computed_without_rounding(
+    make_config, model_folder, rows, full_logps, tmp_path
+) -> None:
+    """The step-0 gate asks that, to tell a wrong dtype from a wrong model."""
+    config = make_config(lora=LORA, model={"dtype": "bfloat16"})
+    pairs = PairDataset(open_weights(config.data), config.data, vocab_size=128)
+    policy = load_policy(model_folder, config.model, config.lora)
+    trainer = PairTrainer(policy, pairs, config, checkpoints=tmp_path / "checkpoints")
+    sample = [pairs[row] for row in range(6)]
+    gaps = {
+        dtype: torch.cat([(logps - stored).abs() for logps, stored in trainer.response_logps(sample, dtype)]).mean()
+        for dtype in ("float32", "bfloat16")
+    }
+    assert gaps["float32"] < 5e-4 < gaps["bfloat16"]  # the stored ones have 12 bits
+    assert {p.dtype for p in policy.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
 def test_what_is_merged_into_a_half_precision_base_is_rounded_once(make_config, model_folder, tmp_path) -> None:
     config = make_config(lora=LORA, optim=QUICK, model={"dtype": "bfloat16"}, gate={"pairs": 0})
     run_job(config)

@@ -11,6 +11,7 @@ from train.model.attribution import attribute_tokens
 from train.model.collate import PairCollator
 from train.model.elementwise import (
     _Gated,
+    compiled,
     enter_bfloat16,
     gated,
     gradients_of_gated,
@@ -155,7 +156,7 @@ def test_a_model_that_does_not_say_which_its_embeddings_are_stays_as_it_is() -> 
     enter_bfloat16(Nameless())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bloom", "phi3", "olmo2", "mixtral"])
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "phi3", "olmo2", "mixtral", "mamba2", "falcon_mamba", "kimi_linear"])
 def test_other_families_compute_as_before_but_for_rounding(name: str) -> None:
     model = make_model(name)
     inputs = inputs_of(PAIRS, False)
@@ -164,6 +165,22 @@ def test_other_families_compute_as_before_but_for_rounding(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         got = per_token_logps(model, **inputs).logps
     assert 0 < (got - exact).abs().mean() < 0.05
+
+
+def test_what_cannot_be_compiled_is_computed_all_the_same(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    def broken(_compute: object, **_options: object):
+        def call(*_tensors: torch.Tensor) -> None:
+            raise RuntimeError("Failed to find C compiler.\nA long story")
+
+        return call
+
+    def doubled(value: torch.Tensor) -> torch.Tensor:
+        return 2 * value
+
+    monkeypatch.setattr(torch, "compile", broken)
+    call = compiled(doubled)
+    assert [call(torch.ones(2)).tolist() for _ in range(2)] == [[2, 2], [2, 2]]
+    assert caplog.text.count("doubled cannot be compiled, and is slower now: Failed to find C compiler.") == 1
 
 
 def test_attributions_see_the_embeddings_in_float32() -> None:

@@ -222,6 +222,8 @@ def test_who_sees_whom_by_hand() -> None:
         (0, 5, [[0, 1, 2, 3, 4]]),
         (5, 3, [[0, 1, 2]]),
     ]
+    backwards = Packing(Layout.of([(20, 2), (21, 1), (8, 1), (9, 1)]), torch.device("cpu"))  # pair 5, then pair 2
+    assert [(group.begin, group.num_tokens) for group in backwards.groups] == [(0, 3), (3, 2)]
     together = packing_of([0, 0, 1, 2, 2, 4, 4, 5, 6])
     (group,) = together.groups
     assert group.places.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 0]]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from train.model.attention.layout import Layout
+from train.model.attention.layout import Layout, to_device
 
 BLOCK_SIZE = 128
 """Tokens of a block; what flex attention's kernels expect."""
@@ -26,7 +26,7 @@ def make_block_mask(layout: Layout, mask_mod: Callable[..., Tensor], device: tor
     # The blocks that are looked at come first in each row of indices; a stable sort keeps both kinds in order.
     indices = np.argsort(~table, axis=1, kind="stable").astype(np.int32)
     numbers = table.sum(1, dtype=np.int32)
-    num_seen, which = (torch.from_numpy(array).to(device)[None, None] for array in (numbers, indices))
+    num_seen, which = (to_device(array, device)[None, None] for array in (numbers, indices))
     length = layout.num_tokens
     return BlockMask.from_kv_blocks(
         num_seen, which, BLOCK_SIZE=BLOCK_SIZE, mask_mod=mask_mod, seq_lengths=(length, length)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from train.model.attention.groups import MAX_GROUP_SCORES, KeysValues, RowGroup, Scoring
-from train.model.attention.layout import NUM_BRANCHES, Layout
+from train.model.attention.layout import NUM_BRANCHES, Layout, to_device
 from train.model.attention.packed import Packing, way_of
 from train.model.attention.segments import Segments
 from train.model.collate import Batch
@@ -89,7 +89,7 @@ class Continuation(Packing):
             steps = np.arange(num_before[runs].max())
             known = np.minimum(steps, num_before[runs][:, None] - 1)  # anything does after a prompt's end
             places = self.prompts.layout.begins[run_before[runs]][:, None] + known
-            before = (torch.from_numpy(array).to(self.device) for array in (places, num_before[runs]))
+            before = (to_device(array, self.device) for array in (places, num_before[runs]))
             groups.append(ResponseGroup(plain.begin, plain.num_tokens, plain.places, plain.is_token, *before))
             begin += plain.num_tokens
         return groups
@@ -167,7 +167,7 @@ class SplitBatch:
         shared = np.flatnonzero(layout.is_shared)
 
         def row_of(runs: np.ndarray) -> tuple[Tensor, Batch]:
-            places = torch.from_numpy(layout.places(runs)).to(device)
+            places = to_device(layout.places(runs), device)
             fields: Batch = {name: batch[name][0, places][None] for name in ("input_ids", "position_ids")}
             return places, fields | {"layout": layout.take(runs)}
 
@@ -183,7 +183,7 @@ class SplitBatch:
             "completion_mask": mask,
             "scored": np.flatnonzero(mask),
         }
-        responses |= {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        responses |= {name: to_device(array, device) for name, array in arrays.items()}
         responses["pair_weights"] = batch["pair_weights"]
         return cls(prompts, responses, [len(part) for part in parts], prompt_places, own_places)
 

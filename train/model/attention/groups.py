@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 
-from train.model.attention.layout import Ints
+from train.model.attention.layout import Ints, to_device
 
 MAX_DENSE_SCORES = 1 << 19
 """Scores of one head up to which CPUs use plain matrix products. While scores fit into the cache, these are faster than the
@@ -60,7 +60,7 @@ class RowGroup:
         steps = np.arange(lengths.max())
         is_token = steps < lengths[:, None]
         places = np.where(is_token, (lengths.cumsum() - lengths)[:, None] + steps, 0)
-        return cls(begin, int(lengths.sum()), *(torch.from_numpy(array).to(device) for array in (places, is_token)))
+        return cls(begin, int(lengths.sum()), *(to_device(array, device) for array in (places, is_token)))
 
     def spread(self, packed: Tensor) -> Tensor:
         """Return the group's part of a row, `[1, H, N, D]`, as one row per sequence, `[B, H, T, D]`."""

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 CHOSEN, REJECTED, ANCHOR = 1, 2, 3
 """Branches of a pair: the tokens of one response. What all responses share is branch 0."""
@@ -96,3 +98,14 @@ def ranges(begins: Ints, lengths: Ints) -> Ints:
     """Return `begins[i], begins[i] + 1, …`, `lengths[i]` numbers of each, one after the other."""
     ends = lengths.cumsum()
     return np.repeat(begins - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
+
+
+def to_device(data: Tensor | NDArray[Any], device: torch.device | str) -> Tensor:
+    """Return a tensor on a device.
+
+    A GPU gets it from pinned memory, behind what it is doing; from other memory the host would wait until that is done.
+    """
+    tensor = data if isinstance(data, Tensor) else torch.from_numpy(data)
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

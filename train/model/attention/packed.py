@@ -21,7 +21,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 
 from train.model.attention.blocks import make_block_mask
 from train.model.attention.groups import KeysValues, RowGroup, Scoring, attend, cut_by_length
-from train.model.attention.layout import NUM_BRANCHES, Layout
+from train.model.attention.layout import NUM_BRANCHES, Layout, to_device
 from train.model.attention.segments import LARGEST_HEAD, Segments
 
 PACKED = "tokenweights_packed"
@@ -69,12 +69,13 @@ class Packing:
     def _tokens(self) -> tuple[Tensor, Tensor]:
         """Branch id and position of each token, `[N]` each."""
         branch_ids, positions = self.layout.token_branch_ids(), self.layout.positions()
-        return torch.from_numpy(branch_ids).to(self.device), torch.from_numpy(positions).to(self.device)
+        return to_device(branch_ids, self.device), to_device(positions, self.device)
 
     @cached_property
     def groups(self) -> Sequence[RowGroup]:
         """The pairs in groups of similar length, in their order."""
-        lengths = np.bincount(self.layout.pairs, self.layout.lengths).astype(np.int64)
+        firsts = np.flatnonzero(np.diff(self.layout.pairs, prepend=-1))  # runs with which a pair begins
+        lengths = np.add.reduceat(self.layout.lengths, firsts)
         parts = np.split(lengths, np.cumsum(cut_by_length(lengths.tolist()))[:-1])
         begins = np.cumsum([0, *(part.sum() for part in parts)])
         return [RowGroup.of(part, int(begin), self.device) for part, begin in zip(parts, begins, strict=False)]

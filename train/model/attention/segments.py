@@ -12,11 +12,10 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from train.model.attention.layout import NUM_BRANCHES, Ints, Layout, ranges
+from train.model.attention.layout import NUM_BRANCHES, Ints, Layout, ranges, to_device
 
 LARGEST_HEAD = 256
 """Values per head that flash attention can do; a multiple of 8."""
@@ -60,7 +59,7 @@ class Segments:
         def uses(branch: int) -> tuple[Tensor, Tensor]:
             runs = row.branch_ids % NUM_BRANCHES == branch
             places, keys = (ranges(start[runs], num_before[runs]) for start in (begins_before, begins))
-            return torch.from_numpy(places).to(device), torch.from_numpy(keys).to(device)
+            return to_device(places, device), to_device(keys, device)
 
         branches = set((row.branch_ids % NUM_BRANCHES).tolist()) - {0} if prompts is None else set()
         return cls(
@@ -68,8 +67,8 @@ class Segments:
             _ends(num_keys, device),
             int(row.lengths.max()),
             int(num_keys.max()),
-            torch.from_numpy(key_places).to(device),
-            torch.from_numpy(own_keys).to(device),
+            to_device(key_places, device),
+            to_device(own_keys, device),
             tuple(map(uses, sorted(branches))),
         )
 
@@ -113,7 +112,7 @@ class Segments:
 
 
 def _ends(lengths: Ints, device: torch.device) -> Tensor:
-    return F.pad(torch.from_numpy(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
+    return to_device(np.concatenate([[0], lengths.cumsum()]).astype(np.int32), device)
 
 
 def _by_token(key: Tensor, value: Tensor) -> Tensor:
