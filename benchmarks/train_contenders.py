@@ -197,15 +197,17 @@ def _random_policy(job: Job) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from train.model import policy
     from train.model.attention.packed import PACKED
-    from train.model.policy import Policy, switch_off_noise
 
     config = AutoConfig.from_pretrained(job.model, trust_remote_code=False)
     with torch.device(job.device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.set_attn_implementation(PACKED)
-    switch_off_noise(model)
-    return Policy(model)
+    if job.dtype == "bfloat16":
+        policy.enter_bfloat16(model)
+    policy.switch_off_noise(model)
+    return policy.Policy(model)
 
 
 def _trl_arguments(job: Job, **settings: Any) -> Any:

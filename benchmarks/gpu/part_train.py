@@ -14,6 +14,7 @@ from benchmarks.train_contenders import Job, make_trainer, measure, memory_mb
 from benchmarks.train_inputs import VOCABULARIES
 
 SWITCHES: dict[str, dict[str, dict[str, Any]]] = {
+    "all pairs at once": {"optim": {"tokens_per_batch": 1 << 20}},
     "float32": {"model": {"dtype": "float32"}},
     "gradient checkpointing": {"model": {"gradient_checkpointing": True}},
     "padded sequences": {"model": {"packing": False}},
@@ -37,10 +38,12 @@ def run(ctx: Context) -> None:
         ctx.attempt("ours, larger model", partial(_measure, larger, reachable), CONTENDER_S)
     for name in ("", ", gradient checkpointing"):
         settings = {"model": {"gradient_checkpointing": bool(name)}}
-        row = partial(_measure_row, replace(job, settings=settings), ctx.sizes.long_row)
+        row = partial(_measure_row, replace(job, settings=job.settings | settings), ctx.sizes.long_row)
         ctx.attempt(f"long row{name}", row, CONTENDER_S)
     for name, settings in SWITCHES.items():
-        ctx.attempt(f"ours, {name}", partial(_measure, replace(job, settings=settings), reachable), CONTENDER_S)
+        ctx.attempt(
+            f"ours, {name}", partial(_measure, replace(job, settings=job.settings | settings), reachable), CONTENDER_S
+        )
     for name, exchanges in TAKEN_BACK.items():
         with exchanged(exchanges):
             ctx.attempt(f"ours, with {name}", partial(_measure, job, reachable), CONTENDER_S)
