@@ -10,7 +10,7 @@ from benchmarks.train_contenders import Job
 from benchmarks.train_inputs import make_inputs
 
 _TOKENS_PER_PAIR = 320
-"""A little more than the 295 that pairs of the benchmark have on average, prompts counted once: so many are at once, as TRL's."""
+"""A little more than the 295 that they have on average, prompts counted once, so that as many are at once as TRL has."""
 
 
 def train_job(ctx: Context) -> Job:
