@@ -28,6 +28,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 _OURS = ("tokenweights.py", "pipeline", "train", "weights_store")
 """What a child may need of this distribution; `flows` never runs in one."""
 _MISSING = re.compile(r"ModuleNotFoundError: (?:No module named '|import of )([\w.]+)")
+_OF_RANK = re.compile(r"^\[rank\d+\]: ")
 _RANK_ENDED = re.compile(r"^\s*exitcode\s*: (-?\d+) \(pid")
 """In what torchrun prints at its end about each process that failed, the first cause last."""
 _KEPT_LINES = 99
@@ -159,9 +160,14 @@ def _cause(tail: list[str], package: str) -> str:
             return f"it has no package {missing[1]!r}; in its environment, {how_to_install(package, 'train')}"
         if line.startswith("ImportError: "):
             return line
-    if starts := [index for index, line in enumerate(tail) if line.startswith("Traceback (most recent call last)")]:
-        after = (line for line in tail[starts[-1] + 1 :] if not line.startswith(" "))
-        return f"{next(after, tail[-1].strip())} (unexpected; --debug shows more)"
+    # torchrun shows a rank's lines behind "[rank1]: ", and its own traceback, which says nothing, after them.
+    plain = [_OF_RANK.sub("", line) for line in tail]
+    starts = [index for index, line in enumerate(plain) if line.startswith("Traceback (most recent call last)")]
+    ends = [
+        next((line for line in plain[start + 1 :] if not line.startswith(" ")), plain[-1].strip()) for start in starts
+    ]
+    if own := [end for end in ends if not end.startswith("torch.distributed.elastic.")] or ends:
+        return f"{own[-1]} (unexpected; --debug shows more)"
     return "\n".join(tail[-15:]) or "it printed nothing"
 
 

@@ -38,7 +38,7 @@ SETTINGS = {
     "dataset": "expected section.key=value",
     "dataset.name": "expected section.key=value",
     "=x": "expected section.key=value",
-    "a.b.c=1": "expected section.key=value",
+    "a.b.c=1": "unknown section 'a'; expected one of dataset, model, ",
     "dataset.nme=x": "unknown key 'dataset.nme'; did you mean 'dataset.name'",
     "xyz.b=1": "unknown section 'xyz'; expected one of dataset, model, ",
     "model.path=": "model.path '' is empty; give a model folder or a hub id",

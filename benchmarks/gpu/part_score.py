@@ -67,7 +67,8 @@ def keep_expected(ctx: Context, model: str, sequences: Sequences) -> None:
     from transformers import AutoModelForCausalLM
 
     torch.set_float32_matmul_precision("highest")
-    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    plain = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False, **options).eval()
     plain.to(ctx.device)
     logps = []
     for prompt, response in sequences:

@@ -21,7 +21,7 @@ class Device:
 def find_device() -> Device:
     """Return the NVIDIA GPU with the least memory, or the RAM of a machine that has none, or hides it from CUDA."""
     program = shutil.which("nvidia-smi")
-    if program is not None and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+    if program is not None and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
         try:
             done = subprocess.run(
                 [program, *_QUERY],

@@ -57,7 +57,7 @@ def start_vllm(model: Path, settings: EngineSettings) -> tuple[Any, int, int]:
         trust_remote_code=False,
         max_logprobs=_MAX_TOP_K,
         worker_extension_cls="pipeline.engine.response_rows.ResponseRows",
-        **(_cpu_arguments() if on_cpu else _gpu_arguments(settings)),
+        **(_cpu_arguments() if on_cpu else _gpu_arguments(settings, step_tokens)),
     )
     try:
         max_len = None
@@ -92,9 +92,10 @@ def _cpu_arguments() -> dict[str, Any]:
     return {"block_size": CPU_BLOCK_SIZE, "enforce_eager": True}
 
 
-def _gpu_arguments(settings: EngineSettings) -> dict[str, Any]:
+def _gpu_arguments(settings: EngineSettings, step_tokens: int) -> dict[str, Any]:
     """Return what differs on a GPU. Neither way compiles: that costs more than it saves on prefill alone."""
-    memory = {"gpu_memory_utilization": settings.gpu_memory_share, "max_num_seqs": _GPU_SEQUENCES}
+    num_sequences = min(_GPU_SEQUENCES, step_tokens)  # vLLM refuses more sequences than tokens
+    memory = {"gpu_memory_utilization": settings.gpu_memory_share, "max_num_seqs": num_sequences}
     if settings.samples:  # graphs of the steps that add one token to each sequence; prompts run without
         return {**memory, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
     return {**memory, "enforce_eager": True}

@@ -84,6 +84,10 @@ class ModelShelf:
             target.write(RECORD, text)
         folder.write(RECORD, text)
 
+    def record(self, name: str) -> ModelRecord | None:
+        """Return the record of a finished model; None if the store has none of that name."""
+        return read_model_record(self.location / name)
+
     def records(self) -> Iterator[ModelRecord]:
         """Yield the record of every finished model.
 

@@ -138,12 +138,9 @@ class ContrastSection(Section):
 
     def training_settings(self) -> dict[str, object]:
         """Return what determines the trained models; what holds no pair out is left out."""
-        train = self.train.result_settings()
-        if self.method == "dpo":
-            train["loss"] = self.train.loss.model_dump()
-        return {"method": self.method, "train": train} | self.model_dump(
-            include={"held_out", "split"}, exclude_defaults=True
-        )
+        loss = self.train.loss.model_dump() if self.method == "dpo" else {}
+        own = self.model_dump(include={"held_out", "split"}, exclude_defaults=True)
+        return {"method": self.method, **self.train.result_settings(), **loss, **own}
 
 
 def pair_role(side: ModelSide, index: int) -> str:

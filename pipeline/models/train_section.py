@@ -8,6 +8,10 @@ from pydantic import Field, model_validator
 from pipeline.section import Section
 from train.config import LoraOptions, ModelOptions, OptimConfig, ParallelSection
 
+_A_WEEK_S = 604_800
+_ALWAYS = ("learning_rate", "num_epochs", "max_steps", "pairs_per_step", "seed")
+"""Keys of [contrast.train.optim] that the identity of a trained model has always had."""
+
 
 class PairLoss(Section):
     """The loss of the two trainings."""
@@ -59,9 +63,17 @@ class PairTraining(Section):
         return self
 
     def result_settings(self) -> dict[str, object]:
-        """Return what determines the trained models, by section, without the loss."""
-        lora = None if self.lora is None else self.lora.model_dump()
-        return {"model": self.model.result_settings(), "lora": lora, "optim": self.optim.result_settings()}
+        """Return what determines the trained models, without the loss.
+
+        Keys that came later are left out as long as they have their defaults: models of earlier stores keep their names.
+        """
+        settings: dict[str, object] = {"dtype": self.model.dtype}
+        if self.model.quantization != "none":
+            settings["quantization"] = self.model.quantization
+        if self.lora is not None:
+            settings["lora"] = self.lora.model_dump()
+        of_optim, defaults = self.optim.result_settings(), PairOptim().result_settings()
+        return settings | {k: v for k, v in of_optim.items() if k in _ALWAYS or v != defaults[k]}
 
     def launcher(self, machine: int = 0) -> list[str]:
         """Return what Python gets before `-m MODULE` to start the processes of one machine: nothing for a single one.
@@ -73,6 +85,7 @@ class PairTraining(Section):
             return []
         host, _, port = (self.main_address or "").partition(":")
         together = ["--nnodes", str(self.num_machines), "--node-rank", str(machine)]
-        together += ["--master-addr", host, "--master-port", port]
+        # The others are started by hand, and by default torchrun waits a quarter of an hour for them.
+        together += ["--master-addr", host, "--master-port", port, "--rdzv-conf", f"timeout={_A_WEEK_S}"]
         where = together if self.num_machines > 1 else ["--standalone"]
         return ["-m", "torch.distributed.run", *where, "--nproc-per-node", str(self.num_processes)]

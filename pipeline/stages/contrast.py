@@ -114,7 +114,15 @@ _ADAPTER = "adapter"
 def _find_whole(models: ModelShelf, name: str, settings: ContrastSection, model_folder: Path) -> Path | None:
     """Return the folder of a finished model, its adapter merged; None if the store has none of that name."""
     folder = models.find(name)
-    return None if folder is None else _whole(folder, settings, model_folder)
+    if folder is None:
+        return None
+    whole, record = _whole(folder, settings, model_folder), models.record(name)
+    if record is not None and fingerprint_model(whole) != record["fingerprint"]:
+        _log.info(
+            f"models/{name}: merged on this machine it is not bit for bit what it was where it was trained, so scores of the "
+            "other one are not used"
+        )
+    return whole
 
 
 def _whole(folder: Path, settings: ContrastSection, model_folder: Path) -> Path:

@@ -77,16 +77,18 @@ def fill(request: Request, target: Target, worker: Worker, backlog: Backlog | No
     with ThreadPoolExecutor(1) as executor:
         committing: Future[None] | None = None
         started = time.monotonic()
-        for chunk in one_ahead(_begun(request, target, worker, tally)):
-            filled, unscorable = chunk.finish()
-            chunk.progress(1.0)
-            started, wall_s = time.monotonic(), time.monotonic() - started
-            metadata = commit_metadata(target, filled.num_rows, chunk.num_tokens, wall_s, worker.record)
+        try:
+            for chunk in one_ahead(_begun(request, target, worker, tally)):
+                filled, unscorable = chunk.finish()
+                chunk.progress(1.0)
+                started, wall_s = time.monotonic(), time.monotonic() - started
+                metadata = commit_metadata(target, filled.num_rows, chunk.num_tokens, wall_s, worker.record)
+                if committing is not None:
+                    committing.result()
+                committing = executor.submit(appender.append, filled, unscorable, metadata)
+        finally:
             if committing is not None:
-                committing.result()
-            committing = executor.submit(appender.append, filled, unscorable, metadata)
-        if committing is not None:
-            committing.result()
+                committing.result()  # if it failed, that is what to say, whatever else failed after it
     check_filled(request, target, backlog.num_pairs)
 
 

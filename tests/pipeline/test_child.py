@@ -109,6 +109,17 @@ Root Cause (first observed failure):
 """
 
 
+def test_an_unexpected_error_of_a_rank_is_told_and_not_that_of_the_launcher(tmp_path):
+    of_rank = '[rank1]: Traceback (most recent call last):\n[rank1]:   File "x"\n[rank1]: RuntimeError: invalid device ordinal'
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncat "$0.txt"\nexit 1\n')
+    python.chmod(0o755)
+    text = _TORCHRUN.format(code=1, lines="  File\n" * 3).replace("error: loss.beta is wrong", of_rank)
+    (tmp_path / "python.txt").write_text(text)
+    with pytest.raises(StageError, match=r": RuntimeError: invalid device ordinal \(unexpected; --debug shows more\)"):
+        run_child("tokenweights", [], "training", str(python), launcher=["-m", "torch.distributed.run"])
+
+
 @pytest.mark.parametrize(
     ("code", "kind", "said"),
     [

@@ -29,7 +29,9 @@ SOURCES = (
     "train",
 )
 SAFE, PLAIN = ["-P", "-m", "tokenweights"], ["-m", "tokenweights"]
-TRAINING = {"max_steps": 1, "pairs_per_step": 4, "learning_rate": 1e-4}
+TRAINING = {
+    f"train.optim.{key}": value for key, value in {"max_steps": 1, "pairs_per_step": 4, "learning_rate": 1e-4}.items()
+}
 
 pytestmark = pytest.mark.slow
 

@@ -276,8 +276,8 @@ def test_other_training_settings_train_and_score_a_new_pair(built):
     plans = _plan(built(**{"contrast.train.optim.seed": 7}))
     assert _computed(plans) == ["contrast", "score positive", "score negative", "publish", "report"]
     assert plans["contrast"].reasons[1:] == (
-        "unlike the positive model that is there: training.train.optim.seed: 0 -> 7",
-        "unlike the negative model that is there: training.train.optim.seed: 0 -> 7",
+        "unlike the positive model that is there: training.seed: 0 -> 7",
+        "unlike the negative model that is there: training.seed: 0 -> 7",
     )
     assert plans["score positive"].reasons == ("the positive model is not trained yet",)
     assert plans["score positive"].num_pairs == NUM_PAIRS

@@ -19,7 +19,7 @@ from pipeline.engine.contract import EngineSettings
 from pipeline.engine.response_rows import KEY
 from pipeline.engine.score_once import ScoredSequence
 from pipeline.engine.vllm_engine import VllmEngine
-from pipeline.engine.vllm_start import own_length_counts
+from pipeline.engine.vllm_start import _gpu_arguments, own_length_counts
 from pipeline.engine.ways import FIXED_IDS, FLAT, RESPONSE_ROWS
 from weights_store.errors import EngineError, InputError, OutOfMemoryError, ScoringError
 
@@ -766,3 +766,9 @@ def test_an_engine_knows_its_limits(start):
 def test_an_engine_that_does_not_start_says_why(start, failure, kind, message):
     with pytest.raises(kind, match=message):
         start(failure)
+
+
+@pytest.mark.parametrize(("step_tokens", "num_sequences"), [(16_384, 512), (256, 256)])
+def test_a_step_has_no_more_sequences_than_tokens(step_tokens, num_sequences):
+    """vLLM refuses to start otherwise, and halving after a lack of memory goes down to 256 tokens."""
+    assert _gpu_arguments(EngineSettings(), step_tokens)["max_num_seqs"] == num_sequences

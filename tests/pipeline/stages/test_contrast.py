@@ -186,17 +186,17 @@ def test_what_is_held_out_and_the_split_reach_the_training_and_name_other_models
     settings = {"contrast.method": "sft", **SMALL}
     held_out, split = {"contrast.held_out": 0.25}, {"contrast.split": "train"}
     plain, changed = make_recipe(**settings), make_recipe(**settings, **held_out)
-    assert plain.contrast_settings.training_settings() == {
-        "method": "sft",
-        "train": {
-            "model": {"dtype": "float32", "quantization": "none"},
-            "lora": None,
-            "optim": {
-                "learning_rate": 1e-3, "num_epochs": 1, "max_steps": 2, "pairs_per_step": 8, "seed": 0,
-                "warmup_share": 0.1, "weight_decay": 0.0, "max_grad_norm": 1.0, "schedule": "linear",
-            },
-        },
-    }  # fmt: skip
+    # As the first stores have them: what came later is named if it is not as it was.
+    flat = {"method": "sft", "dtype": "float32", "learning_rate": 1e-3, "num_epochs": 1, "max_steps": 2}
+    flat |= {"pairs_per_step": 8, "seed": 0}
+    assert plain.contrast_settings.training_settings() == flat
+    later = {"contrast.train.lora.rank": 4, "contrast.train.optim.schedule": "constant"}
+    lora = {"rank": 4, "alpha": 32.0, "target_modules": "all-linear"}
+    assert make_recipe(**settings, **later).contrast.training_settings() == {
+        **flat,
+        "lora": lora,
+        "schedule": "constant",
+    }
     assert plain.result_settings()["contrast"] == plain.contrast.training_settings()
     assert changed.contrast.training_settings() == {**plain.contrast.training_settings(), "held_out": 0.25}
     pairs = uniform(16)

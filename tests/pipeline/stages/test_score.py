@@ -30,7 +30,7 @@ from pipeline.workers.request import Request, Target
 from tests.pipeline.made_up_scorer import MadeUpEngine, logps, scores
 from weights_store import Table, WeightStore
 from weights_store.checks.verify import verify
-from weights_store.errors import InputError, StageError, StoreError
+from weights_store.errors import EngineError, InputError, StageError, StoreError
 from weights_store.schemas import TOKENS, Reason
 
 SCRIPT = Path(__file__).parents[1] / "made_up_scorer.py"
@@ -364,13 +364,24 @@ def test_poisonous_rows_are_quarantined_alone_and_never_tried_again(tmp_path, ru
     assert len(run.log("starts")) == 1
 
 
-def test_a_commit_that_fails_ends_the_process_and_what_was_committed_before_stays(tokens, model, monkeypatch):
-    monkeypatch.setattr("pipeline.engine.vllm_engine.VllmEngine", MadeUpEngine)
-    append, num_calls = Table.append, []
+@pytest.mark.parametrize("engine_dies_too", [False, True])
+def test_a_commit_that_fails_ends_the_process_and_what_was_committed_before_stays(
+    tokens, model, monkeypatch, engine_dies_too
+):
+    append, num_calls, failed = Table.append, [], threading.Event()
+
+    class Engine(MadeUpEngine):
+        def score(self, *args, **options):
+            if engine_dies_too and len(num_calls) >= 2 and failed.wait(1.0):
+                raise EngineError("the engine died")  # in the next chunk: that it did is not what to say
+            return super().score(*args, **options)
+
+    monkeypatch.setattr("pipeline.engine.vllm_engine.VllmEngine", Engine)
 
     def fails_the_third_time(self, *args):
         num_calls.append(self.path)
         if len(num_calls) == 3:
+            failed.set()
             raise StoreError("the disk is full")
         return append(self, *args)
 
