@@ -154,8 +154,11 @@ def training_bytes(size: ModelSize, train: PairTraining) -> int:
         states = states / num_processes + width * _gathered(size)
     num_tokens = train.optim.tokens_per_batch or FIRST_TOKENS
     activations = size.activation_bytes(num_tokens, model.dtype, checkpointing=model.gradient_checkpointing)
-    num_logits = min(num_tokens * size.vocab, _KEPT_LOGITS)
-    return round(states) + activations + width * (num_logits + min(num_logits, _CHUNK_LOGITS))
+    num_logits = num_tokens * size.vocab
+    if not is_sharded:  # then the output layer runs once, over all of them
+        num_logits = min(num_logits, _KEPT_LOGITS)
+    of_gradient = num_logits if is_sharded else min(num_logits, _CHUNK_LOGITS)
+    return round(states) + activations + width * (num_logits + of_gradient)
 
 
 def _gathered(size: ModelSize) -> int:

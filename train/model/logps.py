@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from train.loss.config import KlDirection
@@ -128,6 +129,9 @@ def per_token_logps(
     rows = max(1, chunk_logits // vocab_size)
     if kept_logits is None:
         kept_logits = KEPT_LOGITS["cuda" if scored.is_cuda else "cpu"]
+    if isinstance(unwrap_adapters(model), FSDPModule):
+        # The output layer is gathered and reduced in every call. Processes with another number of calls would wait for ever.
+        rows, kept_logits = max(1, len(target_ids)), len(target_ids) * vocab_size
     again = len(target_ids) * vocab_size > kept_logits or divergence is not None
     num_kls = len(target_ids) if divergence is None else batch.get("num_kls", len(target_ids))
     chunks = _run(compute, [column[:num_kls] for column in (*columns, *extra)], rows, again=again)

@@ -15,6 +15,7 @@ SCRIPT = """
 import json, os, sys
 os.environ.update(RANK="3", LOCAL_RANK="3", WORLD_SIZE="8", LOCAL_WORLD_SIZE="8", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
 import torch
+import train.model.logps
 from accelerate.state import AcceleratorState, PartialState
 from pathlib import Path
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -38,6 +39,7 @@ def copying(name):
     ordinary = getattr(torch.Tensor, name)
     setattr(torch.Tensor, name, lambda self, *a, **k: (copies.append(name), ordinary(self, *a, **k))[1])
 
+train.model.logps.CHUNK_ROWS = 3
 torch.distributed.init_process_group("fake", store=FakeStore(), rank=3, world_size=8)
 found = {}
 for path in sys.argv[2:]:
@@ -57,6 +59,9 @@ for path in sys.argv[2:]:
     with Waits() as cutting:
         step = trainer.cut_step(pairs, torch.device("cpu"))
     copies.clear()
+    heads = []
+    head = trainer.accelerator.unwrap_model(model).lm_head
+    head.register_forward_pre_hook(lambda module, inputs: heads.append(inputs[0].shape[1]))
     with Waits() as waits:
         trainer.training_step(model, step)
     shards = [p.to_local().numel() * 8 / p.numel() if strategy == "fsdp2" else 1.0 for p in model.parameters()]
@@ -64,6 +69,7 @@ for path in sys.argv[2:]:
     found[strategy] = {
         "rows": list(trainer.batches.positions_of_step(1)), "mesh": mesh, "shards": sorted(set(shards)),
         "batches": len(step.batches), "cutting": cutting.seen, "step": waits.seen, "copies": copies, "attentions": len(calls),
+        "heads": heads, "scored": [len(batch["scored"]) for batch in step.batches],
     }
 print(json.dumps(found))
 """
@@ -84,5 +90,8 @@ def test_a_rank_of_eight_waits_once_a_step_and_holds_an_eighth(settings, tmp_pat
         assert of["attentions"] == 2 * 2  # of two layers
         assert of["cutting"] == ["_local_scalar_dense"]  # how many micro-batches the others have
         assert of["step"] == of["copies"] == []
+    # A sharded output layer is gathered in every call, so each rank makes as many calls: one for each micro-batch.
+    assert found["fsdp2"]["heads"] == found["fsdp2"]["scored"]
+    assert set(found["ddp"]["heads"]) <= {1, 2, 3}
     assert (found["ddp"]["mesh"], found["fsdp2"]["mesh"]) == (None, [8])
     assert found["fsdp2"]["shards"] == [1.0]  # 64 and 128 rows are multiples of 8
