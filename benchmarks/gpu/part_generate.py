@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import fields
 
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.part_score import measure_sampling
@@ -13,10 +12,7 @@ def run(ctx: Context) -> None:
     if ctx.device == "cuda":
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     from benchmarks.score import Bench
-    from pipeline.engine.contract import EngineSettings
 
-    has_graphs = "samples" in {field.name for field in fields(EngineSettings)}
-    ctx.record(has_graphs=has_graphs)
     model = json.loads((ctx.work / "expected.json").read_text())["model"]
-    bench = Bench(model, **({"samples": True} if has_graphs else {}))
+    bench = Bench(model, samples=True)
     ctx.attempt("sampling", lambda record: measure_sampling(ctx, bench.scorer.engine, record))

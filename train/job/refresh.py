@@ -146,9 +146,8 @@ class Refresher:
     def _weighted(self, pairs: Sequence[Pair], hybrid: HybridSettings) -> list[Pair]:
         # The gradients of two responses mix in a shared prompt; if prompts count, each response gets its own.
         collator = self._collator(with_rejected=not hybrid.with_prompts)
-        alike = [
-            replace(pair, is_filler=False) for pair in pairs
-        ]  # nothing is counted here, so fillers need not come last
+        # Nothing is counted here, so fillers need not come last.
+        alike = [replace(pair, is_filler=False) for pair in pairs]
         rows = [*alike, *(pair.swapped() for pair in alike)] if hybrid.with_prompts else alike
         weights: dict[tuple[int, int], Floats] = {}  # by pair and side
         for part, batch in self._batches(rows, collator):

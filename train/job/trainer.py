@@ -40,9 +40,7 @@ from train.model.logps import Divergence, TokenTerms, per_token_logps, route_for
 from train.model.policy import Policy
 from train.model.token_budget import TokenBudget, cut_by_tokens, empty_cache, save_memory
 from weights_store.errors import SettingsError
-from weights_store.messages import first_line, logger
-
-_log = logger(__name__)
+from weights_store.messages import first_line
 
 
 @dataclass(frozen=True)

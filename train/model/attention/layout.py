@@ -77,10 +77,9 @@ class Layout:
         """Return the branch id of each token, `[N]`."""
         return np.repeat(self.branch_ids, self.lengths)
 
-    def positions(self, prompts: "Layout | None" = None) -> Ints:
-        """Return the position of each token in the sequence that it belongs to, `[N]`; see `before` for `prompts`."""
-        _, num_before = self.before(prompts or self)
-        return ranges(num_before, self.lengths)
+    def positions(self) -> Ints:
+        """Return the position of each token in the sequence that it belongs to, `[N]`."""
+        return ranges(self.before(self)[1], self.lengths)
 
     def before(self, prompts: "Layout") -> tuple[Ints, Ints]:
         """Return for each run the run of `prompts` that comes before it in its sequence, and how long it is, `[R]` each.

@@ -39,7 +39,7 @@ def test_segments_of_responses_behind_a_row_of_prompts_by_hand() -> None:
     assert segments.key_places.tolist() == [2, 3, 0, 1, 4, 5, 0, 1, 6]
     assert segments.own_keys.tolist() == [1, 4, 5, 8]
     assert segments.repeats == ()
-    assert row.positions(prompts).tolist() == [1, 2, 3, 2]
+    assert row.before(prompts)[1].tolist() == [1, 2, 2]
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
