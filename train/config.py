@@ -53,8 +53,8 @@ class ModelOptions(_Section):
     gradient_checkpointing: bool = False
     """Keep only the inputs of layers and recompute the rest: less memory, more time."""
     compile: bool = False
-    """torch.compile of the decoder's layers without their attention. It takes some time at the start; what it gains on a GPU was
-    not measured."""
+    """torch.compile of the decoder's layers without their attention. It takes some time at the start; what it gains on a GPU
+    was not measured."""
 
     def result_settings(self) -> dict[str, str]:
         """Return what determines the trained model."""
