@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     Run = Callable[[argparse.Namespace], int | None]
 
 _SHELLS = ("bash", "zsh", "fish")
-_PATHS = ("recipe", "recipes", "config", "folder", "store", "output", "tokenizer")
+_PATHS = ("recipe", "recipes", "config", "folder", "store", "output", "tokenizer", "runs")
 """Arguments that a shell completes with file names."""
 
 
@@ -100,6 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "train", parents=[build_train_parser()], add_help=False, help="train a model from a weight dataset"
     )
+    plot = _command(commands, "plot", _plot, "draw rewards, margins and accuracy of trainings over their steps")
+    plot.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a training, finished or not")
+    plot.add_argument("-o", "--output", metavar="FILE", required=True, help="the figure: .svg or .png")
     demo = _command(commands, "demo", _demo, "run the whole job on a made-up language", "flows")
     demo.add_argument("--folder", default="demo", help="folder for the demo's store and models (default: demo)")
 
@@ -207,6 +210,15 @@ def _train(arguments: list[str]) -> int:
         from train.run import main
 
         return main(arguments)
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from train.plots import draw_runs
+    from weights_store.inspection.figure import figure_format
+
+    figure = draw_runs(options.runs, figure_format(options.output))
+    Path(options.output).write_bytes(figure)
+    print(f"wrote {options.output}")
 
 
 def _build(options: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ ONLY_IN = {
     "vllm": {"pipeline/engine/vllm_engine.py", "pipeline/engine/vllm_start.py"},
     "ray": {"pipeline/workers/on_ray.py", "pipeline/workers/ray_cluster.py"},
     "trl": {"train/trl_adapter.py"},
+    "matplotlib": {"weights_store/inspection/figure.py", "weights_store/inspection/heat_map.py", "train/plots.py"},
     "tqdm": {"weights_store/messages.py", "train/job/progress.py"},
 }
 EXCEPTIONS = {"train/trl_adapter.py": {"datasets"}}
@@ -186,6 +187,7 @@ def loaded_after(code):
         ("import tokenweights; tokenweights.build_parser()", {"polars", "pyarrow", "torch", "prefect", "pydantic"}),
         ("import tokenweights; tokenweights.build_parser()", {"shtab", "numpy", "transformers", "vllm"}),
         ("from weights_store import WeightStore", {"torch", "transformers", "prefect", "vllm", "pydantic", "datasets"}),
+        ("import train.plots", {"torch", "transformers", "pydantic", "matplotlib"}),
         ("import train.run", {"torch", "pipeline", "flows", "prefect", "vllm", "datasets"}),
         ("import train.job.trainer", {"pipeline", "flows", "prefect", "vllm"}),
         (

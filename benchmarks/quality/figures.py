@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.quality.methods import DPO, ORACLE
 from benchmarks.quality.summary import chosen_rewards, read_runs
 from pipeline.toy.policy_table import reward_at_kl
+from train.plots import Curve, Panel, draw_panels
 
 mpl.use("svg")
 mpl.rcParams |= {
@@ -27,7 +28,6 @@ mpl.rcParams |= {
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.lines import Line2D  # noqa: E402
 
 SHOWN = {
     DPO: "black",
@@ -187,55 +187,38 @@ _LABEL_PLACES = [
 
 def draw_steps(looks: Mapping[str, Any], path: Path) -> None:
     """Draw how the log-ratios of chosen and rejected responses change in training, on its own pairs and on others."""
-    rows = {"train": "training pairs", "unseen": "other pairs"}
-    figure, axes = plt.subplots(
-        2, len(looks), figsize=(4.6 * len(looks), 5.4), layout="constrained", squeeze=False, sharex="col", sharey="col"
-    )
-    for column, (world, families) in zip(axes.T, looks.items(), strict=True):
-        for ax, (row, title) in zip(column, rows.items(), strict=True):
-            for family, look in families.items():
-                for side, style in (("chosen", "-"), ("rejected", "--")):
-                    # Over beta, which differs from family to family.
-                    means = np.array([mean for mean, _ in look["rewards"][row][side]]) / look["beta"]
-                    ax.plot(look["steps"], means, style, color=SHOWN[family], lw=1.6)
-            ax.axhline(0, color="black", lw=0.6)
-            ax.set(title=f"{world}: {title}", ylabel="log π − log ref, nats a response")
-        column[-1].set_xlabel("steps")
-    _legend_below(figure, [*next(iter(looks.values()))], {"chosen": "-", "rejected": "--"})
-    figure.savefig(path, metadata=_WITHOUT_DATE)
-    plt.close(figure)
+    grid = [
+        [_steps_panel(world, families, row, title) for world, families in looks.items()]
+        for row, title in (("train", "training pairs"), ("unseen", "other pairs"))
+    ]
+    path.write_bytes(draw_panels(grid, "svg", styles={"chosen": False, "rejected": True}, colours=SHOWN))
+
+
+def _steps_panel(world: str, families: Mapping[str, Any], row: str, title: str) -> Panel:
+    curves = []
+    for family, look in families.items():
+        for side in ("chosen", "rejected"):
+            # Over beta, which differs from family to family.
+            means = [mean / look["beta"] for mean, _ in look["rewards"][row][side]]
+            curves.append(Curve(family, look["steps"], means, is_dashed=side == "rejected"))
+    x_label = "steps" if row == "unseen" else ""
+    return Panel(f"{world}: {title}", x_label, "log π − log ref, nats a response", curves, scale=world)
 
 
 def draw_wins(looks: Mapping[str, Any], path: Path) -> None:
     """Draw how often responses have a higher true reward than DPO's, by sampling temperature; bands are 95 % over seeds."""
-    shown = {
-        world: compared
-        for world, families in looks.items()
-        if (compared := {family: look for family, look in families.items() if "wins" in look})
-    }
-    if not shown:
-        return
-    figure, axes = plt.subplots(
-        1, len(shown), figsize=(4.6 * len(shown), 3.6), layout="constrained", squeeze=False, sharey=True
-    )
-    for ax, (world, families) in zip(axes[0], shown.items(), strict=True):
+    panels = []
+    for world, families in looks.items():
+        curves = []
         for family, look in families.items():
-            temperatures = [float(each) for each in look["wins"]]
-            means, halves = 100 * np.array([*look["wins"].values()], float).T
-            ax.plot(temperatures, means, "o-", color=SHOWN[family], lw=1.6, ms=4)
-            if np.isfinite(halves).all():
-                band = np.clip([means - halves, means + halves], 0, 100)
-                ax.fill_between(temperatures, *band, color=SHOWN[family], alpha=0.12, lw=0)
-        ax.axhline(50, color="black", lw=0.8)
-        ax.set(title=world, xlabel="sampling temperature", xticks=temperatures)
-    axes[0, 0].set_ylabel("win rate against DPO, %")
-    _legend_below(figure, [*next(iter(shown.values()))], {})
-    figure.savefig(path, metadata=_WITHOUT_DATE)
-    plt.close(figure)
-
-
-def _legend_below(figure: Any, families: Sequence[str], styles: Mapping[str, str]) -> None:
-    """Put one legend for all panels below them: a colour for each family, and what line styles mean."""
-    lines = [Line2D([], [], color="gray", ls=style, lw=1.6, label=name) for name, style in styles.items()]
-    lines += [Line2D([], [], color=SHOWN[family], lw=1.6, label=family) for family in families]
-    figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+            if "wins" in look:
+                means, halves = 100 * np.array([*look["wins"].values()], float).T
+                band = halves if np.isfinite(halves).all() else None  # one seed has no interval
+                temperatures = [*map(float, look["wins"])]
+                curves.append(Curve(family, temperatures, means, is_marked=True, half_widths=band))
+        if curves:
+            y_label = "" if panels else "win rate against DPO, %"
+            shown = {"level": 50.0, "scale": "wins", "x_ticks": curves[0].x}
+            panels.append(Panel(world, "sampling temperature", y_label, curves, **shown))
+    if panels:
+        path.write_bytes(draw_panels([panels], "svg", styles={}, colours=SHOWN, panel_size=(4.6, 3.2)))

@@ -1,13 +1,13 @@
 """The figure of `real_pairs.py`: sentences of our own, with the token rewards that the head has learnt from real pairs."""
 
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 
 import numpy as np
 from transformers import AutoTokenizer
 
 from pipeline.weighing.head import Head, Responses
+from weights_store.inspection.heat_map import Block, Scale, Token, draw_blocks
 
 SENTENCES = {
     "hh": (
@@ -25,12 +25,17 @@ SENTENCES = {
     ),
 }
 """By dataset: title, question, a good and a bad answer. Nobody's data: they were written for this figure."""
-_CHARACTER, _LINE, _WIDTH, _SIZE = 7.6, 22.0, 880.0, 12.6
 SPREAD = 0.3
 """Rewards are scaled to the spread that a recipe gives to the head's weights, nats, …"""
 _FULL = 2.5 * SPREAD
 """… and from here on the colour is full."""
-_GOOD, _BAD = "46,160,67", "230,126,34"
+_SCALE = Scale(
+    "token reward, nats",
+    -_FULL,
+    _FULL,
+    ((-_FULL, f"≤ {-_FULL:g}: the annotators prefer answers without it"), (_FULL, f"≥ {_FULL:g}: with it")),
+    centre=0.0,
+)
 
 
 def draw_sentences(heads: Mapping[str, tuple[Head, float]], model: Path, path: Path) -> None:
@@ -41,50 +46,14 @@ def draw_sentences(heads: Mapping[str, tuple[Head, float]], model: Path, path: P
         model: The folder of the model whose tokens they are for.
         path: Of the SVG file.
     """
-    tokenizer, parts, y = AutoTokenizer.from_pretrained(model, trust_remote_code=False), list[str](), 0.0
+    tokenizer, blocks = AutoTokenizer.from_pretrained(model, trust_remote_code=False), list[Block]()
     for name, (head, std) in heads.items():
         title, question, *answers = SENTENCES[name]
-        y += _LINE
-        parts += [f'<text x="8" y="{y:.0f}" class="title">{escape(title.format(head.record["num_pairs"]))}</text>']
-        y += _LINE
-        parts += [f'<text x="8" y="{y:.0f}" class="question">{escape(question)}</text>']
+        blocks.append(Block(title.format(head.record["num_pairs"]), [Token(question)]))
         for answer in answers:
             ids = np.array(tokenizer(answer, add_special_tokens=False)["input_ids"], np.int32)
             rewards = head.scores(Responses(ids, np.array([len(ids)])), np.zeros(1, np.uint64))
             texts = tokenizer.batch_decode(ids[:, None])
-            y = _draw_tokens(parts, texts, rewards * SPREAD / std, y + 8)
-        y += _LINE / 2
-    legend = "green: the annotators prefer answers with this token; orange: they prefer those without it"
-    y += _LINE
-    parts.append(f'<text x="8" y="{y:.0f}" class="question">{legend}</text>')
-    style = (
-        f"text{{font:{_SIZE}px ui-monospace,Menlo,Consolas,monospace;fill:#1f2328;white-space:pre}}"
-        ".title{font-weight:600}.question{fill:#57606a}"
-    )
-    size = f'viewBox="0 0 {_WIDTH:.0f} {y + 12:.0f}" width="{_WIDTH:.0f}" height="{y + 12:.0f}"'
-    head_line = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img"><style>{style}</style>'
-    background = '<rect width="100%" height="100%" fill="white"/>'
-    path.write_text("\n".join([head_line, background, *parts, "</svg>"]) + "\n", encoding="utf-8")
-
-
-def _draw_tokens(parts: list[str], texts: list[str], rewards: np.ndarray, y: float) -> float:
-    """Append the tokens of one answer, and return where its last line is."""
-    x, y = 24.0, y + _LINE
-    for text, reward in zip(texts, rewards.tolist(), strict=True):
-        shown = text.strip("\n")
-        width = _CHARACTER * len(shown)
-        if shown != text or x + width > _WIDTH - 16:
-            x, y = 24.0, y + _LINE
-        if not shown:
-            continue
-        strength = min(1.0, abs(reward) / _FULL)
-        colour = f"rgba({_GOOD if reward >= 0 else _BAD},{strength:.2f})"
-        box = f'x="{x:.1f}" y="{y - 15:.0f}" width="{width:.1f}" height="20"'
-        parts.append(f'<rect {box} fill="{colour}"><title>{reward:+.2f}</title></rect>')
-        skip = len(shown) - len(shown.lstrip())
-        word = shown.strip()
-        if word:
-            length = f'textLength="{_CHARACTER * len(word):.1f}" lengthAdjust="spacingAndGlyphs"'
-            parts.append(f'<text x="{x + _CHARACTER * skip:.1f}" y="{y:.0f}" {length}>{escape(word)}</text>')
-        x += width
-    return y
+            values = (rewards * SPREAD / std).tolist()
+            blocks.append(Block("", [Token(*each) for each in zip(texts, values, strict=True)]))
+    path.write_bytes(draw_blocks(blocks, _SCALE, "svg"))
