@@ -30,12 +30,9 @@ SPREAD = 0.3
 _FULL = 2.5 * SPREAD
 """… and from here on the colour is full."""
 _SCALE = Scale(
-    "token reward, nats",
-    -_FULL,
-    _FULL,
-    ((-_FULL, f"≤ {-_FULL:g}: the annotators prefer answers without it"), (_FULL, f"≥ {_FULL:g}: with it")),
-    centre=0.0,
+    "token reward, nats", -_FULL, _FULL, ((-_FULL, f"≤ {-_FULL:g}"), (0.0, "0"), (_FULL, f"≥ {_FULL:g}")), centre=0.0
 )
+_LEGEND = "Orange: the annotators prefer answers with this token. Blue: they prefer those without it."
 
 
 def draw_sentences(heads: Mapping[str, tuple[Head, float]], model: Path, path: Path) -> None:
@@ -56,4 +53,5 @@ def draw_sentences(heads: Mapping[str, tuple[Head, float]], model: Path, path: P
             texts = tokenizer.batch_decode(ids[:, None])
             values = (rewards * SPREAD / std).tolist()
             blocks.append(Block("", [Token(*each) for each in zip(texts, values, strict=True)]))
+    blocks.append(Block("", [Token(_LEGEND)]))
     path.write_bytes(draw_blocks(blocks, _SCALE, "svg"))

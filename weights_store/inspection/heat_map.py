@@ -256,7 +256,7 @@ def _draw_scale(axes: "Axes", scale: Scale, line: float) -> None:
     axes.add_patch(Rectangle((begin, line + 0.1), width, 0.8, facecolor="none", edgecolor=_EDGE, lw=0.5))
     for value, text in scale.ticks:
         share = (scale.position(value) - lowest) / (1 - lowest)
-        _write(axes, begin + width * share - len(text) / 2, line + 1, text, color="#000000")
+        _write(axes, max(0.0, begin + width * share - len(text) / 2), line + 1, text, color="#000000")
 
 
 def _write(axes: "Axes", column: float, line: float, text: str, color: str, weight: str = "normal") -> None:
