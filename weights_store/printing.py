@@ -63,15 +63,15 @@ def print_repair(repair: "Repair", aside: str | None) -> None:
     print(f"{GAP}moved {files} to {aside}" if aside else f"{GAP}would move {files} to the folder aside/ of the store")
 
 
-def print_table(rows: Sequence[Mapping[str, object]], indent: str = "") -> None:
-    """Print rows under a line of column names, numbers to the right."""
+def print_table(rows: Sequence[Mapping[str, object]], indent: str = "", right: Sequence[str] = ()) -> None:
+    """Print rows under a line of column names; numbers, and the texts of columns in `right`, to the right."""
     if not rows:
         print(f"{indent}none")
         return
     names = list(rows[0])
     numeric = {
         name for name in names if all(isinstance(row[name], int | float | None) or row[name] == "" for row in rows)
-    }
+    }.union(right)
     lines = [{name: name.replace("_", " ") for name in names}]
     lines += [{name: _cell(row[name]) for name in names} for row in rows]
     widths = {name: max(len(line[name]) for line in lines) for name in names}
@@ -93,6 +93,11 @@ def _cell(value: object) -> str:
 def count_text(number: int, noun: str) -> str:
     """Return for example `2 files`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def share_text(share: float) -> str:
+    """Return for example `12.5 %`."""
+    return f"{share:.1%}".replace("%", " %")
 
 
 def amount_text(files: "Sequence[ShardRecord | Orphan]", noun: str) -> str:

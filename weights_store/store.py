@@ -32,8 +32,8 @@ _SUMMARY = {
     "version": pl.Int64(),
     "estimator": pl.String(),
     "contrast": pl.String(),
-    "pairs": pl.Int64(),
-    "response_tokens": pl.Int64(),
+    "num_pairs": pl.Int64(),
+    "num_response_tokens": pl.Int64(),
     "fingerprint": pl.String(),
     "created": pl.Datetime("ms", "UTC"),
     "changes": pl.String(),
@@ -106,8 +106,8 @@ class WeightStore:
         """Return everything that one version of a weight dataset was made from, up to the raw pairs, each thing once.
 
         One row per table version, model and source: `depth` (0 is the weight dataset itself), `role`, `kind` ("table",
-        "model" or "source"), `name`, `version`, `fingerprint` (12 hex digits), `rows`, `created`. What is no longer in the
-        store has no `rows` and no `created`.
+        "model" or "source"), `name`, `version`, `fingerprint`, `num_rows`, `created`. What is no longer in the store has no
+        `num_rows` and no `created`.
 
         Raises:
             DamageError: The record of a contrastive model is damaged.
@@ -196,9 +196,9 @@ def _summary(name: str, commit: Commit) -> dict[str, object]:
         "version": commit.version,
         "estimator": settings["weights"]["estimator"],
         "contrast": settings["contrast"].get("method"),
-        "pairs": statistics["num_pairs"],
-        "response_tokens": statistics["num_response_tokens"],
-        "fingerprint": metadata["fingerprint"][:12],
+        "num_pairs": statistics["num_pairs"],
+        "num_response_tokens": statistics["num_response_tokens"],
+        "fingerprint": metadata["fingerprint"],
         "created": commit.timestamp_ms,
         "changes": "; ".join(metadata.get("changes", [])),
     }

@@ -32,6 +32,7 @@ from weights_store.messages import logger
 from weights_store.names import weights_path
 from weights_store.schemas import SIDES
 from weights_store.tables.metadata import ParityRecord
+from weights_store.views.summary import parity_text
 
 _log = logger(__name__)
 
@@ -221,12 +222,6 @@ def _agreement_of_stored(sample: Sample, stored: Column, expected: Column, dtype
         "max": agreement.max,
         "dtype": dtype,
     }
-
-
-def parity_text(found: ParityRecord) -> str:
-    """Return the recorded `parity` of a version in words."""
-    numbers = f"mean {found['mean']:.1e}, 99 % {found['p99']:.1e}, max {found['max']:.1e}"
-    return f"{numbers} nats over {found['num_tokens']:,} tokens of {found['num_pairs']} pairs in {found['dtype']}"
 
 
 def role_scorer(recipe: Recipe, model_folder: Path, role: Role) -> Scorer:

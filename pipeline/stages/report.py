@@ -3,22 +3,21 @@
 It draws no conclusions, except for two findings that are always wrong.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from pipeline.chat.tokenizer import ChatTokenizer
-from pipeline.parity.check import parity_text
 from pipeline.stages.publish import Published
 from weights_store import Table, WeightStore
 from weights_store.checks.reports import REPORTS, report_problem, with_digest
 from weights_store.location import Location
 from weights_store.messages import logger
 from weights_store.schemas import SIDES
-from weights_store.tables.metadata import SideStatistics, Statistics
-from weights_store.views.held_out import held_out_lines
+from weights_store.tables.metadata import Statistics
+from weights_store.views.summary import summary_lines
 
 _log = logger(__name__)
 
@@ -70,53 +69,8 @@ def report_file(name: str, version: int) -> str:
 
 def summary_rows(published: Published) -> list[tuple[str, str]]:
     """Return the most important facts, as (label, value)."""
-    statistics = published.statistics
-    quarantined = statistics["quarantined"]
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(quarantined.items())) or "none"
-    balance = f"{statistics['num_pairs']} published + {sum(quarantined.values())} quarantined"
-    rows = [
-        ("weight dataset", str(published.weights)),
-        ("fingerprint", published.weights.fingerprint[:12]),
-        ("rows in", f"{statistics['num_source_rows']} = {balance}"),
-        ("quarantined", reasons),
-        ("response tokens", f"{statistics['num_response_tokens']:,}"),
-    ]
-    if published.parity is not None:
-        rows.append(("reference", f"log-probs compared with transformers: {parity_text(published.parity)}"))
-    if statistics["ref_top_k"]:
-        rows.append(("reference top k", f"{statistics['ref_top_k']} tokens for each place"))
-    if statistics["num_scored_pairs"]:
-        rows.append(("annotator scores", f"of {statistics['num_scored_pairs']:,} pairs"))
-    if statistics["num_anchored_pairs"]:
-        rows.append(("anchors", f"of {statistics['num_anchored_pairs']:,} pairs"))
-    rows.append(("weights", _settings_text(published.settings)))
-    rows += [(f"{side} tokens", _side_text(statistics[side])) for side in SIDES]
-    rows += held_out_lines(statistics)
-    if "mean_pair_weight" in statistics:
-        ends = f"{statistics['min_pair_weight']:.4f} to {statistics['max_pair_weight']:.4f}"
-        rows.append(("pair weights", f"{ends}, mean {statistics['mean_pair_weight']:.4f}"))
-    return rows
-
-
-def _settings_text(settings: Mapping[str, object]) -> str:
-    """Return an estimator with its settings, like "ti: ti_lambda 0.7, sigma_divisor 4.0, span response"."""
-    values = {key: ", ".join(value) if isinstance(value, list) else value for key, value in settings.items()}
-    told = ", ".join(f"{key} {value}" for key, value in values.items() if key not in ("name", "estimator"))
-    return f"{values['estimator']}: {told}" if told else str(values["estimator"])
-
-
-def _side_text(numbers: SideStatistics) -> str:
-    """Return the numbers of one side that its estimator counts."""
-    parts = [f"mean weight {numbers['mean_weight']:.4f}"]
-    ends = (("at L", numbers.get("share_at_lower")), ("at U", numbers.get("share_at_upper")))
-    clamped = [f"{share:.1%} {end}" for end, share in ends if share is not None]
-    if clamped:
-        parts.append(f"clamped {', '.join(clamped)}")
-    if "mean_logratio" in numbers:
-        parts.append(f"mean log-ratio {numbers['mean_logratio']:+.4f} nats")
-    if numbers.get("num_without_mass"):
-        parts.append(f"{numbers['num_without_mass']:,} responses with nothing to be weighed by")
-    return ", ".join(parts)
+    named = [("weight dataset", str(published.weights)), ("fingerprint", published.weights.fingerprint[:12])]
+    return named + summary_lines(published.statistics, published.settings, published.parity)
 
 
 def findings(statistics: Statistics) -> list[str]:

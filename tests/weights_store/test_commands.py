@@ -33,29 +33,44 @@ def rows(text):
 def test_ls_has_one_aligned_line_per_dataset(command):
     code, out, _ = command("ls")
     head, *lines = out.splitlines()
-    assert (code, [line.split()[:2] for line in lines]) == (
+    assert (code, [line.split()[:4] for line in lines]) == (
         0,
-        [["hh-harmless/reversed", "0"], ["hh-harmless/tis-dpo", "1"], ["hh-harmless/uniform", "0"]],
+        [
+            ["hh-harmless/reversed@0", "reversed", "(dpo)", "4"],
+            ["hh-harmless/tis-dpo@1", "tis", "(dpo)", "4"],
+            ["hh-harmless/uniform@0", "uniform", "3", "19"],
+        ],
     )
-    # Numbers end where their heading ends.
-    assert {line[: head.index("version") + len("version")][-1] for line in lines} == {"0", "1"}
+    # Numbers and sizes end where their heading ends.
+    assert [line[: head.index("pairs") + len("pairs")][-1] for line in lines] == ["4", "4", "3"]
+    assert {line[: head.index("size") + len("size")][-3:] for line in lines} == {"KiB"}
+
+
+def test_ls_shows_no_size_of_a_damaged_table(command, document, small_store):
+    table = small_store.table(f"weights/{NAME}")
+    (table.location.path / table.shards()[0]).unlink()
+    assert command("ls")[0] == 0
+    sizes = {row["name"]: row["num_bytes"] for row in document("ls")}
+    other = small_store.table("weights/hh-harmless/uniform").location.path
+    assert sizes["hh-harmless/uniform"] == sum(path.stat().st_size for path in other.glob("*.parquet"))
 
 
 def test_show_has_statistics_parents_versions_and_rows(command):
     code, out, _ = command("show", f"{NAME}@0")
     assert code == 0
     assert out.startswith(f"weights/{NAME}@0  fingerprint ")
-    assert "  num_response_tokens                 19\n" in out
+    assert "  response tokens  19\n" in out
+    assert "  weights          tis: k 1.0, mu 1.0, lower -0.5, upper 1.5\n" in out
     assert "  tokens          tokens/hh-harmless-0123456789ab@0  " in out
     # b: prompt 1, chosen 4, rejected 3 tokens; mean weights 7 / 4 and 4.5 / 3.
-    assert ["b", "train", "1", "4", "3", "1.7500", "1.5000"] in rows(out)
+    assert ["train", "1", "4", "3", "1.7500", "1.5000", "b"] in rows(out)
 
 
 def test_history_gives_each_change_a_line_of_its_own(command):
     code, out, _ = command("history", NAME)
     assert code == 0
     newest, *more, oldest = rows(out)[1:]
-    assert (newest[0], newest[8], oldest[0]) == ("1", "data.negative_logps:", "0")
+    assert (newest[0], newest[6], oldest[0]) == ("1", "data.negative_logps:", "0")
     assert [line[0] for line in more] == ["data.positive_logps:", "data.ref_logps:", "data.tokens:"]
 
 
@@ -66,17 +81,19 @@ def test_lineage_is_indented_by_depth(command):
     assert lines[1].startswith("weights  ")
     assert lines[2].startswith("  tokens  ")
     assert lines[3].startswith("    source  ")
-    assert "data/hh_harmless.jsonl  " in lines[3]
+    assert lines[3].endswith("  data/hh_harmless.jsonl")
 
 
 def test_diff_says_settings_pairs_and_weights(command):
     code, out, _ = command("diff", NAME, "hh-harmless/reversed")
     assert code == 0
     assert '  settings.weights.estimator: "tis" -> "reversed"\n' in out
-    assert ["4", "0", "0", "0"] in rows(out)
-    assert ["chosen", "10", "8", "1.1500", "3.7500"] in rows(out)
-    assert ["a", "rejected", "1.8750", "3.7500"] in rows(out)
-    assert ["pair", "weights", "4", "0", "0.0000", "0.0000"] in rows(out)
+    assert "  4 in both, 0 only in A, 0 only in B\n" in out
+    assert "other response tokens" not in out
+    # 8 of 10 tokens differ; for the correlation see test_diff.py.
+    assert ["chosen", "10", "80.0", "%", "1.3000", "1.1500", "1.1500", "3.7500", "-0.7967"] in rows(out)
+    assert ["pair", "weights", "4", "0.0", "%", "1.0000", "1.0000", "0.0000", "0.0000", "-"] in rows(out)
+    assert ["rejected", "0.6250", "2.5000", "1.8750", "3.7500", "a"] in rows(out)
     assert "anchors" not in out
 
 
@@ -85,7 +102,7 @@ def test_diff_counts_anchors_that_differ(ti_store, command):
     assert "\nanchors: 4 pairs with another one or none\n" in out
 
 
-def test_diff_of_the_same_has_no_largest_changes(command):
+def test_diff_of_the_same_has_no_largest_disagreements(command):
     _, out, _ = command("diff", NAME, NAME)
     assert "  no difference\n" in out
     assert "largest" not in out
@@ -208,7 +225,7 @@ def document(command):
 
 def test_ls_as_json(document):
     rows = document("ls")
-    assert [(row["name"], row["version"], row["pairs"]) for row in rows] == [
+    assert [(row["name"], row["version"], row["num_pairs"]) for row in rows] == [
         ("hh-harmless/reversed", 0, 4),
         (NAME, 1, 4),
         ("hh-harmless/uniform", 0, 3),
@@ -218,8 +235,9 @@ def test_ls_as_json(document):
         "version",
         "estimator",
         "contrast",
-        "pairs",
-        "response_tokens",
+        "num_pairs",
+        "num_response_tokens",
+        "num_bytes",
         "fingerprint",
         "created",
     }
@@ -272,8 +290,25 @@ def test_diff_as_json(document):
         "num_tokens_changed": 8,
         "mean_abs_change": pytest.approx(1.15),
         "max_abs_change": 3.75,
+        "mean_a": pytest.approx(1.3),
+        "mean_b": pytest.approx(1.15),
+        "correlation": pytest.approx(-0.7967, abs=1e-4),
     }
-    assert diff["largest"][0].keys() == {"pair_id", "side", "mean_abs_change", "max_abs_change"}
+    assert diff["largest"][0].keys() == {
+        "pair_id",
+        "side",
+        "mean_a",
+        "mean_b",
+        "mean_abs_change",
+        "max_abs_change",
+    }
+
+
+def test_the_same_thing_has_the_same_name_in_every_document(document):
+    shown, (listed, *_), ancestors = document("show", NAME), document("history", NAME), document("lineage", NAME)
+    assert shown["fingerprint"] == listed["fingerprint"] == ancestors[0]["fingerprint"]
+    assert shown["statistics"]["num_pairs"] == listed["num_pairs"] == ancestors[0]["num_rows"] == 4
+    assert shown["versions"] == document("history", NAME)
 
 
 def test_export_as_json(document, tmp_path):

@@ -70,8 +70,8 @@ def _lineage(lineage: Lineage, source: WeightSource) -> str:
         ancestors = pl.DataFrame()
     for row in ancestors.to_dicts():
         name = _shorten(row["name"]) if row["version"] is None else f"{row['name']}@{row['version']}"
-        count = "" if row["rows"] is None else f"{row['rows']:,}"
-        rows.append(["· " * row["depth"] + row["role"], f"`{name}`", f"`{row['fingerprint'] or ''}`", count])
+        count = "" if row["num_rows"] is None else f"{row['num_rows']:,}"
+        rows.append(["· " * row["depth"] + row["role"], f"`{name}`", f"`{(row['fingerprint'] or '')[:12]}`", count])
     return _table(["", "name", "fingerprint", "rows"], rows)
 
 

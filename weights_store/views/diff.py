@@ -3,6 +3,7 @@
 Both are read range by range of `pair_id`, so memory stays bounded however large they are.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,20 +18,34 @@ from weights_store.tables.table import Table
 _PAIR = "pair"
 """Used like a side: the weight of a pair is compared like that of a response with one token."""
 _NUM_LARGEST = 10
-_CHANGES = {"pair_id": pl.String, "side": pl.String, "mean_abs_change": pl.Float64, "max_abs_change": pl.Float64}
+_ROUNDING = 1e-12
+_CHANGES = {
+    "pair_id": pl.String,
+    "side": pl.String,
+    "mean_a": pl.Float64,
+    "mean_b": pl.Float64,
+    "mean_abs_change": pl.Float64,
+    "max_abs_change": pl.Float64,
+}
+_SUMS = ("num_tokens", "num_tokens_changed", "total", "a", "b", "aa", "bb", "ab")
+"""Per side: tokens, those whose weight changed, and sums of |b - a|, a, b, a², b² and ab."""
 
 
 @dataclass(frozen=True)
 class SideDiff:
     """Changes of one side's weights over the pairs that can be compared, or of pair weights: a pair counts as one token.
 
-    The mean and the maximum are None if there was no token.
+    The means and the maximum are None if there was no token, and Pearson's correlation also if the weights of `a` or of `b` are
+    all equal.
     """
 
     num_tokens: int
     num_tokens_changed: int
-    mean_abs_change: float | None
-    max_abs_change: float | None
+    mean_abs_change: float | None = None
+    max_abs_change: float | None = None
+    mean_a: float | None = None
+    mean_b: float | None = None
+    correlation: float | None = None
 
 
 @dataclass(frozen=True)
@@ -101,15 +116,32 @@ def diff_tables(a: Table, version_a: int, b: Table, version_b: int, max_bytes: i
 
 
 def _sum(changes: pl.DataFrame) -> pl.DataFrame:
-    """Return one row per side: sums of tokens and changes, and the largest change."""
-    return changes.group_by("side").agg(pl.sum("num_tokens", "num_tokens_changed", "total"), pl.max("max_abs_change"))
+    """Return one row per side: `_SUMS` and the largest change."""
+    return changes.group_by("side").agg(pl.sum(*_SUMS), pl.max("max_abs_change"))
 
 
 def _side_diff(sums: Mapping[str, Any] | None) -> SideDiff:
     if sums is None or not sums["num_tokens"]:
-        return SideDiff(0, 0, None, None)
-    num_tokens = sums["num_tokens"]
-    return SideDiff(num_tokens, sums["num_tokens_changed"], sums["total"] / num_tokens, sums["max_abs_change"])
+        return SideDiff(0, 0)
+    number = sums["num_tokens"]
+    return SideDiff(
+        num_tokens=number,
+        num_tokens_changed=sums["num_tokens_changed"],
+        mean_abs_change=sums["total"] / number,
+        max_abs_change=sums["max_abs_change"],
+        mean_a=sums["a"] / number,
+        mean_b=sums["b"] / number,
+        correlation=_correlation(sums),
+    )
+
+
+def _correlation(sums: Mapping[str, Any]) -> float | None:
+    """Return Pearson's correlation of the weights of `a` and `b`; None if those of one are equal but for rounding."""
+    number = sums["num_tokens"]
+    spread_a, spread_b = (sums[2 * name] - sums[name] ** 2 / number for name in "ab")
+    if spread_a <= _ROUNDING * sums["aa"] or spread_b <= _ROUNDING * sums["bb"]:
+        return None
+    return (sums["ab"] - sums["a"] * sums["b"] / number) / math.sqrt(spread_a * spread_b)
 
 
 def _ranges(
@@ -126,16 +158,23 @@ def _ranges(
 
 
 def _changes(comparable: pl.DataFrame, side: str) -> pl.DataFrame:
-    """Return one row per pair: tokens, tokens that changed, and sum, mean and maximum of the absolute changes."""
+    """Return one row per pair: `_SUMS` over its tokens, the means of both, and mean and maximum of the absolute changes."""
     wide = pl.List(pl.Float64)
-    signed = pl.col(f"{side}_token_weights_b").cast(wide) - pl.col(f"{side}_token_weights").cast(wide)
-    change = signed.list.eval(pl.element().abs())
+    a, b = (pl.col(f"{side}_token_weights{suffix}").cast(wide) for suffix in ("", "_b"))
+    change = (b - a).list.eval(pl.element().abs())
     return comparable.select(
         "pair_id",
         side=pl.lit(side),
         num_tokens=change.list.len(),
         num_tokens_changed=change.list.eval(pl.element() > 0).list.sum(),
         total=change.list.sum(),
+        a=a.list.sum(),
+        b=b.list.sum(),
+        aa=(a * a).list.sum(),
+        bb=(b * b).list.sum(),
+        ab=(a * b).list.sum(),
+        mean_a=a.list.mean(),
+        mean_b=b.list.mean(),
         mean_abs_change=change.list.mean(),
         max_abs_change=change.list.max(),
     )

@@ -29,7 +29,7 @@ def held_out_lines(statistics: Statistics) -> list[tuple[str, str]]:
 def _figures(record: HeldOutRecord) -> str:
     mean, error = record["log_likelihood"], record["log_likelihood_se"]
     return (
-        f"log-likelihood {mean:.3f} ± {error:.3f} nats a pair (chance {_CHANCE}), {record['accuracy']:.0%} right "
+        f"log-likelihood {mean:.3f} ± {error:.3f} nats a pair (chance {_CHANCE}), {100 * record['accuracy']:.0f} % right "
         f"in {record['num_pairs']:,} pairs"
     )
 

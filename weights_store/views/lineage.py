@@ -28,7 +28,7 @@ _COLUMNS = {
     "name": pl.String(),
     "version": pl.Int64(),
     "fingerprint": pl.String(),
-    "rows": pl.Int64(),
+    "num_rows": pl.Int64(),
     "created": pl.Datetime("ms", "UTC"),
 }
 
@@ -40,7 +40,7 @@ def lineage(root: Location, weights: TableVersion) -> pl.DataFrame:
     walk = _Walk(root)
     walk.table(0, "weights", weights.as_parent(), {})
     rows = [{"depth": depth, **thing._asdict()} for depth, thing in walk.found.values()]
-    return pl.DataFrame(rows, schema=_COLUMNS).with_columns(pl.col("fingerprint").str.head(12))
+    return pl.DataFrame(rows, schema=_COLUMNS)
 
 
 class _Thing(NamedTuple):
@@ -51,7 +51,7 @@ class _Thing(NamedTuple):
     name: str | None
     version: int | None
     fingerprint: str | None
-    rows: int | None = None
+    num_rows: int | None = None
     created: int | None = None  # ms since 1970
 
 
@@ -71,7 +71,7 @@ class _Walk:
         if metadata is None or metadata["fingerprint"] != parent["fingerprint"]:  # it is gone, or another one is there
             self._add(depth, thing)
             return
-        thing = thing._replace(rows=table.num_rows(version), created=commit.timestamp_ms)
+        thing = thing._replace(num_rows=table.num_rows(version), created=commit.timestamp_ms)
         if not self._add(depth, thing):
             return
         recipe = metadata.get("recipe", recipe)

@@ -550,7 +550,7 @@ def test_the_report_says_what_was_done_and_what_was_missing(store, make_recipe, 
     text = summary_markdown(published)
     assert "| weights | ti: ti_lambda 0.7, sigma_divisor 4.0, span response |" in text
     assert "| anchors | of 2 pairs |" in text
-    assert "| rejected tokens | mean weight 1.0000, 2 responses with nothing to be weighed by |" in text
+    assert " tokens | 4, mean weight 1.0000, from 1.0000 to 1.0000, 2 responses with nothing to be weighed by |" in text
     assert write_report(published, toy_model).endswith("toy/tis-dpo@0.html")
 
 

@@ -103,7 +103,7 @@ def test_a_version_records_how_its_scores_predict_labels_and_says_so(store, make
     assert line.startswith(
         f"log-likelihood {record['log_likelihood']:.3f} ± {record['log_likelihood_se']:.3f} nats a pair"
     )
-    assert line.endswith(f" (chance -0.693), {right:.0%} right in 400 pairs")
+    assert line.endswith(f" (chance -0.693), {100 * right:.0f} % right in 400 pairs")
     times = 1 / record["multiplier"]
     verdict = f'the scores are {times:.1f} times overconfident: set weights.scale = "calibrated", or use no weights'
     assert rows["verdict"] == verdict

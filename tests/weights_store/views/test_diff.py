@@ -1,3 +1,6 @@
+from dataclasses import replace
+
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
@@ -18,11 +21,16 @@ def test_two_estimators_by_hand(small_store):
     ]
     assert (diff.num_common, diff.num_only_in_a, diff.num_only_in_b, diff.num_not_comparable) == (4, 0, 0, 0)
     # a: 0 + 1.5 + 1.5, b: 3.75 + 0 + 1.5 + 0.75, c: 1.5 + 0.5, d: 0.5; together 11.5 over 10 tokens, 8 not zero.
-    assert diff.chosen == SideDiff(10, 8, 1.15, 3.75)
+    # Sums of a, b, a², b², ab: 13, 11.5, 27.125, 17, 10. So the squares about the means are 10.225, 3.775, and -4.95 of both.
+    assert diff.chosen == SideDiff(10, 8, 1.15, 3.75, 1.3, 1.15, pytest.approx(-4.95 / (10.225 * 3.775) ** 0.5))
     # a: 3.75 + 0, b: 1.5 + 0.75 + 0, c: 0.75 + 0.5 + 0 + 0.5 + 0, d: 0.5; together 8.25 over 11 tokens, 7 not zero.
-    assert diff.rejected == SideDiff(11, 7, 0.75, 3.75)
+    tis = [0.25, 1, 2, 1.5, 1, 1.5, 1.25, 1, 1.25, 1, 0.75]
+    other = [4, 1, 0.5, 0.75, 1, 0.75, 0.75, 1, 0.75, 1, 1.25]
+    correlation = pytest.approx(np.corrcoef(tis, other)[0, 1])
+    assert diff.rejected == SideDiff(11, 7, 0.75, 3.75, 12.5 / 11, 12.75 / 11, correlation)
     assert not diff.is_empty
-    assert (diff.pair_weights, diff.num_anchors_changed) == (SideDiff(4, 0, 0.0, 0.0), 0)
+    # Constant weights have no correlation.
+    assert (diff.pair_weights, diff.num_anchors_changed) == (SideDiff(4, 0, 0.0, 0.0, 1.0, 1.0, None), 0)
 
 
 def test_pair_weights_and_anchors_that_differ_are_counted(ti_store):
@@ -38,7 +46,7 @@ def test_pair_weights_and_anchors_that_differ_are_counted(ti_store):
     table.replace(pa.Table.from_pylist(rows, WEIGHTS), table.metadata())
     diff = ti_store.diff("hh-harmless/ti-dpo@0", "hh-harmless/ti-dpo@1")
     assert (diff.settings, diff.chosen.num_tokens_changed, diff.rejected.num_tokens_changed) == ([], 0, 0)
-    assert diff.pair_weights == SideDiff(4, 2, 1.25 / 4, 0.75)
+    assert diff.pair_weights == SideDiff(4, 2, 1.25 / 4, 0.75, 1.0, 3.75 / 4, None)
     assert diff.num_anchors_changed == 2
     assert diff.largest.is_empty()
     assert not diff.is_empty
@@ -55,8 +63,9 @@ def test_a_pair_weight_or_an_anchor_alone_makes_two_datasets_differ(ti_store, ch
 
 def test_pairs_that_changed_most_come_first(small_store):
     largest = small_store.diff(TIS, REVERSED).largest
-    assert largest.columns == ["pair_id", "side", "mean_abs_change", "max_abs_change"]
-    assert largest.rows() == [
+    assert largest.columns == ["pair_id", "side", "mean_a", "mean_b", "mean_abs_change", "max_abs_change"]
+    assert largest.row(0) == ("a", "rejected", 1.25 / 2, 5 / 2, 1.875, 3.75)
+    assert largest.drop("mean_a", "mean_b").rows() == [
         ("a", "rejected", 1.875, 3.75),  # 3.75 over 2 tokens
         ("b", "chosen", 1.5, 3.75),  # 6 over 4
         ("a", "chosen", 1.0, 1.5),  # 3 over 3
@@ -77,7 +86,9 @@ def test_versions_differ_by_the_pairs_that_came(small_store):
         "data.ref_logps",
         "data.tokens",
     ]
-    assert (diff.chosen, diff.rejected) == (SideDiff(9, 0, 0.0, 0.0), SideDiff(10, 0, 0.0, 0.0))
+    # The same weights: chosen of a, b, c are 3.5 + 7 + 1.25, rejected ones 1.25 + 4.5 + 6.
+    assert diff.chosen == SideDiff(9, 0, 0.0, 0.0, 11.75 / 9, 11.75 / 9, pytest.approx(1))
+    assert diff.rejected == SideDiff(10, 0, 0.0, 0.0, 1.175, 1.175, pytest.approx(1))
     assert diff.largest.is_empty()
 
 
@@ -90,8 +101,11 @@ def test_a_dataset_does_not_differ_from_itself(small_store):
 def test_swapping_the_two_swaps_what_only_one_has_and_keeps_the_changes(small_store):
     there, back = small_store.diff(f"{TIS}@0", REVERSED), small_store.diff(REVERSED, f"{TIS}@0")
     assert (there.num_only_in_a, there.num_only_in_b) == (back.num_only_in_b, back.num_only_in_a) == (0, 1)
-    assert (there.chosen, there.rejected) == (back.chosen, back.rejected)
-    assert there.largest.equals(back.largest)
+    for one, other in ((there.chosen, back.chosen), (there.rejected, back.rejected)):
+        assert replace(one, mean_a=one.mean_b, mean_b=one.mean_a) == other
+    assert (
+        there.largest.rename({"mean_a": "mean_b", "mean_b": "mean_a"}).select(back.largest.columns).equals(back.largest)
+    )
 
 
 def test_weights_of_other_tokens_are_not_compared(small_store):
@@ -112,7 +126,7 @@ def test_nothing_in_common_gives_no_means(small_store):
     table.append(rows.to_arrow(), small_store.metadata(TIS))
     diff = small_store.diff(TIS, "hh-harmless/other")
     assert (diff.num_common, diff.num_only_in_a, diff.num_only_in_b) == (0, 4, 4)
-    assert diff.chosen == diff.rejected == SideDiff(0, 0, None, None)
+    assert diff.chosen == diff.rejected == SideDiff(0, 0)
 
 
 def test_ranges_of_pairs_give_the_same_as_all_at_once(small_store, monkeypatch):

@@ -81,7 +81,7 @@ def test_the_pair_that_matters_most_is_shown_with_its_text(results):
 
 def test_versions_share_shards_and_lead_back_to_the_source(results):
     sizes = results["sizes"]
-    assert sizes.select("version", "pairs", "rows").rows() == [(0, 3, 3), (1, 4, 4)]
+    assert sizes.select("version", "num_pairs", "rows").rows() == [(0, 3, 3), (1, 4, 4)]
     assert 0 < sizes["bytes"][0] < sizes["bytes"][1]
     assert "data/hh_harmless.jsonl" in results["ancestry"]["name"].to_list()
     assert (results["counted"]["pairs"][0].as_py(), len(results["files"])) == (4, 2)

@@ -5,7 +5,7 @@ import pytest
 from weights_store.views.held_out import held_out_lines
 
 RECORD = {"num_pairs": 1234, "log_likelihood": -0.6262, "log_likelihood_se": 0.0041, "accuracy": 0.614}
-FIGURES = "log-likelihood -0.626 ± 0.004 nats a pair (chance -0.693), 61% right in 1,234 pairs"
+FIGURES = "log-likelihood -0.626 ± 0.004 nats a pair (chance -0.693), 61 % right in 1,234 pairs"
 SET = 'set weights.scale = "calibrated"'
 
 
