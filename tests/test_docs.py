@@ -35,6 +35,7 @@ NOT_RUN = {
     "check-scorer": "starts vLLM",
     "check-prompts": "starts vLLM",
     "train": "loads torch and a model",
+    "plot": "needs the folders of two trainings",
     "serve": "runs until it is stopped",
 }
 """Commands of ours that the docs show and this file only parses."""
