@@ -19,7 +19,9 @@ MEASURES = {
     each.name: each
     for each in (
         Measure("weight", "weight", "", 1.0, "what the loss multiplies this token's log-ratio by"),
-        Measure("logratio", "log-ratio", "nats", 0.0, "log π+ − log π−: above 0, the positive model likes the token more"),
+        Measure(
+            "logratio", "log-ratio", "nats", 0.0, "log π+ − log π−: above 0, the positive model likes the token more"
+        ),
         Measure("logp_pos", "log π+", "nats", None, "log-probability of the token under the positive model"),
         Measure("logp_neg", "log π−", "nats", None, "log-probability of the token under the negative model"),
         Measure("ref_logp", "log ref", "nats", None, "log-probability of the token under the reference"),
