@@ -1,0 +1,124 @@
+"""Commands that write or check files: export, verify, vacuum, repair, optimize."""
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import weights_store
+from weights_store.printing import GAP, amount_text, count_text, print_json, print_orphans, print_repair, size_text
+
+if TYPE_CHECKING:
+    from weights_store.checks.findings import Finding
+
+
+def run_export(options: argparse.Namespace) -> None:
+    """Write a weight dataset as plain files."""
+    name, version = weights_store.split_name(options.name)
+    tokenizer = options.load_tokenizer(options.tokenizer) if options.tokenizer else None
+    paths = weights_store.WeightStore(options.store).export(name, options.folder, version, options.format, tokenizer)
+    if options.json:
+        print_json([{"path": str(path), "num_bytes": path.stat().st_size} for path in paths])
+        return
+    for path in paths:
+        print(f"{size_text(path.stat().st_size):>10}  {path}")
+    if options.format == "jsonl":
+        print("the TIS-DPO release trains on these weights with transform.method=origin")
+        if tokenizer is None:
+            print("the files hold ids instead of texts, which the release needs: give --tokenizer")
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Check every file against its commit; return 1 if something is wrong."""
+    from weights_store.catalog import list_tables
+    from weights_store.checks.vacuum import find_orphans
+    from weights_store.checks.verify import verify
+
+    store, tables = weights_store.WeightStore(options.store), _table_paths(options.tables)
+    findings: list[Finding] = []
+    notes: list[Finding] = []
+    for finding in verify(store, tables, options.rows):
+        (notes if finding.is_note else findings).append(finding)
+        if not options.json:
+            print(finding, flush=True)
+    orphans = list(find_orphans(store, tables))
+    num_tables = len(tables) if tables is not None else sum(1 for _ in list_tables(store.root))
+    if options.json:
+        document = {"store": options.store, "num_tables": num_tables, "findings": findings, "notes": notes}
+        print_json({**document, "orphans": orphans})
+        return 1 if findings else 0
+    if orphans:
+        size = size_text(sum(orphan.num_bytes for orphan in orphans))
+        print(f"{count_text(len(orphans), 'file')} that no version needs, {size}; see `tokenweights vacuum`")
+        print_orphans(orphans)
+    result = count_text(len(findings), "finding") if findings else "all as it was committed"
+    if not (findings or options.rows):
+        result += "; --rows also checks the rules that rows must keep"
+    print(f"checked {count_text(num_tables, 'table')} in {options.store}: {result}")
+    return 1 if findings else 0
+
+
+def run_vacuum(options: argparse.Namespace) -> None:
+    """List or delete files that no version needs."""
+    from weights_store.checks.vacuum import vacuum
+
+    store, tables = weights_store.WeightStore(options.store), _table_paths(options.tables)
+    orphans = vacuum(store, options.retention_hours, not options.yes, tables, options.risk_running_builds)
+    if options.json:
+        document = {"store": options.store, "retention_hours": options.retention_hours, "deleted": options.yes}
+        print_json({**document, "files": orphans})
+        return
+    print_orphans(orphans)
+    rule = f"that no version needs, older than {options.retention_hours:g} h, in {options.store}"
+    if not orphans:
+        print(f"nothing to delete: no file {rule}")
+    elif options.yes:
+        print(f"deleted {amount_text(orphans, 'file')} {rule}")
+    else:
+        print(f"would delete {amount_text(orphans, 'file')} {rule}; --yes deletes")
+
+
+def run_repair(options: argparse.Namespace) -> None:
+    """Show or do what brings damaged tables back to a whole version."""
+    from weights_store.checks.repair import apply_repair, find_repairs
+
+    store = weights_store.WeightStore(options.store)
+    repairs = list(find_repairs(store, _table_paths(options.tables)))
+    needed = [repair for repair in repairs if repair.files]
+    moved = {repair.table: apply_repair(store, repair) for repair in needed} if options.yes else {}
+    if options.json:
+        print_json([{**vars(repair), "aside": moved.get(repair.table)} for repair in repairs])
+        return
+    for repair in repairs:
+        print_repair(repair, moved.get(repair.table))
+    if not needed:
+        print(f"nothing to repair in {options.store}: every table's newest version is whole")
+    elif not options.yes:
+        print("nothing was changed: --yes does it. Restore damaged files from a copy instead, if there is one")
+
+
+def run_optimize(options: argparse.Namespace) -> None:
+    """Compact one table."""
+    from weights_store.tables.compaction import optimize
+
+    table = weights_store.WeightStore(options.store).table(_table_path(options.table))
+    base = table.reference()
+    before = table.records(base.version)
+    made = optimize(table)
+    if made is None:
+        print(f"{base}: nothing to do, {amount_text(before, 'shard')}")
+        return
+    print(f"{base} -> @{made.version} in {options.store}")
+    after = table.records(made.version)
+    print(f"{GAP}{amount_text(before, 'shard')} -> {amount_text(after, 'shard')}; older versions stay readable")
+
+
+def _table_path(text: str) -> str:
+    """Return the path of a table: the text itself if it begins with a kind of table, else that of a weight dataset."""
+    from weights_store.names import weights_path
+    from weights_store.schemas import KEYS
+
+    return text if text.partition("/")[0] in KEYS else weights_path(text)
+
+
+def _table_paths(names: Sequence[str]) -> list[str] | None:
+    return [_table_path(name) for name in names] or None
