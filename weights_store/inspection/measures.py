@@ -1,4 +1,4 @@
-"""The numbers that a token can be looked at by: their names, words and units. The same words in the page, the terminal and docs."""
+"""The numbers that a token can be looked at by: names, words and units, the same in the page, the terminal and the docs."""
 
 from dataclasses import dataclass
 

@@ -26,7 +26,7 @@ Tokenizer = Decoder | Mapping[int, str] | Sequence[str]
 _BROKEN = "\ufffd"
 """What a decoder writes for bytes that are no whole character."""
 _MAX_GROUP, _MAX_CONTEXT = 8, 4
-"""Tokens whose text only shows together, and tokens before them that are decoded with them. A character has at most four bytes."""
+"""Tokens whose text shows only together, and tokens before them that are decoded too. A character has at most four bytes."""
 _MAX_PREFIXES = 16
 """How often a whole prefix of a sequence is decoded: each costs as much as the sequence, so more would take quadratic time."""
 
@@ -57,7 +57,7 @@ class TokenTexts:
                 except (KeyError, IndexError):
                     raise self._unknown(token_id) from None
             else:
-                self._known[token_id] = _decode(self._source, [token_id])
+                self._known[token_id] = self._decode([token_id])
         return self._known[token_id]
 
     def texts(self, ids: pl.Series) -> pl.Series:
@@ -71,7 +71,7 @@ class TokenTexts:
         if isinstance(self._source, Mapping | Sequence):
             return "".join(map(self.text, ids))
         self._check(max(ids, default=0))
-        return _decode(self._source, list(ids))
+        return self._decode(ids)
 
     def split(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each token within its sequence, `[T]`: joined they are the text of the whole sequence.
@@ -92,7 +92,7 @@ class TokenTexts:
                 end = at
                 if num_prefixes < _MAX_PREFIXES:
                     num_prefixes += 1
-                    end = max(at, _num_common(_decode(self._source, list(ids[: first + 1])), whole))
+                    end = max(at, _num_common(self._decode(ids[: first + 1]), whole))
                 found = [whole[at:end]]
             texts += found
             at += sum(map(len, found))
@@ -113,18 +113,17 @@ class TokenTexts:
     def _text_inside(self, before: int, token_id: int) -> str | None:
         """Return what an id usually adds after another token, or None if it is no whole character alone."""
         if token_id not in self._inside:
-            pair = [before, token_id]
-            start, both = self.text(before), "" if _BROKEN in self.text(token_id) else _decode(self._source, pair)
+            start, both = self.text(before), "" if _BROKEN in self.text(token_id) else self._decode([before, token_id])
             self._inside[token_id] = both[len(start) :] if both and both.startswith(start) else None
         return self._inside[token_id]
 
     def _group(self, ids: Sequence[int], first: int, whole: str, at: int) -> list[str] | None:
         """Return the texts of the fewest tokens from `first` on that together continue `whole` at `at`; None if unknown."""
         for start in self._starts(ids, first):
-            before = _decode(self._source, list(ids[start:first]))
+            before = self._decode(ids[start:first])
             ends: list[int] = []  # of each token's text, after `at`
             for last in range(first, min(first + _MAX_GROUP, len(ids))):
-                text = _decode(self._source, list(ids[start : last + 1]))
+                text = self._decode(ids[start : last + 1])
                 added = text[len(before) :] if text.startswith(before) else _BROKEN
                 if whole.startswith(added, at):
                     ends = [min(end, len(added)) for end in ends] + [len(added)]
@@ -142,16 +141,16 @@ class TokenTexts:
         if self._num_ids is not None and token_id >= self._num_ids:
             raise self._unknown(token_id)
 
+    def _decode(self, ids: Sequence[int]) -> str:
+        assert not isinstance(self._source, Mapping | Sequence)
+        return str(self._source.decode(list(ids), skip_special_tokens=False))  # else `tokenizers` leaves them out
+
     def _unknown(self, token_id: int) -> MismatchError:
         size = "" if self._num_ids is None else f", which has {self._num_ids} ids"
         return MismatchError(
             f"token id {token_id} is not in the tokenizer given{size}; give the tokenizer of the model that the pairs were "
             "tokenised with"
         )
-
-
-def _decode(decoder: Decoder, ids: list[int]) -> str:
-    return str(decoder.decode(ids, skip_special_tokens=False))  # `tokenizers` leaves special tokens out by default
 
 
 def _num_common(a: str, b: str) -> int:
