@@ -24,6 +24,10 @@ MAX_STEP = 4
 """Half steps of log2 from 1 to the ends of the scale: 1/4 and 4."""
 _LEVELS = (0, 95, 135, 175, 215, 255)
 """Of each colour in the 6 x 6 x 6 cube of terminals with 256 colours."""
+_INDEXED = {
+    -4: (0, 1, 3), -3: (1, 2, 3), -2: (2, 3, 4), -1: (3, 4, 5), 1: (5, 4, 3), 2: (5, 3, 1), 3: (4, 2, 0), 4: (3, 1, 0)
+}  # fmt: skip
+"""By step, the places in that cube: chosen by eye, because the nearest ones to the scale's light ends are grey."""
 _RESET, _DIM = "\x1b[0m", "\x1b[2m"
 _BREAK = "\n"
 _JOINERS = "\u200c\u200d"
@@ -78,14 +82,14 @@ def style_of(step: int, colours: Colours) -> str:
     """Return the escape sequence of a step: background and text, black or white, whichever has more contrast."""
     if colours == "none" or step == 0:
         return ""
+    if colours == "256":
+        red, green, blue = _INDEXED[step]
+        text = "16" if is_light((_LEVELS[red], _LEVELS[green], _LEVELS[blue])) else "231"
+        return f"\x1b[38;5;{text};48;5;{16 + 36 * red + 6 * green + blue}m"
     end, share = BELOW if step < 0 else ABOVE, abs(step) / MAX_STEP
     red, green, blue = (round(middle + (full - middle) * share) for middle, full in zip(NEUTRAL, end, strict=True))
-    if colours == "truecolor":
-        text = "0;0;0" if is_light((red, green, blue)) else "255;255;255"
-        return f"\x1b[38;2;{text};48;2;{red};{green};{blue}m"
-    places = [min(range(6), key=lambda place: abs(_LEVELS[place] - value)) for value in (red, green, blue)]
-    text = "16" if is_light((_LEVELS[places[0]], _LEVELS[places[1]], _LEVELS[places[2]])) else "231"
-    return f"\x1b[38;5;{text};48;5;{16 + 36 * places[0] + 6 * places[1] + places[2]}m"
+    text = "0;0;0" if is_light((red, green, blue)) else "255;255;255"
+    return f"\x1b[38;2;{text};48;2;{red};{green};{blue}m"
 
 
 def is_light(colour: Colour) -> bool:
