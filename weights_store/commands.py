@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import weights_store
+from weights_store.inspection.doctor_command import add_doctor
 from weights_store.printing import (
     GAP,
     amount_text,
@@ -54,6 +55,7 @@ def add_commands(add: Add, load_tokenizer: "Callable[[str], Tokenizer]") -> None
     diff = add_listing("diff", _diff, "compare two weight datasets: settings, pairs, weights token by token, anchors")
     diff.add_argument("a", metavar="A", help="NAME or NAME@VERSION")
     diff.add_argument("b", metavar="B", help="NAME or NAME@VERSION")
+    _add_name(add_doctor(add_listing))
     export = add_listing("export", _export, "write a weight dataset as plain files, for programs without this store")
     export.set_defaults(load_tokenizer=load_tokenizer)
     _add_name(export)

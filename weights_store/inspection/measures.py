@@ -1,4 +1,4 @@
-"""The numbers that a token can be looked at by: their names, words and units. The same words in the page, the terminal and docs."""
+"""The numbers that a token can be looked at by: names, words and units, the same in the page, the terminal and docs."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,9 @@ MEASURES = {
     each.name: each
     for each in (
         Measure("weight", "weight", "", 1.0, "what the loss multiplies this token's log-ratio by"),
-        Measure("logratio", "log-ratio", "nats", 0.0, "log π+ − log π−: above 0, the positive model likes the token more"),
+        Measure(
+            "logratio", "log-ratio", "nats", 0.0, "log π+ − log π−: above 0, the positive model likes the token more"
+        ),
         Measure("logp_pos", "log π+", "nats", None, "log-probability of the token under the positive model"),
         Measure("logp_neg", "log π−", "nats", None, "log-probability of the token under the negative model"),
         Measure("ref_logp", "log ref", "nats", None, "log-probability of the token under the reference"),
