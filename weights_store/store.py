@@ -90,8 +90,9 @@ class WeightStore:
         """Return one row per response token of one version of a weight dataset, lazily, chosen responses first.
 
         Columns: `pair_id`, `side` ("chosen" or "rejected"), `position` (0-based in the response), `token_id`, `token` (its
-        text, only with a tokenizer), `weight`, and in nats `ref_logp`, `logp_pos`, `logp_neg` (the contrastive pair, the mean
-        over several; null if the estimator used none). Conditions on `pair_id` reach the files of every table.
+        text, only with a tokenizer), `weight`, in nats `ref_logp`, `logp_pos`, `logp_neg` (the contrastive pair, the mean
+        over several), and `attribution`; null what the estimator did not use. Conditions on `pair_id` reach the files of every
+        table.
 
         The tokenizer is the model's (anything with `decode`), or the texts by id as a mapping or a sequence.
 

@@ -253,7 +253,7 @@ def _carried(case: _Case) -> Iterator[_Found]:
             f"one token weighs at least {PEAK:g} times the mean of its response in {_by_side(shares)} of the responses (more "
             f"than {_percent(MAX_CARRIED)}); it is the last token in {_by_side(last)}; the largest weight is {largest:.3g}",
             "The training looks at this one token, often the end of the turn, and hardly at the others.",
-            'With `ti`, set `attribute.target = "gold_logps"` or lower `weights.ti_lambda`; else use an estimator with a clamp.',
+            'With `ti`: `attribute.target = "gold_logps"`, or a lower `weights.ti_lambda`. Else an estimator with a clamp.',
         )
 
 
