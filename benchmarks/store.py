@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe
 from pipeline.weighing.estimators import SideScores, tis
 from weights_store import WeightStore
-from weights_store.schemas import FLOATS, IDS, WEIGHTS
+from weights_store.schemas import FLOATS, IDS, LOGPS, SIDES, WEIGHTS
 
 REPO = Path(__file__).resolve().parent.parent
 RUNS = 5
@@ -212,18 +212,45 @@ def write_made_up(store: str, num_pairs: int) -> None:
     table.commit(writer.finish(), {"fingerprint": "bench"}, None)
 
 
-def _made_up(num_pairs: int, step: int = 5000) -> Iterator[pa.Table]:
+def _made_up(num_pairs: int, step: int = 5000, response_tokens: int = 48) -> Iterator[pa.Table]:
     rng = np.random.default_rng(0)
     for start in range(0, num_pairs, step):
         size = min(step, num_pairs - start)
         columns: dict[str, Any] = {"pair_id": [f"{index:032x}" for index in range(start, start + size)]}
         columns["prompt_ids"] = made_up_lists(rng, rng.poisson(64, size) + 1, "ids")
         for side in ("chosen", "rejected"):
-            lengths = rng.poisson(48, size) + 1
+            lengths = rng.poisson(response_tokens, size) + 1
             columns[f"{side}_ids"] = made_up_lists(rng, lengths, "ids")
             columns[f"{side}_token_weights"] = made_up_lists(rng, lengths, "weights")
             columns[f"{side}_ref_logps"] = made_up_lists(rng, lengths, "logps")
         yield _whole(pa.table(columns).select(COLUMNS))
+
+
+def write_contrastive(store: str, num_pairs: int) -> None:
+    """Write a weight dataset as `tis` leaves it, with the log-probs of both models: about 2 x 75 response tokens a pair."""
+    opened, rng = WeightStore(store), np.random.default_rng(1)
+    table = opened.table("weights/bench/contrastive")
+    if table.exists():
+        return
+    scorers = {role: opened.table(f"logps/bench/{role}") for role in ("positive", "negative")}
+    writers, writer = {role: each.writer() for role, each in scorers.items()}, table.writer()
+    for rows in _made_up(num_pairs, response_tokens=75):
+        writer.write(rows)
+        for each in writers.values():
+            columns: dict[str, Any] = {"pair_id": rows["pair_id"]}
+            for side in SIDES:
+                lengths = np.diff(rows[f"{side}_ids"].combine_chunks().offsets.to_numpy())
+                columns[f"{side}_logps"] = made_up_lists(rng, lengths, "logps")
+            each.write(
+                pa.table(columns | {n: pa.nulls(len(rows), LOGPS.field(n).type) for n in LOGPS.names[3:]}, LOGPS)
+            )
+    parents = [
+        {"role": f"{role}_logps", **scorers[role].commit(each.finish(), {"fingerprint": role}, None).as_parent()}
+        for role, each in writers.items()
+    ]
+    settings = {"estimator": "tis", "k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5}
+    identity = {"settings": {"weights": settings}}
+    table.commit(writer.finish(), {"fingerprint": "bench", "parents": parents, "identity": identity}, None)
 
 
 def made_up_lists(rng: np.random.Generator, lengths: np.ndarray, kind: str) -> pa.Array:

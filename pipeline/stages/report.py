@@ -1,9 +1,10 @@
 """Stage report: what was published, as one self-contained HTML file in the store (template: `report.html`) and as Markdown.
 
-It draws no conclusions, except for two findings that are always wrong.
+What looks wrong is the doctor's business (`weights_store/inspection/doctor.py`); its one pass serves the whole report.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,14 @@ import polars as pl
 from pipeline.chat.tokenizer import ChatTokenizer
 from pipeline.parity.check import parity_text
 from pipeline.stages.publish import Published
-from weights_store import Table, WeightStore
+from weights_store import WeightStore
 from weights_store.checks.reports import REPORTS, report_problem, with_digest
+from weights_store.inspection.doctor import Diagnosis, diagnose
+from weights_store.inspection.survey import SideSurvey, Survey
 from weights_store.location import Location
 from weights_store.messages import logger
 from weights_store.schemas import SIDES
-from weights_store.tables.metadata import SideStatistics, Statistics
+from weights_store.tables.metadata import SideStatistics
 from weights_store.views.held_out import held_out_lines
 
 _log = logger(__name__)
@@ -26,7 +29,24 @@ _SAMPLE_PAIRS = 12
 _MAX_SHOWN_TOKENS = 300
 
 
-def write_report(published: Published, model_folder: Path, chat_template: str | None = None) -> str:
+@dataclass(frozen=True)
+class Inspected:
+    """One pass over a published version: what was counted, and what looks wrong."""
+
+    survey: Survey
+    diagnoses: list[Diagnosis]
+
+    @classmethod
+    def of(cls, published: Published) -> "Inspected":
+        """Read all its tokens, see `WeightStore.survey`."""
+        store, version = WeightStore(published.weights.store), published.weights.version
+        survey = store.survey(published.name, version)
+        return cls(survey, diagnose(survey, store.metadata(published.name, version)))
+
+
+def write_report(
+    published: Published, inspected: Inspected, model_folder: Path, chat_template: str | None = None
+) -> str:
     """Write `reports/<name>@<version>.html` into the store, unless it is there and whole, and return its path."""
     from jinja2 import Environment
 
@@ -40,10 +60,10 @@ def write_report(published: Published, model_folder: Path, chat_template: str | 
     context = {
         "title": f"{published.name}@{published.weights.version}",
         "facts": summary_rows(published),
-        "findings": findings(published.statistics),
+        "findings": inspected.diagnoses,
         "parents": metadata["parents"],
         "recipe": metadata["recipe"],
-        "histograms": _histograms(store.table(published.weights.table), published),
+        "histograms": [_histogram(side, seen) for side, seen in inspected.survey.sides().items()],
         "pairs": _sample_pairs(frame, ChatTokenizer(model_folder, chat_template)),
     }
     _log.info(reason)
@@ -119,48 +139,26 @@ def _side_text(numbers: SideStatistics) -> str:
     return ", ".join(parts)
 
 
-def findings(statistics: Statistics) -> list[str]:
-    """Return what looks wrong, each with what to do."""
-    problems = []
-    if statistics["constant_weights"]:
-        problems.append(
-            "All weights are equal: TIS-DPO on them is plain DPO. Are the two models of the contrastive pair the same?"
-        )
-    chosen, rejected = (statistics[side].get("mean_logratio") for side in SIDES)
-    if chosen is not None and rejected is not None and chosen < rejected:
-        problems.append(
-            f"The mean log-ratio is lower on chosen ({chosen:+.4f}) than on rejected tokens ({rejected:+.4f}): the pair "
-            "takes good responses for bad ones. Check the contrastive prompts, or train the pair longer."
-        )
-    return problems
-
-
-def summary_markdown(published: Published, report: str | None = None) -> str:
+def summary_markdown(published: Published, diagnoses: Sequence[Diagnosis], report: str | None = None) -> str:
     """Return the summary as Markdown, for Prefect's artifact."""
     lines = [f"# {published.weights}", "", "| | |", "|---|---|"]
     lines += [f"| {label} | {value} |" for label, value in summary_rows(published)]
     if published.changes:
         lines += ["", "Changed since the previous version:", *(f"* `{change}`" for change in published.changes)]
-    problems = findings(published.statistics)
-    lines += ["", "**Findings**", *(f"* {problem}" for problem in problems)] if problems else []
+    if diagnoses:
+        lines += ["", "**Findings**", "", *(f"* **{found.severity} {found.name}**: {found}" for found in diagnoses)]
     if report is not None:
         lines += ["", f"Report: `{report}`"]
     return "\n".join(lines)
 
 
-def _histograms(table: Table, published: Published, num_bins: int = 40) -> list[dict[str, object]]:
-    """Return one histogram of weights per side; reads one row group at a time."""
-    edges, counts = {}, {}
-    for side in SIDES:
-        numbers = published.statistics[side]
-        edges[side] = np.histogram_bin_edges([numbers["min_weight"], numbers["max_weight"]], bins=num_bins)
-        counts[side] = np.zeros(num_bins, dtype=np.int64)
-    for rows in table.batches(published.weights.version, [f"{side}_token_weights" for side in SIDES]):
-        for side in SIDES:
-            weights = rows[f"{side}_token_weights"].combine_chunks().flatten().to_numpy()
-            # Stored weights are rounded, so they may lie slightly outside the range of the exact ones.
-            counts[side] += np.histogram(np.clip(weights, edges[side][0], edges[side][-1]), bins=edges[side])[0]
-    return [{"side": side, "counts": counts[side].tolist(), "edges": edges[side].tolist()} for side in SIDES]
+def _histogram(side: str, seen: SideSurvey) -> dict[str, object]:
+    """Return the bins of one side from the first to the last that has a token."""
+    filled = np.flatnonzero(seen.counts)
+    first, last = int(filled[0]), int(filled[-1])
+    ends = [max(seen.edges[first], seen.min_weight), min(seen.edges[last + 1], seen.max_weight)]
+    edges = [ends[0], *seen.edges[first + 1 : last + 1].tolist(), ends[1]]
+    return {"side": side, "counts": seen.counts[first : last + 1].tolist(), "edges": edges}
 
 
 def _sample_pairs(frame: pl.LazyFrame, tokenizer: ChatTokenizer) -> list[dict[str, object]]:

@@ -1,4 +1,4 @@
-"""The numbers that a token can be looked at by: names, words and units, the same in the page, the terminal and the docs."""
+"""The numbers that a token can be looked at by: names, words and units, the same in the page, the terminal and docs."""
 
 from dataclasses import dataclass
 

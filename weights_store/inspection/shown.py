@@ -7,10 +7,10 @@ import numpy as np
 import polars as pl
 
 from weights_store.errors import StoreError
+from weights_store.inspection.clamps import clamped
 from weights_store.inspection.comparison import Comparison
 from weights_store.inspection.pair_tables import PairTables
 from weights_store.inspection.pairs import ShownPair, ShownSide
-from weights_store.inspection.stand_ins import clamped
 from weights_store.schemas import SIDES, WEIGHTS, Side
 from weights_store.views.token_texts import TokenTexts
 

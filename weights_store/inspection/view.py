@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import polars as pl
 
 from weights_store.inspection.choice import Choice, choose
-from weights_store.inspection.doctor import Diagnosis
+from weights_store.inspection.doctor import Diagnosis, diagnose
 from weights_store.inspection.pair_tables import PairTables
 from weights_store.inspection.pairs import ShownPair
 from weights_store.inspection.shown import load_pairs
-from weights_store.inspection.stand_ins import diagnose, survey
-from weights_store.inspection.survey import Survey
+from weights_store.inspection.survey import Survey, survey
 from weights_store.location import Location
 from weights_store.names import name_of
 from weights_store.schemas import SIDES
@@ -92,7 +91,7 @@ def make_view(
         survey=found,
         other_survey=other_found,
         token_texts={} if texts is None else _texts_of(texts, pairs, [found, *([other_found] if other_found else [])]),
-        diagnoses=diagnose(root, weights, found),
+        diagnoses=diagnose(found, here.metadata),
         lineage=lineage(root, weights).to_dicts(),
         recipe=here.metadata.get("recipe", {}),
         comparison=None if chosen.comparison is None else chosen.comparison.as_dict(),
