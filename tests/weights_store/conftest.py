@@ -277,6 +277,12 @@ def ti_store(small_store):
 
 
 @pytest.fixture(scope="session")
+def read_store(tmp_path_factory):
+    """The small store with TI-DPO, for tests that only read."""
+    return add_ti(build_small_store(tmp_path_factory.mktemp("read") / "store"))
+
+
+@pytest.fixture(scope="session")
 def texts():
     """The text of every id of the small store."""
     return TEXTS
