@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from weights_store.commands.keeping import run_export, run_optimize, run_repair, run_vacuum, run_verify
 from weights_store.commands.listing import run_diff, run_history, run_lineage, run_list, run_quarantine, run_show
-from weights_store.commands.view import add_view_options, run_view
+from weights_store.commands.view import add_view
 from weights_store.inspection.doctor_command import add_doctor
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ def add_commands(add: Add, load_tokenizer: "Callable[[str], Tokenizer]") -> None
     diff.add_argument("a", metavar="A", help="NAME or NAME@VERSION")
     diff.add_argument("b", metavar="B", help="NAME or NAME@VERSION")
     _add_name(add_doctor(add_listing))
-    view = add("view", run_view, "show pairs with the weights of their tokens, as an HTML page or in the terminal")
-    view.set_defaults(load_tokenizer=load_tokenizer)
-    add_view_options(view)
+    add_view(add, load_tokenizer)
     export = add_listing("export", run_export, "write a weight dataset as plain files, for programs without this store")
     export.set_defaults(load_tokenizer=load_tokenizer)
     _add_name(export)

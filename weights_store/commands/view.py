@@ -24,8 +24,10 @@ MARK = '<meta name="generator" content="tokenweights">'
 _HEAD_BYTES = 4096
 
 
-def add_view_options(parser: argparse.ArgumentParser) -> None:
-    """Give the command its arguments."""
+def add_view(add: Callable[..., argparse.ArgumentParser], load_tokenizer: "Callable[[str], Tokenizer]") -> None:
+    """Register the command, see `add_commands`."""
+    parser = add("view", run_view, "show pairs with the weights of their tokens, as an HTML page or in the terminal")
+    parser.set_defaults(load_tokenizer=load_tokenizer)
     parser.add_argument("name", metavar="NAME[@VERSION]", help="for example hh-harmless/tis-dpo@3")
     parser.add_argument(
         "other", metavar="OTHER[@VERSION]", nargs="?", help="compare with the weights of this one, for the same pairs"
@@ -81,7 +83,6 @@ def _view(options: argparse.Namespace) -> "View":
     folder, note = tokenizer_folder(store.metadata(*weights_store.split_name(options.name)), options.tokenizer)
     if note is not None:
         _log.info(note)
-    load: Callable[[str], Tokenizer] = options.load_tokenizer
     return store.view(
         options.name,
         options.other,
@@ -91,7 +92,7 @@ def _view(options: argparse.Namespace) -> "View":
         search=options.search,
         where=options.where,
         seed=options.seed,
-        tokenizer=None if folder is None else load(folder),
+        tokenizer=None if folder is None else options.load_tokenizer(folder),
     )
 
 

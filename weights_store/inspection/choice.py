@@ -12,7 +12,6 @@ import polars as pl
 from weights_store.errors import InputError, SettingsError
 from weights_store.inspection.comparison import Comparison
 from weights_store.inspection.pair_tables import PairTables
-from weights_store.printing import count_text
 from weights_store.schemas import SIDES
 from weights_store.tables.key_ranges import KeyRange
 from weights_store.views.token_texts import TokenTexts
@@ -158,7 +157,7 @@ class Picker:
         if not ids:
             asked = [f"contain {self.choice.search!r}"] if self.choice.search is not None else []
             asked += [f"match {self.choice.where!r}"] if self.choice.where is not None else []
-            told = f"none of {count_text(self.num_pairs, 'pair')}{' that both datasets have' if self.has_other else ''}"
+            told = f"none of {_pairs(self.num_pairs)}{' that both datasets have' if self.has_other else ''}"
             raise InputError(f"no pair to show: {told} {' and '.join(asked) or 'is left'}; ask for less")
         if self.choice.pairs and self._limit is None:
             order = {self._check_one(text): number for number, text in reversed(list(enumerate(self.choice.pairs)))}
@@ -168,11 +167,11 @@ class Picker:
     def words(self) -> str:
         """Return how the pairs were chosen, in words."""
         num_shown = 0 if self.best is None else self.best.height
-        of = count_text(self.num_matching, "pair")
+        of = _pairs(self.num_matching)
         conditions = [f"containing {self.choice.search!r}"] if self.choice.search is not None else []
         conditions += [f"with {self.choice.where}"] if self.choice.where is not None else []
         if self.choice.pairs and self._limit is None:
-            return f"{count_text(num_shown, 'pair')} of {self.num_pairs:,}, by id"
+            return f"{_pairs(num_shown)} of {self.num_pairs:,}, by id"
         matching = f"{of} {' and '.join(conditions)} (of {self.num_pairs:,})" if conditions else of
         if num_shown == self.num_matching:
             return f"all {matching}" if num_shown > 1 else matching
@@ -228,3 +227,7 @@ class Picker:
         except pl.exceptions.PolarsError as error:
             raise SettingsError(f"{asked}: {str(error).splitlines()[0]}; {listed}") from error
         return expression
+
+
+def _pairs(number: int) -> str:
+    return f"{number:,} pair{'' if number == 1 else 's'}"
