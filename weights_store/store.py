@@ -16,8 +16,8 @@ from weights_store.catalog import check_store, list_tables, open_table
 from weights_store.errors import NotFoundError
 from weights_store.inspection.choice import Choice
 from weights_store.inspection.doctor import Diagnosis, diagnose
+from weights_store.inspection.gather import NotebookView, make_view
 from weights_store.inspection.survey import Survey, survey
-from weights_store.inspection.view import View, make_view
 from weights_store.location import Location
 from weights_store.names import check_name, name_of, split_name, weights_path
 from weights_store.tables.commits import Commit
@@ -166,7 +166,7 @@ class WeightStore:
         where: str | None = None,
         seed: int = 0,
         tokenizer: Tokenizer | None = None,
-    ) -> View:
+    ) -> NotebookView:
         """Return pairs of a weight dataset with every number of every token, as a page: a notebook shows it by itself.
 
         Args:
