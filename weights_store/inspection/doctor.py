@@ -186,17 +186,13 @@ def _noise(case: _Case) -> Iterator[_Found]:
 
 
 def _clamped(case: _Case) -> Iterator[_Found]:
-    shares: dict[Side, list[float]] = {}
-    for side, seen in case.survey.sides().items():
-        shares[side] = [share for share in (seen.share_at_lower, seen.share_at_upper) if share is not None]
-    if any(sum(ends) > MAX_CLAMPED for ends in shares.values()):
-        parts = [
-            f"{_percent(sum(ends))} of the {side} tokens ({' and '.join(map(_percent, ends))} at the lower"
-            f"{' and the upper' if len(ends) > 1 else ''} one)"
-            for side, ends in shares.items()
-        ]
+    ends = {name: (side.share_at_lower or 0, side.share_at_upper or 0) for name, side in case.survey.sides().items()}
+    shares = {name: sum(each) for name, each in ends.items()}
+    if max(shares.values()) > MAX_CLAMPED:
+        lower, upper = (_by_side({name: each[at] for name, each in ends.items()}) for at in (0, 1))
         yield _Found(
-            f"at an end of the clamp: {', '.join(parts)}; more than {_percent(MAX_CLAMPED)}",
+            f"{_by_side(shares)} of the tokens are at an end of the clamp (more than {_percent(MAX_CLAMPED)}): {lower} at the "
+            f"lower one, {upper} at the upper one",
             "These tokens all have one of two weights: how much the scores differ is lost.",
             "Widen `weights.lower` and `weights.upper`, or set `weights.spread` (0.3 is the default of `head`).",
         )
