@@ -11,8 +11,8 @@ from weights_store.tables.metadata import CommitMetadata
 _ROUNDING = 2.0**-12
 """Stored weights have 12 bits of mantissa: relative errors of at most 2^-13."""
 _READS: dict[str, set[str]] = {
-    **dict.fromkeys(("tis", "reversed", "threshold", "threshold_and_scale"), {"lower", "upper"}),
-    **dict.fromkeys(("head", "random"), {"k", "mu", "lower", "upper"}),
+    **{key: {"lower", "upper"} for key in ("tis", "reversed", "threshold", "threshold_and_scale")},
+    **{key: {"k", "mu", "lower", "upper"} for key in ("head", "random")},
     "origin": set(),
 }
 """The settings that say where the clamp is, by estimator; commits of other programs may lack them."""
