@@ -122,7 +122,7 @@ class WeightStore:
     def survey(self, name: str, version: int | None = None) -> Survey:
         """Count over all response tokens of one version, in one pass and bounded memory: weights, positions, token ids.
 
-        A million pairs take about half a minute on two cores. Everything is compared with its commit first.
+        Everything is compared with its commit first.
 
         Raises:
             NotFoundError: Also if log-probs that the weights were made from are gone.

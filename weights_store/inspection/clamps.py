@@ -10,6 +10,12 @@ from weights_store.tables.metadata import CommitMetadata
 
 _ROUNDING = 2.0**-12
 """Stored weights have 12 bits of mantissa: relative errors of at most 2^-13."""
+_READS: dict[str, set[str]] = {
+    **{key: {"lower", "upper"} for key in ("tis", "reversed", "threshold", "threshold_and_scale")},
+    **{key: {"k", "mu", "lower", "upper"} for key in ("head", "random")},
+    "origin": set(),
+}
+"""The settings that say where the clamp is, by estimator; commits of other programs may lack them."""
 
 
 def clamped(
@@ -22,10 +28,12 @@ def clamped(
     not stored: there a token is at an end if it has the weight of the end, as exactly as weights are stored.
 
     `weights` and `logratios` (log π+ − log π−, nats) are `[N]` float32. Returns None if the estimator has no clamp, or if it
-    cannot be known: no log-ratios, or weights without scores that were transformed.
+    cannot be known: no log-ratios or settings, or weights without scores that were transformed.
     """
     settings = weight_settings(metadata)
-    estimator = settings.get("estimator")
+    estimator = str(settings.get("estimator"))
+    if not settings.keys() >= _READS.get(estimator, {"no clamp"}):
+        return None
     if estimator in ("head", "random") and not settings.get("transforms"):
         return _by_weight(settings, side, weights)
     if logratios is None:
@@ -77,5 +85,5 @@ def _scale(metadata: CommitMetadata, settings: Mapping[str, object], estimator: 
 
 def _number(settings: Mapping[str, object], key: str, default: float | None = None) -> float:
     value = settings.get(key, default)
-    assert isinstance(value, int | float), f"settings of an estimator without {key}"
+    assert isinstance(value, int | float), f"settings with {key} = {value!r}"
     return float(value)

@@ -1,7 +1,7 @@
 """A weight dataset as one row per response token, lazily: what analysts group, filter and join.
 
-The weights table already holds ids, weights and the reference's log-probs. Those of the contrastive pair and attributions come
-from the versions of the tables that the weights were made from; of several pairs of prompts they are the mean, as in the weights.
+The weights table already holds ids, weights and the reference's log-probs. Attributions and log-probs of the contrastive pair
+come from the versions of the tables that the weights were made from; of several pairs of prompts the mean, as in the weights.
 """
 
 import operator

@@ -578,3 +578,33 @@ def test_a_report_is_written_again_only_if_it_is_damaged_or_of_a_deleted_dataset
     assert path.read_bytes() == other  # it is whole, so it stays as it is
     write_report(published, Inspected.of(published), toy_model)
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weights.estimator": "tis", "weights.lower": -0.25, "weights.upper": 0.5},  # some log-ratios are the very ends
+        {"weights.estimator": "reversed"},
+        {"weights.estimator": "tis", "weights.scale": 0.5},
+        {"weights.estimator": "tis", "weights.spread": 1.0},
+        {"weights.estimator": "origin"},
+        {"weights.estimator": "threshold"},
+        {"weights.estimator": "threshold_and_scale", "weights.transforms": ["mean_one"]},
+        {"weights.estimator": "random", "weights.lower": 0.0},
+        {"weights.estimator": "sepo"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_a_survey_counts_the_clamped_tokens_that_the_build_counted(store, make_recipe, settings):
+    ingredients = _ingredients(store)
+    second = {
+        "positive2_logps": _logps(store, "pos2", "ab", [-1.0, -2.0, -1.1], [-1.3, -1.0]),
+        "negative2_logps": _logps(store, "neg2", "ab", [-2.0, -1.0, -0.85], [-1.75, -1.0]),
+    }
+    published = _publish(make_recipe, dataclasses.replace(ingredients, more_logps=second), **settings)
+    for side, seen in store.survey("toy/tis-dpo").sides().items():
+        recorded = published.statistics[side]
+        assert seen.share_at_lower == pytest.approx(recorded.get("share_at_lower"))
+        assert seen.share_at_upper == pytest.approx(
+            recorded.get("share_at_upper", None if seen.share_at_upper is None else 0)
+        )

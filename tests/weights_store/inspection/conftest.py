@@ -12,7 +12,7 @@ TIS = {"estimator": "tis", "k": 1.0, "mu": 1.0, "lower": -1.5, "upper": 1.5}
 
 
 class MadeUp:
-    """60 pairs of 4 to 40 response tokens, the last one EOS, other ids from 10; log-ratios (nats) that fit the labels weakly."""
+    """60 pairs of 4 to 40 response tokens, the last one EOS, other ids from 10; log-ratios (nats) fit the labels weakly."""
 
     def __init__(self, num_pairs=60, seed=0):
         rng = np.random.default_rng(seed)

@@ -55,4 +55,4 @@ def test_the_weight_tells_where_scores_are_not_stored():
 def test_without_a_clamp_or_log_ratios_nothing_is_known():
     assert ends({"estimator": "rank_based", "min_weight": 0.7, "max_weight": 1.3}) is None
     assert ends(TIS, logratios=None) is None
-    assert ends({}) is None
+    assert ends({}) is ends({"estimator": "head"}) is ends({"estimator": "tis"}) is None

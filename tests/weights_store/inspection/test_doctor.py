@@ -131,7 +131,7 @@ def test_a_finding_says_what_was_measured(doctor, made_up):
     weights["chosen"] = [2.0 * each for each in weights["chosen"]]
     found = {each.name: each for each in doctor(weights=weights, settings=TI)}["sides_apart"]
     assert found.figure == ("mean weight 2 on chosen and 1 on rejected tokens (apart by more than a factor of 1.25)")
-    assert found.meaning == "The loss falls by raising the log-probs of both responses alike, whatever their tokens."
+    assert found.meaning.startswith("The loss falls by raising the log-probs of both responses alike")
     assert str(found).startswith("Mean weight 2 on chosen")
 
 
