@@ -25,6 +25,7 @@ _COMPARED = {
     "num_only_here": "pairs in A only",
     "num_only_there": "pairs in B only",
     "num_differing_tokens": "pairs with other tokens",
+    "num_tokens": "tokens compared",
     "correlation": "correlation of the weights",
     "num_disagreeing": "tokens above 1 in one, below in the other",
 }
