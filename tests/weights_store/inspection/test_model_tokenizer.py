@@ -58,7 +58,9 @@ def test_a_given_tokenizer_is_used_and_doubts_are_told(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     used, note = tokenizer_folder(metadata(folder, "0" * 64), str(folder))
     assert used == str(folder)
-    assert note.startswith(f"the tokenizer in {folder} is not the one that the store recorded, or its chat template has")
+    assert note.startswith(
+        f"the tokenizer in {folder} is not the one that the store recorded, or its chat template has"
+    )
     assert note.endswith("texts may be wrong")
 
 
