@@ -8,10 +8,10 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from weights_store.commands.doctor import add_doctor
 from weights_store.commands.keeping import run_export, run_optimize, run_repair, run_vacuum, run_verify
 from weights_store.commands.listing import run_diff, run_history, run_lineage, run_list, run_quarantine, run_show
 from weights_store.commands.view import add_view
-from weights_store.inspection.doctor_command import add_doctor
 
 if TYPE_CHECKING:
     from weights_store.views.token_texts import Tokenizer
