@@ -105,7 +105,7 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
         with clock("publish"):
             published = publish_weights(recipe, recipe.weights, ingredients, model_folder, expect_same)
         with clock("report"):
-            report, diagnoses = report_weights(published, recipe, model_folder)
+            report, diagnoses = report_weights(published, model_folder)
     return BuildResult(
         prepared, published, report, diagnoses, model_folder, scored, attributed, anchors, num_trained, stage_s
     )
@@ -179,11 +179,11 @@ def publish_weights(
     return publish(recipe, weights, ingredients, expect_same, check, model_folder)
 
 
-@task(name="report", task_run_name="report {recipe.weights.name}")
-def report_weights(published: Published, recipe: Recipe, model_folder: Path) -> tuple[str, list[Diagnosis]]:
+@task(name="report", task_run_name="report {published.name}")
+def report_weights(published: Published, model_folder: Path) -> tuple[str, list[Diagnosis]]:
     """Write the HTML report and the Markdown artifact; return the path of the report, and what looks wrong."""
     inspected = Inspected.of(published)
-    path = write_report(published, inspected, model_folder, recipe.model.chat_template)
+    path = write_report(published, inspected, model_folder)
     key = "weights-" + "".join(c if c.isalnum() else "-" for c in published.name)
     summary = summary_markdown(published, inspected.diagnoses, path)
     create_markdown_artifact(summary, key=key, description=str(published.weights))

@@ -1,22 +1,22 @@
-"""Stage report: what was published, as one self-contained HTML file in the store (template: `report.html`) and as Markdown.
+"""Stage report: what was published, as a page in the store (`weights_store/inspection/page`) and as Markdown.
 
 What looks wrong is the doctor's business (`weights_store/inspection/doctor.py`); its one pass serves the whole report.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import polars as pl
-
-from pipeline.chat.tokenizer import ChatTokenizer
 from pipeline.parity.check import parity_text
 from pipeline.stages.publish import Published
+from train.model.checkpoint import load_tokenizer
 from weights_store import WeightStore
 from weights_store.checks.reports import REPORTS, report_problem, with_digest
+from weights_store.inspection.choice import Choice
 from weights_store.inspection.doctor import Diagnosis, diagnose
-from weights_store.inspection.survey import SideSurvey, Survey
+from weights_store.inspection.gather import make_view
+from weights_store.inspection.page import render
+from weights_store.inspection.survey import Survey
 from weights_store.location import Location
 from weights_store.messages import logger
 from weights_store.schemas import SIDES
@@ -24,9 +24,6 @@ from weights_store.tables.metadata import SideStatistics
 from weights_store.views.held_out import held_out_lines
 
 _log = logger(__name__)
-
-_SAMPLE_PAIRS = 12
-_MAX_SHOWN_TOKENS = 300
 
 
 @dataclass(frozen=True)
@@ -44,31 +41,17 @@ class Inspected:
         return cls(survey, diagnose(survey, store.metadata(published.name, version)))
 
 
-def write_report(
-    published: Published, inspected: Inspected, model_folder: Path, chat_template: str | None = None
-) -> str:
+def write_report(published: Published, inspected: Inspected, model_folder: Path) -> str:
     """Write `reports/<name>@<version>.html` into the store, unless it is there and whole, and return its path."""
-    from jinja2 import Environment
-
     store = WeightStore(published.weights.store)
     file = report_file(published.name, published.weights.version)
     folder = store.root / REPORTS
     if (reason := why_write(folder, file, published.is_new)) is None:
         return f"{folder}/{file}"
-    frame = store.scan(published.name, published.weights.version, checked=True)
-    metadata = store.metadata(published.name, published.weights.version)
-    context = {
-        "title": f"{published.name}@{published.weights.version}",
-        "facts": summary_rows(published),
-        "findings": inspected.diagnoses,
-        "parents": metadata["parents"],
-        "recipe": metadata["recipe"],
-        "histograms": [_histogram(side, seen) for side, seen in inspected.survey.sides().items()],
-        "pairs": _sample_pairs(frame, ChatTokenizer(model_folder, chat_template)),
-    }
+    tokenizer = load_tokenizer(model_folder)
+    view = make_view(store.root, published.weights, None, Choice(), tokenizer, inspected.survey)
     _log.info(reason)
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    folder.write(file, with_digest(Environment(autoescape=True).from_string(template).render(context), file))
+    folder.write(file, with_digest(render(replace(view, facts=summary_rows(published))), file))
     return f"{folder}/{file}"
 
 
@@ -150,39 +133,3 @@ def summary_markdown(published: Published, diagnoses: Sequence[Diagnosis], repor
     if report is not None:
         lines += ["", f"Report: `{report}`"]
     return "\n".join(lines)
-
-
-def _histogram(side: str, seen: SideSurvey) -> dict[str, object]:
-    """Return the bins of one side from the first to the last that has a token."""
-    filled = np.flatnonzero(seen.counts)
-    first, last = int(filled[0]), int(filled[-1])
-    ends = [max(seen.edges[first], seen.min_weight), min(seen.edges[last + 1], seen.max_weight)]
-    edges = [ends[0], *seen.edges[first + 1 : last + 1].tolist(), ends[1]]
-    return {"side": side, "counts": seen.counts[first : last + 1].tolist(), "edges": edges}
-
-
-def _sample_pairs(frame: pl.LazyFrame, tokenizer: ChatTokenizer) -> list[dict[str, object]]:
-    pairs = []
-    for row in frame.head(_SAMPLE_PAIRS).collect().iter_rows(named=True):
-        prompt = "".join(tokenizer.token_texts(row["prompt_ids"]))
-        sides = [
-            {"side": side, "tokens": _colored(tokenizer.token_texts(row[f"{side}_ids"]), row[f"{side}_token_weights"])}
-            for side in SIDES
-        ]
-        pairs.append({"pair_id": row["pair_id"], "prompt": prompt, "sides": sides})
-    return pairs
-
-
-def _colored(texts: Sequence[str], weights: Sequence[float]) -> list[dict[str, str]]:
-    """Return tokens with a background: green for weights above 1, orange below; the further from 1 the stronger."""
-    tokens = []
-    for text, weight in list(zip(texts, weights, strict=True))[:_MAX_SHOWN_TOKENS]:
-        # The root makes small differences visible: half of the full color at a quarter of the largest log-weight.
-        strength = min(1.0, abs(float(np.log(max(weight, 1e-6)))) / 1.5) ** 0.5
-        color = "46,160,67" if weight >= 1 else "230,126,34"
-        tokens.append({"text": text, "style": f"background:rgba({color},{strength:.2f})", "title": f"{weight:.3f}"})
-    if len(texts) > _MAX_SHOWN_TOKENS:
-        tokens.append(
-            {"text": f" … {len(texts) - _MAX_SHOWN_TOKENS} more tokens", "style": "color:#888", "title": "cut here"}
-        )
-    return tokens
