@@ -223,8 +223,8 @@ def _sides_apart(case: _Case) -> Iterator[_Found]:
         yield _Found(
             f"mean weight {chosen:.3g} on chosen and {rejected:.3g} on rejected tokens (apart by more than a factor of "
             f"{MAX_SIDE_FACTOR:g})",
-            f"The loss falls by {direction} the log-probs of both responses alike, whatever their tokens. It comes from a clamp "
-            "that is not around 0, or from scores that reward nearly every token, as where labels prefer long responses.",
+            f"The loss falls by {direction} the log-probs of both responses alike, whatever their tokens. This comes from a "
+            "clamp that is not around 0, or from scores that reward nearly every token, as where long responses are preferred.",
             "Set `weights.lower` = −`weights.upper`, or add `mean_one` to `weights.transforms`.",
         )
 
