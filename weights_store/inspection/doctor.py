@@ -223,8 +223,8 @@ def _sides_apart(case: _Case) -> Iterator[_Found]:
         yield _Found(
             f"mean weight {chosen:.3g} on chosen and {rejected:.3g} on rejected tokens (apart by more than a factor of "
             f"{MAX_SIDE_FACTOR:g})",
-            f"The loss falls by {direction} the log-probs of both responses alike, whatever their tokens. It comes from a clamp "
-            "that is not around 0, or from scores that reward nearly every token, as where labels prefer long responses.",
+            f"The loss falls by {direction} the log-probs of both responses alike, whatever their tokens. This comes from a "
+            "clamp that is not around 0, or from scores that reward nearly every token, as where long responses are preferred.",
             "Set `weights.lower` = −`weights.upper`, or add `mean_one` to `weights.transforms`.",
         )
 
@@ -262,13 +262,12 @@ def _last_token(case: _Case) -> Iterator[_Found]:
     odd = [factor for factor in factors.values() if not 1 / MAX_LAST_FACTOR <= factor <= MAX_LAST_FACTOR]
     if odd:
         is_meant = case.settings.get("estimator") == "decay" or "decay" in _transforms(case)
-        ids = {side.last_id for side in case.survey.sides().values()}
-        share = min(side.last_id_share for side in case.survey.sides().values())
-        most = f"; {_percent(share)} or more are id {ids.pop()}" if len(ids) == 1 else ""
-        words = " and ".join(f"{factor:.2g} times on {name}" for name, factor in factors.items())
+        sides = case.survey.sides().items()
+        words = " and ".join(f"{factor:.2g} times ({name})" for name, factor in factors.items())
+        most = " and ".join(f"id {side.last_id} in {_percent(side.last_id_share)} ({name})" for name, side in sides)
         yield _Found(
-            f"last tokens of responses weigh {words} responses what their tokens weigh on average (beyond a factor of "
-            f"{MAX_LAST_FACTOR:g}){most}",
+            f"last tokens of responses weigh {words} the mean weight of a token (beyond a factor of {MAX_LAST_FACTOR:g}); most "
+            f"often they are {most}",
             "The end of the turn is learnt far more, or far less, than the text: policies stop too early or too late.",
             "Look at the lengths that a policy writes. With `ti` this is the attribution's target: see "
             "`attribute.target`; with `decay` it is meant.",
@@ -277,24 +276,21 @@ def _last_token(case: _Case) -> Iterator[_Found]:
 
 
 def _dominant(case: _Case) -> Iterator[_Found]:
-    for side, seen in case.survey.sides().items():
-        tokens = case.survey.tokens.filter(pl.col("side") == side)
-        beyond = (
-            tokens.select("token_id", excess=pl.col("share_of_weight") - pl.col("count") / seen.num_tokens)
-            .filter(pl.col("excess") > 0)
-            .sort("excess", descending=True)
-            .head(NUM_DOMINANT)
+    shares, ids = {}, {}
+    for name, side in case.survey.sides().items():
+        excess = pl.col("share_of_weight") - pl.col("count") / side.num_tokens
+        tokens = case.survey.tokens.filter(pl.col("side") == name).select("token_id", excess=excess)
+        largest = tokens.filter(pl.col("excess") > 0).sort("excess", descending=True).head(NUM_DOMINANT)
+        shares[name], ids[name] = float(largest["excess"].sum()), largest["token_id"].to_list()
+    worst = max(shares, key=shares.__getitem__)
+    if shares[worst] > MAX_DOMINANCE:
+        yield _Found(
+            f"{NUM_DOMINANT} token ids carry {_by_side(shares)} of the weight beyond their share of the tokens (more than "
+            f"{_percent(MAX_DOMINANCE)}), first of all {', '.join(map(str, ids[worst][:3]))} ({worst})",
+            "The training is mostly about these few tokens.",
+            "Look at them in `tokenweights view`. If they are not what the labels reward, lower `weights.spread`, or use other "
+            "scores.",
         )
-        excess = float(beyond["excess"].sum())
-        if excess > MAX_DOMINANCE:
-            ids = beyond["token_id"].to_list()
-            yield _Found(
-                f"{len(ids)} token ids carry {_percent(excess)} of the {side} weight beyond their share of the tokens (more "
-                f"than {_percent(MAX_DOMINANCE)}), most of it {', '.join(map(str, ids[:3]))}",
-                "The training is mostly about these few tokens.",
-                "Look at them in `tokenweights view`. If they are not what the labels reward, lower `weights.spread`, or use "
-                "other scores.",
-            )
 
 
 def _few_effective(case: _Case) -> Iterator[_Found]:

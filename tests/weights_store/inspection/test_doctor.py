@@ -138,8 +138,8 @@ def test_a_finding_says_what_was_measured(doctor, made_up):
 def test_the_last_token_of_ti_carries_responses_and_is_named(doctor, made_up):
     found = {each.name: each for each in doctor(weights=with_last(made_up, 60), settings=TI)}
     assert set(found) == {"position", "one_token", "last_token", "few_token_ids", "effective_sample"}
-    assert "100 % or more are id 2" in found["last_token"].figure
-    assert "most of it 2" in found["few_token_ids"].figure
+    assert "most often they are id 2 in 100 % (chosen) and id 2 in 100 % (rejected)" in found["last_token"].figure
+    assert re.search(r"first of all 2\b", found["few_token_ids"].figure)
 
 
 @pytest.mark.parametrize(
