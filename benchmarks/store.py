@@ -1,8 +1,9 @@
 """`make bench-store`: size and speed of the weight store, measured against JSONL, plain Parquet and `datasets`' Arrow.
 
 Three parts, in one run: a real build on real text (sizes, and what a second build and one with 1 % new pairs cost), the formats
-side by side on the rows of that build and on made-up ones, and memory over a million made-up pairs. Speeds are of one core:
-each measurement runs in a process of its own, pinned to it. Medians; the result file has every run.
+side by side on the rows of that build and on made-up ones, and memory and the doctor's time over a million made-up pairs.
+Speeds are of one core, the doctor's of two: each measurement runs in a process of its own. Medians; the result file has every
+run.
 """
 
 import argparse
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe
 from pipeline.weighing.estimators import SideScores, tis
 from weights_store import WeightStore
-from weights_store.schemas import FLOATS, IDS, WEIGHTS
+from weights_store.schemas import FLOATS, IDS, LOGPS, SIDES, WEIGHTS
 
 REPO = Path(__file__).resolve().parent.parent
 RUNS = 5
@@ -40,6 +41,7 @@ TARGETS = {
     "rss_growth_mb": ("at most", 64),
     "weigh_tokens_per_s": ("at least", 50e6),
     "noop_rebuild_s": ("at most", 10),
+    "doctor_s": ("at most", 60),
     "append_1pct_cost": ("at most", 0.011),
 }
 
@@ -212,18 +214,45 @@ def write_made_up(store: str, num_pairs: int) -> None:
     table.commit(writer.finish(), {"fingerprint": "bench"}, None)
 
 
-def _made_up(num_pairs: int, step: int = 5000) -> Iterator[pa.Table]:
+def _made_up(num_pairs: int, step: int = 5000, response_tokens: int = 48) -> Iterator[pa.Table]:
     rng = np.random.default_rng(0)
     for start in range(0, num_pairs, step):
         size = min(step, num_pairs - start)
         columns: dict[str, Any] = {"pair_id": [f"{index:032x}" for index in range(start, start + size)]}
         columns["prompt_ids"] = made_up_lists(rng, rng.poisson(64, size) + 1, "ids")
         for side in ("chosen", "rejected"):
-            lengths = rng.poisson(48, size) + 1
+            lengths = rng.poisson(response_tokens, size) + 1
             columns[f"{side}_ids"] = made_up_lists(rng, lengths, "ids")
             columns[f"{side}_token_weights"] = made_up_lists(rng, lengths, "weights")
             columns[f"{side}_ref_logps"] = made_up_lists(rng, lengths, "logps")
         yield _whole(pa.table(columns).select(COLUMNS))
+
+
+def write_contrastive(store: str, num_pairs: int) -> None:
+    """Write a weight dataset as `tis` leaves it, with the log-probs of both models: about 2 x 75 response tokens a pair."""
+    opened, rng = WeightStore(store), np.random.default_rng(1)
+    table = opened.table(f"weights/bench/contrastive-{num_pairs}")
+    if table.exists():
+        return
+    scorers = {role: opened.table(f"logps/bench-{num_pairs}/{role}") for role in ("positive", "negative")}
+    writers, writer = {role: each.writer() for role, each in scorers.items()}, table.writer()
+    for rows in _made_up(num_pairs, response_tokens=75):
+        writer.write(rows)
+        for each in writers.values():
+            columns: dict[str, Any] = {"pair_id": rows["pair_id"]}
+            for side in SIDES:
+                lengths = np.diff(rows[f"{side}_ids"].combine_chunks().offsets.to_numpy())
+                columns[f"{side}_logps"] = made_up_lists(rng, lengths, "logps")
+            each.write(
+                pa.table(columns | {n: pa.nulls(len(rows), LOGPS.field(n).type) for n in LOGPS.names[3:]}, LOGPS)
+            )
+    parents = [
+        {"role": f"{role}_logps", **scorers[role].commit(each.finish(), {"fingerprint": role}, None).as_parent()}
+        for role, each in writers.items()
+    ]
+    settings = {"estimator": "tis", "k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5}
+    identity = {"settings": {"weights": settings}}
+    table.commit(writer.finish(), {"fingerprint": "bench", "parents": parents, "identity": identity}, None)
 
 
 def made_up_lists(rng: np.random.Generator, lengths: np.ndarray, kind: str) -> pa.Array:
@@ -248,6 +277,16 @@ def measure_memory(store: str, num_pairs: str) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"peak_mb": peak_mb, "read_s": seconds, "num_response_tokens": num_tokens}
+
+
+def measure_doctor(store: str, num_pairs: str) -> dict[str, Any]:
+    """Look for what is wrong with a whole made-up dataset, on two cores."""
+    pairs, started = WeightStore(store), time.perf_counter()
+    survey = pairs.survey(f"bench/contrastive-{num_pairs}")
+    seconds = time.perf_counter() - started
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    num_tokens = survey.chosen.num_tokens + survey.rejected.num_tokens
+    return {"s": seconds, "cpu_s": time.process_time(), "peak_mb": peak_mb, "num_response_tokens": num_tokens}
 
 
 def measure_weigh() -> dict[str, Any]:
@@ -305,7 +344,11 @@ def _scored_tokens(store: Path) -> int:
 
 def in_child(measurement: str, *args: str) -> dict[str, Any]:
     """Run one measurement in a process of its own."""
-    threads = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    threads = {
+        "POLARS_MAX_THREADS": "2" if measurement == "doctor" else "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }
     command = [sys.executable, __file__, "--measure", measurement, *args]
     done = subprocess.run(command, env={**os.environ, **threads}, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -328,6 +371,9 @@ def run_all(work: Path, shared: Path, num_pairs: int, num_made_up: int) -> dict[
     _say("memory")
     memory = {str(size): [in_child("memory", str(work / "made-up"), str(size)) for _ in range(3)] for size in sizes}
     weighing = in_child("weigh")
+    _say(f"doctor, {num_made_up:,} made-up pairs with log-probs of a contrastive pair")
+    in_child("write_contrastive", str(work / "doctor"), str(num_made_up))
+    doctor = in_child("doctor", str(work / "doctor"), str(num_made_up))
     peaks = [statistics.median(run["peak_mb"] for run in memory[str(size)]) for size in sizes]
     columns = real["ours"]["column_bytes_per_response_token"]
     summary = {
@@ -346,9 +392,11 @@ def run_all(work: Path, shared: Path, num_pairs: int, num_made_up: int) -> dict[
         "weigh_tokens_per_s": weighing["tokens_per_s"],
         "noop_rebuild_s": statistics.median(build["noop_rebuild_s"]),
         "append_1pct_cost": build["append_1pct_cost"],
+        "doctor_s": doctor["s"],
+        "doctor_peak_mb": doctor["peak_mb"],
     }
     machine = describe("pyarrow", "polars", "deltalake", "datasets", "numpy")
-    parts = {"build": build, "real": real, "made_up": made_up, "memory": memory, "weigh": weighing}
+    parts = {"build": build, "real": real, "made_up": made_up, "memory": memory, "weigh": weighing, "doctor": doctor}
     return {**summary, "machine": machine, "runs": RUNS, "measured": parts}
 
 
@@ -384,6 +432,8 @@ MEASUREMENTS: dict[str, Callable[..., Any]] = {
     "formats": measure_formats,
     "memory": measure_memory,
     "weigh": measure_weigh,
+    "doctor": measure_doctor,
+    "write_contrastive": lambda store, size: write_contrastive(store, int(size)),
     "write_made_up": lambda store, size: write_made_up(store, int(size)),
 }
 
@@ -393,7 +443,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--shared", type=Path, default=REPO.parent / "shared", help="folder with data/ and models/")
     parser.add_argument(
-        "--work", type=Path, default=REPO / "benchmarks" / "scratch", help="scratch folder (about 3 GB)"
+        "--work", type=Path, default=REPO / "benchmarks" / "scratch", help="scratch folder (about 5 GB)"
     )
     parser.add_argument("--pairs", type=int, default=1500, help="real pairs to build (default: 1500)")
     parser.add_argument("--made-up", type=int, default=1_000_000, help="made-up pairs (default: a million)")

@@ -31,10 +31,11 @@ from pipeline.stages.attribute import attribute
 from pipeline.stages.contrast import ContrastivePair, contrast, untrained_pair
 from pipeline.stages.prepare import Prepared, prepare
 from pipeline.stages.publish import Ingredients, Published, publish
-from pipeline.stages.report import summary_markdown, write_report
+from pipeline.stages.report import Inspected, summary_markdown, write_report
 from pipeline.stages.score import Scorer, executor_of, score
 from pipeline.weighing.section import WeightsSection
 from pipeline.workers.supervise import Filled
+from weights_store.inspection.doctor import Diagnosis
 from weights_store.messages import logger
 
 _log = logger(__name__)
@@ -42,11 +43,12 @@ _log = logger(__name__)
 
 @dataclass
 class BuildResult:
-    """What a build made: references, the path of the report, and how long each stage took in seconds."""
+    """What a build made: references, the path of the report, what looks wrong, and how long each stage took in seconds."""
 
     prepared: Prepared
     published: Published
     report: str
+    diagnoses: list[Diagnosis]
     model_folder: Path
     scored: dict[str, Filled] = field(default_factory=dict)
     attributed: Filled | None = None
@@ -103,8 +105,10 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
         with clock("publish"):
             published = publish_weights(recipe, recipe.weights, ingredients, model_folder, expect_same)
         with clock("report"):
-            report = report_weights(published, recipe, model_folder)
-    return BuildResult(prepared, published, report, model_folder, scored, attributed, anchors, num_trained, stage_s)
+            report, diagnoses = report_weights(published, model_folder)
+    return BuildResult(
+        prepared, published, report, diagnoses, model_folder, scored, attributed, anchors, num_trained, stage_s
+    )
 
 
 @flow(name="refresh-weights")
@@ -175,13 +179,15 @@ def publish_weights(
     return publish(recipe, weights, ingredients, expect_same, check, model_folder)
 
 
-@task(name="report", task_run_name="report {recipe.weights.name}")
-def report_weights(published: Published, recipe: Recipe, model_folder: Path) -> str:
-    """Write the HTML report and the Markdown artifact."""
-    path = write_report(published, model_folder, recipe.model.chat_template)
+@task(name="report", task_run_name="report {published.name}")
+def report_weights(published: Published, model_folder: Path) -> tuple[str, list[Diagnosis]]:
+    """Write the HTML report and the Markdown artifact; return the path of the report, and what looks wrong."""
+    inspected = Inspected.of(published)
+    path = write_report(published, inspected, model_folder)
     key = "weights-" + "".join(c if c.isalnum() else "-" for c in published.name)
-    create_markdown_artifact(summary_markdown(published, path), key=key, description=str(published.weights))
-    return path
+    summary = summary_markdown(published, inspected.diagnoses, path)
+    create_markdown_artifact(summary, key=key, description=str(published.weights))
+    return path, inspected.diagnoses
 
 
 @contextmanager

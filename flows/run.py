@@ -10,7 +10,7 @@ from flows.build import BuildResult, build_weights
 from pipeline.child import leave
 from pipeline.preflight import check_inputs
 from pipeline.recipe import Recipe
-from pipeline.stages.report import findings, summary_rows
+from pipeline.stages.report import summary_rows
 from weights_store.errors import TokenweightsError
 from weights_store.guard import guard
 
@@ -41,7 +41,7 @@ def run_build(recipe: Recipe, expect_same: bool = False, debug: bool = False) ->
 def _summary(result: BuildResult, store: str) -> Iterator[tuple[str, object]]:
     published = result.published
     yield from summary_rows(published)
-    yield from (("warning", finding) for finding in findings(published.statistics))
+    yield from ((found.severity, f"{found.name}: {found}") for found in result.diagnoses)
     if published.is_new:
         yield from (("changed", change) for change in published.changes)
     for what, filled in result.filled().items():

@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parent.parent
 CHAIN = ("weights_store", "train", "pipeline", "flows", "tokenweights", "tokenweights_flows")
 """Each may import itself and what stands before it."""
 
-BASE = {"deltalake", "numpy", "polars", "pyarrow"}
+BASE = {"deltalake", "jinja2", "markupsafe", "numpy", "polars", "pyarrow"}
 TRAIN = BASE | {"accelerate", "huggingface_hub", "jinja2", "peft", "pydantic", "safetensors", "torch", "transformers"}
 PIPELINE = TRAIN | {"datasets", "tokenizers"}
 PACKAGES = {

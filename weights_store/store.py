@@ -4,7 +4,7 @@ The interface for analysts and programs. The tables behind it are in `tables/`, 
 """
 
 import builtins
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,10 @@ import polars as pl
 
 from weights_store.catalog import check_store, list_tables, open_table
 from weights_store.errors import NotFoundError
+from weights_store.inspection.choice import Choice
+from weights_store.inspection.doctor import Diagnosis, diagnose
+from weights_store.inspection.gather import NotebookView, make_view
+from weights_store.inspection.survey import Survey, survey
 from weights_store.location import Location
 from weights_store.names import check_name, name_of, split_name, weights_path
 from weights_store.tables.commits import Commit
@@ -88,8 +92,9 @@ class WeightStore:
         """Return one row per response token of one version of a weight dataset, lazily, chosen responses first.
 
         Columns: `pair_id`, `side` ("chosen" or "rejected"), `position` (0-based in the response), `token_id`, `token` (its
-        text, only with a tokenizer), `weight`, and in nats `ref_logp`, `logp_pos`, `logp_neg` (the contrastive pair, the mean
-        over several; null if the estimator used none). Conditions on `pair_id` reach the files of every table.
+        text, only with a tokenizer), `weight`, in nats `ref_logp`, `logp_pos`, `logp_neg` (the contrastive pair, the mean
+        over several), and `attribution`; null what the estimator did not use. Conditions on `pair_id` reach the files of every
+        table.
 
         The tokenizer is the model's (anything with `decode`), or the texts by id as a mapping or a sequence.
 
@@ -114,6 +119,28 @@ class WeightStore:
         """
         return lineage(self.root, self.resolve(name, version))
 
+    def survey(self, name: str, version: int | None = None) -> Survey:
+        """Count over all response tokens of one version, in one pass and bounded memory: weights, positions, token ids.
+
+        Everything is compared with its commit first.
+
+        Raises:
+            NotFoundError: Also if log-probs that the weights were made from are gone.
+            DamageError: A shard is not what was committed, or weights and tokens differ in number.
+        """
+        return survey(self.root, self.resolve(name, version))
+
+    def doctor(self, name: str, version: int | None = None) -> builtins.list[Diagnosis]:
+        """Return what looks wrong with the weights of one version, warnings first; none if nothing does.
+
+        Takes one `survey`. docs/weights.md lists the findings.
+
+        Raises:
+            DamageError: See `survey`.
+        """
+        weights = self.resolve(name, version)
+        return diagnose(survey(self.root, weights), self.table(weights.table).metadata(weights.version))
+
     def quarantine(self, dataset: str) -> pl.LazyFrame:
         """Return the rows of a dataset that could not be used, lazily, with the columns of `schemas.QUARANTINE`.
 
@@ -126,6 +153,47 @@ class WeightStore:
         """Compare two weight datasets, each `name` or `name@version`, range by range in bounded memory."""
         old, new = (self.resolve(*split_name(text)) for text in (a, b))
         return diff_tables(self.table(old.table), old.version, self.table(new.table), new.version)
+
+    def view(
+        self,
+        name: str,
+        other: str | None = None,
+        *,
+        pairs: Sequence[str] = (),
+        worst: int | None = None,
+        random: int | None = None,
+        search: str | None = None,
+        where: str | None = None,
+        seed: int = 0,
+        tokenizer: Tokenizer | None = None,
+    ) -> NotebookView:
+        """Return pairs of a weight dataset with every number of every token, as a page: a notebook shows it by itself.
+
+        Args:
+            name: `name` or `name@version`.
+            other: Another one of the same pairs: also its weights are shown, and how far both agree.
+            pairs: Beginnings of `pair_id`s. With `search` and `where` it filters; `worst` or `random` then picks.
+            worst: How many pairs where the contrastive pair disagrees most with the label (smallest log-ratio of the pair);
+                without a contrastive pair those whose weights lie on the fewest tokens (smallest effective share); of two
+                datasets those on which they disagree most.
+            random: How many random pairs; 20 if neither this, `worst` nor `pairs` is given.
+            search: A text in the prompt or a response, in upper or lower case; needs a tokenizer.
+            where: A condition in Polars' SQL, for example `split = 'test' AND num_chosen_tokens > 50`. Columns: those of
+                `schemas.WEIGHTS`, `source_row`, `num_prompt_tokens`, `num_chosen_tokens`, `num_rejected_tokens`,
+                `mean_chosen_weight`, `mean_rejected_weight`, `effective_share`, with a contrastive pair `pair_logratio`
+                (nats), of two datasets `disagreement`.
+            seed: Another one gives other random pairs; the same one the same pairs, however the table is stored.
+            tokenizer: See `scan_tokens`; ids are shown without one.
+
+        Raises:
+            SettingsError: `where` is no condition over these columns, or the choice contradicts itself.
+            InputError: No pair is left, or a beginning of `pairs` fits no pair or several.
+            MismatchError: An id is not in the tokenizer.
+            DamageError: A shard is not what was committed.
+        """
+        here, there = self.resolve(*split_name(name)), None if other is None else self.resolve(*split_name(other))
+        choice = Choice(pairs, worst, random, search, where, seed)
+        return make_view(self.root, here, there, choice, tokenizer)
 
     def export(
         self,

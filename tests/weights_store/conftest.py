@@ -132,7 +132,7 @@ def _logps_rows(pair_ids, logps):
 
 def _weights_metadata(name, estimator, parents, token_weights, pair_ids):
     weights = {"name": name, "estimator": estimator}
-    if estimator in ("tis", "reversed"):
+    if estimator in ("tis", "reversed", "head"):
         weights |= {"k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5}
     identity = {
         "settings": {"weights": weights, "contrast": {} if estimator in ("uniform", "ti", "head") else TRAINING},
@@ -274,6 +274,12 @@ def _anchor_rows(pair_ids):
 def ti_store(small_store):
     """The small store with TI-DPO beside TIS-DPO."""
     return add_ti(small_store)
+
+
+@pytest.fixture(scope="session")
+def read_store(tmp_path_factory):
+    """The small store with TI-DPO, for tests that only read."""
+    return add_ti(build_small_store(tmp_path_factory.mktemp("read") / "store"))
 
 
 @pytest.fixture(scope="session")

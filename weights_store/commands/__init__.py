@@ -8,8 +8,10 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from weights_store.commands.doctor import add_doctor
 from weights_store.commands.keeping import run_export, run_optimize, run_repair, run_vacuum, run_verify
 from weights_store.commands.listing import run_diff, run_history, run_lineage, run_list, run_quarantine, run_show
+from weights_store.commands.view import add_view
 
 if TYPE_CHECKING:
     from weights_store.views.token_texts import Tokenizer
@@ -42,6 +44,8 @@ def add_commands(add: Add, load_tokenizer: "Callable[[str], Tokenizer]") -> None
     )
     diff.add_argument("a", metavar="A", help="NAME or NAME@VERSION")
     diff.add_argument("b", metavar="B", help="NAME or NAME@VERSION")
+    _add_name(add_doctor(add_listing))
+    add_view(add, load_tokenizer)
     export = add_listing("export", run_export, "write a weight dataset as plain files, for programs without this store")
     export.set_defaults(load_tokenizer=load_tokenizer)
     _add_name(export)

@@ -1,4 +1,4 @@
-"""Looking at the weights of a dataset: a survey of all tokens, what may be wrong with them (doctor), and single pairs.
+"""Looking at the weights of a dataset: one pass over all tokens (survey), what may be wrong (doctor), and single pairs.
 
 Reads through `WeightStore`'s tables and writes nothing into a store. Needs no tokenizer; with one, texts instead of ids.
 """

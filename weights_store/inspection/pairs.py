@@ -38,4 +38,5 @@ class ShownPair:
     effective_share: float
     """Mean of both sides, see `SideSurvey.effective_share`."""
     disagreement: float | None = None
-    """Mean |log2(other weight / weight)| over the tokens of both sides, if two datasets are compared."""
+    """Mean |log2(other weight / weight)| over the tokens of both sides, if two datasets are compared and both have the same
+    tokens. Weights below 1/64 count as 1/64, so that a weight of 0 makes it large and not infinite."""

@@ -15,18 +15,22 @@ def held_out_lines(statistics: Statistics) -> list[tuple[str, str]]:
         label, verdict = f"held-out labels{of_member}", f"verdict{of_member}"
         if name == _DPO:
             lines.append(
-                ("DPO's own reward", f"the implicit one, log π+ − log ref, on the same pairs: {_figures(record)}")
+                (
+                    "DPO's own reward",
+                    f"the implicit one, log π+ − log ref, on the same pairs: {held_out_figures(record)}",
+                )
             )
         elif "not_measured" in record:
             lines.append((label, f"not measured: {record['not_measured']}"))
         else:
             assumed = f"; assumed: {record['assumption']}" if "assumption" in record else ""
-            lines.append((label, f"{_figures(record)}{_left_out(record)}{assumed}"))
+            lines.append((label, f"{held_out_figures(record)}{_left_out(record)}{assumed}"))
             lines.append((verdict, _advice(record)))
     return lines
 
 
-def _figures(record: HeldOutRecord) -> str:
+def held_out_figures(record: HeldOutRecord) -> str:
+    """Return log-likelihood with its standard error, accuracy and number of pairs of what was measured."""
     mean, error = record["log_likelihood"], record["log_likelihood_se"]
     return (
         f"log-likelihood {mean:.3f} ± {error:.3f} nats a pair (chance {_CHANCE}), {100 * record['accuracy']:.0f} % right "

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.stages.publish import Ingredients, publish
-from pipeline.stages.report import summary_markdown, write_report
+from pipeline.stages.report import Inspected, summary_markdown, write_report
 from weights_store import WeightStore
 from weights_store.errors import DamageError, InputError, MismatchError
 from weights_store.schemas import ANCHORS, ATTRIBUTIONS, LOGPS, TOKENS
@@ -547,34 +547,64 @@ def test_few_pairs_at_a_time_publish_the_same(store, make_recipe, monkeypatch):
 def test_the_report_says_what_was_done_and_what_was_missing(store, make_recipe, toy_model):
     ingredients = dataclasses.replace(_for_ti(store), anchors=_anchors(store))
     published = _publish(make_recipe, ingredients, **{"weights.estimator": "ti", "anchors.seed": 0})
-    text = summary_markdown(published)
+    text = summary_markdown(published, Inspected.of(published).diagnoses)
     assert "| weights | ti: ti_lambda 0.7, sigma_divisor 4.0, span response |" in text
     assert "| anchors | of 2 pairs |" in text
     assert " tokens | 4, mean weight 1.0000, from 1.0000 to 1.0000, 2 responses with nothing to be weighed by |" in text
-    assert write_report(published, toy_model).endswith("toy/tis-dpo@0.html")
+    assert write_report(published, Inspected.of(published), toy_model).endswith("toy/tis-dpo@0.html")
 
 
 def test_the_report_of_a_selection_has_no_clamp(store, make_recipe, toy_model):
     settings = {"weights.estimator": "sepo", "weights.share": 0.5, "weights.transforms": ["smooth", "mean_one"]}
     published = _publish(make_recipe, _ingredients(store), **settings)
-    text = summary_markdown(published)
+    text = summary_markdown(published, Inspected.of(published).diagnoses)
     assert "| weights | sepo: share 0.5, transforms smooth, mean_one, smooth_over tokens, smooth_window 3 |" in text
     assert "clamped" not in text
-    assert write_report(published, toy_model).endswith(".html")
+    assert write_report(published, Inspected.of(published), toy_model).endswith(".html")
 
 
 def test_a_report_is_written_again_only_if_it_is_damaged_or_of_a_deleted_dataset(store, make_recipe, toy_model):
     published = _publish(make_recipe, _ingredients(store))
-    path = Path(write_report(published, toy_model))
+    path = Path(write_report(published, Inspected.of(published), toy_model))
     whole = path.read_bytes()
     again = dataclasses.replace(published, is_new=False)
     for damaged in (whole[:-30], whole[: len(whole) // 2], b"", whole.replace(b"toy/tis-dpo", b"toy/tis-dpp", 1)):
         path.write_bytes(damaged)
-        write_report(again, toy_model)
+        write_report(again, Inspected.of(again), toy_model)
         assert path.read_bytes() == whole
     other = b"<!doctype html>\n<html >another, of an earlier version</html>\n"
     path.write_bytes(other)
-    write_report(again, toy_model)
+    write_report(again, Inspected.of(again), toy_model)
     assert path.read_bytes() == other  # it is whole, so it stays as it is
-    write_report(published, toy_model)
+    write_report(published, Inspected.of(published), toy_model)
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weights.estimator": "tis", "weights.lower": -0.25, "weights.upper": 0.5},  # some log-ratios are the very ends
+        {"weights.estimator": "reversed"},
+        {"weights.estimator": "tis", "weights.scale": 0.5},
+        {"weights.estimator": "tis", "weights.spread": 1.0},
+        {"weights.estimator": "origin"},
+        {"weights.estimator": "threshold"},
+        {"weights.estimator": "threshold_and_scale", "weights.transforms": ["mean_one"]},
+        {"weights.estimator": "random", "weights.lower": 0.0},
+        {"weights.estimator": "sepo"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_a_survey_counts_the_clamped_tokens_that_the_build_counted(store, make_recipe, settings):
+    ingredients = _ingredients(store)
+    second = {
+        "positive2_logps": _logps(store, "pos2", "ab", [-1.0, -2.0, -1.1], [-1.3, -1.0]),
+        "negative2_logps": _logps(store, "neg2", "ab", [-2.0, -1.0, -0.85], [-1.75, -1.0]),
+    }
+    published = _publish(make_recipe, dataclasses.replace(ingredients, more_logps=second), **settings)
+    for side, seen in store.survey("toy/tis-dpo").sides().items():
+        recorded = published.statistics[side]
+        assert seen.share_at_lower == pytest.approx(recorded.get("share_at_lower"))
+        assert seen.share_at_upper == pytest.approx(
+            recorded.get("share_at_upper", None if seen.share_at_upper is None else 0)
+        )

@@ -27,14 +27,20 @@ def test_one_row_per_response_token_with_all_that_is_known_of_it(small_store, te
     assert isinstance(tokens, pl.LazyFrame)
     rows = tokens.filter(pl.col("pair_id") == "b").collect()
     assert rows.rows() == [
-        ("b", "chosen", 0, 6, " caf", 4.0, -4.0, -1.0, -3.0),
-        ("b", "chosen", 1, 9, "</s>", 1.0, -0.125, -1.0, -1.0),
-        ("b", "chosen", 2, 7, "é", 0.5, -2.0, -2.0, -1.0),
-        ("b", "chosen", 3, 9, "</s>", 1.5, -0.25, -0.5, -1.0),
-        ("b", "rejected", 0, 8, "!", 2.0, -1.0, -2.0, -1.0),
-        ("b", "rejected", 1, 3, "Yes", 1.5, -1.0, -1.5, -1.0),
-        ("b", "rejected", 2, 9, "</s>", 1.0, -1.0, -0.25, -0.25),
+        ("b", "chosen", 0, 6, " caf", 4.0, -4.0, -1.0, -3.0, None),
+        ("b", "chosen", 1, 9, "</s>", 1.0, -0.125, -1.0, -1.0, None),
+        ("b", "chosen", 2, 7, "é", 0.5, -2.0, -2.0, -1.0, None),
+        ("b", "chosen", 3, 9, "</s>", 1.5, -0.25, -0.5, -1.0, None),
+        ("b", "rejected", 0, 8, "!", 2.0, -1.0, -2.0, -1.0, None),
+        ("b", "rejected", 1, 3, "Yes", 1.5, -1.0, -1.5, -1.0, None),
+        ("b", "rejected", 2, 9, "</s>", 1.0, -1.0, -0.25, -0.25, None),
     ]
+
+
+def test_attributions_of_the_tokens_are_there_if_the_weights_were_made_from_them(ti_store):
+    tokens = ti_store.scan_tokens("hh-harmless/ti-dpo").filter(pl.col("pair_id") == "b").collect()
+    assert tokens["attribution"].to_list() == [4.0, 0.0, 2.0, 2.0, 1.0, 3.0, 2.0]
+    assert tokens["logp_pos"].null_count() == 7
 
 
 def test_types_are_those_promised_and_known_before_anything_is_read(small_store, texts):
@@ -48,6 +54,7 @@ def test_types_are_those_promised_and_known_before_anything_is_read(small_store,
         "ref_logp": pl.Float32,
         "logp_pos": pl.Float32,
         "logp_neg": pl.Float32,
+        "attribution": pl.Float32,
     }
     tokens = small_store.scan_tokens(NAME, tokenizer=texts)
     assert dict(tokens.collect_schema()) == expected == dict(tokens.collect().schema)

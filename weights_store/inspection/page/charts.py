@@ -1,4 +1,4 @@
-"""The charts above the pairs, as inline SVG: without style attributes, which the page's policy forbids, so classes colour it."""
+"""The charts above the pairs, as inline SVG: without style attributes, which the page's policy forbids, so it has classes."""
 
 from collections.abc import Sequence
 

@@ -25,6 +25,7 @@ _COMPARED = {
     "num_only_here": "pairs in A only",
     "num_only_there": "pairs in B only",
     "num_differing_tokens": "pairs with other tokens",
+    "num_tokens": "tokens compared",
     "correlation": "correlation of the weights",
     "num_disagreeing": "tokens above 1 in one, below in the other",
 }
@@ -49,7 +50,7 @@ def render(view: View) -> str:
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-    return template.render(
+    html = template.render(
         view=view,
         policy=policy,
         style=Markup(style),
@@ -65,6 +66,7 @@ def render(view: View) -> str:
         steps=range(-NUM_STEPS, NUM_STEPS + 1),
         plots=[(title, _picture(svg)) for title, svg in view.plots],
     )
+    return html.encode("utf-8", "backslashreplace").decode()  # names and recipes may hold surrogates without a partner
 
 
 def _hash(text: str) -> str:

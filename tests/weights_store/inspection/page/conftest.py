@@ -51,7 +51,26 @@ def make_pair(
 
 
 def make_view(pairs: Sequence[ShownPair], other: str | None = None) -> View:
-    side = SideSurvey(3, 12, 1.25, EDGES, np.array([0, 0, 1, 2, 3, 3, 2, 1, 0, 0]), np.full(20, 1.25), 0.25, 0.125, 0.8)
+    side = SideSurvey(
+        num_responses=3,
+        num_tokens=12,
+        mean_weight=1.25,
+        min_weight=0.25,
+        max_weight=4.5,
+        std_weight=0.9,
+        edges=EDGES,
+        counts=np.array([0, 0, 1, 2, 3, 3, 2, 1, 0, 0]),
+        weight_by_position=np.full(20, 1.25),
+        position_share=0.1,
+        share_at_lower=0.25,
+        share_at_upper=0.125,
+        effective_share=0.8,
+        share_carried=0.0,
+        share_carried_by_last=0.0,
+        last_weight=1.0,
+        last_id=10,
+        last_id_share=0.7,
+    )
     rows = [
         {"token_id": i, "side": s, "count": 9, "mean_weight": 0.1 * i, "share_of_weight": 0.1}
         for i in TEXTS
@@ -68,7 +87,7 @@ def make_view(pairs: Sequence[ShownPair], other: str | None = None) -> View:
         selection="3 of 1,768 pairs",
         measures=["weight", "logratio", "logp_pos", "logp_neg", "ref_logp", "surprise"],
         facts=[("rows in", "1,768")],
-        survey=Survey(side, side, pl.DataFrame(rows)),
+        survey=Survey(side, side, pl.DataFrame(rows), None),
         other_survey=None,
         token_texts=TEXTS,
         diagnoses=[finding],

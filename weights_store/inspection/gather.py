@@ -1,0 +1,110 @@
+"""Gathers everything that is shown of a weight dataset into a `View`, see `WeightStore.view`."""
+
+import html
+from collections.abc import Iterator, Sequence
+
+import polars as pl
+
+from weights_store.inspection.choice import Choice, choose
+from weights_store.inspection.doctor import diagnose
+from weights_store.inspection.pair_tables import PairTables
+from weights_store.inspection.pairs import ShownPair
+from weights_store.inspection.shown import load_pairs
+from weights_store.inspection.survey import Survey, survey
+from weights_store.inspection.view import View
+from weights_store.location import Location
+from weights_store.names import name_of
+from weights_store.schemas import SIDES
+from weights_store.tables.table_reader import TableVersion
+from weights_store.views.held_out import held_out_lines
+from weights_store.views.lineage import lineage
+from weights_store.views.token_texts import Tokenizer, TokenTexts
+
+_NUM_NOTABLE = 50
+"""How many tokens at each end of the survey's lists get a text."""
+_FRAME_HEIGHT_PX = 800
+
+
+class NotebookView(View):
+    """A view that a notebook shows as its page. Apart from `View`, which the page itself is made from."""
+
+    def _repr_html_(self) -> str:
+        """Return the page in a frame for a notebook: its scripts cannot reach the notebook."""
+        from weights_store.inspection.page import render
+
+        document = html.escape(render(self), quote=True)
+        return (
+            f'<iframe sandbox="allow-scripts" srcdoc="{document}" title="{html.escape(self.title)}" width="100%" '
+            f'height="{_FRAME_HEIGHT_PX}" style="border:0"></iframe>'
+        )
+
+
+def make_view(
+    root: Location,
+    weights: TableVersion,
+    other: TableVersion | None,
+    choice: Choice,
+    tokenizer: Tokenizer | None,
+    surveyed: Survey | None = None,
+) -> NotebookView:
+    """Return what is shown of one dataset, or of two, see `WeightStore.view`; `surveyed` is its survey, if there is one."""
+    here, there = PairTables(root, weights), None if other is None else PairTables(root, other)
+    texts = None if tokenizer is None else TokenTexts(tokenizer)
+    chosen = choose(here, there, choice, texts)
+    pairs = load_pairs(here, there, chosen.pair_ids, texts)
+    found, other_found = surveyed or survey(root, weights), None if other is None else survey(root, other)
+    return NotebookView(
+        title=_name(weights),
+        other=None if other is None else _name(other),
+        pairs=pairs,
+        num_pairs=chosen.num_pairs,
+        selection=chosen.words,
+        measures=here.measures,
+        facts=list(_facts(here, weights)),
+        survey=found,
+        other_survey=other_found,
+        token_texts={} if texts is None else _texts_of(texts, pairs, [found, *([other_found] if other_found else [])]),
+        diagnoses=diagnose(found, here.metadata),
+        lineage=lineage(root, weights).to_dicts(),
+        recipe=here.metadata.get("recipe", {}),
+        comparison=None if chosen.comparison is None else chosen.comparison.as_dict(),
+    )
+
+
+def _name(weights: TableVersion) -> str:
+    return f"{name_of(weights.table)}@{weights.version}"
+
+
+def _facts(tables: PairTables, weights: TableVersion) -> Iterator[tuple[str, str]]:
+    """Yield what a person wants to know first, as far as the version recorded it."""
+    metadata = tables.metadata
+    statistics = metadata.get("statistics", {})
+    settings = metadata.get("identity", {}).get("settings", {}).get("weights", {})
+    told = [
+        f"{key} {value}" for key, value in settings.items() if key not in ("name", "estimator") and value is not None
+    ]
+    yield "estimator", ": ".join([str(settings.get("estimator", "unknown")), *([", ".join(told)] if told else [])])
+    if "num_pairs" in statistics:
+        by_split = statistics.get("num_pairs_by_split", {})
+        splits = ", ".join(f"{count:,} {split}" for split, count in by_split.items())
+        yield "pairs", f"{statistics['num_pairs']:,}{f' ({splits})' if splits else ''}"
+    if "num_response_tokens" in statistics:
+        yield "response tokens", f"{statistics['num_response_tokens']:,}"
+    for side in SIDES:
+        if "mean_weight" in statistics.get(side, {}):
+            yield f"mean weight, {side}", f"{statistics[side]['mean_weight']:.4f}"
+    yield from held_out_lines(statistics)
+    if "model" in (reference := metadata.get("reference", {})):
+        yield "reference", f"{reference['model']}, {reference.get('dtype', 'unknown dtype')}"
+    yield "fingerprint", weights.fingerprint[:12]
+
+
+def _texts_of(texts: TokenTexts, pairs: Sequence[ShownPair], surveys: Sequence[Survey]) -> dict[int, str]:
+    """Return the texts of the ids that are shown."""
+    ids = {token_id for pair in pairs for side in (pair.chosen, pair.rejected) for token_id in side.ids}
+    for one in surveys:
+        for by in ("mean_weight", "share_of_weight"):
+            for (_,), tokens in one.tokens.sort(by).partition_by("side", as_dict=True).items():
+                ends = pl.concat([tokens.head(_NUM_NOTABLE), tokens.tail(_NUM_NOTABLE)])
+                ids |= {*ends["token_id"].to_list()}
+    return {token_id: texts.text(token_id) for token_id in sorted(ids)}

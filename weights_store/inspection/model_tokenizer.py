@@ -1,0 +1,41 @@
+"""Which folder's tokenizer turns the ids of a weight dataset into texts: the one given, or that of the recipe's model.
+
+Returns a folder only: the store has no package that loads tokenizers.
+"""
+
+from pathlib import Path
+
+from weights_store.errors import InputError
+from weights_store.fingerprint import fingerprint_tokenizer
+from weights_store.tables.metadata import CommitMetadata
+
+_HINT = "--tokenizer FOLDER, the folder of the model that the pairs were tokenised with, shows texts"
+
+
+def tokenizer_folder(metadata: CommitMetadata, given: str | None) -> tuple[str | None, str | None]:
+    """Return the folder of the tokenizer, None if none is known to fit, and a line for people if there is something to say.
+
+    A folder that is given is used, also if its fingerprint is another one than that of the tokenizer that made the ids: its
+    chat template may have changed since, which changes no id's text. The recipe's model is used only if both are the same.
+    """
+    recorded = (metadata.get("tokenizer") or {}).get("fingerprint")
+    if given is not None:
+        is_other = recorded is not None and _fingerprint(Path(given)) not in (recorded, None)
+        note = f"the tokenizer in {given} is not the one that the store recorded, or its chat template has changed"
+        return given, f"{note}: texts may be wrong" if is_other else None
+    path = metadata.get("recipe", {}).get("model", {}).get("path")
+    if recorded is None or not isinstance(path, str):
+        return None, f"ids instead of texts: the store recorded no tokenizer; {_HINT}"
+    if not (Path(path) / "tokenizer.json").is_file():
+        return None, f"ids instead of texts: {path}, the recipe's model, is no folder with tokenizer.json here; {_HINT}"
+    if _fingerprint(Path(path)) != recorded:
+        return None, f"ids instead of texts: the tokenizer in {path} is not the one that made the ids; {_HINT}"
+    return path, None
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """Return the fingerprint of a folder's tokenizer, None if it cannot be read: loading it says why."""
+    try:
+        return fingerprint_tokenizer(folder)
+    except (InputError, OSError):
+        return None
