@@ -247,6 +247,8 @@ def _draw_panel(ax: "Axes", panel: Panel, looks: Mapping[str, Mapping[str, str]]
     ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
     if panel.x_ticks is not None:
         ax.set_xticks(panel.x_ticks)
+    else:
+        ax.xaxis.get_major_locator().set_params(integer=True)  # steps
 
 
 def _draw_legend(
