@@ -223,6 +223,8 @@ def draw_panels(
 
 
 def _draw_panel(ax: "Axes", panel: Panel, looks: Mapping[str, Mapping[str, str]], *, marks: bool) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     ax.axhline(panel.level, color="black", lw=0.6)
     for index, curve in enumerate(panel.curves):
         look = looks[curve.name]
@@ -248,7 +250,7 @@ def _draw_panel(ax: "Axes", panel: Panel, looks: Mapping[str, Mapping[str, str]]
     if panel.x_ticks is not None:
         ax.set_xticks(panel.x_ticks)
     else:
-        ax.xaxis.get_major_locator().set_params(integer=True)  # steps
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # steps
 
 
 def _draw_legend(
