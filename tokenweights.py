@@ -34,6 +34,8 @@ from weights_store.process import run_main
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from weights_store.inspection.figure import Format
+
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
     Run = Callable[[argparse.Namespace], int | None]
 
@@ -111,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_store_option(command)
         return command
 
-    add_commands(add, _load_tokenizer)
+    add_commands(add, _load_tokenizer, _draw_runs)
     completion = _command(
         commands,
         "completion",
@@ -213,12 +215,18 @@ def _train(arguments: list[str]) -> int:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from train.plots import draw_runs
+    from weights_store.commands.output import check_ours, write_output
     from weights_store.inspection.figure import figure_format
 
-    figure = draw_runs(options.runs, figure_format(options.output))
-    Path(options.output).write_bytes(figure)
-    print(f"wrote {options.output}")
+    path, format = Path(options.output), figure_format(options.output)
+    check_ours(path)
+    write_output(path, _draw_runs(options.runs, format))
+
+
+def _draw_runs(folders: Sequence[str], format: "Format") -> bytes:
+    from train.plots import draw_runs
+
+    return draw_runs(folders, format)
 
 
 def _build(options: argparse.Namespace) -> None:
@@ -299,6 +307,8 @@ def _load_tokenizer(folder: str) -> "Tokenizer":
         raise InputError(f"{folder} has no tokenizer.json; give the folder of the model that tokenised the pairs")
     with needs_extra("train"):
         from tokenizers import Tokenizer
+
+
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more precise

@@ -118,7 +118,7 @@ def test_a_figure_is_the_same_each_time_and_needs_no_date(run):
 def test_the_command_writes_the_format_of_the_ending(run, tmp_path, capsys):
     assert tokenweights.main(["plot", str(run), "-o", str(tmp_path / "figure.svg")]) == 0
     assert b"<!-- dpo " in (tmp_path / "figure.svg").read_bytes()
-    assert capsys.readouterr().out == f"wrote {tmp_path}/figure.svg\n"
+    assert capsys.readouterr().out.endswith(f"  {tmp_path}/figure.svg\n")
     assert tokenweights.main(["plot", str(run), "-o", str(tmp_path / "figure.pdf")]) == 1
     assert "a figure is written as .svg or .png; got the ending '.pdf'" in capsys.readouterr().err
 
@@ -127,3 +127,14 @@ def test_without_matplotlib_the_extra_is_named(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"needs the package 'matplotlib'.*pip install 'tokenweights\[plot\]'"):
         draw_runs([run], "svg")
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_our_own_figure_is_drawn_again_and_nothing_else(run, tmp_path, capsys, ending):
+    path = tmp_path / f"figure.{ending}"
+    for _ in range(2):
+        assert tokenweights.main(["plot", str(run), "-o", str(path)]) == 0
+    path.write_bytes(b"a picture of somebody")
+    assert tokenweights.main(["plot", str(run), "-o", str(path)]) == 1
+    assert "exists and was not written by tokenweights; give -o another name" in capsys.readouterr().err
+    assert path.read_bytes() == b"a picture of somebody"

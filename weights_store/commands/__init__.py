@@ -5,7 +5,7 @@ Importing this module is fast: Polars and pyarrow load when a command runs, see 
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from weights_store.commands.doctor import add_doctor
@@ -14,6 +14,7 @@ from weights_store.commands.listing import run_diff, run_history, run_lineage, r
 from weights_store.commands.view import add_view
 
 if TYPE_CHECKING:
+    from weights_store.inspection.figure import Format
     from weights_store.views.token_texts import Tokenizer
 
 _DEFAULT_STORE = "stores/default"
@@ -23,10 +24,13 @@ Add = Callable[[str, Run, str], argparse.ArgumentParser]
 """Adds one command by name, function and help, and returns its parser."""
 
 
-def add_commands(add: Add, load_tokenizer: "Callable[[str], Tokenizer]") -> None:
+def add_commands(
+    add: Add, load_tokenizer: "Callable[[str], Tokenizer]", draw_runs: "Callable[[Sequence[str], Format], bytes]"
+) -> None:
     """Register the store's commands.
 
-    `load_tokenizer` returns the tokenizer of a model folder; the store itself has no package for that.
+    `load_tokenizer` returns the tokenizer of a model folder, and `draw_runs` a figure of trainings by their output folders: the
+    store itself has no package for either.
     """
 
     def add_listing(name: str, run: Run, description: str) -> argparse.ArgumentParser:
@@ -45,7 +49,7 @@ def add_commands(add: Add, load_tokenizer: "Callable[[str], Tokenizer]") -> None
     diff.add_argument("a", metavar="A", help="NAME or NAME@VERSION")
     diff.add_argument("b", metavar="B", help="NAME or NAME@VERSION")
     _add_name(add_doctor(add_listing))
-    add_view(add, load_tokenizer)
+    add_view(add, load_tokenizer, draw_runs)
     export = add_listing("export", run_export, "write a weight dataset as plain files, for programs without this store")
     export.set_defaults(load_tokenizer=load_tokenizer)
     _add_name(export)

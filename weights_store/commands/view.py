@@ -4,30 +4,36 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import weights_store
+from weights_store.commands.output import check_ours, write_output
 from weights_store.errors import InputError
 from weights_store.messages import logger
-from weights_store.printing import one_line, size_text
+from weights_store.printing import one_line
 
 if TYPE_CHECKING:
+    from weights_store.inspection.figure import Format
     from weights_store.inspection.view import View
     from weights_store.views.token_texts import Tokenizer
 
 _log = logger(__name__)
 
-MARK = '<meta name="generator" content="tokenweights">'
-"""In the head of every page: a file without it is not ours, and is never overwritten."""
-_HEAD_BYTES = 4096
+_PAGES, _FIGURES = (".html", ".htm"), (".svg", ".png")
 
 
-def add_view(add: Callable[..., argparse.ArgumentParser], load_tokenizer: "Callable[[str], Tokenizer]") -> None:
+def add_view(
+    add: Callable[..., argparse.ArgumentParser],
+    load_tokenizer: "Callable[[str], Tokenizer]",
+    draw_runs: "Callable[[Sequence[str], Format], bytes]",
+) -> None:
     """Register the command, see `add_commands`."""
-    parser = add("view", run_view, "show pairs with the weights of their tokens, as an HTML page or in the terminal")
-    parser.set_defaults(load_tokenizer=load_tokenizer)
+    what = "show pairs with the weights of their tokens: as an HTML page, in the terminal, or one pair as a figure"
+    parser = add("view", run_view, what)
+    parser.set_defaults(load_tokenizer=load_tokenizer, draw_runs=draw_runs)
     parser.add_argument("name", metavar="NAME[@VERSION]", help="for example hh-harmless/tis-dpo@3")
     parser.add_argument(
         "other", metavar="OTHER[@VERSION]", nargs="?", help="compare with the weights of this one, for the same pairs"
@@ -54,26 +60,67 @@ def add_view(add: Callable[..., argparse.ArgumentParser], load_tokenizer: "Calla
         metavar="FOLDER",
         help="model folder for the texts of tokens (default: the recipe's model if it fits)",
     )
+    parser.add_argument(
+        "--run",
+        metavar="FOLDER",
+        action="append",
+        default=[],
+        dest="runs",
+        help="output folder of a training: its rewards and margins over steps stand in the page; repeatable",
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--ansi", action="store_true", help="print to the terminal instead of writing a page")
     output.add_argument(
-        "-o", "--output", metavar="FILE", help="the page (default: NAME@VERSION.html here, with - for /)"
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="the page (default: NAME@VERSION.html here, with - for /); .svg or .png: a figure of one pair",
     )
 
 
 def run_view(options: argparse.Namespace) -> None:
     """Show pairs, see `WeightStore.view`."""
+    path = Path(options.output) if options.output else None
+    if path is not None:  # before the work that fills it
+        _check_ending(path)
+        check_ours(path)
+    is_figure = path is not None and path.suffix.lower() in _FIGURES
+    if options.runs and (options.ansi or is_figure):
+        raise InputError("--run puts trainings into a page: leave out --ansi and figures, or use `tokenweights plot`")
     view = _view(options)
     if options.ansi:
         _print(view)
         return
+    path = path or default_path(view)
+    check_ours(path)
+    content = _figure(view, path) if is_figure else _page(view, options)
+    print(f"{view.title}: {one_line(view.selection)}")
+    write_output(path, content)
+
+
+def _check_ending(path: Path) -> None:
+    if path.suffix.lower() not in (*_PAGES, *_FIGURES):
+        raise InputError(
+            f"{path}: expected a name that ends in .html for a page, or in .svg or .png for a figure of one pair"
+        )
+
+
+def _figure(view: "View", path: Path) -> bytes:
+    from weights_store.inspection.figure import figure_format
+    from weights_store.inspection.heat_map import draw_pair
+
+    if len(view.pairs) != 1:
+        raise InputError(f"a figure shows one pair, got {len(view.pairs)}; name it with --pairs ID, or take --random 1")
+    return draw_pair(view.pairs[0], figure_format(path))
+
+
+def _page(view: "View", options: argparse.Namespace) -> bytes:
     from weights_store.inspection.page import render
 
-    path = Path(options.output) if options.output else default_path(view)
-    check_ours(path)  # before the page is made
-    write_page(path, render(view))
-    print(f"{view.title}: {one_line(view.selection)}")
-    print(f"{size_text(path.stat().st_size):>10}  {path}")
+    if options.runs:
+        figure = options.draw_runs(options.runs, "svg").decode()
+        view = replace(view, plots=[("Trainings: rewards, margins and accuracy over steps", figure)])
+    return render(view).encode()
 
 
 def _view(options: argparse.Namespace) -> "View":
@@ -110,34 +157,3 @@ def default_path(view: "View") -> Path:
     """Return where a page goes if nothing is said."""
     name = view.title if view.other is None else f"{view.title}-{view.other}"
     return Path(f"{name.replace('/', '-')}.html")
-
-
-def check_ours(path: Path) -> None:
-    """Check that a page may be written.
-
-    Raises:
-        InputError: The name is not one of a page, or there is something else in its place.
-    """
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"{path} is no name of a page: expected one that ends in .html")
-    if not path.exists():
-        return
-    if not path.is_file():
-        raise InputError(f"{path} exists and is no file; give -o another name")
-    with path.open("rb") as file:
-        if MARK.encode() not in file.read(_HEAD_BYTES):
-            raise InputError(
-                f"{path} exists and was not written by `tokenweights view`; give -o another name, or move it away"
-            )
-
-
-def write_page(path: Path, page: str) -> None:
-    """Write a page whole or not at all, over an older one."""
-    assert MARK in page[:_HEAD_BYTES], "a page says in its head that it is ours"
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

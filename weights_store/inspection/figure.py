@@ -23,7 +23,11 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-_METADATA: dict[Format, dict[str, None]] = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
+_METADATA: dict[Format, dict[str, str | None]] = {
+    "svg": {"Date": None, "Creator": "tokenweights"},
+    "png": {"Software": "tokenweights"},
+}
+"""The name tells our files from the user's own, see `commands/output.py`."""
 _DOTS_PER_INCH = 200
 
 

@@ -14,10 +14,9 @@ from weights_store.inspection.survey import Survey, survey
 from weights_store.inspection.view import View
 from weights_store.location import Location
 from weights_store.names import name_of
-from weights_store.schemas import SIDES
 from weights_store.tables.table_reader import TableVersion
-from weights_store.views.held_out import held_out_lines
 from weights_store.views.lineage import lineage
+from weights_store.views.summary import summary_lines
 from weights_store.views.token_texts import Tokenizer, TokenTexts
 
 _NUM_NOTABLE = 50
@@ -76,26 +75,12 @@ def _name(weights: TableVersion) -> str:
 
 
 def _facts(tables: PairTables, weights: TableVersion) -> Iterator[tuple[str, str]]:
-    """Yield what a person wants to know first, as far as the version recorded it."""
+    """Yield what a person wants to know first: what `show` says of the version, the reference, and its fingerprint."""
     metadata = tables.metadata
-    statistics = metadata.get("statistics", {})
-    settings = metadata.get("identity", {}).get("settings", {}).get("weights", {})
-    told = [
-        f"{key} {value}" for key, value in settings.items() if key not in ("name", "estimator") and value is not None
-    ]
-    yield "estimator", ": ".join([str(settings.get("estimator", "unknown")), *([", ".join(told)] if told else [])])
-    if "num_pairs" in statistics:
-        by_split = statistics.get("num_pairs_by_split", {})
-        splits = ", ".join(f"{count:,} {split}" for split, count in by_split.items())
-        yield "pairs", f"{statistics['num_pairs']:,}{f' ({splits})' if splits else ''}"
-    if "num_response_tokens" in statistics:
-        yield "response tokens", f"{statistics['num_response_tokens']:,}"
-    for side in SIDES:
-        if "mean_weight" in statistics.get(side, {}):
-            yield f"mean weight, {side}", f"{statistics[side]['mean_weight']:.4f}"
-    yield from held_out_lines(statistics)
+    settings = metadata["identity"]["settings"]["weights"]
+    yield from summary_lines(metadata["statistics"], settings, metadata.get("parity"))
     if "model" in (reference := metadata.get("reference", {})):
-        yield "reference", f"{reference['model']}, {reference.get('dtype', 'unknown dtype')}"
+        yield "reference model", f"{reference['model']}, {reference.get('dtype', 'unknown dtype')}"
     yield "fingerprint", weights.fingerprint[:12]
 
 

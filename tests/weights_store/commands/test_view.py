@@ -1,5 +1,7 @@
 """The command `view` as a person meets it, on the small store."""
 
+import base64
+import re
 import subprocess
 import sys
 
@@ -62,14 +64,17 @@ def test_our_own_page_is_written_again_and_nothing_else(command, tmp_path):
     page.write_text("<!doctype html>\n<p>somebody's work")
     code, _, err = command(NAME, "-o", str(page))
     assert code == 1
-    assert f"{page} exists and was not written by `tokenweights view`; give -o another name" in err
+    assert f"{page} exists and was not written by tokenweights; give -o another name" in err
     assert page.read_text() == "<!doctype html>\n<p>somebody's work"
 
 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["-o", "notes.txt"], "notes.txt is no name of a page: expected one that ends in .html"),
+        (["-o", "notes.txt"], "notes.txt: expected a name that ends in .html for a page, or in .svg or .png for a figure"),
+        (["-o", "figure.png"], "a figure shows one pair, got 4; name it with --pairs ID, or take --random 1"),
+        (["--run", "policy", "--ansi"], "--run puts trainings into a page: leave out --ansi and figures"),
+        (["--run", "."], "train.json"),
         (["--where", "nonsense > 1"], "there is no column nonsense"),
         (["--search", "sir"], "give a tokenizer, that of the model (--tokenizer FOLDER)"),
         (["--pairs", "a,zz"], "no pair of weights/hh-harmless/tis-dpo@1 begins with 'zz'"),
@@ -81,6 +86,24 @@ def test_what_cannot_be_shown_is_one_line(command, tmp_path, arguments, problem)
     assert (code, out) == (1, "")
     assert problem in err.splitlines()[-1]
     assert list((tmp_path / "here").iterdir()) == []
+
+
+@pytest.mark.parametrize(("ending", "start"), [("svg", b"<?xml"), ("png", b"\x89PNG")])
+def test_one_pair_is_a_figure(command, model, tmp_path, ending, start):
+    figure = tmp_path / "here" / f"figure.{ending}"
+    for _ in range(2):  # the second time over the first
+        code, out, _ = command(NAME, "--pairs", "a", "--tokenizer", model, "-o", figure.name)
+        assert code == 0
+        assert out.endswith(f"  figure.{ending}\n")
+    assert figure.read_bytes().startswith(start)
+
+
+def test_trainings_stand_in_the_page(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenweights, "_draw_runs", lambda folders, format: f"<svg>{format} of {folders}</svg>".encode())
+    assert command(NAME, "--run", "first", "--run", "second", "-o", "page.html")[0] == 0
+    page = (tmp_path / "here" / "page.html").read_text(encoding="utf-8")
+    address = re.search(r'<img src="data:image/svg\+xml;base64,([^"]*)"', page)[1]
+    assert base64.b64decode(address).decode() == "<svg>svg of ['first', 'second']</svg>"
 
 
 def test_a_pipe_gets_marks_instead_of_colours(command, model):

@@ -53,7 +53,7 @@ def test_the_view_says_what_it_shows(read_store, texts):
     assert view.selection == "all 3 pairs"
     assert view.comparison["num_only_there"] == 1
     assert ("response tokens", "19") in view.facts
-    assert ("estimator", "tis: k 1.0, mu 1.0, lower -0.5, upper 1.5") in view.facts
+    assert ("weights", "tis: k 1.0, mu 1.0, lower -0.5, upper 1.5") in view.facts
     assert view.lineage[0]["name"] == f"weights/{NAME}"
     assert view.token_texts[7] == "é"
     assert (view.survey.chosen.num_tokens, view.other_survey.chosen.num_tokens) == (9, 10)

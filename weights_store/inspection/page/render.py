@@ -61,12 +61,19 @@ def render(view: View) -> str:
         token_lists=_token_lists(view),
         pairs=[_pair(pair, index) for index, pair in enumerate(view.pairs)],
         measures=[MEASURES[name] for name in view.measures],
-        comparison=[(_COMPARED.get(key, key), value) for key, value in (view.comparison or {}).items()],
+        comparison=[(_COMPARED.get(key, key), _number(value)) for key, value in (view.comparison or {}).items()],
         splits=sorted({pair.split for pair in view.pairs}),
         steps=range(-NUM_STEPS, NUM_STEPS + 1),
         plots=[(title, _picture(svg)) for title, svg in view.plots],
     )
     return html.encode("utf-8", "backslashreplace").decode()  # names and recipes may hold surrogates without a partner
+
+
+def _number(value: object) -> str:
+    """Return a count with separators, a fraction with two digits, and what is not known as a dash."""
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def _hash(text: str) -> str:

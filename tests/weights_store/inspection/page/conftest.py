@@ -93,7 +93,7 @@ def make_view(pairs: Sequence[ShownPair], other: str | None = None) -> View:
         diagnoses=[finding],
         lineage=[{"depth": 0, "role": "weights", "name": "hh/tis", "version": 3, "fingerprint": "abc"}],
         recipe={"weights": {"estimator": "tis"}},
-        comparison=None if other is None else {"num_common": "1,768", "correlation": "0.83"},
+        comparison=None if other is None else {"num_common": 1768, "correlation": 0.831},
     )
 
 

@@ -111,3 +111,9 @@ def test_lone_surrogates_do_not_stop_the_page(view):
 def test_without_findings_it_says_so(view):
     assert "No findings" in render(dataclasses.replace(view, diagnoses=[]))
     assert "No findings" not in render(view)
+
+
+def test_a_comparison_is_in_words_and_readable_numbers(compared):
+    text = re.sub(r"<[^>]*>", " ", render(compared))
+    assert re.search(r"pairs in both\s+1,768", text)
+    assert re.search(r"correlation of the weights\s+0\.83\s", text)
