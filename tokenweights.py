@@ -308,7 +308,6 @@ def _load_tokenizer(folder: str) -> "Tokenizer":
     with needs_extra("train"):
         from tokenizers import Tokenizer
 
-
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more precise

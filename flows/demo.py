@@ -9,7 +9,8 @@ import json
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from train.job.output import Result
 from weights_store import WeightStore
 from weights_store.errors import InputError
 from weights_store.fingerprint import load_json
+from weights_store.inspection.view import View
 from weights_store.location import write_whole
 from weights_store.lock import locked
 from weights_store.schemas import SIDES
@@ -76,12 +78,14 @@ def _run(folder: Path, debug: bool) -> None:
     _say("2/4 build: scores, weights")
     result = run_build(recipe, debug=debug)
     _say("3/4 train a weighted-DPO policy")
-    metrics = _train_policy(recipe, result, folder / "policy")
+    metrics = _train_policy(recipe, result, folder)
     _say("4/4 do the weights help? Three policies")
     policies = _compare(recipe, result, folder / "policies")
     _print_table(result, metrics, _agreement(recipe, result))
     print("\n".join(["", *policy_lines(policies)]))
-    print(f"\nrecipe: {recipe_file}\nstore:  {recipe.store.uri}\npolicy: {folder / 'policy'}\nreport: {result.report}")
+    page = _write_page(recipe, result, folder)
+    print(f"\nrecipe: {recipe_file}\nstore:  {recipe.store.uri}\npolicy: {folder / 'policy'}")
+    print(f"page:   {page} (open it in a browser)")
     print(f"done in {time.monotonic() - started:.0f} s\n\nGo on with:")
     for what, command in next_commands(recipe_file, recipe):
         print(f"  # {what}\n  {shlex.join(command)}")
@@ -119,7 +123,7 @@ def next_commands(recipe_file: Path, recipe: Recipe) -> list[tuple[str, list[str
     train = ["--weights", recipe.weights.name, "--model", recipe.model.path, "--output", f"{recipe_file.parent}/dpo"]
     settings = ["loss.name=dpo", "loss.beta=0.1", "optim.learning_rate=3e-4"]
     return [
-        ("look at the weights", ["tokenweights", "show", recipe.weights.name, *store]),
+        ("look at pairs here", ["tokenweights", "view", recipe.weights.name, "--ansi", "--random", "3", *store]),
         ("other weights from the same log-probs, without scoring again", ["tokenweights", *stronger]),
         ("plain DPO on the same pairs, to compare", ["tokenweights", "train", *store, *train, *_set(settings)]),
     ]
@@ -142,10 +146,31 @@ def _make_pairs(path: Path) -> None:
     print(f"pairs: {len(pairs)} in {path}")
 
 
-def _train_policy(recipe: Recipe, result: BuildResult, output: Path) -> Result:
-    """Train on the published version, in a process of its own as a trainer would; return metrics before and after."""
+def _policy_folder(result: BuildResult, folder: Path) -> Path:
     reference = result.published.weights
-    output = output / f"v{reference.version}-{reference.fingerprint[:12]}"
+    return folder / "policy" / f"v{reference.version}-{reference.fingerprint[:12]}"
+
+
+def _write_page(recipe: Recipe, result: BuildResult, folder: Path) -> Path:
+    """Write the page about the weights, with the training of the policy where matplotlib is there to draw it."""
+    from tokenizers import Tokenizer
+
+    from train.plots import draw_runs
+    from weights_store.inspection.page import render
+
+    tokenizer = Tokenizer.from_file(f"{recipe.model.path}/tokenizer.json")
+    name = f"{result.published.name}@{result.published.weights.version}"
+    view: View = WeightStore(recipe.store.uri).view(name, tokenizer=tokenizer)
+    if find_spec("matplotlib") is not None:
+        figure = draw_runs([_policy_folder(result, folder)], "svg").decode()
+        view = replace(view, plots=[("The training on these weights", figure)])
+    write_whole(folder / "page.html", render(view))
+    return folder / "page.html"
+
+
+def _train_policy(recipe: Recipe, result: BuildResult, folder: Path) -> Result:
+    """Train on the published version, in a process of its own as a trainer would; return metrics before and after."""
+    reference, output = result.published.weights, _policy_folder(result, folder)
     arguments = ["train", "--store", recipe.store.uri, "--model", recipe.model.path, "--output", str(output)]
     arguments += ["--weights", f"{result.published.name}@{reference.version}", *_set(_POLICY_SETTINGS)]
     run_child("tokenweights", arguments, "training the policy")

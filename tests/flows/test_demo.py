@@ -35,7 +35,7 @@ def test_the_next_commands_name_the_demos_files(tmp_path):
     file = write_recipe(tmp_path)
     commands = [" ".join(command) for _, command in next_commands(file, load_recipe(file))]
     assert commands == [
-        f"tokenweights show toy/head --store {tmp_path}/store",
+        f"tokenweights view toy/head --ansi --random 3 --store {tmp_path}/store",
         f"tokenweights build {file} --set weights.name=toy/stronger --set weights.spread=0.6",
         f"tokenweights train --store {tmp_path}/store --weights toy/head --model {tmp_path}/model "
         f"--output {tmp_path}/dpo --set loss.name=dpo --set loss.beta=0.1 --set optim.learning_rate=3e-4",

@@ -71,7 +71,10 @@ def test_our_own_page_is_written_again_and_nothing_else(command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["-o", "notes.txt"], "notes.txt: expected a name that ends in .html for a page, or in .svg or .png for a figure"),
+        (
+            ["-o", "notes.txt"],
+            "notes.txt: expected a name that ends in .html for a page, or in .svg or .png for a figure",
+        ),
         (["-o", "figure.png"], "a figure shows one pair, got 4; name it with --pairs ID, or take --random 1"),
         (["--run", "policy", "--ansi"], "--run puts trainings into a page: leave out --ansi and figures"),
         (["--run", "."], "train.json"),
@@ -99,7 +102,9 @@ def test_one_pair_is_a_figure(command, model, tmp_path, ending, start):
 
 
 def test_trainings_stand_in_the_page(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenweights, "_draw_runs", lambda folders, format: f"<svg>{format} of {folders}</svg>".encode())
+    monkeypatch.setattr(
+        tokenweights, "_draw_runs", lambda folders, format: f"<svg>{format} of {folders}</svg>".encode()
+    )
     assert command(NAME, "--run", "first", "--run", "second", "-o", "page.html")[0] == 0
     page = (tmp_path / "here" / "page.html").read_text(encoding="utf-8")
     address = re.search(r'<img src="data:image/svg\+xml;base64,([^"]*)"', page)[1]

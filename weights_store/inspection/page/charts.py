@@ -6,6 +6,7 @@ import numpy as np
 from markupsafe import Markup
 
 from weights_store.inspection.survey import SideSurvey, Survey
+from weights_store.printing import share_text
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 380, 170, 40, 26, 8
 _TICKS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16)
@@ -47,7 +48,7 @@ def histogram(survey: Survey) -> Markup:
     label = "Share of the tokens by weight: " + "; ".join(
         f"{name} mean {side.mean_weight:.2f}" for name, side in sides.items()
     )
-    return _chart(label, parts, ticks, [(_y(top, top), f"{top:.0%}")], x(0.0))
+    return _chart(label, parts, ticks, [(_y(top, top), f"{100 * top:.0f} %")], x(0.0))
 
 
 def by_position(survey: Survey) -> Markup:
@@ -67,9 +68,9 @@ def by_position(survey: Survey) -> Markup:
 
 def side_numbers(side: SideSurvey) -> list[tuple[str, str]]:
     """Return what is said of a side in numbers, as (label, value)."""
-    rows = [("mean weight", f"{side.mean_weight:.3f}"), ("effective share", f"{side.effective_share:.0%}")]
+    rows = [("mean weight", f"{side.mean_weight:.3f}"), ("effective share", share_text(side.effective_share))]
     ends = (("at the lower end", side.share_at_lower), ("at the upper end", side.share_at_upper))
-    return rows + [(label, f"{share:.1%}") for label, share in ends if share is not None]
+    return rows + [(label, share_text(share)) for label, share in ends if share is not None]
 
 
 def _y(value: float, top: float) -> float:

@@ -15,7 +15,7 @@ from weights_store.inspection.page.tokens import FULL_LOG2, NUM_STEPS, packed, p
 from weights_store.inspection.pairs import ShownPair, ShownSide
 from weights_store.inspection.view import View
 
-_NUM_LISTED_TOKENS = 12
+_NUM_LISTED_TOKENS = 8
 _MIN_COUNT = 5
 """A token that occurs more rarely says little about its mean weight."""
 _MAX_PROMPT, _PROMPT_END = 20_000, 130
