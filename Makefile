@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help install demo test torture test-families bench-store bench-checks bench-score bench-attribute bench-train bench-quality gpu roofline lint format lock \
+.PHONY: help install demo test torture test-families bench-store bench-checks bench-score bench-attribute bench-train bench-view bench-quality gpu roofline lint format lock \
 	rehearse clean
 
 help:  ## show this list
@@ -67,6 +67,9 @@ QUICK_QUALITY := --worlds planted --seeds 1 2 --cells sparse-1000-0 --samples 40
 bench-quality: $(INSTALLED)  ## do token weights help? -> benchmarks/results/quality.json and figures (an hour; QUICK=1: two minutes)
 	$(BIN)/python -m benchmarks.quality $(if $(QUICK),$(QUICK_QUALITY))
 	$(if $(QUICK),,$(BIN)/python -m benchmarks.quality --close-look)
+
+bench-view: $(INSTALLED)  ## the page of 200 pairs: to make, open in Chromium and search -> benchmarks/results/view.json (a minute)
+	$(BIN)/python benchmarks/view.py
 
 MINUTES_ON_CARD ?= 4
 gpu: $(INSTALLED)  ## checks, then all speeds on one graphics card, with rivals -> benchmarks/results/gpu.json (MINUTES_ON_CARD=4)

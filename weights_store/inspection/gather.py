@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import polars as pl
 
 from weights_store.inspection.choice import Choice, choose
+from weights_store.inspection.clamps import weight_settings
 from weights_store.inspection.doctor import diagnose
 from weights_store.inspection.pair_tables import PairTables
 from weights_store.inspection.pairs import ShownPair
@@ -77,8 +78,8 @@ def _name(weights: TableVersion) -> str:
 def _facts(tables: PairTables, weights: TableVersion) -> Iterator[tuple[str, str]]:
     """Yield what a person wants to know first: what `show` says of the version, the reference, and its fingerprint."""
     metadata = tables.metadata
-    settings = metadata["identity"]["settings"]["weights"]
-    yield from summary_lines(metadata["statistics"], settings, metadata.get("parity"))
+    if statistics := metadata.get("statistics"):  # commits of other programs have none
+        yield from summary_lines(statistics, weight_settings(metadata), metadata.get("parity"))
     if "model" in (reference := metadata.get("reference", {})):
         yield "reference model", f"{reference['model']}, {reference.get('dtype', 'unknown dtype')}"
     yield "fingerprint", weights.fingerprint[:12]
