@@ -113,7 +113,9 @@ def _token_lists(view: View) -> list[tuple[str, list[dict[str, object]]]]:
 
 
 def _text(view: View, token_id: int) -> str:
-    return visible(view.token_texts.get(token_id, f"#{token_id}")) or "(part of a character)"
+    text = visible(view.token_texts.get(token_id, f"#{token_id}"))
+    word = text.lstrip(" ")
+    return "␣" * (len(text) - len(word)) + word or "(part of a character)"
 
 
 def _data(view: View) -> dict[str, object]:

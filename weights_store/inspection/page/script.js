@@ -108,7 +108,10 @@ function mark(side, wanted) {
   if (!side.text) {
     side.starts = [];
     side.text = "";
-    for (const element of side.elements) { side.starts.push(side.text.length); side.text += element.textContent.toLowerCase(); }
+    for (const node of side.cells.flatMap((cell) => [...cell.childNodes])) {
+      if (node.nodeType === Node.ELEMENT_NODE) side.starts.push(side.text.length);
+      side.text += node.textContent.toLowerCase(); // spaces between tokens are nodes too
+    }
   }
   let t = 0;
   for (let at = side.text.indexOf(wanted); at >= 0; at = side.text.indexOf(wanted, at + wanted.length)) {

@@ -69,7 +69,9 @@ def side_html(side: ShownSide, start: int, stop: int) -> str:
         elif not text:
             names.append("e")
         classes = "" if not names else f" class={names[0]}" if len(names) == 1 else f' class="{" ".join(names)}"'
-        parts.append(f"<i{classes}>{escape(visible(text))}</i>")
+        shown = visible(text)
+        word = shown.lstrip(" ")  # the space before a word stays outside: at the end of a line it would be a coloured stub
+        parts.append(f"{shown[: len(shown) - len(word)]}<i{classes}>{escape(word)}</i>")
     return "".join(parts)
 
 

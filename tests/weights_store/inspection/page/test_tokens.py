@@ -42,7 +42,7 @@ def test_markup_in_a_token_is_text():
 
 def test_a_token_has_its_step_and_its_kind_as_classes():
     html = side_html(make_side([1, 10, 9, 3], [4.0, 0.25, 1.0, 1.0]), 0, 4)
-    assert html == '<i class=h8>I</i><i class="l8 s">&lt;eos&gt;</i><i class=e></i><i> sorry</i>'
+    assert html == '<i class=h8>I</i><i class="l8 s">&lt;eos&gt;</i><i class=e></i> <i>sorry</i>'
 
 
 def test_shared_runs_stand_in_rows_of_their_own():
