@@ -91,7 +91,9 @@ def main() -> None:
     figures = {name: statistics.median(each) for name, each in runs.items()}
     figures |= {"bytes_20": sizes[20], "bytes_200": sizes[200]}
     for name, figure in figures.items():
-        print(f"{name:<12}{figure:>12,.2f}   at most {TARGETS[name]:,g}{'' if figure <= TARGETS[name] else '   MISSED'}")
+        print(
+            f"{name:<12}{figure:>12,.2f}   at most {TARGETS[name]:,g}{'' if figure <= TARGETS[name] else '   MISSED'}"
+        )
     result = {"machine": describe("polars", "playwright"), "figures": figures, "targets": TARGETS, "runs": runs}
     target = REPO / "benchmarks" / "results" / "view.json"
     target.write_text(json.dumps(result, indent=2) + "\n")

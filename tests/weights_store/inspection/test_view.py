@@ -47,6 +47,15 @@ def test_attributions_are_shown_where_there_are_some(read_store):
     assert view.pairs[0].pair_logratio is None
 
 
+def test_of_two_datasets_the_pairs_that_differ_most_come_first(read_store):
+    compared = read_store.view(f"{NAME}@0", "hh-harmless/reversed")
+    disagreements = [pair.disagreement for pair in compared.pairs]
+    assert disagreements == sorted(disagreements, reverse=True)
+    assert disagreements[0] > disagreements[-1]
+    named = [pair.pair_id for pair in compared.pairs][::-1]
+    assert [p.pair_id for p in read_store.view(f"{NAME}@0", "hh-harmless/reversed", pairs=named).pairs] == named
+
+
 def test_the_view_says_what_it_shows(read_store, texts):
     view = read_store.view(f"{NAME}@0", "hh-harmless/reversed", tokenizer=texts)
     assert (view.title, view.other, view.num_pairs) == (f"{NAME}@0", "hh-harmless/reversed@0", 3)

@@ -70,7 +70,8 @@ def side_html(side: ShownSide, start: int, stop: int) -> str:
             names.append("e")
         classes = "" if not names else f" class={names[0]}" if len(names) == 1 else f' class="{" ".join(names)}"'
         shown = visible(text)
-        word = shown.lstrip(" ")  # the space before a word stays outside: at the end of a line it would be a coloured stub
+        # The space before a word stays outside: at the end of a line it would be a coloured stub.
+        word = shown.lstrip(" ")
         parts.append(f"{shown[: len(shown) - len(word)]}<i{classes}>{escape(word)}</i>")
     return "".join(parts)
 
