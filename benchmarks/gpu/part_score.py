@@ -1,6 +1,6 @@
 """Scoring against the engine's own prefill and plain vLLM, parity of the ways into vLLM, and sampling without CUDA graphs.
 
-One start of the engine for all of it. `part_ways.py` has the way of the other model runner.
+One start of the engine for all of it. `part_ways.py` has the other model runner.
 """
 
 import json
@@ -82,22 +82,21 @@ def keep_expected(ctx: Context, model: str, sequences: Sequences) -> None:
 
 
 def measure_parity(ctx: Context, engine: Any, record: Callable[..., None]) -> None:
-    """Compare each way that this engine has with transformers, and with each other, nats."""
+    """Compare each way into the engine with transformers, and with each other, nats."""
     import numpy as np
 
     from pipeline.engine.score_once import ScoredSequence, Scores
-    from pipeline.engine.ways import FIXED_IDS, FLAT, RESPONSE_ROWS
+    from pipeline.engine.ways import WAYS
 
     expected = json.loads((ctx.work / "expected.json").read_text())
     sequences = [ScoredSequence(prompt, response) for prompt, response in expected["sequences"]]
     engine.score(sequences)  # chooses its way
     chosen, found = engine.way, {"transformers": np.concatenate(expected["logps"])}
-    for way in (FIXED_IDS, RESPONSE_ROWS, FLAT):
-        if engine.why_not(way) is None:
-            engine.way, engine._top_k = way, None
-            replies = engine.score(sequences)
-            assert all(isinstance(reply, Scores) for reply in replies), replies
-            found[way] = np.concatenate([reply.logps for reply in replies])
+    for way in WAYS:
+        engine.way, engine._top_k = way, None
+        replies = engine.score(sequences)
+        assert all(isinstance(reply, Scores) for reply in replies), replies
+        found[way] = np.concatenate([reply.logps for reply in replies])
     engine.way = chosen
     gaps = {
         f"{one} to {other}": {"mean": float(gap.mean()), "max": float(gap.max())}
