@@ -188,10 +188,10 @@ class _Hook:
         block = max(_LEAST_ROWS, block_bytes // (4 * self._runner.model_config.get_vocab_size()))
         top_k = max(part.top_k for part in parts)
         values = _score_rows(model.compute_logits, hidden, _to(device, rows), targets, top_k, block)
+        on_cuda, ready = device.type == "cuda", None
         # To pinned memory, without waiting: the host prepares the next step while this one is computed.
-        on_host = [each.to("cpu", non_blocking=True) for each in values]
-        ready = None
-        if device.type == "cuda":
+        on_host = [each.to("cpu", non_blocking=on_cuda) for each in values]
+        if on_cuda:
             ready = torch.cuda.Event()
             ready.record()
         sizes = [part.high - part.low for part in parts]
