@@ -6,7 +6,7 @@ model whose parameters are bfloat16. Parameters, gradients and the optimizer sta
 which are float32 always.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from inspect import signature
 from types import MethodType
@@ -27,31 +27,47 @@ _log = logger(__name__)
 _TOLERANCE = 1e-5
 
 
-def enter_bfloat16(model: PreTrainedModel, *, fuse: bool = True) -> None:
-    """Let the residual stream of a model be bfloat16 wherever autocast to bfloat16 is on; see `use_kernels` for `fuse`.
+Kernels = Mapping[str, Callable[..., Tensor]]
+"""By the name of a module, the function that takes the place of its forward pass."""
+
+
+def enter_bfloat16(model: PreTrainedModel, *, fuse: bool = True, kernels: Kernels | None = None) -> Kernels:
+    """Let the residual stream of a model be bfloat16 wherever autocast to bfloat16 is on; see `use_kernels` for the rest.
 
     A model that does not say which its input embeddings are stays as it is.
     """
     try:
         embeddings = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
-        return
+        return {}
     if not isinstance(embeddings, nn.Module):
-        return
+        return {}
     embeddings.register_forward_hook(_round)
-    use_kernels(model, fuse=fuse)
+    return use_kernels(model, fuse=fuse, kernels=kernels)
 
 
-def use_kernels(model: PreTrainedModel, *, fuse: bool = True) -> None:
+def use_kernels(model: PreTrainedModel, *, fuse: bool = True, kernels: Kernels | None = None) -> Kernels:
     """Let norms be torch's own, one kernel in each direction on a GPU; and with `fuse` the gates of MLPs too.
 
-    The silu of a gate is then not kept for the backward pass. A model whose layers are compiled does not need that.
+    The silu of a gate is then not kept for the backward pass. A model whose layers are compiled does not need that. Return what
+    was used; give it as `kernels` for a copy of the model without weights, on which nothing can be tried.
     """
-    for module in model.modules():
+    if kernels is None:
+        kernels = _find_kernels(model, fuse=fuse)
+    for name, compute in kernels.items():
+        module = model.get_submodule(name)
+        module.forward = MethodType(compute, module)
+    return kernels
+
+
+def _find_kernels(model: PreTrainedModel, *, fuse: bool) -> Kernels:
+    found: dict[str, Callable[..., Tensor]] = {}
+    for name, module in model.named_modules():
         if is_rms_norm(module):
-            module.forward = MethodType(_norm_by_torch, module)
+            found[name] = _norm_by_torch
         elif fuse and is_gated_mlp(module):
-            module.forward = MethodType(_run_gated, module)
+            found[name] = _run_gated
+    return found
 
 
 def _round(_embeddings: nn.Module, _inputs: object, output: Tensor) -> Tensor:

@@ -250,14 +250,32 @@ def test_without_a_gpu_the_cache_of_the_recipe_and_all_processes_count(llama_8b,
     assert needs.of("contrast", llama_8b).num_bytes == 2 * training_bytes(size, needs.recipe.contrast.train)
 
 
-def test_the_smallest_gpu_counts(tmp_path, monkeypatch):
+@pytest.fixture
+def answer(tmp_path, monkeypatch):
+    """Return a function that sets what a made-up `nvidia-smi` prints, and its exit code."""
     program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\nprintf '81559, NVIDIA H100 80GB HBM3\\n24576, NVIDIA L4\\n'\n")
-    program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def set_answer(*lines, code=0):
+        program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines) + f"exit {code}\n")
+        program.chmod(0o755)
+
+    return set_answer
+
+
+def test_a_gpu_without_memory_of_its_own_has_that_of_the_machine(answer):
+    answer("[N/A], NVIDIA GB10")
+    device = find_device()
+    [total] = [line.split() for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:")]
+    assert device.num_bytes == int(total[1]) << 10
+    assert (device.name, device.is_gpu) == ("NVIDIA GB10 (memory of the machine: it reports none of its own)", True)
+
+
+def test_the_smallest_gpu_counts(answer, monkeypatch):
+    answer("81559, NVIDIA H100 80GB HBM3", "24576, NVIDIA L4")
     assert find_device() == Device("NVIDIA L4", 24 << 30, is_gpu=True)
-    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
+    answer("NVIDIA-SMI has failed", code=9)
     total = int(subprocess.check_output(["awk", "/MemTotal/ {print $2}", "/proc/meminfo"])) << 10
     assert find_device() == Device("this machine, without a GPU", total, is_gpu=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
