@@ -85,9 +85,7 @@ def recomputing() -> Iterator[None]:
 def cheap(compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Return `compute(*inputs)`, a new tensor that may be computed again from inputs which stay in memory."""
     output = compute(*inputs)
-    if torch.compiler.is_compiling() or not output.requires_grad:  # a compiler decides itself what is kept
-        return output
-    marked = _marked.get()
+    marked = None if torch.compiler.is_compiling() else _marked.get()  # a compiler decides itself what is kept
     if marked is not None:
         recipe = _Recipe(compute, inputs, output)
         output._recipe = recipe  # type: ignore[attr-defined]
