@@ -57,10 +57,10 @@ def use_kernels(model: PreTrainedModel, *, fuse: bool = True) -> None:
             module.forward = MethodType(_run_gated, module)
     if fuse:
         decoder = decoder_of(model)
-        decoder.forward = MethodType(_run_decoder, decoder)
+        decoder.forward = MethodType(_run_decoder, decoder)  # type: ignore[method-assign]
         for module in decoder.modules():
             if type(module) is nn.Linear:
-                module.forward = MethodType(_multiply, module)
+                module.forward = MethodType(_multiply, module)  # type: ignore[method-assign]
 
 
 def _run_decoder(decoder: nn.Module, *arguments: Any, **options: Any) -> Any:
@@ -71,7 +71,7 @@ def _run_decoder(decoder: nn.Module, *arguments: Any, **options: Any) -> Any:
 
 
 def _multiply(module: nn.Linear, hidden: Tensor) -> Tensor:
-    """Do what a linear layer does; autocast on its own would keep the rounded weight until its gradient is computed."""
+    """Do what a linear layer does. The weight is rounded here, since autocast would keep the rounded one until backward."""
     weight = module.weight
     if weight.is_cuda and weight.dtype == torch.float32 and torch.is_autocast_enabled(hidden.device.type):
         weight = cheap(partial(Tensor.to, dtype=torch.get_autocast_dtype(hidden.device.type)), weight)

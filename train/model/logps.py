@@ -254,7 +254,7 @@ def selected_logps(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient_of_logits(logits: Tensor, ids: Tensor, log_sums: Tensor, gradient: Tensor) -> Tensor:
-    """Write the gradient of `selected_logps` over `logits`, `[n, V]`, and return it; written so that a compiler makes one loop."""
+    """Write the gradient of `selected_logps` over `logits`, `[n, V]`, and return it; so put that a compiler makes one loop."""
     is_target = torch.arange(logits.shape[1], device=logits.device) == ids[:, None]
     return logits.copy_(gradient[:, None] * (is_target.to(gradient.dtype) - (logits - log_sums[:, None]).exp()))
 

@@ -1,9 +1,10 @@
 """Outputs that are computed again in the backward pass instead of being kept for it, because that is cheap.
 
-Autograd keeps what goes into a matrix product: the output of a norm, the product of a gate, a weight rounded to bfloat16. Each is
-an elementwise function of tensors that are in memory anyway. `cheap` marks such an output; inside `recomputing`, autograd keeps
-how to compute it in its place. Gradients are the same to the bit. Not here: which outputs those are (`elementwise.py`), and
-layers that are computed again as a whole, products too (`policy.enable_checkpointing`, inside which marks have no effect).
+Autograd keeps what goes into a matrix product: the output of a norm, the product of a gate, a weight rounded to bfloat16. Each
+is an elementwise function of tensors that are in memory anyway. `cheap` marks such an output. Inside `recomputing`, autograd
+keeps how to compute it instead of the output itself. Gradients are the same to the bit. Not here: which outputs those are
+(`elementwise.py`), and layers that are computed again as a whole, matrix products too (`policy.enable_checkpointing`, inside
+which marks have no effect).
 """
 
 from collections.abc import Callable, Iterator, MutableMapping
@@ -19,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class _Recipe:
-    """How to compute an output again. Those who keep it share one copy, which goes when the last of them has had it."""
+    """How to compute an output again. All operations that need it share one copy, which goes when the last has had it."""
 
     def __init__(self, compute: Callable[..., Tensor], inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self.compute, self.inputs = compute, [_Kept(tensor.detach(), tensor._version) for tensor in inputs]
@@ -60,13 +61,13 @@ class _View(NamedTuple):
     recipe: _Recipe
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
     def take(self) -> Tensor:
         return self.recipe.take().as_strided(self.size, self.stride, self.offset)
 
 
-# By the memory of an output; a recipe lives as long as its output, or a view of that which autograd was to keep.
+# Found by the memory of the output. A recipe lives as long as its output, or as long as a view of it that autograd needs.
 _Marked = MutableMapping[StorageWeakRef, _Recipe]
 _marked: ContextVar[_Marked | None] = ContextVar("_marked", default=None)
 

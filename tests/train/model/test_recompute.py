@@ -65,7 +65,7 @@ def test_gradients_are_the_same_to_the_bit(family: str, kind: str, monkeypatch: 
     num_calls, _ = len(calls), calls.clear()
     monkeypatch.setattr(train.model.elementwise, "recomputing", nullcontext)
     expected = gradients_of(policy, autocast=kind != "float64")
-    # Checkpointing computes whole layers a second time anyway; Gemma's norms and gates are others, so its weights alone are left.
+    # Checkpointing computes whole layers a second time anyway. Gemma's norms and gates are others: its weights alone are left.
     has_any = kind != "checkpointing" and (family != "gemma3-window" or kind != "float64")
     assert (num_calls > len(calls)) == has_any
     assert len(got) == len(expected) > 0
@@ -111,7 +111,8 @@ def test_an_output_that_is_changed_in_place_is_kept() -> None:
         y += 1
         total = (y * weight).sum()
     total.backward()
-    assert weight.grad is not None and weight.grad.tolist() == [1.25, 5.0]  # x² + 1
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [1.25, 5.0]  # x² + 1
 
 
 @pytest.mark.parametrize("changed", ["input", "kept"])
