@@ -164,6 +164,22 @@ class ParallelSection(_Section):
     """`ddp`: the whole model on each; `fsdp2`: parameters, gradients and optimizer split between them."""
 
 
+def check_quantization(model: ModelOptions, parallel: ParallelSection, prefix: str = "") -> None:
+    """Refuse 4-bit weights that are to be split. `prefix` is that of the keys in the message.
+
+    accelerate leaves 4-bit weights whole on every process, because the bytes that bitsandbytes packs them into cannot be split.
+
+    Raises:
+        ValueError: Both are asked for.
+    """
+    if model.quantization != "none" and parallel.strategy == "fsdp2":
+        raise ValueError(
+            f"{prefix}model.quantization={model.quantization!r} and {prefix}parallel.strategy='fsdp2' do not work together: "
+            f"4-bit weights cannot be split between processes. Set {prefix}parallel.strategy='ddp' (each process then holds "
+            f"the 4-bit model), or {prefix}model.quantization='none'"
+        )
+
+
 class OutputConfig(_Section):
     """Where the model goes, and what is logged."""
 
@@ -206,6 +222,7 @@ class TrainConfig(_Section):
             )
         if self.model.quantization != "none" and self.lora is not None and self.lora.merge:
             raise ValueError("an adapter cannot be merged into 4-bit weights; set lora.merge=false")
+        check_quantization(self.model, self.parallel)
         needs = self.loss.needs
         if self.parallel.strategy == "fsdp2" and (needs.fresh_weights or needs.fresh_anchors):
             raise ValueError(

@@ -22,7 +22,7 @@ def compute_figures(results: Results) -> dict[str, float]:
     parts: dict[str, Any] = {name: part.get("results", {}) for name, part in results["parts"].items()}
     train, score = parts.get("train", {}), parts.get("score", {})
     attribute, generate = parts.get("attribute", {}), parts.get("generate", {})
-    ways = (score.get("parity"), parts.get("ways", {}).get("parity"))
+    ways = (score.get("parity"), score.get("full steps"), parts.get("ways", {}).get("parity"))
     checks = [*parts.get("checks", {}).values(), *(way for way in ways if way)]
     found: dict[str, Callable[[], float]] = {
         "step / TRL with reference": lambda: train["ours"]["median_step_s"] / train["trl"]["median_step_s"],

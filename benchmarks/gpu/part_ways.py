@@ -1,4 +1,4 @@
-"""The way into vLLM's other model runner (V1, `response_rows`) against transformers. Runs after `part_score`."""
+"""Both ways into vLLM's other model runner, V1, against transformers. Runs after `part_score`."""
 
 import json
 import os

@@ -2,8 +2,8 @@
 
 Parameters are counted in the headers of the weight files, so their number is exact for every family and nothing is loaded. The
 rest follows from `config.json`. States (weights, gradients, AdamW) are sums; activations are an estimate for decoders with a
-gated MLP. A model that the formula does not cover gives None, never a guess. Not included: about 1 GB that CUDA itself takes,
-and what an allocator wastes.
+gated MLP, not compiled. A model that the formula does not cover gives None, never a guess. Not included: about 1 GB that CUDA
+itself takes, and what an allocator wastes.
 """
 
 import math
@@ -93,13 +93,13 @@ class ModelSize:
     def activation_bytes(self, num_tokens: int, dtype: str, *, checkpointing: bool = False) -> int:
         """Return what a forward pass keeps for the backward pass on a GPU.
 
-        Per token and layer: the residual stream and its norm, twice, queries and outputs of attention, keys and values, and
-        gate, input and product of the MLP. In float32 also what norms and gates compute in between; in half precision the
-        keys and values once more, as flash attention reads them, with prompts in front of each response. With checkpointing:
-        the inputs of all layers, and one layer whole.
+        Per token and layer: the residual stream twice, queries and outputs of attention, keys and values, and gate and input
+        of the MLP. In float32 also what norms and gates compute, which is computed again in half precision; there the keys and
+        values once more, as flash attention reads them, with prompts in front of each response. With checkpointing: the inputs
+        of all layers, and one layer whole.
         """
         is_wide = dtype == "float32"
-        values = (11 if is_wide else 6) * self.hidden + (4 if is_wide else 3) * self.intermediate
+        values = (8 if is_wide else 4) * self.hidden + (4 if is_wide else 2) * self.intermediate
         layer_bytes = num_tokens * BYTES[dtype] * (values + (2 if is_wide else 5) * self.kv_width)
         if checkpointing:
             return self.num_layers * num_tokens * BYTES[dtype] * self.hidden + layer_bytes
@@ -139,19 +139,22 @@ def training_bytes(size: ModelSize, train: PairTraining) -> int:
     model, num_processes = train.model, train.num_processes * train.num_machines
     is_sharded = train.parallel.strategy == "fsdp2" and num_processes > 1
     width = BYTES[model.dtype]
-    copies = 0 if width == 4 else width  # the 16-bit parameters that compute, beside those in float32
     is_half = size.is_half and not is_sharded and model.quantization == "none"
-    frozen = width if is_half else 4 + copies
-    states: float = (_TRAINED_BYTES + copies) * size.num_parameters
+    frozen = width if is_half else 4
+    states: float = _TRAINED_BYTES * size.num_parameters
     if train.lora is not None:
         targets = train.lora.target_modules
         adapted = size.linear(None if isinstance(targets, str) else targets)
         num_adapter = train.lora.rank * sum(sum(shape) for shape in adapted)
         num_quantized = sum(map(math.prod, size.linear())) if model.quantization == "nf4" else 0
-        states = (_TRAINED_BYTES + copies) * num_adapter
+        states = _TRAINED_BYTES * num_adapter
         states += _NF4_BYTES * num_quantized + frozen * (size.num_parameters - num_quantized)
     if is_sharded:
         states = states / num_processes + width * _gathered(size)
+    elif width < 4 and not (train.lora is not None and is_half):
+        states += (
+            width * size.vocab * size.hidden
+        )  # of the output layer, rounded; those of other layers are rounded again
     num_tokens = train.optim.tokens_per_batch or FIRST_TOKENS
     activations = size.activation_bytes(num_tokens, model.dtype, checkpointing=model.gradient_checkpointing)
     num_logits = num_tokens * size.vocab

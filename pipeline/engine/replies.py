@@ -16,20 +16,6 @@ _ROUNDING_NATS = 1e-3
 """Log-probs above 0 by less than this are rounding of log-softmax and become 0; anything above is an error."""
 
 
-def read_fixed_ids(output: Any, sequence: ScoredSequence) -> Scores:
-    """Return the log-probs of a fixed-id reply.
-
-    Raises:
-        ScoringError: It has none, or not in the shape `[num_wanted, 1]`.
-    """
-    scores = output.prompt_token_id_logprobs
-    if scores is None:
-        raise ScoringError(f"expected log-probs for {sequence.num_wanted} response tokens, got none")
-    if scores.ndim != 2 or scores.shape[1] != 1:
-        raise ScoringError(f"expected log-probs of shape [{sequence.num_wanted}, 1], got {list(scores.shape)}")
-    return Scores.of(scores[:, 0])
-
-
 def read_rows(answer: tuple[np.ndarray, np.ndarray, np.ndarray] | None, sequence: ScoredSequence) -> Scores:
     """Return the log-probs of an answer of `response_rows.py`.
 

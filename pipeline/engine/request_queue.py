@@ -56,7 +56,7 @@ class RequestQueue:
         self._unanswered.update(request.key for request in requests)
 
     def run(self, keys: Collection[int]) -> None:
-        """Step until these requests are answered. If anything fails, all requests are dropped.
+        """Step until these requests are answered. If that fails, they are dropped; if a step fails, all requests are.
 
         Raises:
             OutOfMemoryError: A step did not fit into memory.
@@ -71,32 +71,35 @@ class RequestQueue:
                     self._unanswered.remove(request.key)
                     request.answer(output)
         except EngineError:
-            self._forget_all()  # the engine is lost
+            self._forget(set(self._unanswered))  # the engine is lost
             raise
         except Exception:
-            # What was asked before the failure must not run with the next call.
-            self._engine.abort_request([str(key) for key in self._inside])
-            self._forget_all()
+            # What was asked before the failure must not run with the next call. What others asked for goes on.
+            self._engine.abort_request([str(key) for key in self._forget(set(keys))])
             raise
 
     def _outputs(self) -> list[Any]:
         """Hand over what the next steps need, and return what the engine finishes in one step."""
         while self._waiting and (self._num_tokens < self._most_tokens or not self._waiting[0].num_tokens):
-            request = self._waiting.popleft()
+            request = self._waiting[0]
             prompt, params = request.make()
-            self._inside[request.key] = request
-            self._num_tokens += request.num_tokens
             self._engine.add_request(str(request.key), prompt, params)
+            # Only now: a request that vLLM refuses still waits, and fails for whoever runs it.
+            self._inside[request.key] = self._waiting.popleft()
+            self._num_tokens += request.num_tokens
         if not self._engine.has_unfinished_requests():
             raise EngineError(f"the engine failed: {len(self._unanswered)} requests have no answer")
         with reporting_errors():
             return list(self._engine.step())
 
-    def _forget_all(self) -> None:
-        self._waiting.clear()
-        self._inside.clear()
-        self._unanswered.clear()
-        self._num_tokens = 0
+    def _forget(self, keys: set[int]) -> list[int]:
+        """Drop requests; return the keys of those that vLLM has."""
+        self._waiting = deque(request for request in self._waiting if request.key not in keys)
+        self._unanswered -= keys
+        inside = [key for key in self._inside if key in keys]
+        for key in inside:
+            self._num_tokens -= self._inside.pop(key).num_tokens
+        return inside
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,8 +1,8 @@
 """vLLM behind the contract of `contract.py`. Only this file and `vllm_start.py` import vLLM.
 
 Token ids go in; one log-prob per wanted token comes out, on request also those of the most likely tokens. `ways.py` has the
-three ways to ask vLLM for them: the fast one of its model runner is compared with `flat` on the first sequences, and on a
-mismatch or an error we fall back to `flat`. It also samples (`VllmEngine.generate`): the anchors of TI-DPO.
+two ways to ask vLLM for them: the fast one is compared with `flat` on the first sequences, and on a mismatch or an error we
+fall back to `flat`. It also samples (`VllmEngine.generate`): the anchors of TI-DPO.
 
 Sequences share KV blocks through the prefix cache. A cache hit that reaches into the wanted rows leaves them unwritten (random
 numbers, or no reply at all), so such a sequence is scored again without the cache.
@@ -16,14 +16,12 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pipeline.engine.contract import EngineSettings, Sampling
 from pipeline.engine.replies import checked
 from pipeline.engine.request_queue import EngineRequest, RequestQueue, reporting_errors
 from pipeline.engine.score_once import Reply, ScoredSequence
 from pipeline.engine.vllm_start import start_vllm
-from pipeline.engine.ways import FIXED_IDS, FLAT, MEAN_TOLERANCE_NATS, READERS, RESPONSE_ROWS, mean_difference
+from pipeline.engine.ways import FLAT, MEAN_TOLERANCE_NATS, READERS, RESPONSE_ROWS, mean_difference
 from weights_store.errors import EngineError, ScoringError, SequenceLengthError
 from weights_store.messages import logger
 
@@ -64,23 +62,11 @@ class VllmEngine:
         self.way: str | None = None
         self._top_k: int | None = None  # that `way` was chosen for; None if it was set from outside
         self._is_v2 = bool(self._engine.vllm_config.use_v2_model_runner)
-        self._fast_way = FIXED_IDS if self._is_v2 else RESPONSE_ROWS
         self._keys = count()
         self._rows_installed = False
         self._queue = RequestQueue(self._engine, self.batch_tokens)
         gc.collect()
         gc.freeze()  # the collector need not look at what vLLM and torch have built, again and again
-
-    def why_not(self, way: str) -> str | None:
-        """Return why this engine does not have one of the three ways; None if it has."""
-        if way in (self._fast_way, FLAT):
-            return None
-        if way == RESPONSE_ROWS:
-            return "vLLM runs its V2 model runner, this way is for V1"
-        from vllm.triton_utils import HAS_TRITON
-
-        why = "" if HAS_TRITON else ": it needs Triton, which has no back end for this machine"
-        return f"vLLM runs its V1 model runner, this way is for V2{why}"
 
     def score(
         self, sequences: Sequence[ScoredSequence], progress: Callable[[int], None] = lambda num_tokens: None
@@ -229,11 +215,8 @@ class VllmEngine:
 
     def _choose_way(self, sample: Sequence[ScoredSequence]) -> str | None:
         """Return the way that this engine takes from now on; None if the sample has nothing to compare."""
-        fast, top_k = self._fast_way, sample[0].top_k
+        fast, top_k = RESPONSE_ROWS, sample[0].top_k
         fall_back = "scoring by vLLM's flat prompt log-probs"
-        if top_k and fast == FIXED_IDS:
-            _log.info(f"{fall_back}: {fast} cannot find the {top_k} most likely tokens (score.top_k)")
-            return FLAT
         try:
             replies = self._wait(self._ask(sample, fast, first=True))
         except EngineError:  # in a step: the engine is lost
@@ -284,7 +267,7 @@ class VllmEngine:
         sequence = asked.sequences[key]
         if num_cached > sequence.first_row:
             asked.replies[key] = None
-        elif asked.way != RESPONSE_ROWS:  # at once: a whole chunk of flat log-probs would fill the memory
+        elif asked.way == FLAT:  # at once: a whole chunk of flat log-probs would fill the memory
             asked.replies[key] = self._reply(asked.way, output, sequence)
         asked.progress(sequence.num_wanted)
 
@@ -330,10 +313,7 @@ def _scoring_params(key: int, sequence: ScoredSequence, way: str, use_cache: boo
     from pipeline.engine.response_rows import KEY
 
     asked: dict[str, object]
-    if way == FIXED_IDS:
-        ids = np.array(sequence.response_ids[sequence.start :], np.int32)[:, None]
-        asked = {"prompt_logprob_token_ids": ids, "prompt_logprob_start": sequence.first_row}
-    elif way == RESPONSE_ROWS:
+    if way == RESPONSE_ROWS:
         asked = {"extra_args": {KEY: [key, sequence.first_row, sequence.top_k]}}
     else:
         asked = {"prompt_logprobs": sequence.top_k, "flat_logprobs": True}

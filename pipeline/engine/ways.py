@@ -1,9 +1,7 @@
-"""The three ways to ask vLLM for log-probs, from fast to slow, and how two of them are compared.
+"""The two ways to ask vLLM for log-probs, and how they are compared.
 
-* `fixed_ids`: `prompt_logprob_token_ids` and `prompt_logprob_start` of the V2 runner (GPUs). The ids must be known beforehand,
-  so it cannot find the most likely ones;
-* `response_rows`: the same on the V1 runner (CPUs, older GPUs), through our worker extension `response_rows.py`;
-* `flat`: vLLM's flat prompt log-probs, looked up by token id (their order has changed between versions). Works everywhere.
+* `response_rows`: log-probs of the wanted rows alone, through our worker extension `response_rows.py`. Fast;
+* `flat`: vLLM's flat prompt log-probs, looked up by token id (their order has changed between versions). Uses nothing internal.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.engine.replies import read_fixed_ids, read_flat, read_rows
+from pipeline.engine.replies import read_flat, read_rows
 from pipeline.engine.score_once import Reply, ScoredSequence, Scores
 from weights_store.errors import ScoringError
 
-FIXED_IDS, RESPONSE_ROWS, FLAT = WAYS = ("fixed_ids", "response_rows", "flat")
+RESPONSE_ROWS, FLAT = WAYS = ("response_rows", "flat")
 READERS: dict[str, Callable[[Any, ScoredSequence], Scores]] = {
-    FIXED_IDS: read_fixed_ids,
     RESPONSE_ROWS: read_rows,
     FLAT: read_flat,
 }

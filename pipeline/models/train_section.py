@@ -6,7 +6,7 @@ Its sections are those of a training config (`train/config.py`), so a key means 
 from pydantic import Field, model_validator
 
 from pipeline.section import Section
-from train.config import LoraOptions, ModelOptions, OptimConfig, ParallelSection
+from train.config import LoraOptions, ModelOptions, OptimConfig, ParallelSection, check_quantization
 
 _A_WEEK_S = 604_800
 _ALWAYS = ("learning_rate", "num_epochs", "max_steps", "pairs_per_step", "seed")
@@ -49,6 +49,7 @@ class PairTraining(Section):
                 "contrast.train.model.quantization freezes the model's weights; add a [contrast.train.lora] section to train "
                 "adapters on it"
             )
+        check_quantization(self.model, self.parallel, prefix="contrast.train.")
         world_size = self.num_processes * self.num_machines
         if self.optim.pairs_per_step % world_size:
             raise ValueError(

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from pipeline.child import check_extra, run_child, temporary_folder
-from pipeline.engine.ways import FIXED_IDS, RESPONSE_ROWS, WAYS
+from pipeline.engine.ways import WAYS
 from pipeline.models.resolve import resolve_model
 from pipeline.parity.process import TRANSFORMERS, Column, Task
 from pipeline.parity.sample import MAX_STORED_TOKENS, Sample, stored_sample, take_sample
@@ -256,13 +256,7 @@ def _score_both(scorer: Scorer, dtype: str, sample: Sample, settings: ScoreSecti
     task = Task("transformers", str(scorer.model), sample.pairs)
     expected = run_task(task, settings.python)[TRANSFORMERS]
     task = replace(task, side="engine", engine=engine_settings(settings, dtype))
-    columns = run_task(replace(task, ways=list(WAYS)), settings.python)
-    if columns[FIXED_IDS].failed is None and columns[RESPONSE_ROWS].failed:
-        try:  # vLLM chose V2 here; V1 runs too when it is asked for
-            columns |= run_task(replace(task, runner="V1", ways=[RESPONSE_ROWS]), settings.python)
-        except StageError as error:
-            columns[RESPONSE_ROWS] = Column(failed=str(error))
-    return expected, columns
+    return expected, run_task(replace(task, ways=list(WAYS)), settings.python)
 
 
 def run_task(task: Task, python: str | None) -> dict[str, Column]:

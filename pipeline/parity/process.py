@@ -5,7 +5,6 @@ GPU's memory.
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -32,13 +31,12 @@ TRANSFORMERS = "transformers"
 
 @dataclass(frozen=True)
 class Task:
-    """The contract between the check and its processes, one JSON file. `runner` is None for vLLM's own choice."""
+    """The contract between the check and its processes, one JSON file."""
 
     side: Literal["transformers", "engine"]
     model: str
     pairs: list[PairRow]
     engine: EngineSettings = field(default_factory=EngineSettings)
-    runner: Literal["V1", "V2"] | None = None
     ways: list[str] = field(default_factory=list)
 
 
@@ -63,22 +61,20 @@ def run(task: Task) -> dict[str, Column]:
         return {TRANSFORMERS: score_with_transformers(Path(task.model), task.pairs)}
     from pipeline.engine.vllm_engine import VllmEngine
 
-    if task.runner is not None:
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if task.runner == "V2" else "0"
     longest = max(len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in task.pairs)
     engine = VllmEngine(Path(task.model), replace(task.engine, longest=longest))
     columns: dict[str, Column] = {}
     for way in task.ways:
-        columns[way] = Column(failed=engine.why_not(way))
-        if columns[way].failed is None:
-            engine.way = way
-            try:
-                scored, unscorable = score_pairs(engine, task.pairs)
-            except EngineError as error:  # as another vLLM version may raise; the next way may still work
-                columns[way].failed = str(error)
-                continue
-            columns[way].logps = {r["pair_id"]: [r["chosen_logps"], r["rejected_logps"]] for r in scored.to_pylist()}
-            columns[way].unscorable = {row["pair_id"]: row["detail"] for row in unscorable}
+        engine.way = way
+        try:
+            scored, unscorable = score_pairs(engine, task.pairs)
+        except EngineError as error:  # as another vLLM version may raise; the next way may still work
+            columns[way] = Column(failed=str(error))
+            continue
+        columns[way] = Column(
+            {row["pair_id"]: [row["chosen_logps"], row["rejected_logps"]] for row in scored.to_pylist()},
+            {row["pair_id"]: row["detail"] for row in unscorable},
+        )
     return columns
 
 

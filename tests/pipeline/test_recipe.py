@@ -218,6 +218,12 @@ def test_wrong_settings_of_the_contrastive_trainings_are_refused(override, messa
     assert message in str(caught.value)
 
 
+def test_4_bit_weights_of_the_contrastive_trainings_cannot_be_split():
+    settings = ("train.model.quantization=nf4", "train.lora.rank=8", "train.parallel.strategy=fsdp2")
+    with pytest.raises(SettingsError, match=r"Set contrast.train.parallel.strategy='ddp' \(each process then holds"):
+        _load(*(f"contrast.{setting}" for setting in settings))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

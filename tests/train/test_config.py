@@ -82,6 +82,15 @@ def test_wrong_values_are_refused(load, change: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_4_bit_weights_cannot_be_split(load) -> None:
+    changes = ("--set", "parallel.strategy=fsdp2", "--set", "lora.merge=false", "--set", "model.quantization=nf4")
+    with pytest.raises(
+        SettingsError, match=r"4-bit weights cannot be split between processes. Set parallel.strategy='ddp'"
+    ):
+        load(*changes)
+    assert load(*changes[2:]).parallel.strategy == "ddp"
+
+
 @pytest.mark.parametrize("name", ["dpo", "tis_dpo"])
 def test_beta_has_no_silent_default(settings, name: str) -> None:
     settings["loss"] = {"name": name}

@@ -66,11 +66,17 @@ def compare(measured: Measured) -> Agreement:
 
 
 def check_step_0(
-    measure: Callable[[str], Measured], config: TrainConfig, metadata: CommitMetadata, model_fingerprint: str
+    measure: Callable[[str], Measured],
+    config: TrainConfig,
+    metadata: CommitMetadata,
+    model_fingerprint: str,
+    *,
+    is_split: bool = False,
 ) -> None:
     """Refuse a model that is not the reference the dataset was scored with.
 
-    `measure` runs the model over the sample in a dtype; `metadata` is the dataset's.
+    `measure` runs the model over the sample in a dtype; with `is_split`, only in that of the config. `metadata` is the
+    dataset's.
 
     Raises:
         MismatchError: Its log-probs differ; the message says whether the dtype, the model or the stored numbers are to blame.
@@ -88,6 +94,12 @@ def check_step_0(
         cause = (
             "model.quantization rounds the weights, so that training starts from another function than the reference that was "
             "scored. Build the dataset for the quantised model, or accept the difference with gate.tolerance_nats"
+        )
+    elif model.dtype != "float32" and is_split:
+        cause = (
+            f"a model that is split between processes cannot be run in float32 to see whether {model.dtype} is the cause. If "
+            f"model.dtype='float32' passes, it is: keep that, or build with `--set score.dtype={model.dtype}`. Otherwise: "
+            + _blame_model(model.path, model_fingerprint, reference)
         )
     elif model.dtype != "float32" and compare(measure("float32")).within(tolerance_nats):
         scored = reference.get("dtype") or (metadata.get("parity") or {}).get("dtype") or "another dtype"

@@ -27,7 +27,7 @@ from train.data.dataset import OrderedPairs, Pair, PairDataset
 from train.data.sampler import BlockShuffle
 from train.job.arguments import build_arguments, build_batches
 from train.job.progress import LogLastStep
-from train.job.ranks import join_ranks, shard_on_cpus
+from train.job.ranks import join_ranks, reshard, shard, shard_on_cpus
 from train.job.refresh import FRESH_FILES, Refresher
 from train.job.step_reader import StepReader
 from train.loss.metrics import MetricWindow
@@ -113,6 +113,8 @@ class PairTrainer(Trainer):
             config.optim.tokens_per_batch, self.args.device, measures=self.accelerator.num_processes == 1
         )
         self.loss_is_scaled_for_ga = True  # training_step divides by the units of the whole step
+        if self.is_fsdp_enabled:
+            self._shard(policy.model)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Set up accelerate as the Trainer does, and make FSDP2 work on CPUs."""
@@ -120,6 +122,21 @@ class PairTrainer(Trainer):
         if self.args.fsdp_plugin_args is not None:
             shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> torch.autocast:
+        """Return autocast to the dtype of the forward pass.
+
+        accelerate adds it to a model when training begins, not to one that is measured before, and never to one that is split.
+        """
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
+
+    def _shard(self, model: nn.Module) -> None:
+        """Split the model now. The Trainer would do so when training begins, but the model is measured before that."""
+        self.model_wrapped, self.optimizer = shard(self.accelerator, model, self.create_optimizer())
+        self.model = self.model_wrapped
+        # When training begins, nothing is left to prepare. accelerate would find the optimizer's parameters again by their
+        # addresses, which are the same for all parameters of which this process has no part.
+        self.accelerator.prepare = lambda *prepared: prepared  # type: ignore[method-assign]
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the steps of this rank. accelerate never sees the loader, so it does not shard the steps again."""
@@ -299,6 +316,7 @@ class PairTrainer(Trainer):
             return window
 
         window = self.budget.within(add_all, can_shrink=num_processes == 1)
+        reshard(model)
         self.loss, self.collator = ordinary
         return window.pop_means(self.accelerator.reduce if num_processes > 1 else None)
 
@@ -306,13 +324,15 @@ class PairTrainer(Trainer):
         """Return policy and stored reference log-probs of all response tokens of `sample`, in parts, `[n]` each, nats.
 
         Every rank runs the whole sample, so that all ranks decide the same. The model is in the mode that trains; `dtype` is
-        that of the forward pass.
+        that of the forward pass. A split model rounds its parameters to that of the config in any case.
         """
         model = self.model_wrapped.train()
         # A frozen base in half precision would round whatever autocast does.
         exact = in_float32(unwrap_adapters(self.model)) if dtype == "float32" else nullcontext()
         with exact:
-            return self._beside_stored(model, sample, dtype)
+            measured = self._beside_stored(model, sample, dtype)
+        reshard(model)
+        return measured
 
     def reference_logps(self, sample: Sequence[Pair]) -> list[tuple[Tensor, Tensor]]:
         """Return the same of the frozen reference model, computed as in training."""

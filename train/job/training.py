@@ -21,11 +21,11 @@ from train.job.notices import held_out_was_seen
 from train.job.output import Lineage, OutputFolder, Result
 from train.job.prepare import JobInputs, JobPairs
 from train.job.progress import ProgressLines, StopAfterStep, check_tracker, metrics_line
-from train.job.ranks import gather_parameters, join_ranks
+from train.job.ranks import gather_parameters, join_ranks, of_first
 from train.job.stopping import StopRequest
 from train.job.trainer import PairTrainer
 from train.model.packing import confirm_layout
-from train.model.policy import Policy, compile_layers, load_policy, load_reference, save_policy
+from train.model.policy import Findings, Policy, compile_layers, load_policy, load_reference, save_policy
 from weights_store.messages import logger
 
 __all__ = ["build_batches", "build_trainer", "check_tracker", "pass_gate", "save", "train"]
@@ -38,9 +38,7 @@ def build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: S
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     set_seed(config.optim.seed)  # new adapters begin at random
-    fresh_weights = config.loss.needs.fresh_weights
-    policy = load_policy(folder, config.model, config.lora, attributions=fresh_weights, one_dtype=_is_sharded(config))
-    policy = _place(policy, config)
+    policy = _load_on_first(inputs) if _is_sharded(config) else _place(_load(inputs), config)
     if policy.not_packed is not None:
         _log.info(f"two padded sequences per pair: {policy.not_packed}")
     # With adapters, the policy without them is the reference.
@@ -67,6 +65,40 @@ def build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: S
 
 def _is_sharded(config: TrainConfig) -> bool:
     return config.parallel.strategy == "fsdp2" and join_ranks().num_processes > 1
+
+
+def _load(inputs: JobInputs, findings: Findings | None = None) -> Policy:
+    config = inputs.config
+    return load_policy(
+        inputs.model_folder,
+        config.model,
+        config.lora,
+        attributions=config.loss.needs.fresh_weights,
+        one_dtype=_is_sharded(config),
+        findings=findings,
+    )
+
+
+def _load_on_first(inputs: JobInputs) -> Policy:
+    """Load the policy on the first process. The others make it without weights, and get their part when it is split.
+
+    Raises:
+        TokenweightsError: The first process could not load it.
+    """
+    whole: list[Policy] = []
+
+    def load() -> Findings:
+        whole.append(_place(_load(inputs), inputs.config))
+        return whole[0].findings()
+
+    findings = of_first(load)
+    if join_ranks().is_main_process:
+        return whole[0]
+    policy = _load(inputs, findings)
+    policy.model.train()
+    if inputs.config.model.compile:
+        compile_layers(policy.model)
+    return policy
 
 
 def _place(policy: Policy, config: TrainConfig) -> Policy:
@@ -101,7 +133,13 @@ def pass_gate(trainer: PairTrainer, inputs: JobInputs, sample: Sequence[Pair]) -
     if not few or not config.loss.needs.ref_logps:
         return
     model_fingerprint = inputs.identity["model"]["fingerprint"]
-    check_step_0(lambda dtype: trainer.response_logps(few, dtype), config, metadata, model_fingerprint)
+    check_step_0(
+        lambda dtype: trainer.response_logps(few, dtype),
+        config,
+        metadata,
+        model_fingerprint,
+        is_split=trainer.is_fsdp_enabled,
+    )
     if trainer.reference is not None:
         check_reference(trainer.reference_logps(few), config, metadata)
 

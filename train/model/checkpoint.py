@@ -98,6 +98,20 @@ def load_checkpoint(folder: Path, **options: Any) -> "PreTrainedModel":
     return model.eval()
 
 
+def load_skeleton(folder: Path, dtype: "torch.dtype") -> "PreTrainedModel":
+    """Return the model of a folder without its weights, for a process that gets them from another one.
+
+    Its parameters and buffers lie on the CPU and have no values. They take no memory either, until something is written.
+
+    Raises:
+        InputError: See `load_checkpoint`.
+    """
+    model = load_checkpoint(folder, dtype=dtype, device_map="meta")
+    model.to_empty(device="cpu")
+    model.tie_weights()  # the line before gives shared parameters a memory each
+    return model
+
+
 def _damaged_file(folder: Path) -> Path:
     """Return the first file of a model that safetensors cannot open; its errors do not say which one it is."""
     from safetensors import SafetensorError, safe_open

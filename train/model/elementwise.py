@@ -6,8 +6,9 @@ model whose parameters are bfloat16. Parameters, gradients and the optimizer sta
 which are float32 always.
 """
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import cache, partial
 from inspect import signature
 from types import MethodType
 from typing import Any
@@ -19,7 +20,8 @@ from torch.autograd.function import FunctionCtx
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
-from train.model.foreign import FOREIGN_ERRORS, is_out_of_memory
+from train.model.foreign import FOREIGN_ERRORS, decoder_of, is_out_of_memory
+from train.model.recompute import cheap, recomputing
 from weights_store.messages import first_line, logger
 
 _log = logger(__name__)
@@ -27,31 +29,69 @@ _log = logger(__name__)
 _TOLERANCE = 1e-5
 
 
-def enter_bfloat16(model: PreTrainedModel, *, fuse: bool = True) -> None:
-    """Let the residual stream of a model be bfloat16 wherever autocast to bfloat16 is on; see `use_kernels` for `fuse`.
+Kernels = Mapping[str, Callable[..., Any]]
+"""By the name of a module, the function that takes the place of its forward pass."""
+
+
+def enter_bfloat16(model: PreTrainedModel, *, fuse: bool = True, kernels: Kernels | None = None) -> Kernels:
+    """Let the residual stream of a model be bfloat16 wherever autocast to bfloat16 is on; see `use_kernels` for the rest.
 
     A model that does not say which its input embeddings are stays as it is.
     """
     try:
         embeddings = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
-        return
+        return {}
     if not isinstance(embeddings, nn.Module):
-        return
+        return {}
     embeddings.register_forward_hook(_round)
-    use_kernels(model, fuse=fuse)
+    return use_kernels(model, fuse=fuse, kernels=kernels)
 
 
-def use_kernels(model: PreTrainedModel, *, fuse: bool = True) -> None:
+def use_kernels(model: PreTrainedModel, *, fuse: bool = True, kernels: Kernels | None = None) -> Kernels:
     """Let norms be torch's own, one kernel in each direction on a GPU; and with `fuse` the gates of MLPs too.
 
-    The silu of a gate is then not kept for the backward pass. A model whose layers are compiled does not need that.
+    With `fuse`, a GPU also keeps less for the backward pass: no outputs of norms and gates, and no weights in bfloat16
+    (`recompute.py`). A model whose layers are compiled needs neither; its compiler decides that. Return what was used; give it
+    as `kernels` for a copy of the model without weights, on which nothing can be tried.
     """
-    for module in model.modules():
+    if kernels is None:
+        kernels = _find_kernels(model, fuse=fuse)
+    for name, compute in kernels.items():
+        module = model.get_submodule(name)
+        module.forward = MethodType(compute, module)
+    return kernels
+
+
+def _find_kernels(model: PreTrainedModel, *, fuse: bool) -> Kernels:
+    found: dict[str, Callable[..., Any]] = {}
+    for name, module in model.named_modules():
         if is_rms_norm(module):
-            module.forward = MethodType(_norm_by_torch, module)
+            found[name] = _norm_by_torch
         elif fuse and is_gated_mlp(module):
-            module.forward = MethodType(_run_gated, module)
+            found[name] = _run_gated
+    if fuse:
+        decoder = decoder_of(model)
+        (prefix,) = (name for name, module in model.named_modules() if module is decoder)
+        found[prefix] = _run_decoder
+        inside = ((f"{prefix}.{name}".lstrip("."), module) for name, module in decoder.named_modules())
+        found |= {name: _multiply for name, module in inside if type(module) is nn.Linear}
+    return found
+
+
+def _run_decoder(decoder: nn.Module, *arguments: Any, **options: Any) -> Any:
+    """Run the decoder's own forward pass."""
+    on_gpu = any(parameter.is_cuda for parameter in decoder.parameters())
+    with recomputing() if on_gpu and torch.is_grad_enabled() else nullcontext():
+        return type(decoder).forward(decoder, *arguments, **options)
+
+
+def _multiply(module: nn.Linear, hidden: Tensor) -> Tensor:
+    """Do what a linear layer does. The weight is rounded here, since autocast would keep the rounded one until backward."""
+    weight = module.weight
+    if weight.is_cuda and weight.dtype == torch.float32 and torch.is_autocast_enabled(hidden.device.type):
+        weight = cheap(partial(Tensor.to, dtype=torch.get_autocast_dtype(hidden.device.type)), weight)
+    return F.linear(hidden, weight, module.bias)
 
 
 def _round(_embeddings: nn.Module, _inputs: object, output: Tensor) -> Tensor:
@@ -67,7 +107,13 @@ def _norm_by_torch(module: nn.Module, hidden: Tensor) -> Tensor:
         own: Tensor = type(module).forward(module, hidden)
         return own.to(hidden.dtype)
     weight: Tensor = module.weight  # type: ignore[assignment]
-    return F.rms_norm(hidden, weight.shape, weight.to(hidden.dtype), _epsilon_of(module))
+    return cheap(partial(_rms_norm, epsilon=_epsilon_of(module)), hidden, weight)
+
+
+def _rms_norm(hidden: Tensor, weight: Tensor, *, epsilon: float | None) -> Tensor:
+    """Return torch's RMS norm in the dtype of `hidden`; on GPUs, autocast would have it compute and return float32."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.rms_norm(hidden, weight.shape, weight.to(hidden.dtype), epsilon)
 
 
 def _epsilon_of(module: nn.Module) -> float | None:
@@ -101,7 +147,7 @@ def is_rms_norm(module: nn.Module) -> bool:
 
 def _run_gated(module: Any, hidden: Tensor) -> Tensor:
     gate, up = module.gate_proj(hidden), module.up_proj(hidden)
-    return module.down_proj(_Gated.apply(gate, up) if gate.is_cuda else gated(gate, up))
+    return module.down_proj(cheap(_Gated.apply, gate, up) if gate.is_cuda else gated(gate, up))
 
 
 @torch.no_grad()

@@ -224,7 +224,8 @@ class _SelectedLogps(torch.autograd.Function):
     """log softmax(logits)[ids], `[n, V]` and `[n]` to `[n]` float32.
 
     d logp / d logits = onehot(id) - softmax(logits); autograd would allocate half a dozen tensors over the vocabulary. On a GPU
-    both directions are compiled: they read logits once, and nothing over the vocabulary is in float32.
+    both directions are compiled: they read logits once, and nothing over the vocabulary is in float32. The gradient is written
+    over the logits, so autograd refuses a second backward pass, and a head that needs its logits for its own gradient.
     """
 
     @staticmethod
@@ -239,7 +240,8 @@ class _SelectedLogps(torch.autograd.Function):
         logits, ids, log_sums = ctx.saved_tensors
         if logits.is_cuda:
             return compiled(gradient_of_logits)(logits, ids, log_sums, gradient), None
-        wide = torch.sub(logits, log_sums[:, None]).exp_().mul_(-gradient[:, None])
+        in_place = {"out": logits} if logits.dtype == log_sums.dtype else {}
+        wide = torch.sub(logits, log_sums[:, None], **in_place).exp_().mul_(-gradient[:, None])
         wide.scatter_add_(1, ids[:, None], gradient[:, None])
         return wide.to(logits.dtype), None
 
@@ -252,9 +254,9 @@ def selected_logps(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient_of_logits(logits: Tensor, ids: Tensor, log_sums: Tensor, gradient: Tensor) -> Tensor:
-    """Return the gradient of `selected_logps`, `[n, V]` in the dtype of `logits`, written so that a compiler makes one loop."""
+    """Write the gradient of `selected_logps` over `logits`, `[n, V]`, and return it; so put that a compiler makes one loop."""
     is_target = torch.arange(logits.shape[1], device=logits.device) == ids[:, None]
-    return (gradient[:, None] * (is_target.to(gradient.dtype) - (logits - log_sums[:, None]).exp())).to(logits.dtype)
+    return logits.copy_(gradient[:, None] * (is_target.to(gradient.dtype) - (logits - log_sums[:, None]).exp()))
 
 
 def _vocab_size(model: nn.Module) -> int:

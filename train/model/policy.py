@@ -6,15 +6,16 @@ folder (`hub.py`), reading it (`checkpoint.py`).
 """
 
 import shutil
+from collections.abc import Mapping
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -26,9 +27,10 @@ from train.model.checkpoint import (
     in_float32,
     load_checkpoint,
     load_model_config,
+    load_skeleton,
     restore_dtypes,
 )
-from train.model.elementwise import enter_bfloat16
+from train.model.elementwise import Kernels, enter_bfloat16
 from train.model.foreign import unwrap_adapters
 from train.model.logps import check_output_layer
 from train.model.packing import enable_packing
@@ -50,6 +52,21 @@ class Policy:
     model: nn.Module
     not_packed: str | None = None
     attention: str = "sdpa"
+    kernels: Kernels = field(default_factory=dict)
+    """See `use_kernels`."""
+
+    def findings(self) -> "Findings":
+        """Return what another process needs to make the same policy without its weights."""
+        return Findings(self.not_packed, self.kernels, dict(self.model.named_buffers()))
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found out about a policy by running it, and its buffers, which no process sends when a model is split."""
+
+    not_packed: str | None
+    kernels: Kernels
+    buffers: Mapping[str, Tensor]
 
 
 def load_policy(
@@ -59,6 +76,7 @@ def load_policy(
     *,
     attributions: bool = False,
     one_dtype: bool = False,
+    findings: Findings | None = None,
 ) -> Policy:
     """Load a model for training, without noise.
 
@@ -71,6 +89,7 @@ def load_policy(
         lora: Adapters to train.
         attributions: Pack it only if packed attributions are right too.
         one_dtype: Hold all parameters in float32, as FSDP2 wants them.
+        findings: Of the process that has the weights. The model gets none then, see `load_skeleton`, and is not run.
 
     Raises:
         InputError: It cannot be loaded, lacks weights, computes its logits in a way that we do not know, lacks the layers that
@@ -80,29 +99,43 @@ def load_policy(
     quantization = {"quantization_config": _nf4_settings()} if config.quantization == "nf4" else {}
     is_half = lora is not None and not one_dtype and not quantization and config.dtype == "bfloat16"
     is_half = is_half and load_model_config(folder).get_text_config().dtype == torch.bfloat16
-    model = load_checkpoint(folder, dtype=torch.bfloat16 if is_half else torch.float32, **quantization)
+    dtype = torch.bfloat16 if is_half else torch.float32
+    model = load_checkpoint(folder, dtype=dtype, **quantization) if findings is None else load_skeleton(folder, dtype)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On CPUs with AVX512-BF16, bitsandbytes would pack 4-bit weights for inference at the first forward pass in eval
             # mode, permanently, and no gradient flows through packed weights.
             module.support_avx512bf16_for_cpu = False
-    # 4-bit layers compute in bfloat16, so there is rounding in what is compared.
-    rounds = config.quantization != "none"
     attention = str(model.config._attn_implementation)
-    not_packed: str | None = "model.packing is false"
-    with in_float32(model) if is_half else nullcontext():
-        check_output_layer(model, rounds=rounds)
-        if config.packing:
-            not_packed = enable_packing(model, attributions=attributions, rounds=rounds)
+    if findings is None:
+        with in_float32(model) if is_half else nullcontext():
+            not_packed = _try_layouts(model, config, attributions=attributions)
+    else:
+        not_packed = findings.not_packed
+        if not_packed is None:
+            model.set_attn_implementation(PACKED)
+    kernels = None if findings is None else findings.kernels
     if config.dtype == "bfloat16":
-        enter_bfloat16(model, fuse=not config.compile)
+        kernels = enter_bfloat16(model, fuse=not config.compile, kernels=kernels)
     if config.gradient_checkpointing and not enable_checkpointing(model):
         raise InputError(f"model.gradient_checkpointing: {type(model).__name__} cannot do that; leave it out")
     trained = model if lora is None else add_adapters(model, lora)
     switch_off_noise(trained)
     if config.compile and not hasattr(model.base_model, "layers"):
         raise InputError(f"model.compile: {type(model).__name__} has no list of layers to compile; leave it out")
-    return Policy(trained, not_packed, attention)
+    if findings is not None:
+        for name, buffer in trained.named_buffers():
+            buffer.copy_(findings.buffers[name])
+    return Policy(trained, not_packed, attention, kernels or {})
+
+
+def _try_layouts(model: PreTrainedModel, config: ModelConfig, *, attributions: bool) -> str | None:
+    """Check the output layer, and pack if that changes nothing; return why it is not packed, see `enable_packing`."""
+    rounds = config.quantization != "none"  # 4-bit layers compute in bfloat16, so there is rounding in what is compared
+    check_output_layer(model, rounds=rounds)
+    if not config.packing:
+        return "model.packing is false"
+    return enable_packing(model, attributions=attributions, rounds=rounds)
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -123,18 +123,3 @@ def test_likeliest_tokens_that_go_with_the_response_pass_and_rounding_above_zero
 def test_likeliest_tokens_that_break_the_contract_say_how(scores, message):
     with pytest.raises(ScoringError, match=re.escape(message)):
         checked(scores, TWO, 100)
-
-
-def test_a_runner_that_is_not_the_known_one_is_told_of_without_killing_the_engine():
-    """What vLLM calls goes on; the failure comes out where the answers are fetched."""
-    from pipeline.engine.response_rows import KEY, ResponseRows
-
-    request = SimpleNamespace(sampling_params=SimpleNamespace(extra_args={KEY: [0, 1, 0]}))  # without prompt_token_ids
-    worker = ResponseRows()
-    worker.model_runner = SimpleNamespace(
-        _get_prompt_logprobs_dict=lambda hidden, scheduled: {"own": scheduled}, requests={"a": request}
-    )
-    worker.tokenweights_install()
-    assert worker.model_runner._get_prompt_logprobs_dict(None, {"a": 4}) == {"own": {"a": 4}}
-    with pytest.raises(AttributeError, match="prompt_token_ids"):
-        worker.tokenweights_take([0])

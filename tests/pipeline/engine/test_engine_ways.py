@@ -1,7 +1,7 @@
 """The contract of `VllmEngine` in each of its ways, against a made-up engine that replies with vLLM's own classes.
 
 What the made-up engine does at a cache hit is what vLLM 0.32 was seen to do; the real ones are in test_vllm.py (V1) and
-test_fixed_ids.py (V2).
+test_v2_runner.py (V2).
 """
 
 import os
@@ -20,7 +20,7 @@ from pipeline.engine.response_rows import KEY
 from pipeline.engine.score_once import ScoredSequence
 from pipeline.engine.vllm_engine import VllmEngine
 from pipeline.engine.vllm_start import _gpu_arguments, own_length_counts
-from pipeline.engine.ways import FIXED_IDS, FLAT, RESPONSE_ROWS
+from pipeline.engine.ways import FLAT, RESPONSE_ROWS
 from weights_store.errors import EngineError, InputError, OutOfMemoryError, ScoringError
 
 # Prompts of 5, 3 and 2 ids, responses of 4, 2, 3 and 1; the third wants no log-prob of its first response id.
@@ -30,10 +30,9 @@ SEQUENCES = [
     ScoredSequence([16, 17], [26, 27, 28], start=1),
     ScoredSequence([16, 17], [29]),
 ]
-WAYS = [(FIXED_IDS, True), (RESPONSE_ROWS, False), (FLAT, True), (FLAT, False)]
-EVERY_WAY = pytest.mark.parametrize(("way", "v2"), WAYS, ids=["fixed_ids", "response_rows", "flat-v2", "flat-v1"])
+EVERY_WAY = pytest.mark.parametrize("way", [RESPONSE_ROWS, FLAT])
+EVERY_RUNNER = pytest.mark.parametrize("v2", [True, False], ids=["v2", "v1"])
 VOCAB_SIZE = 100
-FAST_WAYS = pytest.mark.parametrize(("way", "v2"), WAYS[:2], ids=[FIXED_IDS, RESPONSE_ROWS])
 
 
 def _logp(before, token_id):
@@ -126,29 +125,22 @@ class _MadeUpEngine:
 
         num_cached = 0 if params.skip_reading_prefix_cache and self.heeds_skip else self.hits.get(ids, 0)
         rows = np.array([_logp(ids[: i + 1], ids[i + 1]) for i in range(len(ids) - 1)], np.float32)
-        replies = {"prompt_logprobs": None, "prompt_token_id_logprobs": None}
-        if params.prompt_logprob_token_ids is not None:
-            replies["prompt_token_id_logprobs"] = self._fixed_ids(ids, rows, num_cached, params)
-        elif params.extra_args:
+        flat = None
+        if params.extra_args:
             self._answer(ids, rows, num_cached, *params.extra_args[KEY])
         elif params.prompt_logprobs is not None:
-            replies["prompt_logprobs"] = self._flat(ids, rows, num_cached, params)
+            flat = self._flat(ids, rows, num_cached, params)
         return RequestOutput(
-            request_id, None, list(ids), outputs=[], finished=True, num_cached_tokens=num_cached, **replies
+            request_id,
+            None,
+            list(ids),
+            outputs=[],
+            finished=True,
+            num_cached_tokens=num_cached,
+            prompt_logprobs=flat,
         )
 
-    def _fixed_ids(self, ids, rows, num_cached, params):
-        assert self.vllm_config.use_v2_model_runner
-        start = params.prompt_logprob_start
-        if num_cached > start:
-            return None  # V2 drops what it cannot write
-        for row, token_id in enumerate(params.prompt_logprob_token_ids[:, 0].tolist(), start):
-            rows[row] = _logp(ids[: row + 1], token_id)
-        spoilt = self._spoilt(ids, rows)
-        return None if spoilt is None else spoilt[start:, None] + np.float32(self.fast_shift)
-
     def _answer(self, ids, rows, num_cached, key, first_row, top_k):
-        assert not self.vllm_config.use_v2_model_runner
         assert self.installed
         spoilt = self._spoilt(ids, rows)
         if spoilt is not None and num_cached < len(rows):
@@ -232,9 +224,7 @@ def test_vllm_has_what_the_engine_uses_by_these_names():
         "skip_reading_prefix_cache": False,
         "prompt_logprobs": 0,
         "flat_logprobs": True,
-        "extra_args": {"tokenweights": [0, 3]},
-        "prompt_logprob_token_ids": np.array([[5]], np.int32),
-        "prompt_logprob_start": 3,
+        "extra_args": {"tokenweights": [0, 3, 0]},
     }
     params = SamplingParams(**asked)
     assert {name: getattr(params, name) for name in asked} == asked
@@ -242,7 +232,7 @@ def test_vllm_has_what_the_engine_uses_by_these_names():
     params = SamplingParams(**sampled)
     assert {name: getattr(params, name) for name in sampled} == sampled
     output = RequestOutput("7", None, [1, 2], prompt_logprobs=None, outputs=[], finished=True)
-    read = {"request_id", "num_cached_tokens", "prompt_logprobs", "prompt_token_id_logprobs", "finished"}
+    read = {"request_id", "num_cached_tokens", "prompt_logprobs", "finished"}
     assert read <= vars(output).keys()
     assert {"start_indices", "end_indices", "token_ids", "logprobs"} <= vars(create_prompt_logprobs(True)).keys()
     called = ("from_engine_args", "add_request", "abort_request", "has_unfinished_requests", "step", "collective_rpc")
@@ -262,6 +252,7 @@ def test_vllm_has_what_the_engine_uses_by_these_names():
 
 
 @EVERY_WAY
+@EVERY_RUNNER
 def test_replies_land_at_their_sequence_in_whatever_order_they_come(start, way, v2):
     made_up = _MadeUpEngine(v2)
     engine = start(made_up, way)
@@ -272,6 +263,7 @@ def test_replies_land_at_their_sequence_in_whatever_order_they_come(start, way, 
 
 
 @EVERY_WAY
+@EVERY_RUNNER
 def test_every_request_reads_the_cache_and_generates_one_token(start, way, v2):
     made_up = _MadeUpEngine(v2)
     start(made_up, way).score(SEQUENCES)
@@ -279,17 +271,6 @@ def test_every_request_reads_the_cache_and_generates_one_token(start, way, v2):
     for _, _, params in made_up.added:
         assert (params.max_tokens, params.temperature, params.detokenize) == (1, 0.0, False)
         assert params.skip_reading_prefix_cache is False  # None would mean True for requests that want log-probs
-
-
-def test_fixed_ids_asks_for_the_wanted_response_ids_alone(start):
-    made_up = _MadeUpEngine(v2=True)
-    start(made_up, FIXED_IDS).score(SEQUENCES)
-    asked = [params.prompt_logprob_token_ids for _, _, params in made_up.added]
-    assert [ids.tolist() for ids in asked] == [[[21], [22], [23], [24]], [[25], [11]], [[27], [28]], [[29]]]
-    assert {ids.dtype for ids in asked} == {np.dtype(np.int32)}
-    # Length of the prompt - 1 + start: 5 - 1, 3 - 1, 2 - 1 + 1, 2 - 1.
-    assert [params.prompt_logprob_start for _, _, params in made_up.added] == [4, 2, 2, 1]
-    assert all(params.prompt_logprobs is None and params.extra_args is None for _, _, params in made_up.added)
 
 
 def test_response_rows_asks_under_a_key_of_its_own_from_the_first_wanted_row_on(start):
@@ -302,9 +283,7 @@ def test_response_rows_asks_under_a_key_of_its_own_from_the_first_wanted_row_on(
     assert len({key for key, _, _ in asked}) == 5
     assert [int(request_id) for request_id, _, _ in made_up.added] == [key for key, _, _ in asked]
     assert {top_k for _, _, top_k in asked} == {0}
-    assert all(
-        params.prompt_logprobs is None and params.prompt_logprob_token_ids is None for _, _, params in made_up.added
-    )
+    assert all(params.prompt_logprobs is None for _, _, params in made_up.added)
 
 
 def test_flat_asks_for_no_more_than_the_tokens_themselves(start):
@@ -312,11 +291,11 @@ def test_flat_asks_for_no_more_than_the_tokens_themselves(start):
     start(made_up, FLAT).score(SEQUENCES)
     for _, _, params in made_up.added:
         assert (params.prompt_logprobs, params.flat_logprobs) == (0, True)
-        assert params.prompt_logprob_token_ids is None
         assert params.extra_args is None
 
 
 @EVERY_WAY
+@EVERY_RUNNER
 def test_progress_hears_of_each_sequence_once(start, way, v2):
     heard = []
     hits = {_ids(SEQUENCES[0]): 8}
@@ -335,6 +314,7 @@ def test_no_sequences_choose_no_way(start, logged):
 
 
 @EVERY_WAY
+@EVERY_RUNNER
 def test_what_is_begun_next_fills_the_steps_in_which_the_first_ends(start, way, v2):
     made_up = _MadeUpEngine(v2, hits={_ids(SEQUENCES[0]): 8})
     engine = start(made_up, way)
@@ -362,7 +342,7 @@ def test_what_is_begun_next_fills_the_steps_in_which_the_first_ends(start, way, 
 )
 def test_requests_are_handed_over_as_four_steps_need_them_a_shared_prompt_once(start, sequences, num_added):
     made_up = _MadeUpEngine(v2=True)
-    engine = start(made_up, FIXED_IDS, batch_tokens=256)
+    engine = start(made_up, RESPONSE_ROWS, batch_tokens=256)
     made_up.fails = lambda num_steps: ValueError("stop")
     with pytest.raises(EngineError, match="stop"):
         engine.score(sequences)
@@ -371,7 +351,7 @@ def test_requests_are_handed_over_as_four_steps_need_them_a_shared_prompt_once(s
 
 def test_requests_that_an_engine_loses_are_an_error(start):
     made_up = _MadeUpEngine(v2=True)
-    engine = start(made_up, FIXED_IDS)
+    engine = start(made_up, RESPONSE_ROWS)
     made_up.has_unfinished_requests = lambda: False
     with pytest.raises(EngineError, match="4 requests have no answer"):
         engine.score(SEQUENCES)
@@ -381,6 +361,7 @@ def test_requests_that_an_engine_loses_are_an_error(start):
 
 
 @EVERY_WAY
+@EVERY_RUNNER
 @pytest.mark.parametrize("num_cached", [5, 7])
 @pytest.mark.parametrize("unwritten", [-0.5, float("nan")])
 def test_a_hit_beyond_the_first_wanted_row_is_scored_again_without_the_cache(start, way, v2, num_cached, unwritten):
@@ -393,6 +374,7 @@ def test_a_hit_beyond_the_first_wanted_row_is_scored_again_without_the_cache(sta
 
 
 @EVERY_WAY
+@EVERY_RUNNER
 def test_a_hit_up_to_the_first_wanted_row_is_used(start, way, v2):
     # Rows 4, 2, 2 and 1 are the first that are wanted; the last sequence has no hit.
     hits = dict(zip(map(_ids, SEQUENCES), (4, 2, 2), strict=False))
@@ -403,6 +385,7 @@ def test_a_hit_up_to_the_first_wanted_row_is_used(start, way, v2):
 
 
 @EVERY_WAY
+@EVERY_RUNNER
 def test_an_engine_that_takes_rows_from_its_cache_against_orders_is_refused(start, way, v2):
     made_up = _MadeUpEngine(v2, hits={_ids(SEQUENCES[1]): 3})
     made_up.heeds_skip = False
@@ -424,6 +407,7 @@ def _changed(row, value):
 
 # The first sequence: 9 ids, wanted are rows 4 to 7.
 @EVERY_WAY
+@EVERY_RUNNER
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -446,6 +430,7 @@ def test_a_reply_that_breaks_the_contract_is_an_error_in_its_place_alone(start, 
 
 
 @EVERY_WAY
+@EVERY_RUNNER
 def test_an_error_names_the_place_in_the_whole_response(start, way, v2):
     # The third sequence wants its response tokens 1 and 2; row 3 is that of token 2.
     made_up = _MadeUpEngine(v2, spoil={_ids(SEQUENCES[2]): _changed(3, 7.0)})
@@ -453,16 +438,10 @@ def test_an_error_names_the_place_in_the_whole_response(start, way, v2):
 
 
 @EVERY_WAY
+@EVERY_RUNNER
 def test_rounding_above_zero_becomes_zero(start, way, v2):
     made_up = _MadeUpEngine(v2, spoil={_ids(SEQUENCES[3]): _changed(1, 5e-4)})
     assert start(made_up, way).score(SEQUENCES)[3].logps.tolist() == [0.0]
-
-
-def test_fixed_ids_refuses_more_than_one_column(start):
-    made_up = _MadeUpEngine(v2=True)
-    engine = start(made_up, FIXED_IDS)
-    made_up._fixed_ids = lambda ids, rows, num_cached, params: np.zeros((len(params.prompt_logprob_token_ids), 2))
-    assert "expected log-probs of shape [4, 1], got [4, 2]" in str(engine.score(SEQUENCES)[0])
 
 
 def test_flat_refuses_a_reply_that_leaves_out_other_rows_than_those_in_the_cache(start):
@@ -475,13 +454,13 @@ def test_flat_refuses_a_reply_that_leaves_out_other_rows_than_those_in_the_cache
 # --- choosing a way ----------------------------------------------------------------------------------------------------
 
 
-@FAST_WAYS
-def test_the_fast_way_of_the_runner_is_taken_where_it_agrees(start, way, v2, logged):
+@EVERY_RUNNER
+def test_the_fast_way_of_the_runner_is_taken_where_it_agrees(start, v2, logged):
     made_up = _MadeUpEngine(v2)
     engine = start(made_up)
     assert _values(engine.score(SEQUENCES)) == [_expected(sequence) for sequence in SEQUENCES]
-    assert engine.way == way
-    assert logged.lines == [f"scoring by {way}: within 0.0e+00 nats of flat prompt log-probs on 4 sequences"]
+    assert engine.way == RESPONSE_ROWS
+    assert logged.lines == ["scoring by response_rows: within 0.0e+00 nats of flat prompt log-probs on 4 sequences"]
     engine.score(SEQUENCES)
     assert len(logged.lines) == 1
     assert len(made_up.added) == 4 * 4  # fast and flat to choose, then twice the way chosen
@@ -496,44 +475,44 @@ def test_eight_sequences_choose_the_way(start, logged):
     assert len(made_up.added) == 8 + 8 + 11
 
 
-@FAST_WAYS
-def test_a_fast_way_that_differs_is_left(start, way, v2, logged):
+@EVERY_RUNNER
+def test_a_fast_way_that_differs_is_left(start, v2, logged):
     made_up = _MadeUpEngine(v2)
     made_up.fast_shift = -0.03125
     engine = start(made_up)
     assert _values(engine.score(SEQUENCES)) == [_expected(sequence) for sequence in SEQUENCES]
     assert engine.way == FLAT
     assert logged.lines == [
-        f"scoring by vLLM's flat prompt log-probs: {way} differs from them by 0.031 nats in the mean on 4 sequences, "
+        "scoring by vLLM's flat prompt log-probs: response_rows differs from them by 0.031 nats in the mean on 4 sequences, "
         "expected at most 0.02"
     ]
 
 
-@FAST_WAYS
-def test_a_difference_that_rounding_explains_is_none(start, way, v2):
+@EVERY_RUNNER
+def test_a_difference_that_rounding_explains_is_none(start, v2):
     made_up = _MadeUpEngine(v2)
     made_up.fast_shift = -0.015625
     engine = start(made_up)
     engine.score(SEQUENCES)
-    assert engine.way == way
+    assert engine.way == RESPONSE_ROWS
 
 
-@FAST_WAYS
-def test_a_fast_way_without_an_answer_where_flat_has_one_is_left(start, way, v2, logged):
+@EVERY_RUNNER
+def test_a_fast_way_without_an_answer_where_flat_has_one_is_left(start, v2, logged):
     made_up = _MadeUpEngine(v2)
-    made_up._fixed_ids = made_up._answer = lambda *request: None
+    made_up._answer = lambda *request: None
     engine = start(made_up)
     assert _values(engine.score(SEQUENCES)) == [_expected(sequence) for sequence in SEQUENCES]
     assert engine.way == FLAT
-    assert f"{way} differs from them by inf nats" in logged.lines[0]
+    assert "response_rows differs from them by inf nats" in logged.lines[0]
 
 
 def test_a_fast_way_that_this_vllm_refuses_is_left_and_its_requests_never_run(start, logged):
     from vllm.exceptions import VLLMValidationError
 
     def refuses(num_added, params):  # the third request: two have been taken by then
-        if params.prompt_logprob_token_ids is not None and num_added == 2:
-            return VLLMValidationError("prompt_logprob_token_ids requires --moonlight")
+        if params.extra_args is not None and num_added == 2:
+            return VLLMValidationError("extra_args requires --moonlight")
         return None
 
     made_up = _MadeUpEngine(v2=True)
@@ -542,15 +521,16 @@ def test_a_fast_way_that_this_vllm_refuses_is_left_and_its_requests_never_run(st
     assert _values(engine.score(SEQUENCES)) == [_expected(sequence) for sequence in SEQUENCES]
     assert engine.way == FLAT
     assert logged.lines == [
-        "scoring by vLLM's flat prompt log-probs: fixed_ids failed with VLLMValidationError: prompt_logprob_token_ids "
-        "requires --moonlight"
+        "scoring by vLLM's flat prompt log-probs: response_rows failed with VLLMValidationError: extra_args requires "
+        "--moonlight"
     ]
     assert [params.prompt_logprobs for _, _, params in made_up.ran] == [0] * 4
 
 
 @pytest.mark.parametrize("method", ["tokenweights_install", "tokenweights_take"])
-def test_a_runner_without_what_the_hook_needs_is_scored_the_flat_way(start, method, logged):
-    made_up = _MadeUpEngine(v2=False)
+@EVERY_RUNNER
+def test_a_runner_without_what_the_hook_needs_is_scored_the_flat_way(start, method, v2, logged):
+    made_up = _MadeUpEngine(v2)
     made_up.lacks = {method}
     engine = start(made_up)
     assert _values(engine.score(SEQUENCES)) == [_expected(sequence) for sequence in SEQUENCES]
@@ -560,13 +540,12 @@ def test_a_runner_without_what_the_hook_needs_is_scored_the_flat_way(start, meth
 
 def test_a_reply_that_cannot_be_read_leaves_the_fast_way_and_nothing_behind(start, logged):
     made_up = _MadeUpEngine(v2=True)
-    made_up._fixed_ids = lambda *request: "something else"
+    made_up._answer = lambda ids, rows, num_cached, key, *asked: made_up.answers.update({key: 5})
     engine = start(made_up)
     assert _values(engine.score(SEQUENCES)) == [_expected(sequence) for sequence in SEQUENCES]
     assert engine.way == FLAT
-    assert "fixed_ids failed with AttributeError: 'str' object has no attribute 'ndim'" in logged.lines[0]
-    # Two of the first four had been run when the first of them was read.
-    assert [params.prompt_logprobs for _, _, params in made_up.ran] == [None] * 2 + [0] * 4
+    assert "response_rows failed with TypeError" in logged.lines[0]
+    assert [params.prompt_logprobs for _, _, params in made_up.ran] == [None] * 4 + [0] * 4
 
 
 # --- the likeliest tokens ----------------------------------------------------------------------------------------------
@@ -574,7 +553,8 @@ def test_a_reply_that_cannot_be_read_leaves_the_fast_way_and_nothing_behind(star
 TOP = [replace(sequence, top_k=3) for sequence in SEQUENCES]
 
 
-@pytest.mark.parametrize(("way", "v2"), WAYS[1:], ids=["response_rows", "flat-v2", "flat-v1"])
+@EVERY_WAY
+@EVERY_RUNNER
 def test_the_likeliest_tokens_come_with_those_of_the_response(start, way, v2):
     made_up = _MadeUpEngine(v2, hits={_ids(TOP[0]): 5, _ids(TOP[1]): 2})  # the first is scored again without the cache
     engine = start(made_up, way)
@@ -589,24 +569,15 @@ def test_the_likeliest_tokens_come_with_those_of_the_response(start, way, v2):
             assert [_logp(before, token_id) for token_id in top_ids.tolist()] == top_logps.tolist()
 
 
-def test_the_runner_that_takes_ids_beforehand_goes_the_flat_way_and_says_so(start, logged):
+def test_the_way_is_chosen_anew_for_scorers_that_store_no_likeliest_tokens(start, logged):
     made_up = _MadeUpEngine(v2=True)
+    made_up.fast_top_shift = -0.03125
     engine = start(made_up)
     assert _values(engine.score(TOP)) == [_expected(sequence) for sequence in TOP]
     assert engine.way == FLAT
-    assert logged.lines == [
-        "scoring by vLLM's flat prompt log-probs: fixed_ids cannot find the 3 most likely tokens (score.top_k)"
-    ]
-    assert {params.prompt_logprobs for _, _, params in made_up.ran} == {3}
-
-
-def test_the_way_is_chosen_anew_for_scorers_that_store_no_likeliest_tokens(start, logged):
-    made_up = _MadeUpEngine(v2=True)
-    engine = start(made_up)
-    engine.score(TOP)
     assert _values(engine.score(SEQUENCES)) == [_expected(sequence) for sequence in SEQUENCES]
-    assert engine.way == FIXED_IDS
-    assert logged.lines[1:] == ["scoring by fixed_ids: within 0.0e+00 nats of flat prompt log-probs on 4 sequences"]
+    assert engine.way == RESPONSE_ROWS
+    assert logged.lines[1:] == ["scoring by response_rows: within 0.0e+00 nats of flat prompt log-probs on 4 sequences"]
 
 
 def test_response_rows_is_taken_where_its_likeliest_tokens_agree_as_well(start, logged):
@@ -674,6 +645,7 @@ FAILURES = pytest.mark.parametrize(
 
 @FAILURES
 @EVERY_WAY
+@EVERY_RUNNER
 def test_a_step_that_fails_is_an_error_of_the_engine(start, way, v2, make_failure, kind, message):
     made_up = _MadeUpEngine(v2)
     made_up.fails = lambda num_steps: make_failure() if num_steps == 2 else None
@@ -685,8 +657,8 @@ def test_a_step_that_fails_is_an_error_of_the_engine(start, way, v2, make_failur
 
 
 @FAILURES
-@FAST_WAYS
-def test_a_step_that_fails_while_a_way_is_chosen_chooses_none(start, way, v2, make_failure, kind, message, logged):
+@EVERY_RUNNER
+def test_a_step_that_fails_while_a_way_is_chosen_chooses_none(start, v2, make_failure, kind, message, logged):
     made_up = _MadeUpEngine(v2)
     made_up.fails = lambda num_steps: make_failure() if num_steps == 2 else None
     engine = start(made_up)
@@ -697,6 +669,7 @@ def test_a_step_that_fails_while_a_way_is_chosen_chooses_none(start, way, v2, ma
 
 
 @EVERY_WAY
+@EVERY_RUNNER
 def test_a_refusal_of_the_chosen_way_is_an_error_of_the_engine_and_leaves_nothing_behind(start, way, v2):
     from vllm.exceptions import VLLMValidationError
 
@@ -717,6 +690,27 @@ def invalid(text):
     """The error of pydantic that vLLM's configs raise; its first line only counts problems."""
     lines = [{"type": PydanticCustomError("value_error", text), "input": None}]
     return ValidationError.from_exception_data("ModelConfig", lines)
+
+
+@EVERY_RUNNER
+def test_a_request_that_is_refused_while_a_way_is_chosen_takes_nothing_from_the_queue(start, v2, logged):
+    """Scorers that store the most likely tokens choose the way again, ahead of what was begun before them."""
+    from vllm.exceptions import VLLMValidationError
+
+    made_up = _MadeUpEngine(v2)
+    engine = start(made_up)
+    engine.score(SEQUENCES)
+    num_added = len(made_up.added)
+    made_up.refuses = lambda num, params: (
+        VLLMValidationError("no more") if params.extra_args and num == num_added + 2 else None
+    )
+    first = engine.begin(SEQUENCES)
+    second = engine.begin([replace(sequence, top_k=3) for sequence in SEQUENCES])
+    assert "response_rows failed with VLLMValidationError: no more" in logged.lines[1]
+    made_up.refuses = lambda num, params: None
+    assert _values(first()) == _values(second()) == [_expected(sequence) for sequence in SEQUENCES]
+    # The two that were handed over before the refusal have been dropped.
+    assert len(made_up.ran) == len(made_up.added) - 2
 
 
 # --- starting ----------------------------------------------------------------------------------------------------------

@@ -372,10 +372,10 @@ def test_log_probs_of_another_number_of_tokens_are_refused():
 
 def test_lines_show_each_way_what_is_absent_and_what_was_not_scored():
     column = Column({"a": [[-1.0, -2.0], [-3.25]]}, unscorable={"b": "too long"})
-    text = "\n".join(parity_lines(_parity(column, absent={"fixed_ids": "no Triton"})))
+    text = "\n".join(parity_lines(_parity(column, absent={"response_rows": "no hook"})))
     assert "2 pairs, 6 response tokens, of somewhere" in text
     assert re.search(r"^flat +8\.3e-02 .* 2\.5e-01 +3 +1  passes$", text, re.MULTILINE)
-    assert "fixed_ids      not here: no Triton" in text
+    assert "response_rows  not here: no hook" in text
     assert "farthest off by flat: pair a, rejected, response token 0 (id 9): -3.25000, transformers -3.00000" in text
     assert "not scored by flat: pair b: too long" in text
 
@@ -445,7 +445,6 @@ def test_command_prints_the_table_and_fails_above_the_tolerance(tmp_path, toy_mo
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(WAYS)}
     assert [rows[way][-1] for way in WAYS] == ["FAILS", "FAILS"]
     assert all(0 < float(rows[way][1]) < MEAN_NATS for way in WAYS)  # the tolerance was out of reach
-    assert "fixed_ids      not here: vLLM runs its V1 model runner, this way is for V2" in out
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "response_rows differs from transformers by" in errors[0]

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from train.config import GateSection
 from train.data.dataset import Pair
-from train.job.gate import Agreement, compare, tolerance_of
+from train.job.gate import Agreement, check_step_0, compare, tolerance_of
 from train.job.job import run_job
 from train.job.prepare import JobInputs, open_inputs, open_pairs
 from train.job.trainer import PairTrainer
@@ -76,6 +76,20 @@ def test_another_dtype_is_refused_and_named(make_config, exact_store) -> None:
         in said
     )
     assert "bfloat16. Set model.dtype='float32', or build with `--set score.dtype=bfloat16`" in said
+
+
+def test_a_split_model_in_another_dtype_is_refused_without_a_run_in_float32(make_config) -> None:
+    config, asked = make_config(model={"dtype": "bfloat16"}), []
+
+    def measure(dtype):
+        asked.append(dtype)
+        return [(torch.tensor([-1.0]), torch.tensor([-2.0]))]
+
+    with pytest.raises(
+        MismatchError, match=r"cannot be run in float32 to see whether bfloat16 is the cause. If model.dtype="
+    ):
+        check_step_0(measure, config, {}, "f" * 64, is_split=True)
+    assert asked == ["bfloat16"]
 
 
 def test_another_chat_template_is_refused_and_named(make_config, write_weights, rows, model_folder, tmp_path) -> None:

@@ -178,6 +178,54 @@ tokenweights.main(["train", config])
 """
 
 
+def test_only_the_first_process_loads_weights_and_log_probs_are_not_rounded(
+    settings_of_41, make_config, tmp_path
+) -> None:
+    """With adapters of rank 1, of which the second process has no part, in bfloat16."""
+    changes = {"model": {"dtype": "bfloat16"}, "lora": {"rank": 1}, "optim": {"max_steps": 2}}
+    one = run_job(make_config(**changes))
+    split = {"output": {"save_every_steps": 1}, "parallel": {"strategy": "fsdp2"}}
+    script = tmp_path / "script.py"
+    script.write_text(_NOTED)
+    done = launch(
+        TORCHRUN, str(script), str(tmp_path), write_config(settings_of_41, tmp_path / "two", **changes, **split)
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    # To save the model, the first process loads its files once more, and reads which dtypes they have.
+    loaded = [(tmp_path / f"devices-{rank}").read_text().split() for rank in (0, 1)]
+    assert loaded == [["None", "None", "meta"], ["meta"]]
+    first, expected = (
+        next(log for log in json.loads((folder / "metrics.json").read_text())["history"] if "loss" in log)
+        for folder in (tmp_path / "two", one.folder)
+    )
+    assert first["loss"] == pytest.approx(expected["loss"], abs=1e-6)  # log-probs rounded to bfloat16 were off by 8e-4
+    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["before"] == pytest.approx(
+        one.before, rel=1e-6, abs=1e-6
+    )
+
+
+# Notes on which device each process loads models; None is the CPU.
+_NOTED = """
+import os, sys
+from pathlib import Path
+
+import tokenweights
+import train.model.checkpoint
+import train.model.policy
+
+folder, config = sys.argv[1:]
+load_ordinarily = train.model.checkpoint.load_checkpoint
+
+def load(path, **options):
+    with (Path(folder) / f"devices-{os.environ['RANK']}").open("a") as file:
+        print(options.get("device_map"), file=file)
+    return load_ordinarily(path, **options)
+
+train.model.policy.load_checkpoint = train.model.checkpoint.load_checkpoint = load
+sys.exit(tokenweights.main(["train", config]))
+"""
+
+
 def test_a_step_that_two_processes_cannot_share_ends_both_with_one_error(settings_of_41, tmp_path) -> None:
     config = write_config(settings_of_41, tmp_path / "out", optim={"pairs_per_step": 7})
     done = launch(TORCHRUN, "-m", "tokenweights", "train", config)

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train.model.elementwise
 from tests.train.model.families import make_model
@@ -11,6 +12,7 @@ from train.model.attribution import attribute_tokens
 from train.model.collate import PairCollator
 from train.model.elementwise import (
     _Gated,
+    _norm_by_torch,
     compiled,
     enter_bfloat16,
     gated,
@@ -95,6 +97,23 @@ def test_norms_of_gpus_are_those_of_the_family(monkeypatch: pytest.MonkeyPatch) 
         assert other.dtype == own.dtype
         torch.testing.assert_close(own, exact.to(own.dtype))
         torch.testing.assert_close(other, own, rtol=2**-6 if own.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_norms_of_gpus_stay_in_bfloat16_under_autocast() -> None:
+    """CUDA's autocast has RMS norms in its list of float32, the one of CPUs has not; tensors without data need no GPU."""
+    norm = build("llama").model.layers[0].input_layernorm
+    was, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with torch.no_grad(), FakeTensorMode():
+            norm.weight = nn.Parameter(torch.empty(32, device="cuda"), requires_grad=False)
+            hidden = torch.empty(1, 5, 32, device="cuda", dtype=torch.bfloat16)
+            assert nn.functional.rms_norm(hidden, (32,), norm.weight.bfloat16()).dtype == torch.float32
+            assert _norm_by_torch(norm, hidden).dtype == torch.bfloat16
+    finally:
+        torch.set_autocast_enabled("cuda", was)
+        torch.set_autocast_dtype("cuda", dtype)
 
 
 def test_which_norms_are_the_one_that_torch_has() -> None:

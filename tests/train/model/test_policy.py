@@ -248,3 +248,32 @@ def test_kl_to_the_reference_at_the_start_does_not_grow_with_the_position(tmp_pa
         with torch.autocast("cpu", torch.bfloat16):
             mine, theirs = (logps(model, num_tokens)[0, -10:] for model in (policy.model, reference))
         assert (theirs.exp() * (theirs - mine)).sum(-1).mean().item() < 2e-3
+
+
+@pytest.mark.parametrize(("name", "tied"), [("gemma", True), ("deepseek_v3", False)])
+def test_a_policy_without_weights_is_the_same_in_everything_else(name, tied, tmp_path) -> None:
+    """The second family has a buffer that is saved."""
+    make_source(name, tmp_path, torch.bfloat16)
+    folder = tmp_path / "source"
+    config, lora = ModelConfig(path=str(folder), dtype="bfloat16"), LoraSection(rank=2)
+    whole = load_policy(folder, config, lora, one_dtype=True)
+    empty = load_policy(folder, config, lora, one_dtype=True, findings=whole.findings())
+    assert (empty.not_packed, empty.attention, empty.kernels) == (whole.not_packed, whole.attention, whole.kernels)
+    assert empty.model.config._attn_implementation == whole.model.config._attn_implementation
+
+    def structure(policy: Policy) -> list[tuple[object, ...]]:
+        named = [*policy.model.named_parameters(remove_duplicate=False), *policy.model.named_buffers()]
+        return [(name, part.shape, part.dtype, part.requires_grad, part.device) for name, part in named]
+
+    assert structure(empty) == structure(whole)
+    for (_, found), (_, expected) in zip(empty.model.named_buffers(), whole.model.named_buffers(), strict=True):
+        assert torch.equal(found, expected)
+    shared = empty.model.get_output_embeddings().weight is empty.model.get_input_embeddings().weight
+    assert shared == tied
+    # With the weights of the other it computes the same: nothing else was lost.
+    empty.model.load_state_dict(whole.model.state_dict())
+    for policy in (empty, whole):
+        policy.model.get_base_model().set_attn_implementation(policy.attention)
+    ids = torch.arange(3, 11)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(empty.model(ids).logits, whole.model(ids).logits)

@@ -1,7 +1,7 @@
-"""The way of GPUs, `fixed_ids`, for real: vLLM's V2 runner on the CPU, its Triton kernels run by Triton's interpreter.
+"""The runner of GPUs, V2, for real: it runs on the CPU, its Triton kernels in Triton's interpreter.
 
-The interpreter is slow and shows no numbers of a GPU's kernels. What it does show is that vLLM takes our requests, which rows
-it answers and how, and what becomes of cache hits. One process does all of it, and the tests look at what it wrote.
+The interpreter is slow and shows no numbers of a GPU's kernels. It does show that vLLM takes our requests, that our hook finds
+the rows of every step, and what becomes of cache hits. One process does all of it, and the tests look at what it wrote.
 """
 
 import json
@@ -25,6 +25,7 @@ from types import SimpleNamespace
 import triton.backends
 # vLLM leaves Triton alone on a CPU unless there is a backend of that name. The interpreter needs none, so it is never called.
 triton.backends.backends["cpu"] = SimpleNamespace(compiler=None, driver=SimpleNamespace(is_active=lambda: True))
+from vllm.model_executor.models.llama import LlamaForCausalLM
 from pipeline.engine.contract import EngineSettings
 from pipeline.engine.vllm_engine import VllmEngine
 from weights_store.messages import collect_lines
@@ -34,31 +35,39 @@ from weights_store.errors import EngineError
 model, sequences = Path(sys.argv[1]), [ScoredSequence(*each) for each in json.loads(Path(sys.argv[2]).read_text())]
 reports = []
 collect_lines(reports)
-engine = VllmEngine(model, EngineSettings(dtype="float32", kv_cache_gib=1.0, batch_tokens=128))
-step, seen = engine._engine.step, []
+engine = VllmEngine(model, EngineSettings(dtype="float32", kv_cache_gib=1.0, batch_tokens=256))
+step, lm_head, seen, rows = engine._engine.step, LlamaForCausalLM.compute_logits, [], []
 
 def watched_step():
+    rows.append([])
     outputs = step()
     for output in outputs:
-        scores, flat = output.prompt_token_id_logprobs, output.prompt_logprobs
+        flat = output.prompt_logprobs
         seen.append({
-            "request_id": output.request_id, "finished": output.finished, "num_cached": output.num_cached_tokens,
-            "scores": None if scores is None else [str(scores.dtype), *scores.shape],
+            "finished": output.finished, "num_cached": output.num_cached_tokens,
             "num_flat": None if flat is None else len(flat),
         })
     return outputs
 
-engine._engine.step = watched_step
+def watched_lm_head(self, hidden_states):
+    rows[-1].append(len(hidden_states))
+    return lm_head(self, hidden_states)
+
+engine._engine.step, LlamaForCausalLM.compute_logits = watched_step, watched_lm_head
 
 def score(what):
     return [reply.logps.tolist() if isinstance(reply, Scores) else str(reply) for reply in engine.score(what)]
 
-result = {"chosen": score(sequences), "way": engine.way, "reports": reports, "seen": seen[:]}
-engine.way = "flat"
+def score_likeliest():
+    replies = engine.score([replace(sequence, top_k=4) for sequence in sequences])
+    return [[each.logps.tolist(), each.top_ids.tolist(), each.top_logps.tolist()] for each in replies]
+
+result = {"chosen": score(sequences), "way": engine.way, "seen": seen[:], "rows": rows[:3]}
+result["likeliest"] = score_likeliest()
+result["likeliest_way"], result["reports"] = engine.way, reports
+engine.way, engine._top_k = "flat", None
 result["flat"] = score(sequences)
-likeliest = engine.score([replace(sequence, top_k=4) for sequence in sequences])
-result["likeliest"] = [[each.logps.tolist(), each.top_ids.tolist(), each.top_logps.tolist()] for each in likeliest]
-engine.way, engine._top_k = "fixed_ids", None
+engine.way, engine._top_k = "response_rows", None
 engine._room = engine.max_tokens + 2  # so that vLLM refuses it, not we
 try:
     engine.score([sequences[0], ScoredSequence([1] * (engine.max_tokens + 1), [1])])
@@ -71,12 +80,12 @@ Path(sys.argv[3]).write_text(json.dumps(result))
 
 
 def _why_not():
-    """Return why this way cannot be run on this machine, or None."""
+    """Return why this runner cannot be tried on this machine, or None."""
     vllm = find_spec("vllm")
     if vllm is None or find_spec("triton") is None:
         return "vLLM's V2 runner needs vllm and triton"
     if torch.cuda.is_available():
-        return "a GPU takes this way by itself, in test_vllm.py"
+        return "a GPU takes this runner by itself, in test_vllm.py"
     if not (Path(vllm.submodule_search_locations[0]) / "v1" / "worker" / "cpu" / "model_runner.py").exists():
         return "this vLLM has no V2 runner for CPUs"
     return None
@@ -118,6 +127,7 @@ def _make_sequences():
         (odd, ids[3][40:44], 0),
         (odd, ids[3][44:47], 0),  # takes a block up to the row of its first response token
         (short[:10], begin[:8], 3),
+        (ids[0][70:75], ids[0] + ids[2], 0),  # 17 of its tokens fit into the first step
     ]
 
 
@@ -138,7 +148,7 @@ def scored(tmp_path_factory):
     """What the process wrote, and what transformers has to say."""
     if reason := _why_not():
         pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("fixed_ids")
+    folder = tmp_path_factory.mktemp("v2_runner")
     sequences = _make_sequences()
     expected = _transformers(_make_model(folder / "model"), sequences)
     (folder / "sequences.json").write_text(json.dumps(sequences))
@@ -154,40 +164,46 @@ def scored(tmp_path_factory):
     return json.loads((folder / "result.json").read_text()), expected
 
 
-def test_the_engine_chooses_fixed_ids_by_itself(scored):
+def test_the_engine_chooses_response_rows_by_itself(scored):
     result, _ = scored
-    assert result["way"] == "fixed_ids"
-    assert "scoring by fixed_ids: within" in result["reports"][0]
-    assert "on 7 sequences" in result["reports"][0]
-    assert [report for report in result["reports"][1:] if "cannot find the 4 most likely tokens" not in report] == []
+    assert (result["way"], result["likeliest_way"]) == ("response_rows", "response_rows")
+    assert len(result["reports"]) == 2
+    assert "scoring by response_rows: within" in result["reports"][0]
+    assert result["reports"][1].endswith("on 8 sequences, 4 most likely tokens included")
 
 
 @pytest.mark.parametrize("replies", ["chosen", "flat"])
-def test_fixed_ids_and_flat_agree_with_transformers_on_the_v2_runner(scored, replies):
+def test_both_ways_agree_with_transformers_on_the_v2_runner(scored, replies):
     result, expected = scored
-    assert [len(reply) for reply in result[replies]] == [6, 5, 43, 42, 4, 3, 5]
+    assert [len(reply) for reply in result[replies]] == [6, 5, 43, 42, 4, 3, 5, 160]
     difference = np.abs(np.concatenate([logps for logps, _ in expected]) - np.concatenate(result[replies]))
     assert difference.mean() < 1e-3
     assert difference.max() < 1e-2
 
 
-def test_the_likeliest_tokens_of_the_v2_runner_come_the_flat_way_and_are_those_of_transformers(scored):
+def test_the_likeliest_tokens_of_the_v2_runner_are_those_of_transformers(scored):
     result, expected = scored
-    assert "fixed_ids cannot find the 4 most likely tokens" in result["reports"][1]
     for (logps, top_ids, top_logps), (_, all_logps) in zip(result["likeliest"], expected, strict=True):
         assert np.shape(top_ids) == np.shape(top_logps) == (len(logps), 4)
         np.testing.assert_allclose(top_logps, torch.tensor(all_logps).topk(4).values, atol=1e-2)
         np.testing.assert_allclose(top_logps, np.take_along_axis(all_logps, np.array(top_ids), 1), atol=1e-2)
 
 
+def test_the_output_layer_runs_once_a_step_for_all_wanted_rows(scored):
+    """And once for the rows that vLLM samples from, before that."""
+    result, _ = scored
+    # The first step takes 256 tokens, so it ends in the last response. 32 tokens of the fourth sequence are in the cache, its
+    # first wanted row is 19: 13 of 42 rows are missing, and it is scored again.
+    first = 6 + 5 + 43 + (42 - 13) + 4 + 3 + 5 + (17 - 4)
+    assert [calls[1:] for calls in result["rows"]] == [[first], [160 - (17 - 4)], [42]]
+
+
 def test_cache_hits_are_what_the_contract_tests_take_them_for(scored):
     result, _ = scored
-    fixed = [(each["num_cached"], each["scores"]) for each in result["seen"] if each["num_flat"] is None]
-    # No reply where the hit of 32 goes beyond the first wanted row, 20 - 1; then a whole one without the cache.
-    assert (32, None) in fixed
-    assert (0, ["float32", 42, 1]) in fixed
-    assert (64, ["float32", 5, 1]) in fixed  # behind a prompt of 70
-    assert (32, ["float32", 3, 1]) in fixed  # behind a prompt of 33: up to the first wanted row
+    # Behind a prompt of 70; of 20, beyond its first wanted row, so it was scored again at the end without the cache; and of 33,
+    # up to that row.
+    hits = [each["num_cached"] for each in result["seen"] if each["num_flat"] is None]
+    assert hits[:9] == [0, 64, 0, 32, 0, 32, 0, 0, 0]
     # Flat replies leave out the rows of a hit.
     flat = [(each["num_cached"], each["num_flat"]) for each in result["seen"] if each["num_flat"] is not None]
     assert (64, 70 + 5 - 64) in flat
