@@ -107,8 +107,8 @@ class ResponseRows:
             Exception: A step failed.
         """
         hook: _Hook = self.model_runner.tokenweights
-        if hook.failures:
-            raise hook.failures[0]
+        if hook.failure is not None:
+            raise hook.failure
         return {key: _joined(hook.answers.pop(key)) for key in keys if key in hook.answers}
 
 
@@ -119,19 +119,21 @@ class _Hook:
         self._runner = runner
         self._asked: dict[int, Sequence[int] | None] = {}
         self.answers: dict[int, list[_Piece]] = {}
-        self.failures: list[Exception] = []
+        self.failure: Exception | None = None
 
     def before(self, own: Callable[..., Any], ours: Callable[..., None]) -> Callable[..., Any]:
-        """Return a function that calls `ours` and then `own` with the same arguments."""
+        """Return a function that calls `ours` and then `own` with the same arguments; `own` alone after a failure of ours."""
 
         def both(*arguments: Any, **named: Any) -> Any:
             try:
-                ours(*arguments, **named)
+                if self.failure is None:
+                    ours(*arguments, **named)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
-                # Not the runner that we know. The engine goes on, and `tokenweights_take` raises the error.
-                self.failures.append(error)
+                # Not the runner that we know. The engine goes on, and `tokenweights_take` raises the error. Its traceback would
+                # keep the hidden states of this step in memory.
+                self.failure = error.with_traceback(None)
             return own(*arguments, **named)
 
         return both

@@ -1,6 +1,7 @@
 """The processes of one training job, as torchrun or accelerate started them."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -13,13 +14,18 @@ from weights_store.errors import TokenweightsError
 
 T = TypeVar("T")
 
+_PATIENCE = timedelta(hours=4)
+"""How long a process waits for another one. The first one reads and writes whole models while the others wait, which can take
+longer than the 10 minutes that torch allows on GPUs. A process that dies is noticed at once, by torchrun.
+"""
+
 
 def join_ranks() -> PartialState:
     """Return which of the processes this is; the first call joins the others.
 
     Without `cpu=True`, the processes on a machine without an accelerator would not find each other.
     """
-    return PartialState(cpu=not torch.accelerator.is_available())
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
 
 
 def of_first(compute: Callable[[], T]) -> T:

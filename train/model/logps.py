@@ -225,7 +225,8 @@ class _SelectedLogps(torch.autograd.Function):
 
     d logp / d logits = onehot(id) - softmax(logits); autograd would allocate half a dozen tensors over the vocabulary. On a GPU
     both directions are compiled: they read logits once, and nothing over the vocabulary is in float32. The gradient is written
-    over the logits, so autograd refuses a second backward pass, and a head that needs its logits for its own gradient.
+    over the logits, so autograd refuses a second backward pass, and a head that needs its logits for its own gradient. Where
+    logits are computed again it would not notice such a head; `packing.confirm_layout` runs few enough ids to keep them.
     """
 
     @staticmethod

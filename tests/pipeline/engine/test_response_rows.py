@@ -3,6 +3,7 @@
 The real runners are in test_vllm.py (V1) and test_v2_runner.py (V2).
 """
 
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -171,11 +172,15 @@ def test_rows_that_are_computed_again_after_a_preemption_count_once(version):
 
 @EVERY_RUNNER
 def test_a_runner_that_is_not_the_known_one_is_told_of_without_killing_the_engine(version):
-    """What vLLM calls goes on; the failure comes out where the answers are fetched."""
+    """What vLLM calls goes on; the failure comes out where the answers are fetched. It keeps no hidden states in memory."""
     worker, run = _worker_of(version)
     worker.tokenweights_install()
     worker.model_runner.model_config = None
-    run(worker, [_Step(0)])
+    steps = [_Step(0), _Step(1)]
+    memories = [weakref.ref(step.hidden) for step in steps]
+    run(worker, steps)
+    del steps
+    assert [memory() for memory in memories] == [None, None]
     with pytest.raises(AttributeError, match="get_vocab_size"):
         worker.tokenweights_take([50])
 

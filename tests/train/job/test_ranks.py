@@ -1,11 +1,14 @@
 """How a model is handed to accelerate to be split, without processes; those are in `test_parallel.py`."""
 
+from datetime import timedelta
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
-from train.job.ranks import shard
+import train.job.ranks
+from train.job.ranks import join_ranks, shard
 
 
 class Counting(nn.Module):
@@ -35,3 +38,9 @@ def test_saved_buffers_are_kept_from_accelerate_which_can_only_send_parameters()
     assert plugin.cpu_ram_efficient_loading
     policy = plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
+
+
+def test_processes_wait_while_the_first_one_reads_or_writes_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would wait for 10 minutes on GPUs: 70 B parameters in bfloat16 are 140 GB, 23 minutes at 100 MB a second."""
+    monkeypatch.setattr(train.job.ranks, "PartialState", lambda **options: options)
+    assert join_ranks()["timeout"] > timedelta(minutes=2 * 23)

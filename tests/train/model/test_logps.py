@@ -18,6 +18,7 @@ from train.model.logps import (
     route_forward,
     selected_logps,
 )
+from train.model.packing import confirm_layout
 from weights_store.errors import InputError
 
 
@@ -177,6 +178,22 @@ def test_hidden_states_become_logits_in_the_way_of_the_family(family: str) -> No
         assert torch.allclose(output_layer(model)(hidden), logits, atol=1e-5)
         assert not torch.allclose(model.get_output_embeddings()(hidden), logits, atol=0.1) or family == "llama4"
         assert torch.equal(model(input_ids=ids, use_cache=False).logits[0], logits)  # the decoder is its own again
+
+
+def test_an_output_layer_whose_gradient_needs_the_logits_is_refused_before_training() -> None:
+    """tanh' = 1 - tanh² needs logits that are written over. Computed again in the backward pass, they raise no error there."""
+    model = make_model("llama")
+    model.lm_head.register_forward_hook(lambda _head, _inputs, logits: logits.tanh())
+    check_output_layer(model)
+    with pytest.raises(InputError, match="LlamaForCausalLM does not run on a few ids.*output 0 of Tanh"):
+        confirm_layout(model, "sdpa", "not packed")
+
+
+def test_a_second_backward_pass_over_the_same_logits_is_an_error(model, batch) -> None:
+    total = per_token_logps(copy.deepcopy(model), **model_inputs(batch)).logps.sum()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
 
 
 def test_a_model_without_an_output_layer_is_refused(model) -> None:
