@@ -126,7 +126,7 @@ class WeightStore:
 
         Raises:
             NotFoundError: Also if log-probs that the weights were made from are gone.
-            DamageError: A shard is not what was committed, or weights and tokens differ in number.
+            DamageError: A shard is not what was committed, weights and tokens differ in number, or a number is not finite.
         """
         return survey(self.root, self.resolve(name, version))
 
