@@ -42,7 +42,7 @@ function values(side, name) {
   if (side.values[name]) return side.values[name];
   const raw = side.raw.measures;
   let found = null;
-  if (name === "logratio" && raw.logp_pos) found = values(side, "logp_pos").map((value, t) => value - values(side, "logp_neg")[t]);
+  if (name === "logp_neg" && raw.logp_pos) found = values(side, "logp_pos").map((value, t) => value - values(side, "logratio")[t]);
   else if (name === "surprise") found = values(side, "ref_logp").map((value) => -value);
   else if (name === "other" && side.raw.other) found = numbers(side.raw.other);
   else if (name === "change" && side.raw.other) found = values(side, "other").map((value, t) => value / values(side, "weight")[t]);
