@@ -131,17 +131,21 @@ def _side_diff(sums: Mapping[str, Any] | None) -> SideDiff:
         max_abs_change=sums["max_abs_change"],
         mean_a=sums["a"] / number,
         mean_b=sums["b"] / number,
-        correlation=_correlation(sums),
+        correlation=correlation(number, sums),
     )
 
 
-def _correlation(sums: Mapping[str, Any]) -> float | None:
-    """Return Pearson's correlation of the weights of `a` and `b`; None if those of one are equal but for rounding."""
-    number = sums["num_tokens"]
+def correlation(number: int, sums: Mapping[str, float]) -> float | None:
+    """Return Pearson's correlation of `number` pairs of numbers, from their sums `a`, `b`, `aa`, `bb` and `ab`.
+
+    None if there are none, or if all of `a` or all of `b` are equal but for rounding.
+    """
+    if not number:
+        return None
     spread_a, spread_b = (sums[2 * name] - sums[name] ** 2 / number for name in "ab")
     if spread_a <= _ROUNDING * sums["aa"] or spread_b <= _ROUNDING * sums["bb"]:
         return None
-    return (sums["ab"] - sums["a"] * sums["b"] / number) / math.sqrt(spread_a * spread_b)
+    return float((sums["ab"] - sums["a"] * sums["b"] / number) / math.sqrt(spread_a * spread_b))
 
 
 def _ranges(
