@@ -64,7 +64,10 @@ def print_repair(repair: "Repair", aside: str | None) -> None:
 
 
 def print_table(rows: Sequence[Mapping[str, object]], indent: str = "", right: Sequence[str] = ()) -> None:
-    """Print rows under a line of column names; numbers, and the texts of columns in `right`, to the right."""
+    """Print rows under a line of column names; numbers, and the texts of columns in `right`, to the right.
+
+    Texts are data of strangers (ids, splits, paths): what is not printable is escaped.
+    """
     if not rows:
         print(f"{indent}none")
         return
@@ -87,7 +90,7 @@ def _cell(value: object) -> str:
         return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M")
     if isinstance(value, float):
         return f"{value:.4f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else one_line(str(value))
 
 
 def count_text(number: int, noun: str) -> str:
