@@ -157,6 +157,10 @@ class Picker:
         for text in self.choice.pairs:
             self._check_one(text)
         ids: list[str] = [] if self.best is None else self.best["pair_id"].to_list()
+        if self.has_other and not self.num_pairs:
+            raise InputError(
+                "no pair to show: the two datasets have no pair in common; compare two with the same pairs"
+            )
         if not ids:
             asked = [f"contain {self.choice.search!r}"] if self.choice.search is not None else []
             asked += [f"match {self.choice.where!r}"] if self.choice.where is not None else []

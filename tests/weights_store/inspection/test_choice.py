@@ -126,6 +126,13 @@ def test_a_choice_that_cannot_be_made_is_refused(read_store, chosen):
         chosen(search="zzz", where="split = 'test'")
 
 
+def test_two_datasets_without_a_common_pair_are_refused(small_store, chosen):
+    rows = small_store.scan(REVERSED).with_columns(pair_id=pl.lit("0") + pl.col("pair_id")).collect()
+    small_store.table("weights/hh-harmless/longer").append(rows.to_arrow(), small_store.metadata(REVERSED))
+    with pytest.raises(InputError, match="the two datasets have no pair in common"):
+        chosen(other="hh-harmless/longer", store=small_store, worst=2)
+
+
 def test_the_same_pairs_are_found_range_by_range(chosen, monkeypatch):
     expected = [chosen(worst=3), chosen(random=2), chosen(other=REVERSED, worst=3)]
     cuts = [KeyRange(None, "b"), KeyRange("b", "d"), KeyRange("d", None)]
