@@ -150,7 +150,11 @@ class WeightStore:
         return scan_quarantine(self.root, dataset)
 
     def diff(self, a: str, b: str) -> Diff:
-        """Compare two weight datasets, each `name` or `name@version`, range by range in bounded memory."""
+        """Compare two weight datasets, each `name` or `name@version`, range by range in bounded memory.
+
+        Raises:
+            DamageError: A weight is not a finite number.
+        """
         old, new = (self.resolve(*split_name(text)) for text in (a, b))
         return diff_tables(self.table(old.table), old.version, self.table(new.table), new.version)
 

@@ -6,6 +6,7 @@ const bytes = (text) => Uint8Array.from(atob(text), (character) => character.cha
 // float16, which older browsers have no array for: sign, 5 bits of exponent, 10 of fraction.
 const half = (bits) => {
   const exponent = (bits >> 10) & 31, fraction = bits & 1023, sign = bits & 32768 ? -1 : 1;
+  if (exponent === 31) return NaN;
   return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : (2 ** -14 * fraction) / 1024);
 };
 const numbers = (text) => Float32Array.from(new Uint16Array(bytes(text)), half);
@@ -28,7 +29,7 @@ for (const pair of pairs) {
     for (const cell of side.cells) {
       side_of.set(cell, side);
       side.start_of.set(cell, side.elements.length);
-      side.elements.push(...cell.children);
+      for (const element of cell.children) side.elements.push(element);
       cell.tabIndex = 0;
     }
     pair.length += side.tokens.length;
