@@ -153,7 +153,7 @@ def _data(view: View) -> dict[str, object]:
     pairs = [
         {
             "id": pair.pair_id,
-            "split": pair.split,
+            "split": name_hidden(pair.split),  # as in the template's list of splits
             "logratio": pair.pair_logratio,
             "effective": round(pair.effective_share, 4),
             "disagreement": pair.disagreement,

@@ -22,7 +22,7 @@ _MIN_SHARED_TOKENS, _MIN_SHARED_SHARE = 4, 0.25
 _MARKS = {" ": "␣", "\t": "⇥", "\n": "↵\n", "\r": "␍", "\x7f": "␡"}
 _HIDDEN = re.compile(
     # Controls but for tab and newline, surrogates without a partner, and marks that reorder or hide the text around them.
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
 

@@ -113,6 +113,8 @@ def test_names_and_settings_cannot_hide_or_reorder_text(view):
     html = render(dataclasses.replace(view, pairs=[pair], facts=facts, recipe=recipe, selection=evil))
     assert not set("\u202e\x1b\x00\ud800") & set(html)
     assert html.count("a⟨U+202E⟩b␛[31m␀\ufffd") >= 6
+    (data,) = re.findall(r'id="data">(.*?)</script>', html)
+    assert json.loads(data)["pairs"][0]["split"] == "a⟨U+202E⟩b␛[31m␀\ufffd"  # what the filter compares
 
 
 def test_numbers_of_both_datasets_are_compared(compared):
