@@ -14,8 +14,10 @@ def check_ours(path: Path) -> None:
     """Check that a file may be written, before the work that fills it.
 
     Raises:
-        InputError: There is something in its place that we did not write.
+        InputError: There is something in its place that we did not write, or no folder to write it into.
     """
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}; make it, or give -o another name")
     if not path.exists():
         return
     if not path.is_file():

@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 
 from weights_store.catalog import open_table
+from weights_store.checks.rows import FINITE, WEIGHT
 from weights_store.errors import DamageError
 from weights_store.inspection.clamps import clamped
 from weights_store.location import Location
@@ -27,9 +28,11 @@ PEAK = 10.0
 the paper leaves possible is e² = 7.4."""
 MIN_COUNT = 5
 """A token id that occurs less often on one side says nothing about its mean weight."""
+NUM_EXTREMES = 8
 RANGE_BYTES = 256 << 20
 """Memory of one range of pairs. Smaller ones read row groups at their borders more often."""
 
+_HINT = "`tokenweights verify --rows` names the pairs"
 _SLICE_PAIRS = 4096
 """Pairs that are counted at a time: their arrays stay in the processor's cache."""
 _OCTAVES, _PER_OCTAVE = 4, 8
@@ -110,6 +113,14 @@ class Survey:
         """Return both, by side."""
         return {"chosen": self.chosen, "rejected": self.rejected}
 
+    def extremes(self, side: Side) -> dict[str, pl.DataFrame]:
+        """Return the rows of `tokens` with the largest and the smallest mean weight on a side, as "heaviest" and "lightest"."""
+        of_side = self.tokens.filter(pl.col("side") == side)
+        return {
+            name: of_side.sort("mean_weight", "token_id", descending=[is_first, False]).head(NUM_EXTREMES)
+            for name, is_first in (("heaviest", True), ("lightest", False))
+        }
+
 
 def survey(root: Location, weights: TableVersion, range_bytes: int = RANGE_BYTES) -> Survey:
     """Count one version of a weight dataset in one pass, see `WeightStore.survey`."""
@@ -171,17 +182,22 @@ def _flat(frame: pl.DataFrame, side: Side, weights: TableVersion) -> _Flat:
     """Return one side of some pairs, with log-ratios of the mean over all contrastive pairs.
 
     Raises:
-        DamageError: A list is not as long as its ids, or a pair has no log-probs.
+        DamageError: A response is empty, a list is not as long as its ids, a pair has no log-probs, or a number breaks its
+            law: one NaN would make means NaN, of which no check can say anything.
     """
     ids, lengths = _values(frame[f"{side}_ids"])
+    if not lengths.all():
+        raise DamageError(f"{weights}: {side}_ids is empty in a pair, expected at least one token; {_HINT}")
 
     def values(column: str) -> np.ndarray:
         found, its_lengths = _values(frame[column])
         if frame[column].null_count() or not np.array_equal(its_lengths, lengths):
             raise DamageError(
-                f"{weights}: column {column} does not have one value for each of {side}_ids in every pair; "
-                "`tokenweights verify --rows` names the pairs"
+                f"{weights}: column {column} does not have one value for each of {side}_ids in every pair; {_HINT}"
             )
+        law = WEIGHT if column.endswith("_weights") else FINITE
+        if not (holds := law.holds(found)).all():
+            raise DamageError(f"{weights}: column {column} has {found[~holds][0]}, {law.expected}; {_HINT}")
         return found
 
     logps = {

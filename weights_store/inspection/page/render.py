@@ -6,18 +6,23 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import polars as pl
 from markupsafe import Markup
 
 from weights_store.inspection.measures import MEASURES
 from weights_store.inspection.page.charts import by_position, histogram, side_numbers
-from weights_store.inspection.page.tokens import FULL_LOG2, NUM_STEPS, packed, packed_indices, rows_of, visible
+from weights_store.inspection.page.tokens import (
+    FULL_LOG2,
+    NUM_STEPS,
+    name_hidden,
+    packed,
+    packed_indices,
+    rows_of,
+    visible,
+)
 from weights_store.inspection.pairs import ShownPair, ShownSide
 from weights_store.inspection.view import View
+from weights_store.schemas import SIDES
 
-_NUM_LISTED_TOKENS = 8
-_MIN_COUNT = 5
-"""A token that occurs more rarely says little about its mean weight."""
 _MAX_PROMPT, _PROMPT_END = 20_000, 130
 """Characters of a prompt on the page, and of its end that is shown before it is opened."""
 _COMPARED = {
@@ -29,8 +34,9 @@ _COMPARED = {
     "correlation": "correlation of the weights",
     "num_disagreeing": "tokens above 1 in one, below in the other",
 }
-_DERIVED = ("logratio", "surprise")
-"""Measures that the script works out from others, so the page need not hold them."""
+_DERIVED = ("logp_neg", "surprise")
+"""Measures that the script works out from others, so the page need not hold them. Log-ratios are held: they are small
+differences of large numbers, which have three digits here."""
 
 
 def render(view: View) -> str:
@@ -44,20 +50,22 @@ def render(view: View) -> str:
     folder = Path(__file__).parent
     style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
     template = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_named
     ).from_string(folder.joinpath("template.html").read_text(encoding="utf-8"))
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-    html = template.render(
+    columns = _side_columns(view)
+    return template.render(
         view=view,
         policy=policy,
         style=Markup(style),
         script=Markup(script),
         data=_json(_data(view)),
         charts={"histogram": histogram(view.survey), "position": by_position(view.survey)},
-        sides={"chosen": side_numbers(view.survey.chosen), "rejected": side_numbers(view.survey.rejected)},
+        columns=columns,
+        labels=list(dict.fromkeys(label for column in columns.values() for label in column)),
         token_lists=_token_lists(view),
         pairs=[_pair(pair, index) for index, pair in enumerate(view.pairs)],
         measures=[MEASURES[name] for name in view.measures],
@@ -66,7 +74,21 @@ def render(view: View) -> str:
         steps=range(-NUM_STEPS, NUM_STEPS + 1),
         plots=[(title, _picture(svg)) for title, svg in view.plots],
     )
-    return html.encode("utf-8", "backslashreplace").decode()  # names and recipes may hold surrogates without a partner
+
+
+def _named(value: object) -> object:
+    """Make visible what hides or reorders text in names, splits and settings too, before the template escapes them."""
+    return name_hidden(value) if type(value) is str else value
+
+
+def _side_columns(view: View) -> dict[str, dict[str, str]]:
+    """Return the numbers of each side by label, of both datasets if two are compared."""
+    surveys = {"": view.survey} if view.other_survey is None else {"A ": view.survey, "B ": view.other_survey}
+    return {
+        f"{which}{name}": side_numbers(side)
+        for which, survey in surveys.items()
+        for name, side in survey.sides().items()
+    }
 
 
 def _number(value: object) -> str:
@@ -93,23 +115,23 @@ def _json(value: object) -> Markup:
 
 def _pair(pair: ShownPair, index: int) -> dict[str, object]:
     rows = [(Markup(chosen), Markup(rejected), same) for chosen, rejected, same in rows_of(pair)]
-    prompt = visible(pair.prompt, _MAX_PROMPT)
     # Of a long chat the end says most: it is what the responses answer.
+    text = pair.prompt
+    if len(text) > _MAX_PROMPT:
+        text = f"(the end of {len(text):,} characters) … {text[-_MAX_PROMPT:]}"
+    prompt = visible(text, len(text))
     end = prompt if len(prompt) <= _PROMPT_END else f"… {prompt[-_PROMPT_END:]}"
     return {"pair": pair, "index": index, "prompt": prompt, "prompt_end": end, "rows": rows}
 
 
 def _token_lists(view: View) -> list[tuple[str, list[dict[str, object]]]]:
     """Return the heaviest and the lightest tokens of each side, by mean weight, of those that occur often enough."""
-    lists = []
-    for side in ("chosen", "rejected"):
-        of_side = view.survey.tokens.filter((pl.col("side") == side) & (pl.col("count") >= _MIN_COUNT))
-        for title, descending in (("heaviest", True), ("lightest", False)):
-            ranked = of_side.sort(["mean_weight", "token_id"], descending=[descending, False])
-            rows = ranked.head(_NUM_LISTED_TOKENS).to_dicts()
-            if rows:
-                lists.append((f"{title} on {side}", [{**row, "text": _text(view, row["token_id"])} for row in rows]))
-    return lists
+    return [
+        (f"{title} on {side}", [{**row, "text": _text(view, row["token_id"])} for row in rows.to_dicts()])
+        for side in SIDES
+        for title, rows in view.survey.extremes(side).items()
+        if not rows.is_empty()
+    ]
 
 
 def _text(view: View, token_id: int) -> str:
@@ -125,7 +147,7 @@ def _data(view: View) -> dict[str, object]:
     pairs = [
         {
             "id": pair.pair_id,
-            "split": pair.split,
+            "split": name_hidden(pair.split),  # as in the template's list of splits
             "logratio": pair.pair_logratio,
             "effective": round(pair.effective_share, 4),
             "disagreement": pair.disagreement,
