@@ -242,7 +242,8 @@ def test_the_commands_that_the_demo_prints_work(world, first_build):
         assert done.returncode == 0, done.stderr
         outputs.append(done.stdout + done.stderr)
     shown, built, trained = outputs
-    assert "made from" in shown
+    assert f"toy/tis-dpo@{WeightStore(world / 'store').resolve('toy/tis-dpo').version}: 3 of " in shown
+    assert "⟦</s>⟧" in shown
     assert "score ref: logps/" in built
     assert "nothing to score" in built
     assert "published weights/toy/stronger@0" in built

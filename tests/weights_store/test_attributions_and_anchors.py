@@ -148,7 +148,7 @@ def test_optimize_and_vacuum_go_through_these_tables(ti_store, path, capsys):
 
 def test_lineage_leads_back_through_attributions_and_anchors(ti_store):
     lineage = ti_store.lineage(NAME)
-    assert lineage.select("depth", "role", "kind", "name", "version", "rows").rows() == [
+    assert lineage.select("depth", "role", "kind", "name", "version", "num_rows").rows() == [
         (0, "weights", "table", f"weights/{NAME}", 0, 4),
         (1, "tokens", "table", f"tokens/{DATASET}", 1, 4),
         (2, "source", "source", "data/hh_harmless.jsonl", None, 5),
@@ -162,22 +162,17 @@ def test_lineage_leads_back_through_attributions_and_anchors(ti_store):
 
 def test_lists_and_histories_name_the_estimator(ti_store):
     row = ti_store.list().row(by_predicate=pl.col("name") == NAME, named=True)
-    assert (row["version"], row["estimator"], row["contrast"], row["pairs"], row["response_tokens"]) == (
-        0,
-        "ti",
-        None,
-        4,
-        21,
-    )
+    names = ("version", "estimator", "contrast", "num_pairs", "num_response_tokens")
+    assert tuple(row[name] for name in names) == (0, "ti", None, 4, 21)
     assert ti_store.history(NAME)["estimator"].to_list() == ["ti"]
 
 
 def test_the_token_view_has_ti_weights_and_no_contrastive_pair(ti_store):
     rows = ti_store.scan_tokens(NAME).filter(pl.col("pair_id") == "b", pl.col("side") == "rejected").collect()
-    assert rows.rows() == [
-        ("b", "rejected", 0, 8, 0.5, -1.0, None, None),
-        ("b", "rejected", 1, 3, 1.5, -1.0, None, None),
-        ("b", "rejected", 2, 9, 1.0, -1.0, None, None),
+    assert rows.rows() == [  # weights are attributions over their mean, 2
+        ("b", "rejected", 0, 8, 0.5, -1.0, None, None, 1.0),
+        ("b", "rejected", 1, 3, 1.5, -1.0, None, None, 3.0),
+        ("b", "rejected", 2, 9, 1.0, -1.0, None, None, 2.0),
     ]
 
 

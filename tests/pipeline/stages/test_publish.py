@@ -149,9 +149,9 @@ def test_given_models_stand_in_the_lineage_by_their_own_names(store, make_recipe
     publish(recipe, recipe.weights, made_of)
     models = store.lineage("toy/tis-dpo").filter(pl.col("kind") == "model")
     assert models.select("role", "name", "fingerprint").rows() == [
-        ("model", recipe.model.path, "a" * 12),
-        ("positive model", "org/larger", "b" * 12),
-        ("positive model", "org/larger", "c" * 12),
+        ("model", recipe.model.path, "a" * 64),
+        ("positive model", "org/larger", "b" * 64),
+        ("positive model", "org/larger", "c" * 64),
     ]
     assert "contrast" not in store.metadata("toy/tis-dpo")  # nothing was trained on these labels here
 
