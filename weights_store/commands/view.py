@@ -146,8 +146,6 @@ def _view(options: argparse.Namespace) -> "View":
 def _print(view: "View") -> None:
     from weights_store.inspection.ansi import choose_colours, render
 
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     width = shutil.get_terminal_size().columns
     for line in render(view, width, choose_colours(sys.stdout.isatty(), os.environ)):
         print(line)
