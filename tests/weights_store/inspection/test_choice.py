@@ -153,6 +153,13 @@ def test_two_datasets_are_compared_over_all_their_common_pairs(small_store, monk
     assert (a.disagreement, a.chosen.other_weights) == (pytest.approx(1.6), [1.0, 0.5, 2.0])
 
 
+def test_datasets_of_other_data_cannot_be_compared(small_store, chosen):
+    rows = small_store.scan(REVERSED).filter(pl.col("pair_id") == "a").with_columns(pair_id=pl.lit("e")).collect()
+    small_store.table("weights/other/data").append(rows.to_arrow(), small_store.metadata(REVERSED))
+    with pytest.raises(InputError, match="have no pair in common; compare two that were made from the same data"):
+        chosen(other="other/data", store=small_store)
+
+
 def test_constant_weights_have_no_correlation_and_a_weight_of_0_no_infinite_disagreement(read_store):
     view = read_store.view("hh-harmless/ti-dpo", "hh-harmless/uniform", pairs=["b"])
     assert view.comparison["correlation"] is None
