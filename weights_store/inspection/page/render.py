@@ -29,8 +29,9 @@ _COMPARED = {
     "correlation": "correlation of the weights",
     "num_disagreeing": "tokens above 1 in one, below in the other",
 }
-_DERIVED = ("logratio", "surprise")
-"""Measures that the script works out from others, so the page need not hold them."""
+_DERIVED = ("logp_neg", "surprise")
+"""Measures that the script works out from others, so the page need not hold them. Not the log-ratio: the difference of two
+rounded log-probs would be off by 0.01 nats."""
 
 
 def render(view: View) -> str:
@@ -43,9 +44,9 @@ def render(view: View) -> str:
 
     folder = Path(__file__).parent
     style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
-    template = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(folder.joinpath("template.html").read_text(encoding="utf-8"))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["prose"] = _prose
+    template = environment.from_string(folder.joinpath("template.html").read_text(encoding="utf-8"))
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
@@ -67,6 +68,13 @@ def render(view: View) -> str:
         plots=[(title, _picture(svg)) for title, svg in view.plots],
     )
     return html.encode("utf-8", "backslashreplace").decode()  # names and recipes may hold surrogates without a partner
+
+
+def _prose(text: str) -> Markup:
+    """Return a sentence of the doctor as HTML: with a capital letter (but for π), and `code` where it has backquotes."""
+    begin = text[:1] if text.startswith("π") else text[:1].upper()
+    parts = f"{begin}{text[1:]}".split("`")
+    return Markup("").join(Markup("<code>{}</code>").format(part) if n % 2 else part for n, part in enumerate(parts))
 
 
 def _number(value: object) -> str:

@@ -42,7 +42,7 @@ function values(side, name) {
   if (side.values[name]) return side.values[name];
   const raw = side.raw.measures;
   let found = null;
-  if (name === "logratio" && raw.logp_pos) found = values(side, "logp_pos").map((value, t) => value - values(side, "logp_neg")[t]);
+  if (name === "logp_neg" && raw.logratio) found = values(side, "logp_pos").map((value, t) => value - values(side, "logratio")[t]);
   else if (name === "surprise") found = values(side, "ref_logp").map((value) => -value);
   else if (name === "other" && side.raw.other) found = numbers(side.raw.other);
   else if (name === "change" && side.raw.other) found = values(side, "other").map((value, t) => value / values(side, "weight")[t]);
@@ -83,7 +83,7 @@ function colour(is_drawn) {
   const [low, high] = scales[name] || ["0", "−8 nats"];
   $("scale-low").textContent = low;
   $("scale-high").textContent = high;
-  $("beyond").textContent = ` ${beyond.toLocaleString("en")} of ${all.toLocaleString("en")} tokens`;
+  $("beyond").textContent = ` ${beyond.toLocaleString("en")} of ${all.toLocaleString("en")} tokens coloured`;
 }
 
 // --- search, sort, filter ---------------------------------------------------------------------------------------------
@@ -190,19 +190,20 @@ function clear() {
 
 // --- events -------------------------------------------------------------------------------------------------------------
 const list = $("list");
+const is_shortcut = (event) => event.ctrlKey || event.metaKey || event.altKey; // the browser's own: Ctrl+P prints
 list.addEventListener("pointerover", (event) => { const found = locate(event.target); if (found) show(...found); });
 list.addEventListener("click", (event) => { const found = locate(event.target); if (found) { show(...found); find_occurrences(...found); } });
 list.addEventListener("focusin", (event) => { const side = side_of.get(event.target); if (side && at?.element.parentNode !== event.target) show(side, side.start_of.get(event.target) ?? 0); });
 list.addEventListener("keydown", (event) => {
   const side = side_of.get(event.target);
-  if (!side || at?.side !== side) return;
+  if (!side || at?.side !== side || is_shortcut(event)) return;
   const last = side.elements.length - 1;
   const to = {ArrowRight: at.position + 1, ArrowLeft: at.position - 1, Home: 0, End: last}[event.key];
   if (to !== undefined) { show(side, Math.max(0, Math.min(last, to))); at.element.scrollIntoView({block: "nearest"}); event.preventDefault(); }
   if (event.key === "Enter") { find_occurrences(side, at.position); event.preventDefault(); }
 });
 document.addEventListener("keydown", (event) => {
-  if (event.target.matches?.("input, select")) return;
+  if (event.target.matches?.("input, select") || is_shortcut(event)) return;
   if (event.key === "n") step(1);
   if (event.key === "p") step(-1);
   if (event.key === "Escape") clear();

@@ -190,6 +190,14 @@ def test_axe_has_nothing_to_say(view, compared, browser, tmp_path, scheme):
         assert found == []
 
 
+def test_high_contrast_keeps_the_colours_of_tokens(view, open_page):
+    page = open_page(view, forced_colors="active")
+    found = page.evaluate(
+        "() => [1, 2, 3].map((n) => getComputedStyle($('pair-0').querySelector(`.t.c i:nth-child(${n})`)).backgroundColor)"
+    )
+    assert len(set(found)) == 3  # weights 1, 0.25 and 4.5: none, blue and orange
+
+
 def test_without_javascript_the_pairs_can_be_read(view, open_page):
     page = open_page(view, java_script_enabled=False)
     assert "I am sorry" in page.inner_text("#pair-0 .t.c")

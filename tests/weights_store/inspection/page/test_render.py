@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 
+from weights_store.inspection.doctor import Diagnosis
 from weights_store.inspection.page import render
 
 
@@ -80,9 +81,38 @@ def test_the_data_are_the_tokens_numbers(view):
     side, raw = view.pairs[1].chosen, data["pairs"][1]["chosen"]
     indices = np.frombuffer(base64.b64decode(raw["tokens"]), "<u2")
     assert [data["tokens"][index][0] for index in indices] == list(side.ids)
-    logps = np.frombuffer(base64.b64decode(raw["measures"]["logp_neg"]), "<f2")
-    np.testing.assert_allclose(logps, side.measures["logp_neg"], rtol=1e-3)
+    logps = np.frombuffer(base64.b64decode(raw["measures"]["logp_pos"]), "<f2")
+    np.testing.assert_allclose(logps, side.measures["logp_pos"], rtol=1e-3)
     assert data["pairs"][0]["chosen"]["clamped"] == ".-+."
+
+
+def test_a_small_log_ratio_is_not_lost_between_large_log_probs(view):
+    side = dataclasses.replace(
+        view.pairs[0].chosen,
+        ids=[1],
+        texts=["I"],
+        is_special=[False],
+        clamped=[0],
+        measures={
+            "weight": [1.0],
+            "logratio": [0.0234],
+            "logp_pos": [-12.0],
+            "logp_neg": [-12.0234],
+            "ref_logp": [-12.0],
+        },
+    )
+    html = render(dataclasses.replace(view, pairs=[dataclasses.replace(view.pairs[0], chosen=side)]))
+    raw = json.loads(re.search(r'id="data">(.*?)</script>', html)[1])["pairs"][0]["chosen"]["measures"]
+    # Between 8 and 16, numbers of 16 bits are 1/128 = 0.008 apart.
+    np.testing.assert_allclose(np.frombuffer(base64.b64decode(raw["logratio"]), "<f2"), 0.0234, rtol=1e-3)
+
+
+def test_what_the_doctor_says_is_in_sentences(view):
+    finding = Diagnosis("hardly_differs", "warning", "they differ <b>", "π+ says it.", "Set `weights.spread`, or not.")
+    html = render(dataclasses.replace(view, diagnoses=[finding]))
+    assert "They differ &lt;b&gt;.</p>" in html
+    assert "π+ says it." in html
+    assert "Set <code>weights.spread</code>, or not." in html
 
 
 def test_a_page_of_twenty_pairs_is_small(view):
