@@ -78,9 +78,9 @@ def _prose(text: str) -> Markup:
 
 
 def _number(value: object) -> str:
-    """Return a count with separators, a fraction with two digits, and what is not known as a dash."""
+    """Return a count with separators, or a fraction with two digits; a correlation may be None."""
     if value is None:
-        return "–"
+        return "none: one has constant weights"
     return f"{value:,}" if isinstance(value, int) else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 

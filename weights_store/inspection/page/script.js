@@ -138,7 +138,7 @@ function show(side, position) {
   panel.replaceChildren();
   add("b", text);
   add("span", `id ${id}, token ${position + 1} of ${side.tokens.length}, ${side.name}`);
-  const names = [...data.measures.map((each) => each.name), ...(data.other ? ["other", "change"] : [])];
+  const names = data.measures.flatMap((each) => (data.other && each.name === "weight" ? ["weight", "other", "change"] : [each.name]));
   for (const name of names) {
     const found = values(side, name);
     if (found) add("span", `${labels[name].label} ${shown(found[position], labels[name].unit)}`);
@@ -204,8 +204,10 @@ list.addEventListener("keydown", (event) => {
 });
 document.addEventListener("keydown", (event) => {
   if (event.target.matches?.("input, select") || is_shortcut(event)) return;
-  if (event.key === "n") step(1);
-  if (event.key === "p") step(-1);
+  if (event.key === "n" || event.key === "p") {
+    step(event.key === "n" ? 1 : -1);
+    if (occurrences.length) at.element.parentNode.focus({preventScroll: true}); // arrow keys go on from there
+  }
   if (event.key === "Escape") clear();
   if (event.key === "/") { $("search").focus(); event.preventDefault(); }
 });

@@ -90,6 +90,10 @@ def test_all_occurrences_of_a_token(view, open_page):
     page.click("#next")
     assert page.inner_text("#count").startswith("2 of 10")
     assert "rejected" in page.inner_text("#token")
+    page.keyboard.press("n")
+    assert page.inner_text("#count").startswith("3 of 10")
+    page.keyboard.press("ArrowRight")  # from the occurrence on, not from the token that was clicked
+    assert "token 2 of 5, chosen" in page.inner_text("#token")
     page.keyboard.press("Escape")
     assert not page.is_visible("#occurrences")
 
