@@ -194,6 +194,14 @@ def test_axe_has_nothing_to_say(view, compared, browser, tmp_path, scheme):
         assert found == []
 
 
+def test_a_narrow_window_cuts_off_no_control(view, open_page):
+    page = open_page(view, viewport={"width": 400, "height": 800})
+    assert (
+        page.evaluate("Math.max(...[...$('tools').querySelectorAll('*')].map((e) => e.getBoundingClientRect().right))")
+        <= 400
+    )
+
+
 def test_high_contrast_keeps_the_colours_of_tokens(view, open_page):
     page = open_page(view, forced_colors="active")
     found = page.evaluate(
