@@ -72,7 +72,9 @@ def test_the_view_says_what_it_shows(read_store, texts):
 def test_a_notebook_gets_a_frame_that_cannot_reach_it(read_store, texts, monkeypatch):
     page = '<p title="a">&amp;</p><script>"</script>'
     monkeypatch.setattr("weights_store.inspection.page.render", lambda view: page)
-    frame = read_store.view(NAME, tokenizer=texts)._repr_html_()
+    view = read_store.view(NAME, tokenizer=texts)
+    assert repr(view) == f"<NotebookView {NAME}@1: all 4 pairs>"
+    frame = view._repr_html_()
     assert frame.count("<iframe") == 1
     assert 'sandbox="allow-scripts"' in frame
     (document,) = re.findall(r'srcdoc="([^"]*)"', frame)
