@@ -268,4 +268,6 @@ def _draw_legend(
     ]
     longest = max((len(str(line.get_label())) for line in lines), default=1)
     columns = min(4, max(1, int(16 * figure.get_figwidth()) // (longest + 6)))
-    figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+    legend = figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a folder may have a dollar sign in its name

@@ -126,7 +126,7 @@ class WeightStore:
 
         Raises:
             NotFoundError: Also if log-probs that the weights were made from are gone.
-            DamageError: A shard is not what was committed, or weights and tokens differ in number.
+            DamageError: A shard is not what was committed, weights and tokens differ in number, or a number is not finite.
         """
         return survey(self.root, self.resolve(name, version))
 
@@ -150,7 +150,11 @@ class WeightStore:
         return scan_quarantine(self.root, dataset)
 
     def diff(self, a: str, b: str) -> Diff:
-        """Compare two weight datasets, each `name` or `name@version`, range by range in bounded memory."""
+        """Compare two weight datasets, each `name` or `name@version`, range by range in bounded memory.
+
+        Raises:
+            DamageError: A weight is not a finite number.
+        """
         old, new = (self.resolve(*split_name(text)) for text in (a, b))
         return diff_tables(self.table(old.table), old.version, self.table(new.table), new.version)
 

@@ -72,6 +72,11 @@ def test_labels_differ(tmp_path):
     assert [run.label for run in read_runs([dpo, namesake])] == [f"{of_dpo}, {dpo}", f"{of_dpo}, {namesake}"]
 
 
+def test_a_label_is_no_formula(tmp_path):
+    folders = [write_run(tmp_path / name, history=[line(1, 0.1)]) for name in ("$\\frac{$", "other")]
+    assert "<!-- dpo β 0.1, toy/tis@1, $\\frac{$ -->" in draw_runs(folders, "svg").decode()
+
+
 def test_what_cannot_be_drawn_is_explained(tmp_path, run):
     with pytest.raises(InputError, match="has no train.json: expected the output folder of `tokenweights train`"):
         read_runs([tmp_path])

@@ -6,6 +6,7 @@ import shutil
 import time
 from datetime import datetime
 
+import polars as pl
 import pyarrow as pa
 import pytest
 
@@ -100,6 +101,24 @@ def test_diff_says_settings_pairs_and_weights(command):
 def test_diff_counts_anchors_that_differ(ti_store, command):
     _, out, _ = command("diff", NAME, "hh-harmless/ti-dpo")
     assert "\nanchors: 4 pairs with another one or none\n" in out
+
+
+def test_nothing_of_the_data_is_obeyed_by_the_terminal(small_store, command):
+    evil = "\x1b[2J\u202e"
+    metadata = small_store.metadata(NAME)
+    statistics = {**metadata["statistics"], "num_pairs_by_split": {evil: 3, "test": 1}}
+    identity = {**metadata["identity"], evil: evil}
+    rows = small_store.scan(NAME).with_columns(pair_id=pl.col("pair_id") + evil, split=pl.lit(evil)).collect()
+    table = small_store.table("weights/hh-harmless/evil")
+    made = {**metadata, "statistics": statistics, "identity": identity}
+    table.append(rows.to_arrow(), {**made, "changes": [evil]})
+    halved = rows.with_columns(pl.col("chosen_token_weights") / 2)
+    table.replace(halved.to_arrow(), {**metadata, "fingerprint": "other"})
+    for arguments in (["show"], ["history"], ["lineage"], ["diff", "hh-harmless/evil@0"]):
+        code, out, _ = command(*arguments, "hh-harmless/evil")
+        assert code == 0
+        assert not set(evil) & set(out) - set("[2J")
+        assert "\\x1b[2J\\u202e" in out or arguments == ["lineage"]
 
 
 def test_diff_of_the_same_has_no_largest_disagreements(command):

@@ -43,9 +43,7 @@ def add_commands(
     history = add_listing("history", run_history, "list the versions of a weight dataset, and what changed in each")
     history.add_argument("name", metavar="NAME", help="for example hh-harmless/tis-dpo")
     _add_name(add_listing("lineage", run_lineage, "show everything that a weight dataset was made from"))
-    diff = add_listing(
-        "diff", run_diff, "compare two weight datasets: settings, pairs, weights token by token, anchors"
-    )
+    diff = add_listing("diff", run_diff, "compare two weight datasets: settings, pairs, token weights, anchors")
     diff.add_argument("a", metavar="A", help="NAME or NAME@VERSION")
     diff.add_argument("b", metavar="B", help="NAME or NAME@VERSION")
     _add_name(add_doctor(add_listing))

@@ -2,13 +2,17 @@
 
 import argparse
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import weights_store
-from weights_store.printing import GAP, amount_text, count_text, print_json, print_orphans, print_repair, size_text
+from weights_store.printing import GAP, count_text, print_json, print_table, size_text
 
 if TYPE_CHECKING:
     from weights_store.checks.findings import Finding
+    from weights_store.checks.repair import Repair
+    from weights_store.checks.vacuum import Orphan
+    from weights_store.tables.shards import ShardRecord
 
 
 def run_export(options: argparse.Namespace) -> None:
@@ -49,7 +53,7 @@ def run_verify(options: argparse.Namespace) -> int:
     if orphans:
         size = size_text(sum(orphan.num_bytes for orphan in orphans))
         print(f"{count_text(len(orphans), 'file')} that no version needs, {size}; see `tokenweights vacuum`")
-        print_orphans(orphans)
+        _print_orphans(orphans)
     result = count_text(len(findings), "finding") if findings else "all as it was committed"
     if not (findings or options.rows):
         result += "; --rows also checks the rules that rows must keep"
@@ -67,14 +71,14 @@ def run_vacuum(options: argparse.Namespace) -> None:
         document = {"store": options.store, "retention_hours": options.retention_hours, "deleted": options.yes}
         print_json({**document, "files": orphans})
         return
-    print_orphans(orphans)
+    _print_orphans(orphans)
     rule = f"that no version needs, older than {options.retention_hours:g} h, in {options.store}"
     if not orphans:
         print(f"nothing to delete: no file {rule}")
     elif options.yes:
-        print(f"deleted {amount_text(orphans, 'file')} {rule}")
+        print(f"deleted {_amount_text(orphans, 'file')} {rule}")
     else:
-        print(f"would delete {amount_text(orphans, 'file')} {rule}; --yes deletes")
+        print(f"would delete {_amount_text(orphans, 'file')} {rule}; --yes deletes")
 
 
 def run_repair(options: argparse.Namespace) -> None:
@@ -89,7 +93,7 @@ def run_repair(options: argparse.Namespace) -> None:
         print_json([{**vars(repair), "aside": moved.get(repair.table)} for repair in repairs])
         return
     for repair in repairs:
-        print_repair(repair, moved.get(repair.table))
+        _print_repair(repair, moved.get(repair.table))
     if not needed:
         print(f"nothing to repair in {options.store}: every table's newest version is whole")
     elif not options.yes:
@@ -105,11 +109,11 @@ def run_optimize(options: argparse.Namespace) -> None:
     before = table.records(base.version)
     made = optimize(table)
     if made is None:
-        print(f"{base}: nothing to do, {amount_text(before, 'shard')}")
+        print(f"{base}: nothing to do, {_amount_text(before, 'shard')}")
         return
     print(f"{base} -> @{made.version} in {options.store}")
     after = table.records(made.version)
-    print(f"{GAP}{amount_text(before, 'shard')} -> {amount_text(after, 'shard')}; older versions stay readable")
+    print(f"{GAP}{_amount_text(before, 'shard')} -> {_amount_text(after, 'shard')}; older versions stay readable")
 
 
 def _table_path(text: str) -> str:
@@ -122,3 +126,44 @@ def _table_path(text: str) -> str:
 
 def _table_paths(names: Sequence[str]) -> list[str] | None:
     return [_table_path(name) for name in names] or None
+
+
+def _print_orphans(orphans: "Sequence[Orphan]") -> None:
+    """Print one line per file that no version needs; nothing if there are none."""
+    if orphans:
+        rows = [
+            {"size": size_text(o.num_bytes), "age": f"{o.age_hours:.0f} h", "file": f"{o.table}/{o.name}"}
+            for o in orphans
+        ]
+        print_table(rows, GAP)
+
+
+def _print_repair(repair: "Repair", aside: str | None) -> None:
+    """Print what is lost and kept of one table, and where the rest went; None if it is still in its place."""
+    if repair.kept is None:
+        print(f"{repair.table}: none of its {count_text(repair.newest + 1, 'version')} is whole; build it again")
+    elif repair.dropped:
+        print(f"{repair.table}: back from version {repair.newest} to {repair.kept}, its newest whole one")
+    elif repair.files:
+        print(f"{repair.table}: all versions stay; checkpoints that are no true summary of its log go")
+    else:
+        print(f"{repair.table}: version {repair.newest} is whole and can be built on; some older ones are damaged")
+    for problem, group in groupby(sorted(repair.dropped.items()), key=lambda item: item[1]):
+        versions = [version for version, _ in group]
+        one = len(versions) == 1
+        span = f"version {versions[0]} is" if one else f"versions {versions[0]}..{versions[-1]} are"
+        print(f"{GAP}{span} dropped: {problem}")
+    for version, problem in sorted(repair.unreadable.items()):
+        print(f"{GAP}version {version} stays damaged: {problem}")
+    if repair.dropped:
+        before = "an unknown number of" if repair.num_rows is None else f"{repair.num_rows:,}"
+        print(f"{GAP}{repair.num_rows_kept:,} rows are kept of {before} in version {repair.newest}")
+    if not repair.files:
+        return
+    files = count_text(len(repair.files), "file")
+    print(f"{GAP}moved {files} to {aside}" if aside else f"{GAP}would move {files} to the folder aside/ of the store")
+
+
+def _amount_text(files: "Sequence[ShardRecord | Orphan]", noun: str) -> str:
+    """Return for example `2 files, 3.5 KiB`."""
+    return f"{count_text(len(files), noun)}, {size_text(sum(file.num_bytes for file in files))}"

@@ -73,7 +73,7 @@ def run_show(options: argparse.Namespace) -> None:
     lines = summary_lines(statistics, metadata["identity"]["settings"]["weights"], metadata.get("parity"))
     width = max(len(label) for label, _ in lines)
     for label, value in lines:
-        print(f"{GAP}{label:<{width}}{GAP}{value}")
+        print(f"{GAP}{label:<{width}}{GAP}{one_line(value)}")
     print("\nmade from")
     for parent in parents:
         print(f"{GAP}{parent['role']:<16}{parent['table']}@{parent['version']}{GAP}{parent['fingerprint'][:_DIGITS]}")
@@ -166,7 +166,7 @@ def run_diff(options: argparse.Namespace) -> None:
         return
     print(f"A  {diff.a}\nB  {diff.b}\n\nsettings, A -> B")
     for line in diff.settings or ["no difference"]:
-        print(f"{GAP}{line}")
+        print(f"{GAP}{one_line(line)}")
     print("\npairs")
     print(f"{GAP}{diff.num_common:,} in both, {diff.num_only_in_a:,} only in A, {diff.num_only_in_b:,} only in B")
     if diff.num_not_comparable:

@@ -17,7 +17,7 @@ def check_ours(path: Path) -> None:
     Raises:
         InputError: There is something in its place that we did not write, or its folder does not exist or cannot be written to.
     """
-    if not path.parent.is_dir():
+    if not path.absolute().parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}; make it, or give -o another name")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"{path}: no permission to write to the folder {path.parent.resolve()}; give -o another name")

@@ -11,15 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Literal, NamedTuple
 
+from weights_store.inspection.measures import colour_at, is_light
 from weights_store.inspection.pairs import ShownPair, ShownSide
 from weights_store.inspection.view import View
 from weights_store.printing import GAP, count_text, one_line
 
 Colours = Literal["none", "256", "truecolor"]
-Colour = tuple[int, int, int]
 
-BELOW, ABOVE, NEUTRAL = (0x21, 0x66, 0xAC), (0xB3, 0x58, 0x06), (0xFF, 0xFF, 0xFF)
-"""Ends and middle of the scale, red, green and blue. Colour-blind people tell the ends apart (ColorBrewer's RdBu and PuOr)."""
 MAX_STEP = 4
 """Half steps of log2 from 1 to the ends of the scale: 1/4 and 4."""
 _LEVELS = (0, 95, 135, 175, 215, 255)
@@ -86,18 +84,9 @@ def style_of(step: int, colours: Colours) -> str:
         red, green, blue = _INDEXED[step]
         text = "16" if is_light((_LEVELS[red], _LEVELS[green], _LEVELS[blue])) else "231"
         return f"\x1b[38;5;{text};48;5;{16 + 36 * red + 6 * green + blue}m"
-    end, share = BELOW if step < 0 else ABOVE, abs(step) / MAX_STEP
-    red, green, blue = (round(middle + (full - middle) * share) for middle, full in zip(NEUTRAL, end, strict=True))
+    red, green, blue = colour_at(step / MAX_STEP)
     text = "0;0;0" if is_light((red, green, blue)) else "255;255;255"
     return f"\x1b[38;2;{text};48;2;{red};{green};{blue}m"
-
-
-def is_light(colour: Colour) -> bool:
-    """Return whether black text has more contrast on a colour than white text, by WCAG 2's relative luminance."""
-    parts = (value / 255 for value in colour)
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    luminance = sum(share * part for share, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-    return (luminance + 0.05) ** 2 > 1.05 * 0.05
 
 
 def safe(text: str) -> str:

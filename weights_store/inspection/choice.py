@@ -39,7 +39,7 @@ class Choice:
     """A text in the prompt or a response, in upper or lower case; needs a tokenizer."""
     where: str | None = None
     """A condition in Polars' SQL over `PairTables.columns`, for example `split = 'test' AND num_chosen_tokens > 50`; of two
-    datasets also over `disagreement`."""
+    datasets also over `disagreement`. It is about single pairs: `AVG` and its like would see one range of pairs at a time."""
     seed: int = 0
     """Another seed gives other random pairs; the same seed gives the same ones, however the table is stored."""
 
@@ -128,7 +128,10 @@ class Picker:
             rows = rows.filter(pl.any_horizontal(pl.col("pair_id").str.starts_with(text) for text in choice.pairs))
             self.named += rows["pair_id"].to_list()
         if self._where is not None:
-            rows = rows.filter(self._where)
+            try:
+                rows = rows.filter(self._where)
+            except pl.exceptions.PolarsError as error:  # for example a cast that a value does not survive
+                raise self._no_condition(str(error).splitlines()[0]) from error
         if choice.search is not None:
             rows = rows.filter(pl.Series(self._found(rows), dtype=pl.Boolean))
         self.num_matching += rows.height
@@ -154,9 +157,9 @@ class Picker:
         for text in self.choice.pairs:
             self._check_one(text)
         ids: list[str] = [] if self.best is None else self.best["pair_id"].to_list()
-        if not self.num_pairs and self.has_other:
+        if self.has_other and not self.num_pairs:
             raise InputError(
-                "no pair to show: the two datasets have no pair in common; compare two that were made from the same data"
+                "no pair to show: the two datasets have no pair in common; compare two with the same pairs"
             )
         if not ids:
             asked = [f"contain {self.choice.search!r}"] if self.choice.search is not None else []
@@ -217,20 +220,27 @@ class Picker:
         where = self.choice.where
         if where is None:
             return None
-        columns = [*self.tables.columns, *(["disagreement"] if self.has_other else [])]
-        asked = f"where {where!r} is no condition over the columns of the weights"
-        listed = f"the columns are {', '.join(columns)}; for example: split = 'test' AND num_chosen_tokens > 50"
         try:
             expression = pl.sql_expr(where)
-            unknown = sorted({*expression.meta.root_names()} - {*columns})
-            if unknown:
-                raise SettingsError(f"{asked}: there is no column {', '.join(unknown)}; {listed}")
+            if unknown := sorted({*expression.meta.root_names()} - {*self._known}):
+                raise self._no_condition(f"there is no column {', '.join(unknown)}")
             nothing = KeyRange.between("", "")
-            known = self.tables.scan(nothing, [name for name in columns if name != "disagreement"]).head(0).collect()
+            stored = [name for name in self._known if name != "disagreement"]
+            known = self.tables.scan(nothing, stored).head(0).collect()
             known.with_columns(disagreement=pl.lit(None, pl.Float64)).filter(expression)
-        except pl.exceptions.PolarsError as error:
-            raise SettingsError(f"{asked}: {str(error).splitlines()[0]}; {listed}") from error
+        except (pl.exceptions.PolarsError, UnicodeEncodeError) as error:
+            raise self._no_condition(str(error).splitlines()[0]) from error
         return expression
+
+    @property
+    def _known(self) -> list[str]:
+        """The columns that a condition can name."""
+        return [*self.tables.columns, *(["disagreement"] if self.has_other else [])]
+
+    def _no_condition(self, why: str) -> SettingsError:
+        asked = f"where {self.choice.where!r} is no condition over the columns of the weights"
+        listed = f"the columns are {', '.join(self._known)}; for example: split = 'test' AND num_chosen_tokens > 50"
+        return SettingsError(f"{asked}: {why}; {listed}")
 
 
 def _pairs(number: int) -> str:

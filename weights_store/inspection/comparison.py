@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 
 from weights_store.schemas import SIDES
+from weights_store.views.diff import correlation
 
 LEAST_WEIGHT = 1 / 64
 """Weights below count as this much in a disagreement, which compares logarithms: a weight of 0 would make it infinite."""
@@ -31,8 +32,10 @@ class Comparison:
     """Tokens of the other common pairs."""
     num_disagreeing: int = 0
     """Tokens of which one dataset makes more (weight above 1) and the other less (below 1)."""
-    _sums: np.ndarray = field(default_factory=lambda: np.zeros(5), repr=False)
-    """Of x, y, x², y², xy with x and y = weight - 1, in float64."""
+    _sums: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("a", "b", "aa", "bb", "ab"), 0.0), repr=False
+    )
+    """Of both weights less 1, of their squares and of their product."""
 
     def join(self, here: pl.DataFrame, there: pl.DataFrame) -> pl.DataFrame:
         """Count one range of pairs; return those that both have, with column `disagreement`, null if the tokens differ."""
@@ -44,20 +47,17 @@ class Comparison:
         self.num_only_there += there.height - common.height
         self.num_differing_tokens += common.height - same.height
         for side in SIDES:
-            x, y = (_flat(same, f"{side}_token_weights{end}") for end in ("", _OTHER))
-            self.num_tokens += len(x)
-            self.num_disagreeing += int(np.count_nonzero(x * y < 0))
-            self._sums += [x.sum(), y.sum(), x @ x, y @ y, x @ y]
+            a, b = (_flat(same, f"{side}_token_weights{end}") for end in ("", _OTHER))
+            self.num_tokens += len(a)
+            self.num_disagreeing += int(np.count_nonzero(a * b < 0))
+            for name, values in {"a": a, "b": b, "aa": a * a, "bb": b * b, "ab": a * b}.items():
+                self._sums[name] += float(values.sum())
         return common
 
     @property
     def correlation(self) -> float | None:
         """Pearson's, over all tokens; None if one dataset weighs all tokens the same."""
-        if not self.num_tokens:
-            return None
-        x, y, xx, yy, xy = self._sums / self.num_tokens
-        spread = max(xx - x * x, 0.0) * max(yy - y * y, 0.0)
-        return None if spread <= 1e-20 else float((xy - x * y) / np.sqrt(spread))
+        return correlation(self.num_tokens, self._sums)
 
     def as_dict(self) -> dict[str, object]:
         """Return the counts and the correlation by name."""

@@ -209,7 +209,7 @@ def _constant(case: _Case) -> Iterator[_Found]:
         )
         yield _Found(
             f"weights hardly vary: {sides} (less than {_percent(MIN_VARIATION)} of the mean)",
-            "TIS-DPO on equal weights is plain DPO.",
+            "The tokens of a response all count the same, as in plain DPO.",
             "Check whether both models of the contrastive pair are the same; raise `weights.spread`; or say so with estimator "
             "`uniform`.",
         )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from weights_store.errors import InputError
 from weights_store.inspection.figure import Format, draw_figure
-from weights_store.inspection.measures import MEASURES
+from weights_store.inspection.measures import MEASURES, colour_at, is_light
 from weights_store.inspection.pairs import ShownPair, ShownSide
 from weights_store.printing import one_line
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BELOW, MIDDLE, ABOVE = (0x21, 0x66, 0xAC), (0xFF, 0xFF, 0xFF), (0xB3, 0x58, 0x06)
 _COLUMNS = 96
 """Characters in a line."""
 _SIZE_PT = 9.0
@@ -34,7 +33,7 @@ _EDGE = "#d0d7de"
 _LINE = 1.75
 """Distance of two lines, in font sizes."""
 _MAX_TOKENS = 600
-"""A side of more tokens is cut, and says so: it would be longer than a page."""
+"""A side of more tokens is cut, and says so: it would be longer than a page. A token is cut after one line."""
 _MAX_PROMPT = 3 * _COLUMNS
 _FULL = {"logratio": 2.0}
 """Distance from the centre at which the colour of a measure is full, in its unit, where the figures have a fixed scale."""
@@ -93,16 +92,12 @@ WEIGHT_SCALE = Scale(
 
 def colour(position: float) -> str:
     """Return the colour, `#rrggbb`, of a position on a scale: -1 blue, 0 white, 1 orange."""
-    end, share = (ABOVE if position > 0 else BELOW), abs(position)
-    return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in zip(MIDDLE, end, strict=True))
+    return "#{:02x}{:02x}{:02x}".format(*colour_at(position))
 
 
-def text_colour(background: str) -> str:
-    """Return black or white, whichever has the larger contrast (WCAG 2) on a background: at least 4.5 on any."""
-    parts = (int(background[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
-    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    return "#000000" if (luminance + 0.05) ** 2 >= 1.05 * 0.05 else "#ffffff"
+def text_colour(position: float) -> str:
+    """Return black or white, whichever has the larger contrast on the colour of a position: at least 4.5 on any."""
+    return "#000000" if is_light(colour_at(position)) else "#ffffff"
 
 
 def draw_pair(pair: ShownPair, format: Format, measure: str = "weight") -> bytes:
@@ -128,7 +123,8 @@ def draw_pair(pair: ShownPair, format: Format, measure: str = "weight") -> bytes
 
 def _tokens(side: ShownSide, measure: str) -> list[Token]:
     values = side.measures[measure]
-    tokens = [Token(*each) for each in zip(side.texts, values, side.is_special, strict=True)]
+    texts = [one if len(one) <= _COLUMNS else f"{one[: _COLUMNS - 1]}…" for one in side.texts]
+    tokens = [Token(*each) for each in zip(texts, values, side.is_special, strict=True)]
     more = len(tokens) - _MAX_TOKENS
     return [*tokens[:_MAX_TOKENS], Token(f" … {more:,} more tokens")] if more > 0 else tokens
 
@@ -233,12 +229,12 @@ def _draw_piece(axes: "Axes", piece: _Piece, scale: Scale) -> None:
     from matplotlib.patches import Rectangle
 
     token = piece.token
-    background = "#ffffff" if token.value is None else colour(scale.position(token.value))
+    position = 0.0 if token.value is None else scale.position(token.value)
     if token.value is not None:
         edge = "#000000" if token.is_special else _EDGE
         box = (piece.column, piece.line + 0.06)
-        axes.add_patch(Rectangle(box, piece.width, 0.88, facecolor=background, edgecolor=edge, lw=0.5))
-    _write(axes, piece.column, piece.line, piece.text, color=text_colour(background))
+        axes.add_patch(Rectangle(box, piece.width, 0.88, facecolor=colour(position), edgecolor=edge, lw=0.5))
+    _write(axes, piece.column, piece.line, piece.text, color=text_colour(position))
 
 
 def _draw_scale(axes: "Axes", scale: Scale, line: float) -> None:

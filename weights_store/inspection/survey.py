@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 
 from weights_store.catalog import open_table
+from weights_store.checks.rows import FINITE, WEIGHT
 from weights_store.errors import DamageError
 from weights_store.inspection.clamps import clamped
 from weights_store.location import Location
@@ -30,6 +31,7 @@ MIN_COUNT = 5
 RANGE_BYTES = 256 << 20
 """Memory of one range of pairs. Smaller ones read row groups at their borders more often."""
 
+_HINT = "`tokenweights verify --rows` names the pairs"
 _SLICE_PAIRS = 4096
 """Pairs that are counted at a time: their arrays stay in the processor's cache."""
 _OCTAVES, _PER_OCTAVE = 4, 8
@@ -171,17 +173,22 @@ def _flat(frame: pl.DataFrame, side: Side, weights: TableVersion) -> _Flat:
     """Return one side of some pairs, with log-ratios of the mean over all contrastive pairs.
 
     Raises:
-        DamageError: A list is not as long as its ids, or a pair has no log-probs.
+        DamageError: A response is empty, a list is not as long as its ids, a pair has no log-probs, or a number breaks its
+            law: one NaN would make means NaN, of which no check can say anything.
     """
     ids, lengths = _values(frame[f"{side}_ids"])
+    if not lengths.all():
+        raise DamageError(f"{weights}: {side}_ids is empty in a pair, expected at least one token; {_HINT}")
 
     def values(column: str) -> np.ndarray:
         found, its_lengths = _values(frame[column])
         if frame[column].null_count() or not np.array_equal(its_lengths, lengths):
             raise DamageError(
-                f"{weights}: column {column} does not have one value for each of {side}_ids in every pair; "
-                "`tokenweights verify --rows` names the pairs"
+                f"{weights}: column {column} does not have one value for each of {side}_ids in every pair; {_HINT}"
             )
+        law = WEIGHT if column.endswith("_weights") else FINITE
+        if not (holds := law.holds(found)).all():
+            raise DamageError(f"{weights}: column {column} has {found[~holds][0]}, {law.expected}; {_HINT}")
         return found
 
     logps = {

@@ -11,6 +11,7 @@ from typing import Any
 
 import polars as pl
 
+from weights_store.errors import DamageError
 from weights_store.fingerprint import explain_difference
 from weights_store.schemas import SIDES
 from weights_store.tables.table import Table
@@ -99,17 +100,18 @@ def diff_tables(a: Table, version_a: int, b: Table, version_b: int, max_bytes: i
         ranked = pl.concat([largest, changed]).sort(order, descending=[True, True, False, False])
         largest = ranked.head(_NUM_LARGEST)
     sides = {row["side"]: row for row in _sum(pl.concat(sums)).to_dicts()}
+    names = f"{a.path}@{version_a}", f"{b.path}@{version_b}"
+    chosen, rejected, pair_weights = (_side_diff(sides.get(side), *names) for side in (*SIDES, _PAIR))
     return Diff(
-        a=f"{a.path}@{version_a}",
-        b=f"{b.path}@{version_b}",
+        *names,
         settings=explain_difference(a.metadata(version_a)["identity"], b.metadata(version_b)["identity"]),
         num_common=counts["common"],
         num_only_in_a=counts["only_in_a"],
         num_only_in_b=counts["only_in_b"],
         num_not_comparable=counts["not_comparable"],
-        chosen=_side_diff(sides.get("chosen")),
-        rejected=_side_diff(sides.get("rejected")),
-        pair_weights=_side_diff(sides.get(_PAIR)),
+        chosen=chosen,
+        rejected=rejected,
+        pair_weights=pair_weights,
         num_anchors_changed=counts["anchors_changed"],
         largest=largest,
     )
@@ -120,10 +122,14 @@ def _sum(changes: pl.DataFrame) -> pl.DataFrame:
     return changes.group_by("side").agg(pl.sum(*_SUMS), pl.max("max_abs_change"))
 
 
-def _side_diff(sums: Mapping[str, Any] | None) -> SideDiff:
+def _side_diff(sums: Mapping[str, Any] | None, a: str, b: str) -> SideDiff:
     if sums is None or not sums["num_tokens"]:
         return SideDiff(0, 0)
     number = sums["num_tokens"]
+    if not math.isfinite(sums["aa"] + sums["bb"]):
+        raise DamageError(
+            f"{sums['side']} weights of {a} or {b} are not all finite numbers; `tokenweights verify --rows` names the pairs"
+        )
     return SideDiff(
         num_tokens=number,
         num_tokens_changed=sums["num_tokens_changed"],
@@ -131,17 +137,21 @@ def _side_diff(sums: Mapping[str, Any] | None) -> SideDiff:
         max_abs_change=sums["max_abs_change"],
         mean_a=sums["a"] / number,
         mean_b=sums["b"] / number,
-        correlation=_correlation(sums),
+        correlation=correlation(number, sums),
     )
 
 
-def _correlation(sums: Mapping[str, Any]) -> float | None:
-    """Return Pearson's correlation of the weights of `a` and `b`; None if those of one are equal but for rounding."""
-    number = sums["num_tokens"]
+def correlation(number: int, sums: Mapping[str, float]) -> float | None:
+    """Return Pearson's correlation of `number` pairs of numbers, from their sums `a`, `b`, `aa`, `bb` and `ab`.
+
+    None if there are none, or if all of `a` or all of `b` are equal but for rounding.
+    """
+    if not number:
+        return None
     spread_a, spread_b = (sums[2 * name] - sums[name] ** 2 / number for name in "ab")
     if spread_a <= _ROUNDING * sums["aa"] or spread_b <= _ROUNDING * sums["bb"]:
         return None
-    return (sums["ab"] - sums["a"] * sums["b"] / number) / math.sqrt(spread_a * spread_b)
+    return float((sums["ab"] - sums["a"] * sums["b"] / number) / math.sqrt(spread_a * spread_b))
 
 
 def _ranges(

@@ -77,10 +77,7 @@ def test_our_own_page_is_written_again_and_nothing_else(command, tmp_path):
             ["-o", "notes.txt"],
             "notes.txt: expected a name that ends in .html for a page, or in .svg or .png for a figure",
         ),
-        (
-            ["-o", "nowhere/page.html"],
-            "nowhere/page.html: there is no folder nowhere; make it, or give -o another name",
-        ),
+        (["-o", "no/page.html"], "no/page.html: there is no folder no; make it, or give -o another name"),
         (["-o", "figure.png"], "a figure shows one pair, got 4; name it with --pairs ID, or take --random 1"),
         (["--run", "policy", "--ansi"], "--run puts trainings into a page: leave out --ansi and figures"),
         (["--run", "."], "train.json"),

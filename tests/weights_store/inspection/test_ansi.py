@@ -7,8 +7,6 @@ import unicodedata
 import pytest
 
 from weights_store.inspection.ansi import (
-    ABOVE,
-    BELOW,
     MAX_STEP,
     choose_colours,
     render,
@@ -16,6 +14,7 @@ from weights_store.inspection.ansi import (
     step_of,
     style_of,
 )
+from weights_store.inspection.measures import ABOVE, BELOW
 
 NAME = "hh-harmless/tis-dpo"
 OURS = re.compile(r"\x1b\[(?:0|2|38;5;\d+;48;5;\d+|38;2;\d+;\d+;\d+;48;2;\d+;\d+;\d+)m")

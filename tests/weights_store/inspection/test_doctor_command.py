@@ -47,7 +47,7 @@ def test_a_warning_fails_only_if_strict(command, sick):
     assert command(sick, "--strict") == (1, out)
     finding = out.partition("\nwarning constant\n")[2]
     assert finding.startswith("  weights hardly vary: chosen 1.0000 ± 0, rejected 1.0000 ± 0")
-    assert "\n  meaning: TIS-DPO on equal weights is plain DPO.\n  to do:   Check" in finding
+    assert "\n  meaning: The tokens of a response all count the same, as in" in finding
 
 
 @pytest.mark.parametrize("columns", [40, 70, 300])

@@ -43,7 +43,7 @@ def luminance(shade):
 
 @pytest.mark.parametrize("place", [step / 20 for step in range(-20, 21)])
 def test_every_text_can_be_read(place):
-    shades = sorted(map(luminance, (colour(place), text_colour(colour(place)))))
+    shades = sorted(map(luminance, (colour(place), text_colour(place))))
     assert (shades[1] + 0.05) / (shades[0] + 0.05) >= 4.5
 
 
@@ -75,6 +75,12 @@ def test_a_figure_has_one_box_in_the_colour_of_each_weight():
     # Boxes have borders, the steps of the legend have the colour of their own.
     fills = re.findall(r'style="fill: (#\w+); stroke: (?:#d0d7de|#000000)', made)
     assert sorted(fills) == ["#2166ac", "#b35806", "#d9ac82"]
+
+
+def test_a_huge_token_is_cut_after_one_line():
+    made = draw_pair(pair(side(["x" * 1_000_000], [4.0]), side(["No"], [1.0])), "svg").decode()
+    assert f"<!-- {'x' * 95}… -->" in made
+    assert made.count("xxx") <= 95  # in one comment
 
 
 def test_the_measure_must_be_one_of_the_pair():

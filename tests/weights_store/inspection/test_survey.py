@@ -135,6 +135,34 @@ def test_weights_that_do_not_fit_their_tokens_stop_it(write_made_up, made_up):
         store.survey("toy/weights")
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -0.5])
+def test_weights_that_no_training_could_use_stop_it(write_made_up, made_up, bad):
+    weights = {side: made_up.weights(side) for side in SIDES}
+    weights["chosen"][3][1] = bad
+    store = write_made_up(made_up, weights=weights)
+    with pytest.raises(
+        DamageError, match=rf"column chosen_token_weights has {bad}, expected a finite number >= 0; .*--rows"
+    ):
+        store.survey("toy/weights")
+
+
+def test_a_log_prob_that_is_not_finite_stops_it(write_made_up, made_up):
+    """Means of log-ratios would be NaN, and no check of the doctor would find anything."""
+    made_up.logratios["rejected"][5][0] = math.nan
+    store = write_made_up(made_up, weights={side: made_up.weights(side) for side in SIDES}, logratios=made_up.logratios)
+    with pytest.raises(DamageError, match="column rejected_positive has nan, expected a finite number; "):
+        store.doctor("toy/weights")
+
+
+def test_an_empty_response_stops_it(write_made_up, made_up):
+    last = len(made_up.pair_ids) - 1
+    made_up.lengths["chosen"][last] = 0
+    for values in (made_up.ids, made_up.logratios):
+        values["chosen"][last] = values["chosen"][last][:0]
+    with pytest.raises(DamageError, match="chosen_ids is empty in a pair"):
+        write_made_up(made_up).survey("toy/weights")
+
+
 def test_log_probs_that_are_gone_are_named(of_two_prompts):
     import shutil
 

@@ -5,7 +5,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from weights_store.errors import NotFoundError, SettingsError
+from weights_store.errors import DamageError, NotFoundError, SettingsError
 from weights_store.schemas import WEIGHTS
 from weights_store.views.diff import SideDiff, diff_tables
 
@@ -145,6 +145,15 @@ def test_ranges_of_pairs_give_the_same_as_all_at_once(small_store, monkeypatch):
     assert by_range.largest.equals(at_once.largest)
     assert (by_range.chosen, by_range.num_common) == (at_once.chosen, at_once.num_common)
     assert by_range.rejected == at_once.rejected
+
+
+def test_weights_that_are_not_finite_are_refused(small_store):
+    rows = small_store.scan(TIS).with_columns(pair_weight=pl.lit(float("nan"), pl.Float32)).collect()
+    small_store.table("weights/hh-harmless/nan").append(rows.to_arrow(), small_store.metadata(TIS))
+    with pytest.raises(
+        DamageError, match="pair weights of weights/hh-harmless/tis-dpo@1 or .*nan@0 are not all finite"
+    ):
+        small_store.diff(TIS, "hh-harmless/nan")
 
 
 def test_what_is_not_there_or_no_name_is_refused(small_store):

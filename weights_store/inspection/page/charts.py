@@ -69,11 +69,11 @@ def by_position(survey: Survey) -> Markup:
     return _chart(label, parts, ends, ticks[:1] if is_tight else ticks, None)
 
 
-def side_numbers(side: SideSurvey) -> list[tuple[str, str]]:
-    """Return what is said of a side in numbers, as (label, value)."""
-    rows = [("mean weight", f"{side.mean_weight:.3f}"), ("effective share", share_text(side.effective_share))]
-    ends = (("at the lower end", side.share_at_lower), ("at the upper end", side.share_at_upper))
-    return rows + [(label, share_text(share)) for label, share in ends if share is not None]
+def side_numbers(side: SideSurvey) -> dict[str, str]:
+    """Return what is said of a side in numbers, by label."""
+    rows = {"mean weight": f"{side.mean_weight:.3f}", "effective share": share_text(side.effective_share)}
+    ends = {"at the lower end": side.share_at_lower, "at the upper end": side.share_at_upper}
+    return rows | {label: share_text(share) for label, share in ends.items() if share is not None}
 
 
 def _y(value: float, top: float) -> float:

@@ -11,7 +11,15 @@ from markupsafe import Markup
 
 from weights_store.inspection.measures import MEASURES
 from weights_store.inspection.page.charts import by_position, histogram, side_numbers
-from weights_store.inspection.page.tokens import FULL_LOG2, NUM_STEPS, packed, packed_indices, rows_of, visible
+from weights_store.inspection.page.tokens import (
+    FULL_LOG2,
+    NUM_STEPS,
+    name_hidden,
+    packed,
+    packed_indices,
+    rows_of,
+    visible,
+)
 from weights_store.inspection.pairs import ShownPair, ShownSide
 from weights_store.inspection.view import View
 
@@ -30,8 +38,8 @@ _COMPARED = {
     "num_disagreeing": "tokens above 1 in one, below in the other",
 }
 _DERIVED = ("logp_neg", "surprise")
-"""Measures that the script works out from others, so the page need not hold them. Not the log-ratio: the difference of two
-rounded log-probs would be off by 0.01 nats."""
+"""Measures that the script works out from others, so the page need not hold them. Log-ratios are held: they are small
+differences of large numbers, which have three digits here."""
 
 
 def render(view: View) -> str:
@@ -44,21 +52,25 @@ def render(view: View) -> str:
 
     folder = Path(__file__).parent
     style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_named
+    )
     environment.filters["prose"] = _prose
     template = environment.from_string(folder.joinpath("template.html").read_text(encoding="utf-8"))
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-    html = template.render(
+    columns = _side_columns(view)
+    return template.render(
         view=view,
         policy=policy,
         style=Markup(style),
         script=Markup(script),
         data=_json(_data(view)),
         charts={"histogram": histogram(view.survey), "position": by_position(view.survey)},
-        sides={"chosen": side_numbers(view.survey.chosen), "rejected": side_numbers(view.survey.rejected)},
+        columns=columns,
+        labels=list(dict.fromkeys(label for column in columns.values() for label in column)),
         token_lists=_token_lists(view),
         pairs=[_pair(pair, index) for index, pair in enumerate(view.pairs)],
         measures=[MEASURES[name] for name in view.measures],
@@ -67,13 +79,27 @@ def render(view: View) -> str:
         steps=range(-NUM_STEPS, NUM_STEPS + 1),
         plots=[(title, _picture(svg)) for title, svg in view.plots],
     )
-    return html.encode("utf-8", "backslashreplace").decode()  # names and recipes may hold surrogates without a partner
+
+
+def _named(value: object) -> object:
+    """Make visible what hides or reorders text in names, splits and settings too, before the template escapes them."""
+    return name_hidden(value) if type(value) is str else value
+
+
+def _side_columns(view: View) -> dict[str, dict[str, str]]:
+    """Return the numbers of each side by label, of both datasets if two are compared."""
+    surveys = {"": view.survey} if view.other_survey is None else {"A ": view.survey, "B ": view.other_survey}
+    return {
+        f"{which}{name}": side_numbers(side)
+        for which, survey in surveys.items()
+        for name, side in survey.sides().items()
+    }
 
 
 def _prose(text: str) -> Markup:
     """Return a sentence of the doctor as HTML: with a capital letter (but for π), and `code` where it has backquotes."""
     begin = text[:1] if text.startswith("π") else text[:1].upper()
-    parts = f"{begin}{text[1:]}".split("`")
+    parts = name_hidden(f"{begin}{text[1:]}").split("`")
     return Markup("").join(Markup("<code>{}</code>").format(part) if n % 2 else part for n, part in enumerate(parts))
 
 
@@ -101,8 +127,11 @@ def _json(value: object) -> Markup:
 
 def _pair(pair: ShownPair, index: int) -> dict[str, object]:
     rows = [(Markup(chosen), Markup(rejected), same) for chosen, rejected, same in rows_of(pair)]
-    prompt = visible(pair.prompt, _MAX_PROMPT)
     # Of a long chat the end says most: it is what the responses answer.
+    text = pair.prompt
+    if len(text) > _MAX_PROMPT:
+        text = f"(the end of {len(text):,} characters) … {text[-_MAX_PROMPT:]}"
+    prompt = visible(text, len(text))
     end = prompt if len(prompt) <= _PROMPT_END else f"… {prompt[-_PROMPT_END:]}"
     return {"pair": pair, "index": index, "prompt": prompt, "prompt_end": end, "rows": rows}
 
@@ -133,7 +162,7 @@ def _data(view: View) -> dict[str, object]:
     pairs = [
         {
             "id": pair.pair_id,
-            "split": pair.split,
+            "split": name_hidden(pair.split),  # as in the template's list of splits
             "logratio": pair.pair_logratio,
             "effective": round(pair.effective_share, 4),
             "disagreement": pair.disagreement,

@@ -6,6 +6,7 @@ const bytes = (text) => Uint8Array.from(atob(text), (character) => character.cha
 // float16, which older browsers have no array for: sign, 5 bits of exponent, 10 of fraction.
 const half = (bits) => {
   const exponent = (bits >> 10) & 31, fraction = bits & 1023, sign = bits & 32768 ? -1 : 1;
+  if (exponent === 31) return NaN;
   return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : (2 ** -14 * fraction) / 1024);
 };
 const numbers = (text) => Float32Array.from(new Uint16Array(bytes(text)), half);
@@ -28,7 +29,7 @@ for (const pair of pairs) {
     for (const cell of side.cells) {
       side_of.set(cell, side);
       side.start_of.set(cell, side.elements.length);
-      side.elements.push(...cell.children);
+      for (const element of cell.children) side.elements.push(element);
       cell.tabIndex = 0;
     }
     pair.length += side.tokens.length;
@@ -42,7 +43,7 @@ function values(side, name) {
   if (side.values[name]) return side.values[name];
   const raw = side.raw.measures;
   let found = null;
-  if (name === "logp_neg" && raw.logratio) found = values(side, "logp_pos").map((value, t) => value - values(side, "logratio")[t]);
+  if (name === "logp_neg" && raw.logp_pos) found = values(side, "logp_pos").map((value, t) => value - values(side, "logratio")[t]);
   else if (name === "surprise") found = values(side, "ref_logp").map((value) => -value);
   else if (name === "other" && side.raw.other) found = numbers(side.raw.other);
   else if (name === "change" && side.raw.other) found = values(side, "other").map((value, t) => value / values(side, "weight")[t]);

@@ -22,8 +22,12 @@ _MIN_SHARED_TOKENS, _MIN_SHARED_SHARE = 4, 0.25
 _MARKS = {" ": "␣", "\t": "⇥", "\n": "↵\n", "\r": "␍", "\x7f": "␡"}
 _HIDDEN = re.compile(
     # Controls but for tab and newline, surrogates without a partner, and marks that reorder or hide the text around them.
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
+
+
+_JOINERS = "\u200c\u200d"
+"""Invisible, but part of emoji and of Persian and Indic words: they show only where they stand alone."""
 
 
 def visible(text: str, max_characters: int = 2_000) -> str:
@@ -37,6 +41,13 @@ def visible(text: str, max_characters: int = 2_000) -> str:
         text = "".join(_MARKS.get(character, character) for character in text)
     else:
         text = text.replace("\n", "↵\n").replace("\t", "⇥\t")
+    if text and not text.strip(_JOINERS):
+        return "".join(f"⟨U+{ord(character):04X}⟩" for character in text)
+    return name_hidden(text)
+
+
+def name_hidden(text: str) -> str:
+    """Return a text with a visible sign for each character that hides or reorders what stands around it."""
     return _HIDDEN.sub(_named, text)
 
 

@@ -1,5 +1,7 @@
 """The page in a real browser: Chromium, headless, without a network. Skipped where there is none."""
 
+import dataclasses
+import math
 import shutil
 
 import pytest
@@ -68,6 +70,15 @@ def test_hover_shows_all_numbers_of_a_token(view, open_page):
     assert "at the upper end of the clamp" in told
     page.hover("#pair-0 .t.c i:nth-child(1)")
     assert "clamp" not in page.inner_text("#token")
+
+
+def test_what_is_no_number_is_shown_as_such(view, open_page):
+    side = view.pairs[0].chosen
+    measures = {**side.measures, "ref_logp": [math.nan] * 4}
+    pair = dataclasses.replace(view.pairs[0], chosen=dataclasses.replace(side, measures=measures))
+    page = open_page(dataclasses.replace(view, pairs=[pair]))
+    page.hover("#pair-0 .t.c i:nth-child(3)")
+    assert "log ref NaN" in page.inner_text("#token")
 
 
 def test_the_keyboard_reaches_every_token(view, open_page):

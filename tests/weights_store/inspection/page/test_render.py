@@ -81,30 +81,54 @@ def test_the_data_are_the_tokens_numbers(view):
     side, raw = view.pairs[1].chosen, data["pairs"][1]["chosen"]
     indices = np.frombuffer(base64.b64decode(raw["tokens"]), "<u2")
     assert [data["tokens"][index][0] for index in indices] == list(side.ids)
-    logps = np.frombuffer(base64.b64decode(raw["measures"]["logp_pos"]), "<f2")
-    np.testing.assert_allclose(logps, side.measures["logp_pos"], rtol=1e-3)
+    np.testing.assert_allclose(_numbers(raw, "logp_pos"), side.measures["logp_pos"], rtol=1e-3)
     assert data["pairs"][0]["chosen"]["clamped"] == ".-+."
 
 
-def test_a_small_log_ratio_is_not_lost_between_large_log_probs(view):
-    side = dataclasses.replace(
-        view.pairs[0].chosen,
-        ids=[1],
-        texts=["I"],
-        is_special=[False],
-        clamped=[0],
-        measures={
-            "weight": [1.0],
-            "logratio": [0.0234],
-            "logp_pos": [-12.0],
-            "logp_neg": [-12.0234],
-            "ref_logp": [-12.0],
-        },
-    )
-    html = render(dataclasses.replace(view, pairs=[dataclasses.replace(view.pairs[0], chosen=side)]))
-    raw = json.loads(re.search(r'id="data">(.*?)</script>', html)[1])["pairs"][0]["chosen"]["measures"]
-    # Between 8 and 16, numbers of 16 bits are 1/128 = 0.008 apart.
-    np.testing.assert_allclose(np.frombuffer(base64.b64decode(raw["logratio"]), "<f2"), 0.0234, rtol=1e-3)
+def test_a_small_log_ratio_of_unlikely_tokens_keeps_its_digits(view):
+    """-15.03 and -15.04 are the same number in the three digits that the page holds: their difference must not be 0."""
+    side = view.pairs[0].chosen
+    close = {**side.measures, "logp_pos": [-15.03] * 4, "logp_neg": [-15.04] * 4, "logratio": [0.01] * 4}
+    pair = dataclasses.replace(view.pairs[0], chosen=dataclasses.replace(side, measures=close))
+    data = json.loads(re.search(r'id="data">(.*?)</script>', render(dataclasses.replace(view, pairs=[pair])))[1])
+    np.testing.assert_allclose(_numbers(data["pairs"][0]["chosen"], "logratio"), 0.01, rtol=1e-3)
+
+
+def _numbers(side, measure):
+    return np.frombuffer(base64.b64decode(side["measures"][measure]), "<f2")
+
+
+def test_of_a_long_prompt_the_end_is_shown(view):
+    pair = dataclasses.replace(view.pairs[0], prompt=f"first {'x' * 30_000} last question")
+    html = render(dataclasses.replace(view, pairs=[pair]))
+    summary = re.search(r"<summary>(.*?)</summary>", html[html.index('id="pair-0"') :])[1]
+    assert summary.endswith("x last question")
+    assert "(the end of 30,020 characters)" in html
+    assert "first x" not in html
+
+
+def test_names_and_settings_cannot_hide_or_reorder_text(view):
+    evil = "a\u202eb\x1b[31m\x00\ud800"
+    pair = dataclasses.replace(view.pairs[0], pair_id=evil, split=evil)
+    facts, recipe = [(evil, evil)], {"weights": {evil: evil}, "of another program": 3}
+    html = render(dataclasses.replace(view, pairs=[pair], facts=facts, recipe=recipe, selection=evil))
+    assert not set("\u202e\x1b\x00\ud800") & set(html)
+    assert html.count("a⟨U+202E⟩b␛[31m␀\ufffd") >= 6
+    (data,) = re.findall(r'id="data">(.*?)</script>', html)
+    assert json.loads(data)["pairs"][0]["split"] == "a⟨U+202E⟩b␛[31m␀\ufffd"  # what the filter compares
+
+
+def test_numbers_of_both_datasets_are_compared(compared):
+    chosen = dataclasses.replace(compared.survey.chosen, mean_weight=0.125, share_at_lower=None, share_at_upper=None)
+    other = dataclasses.replace(compared.survey, chosen=chosen, rejected=chosen)
+    html = render(dataclasses.replace(compared, other_survey=other))
+    (table,) = re.findall(r"<caption>In numbers</caption>(.*?)</table>", html, re.DOTALL)
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("</tr>")]
+    assert rows[:2] == [
+        ["", "A chosen", "A rejected", "B chosen", "B rejected"],
+        ["mean weight", "1.250", "1.250", "0.125", "0.125"],
+    ]
+    assert ["at the lower end", "25.0 %", "25.0 %", "–", "–"] in rows
 
 
 def test_what_the_doctor_says_is_in_sentences(view):

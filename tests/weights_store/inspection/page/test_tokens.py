@@ -27,6 +27,9 @@ def test_steps_are_eighths_of_two_doublings():
         ("\u202eevil\u2066", "⟨U+202E⟩evil⟨U+2066⟩"),
         ("\ud800", "\ufffd"),
         ("\x9b", "⟨U+009B⟩"),
+        ("می\u200cخواهم", "می\u200cخواهم"),  # a joiner inside a word is part of it
+        ("\u200d", "⟨U+200D⟩"),
+        ("a\U000e0041", "a⟨U+E0041⟩"),  # invisible, but models read it
         ("שלום", "שלום"),
         ("x" * 1_000_000, "x" * 2_000 + "… (1,000,000 characters)"),
     ],
