@@ -3,8 +3,6 @@
 import html
 from collections.abc import Iterator, Sequence
 
-import polars as pl
-
 from weights_store.inspection.choice import Choice, choose
 from weights_store.inspection.clamps import weight_settings
 from weights_store.inspection.doctor import diagnose
@@ -15,13 +13,12 @@ from weights_store.inspection.survey import Survey, survey
 from weights_store.inspection.view import View
 from weights_store.location import Location
 from weights_store.names import name_of
+from weights_store.schemas import SIDES
 from weights_store.tables.table_reader import TableVersion
 from weights_store.views.lineage import lineage
 from weights_store.views.summary import summary_lines
 from weights_store.views.token_texts import Tokenizer, TokenTexts
 
-_NUM_NOTABLE = 50
-"""How many tokens at each end of the survey's lists get a text."""
 _FRAME_HEIGHT_PX = 800
 
 
@@ -71,7 +68,7 @@ def make_view(
         facts=list(_facts(here, weights)),
         survey=found,
         other_survey=other_found,
-        token_texts={} if texts is None else _texts_of(texts, pairs, [found, *([other_found] if other_found else [])]),
+        token_texts={} if texts is None else _texts_of(texts, pairs, found),
         diagnoses=diagnose(found, here.metadata),
         lineage=lineage(root, weights).to_dicts(),
         recipe=here.metadata.get("recipe", {}),
@@ -93,12 +90,8 @@ def _facts(tables: PairTables, weights: TableVersion) -> Iterator[tuple[str, str
     yield "fingerprint", weights.fingerprint[:12]
 
 
-def _texts_of(texts: TokenTexts, pairs: Sequence[ShownPair], surveys: Sequence[Survey]) -> dict[int, str]:
+def _texts_of(texts: TokenTexts, pairs: Sequence[ShownPair], surveyed: Survey) -> dict[int, str]:
     """Return the texts of the ids that are shown."""
     ids = {token_id for pair in pairs for side in (pair.chosen, pair.rejected) for token_id in side.ids}
-    for one in surveys:
-        for by in ("mean_weight", "share_of_weight"):
-            for (_,), tokens in one.tokens.sort(by).partition_by("side", as_dict=True).items():
-                ends = pl.concat([tokens.head(_NUM_NOTABLE), tokens.tail(_NUM_NOTABLE)])
-                ids |= {*ends["token_id"].to_list()}
+    ids |= {token_id for side in SIDES for rows in surveyed.extremes(side).values() for token_id in rows["token_id"]}
     return {token_id: texts.text(token_id) for token_id in sorted(ids)}

@@ -28,6 +28,7 @@ PEAK = 10.0
 the paper leaves possible is e² = 7.4."""
 MIN_COUNT = 5
 """A token id that occurs less often on one side says nothing about its mean weight."""
+NUM_EXTREMES = 8
 RANGE_BYTES = 256 << 20
 """Memory of one range of pairs. Smaller ones read row groups at their borders more often."""
 
@@ -111,6 +112,14 @@ class Survey:
     def sides(self) -> dict[Side, SideSurvey]:
         """Return both, by side."""
         return {"chosen": self.chosen, "rejected": self.rejected}
+
+    def extremes(self, side: Side) -> dict[str, pl.DataFrame]:
+        """Return the rows of `tokens` with the largest and the smallest mean weight on a side, as "heaviest" and "lightest"."""
+        of_side = self.tokens.filter(pl.col("side") == side)
+        return {
+            name: of_side.sort("mean_weight", "token_id", descending=[is_first, False]).head(NUM_EXTREMES)
+            for name, is_first in (("heaviest", True), ("lightest", False))
+        }
 
 
 def survey(root: Location, weights: TableVersion, range_bytes: int = RANGE_BYTES) -> Survey:

@@ -31,7 +31,7 @@ class View:
     survey: Survey
     other_survey: Survey | None
     token_texts: Mapping[int, str]
-    """Texts of the ids in the pairs, and of those at the ends of the surveys' lists; empty without a tokenizer."""
+    """Texts of the ids in the pairs, and of `survey.extremes`; empty without a tokenizer."""
     diagnoses: Sequence[Diagnosis]
     lineage: Sequence[Mapping[str, object]]
     """Rows of `WeightStore.lineage`."""

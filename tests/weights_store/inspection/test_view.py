@@ -3,10 +3,12 @@
 import html
 import re
 
+import numpy as np
 import polars as pl
 import pytest
 
 from weights_store.errors import MismatchError, StoreError
+from weights_store.inspection.page import render
 from weights_store.inspection.pair_tables import PairTables
 from weights_store.inspection.shown import load_pairs
 
@@ -67,6 +69,16 @@ def test_the_view_says_what_it_shows(read_store, texts):
     assert view.token_texts[7] == "é"
     assert (view.survey.chosen.num_tokens, view.other_survey.chosen.num_tokens) == (9, 10)
     assert view.recipe["model"]["path"] == "models/tiny-chat"
+
+
+def test_the_heaviest_tokens_have_texts_even_if_many_weigh_the_same(write_made_up, made_up):
+    """Of about 90 ids that weigh 2 the page lists eight: they must be those whose texts were looked up."""
+    weights = {side: [np.where(one < 100, 1.0, 2.0) for one in ids] for side, ids in made_up.ids.items()}
+    store = write_made_up(made_up, weights=weights)
+    view = store.view("toy/weights", random=1, tokenizer=[f"word{number}" for number in range(200)])
+    listed = render(view).partition("Heaviest and lightest tokens")[2].partition("</details>")[0]
+    assert listed.count("<td><code>word") == 4 * 8
+    assert "<code>#" not in listed
 
 
 def test_a_notebook_gets_a_frame_that_cannot_reach_it(read_store, texts, monkeypatch):

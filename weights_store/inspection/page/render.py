@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import polars as pl
 from markupsafe import Markup
 
 from weights_store.inspection.measures import MEASURES
@@ -22,10 +21,8 @@ from weights_store.inspection.page.tokens import (
 )
 from weights_store.inspection.pairs import ShownPair, ShownSide
 from weights_store.inspection.view import View
+from weights_store.schemas import SIDES
 
-_NUM_LISTED_TOKENS = 8
-_MIN_COUNT = 5
-"""A token that occurs more rarely says little about its mean weight."""
 _MAX_PROMPT, _PROMPT_END = 20_000, 130
 """Characters of a prompt on the page, and of its end that is shown before it is opened."""
 _COMPARED = {
@@ -138,15 +135,12 @@ def _pair(pair: ShownPair, index: int) -> dict[str, object]:
 
 def _token_lists(view: View) -> list[tuple[str, list[dict[str, object]]]]:
     """Return the heaviest and the lightest tokens of each side, by mean weight, of those that occur often enough."""
-    lists = []
-    for side in ("chosen", "rejected"):
-        of_side = view.survey.tokens.filter((pl.col("side") == side) & (pl.col("count") >= _MIN_COUNT))
-        for title, descending in (("heaviest", True), ("lightest", False)):
-            ranked = of_side.sort(["mean_weight", "token_id"], descending=[descending, False])
-            rows = ranked.head(_NUM_LISTED_TOKENS).to_dicts()
-            if rows:
-                lists.append((f"{title} on {side}", [{**row, "text": _text(view, row["token_id"])} for row in rows]))
-    return lists
+    return [
+        (f"{title} on {side}", [{**row, "text": _text(view, row["token_id"])} for row in rows.to_dicts()])
+        for side in SIDES
+        for title, rows in view.survey.extremes(side).items()
+        if not rows.is_empty()
+    ]
 
 
 def _text(view: View, token_id: int) -> str:
