@@ -88,25 +88,9 @@ function colour(is_drawn) {
 }
 
 // --- search, sort, filter ---------------------------------------------------------------------------------------------
-const text_of = (pair) => (pair.text ??= pair.element.textContent.toLowerCase());
-let hits = [];
-function arrange() {
-  const wanted = $("search").value.toLowerCase(), rule = $("filter").value;
-  let shown = 0;
-  hits.forEach((element) => element.classList.remove("match"));
-  hits = [];
-  for (const pair of pairs) {
-    const fits = !rule || (rule === "against" ? pair.logratio < 0 : pair.split === rule.slice(6));
-    pair.element.hidden = !(fits && (!wanted || text_of(pair).includes(wanted)));
-    shown += !pair.element.hidden;
-    if (wanted.length > 1 && !pair.element.hidden && hits.length < 2000) pair.sides.forEach((side) => mark(side, wanted));
-  }
-  $("found").textContent = shown === pairs.length ? "" : `${shown} of ${pairs.length} pairs`;
-}
-
-/** Underline the tokens of a side that a searched text lies in. */
-function mark(side, wanted) {
-  if (!side.text) {
+/** The text of a response in lower case; `starts` says where each token begins in it. */
+function text_of_side(side) {
+  if (side.text === undefined) {
     side.starts = [];
     side.text = "";
     for (const node of side.cells.flatMap((cell) => [...cell.childNodes])) {
@@ -114,10 +98,33 @@ function mark(side, wanted) {
       side.text += node.textContent.toLowerCase(); // spaces between tokens are nodes too
     }
   }
+  return side.text;
+}
+const text_of = (pair) => (pair.text ??= [...[...pair.element.querySelectorAll("h3 code, .prompt div")].map((each) => each.textContent.toLowerCase()), ...pair.sides.map(text_of_side)].join("\n"));
+let hits = [];
+function arrange() {
+  const wanted = $("search").value.toLowerCase(), rule = $("filter").value;
+  const index = /^#\d+$/.test(wanted) ? data.tokens.findIndex(([id]) => `#${id}` === wanted) : -1; // a token by its id
+  let shown = 0;
+  hits.forEach((element) => element.classList.remove("match"));
+  hits = [];
+  for (const pair of pairs) {
+    const fits = !rule || (rule === "against" ? pair.logratio < 0 : pair.split === rule.slice(6));
+    pair.element.hidden = !(fits && (!wanted || text_of(pair).includes(wanted) || (index >= 0 && pair.sides.some((side) => side.tokens.includes(index)))));
+    shown += !pair.element.hidden;
+    if (wanted.length > 1 && !pair.element.hidden && hits.length < 2000) pair.sides.forEach((side) => mark(side, wanted, index));
+  }
+  $("found").textContent = shown === pairs.length ? "" : `${shown} of ${pairs.length} pairs`;
+}
+
+/** Underline the tokens of a side that a searched text lies in, or that are the searched one. */
+function mark(side, wanted, index) {
+  const text = text_of_side(side), hit = (element) => { element.classList.add("match"); hits.push(element); };
+  side.tokens.forEach((each, t) => { if (each === index) hit(side.elements[t]); });
   let t = 0;
-  for (let at = side.text.indexOf(wanted); at >= 0; at = side.text.indexOf(wanted, at + wanted.length)) {
+  for (let at = text.indexOf(wanted); at >= 0; at = text.indexOf(wanted, at + wanted.length)) {
     while (t + 1 < side.starts.length && side.starts[t + 1] <= at) t += 1;
-    for (let i = t; i < side.starts.length && side.starts[i] < at + wanted.length; i += 1) { side.elements[i].classList.add("match"); hits.push(side.elements[i]); }
+    for (let i = t; i < side.starts.length && side.starts[i] < at + wanted.length; i += 1) hit(side.elements[i]);
   }
 }
 

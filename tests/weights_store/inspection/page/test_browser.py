@@ -117,6 +117,11 @@ def test_search_filter_and_sort(view, open_page):
     page.fill("#search", "am sor")  # over the border of two tokens
     assert _shown_pairs(page) == ["pair first"]
     assert page.locator(".match").all_inner_texts() == ["am", "sorry"]
+    page.fill("#search", "#5")  # the id of one token of the first pair
+    assert _shown_pairs(page) == ["pair first"]
+    assert page.locator(".match").count() == 1
+    page.fill("#search", "rejected")  # a word of the page, and of no pair
+    assert _shown_pairs(page) == []
     page.fill("#search", "")
     page.select_option("#filter", "against")
     assert _shown_pairs(page) == ["pair second"]
