@@ -93,6 +93,12 @@ def test_the_keyboard_reaches_every_token(view, open_page):
     assert "token 1 of 5" in page.inner_text("#token")
 
 
+def test_the_controls_do_not_cover_the_panel(view, open_page):
+    page = open_page(view, viewport={"width": 700, "height": 400})
+    page.evaluate("scrollBy(0, $('tools').getBoundingClientRect().bottom - innerHeight)")
+    assert page.evaluate("document.elementFromPoint(innerWidth / 2, innerHeight - 10).closest('#panel') !== null")
+
+
 def test_all_occurrences_of_a_token(view, open_page):
     page = open_page(view)
     page.click("#pair-0 .t.c i:nth-child(3)")
