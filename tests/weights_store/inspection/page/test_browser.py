@@ -94,7 +94,7 @@ def test_the_keyboard_reaches_every_token(view, open_page):
 
 
 def test_the_controls_do_not_cover_the_panel(view, open_page):
-    page = open_page(view, viewport={"width": 700, "height": 400})
+    page = open_page(view, viewport={"width": 1000, "height": 400})
     page.evaluate("scrollBy(0, $('tools').getBoundingClientRect().bottom - innerHeight)")
     assert page.evaluate("document.elementFromPoint(innerWidth / 2, innerHeight - 10).closest('#panel') !== null")
 
