@@ -53,7 +53,7 @@ def add_view(
         help="the N pairs where the contrastive pair disagrees most with the label; without one, those whose weights lie on "
         "the fewest tokens; with OTHER, those where the weights differ most",
     )
-    picks.add_argument("--random", type=int, metavar="N", help="N random pairs (default: 20)")
+    picks.add_argument("--random", type=int, metavar="N", help="N random pairs (default: 20; with OTHER the 20 worst)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="other random pairs (default: 0)")
     parser.add_argument(
         "--tokenizer",
@@ -85,6 +85,8 @@ def run_view(options: argparse.Namespace) -> None:
         _check_ending(path)
         check_ours(path)
     is_figure = path is not None and path.suffix.lower() in _FIGURES
+    if is_figure and options.other is not None:
+        raise InputError(f"a figure shows the weights of one dataset: leave out {options.other}")
     if options.runs and (options.ansi or is_figure):
         raise InputError("--run puts trainings into a page: leave out --ansi and figures, or use `tokenweights plot`")
     view = _view(options)

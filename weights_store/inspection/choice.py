@@ -5,7 +5,7 @@ Reads range by range of `pair_id`, so memory stays bounded over any number of pa
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import polars as pl
 
@@ -24,7 +24,7 @@ _PARTS = ("prompt_ids", *(f"{side}_ids" for side in SIDES))
 class Choice:
     """What a person asks for. Conditions (`pairs`, `search`, `where`) filter; then `worst` or `random` picks.
 
-    Without a pick, `pairs` shows all that it names, and everything else shows 20 random ones.
+    Without a pick, `pairs` shows all that it names, everything else 20 random ones, or of two datasets the 20 worst.
 
     Raises:
         SettingsError: Both picks, or a number below 1.
@@ -71,6 +71,8 @@ def choose(here: PairTables, other: PairTables | None, choice: Choice, texts: To
         InputError: A beginning of `pairs` fits no pair or several, or no pair is left.
         MismatchError: An id is not in the tokenizer.
     """
+    if other is not None and not choice.pairs and choice.worst is None and choice.random is None:
+        choice = replace(choice, worst=DEFAULT_PAIRS)  # people compare two datasets to see where they differ
     picker = Picker(here, other is not None, choice, texts)
     comparison = Comparison() if other else None
     names = picker.columns | (Comparison.COLUMNS if other else frozenset())

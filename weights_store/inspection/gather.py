@@ -53,10 +53,6 @@ def make_view(
     texts = None if tokenizer is None else TokenTexts(tokenizer)
     chosen = choose(here, there, choice, texts)
     pairs = load_pairs(here, there, chosen.pair_ids, texts)
-    if there is not None and not choice.pairs:
-        pairs.sort(
-            key=lambda pair: -(pair.disagreement or 0.0)
-        )  # what was not asked for by name: what differs most comes first
     found, other_found = surveyed or survey(root, weights), None if other is None else survey(root, other)
     return NotebookView(
         title=_name(weights),

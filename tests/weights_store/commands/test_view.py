@@ -79,6 +79,10 @@ def test_our_own_page_is_written_again_and_nothing_else(command, tmp_path):
         ),
         (["-o", "no/page.html"], "no/page.html: there is no folder no; make it, or give -o another name"),
         (["-o", "figure.png"], "a figure shows one pair, got 4; name it with --pairs ID, or take --random 1"),
+        (
+            ["hh-harmless/reversed", "-o", "figure.png"],
+            "a figure shows the weights of one dataset: leave out hh-harmless/rev",
+        ),
         (["--run", "policy", "--ansi"], "--run puts trainings into a page: leave out --ansi and figures"),
         (["--run", "."], "train.json"),
         (["--where", "nonsense > 1"], "there is no column nonsense"),
