@@ -5,6 +5,7 @@ when its parent is gone: the kernel kills it, or it sees that its standard input
 miss. Its exit code says which error ended it.
 """
 
+import io
 import os
 import select
 import signal
@@ -36,6 +37,8 @@ def run_main(main: Callable[[], int | None], *, debug: bool = False, after_inter
         _end_with_pipe()
     else:
         _take_sigterm_as_interrupt()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 lacks some of our signs
     with send_to_parent() if is_child else show_on_terminal():
         try:
             return main() or 0

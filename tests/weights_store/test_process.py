@@ -1,6 +1,7 @@
 """How a process ends: its exit code, and the one line that people see."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -113,6 +114,14 @@ def test_another_broken_pipe_is_an_error(capsys, monkeypatch):
         monkeypatch.setattr(sys, "stdout", stdout)
         assert run_main(raising(BrokenPipeError("a worker is gone"))) == 1
     assert capsys.readouterr().err == "error: a worker is gone\n"
+
+
+def test_signs_that_a_terminal_lacks_are_no_error(monkeypatch):
+    with io.TextIOWrapper(io.BytesIO(), encoding="ascii") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert run_main(lambda: print("−π")) == 0
+        stdout.flush()
+        assert stdout.buffer.getvalue() == b"\\u2212\\u03c0\n"
 
 
 def test_a_child_ends_with_its_parent():

@@ -46,7 +46,8 @@ def run_doctor(options: argparse.Namespace) -> int:
         result = f"{count_text(num_warnings, 'warning')}, {notes}" if diagnoses else "no findings"
         print("\n".join(_wrapped(f"{reference}: {result} in {counts}")))
         print("\n".join(_wrapped(f"looked at: {', '.join(words)}")))
-        print("\n".join(finding_lines(diagnoses)))
+        for line in finding_lines(diagnoses):
+            print(line)
     return 1 if options.strict and num_warnings else 0
 
 

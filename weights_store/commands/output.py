@@ -1,5 +1,6 @@
 """Files that commands write where the user says: never over a file that is not ours, and whole or not at all."""
 
+import os
 from pathlib import Path
 
 from weights_store.errors import InputError
@@ -14,10 +15,12 @@ def check_ours(path: Path) -> None:
     """Check that a file may be written, before the work that fills it.
 
     Raises:
-        InputError: There is something in its place that we did not write, or no folder to write it into.
+        InputError: There is something in its place that we did not write, or its folder does not exist or cannot be written to.
     """
     if not path.absolute().parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}; make it, or give -o another name")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: no permission to write to the folder {path.parent.resolve()}; give -o another name")
     if not path.exists():
         return
     if not path.is_file():

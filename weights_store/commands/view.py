@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import weights_store
 from weights_store.commands.output import check_ours, write_output
-from weights_store.errors import InputError
+from weights_store.errors import InputError, MissingExtraError
 from weights_store.messages import logger
 from weights_store.printing import one_line
 
@@ -141,15 +141,25 @@ def _view(options: argparse.Namespace) -> "View":
         search=options.search,
         where=options.where,
         seed=options.seed,
-        tokenizer=None if folder is None else options.load_tokenizer(folder),
+        tokenizer=None if folder is None else _load_tokenizer(options, folder),
     )
+
+
+def _load_tokenizer(options: argparse.Namespace, folder: str) -> "Tokenizer | None":
+    """Return a folder's tokenizer. One that was not asked for is done without if the package for it is not installed."""
+    try:
+        tokenizer: Tokenizer = options.load_tokenizer(folder)
+        return tokenizer
+    except MissingExtraError as error:
+        if options.tokenizer is not None:
+            raise
+        _log.info(f"ids instead of texts: {error}")
+        return None
 
 
 def _print(view: "View") -> None:
     from weights_store.inspection.ansi import choose_colours, render
 
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     width = shutil.get_terminal_size().columns
     for line in render(view, width, choose_colours(sys.stdout.isatty(), os.environ)):
         print(line)

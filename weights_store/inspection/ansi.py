@@ -131,9 +131,9 @@ def _tokens(side: ShownSide, weights: Sequence[float], colours: Colours, are_ids
         text = "".join(_boxed(side.texts[place], side.is_special[place], are_ids) for place in places)
         style = style_of(step, colours)
         if step and colours == "none" and text:
-            marked = text.lstrip(" ") or text  # a line may break at the spaces before the mark
-            spaces = text[: len(text) - len(marked)]
-            text = f"{spaces}‹{marked}›{_mean([weights[place] for place in places]):.2g}"
+            marked = text.strip(" ") or text  # a line may break at the spaces around the mark
+            before, _, after = text.partition(marked)
+            text = f"{before}‹{marked}›{_mean([weights[place] for place in places]):.2g}{after}"
         yield from _letters(text, style)
 
 

@@ -167,7 +167,7 @@ class Picker:
             asked = [f"contain {self.choice.search!r}"] if self.choice.search is not None else []
             asked += [f"match {self.choice.where!r}"] if self.choice.where is not None else []
             told = f"none of {_pairs(self.num_pairs)}{' that both datasets have' if self.has_other else ''}"
-            raise InputError(f"no pair to show: {told} {' and '.join(asked) or 'is left'}; ask for less")
+            raise InputError(f"no pair to show: {told} {' and '.join(asked) or 'is left'}; ask for something else")
         if self.choice.pairs and self._limit is None:
             order = {self._check_one(text): number for number, text in reversed(list(enumerate(self.choice.pairs)))}
             ids = sorted((pair_id for pair_id in ids if pair_id in order), key=order.__getitem__)

@@ -25,6 +25,10 @@ _FRAME_HEIGHT_PX = 800
 class NotebookView(View):
     """A view that a notebook shows as its page. Apart from `View`, which the page itself is made from."""
 
+    def __repr__(self) -> str:
+        """Return one line: all that it holds would fill a terminal with numbers."""
+        return f"<{type(self).__name__} {self.title}: {self.selection}>"
+
     def _repr_html_(self) -> str:
         """Return the page in a frame for a notebook: its scripts cannot reach the notebook."""
         from weights_store.inspection.page import render

@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 
 import tokenweights
+from weights_store.errors import MissingExtraError
+from weights_store.inspection import model_tokenizer
 
 NAME = "hh-harmless/tis-dpo"
 
@@ -130,6 +132,19 @@ def test_colours_are_kept_for_a_pager_that_shows_them(command, model, monkeypatc
     assert code == 0
     assert "1 of 2 pairs containing 'caf' (of 4), chosen at random" in out
     assert "\x1b[0m" in out
+
+
+def test_without_the_package_for_tokenizers_ids_are_shown_unless_texts_were_asked_for(command, monkeypatch):
+    def load(folder):
+        raise MissingExtraError("needs the package 'tokenizers'; pip install it")
+
+    monkeypatch.setattr(tokenweights, "_load_tokenizer", load)
+    monkeypatch.setattr(model_tokenizer, "tokenizer_folder", lambda metadata, given: (given or "model", None))
+    code, out, err = command(NAME, "--ansi", "--pairs", "a")
+    assert code == 0
+    assert "#" in out
+    assert "ids instead of texts: needs the package 'tokenizers'; pip install it" in err
+    assert command(NAME, "--ansi", "--tokenizer", "model")[0] == 1
 
 
 def test_a_terminal_without_utf_8_is_no_error(read_store, model):

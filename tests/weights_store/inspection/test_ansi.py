@@ -161,7 +161,7 @@ def test_colours_follow_the_terminal_and_its_conventions(is_terminal, environmen
 
 def test_ids_are_kept_apart(read_store):
     lines = list(render(read_store.view(NAME, pairs=["a"]), 80, "none"))
-    assert "  #3 ‹#4 ›2‹⟦#9⟧ ›0.5" in lines
+    assert "  #3 ‹#4›2 ‹⟦#9⟧›0.5" in lines
 
 
 def test_two_datasets_show_both_weights(read_store, texts):

@@ -37,6 +37,7 @@ def test_no_findings_say_what_was_looked_at(command, healthy, made_up):
     assert code == 0
     assert out.startswith(f"weights/{NAME}@0: no findings in 60 pairs, {num_tokens:,} response tokens\n")
     assert CHECKS["clamped"].words in " ".join(out.split())
+    assert not out.endswith("\n\n")
 
 
 def test_a_warning_fails_only_if_strict(command, sick):

@@ -84,7 +84,9 @@ def test_the_heaviest_tokens_have_texts_even_if_many_weigh_the_same(write_made_u
 def test_a_notebook_gets_a_frame_that_cannot_reach_it(read_store, texts, monkeypatch):
     page = '<p title="a">&amp;</p><script>"</script>'
     monkeypatch.setattr("weights_store.inspection.page.render", lambda view: page)
-    frame = read_store.view(NAME, tokenizer=texts)._repr_html_()
+    view = read_store.view(NAME, tokenizer=texts)
+    assert repr(view) == f"<NotebookView {NAME}@1: all 4 pairs>"
+    frame = view._repr_html_()
     assert frame.count("<iframe") == 1
     assert 'sandbox="allow-scripts"' in frame
     (document,) = re.findall(r'srcdoc="([^"]*)"', frame)

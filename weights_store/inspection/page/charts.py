@@ -9,6 +9,7 @@ from weights_store.inspection.survey import SideSurvey, Survey
 from weights_store.printing import share_text
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 380, 170, 40, 26, 8
+_TEXT_HEIGHT = 14
 _TICKS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16)
 
 
@@ -63,7 +64,9 @@ def by_position(survey: Survey) -> Markup:
             parts.append(f'<polyline class="{name}" points="{points}"/>')
     label = "Mean weight by position in the response, from its first to its last token"
     ends = [(_x_of(0, 20), "first"), (_x_of(19, 20), "last")]
-    return _chart(label, parts, ends, [(_y(1, top), "1"), (_y(top, top), f"{top:.1f}")], None)
+    ticks = [(_y(1, top), "1"), (_y(top, top), f"{top:.1f}")]
+    is_tight = ticks[0][0] - ticks[1][0] < _TEXT_HEIGHT
+    return _chart(label, parts, ends, ticks[:1] if is_tight else ticks, None)
 
 
 def side_numbers(side: SideSurvey) -> dict[str, str]:

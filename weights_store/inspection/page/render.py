@@ -49,9 +49,11 @@ def render(view: View) -> str:
 
     folder = Path(__file__).parent
     style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
-    template = Environment(
+    environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_named
-    ).from_string(folder.joinpath("template.html").read_text(encoding="utf-8"))
+    )
+    environment.filters["prose"] = _prose
+    template = environment.from_string(folder.joinpath("template.html").read_text(encoding="utf-8"))
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
@@ -91,10 +93,17 @@ def _side_columns(view: View) -> dict[str, dict[str, str]]:
     }
 
 
+def _prose(text: str) -> Markup:
+    """Return a sentence of the doctor as HTML: with a capital letter (but for π), and `code` where it has backquotes."""
+    begin = text[:1] if text.startswith("π") else text[:1].upper()
+    parts = name_hidden(f"{begin}{text[1:]}").split("`")
+    return Markup("").join(Markup("<code>{}</code>").format(part) if n % 2 else part for n, part in enumerate(parts))
+
+
 def _number(value: object) -> str:
-    """Return a count with separators, a fraction with two digits, and what is not known as a dash."""
+    """Return a count with separators, or a fraction with two digits; a correlation may be None."""
     if value is None:
-        return "–"
+        return "none: one has constant weights"
     return f"{value:,}" if isinstance(value, int) else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 

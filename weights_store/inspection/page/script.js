@@ -84,29 +84,13 @@ function colour(is_drawn) {
   const [low, high] = scales[name] || ["0", "−8 nats"];
   $("scale-low").textContent = low;
   $("scale-high").textContent = high;
-  $("beyond").textContent = ` ${beyond.toLocaleString("en")} of ${all.toLocaleString("en")} tokens`;
+  $("beyond").textContent = ` ${beyond.toLocaleString("en")} of ${all.toLocaleString("en")} tokens coloured`;
 }
 
 // --- search, sort, filter ---------------------------------------------------------------------------------------------
-const text_of = (pair) => (pair.text ??= pair.element.textContent.toLowerCase());
-let hits = [];
-function arrange() {
-  const wanted = $("search").value.toLowerCase(), rule = $("filter").value;
-  let shown = 0;
-  hits.forEach((element) => element.classList.remove("match"));
-  hits = [];
-  for (const pair of pairs) {
-    const fits = !rule || (rule === "against" ? pair.logratio < 0 : pair.split === rule.slice(6));
-    pair.element.hidden = !(fits && (!wanted || text_of(pair).includes(wanted)));
-    shown += !pair.element.hidden;
-    if (wanted.length > 1 && !pair.element.hidden && hits.length < 2000) pair.sides.forEach((side) => mark(side, wanted));
-  }
-  $("found").textContent = shown === pairs.length ? "" : `${shown} of ${pairs.length} pairs`;
-}
-
-/** Underline the tokens of a side that a searched text lies in. */
-function mark(side, wanted) {
-  if (!side.text) {
+/** The text of a response in lower case; `starts` says where each token begins in it. */
+function text_of_side(side) {
+  if (side.text === undefined) {
     side.starts = [];
     side.text = "";
     for (const node of side.cells.flatMap((cell) => [...cell.childNodes])) {
@@ -114,10 +98,33 @@ function mark(side, wanted) {
       side.text += node.textContent.toLowerCase(); // spaces between tokens are nodes too
     }
   }
+  return side.text;
+}
+const text_of = (pair) => (pair.text ??= [...[...pair.element.querySelectorAll("h3 code, .prompt div")].map((each) => each.textContent.toLowerCase()), ...pair.sides.map(text_of_side)].join("\n"));
+let hits = [];
+function arrange() {
+  const wanted = $("search").value.toLowerCase(), rule = $("filter").value;
+  const index = /^#\d+$/.test(wanted) ? data.tokens.findIndex(([id]) => `#${id}` === wanted) : -1; // a token by its id
+  let shown = 0;
+  hits.forEach((element) => element.classList.remove("match"));
+  hits = [];
+  for (const pair of pairs) {
+    const fits = !rule || (rule === "against" ? pair.logratio < 0 : pair.split === rule.slice(6));
+    pair.element.hidden = !(fits && (!wanted || text_of(pair).includes(wanted) || (index >= 0 && pair.sides.some((side) => side.tokens.includes(index)))));
+    shown += !pair.element.hidden;
+    if (wanted.length > 1 && !pair.element.hidden && hits.length < 2000) pair.sides.forEach((side) => mark(side, wanted, index));
+  }
+  $("found").textContent = shown === pairs.length ? "" : `${shown} of ${pairs.length} pairs`;
+}
+
+/** Underline the tokens of a side that a searched text lies in, or that are the searched one. */
+function mark(side, wanted, index) {
+  const text = text_of_side(side), hit = (element) => { element.classList.add("match"); hits.push(element); };
+  side.tokens.forEach((each, t) => { if (each === index) hit(side.elements[t]); });
   let t = 0;
-  for (let at = side.text.indexOf(wanted); at >= 0; at = side.text.indexOf(wanted, at + wanted.length)) {
+  for (let at = text.indexOf(wanted); at >= 0; at = text.indexOf(wanted, at + wanted.length)) {
     while (t + 1 < side.starts.length && side.starts[t + 1] <= at) t += 1;
-    for (let i = t; i < side.starts.length && side.starts[i] < at + wanted.length; i += 1) { side.elements[i].classList.add("match"); hits.push(side.elements[i]); }
+    for (let i = t; i < side.starts.length && side.starts[i] < at + wanted.length; i += 1) hit(side.elements[i]);
   }
 }
 
@@ -139,7 +146,7 @@ function show(side, position) {
   panel.replaceChildren();
   add("b", text);
   add("span", `id ${id}, token ${position + 1} of ${side.tokens.length}, ${side.name}`);
-  const names = [...data.measures.map((each) => each.name), ...(data.other ? ["other", "change"] : [])];
+  const names = data.measures.flatMap((each) => (data.other && each.name === "weight" ? ["weight", "other", "change"] : [each.name]));
   for (const name of names) {
     const found = values(side, name);
     if (found) add("span", `${labels[name].label} ${shown(found[position], labels[name].unit)}`);
@@ -191,21 +198,24 @@ function clear() {
 
 // --- events -------------------------------------------------------------------------------------------------------------
 const list = $("list");
+const is_shortcut = (event) => event.ctrlKey || event.metaKey || event.altKey; // the browser's own: Ctrl+P prints
 list.addEventListener("pointerover", (event) => { const found = locate(event.target); if (found) show(...found); });
 list.addEventListener("click", (event) => { const found = locate(event.target); if (found) { show(...found); find_occurrences(...found); } });
 list.addEventListener("focusin", (event) => { const side = side_of.get(event.target); if (side && at?.element.parentNode !== event.target) show(side, side.start_of.get(event.target) ?? 0); });
 list.addEventListener("keydown", (event) => {
   const side = side_of.get(event.target);
-  if (!side || at?.side !== side) return;
+  if (!side || at?.side !== side || is_shortcut(event)) return;
   const last = side.elements.length - 1;
   const to = {ArrowRight: at.position + 1, ArrowLeft: at.position - 1, Home: 0, End: last}[event.key];
   if (to !== undefined) { show(side, Math.max(0, Math.min(last, to))); at.element.scrollIntoView({block: "nearest"}); event.preventDefault(); }
   if (event.key === "Enter") { find_occurrences(side, at.position); event.preventDefault(); }
 });
 document.addEventListener("keydown", (event) => {
-  if (event.target.matches?.("input, select")) return;
-  if (event.key === "n") step(1);
-  if (event.key === "p") step(-1);
+  if (event.target.matches?.("input, select") || is_shortcut(event)) return;
+  if (event.key === "n" || event.key === "p") {
+    step(event.key === "n" ? 1 : -1);
+    if (occurrences.length) at.element.parentNode.focus({preventScroll: true}); // arrow keys go on from there
+  }
   if (event.key === "Escape") clear();
   if (event.key === "/") { $("search").focus(); event.preventDefault(); }
 });

@@ -93,6 +93,12 @@ def test_the_keyboard_reaches_every_token(view, open_page):
     assert "token 1 of 5" in page.inner_text("#token")
 
 
+def test_the_controls_do_not_cover_the_panel(view, open_page):
+    page = open_page(view, viewport={"width": 1000, "height": 400})
+    page.evaluate("scrollBy(0, $('tools').getBoundingClientRect().bottom - innerHeight)")
+    assert page.evaluate("document.elementFromPoint(innerWidth / 2, innerHeight - 10).closest('#panel') !== null")
+
+
 def test_all_occurrences_of_a_token(view, open_page):
     page = open_page(view)
     page.click("#pair-0 .t.c i:nth-child(3)")
@@ -101,6 +107,10 @@ def test_all_occurrences_of_a_token(view, open_page):
     page.click("#next")
     assert page.inner_text("#count").startswith("2 of 10")
     assert "rejected" in page.inner_text("#token")
+    page.keyboard.press("n")
+    assert page.inner_text("#count").startswith("3 of 10")
+    page.keyboard.press("ArrowRight")  # from the occurrence on, not from the token that was clicked
+    assert "token 2 of 5, chosen" in page.inner_text("#token")
     page.keyboard.press("Escape")
     assert not page.is_visible("#occurrences")
 
@@ -113,6 +123,11 @@ def test_search_filter_and_sort(view, open_page):
     page.fill("#search", "am sor")  # over the border of two tokens
     assert _shown_pairs(page) == ["pair first"]
     assert page.locator(".match").all_inner_texts() == ["am", "sorry"]
+    page.fill("#search", "#5")  # the id of one token of the first pair
+    assert _shown_pairs(page) == ["pair first"]
+    assert page.locator(".match").count() == 1
+    page.fill("#search", "rejected")  # a word of the page, and of no pair
+    assert _shown_pairs(page) == []
     page.fill("#search", "")
     page.select_option("#filter", "against")
     assert _shown_pairs(page) == ["pair second"]
@@ -199,6 +214,22 @@ def test_axe_has_nothing_to_say(view, compared, browser, tmp_path, scheme):
         ]
         context.close()
         assert found == []
+
+
+def test_a_narrow_window_cuts_off_no_control(view, open_page):
+    page = open_page(view, viewport={"width": 400, "height": 800})
+    assert (
+        page.evaluate("Math.max(...[...$('tools').querySelectorAll('*')].map((e) => e.getBoundingClientRect().right))")
+        <= 400
+    )
+
+
+def test_high_contrast_keeps_the_colours_of_tokens(view, open_page):
+    page = open_page(view, forced_colors="active")
+    found = page.evaluate(
+        "() => [1, 2, 3].map((n) => getComputedStyle($('pair-0').querySelector(`.t.c i:nth-child(${n})`)).backgroundColor)"
+    )
+    assert len(set(found)) == 3  # weights 1, 0.25 and 4.5: none, blue and orange
 
 
 def test_without_javascript_the_pairs_can_be_read(view, open_page):

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 
+from weights_store.inspection.doctor import Diagnosis
 from weights_store.inspection.page import render
 
 
@@ -128,6 +129,14 @@ def test_numbers_of_both_datasets_are_compared(compared):
         ["mean weight", "1.250", "1.250", "0.125", "0.125"],
     ]
     assert ["at the lower end", "25.0 %", "25.0 %", "–", "–"] in rows
+
+
+def test_what_the_doctor_says_is_in_sentences(view):
+    finding = Diagnosis("hardly_differs", "warning", "they differ <b>", "π+ says it.", "Set `weights.spread`, or not.")
+    html = render(dataclasses.replace(view, diagnoses=[finding]))
+    assert "They differ &lt;b&gt;.</p>" in html
+    assert "π+ says it." in html
+    assert "Set <code>weights.spread</code>, or not." in html
 
 
 def test_a_page_of_twenty_pairs_is_small(view):
