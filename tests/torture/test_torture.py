@@ -48,7 +48,7 @@ def test_damages_follow_from_the_seed_and_always_change_something():
 
 @pytest.mark.slow
 def test_a_damaged_file_is_found_or_has_no_effect_on_any_reader(tmp_path):
-    result = run_damages(range(60), SEED, tmp_path / "sound", tmp_path, num_processes=1)
+    result = run_damages(range(40), SEED, tmp_path / "sound", tmp_path, num_processes=1)
     print("\n".join(result.table))
     assert not result.failures, _told(result)
 
@@ -57,7 +57,7 @@ def test_a_damaged_file_is_found_or_has_no_effect_on_any_reader(tmp_path):
 def test_kills_at_random_moments_lose_double_and_mix_nothing(tmp_path, monkeypatch):
     # The fork server finds `tests` in the current folder, which flows keep off the path of every process they start.
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
-    amounts = {"one writer": 20, "three writers": 9, "stages": 5, "concurrent builds": 2}
+    amounts = {"one writer": 12, "three writers": 5, "stages": 4, "concurrent builds": 1}
     result = run_kills(amounts, SEED, tmp_path)
     print("\n".join(result.table))
     assert not result.failures, _told(result)
