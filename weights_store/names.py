@@ -77,3 +77,8 @@ def quarantine_path(tokens_table: str) -> str:
 def name_of(path: str) -> str:
     """Return a table's path without its kind, for example `hh-harmless/tis-dpo` of `weights/hh-harmless/tis-dpo`."""
     return path.partition("/")[2]
+
+
+def base_role(role: str) -> str:
+    """Return the role of a parent without the number of a further pair of prompts: `positive_logps` of `positive2_logps`."""
+    return re.sub(r"\d+(?=_logps$)", "", role)

@@ -1,4 +1,4 @@
-"""The command `tokenweights doctor`: what looks wrong with a weight dataset. `commands.py` registers it."""
+"""The command `tokenweights doctor`: what looks wrong with a weight dataset. `add_commands` registers it."""
 
 import argparse
 import shutil

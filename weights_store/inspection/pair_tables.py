@@ -12,12 +12,13 @@ import polars as pl
 
 from weights_store.catalog import open_table
 from weights_store.location import Location
+from weights_store.names import base_role
 from weights_store.schemas import SIDES, WEIGHTS
 from weights_store.tables.key_ranges import KeyRange
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableVersion
 
-_CONTRASTIVE = {"logp_pos": "positive", "logp_neg": "negative"}  # measure to model
+_CONTRASTIVE = {"logp_pos": "positive_logps", "logp_neg": "negative_logps"}  # measure to role
 _LIST = pl.List(pl.Float64)
 
 
@@ -54,12 +55,8 @@ class PairTables:
         }
         self._tokens, self._attributions = parents.get("tokens"), parents.get("attributions")
         self._logps = {
-            measure: [
-                source
-                for role, source in parents.items()
-                if role.removesuffix("_logps").rstrip("0123456789") == model  # a further pair of prompts has a number
-            ]
-            for measure, model in _CONTRASTIVE.items()
+            measure: [source for role, source in parents.items() if base_role(role) == wanted]
+            for measure, wanted in _CONTRASTIVE.items()
         }
 
     @property

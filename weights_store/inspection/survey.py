@@ -17,6 +17,7 @@ from weights_store.checks.rows import FINITE, WEIGHT
 from weights_store.errors import DamageError
 from weights_store.inspection.clamps import clamped
 from weights_store.location import Location
+from weights_store.names import base_role
 from weights_store.schemas import SIDES, Side
 from weights_store.tables.metadata import CommitMetadata, SideStatistics
 from weights_store.tables.table import Table
@@ -163,9 +164,9 @@ def _slices(
     logps: dict[str, tuple[Table, int]] = {}
     for model in ("positive", "negative"):
         for parent in parents:
-            role = parent.get("role", "").removesuffix("_logps")
-            if role.rstrip("0123456789") == model:  # a further pair of prompts has a number
-                logps[role] = open_table(root, parent["table"]), parent["version"]
+            role = parent.get("role", "")
+            if base_role(role) == f"{model}_logps":
+                logps[role.removesuffix("_logps")] = open_table(root, parent["table"]), parent["version"]
     tables = [(table, version), *logps.values()]
     num_bytes = sum(record.num_bytes for each, at in tables for record in each.records(at))
     columns = [f"{side}_{what}" for side in SIDES for what in ("ids", "token_weights")]

@@ -5,7 +5,6 @@ come from the versions of the tables that the weights were made from; of several
 """
 
 import operator
-import re
 from collections.abc import Mapping, Sequence
 from functools import reduce
 
@@ -13,6 +12,7 @@ import polars as pl
 
 from weights_store.catalog import open_table
 from weights_store.location import Location
+from weights_store.names import base_role
 from weights_store.schemas import SIDES
 from weights_store.tables.table_reader import TableVersion
 from weights_store.views.token_texts import Tokenizer, TokenTexts
@@ -31,7 +31,7 @@ def scan_tokens(
         column: [
             open_table(root, parent["table"]).scan(parent["version"], checked)
             for role, parent in parents.items()
-            if re.sub(r"\d+(?=_logps$)", "", role) == wanted  # a further pair of prompts has a number
+            if base_role(role) == wanted
         ]
         for column, wanted in _SCORES.items()
     }
