@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     Run = Callable[[argparse.Namespace], int | None]
 
 _SHELLS = ("bash", "zsh", "fish")
-_PATHS = ("recipe", "recipes", "config", "folder", "store", "output", "tokenizer", "runs")
+_PATHS = ("recipe", "files", "config", "folder", "store", "output", "tokenizer", "runs")
 """Arguments that a shell completes with file names."""
 
 
@@ -155,10 +155,16 @@ def _add_build_commands(commands: "Commands") -> None:
         "measure on a sample whether contrastive prompts or given models say anything",
     )
     prompts.add_argument("--pairs", metavar="N", type=_count, default=64, help="number of pairs to score (default: 64)")
-    what = "run recipes on their schedules as Prefect deployments, until stopped"
+    what = "run recipes on their schedules, and trainings on what they publish, as Prefect deployments, until stopped"
     serve = _command(commands, "serve", _serve, what, "flows")
-    serve.add_argument("recipes", nargs="+", metavar="RECIPE", help="TOML files, each with a [schedule]")
+    serve.add_argument(
+        "files", nargs="+", metavar="FILE", help="TOML files: recipes with a [schedule], and training configs"
+    )
     _add_settings(serve)
+    what = "show what deployments do: running, last, next, and what is stale"
+    status = _command(commands, "status", _status, what, "flows")
+    status.add_argument("--quick", action="store_true", help="do not look whether weights and policies are stale")
+    status.add_argument("--json", action="store_true", help="print one JSON list with an object for each deployment")
 
 
 def _recipe_command(commands: "Commands", name: str, run: "Run", what: str) -> argparse.ArgumentParser:
@@ -273,10 +279,15 @@ def _check_prompts(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from flows.serve import serve_recipes
-    from pipeline.recipe import load_recipe
+    from flows.serve import serve
 
-    serve_recipes({path: load_recipe(path, options.overrides, options.store) for path in options.recipes})
+    serve(options.files, options.overrides, options.store)
+
+
+def _status(options: argparse.Namespace) -> None:
+    from flows.status import print_status, read_status
+
+    print_status(read_status(check_stale=not options.quick), as_json=options.json)
 
 
 def _demo(options: argparse.Namespace) -> None:

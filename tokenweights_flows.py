@@ -12,9 +12,11 @@ _is_first = sys.path[0] == _folder
 if _is_first:
     del sys.path[0]
 try:
-    from flows.build import build_weights, refresh_weights
+    from flows.build import build_weights
+    from flows.refresh import refresh_weights
+    from flows.training import build_and_train, train_policy
 finally:
     if _is_first:
         sys.path.insert(0, _folder)  # Prefect removes it itself
 
-__all__ = ["build_weights", "refresh_weights"]
+__all__ = ["build_and_train", "build_weights", "refresh_weights", "train_policy"]

@@ -22,9 +22,13 @@ from weights_store.guard import guard
 from weights_store.messages import first_line
 
 _ANSWER_S, _START_S, _STOP_S = 10, 180, 5
+DEFAULT_PORT = 4200
+"""Prefect's own."""
 _ATTEMPTS = 3
 _FIRST_USE = re.compile("database is locked|already exists|UNIQUE constraint")
 """Errors of servers that prepare the same new database at the same time; the second attempt finds it ready."""
+_own_servers: list[str] = []
+"""The address of the server that this process has started for its run."""
 _ERROR = re.compile(r"^[\w.]*(?:Error|Exception)\b.*", re.MULTILINE)
 _SERVE = """
 import socket, sys
@@ -45,11 +49,29 @@ def check_server() -> None:
     Raises:
         StageError: It does not answer, refuses us, or is of another version.
     """
+
+    if url := _configured_url():
+        _check_answer(url, "unset PREFECT_API_URL: then a build has a server of its own")
+
+
+@contextmanager
+def server_to_ask() -> Iterator[None]:
+    """Have the server of Prefect's settings inside, or else the one that `tokenweights serve` has started on this machine.
+
+    Raises:
+        StageError: It does not answer, refuses us, or is of another version.
+    """
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    url = _configured_url() or f"http://127.0.0.1:{DEFAULT_PORT}/api"
+    with temporary_settings({PREFECT_API_URL: url}):
+        _check_answer(url, "set PREFECT_API_URL to one that runs")
+        yield
+
+
+def _check_answer(url: str, otherwise: str) -> None:
     from prefect.client.orchestration import get_client
 
-    url = _configured_url()
-    if not url:
-        return
     try:
         with get_client(sync_client=True, httpx_settings={"timeout": _ANSWER_S}) as client:
             problem = client.api_healthcheck()
@@ -58,8 +80,7 @@ def check_server() -> None:
     except Exception as error:
         where, reason = re.sub("//[^/@]*@", "//", url), first_line(error.__cause__ or error)
         raise StageError(
-            f"the Prefect server at {where} cannot be used: {reason}; start it (`prefect server start`), or "
-            "unset PREFECT_API_URL: then a build has a server of its own"
+            f"the Prefect server at {where} cannot be used: {reason}; start it (`prefect server start`), or {otherwise}"
         ) from error
 
 
@@ -86,10 +107,17 @@ def server_of_run() -> Iterator[bool]:
             running_server(command, url, log, environment, [listening.fileno()]),
             temporary_settings({PREFECT_API_URL: url}),
         ):
+            _own_servers.append(url)
             try:
                 yield True
             finally:
+                _own_servers.remove(url)
                 _deliver()
+
+
+def is_own_server() -> bool:
+    """Return whether the runs of this process report to a server that ends with them."""
+    return bool(_own_servers)
 
 
 def _deliver() -> None:

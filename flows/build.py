@@ -4,36 +4,32 @@ Tasks pass references (table, version), never tables. The store decides what is 
 run of a finished build computes nothing and takes seconds.
 """
 
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-# These must be set before Prefect is imported. On a busy machine the embedded server needs longer than Prefect's 20 s to start.
-os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
-# Prefect starts `python -m` for its server and for served runs: keep the current directory off their paths.
-os.environ.setdefault("PYTHONSAFEPATH", "1")
-
 from prefect import flow, task
-from prefect.artifacts import create_markdown_artifact
 
+from flows.artifacts import show_costs, show_published, show_rows, show_versions
+from flows.events import announce
+from flows.limits import build_limit, gpu_limits, held
+from flows.repeating import AGAIN
 from flows.run_logs import progress_artifacts, run_logs
 from pipeline.parity.check import check_stored
 from pipeline.preflight import check_inputs
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe import Recipe
 from pipeline.stages.anchors import sample_anchors
 from pipeline.stages.attribute import attribute
 from pipeline.stages.contrast import ContrastivePair, contrast, untrained_pair
 from pipeline.stages.prepare import Prepared, prepare
 from pipeline.stages.publish import Ingredients, Published, publish
-from pipeline.stages.report import Inspected, summary_markdown, write_report
+from pipeline.stages.report import Inspected, write_report
 from pipeline.stages.score import Scorer, executor_of, score
 from pipeline.weighing.section import WeightsSection
+from pipeline.workers.request import Stage
 from pipeline.workers.supervise import Filled
 from weights_store.inspection.doctor import Diagnosis
 from weights_store.messages import logger
@@ -68,7 +64,7 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
     """Build the weight dataset of a recipe: prepare, score, contrast, score, attribute, anchors, weigh, publish, report."""
     stage_s: dict[str, float] = {}
     clock = partial(_record_time, stage_s)
-    with run_logs():
+    with run_logs(), held([build_limit(recipe.store.uri, recipe.weights.name)]):
         with clock("model"):
             model_folder = find_model(recipe)
         with clock("prepare"):
@@ -105,26 +101,21 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
         with clock("publish"):
             published = publish_weights(recipe, recipe.weights, ingredients, model_folder, expect_same)
         with clock("report"):
-            report, diagnoses = report_weights(published, model_folder)
-    return BuildResult(
-        prepared, published, report, diagnoses, model_folder, scored, attributed, anchors, num_trained, stage_s
-    )
+            report, diagnoses = report_weights(published, ingredients, model_folder)
+        result = BuildResult(
+            prepared, published, report, diagnoses, model_folder, scored, attributed, anchors, num_trained, stage_s
+        )
+        show_costs(published, stage_s, result.filled())
+    return result
 
 
-@flow(name="refresh-weights")
-def refresh_weights(recipe_file: str, overrides: list[str] | None = None, store: str | None = None) -> str:
-    """Read a recipe from its file and build it, so that each run sees new pairs and changes of the file."""
-    result = build_weights(load_recipe(recipe_file, overrides or [], store))
-    return str(result.published.weights)
-
-
-@task(name="find model", task_run_name="find model")
+@task(name="find model", task_run_name="find model", **AGAIN)
 def find_model(recipe: Recipe) -> Path:
     """Check the recipe's inputs, which a schedule finds as they are by now, and resolve the starting model to a folder."""
     return check_inputs(recipe)
 
 
-@task(name="prepare", task_run_name="prepare {recipe.dataset.name}")
+@task(name="prepare", task_run_name="prepare {recipe.dataset.name}", **AGAIN)
 def prepare_tokens(recipe: Recipe, model_folder: Path) -> Prepared:
     """Tokenise new pairs; put unusable rows into quarantine."""
     prepared = prepare(recipe, model_folder)
@@ -141,7 +132,7 @@ def score_tokens(
     prepared: Prepared, scorers: dict[str, Scorer], recipe: Recipe, model_folder: Path
 ) -> dict[str, Filled]:
     """Score the pairs that have no log-probs yet. Prefect retries nothing: `score` restarts its process itself."""
-    with progress_artifacts("score", list(scorers), str(prepared.tokens)):
+    with _gpus(recipe, recipe.score.tensor_parallel), _progress("score", scorers, prepared):
         scored = score(prepared.tokens, scorers, recipe.score, model_folder, recipe.model.chat_template)
     for role, result in scored.items():
         if result.num_pairs == 0:
@@ -152,7 +143,7 @@ def score_tokens(
 @task(name="attribute", task_run_name="attribute {recipe.attribute.target}")
 def attribute_tokens(prepared: Prepared, recipe: Recipe, model_folder: Path) -> Filled:
     """Compute the attributions of the pairs that have none yet."""
-    with progress_artifacts("attribute", ["ref"], str(prepared.tokens)):
+    with _gpus(recipe, 1), _progress("attribute", ["ref"], prepared):
         return attribute(prepared.tokens, model_folder, recipe.attribute, executor_of(recipe.score))
 
 
@@ -160,17 +151,19 @@ def attribute_tokens(prepared: Prepared, recipe: Recipe, model_folder: Path) -> 
 def sample_anchor_responses(prepared: Prepared, recipe: Recipe, model_folder: Path) -> Filled:
     """Sample an anchor for every prompt that has none yet."""
     assert recipe.anchors is not None, "the flow calls this task only for a recipe with [anchors]"
-    with progress_artifacts("anchors", ["ref"], str(prepared.tokens)):
+    with _gpus(recipe, recipe.score.tensor_parallel), _progress("anchors", ["ref"], prepared):
         return sample_anchors(prepared.tokens, model_folder, recipe.anchors, recipe.score)
 
 
-@task(name="contrast", task_run_name="contrast {recipe.contrast.method}")
+@task(name="contrast", task_run_name="contrast {recipe.contrast.method}", **AGAIN)
 def build_contrast(recipe: Recipe, model_folder: Path, uniform: Published) -> ContrastivePair:
     """Build the contrastive pair, or find the one that the store has already."""
-    return contrast(recipe.contrast_settings, model_folder, uniform.weights)
+    settings = recipe.contrast_settings
+    with held(gpu_limits(settings.train.num_processes if settings.trains else 0)):
+        return contrast(settings, model_folder, uniform.weights)
 
 
-@task(name="publish", task_run_name="publish {weights.name}")
+@task(name="publish", task_run_name="publish {weights.name}", **AGAIN)
 def publish_weights(
     recipe: Recipe, weights: WeightsSection, ingredients: Ingredients, model_folder: Path, expect_same: bool = False
 ) -> Published:
@@ -179,15 +172,27 @@ def publish_weights(
     return publish(recipe, weights, ingredients, expect_same, check, model_folder)
 
 
-@task(name="report", task_run_name="report {published.name}")
-def report_weights(published: Published, model_folder: Path) -> tuple[str, list[Diagnosis]]:
-    """Write the HTML report and the Markdown artifact; return the path of the report, and what looks wrong."""
+@task(name="report", task_run_name="report {published.name}", **AGAIN)
+def report_weights(published: Published, ingredients: Ingredients, model_folder: Path) -> tuple[str, list[Diagnosis]]:
+    """Write the page, announce a new version, and show both; return the path of the page, and what looks wrong."""
     inspected = Inspected.of(published)
-    path = write_report(published, inspected, model_folder)
-    key = "weights-" + "".join(c if c.isalnum() else "-" for c in published.name)
-    summary = summary_markdown(published, inspected.diagnoses, path)
-    create_markdown_artifact(summary, key=key, description=str(published.weights))
-    return path, inspected.diagnoses
+    diagnoses = inspected.diagnoses
+    path = write_report(published, inspected, model_folder, on_new=partial(announce, published, diagnoses))
+    show_published(published, diagnoses, path)
+    show_rows(published)
+    show_versions(published, ingredients.by_role())
+    return path, diagnoses
+
+
+def _progress(stage: Stage, roles: Iterable[str], prepared: Prepared) -> AbstractContextManager[None]:
+    return progress_artifacts([f"{stage} {role}" for role in roles], str(prepared.tokens))
+
+
+@contextmanager
+def _gpus(recipe: Recipe, number: int) -> Iterator[None]:
+    """Hold the GPUs that a stage uses here; Ray has its own book."""
+    with held(gpu_limits(number) if recipe.score.executor == "process" else []):
+        yield
 
 
 @contextmanager

@@ -1,15 +1,14 @@
-"""What a stage logs, in Prefect: lines in the run's log, and one progress artifact for each role."""
+"""What a stage logs, in Prefect: lines in the run's log, and one progress artifact for each work."""
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging.handlers import APILogHandler
 
-from pipeline.workers.request import Stage
 from weights_store.messages import LINE_EVERY_S, ProgressEvery, handled_by, progress_of, show_on_terminal
 
 _ARTIFACT_EVERY_S = 2.0
@@ -28,15 +27,14 @@ def run_logs() -> Iterator[None]:
 
 
 @contextmanager
-def progress_artifacts(stage: Stage, roles: list[str], pairs: str) -> Iterator[None]:
-    """Show the progress that is logged while inside as one artifact for each role; at the end each of them is at 100 %.
+def progress_artifacts(works: Sequence[str], pairs: str) -> Iterator[None]:
+    """Show the progress that is logged while inside as one artifact for each work; at the end each of them is at 100 %.
 
     Args:
-        stage: Begins the artifact's key, for example `score-ref`.
-        roles: The models that the stage runs.
+        works: Names of the progress, such as `score ref`; the artifact's key is then `score-ref`.
         pairs: The table of pairs, for the descriptions.
     """
-    artifacts = [_Artifact(stage, role, pairs) for role in roles]
+    artifacts = [_Artifact(work, pairs) for work in works]
     with ExitStack() as handlers:
         for artifact in artifacts:
             handlers.enter_context(handled_by(artifact))
@@ -46,13 +44,13 @@ def progress_artifacts(stage: Stage, roles: list[str], pairs: str) -> Iterator[N
 
 
 class _Artifact(logging.Handler):
-    """The progress artifact of one role. Each update calls Prefect's API, so there is one every two seconds."""
+    """The progress artifact of one work. Each update calls Prefect's API, so there is one every two seconds."""
 
-    def __init__(self, stage: Stage, role: str, pairs: str) -> None:
+    def __init__(self, work: str, pairs: str) -> None:
         super().__init__()
-        self._work = f"{stage} {role}"
-        self._what = f"{self._work}, {pairs}"
-        created = create_progress_artifact(0.0, key=f"{stage}-{role}", description=self._what)
+        self._work = work
+        self._what = f"{work}, {pairs}"
+        created = create_progress_artifact(0.0, key=work.replace(" ", "-"), description=self._what)
         assert isinstance(created, UUID), "called from a task, which is not a coroutine"
         self._id = created
         self._text = "nothing to do"

@@ -1,4 +1,8 @@
-"""Serve recipes as Prefect deployments with their schedules, until stopped.
+"""Serve recipes and training configs as Prefect deployments, until stopped.
+
+A recipe becomes `refresh-weights/NAME`, which runs on its schedule, and `build-weights/NAME`, whose settings are a form in
+Prefect's page. A training config becomes `train-policy/NAME`. If a recipe served beside it builds the weights that it reads,
+`train-policy/NAME` starts by itself on each new version that the doctor finds sound, and `build-and-train/NAME` does both.
 
 A schedule needs a running server. If `PREFECT_API_URL` is set, that server is used. Otherwise Prefect's own server runs on
 loopback until we stop. It uses Prefect's usual database, which keeps the history of runs.
@@ -10,70 +14,147 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from flows.api import check_server, running_server
-from pipeline.recipe import Recipe
+from flows.api import DEFAULT_PORT, check_server, running_server
+from pipeline.recipe import Recipe, load_recipe
+from train.config import TrainConfig
 from weights_store.errors import SettingsError, StageError
 from weights_store.guard import guard
+from weights_store.names import split_name
+from weights_store.settings import kind_of, load_toml, parse_settings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from prefect import Flow
     from prefect.deployments.runner import RunnerDeployment
+    from prefect.schedules import Schedule
 
-_DEFAULT_PORT = 4200
+TAG = "tokenweights"
 
 
-def serve_recipes(recipes: Mapping[str, Recipe]) -> None:
-    """Serve one deployment of `build-weights` for each recipe; return when interrupted.
+def serve(files: "Sequence[str]", overrides: "Sequence[str]" = (), store: str | None = None) -> None:
+    """Serve the deployments of recipes and training configs; return when interrupted.
 
     Args:
-        recipes: The key is the path of the recipe's file. Each recipe needs a `[schedule]`.
+        files: TOML files of both kinds. Each recipe needs a `[schedule]`.
+        overrides: `section.key=value`, for each recipe.
+        store: Instead of `store.uri` of the recipes and `data.store` of the trainings.
 
     Raises:
-        SettingsError: A recipe has no schedule, or two have the same file name.
+        InputError, SettingsError: A file cannot be read or is wrong, a recipe has no schedule, or two files have the same name.
         StageError: The server did not start, or the one that `PREFECT_API_URL` names cannot be used.
     """
-    names = [Path(path).stem for path in recipes]
+    recipes, trainings = _load(files, overrides, store)
+    with _api():
+        from prefect import serve as serve_deployments
+
+        options = {"overrides": [*overrides], "store": store}
+        serve_deployments(*_deployments(recipes, trainings, options))
+
+
+def _load(
+    files: "Sequence[str]", overrides: "Sequence[str]", store: str | None
+) -> tuple[dict[str, Recipe], dict[str, TrainConfig]]:
+    """Return the recipes and the training configs by their file."""
+    names = [Path(file).stem for file in files]
     if len(set(names)) < len(names):
         raise SettingsError(
-            f"two recipes have the same file name, and the deployment is named for it: {', '.join(recipes)}; rename one"
+            f"two files have the same name, and deployments are named for it: {', '.join(files)}; rename one"
         )
-    for path, recipe in recipes.items():
+    recipes, trainings = {}, {}
+    for file in files:
+        settings = load_toml(file)
+        if kind_of(settings).command == "train":
+            if store is not None:
+                settings["data"] = {**settings.get("data", {}), "store": store}
+            trainings[file] = parse_settings(TrainConfig, settings, file)
+            continue
+        recipe = recipes[file] = load_recipe(file, overrides, store)
         if recipe.schedule.cron is None and recipe.schedule.interval_s is None:
             raise SettingsError(
-                f"{path} has no schedule; add [schedule] with cron or interval_s, or --set schedule.interval_s=3600"
+                f"{file} has no schedule; add [schedule] with cron or interval_s, or --set schedule.interval_s=3600"
             )
-    with _api():
-        from prefect import serve
-
-        serve(*[_deployment(name, recipe) for name, recipe in zip(names, recipes.values(), strict=True)])
+    return recipes, trainings
 
 
-def _deployment(name: str, recipe: Recipe) -> "RunnerDeployment":
-    """Return the deployment of one recipe, with the flow's parameters and the schedule."""
-    from prefect.deployments.runner import RunnerDeployment
-    from prefect.schedules import Cron, Interval
-    from prefect.types.entrypoint import EntrypointType
-
+def _deployments(
+    recipes: Mapping[str, Recipe], trainings: Mapping[str, TrainConfig], options: Mapping[str, Any]
+) -> "Iterator[RunnerDeployment]":
     from flows.build import build_weights
+    from flows.events import when_published
+    from flows.refresh import refresh_weights
+    from flows.training import build_and_train, train_policy
+
+    for file, recipe in recipes.items():
+        what = f"Builds {recipe.weights.name} from {recipe.dataset.source}"
+        yield _deployment(
+            build_weights, file, f"{what}, with the settings that you give.", {"recipe": _as_json(recipe)}
+        )
+        yield _deployment(
+            refresh_weights,
+            file,
+            f"{what}, as {file} says when it runs; does nothing when nothing is new.",
+            {"recipe_file": file, **options},
+            schedules=[_schedule(recipe)],
+        )
+    for file, config in trainings.items():
+        name, _ = split_name(config.data.weights)
+        what = f"Trains {config.model.path} on {name}"
+        builders = [recipe for recipe in recipes.values() if _builds(recipe, config)]
+        yield _deployment(
+            train_policy,
+            file,
+            f"{what}: by itself on each sound new version." if builders else f"{what}.",
+            {"config": _as_json(config)},
+            triggers=[when_published(config.data.store, name)] if builders else [],
+        )
+        for recipe in builders:
+            parameters = {"recipe": _as_json(recipe), "config": _as_json(config)}
+            yield _deployment(build_and_train, file, f"Builds {name} and trains on it.", parameters)
+
+
+def _builds(recipe: Recipe, config: TrainConfig) -> bool:
+    return (recipe.weights.name, recipe.store.uri) == (split_name(config.data.weights)[0], config.data.store)
+
+
+def _as_json(settings: Recipe | TrainConfig) -> dict[str, Any]:
+    return settings.model_dump(mode="json", exclude_unset=True)
+
+
+def _schedule(recipe: Recipe) -> "Schedule":
+    from prefect.schedules import Cron, Interval
 
     schedule = recipe.schedule
-    when = (
-        Cron(schedule.cron, timezone=schedule.timezone)
-        if schedule.cron
-        else Interval(float(schedule.interval_s or 0), timezone=schedule.timezone)
-    )
-    deployment = build_weights.to_deployment(
-        name=name,
-        parameters={"recipe": recipe.model_dump(mode="json"), "expect_same": False},
-        schedules=[when],
-        concurrency_limit=1,  # a second build of the same recipe would only wait for the first
-        tags=["tokenweights"],
+    if schedule.cron:
+        return Cron(schedule.cron, timezone=schedule.timezone)
+    return Interval(float(schedule.interval_s or 0), timezone=schedule.timezone)
+
+
+def _deployment(
+    flow: "Flow[..., Any]", file: str, description: str, parameters: dict[str, Any], **options: Any
+) -> "RunnerDeployment":
+    """Return a deployment named for a file, of which one run works at a time.
+
+    A scheduled run that comes meanwhile is left out: the next one finds what it would have found. Others wait.
+    """
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+    from prefect.deployments.runner import RunnerDeployment
+    from prefect.types.entrypoint import EntrypointType
+
+    when_busy = ConcurrencyLimitStrategy.CANCEL_NEW if "schedules" in options else ConcurrencyLimitStrategy.ENQUEUE
+    deployment = flow.to_deployment(
+        name=Path(file).stem,
+        parameters=parameters,
+        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=when_busy),
+        tags=[TAG],
         entrypoint_type=EntrypointType.MODULE_PATH,  # works from any folder
-        description=f"Builds {recipe.weights.name} from {recipe.dataset.source}.",
+        description=description,
+        **options,
     )
     assert isinstance(deployment, RunnerDeployment), "a coroutine only where an event loop runs"
-    deployment.entrypoint = "tokenweights_flows.build_weights"
+    deployment.entrypoint = f"tokenweights_flows.{flow.fn.__name__}"
     return deployment
 
 
@@ -100,7 +181,7 @@ def _api() -> Iterator[None]:
 
 def _free_port() -> int:
     """Return Prefect's usual port if it is free, otherwise another free port."""
-    for port in (_DEFAULT_PORT, 0):
+    for port in (DEFAULT_PORT, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

@@ -167,14 +167,25 @@ def parse_settings(model: type[T], settings: Mapping[str, Any], where: str) -> T
         raise SettingsError(f"{where}: " + "; ".join(_describe(problem, checked) for problem in problems)) from error
 
 
+def kind_of(settings: Mapping[str, Any]) -> Kind:
+    """Return the kind that most sections of a file belong to; of a file without any known section, the first."""
+    return max(KINDS, key=lambda kind: len(_sections_of(kind, settings)))
+
+
+def _sections_of(kind: Kind, settings: Mapping[str, Any]) -> list[str]:
+    return [name for name in settings if name in kind.sections]
+
+
 def _check_kind(model: type[_SettingsModel], settings: Mapping[str, Any], where: str) -> None:
     """Refuse a file of the other kind: every one of its keys would be unknown."""
-    sections = {kind: [name for name in settings if name in kind.sections] for kind in KINDS}
-    for own, other in (KINDS, KINDS[::-1]):
-        if set(own.sections) <= model.model_fields.keys() and len(sections[other]) > len(sections[own]):
+    found = kind_of(settings)
+    for own in KINDS:
+        if set(own.sections) <= model.model_fields.keys() and len(_sections_of(found, settings)) > len(
+            _sections_of(own, settings)
+        ):
             raise SettingsError(
-                f"{where} is a {other.name} (sections {', '.join(sections[other])}), not a {own.name}; use it with "
-                f"`tokenweights {other.command}`"
+                f"{where} is a {found.name} (sections {', '.join(_sections_of(found, settings))}), not a {own.name}; use it "
+                f"with `tokenweights {found.command}`"
             )
 
 

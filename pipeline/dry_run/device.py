@@ -1,11 +1,10 @@
-"""The memory of this machine: of its smallest GPU, or its RAM. Nothing heavy is imported, so a plan stays quick."""
+"""The GPUs of this machine, and its memory: of its smallest GPU, or its RAM. Nothing heavy is imported: a plan stays quick."""
 
 import os
 import shutil
 import subprocess
 from dataclasses import dataclass
 
-_QUERY = ("--query-gpu=memory.total,name", "--format=csv,noheader,nounits")
 _TIMEOUT_S = 30
 _NO_MEMORY = "[N/A]"
 
@@ -25,26 +24,48 @@ def find_device() -> Device:
     A GPU that shares the machine's memory (GB10) reports none of its own, and counts with that of the machine.
     """
     ram_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    program = shutil.which("nvidia-smi")
-    if program is not None and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
-        try:
-            done = subprocess.run(
-                [program, *_QUERY],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=_TIMEOUT_S,
-                check=True,
-            )
-            gpus = [line.split(", ", 1) for line in done.stdout.splitlines()]
-            found = [
-                Device(f"{name} (memory of the machine: it reports none of its own)", ram_bytes, is_gpu=True)
-                if mebibytes == _NO_MEMORY
-                else Device(name, int(mebibytes) << 20, is_gpu=True)
-                for mebibytes, name in gpus
-            ]
-            if found:
-                return min(found, key=lambda device: device.num_bytes)
-        except (OSError, subprocess.SubprocessError, ValueError):
-            pass  # a driver that does not answer: no GPU that could be used
+    try:
+        found = [
+            Device(f"{name} (memory of the machine: it reports none of its own)", ram_bytes, is_gpu=True)
+            if mebibytes == _NO_MEMORY
+            else Device(name, int(mebibytes) << 20, is_gpu=True)
+            for mebibytes, name in _ask("memory.total,name")
+        ]
+    except ValueError:
+        found = []
+    if found:
+        return min(found, key=lambda device: device.num_bytes)
     return Device("this machine, without a GPU", ram_bytes, is_gpu=False)
+
+
+def visible_gpus() -> list[str]:
+    """Return the numbers of the GPUs that CUDA shows to a process, in its order, as the driver counts them.
+
+    `CUDA_VISIBLE_DEVICES` names them by number or by the beginning of their UUID; from the first unknown one on it shows none.
+    """
+    numbers = {index: uuid for index, uuid in _ask("index,uuid")}  # noqa: C416  (dict() would not know that there are two)
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if wanted is None:
+        return list(numbers)
+    found = []
+    for name in map(str.strip, wanted.split(",")):
+        same = [index for index, uuid in numbers.items() if name and (name == index or uuid.startswith(name))]
+        if len(same) != 1:
+            break
+        found += same
+    return found
+
+
+def _ask(fields: str) -> list[list[str]]:
+    """Return what the driver says about each GPU; nothing if there is none, it does not answer, or CUDA shows none."""
+    program = shutil.which("nvidia-smi")
+    if program is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return []
+    command = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.split(", ", 1) for line in done.stdout.splitlines()]

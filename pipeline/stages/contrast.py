@@ -6,7 +6,6 @@ adapter; each machine that scores merges it into its base, the starting model, o
 first build are used again (their scores stay valid, and only new pairs are scored), unless the recipe says `contrast.retrain`.
 """
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pipeline.models.other_pairs import other_pairs
 from pipeline.models.resolve import merge_once
 from pipeline.models.section import MODEL_SIDES, ContrastSection, pair_role
 from pipeline.stages.score import Scorer
+from pipeline.stages.train import set_options
 from weights_store import TableVersion, WeightStore
 from weights_store.checks.model_folders import MODELS, ModelIdentity, ModelRecord, model_name
 from weights_store.fingerprint import fingerprint_model
@@ -226,7 +226,4 @@ def _arguments(
         options["gate.tolerance_nats"] = 0.1
     name = name_of(pairs.table)
     arguments = ["train", "--store", pairs.store, "--weights", f"{name}@{pairs.version}"]
-    arguments += ["--model", str(model_folder), "--output", str(folder)]
-    for key, value in options.items():
-        arguments += ["--set", f"{key}={json.dumps(value)}"]
-    return arguments
+    return [*arguments, "--model", str(model_folder), "--output", str(folder), *set_options(options)]

@@ -3,7 +3,7 @@
 What looks wrong is the doctor's business (`weights_store/inspection/doctor.py`); its one pass serves the whole report.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,8 +38,16 @@ class Inspected:
         return cls(survey, diagnose(survey, store.metadata(published.name, version)))
 
 
-def write_report(published: Published, inspected: Inspected, model_folder: Path) -> str:
-    """Write `reports/<name>@<version>.html` into the store, unless it is there and whole, and return its path."""
+def write_report(
+    published: Published,
+    inspected: Inspected,
+    model_folder: Path,
+    on_new: Callable[[str], None] = lambda path: None,
+) -> str:
+    """Write `reports/<name>@<version>.html` into the store, unless it is there and whole, and return its path.
+
+    `on_new` is called with the path before it is written: whoever dies in between calls it again in the next build.
+    """
     store = WeightStore(published.weights.store)
     file = report_file(published.name, published.weights.version)
     folder = store.root / REPORTS
@@ -48,6 +56,7 @@ def write_report(published: Published, inspected: Inspected, model_folder: Path)
     tokenizer = load_tokenizer(model_folder)
     view = make_view(store.root, published.weights, None, Choice(), tokenizer, inspected.survey)
     _log.info(reason)
+    on_new(f"{folder}/{file}")
     folder.write(file, with_digest(render(replace(view, facts=summary_rows(published))), file))
     return f"{folder}/{file}"
 

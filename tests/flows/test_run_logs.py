@@ -37,7 +37,7 @@ def artifacts(monkeypatch):
 
 @pytest.mark.parametrize("stage", ["score", "attribute", "anchors"])
 def test_an_artifact_says_tokens_and_rate_and_ends_at_a_hundred_per_cent(artifacts, stage):
-    with progress_artifacts(stage, ["ref"], PAIRS):
+    with progress_artifacts([f"{stage} ref"], PAIRS):
         for state in states(stage):
             show(state)
     # The two later states come less than two seconds after the first, and the end is always shown.
@@ -47,8 +47,8 @@ def test_an_artifact_says_tokens_and_rate_and_ends_at_a_hundred_per_cent(artifac
     ]
 
 
-def test_each_role_has_an_artifact_and_a_role_with_nothing_to_do_says_so(artifacts):
-    with progress_artifacts("score", ["positive", "negative"], PAIRS):
+def test_each_work_has_an_artifact_and_a_work_with_nothing_to_do_says_so(artifacts):
+    with progress_artifacts(["score positive", "score negative"], PAIRS):
         show(Progress("score negative", 10, 10, 1.0))
         show(Progress("score ref", 1, 10, 1.0))
     assert {key: text for key, progress, text in artifacts if progress == 100.0} == {

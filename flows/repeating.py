@@ -1,0 +1,50 @@
+"""Which failed tasks are repeated: those that met what may pass by itself, never a wrong setting or a damaged file.
+
+Stages that run a model restart their process themselves (`pipeline/workers/supervise.py`), and the libraries that talk to object
+stores ask again themselves.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from weights_store.errors import ConflictError, KilledError
+
+if TYPE_CHECKING:
+    from prefect import Task
+    from prefect.client.schemas.objects import State, TaskRun
+
+_BUSY = (408, 425, 429, 500, 502, 503, 504)
+"""HTTP status codes of a hub that may answer later."""
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return whether the same call may succeed later: the network or a hub failed, another writer won, a process was killed."""
+    return any(isinstance(cause, ConflictError | KilledError) or _is_of_network(cause) for cause in _causes(error))
+
+
+def repeats(task: "Task[..., Any]", task_run: "TaskRun", state: "State[Any]") -> bool:  # noqa: ARG001  (Prefect's signature)
+    """Return whether Prefect shall run a failed task again."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, BaseException) and may_pass(error)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it was raised from."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        yield cause
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
+
+
+def _is_of_network(error: BaseException) -> bool:
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    from httpx import TransportError  # Prefect and the hub's client come with it
+
+    return isinstance(error, TransportError) or getattr(getattr(error, "response", None), "status_code", None) in _BUSY
+
+
+AGAIN: dict[str, Any] = {"retries": 3, "retry_delay_seconds": [10, 60, 300], "retry_condition_fn": repeats}
+"""Options of a task that is worth repeating."""

@@ -1,0 +1,86 @@
+"""Trainings as Prefect flows: of one policy, and of a policy behind the build of its weights."""
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+
+from flows.build import build_weights
+from flows.limits import gpu_limits, held
+from flows.repeating import AGAIN
+from flows.run_logs import progress_artifacts, run_logs
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.stages.train import pinned, train
+from train.config import TrainConfig
+from weights_store.errors import SettingsError, StageError
+from weights_store.location import Location
+from weights_store.names import split_name
+from weights_store.settings import load_toml, parse_settings
+
+
+@flow(name="train-policy")
+def train_policy(config: TrainConfig | str, weights: str | None = None, python: str | None = None) -> str:
+    """Train a policy on one version of its weights, in a folder named for that version; return the folder.
+
+    Args:
+        config: The training, or the path of its file, which is read when the flow runs.
+        weights: `name@version` instead of the newest version of `data.weights`.
+        python: Interpreter of the training job; None for this one.
+    """
+    with run_logs():
+        job = pinned(_training(config), weights)
+        return str(train_model(job, python))
+
+
+@flow(name="build-and-train")
+def build_and_train(
+    recipe: Recipe | str, config: TrainConfig | str, despite_warnings: bool = False, python: str | None = None
+) -> str:
+    """Build the weights of a recipe, and train on them if the doctor warns of nothing; return the policy's folder.
+
+    Args:
+        recipe: The build, or the path of its file.
+        config: The training, or the path of its file. It reads the weights that the recipe builds.
+        despite_warnings: Train also if the doctor warns.
+        python: Interpreter of the training job; None for `contrast.python` of the recipe.
+
+    Raises:
+        SettingsError: The training reads other weights than the recipe builds.
+        StageError: The doctor warns; the weights are published.
+    """
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    config = _training(config)
+    _check_pair(recipe, config)
+    result = build_weights(recipe)
+    weights = f"{result.published.name}@{result.published.weights.version}"
+    warnings = [f"{found.name}: {found}" for found in result.diagnoses if found.severity == "warning"]
+    if warnings and not despite_warnings:
+        raise StageError(
+            f"{weights} was published and not trained on, because the doctor warns. {' '.join(warnings)} Change the recipe, or "
+            f"run again with despite_warnings; the page is {result.report}"
+        )
+    return train_policy(config, weights, python or recipe.contrast.python)
+
+
+@task(name="train", task_run_name="train {job.output.folder}", **AGAIN)
+def train_model(job: TrainConfig, python: str | None) -> Path:
+    """Run the training job; one that was killed continues from its last checkpoint."""
+    with held(gpu_limits(1)), progress_artifacts(["train"], job.data.weights):
+        return train(job, python)
+
+
+def _training(config: TrainConfig | str) -> TrainConfig:
+    if isinstance(config, TrainConfig):
+        return config
+    settings: dict[str, Any] = load_toml(config)
+    return parse_settings(TrainConfig, settings, config)
+
+
+def _check_pair(recipe: Recipe, config: TrainConfig) -> None:
+    name, _ = split_name(config.data.weights)
+    built, read = (recipe.weights.name, str(Location(recipe.store.uri))), (name, str(Location(config.data.store)))
+    if built != read:
+        raise SettingsError(
+            f"the recipe builds {built[0]} in {built[1]}, and the training reads {read[0]} in {read[1]}; make data.weights and "
+            "data.store those of the recipe"
+        )
