@@ -16,6 +16,7 @@ from prefect import flow, task
 from flows.artifacts import show_costs, show_published, show_rows, show_versions
 from flows.events import announce
 from flows.limits import build_limit, gpu_limits, held
+from flows.lineage_events import lineage_of
 from flows.repeating import AGAIN
 from flows.run_logs import progress_artifacts, run_logs
 from pipeline.parity.check import check_stored
@@ -118,7 +119,9 @@ def find_model(recipe: Recipe) -> Path:
 @task(name="prepare", task_run_name="prepare {recipe.dataset.name}", **AGAIN)
 def prepare_tokens(recipe: Recipe, model_folder: Path) -> Prepared:
     """Tokenise new pairs; put unusable rows into quarantine."""
-    prepared = prepare(recipe, model_folder)
+    with lineage_of("prepare", recipe.weights.name, [recipe.dataset.source, str(model_folder)]) as outputs:
+        prepared = prepare(recipe, model_folder)
+        outputs.append(prepared.tokens)
     num_quarantined = sum(prepared.quarantined.values())
     _log.info(
         f"{prepared.num_source_rows} rows = {prepared.num_pairs} pairs + {num_quarantined} quarantined "
@@ -132,8 +135,14 @@ def score_tokens(
     prepared: Prepared, scorers: dict[str, Scorer], recipe: Recipe, model_folder: Path
 ) -> dict[str, Filled]:
     """Score the pairs that have no log-probs yet. Prefect retries nothing: `score` restarts its process itself."""
-    with _gpus(recipe, recipe.score.tensor_parallel), _progress("score", scorers, prepared):
+    models = dict.fromkeys(str(scorer.model) for scorer in scorers.values())
+    with (
+        _gpus(recipe, recipe.score.tensor_parallel),
+        _progress("score", scorers, prepared),
+        lineage_of("score", recipe.weights.name, [prepared.tokens, *models]) as outputs,
+    ):
         scored = score(prepared.tokens, scorers, recipe.score, model_folder, recipe.model.chat_template)
+        outputs += [result.output for result in scored.values()]
     for role, result in scored.items():
         if result.num_pairs == 0:
             _log.info(f"score {role}: {result.output}: nothing to score")
@@ -143,24 +152,41 @@ def score_tokens(
 @task(name="attribute", task_run_name="attribute {recipe.attribute.target}")
 def attribute_tokens(prepared: Prepared, recipe: Recipe, model_folder: Path) -> Filled:
     """Compute the attributions of the pairs that have none yet."""
-    with _gpus(recipe, 1), _progress("attribute", ["ref"], prepared):
-        return attribute(prepared.tokens, model_folder, recipe.attribute, executor_of(recipe.score))
+    with (
+        _gpus(recipe, 1),
+        _progress("attribute", ["ref"], prepared),
+        lineage_of("attribute", recipe.weights.name, [prepared.tokens, str(model_folder)]) as outputs,
+    ):
+        attributed = attribute(prepared.tokens, model_folder, recipe.attribute, executor_of(recipe.score))
+        outputs.append(attributed.output)
+        return attributed
 
 
 @task(name="anchors", task_run_name="anchors")
 def sample_anchor_responses(prepared: Prepared, recipe: Recipe, model_folder: Path) -> Filled:
     """Sample an anchor for every prompt that has none yet."""
     assert recipe.anchors is not None, "the flow calls this task only for a recipe with [anchors]"
-    with _gpus(recipe, recipe.score.tensor_parallel), _progress("anchors", ["ref"], prepared):
-        return sample_anchors(prepared.tokens, model_folder, recipe.anchors, recipe.score)
+    with (
+        _gpus(recipe, recipe.score.tensor_parallel),
+        _progress("anchors", ["ref"], prepared),
+        lineage_of("anchors", recipe.weights.name, [prepared.tokens, str(model_folder)]) as outputs,
+    ):
+        anchors = sample_anchors(prepared.tokens, model_folder, recipe.anchors, recipe.score)
+        outputs.append(anchors.output)
+        return anchors
 
 
 @task(name="contrast", task_run_name="contrast {recipe.contrast.method}", **AGAIN)
 def build_contrast(recipe: Recipe, model_folder: Path, uniform: Published) -> ContrastivePair:
     """Build the contrastive pair, or find the one that the store has already."""
     settings = recipe.contrast_settings
-    with held(gpu_limits(settings.train.num_processes if settings.trains else 0)):
-        return contrast(settings, model_folder, uniform.weights)
+    with (
+        held(gpu_limits(settings.train.num_processes if settings.trains else 0)),
+        lineage_of("contrast", recipe.weights.name, [uniform.weights, str(model_folder)]) as outputs,
+    ):
+        pair = contrast(settings, model_folder, uniform.weights)
+        outputs += [str(scorer.model) for scorer in pair.scorers.values()]
+        return pair
 
 
 @task(name="publish", task_run_name="publish {weights.name}", **AGAIN)
@@ -169,7 +195,10 @@ def publish_weights(
 ) -> Published:
     """Compute weights and publish them. With all weights 1: for contrastive training and the plain DPO baseline."""
     check = partial(check_stored, recipe, ingredients.tokens, ingredients.ref_logps, model_folder)
-    return publish(recipe, weights, ingredients, expect_same, check, model_folder)
+    with lineage_of("publish", weights.name, [*ingredients.by_role().values()]) as outputs:
+        published = publish(recipe, weights, ingredients, expect_same, check, model_folder)
+        outputs.append(published.weights)
+        return published
 
 
 @task(name="report", task_run_name="report {published.name}", **AGAIN)

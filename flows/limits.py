@@ -1,7 +1,7 @@
 """Limits that a server keeps over all its runs: one at a time per GPU, and one build at a time per weight dataset.
 
-A limit is made when it is first needed; an operator may change it afterwards, for example to let two small models share a GPU. A
-run that dies gives its slots back after a minute. A build with a server of its own (`flows/api.py`) holds nothing: nobody else
+A limit is made when it is first needed; an operator may change it afterwards, for example to let two small models share a GPU.
+A run that dies gives its slots back after a minute. A build with a server of its own (`flows/api.py`) holds none: nobody else
 asks that server, and nothing there would free what a killed build had held.
 """
 

@@ -1,6 +1,6 @@
 """Which failed tasks are repeated: those that met what may pass by itself, never a wrong setting or a damaged file.
 
-Stages that run a model restart their process themselves (`pipeline/workers/supervise.py`), and the libraries that talk to object
+Stages that run a model restart their process themselves (`pipeline/workers/supervise.py`), and libraries that talk to object
 stores ask again themselves.
 """
 
@@ -41,9 +41,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _is_of_network(error: BaseException) -> bool:
     if isinstance(error, ConnectionError | TimeoutError):
         return True
-    from httpx import TransportError  # Prefect and the hub's client come with it
-
-    return isinstance(error, TransportError) or getattr(getattr(error, "response", None), "status_code", None) in _BUSY
+    # By name: Prefect's client and the hub's come with two packages of the same kind, httpx and httpx2.
+    is_transport = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+    return is_transport or getattr(getattr(error, "response", None), "status_code", None) in _BUSY
 
 
 AGAIN: dict[str, Any] = {"retries": 3, "retry_delay_seconds": [10, 60, 300], "retry_condition_fn": repeats}

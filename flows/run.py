@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 
 from flows.api import check_server, server_of_run
 from flows.build import BuildResult, build_weights
+from flows.lineage_events import check_client
 from pipeline.child import leave
 from pipeline.preflight import check_inputs
 from pipeline.recipe import Recipe
@@ -27,6 +28,7 @@ def run_build(recipe: Recipe, expect_same: bool = False, debug: bool = False) ->
     """
     check_inputs(recipe)
     check_server()
+    check_client()
     if not debug:
         _hide_expected_tracebacks()
     guard().mark_environment()  # what the build starts ends with it

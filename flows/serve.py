@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.api import DEFAULT_PORT, check_server, running_server
+from flows.lineage_events import check_client
 from pipeline.recipe import Recipe, load_recipe
 from train.config import TrainConfig
 from weights_store.errors import SettingsError, StageError
@@ -47,6 +48,7 @@ def serve(files: "Sequence[str]", overrides: "Sequence[str]" = (), store: str | 
         StageError: The server did not start, or the one that `PREFECT_API_URL` names cannot be used.
     """
     recipes, trainings = _load(files, overrides, store)
+    check_client()
     with _api():
         from prefect import serve as serve_deployments
 

@@ -7,14 +7,15 @@ from prefect import flow, task
 
 from flows.build import build_weights
 from flows.limits import gpu_limits, held
+from flows.lineage_events import lineage_of
 from flows.repeating import AGAIN
 from flows.run_logs import progress_artifacts, run_logs
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.stages.train import pinned, train
+from pipeline.stages.train import pinned, train, weights_of
 from train.config import TrainConfig
 from weights_store.errors import SettingsError, StageError
 from weights_store.location import Location
-from weights_store.names import split_name
+from weights_store.names import name_of, split_name
 from weights_store.settings import load_toml, parse_settings
 
 
@@ -65,8 +66,15 @@ def build_and_train(
 @task(name="train", task_run_name="train {job.output.folder}", **AGAIN)
 def train_model(job: TrainConfig, python: str | None) -> Path:
     """Run the training job; one that was killed continues from its last checkpoint."""
-    with held(gpu_limits(1)), progress_artifacts(["train"], job.data.weights):
-        return train(job, python)
+    weights = weights_of(job)
+    with (
+        held(gpu_limits(1)),
+        progress_artifacts(["train"], job.data.weights),
+        lineage_of("train", name_of(weights.table), [weights, job.model.path]) as outputs,
+    ):
+        folder = train(job, python)
+        outputs.append(str(folder))
+        return folder
 
 
 def _training(config: TrainConfig | str) -> TrainConfig:

@@ -15,7 +15,14 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
     return versions
 
 
-_EXTRAS = {"torch": "train", "accelerate": "train", "peft": "train", "ray": "ray", "trl": "trl"}
+_EXTRAS = {
+    "torch": "train",
+    "accelerate": "train",
+    "peft": "train",
+    "ray": "ray",
+    "trl": "trl",
+    "openlineage": "lineage",
+}
 """Where a package is that not every extra has."""
 
 
