@@ -30,10 +30,15 @@ if TYPE_CHECKING:
 
 _log = logger(__name__)
 
+_silent_until = [0.0]
+"""On the monotonic clock."""
+
 Place = TableVersion | str
 """A version of one of our tables, or the path or hub id of a file or folder."""
 _HUB = "https://huggingface.co"
 _PREFIX = "OPENLINEAGE_"
+_PAUSE_S = 60.0
+"""After an event that could not be sent: the client tries for seconds each time, and a stage has several events."""
 _PRODUCER = "https://pypi.org/project/tokenweights"
 
 
@@ -97,6 +102,8 @@ class _Run:
         """Send one event. `commit` is what the only output got in it."""
         from openlineage.client.event_v2 import InputDataset, Job, OutputDataset, Run, RunEvent, RunState
 
+        if time.monotonic() < _silent_until[0]:
+            return
         try:
             event = RunEvent(
                 eventType=RunState[state],
@@ -109,7 +116,9 @@ class _Run:
             )
             _client().emit(event)
         except Exception as problem:  # noqa: BLE001  (whatever a transport raises: a catalogue is not worth a build)
-            _warn_once(hide_credentials(first_line(problem)))
+            _silent_until[0] = time.monotonic() + _PAUSE_S
+            reason = hide_credentials(first_line(problem))
+            _log.warning(f"OpenLineage: events are not sent for {_PAUSE_S:.0f} s, the build goes on: {reason}")
 
 
 @cache
@@ -131,11 +140,6 @@ def check_client() -> None:
 
 def _namespace() -> str:
     return os.environ.get("OPENLINEAGE_NAMESPACE", "tokenweights")
-
-
-@cache
-def _warn_once(problem: str) -> None:
-    _log.warning(f"OpenLineage: an event could not be sent: {problem}; the build goes on")
 
 
 def _run_facets(error: BaseException | None) -> dict[str, Any]:

@@ -1,0 +1,77 @@
+"""One run at a time per GPU and per weight dataset, over all runs of a server."""
+
+import threading
+
+import pytest
+from prefect.client.orchestration import get_client
+
+from flows import limits
+from flows.limits import build_limit, gpu_limits, held
+
+GPUS = "0, GPU-aa11\n1, GPU-bb22\n2, GPU-ab33\n"
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """Three GPUs, as the driver's program prints them."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '{GPUS}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(limits.socket, "gethostname", lambda: "node7")
+
+
+@pytest.mark.parametrize(
+    ("visible", "num_gpus", "expected"),
+    [
+        (None, 2, ["0", "1"]),
+        (None, 8, ["0", "1", "2"]),
+        ("2,0", 1, ["2"]),
+        ("GPU-bb,GPU-aa11", 2, ["1", "0"]),
+        ("1,GPU-a,0", 3, ["1"]),  # two begin so: as CUDA, nothing from there on
+        ("7,0", 2, []),
+        ("", 1, []),
+        (None, 0, []),
+    ],
+)
+def test_a_process_holds_the_first_gpus_that_it_sees(driver, monkeypatch, visible, num_gpus, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpu_limits(num_gpus) == [f"gpu node7 {index}" for index in expected]
+
+
+def test_two_stores_may_have_datasets_of_one_name(tmp_path):
+    name = "hh/tis-dpo"
+    assert build_limit(f"{tmp_path}/a", name) != build_limit(f"{tmp_path}/b", name)
+    assert build_limit(f"{tmp_path}/a/", name) == build_limit(f"{tmp_path}/a", name)
+    assert "/" not in build_limit("s3://bucket/a", name)  # Prefect refuses it in a name
+
+
+def test_a_second_run_waits_for_the_first(prefect_server):
+    order, inside = [], threading.Event()
+
+    def second():
+        inside.wait(30)
+        with held(["gpu test 0"]):
+            order.append("second")
+
+    waiting = threading.Thread(target=second)
+    with held(["gpu test 0", "gpu test 1"]):  # both are made
+        waiting.start()
+        inside.set()
+        waiting.join(2)
+        order.append("first")
+    waiting.join(60)
+    assert order == ["first", "second"]
+
+
+def test_a_limit_that_an_operator_has_changed_stays(prefect_server):
+    with held(["gpu test 2"]):
+        pass
+    with get_client(sync_client=True) as client:
+        found = client.read_global_concurrency_limit_by_name("gpu test 2")
+        assert (found.limit, found.active_slots) == (1, 0)
+        client.upsert_global_concurrency_limit_by_name("gpu test 2", 2)
+    with held(["gpu test 2"]), held(["gpu test 2"]):  # two small models on one card
+        pass
