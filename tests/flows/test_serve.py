@@ -1,0 +1,168 @@
+"""Which deployments `tokenweights serve` makes of recipes and training configs, and what starts them."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from flows.serve import _deployments, _load
+from flows.training import _check_pair, build_and_train
+from weights_store.errors import SettingsError, StageError
+from weights_store.inspection.doctor import Diagnosis
+
+RECIPE = """
+[dataset]
+name = "hh"
+source = "pairs.jsonl"
+[model]
+path = "model"
+[weights]
+name = "hh/head"
+[store]
+uri = "store"
+[schedule]
+cron = "0 3 * * *"
+timezone = "Europe/Berlin"
+"""
+TRAINING = """
+[data]
+store = "store"
+weights = "hh/head"
+[model]
+path = "model"
+[loss]
+name = "tis_dpo"
+beta = 0.3
+[optim]
+learning_rate = 1e-4
+[output]
+folder = "runs/policy"
+"""
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hh.toml").write_text(RECIPE)
+    (tmp_path / "policy.toml").write_text(TRAINING)
+    return tmp_path
+
+
+def _served(*names, overrides=(), store=None):
+    recipes, trainings = _load(names, overrides, store)
+    made = _deployments(recipes, trainings, {"overrides": [*overrides], "store": store})
+    return {f"{deployment.flow_name}/{deployment.name}": deployment for deployment in made}
+
+
+def test_a_recipe_is_refreshed_on_its_schedule_and_built_by_hand(files):
+    served = _served("hh.toml", overrides=["weights.spread=0.5"])
+    assert set(served) == {"build-weights/hh", "refresh-weights/hh"}
+    by_hand, refresh = served["build-weights/hh"], served["refresh-weights/hh"]
+    assert by_hand.schedules == []
+    (schedule,) = refresh.schedules
+    assert (schedule.schedule.cron, schedule.schedule.timezone) == ("0 3 * * *", "Europe/Berlin")
+    assert refresh.parameters == {"recipe_file": "hh.toml", "overrides": ["weights.spread=0.5"], "store": None}
+    assert by_hand.parameters["recipe"]["weights"] == {"name": "hh/head", "estimator": "head", "spread": 0.5}
+    limits = {
+        name: (found.concurrency_limit, found.concurrency_options.collision_strategy) for name, found in served.items()
+    }
+    assert limits == {"build-weights/hh": (1, "ENQUEUE"), "refresh-weights/hh": (1, "CANCEL_NEW")}
+    for found in served.values():
+        assert found.entrypoint.startswith("tokenweights_flows.")
+        assert "tokenweights" in found.tags
+
+
+def test_the_form_has_the_sections_of_the_recipe_with_their_help(files):
+    schema = _served("hh.toml")["build-weights/hh"]._parameter_openapi_schema
+    sections = schema.definitions["Recipe"]["properties"]
+    assert {"dataset", "model", "contrast", "score", "weights", "attribute", "anchors", "schedule", "store"} == set(
+        sections
+    )
+    source = schema.definitions["DatasetSection"]["properties"]["source"]
+    assert source["description"].startswith("a .jsonl, .json")
+
+
+def test_a_training_starts_on_sound_versions_of_what_is_served_beside_it(files):
+    served = _served("hh.toml", "policy.toml")
+    (trigger,) = served["train-policy/policy"].triggers
+    assert trigger.expect == {"tokenweights.weights.published"}
+    assert trigger.match.root == {
+        "prefect.resource.id": "tokenweights.weights.hh/head",
+        "tokenweights.store": str(files / "store"),
+        "tokenweights.doctor": "sound",
+    }
+    assert "build-and-train/policy" in served
+
+
+@pytest.mark.parametrize("changed", [{"store": "elsewhere"}, {"weights": "hh/other"}])
+def test_a_training_on_other_weights_waits_for_a_person(files, changed):
+    text = TRAINING
+    for key, value in changed.items():
+        text = text.replace(f'{key} = "{"store" if key == "store" else "hh/head"}"', f'{key} = "{value}"')
+    (files / "policy.toml").write_text(text)
+    served = _served("hh.toml", "policy.toml")
+    assert served["train-policy/policy"].triggers == []
+    assert "build-and-train/policy" not in served
+
+
+def test_another_store_is_that_of_builds_and_trainings(files):
+    served = _served("hh.toml", "policy.toml", store="other")
+    assert served["refresh-weights/hh"].parameters["store"] == "other"
+    assert served["build-weights/hh"].parameters["recipe"]["store"] == {"uri": "other"}
+    assert served["train-policy/policy"].parameters["config"]["data"]["store"] == "other"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            RECIPE.replace('cron = "0 3 * * *"', ""),
+            r"hh.toml has no schedule; add \[schedule\] with cron or interval_s",
+        ),
+        (RECIPE.replace("[model]", "[modell]"), "did you mean"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_a_server_starts(files, text, problem):
+    (files / "hh.toml").write_text(text)
+    with pytest.raises(SettingsError, match=problem):
+        _load(["hh.toml"], [], None)
+
+
+def test_two_files_of_one_name_are_refused(files):
+    (files / "more").mkdir()
+    (files / "more/hh.toml").write_text(RECIPE)
+    with pytest.raises(SettingsError, match=r"two files have the same name.*hh\.toml, more/hh\.toml; rename one"):
+        _load(["hh.toml", "more/hh.toml"], [], None)
+
+
+def test_a_training_behind_a_build_reads_what_is_built(files):
+    recipes, trainings = _load(["hh.toml", "policy.toml"], [], None)
+    (recipe,), (config,) = recipes.values(), trainings.values()
+    _check_pair(recipe, config)
+    other = config.model_copy(update={"data": config.data.model_copy(update={"weights": "hh/other@3"})})
+    with pytest.raises(
+        SettingsError, match="the recipe builds hh/head in store, and the training reads hh/other in store"
+    ):
+        _check_pair(recipe, other)
+
+
+def test_a_warning_of_the_doctor_keeps_a_policy_from_being_trained(files, monkeypatch):
+    """Build and training are made up: what counts is what happens between them."""
+    trained = []
+    warning = Diagnosis("held_out", "warning", "no better than chance", "The weights are noise.", "Use more pairs.")
+    note = Diagnosis("eos", "note", "a note", "It means little.", "Do nothing.")
+
+    published = SimpleNamespace(name="hh/head", weights=SimpleNamespace(version=4))
+    built = SimpleNamespace(diagnoses=[note, warning], report="store/reports/hh/head@4.html", published=published)
+    monkeypatch.setattr("flows.training.build_weights", lambda recipe: built)
+    monkeypatch.setattr(
+        "flows.training.train_policy", lambda config, weights, python: trained.append(weights) or "folder"
+    )
+    with pytest.raises(
+        StageError, match=r"hh/head@4 was published and not trained on.*held_out: No better than chance\."
+    ):
+        build_and_train.fn("hh.toml", "policy.toml")
+    assert trained == []
+    assert build_and_train.fn("hh.toml", "policy.toml", despite_warnings=True) == "folder"
+    built.diagnoses = [note]
+    build_and_train.fn("hh.toml", "policy.toml")
+    assert trained == ["hh/head@4", "hh/head@4"]
