@@ -1,7 +1,6 @@
 """What can be known of docker/, requirements/ and prefect.yaml without a Docker engine."""
 
 import importlib
-import inspect
 import json
 import re
 import shutil
@@ -221,17 +220,34 @@ def test_compose_server_and_worker_have_the_same_prefect() -> None:
     assert pins(REPO / "requirements/worker-gpu.txt")["prefect"] == version
 
 
-@pytest.mark.parametrize("deployment", load_yaml(REPO / "prefect.yaml")["deployments"], ids=lambda d: d["name"])
+DEPLOYMENTS = load_yaml(REPO / "prefect.yaml")["deployments"]
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda d: d["entrypoint"])
 def test_deployment_calls_a_flow_with_its_own_parameters(deployment: dict) -> None:
     module, _, function = deployment["entrypoint"].rpartition(".")
     flow = getattr(importlib.import_module(module), function)
     assert isinstance(flow, Flow)
-    parameters = inspect.signature(flow.fn).parameters
-    names = set(parameters)
-    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
-    assert set(required) <= deployment["parameters"].keys() <= names
-    assert (REPO / deployment["parameters"]["recipe_file"]).is_file()
-    assert all("cron" in schedule and "timezone" in schedule for schedule in deployment["schedules"])
+    flow.validate_parameters(deployment["parameters"])  # as a worker does before it starts a run
+    files = [value for value in deployment["parameters"].values() if str(value).endswith(".toml")]
+    assert all((REPO / file).is_file() for file in files)
+    assert all("cron" in schedule and "timezone" in schedule for schedule in deployment.get("schedules", []))
+
+
+def test_every_flow_has_a_deployment() -> None:
+    names = [deployment["entrypoint"].removeprefix("tokenweights_flows.") for deployment in DEPLOYMENTS]
+    assert sorted(names) == sorted(importlib.import_module("tokenweights_flows").__all__)
+
+
+def test_the_deployed_training_starts_as_a_served_one_does() -> None:
+    from flows.events import when_published
+
+    (trigger,) = [trigger for deployment in DEPLOYMENTS for trigger in deployment.get("triggers", [])]
+    served = when_published("store", "hh-harmless/head")
+    assert set(trigger["expect"]) == served.expect
+    assert trigger["parameters"] == served.parameters
+    # Which store is known only where it is deployed.
+    assert {**trigger["match"], "tokenweights.store": str(Path("store").absolute())} == served.match.root
 
 
 def test_deployments_use_the_pool_that_compose_makes() -> None:
