@@ -38,7 +38,8 @@ class RunStatus:
     since: datetime | None
     """When it came into this state; of a run to come, when it is due."""
     said: str
-    """The first line of its state's message; of a failed run, what went wrong."""
+    """Of a run that works, how far its last progress artifact is; else the first line of its state's message, which says of a
+    failed run what went wrong."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,9 @@ def print_status(found: Sequence[DeploymentStatus], as_json: bool) -> None:
     elif found:
         print_table([_line(deployment) for deployment in found])
         for deployment in found:
+            for run in deployment.running:
+                if run.said:
+                    print(f"\n{deployment.deployment} runs: {one_line(run.said)}")
             if deployment.last is not None and deployment.last.state not in ("Completed", "Cancelled"):
                 print(f"\n{deployment.deployment} {deployment.last.state.lower()}: {one_line(deployment.last.said)}")
             if deployment.why:
@@ -131,14 +135,29 @@ def _runs(
     runs = client.read_flow_runs(
         flow_run_filter=FlowRunFilter.model_validate(chosen), sort=FlowRunSort(order), limit=limit
     )
-    return [_run_status(run) for run in runs]
+    return [_run_status(client, run) for run in runs]
 
 
-def _run_status(run: "FlowRun") -> RunStatus:
+def _run_status(client: "SyncPrefectClient", run: "FlowRun") -> RunStatus:
     state = run.state
     since = run.next_scheduled_start_time or (state.timestamp if state else None)
-    said = first_line(state.message) if state and state.message else ""
+    if run.state_type == "RUNNING":
+        said = _progress(client, run)
+    else:
+        said = first_line(state.message) if state and state.message else ""
     return RunStatus(run.name, run.state_name or "", since, hide_credentials(said))
+
+
+def _progress(client: "SyncPrefectClient", run: "FlowRun") -> str:
+    """Return how far a run and the flows that it runs have come; empty as long as no model has run."""
+    from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
+    from prefect.client.schemas.sorting import ArtifactSort
+
+    children = FlowRunFilter.model_validate({"parent_flow_run_id": {"any_": [run.id]}})
+    ids = [run.id, *(child.id for child in client.read_flow_runs(flow_run_filter=children))]
+    progress = ArtifactFilter.model_validate({"flow_run_id": {"any_": ids}, "type": {"any_": ["progress"]}})
+    found = client.read_artifacts(artifact_filter=progress, sort=ArtifactSort.UPDATED_DESC, limit=1)
+    return next((artifact.description or "" for artifact in found), "")
 
 
 def _stale(name: str, parameters: dict[str, Any]) -> tuple[bool | None, str]:
