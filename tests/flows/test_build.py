@@ -79,13 +79,25 @@ def test_build_publishes_every_good_pair_and_accounts_for_every_row(first_build)
     assert "toy/tis-dpo@0" in Path(first_build.report).read_text(encoding="utf-8")
 
 
-def test_progress_and_summary_are_artifacts(first_build):
+def test_progress_summary_tables_and_links_are_artifacts(first_build):
     from prefect.artifacts import Artifact
 
     summary = Artifact.get("weights-toy-tis-dpo").data
     assert f"| rows in | {NUM_PAIRS + 1} = {NUM_PAIRS} published + 1 quarantined |" in summary
     assert str(first_build.report) in summary
     assert {float(Artifact.get(f"score-{role}").data) for role in ("ref", "positive", "negative")} == {100.0}
+    tables = {what: json.loads(Artifact.get(f"{what}-toy-tis-dpo").data) for what in ("rows", "versions", "costs")}
+    assert [(row["rows"], row["number"]) for row in tables["rows"]] == [
+        ("published", NUM_PAIRS),
+        ("quarantined: unparsable_json", 1),
+        ("in the source", NUM_PAIRS + 1),
+    ]
+    roles = [row["role"] for row in tables["versions"]]
+    assert roles == ["tokens", "ref_logps", "positive_logps", "negative_logps", "weights"]
+    scored = [row for row in tables["costs"] if row["stage"].startswith("score negative")]
+    assert [row["pairs"] for row in scored] == [NUM_PAIRS]
+    assert Path(first_build.report).as_uri() in Artifact.get("report-toy-tis-dpo").data
+    assert Path(first_build.published.weights.store).as_uri() in Artifact.get("store-toy-tis-dpo").data
 
 
 def _joined(store, result):
