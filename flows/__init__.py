@@ -11,3 +11,5 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
 # Prefect starts `python -m` for its server and for served runs: keep the current directory off their paths.
 os.environ.setdefault("PYTHONSAFEPATH", "1")
+# A server whose database is away answers with 500. A run does not fail for that: it tries again for a minute.
+os.environ.setdefault("PREFECT_CLIENT_RETRY_EXTRA_CODES", "500")

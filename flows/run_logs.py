@@ -6,12 +6,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from uuid import UUID
 
+import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging.handlers import APILogHandler
 
-from weights_store.messages import LINE_EVERY_S, ProgressEvery, handled_by, progress_of, show_on_terminal
+from weights_store.messages import (
+    LINE_EVERY_S,
+    ProgressEvery,
+    first_line,
+    handled_by,
+    logger,
+    progress_of,
+    show_on_terminal,
+)
 
-_ARTIFACT_EVERY_S = 2.0
+_log = logger(__name__)
+
+_ARTIFACT_EVERY_S, _AFTER_FAILURE_S = 2.0, 60.0
 
 
 @contextmanager
@@ -44,26 +55,45 @@ def progress_artifacts(works: Sequence[str], pairs: str) -> Iterator[None]:
 
 
 class _Artifact(logging.Handler):
-    """The progress artifact of one work. Each update calls Prefect's API, so there is one every two seconds."""
+    """The progress artifact of one work. Each update calls Prefect's API, so there is one every two seconds.
+
+    A stage goes on without it where the API fails: what the artifact shows is in the log too.
+    """
 
     def __init__(self, work: str, pairs: str) -> None:
         super().__init__()
         self._work = work
         self._what = f"{work}, {pairs}"
-        created = create_progress_artifact(0.0, key=work.replace(" ", "-"), description=self._what)
-        assert isinstance(created, UUID), "called from a task, which is not a coroutine"
-        self._id = created
+        self._key = work.replace(" ", "-")
+        self._id: UUID | None = None
         self._text = "nothing to do"
-        self._shown_at = 0.0
+        self._next_at = 0.0
+        self.update(0.0)
+        if self._id is not None:
+            self._next_at = 0.0  # what is done already is shown at once
 
     def emit(self, record: logging.LogRecord) -> None:
         progress = progress_of(record)
         if progress is None or progress.name != self._work:
             return
         self._text = str(progress)
-        if time.monotonic() - self._shown_at >= _ARTIFACT_EVERY_S:
-            self._shown_at = time.monotonic()
+        if time.monotonic() >= self._next_at:
             self.update(progress.percent)
 
     def update(self, percent: float) -> None:
-        update_progress_artifact(self._id, progress=percent, description=f"{self._what}: {self._text}")
+        """Show so much, now."""
+        try:
+            self._send(percent)
+            wait_s = _ARTIFACT_EVERY_S
+        except httpx.HTTPError as error:  # Prefect's own errors of a status are among them
+            _log.info(f"Prefect cannot show the progress of {self._what}: {first_line(error)}")
+            wait_s = _AFTER_FAILURE_S
+        self._next_at = time.monotonic() + wait_s
+
+    def _send(self, percent: float) -> None:
+        if self._id is not None:
+            update_progress_artifact(self._id, progress=percent, description=f"{self._what}: {self._text}")
+            return
+        created = create_progress_artifact(percent, key=self._key, description=self._what)
+        assert isinstance(created, UUID), "called from a task, which is not a coroutine"
+        self._id = created

@@ -195,8 +195,11 @@ def leave(code: int, line: str, *, was_told: bool) -> NoReturn:
 
 
 def _stop(child: "subprocess.Popen[str]", was_told: bool) -> None:
-    """Wait for a child that Ctrl-C reached too (`was_told`) to finish its step; then terminate it, then kill it."""
-    for ask, patience_s in ((child.poll, 10 if was_told else 0), (child.terminate, 20), (child.kill, 20)):
+    """Wait for a child that Ctrl-C reached too (`was_told`) to finish its step; then terminate it, then kill it.
+
+    Whoever cancels a run wants its machine back within ten seconds. A training that is in a longer step has its last checkpoint.
+    """
+    for ask, patience_s in ((child.poll, 10 if was_told else 0), (child.terminate, 5), (child.kill, 20)):
         ask()
         with suppress(subprocess.TimeoutExpired):
             child.wait(patience_s)

@@ -4,6 +4,7 @@ import io
 import time
 from uuid import uuid4
 
+import httpx
 import pytest
 
 import flows.run_logs
@@ -55,6 +56,30 @@ def test_each_work_has_an_artifact_and_a_work_with_nothing_to_do_says_so(artifac
         "score-positive": f"score positive, {PAIRS}: nothing to do",
         "score-negative": f"score negative, {PAIRS}: score negative: 10/10 tokens, 10 tokens/s",
     }
+
+
+@pytest.mark.parametrize("num_calls", [0, 1])
+def test_a_stage_goes_on_where_prefect_cannot_show_its_progress(artifacts, monkeypatch, num_calls):
+    """The server is away when the artifact is made, or when it is moved, and there again in the end."""
+    answers = [None] * num_calls + [httpx.ConnectError("gone")]
+
+    def failing(call):
+        def answer(*arguments, **options):
+            if answers and (error := answers.pop(0)):
+                raise error
+            return call(*arguments, **options)
+
+        return answer
+
+    for name in ("create_progress_artifact", "update_progress_artifact"):
+        monkeypatch.setattr(flows.run_logs, name, failing(getattr(flows.run_logs, name)))
+    said = io.StringIO()
+    with show_on_terminal(said), progress_artifacts("score", ["ref"], PAIRS):
+        show(Progress("score ref", 1, 4, 1.0))
+        show(Progress("score ref", 4, 4, 2.0))  # the server is not asked again at once
+    assert said.getvalue().count(f"Prefect cannot show the progress of score ref, {PAIRS}: gone") == 1
+    assert [progress for _, progress, _ in artifacts] == [100.0] * num_calls
+    assert not answers
 
 
 @pytest.mark.parametrize("stage", ["score", "attribute", "anchors"])

@@ -46,7 +46,7 @@ def continuation(prompt_ids, sampling, seed):
     while len(ids) < min(sampling.max_new_tokens, MadeUpEngine.max_tokens - len(prompt_ids)):
         if ids and sampling.stop_ids and draw.random() < 1 / 8:
             return [*ids, sampling.stop_ids[-1]]
-        ids.append(int(draw.integers(3, 900)))
+        ids.append(int(draw.integers(3, 700)))
     return ids
 
 
