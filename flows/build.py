@@ -31,7 +31,7 @@ from pipeline.stages.attribute import attribute
 from pipeline.stages.contrast import ContrastivePair, contrast, untrained_pair
 from pipeline.stages.prepare import Prepared, prepare
 from pipeline.stages.publish import Ingredients, Published, publish
-from pipeline.stages.report import Inspected, summary_markdown, write_report
+from pipeline.stages.report import summary_markdown, write_report
 from pipeline.stages.score import Scorer, executor_of, score
 from pipeline.weighing.section import WeightsSection
 from pipeline.workers.supervise import Filled
@@ -182,12 +182,11 @@ def publish_weights(
 @task(name="report", task_run_name="report {published.name}")
 def report_weights(published: Published, model_folder: Path) -> tuple[str, list[Diagnosis]]:
     """Write the HTML report and the Markdown artifact; return the path of the report, and what looks wrong."""
-    inspected = Inspected.of(published)
-    path = write_report(published, inspected, model_folder)
+    report = write_report(published, model_folder)
     key = "weights-" + "".join(c if c.isalnum() else "-" for c in published.name)
-    summary = summary_markdown(published, inspected.diagnoses, path)
+    summary = summary_markdown(published, report.diagnoses, report.path)
     create_markdown_artifact(summary, key=key, description=str(published.weights))
-    return path, inspected.diagnoses
+    return report.path, report.diagnoses
 
 
 @contextmanager
