@@ -9,10 +9,10 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from weights_store.digests import digest_file, digest_once
 from weights_store.errors import InputError
 
 WEIGHT_FILE = "*.safetensors"
@@ -78,8 +78,7 @@ def fingerprint_text(text: str) -> str:
 
 def fingerprint_file(path: str | Path) -> str:
     """Return the SHA-256 of the bytes of one file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return digest_file(Path(path))
 
 
 def fingerprint_model(folder: str | Path) -> str:
@@ -99,17 +98,6 @@ def combine_model(config: Mapping[str, Any], files: Mapping[str, str]) -> str:
     """Return the fingerprint of a model from its config and the SHA-256 of each weight file, by name."""
     determines = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
     return fingerprint({"config": determines, "files": dict(files)})
-
-
-def digest_once(path: Path) -> str:
-    """Return the SHA-256 of a large file; it is read once a process, unless its size or its time changes."""
-    stat = path.stat()
-    return _digest(path.resolve(), stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=1024)
-def _digest(path: Path, _size: int, _mtime_ns: int) -> str:
-    return fingerprint_file(path)
 
 
 def load_chat_template(folder: str | Path, name: str = "default") -> str | None:
