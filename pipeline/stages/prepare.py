@@ -31,8 +31,9 @@ from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair
 from pipeline.source.rows import Source
 from weights_store import Table, TableVersion, WeightStore
+from weights_store.digests import digest_once
 from weights_store.errors import ConflictError, InputError
-from weights_store.fingerprint import explain_difference, fingerprint, fingerprint_file
+from weights_store.fingerprint import explain_difference, fingerprint
 from weights_store.messages import logger
 from weights_store.names import quarantine_path, tokens_path
 from weights_store.schemas import QUARANTINE, SCHEMA_VERSION, SIDES, TOKENS, Reason
@@ -133,7 +134,7 @@ class Preparation:
             **dataset.model_dump(include={"max_prompt_tokens", "max_response_tokens", "long_response"}),
         }
         asked: dict[str, object] = {
-            "content": fingerprint_file(path) if path.is_file() else None,
+            "content": digest_once(path) if path.is_file() else None,
             "max_pairs": dataset.max_pairs,
             "settings": dataset.model_dump(mode="json", include=_READING),
         }
