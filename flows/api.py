@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -37,6 +37,10 @@ sys.exit(0 if server.started else 3)
 """As Prefect starts its own, but with a socket of ours: nobody can take the port meanwhile."""
 
 
+def _nothing() -> None:
+    """Do nothing: the default of what is done meanwhile."""
+
+
 def check_server() -> None:
     """Check that the server of Prefect's settings answers, as the client of the flow would ask it.
 
@@ -45,11 +49,11 @@ def check_server() -> None:
     Raises:
         StageError: It does not answer, refuses us, or is of another version.
     """
-    from prefect.client.orchestration import get_client
-
     url = _configured_url()
     if not url:
         return
+    from prefect.client.orchestration import get_client
+
     try:
         with get_client(sync_client=True, httpx_settings={"timeout": _ANSWER_S}) as client:
             problem = client.api_healthcheck()
@@ -64,13 +68,16 @@ def check_server() -> None:
 
 
 @contextmanager
-def server_of_run() -> Iterator[bool]:
+def server_of_run(meanwhile: Callable[[], object] = _nothing) -> Iterator[bool]:
     """Have a server for the runs inside, and yield whether it is our own: one without UI and services.
+
+    `meanwhile` is called while our own starts, which takes seconds, or before the runs of another one.
 
     Raises:
         StageError: Our own could not be started.
     """
     if _configured_url():
+        meanwhile()
         yield False
         return
     from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
@@ -83,7 +90,7 @@ def server_of_run() -> Iterator[bool]:
         command = [sys.executable, "-P", "-c", _SERVE, str(listening.fileno())]
         log = guard().folder / "prefect-server.log"
         with (
-            running_server(command, url, log, environment, [listening.fileno()]),
+            running_server(command, url, log, environment, [listening.fileno()], meanwhile),
             temporary_settings({PREFECT_API_URL: url}),
         ):
             try:
@@ -103,7 +110,12 @@ def _deliver() -> None:
 
 @contextmanager
 def running_server(
-    command: Sequence[str], url: str, log: Path, environment: Mapping[str, str], pass_fds: Sequence[int] = ()
+    command: Sequence[str],
+    url: str,
+    log: Path,
+    environment: Mapping[str, str],
+    pass_fds: Sequence[int] = (),
+    meanwhile: Callable[[], object] = _nothing,
 ) -> Iterator[None]:
     """Run a server while inside. If it ends meanwhile, this process ends with one line.
 
@@ -113,11 +125,12 @@ def running_server(
         log: Its output.
         environment: All of its environment.
         pass_fds: Descriptors that it inherits.
+        meanwhile: Is called while it starts.
 
     Raises:
         StageError: It ended before it answered, or did not answer in time.
     """
-    server = _start(command, url, log, environment, pass_fds)
+    server = _start(command, url, log, environment, pass_fds, meanwhile)
     stopping = threading.Event()
 
     def watch() -> None:
@@ -136,7 +149,12 @@ def running_server(
 
 
 def _start(
-    command: Sequence[str], url: str, log: Path, environment: Mapping[str, str], pass_fds: Sequence[int]
+    command: Sequence[str],
+    url: str,
+    log: Path,
+    environment: Mapping[str, str],
+    pass_fds: Sequence[int],
+    meanwhile: Callable[[], object],
 ) -> "subprocess.Popen[bytes]":
     for attempt in range(1, _ATTEMPTS + 1):
         with log.open("wb") as stream:
@@ -144,6 +162,11 @@ def _start(
             server = subprocess.Popen(
                 command, env=environment, pass_fds=pass_fds, stdout=stream, stderr=stream, start_new_session=True
             )
+        try:
+            meanwhile()
+        except BaseException:
+            _stop(server)
+            raise
         problem = _why_not(url, server, log)
         if problem is None:
             return server

@@ -4,20 +4,12 @@ Tasks pass references (table, version), never tables. The store decides what is 
 run of a finished build computes nothing and takes seconds.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-
-# These must be set before Prefect is imported. On a busy machine the embedded server needs longer than Prefect's 20 s to start.
-os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
-# Prefect starts `python -m` for its server and for served runs: keep the current directory off their paths.
-os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
