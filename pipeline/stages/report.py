@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.stages.publish import Published
-from train.model.checkpoint import load_decoder
+from train.model.checkpoint import load_light_tokenizer
 from weights_store import WeightStore
 from weights_store.checks.reports import REPORTS, report_problem, with_digest
 from weights_store.inspection.choice import Choice
@@ -46,7 +46,7 @@ def write_report(published: Published, model_folder: Path) -> Report:
     found = kept_findings(folder, file, key)
     if isinstance(found, list):
         return Report(f"{folder}/{file}", found)
-    view = make_view(store.root, weights, None, Choice(), load_decoder(model_folder))
+    view = make_view(store.root, weights, None, Choice(), load_light_tokenizer(model_folder))
     _log.info(found)
     html = render(replace(view, facts=summary_rows(published)))
     folder.write(file, with_digest(with_findings(html, key, view.diagnoses), file))

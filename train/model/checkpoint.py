@@ -62,10 +62,10 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         raise InputError(f"model {folder}: its tokenizer cannot be loaded: {why_not_loaded(error)}") from error
 
 
-def load_decoder(folder: Path) -> "Tokenizer | PreTrainedTokenizerBase":
-    """Return what turns ids into texts: the tokenizer of a model folder, without transformers if `tokenizer.json` says it all.
+def load_light_tokenizer(folder: Path) -> "Tokenizer | PreTrainedTokenizerBase":
+    """Return the tokenizer of a model folder to look tokens up in, without transformers if `tokenizer.json` says it all.
 
-    Importing transformers takes longer than all the rest of a report.
+    Importing transformers takes longer than a build with nothing to do.
 
     Raises:
         InputError: It cannot be loaded.
