@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -39,6 +39,10 @@ server.run(sockets=[socket.socket(fileno=int(sys.argv[1]))])
 sys.exit(0 if server.started else 3)
 """
 """As Prefect starts its own, but with a socket of ours: nobody can take the port meanwhile."""
+
+
+def _nothing() -> None:
+    """Do nothing: the default of what is done meanwhile."""
 
 
 def check_server() -> None:
@@ -85,13 +89,16 @@ def _check_answer(url: str, otherwise: str) -> None:
 
 
 @contextmanager
-def server_of_run() -> Iterator[bool]:
+def server_of_run(meanwhile: Callable[[], object] = _nothing) -> Iterator[bool]:
     """Have a server for the runs inside, and yield whether it is our own: one without UI and services.
+
+    `meanwhile` is called while our own starts, which takes seconds, or before the runs of another one.
 
     Raises:
         StageError: Our own could not be started.
     """
     if _configured_url():
+        meanwhile()
         yield False
         return
     from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
@@ -104,7 +111,7 @@ def server_of_run() -> Iterator[bool]:
         command = [sys.executable, "-P", "-c", _SERVE, str(listening.fileno())]
         log = guard().folder / "prefect-server.log"
         with (
-            running_server(command, url, log, environment, [listening.fileno()]),
+            running_server(command, url, log, environment, [listening.fileno()], meanwhile),
             temporary_settings({PREFECT_API_URL: url}),
         ):
             _own_servers.append(url)
@@ -131,7 +138,12 @@ def _deliver() -> None:
 
 @contextmanager
 def running_server(
-    command: Sequence[str], url: str, log: Path, environment: Mapping[str, str], pass_fds: Sequence[int] = ()
+    command: Sequence[str],
+    url: str,
+    log: Path,
+    environment: Mapping[str, str],
+    pass_fds: Sequence[int] = (),
+    meanwhile: Callable[[], object] = _nothing,
 ) -> Iterator[None]:
     """Run a server while inside. If it ends meanwhile, this process ends with one line.
 
@@ -141,11 +153,12 @@ def running_server(
         log: Its output.
         environment: All of its environment.
         pass_fds: Descriptors that it inherits.
+        meanwhile: Is called while it starts.
 
     Raises:
         StageError: It ended before it answered, or did not answer in time.
     """
-    server = _start(command, url, log, environment, pass_fds)
+    server = _start(command, url, log, environment, pass_fds, meanwhile)
     stopping = threading.Event()
 
     def watch() -> None:
@@ -164,7 +177,12 @@ def running_server(
 
 
 def _start(
-    command: Sequence[str], url: str, log: Path, environment: Mapping[str, str], pass_fds: Sequence[int]
+    command: Sequence[str],
+    url: str,
+    log: Path,
+    environment: Mapping[str, str],
+    pass_fds: Sequence[int],
+    meanwhile: Callable[[], object],
 ) -> "subprocess.Popen[bytes]":
     for attempt in range(1, _ATTEMPTS + 1):
         with log.open("wb") as stream:
@@ -172,6 +190,11 @@ def _start(
             server = subprocess.Popen(
                 command, env=environment, pass_fds=pass_fds, stdout=stream, stderr=stream, start_new_session=True
             )
+        try:
+            meanwhile()
+        except BaseException:
+            _stop(server)
+            raise
         problem = _why_not(url, server, log)
         if problem is None:
             return server

@@ -4,24 +4,23 @@ Progress is in `run_logs.py`. Nobody needs these to go on: everything is in the 
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from pipeline.stages.publish import Published
-from pipeline.stages.report import summary_markdown
+from pipeline.stages.report import Report, summary_markdown
 from pipeline.workers.supervise import Filled
 from weights_store import TableVersion
-from weights_store.inspection.doctor import Diagnosis
 from weights_store.location import Location
 
 
-def show_published(published: Published, diagnoses: Sequence[Diagnosis], report: str) -> None:
+def show_published(published: Published, report: Report) -> None:
     """Make the summary of a version and the links to its report and its store."""
-    summary = summary_markdown(published, diagnoses, report)
+    summary = summary_markdown(published, report.diagnoses, report.path)
     create_markdown_artifact(summary, key=_key("weights", published.name), description=str(published.weights))
-    for what, place in (("report", report), ("store", published.weights.store)):
+    for what, place in (("report", report.path), ("store", published.weights.store)):
         key, text = _key(what, published.name), f"{what} of {published.weights}"
         create_link_artifact(_link(place), link_text=text, key=key, description=place)
 

@@ -27,7 +27,7 @@ from pipeline.stages.attribute import attribute
 from pipeline.stages.contrast import ContrastivePair, contrast, untrained_pair
 from pipeline.stages.prepare import Prepared, prepare
 from pipeline.stages.publish import Ingredients, Published, publish
-from pipeline.stages.report import Inspected, write_report
+from pipeline.stages.report import write_report
 from pipeline.stages.score import Scorer, executor_of, score
 from pipeline.weighing.section import WeightsSection
 from pipeline.workers.request import Stage
@@ -204,13 +204,11 @@ def publish_weights(
 @task(name="report", task_run_name="report {published.name}", **AGAIN)
 def report_weights(published: Published, ingredients: Ingredients, model_folder: Path) -> tuple[str, list[Diagnosis]]:
     """Write the page, announce a new version, and show both; return the path of the page, and what looks wrong."""
-    inspected = Inspected.of(published)
-    diagnoses = inspected.diagnoses
-    path = write_report(published, inspected, model_folder, on_new=partial(announce, published, diagnoses))
-    show_published(published, diagnoses, path)
+    report = write_report(published, model_folder, on_new=partial(announce, published))
+    show_published(published, report)
     show_rows(published)
     show_versions(published, ingredients.by_role())
-    return path, diagnoses
+    return report.path, report.diagnoses
 
 
 def _progress(stage: Stage, roles: Iterable[str], prepared: Prepared) -> AbstractContextManager[None]:

@@ -1,12 +1,11 @@
 """The event of a published version, and what it may start."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from prefect.events import DeploymentEventTrigger, emit_event
 
 from pipeline.stages.publish import Published
-from weights_store.inspection.doctor import Diagnosis
+from pipeline.stages.report import Report
 from weights_store.location import Location
 
 PUBLISHED = "tokenweights.weights.published"
@@ -16,10 +15,10 @@ PUBLISHED = "tokenweights.weights.published"
 _SOUND, _WARNING = "sound", "warning"
 
 
-def announce(published: Published, diagnoses: Sequence[Diagnosis], report: str) -> None:
+def announce(published: Published, report: Report) -> None:
     """Emit the event of a version. It is sent again if a build died after it and before its report was written."""
     weights = published.weights
-    warnings = [found.name for found in diagnoses if found.severity == "warning"]
+    warnings = [found.name for found in report.diagnoses if found.severity == "warning"]
     emit_event(
         PUBLISHED,
         resource={
@@ -32,7 +31,7 @@ def announce(published: Published, diagnoses: Sequence[Diagnosis], report: str) 
             "fingerprint": weights.fingerprint,
             "num_pairs": published.statistics["num_pairs"],
             "warnings": warnings,
-            "report": report,
+            "report": report.path,
         },
     )
 

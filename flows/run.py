@@ -4,9 +4,11 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from flows.api import check_server, server_of_run
-from flows.build import BuildResult, build_weights
 from flows.lineage_events import check_client
 from pipeline.child import leave
 from pipeline.preflight import check_inputs
@@ -15,11 +17,14 @@ from pipeline.stages.report import summary_rows
 from weights_store.errors import TokenweightsError
 from weights_store.guard import guard
 
+if TYPE_CHECKING:
+    from flows.build import BuildResult
+
 _EXPECTED = (TokenweightsError, OSError, ModuleNotFoundError)
 """Errors that the command prints as one line."""
 
 
-def run_build(recipe: Recipe, expect_same: bool = False, debug: bool = False) -> BuildResult:
+def run_build(recipe: Recipe, expect_same: bool = False, debug: bool = False) -> "BuildResult":
     """Run `build_weights` and print what it made.
 
     Raises:
@@ -32,7 +37,12 @@ def run_build(recipe: Recipe, expect_same: bool = False, debug: bool = False) ->
     if not debug:
         _hide_expected_tracebacks()
     guard().mark_environment()  # what the build starts ends with it
-    with server_of_run() as is_own, _leave_at_once_on_interrupt() if is_own else nullcontext():
+    with (
+        server_of_run(partial(import_module, "flows.build")) as is_own,  # both take seconds
+        _leave_at_once_on_interrupt() if is_own else nullcontext(),
+    ):
+        from flows.build import build_weights
+
         result = build_weights(recipe, expect_same)
     print()
     for label, value in _summary(result, recipe.store.uri):
@@ -40,7 +50,7 @@ def run_build(recipe: Recipe, expect_same: bool = False, debug: bool = False) ->
     return result
 
 
-def _summary(result: BuildResult, store: str) -> Iterator[tuple[str, object]]:
+def _summary(result: "BuildResult", store: str) -> Iterator[tuple[str, object]]:
     published = result.published
     yield from summary_rows(published)
     yield from ((found.severity, f"{found.name}: {found}") for found in result.diagnoses)

@@ -30,9 +30,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # engines and trainings of several work
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _prefect_home(tmp_path_factory):
-    """Keep the suite's flow runs out of the user's own Prefect database."""
+def _own_places(tmp_path_factory):
+    """Keep the suite out of the user's own Prefect database and cache."""
     os.environ["PREFECT_HOME"] = str(tmp_path_factory.mktemp("prefect"))
+    os.environ["TOKENWEIGHTS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from weights_store.digests import digest_file, digest_once
 from weights_store.errors import InputError
 
 WEIGHT_FILE = "*.safetensors"
@@ -78,8 +79,7 @@ def fingerprint_text(text: str) -> str:
 
 def fingerprint_file(path: str | Path) -> str:
     """Return the SHA-256 of the bytes of one file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return digest_file(Path(path))
 
 
 def fingerprint_model(folder: str | Path) -> str:
@@ -99,17 +99,6 @@ def combine_model(config: Mapping[str, Any], files: Mapping[str, str]) -> str:
     """Return the fingerprint of a model from its config and the SHA-256 of each weight file, by name."""
     determines = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
     return fingerprint({"config": determines, "files": dict(files)})
-
-
-def digest_once(path: Path) -> str:
-    """Return the SHA-256 of a large file; it is read once a process, unless its size or its time changes."""
-    stat = path.stat()
-    return _digest(path.resolve(), stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=1024)
-def _digest(path: Path, _size: int, _mtime_ns: int) -> str:
-    return fingerprint_file(path)
 
 
 def load_chat_template(folder: str | Path, name: str = "default") -> str | None:
@@ -165,10 +154,8 @@ def fingerprint_tokenizer(folder: str | Path) -> str:
     tool_template = load_chat_template(folder, "tool_use")
     if tool_template is not None:
         content["tool_template"] = tool_template
-    if (folder / "tokenizer.json").is_file():
-        backend = load_json(folder / "tokenizer.json")
-        content["backend"] = {key: backend[key] for key in sorted(backend) if key not in ("truncation", "padding")}
-    else:
+    backend = folder / "tokenizer.json"
+    if not backend.is_file():
         files = [folder / name for name in _SLOW_TOKENIZER_FILES if (folder / name).is_file()]
         if not files:
             raise InputError(
@@ -180,7 +167,19 @@ def fingerprint_tokenizer(folder: str | Path) -> str:
         settings = {key: config[key] for key in _TOKENIZER_SETTINGS if key in config}
         # Older configs store a special token as an object with a `content`.
         content["settings"] = {k: v.get("content", v) if isinstance(v, dict) else v for k, v in settings.items()}
-    return fingerprint(content)
+    if not backend.is_file():
+        return fingerprint(content)
+    return _with_backend(canonical_json(content), backend, backend.read_bytes())
+
+
+@lru_cache(maxsize=2)
+def _with_backend(content: str, path: Path, data: bytes) -> str:
+    """Return the fingerprint of `content` with the data of a `tokenizer.json`; a build asks for it several times.
+
+    A vocabulary of 150,000 tokens takes nearly a second.
+    """
+    backend = {key: value for key, value in _parse(path, data).items() if key not in ("truncation", "padding")}
+    return fingerprint({**json.loads(content), "backend": backend})
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -189,8 +188,12 @@ def load_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: It is not valid JSON, or no object.
     """
+    return _parse(path, path.read_bytes())
+
+
+def _parse(path: Path, data: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):

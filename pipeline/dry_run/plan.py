@@ -22,7 +22,7 @@ from pipeline.stages.attribute import attribution_identity
 from pipeline.stages.contrast import WantedModel, model_shelf, training_pairs, untrained_pair, wanted_models
 from pipeline.stages.prepare import Preparation
 from pipeline.stages.publish import Ingredients, Wanted
-from pipeline.stages.report import report_file, why_write
+from pipeline.stages.report import kept_findings, report_file
 from pipeline.stages.score import REFERENCE, Scorer, identity_in
 from pipeline.weighing.section import WeightsSection
 from pipeline.workers.request import Stage
@@ -30,6 +30,7 @@ from pipeline.workers.supervise import FOLDERS, changed_identity, stage_table
 from weights_store import TableVersion, WeightStore
 from weights_store.checks.reports import REPORTS
 from weights_store.fingerprint import explain_difference
+from weights_store.inspection.kept import findings_key
 
 _MEASURED_COMMITS = 20
 
@@ -114,8 +115,10 @@ class _Plan:
         published, version = self._publish("publish", recipe.weights)
         yield published
         file, folder = report_file(recipe.weights.name, version.version), self.outlook.start.store.root / REPORTS
-        if reason := why_write(folder, file, is_new=published.action != "reuse"):
-            yield StagePlan("report", "compute", reasons=(reason,))
+        key = findings_key(self.outlook.start.store.root, version) if published.action == "reuse" else None
+        found = kept_findings(folder, file, key)
+        if isinstance(found, str):
+            yield StagePlan("report", "compute", reasons=(found,))
         else:
             yield StagePlan("report", "reuse", reasons=(f"{REPORTS}/{file}",))
 

@@ -4,7 +4,6 @@ In a local store they lie in its folder `models/`. For an object store they are 
 machine, uploaded when finished and downloaded where they are needed. Their records: `weights_store/checks/model_folders.py`.
 """
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -20,18 +19,14 @@ from weights_store.checks.model_folders import (
     remedy,
     sign_record,
 )
+from weights_store.digests import cache_folder, digest_once
 from weights_store.errors import DamageError
-from weights_store.fingerprint import digest_once, fingerprint
+from weights_store.fingerprint import fingerprint
 from weights_store.location import Location
 from weights_store.lock import locked, wait_for
 from weights_store.messages import logger
 
 _log = logger(__name__)
-
-
-def cache_folder() -> Path:
-    """Return where this machine keeps models that can be made again: `TOKENWEIGHTS_CACHE`, or `~/.cache/tokenweights`."""
-    return Path(os.environ.get("TOKENWEIGHTS_CACHE", "~/.cache/tokenweights")).expanduser()
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class ModelShelf:
         """Return the folder of a finished model, downloaded if need be; None if the store has none of that name.
 
         Every file is compared with the record. That costs little: whoever scores with the model needs the hash of its weights
-        too, and both read a file once a process (`digest_once`).
+        too, and both read a large file once (`digest_once`).
 
         Raises:
             DamageError: The model in the store is not what was recorded. A damaged download is fetched again.

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.chat.tokenizer import model_number
 from pipeline.models.resolve import resolve_path
 from pipeline.models.section import MODEL_SIDES, ContrastSection, ModelSide
-from train.model.checkpoint import TOKENIZER_FILES, load_tokenizer
+from train.model.checkpoint import TOKENIZER_FILES, load_light_tokenizer
 from weights_store.errors import InputError
 from weights_store.fingerprint import fingerprint_file, fingerprint_model, load_json
 
@@ -64,8 +64,8 @@ def check_same_ids(folder: Path, reference: Path, setting: str) -> None:
     is_same = _ids_in_files(folder) == _ids_in_files(reference)
     if is_same and (size is None or reference_size is None or size >= reference_size):
         return
-    wanted = load_tokenizer(reference).get_vocab()
-    problem = None if is_same else first_difference(load_tokenizer(folder).get_vocab(), wanted)
+    wanted = load_light_tokenizer(reference).get_vocab()
+    problem = None if is_same else first_difference(load_light_tokenizer(folder).get_vocab(), wanted)
     largest = max(wanted.values(), default=0)
     if problem is None and size is not None and size <= largest:
         problem = f"it has {size} ids (vocab_size in config.json), and the largest id of a token is {largest}"

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from train.model.checkpoint import TEMPLATE_FILES, TOKENIZER_FILES, load_checkpoint
 from train.model.weight_files import check_safetensors
 from weights_store.checks.model_folders import compare_files, covered_files, open_record, sign_record
+from weights_store.digests import digest_once
 from weights_store.errors import InputError, MissingExtraError
 from weights_store.fingerprint import (
-    digest_once,
     fingerprint,
     fingerprint_file,
     fingerprint_model,
@@ -95,7 +95,7 @@ def merged_fingerprint(adapter: Path, base: Path) -> str:
         side: {path.name: fingerprint_file(path) for path in _matching(folder, (*TOKENIZER_FILES, *TEMPLATE_FILES))}
         for side, folder in (("adapter", adapter), ("base", base))
     }
-    weights = fingerprint_file(adapter / ADAPTER_WEIGHTS)
+    weights = digest_once(adapter / ADAPTER_WEIGHTS)
     return fingerprint({"config": config, "weights": weights, "base": fingerprint_model(base), "files": files})
 
 

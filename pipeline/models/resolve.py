@@ -5,9 +5,9 @@ from pathlib import Path
 
 from pipeline.child import check_extra, run_child
 from pipeline.models import lora
-from pipeline.models.contrastive import cache_folder
 from pipeline.recipe import ModelSection
 from train.model.hub import check_model_folder, find_folder
+from weights_store.digests import cache_folder
 from weights_store.messages import logger
 
 _log = logger(__name__)

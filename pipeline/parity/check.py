@@ -6,6 +6,7 @@ to the store. Each side runs in a process of its own, in the scorer's interprete
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -26,7 +27,7 @@ from pipeline.stages.score import Scorer, engine_settings
 from pipeline.workers.pair_row import under_condition
 from pipeline.workers.supervise import resolve_dtype
 from weights_store import TableVersion, WeightStore
-from weights_store.errors import InputError, MismatchError, StageError
+from weights_store.errors import InputError, MismatchError, StageError, StoreError
 from weights_store.location import one_line
 from weights_store.messages import logger
 from weights_store.names import weights_path
@@ -171,8 +172,8 @@ def check_stored(
 ) -> dict[str, ParityRecord]:
     """Compare the reference's stored log-probs with transformers in float32, on `score.parity_pairs` pairs.
 
-    The engine's side is what the store holds, so no engine is started. If a version of the recipe's weight datasets has
-    recorded the result for the same log-probs, that is returned.
+    The engine's side is what the store holds, so no engine is started. If the newest version of any weight dataset of the store
+    has recorded the result for the same log-probs, that is returned.
 
     Returns:
         What versions made from these log-probs record: `parity` with `num_pairs`, `num_tokens`, `mean`, `p99` and `max` of
@@ -181,11 +182,9 @@ def check_stored(
     Raises:
         MismatchError: They differ by more than rounding in that dtype.
     """
-    for name in (recipe.uniform.name, recipe.weights.name):
-        table = WeightStore(tokens.store).table(weights_path(name))
-        metadata = table.metadata() if table.exists() else {}
-        if {"role": "ref_logps", **ref_logps.as_parent()} in metadata.get("parents", []) and "parity" in metadata:
-            return {"parity": metadata["parity"]}
+    recorded = _recorded(ref_logps)
+    if recorded is not None:
+        return {"parity": recorded}
     if not recipe.score.parity_pairs:
         return {}
     sample, stored = stored_sample(tokens, ref_logps, recipe.score.parity_pairs, max_tokens)
@@ -201,6 +200,16 @@ def check_stored(
     found = _agreement_of_stored(sample, stored, expected, dtype)
     _log.info(f"{ref_logps} agrees with transformers: {parity_text(found)}")
     return {"parity": found}
+
+
+def _recorded(ref_logps: TableVersion) -> ParityRecord | None:
+    """Return what the newest version of a weight dataset recorded of these log-probs, None if none did."""
+    for table in WeightStore(ref_logps.store).tables("weights"):
+        with suppress(StoreError):  # another dataset may be damaged: `verify` says so, and this build does without it
+            metadata = table.metadata()
+            if {"role": "ref_logps", **ref_logps.as_parent()} in metadata.get("parents", []) and "parity" in metadata:
+                return metadata["parity"]
+    return None
 
 
 def _agreement_of_stored(sample: Sample, stored: Column, expected: Column, dtype: str) -> ParityRecord:

@@ -31,8 +31,9 @@ from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair
 from pipeline.source.rows import Source
 from weights_store import Table, TableVersion, WeightStore
+from weights_store.digests import digest_once
 from weights_store.errors import ConflictError, InputError
-from weights_store.fingerprint import explain_difference, fingerprint, fingerprint_file
+from weights_store.fingerprint import explain_difference, fingerprint
 from weights_store.messages import logger
 from weights_store.names import quarantine_path, tokens_path
 from weights_store.schemas import QUARANTINE, SCHEMA_VERSION, SIDES, TOKENS, Reason
@@ -133,7 +134,7 @@ class Preparation:
             **dataset.model_dump(include={"max_prompt_tokens", "max_response_tokens", "long_response"}),
         }
         asked: dict[str, object] = {
-            "content": fingerprint_file(path) if path.is_file() else None,
+            "content": digest_once(path) if path.is_file() else None,
             "max_pairs": dataset.max_pairs,
             "settings": dataset.model_dump(mode="json", include=_READING),
         }
@@ -178,12 +179,12 @@ class Preparation:
             return None
         if not self.is_recorded_in(self.tokens):
             return None
+        statistics = self.tokens.metadata()["statistics"]
+        num_pairs = statistics["num_pairs"]
         if self.needs_scores:
-            lacks = pl.any_horizontal(pl.col(f"{side}_score").is_null() for side in SIDES)
-            self._check_scores(*self.tokens.scan().select(lacks.sum(), pl.len()).collect().row(0))
+            self._check_scores(num_pairs - statistics["num_scored_pairs"], num_pairs)
         if self.learns_from is not None:
-            self.check_split(dict(self.tokens.scan().group_by("split").len().collect().iter_rows()))
-        num_pairs = self.tokens.metadata()["statistics"]["num_pairs"]
+            self.check_split(statistics["num_pairs_by_split"])
         return Prepared(self.tokens.reference(), recorded.num_source_rows, num_pairs, recorded.quarantined, 0)
 
     def is_recorded_in(self, table: Table) -> bool:
@@ -266,7 +267,9 @@ class _Update:
         self.recorded = Account.recorded(start.tokens, start.quarantine)
         self.kept = kept_version(self.base, self.recorded, start.source)
         self.reasons = Counter(intake.reasons)
-        self.statistics = Counter(num_pairs=0, num_new_pairs=0, num_new_prompts_cut=0, num_new_responses_cut=0)
+        self.statistics = Counter(
+            num_pairs=0, num_scored_pairs=0, num_new_pairs=0, num_new_prompts_cut=0, num_new_responses_cut=0
+        )
         self.notes: Counter[str] = Counter()
         self.splits: Counter[str] = Counter()
         self.pair_ids = hashlib.sha256()
@@ -323,6 +326,7 @@ class _Update:
                 continue
             self.statistics["num_pairs"] += 1
             scores = [score for score in (row.chosen_score, row.rejected_score) if score is not None]
+            self.statistics["num_scored_pairs"] += len(scores) == len(SIDES)
             self.splits[row.split] += 1
             self.pair_ids.update(f"{row.pair_id}{scores or ''}".encode())
             if self.start.dataset.has_splits:
@@ -373,7 +377,8 @@ class _Update:
         reading, pairs = self.start.source["reading"], self.pair_ids.hexdigest()
         content = {"cut": self.start.cut, "reading": reading, "pairs": pairs}
         counts = {"num_source_rows": self.intake.num_rows, "quarantined": dict(self.reasons)}
-        record = {**self.metadata, "fingerprint": fingerprint(content), "statistics": {**counts, **self.statistics}}
+        statistics = {**counts, **self.statistics, "num_pairs_by_split": dict(self.splits)}
+        record = {**self.metadata, "fingerprint": fingerprint(content), "statistics": statistics}
         if self.kept != self.base:  # the old rows were read in another way
             return self.tokens.commit(fresh, record, self.base, mode="overwrite")
         if self.old_rows_stay:

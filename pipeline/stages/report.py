@@ -1,6 +1,7 @@
 """Stage report: what was published, as a page in the store (`weights_store/inspection/page`) and as Markdown.
 
-What looks wrong is the doctor's business (`weights_store/inspection/doctor.py`); its one pass serves the whole report.
+What looks wrong is the doctor's business (`weights_store/inspection/doctor.py`); its one pass serves the whole report, and the
+page keeps what it found (`weights_store/inspection/kept.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -8,14 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.stages.publish import Published
-from train.model.checkpoint import load_tokenizer
+from train.model.checkpoint import load_light_tokenizer
 from weights_store import WeightStore
 from weights_store.checks.reports import REPORTS, report_problem, with_digest
 from weights_store.inspection.choice import Choice
-from weights_store.inspection.doctor import Diagnosis, diagnose
+from weights_store.inspection.doctor import Diagnosis
 from weights_store.inspection.gather import make_view
+from weights_store.inspection.kept import findings_key, read_findings, with_findings
 from weights_store.inspection.page import render
-from weights_store.inspection.survey import Survey
 from weights_store.location import Location
 from weights_store.messages import logger
 from weights_store.views.summary import summary_lines
@@ -24,52 +25,52 @@ _log = logger(__name__)
 
 
 @dataclass(frozen=True)
-class Inspected:
-    """One pass over a published version: what was counted, and what looks wrong."""
+class Report:
+    """The page about a published version, and what the doctor found."""
 
-    survey: Survey
+    path: str
     diagnoses: list[Diagnosis]
-
-    @classmethod
-    def of(cls, published: Published) -> "Inspected":
-        """Read all its tokens, see `WeightStore.survey`."""
-        store, version = WeightStore(published.weights.store), published.weights.version
-        survey = store.survey(published.name, version)
-        return cls(survey, diagnose(survey, store.metadata(published.name, version)))
 
 
 def write_report(
-    published: Published,
-    inspected: Inspected,
-    model_folder: Path,
-    on_new: Callable[[str], None] = lambda path: None,
-) -> str:
-    """Write `reports/<name>@<version>.html` into the store, unless it is there and whole, and return its path.
+    published: Published, model_folder: Path, on_new: Callable[[Report], None] = lambda report: None
+) -> Report:
+    """Write `reports/<name>@<version>.html` into the store, unless it is there, whole, and about this very version.
 
-    `on_new` is called with the path before it is written: whoever dies in between calls it again in the next build.
+    Only then are tokens read: a page that stays has the findings. `on_new` is called before it is written, so that a build
+    which dies in between calls it again the next time.
+
+    Raises:
+        DamageError: See `WeightStore.survey`.
     """
-    store = WeightStore(published.weights.store)
-    file = report_file(published.name, published.weights.version)
-    folder = store.root / REPORTS
-    if (reason := why_write(folder, file, published.is_new)) is None:
-        return f"{folder}/{file}"
-    tokenizer = load_tokenizer(model_folder)
-    view = make_view(store.root, published.weights, None, Choice(), tokenizer, inspected.survey)
-    _log.info(reason)
-    on_new(f"{folder}/{file}")
-    folder.write(file, with_digest(render(replace(view, facts=summary_rows(published))), file))
-    return f"{folder}/{file}"
+    store, weights = WeightStore(published.weights.store), published.weights
+    folder, file = store.root / REPORTS, report_file(published.name, weights.version)
+    key = findings_key(store.root, weights)
+    found = kept_findings(folder, file, key)
+    if isinstance(found, list):
+        return Report(f"{folder}/{file}", found)
+    view = make_view(store.root, weights, None, Choice(), load_light_tokenizer(model_folder))
+    _log.info(found)
+    html = render(replace(view, facts=summary_rows(published)))
+    report = Report(f"{folder}/{file}", list(view.diagnoses))
+    on_new(report)
+    folder.write(file, with_digest(with_findings(html, key, view.diagnoses), file))
+    return report
 
 
-def why_write(folder: Location, file: str, is_new: bool) -> str | None:
-    """Return why the report `file` of the store's folder `REPORTS` has to be written, None if it is there and whole.
+def kept_findings(folder: Location, file: str, key: str | None) -> list[Diagnosis] | str:
+    """Return the findings in the report `file` of the store's folder `REPORTS`, or why it has to be written.
 
-    `is_new`: its version was published just now, so a report that is there is of a dataset that was deleted.
+    `key` is the `findings_key` of its version; None if that is still to be published.
     """
-    if is_new or not folder.exists(file):
+    if key is None or not folder.exists(file):
         return f"new file {REPORTS}/{file}"
-    problem = report_problem(folder.read(file), file)
-    return problem and f"{REPORTS}/{file} is written again: {problem}"
+    page = folder.read(file)
+    problem, found = report_problem(page, file), read_findings(page, key)
+    if problem is None and found is not None:
+        return found
+    problem = problem or "it is about another version of that name, or the doctor's rules have changed"
+    return f"{REPORTS}/{file} is written again: {problem}"
 
 
 def report_file(name: str, version: int) -> str:

@@ -21,7 +21,7 @@ from pipeline.dry_run.plan import plan
 from pipeline.stages.contrast import contrast
 from pipeline.stages.prepare import prepare
 from pipeline.stages.publish import Ingredients, Published, publish
-from pipeline.stages.report import Inspected, report_file, write_report
+from pipeline.stages.report import report_file, write_report
 from pipeline.workers.missing import missing_pairs, pairs_of
 from pipeline.workers.request import EngineSettings, Request, Target
 from tests.torture.sound_store import SoundStore
@@ -215,7 +215,7 @@ def _report(place: Place) -> object:
         settings = place.made.recipe(name).weights.result_settings() if name != "toy/uniform" else {"estimator": "1"}
         statistics = metadata["statistics"]
         published = Published(weights, name, statistics, metadata["changes"], False, None, settings)
-        write_report(published, Inspected.of(published), place.made.model)
+        write_report(published, place.made.model)
         pages.append(report.read_bytes())
     return pages
 

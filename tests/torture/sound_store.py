@@ -25,7 +25,7 @@ from pipeline.stages.attribute import attribution_identity
 from pipeline.stages.contrast import model_shelf, wanted_models
 from pipeline.stages.prepare import prepare
 from pipeline.stages.publish import Ingredients, Published, publish
-from pipeline.stages.report import Inspected, write_report
+from pipeline.stages.report import write_report
 from pipeline.stages.score import Scorer, identity_in
 from pipeline.toy.language import ToyLanguage
 from pipeline.toy.model_maker import make_chat_model
@@ -136,7 +136,7 @@ def make_sound_store(folder: Path) -> SoundStore:
                     optimize(table)
                     table.open_delta().create_checkpoint()
         for each in published:
-            write_report(each, Inspected.of(each), made.model)
+            write_report(each, made.model)
     return made
 
 

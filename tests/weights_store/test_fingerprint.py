@@ -78,6 +78,20 @@ def test_tokenizer_fingerprint_ignores_truncation_and_sees_vocabulary_and_templa
     assert first != fingerprint_tokenizer(_tokenizer(tmp_path / "d", template="{{ y }}"))
 
 
+def test_tokenizer_fingerprint_sees_changes_of_a_folder_that_it_has_seen(tmp_path):
+    folder = _tokenizer(tmp_path / "a")
+    found = [fingerprint_tokenizer(folder)]
+    for name, old, new in [("tokenizer.json", '"a"', '"b"'), ("tokenizer_config.json", "</s>", "</t>")]:
+        (folder / name).write_text((folder / name).read_text().replace(old, new))
+        found.append(fingerprint_tokenizer(folder))
+    assert len(set(found)) == 3
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text().replace('"b"', '"a"'))
+    (folder / "tokenizer_config.json").write_text(
+        (folder / "tokenizer_config.json").read_text().replace("</t>", "</s>")
+    )
+    assert fingerprint_tokenizer(folder) == found[0]
+
+
 def test_chat_template_fingerprint_is_sha256_of_its_text_wherever_it_stands(tmp_path):
     folder = _tokenizer(tmp_path / "a", template="{{ é }}")
     expected = hashlib.sha256("{{ é }}".encode()).hexdigest()

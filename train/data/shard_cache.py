@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from weights_store import Table
+from weights_store.digests import cache_folder
 from weights_store.errors import DamageError, StoreError
 from weights_store.location import Location
 from weights_store.lock import is_at
@@ -41,8 +42,7 @@ class ShardCache:
     """
 
     def __init__(self, folder: str | None, max_gib: float) -> None:
-        root = folder or os.environ.get("TOKENWEIGHTS_CACHE") or "~/.cache/tokenweights"
-        self.folder = Path(root).expanduser().absolute() / "shards"
+        self.folder = (Path(folder).expanduser().absolute() if folder else cache_folder()) / "shards"
         self.max_bytes = int(max_gib * _GIB)
         with self._writing(), self._locked(fcntl.LOCK_SH):
             pass

@@ -12,11 +12,12 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from weights_store.errors import InputError, MismatchError
-from weights_store.fingerprint import fingerprint_chat_template, fingerprint_tokenizer
+from weights_store.fingerprint import fingerprint_chat_template, fingerprint_tokenizer, load_json
 from weights_store.messages import first_line
 
 if TYPE_CHECKING:
     import torch
+    from tokenizers import Tokenizer
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from train.data.dataset import WeightSource
@@ -59,6 +60,35 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # see above
         raise InputError(f"model {folder}: its tokenizer cannot be loaded: {why_not_loaded(error)}") from error
+
+
+def load_light_tokenizer(folder: Path) -> "Tokenizer | PreTrainedTokenizerBase":
+    """Return the tokenizer of a model folder to look tokens up in, without transformers if `tokenizer.json` says it all.
+
+    Importing transformers takes longer than a build with nothing to do.
+
+    Raises:
+        InputError: It cannot be loaded.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return load_tokenizer(folder)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more precise
+        raise InputError(f"model {folder}: its tokenizer cannot be loaded: {why_not_loaded(error)}") from error
+    largest = max(_added_ids(folder), default=0)
+    return tokenizer if largest < tokenizer.get_vocab_size() else load_tokenizer(folder)
+
+
+def _added_ids(folder: Path) -> Iterator[int]:
+    """Yield the ids of tokens that transformers adds to those of `tokenizer.json`, or finds there."""
+    if (folder / "tokenizer_config.json").is_file():
+        yield from map(int, load_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {}))
+    if (folder / "added_tokens.json").is_file():
+        yield from load_json(folder / "added_tokens.json").values()
 
 
 def why_not_loaded(error: BaseException | str) -> str:

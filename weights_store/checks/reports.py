@@ -1,7 +1,6 @@
 """The reports of a store, `reports/<name>@<version>.html`: each begins with a digest of its name and of the rest of it.
 
-A report of an earlier version has no digest; there, only a missing end is found. A missing report is no finding: reports are
-written after publishing, and the next build writes one that is missing.
+A missing report is no finding: reports are written after publishing, and the next build writes one that is missing.
 """
 
 import hashlib
@@ -15,7 +14,6 @@ REPORTS = "reports"
 
 _DOCTYPE = b"<!doctype html>\n"
 _HEAD = re.compile(_DOCTYPE + rb"<!-- sha256 of the name in reports/ and of all that follows: ([0-9a-f]{64}) -->\n")
-_OLD_HEAD, _END = _DOCTYPE + b"<html ", b"</html>"
 
 
 def with_digest(html: str, file: str) -> bytes:
@@ -29,8 +27,6 @@ def with_digest(html: str, file: str) -> bytes:
 
 def report_problem(data: bytes, file: str) -> str | None:
     """Return what is wrong with the report `file`, None if it is as it was written under this name."""
-    if is_old_report(data):
-        return None if data.rstrip().endswith(_END) else f"it is cut: expected {_END.decode()} at its end"
     head = _HEAD.match(data)
     if head is None:
         return "it is damaged: its first lines are not those of a report"
@@ -40,22 +36,14 @@ def report_problem(data: bytes, file: str) -> str | None:
     return None
 
 
-def is_old_report(data: bytes) -> bool:
-    """Return whether a report is of an earlier version, which wrote no digest."""
-    return data.startswith(_OLD_HEAD)
-
-
 def check_reports(root: Location) -> Iterator[Finding]:
-    """Yield a finding for each damaged report of a store, and a note for each without a digest."""
+    """Yield a finding for each damaged report of a store."""
     folder = root / REPORTS
     for name in sorted(folder.tree()):
         if not name.endswith(".html") or name.rpartition("/")[2].startswith("."):
             continue
-        data = folder.read(name)
-        if problem := report_problem(data, name):
+        if problem := report_problem(folder.read(name), name):
             yield Finding(f"{REPORTS}/{name}", f"{problem}; the next build of this weight dataset writes it again")
-        elif is_old_report(data):
-            yield Finding(f"{REPORTS}/{name}", "it is of an earlier version and has no digest", is_note=True)
 
 
 def _digest(file: str, body: bytes) -> str:

@@ -46,14 +46,13 @@ def make_view(
     other: TableVersion | None,
     choice: Choice,
     tokenizer: Tokenizer | None,
-    surveyed: Survey | None = None,
 ) -> NotebookView:
-    """Return what is shown of one dataset, or of two, see `WeightStore.view`; `surveyed` is its survey, if there is one."""
+    """Return what is shown of one dataset, or of two, see `WeightStore.view`."""
     here, there = PairTables(root, weights), None if other is None else PairTables(root, other)
     texts = None if tokenizer is None else TokenTexts(tokenizer)
     chosen = choose(here, there, choice, texts)
     pairs = load_pairs(here, there, chosen.pair_ids, texts)
-    found, other_found = surveyed or survey(root, weights), None if other is None else survey(root, other)
+    found, other_found = survey(root, weights), None if other is None else survey(root, other)
     return NotebookView(
         title=_name(weights),
         other=None if other is None else _name(other),

@@ -19,7 +19,7 @@ from pipeline.stages.attribute import attribution_identity
 from pipeline.stages.contrast import contrast, untrained_pair
 from pipeline.stages.prepare import prepare
 from pipeline.stages.publish import Ingredients, publish
-from pipeline.stages.report import Inspected, write_report
+from pipeline.stages.report import write_report
 from pipeline.stages.score import Scorer
 from pipeline.workers.supervise import resolve_dtype, stage_table
 from weights_store import WeightStore
@@ -66,7 +66,7 @@ def _build(recipe):
     for role, scorer in pair.scorers.items():
         logps[f"{role}_logps"] = _score(prepared.tokens, scorer, recipe, role)
     published = publish(recipe, recipe.weights, Ingredients(prepared.tokens, **logps))
-    write_report(published, Inspected.of(published), folder)
+    write_report(published, folder)
     return prepared
 
 

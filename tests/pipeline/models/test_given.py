@@ -48,7 +48,7 @@ def test_a_side_without_a_model_has_the_starting_one(toy_model, other):
 
 
 def test_a_model_with_the_same_tokenizer_files_is_taken_without_loading_them(toy_model, other, monkeypatch):
-    monkeypatch.setattr("pipeline.models.given.load_tokenizer", None)
+    monkeypatch.setattr("pipeline.models.given.load_light_tokenizer", None)
     (other / "chat_template.jinja").write_text("another template")  # the starting model's is used
     change(other, "config.json", lambda config: config.update(made_up=1))
     check_given_models(given(negative_model=other), toy_model)

@@ -35,7 +35,7 @@ from pipeline.recipe import Recipe
 from pipeline.stages.prepare import Preparation, prepare
 from pipeline.workers.pair_row import PairRow, read_pairs, under_condition
 from weights_store import WeightStore
-from weights_store.errors import InputError, MismatchError
+from weights_store.errors import DamageError, InputError, MismatchError
 from weights_store.schemas import LOGPS, SIDES, WEIGHTS
 from weights_store.settings import parse_settings
 
@@ -534,7 +534,7 @@ def test_the_sample_of_a_build_is_the_pairs_with_the_lowest_ids_that_are_short_e
     assert stored.ran == []
 
 
-@pytest.mark.parametrize("name", ["toy/uniform", "toy/tis-dpo"])
+@pytest.mark.parametrize("name", ["toy/uniform", "toy/tis-dpo", "other/name"])
 def test_a_check_that_a_version_has_recorded_of_the_same_log_probs_is_not_repeated(stored, name):
     ref = stored.write(0.5)
     metadata = {"fingerprint": "w", "parents": [{"role": "ref_logps", **ref.as_parent()}], "parity": {"mean": 7.0}}
@@ -543,6 +543,16 @@ def test_a_check_that_a_version_has_recorded_of_the_same_log_probs_is_not_repeat
     with pytest.raises(MismatchError, match="differs"):
         stored.check(stored.write(0.25))  # other log-probs
     assert len(stored.ran) == 1
+
+
+def test_damage_to_another_dataset_does_not_stop_the_check(stored):
+    table = stored.store.table("weights/a/damaged")
+    table.append(WEIGHTS.empty_table(), {"fingerprint": "w"})
+    log = table.location.path / f"_delta_log/{0:020d}.json"
+    log.write_text(log.read_text().replace('"fingerprint', '"fingerprimt'))
+    with pytest.raises(DamageError):
+        table.metadata()
+    assert stored.check(stored.write(0.0))["parity"]["num_pairs"] == 6
 
 
 def test_an_interpreter_without_transformers_is_said_in_one_line_and_nothing_recorded(

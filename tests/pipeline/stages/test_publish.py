@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,10 @@ import pyarrow as pa
 import pytest
 
 from pipeline.stages.publish import Ingredients, publish
-from pipeline.stages.report import Inspected, summary_markdown, write_report
+from pipeline.stages.report import summary_markdown, write_report
 from weights_store import WeightStore
 from weights_store.errors import DamageError, InputError, MismatchError
+from weights_store.inspection.survey import survey
 from weights_store.schemas import ANCHORS, ATTRIBUTIONS, LOGPS, TOKENS
 
 SIDES = {"chosen": [5, 6, 2], "rejected": [7, 2]}
@@ -547,37 +549,64 @@ def test_few_pairs_at_a_time_publish_the_same(store, make_recipe, monkeypatch):
 def test_the_report_says_what_was_done_and_what_was_missing(store, make_recipe, toy_model):
     ingredients = dataclasses.replace(_for_ti(store), anchors=_anchors(store))
     published = _publish(make_recipe, ingredients, **{"weights.estimator": "ti", "anchors.seed": 0})
-    text = summary_markdown(published, Inspected.of(published).diagnoses)
+    report = write_report(published, toy_model)
+    text = summary_markdown(published, report.diagnoses, report.path)
     assert "| weights | ti: ti_lambda 0.7, sigma_divisor 4.0, span response |" in text
     assert "| anchors | of 2 pairs |" in text
     assert " tokens | 4, mean weight 1.0000, from 1.0000 to 1.0000, 2 responses with nothing to be weighed by |" in text
-    assert write_report(published, Inspected.of(published), toy_model).endswith("toy/tis-dpo@0.html")
+    assert report.path.endswith("toy/tis-dpo@0.html")
 
 
 def test_the_report_of_a_selection_has_no_clamp(store, make_recipe, toy_model):
     settings = {"weights.estimator": "sepo", "weights.share": 0.5, "weights.transforms": ["smooth", "mean_one"]}
     published = _publish(make_recipe, _ingredients(store), **settings)
-    text = summary_markdown(published, Inspected.of(published).diagnoses)
+    text = summary_markdown(published, write_report(published, toy_model).diagnoses)
     assert "| weights | sepo: share 0.5, transforms smooth, mean_one, smooth_over tokens, smooth_window 3 |" in text
     assert "clamped" not in text
-    assert write_report(published, Inspected.of(published), toy_model).endswith(".html")
 
 
 def test_a_report_is_written_again_only_if_it_is_damaged_or_of_a_deleted_dataset(store, make_recipe, toy_model):
     published = _publish(make_recipe, _ingredients(store))
-    path = Path(write_report(published, Inspected.of(published), toy_model))
+    path = Path(write_report(published, toy_model).path)
     whole = path.read_bytes()
-    again = dataclasses.replace(published, is_new=False)
     for damaged in (whole[:-30], whole[: len(whole) // 2], b"", whole.replace(b"toy/tis-dpo", b"toy/tis-dpp", 1)):
         path.write_bytes(damaged)
-        write_report(again, Inspected.of(again), toy_model)
+        write_report(published, toy_model)
         assert path.read_bytes() == whole
-    other = b"<!doctype html>\n<html >another, of an earlier version</html>\n"
-    path.write_bytes(other)
-    write_report(again, Inspected.of(again), toy_model)
-    assert path.read_bytes() == other  # it is whole, so it stays as it is
-    write_report(published, Inspected.of(published), toy_model)
-    assert path.read_bytes() == whole
+    written_ns = path.stat().st_mtime_ns
+    write_report(published, toy_model)
+    assert path.stat().st_mtime_ns == written_ns
+    shutil.rmtree(store.root.path / "weights/toy/tis-dpo")
+    made_again = _publish(make_recipe, _ingredients(store), **{"weights.spread": 0.5})
+    assert made_again.weights.version == published.weights.version
+    write_report(made_again, toy_model)
+    assert path.read_bytes() != whole
+
+
+def test_the_findings_of_a_version_are_read_from_its_report_and_not_found_out_again(
+    store, make_recipe, toy_model, monkeypatch
+):
+    published = _publish(make_recipe, _ingredients(store), **{"weights.lower": -0.01, "weights.upper": 0.01})
+    first = write_report(published, toy_model)
+    assert first.diagnoses == store.doctor(published.name)
+    assert "clamped" in {found.name for found in first.diagnoses}
+    surveys = []
+
+    def counted(root, weights):
+        surveys.append(str(weights))
+        return survey(root, weights)
+
+    monkeypatch.setattr("weights_store.inspection.gather.survey", counted)
+    assert write_report(published, toy_model) == first
+    assert surveys == []
+    page = Path(first.path)
+    page.write_bytes(page.read_bytes().replace(b"clamped", b"cramped"))
+    assert write_report(published, toy_model) == first
+    page.unlink()
+    assert write_report(published, toy_model) == first
+    monkeypatch.setattr("weights_store.inspection.kept._code", lambda: "other rules")
+    assert write_report(published, toy_model) == first
+    assert surveys == ["weights/toy/tis-dpo@0"] * 3
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
-"""Model folders that are damaged: one line that names the file. Models that are probed: the same afterwards."""
+"""Damaged model folders: one line that names the file. Light tokenizers: as the whole ones. Probed models: unchanged."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from train.model.checkpoint import in_float32, load_checkpoint
+from train.model.checkpoint import in_float32, load_checkpoint, load_light_tokenizer, load_tokenizer
 from weights_store.errors import InputError
 
 
@@ -72,3 +75,33 @@ def test_a_probe_in_float32_gives_every_tensor_back_bit_for_bit() -> None:
     for buffer, value in zip(model.buffers(), values.values(), strict=True):
         assert buffer.dtype == value.dtype
         assert torch.equal(buffer, value)
+
+
+def test_a_light_tokenizer_gives_the_texts_and_ids_of_the_whole_one(toy_model):
+    light, whole = load_light_tokenizer(toy_model), load_tokenizer(toy_model)
+    assert isinstance(light, Tokenizer)
+    assert light.get_vocab() == whole.get_vocab()
+    ids = sorted(light.get_vocab().values())
+    texts = (each.decode(ids, skip_special_tokens=False) for each in (light, whole))
+    assert next(texts) == next(texts)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "added_tokens.json"])
+def test_a_tokenizer_with_tokens_outside_its_main_file_is_loaded_by_transformers(toy_model, tmp_path, file):
+    folder = shutil.copytree(toy_model, tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    new = load_light_tokenizer(folder).get_vocab_size()
+    added = {"added_tokens_decoder": {str(new): {"content": "<new>", "special": True}}}
+    content = config | added if file == "tokenizer_config.json" else {"<new>": new}
+    (folder / file).write_text(json.dumps(content))
+    tokenizer = load_light_tokenizer(folder)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if file == "tokenizer_config.json":
+        assert tokenizer.decode([new]) == "<new>"
+
+
+def test_a_damaged_tokenizer_is_named(toy_model, tmp_path):
+    folder = shutil.copytree(toy_model, tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=rf"^model {folder}: its tokenizer cannot be loaded: "):
+        load_light_tokenizer(folder)

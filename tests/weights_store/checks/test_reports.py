@@ -8,7 +8,6 @@ from weights_store.checks.reports import check_reports, report_problem, with_dig
 from weights_store.location import Location
 
 HTML = '<!doctype html>\n<html lang="en"><title>toy@0</title>\n<p>né 🍞</p>\n</html>\n'
-OLD = HTML.encode()
 FILE = "toy/tis-dpo@0.html"
 
 
@@ -29,12 +28,6 @@ def test_each_flipped_bit_and_each_cut_of_a_report_is_found():
         assert report_problem(whole[:length], FILE), length
 
 
-def test_of_a_report_without_a_digest_a_missing_end_is_found():
-    assert report_problem(OLD, FILE) is None
-    assert report_problem(OLD[:-10], FILE) == "it is cut: expected </html> at its end"
-    assert report_problem(b"", FILE) == "it is damaged: its first lines are not those of a report"
-
-
 @pytest.fixture
 def root(tmp_path):
     root = Location(str(tmp_path))
@@ -43,14 +36,14 @@ def root(tmp_path):
     return root
 
 
-def test_damaged_reports_of_a_store_are_findings_and_old_ones_notes(root):
+def test_damaged_reports_of_a_store_are_findings(root):
     assert list(check_reports(root)) == []
-    whole, bit = bytearray(with_digest(HTML, "toy/tis-dpo@1.html")), random.Random(3).randrange(8 * len(OLD))
+    whole, bit = bytearray(with_digest(HTML, "toy/tis-dpo@1.html")), random.Random(3).randrange(8 * len(HTML))
     whole[-1 - bit // 8] ^= 1 << bit % 8
     (root / "reports").write("toy/tis-dpo@1.html", bytes(whole))
-    (root / "reports").write("old@0.html", OLD)
-    old, damaged = check_reports(root)
-    assert str(old) == "note: reports/old@0.html: it is of an earlier version and has no digest"
+    (root / "reports").write("no-digest@0.html", HTML.encode())
+    without, damaged = check_reports(root)
+    assert without.problem.startswith("it is damaged: its first lines are not those of a report")
     assert (damaged.table, damaged.is_note) == ("reports/toy/tis-dpo@1.html", False)
     assert damaged.problem.startswith("it is damaged, or another report: its SHA-256 is ")
 

@@ -1,0 +1,67 @@
+"""What a table lacks; if it lacks nothing, no file of rows is opened to find that out."""
+
+import pyarrow as pa
+import pytest
+
+from pipeline.workers.missing import Backlog, count_missing
+from weights_store import WeightStore
+from weights_store.errors import DamageError
+from weights_store.schemas import LOGPS, QUARANTINE, TOKENS, Reason
+
+METADATA = {"fingerprint": "made up"}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return WeightStore(tmp_path / "store")
+
+
+@pytest.fixture
+def tokens(store):
+    """Three pairs; pair `c` has a prompt of two tokens and responses of three and one."""
+    rows = [
+        {
+            "pair_id": pair_id,
+            "prompt": "[]",
+            "prompt_ids": [1, 4],
+            "chosen_ids": [5, 6, 2],
+            "rejected_ids": [7],
+            "source_row": index,
+            "split": "train",
+        }
+        for index, pair_id in enumerate("abc")
+    ]
+    return store.table("tokens/toy-1").append(pa.Table.from_pylist(rows, TOKENS), METADATA)
+
+
+def _score(store, *pair_ids):
+    table = store.table("logps/toy-1/ref")
+    rows = [{"pair_id": pair_id, "chosen_logps": [-1.0] * 3, "rejected_logps": [-1.0]} for pair_id in pair_ids]
+    table.append(pa.Table.from_pylist(rows, LOGPS), METADATA)
+    return table
+
+
+def test_what_is_missing_is_counted(store, tokens):
+    one = Backlog(num_pairs=1, num_tokens=6, longest_prompt=2, longest=5)
+    assert count_missing(tokens, store.table("logps/toy-1/ref")) == one + one + one
+    assert count_missing(tokens, _score(store, "a")) == one + one
+    assert count_missing(tokens, _score(store, "z", "b")) == one  # as many rows as pairs, but one is of another pair
+    assert count_missing(tokens, _score(store, "c")) == Backlog()  # one more row than pairs
+
+
+def test_a_pair_that_this_scorer_could_not_take_is_not_missing(store, tokens):
+    columns = {"reason": Reason.UNSCORABLE.value, "detail": "logps/toy-1/ref: too long", "raw": "{}"}
+    quarantined = [{"pair_id": "c", "source_row": 2, **columns}]
+    store.table("quarantine/toy-1").append(pa.Table.from_pylist(quarantined, QUARANTINE), METADATA)
+    assert count_missing(tokens, _score(store, "a", "b")) == Backlog()
+
+
+def test_no_row_is_read_where_nothing_is_missing(store, tokens):
+    table = _score(store, "c", "a")
+    _score(store, "b")
+    for each in (table, store.table(tokens.table)):
+        for name in each.shards():
+            (each.location.path / name).write_bytes(b"not what was committed")
+    assert count_missing(tokens, table) == Backlog()
+    with pytest.raises(DamageError, match="not the file that was committed"):
+        count_missing(tokens, store.table("logps/toy-1/other"))

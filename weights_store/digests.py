@@ -1,0 +1,73 @@
+"""The SHA-256 of large local files, read once by this machine: models and sources that a scheduled build meets every time.
+
+Digests are kept in `TOKENWEIGHTS_CACHE`, one small file for each path. One counts only while the file's size, inode and times
+of change are the same. A file that changed just before it was read is not kept: it may change again within a tick of the file
+system's clock. `verify` and the checks of shards do not use them: they find bytes that changed by themselves.
+"""
+
+import hashlib
+import json
+import os
+import time
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+_MIN_BYTES = 8 << 20
+"""Smaller files are read each time: that takes some ten milliseconds."""
+_SETTLED_NS = 2_000_000_000
+"""The coarsest clock of a file system in use, FAT's."""
+
+_State = tuple[int, int, int, int]
+
+
+def cache_folder() -> Path:
+    """Return where this machine keeps what can be made again: `TOKENWEIGHTS_CACHE`, or `~/.cache/tokenweights`."""
+    return Path(os.environ.get("TOKENWEIGHTS_CACHE") or "~/.cache/tokenweights").expanduser().absolute()
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of the bytes of one file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_once(path: Path) -> str:
+    """Return the SHA-256 of the bytes of one file; a large one is read again only if it has changed."""
+    resolved = path.resolve()
+    return _digest(resolved, _state(resolved))
+
+
+@lru_cache(maxsize=1024)
+def _digest(path: Path, state: _State) -> str:
+    if state[0] < _MIN_BYTES:
+        return digest_file(path)
+    kept = cache_folder() / "digests" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # not there yet, or damaged
+        found = json.loads(kept.read_bytes())
+        if found == _record(path, state, found["sha256"]):
+            return str(found["sha256"])
+    started_ns = time.time_ns()
+    sha256 = digest_file(path)
+    if _state(path) == state and max(state[2:]) < started_ns - _SETTLED_NS:
+        _keep(kept, _record(path, state, sha256))
+    return sha256
+
+
+def _state(path: Path) -> _State:
+    stat = path.stat()
+    return stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _record(path: Path, state: _State, sha256: str) -> dict[str, object]:
+    """Return the content of a kept digest; `check` covers the rest, so that a damaged digest counts for nothing."""
+    made: dict[str, object] = {"path": str(path), "state": list(state), "sha256": sha256}
+    return made | {"check": hashlib.sha256(json.dumps(made).encode()).hexdigest()}
+
+
+def _keep(place: Path, record: dict[str, object]) -> None:
+    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
+    with suppress(OSError):  # a folder that cannot be written costs time, nothing else
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(record), encoding="utf-8")
+        partial.replace(place)
