@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, get_args
 
+from weights_store.allowed import check_place
 from weights_store.errors import InputError, SettingsError
 
 
@@ -64,10 +65,11 @@ def load_toml(path: str | Path) -> dict[str, Any]:
     """Read one TOML file, with or without a byte order mark.
 
     Raises:
-        InputError: There is no such file.
+        InputError: There is no such file, or it is where the operator allows none.
         SettingsError: It is not TOML, or empty; the message says what it is, or names line and column.
     """
     path = Path(path)
+    check_place("the settings file", str(path))
     try:
         data = path.read_bytes()
     except OSError as error:
