@@ -243,8 +243,9 @@ class Recipe(Section):
                 check_place(setting, model, hub="hf://")
         if self.model.chat_template is not None:
             check_place("model.chat_template", self.model.chat_template)
-        if self.score.ray_address not in (None, "local", "auto"):
-            check_place("score.ray_address", f"ray://{self.score.ray_address.removeprefix('ray://')}")
+        address = self.score.ray_address
+        if address not in (None, "local", "auto"):
+            check_place("score.ray_address", address if "://" in address else f"ray://{address}")
         for name, section in self.interpreters().items():
             if section.python is not None:
                 check_interpreter_place(f"{name}.python", section.python)
