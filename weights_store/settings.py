@@ -6,6 +6,7 @@ pydantic: the store's own install stays small.
 
 import difflib
 import json
+import os
 import re
 import tomllib
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
@@ -15,6 +16,15 @@ from typing import Any, NamedTuple, Protocol, TypeVar, get_args
 
 from weights_store.allowed import check_place
 from weights_store.errors import InputError, SettingsError
+
+DEFAULT_STORE = "stores/default"
+STORE = "TOKENWEIGHTS_STORE"
+"""Environment variable with the root of the store for commands and recipes that name none."""
+
+
+def default_store() -> str:
+    """Return the root of the store where none is named: `TOKENWEIGHTS_STORE`, or `stores/default`."""
+    return os.environ.get(STORE) or DEFAULT_STORE
 
 
 class _Field(Protocol):

@@ -120,10 +120,12 @@ def test_a_training_config_that_names_a_place_outside_is_refused(config_with, tm
     config_with(key, "/etc/x")  # a build has checked what it was given, and trains in caches too
 
 
-def test_the_operator_chooses_interpreters_for_recipes_that_name_none(make_recipe, tmp_path, monkeypatch):
+def test_the_operator_chooses_interpreters_and_store_for_recipes_that_name_none(make_recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("TOKENWEIGHTS_SCORE_PYTHON", "/envs/score/bin/python")
     monkeypatch.setenv("TOKENWEIGHTS_TRAIN_PYTHON", "/envs/train/bin/python")
-    recipe = make_recipe(**{"attribute.python": "/own/python"})
+    monkeypatch.setenv("TOKENWEIGHTS_STORE", "s3://bucket/store")
+    recipe = make_recipe(**{"attribute.python": "/own/python", "store": {}})
+    assert recipe.store.uri == "s3://bucket/store"
     assert recipe.score.python == "/envs/score/bin/python"
     assert recipe.contrast.python == "/envs/train/bin/python"
     assert recipe.attribute.python == "/own/python"
