@@ -1,7 +1,7 @@
 """Check what Docker and Kubernetes are given, without either: `make check-deploy`, with the tools in requirements/tools.txt.
 
-Looked at: the Dockerfile by hadolint, compose.yaml by the Compose schema, and the manifests by Kubernetes' own schemas. The kinds
-of KubeRay have no schema there; of these the pods are checked.
+Looked at: the Dockerfile by hadolint, compose.yaml by the Compose schema, and the manifests by Kubernetes' own schemas. KubeRay's
+kinds have no schema there; of these the pods are checked.
 """
 
 import json
@@ -44,7 +44,10 @@ def manifests() -> Iterator[tuple[str, dict[str, Any]]]:
                 yield path.name, found
     template = json.loads((DOCKER / "kubernetes" / "job-template.json").read_text(encoding="utf-8"))
     job = template["job_configuration"]["job_manifest"]
-    container = job["spec"]["template"]["spec"]["containers"][0]
+    pod = job["spec"]["template"]["spec"]
+    for key in ("parallelism", "completions"):
+        del pod[key]  # Prefect refuses a template without them, and Kubernetes ignores them here
+    container = pod["containers"][0]
     container |= {"image": "image", "env": [], "args": ["flow"]}  # what Prefect puts in
     job["metadata"] = {"generateName": "run-"}
     yield "job-template.json", job
