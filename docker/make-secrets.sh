@@ -35,5 +35,5 @@ random | write postgres_password
 printf "ROOT_ACCESS_KEY='%s'\nROOT_SECRET_KEY='%s'\n" "$key" "$secret" | write storage.env
 {
     printf "AWS_ACCESS_KEY_ID='%s'\nAWS_SECRET_ACCESS_KEY='%s'\n" "$key" "$secret"
-    [ -z "${HF_TOKEN:-}" ] || printf "HF_TOKEN='%s'\n" "$HF_TOKEN"
+    [ -z "${HF_TOKEN:-}" ] || printf "HF_TOKEN='%s'\n" "$(printf %s "$HF_TOKEN" | sed "s/'/'\\\\''/g")"
 } | write worker.env
