@@ -1,7 +1,7 @@
 """Check what Docker and Kubernetes are given, without either: `make check-deploy`, with the tools in requirements/tools.txt.
 
-Looked at: the Dockerfile by hadolint, compose.yaml by the Compose schema, and the manifests by Kubernetes' own schemas. These do not
-have KubeRay's kinds, of which the pods are checked.
+hadolint checks the Dockerfile, the Compose schema compose.yaml, and Kubernetes' own schemas the manifests. Of KubeRay's kinds,
+which these do not know, only the pods are checked.
 """
 
 import json

@@ -52,8 +52,7 @@ def tokenweights(tmp_path, toy_model, toy_pairs, write_jsonl):
 def test_a_build_prepares_here_and_scores_there(tokenweights, tmp_path):
     done = tokenweights("build")
     assert done.returncode == 0, done.stderr
-    table = WeightStore(f"{tmp_path}/store").resolve("hh-harmless/head")
-    assert table.scan().collect().height == 12
+    assert WeightStore(f"{tmp_path}/store").scan("hh-harmless/head").collect().height == 12
     assert "PyTorch was not found" not in done.stderr, "it is not meant to be there"
     again = tokenweights("build")
     assert "nothing to do: this version exists already" in again.stdout, again.stderr
