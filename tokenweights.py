@@ -155,6 +155,10 @@ def _add_build_commands(commands: "Commands") -> None:
         "measure on a sample whether contrastive prompts or given models say anything",
     )
     prompts.add_argument("--pairs", metavar="N", type=_count, default=64, help="number of pairs to score (default: 64)")
+    what = "show whether the interpreters of a build have what they need, and which Prefect server it would use"
+    doctor = _command(commands, "doctor-env", _doctor_env, what, "flows")
+    doctor.add_argument("recipe", nargs="?", metavar="RECIPE", help="a TOML file (default: look at this interpreter)")
+    _add_settings(doctor)
     what = "run recipes on their schedules, and trainings on what they publish, as Prefect deployments, until stopped"
     serve = _command(commands, "serve", _serve, what, "flows")
     serve.add_argument(
@@ -276,6 +280,20 @@ def _check_prompts(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides, options.store)
     print("\n".join(check_lines(check_prompts(recipe, options.pairs))))
+
+
+def _doctor_env(options: argparse.Namespace) -> None:
+    from flows.environments import environment_rows
+    from pipeline.recipe import load_recipe
+    from weights_store.printing import print_table
+
+    recipe = load_recipe(options.recipe, options.overrides, options.store) if options.recipe else None
+    rows = environment_rows(recipe)
+    print_table(rows)
+    problems = [f"{row['what']}: {row['problem']}" for row in rows if row["problem"]]
+    if problems:
+        more = f"; {len(problems) - 1} more in the table" if problems[1:] else ""
+        raise InputError(f"{problems[0]}{more}")
 
 
 def _serve(options: argparse.Namespace) -> None:

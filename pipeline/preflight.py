@@ -4,27 +4,20 @@
 """
 
 import os
-import re
-import shutil
-import subprocess
 from pathlib import Path
 
 from pipeline.chat.tokenizer import ChatTokenizer
+from pipeline.interpreters import check_interpreter
 from pipeline.models.given import check_given_models
 from pipeline.models.other_pairs import check_other_pairs
 from pipeline.models.resolve import resolve_model
 from pipeline.recipe import Recipe
 from pipeline.source.columns import check_source
-from weights_store.errors import InputError, StoreError
+from weights_store.errors import StoreError
 from weights_store.location import Location
 from weights_store.messages import logger
 
 _log = logger(__name__)
-
-_OLDEST = (3, 11)
-_PROBE = "import sys; print('Python %d.%d' % sys.version_info[:2])"
-_VERSION = re.compile(r"^Python (\d+)\.(\d+)$", re.MULTILINE)
-_PROBE_TIMEOUT_S = 60
 
 
 def check_inputs(recipe: Recipe, *, only_plan: bool = False) -> Path:
@@ -39,9 +32,9 @@ def check_inputs(recipe: Recipe, *, only_plan: bool = False) -> Path:
         InputError: Something is missing or unusable; names the setting.
         StoreError: The store cannot be written, or a file is in its place.
     """
-    for name, section in (("score", recipe.score), ("contrast", recipe.contrast), ("attribute", recipe.attribute)):
+    for name, section in recipe.interpreters().items():
         if section.python is not None:
-            _check_interpreter(f"{name}.python", section.python)
+            check_interpreter(f"{name}.python", section.python)
     _check_store(Location(recipe.store.uri), only_plan)
     model_folder = resolve_model(recipe.model)
     tokenizer = ChatTokenizer(model_folder, recipe.model.chat_template, recipe.model.template_date)
@@ -64,34 +57,3 @@ def _check_store(location: Location, only_plan: bool) -> None:
     if not only_plan:
         raise StoreError(f"{problem}; change store.uri or give --store")
     _log.warning(f"{problem}; a build from here would fail")
-
-
-def _check_interpreter(setting: str, python: str) -> None:
-    """Run an interpreter and look at its version.
-
-    Raises:
-        InputError: It cannot be run, or is too old for our code.
-    """
-    expected = "give the path of a Python 3.11 or newer"
-    if shutil.which(python) is None:
-        raise InputError(f"{setting} {python} is no interpreter that can be run; {expected}")
-    command = [python, "-I", "-c", _PROBE]
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_PROBE_TIMEOUT_S,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise InputError(f"{setting} {python} is no interpreter that can be run: {error}; {expected}") from error
-    version = _VERSION.search(done.stdout)
-    if version is None:
-        said = " ".join((done.stderr or done.stdout).split())[-200:] or "nothing"
-        raise InputError(
-            f"{setting} {python} is no Python: it ended with code {done.returncode} and said {said}; {expected}"
-        )
-    if (int(version[1]), int(version[2])) < _OLDEST:
-        raise InputError(f"{setting} {python} is Python {version[1]}.{version[2]}; {expected}")

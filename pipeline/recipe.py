@@ -4,20 +4,23 @@ Section `[contrast]` is in `models/section.py`, `[weights]` in `weighing/section
 """
 
 import json
+import os
 from collections.abc import Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.models.section import ContrastSection
+from pipeline.models.section import MODEL_SIDES, ContrastSection
 from pipeline.section import Section
 from pipeline.weighing.section import MODELS, AnyWeights, WeightsSection
 from train.data.selection import Selection
 from train.model.sampling import AnchorSampling
+from weights_store.allowed import SCORE_PYTHON, TRAIN_PYTHON, check_interpreter_place, check_place
 from weights_store.names import check_new_name, split_name
-from weights_store.settings import apply_overrides, load_toml, parse_settings
+from weights_store.settings import apply_overrides, default_store, load_toml, parse_settings
 
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], Field(description="auto: that of the model's files")
@@ -132,7 +135,10 @@ class ScoreSection(Section):
     kv_cache_gib: float = Field(2.0, gt=0, description="KV cache on the CPU back end")
     gpu_memory_share: float = Field(0.85, gt=0, le=1)
     tensor_parallel: int = Field(1, ge=1, description="GPUs that share one model")
-    python: str | None = Field(None, description="interpreter of the scorer; default: this one")
+    python: str | None = Field(
+        default_factory=partial(os.environ.get, SCORE_PYTHON),
+        description=f"interpreter of the scorer; default: {SCORE_PYTHON}, or this one",
+    )
     executor: Literal["process", "ray"] = Field("process", description="one engine here, or many on a Ray cluster")
     num_actors: int = Field(1, ge=1, description="engines on Ray, each with tensor_parallel GPUs")
     cpus_per_actor: float = Field(1.0, gt=0, description="CPU cores of an engine on Ray")
@@ -168,7 +174,10 @@ class AttributeSection(Section):
     )
     chunk_tokens: int = Field(262_144, ge=1, description="tokens between two commits; a kill can lose two chunks")
     batch_tokens: int = Field(4096, ge=256, description="tokens in one forward and backward pass")
-    python: str | None = Field(None, description="interpreter of the process; default: this one")
+    python: str | None = Field(
+        default_factory=partial(os.environ.get, TRAIN_PYTHON),
+        description=f"interpreter of the process; default: {TRAIN_PYTHON}, or this one",
+    )
 
     def result_settings(self) -> dict[str, object]:
         """Return what determines results."""
@@ -207,7 +216,7 @@ class ScheduleSection(Section):
 class StoreSection(Section):
     """Where the results go."""
 
-    uri: str = "stores/default"
+    uri: str = Field(default_factory=default_store)
 
 
 class Recipe(Section):
@@ -215,13 +224,32 @@ class Recipe(Section):
 
     dataset: DatasetSection
     model: ModelSection
-    contrast: ContrastSection = ContrastSection()
-    score: ScoreSection = ScoreSection()
+    contrast: ContrastSection = Field(default_factory=ContrastSection)
+    score: ScoreSection = Field(default_factory=ScoreSection)
     weights: AnyWeights
-    attribute: AttributeSection = AttributeSection()
+    attribute: AttributeSection = Field(default_factory=AttributeSection)
     anchors: AnchorsSection | None = None
     schedule: ScheduleSection = ScheduleSection()
-    store: StoreSection = StoreSection()
+    store: StoreSection = Field(default_factory=StoreSection)
+
+    @model_validator(mode="after")
+    def _places_are_allowed(self) -> "Recipe":
+        """Look at every place that a recipe can name, so that none exists whose build would go where it must not."""
+        check_place("dataset.source", self.dataset.source, hub="hf://datasets/")
+        check_place("store.uri", self.store.uri)
+        models = {f"contrast.{side}_model": self.contrast.model_of(side)[0] for side in MODEL_SIDES}
+        for setting, model in {"model.path": self.model.path, **models}.items():
+            if model is not None:
+                check_place(setting, model, hub="hf://")
+        if self.model.chat_template is not None:
+            check_place("model.chat_template", self.model.chat_template)
+        address = self.score.ray_address
+        if address not in (None, "local", "auto"):
+            check_place("score.ray_address", address if "://" in address else f"ray://{address}")
+        for name, section in self.interpreters().items():
+            if section.python is not None:
+                check_interpreter_place(f"{name}.python", section.python)
+        return self
 
     @model_validator(mode="after")
     def _uniform_is_uniform(self) -> "Recipe":
@@ -323,6 +351,10 @@ class Recipe(Section):
     def uniform(self) -> WeightsSection:
         """Weights of 1, which every build with a pair publishes first: for contrastive training and as a plain DPO baseline."""
         return MODELS["uniform"](name=f"{self.dataset.name}/uniform", estimator="uniform")
+
+    def interpreters(self) -> dict[str, ScoreSection | ContrastSection | AttributeSection]:
+        """Return the sections that may name an interpreter of their own, by name."""
+        return {"score": self.score, "contrast": self.contrast, "attribute": self.attribute}
 
     def result_settings(self) -> dict[str, dict[str, object]]:
         """Return the settings that determine the weights, by section, for fingerprints and for explaining what changed.

@@ -16,22 +16,27 @@ lock() {
     # shellcheck disable=SC2086  # INPUTS are several words
     "$UV" pip compile --quiet --no-annotate --no-header --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
         --constraints requirements/constraints.in --overrides requirements/overrides.in \
-        "$@" --output-file "requirements/$name.txt" pyproject.toml $inputs
-    echo "requirements/$name.txt: $(wc -l <"requirements/$name.txt") packages"
+        "$@" --output-file "requirements/$name.txt" $inputs
+    echo "requirements/$name.txt: $(grep -c == "requirements/$name.txt") packages"
 }
 
 # shellcheck disable=SC2086  # CPU_TORCH is several words
-lock dev "requirements/dev.in --extra score-cpu --extra flows --extra train --extra dev" $CPU_TORCH
+lock dev "requirements/dev.in pyproject.toml --extra score-cpu --extra flows --extra train --extra dev" $CPU_TORCH
 
-# The images start from what the development environment was tested with, and depart only where a CUDA build must.
-for image in train flows score-cpu score-gpu worker-cpu worker-gpu; do
+# The images start from what the development environment was tested with, and depart only where a CUDA build must, and flows
+# where Prefect must. Images install with --require-hashes: what an index serves is installed only if it is what was locked.
+for image in build tools flows train-cpu score-cpu; do
+    cp requirements/dev.txt "requirements/$image.txt"
+done
+for image in train-gpu score-gpu; do
     sed 's/+cpu$//' requirements/dev.txt >"requirements/$image.txt"
 done
-lock train "--extra train"
-lock flows "--extra flows"
+lock build "requirements/build.in" --generate-hashes
+lock tools "requirements/tools.in" --generate-hashes
+lock flows "requirements/flows.in pyproject.toml --extra flows" --generate-hashes
 # shellcheck disable=SC2086
-lock score-cpu "--extra score-cpu" $CPU_TORCH
-lock score-gpu "--extra score"
+lock train-cpu "pyproject.toml --extra train" --generate-hashes $CPU_TORCH
+lock train-gpu "pyproject.toml --extra train" --generate-hashes
 # shellcheck disable=SC2086
-lock worker-cpu "--extra flows --extra score-cpu --extra train" $CPU_TORCH
-lock worker-gpu "--extra flows --extra score --extra train"
+lock score-cpu "pyproject.toml --extra score-cpu" --generate-hashes $CPU_TORCH
+lock score-gpu "pyproject.toml --extra score" --generate-hashes

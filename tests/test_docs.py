@@ -37,6 +37,7 @@ NOT_RUN = {
     "train": "loads torch and a model",
     "plot": "needs the folders of two trainings",
     "serve": "runs until it is stopped",
+    "doctor-env": "needs the environments that the page has just made",
 }
 """Commands of ours that the docs show and this file only parses."""
 OTHER_PROGRAMS = {
@@ -47,6 +48,11 @@ OTHER_PROGRAMS = {
     "prefect": "needs a server",
     "ray": "needs machines",
     "export": "sets credentials",
+    "python3": "makes an environment",
+    "docker": "needs Docker",
+    "docker/make-secrets.sh": "tests/docker runs it",
+    "kubectl": "needs Kubernetes",
+    "helm": "needs Kubernetes",
 }
 SLOW_BLOCKS = {"make_chat_model": "trains a model", "WeightedDPOTrainer": "trains", "train.job": "trains"}
 """Words of Python blocks that are not run: only their imports are tried."""

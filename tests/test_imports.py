@@ -31,8 +31,8 @@ ONLY_IN = {
     "matplotlib": {"weights_store/inspection/figure.py", "weights_store/inspection/heat_map.py", "train/plots.py"},
     "tqdm": {"weights_store/messages.py", "train/job/progress.py"},
 }
-EXCEPTIONS = {"train/trl_adapter.py": {"datasets"}}
-"""TRL itself needs `datasets`."""
+EXCEPTIONS = {"train/trl_adapter.py": {"datasets"}, "pipeline/interpreters.py": {"packaging"}}
+"""TRL itself needs `datasets`, and transformers `packaging`."""
 
 
 class Import(NamedTuple):

@@ -116,8 +116,10 @@ def commands(store, toy_model, toy_pairs):
 
 
 @pytest.mark.slow
-# Only [lora] and adapters as model.path need peft, and check it themselves.
-@pytest.mark.parametrize("package", sorted({*PACKAGES["flows"], *PACKAGES["train"], *TRANSITIVE} - {"peft"}))
+# Only [lora] and adapters as model.path need peft, and check it themselves; Prefect alone imports SQLAlchemy.
+@pytest.mark.parametrize(
+    "package", sorted({*PACKAGES["flows"], *PACKAGES["train"], *TRANSITIVE} - {"peft", "sqlalchemy"})
+)
 def test_every_command_names_the_extra_of_a_missing_package(commands, package):
     tried = {name: line for name, line in commands.items() if package in NEEDED.get(name, {package})}
     child = subprocess.run(

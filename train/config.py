@@ -9,6 +9,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from train.loss.config import LossSection
+from weights_store.allowed import check_place
 
 FIRST_TOKENS = 8192
 """Tokens that a training computes at a time before it has measured anything, and on CPUs."""
@@ -162,6 +163,22 @@ class ParallelSection(_Section):
 
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     """`ddp`: the whole model on each; `fsdp2`: parameters, gradients and optimizer split between them."""
+
+
+def check_places(config: "TrainConfig") -> None:
+    """Check that a config names only places that the operator allows (`weights_store/allowed.py`).
+
+    For whoever takes a config from people. A process that a build starts gets places that were checked, in caches too.
+
+    Raises:
+        InputError: One is outside; names the key.
+        SettingsError: The operator's list is wrong.
+    """
+    check_place("data.store", config.data.store)
+    check_place("model.path", config.model.path, hub="hf://")
+    check_place("output.folder", config.output.folder)
+    if config.data.cache_folder is not None:
+        check_place("data.cache_folder", config.data.cache_folder)
 
 
 def check_quantization(model: ModelOptions, parallel: ParallelSection, prefix: str = "") -> None:

@@ -15,7 +15,7 @@ from train.job.stopping import StopRequest, catch_signals
 from weights_store.errors import TokenweightsError
 from weights_store.guard import guard
 from weights_store.messages import ROOT
-from weights_store.process import end_with_parent
+from weights_store.process import CHILD, end_with_parent
 from weights_store.settings import apply_overrides, load_toml, parse_settings
 
 if TYPE_CHECKING:
@@ -64,10 +64,10 @@ def load_config(arguments: argparse.Namespace) -> "TrainConfig":
     """Return the config of the file and the flags.
 
     Raises:
-        InputError: There is no such file.
+        InputError: There is no such file, or the config names a place that the operator does not allow.
         SettingsError: A key is unknown, missing or wrong.
     """
-    from train.config import TrainConfig
+    from train.config import TrainConfig, check_places
 
     settings = load_toml(arguments.config) if arguments.config else {}
     settings = apply_overrides(settings, arguments.set)
@@ -75,7 +75,10 @@ def load_config(arguments: argparse.Namespace) -> "TrainConfig":
         section, name = key.split(".")
         if (value := getattr(arguments, flag)) is not None:
             settings[section] = {**settings.get(section, {}), name: value}
-    return parse_settings(TrainConfig, settings, where=arguments.config or "flags")
+    config = parse_settings(TrainConfig, settings, where=arguments.config or "flags")
+    if CHILD not in os.environ:
+        check_places(config)
+    return config
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ pydantic: the store's own install stays small.
 
 import difflib
 import json
+import os
 import re
 import tomllib
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
@@ -13,7 +14,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, get_args
 
+from weights_store.allowed import check_place
 from weights_store.errors import InputError, SettingsError
+
+DEFAULT_STORE = "stores/default"
+STORE = "TOKENWEIGHTS_STORE"
+"""Environment variable with the root of the store for commands and recipes that name none."""
+
+
+def default_store() -> str:
+    """Return the root of the store where none is named: `TOKENWEIGHTS_STORE`, or `stores/default`."""
+    return os.environ.get(STORE) or DEFAULT_STORE
 
 
 class _Field(Protocol):
@@ -64,10 +75,11 @@ def load_toml(path: str | Path) -> dict[str, Any]:
     """Read one TOML file, with or without a byte order mark.
 
     Raises:
-        InputError: There is no such file.
+        InputError: There is no such file, or it is where the operator allows none.
         SettingsError: It is not TOML, or empty; the message says what it is, or names line and column.
     """
     path = Path(path)
+    check_place("the settings file", str(path))
     try:
         data = path.read_bytes()
     except OSError as error:

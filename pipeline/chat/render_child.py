@@ -21,6 +21,8 @@ from typing import Any
 
 MAX_CHARACTERS = 20_000_000
 """Longest text of one chat: it must fit the memory several times, and is sent to the parent."""
+MAX_ERROR_CHARACTERS = 1000
+"""Longest text of an error: a template can raise any, and each goes into the quarantine with its row."""
 DIED = "died"
 """Key of the answer to a job that the process has died of: jobs after it must be sent again."""
 MAX_BROKEN_LIMITS = 3
@@ -133,6 +135,8 @@ def _failure(error: Exception) -> dict[str, Any]:
 
     text = next(iter(str(error).strip().splitlines()), type(error).__name__)
     text = text.replace(f"{WatchedDict.__module__}.", "").replace(WatchedDict.__name__, "dict")
+    if len(text) > MAX_ERROR_CHARACTERS:
+        text = f"{text[:MAX_ERROR_CHARACTERS]}… ({len(text):,} characters)"
     if isinstance(error, TemplateSyntaxError):
         return {"kind": "syntax", "text": f"line {error.lineno}: {text}"}
     if isinstance(error, MemoryError):

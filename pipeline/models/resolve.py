@@ -8,6 +8,7 @@ from pipeline.models import lora
 from pipeline.recipe import ModelSection
 from train.model.hub import check_model_folder, find_folder
 from weights_store.digests import cache_folder
+from weights_store.allowed import check_place
 from weights_store.messages import logger
 
 _log = logger(__name__)
@@ -26,7 +27,7 @@ def resolve_path(path: str, revision: str | None, setting: str) -> Path:
 
     Raises:
         InputError: There is no such folder and no such model on the hub, the hub cannot be reached, or it is an adapter that
-            cannot be merged.
+            cannot be merged, or whose base is where the operator allows none.
         MissingExtraError: There is an adapter to merge, and peft is not installed.
         StageError: Merging failed; carries its message.
     """
@@ -38,6 +39,7 @@ def resolve_path(path: str, revision: str | None, setting: str) -> Path:
     beside = adapter / name  # a relative path starts here or at the adapter
     base_path = str(beside) if beside.is_dir() and not Path(name).is_dir() else name
     base_setting = f"adapter {adapter}: base_model_name_or_path"
+    check_place(base_setting, base_path, hub="hf://")
     base = check_model_folder(find_folder(base_path, config.get("revision"), base_setting), base_setting)
     target = merge_once(adapter, base)
     _log.info(f"using {target} as {setting}: the adapter {adapter} merged into its base")

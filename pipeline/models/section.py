@@ -1,11 +1,14 @@
 """The `[contrast]` section of a recipe: where the contrastive pair pi+, pi- comes from. Part of `recipe.py`."""
 
+import os
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline.models.train_section import PairTraining
 from pipeline.section import Section
+from weights_store.allowed import TRAIN_PYTHON
 from weights_store.names import split_name
 
 POSITIVE_PROMPT = "You are a helpful and harmless assistant. Give a good response."
@@ -52,7 +55,10 @@ class ContrastSection(Section):
     )
     split: str | None = Field(None, description="train the two models on this split")
     retrain: bool = Field(False, description="train a new pair of models when the data has grown")
-    python: str | None = Field(None, description="interpreter of the training job; default: this one")
+    python: str | None = Field(
+        default_factory=partial(os.environ.get, TRAIN_PYTHON),
+        description=f"interpreter of the training job; default: {TRAIN_PYTHON}, or this one",
+    )
 
     @field_validator("weights")
     @classmethod

@@ -4,8 +4,10 @@ No code that lies in a model folder ever runs: `trust_remote_code` is False at e
 terminal if it is left out; and weights are safetensors, never pickles.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
@@ -54,6 +56,10 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     Raises:
         InputError: It cannot be loaded.
     """
+    if (
+        find_spec("torch") is None
+    ):  # as in the environment of the flows: transformers would warn of it when it is imported
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     try:

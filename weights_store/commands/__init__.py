@@ -12,12 +12,11 @@ from weights_store.commands.doctor import add_doctor
 from weights_store.commands.keeping import run_export, run_optimize, run_repair, run_vacuum, run_verify
 from weights_store.commands.listing import run_diff, run_history, run_lineage, run_list, run_quarantine, run_show
 from weights_store.commands.view import add_view
+from weights_store.settings import DEFAULT_STORE, STORE, default_store
 
 if TYPE_CHECKING:
     from weights_store.inspection.figure import Format
     from weights_store.views.token_texts import Tokenizer
-
-_DEFAULT_STORE = "stores/default"
 
 Run = Callable[[argparse.Namespace], int | None]
 Add = Callable[[str, Run, str], argparse.ArgumentParser]
@@ -93,7 +92,10 @@ def add_commands(
 def add_store_option(parser: argparse.ArgumentParser) -> None:
     """Give a command the option that all of the store's commands have."""
     parser.add_argument(
-        "--store", metavar="URI", default=_DEFAULT_STORE, help=f"root of the store (default: {_DEFAULT_STORE})"
+        "--store",
+        metavar="URI",
+        default=default_store(),
+        help=f"root of the store (default: {STORE} in the environment, or {DEFAULT_STORE})",
     )
 
 

@@ -93,6 +93,33 @@ def test_a_chat_longer_than_any_is_refused(process):
     assert "makes 20,000,001 characters of one chat" in one(process, job("{{ 'x' * 20000001 }}")).text
 
 
+def test_an_error_longer_than_a_person_reads_is_cut(process):
+    found = one(process, job("{{ raise_exception('x' * 5000000) }}"))
+    assert found.text == "x" * 1000 + "… (5,000,000 characters)"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ("{{ ''['__class__'] }}", ""),
+        ("{{ messages | attr('__class__') }}", ""),
+        ("{{ cycler.__init__.__globals__.os.environ }}", "unsafe"),
+        ("{{ '{0.__class__.__mro__}'.format(1) }}", "unsafe"),
+        ("{{ raise_exception.__globals__ }}", ""),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{% import 'os' as os %}", "no loader"),
+        ("{{ open('/etc/passwd').read() }}", "'open' is undefined"),
+        ("{{ __import__('os') }}", "'__import__' is undefined"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_a_template_reaches_nothing_outside_of_its_chat(process, template, said):
+    found = one(process, job(template))
+    assert said in found.text if isinstance(found, RenderError) else found == said, found
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Let the shared process end after a third of a second of CPU time."""
