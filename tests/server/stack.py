@@ -6,17 +6,16 @@ Everything here talks to the server by its REST API, and servers, workers and fl
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -68,7 +67,9 @@ class Stack:
     def start_worker(self) -> None:
         """Start a worker that looks for runs every second, and waits for a database that is away as runs do."""
         arguments = ["worker", "start", "--pool", POOL, "--type", "process", "--name", "worker"]
-        self._start("worker", arguments, {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500"})
+        self._start(
+            "worker", arguments, {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500"}
+        )
 
     def _start(self, name: str, arguments: list[str], more: Mapping[str, str]) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -82,20 +83,24 @@ class Stack:
                 start_new_session=True,
             )
 
-    def end(self, name: str, signum: int = signal.SIGTERM) -> None:
-        """End the server or the worker by a signal, and wait until it is gone."""
-        process = self._processes.pop(name)
-        process.send_signal(signum)
+    @contextmanager
+    def without(self, name: Literal["server", "worker"]) -> Iterator[None]:
+        """Kill the server or the worker, and start it again at the end."""
+        self._end(name)
         try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            yield
+        finally:
+            self.start_server() if name == "server" else self.start_worker()
+
+    def _end(self, name: str) -> None:
+        process = self._processes.pop(name)
+        process.kill()
+        process.wait()
 
     def close(self) -> None:
         """End both, at once: a worker would wait for its runs."""
         for name in list(self._processes):
-            self.end(name, signal.SIGKILL)
+            self._end(name)
 
     def log(self, name: str) -> str:
         """Return what the server or the worker has printed."""
@@ -193,9 +198,7 @@ class Run:
 
     def logs(self) -> str:
         """Return the log of the run and of the flows that it runs, as the server has it."""
-        children = self.stack.call(
-            "flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [self.id]}}}
-        )
+        children = self.stack.call("flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [self.id]}}})
         ids = [self.id, *(child["id"] for child in children)]
         wanted = {"logs": {"flow_run_id": {"any_": ids}}, "limit": 200, "sort": "TIMESTAMP_ASC"}
         return "\n".join(line["message"] for line in self.stack.call("logs/filter", wanted))

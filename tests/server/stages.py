@@ -27,7 +27,9 @@ class Prints(Protocol):
 
 def wait_for_stage(run: Prints, stage: str) -> None:
     """Wait until a stage begins."""
-    wait_until(lambda: _has_ended(run, ENDED_BEFORE[stage]), f"begin of {stage}:\n{run.printed()[-3000:]}", every_s=0.01)
+    wait_until(
+        lambda: _has_ended(run, ENDED_BEFORE[stage]), f"begin of {stage}:\n{run.printed()[-3000:]}", every_s=0.01
+    )
 
 
 def has_ended(run: Prints, stage: str) -> bool:

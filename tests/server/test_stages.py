@@ -15,7 +15,15 @@ DISTURBED = [
     for stage, how in _BOTH
     if how == "killed" or stage == "contrast" or (stage, how) == ("attribute", "cancelled")
 ]
-AFTER_S = {"prepare": 1.0, "score": 1.5, "contrast": 6.0, "attribute": 8.0, "anchors": 1.5, "publish": 0.05, "report": 0.1}
+AFTER_S = {
+    "prepare": 1.0,
+    "score": 1.5,
+    "contrast": 6.0,
+    "attribute": 8.0,
+    "anchors": 1.5,
+    "publish": 0.05,
+    "report": 0.1,
+}
 """In the middle of the stage's work on an idle machine. Before or after it a kill must do no harm either."""
 CANCELLED_WITHIN_S = 10
 """From the request until the last process is gone."""
