@@ -31,7 +31,7 @@ _OURS = ("PREFECT", "TOKENWEIGHTS", "PYTHON")
 """Variables of the process of the tests that what it starts must not get."""
 
 
-def wait_until(is_so: Callable[[], Any], what: str, timeout_s: float = 120, every_s: float = 0.1) -> Any:
+def wait_until(is_so: Callable[[], Any], what: str, timeout_s: float = 300, every_s: float = 0.1) -> Any:
     """Return what `is_so` returns as soon as that is true."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -178,7 +178,7 @@ class Run:
         """Return the newest state."""
         return dict(self.stack.call(f"flow_runs/{self.id}")["state"])
 
-    def wait(self, *types: str, timeout_s: float = 180) -> dict[str, Any]:
+    def wait(self, *types: str, timeout_s: float = 300) -> dict[str, Any]:
         """Wait for a state, by default any final one, and return it."""
 
         def reached() -> dict[str, Any] | None:
@@ -226,8 +226,8 @@ class Run:
         (pid,) = wait_until(found, f"process {part}")
         return pid
 
-    def wait_gone(self, timeout_s: float) -> None:
-        """Wait until no process and no temporary file of it is left."""
+    def wait_gone(self, timeout_s: float = 30) -> None:
+        """Wait until no process and no temporary file of it is left. The default is for a busy machine."""
         deadline = time.monotonic() + timeout_s
         while left := self.left():
             assert time.monotonic() < deadline, f"after {timeout_s} s there is still {left}"

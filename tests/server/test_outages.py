@@ -50,7 +50,7 @@ def test_a_run_goes_on_without_its_worker_and_a_new_worker_takes_the_next_one(
     with stack.without("worker"):
         run.completed()
         check_store(tmp_path / "store", small_tables)
-        run.wait_gone(5)
+        run.wait_gone()
     deployment = stack.call("deployments/name/refresh-weights/no-worker")["id"]
     stack.start(deployment, "new-worker").completed()
     check_store(tmp_path / "store", small_tables)
@@ -62,7 +62,7 @@ def test_nothing_goes_on_writing_when_worker_and_flow_are_killed_at_once(stack, 
     flow = run.flow_process()
     with stack.without("worker"):
         os.kill(flow, signal.SIGKILL)
-        run.wait_gone(orphans.PATIENCE_S)
+        run.wait_gone()
         num_rows = _num_scored(tmp_path / "store")
         time.sleep(3)  # three calls of the engine
         assert _num_scored(tmp_path / "store") == num_rows
