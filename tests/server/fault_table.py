@@ -180,6 +180,7 @@ class Table:
 
 def main() -> None:
     """Run rounds until every stage has had its kills or the time is over, and print the table after each."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # the processes of a build share few cores
     from pipeline.toy.language import ToyLanguage
     from pipeline.toy.model_maker import make_chat_model
 
