@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help install environments test-server-flows check-deploy demo test torture test-families bench-store bench-checks bench-score bench-attribute bench-train bench-view bench-quality gpu roofline lint format lock \
+.PHONY: help install environments test-server-flows check-deploy demo test test-server fault-table torture test-families bench-store bench-checks bench-score bench-attribute bench-train bench-view bench-quality gpu roofline lint format lock \
 	rehearse clean
 
 help:  ## show this list
@@ -58,6 +58,12 @@ demo: $(INSTALLED)  ## run the whole job on a made-up language, in demo/
 WORKERS ?= 2
 test: $(INSTALLED)  ## run the whole suite (WORKERS=2 processes, fourteen minutes on two cores)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-server: $(INSTALLED)  ## faults of runs on a real Prefect server with PostgreSQL (FLOWS_PYTHON=python of another environment)
+	$(BIN)/python -m pytest -q tests/server
+
+fault-table: $(INSTALLED)  ## kill builds at random moments of each stage and print what it cost (20 kills in each; KILLS=5)
+	$(BIN)/python -m tests.server.fault_table --kills $(or $(KILLS),20)
 
 MINUTES ?= 30
 torture: $(INSTALLED)  ## damage, kill and disturb stores at random, and print what came of it (30 minutes; MINUTES=5)

@@ -2,8 +2,6 @@
 
 Prefect puts the working directory first on the path while it imports a flow. A user's own flows.py or train.py in that folder
 would then be imported as ours. So this module, whose name no user's file has, imports the flows without that folder.
-
-A process that Prefect has started for one run, at the order of a worker, is guarded: whatever it starts ends with it.
 """
 
 import os
@@ -17,12 +15,11 @@ try:
     from flows.build import build_weights
     from flows.refresh import refresh_weights
     from flows.training import build_and_train, train_policy
-    from weights_store.guard import guard
+    from flows.worker import prepare_process
 finally:
     if _is_first:
         sys.path.insert(0, _folder)  # Prefect removes it itself
 
-if "PREFECT__FLOW_RUN_ID" in os.environ:
-    guard().mark_environment()
+prepare_process()
 
 __all__ = ["build_and_train", "build_weights", "refresh_weights", "train_policy"]

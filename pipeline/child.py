@@ -197,7 +197,7 @@ def leave(code: int, line: str, *, was_told: bool) -> NoReturn:
 def _stop(child: "subprocess.Popen[str]", was_told: bool) -> None:
     """Wait for a child that Ctrl-C reached too (`was_told`) to finish its step; then terminate it, then kill it.
 
-    Whoever cancels a run wants its machine back within ten seconds. A training that is in a longer step has its last checkpoint.
+    Whoever cancels a run wants the machine back within ten seconds. A training in a longer step has its last checkpoint.
     """
     for ask, patience_s in ((child.poll, 10 if was_told else 0), (child.terminate, 5), (child.kill, 20)):
         ask()

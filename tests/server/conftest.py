@@ -1,10 +1,15 @@
 """PostgreSQL, Prefect's server and a worker: one of each for all tests of this folder."""
 
+import os
+
 import pytest
 
 from tests.server.postgres import Postgres, programs
 from tests.server.stack import Stack, environment
 from tests.server.worlds import values, write_world
+
+# The server, the worker, a run and its child share few cores; spinning threads would take them from each other.
+os.environ.update(OMP_NUM_THREADS="1", POLARS_MAX_THREADS="1")
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,9 @@
 
     python -m tests.server.fault_table [--kills 20] [--minutes 30] [--seed 1]
 
-The builds report to a Prefect server on PostgreSQL, as those of the tests do, but no worker starts them: they are children of a
-fork server that has everything imported, so that a start costs a second. In each round a build is killed once in every stage, and
-goes on from there; then its store is compared, row by row, with that of a build that nobody disturbed.
+The builds report to a Prefect server on PostgreSQL, as those of the tests do, but no worker starts them: they are children of
+a fork server that has everything imported, so that a start costs a second. In each round a build is killed once in every
+stage, and goes on from there; then its store is compared, row by row, with that of a build that nobody disturbed.
 """
 
 import argparse
@@ -96,7 +96,7 @@ class Counts:
     """What came of the kills in one stage."""
 
     kills: int = 0
-    loss: Loss = Loss()
+    loss: Loss = field(default_factory=Loss)
     findings: int = 0
     """Of `verify`, and processes and files that were there two seconds after a kill."""
     recovered_s: list[float] = field(default_factory=list)
@@ -180,6 +180,7 @@ class Table:
 
 def main() -> None:
     """Run rounds until every stage has had its kills or the time is over, and print the table after each."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # the processes of a build share few cores
     from pipeline.toy.language import ToyLanguage
     from pipeline.toy.model_maker import make_chat_model
 

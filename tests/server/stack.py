@@ -6,17 +6,16 @@ Everything here talks to the server by its REST API, and servers, workers and fl
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -32,7 +31,7 @@ _OURS = ("PREFECT", "TOKENWEIGHTS", "PYTHON")
 """Variables of the process of the tests that what it starts must not get."""
 
 
-def wait_until(is_so: Callable[[], Any], what: str, timeout_s: float = 120, every_s: float = 0.1) -> Any:
+def wait_until(is_so: Callable[[], Any], what: str, timeout_s: float = 300, every_s: float = 0.1) -> Any:
     """Return what `is_so` returns as soon as that is true."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -84,20 +83,24 @@ class Stack:
                 start_new_session=True,
             )
 
-    def end(self, name: str, signum: int = signal.SIGTERM) -> None:
-        """End the server or the worker by a signal, and wait until it is gone."""
-        process = self._processes.pop(name)
-        process.send_signal(signum)
+    @contextmanager
+    def without(self, name: Literal["server", "worker"]) -> Iterator[None]:
+        """Kill the server or the worker, and start it again at the end."""
+        self._end(name)
         try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            yield
+        finally:
+            self.start_server() if name == "server" else self.start_worker()
+
+    def _end(self, name: str) -> None:
+        process = self._processes.pop(name)
+        process.kill()
+        process.wait()
 
     def close(self) -> None:
         """End both, at once: a worker would wait for its runs."""
         for name in list(self._processes):
-            self.end(name, signal.SIGKILL)
+            self._end(name)
 
     def log(self, name: str) -> str:
         """Return what the server or the worker has printed."""
@@ -175,7 +178,7 @@ class Run:
         """Return the newest state."""
         return dict(self.stack.call(f"flow_runs/{self.id}")["state"])
 
-    def wait(self, *types: str, timeout_s: float = 180) -> dict[str, Any]:
+    def wait(self, *types: str, timeout_s: float = 300) -> dict[str, Any]:
         """Wait for a state, by default any final one, and return it."""
 
         def reached() -> dict[str, Any] | None:
@@ -223,8 +226,8 @@ class Run:
         (pid,) = wait_until(found, f"process {part}")
         return pid
 
-    def wait_gone(self, timeout_s: float) -> None:
-        """Wait until no process and no temporary file of it is left."""
+    def wait_gone(self, timeout_s: float = 30) -> None:
+        """Wait until no process and no temporary file of it is left. The default is for a busy machine."""
         deadline = time.monotonic() + timeout_s
         while left := self.left():
             assert time.monotonic() < deadline, f"after {timeout_s} s there is still {left}"

@@ -26,9 +26,8 @@ def _num_scored(store):
 
 def test_a_run_survives_a_restart_of_the_server(stack, small_world, small_tables, tmp_path):
     run = _scoring(stack, small_world, tmp_path / "store", "server-restarted")
-    stack.end("server", signal.SIGKILL)
-    time.sleep(5)
-    stack.start_server()
+    with stack.without("server"):
+        time.sleep(5)
     run.completed()
     check_store(tmp_path / "store", small_tables)
 
@@ -36,8 +35,10 @@ def test_a_run_survives_a_restart_of_the_server(stack, small_world, small_tables
 def test_a_run_survives_twenty_seconds_without_database(stack, postgres, small_world, small_tables, tmp_path):
     run = _scoring(stack, small_world, tmp_path / "store", "no-database")
     postgres.stop()
-    time.sleep(20)
-    postgres.start()
+    try:
+        time.sleep(20)
+    finally:
+        postgres.start()
     run.completed()
     check_store(tmp_path / "store", small_tables)
 
@@ -46,11 +47,10 @@ def test_a_run_goes_on_without_its_worker_and_a_new_worker_takes_the_next_one(
     stack, small_world, small_tables, tmp_path
 ):
     run = _scoring(stack, small_world, tmp_path / "store", "no-worker")
-    stack.end("worker", signal.SIGKILL)
-    run.completed()
-    check_store(tmp_path / "store", small_tables)
-    run.wait_gone(5)
-    stack.start_worker()
+    with stack.without("worker"):
+        run.completed()
+        check_store(tmp_path / "store", small_tables)
+        run.wait_gone()
     deployment = stack.call("deployments/name/refresh-weights/no-worker")["id"]
     stack.start(deployment, "new-worker").completed()
     check_store(tmp_path / "store", small_tables)
@@ -59,13 +59,13 @@ def test_a_run_goes_on_without_its_worker_and_a_new_worker_takes_the_next_one(
 def test_nothing_goes_on_writing_when_worker_and_flow_are_killed_at_once(stack, small_world, small_tables, tmp_path):
     """As the kernel ends a container, whose processes it does not know by name."""
     run = _scoring(stack, small_world, tmp_path / "store", "all-killed")
-    os.kill(run.flow_process(), signal.SIGKILL)
-    stack.end("worker", signal.SIGKILL)
-    run.wait_gone(orphans.PATIENCE_S)
-    num_rows = _num_scored(tmp_path / "store")
-    time.sleep(3)  # three calls of the engine
-    assert _num_scored(tmp_path / "store") == num_rows
-    stack.start_worker()
+    flow = run.flow_process()
+    with stack.without("worker"):
+        os.kill(flow, signal.SIGKILL)
+        run.wait_gone()
+        num_rows = _num_scored(tmp_path / "store")
+        time.sleep(3)  # three calls of the engine
+        assert _num_scored(tmp_path / "store") == num_rows
     deployment = stack.call("deployments/name/refresh-weights/all-killed")["id"]
     stack.start(deployment, "after-all-killed").completed()
     check_store(tmp_path / "store", small_tables)

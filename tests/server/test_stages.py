@@ -46,7 +46,7 @@ def test_a_run_that_is_disturbed_ends_with_a_state_that_says_so_and_leaves_no_pr
     time.sleep(AFTER_S[stage])
     if how == "killed":
         os.kill(run.flow_process(), signal.SIGKILL)
-        run.wait_gone(5)
+        run.wait_gone()
         assert run.wait()["type"] == "CRASHED"
     elif how == "cancelled":
         run.cancel()
@@ -57,7 +57,7 @@ def test_a_run_that_is_disturbed_ends_with_a_state_that_says_so_and_leaves_no_pr
         state = run.wait()
         assert (state["type"], state["message"].count("\n")) == ("FAILED", 0)
         assert "was killed by signal 9 (out of memory?); what it had done stays" in state["message"]
-        run.wait_gone(5)
+        run.wait_gone()
 
 
 def test_the_next_run_goes_on_and_has_every_row_once(stack, deployment, store, large_tables):

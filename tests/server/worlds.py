@@ -34,8 +34,8 @@ _KINDS = ("tokens", "logps", "attributions", "anchors", "weights", "quarantine")
 def write_world(folder: Path, model: Path, pairs: list[dict[str, Any]], is_small: bool = False) -> Path:
     """Write pairs and a recipe into a folder, and return the recipe's path.
 
-    The recipe needs every stage, or, if it `is_small`, neither trainings nor attributions nor anchors. The scoring engine is made
-    up, the others are real. The interpreters are named, so the flow's own needs neither vLLM nor torch.
+    The recipe needs every stage, or, if it `is_small`, neither trainings nor attributions nor anchors. The scoring engine is
+    made up, the others are real. The interpreters are named, so the flow's own needs neither vLLM nor torch.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = [*(json.dumps(pair) for pair in pairs), "no json"]
@@ -65,7 +65,7 @@ def values(store: Path) -> dict[str, dict[Any, Any]]:
 
 
 def loss_of_store(store: Path, expected: Mapping[str, Mapping[Any, Any]]) -> Loss:
-    """Compare a store with the tables of an undisturbed build: every row once, with the same numbers; none that is not there."""
+    """Compare a store with the tables of an undisturbed build: every row once, with the same numbers."""
     loss, tables = Loss(), {table.path: table for kind in _KINDS for table in WeightStore(store).tables(kind)}
     for path in expected.keys() | tables.keys():
         rows = _rows(tables[path]) if path in tables else []
