@@ -14,8 +14,9 @@ CHAIN = ("weights_store", "train", "pipeline", "flows", "tokenweights", "tokenwe
 """Each may import itself and what stands before it."""
 
 BASE = {"deltalake", "jinja2", "markupsafe", "numpy", "polars", "pyarrow"}
-TRAIN = BASE | {"accelerate", "huggingface_hub", "jinja2", "peft", "pydantic", "safetensors", "torch", "transformers"}
-PIPELINE = TRAIN | {"datasets", "tokenizers"}
+TRAIN = BASE | {"accelerate", "huggingface_hub", "jinja2", "peft", "pydantic", "safetensors", "tokenizers", "torch"}
+TRAIN |= {"transformers"}  # which needs `huggingface_hub`, `safetensors` and `tokenizers`
+PIPELINE = TRAIN | {"datasets"}
 PACKAGES = {
     "weights_store": BASE,
     "train": TRAIN,

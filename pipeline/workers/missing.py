@@ -22,8 +22,14 @@ _tokenizer = lru_cache(maxsize=1)(ChatTokenizer)
 
 
 def missing_pairs(tokens: TableVersion, table: Table) -> Iterator[pl.DataFrame]:
-    """Yield the pairs that have no row yet, by pair_id, one range at a time, see `missing_within`."""
-    for piece in WeightStore(tokens.store).table(tokens.table).key_ranges(RANGE_BYTES, tokens.version):
+    """Yield the pairs that have no row yet, by pair_id, one range at a time, see `missing_within`.
+
+    If the table has exactly the pairs of the tokens, only the commits of both are read.
+    """
+    pairs = WeightStore(tokens.store).table(tokens.table)
+    if table.exists() and table.keys_sum() == pairs.keys_sum(tokens.version):
+        return
+    for piece in pairs.key_ranges(RANGE_BYTES, tokens.version):
         yield missing_within(piece, tokens, table)
 
 
@@ -48,7 +54,7 @@ def missing_within(piece: KeyRange, tokens: TableVersion, table: Table) -> pl.Da
     for rows in done:
         wanted = wanted.join(rows.select("pair_id"), on="pair_id", how="anti")
     ids = wanted.collect()
-    if ids.is_empty():  # the usual case of a second build: no list has been read
+    if ids.is_empty():  # no list has been read
         return ids.with_columns(**dict.fromkeys(lengths, pl.lit(0, pl.UInt32)))
     return pairs.join(ids.lazy(), on="pair_id", how="semi").select("pair_id", **lengths).sort("pair_id").collect()
 
@@ -82,10 +88,7 @@ class Backlog:
 
 
 def count_missing(tokens: TableVersion, table: Table) -> Backlog:
-    """Return what a table lacks. If it has exactly the pairs of the tokens, only the commits of both are read."""
-    source = WeightStore(tokens.store).table(tokens.table)
-    if table.exists() and table.keys_sum() == source.keys_sum(tokens.version):
-        return Backlog()
+    """Return what a table lacks."""
     return sum((Backlog.of(part) for part in missing_pairs(tokens, table)), Backlog())
 
 

@@ -131,7 +131,8 @@ def _fill(place: Place) -> object:
     for table in (*wanted, store.table("logps/new/scorer")):
         target = Target("ref", table.path, None, {})
         request = Request("score", tokens, "model", [target], 1200, EngineSettings("float32"))
-        missing = pl.concat(missing_pairs(tokens, table))
+        parts = [part for part in missing_pairs(tokens, table) if part.height]
+        missing = pl.concat(parts) if parts else pl.DataFrame()
         pairs = pairs_of(request, target, missing) if missing.height else []
         read.append((table.path, missing, _values(sorted(pairs, key=lambda pair: pair.pair_id))))
     return read

@@ -20,7 +20,7 @@ from pipeline.stages.contrast import contrast, untrained_pair
 from pipeline.stages.prepare import prepare
 from pipeline.stages.publish import Ingredients, publish
 from pipeline.stages.report import write_report
-from pipeline.stages.score import Scorer
+from pipeline.stages.score import Scorer, score
 from pipeline.workers.supervise import resolve_dtype, stage_table
 from weights_store import WeightStore
 from weights_store.errors import DamageError, InputError
@@ -292,6 +292,27 @@ def test_grown_data_train_a_new_pair_only_when_asked(built, source, toy_model):
     num_tokens = _num_tokens(_rows(prepare(built(), toy_model).tokens))
     assert plans["score negative"].num_tokens == num_tokens
     assert plans["contrast"].num_tokens == 2 * 2 * num_tokens  # two models, two epochs
+
+
+def test_a_finished_build_is_planned_and_run_again_without_reading_a_row(built):
+    recipe = built()
+    store = Path(recipe.store.uri)
+    for path in store.rglob("*.parquet"):
+        if path.relative_to(store).parts[0] != "quarantine":
+            path.write_bytes(b"not what was committed")
+    assert _computed(_plan(recipe)) == []
+    folder = Path(recipe.model.path)
+    tokens = prepare(recipe, folder).tokens
+    versions = {"ref": score(tokens, {"ref": Scorer(folder)}, recipe.score, folder)["ref"].output}
+    uniform = publish(recipe, recipe.uniform, Ingredients.of_scorers(tokens, versions))
+    pair = contrast(recipe.contrast, folder, uniform.weights)
+    versions |= {role: done.output for role, done in score(tokens, pair.scorers, recipe.score, folder).items()}
+    published = publish(recipe, recipe.weights, Ingredients.of_scorers(tokens, versions))
+    assert (uniform.is_new, pair.num_trained, published.is_new) == (False, 0, False)
+    report = write_report(published, folder)
+    assert "constant" in {found.name for found in report.diagnoses}  # made-up log-probs are all the same
+    with pytest.raises(DamageError):
+        WeightStore(store).survey(published.name)
 
 
 def test_a_damaged_report_is_planned_again_and_a_damaged_model_ends_the_plan(built):
