@@ -64,7 +64,7 @@ def _init(settings: dict[str, object], empty_folder: Path) -> None:
         import ray.data
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"score.executor 'ray' needs the package {error.name!r}, which is not installed; pip install 'tokenweights[ray]'"
+            f"Ray needs the package {error.name!r}, which is not installed; pip install 'tokenweights[ray]'"
         ) from error
     try:
         with chdir(empty_folder):
