@@ -316,7 +316,11 @@ class ChatTokenizer:
         return text
 
 
-_opened = lru_cache(maxsize=1)(ChatTokenizer)
+@lru_cache(maxsize=1)
+def _opened(
+    folder: Path, template_file: str | None, template_date: str | None, unprinted_keys: frozenset[str]
+) -> ChatTokenizer:
+    return ChatTokenizer(folder, template_file, template_date, unprinted_keys)
 
 
 def model_number(folder: Path, name: str) -> int | None:

@@ -76,7 +76,9 @@ class ExternalSort:
             self._waiting = [self._sorted(self._waiting)]
             runs, samples = self._waiting, self._samples_of(self._waiting[0])
         num_ranges = max(1, -(-self._num_bytes // min(max_bytes or self.max_bytes, self.max_bytes)))
-        cuts = sorted({samples[len(samples) * index // num_ranges] for index in range(1, num_ranges)}) if samples else []
+        cuts = (
+            sorted({samples[len(samples) * index // num_ranges] for index in range(1, num_ranges)}) if samples else []
+        )
         for piece in map(KeyRange, [None, *cuts], [*cuts, None]):
             slices = [_slice(run, self.key[0], piece) for run in runs]
             yield piece, slices[0] if len(slices) == 1 else self._sorted(slices)

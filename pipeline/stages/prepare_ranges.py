@@ -19,7 +19,7 @@ from pipeline.source.intake import ROWS_PER_BATCH, quarantine_row
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair
 from weights_store import Table
-from weights_store.schemas import QUARANTINE, SIDES, TOKENS, Reason
+from weights_store.schemas import SIDES, TOKENS, Reason
 from weights_store.tables.key_ranges import KeyRange
 from weights_store.tables.shards import ShardRecord, Written
 

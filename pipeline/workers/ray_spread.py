@@ -56,7 +56,9 @@ def spread_on_connected_ray(work: Callable[[_Item], _Result], items: Iterable[_I
     import ray
     from ray.exceptions import RayError
 
-    do = ray.remote(num_cpus=1, max_retries=_MAX_RETRIES, memory=TASK_BYTES, runtime_env={"env_vars": _ENVIRONMENT})(_do)
+    do = ray.remote(num_cpus=1, max_retries=_MAX_RETRIES, memory=TASK_BYTES, runtime_env={"env_vars": _ENVIRONMENT})(
+        _do
+    )
     said: set[str] = set()
     under_way: deque[Any] = deque()
 
