@@ -30,7 +30,7 @@ from pipeline.workers.ray_cluster import connected
 from pipeline.workers.ray_spread import spread_on_connected_ray
 from pipeline.workers.request import Executor, Request, Target
 from tests.pipeline.made_up_scorer import MadeUpEngine
-from tests.pipeline.ray_engines import HOOK
+from tests.pipeline.ray_engines import hook
 from tests.pipeline.stages.test_score import NUM_PAIRS, PAIR_TOKENS, assert_whole, interpreter, make_tokens
 from tests.torture import orphans
 from weights_store import WeightStore
@@ -42,11 +42,32 @@ from weights_store.spread import in_turn
 
 REPO = Path(__file__).resolve().parents[3]
 # Actors share this machine with all else that runs on it, so they ask for less than a core.
-ON_RAY = {"executor": "ray", "num_actors": 2, "cpus_per_actor": 0.5, "ray_address": "local"}
+ON_RAY = {"executor": "ray", "num_actors": 2, "cpus_per_actor": 0.5}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray of two cores on this machine that the tests share; its variables are those of whoever wants to use it."""
+    environment = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # ports on 127.0.0.1 only
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "PYTHONPATH": str(REPO),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
+        made = Cluster(initialize_head=True, head_node_args=head)
+        yield made
+        made.shutdown()
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, make_strangers):
+def run(tmp_path, monkeypatch, make_strangers, cluster):
     """Return a function that runs the stage with made-up engines from a folder of strangers; `log(name)`: what they did."""
     (tmp_path / "strangers").mkdir()
     make_strangers(tmp_path / "strangers")
@@ -59,7 +80,9 @@ def run(tmp_path, monkeypatch, make_strangers):
 
         def __call__(self, tokens, scorers, settings=ON_RAY, tokenizer=None, **made_up):
             on_ray = settings.get("executor") == "ray"
-            environment = {"MADE_UP": json.dumps({"log": str(self.folder), **made_up}), **(HOOK if on_ray else {})}
+            environment = {"MADE_UP": json.dumps({"log": str(self.folder), **made_up})}
+            if on_ray:
+                environment |= {"RAY_ADDRESS": cluster.address, **hook(environment)}
             for name, value in environment.items():
                 monkeypatch.setenv(name, value)
             python = None if on_ray else str(interpreter(tmp_path))
@@ -140,10 +163,12 @@ def test_an_actor_that_is_killed_is_replaced_and_its_chunk_scored_again(tmp_path
 
 
 @pytest.mark.slow
-def test_two_real_engines_agree_with_the_one_of_the_process(tmp_path, toy_model, toy_pairs, make_recipe, write_jsonl):
+def test_two_real_engines_agree_with_the_one_of_the_process(
+    tmp_path, toy_model, toy_pairs, make_recipe, write_jsonl, cluster
+):
     write_jsonl(tmp_path / "pairs.jsonl", toy_pairs)
     frames = []
-    for name, settings in (("process", {}), ("ray", ON_RAY)):
+    for name, settings in (("process", {}), ("ray", {**ON_RAY, "ray_address": cluster.address})):
         keys = {"store.uri": str(tmp_path / name), "score.dtype": "float32", "score.chunk_tokens": 400}
         recipe = make_recipe(**keys, **{f"score.{key}": value for key, value in settings.items()})
         tokens = prepare(recipe, toy_model).tokens
@@ -205,28 +230,6 @@ def test_a_ray_of_our_own_looks_into_no_strangers_folder_and_ends_with_a_killed_
 # --- stages without a model, on two nodes -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """Two nodes of one core each, both on this machine, and a variable with the token that they ask for."""
-    environment = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # ports on 127.0.0.1 only
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "PYTHONPATH": str(REPO),
-    }
-    node = {"num_cpus": 1, "object_store_memory": 100 << 20}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        from ray.cluster_utils import Cluster
-
-        made = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-        made.second = made.add_node(**node)
-        yield made
-        made.shutdown()
-
-
 @pytest.fixture
 def small_ranges(monkeypatch):
     """Cut everything into many pieces of work; only the driver cuts."""
@@ -280,14 +283,14 @@ def test_a_build_on_two_nodes_one_of_which_dies_is_bit_for_bit_the_one_of_a_proc
     first = [*toy_pairs[:40], bad[0], toy_pairs[3], bad[1], toy_pairs[7]]
     later = [toy_pairs[50], *toy_pairs[5:48], *bad]  # pairs have left, moved and come
     weights = {"weights.transforms": ["position", "mean_one"], "weights.spread": 0.5}
-    taken = []
+    taken, second = [], cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
 
     def until_a_node_dies(work, items):
         results = spread_on_connected_ray(work, items)
         for result in results:
             taken.append(work)
             if len(taken) == 1:
-                cluster.remove_node(cluster.second, allow_graceful=False)
+                cluster.remove_node(second, allow_graceful=False)
             yield result
 
     built = {}
@@ -316,21 +319,18 @@ def test_a_build_on_two_nodes_one_of_which_dies_is_bit_for_bit_the_one_of_a_proc
 
 @pytest.mark.slow
 def test_a_stage_that_runs_on_ray_is_driven_by_a_child_and_its_errors_come_out_as_themselves(
-    tmp_path, toy_model, toy_pairs, make_recipe, write_jsonl, cluster, logged
+    tmp_path, toy_model, toy_pairs, make_recipe, write_jsonl, cluster
 ):
     settings = {"score.executor": "ray", "score.ray_address": cluster.address}
     write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "a", "rejected": None}])
     with pytest.raises(InputError, match=r"no usable pair in 1 rows \(1 missing_value\)"):
         prepare(make_recipe(**settings), toy_model)
-    write_jsonl(tmp_path / "pairs.jsonl", toy_pairs)
+    write_jsonl(tmp_path / "pairs.jsonl", toy_pairs[:20])
+    prepared = prepare(make_recipe(), toy_model)
     recipe = make_recipe(**settings)
-    on_ray, published = _build(recipe, toy_model, None)
-    assert "prepare: 60 new pairs tokenised" in logged.lines
-    assert (
-        prepare(make_recipe(**{"store.uri": str(tmp_path / "other")}), toy_model).tokens.fingerprint
-        == on_ray.tokens.fingerprint
-    )
-    assert (on_ray.num_new_pairs, published.statistics["num_pairs"], len(_commits(published.weights))) == (60, 60, 1)
+    assert prepare(recipe, toy_model).num_new_pairs == 0  # nothing to do: no Ray is needed
+    published = publish(recipe, recipe.weights, _add_made_up_logps(prepared.tokens))
+    assert (published.statistics["num_pairs"], len(_commits(published.weights))) == (20, 1)
 
 
 # --- without Ray -------------------------------------------------------------------------------------------------------
