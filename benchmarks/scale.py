@@ -53,7 +53,10 @@ def make_recipe(folder: Path, executor: str) -> Recipe:
 
 def write_source(folder: Path, num_pairs: int) -> None:
     """Write pairs of a dozen words each, and a tokenizer for them with a model that nothing runs."""
-    chat = [{"role": "user", "content": " ".join(WORDS[:400])}, {"role": "assistant", "content": " ".join(WORDS[400:800])}]
+    chat = [
+        {"role": "user", "content": " ".join(WORDS[:400])},
+        {"role": "assistant", "content": " ".join(WORDS[400:800])},
+    ]
     make_chat_model([chat], folder / "model", hidden_size=32, num_layers=1, steps=1)  # type: ignore[list-item]
     rng = np.random.default_rng(0)
     with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:

@@ -68,8 +68,8 @@ class PairTraining(Section):
             )
         if self.num_machines == 1 and self.main_address is not None:
             raise ValueError(
-                f"contrast.train.main_address={self.main_address!r} is for several machines, and contrast.train.num_machines is "
-                "1; remove the address, or set the number"
+                f"contrast.train.main_address={self.main_address!r} is for several machines, and contrast.train.num_machines "
+                "is 1; remove the address, or set the number"
             )
         return self
 

@@ -8,6 +8,7 @@ The source is read once and sorted by pair_id. Then old and new pairs are compar
 """
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -35,7 +36,7 @@ from pipeline.workers.driver import drive
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ConflictError, InputError
 from weights_store.fingerprint import explain_difference, fingerprint, fingerprint_file
-from weights_store.messages import logger
+from weights_store.messages import Progress, logger, show
 from weights_store.names import quarantine_path, tokens_path
 from weights_store.schemas import QUARANTINE, SCHEMA_VERSION, SIDES, Reason
 from weights_store.spread import Spread, in_turn
@@ -46,7 +47,7 @@ _log = logger(__name__)
 
 _MAX_TRIES = 5
 _UNKNOWN_CONTEXT = 1 << 20
-_RANGE_BYTES = 64 << 20
+_RANGE_BYTES = 32 << 20
 """Arrow bytes of the pairs that are tokenised as one piece of work."""
 _COLUMNS = ("prompt", "input", "system", "chosen", "rejected", "chosen_score", "rejected_score", "split")
 _READING = {*(f"{name}_column" for name in _COLUMNS), "transcript", "many_answers", "split"}
@@ -310,8 +311,11 @@ class _Update:
         start = self.start
         work = RangeTokenizer(self.tokens, self.kept, start.tokenizer, start.limits, start.dataset.has_splits)
         writer = self.tokens.writer()
+        num_done, started = 0, time.monotonic()
         for found in self.spread(work, self.intake.pairs.ranges(_RANGE_BYTES)):
             writer.take(found.written)
+            num_done += found.num_rows
+            show(Progress("prepare", num_done, self.intake.pairs.num_rows, time.monotonic() - started, "pairs"))
             unusable.add(pa.Table.from_pylist(found.unusable, QUARANTINE))
             for example in found.examples.values():
                 self.intake.add_example(*example)
@@ -324,8 +328,6 @@ class _Update:
                 (self.notes, found.notes),
             ):
                 total.update(more)
-            if found.counts["num_new_pairs"]:
-                _log.info(f"prepare: {self.statistics['num_new_pairs']} new pairs tokenised")
         for note, num_pairs in sorted(self.notes.items()):
             _log.info(f"prepare: in {num_pairs} new pairs: {note}")
         return writer.finish()

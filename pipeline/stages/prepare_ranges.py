@@ -39,6 +39,8 @@ class Example(NamedTuple):
 class TokenizedRange:
     """What became of the pairs of one range."""
 
+    num_rows: int
+    """Pairs of the source, the repeated ones too."""
     unusable: list[dict[str, object]] = field(default_factory=list)
     """Quarantine rows."""
     examples: dict[str, Example] = field(default_factory=dict)
@@ -74,7 +76,7 @@ class RangeTokenizer:
     def __call__(self, part: tuple[KeyRange, pa.Table]) -> TokenizedRange:
         """Return what became of the pairs of a source in a range, sorted by pair_id and row."""
         compared = compared_range(*part, self.tokens, self.kept)
-        found = TokenizedRange()
+        found = TokenizedRange(compared.rows.height)
         found.old_rows_stay = compared.gone.is_empty() and "moved" not in compared.rows["standing"]
         writer = self.tokens.writer()
         for batch in compared.rows.iter_slices(ROWS_PER_BATCH):

@@ -4,6 +4,7 @@
 merged in their order, so it makes no difference, not even in the last bit, where they come from.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from pipeline.weighing.margins import Collected, Margins
 from pipeline.weighing.statistics import count_up, merge_statistics
 from pipeline.weighing.weigh import Weigher, one_chunk, pair_weights
 from weights_store import Table
+from weights_store.messages import Progress, show
 from weights_store.schemas import ATTRIBUTIONS, FLOATS, WEIGHTS
 from weights_store.spread import Spread
 from weights_store.tables.key_ranges import KeyRange
@@ -109,8 +111,11 @@ def weigh_rows(
     weigher = with_fits(weigher, over_all)
     margins, writer = margins_of(weigher), table.writer()
     statistics = before.copy() if before is not None and appended_to is not None else None
-    for found in spread(RangeWeigher(join, weigher, table, appended_to), ranges):
+    started = time.monotonic()
+    for num_done, found in enumerate(spread(RangeWeigher(join, weigher, table, appended_to), ranges), 1):
         writer.take(found.written)
+        if len(ranges) > 1:
+            show(Progress("weigh", num_done, len(ranges), time.monotonic() - started, "ranges of pairs"))
         if found.margins is not None:
             margins.merge(found.margins)
         if found.statistics is not None:

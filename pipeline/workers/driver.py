@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.child import run_child, temporary_folder
+from pipeline.child import check_extra, run_child, temporary_folder
 from pipeline.recipe import ScoreSection
 from pipeline.workers.ray_spread import ray_spread
 from weights_store.errors import TokenweightsError
@@ -32,6 +32,7 @@ def drive(what: str, score: ScoreSection, stage: Callable[..., _Result], *argume
         TokenweightsError: The stage raised it.
     """
     python = None if find_spec("ray") is not None else score.python
+    check_extra("ray", python)
     with temporary_folder("driver-") as folder:
         call, reply = folder / "call", folder / "reply"
         call.write_bytes(pickle.dumps((score.ray_address, stage, arguments)))
