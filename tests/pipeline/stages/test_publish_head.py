@@ -160,8 +160,8 @@ def test_ranges_weighed_elsewhere_give_the_bits_of_ranges_weighed_here(
         made = publish(recipe, recipe.weights, made_of, spread=spread)
         return made.statistics, weights_of(store, f"toy/{name}")
 
-    (statistics, here), (elsewhere_statistics, there) = weighed("a", 20_000, in_turn), weighed("b", 20_000, elsewhere)
-    monkeypatch.setattr("pipeline.weighing.join.RANGE_BYTES", 20_000)
+    (statistics, here), (elsewhere_statistics, there) = weighed("a", 3_000, in_turn), weighed("b", 3_000, elsewhere)
+    monkeypatch.setattr("pipeline.weighing.join.RANGE_BYTES", 3_000)
     assert len(Join(made_of.by_role(), make_recipe(**settings).weights).ranges()) > 3
     assert statistics == elsewhere_statistics
     _, at_once = weighed("c", 1 << 30, in_turn)
