@@ -11,8 +11,10 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: help install environments test-server-flows check-deploy demo test test-server fault-table torture test-families bench-store bench-checks bench-score bench-attribute bench-train bench-view bench-quality gpu roofline lint format lock \
-	rehearse clean
+.PHONY: help install environments test-server-flows check-deploy \
+	demo test test-server fault-table torture test-families \
+	bench-store bench-checks bench-scale bench-score bench-attribute bench-train bench-view bench-quality gpu roofline \
+	lint format lock rehearse clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -83,6 +85,11 @@ bench-score: $(INSTALLED)  ## speed of scoring against prefill, plain vLLM and t
 
 bench-attribute: $(INSTALLED)  ## speed of attribution against the naive loop and a forward pass -> benchmarks/results/attribute.json
 	$(BIN)/python benchmarks/attribute.py
+
+NUM_PAIRS ?= 200000
+EXECUTOR ?= process
+bench-scale: $(INSTALLED)  ## prepare, publish and verify of made-up pairs: time and memory -> benchmarks/results/scale.json (NUM_PAIRS=10000000; EXECUTOR=ray)
+	$(BIN)/python benchmarks/scale.py --pairs $(NUM_PAIRS) --executor $(EXECUTOR)
 
 DEVICE ?= cpu
 bench-train: $(INSTALLED)  ## a training step against TRL's and the official one -> benchmarks/results/train.json (15 minutes; DEVICE=cuda)

@@ -32,9 +32,12 @@ from weights_store.packages import how_to_install, missing_package, package_vers
 from weights_store.process import run_main
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from tokenizers import Tokenizer
 
     from weights_store.inspection.figure import Format
+    from weights_store.spread import Spread
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
     Run = Callable[[argparse.Namespace], int | None]
@@ -113,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_store_option(command)
         return command
 
-    add_commands(add, _load_tokenizer, _draw_runs)
+    add_commands(add, _load_tokenizer, _draw_runs, _on_ray)
     completion = _command(
         commands,
         "completion",
@@ -341,6 +344,12 @@ def _load_tokenizer(folder: str) -> "Tokenizer":
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more precise
         raise InputError(f"{path} is damaged: {first_line(error)}; copy it from the model again") from error
+
+
+def _on_ray(address: str) -> "AbstractContextManager[Spread]":
+    from pipeline.workers.ray_spread import ray_spread
+
+    return ray_spread(address)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -111,6 +112,22 @@ def make_recipe(tmp_path, toy_model):
         return parse_settings(Recipe, sections, "test")
 
     return make
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A `Spread` that does its work as another process in another folder would: with copies of everything."""
+
+    def spread(work, items):
+        for item in items:
+            sent = pickle.dumps((work, item))
+            with monkeypatch.context() as there:
+                there.chdir(tmp_path)
+                own_work, own_item = pickle.loads(sent)
+                reply = pickle.dumps(own_work(own_item))
+            yield pickle.loads(reply)
+
+    return spread
 
 
 @pytest.fixture(scope="session")

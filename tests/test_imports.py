@@ -27,7 +27,7 @@ PACKAGES = {
 }
 ONLY_IN = {
     "vllm": {"pipeline/engine/vllm_engine.py", "pipeline/engine/vllm_start.py"},
-    "ray": {"pipeline/workers/on_ray.py", "pipeline/workers/ray_cluster.py"},
+    "ray": {"pipeline/workers/on_ray.py", "pipeline/workers/ray_cluster.py", "pipeline/workers/ray_spread.py"},
     "trl": {"train/trl_adapter.py"},
     "matplotlib": {"weights_store/inspection/figure.py", "weights_store/inspection/heat_map.py", "train/plots.py"},
     "tqdm": {"weights_store/messages.py", "train/job/progress.py"},

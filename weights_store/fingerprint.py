@@ -39,12 +39,17 @@ def canonical_json(value: object) -> str:
         ValueError: `value` holds NaN or an infinity.
     """
     _check_plain(value, "value")
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return _CANONICAL.encode(value)
 
 
 def ordered_json(value: object) -> str:
     """Return a JSON text of `value` without spaces, keys in their own order: chat templates print tools in that order."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return _ORDERED.encode(value)
+
+
+# Made once: `json.dumps` with any option makes an encoder for every call, and prepare calls these four times a pair.
+_ORDERED = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def _check_plain(value: object, where: str) -> None:

@@ -150,8 +150,8 @@ class Location:
             raise StoreError(text) from (error if self.is_local else None)
 
     def __reduce__(self) -> tuple[type["Location"], tuple[str]]:
-        """Leave out the open file system: every process has its own."""
-        return Location, (self.uri,)
+        """Leave out the open file system, every process has its own; a local folder is the same one in any current folder."""
+        return Location, (str(self.path.absolute()) if self.is_local else self.uri,)
 
     def exists(self, *names: str) -> bool:
         """Return whether at least one of the files or folders is there."""

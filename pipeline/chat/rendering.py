@@ -6,7 +6,7 @@ Where a prompt ends and a response begins is decided here, and what a template m
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -32,7 +32,8 @@ class Chat:
 
     def to_json(self) -> str:
         """Return a JSON text without the fields that are empty."""
-        return ordered_json({name: value for name, value in asdict(self).items() if value})
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return ordered_json({name: value for name, value in values.items() if value})
 
     @classmethod
     def from_json(cls, text: str) -> "Chat":

@@ -7,7 +7,7 @@ template prints after that token (often a newline) is left out: the model would 
 import datetime
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -100,6 +100,11 @@ class ChatTokenizer:
             fingerprint({"tokenizer": own, "chat_template": template}) if template_file else own
         )
         """Fingerprint of what turns chats into ids: the tokenizer, and the template if the recipe gives one."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Let each process that gets it load it once, from the same files in whatever folder it runs."""
+        template_file = self._template_file and str(Path(self._template_file).absolute())
+        return _opened, (self.folder.absolute(), template_file, self.template_date, self._unprinted_keys)
 
     def check(self) -> None:
         """Load tokenizer and template, which else happens when text is first tokenised, and compare them with the model.
@@ -309,6 +314,13 @@ class ChatTokenizer:
         while (end := next(filter(text.rstrip().endswith, ends), None)) is not None:
             text = text.rstrip().removesuffix(end)
         return text
+
+
+@lru_cache(maxsize=1)
+def _opened(
+    folder: Path, template_file: str | None, template_date: str | None, unprinted_keys: frozenset[str]
+) -> ChatTokenizer:
+    return ChatTokenizer(folder, template_file, template_date, unprinted_keys)
 
 
 def model_number(folder: Path, name: str) -> int | None:

@@ -3,6 +3,8 @@
 Its sections are those of a training config (`train/config.py`), so a key means the same in both.
 """
 
+import os
+
 from pydantic import Field, model_validator
 
 from pipeline.section import Section
@@ -39,7 +41,10 @@ class PairTraining(Section):
     num_processes: int = Field(1, ge=1, description="processes that train one model on this machine: one per GPU")
     num_machines: int = Field(1, ge=1, description="machines that train one model, each with num_processes")
     main_address: str | None = Field(
-        None, pattern=r"^[^\s:/]+:\d+$", description="host:port of this machine, where the other machines find it"
+        None,
+        pattern=r"^[^\s:/]+:\d+$",
+        description="host:port of this machine, where the other machines find it; default: MASTER_ADDR and MASTER_PORT of the "
+        "environment",
     )
 
     @model_validator(mode="after")
@@ -56,12 +61,23 @@ class PairTraining(Section):
                 f"contrast.train.optim.pairs_per_step={self.optim.pairs_per_step} cannot be shared equally by {world_size} "
                 f"processes; make it a multiple of {world_size}"
             )
-        if (self.num_machines > 1) != (self.main_address is not None):
+        if self.num_machines > 1 and self.address is None:
             raise ValueError(
-                f"contrast.train.num_machines={self.num_machines} and contrast.train.main_address={self.main_address!r} do not "
-                "fit: several machines need a host:port of the first one, and a single machine needs none"
+                f"contrast.train.num_machines={self.num_machines} needs the host:port of the first machine, and got none; set "
+                "contrast.train.main_address, or MASTER_ADDR and MASTER_PORT in the environment as for torchrun"
+            )
+        if self.num_machines == 1 and self.main_address is not None:
+            raise ValueError(
+                f"contrast.train.main_address={self.main_address!r} is for several machines, and contrast.train.num_machines "
+                "is 1; remove the address, or set the number"
             )
         return self
+
+    @property
+    def address(self) -> str | None:
+        """host:port of the first machine, from the recipe or else the environment; None if neither has it."""
+        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        return self.main_address or (f"{host}:{port}" if host and port else None)
 
     def result_settings(self) -> dict[str, object]:
         """Return what determines the trained models, without the loss.
@@ -84,7 +100,7 @@ class PairTraining(Section):
         """
         if self.num_processes * self.num_machines == 1:
             return []
-        host, _, port = (self.main_address or "").partition(":")
+        host, _, port = (self.address or "").rpartition(":")
         together = ["--nnodes", str(self.num_machines), "--node-rank", str(machine)]
         # The others are started by hand, and by default torchrun waits a quarter of an hour for them.
         together += ["--master-addr", host, "--master-port", port, "--rdzv-conf", f"timeout={_A_WEEK_S}"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import polars as pl
+import pyarrow as pa
 
 from pipeline.source.external_sort import ExternalSort
 from weights_store import Table
@@ -62,25 +63,32 @@ class ComparedRange(NamedTuple):
     """The pair_ids of the version that have left the source."""
 
 
+_SCORES = tuple(f"{side}_score" for side in SIDES)
+_FOLLOWED = ("source_row", "split", *_SCORES)
+_HAS_CHANGED = pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"old_{name}")) for name in _FOLLOWED)
+_STANDING = (
+    pl.when(~pl.col("pair_id").is_first_distinct())
+    .then(pl.lit("duplicate"))
+    .when(pl.col("old_source_row").is_null())
+    .then(pl.lit("new"))
+    .when(_HAS_CHANGED)
+    .then(pl.lit("moved"))
+    .otherwise(pl.lit("stays"))
+)
+
+
 def compared_ranges(pairs: ExternalSort, tokens: Table, version: int | None) -> Iterator[ComparedRange]:
     """Yield the pairs of a source against a version of their tokens table; None: every pair is new."""
-    scores = [f"{side}_score" for side in SIDES]
-    followed = ("source_row", "split", *scores)
-    has_changed = pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"old_{name}")) for name in followed)
-    standing = (
-        pl.when(~pl.col("pair_id").is_first_distinct())
-        .then(pl.lit("duplicate"))
-        .when(pl.col("old_source_row").is_null())
-        .then(pl.lit("new"))
-        .when(has_changed)
-        .then(pl.lit("moved"))
-        .otherwise(pl.lit("stays"))
-    )
-    for piece, sorted_rows in pairs.ranges():
-        rows = pl.DataFrame(pl.from_arrow(sorted_rows))
-        scanned = rows.clear().lazy() if version is None else tokens.scan(version, within=piece)
-        old = scanned.select("pair_id", **{f"old_{name}": name for name in followed}).collect()
-        joined = rows.join(old, on="pair_id", how="left", maintain_order="left")
-        gone = old.join(rows, on="pair_id", how="anti")["pair_id"]
-        fields = [name for name in ComparedPair._fields if name != "standing"]
-        yield ComparedRange(piece, joined.select(*fields, standing=standing), gone)
+    for piece, rows in pairs.ranges():
+        yield compared_range(piece, rows, tokens, version)
+
+
+def compared_range(piece: KeyRange, sorted_rows: pa.Table, tokens: Table, version: int | None) -> ComparedRange:
+    """Return the pairs of a source in one range, sorted by pair_id and row, against a version of their tokens table."""
+    rows = pl.DataFrame(pl.from_arrow(sorted_rows))
+    scanned = rows.clear().lazy() if version is None else tokens.scan(version, within=piece)
+    old = scanned.select("pair_id", **{f"old_{name}": name for name in _FOLLOWED}).collect()
+    joined = rows.join(old, on="pair_id", how="left", maintain_order="left")
+    gone = old.join(rows, on="pair_id", how="anti")["pair_id"]
+    fields = [name for name in ComparedPair._fields if name != "standing"]
+    return ComparedRange(piece, joined.select(*fields, standing=_STANDING), gone)

@@ -62,19 +62,32 @@ class ExternalSort:
         if self._num_waiting_bytes > self.max_bytes:
             self._spill()
 
-    def ranges(self) -> Iterator[tuple[KeyRange, pa.Table]]:
-        """Yield all rows, sorted, cut into ranges that together cover all keys. Can be called again."""
-        if not self._runs:
-            yield KeyRange(None, None), self._sorted(self._waiting)
-            return
-        if self._waiting:
+    def ranges(self, max_bytes: int | None = None) -> Iterator[tuple[KeyRange, pa.Table]]:
+        """Yield all rows, sorted, cut into ranges that together cover all keys. Can be called again.
+
+        A range has about `max_bytes` Arrow bytes; None for as many as are kept in memory.
+        """
+        if self._runs and self._waiting:
             self._spill()
-        runs = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in self._runs]
-        samples = sorted(self._samples)
-        num_ranges = -(-self._num_bytes // self.max_bytes)
-        cuts = sorted({samples[len(samples) * index // num_ranges] for index in range(1, num_ranges)})
+        if self._runs:
+            runs = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in self._runs]
+            samples = sorted(self._samples)
+        else:
+            self._waiting = [self._sorted(self._waiting)]
+            runs, samples = self._waiting, self._samples_of(self._waiting[0])
+        num_ranges = max(1, -(-self._num_bytes // min(max_bytes or self.max_bytes, self.max_bytes)))
+        cuts = (
+            sorted({samples[len(samples) * index // num_ranges] for index in range(1, num_ranges)}) if samples else []
+        )
         for piece in map(KeyRange, [None, *cuts], [*cuts, None]):
-            yield piece, self._sorted([_slice(run, self.key[0], piece) for run in runs])
+            slices = [_slice(run, self.key[0], piece) for run in runs]
+            yield piece, slices[0] if len(slices) == 1 else self._sorted(slices)
+
+    def _samples_of(self, run: pa.Table) -> list[str | int]:
+        """Return some keys of sorted rows, at equal distances."""
+        step = max(1, -(-run.num_rows // _SAMPLES_PER_RUN))
+        keys: list[str | int] = run[self.key[0]].take(pa.array(range(0, run.num_rows, step), pa.int64())).to_pylist()
+        return keys
 
     def _sorted(self, tables: list[pa.Table]) -> pa.Table:
         rows = pa.concat_tables([self.schema.empty_table(), *tables])
@@ -94,8 +107,7 @@ class ExternalSort:
                 f"cannot write temporary files to {place}, {shutil.disk_usage(place).free / 2**20:,.0f} MiB are free there: "
                 f"{first_line(error)}; make room, or set TMPDIR to a folder on a larger disk"
             ) from error
-        step = -(-rows.num_rows // _SAMPLES_PER_RUN)
-        self._samples += rows[self.key[0]].take(list(range(0, rows.num_rows, step))).to_pylist()
+        self._samples += self._samples_of(rows)
         self._runs.append(path)
         self._waiting, self._num_waiting_bytes = [], 0
 

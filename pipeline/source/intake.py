@@ -4,6 +4,7 @@ Called by prepare and by the dry run. Does not know the store: the pairs are com
 """
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ _log = logger(__name__)
 ROWS_PER_BATCH = 2000
 """Rows of the source that are Python objects at a time."""
 _BATCH_CHARACTERS = 16 << 20
+_SAY_EVERY_S = 10.0
 _RAW_CHARACTERS = 2000
 _EXAMPLE_CHARACTERS = 100
 PAIRS = pa.schema(
@@ -94,7 +96,7 @@ class Intake:
         Raises:
             InputError: The source cannot be read.
         """
-        rows = pairs_of(self.source, self.columns)
+        rows, said_at = pairs_of(self.source, self.columns), time.monotonic()
         for batch in batches(rows, ROWS_PER_BATCH, _BATCH_CHARACTERS, _num_characters):
             pairs, unusable = [], []
             for row, found in batch:
@@ -110,7 +112,8 @@ class Intake:
             self.num_rows += len(batch)
             self.pairs.add(pa.Table.from_pylist(pairs, PAIRS))
             self.unusable.add(pa.Table.from_pylist(unusable, QUARANTINE))
-            if self.num_rows // ROWS_PER_BATCH > (self.num_rows - len(batch)) // ROWS_PER_BATCH:
+            if time.monotonic() - said_at > _SAY_EVERY_S:  # nobody knows how many there are
+                said_at = time.monotonic()
                 _log.info(f"prepare: {self.num_rows} rows read, {self.pairs.num_rows} of them are pairs")
         self._warn()
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from typing import Any
 
@@ -69,14 +69,15 @@ class Pair:
 
     def to_json(self) -> str:
         """Return a JSON text, all keys in the order of the row."""
-        values = asdict(self)
-        del values["ignores_prompt"]
-        return ordered_json(values)
+        return ordered_json({name: getattr(self, name) for name in _STORED})
 
     @classmethod
     def from_json(cls, text: str) -> "Pair":
         """Read what `to_json` has made."""
         return cls(**json.loads(text))
+
+
+_STORED = [each.name for each in fields(Pair) if each.name != "ignores_prompt"]
 
 
 def _digest(value: object, num_bytes: int) -> str:

@@ -8,6 +8,7 @@ The source is read once and sorted by pair_id. Then old and new pairs are compar
 """
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,20 +24,23 @@ from pipeline.chat.tokenizer import RENDERING_VERSION, ChatTokenizer, model_numb
 from pipeline.provenance import provenance
 from pipeline.recipe import DatasetSection, Recipe
 from pipeline.source.columns import Columns, resolve_columns
-from pipeline.source.compare import Account, ComparedPair, compared_ranges, kept_version
+from pipeline.source.compare import Account, kept_version
 from pipeline.source.external_sort import ExternalSort
-from pipeline.source.intake import PAIRS, ROWS_PER_BATCH, Intake, quarantine_row
+from pipeline.source.intake import PAIRS, Intake
 from pipeline.source.load import open_source
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair
 from pipeline.source.rows import Source
+from pipeline.stages.prepare_ranges import CURRENT, RangeMerger, RangeTokenizer
+from pipeline.workers.driver import drive
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.digests import digest_once
 from weights_store.errors import ConflictError, InputError
 from weights_store.fingerprint import explain_difference, fingerprint
-from weights_store.messages import logger
+from weights_store.messages import Progress, logger, show
 from weights_store.names import quarantine_path, tokens_path
-from weights_store.schemas import QUARANTINE, SCHEMA_VERSION, SIDES, TOKENS, Reason
+from weights_store.schemas import QUARANTINE, SCHEMA_VERSION, SIDES, Reason
+from weights_store.spread import Spread, in_turn
 from weights_store.tables.metadata import SourceRecord
 from weights_store.tables.shards import ShardRecord
 
@@ -44,6 +48,8 @@ _log = logger(__name__)
 
 _MAX_TRIES = 5
 _UNKNOWN_CONTEXT = 1 << 20
+_RANGE_BYTES = 32 << 20
+"""Arrow bytes of the pairs that are tokenised as one piece of work."""
 _COLUMNS = ("prompt", "input", "system", "chosen", "rejected", "chosen_score", "rejected_score", "split")
 _READING = {*(f"{name}_column" for name in _COLUMNS), "transcript", "many_answers", "split"}
 """Settings that decide how rows are read."""
@@ -60,17 +66,23 @@ class Prepared:
     num_new_pairs: int
 
 
-def prepare(recipe: Recipe, model_folder: Path) -> Prepared:
+def prepare(recipe: Recipe, model_folder: Path, spread: Spread | None = None) -> Prepared:
     """Bring the tokens and quarantine tables up to the recipe's source.
+
+    `spread` does the work on the ranges of pair_ids; None: on Ray if the recipe says so, which a child process drives, else
+    here, one after the other.
 
     Raises:
         InputError: The source or the model's tokenizer cannot be used, or no row of the source can.
         ConflictError: Other builds of the same dataset kept winning the race for the next version.
+        StageError: The Ray failed.
     """
     start = Preparation.of(recipe, model_folder)
     done = start.already_done()
     if done is not None:
         return done
+    if spread is None and recipe.score.executor == "ray":
+        return drive("preparing pairs", recipe.score, prepare, recipe, model_folder)
     for path, changes in start.other_cuts():
         _log.info(f"prepare: {start.tokens.path} is a new table; unlike {path}: {'; '.join(changes)}")
     start.tokenizer.check()
@@ -88,8 +100,8 @@ def prepare(recipe: Recipe, model_folder: Path) -> Prepared:
     with start.intake() as intake:
         for _ in range(_MAX_TRIES - 1):
             with suppress(ConflictError):  # another build of this dataset was faster: compare with what it wrote
-                return _Update(start, intake, metadata).run()
-        return _Update(start, intake, metadata).run()
+                return _Update(start, intake, metadata, spread or in_turn).run()
+        return _Update(start, intake, metadata, spread or in_turn).run()
 
 
 @dataclass(frozen=True)
@@ -239,6 +251,14 @@ class Preparation:
                 f"has {found}. Name one of them in contrast.split"
             )
 
+    @property
+    def limits(self) -> Limits:
+        """How long a pair may be."""
+        dataset = self.dataset
+        return Limits(
+            dataset.max_prompt_tokens, dataset.max_response_tokens, dataset.long_response == "cut", self.context
+        )
+
     def tokenize(self, pairs: Iterable[Pair]) -> Iterator[TokenizedPair | Unusable]:
         """Yield the ids of each pair, or why it has none.
 
@@ -247,18 +267,15 @@ class Preparation:
         Raises:
             InputError: The chat template has broken its limits of time or memory too often.
         """
-        dataset = self.dataset
-        limits = Limits(
-            dataset.max_prompt_tokens, dataset.max_response_tokens, dataset.long_response == "cut", self.context
-        )
-        return self.tokenizer.tokenize_pairs(pairs, limits)
+        return self.tokenizer.tokenize_pairs(pairs, self.limits)
 
 
 class _Update:
     """One try to bring the two tables from their newest versions to the source."""
 
-    def __init__(self, start: Preparation, intake: Intake, metadata: dict[str, object]) -> None:
+    def __init__(self, start: Preparation, intake: Intake, metadata: dict[str, object], spread: Spread) -> None:
         self.start = start
+        self.spread = spread
         self.tokens = start.tokens
         self.intake = intake
         self.metadata = metadata
@@ -294,62 +311,29 @@ class _Update:
 
     def _write_fresh(self, unusable: ExternalSort) -> list[ShardRecord]:
         """Tokenise the new pairs into shards that nobody sees yet; add what cannot be, and duplicates, to `unusable`."""
+        start = self.start
+        work = RangeTokenizer(self.tokens, self.kept, start.tokenizer, start.limits, start.dataset.has_splits)
         writer = self.tokens.writer()
-        for part in compared_ranges(self.intake.pairs, self.tokens, self.kept):
-            self.old_rows_stay &= part.gone.is_empty() and "moved" not in part.rows["standing"]
-            for batch in part.rows.iter_slices(ROWS_PER_BATCH):
-                tokenised, problems = self._tokenize(batch)
-                writer.write(pa.Table.from_pylist(tokenised, TOKENS))
-                unusable.add(pa.Table.from_pylist(problems, QUARANTINE))
-                self.statistics["num_new_pairs"] += len(tokenised)
-                if tokenised:
-                    _log.info(f"prepare: {self.statistics['num_new_pairs']} new pairs tokenised")
+        num_done, started = 0, time.monotonic()
+        for found in self.spread(work, self.intake.pairs.ranges(_RANGE_BYTES)):
+            writer.take(found.written)
+            num_done += found.num_rows
+            show(Progress("prepare", num_done, self.intake.pairs.num_rows, time.monotonic() - started, "pairs"))
+            unusable.add(pa.Table.from_pylist(found.unusable, QUARANTINE))
+            for example in found.examples.values():
+                self.intake.add_example(*example)
+            self.old_rows_stay &= found.old_rows_stay
+            self.pair_ids.update(found.digested)
+            for total, more in (
+                (self.reasons, found.reasons),
+                (self.statistics, found.counts),
+                (self.splits, found.splits),
+                (self.notes, found.notes),
+            ):
+                total.update(more)
         for note, num_pairs in sorted(self.notes.items()):
             _log.info(f"prepare: in {num_pairs} new pairs: {note}")
         return writer.finish()
-
-    def _tokenize(self, batch: pl.DataFrame) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
-        """Return the tokens rows of the new pairs, and the quarantine rows of what cannot be used."""
-        tokenised, problems = [], []
-        rows = list(map(ComparedPair._make, batch.iter_rows()))
-        new = self.start.tokenize(Pair.from_json(row.pair) for row in rows if row.standing == "new")
-        for row in rows:
-            try:
-                if row.standing == "duplicate":
-                    raise Unusable(Reason.DUPLICATE_PAIR, "the same pair stood in an earlier row")
-                if row.standing == "new":
-                    tokenised.append(self._tokens_row(row, next(new)))
-            except Unusable as problem:
-                self.reasons[problem.reason.value] += 1
-                self.intake.add_example(problem, row.source_row, row.pair)
-                problems.append(quarantine_row(row.source_row, row.pair, problem, row.pair_id))
-                continue
-            self.statistics["num_pairs"] += 1
-            scores = [score for score in (row.chosen_score, row.rejected_score) if score is not None]
-            self.statistics["num_scored_pairs"] += len(scores) == len(SIDES)
-            self.splits[row.split] += 1
-            self.pair_ids.update(f"{row.pair_id}{scores or ''}".encode())
-            if self.start.dataset.has_splits:
-                self.pair_ids.update(row.split.encode())
-        return tokenised, problems
-
-    def _tokens_row(self, row: ComparedPair, tokens: TokenizedPair | Unusable) -> dict[str, object]:
-        if isinstance(tokens, Unusable):
-            raise tokens
-        self.notes.update(tokens.notes)
-        self.statistics["num_new_prompts_cut"] += tokens.prompt_was_cut
-        self.statistics["num_new_responses_cut"] += tokens.response_was_cut
-        return {
-            "pair_id": row.pair_id,
-            "prompt": tokens.chat.to_json(),
-            "prompt_ids": tokens.prompt_ids,
-            "chosen_ids": tokens.chosen_ids,
-            "rejected_ids": tokens.rejected_ids,
-            "chosen_score": row.chosen_score,
-            "rejected_score": row.rejected_score,
-            "source_row": row.source_row,
-            "split": row.split,
-        }
 
     def _commit_quarantine(self, unusable: ExternalSort) -> None:
         quarantine = self.start.quarantine
@@ -390,13 +374,9 @@ class _Update:
 
     def _merge(self, fresh: list[ShardRecord]) -> list[ShardRecord]:
         """Write all rows: the old ones that are still in the source, with their row and scores as they are now, and the new."""
+        ranges = self.intake.pairs.ranges(_RANGE_BYTES)
+        parts = ((piece, rows.select(["pair_id", *CURRENT])) for piece, rows in ranges)
         writer = self.tokens.writer()
-        old = self.tokens.scan(self.kept)
-        new = self.tokens.scan_shards(fresh)
-        for piece, rows in self.intake.pairs.ranges():
-            current = ["source_row", "split", *(f"{side}_score" for side in SIDES)]
-            first = pl.DataFrame(pl.from_arrow(rows.select(["pair_id", *current]))).unique("pair_id", keep="first")
-            stay = piece.of(old).drop(current).join(first.lazy(), on="pair_id").select(TOKENS.names)
-            merged = pl.concat([stay, piece.of(new).select(TOKENS.names)]).sort("pair_id").collect()
-            writer.write(merged.to_arrow())
+        for written in self.spread(RangeMerger(self.tokens, self.kept, fresh), parts):
+            writer.take(written)
         return writer.finish()

@@ -9,29 +9,24 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import polars as pl
-import pyarrow as pa
-
 from pipeline.models.other_pairs import other_pairs, trained_prompts
 from pipeline.provenance import provenance
 from pipeline.recipe import Recipe
-from pipeline.weighing.fits import with_fits
 from pipeline.weighing.join import Join
-from pipeline.weighing.margins import NONE_SEEN, Margins, SeenLabels, are_among
+from pipeline.weighing.margins import NONE_SEEN, SeenLabels, are_among
+from pipeline.weighing.ranges import still_has_all, weigh_rows
 from pipeline.weighing.section import WeightsSection
-from pipeline.weighing.statistics import count_up, merge_statistics
-from pipeline.weighing.weigh import Weigher, one_chunk, pair_weights
+from pipeline.weighing.weigh import Weigher
+from pipeline.workers.driver import drive
 from train.data.selection import Selection, prompt_hashes
 from weights_store import Table, TableVersion, WeightStore
-from weights_store.errors import ConflictError, InputError, StoreError
+from weights_store.errors import ConflictError, InputError
 from weights_store.fingerprint import explain_difference, fingerprint
-from weights_store.location import one_line
 from weights_store.messages import logger
 from weights_store.names import name_of, weights_path
-from weights_store.schemas import ATTRIBUTIONS, FLOATS, SCHEMA_VERSION, WEIGHTS, Reason
+from weights_store.schemas import SCHEMA_VERSION, Reason
+from weights_store.spread import Spread, in_turn
 from weights_store.tables.metadata import CommitMetadata, ContrastRecord, Identity, ParityRecord, Section, Statistics
-from weights_store.tables.shards import ShardRecord
 
 _log = logger(__name__)
 
@@ -93,22 +88,26 @@ def publish(
     expect_same: bool = False,
     check: Callable[[], Mapping[str, ParityRecord]] = dict,
     tokenizer_folder: Path | None = None,
+    spread: Spread | None = None,
 ) -> Published:
     """Weigh every pair that has all its scores and publish the result as `weights/<name>`.
 
     `weights` is usually the recipe's own section. `check` is called before weighing if a new version is needed; it may raise,
     and its result is recorded, see `parity.check_stored`. `tokenizer_folder` is only read to smooth weights over words.
+    `spread` does the work on the ranges of pair_ids; None: on Ray if the recipe says so, which a child process drives, else
+    here, one after the other.
 
     Raises:
         InputError: No pair has all its scores, `expect_same` and the newest version was made with other settings, or the
             settings need annotators' scores or a tokenizer that are missing.
         MismatchError: A list is not as long as its ids, a value cannot be weighed, or `check` raises it.
         ConflictError: Other builds of the same dataset won the race for the next version every time.
+        StageError: The Ray failed.
     """
     for _ in range(_MAX_TRIES - 1):
         with suppress(ConflictError):  # another build was faster: it may have made this very version
-            return _publish(recipe, weights, ingredients, expect_same, check, tokenizer_folder)
-    return _publish(recipe, weights, ingredients, expect_same, check, tokenizer_folder)
+            return _publish(recipe, weights, ingredients, expect_same, check, tokenizer_folder, spread)
+    return _publish(recipe, weights, ingredients, expect_same, check, tokenizer_folder, spread)
 
 
 def _publish(
@@ -118,6 +117,7 @@ def _publish(
     expect_same: bool,
     check: Callable[[], Mapping[str, ParityRecord]],
     tokenizer_folder: Path | None,
+    spread: Spread | None,
 ) -> Published:
     wanted = Wanted.of(recipe, weights, ingredients)
     if wanted.newest and wanted.is_there:  # its pairs are the same, but bad rows may have come or gone
@@ -134,8 +134,11 @@ def _publish(
     seen = _seen_labels(recipe, ingredients)
     weigher = Weigher.of(weights, tokenizer_folder, seen, recipe.labels)
     checked = check()
-    appended_to = wanted.appended_to(ingredients)
-    shards, statistics = _weigh_rows(join, weigher, wanted, appended_to)
+    rows = (join, weigher, wanted.table, wanted.may_append_to, wanted.newest["statistics"] if wanted.newest else None)
+    if spread is None and recipe.score.executor == "ray":
+        appended_to, shards, statistics = drive("weighing pairs", recipe.score, weigh_rows, *rows)
+    else:
+        appended_to, shards, statistics = weigh_rows(*rows, spread or in_turn)
     if statistics is None:
         raise InputError(f"no pair of {ingredients.tokens} has all its scores; nothing to publish")
     metadata = _metadata(recipe.model_copy(update={"weights": weights}), ingredients, wanted, statistics)
@@ -211,9 +214,9 @@ def _contrast_record(recipe: Recipe, tokens: TableVersion, seen: SeenLabels) -> 
     record: ContrastRecord = {"held_out": settings.held_out, "split": settings.split}
     if seen.other_prompts is None:
         return record
-    pair_ids = WeightStore(tokens.store).table(tokens.table).pair_ids(tokens.version)
-    record["weights"] = seen.other
-    record["num_seen_pairs"] = int(are_among(prompt_hashes(pair_ids.to_list()), seen.other_prompts).sum())
+    record["weights"], record["num_seen_pairs"] = seen.other, 0
+    for rows in WeightStore(tokens.store).table(tokens.table).batches(tokens.version, ["pair_id"]):
+        record["num_seen_pairs"] += int(are_among(prompt_hashes(rows["pair_id"].to_pylist()), seen.other_prompts).sum())
     return record
 
 
@@ -275,82 +278,18 @@ class Wanted:
         """The changes that new pairs do not explain."""
         return [change for change in self.changes if not change.startswith("data.")]
 
-    def appended_to(self, ingredients: Ingredients) -> int | None:
-        """Return the version whose rows stay, so that only new rows are added; None if all rows must be written again.
+    @property
+    def may_append_to(self) -> int | None:
+        """The version that new rows can be added to if all its pairs are still there; None if all rows must be written again.
 
         Where weights depend on the whole dataset, every new pair changes all of them.
         """
-        if self.newest is None or self.made_differently or self.section.looks_at_all_pairs:
-            return None
-        join = Join(ingredients.by_role(), self.section)
-        stays = join.has_all_of(self.table, self.base) and join.has_scores_of(self.table, self.base)
-        return self.base if stays else None
+        return None if self.made_differently or self.section.looks_at_all_pairs else self.base
 
-
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
-def _weigh_rows(
-    join: Join, weigher: Weigher, wanted: Wanted, appended_to: int | None
-) -> tuple[list[ShardRecord], Statistics | None]:
-    """Weigh and write all pairs that version `appended_to` lacks; return shards that nobody sees yet.
-
-    The statistics are those of the whole version; None if it has no pairs.
-    """
-    weigher = with_fits(weigher, lambda: map(_lists, join.batches()))
-    margins = Margins(weigher.section.estimators, weigher.seen)
-    table = wanted.table
-    writer = table.writer()
-    statistics: Statistics | None = None
-    try:
-        for joined in join.batches(without=None if appended_to is None else (table, appended_to)):
-            rows, of_batch = _weigh_batch(joined, weigher, None if appended_to is not None else margins)
-            statistics = merge_statistics(statistics, of_batch) if statistics else of_batch
-            writer.write(rows)
-        shards = writer.finish()
-    except OSError as error:
-        raise StoreError(
-            f"cannot write {table.path} in {table.root}: {one_line(error)}; nothing became visible"
-        ) from error
-    if wanted.newest and appended_to is not None:
-        before = wanted.newest["statistics"]
-        statistics = merge_statistics(before, statistics) if statistics else before
-    if statistics and weigher.curves:
-        statistics["mean_weight_by_position"] = {side: curve.tolist() for side, curve in weigher.curves.items()}
-    if statistics and weigher.head is not None:
-        statistics["head"] = weigher.head.record
-    if statistics and weigher.spreads:
-        statistics["spread"] = dict(weigher.spreads)
-    if statistics and margins.estimators:
-        if appended_to is not None and margins.can_measure:
-            # Figures of two sets of pairs cannot be merged exactly: the fit needs all margins, and a version keeps none.
-            for lists in map(_lists, join.batches(logps_only=True)):
-                margins.add(lists, weigher.scores(lists))
-        statistics["held_out"] = margins.records(weigher.scales, weigher.section.spreads)
-    return shards, statistics
-
-
-def _weigh_batch(joined: pl.DataFrame, weigher: Weigher, margins: Margins | None) -> tuple[pa.Table, Statistics]:
-    lists = _lists(joined)
-    columns = {name: lists[name] for name in WEIGHTS.names if name in lists.column_names}
-    sides = weigher.sides(lists)
-    for side, (_, weighed) in sides.items():
-        offsets = np.asarray(one_chunk(lists[f"{side}_ids"]).offsets)
-        columns[f"{side}_token_weights"] = pa.ListArray.from_arrays(
-            pa.array(offsets - offsets[0]), pa.array(weighed.token_weights)
+    def appended_to(self, ingredients: Ingredients) -> int | None:
+        """Return the version whose rows stay, so that only new rows are added; None if all rows must be written again."""
+        base = self.may_append_to
+        is_kept = base is not None and still_has_all(
+            Join(ingredients.by_role(), self.section), self.table, base, in_turn
         )
-    if margins is not None:
-        margins.add(lists, {side: scores for side, (scores, _) in sides.items()})
-    of_pairs = pair_weights(weigher.section, lists, sides)
-    columns["pair_weight"] = pa.array(of_pairs)
-    for column in WEIGHTS:
-        if column.nullable and column.name not in columns:
-            columns[column.name] = pa.nulls(joined.height, column.type)
-    return pa.table(columns), count_up(joined, sides, of_pairs if weigher.section.pair_weight != "none" else None)
-
-
-def _lists(joined: pl.DataFrame) -> pa.Table:
-    """Return a join as an Arrow table with the types of the store: Polars hands out 64-bit offsets."""
-    kinds = {field.name: field.type for schema in (WEIGHTS, ATTRIBUTIONS) for field in schema}
-    schema = pa.schema([(name, kinds.get(name, FLOATS)) for name in joined.columns])
-    return joined.to_arrow().cast(schema).combine_chunks()
+        return base if is_kept else None

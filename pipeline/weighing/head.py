@@ -12,6 +12,7 @@ Called by `fits.py`. Not here: the solver (`ridge.py`), and the weights from sco
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -290,6 +291,11 @@ class LabelledPairs:
         if sum(int(part.pairs.num_values.sum()) for part in self._waiting) > self._max_values // 4:
             self._merge()
 
+    def merge(self, other: "LabelledPairs") -> None:
+        """Add the pairs of another part of the dataset."""
+        for part in [*([] if other._kept is None else [other._kept]), *other._waiting]:
+            self.add(*part)
+
     def fit(self, strengths: Sequence[float] = STRENGTHS) -> Head:
         """Return the head of these pairs.
 
@@ -315,8 +321,7 @@ class LabelledPairs:
         self._kept = _Keyed(pairs.take(order), groups[order], keys[order])
 
 
-@dataclass(frozen=True, slots=True)
-class _Keyed:
+class _Keyed(NamedTuple):
     pairs: Differences
     groups: np.ndarray
     keys: np.ndarray

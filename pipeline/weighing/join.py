@@ -1,6 +1,6 @@
 """The pairs that have all their scores: tokens and scores joined by pair_id, one range of pair_ids at a time.
 
-Called by `publish.py`. Memory is bounded by `RANGE_BYTES` for a range and by `BATCH_PAIRS` for what is computed from it.
+Called by `ranges.py`. Memory is bounded by `RANGE_BYTES` for a range and by `BATCH_PAIRS` for what is computed from it.
 """
 
 import operator
@@ -55,18 +55,22 @@ class Join:
         }
         """The log-probs of pi+ and pi- in a batch, and the columns of all contrastive pairs that each is the mean of."""
 
-    def batches(self, without: tuple[Table, int] | None = None, logps_only: bool = False) -> Iterator[pl.DataFrame]:
-        """Yield all pairs by pair_id, except those in version `without` of a table, in batches of at least one pair.
+    def ranges(self) -> list[KeyRange]:
+        """Return the ranges of pair_ids to read one at a time, which together hold all pairs."""
+        records = (record for table, version in self.tables.values() for record in table.records(version))
+        return self.tokens.key_ranges(RANGE_BYTES, self.version, sum(record.num_bytes for record in records))
+
+    def batches(
+        self, piece: KeyRange, without: tuple[Table, int] | None = None, logps_only: bool = False
+    ) -> Iterator[pl.DataFrame]:
+        """Yield the pairs of a range by pair_id, except those in version `without` of a table, in batches of at least one.
 
         With `logps_only` they have ids, splits and log-probs, and nothing else is read.
 
         Raises:
             MismatchError: A list is not as long as its ids, or a column that is needed is null.
         """
-        records = (record for table, version in self.tables.values() for record in table.records(version))
-        num_bytes = sum(record.num_bytes for record in records)
-        for piece in self.tokens.key_ranges(RANGE_BYTES, self.version, num_bytes):
-            yield from self._read(piece, without, logps_only).iter_slices(BATCH_PAIRS)
+        yield from self._read(piece, without, logps_only).iter_slices(BATCH_PAIRS)
 
     def _read(self, piece: KeyRange, without: tuple[Table, int] | None, logps_only: bool) -> pl.DataFrame:
         wanted = {role: self._wanted(role, table.scan(at, within=piece)) for role, (table, at) in self.tables.items()}
@@ -147,26 +151,22 @@ class Join:
                 "weights.pair_weight to 'margin' or 'none'"
             )
 
-    def has_scores_of(self, weights: Table, version: int | None) -> bool:
-        """Return whether the pairs of a weight dataset have the annotators' scores that they were published with."""
-        scores = [f"{side}_score" for side in SIDES]
-        for piece in weights.key_ranges(RANGE_BYTES, version):
-            published = weights.scan(version, within=piece).select("pair_id", *scores)
-            now = self.tokens.scan(self.version, within=piece).select("pair_id", *scores)
-            differ = pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"{name}_right")) for name in scores)
-            if not published.join(now, on="pair_id").filter(differ).head(1).collect().is_empty():
-                return False
-        return True
+    def still_has(self, table: Table, version: int, piece: KeyRange) -> bool:
+        """Return whether every pair of a weight dataset in a range is in all tables of the join, and still as published.
 
-    def has_all_of(self, table: Table, version: int | None) -> bool:
-        """Return whether every pair of another table is in all tables of the join, and still of the same split."""
-        for piece in table.key_ranges(RANGE_BYTES, version):
-            left = table.scan(version, within=piece).select("pair_id", "split")
-            for role, (here, at) in self.tables.items():
-                keys = ["pair_id", "split"] if role == "tokens" else ["pair_id"]
-                lost = left.join(here.scan(at, within=piece).select(keys), on=keys, how="anti")
-                if not lost.head(1).collect().is_empty():
-                    return False
+        That is of the same split, with the same scores of annotators.
+        """
+        followed = ["split", *(f"{side}_score" for side in SIDES)]
+        published = table.scan(version, within=piece).select("pair_id", *followed)
+        for role, (here, at) in self.tables.items():
+            now = here.scan(at, within=piece).select("pair_id", *(followed if role == "tokens" else []))
+            lost = published.join(now, on="pair_id", how="anti")
+            if role == "tokens":
+                differ = pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"{name}_right")) for name in followed)
+                changed = published.join(now, on="pair_id").filter(differ).select(lost.collect_schema().names())
+                lost = pl.concat([lost, changed])
+            if not lost.head(1).collect().is_empty():
+                return False
         return True
 
 

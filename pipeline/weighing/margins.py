@@ -6,6 +6,7 @@ pair. 16 bytes a pair and estimator stay in memory.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -55,7 +56,7 @@ class SeenLabels:
 NONE_SEEN = SeenLabels()
 
 
-class _Collected:
+class _Kind:
     """Margins of some kind, and of which prompts they are."""
 
     def __init__(self) -> None:
@@ -75,13 +76,21 @@ class _Collected:
         return margins[is_unseen], prompts[is_unseen]
 
 
+class Collected(NamedTuple):
+    """What margins are made of; see `Margins.collected`."""
+
+    margins: dict[str, _Kind]
+    seen_prompts: list[np.ndarray]
+    num_pairs: int
+
+
 class Margins:
     """The margins of a dataset, batch by batch."""
 
     def __init__(self, estimators: Mapping[str, Estimator], seen: SeenLabels) -> None:
         self.estimators = {name: each for name, each in estimators.items() if each.token_scores is not None}
         self.seen = seen
-        self._found = {name: _Collected() for name in [*self.estimators, DPO]}
+        self._found = {name: _Kind() for name in [*self.estimators, DPO]}
         self._seen_prompts: list[np.ndarray] = []
         self._num_pairs = 0
 
@@ -106,6 +115,19 @@ class Margins:
         if self.seen.by_dpo and any(map(_reads_pair, self.estimators.values())):
             rewards = {side: implicit_reward(sides[side]) for side in SIDES}
             self._found[DPO].add(_margins(rewards, sides)[~is_seen], prompts[~is_seen])
+
+    @property
+    def collected(self) -> Collected:
+        """What has been added so far, to `merge` into the margins of another process."""
+        return Collected(self._found, self._seen_prompts, self._num_pairs)
+
+    def merge(self, other: Collected) -> None:
+        """Add the pairs of another part of the dataset."""
+        for name, found in other.margins.items():
+            self._found[name].margins += found.margins
+            self._found[name].prompts += found.prompts
+        self._seen_prompts += other.seen_prompts
+        self._num_pairs += other.num_pairs
 
     def measure(self, name: str) -> HeldOut | None:
         """Return how well one estimator's scores predict labels; None if there are too few that its scores have not seen."""

@@ -64,7 +64,7 @@ def _init(settings: dict[str, object], empty_folder: Path) -> None:
         import ray.data
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"score.executor 'ray' needs the package {error.name!r}, which is not installed; pip install 'tokenweights[ray]'"
+            f"Ray needs the package {error.name!r}, which is not installed; pip install 'tokenweights[ray]'"
         ) from error
     try:
         with chdir(empty_folder):
@@ -76,7 +76,7 @@ def _init(settings: dict[str, object], empty_folder: Path) -> None:
 
 def _check_answers(address: str | None) -> None:
     """Raise a `SettingsError` within seconds if no cluster answers; Ray itself would wait for minutes."""
-    remedy = "set score.ray_address, to 'local' for a Ray on this machine alone"
+    remedy = "set score.ray_address (verify: --ray), to 'local' for a Ray on this machine alone"
     if address is None:
         raise SettingsError(f"no Ray cluster has been started here and RAY_ADDRESS is not set; {remedy}")
     parts = urlsplit(address if "://" in address else f"//{address}")
@@ -105,8 +105,8 @@ def as_ours(error: Exception, has_scored: bool) -> TokenweightsError:
 
     if isinstance(error, exceptions.RayTaskError) or "creation task" in str(error):
         return StageError(
-            f"an actor or task on Ray failed: {_last_line(error)}; every machine needs tokenweights and vLLM, and the paths of "
-            "the store and the model"
+            f"an actor or task on Ray failed: {_last_line(error)}; every machine needs tokenweights with what the stage needs, "
+            "and the paths of the store and the model"
         )
     if isinstance(error, exceptions.RayActorError | exceptions.WorkerCrashedError | exceptions.OutOfMemoryError):
         text = f"an actor or its machine kept dying (out of memory?): {_last_line(error)}"

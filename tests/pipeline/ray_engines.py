@@ -1,6 +1,6 @@
 """What the tests of Ray put into its workers: a made-up engine, and a worker that stops right after it has written a shard.
 
-`HOOK` in the environment of the driver lets Ray call `install` in every worker; nothing in the package knows of it.
+With the variable of `hook` the driver lets Ray call `install` in every worker; nothing in the package knows of it.
 """
 
 import json
@@ -13,10 +13,11 @@ from tests.pipeline.made_up_scorer import SETTINGS, MadeUpEngine, log
 from weights_store import Table
 from weights_store.messages import logger
 
-HOOK = {
-    "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-    "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"worker_process_setup_hook": f"{__name__}.install"}}),
-}
+
+def hook(environment):
+    """Return a variable for the driver with which Ray calls `install` in every worker, with further variables."""
+    runtime = {"worker_process_setup_hook": f"{__name__}.install", "env_vars": environment}
+    return {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": runtime})}
 
 
 class LoggingEngine(MadeUpEngine):

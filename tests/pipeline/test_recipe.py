@@ -208,14 +208,33 @@ def test_settings_of_other_methods_and_estimators_are_not_in_the_identity():
         ("train.model.dtype=float16", "contrast.train.model.dtype: Input should be 'float32' or 'bfloat16'"),
         ("train.model.quantization=nf4", "freezes the model's weights; add a [contrast.train.lora] section"),
         ("train.num_processes=5", "pairs_per_step=32 cannot be shared equally by 5 processes"),
-        ("train.num_machines=2", "contrast.train.num_machines=2 and contrast.train.main_address=None do not fit"),
+        (
+            "train.num_machines=2",
+            "contrast.train.num_machines=2 needs the host:port of the first machine, and got none",
+        ),
+        ("train.main_address=node0:29500", "main_address='node0:29500' is for several machines"),
         ("train.main_address=node0", "contrast.train.main_address: String should match pattern"),
     ],
 )
-def test_wrong_settings_of_the_contrastive_trainings_are_refused(override, message):
+def test_wrong_settings_of_the_contrastive_trainings_are_refused(override, message, monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(SettingsError) as caught:
         _load(f"contrast.{override}")
     assert message in str(caught.value)
+
+
+def test_several_machines_meet_at_the_address_of_the_recipe_or_else_of_the_environment(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "node7")
+    monkeypatch.setenv("MASTER_PORT", "29400")
+
+    def launcher(*overrides):
+        return _load("contrast.train.num_machines=2", *overrides).contrast.train.launcher(1)
+
+    assert launcher()[2:10] == ["--nnodes", "2", "--node-rank", "1", "--master-addr", "node7", "--master-port", "29400"]
+    given = launcher("contrast.train.main_address=node0:29500")
+    assert given[6:10] == ["--master-addr", "node0", "--master-port", "29500"]
+    assert _load().contrast.train.launcher() == []  # one process: the variables of whoever started us mean nothing
 
 
 def test_4_bit_weights_of_the_contrastive_trainings_cannot_be_split():

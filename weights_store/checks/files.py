@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain, groupby
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -21,6 +22,7 @@ from weights_store.checks.log import TableLog, list_log
 from weights_store.errors import DamageError, StoreError
 from weights_store.location import one_line
 from weights_store.messages import Progress, logger, show
+from weights_store.spread import Spread, in_turn
 from weights_store.tables.commits import LAST_CHECKPOINT
 from weights_store.tables.shards import RESTORE, ShardReader, ShardRecord
 from weights_store.tables.table import Table
@@ -30,6 +32,8 @@ _log = logger(__name__)
 
 BYTES_PER_PROGRESS = 64 << 20
 """How much is read before progress is shown again: small tables show none."""
+_BATCH_BYTES = 512 << 20
+"""How much is read as one piece of work."""
 _PROTOCOL = (1, 2)
 """Reader and writer version that a table needs."""
 _BYTES_DIFFER = "its bytes are not those that were committed (SHA-256 differs)"
@@ -60,6 +64,10 @@ class SoundTable(TableReader):
         self.is_whole = examined.log.is_whole and len(self._records) == len(active)
         self.num_bytes = sum(record.num_bytes for record in self._records)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Leave out the log: a piece of work reads rows alone."""
+        return _sound_table, (type(self), {**vars(self), "_commits": {}})
+
     def records(self, version: int | None = None) -> list[ShardRecord]:  # noqa: ARG002 - it has one version
         """Return the records of the undamaged shards."""
         return list(self._records)
@@ -68,8 +76,14 @@ class SoundTable(TableReader):
         """Do nothing: all shards have been read and compared just now."""
 
 
-def examine(log: TableLog) -> Examined:
-    """Check the log and every file that any version of a table needs."""
+def _sound_table(kind: type[SoundTable], state: dict[str, object]) -> SoundTable:
+    table = kind.__new__(kind)
+    vars(table).update(state)
+    return table
+
+
+def examine(log: TableLog, spread: Spread = in_turn) -> Examined:
+    """Check the log and every file that any version of a table needs; `spread` reads the files."""
     table, records = log.table, list(log.records())
     num_bytes = sum(record.num_bytes for _, record in records)
     _log.info(f"{table.path}: versions {len(log.commits)}, shards {len(records)}, {num_bytes / 1e6:,.1f} MB")
@@ -84,17 +98,37 @@ def examine(log: TableLog) -> Examined:
         findings += _note_weaker(log)
     digests = {record.sha256: record.name for _, record in records}
     unsound, done, shown, started = set(), 0, 0, time.monotonic()
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashing and reading leave Python's lock
-        checked = pool.map(lambda numbered: _check_shard(table, numbered[1], digests), records)
-        for (version, record), problems in zip(records, checked, strict=True):
-            findings += [replace(finding, version=version) for finding in problems]
-            if problems:
-                unsound.add(record.name)
-            done += record.num_bytes
-            if done - shown >= BYTES_PER_PROGRESS or (shown and done == num_bytes):
-                shown = done
-                show(Progress(f"verify {table.path}", done, num_bytes, time.monotonic() - started, "bytes"))
+    checked = spread(_FileCheck(table, digests), _batches([record for _, record in records]))
+    for (version, record), problems in zip(records, chain.from_iterable(checked), strict=True):
+        findings += [replace(finding, version=version) for finding in problems]
+        if problems:
+            unsound.add(record.name)
+        done += record.num_bytes
+        if done - shown >= BYTES_PER_PROGRESS or (shown and done == num_bytes):
+            shown = done
+            show(Progress(f"verify {table.path}", done, num_bytes, time.monotonic() - started, "bytes"))
     return Examined(log, findings, frozenset(unsound))
+
+
+@dataclass(frozen=True)
+class _FileCheck:
+    """Reads shards of a table and returns what is wrong with each, given the names of all its shards by digest."""
+
+    table: Table
+    digests: dict[str, str]
+
+    def __call__(self, records: Sequence[ShardRecord]) -> list[list[Finding]]:
+        """Return the problems of each shard, without the version."""
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashing and reading leave Python's lock
+            return list(pool.map(lambda record: _check_shard(self.table, record, self.digests), records))
+
+
+def _batches(records: Sequence[ShardRecord]) -> Iterator[list[ShardRecord]]:
+    """Cut shards into pieces of work, in their order."""
+    ends = accumulate(record.num_bytes for record in records)
+    numbered = ((end // _BATCH_BYTES, record) for end, record in zip(ends, records, strict=True))
+    for _, batch in groupby(numbered, key=lambda each: each[0]):
+        yield [record for _, record in batch]
 
 
 def _check_foreign(log: TableLog) -> Iterator[Finding]:

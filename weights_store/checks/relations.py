@@ -5,7 +5,9 @@ one of them.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import polars as pl
@@ -13,6 +15,7 @@ import polars as pl
 from weights_store.checks.files import SoundTable
 from weights_store.checks.findings import Finding
 from weights_store.schemas import SIDES
+from weights_store.spread import Spread, in_turn
 from weights_store.tables.checksums import sum_checksums
 from weights_store.tables.key_ranges import KeyRange
 
@@ -29,22 +32,24 @@ _THEIRS = "_of_parent"
 _Found = tuple[str, int, Finding]  # a kind of problem, how many pairs have it, and the first of them
 
 
-def check_keys(table: SoundTable) -> Iterator[Finding]:
+def check_keys(table: SoundTable, spread: Spread = in_turn) -> Iterator[Finding]:
     """Yield the first key that occurs more than once, and how many do."""
-    found: list[_Found] = []
     num_bytes = _BYTES_PER_KEY * sum(record.num_rows for record in table.records())
-    for piece in table.key_ranges(JOIN_BYTES, num_bytes=num_bytes):
-        counts = table.scan(within=piece).select(table.key).group_by(table.key).agg(count=pl.len())
-        with table.reading():
-            frame = counts.filter(pl.col("count") > 1).sort(table.key).collect()
-        if frame.height:
-            row = frame.row(0, named=True)
-            problem = f"occurs {row['count']} times, expected once; build the table again"
-            if table.key != ("pair_id",):
-                problem = f"{', '.join(f'{name} {row[name]!r}' for name in table.key)} {problem}"
-            finding = Finding(table.path, problem, table.version_number, pair_id=row.get("pair_id"))
-            found.append(("", frame.height, finding))
-    yield from _one_of_each(found)
+    pieces = table.key_ranges(JOIN_BYTES, num_bytes=num_bytes)
+    yield from _one_of_each(list(chain.from_iterable(spread(partial(_repeated_keys, table), pieces))))
+
+
+def _repeated_keys(table: SoundTable, piece: KeyRange) -> list[_Found]:
+    counts = table.scan(within=piece).select(table.key).group_by(table.key).agg(count=pl.len())
+    with table.reading():
+        frame = counts.filter(pl.col("count") > 1).sort(table.key).collect()
+    if frame.is_empty():
+        return []
+    row = frame.row(0, named=True)
+    problem = f"occurs {row['count']} times, expected once; build the table again"
+    if table.key != ("pair_id",):
+        problem = f"{', '.join(f'{name} {row[name]!r}' for name in table.key)} {problem}"
+    return [("", frame.height, Finding(table.path, problem, table.version_number, pair_id=row.get("pair_id")))]
 
 
 def _one_of_each(found: list[_Found]) -> Iterator[Finding]:
@@ -55,7 +60,11 @@ def _one_of_each(found: list[_Found]) -> Iterator[Finding]:
 
 
 def compare(
-    child: SoundTable, parents: list[SoundTable], columns: Mapping[str, str], by_length: bool = False
+    child: SoundTable,
+    parents: list[SoundTable],
+    columns: Mapping[str, str],
+    by_length: bool = False,
+    spread: Spread = in_turn,
 ) -> Iterator[Finding]:
     """Yield, for each column, the first pair that differs from its parent, and the first pair that no parent has.
 
@@ -65,30 +74,46 @@ def compare(
     columns = {name: theirs for name, theirs in columns.items() if name in child.schema.names}
     if not by_length and len(parents) == 1 and _hold_the_same(child, parents[0], columns):
         return
-    found: list[_Found] = []
     largest = max((child, *parents), key=lambda table: table.num_bytes)
     num_bytes = child.num_bytes + max(parent.num_bytes for parent in parents)
-    for piece in largest.key_ranges(JOIN_BYTES, num_bytes=num_bytes):
-        ours = _values(child, piece, list(columns), by_length, "").filter(pl.col("pair_id").is_not_null())
+    work = _Comparison(child, parents, columns, by_length)
+    found = spread(work, largest.key_ranges(JOIN_BYTES, num_bytes=num_bytes))
+    yield from _one_of_each(list(chain.from_iterable(found)))
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Compares the pairs of one range, see `compare`."""
+
+    child: SoundTable
+    parents: list[SoundTable]
+    columns: Mapping[str, str]
+    by_length: bool
+
+    def __call__(self, piece: KeyRange) -> list[_Found]:
+        """Return the first pair of each kind of problem in a range."""
+        child, found = self.child, list[_Found]()
+        ours = _values(child, piece, list(self.columns), self.by_length, "").filter(pl.col("pair_id").is_not_null())
         with child.reading():
             left = ours.collect()
-        for parent in parents:
+        for parent in self.parents:
             if left.is_empty():
                 break
-            right = _values(parent, piece, list(columns.values()), by_length, _THEIRS)
+            right = _values(parent, piece, list(self.columns.values()), self.by_length, _THEIRS)
             with parent.reading():
                 joined = left.lazy().join(right, on="pair_id").sort("pair_id").collect()
-            for name, theirs in columns.items():
+            for name, theirs in self.columns.items():
                 bad = joined.filter(pl.col(name).ne_missing(pl.col(f"{theirs}{_THEIRS}")))
                 if bad.height:
-                    finding = _unlike(child, parent, name, theirs, bad.row(0, named=True), by_length)
+                    finding = _unlike(child, parent, name, theirs, bad.row(0, named=True), self.by_length)
                     found.append((name, bad.height, finding))
             left = left.join(joined.select("pair_id"), on="pair_id", how="anti")
-        if left.height and all(parent.is_whole for parent in parents):
-            problem = f"has no row in {' or '.join(parent.name for parent in parents)}, which the table was made from"
+        if left.height and all(parent.is_whole for parent in self.parents):
+            names = " or ".join(parent.name for parent in self.parents)
+            problem = f"has no row in {names}, which the table was made from"
             first = str(left["pair_id"].min())
             found.append(("lost", left.height, Finding(child.path, problem, child.version_number, pair_id=first)))
-    yield from _one_of_each(found)
+        return found
 
 
 def _hold_the_same(child: SoundTable, parent: SoundTable, columns: Mapping[str, str]) -> bool:

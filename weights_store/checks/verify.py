@@ -10,6 +10,7 @@ behind the named weight datasets.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from weights_store.catalog import check_store, list_tables
 from weights_store.checks.files import Examined, SoundTable, examine
@@ -29,16 +30,20 @@ from weights_store.checks.reports import check_reports
 from weights_store.checks.rows import violations
 from weights_store.errors import DamageError, NotFoundError, SettingsError
 from weights_store.names import quarantine_path
+from weights_store.spread import Spread, in_turn
 from weights_store.store import WeightStore
 from weights_store.tables.metadata import Parent, ScorerRecord
+from weights_store.tables.shards import ShardRecord
 
 
-def verify(store: WeightStore, tables: Iterable[str] | None = None, rows: bool = False) -> Iterator[Finding]:
+def verify(
+    store: WeightStore, tables: Iterable[str] | None = None, rows: bool = False, spread: Spread = in_turn
+) -> Iterator[Finding]:
     """Yield every problem of a store, table by table; with `rows` also each broken law of the rows of newest versions.
 
     A damaged shard or commit is a finding, and everything else is still checked. `tables` are paths such as
     `weights/hh/tis-dpo`; all by default. Tables that they were made from are read too; a problem of those is reported if it
-    prevents a check.
+    prevents a check. `spread` reads the shards, and compares the rows of each range of keys.
 
     Raises:
         NotFoundError: There is no such store or table.
@@ -46,7 +51,7 @@ def verify(store: WeightStore, tables: Iterable[str] | None = None, rows: bool =
     """
     check_store(store.root)
     asked = list_tables(store.root) if tables is None else map(store.table, tables)
-    verification = _Verification(store, [table.path for table in asked], rows)
+    verification = _Verification(store, [table.path for table in asked], rows, spread)
     for path in () if tables is None else verification.asked:
         log = verification.log(path)
         if log is None or log.newest is None:
@@ -61,6 +66,7 @@ class _Verification:
     store: WeightStore
     asked: list[str]
     with_rows: bool
+    spread: Spread
     _logs: dict[str, TableLog | None] = field(default_factory=dict)
     _examined: dict[str, Examined] = field(default_factory=dict)
 
@@ -88,7 +94,7 @@ class _Verification:
     def _sound(self, log: TableLog, version: int | None) -> SoundTable:
         path = log.table.path
         if path not in self._examined:
-            self._examined[path] = examine(log)
+            self._examined[path] = examine(log, self.spread)
         return SoundTable(self._examined[path], version)
 
     def _check(self, log: TableLog) -> Iterator[Finding]:
@@ -111,8 +117,9 @@ class _Verification:
     def _check_laws(self, kind: str, log: TableLog, rows: SoundTable) -> Iterator[Finding]:
         scorer = (log.metadata(log.newest) or {}).get("scorer")
         scorer = scorer if isinstance(scorer, dict) else None  # a damaged commit may hold anything
-        yield from _check_rows(kind, rows, self._vocab_size(log), scorer)
-        yield from check_keys(rows)
+        work = _RowCheck(kind, rows, self._vocab_size(log), scorer)
+        yield from chain.from_iterable(self.spread(work, rows.records()))
+        yield from check_keys(rows, self.spread)
         yield from self._check_relations(kind, log, rows)
 
     def _check_relations(self, kind: str, log: TableLog, rows: SoundTable) -> Iterator[Finding]:
@@ -145,7 +152,7 @@ class _Verification:
         made_from = [self._sound(log, version) for log, version in logs if log is not None and version in log.commits]
         if not made_from:
             return
-        yield from compare(rows, made_from, columns, by_length)
+        yield from compare(rows, made_from, columns, by_length, self.spread)
         for parent in made_from:
             if not parent.is_whole and parent.path not in self.asked:
                 problem = f"not all of it could be compared with {parent.name}, which is damaged; verify {parent.path}"
@@ -165,9 +172,21 @@ def _with_damage(table: SoundTable, findings: Iterator[Finding]) -> Iterator[Fin
         yield Finding(table.path, str(error), table.version_number)
 
 
-def _check_rows(kind: str, table: SoundTable, vocab_size: int | None, scorer: ScorerRecord | None) -> Iterator[Finding]:
-    """Yield the first row that breaks each law, for every row group."""
-    for record in table.records():
+@dataclass(frozen=True)
+class _RowCheck:
+    """Checks the laws of rows in one shard of a kind of table."""
+
+    kind: str
+    table: SoundTable
+    vocab_size: int | None
+    scorer: ScorerRecord | None
+
+    def __call__(self, record: ShardRecord) -> list[Finding]:
+        """Return the first row that breaks each law, for every row group."""
+        return list(self._check(record))
+
+    def _check(self, record: ShardRecord) -> Iterator[Finding]:
+        table = self.table
         place = Finding(table.path, "", table.version_number, record.name)
         reader = table.open_shard(record)
         for index in range(len(reader.group_sizes)):
@@ -177,7 +196,7 @@ def _check_rows(kind: str, table: SoundTable, vocab_size: int | None, scorer: Sc
             except DamageError as error:  # the bytes are as committed: the writer's memory or disk was bad
                 yield replace(place, problem=str(error))
                 continue
-            for violation in violations(kind, rows, table.key, vocab_size, scorer):
+            for violation in violations(self.kind, rows, table.key, self.vocab_size, self.scorer):
                 more = violation.num_rows - 1
                 tail = f" ({more} more rows like this in the row group)" if more else ""
                 pair_id = rows["pair_id"][violation.row].as_py()

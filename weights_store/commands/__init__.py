@@ -15,7 +15,10 @@ from weights_store.commands.view import add_view
 from weights_store.settings import DEFAULT_STORE, STORE, default_store
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from weights_store.inspection.figure import Format
+    from weights_store.spread import Spread
     from weights_store.views.token_texts import Tokenizer
 
 Run = Callable[[argparse.Namespace], int | None]
@@ -24,12 +27,15 @@ Add = Callable[[str, Run, str], argparse.ArgumentParser]
 
 
 def add_commands(
-    add: Add, load_tokenizer: "Callable[[str], Tokenizer]", draw_runs: "Callable[[Sequence[str], Format], bytes]"
+    add: Add,
+    load_tokenizer: "Callable[[str], Tokenizer]",
+    draw_runs: "Callable[[Sequence[str], Format], bytes]",
+    on_ray: "Callable[[str], AbstractContextManager[Spread]]",
 ) -> None:
     """Register the store's commands.
 
-    `load_tokenizer` returns the tokenizer of a model folder, and `draw_runs` a figure of trainings by their output folders: the
-    store itself has no package for either.
+    `load_tokenizer` returns the tokenizer of a model folder, `draw_runs` a figure of trainings by their output folders, and
+    `on_ray` spreads work over the Ray at an address: the store itself has no package for any of them.
     """
 
     def add_listing(name: str, run: Run, description: str) -> argparse.ArgumentParser:
@@ -70,6 +76,12 @@ def add_commands(
     _add_tables(verify)
     verify.add_argument(
         "--rows", action="store_true", help="also decode every row of the newest versions and check its rules: slower"
+    )
+    verify.set_defaults(on_ray=on_ray)
+    verify.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="read on all cores of a Ray cluster: host:6379 of its head, or local for a Ray on this machine alone",
     )
     vacuum = add_listing("vacuum", run_vacuum, "list files that no version needs, or delete them with --yes")
     _add_tables(vacuum)

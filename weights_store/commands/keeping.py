@@ -2,11 +2,13 @@
 
 import argparse
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 import weights_store
 from weights_store.printing import GAP, count_text, print_json, print_table, size_text
+from weights_store.spread import in_turn
 
 if TYPE_CHECKING:
     from weights_store.checks.findings import Finding
@@ -40,10 +42,11 @@ def run_verify(options: argparse.Namespace) -> int:
     store, tables = weights_store.WeightStore(options.store), _table_paths(options.tables)
     findings: list[Finding] = []
     notes: list[Finding] = []
-    for finding in verify(store, tables, options.rows):
-        (notes if finding.is_note else findings).append(finding)
-        if not options.json:
-            print(finding, flush=True)
+    with nullcontext(in_turn) if options.ray is None else options.on_ray(options.ray) as spread:
+        for finding in verify(store, tables, options.rows, spread):
+            (notes if finding.is_note else findings).append(finding)
+            if not options.json:
+                print(finding, flush=True)
     orphans = list(find_orphans(store, tables))
     num_tables = len(tables) if tables is not None else sum(1 for _ in list_tables(store.root))
     if options.json:

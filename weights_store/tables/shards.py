@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -84,6 +84,13 @@ def _round_floats(rows: pa.Table) -> pa.Table:
     return rows
 
 
+class Written(NamedTuple):
+    """The rows of one range of keys in shards that nobody sees yet; `few` are those for which a shard would be too small."""
+
+    shards: list[ShardRecord]
+    few: pa.Table
+
+
 class ShardWriter:
     """Writes rows in the order they come, sorted by `key`, as shards of about `SHARD_BYTES` into the table's folder.
 
@@ -118,6 +125,18 @@ class ShardWriter:
         self._waiting.append(rows.select(self.schema.names).cast(self.schema))
         if sum(table.nbytes for table in self._waiting) >= ROW_GROUP_BYTES:
             self._write_groups(is_last=False)
+
+    def take(self, part: Written) -> None:
+        """Add what another writer has written of a later range of keys."""
+        self.records += part.shards
+        self.write(part.few)
+
+    def finish_part(self) -> Written:
+        """Write what is left and return the records of all shards; rows fewer than a row group are returned themselves."""
+        if self._shard is None and not self.records and self._waiting:
+            few, self._waiting = pa.concat_tables(self._waiting), []
+            return Written([], few)
+        return Written(self.finish(), self.schema.empty_table())
 
     def finish(self) -> list[ShardRecord]:
         """Write what is left and return the records of all shards."""

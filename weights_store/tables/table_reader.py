@@ -78,6 +78,9 @@ class TableReader:
         self.location = root / path
         self._commits: dict[int, tuple[object, Commit]] = {}
 
+    def __reduce__(self) -> tuple[object, ...]:  # without the commits that it has read
+        return type(self), (self.root, self.path, self.schema, self.key)
+
     @property
     def configuration(self) -> dict[str, str]:
         """The table's properties in Delta."""

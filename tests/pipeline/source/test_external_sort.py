@@ -30,10 +30,12 @@ def test_everything_comes_back_sorted_whether_it_fits_or_not(max_bytes):
             assert list(zip(*back.to_pydict().values(), strict=True)) == expected
 
 
-def test_ranges_cover_all_keys_and_never_part_equal_ones():
-    sort, _ = _filled(3_000)
+@pytest.mark.parametrize(("max_bytes", "range_bytes"), [(3_000, None), (20_000, 3_000), (1 << 30, 3_000)])
+def test_ranges_cover_all_keys_and_never_part_equal_ones(max_bytes, range_bytes):
+    sort, expected = _filled(max_bytes)
     with sort:
-        pieces = list(sort.ranges())
+        pieces = list(sort.ranges(range_bytes))
+    assert [tuple(row.values()) for _, rows in pieces for row in rows.to_pylist()] == expected
     assert len(pieces) > 5
     assert (pieces[0][0].low, pieces[-1][0].high) == (None, None)
     for (left, rows), (right, _) in pairwise(pieces):

@@ -255,7 +255,7 @@ def test_little_memory_gives_the_same_tables(run, monkeypatch, second_rows):
 
     roomy, tokens, quarantine = both_builds("roomy")
     monkeypatch.setattr("pipeline.source.external_sort.DEFAULT_BYTES", 300)
-    monkeypatch.setattr("pipeline.stages.prepare.ROWS_PER_BATCH", 2)
+    monkeypatch.setattr("pipeline.stages.prepare_ranges.ROWS_PER_BATCH", 2)
     monkeypatch.setattr("pipeline.source.intake.ROWS_PER_BATCH", 2)
     tight, tight_tokens, tight_quarantine = both_builds("tight")
     assert tight_tokens.equals(tokens)

@@ -9,11 +9,13 @@ import pytest
 from pipeline.stages.publish import Ingredients, publish
 from pipeline.stages.report import summary_rows
 from pipeline.weighing.head import Responses, fit_head
+from pipeline.weighing.join import Join
 from train.data.selection import is_held_out, prompt_hashes
 from weights_store import WeightStore
 from weights_store.checks.verify import verify
 from weights_store.errors import InputError, MismatchError, SettingsError
 from weights_store.schemas import ATTRIBUTIONS, LOGPS, SIDES, TOKENS
+from weights_store.spread import in_turn
 
 HEAD = {"weights.estimator": "head", "weights.lower": -9.0, "weights.upper": 9.0}
 GOOD, NUM_CONTEXTS = 5, 2
@@ -136,6 +138,37 @@ def test_new_pairs_change_every_weight_and_the_same_pairs_give_the_same_ones(sto
     for other in (weights_of(store, "toy/other"), weights_of(at_once)):
         for key, sides in after.items():
             np.testing.assert_array_equal(np.concatenate(sides), np.concatenate(other[key]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        HEAD | {"weights.transforms": ["position"], "weights.position_bins": 3},
+        {"weights.estimator": "tis", "weights.scale": "calibrated", "contrast.method": "prompt"},
+    ],
+    ids=["head, spread and position", "calibrated"],
+)
+def test_ranges_weighed_elsewhere_give_the_bits_of_ranges_weighed_here(
+    store, make_recipe, elsewhere, monkeypatch, settings
+):
+    made_of = ingredients(store, range(300), logp=lambda row: -1.0 - row % 7 / 10)
+    made_of = made_of if settings["weights.estimator"] == "tis" else Ingredients(made_of.tokens, made_of.ref_logps)
+
+    def weighed(name, range_bytes, spread):
+        monkeypatch.setattr("pipeline.weighing.join.RANGE_BYTES", range_bytes)
+        recipe = make_recipe(**settings, **{"weights.name": f"toy/{name}"})
+        made = publish(recipe, recipe.weights, made_of, spread=spread)
+        return made.statistics, weights_of(store, f"toy/{name}")
+
+    (statistics, here), (elsewhere_statistics, there) = weighed("a", 3_000, in_turn), weighed("b", 3_000, elsewhere)
+    monkeypatch.setattr("pipeline.weighing.join.RANGE_BYTES", 3_000)
+    assert len(Join(made_of.by_role(), make_recipe(**settings).weights).ranges()) > 3
+    assert statistics == elsewhere_statistics
+    _, at_once = weighed("c", 1 << 30, in_turn)
+    assert here.keys() == there.keys() == at_once.keys()
+    for key, sides in here.items():
+        np.testing.assert_array_equal(np.concatenate(sides), np.concatenate(there[key]))
+        np.testing.assert_allclose(np.concatenate(sides), np.concatenate(at_once[key]), rtol=2**-11)
 
 
 def test_labels_of_other_splits_and_held_out_prompts_are_never_fitted_on(store, make_recipe):

@@ -136,7 +136,9 @@ def test_a_calibrated_scale_is_fitted_on_held_out_pairs_before_anything_is_weigh
     lists = _pairs(_log_ratios(300))
     seen = SeenLabels(Selection(share=0.5))
     section = _section(scale="calibrated", lower=-9.0, upper=9.0, transforms=["position"], position_bins=2)
-    weigher = with_fits(Weigher(section, seen=seen), lambda: [lists.slice(0, 100), lists.slice(100)])
+    weigher = with_fits(
+        Weigher(section, seen=seen), lambda collect: [collect([lists.slice(0, 100)]), collect([lists.slice(100)])]
+    )
     a = _margins([lists], seen).measure("tis").multiplier
     assert weigher.scales == {"tis": pytest.approx(a)}
     assert a > 0
@@ -150,7 +152,7 @@ def test_a_calibrated_scale_is_fitted_on_held_out_pairs_before_anything_is_weigh
 def test_members_of_an_ensemble_have_scales_of_their_own_and_wrong_scores_get_none():
     lists = _pairs(_log_ratios(300))
     section = _section(estimator="ensemble", members=["tis", "reversed", "decay"], scale="calibrated")
-    scales = with_fits(Weigher(section), lambda: [lists]).scales
+    scales = with_fits(Weigher(section), lambda collect: [collect([lists])]).scales
     assert scales["tis"] > 0
     assert scales == {"tis": pytest.approx(_margins([lists]).measure("tis").multiplier), "reversed": 0}
 
@@ -158,6 +160,6 @@ def test_members_of_an_ensemble_have_scales_of_their_own_and_wrong_scores_get_no
 def test_a_scale_that_cannot_be_fitted_is_refused():
     seen = SeenLabels(Selection(), by_dpo=True)
     with pytest.raises(InputError, match=r"'tis' on labels .* trained on all these labels; set contrast.held_out"):
-        with_fits(Weigher(_section(scale="calibrated"), seen=seen), lambda: pytest.fail("nothing needs to be read"))
+        with_fits(Weigher(_section(scale="calibrated"), seen=seen), lambda _: pytest.fail("nothing needs to be read"))
     with pytest.raises(InputError, match=r"only 5 prompts .* or give weights.scale a number"):
-        with_fits(Weigher(_section(scale="calibrated")), lambda: [_pairs(_log_ratios(5))])
+        with_fits(Weigher(_section(scale="calibrated")), lambda collect: [collect([_pairs(_log_ratios(5))])])

@@ -66,7 +66,7 @@ def _lists(chosen, rejected, **columns):
 def test_positions_are_divided_by_the_means_of_their_own_side_over_all_batches():
     section = _section(transforms=["position"], position_bins=2, lower=-9.0, upper=9.0)
     batches = [_lists([[0.0, math.log(2)]], [[0.0, 0.0]]), _lists([[math.log(3), math.log(4)]], [[-math.log(3), 0.0]])]
-    weigher = with_fits(Weigher(section), lambda: batches)
+    weigher = with_fits(Weigher(section), lambda collect: [collect([batch]) for batch in batches])
     # Chosen weights 1, 2 and 3, 4: means 2 and 3. Rejected 1, 1 and 3, 1: means 2 and 1.
     assert {side: curve.tolist() for side, curve in weigher.curves.items()} == {
         "chosen": pytest.approx([2, 3]),
@@ -81,7 +81,7 @@ def test_what_comes_before_positions_is_in_their_means_and_what_comes_behind_is_
     batch = _lists([[0.0, 0.0]], [[0.0, 0.0]])
     for transforms, mean in ((["decay", "position"], 0.5), (["position", "decay"], 1.0)):
         section = _section(estimator="uniform", transforms=transforms, position_bins=2, decay_gamma=0.5)
-        weigher = with_fits(Weigher(section), [batch].copy)
+        weigher = with_fits(Weigher(section), lambda collect: [collect([batch])])
         assert weigher.curves["chosen"].tolist() == [mean, mean**2]
         after = [1, 1] if mean == 0.5 else [0.5, 0.25]
         assert weigher.sides(batch)["chosen"].weights.token_weights.tolist() == after

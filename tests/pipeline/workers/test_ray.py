@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import secrets
 import signal
 import subprocess
 import sys
@@ -20,13 +22,15 @@ from pipeline.chat.tokenizer import Condition
 from pipeline.engine.contract import EngineSettings
 from pipeline.recipe import ScoreSection
 from pipeline.stages.prepare import prepare
+from pipeline.stages.publish import Ingredients, publish
 from pipeline.stages.score import Scorer, score
 from pipeline.workers.missing import missing_within
 from pipeline.workers.on_ray import Chunk, ChunkScorer, Filling, chunks_of, replies
 from pipeline.workers.ray_cluster import connected
+from pipeline.workers.ray_spread import spread_on_connected_ray
 from pipeline.workers.request import Executor, Request, Target
 from tests.pipeline.made_up_scorer import MadeUpEngine
-from tests.pipeline.ray_engines import HOOK
+from tests.pipeline.ray_engines import hook
 from tests.pipeline.stages.test_score import NUM_PAIRS, PAIR_TOKENS, assert_whole, interpreter, make_tokens
 from tests.torture import orphans
 from weights_store import WeightStore
@@ -34,14 +38,36 @@ from weights_store.checks.vacuum import find_orphans
 from weights_store.checks.verify import verify
 from weights_store.errors import EngineError, InputError, MissingExtraError, OutOfMemoryError, SettingsError
 from weights_store.schemas import LOGPS
+from weights_store.spread import in_turn
 
 REPO = Path(__file__).resolve().parents[3]
 # Actors share this machine with all else that runs on it, so they ask for less than a core.
-ON_RAY = {"executor": "ray", "num_actors": 2, "cpus_per_actor": 0.5, "ray_address": "local"}
+ON_RAY = {"executor": "ray", "num_actors": 2, "cpus_per_actor": 0.5}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray of two cores on this machine that the tests share; its variables are those of whoever wants to use it."""
+    environment = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # ports on 127.0.0.1 only
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "PYTHONPATH": str(REPO),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
+        made = Cluster(initialize_head=True, head_node_args=head)
+        yield made
+        made.shutdown()
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, make_strangers):
+def run(tmp_path, monkeypatch, make_strangers, cluster):
     """Return a function that runs the stage with made-up engines from a folder of strangers; `log(name)`: what they did."""
     (tmp_path / "strangers").mkdir()
     make_strangers(tmp_path / "strangers")
@@ -54,7 +80,9 @@ def run(tmp_path, monkeypatch, make_strangers):
 
         def __call__(self, tokens, scorers, settings=ON_RAY, tokenizer=None, **made_up):
             on_ray = settings.get("executor") == "ray"
-            environment = {"MADE_UP": json.dumps({"log": str(self.folder), **made_up}), **(HOOK if on_ray else {})}
+            environment = {"MADE_UP": json.dumps({"log": str(self.folder), **made_up})}
+            if on_ray:
+                environment |= {"RAY_ADDRESS": cluster.address, **hook(environment)}
             for name, value in environment.items():
                 monkeypatch.setenv(name, value)
             python = None if on_ray else str(interpreter(tmp_path))
@@ -135,10 +163,12 @@ def test_an_actor_that_is_killed_is_replaced_and_its_chunk_scored_again(tmp_path
 
 
 @pytest.mark.slow
-def test_two_real_engines_agree_with_the_one_of_the_process(tmp_path, toy_model, toy_pairs, make_recipe, write_jsonl):
+def test_two_real_engines_agree_with_the_one_of_the_process(
+    tmp_path, toy_model, toy_pairs, make_recipe, write_jsonl, cluster
+):
     write_jsonl(tmp_path / "pairs.jsonl", toy_pairs)
     frames = []
-    for name, settings in (("process", {}), ("ray", ON_RAY)):
+    for name, settings in (("process", {}), ("ray", {**ON_RAY, "ray_address": cluster.address})):
         keys = {"store.uri": str(tmp_path / name), "score.dtype": "float32", "score.chunk_tokens": 400}
         recipe = make_recipe(**keys, **{f"score.{key}": value for key, value in settings.items()})
         tokens = prepare(recipe, toy_model).tokens
@@ -157,6 +187,7 @@ def test_two_real_engines_agree_with_the_one_of_the_process(tmp_path, toy_model,
 LOOK = """
 import os, signal
 from pipeline.workers.ray_cluster import connected
+from pipeline.workers.ray_spread import spread_on_connected_ray
 from weights_store.guard import guard
 
 guard().mark_environment()
@@ -194,6 +225,110 @@ def test_a_ray_of_our_own_looks_into_no_strangers_folder_and_ends_with_a_killed_
         time.sleep(0.1)
     assert str(tmp_path) not in done.stdout
     assert done.stdout.count(str(REPO)) >= 3
+
+
+# --- stages without a model, on two nodes -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_ranges(monkeypatch):
+    """Cut everything into many pieces of work; only the driver cuts."""
+    monkeypatch.setattr("pipeline.stages.prepare._RANGE_BYTES", 3000)
+    monkeypatch.setattr("pipeline.weighing.join.RANGE_BYTES", 12_000)
+    monkeypatch.setattr("weights_store.checks.relations.JOIN_BYTES", 12_000)
+
+
+def _add_made_up_logps(tokens):
+    """Fill the tables of reference, pi+ and pi- with log-probs that depend on the pair alone, and return the ingredients."""
+    store, logps = WeightStore(tokens.store), {}
+    rows = store.table(tokens.table).scan(tokens.version).sort("pair_id").collect()
+    for role in ("ref", "positive", "negative"):
+        table = store.table(f"logps/toy/{role}")
+        made_up = [
+            {
+                "pair_id": row["pair_id"],
+                **{
+                    f"{side}_logps": -random.Random(f"{role}{row['pair_id']}{side}").random()
+                    * np.ones(len(row[f"{side}_ids"]))
+                    for side in ("chosen", "rejected")
+                },
+            }
+            for row in rows.iter_rows(named=True)
+        ]
+        metadata = {"fingerprint": f"{role} {tokens.fingerprint}", "parents": [tokens.as_parent()]}
+        logps[role] = table.append(pa.Table.from_pylist(made_up, LOGPS), metadata)
+    return Ingredients.of_scorers(tokens, logps)
+
+
+def _build(recipe, model, spread):
+    prepared = prepare(recipe, model, spread)
+    return prepared, publish(recipe, recipe.weights, _add_made_up_logps(prepared.tokens), spread=spread)
+
+
+def _content(reference):
+    table = WeightStore(reference.store).table(reference.table)
+    metadata = table.metadata(reference.version)
+    return {key: metadata.get(key) for key in ("fingerprint", "statistics")}, table.scan(reference.version).sort(
+        "pair_id"
+    ).collect()
+
+
+@pytest.mark.slow
+def test_a_build_on_two_nodes_one_of_which_dies_is_bit_for_bit_the_one_of_a_process(
+    tmp_path, toy_model, toy_pairs, make_recipe, write_jsonl, cluster, small_ranges, flip_silently
+):
+    bad = [{"prompt": "p", "chosen": "a", "rejected": None}, {"prompt": "p", "chosen": "x " * 900, "rejected": "b"}]
+    first = [*toy_pairs[:40], bad[0], toy_pairs[3], bad[1], toy_pairs[7]]
+    later = [toy_pairs[50], *toy_pairs[5:48], *bad]  # pairs have left, moved and come
+    weights = {"weights.transforms": ["position", "mean_one"], "weights.spread": 0.5}
+    taken, second = [], cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+
+    def until_a_node_dies(work, items):
+        results = spread_on_connected_ray(work, items)
+        for result in results:
+            taken.append(work)
+            if len(taken) == 1:
+                cluster.remove_node(second, allow_graceful=False)
+            yield result
+
+    built = {}
+    with connected(cluster.address):
+        for name, spread in (("here", in_turn), ("ray", until_a_node_dies)):
+            recipe = make_recipe(**weights, **{"store.uri": str(tmp_path / name), "weights.estimator": "tis"})
+            write_jsonl(tmp_path / "pairs.jsonl", first)
+            earlier = _build(recipe, toy_model, spread)
+            write_jsonl(tmp_path / "pairs.jsonl", later)
+            built[name] = [*earlier, *_build(recipe, toy_model, spread)]
+        for here, on_ray in zip(built["here"], built["ray"], strict=True):
+            pair = [getattr(each, "tokens", None) or each.weights for each in (here, on_ray)]
+            (record, rows), (expected_record, expected) = map(_content, pair)
+            assert rows.equals(expected)
+            assert record == expected_record
+            assert rows.height > 20
+        assert [len(_commits(each.tokens)) for each in (built["here"][2], built["ray"][2])] == [2, 2]
+        assert len(taken) > 15
+        store = WeightStore(tmp_path / "ray")
+        assert list(verify(store, rows=True, spread=spread_on_connected_ray)) == []
+        flip_silently(store.table(built["ray"][0].tokens.table), "chosen_ids")
+        found = list(verify(store, rows=True, spread=spread_on_connected_ray))
+        assert found
+        assert found == list(verify(store, rows=True))
+
+
+@pytest.mark.slow
+def test_a_stage_that_runs_on_ray_is_driven_by_a_child_and_its_errors_come_out_as_themselves(
+    tmp_path, toy_model, toy_pairs, make_recipe, write_jsonl, cluster
+):
+    settings = {"score.executor": "ray", "score.ray_address": cluster.address}
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "a", "rejected": None}])
+    with pytest.raises(InputError, match=r"no usable pair in 1 rows \(1 missing_value\)"):
+        prepare(make_recipe(**settings), toy_model)
+    write_jsonl(tmp_path / "pairs.jsonl", toy_pairs[:20])
+    prepared = prepare(make_recipe(), toy_model)
+    recipe = make_recipe(**settings)
+    assert prepare(recipe, toy_model).num_new_pairs == 0  # nothing to do: no Ray is needed
+    published = publish(recipe, recipe.weights, _add_made_up_logps(prepared.tokens))
+    assert (published.statistics["num_pairs"], len(_commits(published.weights))) == (20, 1)
 
 
 # --- without Ray -------------------------------------------------------------------------------------------------------
@@ -307,5 +442,5 @@ def test_without_a_cluster_it_says_so_at_once(monkeypatch, tmp_path, address, me
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    with pytest.raises(SettingsError, match=f"{message}.*set score.ray_address"), connected(address):
+    with pytest.raises(SettingsError, match=f"{message}.*set score\.ray_address"), connected(address):
         pass

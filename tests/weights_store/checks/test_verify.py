@@ -174,6 +174,18 @@ def test_nothing_is_found_in_a_store_as_it_was_committed(store, caplog):
     assert len(shards(store, WEIGHTS_PATH)) >= 3
 
 
+def test_work_that_is_spread_finds_what_work_in_turn_finds(store, elsewhere, monkeypatch):
+    monkeypatch.setattr("weights_store.checks.files._BATCH_BYTES", 12_000)
+    assert list(verify_store(store, rows=True, spread=elsewhere)) == []
+    for path, at in ((TOKENS_PATH, 0), (LOGPS_PATH, 0), (WEIGHTS_PATH, 2)):
+        flip(shards(store, path)[at], 700)
+    shards(store, WEIGHTS_PATH)[0].unlink()
+    found = list(verify(store))
+    assert {finding.table for finding in found} == {TOKENS_PATH, LOGPS_PATH, WEIGHTS_PATH}
+    monkeypatch.chdir(store.root.path.parent)  # a relative store means the same folder in every process
+    assert list(verify_store(WeightStore(store.root.path.name), rows=True, spread=elsewhere)) == found
+
+
 def group_at(path, at):
     """The row group whose column chunks hold one byte, None when it is the footer's."""
     footer = pq.read_metadata(path)

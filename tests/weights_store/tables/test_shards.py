@@ -88,3 +88,30 @@ def test_row_groups_and_shards_are_cut_by_size_and_lose_nothing(tmp_path, monkey
         np.concatenate(back["rejected_logps"].to_pylist()), round_mantissa(values[:, 100:].ravel())
     )
     assert (records[0].first_key, records[-1].last_key) == ("00", "39")
+
+
+def test_parts_with_few_rows_end_up_in_one_shard_and_others_keep_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("weights_store.tables.shards.ROW_GROUP_BYTES", 400)
+    schema = pa.schema([("pair_id", pa.string())])
+
+    def part(first, num_rows):
+        writer = ShardWriter(Location(str(tmp_path)), schema, ["pair_id"])
+        writer.write(pa.table({"pair_id": [f"{index:08d}" for index in range(first, first + num_rows)]}, schema))
+        return writer.finish_part()
+
+    few, many, none, more = part(0, 3), part(3, 60), part(63, 0), part(63, 2)
+    assert [(len(each.shards), each.few.num_rows) for each in (few, many, none, more)] == [
+        (0, 3),
+        (1, 0),
+        (0, 0),
+        (0, 2),
+    ]
+    writer = ShardWriter(Location(str(tmp_path)), schema, ["pair_id"])
+    for each in (few, many, none, more):
+        writer.take(each)
+    records = writer.finish()
+    assert sorted((record.num_rows, record.first_key, record.last_key) for record in records) == [
+        (5, "00000000", "00000064"),
+        (60, "00000003", "00000062"),
+    ]
+    assert len(list(tmp_path.iterdir())) == 2
