@@ -1,5 +1,6 @@
 """Trainings as Prefect flows: of one policy, and of a policy behind the build of its weights."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from flows.limits import gpu_limits, held
 from flows.lineage_events import lineage_of
 from flows.repeating import AGAIN
 from flows.run_logs import progress_artifacts, run_logs
+from pipeline.models.launch import Launch
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.stages.train import pinned, train, weights_of
-from train.config import TrainConfig
+from train.config import TrainConfig, check_places
+from weights_store.allowed import TRAIN_PYTHON, check_interpreter_place
 from weights_store.errors import SettingsError, StageError
 from weights_store.location import Location
 from weights_store.names import name_of, split_name
@@ -20,22 +23,35 @@ from weights_store.settings import load_toml, parse_settings
 
 
 @flow(name="train-policy")
-def train_policy(config: TrainConfig | str, weights: str | None = None, python: str | None = None) -> str:
+def train_policy(
+    config: TrainConfig | str,
+    weights: str | None = None,
+    launch: Launch = Launch(),  # noqa: B008  (frozen)
+    python: str | None = None,
+) -> str:
     """Train a policy on one version of its weights, in a folder named for that version; return the folder.
 
     Args:
         config: The training, or the path of its file, which is read when the flow runs.
         weights: `name@version` instead of the newest version of `data.weights`.
-        python: Interpreter of the training job; None for this one.
+        launch: Processes and machines of the training job.
+        python: Interpreter of the training job; None for `TOKENWEIGHTS_TRAIN_PYTHON`, or else this one.
+
+    Raises:
+        InputError: A place or an interpreter is outside of what the operator allows.
     """
     with run_logs():
         job = pinned(_training(config), weights)
-        return str(train_model(job, python))
+        return str(train_model(job, launch, _interpreter(python)))
 
 
 @flow(name="build-and-train")
 def build_and_train(
-    recipe: Recipe | str, config: TrainConfig | str, despite_warnings: bool = False, python: str | None = None
+    recipe: Recipe | str,
+    config: TrainConfig | str,
+    despite_warnings: bool = False,
+    launch: Launch = Launch(),  # noqa: B008  (frozen)
+    python: str | None = None,
 ) -> str:
     """Build the weights of a recipe, and train on them if the doctor warns of nothing; return the policy's folder.
 
@@ -43,6 +59,7 @@ def build_and_train(
         recipe: The build, or the path of its file.
         config: The training, or the path of its file. It reads the weights that the recipe builds.
         despite_warnings: Train also if the doctor warns.
+        launch: Processes and machines of the training job.
         python: Interpreter of the training job; None for `contrast.python` of the recipe.
 
     Raises:
@@ -50,7 +67,7 @@ def build_and_train(
         StageError: The doctor warns; the weights are published.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    config = _training(config)
+    config, python = _training(config), _interpreter(python or recipe.contrast.python)
     _check_pair(recipe, config)
     result = build_weights(recipe)
     weights = f"{result.published.name}@{result.published.weights.version}"
@@ -60,28 +77,35 @@ def build_and_train(
             f"{weights} was published and not trained on, because the doctor warns. {' '.join(warnings)} Change the recipe, or "
             f"run again with despite_warnings; the page is {result.report}"
         )
-    return train_policy(config, weights, python or recipe.contrast.python)
+    return train_policy(config, weights, launch, python)
 
 
 @task(name="train", task_run_name="train {job.output.folder}", **AGAIN)
-def train_model(job: TrainConfig, python: str | None) -> Path:
+def train_model(job: TrainConfig, launch: Launch, python: str | None) -> Path:
     """Run the training job; one that was killed continues from its last checkpoint."""
     weights = weights_of(job)
     with (
-        held(gpu_limits(1)),
+        held(gpu_limits(launch.num_processes)),
         progress_artifacts(["train"], job.data.weights),
         lineage_of("train", name_of(weights.table), [weights, job.model.path]) as outputs,
     ):
-        folder = train(job, python)
+        folder = train(job, launch, python)
         outputs.append(str(folder))
         return folder
 
 
 def _training(config: TrainConfig | str) -> TrainConfig:
-    if isinstance(config, TrainConfig):
-        return config
-    settings: dict[str, Any] = load_toml(config)
-    return parse_settings(TrainConfig, settings, config)
+    if isinstance(config, str):
+        settings: dict[str, Any] = load_toml(config)
+        config = parse_settings(TrainConfig, settings, config)
+    check_places(config)
+    return config
+
+
+def _interpreter(python: str | None) -> str | None:
+    if python is not None:
+        check_interpreter_place("python", python)
+    return python or os.environ.get(TRAIN_PYTHON)
 
 
 def _check_pair(recipe: Recipe, config: TrainConfig) -> None:

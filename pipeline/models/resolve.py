@@ -7,8 +7,8 @@ from pipeline.child import check_extra, run_child
 from pipeline.models import lora
 from pipeline.recipe import ModelSection
 from train.model.hub import check_model_folder, find_folder
-from weights_store.digests import cache_folder
 from weights_store.allowed import check_place
+from weights_store.digests import cache_folder
 from weights_store.messages import logger
 
 _log = logger(__name__)

@@ -6,20 +6,19 @@ adapter; each machine that scores merges it into its base, the starting model, o
 first build are used again (their scores stay valid, and only new pairs are scored), unless the recipe says `contrast.retrain`.
 """
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.chat.tokenizer import Condition
-from pipeline.child import check_extra, run_child
+from pipeline.child import check_extra
 from pipeline.models.contrastive import ModelShelf
 from pipeline.models.given import given_models
 from pipeline.models.other_pairs import other_pairs
 from pipeline.models.resolve import merge_once
 from pipeline.models.section import MODEL_SIDES, ContrastSection, pair_role
 from pipeline.stages.score import Scorer
-from pipeline.stages.train import set_options
+from pipeline.stages.train import run_training, set_options
 from weights_store import TableVersion, WeightStore
 from weights_store.checks.model_folders import MODELS, ModelIdentity, ModelRecord, model_name
 from weights_store.fingerprint import fingerprint_model
@@ -137,11 +136,7 @@ def _train(
     """Train one side's model, put it into the store, and return the folder of the whole model."""
     folder, train = models.place(model.name), settings.train
     _log.info(f"training the {model.side} model ({settings.method}) on {pairs}")
-    arguments = _arguments(settings, model.side, model_folder, pairs, folder)
-    for machine in range(1, train.num_machines):
-        command = shlex.join(["python", *train.launcher(machine), "-m", "tokenweights", *arguments])
-        _log.info(f"waiting for machine {machine + 1} of {train.num_machines}; start there, in {Path.cwd()}: {command}")
-    run_child("tokenweights", arguments, f"training {folder}", settings.python, launcher=train.launcher())
+    run_training(_options(settings, model.side, model_folder, pairs, folder), folder, train, settings.python)
     whole = _whole(folder, settings, model_folder)
     record: ModelRecord = {
         "identity": model.identity,
@@ -196,10 +191,8 @@ def _data_of_both(models: ModelShelf, identities: dict[str, ModelIdentity], want
     return min(both, key=lambda data: versions["positive"][data], default=None)
 
 
-def _arguments(
-    settings: ContrastSection, side: str, model_folder: Path, pairs: TableVersion, folder: Path
-) -> list[str]:
-    """Return the arguments of `tokenweights train`. For the negative model chosen and rejected are swapped, in S and D."""
+def _options(settings: ContrastSection, side: str, model_folder: Path, pairs: TableVersion, folder: Path) -> list[str]:
+    """Return the options of `tokenweights train`. For the negative model chosen and rejected are swapped, in S and D."""
     train = settings.train
     options: dict[str, object] = {
         "loss.name": settings.method,
@@ -208,8 +201,8 @@ def _arguments(
     }
     sections = {"model": train.model, "lora": train.lora, "optim": train.optim, "parallel": train.parallel}
     for section, values in sections.items():
-        given = {} if values is None else values.model_dump(exclude_none=True)
-        options |= {f"{section}.{key}": value for key, value in given.items()}
+        chosen = {} if values is None else values.model_dump(exclude_none=True)
+        options |= {f"{section}.{key}": value for key, value in chosen.items()}
     if train.lora is not None:
         options["lora.merge"] = False  # the scorer merges, and checks what it has merged
     if settings.held_out:
@@ -225,5 +218,5 @@ def _arguments(
     elif train.model.dtype == "bfloat16":
         options["gate.tolerance_nats"] = 0.1
     name = name_of(pairs.table)
-    arguments = ["train", "--store", pairs.store, "--weights", f"{name}@{pairs.version}"]
-    return [*arguments, "--model", str(model_folder), "--output", str(folder), *set_options(options)]
+    given = ["--store", pairs.store, "--weights", f"{name}@{pairs.version}"]
+    return [*given, "--model", str(model_folder), "--output", str(folder), *set_options(options)]

@@ -4,13 +4,18 @@ The job itself is `tokenweights train` (`train/`). Here is how it is started; th
 """
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.child import check_extra, run_child
+from pipeline.models.launch import Launch
 from train.config import TrainConfig
 from weights_store import TableVersion, WeightStore
+from weights_store.messages import logger
 from weights_store.names import name_of, split_name
+
+_log = logger(__name__)
 
 
 def pinned(config: TrainConfig, weights: str | None = None) -> TrainConfig:
@@ -45,13 +50,13 @@ def weights_of(config: TrainConfig, weights: str | None = None) -> TableVersion:
     return WeightStore(config.data.store).resolve(*split_name(weights or config.data.weights))
 
 
-def train(config: TrainConfig, python: str | None = None, launcher: Sequence[str] = ()) -> Path:
+def train(config: TrainConfig, launch: Launch, python: str | None = None) -> Path:
     """Run a training job to its end and return its output folder; a finished job does nothing.
 
     Args:
         config: The job.
+        launch: Its processes and machines.
         python: The interpreter of the job; None for this one.
-        launcher: Goes in front of `-m tokenweights`: torchrun, which starts several processes.
 
     Raises:
         KilledError: A signal ended it; another call continues from its last checkpoint.
@@ -59,11 +64,25 @@ def train(config: TrainConfig, python: str | None = None, launcher: Sequence[str
         StageError: It failed; carries its message.
     """
     check_extra("torch", python)
-    folder = config.output.folder
     sections = config.model_dump(exclude_none=True).items()
     options = set_options({f"{section}.{key}": value for section, keys in sections for key, value in keys.items()})
-    run_child("tokenweights", ["train", *options], f"training {folder}", python, launcher=launcher)
-    return Path(folder)
+    run_training(options, config.output.folder, launch, python)
+    return Path(config.output.folder)
+
+
+def run_training(options: Sequence[str], folder: str | Path, launch: Launch, python: str | None) -> None:
+    """Run `tokenweights train` with options that name all it needs; say how to start it on further machines, and wait for them.
+
+    Raises:
+        KilledError, StageError: See `train`.
+    """
+    arguments = ["train", *options]
+    for machine in range(1, launch.num_machines):
+        command = shlex.join(["python", *launch.launcher(machine), "-m", "tokenweights", *arguments])
+        _log.info(
+            f"waiting for machine {machine + 1} of {launch.num_machines}; start there, in {Path.cwd()}: {command}"
+        )
+    run_child("tokenweights", arguments, f"training {folder}", python, launcher=launch.launcher())
 
 
 def set_options(settings: Mapping[str, object]) -> list[str]:

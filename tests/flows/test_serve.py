@@ -155,7 +155,7 @@ def test_a_warning_of_the_doctor_keeps_a_policy_from_being_trained(files, monkey
     built = SimpleNamespace(diagnoses=[note, warning], report="store/reports/hh/head@4.html", published=published)
     monkeypatch.setattr("flows.training.build_weights", lambda recipe: built)
     monkeypatch.setattr(
-        "flows.training.train_policy", lambda config, weights, python: trained.append(weights) or "folder"
+        "flows.training.train_policy", lambda config, weights, launch, python: trained.append(weights) or "folder"
     )
     with pytest.raises(
         StageError, match=r"hh/head@4 was published and not trained on.*held_out: No better than chance\."

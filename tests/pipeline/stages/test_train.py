@@ -5,6 +5,7 @@ import json
 import pyarrow as pa
 import pytest
 
+from pipeline.models.launch import Launch
 from pipeline.stages import train as stage
 from pipeline.stages.train import pinned, train
 from train.config import TrainConfig
@@ -51,12 +52,12 @@ def test_the_job_gets_every_setting_as_it_is(config, monkeypatch):
     """What the child would parse from its command line is the config that was given."""
     commands = []
     monkeypatch.setattr(stage, "run_child", lambda *call, **options: commands.append((call, options)))
-    folder = train(config, python="/opt/train/bin/python", launcher=["-m", "torch.distributed.run"])
+    folder = train(config, Launch(num_processes=2), python="/opt/train/bin/python")
     ((module, arguments, what, python), options) = commands[0]
     assert (module, python, options) == (
         "tokenweights",
         "/opt/train/bin/python",
-        {"launcher": ["-m", "torch.distributed.run"]},
+        {"launcher": Launch(num_processes=2).launcher()},
     )
     assert what == f"training {config.output.folder}"
     assert str(folder) == config.output.folder
