@@ -30,7 +30,7 @@ from pipeline.workers.supervise import FOLDERS, changed_identity, stage_table
 from weights_store import TableVersion, WeightStore
 from weights_store.checks.reports import REPORTS
 from weights_store.fingerprint import explain_difference
-from weights_store.inspection.kept import findings_key
+from weights_store.inspection.page.kept import findings_key
 
 _MEASURED_COMMITS = 20
 

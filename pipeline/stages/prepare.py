@@ -284,9 +284,7 @@ class _Update:
         self.recorded = Account.recorded(start.tokens, start.quarantine)
         self.kept = kept_version(self.base, self.recorded, start.source)
         self.reasons = Counter(intake.reasons)
-        self.statistics = Counter(
-            num_pairs=0, num_scored_pairs=0, num_new_pairs=0, num_new_prompts_cut=0, num_new_responses_cut=0
-        )
+        self.statistics = Counter(num_pairs=0, num_new_pairs=0, num_new_prompts_cut=0, num_new_responses_cut=0)
         self.notes: Counter[str] = Counter()
         self.splits: Counter[str] = Counter()
         self.pair_ids = hashlib.sha256()

@@ -1,7 +1,7 @@
 """Stage report: what was published, as a page in the store (`weights_store/inspection/page`) and as Markdown.
 
 What looks wrong is the doctor's business (`weights_store/inspection/doctor.py`); its one pass serves the whole report, and the
-page keeps what it found (`weights_store/inspection/kept.py`).
+page keeps what it found (`weights_store/inspection/page/kept.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ from weights_store.checks.reports import REPORTS, report_problem, with_digest
 from weights_store.inspection.choice import Choice
 from weights_store.inspection.doctor import Diagnosis
 from weights_store.inspection.gather import make_view
-from weights_store.inspection.kept import findings_key, read_findings, with_findings
 from weights_store.inspection.page import render
+from weights_store.inspection.page.kept import findings_key, read_findings, with_findings
 from weights_store.location import Location
 from weights_store.messages import logger
 from weights_store.views.summary import summary_lines

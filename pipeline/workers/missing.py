@@ -13,6 +13,7 @@ from pipeline.workers.request import AnchorOptions, Request, Target
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.names import quarantine_path
 from weights_store.schemas import Reason
+from weights_store.tables.checksums import sum_checksums
 from weights_store.tables.key_ranges import KeyRange
 
 RANGE_BYTES = 512 << 20
@@ -27,10 +28,19 @@ def missing_pairs(tokens: TableVersion, table: Table) -> Iterator[pl.DataFrame]:
     If the table has exactly the pairs of the tokens, only the commits of both are read.
     """
     pairs = WeightStore(tokens.store).table(tokens.table)
-    if table.exists() and table.keys_sum() == pairs.keys_sum(tokens.version):
+    if table.exists() and keys_sum(table) == keys_sum(pairs, tokens.version):
         return
     for piece in pairs.key_ranges(RANGE_BYTES, tokens.version):
         yield missing_within(piece, tokens, table)
+
+
+def keys_sum(table: Table, version: int | None = None) -> tuple[int, int]:
+    """Return the number of rows of one version and the checksum of its `pair_id`, from its commits alone.
+
+    Two tables whose sums are the same have the same pairs: others would have the same 64 bits by chance only.
+    """
+    records = table.records(version)
+    return sum(record.num_rows for record in records), sum_checksums(r.sums for r in records).get("pair_id", 0)
 
 
 def missing_within(piece: KeyRange, tokens: TableVersion, table: Table) -> pl.DataFrame:

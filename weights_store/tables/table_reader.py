@@ -24,7 +24,6 @@ import pyarrow.parquet as pq
 
 from weights_store.errors import DamageError, NotFoundError, StoreError
 from weights_store.location import Location, one_line
-from weights_store.tables.checksums import sum_checksums
 from weights_store.tables.commits import (
     ENTRY,
     LAST_CHECKPOINT,
@@ -267,19 +266,6 @@ class TableReader:
         """Return the number of rows of one version, as its commit recorded it."""
         made = self.read_commit(self._resolve(version))
         return made.log["num_rows"] if made.log is not None else sum(r.num_rows for r in self.records(made.version))
-
-    def keys_sum(self, version: int | None = None) -> tuple[int, int]:
-        """Return the number of rows of one version and the checksum of its key, from its commits alone.
-
-        Two tables by `pair_id` whose sums are the same have the same pairs: others would have the same 64 bits by chance only.
-
-        Raises:
-            DamageError: See `records`.
-        """
-        assert len(self.key) == 1, "a key of several columns has no checksum of its own"
-        records = self.records(version)
-        total = sum_checksums(record.sums for record in records)
-        return sum(record.num_rows for record in records), total.get(self.key[0], 0)
 
     def pair_ids(self, version: int | None = None) -> pl.Series:
         """Return the `pair_id`s of one version, none if the table does not exist yet."""

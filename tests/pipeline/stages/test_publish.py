@@ -604,7 +604,7 @@ def test_the_findings_of_a_version_are_read_from_its_report_and_not_found_out_ag
     assert write_report(published, toy_model) == first
     page.unlink()
     assert write_report(published, toy_model) == first
-    monkeypatch.setattr("weights_store.inspection.kept._code", lambda: "other rules")
+    monkeypatch.setattr("weights_store.inspection.page.kept._code", lambda: "other rules")
     assert write_report(published, toy_model) == first
     assert surveys == ["weights/toy/tis-dpo@0"] * 3
 

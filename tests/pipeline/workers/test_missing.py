@@ -3,10 +3,11 @@
 import pyarrow as pa
 import pytest
 
-from pipeline.workers.missing import Backlog, count_missing
+from pipeline.workers.missing import Backlog, count_missing, keys_sum
 from weights_store import WeightStore
 from weights_store.errors import DamageError
 from weights_store.schemas import LOGPS, QUARANTINE, TOKENS, Reason
+from weights_store.tables.compaction import optimize
 
 METADATA = {"fingerprint": "made up"}
 
@@ -65,3 +66,22 @@ def test_no_row_is_read_where_nothing_is_missing(store, tokens):
     assert count_missing(tokens, table) == Backlog()
     with pytest.raises(DamageError, match="not the file that was committed"):
         count_missing(tokens, store.table("logps/toy-1/other"))
+
+
+def _logps(*pair_ids, value=-1.0):
+    rows = [{"pair_id": pair_id, "chosen_logps": [value], "rejected_logps": [-2.0]} for pair_id in pair_ids]
+    return pa.Table.from_pylist(rows, LOGPS)
+
+
+def test_sums_of_keys_tell_whether_two_tables_have_the_same_pairs(store):
+    table, other = store.table("logps/toy/x"), store.table("logps/toy/y")
+    table.append(_logps("a", "b", "c"), METADATA)
+    for name in "cab":  # in other commits, another order, and with other values
+        assert not other.exists() or keys_sum(other) != keys_sum(table)
+        other.append(_logps(name, value=-3.0), METADATA)
+    assert keys_sum(other) == keys_sum(table)
+    optimize(other)
+    assert keys_sum(other) == keys_sum(table)
+    other.replace(_logps("a", "b", "d"), METADATA)
+    assert keys_sum(other) != keys_sum(table)
+    assert keys_sum(other, 2) == keys_sum(table)

@@ -254,21 +254,6 @@ def test_a_store_can_lie_in_a_folder_of_any_name(tmp_path):
         assert [batch["pair_id"].to_pylist() for batch in table.batches()] == [["a", "b", "c"]]
 
 
-def test_sums_of_keys_tell_whether_two_tables_have_the_same_pairs(tmp_path):
-    store = WeightStore(tmp_path)
-    table, other = store.table("logps/toy/x"), store.table("logps/toy/y")
-    table.append(_rows("a", "b", "c"), METADATA)
-    for name in "cab":  # in other commits, another order, and with other values
-        assert other.exists() is False or other.keys_sum() != table.keys_sum()
-        other.append(_rows(name, value=-3.0), METADATA)
-    assert other.keys_sum() == table.keys_sum()
-    optimize(other)
-    assert other.keys_sum() == table.keys_sum()
-    other.replace(_rows("a", "b", "d"), METADATA)
-    assert other.keys_sum() != table.keys_sum()
-    assert other.keys_sum(2) == table.keys_sum()
-
-
 @pytest.mark.parametrize("num_sorted", [0, 2400])
 def test_key_ranges_part_the_rows_and_are_about_equally_large(tmp_path, monkeypatch, num_sorted):
     # 60 appends of one row group each whose keys all mix, as when pairs come in any order; then perhaps a large sorted one.

@@ -1,7 +1,7 @@
 """Findings that stand in a page: they come back as they were, and only under their key."""
 
 from weights_store.inspection.doctor import Diagnosis
-from weights_store.inspection.kept import read_findings, with_findings
+from weights_store.inspection.page.kept import read_findings, with_findings
 
 HTML = '<!doctype html>\n<html lang="en"><title>toy@0</title>\n</html>\n'
 KEY, OTHER = "0123456789abcdef" * 4, "f" * 64
