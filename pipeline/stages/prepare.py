@@ -192,6 +192,8 @@ class Preparation:
         if not self.is_recorded_in(self.tokens):
             return None
         statistics = self.tokens.metadata()["statistics"]
+        if not {"num_scored_pairs", "num_pairs_by_split"} <= statistics.keys():
+            return None  # of a store from before these were recorded: the source is read again
         num_pairs = statistics["num_pairs"]
         if self.needs_scores:
             self._check_scores(num_pairs - statistics["num_scored_pairs"], num_pairs)

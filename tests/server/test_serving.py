@@ -1,4 +1,4 @@
-"""`tokenweights serve` with its own server: a schedule that fires again finds new rows, and a sound version starts a training."""
+"""`tokenweights serve` with its own server: a schedule finds new rows, and a sound version starts a training."""
 
 import json
 import re

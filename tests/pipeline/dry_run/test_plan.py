@@ -61,7 +61,7 @@ def _build(recipe):
     logps = {"ref_logps": _score(prepared.tokens, Scorer(folder), recipe, "ref")}
     published = publish(recipe, recipe.uniform, Ingredients(prepared.tokens, **logps))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.stages.contrast.run_child", _train)
+        patch.setattr("pipeline.stages.train.run_child", _train)
         pair = contrast(recipe.contrast, folder, published.weights)
     for role, scorer in pair.scorers.items():
         logps[f"{role}_logps"] = _score(prepared.tokens, scorer, recipe, role)

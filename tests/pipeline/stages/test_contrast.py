@@ -90,7 +90,7 @@ def test_a_pair_is_trained_on_the_other_pairs_that_the_recipe_names(make_recipe,
         commands.append(command)
         shutil.copytree(toy_model, command[command.index("--output") + 1], dirs_exist_ok=True)
 
-    monkeypatch.setattr("pipeline.stages.contrast.run_child", train)
+    monkeypatch.setattr("pipeline.stages.train.run_child", train)
     pairs = uniform(4)
     own = dataclasses.replace(pairs, table="weights/other/tis-dpo")  # the recipe's own dataset, which has another name
     settings = {"contrast.method": "sft", "dataset.name": "other", "dataset.split": ["a", "b"]}
