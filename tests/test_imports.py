@@ -21,7 +21,7 @@ PACKAGES = {
     "weights_store": BASE,
     "train": TRAIN,
     "pipeline": PIPELINE,
-    "flows": PIPELINE | {"prefect"},
+    "flows": PIPELINE | {"httpx", "prefect"},
     "tokenweights": {"shtab", "tokenizers"},
     "tokenweights_flows": set(),
 }
