@@ -442,5 +442,5 @@ def test_without_a_cluster_it_says_so_at_once(monkeypatch, tmp_path, address, me
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    with pytest.raises(SettingsError, match=f"{message}.*set score\.ray_address"), connected(address):
+    with pytest.raises(SettingsError, match=rf"{message}.*set score\.ray_address"), connected(address):
         pass
