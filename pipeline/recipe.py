@@ -133,7 +133,9 @@ class ScoreSection(Section):
     gpu_memory_share: float = Field(0.85, gt=0, le=1)
     tensor_parallel: int = Field(1, ge=1, description="GPUs that share one model")
     python: str | None = Field(None, description="interpreter of the scorer; default: this one")
-    executor: Literal["process", "ray"] = Field("process", description="one engine here, or many on a Ray cluster")
+    executor: Literal["process", "ray"] = Field(
+        "process", description="one engine here, or many on a Ray cluster, where prepare and publish run too"
+    )
     num_actors: int = Field(1, ge=1, description="engines on Ray, each with tensor_parallel GPUs")
     cpus_per_actor: float = Field(1.0, gt=0, description="CPU cores of an engine on Ray")
     ray_address: str | None = Field(
