@@ -139,7 +139,9 @@ class ScoreSection(Section):
         default_factory=partial(os.environ.get, SCORE_PYTHON),
         description=f"interpreter of the scorer; default: {SCORE_PYTHON}, or this one",
     )
-    executor: Literal["process", "ray"] = Field("process", description="one engine here, or many on a Ray cluster")
+    executor: Literal["process", "ray"] = Field(
+        "process", description="one engine here, or many on a Ray cluster, where prepare and publish run too"
+    )
     num_actors: int = Field(1, ge=1, description="engines on Ray, each with tensor_parallel GPUs")
     cpus_per_actor: float = Field(1.0, gt=0, description="CPU cores of an engine on Ray")
     ray_address: str | None = Field(

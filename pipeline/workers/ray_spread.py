@@ -23,7 +23,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 TASK_BYTES = 1 << 30
-"""Memory that Ray sets aside for a task, which takes one core."""
+"""Memory that Ray sets aside for a task, which takes one core; on smaller machines all that there is."""
 _MAX_RETRIES = 8
 """Of one task, after its process or machine has died."""
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1", "PYTHONSAFEPATH": "1"}
@@ -56,9 +56,9 @@ def spread_on_connected_ray(work: Callable[[_Item], _Result], items: Iterable[_I
     import ray
     from ray.exceptions import RayError
 
-    do = ray.remote(num_cpus=1, max_retries=_MAX_RETRIES, memory=TASK_BYTES, runtime_env={"env_vars": _ENVIRONMENT})(
-        _do
-    )
+    there = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+    memory = int(min(TASK_BYTES, there))  # a task that asks for more than a machine has would wait for ever
+    do = ray.remote(num_cpus=1, max_retries=_MAX_RETRIES, memory=memory, runtime_env={"env_vars": _ENVIRONMENT})(_do)
     said: set[str] = set()
     under_way: deque[Any] = deque()
 
