@@ -1,6 +1,6 @@
 """Look at an installed environment: `python smoke.py flows`, `score-cpu` and so on, called by rehearse.sh.
 
-Imports every module of its packages, except those that need torch or vLLM if it has none; runs its commands;
+Imports every module of its packages, except those that need a package of another extra; runs its commands;
 and checks that nothing of another extra is installed. Does not need this repository: it looks at what is installed.
 """
 
@@ -47,7 +47,7 @@ def main(name: str) -> None:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
-            if error.name not in ("torch", "vllm") or error.name in installed:
+            if error.name not in FORBIDDEN[extra]:
                 raise
     if name in ENGINES:
         importlib.import_module("vllm").LLM  # noqa: B018  # loads the engine, and with it the compiled parts
