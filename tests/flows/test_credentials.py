@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import tokenweights
 from tests.torture import orphans
 from weights_store import WeightStore
 
@@ -23,27 +24,9 @@ WORDS = [b"planted-", b"plantedhubtoken"]
 
 
 @pytest.fixture
-def tokenweights(tmp_path, toy_model, toy_pairs):
-    """Return a function that runs a command on a recipe with a made-up scorer, with credentials in the environment."""
-    recipe = orphans.write_recipe(tmp_path, toy_model, toy_pairs[:8])
-    without = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
-    environment = {
-        **without,
-        **PLANTED,
-        "PREFECT_HOME": str(tmp_path / "prefect"),
-        "TMPDIR": str(tmp_path),
-        "MADE_UP": "{}",
-    }
-
-    def run(*arguments, code=0, **others):
-        command = [sys.executable, "-P", "-m", "tokenweights", arguments[0], str(recipe), *arguments[1:]]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment | others, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == code, done.stderr
-        return done
-
-    return run
+def recipe(tmp_path, toy_model, toy_pairs):
+    """A recipe file with a made-up scorer."""
+    return orphans.write_recipe(tmp_path, toy_model, toy_pairs[:8])
 
 
 def written(folder):
@@ -55,8 +38,17 @@ def written(folder):
 
 
 @pytest.mark.slow
-def test_a_build_writes_no_credential_into_store_report_log_or_database(tokenweights, tmp_path):
-    done = tokenweights("build", f"--store={tmp_path}/store", "--set=score.parity_pairs=0")
+def test_a_build_writes_no_credential_into_store_report_log_or_database(recipe, tmp_path):
+    others = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    places = {"PREFECT_HOME": str(tmp_path / "prefect"), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "tokenweights", "build", str(recipe), f"--store={tmp_path}/store"],
+        cwd=tmp_path,
+        env={**others, **PLANTED, **places},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
     assert WeightStore(f"{tmp_path}/store").list().height, "something was built"
     assert (tmp_path / "prefect" / "prefect.db").stat().st_size > 0, "runs, parameters, artifacts and logs"
     assert "planted" not in done.stdout + done.stderr
@@ -75,10 +67,13 @@ def test_a_build_writes_no_credential_into_store_report_log_or_database(tokenwei
     ],
     ids=lambda arguments: arguments[0].partition("planted")[0],
 )
-def test_an_error_repeats_no_credential(tokenweights, tmp_path, arguments):
-    done = tokenweights(
-        "build", *arguments, code=1, AWS_ENDPOINT_URL="http://planted-user:planted-password@127.0.0.1:9"
-    )
-    assert "planted" not in done.stdout + done.stderr
-    assert done.stderr.startswith("error: ")
+def test_an_error_repeats_no_credential(recipe, tmp_path, monkeypatch, capsys, arguments):
+    for name, value in PLANTED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://planted-user:planted-password@127.0.0.1:9")
+    monkeypatch.setattr("weights_store.location.PROBE_PAUSES_S", ())
+    assert tokenweights.main(["plan", str(recipe), *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert "planted" not in out + err
+    assert err.startswith("error: ")
     assert list(written(tmp_path)) == []
