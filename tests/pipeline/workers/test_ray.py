@@ -7,6 +7,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import asdict, replace
@@ -55,8 +56,13 @@ def cluster():
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "PYTHONPATH": str(REPO),
     }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
+    with (
+        tempfile.TemporaryDirectory(
+            prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
+        ) as folder,  # sockets: a short path
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in {**environment, "RAY_TMPDIR": folder}.items():
             patch.setenv(name, value)
         from ray.cluster_utils import Cluster
 
