@@ -21,7 +21,7 @@ weights = "toy/plain"
 [model]
 path = {model}
 [loss]
-name = "tis_dpo"
+name = "dpo"
 beta = 0.1
 [optim]
 learning_rate = 1e-4
