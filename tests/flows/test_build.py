@@ -1,14 +1,12 @@
-"""The real thing, end to end: Prefect's embedded server, real vLLM, the training job, a schedule that fires."""
+"""The real thing, end to end: Prefect's embedded server, real vLLM, the training job."""
 
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,6 @@ import pytest
 
 from flows.demo import next_commands
 from pipeline.recipe import load_recipe
-from tests.torture import orphans
 from weights_store import WeightStore
 
 REPO = Path(__file__).resolve().parents[2]
@@ -300,56 +297,6 @@ def test_ctrl_c_ends_a_build_and_keeps_what_was_committed(world, first_build, tm
     assert "interrupted; what was committed stays" in log.read_text(errors="replace")
     (logps,) = WeightStore(store).tables("logps")
     assert 0 < logps.num_rows() <= NUM_PAIRS + NUM_MORE
-
-
-def test_a_schedule_fires_and_the_users_own_files_are_not_imported(world, first_build, tmp_path):
-    """`tokenweights serve` with its own server: a run of the deployment completes; after a kill, server and runs end."""
-    log = tmp_path / "serve.log"
-    (tmp_path / "tmp").mkdir()
-    settings = {"PREFECT_HOME": str(tmp_path / "prefect"), "TMPDIR": str(tmp_path / "tmp"), orphans.MARK: tmp_path.name}
-    environment = {**os.environ, **settings}
-    for name in ("PREFECT_API_URL", "PYTHONSAFEPATH"):
-        environment.pop(name, None)
-    for name in ("flows", "pipeline", "train", "weights_store", "tokenizers", "prefect", "uvicorn"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('a stranger was imported')\n")
-    with log.open("wb") as stream:
-        command = [sys.executable, "-m", "tokenweights", "serve", str(world / "recipe.toml")]
-        serving = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=stream, stderr=stream)
-        try:
-            text = _wait_for(log, serving, "Finished in state Completed()", "Flow run", timeout_s=240)
-            _wait_for_log_line(re.search(r"Prefect server: (\S+)", text)[1], "score ref: logps/")
-            serving.kill()
-            serving.wait(20)
-            _wait_until_nothing_is_left(tmp_path.name, tmp_path / "tmp")
-        finally:
-            serving.kill()
-            serving.wait()
-            orphans.kill_marked(tmp_path.name)
-    first_run = re.split("Flow run .* Finished in state Completed", text)[0]
-    assert first_run.count("score ref: logps/") == 1
-    assert "a stranger was imported" not in text
-
-
-def _wait_until_nothing_is_left(mark, tmp):
-    deadline = time.monotonic() + 60  # about half a second on an idle core
-    while orphans.count_left(mark, tmp):
-        assert time.monotonic() < deadline, orphans.count_left(mark, tmp)
-        time.sleep(0.1)
-
-
-def _wait_for_log_line(server, start):
-    """Wait until the logs of the server's runs have a line that starts so."""
-    request = urllib.request.Request(
-        f"{server}/api/logs/filter", b'{"limit": 200}', {"Content-Type": "application/json"}
-    )
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            messages = [log["message"] for log in json.load(answer)]
-        if any(message.startswith(start) for message in messages):
-            return
-        time.sleep(0.5)
-    raise AssertionError(f"no line starts with {start!r}: {messages}")
 
 
 def _wait_for(log, process, *parts, timeout_s):
