@@ -12,8 +12,7 @@ _is_first = sys.path[0] == _folder
 if _is_first:
     del sys.path[0]
 try:
-    from flows.build import build_weights
-    from flows.refresh import refresh_weights
+    from flows.build import build_weights, refresh_weights
     from flows.training import build_and_train, train_policy
     from flows.worker import prepare_process
 finally:

@@ -21,7 +21,7 @@ from flows.repeating import AGAIN
 from flows.run_logs import progress_artifacts, run_logs
 from pipeline.parity.check import check_stored
 from pipeline.preflight import check_inputs
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.stages.anchors import sample_anchors
 from pipeline.stages.attribute import attribute
 from pipeline.stages.contrast import ContrastivePair, contrast, untrained_pair
@@ -108,6 +108,16 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
         )
         show_costs(published, stage_s, result.filled())
     return result
+
+
+@flow(name="refresh-weights")
+def refresh_weights(recipe_file: str, overrides: list[str] | None = None, store: str | None = None) -> str:
+    """Read a recipe from its file and build it; return the version, `name@version`, new or the one that was there.
+
+    The file is read when the flow runs, so that each run of a schedule sees new pairs and changes of the recipe.
+    """
+    result = build_weights(load_recipe(recipe_file, overrides or [], store))
+    return f"{result.published.name}@{result.published.weights.version}"
 
 
 @task(name="find model", task_run_name="find model", **AGAIN)

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from uuid import UUID
 
-import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging.handlers import APILogHandler
 
+from flows.repeating import may_pass
 from weights_store.messages import (
     LINE_EVERY_S,
     ProgressEvery,
@@ -85,7 +85,9 @@ class _Artifact(logging.Handler):
         try:
             self._send(percent)
             wait_s = _ARTIFACT_EVERY_S
-        except httpx.HTTPError as error:  # Prefect's own errors of a status are among them
+        except Exception as error:
+            if not may_pass(error):
+                raise
             _log.info(f"Prefect cannot show the progress of {self._what}: {first_line(error)}")
             wait_s = _AFTER_FAILURE_S
         self._next_at = time.monotonic() + wait_s

@@ -84,9 +84,8 @@ def _load(
 def _deployments(
     recipes: Mapping[str, Recipe], trainings: Mapping[str, TrainConfig], options: Mapping[str, Any]
 ) -> "Iterator[RunnerDeployment]":
-    from flows.build import build_weights
+    from flows.build import build_weights, refresh_weights
     from flows.events import when_published
-    from flows.refresh import refresh_weights
     from flows.training import build_and_train, train_policy
 
     for file, recipe in recipes.items():

@@ -21,7 +21,7 @@ PACKAGES = {
     "weights_store": BASE,
     "train": TRAIN,
     "pipeline": PIPELINE,
-    "flows": PIPELINE | {"httpx", "prefect"},
+    "flows": PIPELINE | {"prefect"},
     "tokenweights": {"shtab", "tokenizers"},
     "tokenweights_flows": set(),
 }
@@ -29,6 +29,7 @@ ONLY_IN = {
     "vllm": {"pipeline/engine/vllm_engine.py", "pipeline/engine/vllm_start.py"},
     "ray": {"pipeline/workers/on_ray.py", "pipeline/workers/ray_cluster.py", "pipeline/workers/ray_spread.py"},
     "trl": {"train/trl_adapter.py"},
+    "openlineage": {"flows/lineage_events.py"},
     "matplotlib": {"weights_store/inspection/figure.py", "weights_store/inspection/heat_map.py", "train/plots.py"},
     "tqdm": {"weights_store/messages.py", "train/job/progress.py"},
 }

@@ -74,7 +74,7 @@ def test_a_stage_goes_on_where_prefect_cannot_show_its_progress(artifacts, monke
     for name in ("create_progress_artifact", "update_progress_artifact"):
         monkeypatch.setattr(flows.run_logs, name, failing(getattr(flows.run_logs, name)))
     said = io.StringIO()
-    with show_on_terminal(said), progress_artifacts("score", ["ref"], PAIRS):
+    with show_on_terminal(said), progress_artifacts(["score ref"], PAIRS):
         show(Progress("score ref", 1, 4, 1.0))
         show(Progress("score ref", 4, 4, 2.0))  # the server is not asked again at once
     assert said.getvalue().count(f"Prefect cannot show the progress of score ref, {PAIRS}: gone") == 1

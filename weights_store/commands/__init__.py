@@ -72,6 +72,11 @@ def add_commands(
     quarantine.add_argument(
         "--limit", type=int, default=20, metavar="N", help="number of rows to list with --reason (default: 20)"
     )
+    _add_keeping(add, add_listing, on_ray)
+
+
+def _add_keeping(add: Add, add_listing: Add, on_ray: "Callable[[str], AbstractContextManager[Spread]]") -> None:
+    """Register the commands that keep a store whole and small."""
     verify = add_listing("verify", run_verify, "check every file against its commit; exit code 1 if something is wrong")
     _add_tables(verify)
     verify.add_argument(
