@@ -322,6 +322,17 @@ def test_a_build_on_two_nodes_one_of_which_dies_is_bit_for_bit_the_one_of_a_proc
 
 
 @pytest.mark.slow
+def test_a_spread_that_is_left_and_outlives_its_ray_starts_no_other_one(cluster):
+    import ray
+
+    with connected(cluster.address):
+        left = spread_on_connected_ray(abs, range(-20, 0))
+        assert next(left) == 20
+    left.close()  # as an error does whose traceback still holds it
+    assert not ray.is_initialized()
+
+
+@pytest.mark.slow
 def test_a_stage_that_runs_on_ray_is_driven_by_a_child_and_its_errors_come_out_as_themselves(
     tmp_path, toy_model, toy_pairs, make_recipe, write_jsonl, cluster
 ):
