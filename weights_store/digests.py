@@ -1,9 +1,9 @@
 """The SHA-256 of large local files, read once by this machine: models and sources that a scheduled build meets every time.
 
-Digests are kept in this process, and those of large files in `TOKENWEIGHTS_CACHE`, one small file for each path. One counts only
-while the file's size, inode and times of change are the same. That of a file which changed just before it was read is not kept:
-the file may change again within a tick of the file system's clock. `verify` and the checks of shards do not use them: they find
-bytes that changed by themselves.
+This process keeps digests in memory, and those of large files in `TOKENWEIGHTS_CACHE` too, one small file for each path. A
+digest counts only while the file's size, inode and times of change are the same. If the file changed just before it was read,
+its digest is not kept: the file may change again within a tick of the file system's clock. `verify` and the checks of shards
+use none of them: they find bytes that changed by themselves.
 """
 
 import hashlib

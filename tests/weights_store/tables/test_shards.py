@@ -90,7 +90,7 @@ def test_row_groups_and_shards_are_cut_by_size_and_lose_nothing(tmp_path, monkey
     assert (records[0].first_key, records[-1].last_key) == ("00", "39")
 
 
-def test_neighbouring_parts_with_few_rows_end_up_in_one_shard_and_all_records_in_the_order_of_keys(tmp_path, monkeypatch):
+def test_neighbours_with_few_rows_end_up_in_one_shard_and_records_in_the_order_of_keys(tmp_path, monkeypatch):
     monkeypatch.setattr("weights_store.tables.shards.ROW_GROUP_BYTES", 400)
     schema = pa.schema([("pair_id", pa.string())])
 
