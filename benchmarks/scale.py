@@ -203,7 +203,7 @@ def main() -> None:
     stages = {stage: measure(stage, options.folder, options.executor, options.pairs) for stage in STAGES}
     machine = describe("pyarrow", "polars", "deltalake", "transformers", "tokenizers", "ray")
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
-    source_bytes = _num_bytes(options.folder / "pairs.jsonl") or (options.folder / "pairs.jsonl").stat().st_size
+    source_bytes = (options.folder / "pairs.jsonl").stat().st_size
     results[f"{options.executor}, {options.pairs} pairs"] = {
         "machine": machine,
         "source_bytes_per_pair": round(source_bytes / options.pairs, 1),

@@ -134,11 +134,12 @@ def _publish(
     seen = _seen_labels(recipe, ingredients)
     weigher = Weigher.of(weights, tokenizer_folder, seen, recipe.labels)
     checked = check()
-    rows = (join, weigher, wanted.table, wanted.may_append_to, wanted.newest["statistics"] if wanted.newest else None)
+    before = wanted.newest["statistics"] if wanted.newest else None
+    task = (join, weigher, wanted.table, wanted.may_append_to, before)
     if spread is None and recipe.score.executor == "ray":
-        appended_to, shards, statistics = drive("weighing pairs", recipe.score, weigh_rows, *rows)
+        appended_to, shards, statistics = drive("weighing pairs", recipe.score, weigh_rows, *task)
     else:
-        appended_to, shards, statistics = weigh_rows(*rows, spread or in_turn)
+        appended_to, shards, statistics = weigh_rows(*task, spread or in_turn)
     if statistics is None:
         raise InputError(f"no pair of {ingredients.tokens} has all its scores; nothing to publish")
     metadata = _metadata(recipe.model_copy(update={"weights": weights}), ingredients, wanted, statistics)

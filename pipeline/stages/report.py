@@ -66,10 +66,12 @@ def kept_findings(folder: Location, file: str, key: str | None) -> list[Diagnosi
     if key is None or not folder.exists(file):
         return f"new file {REPORTS}/{file}"
     page = folder.read(file)
-    problem, found = report_problem(page, file), read_findings(page, key)
-    if problem is None and found is not None:
-        return found
-    problem = problem or "it is about another version of that name, or the doctor's rules have changed"
+    problem = report_problem(page, file)
+    if problem is None:  # only then can the findings be read
+        found = read_findings(page, key)
+        if found is not None:
+            return found
+        problem = "it is about another version of that name, or the doctor's rules have changed"
     return f"{REPORTS}/{file} is written again: {problem}"
 
 

@@ -314,7 +314,8 @@ class Filling:
         """Make what waits visible as one version, each pair once."""
         scored, self._waiting = self._waiting, []
         quarantine(self._request, self.target, [row for part in scored for row in part.unscorable])
-        shards = [shard for part in scored for shard in part.shards]
+        # Chunks come as they are done; the rows of a commit stand in the order of their keys.
+        shards = sorted((shard for part in scored for shard in part.shards), key=lambda shard: shard.first_key)
         now = time.monotonic()
         if shards:
             num_tokens = sum(part.chunk.num_tokens for part in scored)

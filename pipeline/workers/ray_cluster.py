@@ -39,7 +39,7 @@ def connected(address: str | None) -> Iterator[bool]:
     settings: dict[str, object] = {"address": found, "log_to_driver": False, "logging_level": "error"}
     if is_local:
         settings |= {"address": "local", "include_dashboard": False}
-        settings["object_store_memory"] = 128 << 20  # bytes: only small things go through it
+        settings["object_store_memory"] = 128 << 20  # bytes; of larger pieces of work, what does not fit goes to disk
         # Read when Ray is imported. Without clusters it takes 127.0.0.1 for this machine, and binds its ports there only.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -84,8 +84,9 @@ def spread_on_connected_ray(work: Callable[[_Item], _Result], items: Iterable[_I
     except RayError as error:
         raise as_ours(error, has_scored=True) from error
     finally:
-        for task in under_way:
-            ray.cancel(task)
+        if ray.is_initialized():  # else they ended with it, and `cancel` would start or find another Ray
+            for task in under_way:
+                ray.cancel(task)
 
 
 def _do(work: Callable[[_Item], _Result], item: _Item) -> tuple[_Result | TokenweightsError, list[str]]:

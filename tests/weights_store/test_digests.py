@@ -1,7 +1,9 @@
 """A large file is read once: its digest is kept, and counts only while nothing about the file has changed."""
 
+import errno
 import hashlib
 import os
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("TOKENWEIGHTS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(digests, "_MIN_BYTES", 8)
     monkeypatch.setattr(digests, "_SETTLED_NS", 0)
+    monkeypatch.setattr(digests, "_known", {})
     place = tmp_path / "model.safetensors"
     place.write_bytes(b"12345678")
     return place
@@ -36,7 +39,7 @@ def num_read(monkeypatch):
 
 
 def _in_a_new_process(path):
-    digests._digest.cache_clear()
+    digests._known.clear()
     return digest_once(path)
 
 
@@ -89,6 +92,23 @@ def test_a_file_that_changed_just_now_is_not_kept(place, num_read, monkeypatch):
     assert not (place.parent / "cache").exists()
 
 
+@pytest.mark.parametrize("content", [b"12345678", b"1234567"], ids=["large", "small"])
+def test_a_process_does_not_remember_what_may_change_within_a_tick_of_the_clock(place, monkeypatch, content):
+    place.write_bytes(content)
+    state = digests._state(place)
+    monkeypatch.setattr(digests, "_state", lambda _: state)  # a clock that does not tell two changes apart
+    monkeypatch.setattr(digests, "_SETTLED_NS", 60 * 10**9)
+    for each in (content, content[::-1]):
+        place.write_bytes(each)
+        assert digest_once(place) == hashlib.sha256(each).hexdigest()
+
+
+def test_a_process_reads_a_settled_file_once(place, num_read):
+    place.write_bytes(b"1234567")
+    assert digest_once(place) == digest_once(place) == _sha256(place)
+    assert num_read() == 1
+
+
 def test_a_small_file_is_not_kept(place, num_read):
     place.write_bytes(b"1234567")
     assert [_in_a_new_process(place) for _ in range(2)] == [_sha256(place)] * 2
@@ -112,5 +132,23 @@ def test_a_damaged_digest_is_made_again(place, num_read):
 
 def test_a_cache_that_cannot_be_written_costs_only_time(place, num_read):
     (place.parent / "cache").write_text("a file in its place")
+    assert [_in_a_new_process(place) for _ in range(2)] == [_sha256(place)] * 2
+    assert num_read() == 2
+
+
+def test_a_full_disk_costs_only_time_and_leaves_nothing_behind(place, num_read, monkeypatch):
+    def fail(self, *_args, **_kwargs):
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    assert [_in_a_new_process(place) for _ in range(2)] == [_sha256(place)] * 2
+    assert num_read() == 2
+    assert list((place.parent / "cache/digests").iterdir()) == []
+
+
+def test_a_user_without_a_home_folder_keeps_nothing(place, num_read, monkeypatch):
+    monkeypatch.delenv("TOKENWEIGHTS_CACHE")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does where nobody knows of a home folder
     assert [_in_a_new_process(place) for _ in range(2)] == [_sha256(place)] * 2
     assert num_read() == 2

@@ -113,7 +113,7 @@ class ShardWriter:
         self.schema = schema
         self.key = list(key)
         self.records: list[ShardRecord] = []
-        # Names sort in the order of writing, within a commit and across commits: every reader sees the same order of rows.
+        # The time is for people who list the folder. Clocks differ, so the order of rows is that of the commits.
         self._stem = f"{time.time_ns():020d}-{uuid.uuid4().hex[:12]}"
         self._waiting: list[pa.Table] = []
         self._shard: _OpenShard | None = None
@@ -127,8 +127,10 @@ class ShardWriter:
             self._write_groups(is_last=False)
 
     def take(self, part: Written) -> None:
-        """Add what another writer has written of a later range of keys."""
-        self.records += part.shards
+        """Add what another writer has written of a later range of keys; the records stay in the order of the keys."""
+        if part.shards:
+            self.finish()
+            self.records += part.shards
         self.write(part.few)
 
     def finish_part(self) -> Written:

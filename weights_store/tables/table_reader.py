@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -193,7 +193,7 @@ class TableReader:
                 pass
 
     def records(self, version: int | None = None) -> list[ShardRecord]:
-        """Return what the commits recorded of the shards of one version, in the order in which they were written.
+        """Return what the commits recorded of the shards of one version: by commit, and in the order that the commit has.
 
         Raises:
             DamageError: They are not the files or the number of rows that the commit of this version recorded, or an entry is
@@ -203,11 +203,17 @@ class TableReader:
         opened = self.open_delta(version)
         newest = opened.version()
         made = self.read_commit(newest)
-        names = self.names_in(opened, made)
-        found = {shard.name: shard for shard in made.shards if shard.name in names}
+        missing = set(self.names_in(opened, made))
+        found: list[list[ShardRecord]] = []  # by commit, newest first
         damage: DamageError | None = None
+
+        def take(commit: Commit) -> None:
+            found.append([shard for shard in commit.shards if shard.name in missing])
+            missing.difference_update(shard.name for shard in found[-1])
+
+        take(made)
         for start in range(newest - 1, -1, -READERS):  # backwards: the last commits usually hold all that is needed
-            if not (missing := set(names) - found.keys()):
+            if not missing:
                 break
             for commit in self.read_commits(range(start, max(-1, start - READERS), -1)):
                 if isinstance(commit, DamageError):
@@ -215,15 +221,16 @@ class TableReader:
                     if made.log is None:  # nothing else says whether its removals are right
                         raise commit
                 else:
-                    found |= {shard.name: shard for shard in commit.shards if shard.name in missing}
-        if missing := set(names) - found.keys():
+                    take(commit)
+        if missing:
             problem = f"{self.path}@{newest} in {self.root}: shard {min(missing)} {_FOREIGN}; {self._repair}"
             raise damage or StoreError(problem)
-        self._check_num_rows(made, sum(record.num_rows for record in found.values()))
-        return [found[name] for name in sorted(found)]
+        records = list(chain.from_iterable(reversed(found)))
+        self._check_num_rows(made, sum(record.num_rows for record in records))
+        return records
 
     def shards(self, version: int | None = None) -> list[str]:
-        """Return the names of the shards of one version, in the order in which they were written.
+        """Return the names of the shards of one version, sorted.
 
         Raises:
             DamageError: They are not the files that the commit of this version recorded.
@@ -396,5 +403,5 @@ class TableReader:
 
 
 def _paths(opened: "DeltaTable") -> list[str]:
-    """Return the names of the shards of an open table, in the order in which they were written."""
+    """Return the names of the shards of an open table, sorted."""
     return sorted(pa.table(opened.get_add_actions()).column("path").to_pylist())

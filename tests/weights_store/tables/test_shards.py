@@ -90,7 +90,7 @@ def test_row_groups_and_shards_are_cut_by_size_and_lose_nothing(tmp_path, monkey
     assert (records[0].first_key, records[-1].last_key) == ("00", "39")
 
 
-def test_parts_with_few_rows_end_up_in_one_shard_and_others_keep_their_own(tmp_path, monkeypatch):
+def test_neighbours_with_few_rows_end_up_in_one_shard_and_records_in_the_order_of_keys(tmp_path, monkeypatch):
     monkeypatch.setattr("weights_store.tables.shards.ROW_GROUP_BYTES", 400)
     schema = pa.schema([("pair_id", pa.string())])
 
@@ -99,19 +99,16 @@ def test_parts_with_few_rows_end_up_in_one_shard_and_others_keep_their_own(tmp_p
         writer.write(pa.table({"pair_id": [f"{index:08d}" for index in range(first, first + num_rows)]}, schema))
         return writer.finish_part()
 
-    few, many, none, more = part(0, 3), part(3, 60), part(63, 0), part(63, 2)
-    assert [(len(each.shards), each.few.num_rows) for each in (few, many, none, more)] == [
-        (0, 3),
-        (1, 0),
-        (0, 0),
-        (0, 2),
-    ]
+    parts = [part(first, num_rows) for first, num_rows in ((0, 3), (3, 60), (63, 0), (63, 2), (65, 1), (66, 60))]
+    # 60 rows are more bytes than a row group, so those parts have shards of their own.
+    assert [(len(each.shards), each.few.num_rows) for each in parts] == [(0, 3), (1, 0), (0, 0), (0, 2), (0, 1), (1, 0)]
     writer = ShardWriter(Location(str(tmp_path)), schema, ["pair_id"])
-    for each in (few, many, none, more):
+    for each in parts:
         writer.take(each)
-    records = writer.finish()
-    assert sorted((record.num_rows, record.first_key, record.last_key) for record in records) == [
-        (5, "00000000", "00000064"),
+    assert [(record.num_rows, record.first_key, record.last_key) for record in writer.finish()] == [
+        (3, "00000000", "00000002"),
         (60, "00000003", "00000062"),
+        (3, "00000063", "00000065"),
+        (60, "00000066", "00000125"),
     ]
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 4

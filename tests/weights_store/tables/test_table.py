@@ -53,6 +53,22 @@ def test_shards_come_in_the_order_of_writing(table):
     assert order == [["a"], ["b"], ["c"], ["d"]]
 
 
+def test_the_order_of_rows_is_that_of_the_commits_and_of_their_writers_whatever_clocks_say(table, monkeypatch):
+    clock = iter(range(10**18, 0, -1))
+    monkeypatch.setattr("weights_store.tables.shards.time.time_ns", lambda: next(clock))
+
+    def shard(name):
+        writer = table.writer()
+        writer.write(_rows(name))
+        return writer.finish()
+
+    for base, names in enumerate(("fg", "a", "db")):
+        table.commit([record for name in names for record in shard(name)], METADATA, base - 1 if base else None)
+    assert [record.first_key for record in table.records()] == ["f", "g", "a", "d", "b"]
+    assert [record.first_key for record in table.records(1)] == ["f", "g", "a"]
+    assert [batch["pair_id"][0].as_py() for batch in table.batches()] == ["f", "g", "a", "d", "b"]
+
+
 def test_metadata_of_each_version_is_its_own(table):
     table.append(_rows("a"), METADATA)
     table.append(_rows("b"), {**METADATA, "fingerprint": "f1"})
