@@ -1,10 +1,13 @@
-"""Which deployments `tokenweights serve` makes of recipes and training configs, and what starts them."""
+"""Which deployments `tokenweights serve` makes of recipes and training configs, what starts them, and on which server."""
 
+import os
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 
-from flows.serve import _deployments, _load
+from flows.api import configured_url
+from flows.serve import _api, _deployments, _load
 from flows.training import _check_pair, build_and_train
 from weights_store.errors import SettingsError, StageError
 from weights_store.inspection.doctor import Diagnosis
@@ -132,6 +135,41 @@ def test_two_files_of_one_name_are_refused(files):
     (files / "more/hh.toml").write_text(RECIPE)
     with pytest.raises(SettingsError, match=r"two files have the same name.*hh\.toml, more/hh\.toml; rename one"):
         _load(["hh.toml", "more/hh.toml"], [], None)
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """The environments of the servers that would be started. What an operator has set is put aside."""
+    environments = []
+
+    @contextmanager
+    def running_server(command, url, log, environment):
+        environments.append(environment)
+        yield
+
+    monkeypatch.setattr("flows.serve.running_server", running_server)
+    monkeypatch.setattr("flows.serve.guard", lambda: SimpleNamespace(mark_environment=lambda: None))
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.setenv("PREFECT_API_URL", "")
+    return environments
+
+
+def test_the_server_of_a_profile_is_used_like_that_of_the_environment(started, monkeypatch):
+    """`prefect config set PREFECT_API_URL` writes it into the profile; `status` and `build` ask that server too."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    monkeypatch.setattr("flows.serve.check_server", lambda: None)
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), _api():
+        assert os.environ["PREFECT_API_URL"] == ""
+    assert started == []
+
+
+def test_our_server_knows_after_its_end_who_holds_a_limit(started):
+    """By default Prefect keeps that in memory, and what runs held when it ended would be taken for ever."""
+    with _api():
+        assert os.environ["PREFECT_API_URL"] == configured_url()
+    (environment,) = started
+    assert environment["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"].endswith(".filesystem")
 
 
 def test_a_training_behind_a_build_reads_what_is_built(files):
