@@ -77,10 +77,7 @@ def _allowed() -> list[str] | None:
         if _URI.match(entry):
             entries.append(entry)
         elif Path(entry).is_absolute():
-            entries += [
-                os.path.realpath(entry),
-                os.path.normpath(entry),
-            ]  # the second for interpreters, which are links
+            entries += [os.path.realpath(entry), _program(entry)]  # the second for interpreters, which are links
         else:
             raise SettingsError(
                 f"{ALLOWED} has {entry!r}: expected absolute folders and URIs, separated by {os.pathsep!r}, for example "
@@ -108,5 +105,9 @@ def _is_below(place: str, entry: str) -> bool:
 
 
 def _program(python: str) -> str:
-    """Return the absolute path of an interpreter; its links stay, for they say which environment it is of."""
-    return os.path.abspath(shutil.which(python) or python)  # noqa: PTH100 - pathlib keeps `..`
+    """Return the absolute path of an interpreter. Only its own link stays, which says of which environment it is.
+
+    A link among its folders counts as what it points to: the system follows it before a `..` behind it.
+    """
+    folder, name = os.path.split(shutil.which(python) or python)
+    return str(Path(os.path.realpath(folder), name))

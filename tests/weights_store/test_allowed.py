@@ -111,6 +111,24 @@ def test_a_folder_allows_no_interpreter_in_it(allow, tmp_path, monkeypatch):
     check_interpreter_place("contrast.python", str(python))
 
 
+def test_a_link_does_not_lead_from_an_interpreter_that_is_allowed_to_another(allow, tmp_path):
+    """The system goes to `data/deep/env/python`, whatever the path looks like."""
+    for folder in ("env", "data/deep/env", "data/deep/a/b"):
+        (tmp_path / folder).mkdir(parents=True)
+    for folder in ("env", "data/deep/env"):
+        (tmp_path / folder / "python").symlink_to(sys.executable)
+    (tmp_path / "data/link").symlink_to(tmp_path / "data/deep/a/b")
+    allow(tmp_path / "data", tmp_path / "env/python")
+    disguised = f"{tmp_path}/data/link/../../env/python"
+    assert os.path.samefile(os.path.dirname(disguised), tmp_path / "data/deep/env")
+    with pytest.raises(InputError, match="is none of the interpreters that the operator allows"):
+        check_interpreter_place("score.python", disguised)
+    (tmp_path / "current").symlink_to(tmp_path / "env")
+    allow(tmp_path / "current/python")  # the operator may name an environment by a link
+    for python in ("current/python", "env/python"):
+        check_interpreter_place("score.python", str(tmp_path / python))
+
+
 def test_a_settings_file_outside_is_not_even_read(allow, tmp_path):
     (tmp_path / "other.toml").write_text("secret = 'word'")
     allow(tmp_path / "recipes")
