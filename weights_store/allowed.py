@@ -19,8 +19,8 @@ ALLOWED = "TOKENWEIGHTS_ALLOWED"
 """Environment variable with the list."""
 SCORE_PYTHON, TRAIN_PYTHON = "TOKENWEIGHTS_SCORE_PYTHON", "TOKENWEIGHTS_TRAIN_PYTHON"
 """Environment variables with the operator's interpreters for scoring, and for training and attribution."""
-_SEPARATOR = re.compile(rf"{re.escape(os.pathsep)}(?!//)")
-"""Not the colon of `s3://`."""
+_SEPARATOR = re.compile(rf"{re.escape(os.pathsep)}(?!//|\d+(?:[/{os.pathsep}]|$))")
+"""Not the colon of `s3://`, nor that of a port."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _CHANGE = f"change it, or ask the operator to add the place to {ALLOWED}"

@@ -71,6 +71,14 @@ def test_uris_are_allowed_by_whole_parts_of_their_beginning(allow):
         assert not is_allowed(place), place
 
 
+def test_a_machine_is_allowed_with_its_port(allow):
+    allow("/data", "ray://head:10001", "tcp://head:29500", "/stores")
+    for place in ("ray://head:10001", "tcp://head:29500", "/data/a", "/stores/a"):
+        assert is_allowed(place), place
+    for place in ("ray://head:10002", "ray://head", "tcp://other:29500", "tcp://head:2950"):
+        assert not is_allowed(place), place
+
+
 def test_hub_ids_are_allowed_only_explicitly(allow, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "here").mkdir(parents=True)
