@@ -5,7 +5,9 @@ import os
 from typing import get_args
 
 import pytest
+from pydantic import ValidationError
 
+from pipeline.models.launch import Launch
 from pipeline.models.resolve import resolve_path
 from pipeline.recipe import Recipe
 from train.config import TrainConfig
@@ -21,17 +23,18 @@ RECIPE_PLACES = {
     "score.python": {},
     "contrast.python": {},
     "attribute.python": {},
+    "contrast.train.main_address": {"contrast.train.num_machines": 2},
     "score.ray_address": {},
     "store.uri": {},
 }
 """Keys that name a place, and what each needs beside it."""
+ADDRESSES = {"contrast.train.main_address": "elsewhere:29500", "score.ray_address": "ray://elsewhere:10001"}
 CONFIG_PLACES = {"data.store", "data.cache_folder", "model.path", "output.folder"}
 NO_PLACES = {
     "dataset": "name config data_dir split split_column revision prompt_column input_column system_column chosen_column "
     "rejected_column chosen_score_column rejected_score_column unprinted_keys transcript",
     "model": "revision template_date",
     "contrast": "positive_prompt positive_revision negative_prompt negative_revision weights split",
-    "contrast.train": "main_address",
     "contrast.train.lora": "target_modules",
     "weights": "name members",
     "schedule": "cron timezone",
@@ -66,11 +69,22 @@ def test_every_text_in_the_settings_is_known_to_be_a_place_or_none(model, places
 def test_a_recipe_that_names_a_place_outside_is_refused(make_recipe, toy_model, tmp_path, monkeypatch, key):
     monkeypatch.setenv("TOKENWEIGHTS_ALLOWED", os.pathsep.join([str(tmp_path), str(toy_model)]))
     make_recipe()
-    place = "ray://elsewhere:10001" if key == "score.ray_address" else "/etc/passwd"
-    with pytest.raises(SettingsError, match=f"{key} {place}.* the operator allows") as caught:
+    place = ADDRESSES.get(key, "/etc/passwd")
+    with pytest.raises(SettingsError, match=f"{key} (tcp://)?{place}.* the operator allows") as caught:
         make_recipe(**{**RECIPE_PLACES[key], key: place})
     assert "TOKENWEIGHTS_ALLOWED" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_machines_meet_only_where_the_operator_allows(monkeypatch):
+    """Whoever answers there tells the processes of a training what to run: pickles, as torch.distributed sends objects."""
+    monkeypatch.setenv("TOKENWEIGHTS_ALLOWED", "/data:tcp://head:29500")
+    assert Launch(num_machines=2, main_address="head:29500").address == "head:29500"
+    with pytest.raises(ValidationError, match="main_address tcp://other:29500 is outside of what the operator allows"):
+        Launch(num_machines=2, main_address="other:29500")
+    monkeypatch.setenv("MASTER_ADDR", "other")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert Launch(num_machines=2).address == "other:29500"  # the environment is the operator's
 
 
 def test_hub_ids_and_object_stores_have_to_be_allowed_by_name(make_recipe, tmp_path, monkeypatch):
