@@ -42,6 +42,7 @@ def train_policy(
     """
     with run_logs():
         job = pinned(_training(config), weights)
+        check_places(job)  # its folder too, which is beside that of the config
         return str(train_model(job, launch, _interpreter(python)))
 
 
