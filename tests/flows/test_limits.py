@@ -41,6 +41,12 @@ def test_a_process_holds_the_first_gpus_that_it_sees(driver, monkeypatch, visibl
     assert gpu_limits(num_gpus) == [f"gpu node7 {index}" for index in expected]
 
 
+def test_a_driver_without_a_gpu_shows_none(driver, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho No devices were found\n")
+    assert gpu_limits(1) == []
+
+
 def test_two_stores_may_have_datasets_of_one_name(tmp_path):
     name = "hh/tis-dpo"
     assert build_limit(f"{tmp_path}/a", name) != build_limit(f"{tmp_path}/b", name)
