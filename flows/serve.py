@@ -93,7 +93,7 @@ def _deployments(
     from flows.build import build_weights
     from flows.events import when_published
     from flows.refresh import refresh_weights
-    from flows.training import build_and_train, train_policy
+    from flows.training import build_and_train, train_policy, why_not_behind
 
     for file, recipe in recipes.items():
         what = f"Builds {recipe.weights.name} from {recipe.dataset.source}"
@@ -110,7 +110,7 @@ def _deployments(
     for file, config in trainings.items():
         name, _ = split_name(config.data.weights)
         what = f"Trains {config.model.path} on {name}"
-        builders = [recipe for recipe in recipes.values() if _builds(recipe, config)]
+        builders = [recipe for recipe in recipes.values() if why_not_behind(config, recipe) is None]
         yield _deployment(
             train_policy,
             file,
@@ -121,10 +121,6 @@ def _deployments(
         for recipe in builders:
             parameters = {"recipe": _as_json(recipe), "config": _as_json(config)}
             yield _deployment(build_and_train, file, f"Builds {name} and trains on it.", parameters)
-
-
-def _builds(recipe: Recipe, config: TrainConfig) -> bool:
-    return (recipe.weights.name, recipe.store.uri) == (split_name(config.data.weights)[0], config.data.store)
 
 
 def _as_json(settings: Recipe | TrainConfig) -> dict[str, Any]:

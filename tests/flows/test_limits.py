@@ -47,8 +47,10 @@ def test_a_driver_without_a_gpu_shows_none(driver, tmp_path, monkeypatch):
     assert gpu_limits(1) == []
 
 
-def test_two_stores_may_have_datasets_of_one_name(tmp_path):
+def test_two_stores_may_have_datasets_of_one_name(tmp_path, monkeypatch):
     name = "hh/tis-dpo"
+    monkeypatch.chdir(tmp_path)
+    assert build_limit("a", name) == build_limit(f"{tmp_path}/a", name)
     assert build_limit(f"{tmp_path}/a", name) != build_limit(f"{tmp_path}/b", name)
     assert build_limit(f"{tmp_path}/a/", name) == build_limit(f"{tmp_path}/a", name)
     assert "/" not in build_limit("s3://bucket/a", name)  # Prefect refuses it in a name

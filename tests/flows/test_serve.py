@@ -8,7 +8,7 @@ import pytest
 
 from flows.api import configured_url
 from flows.serve import _api, _deployments, _load
-from flows.training import _check_pair, build_and_train
+from flows.training import build_and_train, why_not_behind
 from weights_store.errors import SettingsError, StageError
 from weights_store.inspection.doctor import Diagnosis
 
@@ -96,7 +96,13 @@ def test_a_training_starts_on_sound_versions_of_what_is_served_beside_it(files):
     assert "build-and-train/policy" in served
 
 
-@pytest.mark.parametrize("changed", [{"store": "elsewhere"}, {"weights": "hh/other"}])
+def test_a_store_is_the_same_however_it_is_written(files):
+    (files / "policy.toml").write_text(TRAINING.replace('"store"', f'"{files}/./store/"'))
+    (trigger,) = _served("hh.toml", "policy.toml")["train-policy/policy"].triggers
+    assert trigger.match.root["tokenweights.store"] == str(files / "store")
+
+
+@pytest.mark.parametrize("changed", [{"store": "elsewhere"}, {"weights": "hh/other"}, {"weights": "hh/head@3"}])
 def test_a_training_on_other_weights_waits_for_a_person(files, changed):
     text = TRAINING
     for key, value in changed.items():
@@ -175,12 +181,13 @@ def test_our_server_knows_after_its_end_who_holds_a_limit(started):
 def test_a_training_behind_a_build_reads_what_is_built(files):
     recipes, trainings = _load(["hh.toml", "policy.toml"], [], None)
     (recipe,), (config,) = recipes.values(), trainings.values()
-    _check_pair(recipe, config)
+    assert why_not_behind(config, recipe) is None
     other = config.model_copy(update={"data": config.data.model_copy(update={"weights": "hh/other@3"})})
-    with pytest.raises(
-        SettingsError, match="the recipe builds hh/head in store, and the training reads hh/other in store"
-    ):
-        _check_pair(recipe, other)
+    store = files / "store"
+    assert f"builds hh/head in {store}, and the training reads hh/other in {store}" in why_not_behind(other, recipe)
+    pinned = config.model_copy(update={"data": config.data.model_copy(update={"weights": "hh/head@3"})})
+    with pytest.raises(SettingsError, match=r"the training is on hh/head@3, and a build may make another version; set"):
+        build_and_train.fn(recipe, pinned)
 
 
 def test_a_warning_of_the_doctor_keeps_a_policy_from_being_trained(files, monkeypatch):
