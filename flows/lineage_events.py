@@ -2,7 +2,8 @@
 
 A stage is a run: START, at its end RUNNING for every version that it has committed, then COMPLETE; or FAIL with the error
 (ABORT if somebody stopped it), without what it had committed. Nothing is sent unless the client is configured in its own way:
-OPENLINEAGE_URL, OPENLINEAGE_CONFIG or OPENLINEAGE__TRANSPORT__TYPE=file and so on (`docs/operate.md`). A catalogue that does not answer ends no build. The store's own lineage needs none of this.
+OPENLINEAGE_URL, OPENLINEAGE_CONFIG or OPENLINEAGE__TRANSPORT__TYPE=file and so on (`docs/operate.md`). A catalogue that does
+not answer ends no build. The store's own lineage needs none of this.
 """
 
 import os

@@ -38,7 +38,7 @@ _SERVER = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
 }
-"""Settings of our server. By default it keeps in memory who holds a limit: what was held when it ended would stay taken for ever."""
+"""Settings of our server. By default it has in memory who holds a limit, and what is held when it ends stays taken for ever."""
 
 
 def serve(files: "Sequence[str]", overrides: "Sequence[str]" = (), store: str | None = None) -> None:

@@ -122,7 +122,7 @@ def why_not_behind(config: TrainConfig, recipe: Recipe) -> str | None:
         )
     if version is not None:
         return (
-            f"the training is on {config.data.weights}, and a build may make another version; set data.weights={name!r}, or train "
-            "without a build"
+            f"the training is on {config.data.weights}, and a build may make another version; set data.weights={name!r}, or "
+            "train without a build"
         )
     return None

@@ -102,6 +102,15 @@ def test_a_store_is_the_same_however_it_is_written(files):
     assert trigger.match.root["tokenweights.store"] == str(files / "store")
 
 
+def test_files_that_name_no_store_meet_in_that_of_the_operator(files, monkeypatch):
+    """As in the containers, whose prefect.yaml has the recipes of a laptop."""
+    (files / "hh.toml").write_text(RECIPE.replace('[store]\nuri = "store"\n', ""))
+    (files / "policy.toml").write_text(TRAINING.replace('store = "store"\n', ""))
+    monkeypatch.setenv("TOKENWEIGHTS_STORE", "s3://bucket/store")
+    (trigger,) = _served("hh.toml", "policy.toml")["train-policy/policy"].triggers
+    assert trigger.match.root["tokenweights.store"] == "s3://bucket/store"
+
+
 @pytest.mark.parametrize("changed", [{"store": "elsewhere"}, {"weights": "hh/other"}, {"weights": "hh/head@3"}])
 def test_a_training_on_other_weights_waits_for_a_person(files, changed):
     text = TRAINING

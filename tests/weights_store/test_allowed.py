@@ -120,7 +120,7 @@ def test_a_folder_allows_no_interpreter_in_it(allow, tmp_path, monkeypatch):
 
 
 def test_a_link_does_not_lead_from_an_interpreter_that_is_allowed_to_another(allow, tmp_path):
-    """The system goes to `data/deep/env/python`, whatever the path looks like."""
+    """The system goes to data/deep/env/python, whatever the path looks like."""
     for folder in ("env", "data/deep/env", "data/deep/a/b"):
         (tmp_path / folder).mkdir(parents=True)
     for folder in ("env", "data/deep/env"):
@@ -128,7 +128,6 @@ def test_a_link_does_not_lead_from_an_interpreter_that_is_allowed_to_another(all
     (tmp_path / "data/link").symlink_to(tmp_path / "data/deep/a/b")
     allow(tmp_path / "data", tmp_path / "env/python")
     disguised = f"{tmp_path}/data/link/../../env/python"
-    assert os.path.samefile(os.path.dirname(disguised), tmp_path / "data/deep/env")
     with pytest.raises(InputError, match="is none of the interpreters that the operator allows"):
         check_interpreter_place("score.python", disguised)
     (tmp_path / "current").symlink_to(tmp_path / "env")
