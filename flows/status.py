@@ -15,7 +15,7 @@ from flows.serve import TAG
 from pipeline.dry_run.plan import plan
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.stages.train import pinned
-from train.config import TrainConfig
+from train.config import TrainConfig, check_places
 from train.job.output import LINEAGE
 from weights_store.errors import TokenweightsError
 from weights_store.messages import first_line, hide_credentials
@@ -204,6 +204,8 @@ def _to_compute(recipe: Recipe) -> Iterator[str]:
 
 def _stale_policy(config: dict[str, Any] | str) -> str:
     settings, where = (load_toml(config), config) if isinstance(config, str) else (config, "config")
-    job = pinned(parse_settings(TrainConfig, settings, where))
+    training = parse_settings(TrainConfig, settings, where)
+    check_places(training)
+    job = pinned(training)
     is_trained = (Path(job.output.folder) / LINEAGE).is_file()
     return "" if is_trained else f"no training on {job.data.weights} yet"

@@ -7,7 +7,9 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Failed, Running
 
 from flows.serve import TAG
-from flows.status import read_status
+from flows.status import _stale, read_status
+from weights_store import WeightStore
+from weights_store.schemas import WEIGHTS
 
 
 @flow(name="refresh-weights")
@@ -43,3 +45,21 @@ def test_a_run_that_was_left_out_does_not_hide_how_the_last_one_ended(deployment
     _run(deployment, Running(), Cancelled(message="by somebody"))
     (found,) = read_status(check_stale=False)
     assert (found.last.state, found.last.said) == ("Cancelled", "by somebody")
+
+
+def test_a_training_of_somebody_is_looked_at_only_where_the_operator_allows(tmp_path, monkeypatch):
+    """Who reaches the API chooses the parameters of a deployment."""
+    table = WeightStore(tmp_path / "store").table("weights/hh/head")
+    table.append(WEIGHTS.empty_table(), {"fingerprint": "0"})
+    config = {
+        "data": {"store": str(tmp_path / "store"), "weights": "hh/head"},
+        "model": {"path": "model"},
+        "loss": {"name": "dpo", "beta": 0.1},
+        "optim": {"learning_rate": 1e-4},
+        "output": {"folder": str(tmp_path / "policy")},
+    }
+    assert _stale("train-policy/x", {"config": config}) == (True, "no training on hh/head@0 yet")
+    monkeypatch.setenv("TOKENWEIGHTS_ALLOWED", "/data")
+    stale, why = _stale("train-policy/x", {"config": config})
+    assert stale is None
+    assert why.startswith(f"data.store {tmp_path}/store is outside of what the operator allows: /data")
