@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from pipeline.models.launch import Launch
 from pipeline.models.resolve import resolve_path
-from pipeline.recipe import Recipe
+from pipeline.recipe import DatasetSection, Recipe
+from pipeline.source.load import open_source
 from train.config import TrainConfig
 from train.run import build_parser, load_config
 from weights_store.errors import InputError, SettingsError
@@ -43,7 +44,7 @@ NO_PLACES = {
     "eval": "split",
     "output": "report_to",
 }
-"""Texts that name none: names in the store, columns, revisions, prompts. `data_dir` is a folder in a hub dataset."""
+"""Texts that name none: names in the store, columns, revisions, prompts. `data_dir` is a folder in `source`, see below."""
 
 
 def free_texts(name, annotation):
@@ -74,6 +75,35 @@ def test_a_recipe_that_names_a_place_outside_is_refused(make_recipe, toy_model, 
         make_recipe(**{**RECIPE_PLACES[key], key: place})
     assert "TOKENWEIGHTS_ALLOWED" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("data_dir", ["/etc", "../secret", "link"])
+def test_a_folder_in_a_dataset_does_not_lead_out_of_it(make_recipe, toy_model, tmp_path, monkeypatch, data_dir):
+    """`datasets` joins both, so an absolute one replaces the source."""
+    for name in ("pairs/part", "secret"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "pairs/link").symlink_to(tmp_path / "secret")
+    allowed = [str(tmp_path / "pairs"), str(tmp_path / "store"), str(toy_model)]
+    monkeypatch.setenv("TOKENWEIGHTS_ALLOWED", os.pathsep.join(allowed))
+    source = {"dataset.source": str(tmp_path / "pairs")}
+    make_recipe(**source, **{"dataset.data_dir": "part"})
+    with pytest.raises(SettingsError, match=r"dataset\.data_dir .* is outside of what the operator allows"):
+        make_recipe(**source, **{"dataset.data_dir": data_dir})
+
+
+def test_a_readme_of_a_dataset_names_no_file_outside(tmp_path, monkeypatch):
+    (tmp_path / "pairs").mkdir()
+    row = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    for name in ("pairs/own.jsonl", "secret.jsonl"):
+        (tmp_path / name).write_text(row)
+    dataset = DatasetSection(name="toy", source=str(tmp_path / "pairs"))
+    readme = "---\nconfigs:\n- config_name: default\n  data_files: {}\n---\n"
+    (tmp_path / "pairs/README.md").write_text(readme.format("own.jsonl"))
+    monkeypatch.setenv("TOKENWEIGHTS_ALLOWED", str(tmp_path / "pairs"))
+    assert open_source(dataset).name == dataset.source
+    (tmp_path / "pairs/README.md").write_text(readme.format(tmp_path / "secret.jsonl"))
+    with pytest.raises(InputError, match=r"a file of dataset\.source .*/pairs, .*/secret\.jsonl is outside of what"):
+        open_source(dataset)
 
 
 def test_machines_meet_only_where_the_operator_allows(monkeypatch):
