@@ -24,6 +24,8 @@ from weights_store.messages import first_line
 _ANSWER_S, _START_S, _STOP_S = 10, 180, 5
 DEFAULT_PORT = 4200
 """Prefect's own."""
+LEASES, ON_DISK = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", "prefect.server.concurrency.lease_storage.filesystem"
+"""Where a server has who holds a limit. By default in memory: what is held when it ends then stays taken for ever."""
 _ATTEMPTS = 3
 _FIRST_USE = re.compile("database is locked|already exists|UNIQUE constraint")
 """Errors of servers that prepare the same new database at the same time; the second attempt finds it ready."""

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.api import DEFAULT_PORT, check_server, configured_url, running_server
+from flows.api import DEFAULT_PORT, LEASES, ON_DISK, check_server, configured_url, running_server
 from flows.lineage_events import check_client
 from pipeline.recipe import Recipe, load_recipe
 from train.config import TrainConfig
@@ -33,12 +33,8 @@ if TYPE_CHECKING:
     from prefect.schedules import Schedule
 
 TAG = "tokenweights"
-_SERVER = {
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-}
-"""Settings of our server. By default it has in memory who holds a limit, and what is held when it ends stays taken for ever."""
+_SERVER = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", LEASES: ON_DISK}
+"""Settings of our server."""
 
 
 def serve(files: "Sequence[str]", overrides: "Sequence[str]" = (), store: str | None = None) -> None:

@@ -5,7 +5,7 @@ import threading
 import pytest
 from prefect.client.orchestration import get_client
 
-from flows import limits
+from flows import environments, limits
 from flows.limits import build_limit, gpu_limits, held
 
 GPUS = "0, GPU-aa11\n1, GPU-bb22\n2, GPU-ab33\n"
@@ -83,3 +83,11 @@ def test_a_limit_that_an_operator_has_changed_stays(prefect_server):
         client.upsert_global_concurrency_limit_by_name("gpu test 2", 2)
     with held(["gpu test 2"]), held(["gpu test 2"]):  # two small models on one card
         pass
+
+
+def test_doctor_env_warns_of_a_server_that_forgets_who_holds_a_limit(prefect_server):
+    """As it does by default."""
+    server, limits_kept = environments._of_prefect()
+    assert server.problem == ""
+    assert limits_kept.found == "memory"
+    assert "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=" in limits_kept.problem

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.api import configured_url
 from flows.serve import _api, _deployments, _load
@@ -166,13 +167,12 @@ def started(tmp_path, monkeypatch):
     monkeypatch.setattr("flows.serve.guard", lambda: SimpleNamespace(mark_environment=lambda: None))
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     monkeypatch.setenv("PREFECT_API_URL", "")
-    return environments
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        yield environments
 
 
 def test_the_server_of_a_profile_is_used_like_that_of_the_environment(started, monkeypatch):
     """`prefect config set PREFECT_API_URL` writes it into the profile; `status` and `build` ask that server too."""
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
     monkeypatch.setattr("flows.serve.check_server", lambda: None)
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), _api():
         assert os.environ["PREFECT_API_URL"] == ""
