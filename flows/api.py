@@ -24,6 +24,8 @@ from weights_store.messages import first_line
 _ANSWER_S, _START_S, _STOP_S = 10, 180, 5
 DEFAULT_PORT = 4200
 """Prefect's own."""
+LEASES, ON_DISK = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", "prefect.server.concurrency.lease_storage.filesystem"
+"""Where a server has who holds a limit. By default in memory: what is held when it ends then stays taken for ever."""
 _ATTEMPTS = 3
 _FIRST_USE = re.compile("database is locked|already exists|UNIQUE constraint")
 """Errors of servers that prepare the same new database at the same time; the second attempt finds it ready."""
@@ -54,7 +56,7 @@ def check_server() -> None:
         StageError: It does not answer, refuses us, or is of another version.
     """
 
-    if url := _configured_url():
+    if url := configured_url():
         _check_answer(url, "unset PREFECT_API_URL: then a build has a server of its own")
 
 
@@ -67,7 +69,7 @@ def server_to_ask() -> Iterator[None]:
     """
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    url = _configured_url() or f"http://127.0.0.1:{DEFAULT_PORT}/api"
+    url = configured_url() or f"http://127.0.0.1:{DEFAULT_PORT}/api"
     with temporary_settings({PREFECT_API_URL: url}):
         _check_answer(url, "set PREFECT_API_URL to one that runs")
         yield
@@ -97,7 +99,7 @@ def server_of_run(meanwhile: Callable[[], object] = _nothing) -> Iterator[bool]:
     Raises:
         StageError: Our own could not be started.
     """
-    if _configured_url():
+    if configured_url():
         meanwhile()
         yield False
         return
@@ -238,7 +240,8 @@ def _stop(server: "subprocess.Popen[bytes]") -> None:
         server.wait()
 
 
-def _configured_url() -> str | None:
+def configured_url() -> str | None:
+    """Return the API of the server that Prefect's settings name: `PREFECT_API_URL`, or the profile."""
     from prefect.settings import get_current_settings
 
     return get_current_settings().api.url

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from importlib.metadata import version
 
-from flows.api import check_server
+from flows.api import LEASES, ON_DISK, check_server
 from pipeline.interpreters import Fact, interpreters_of, look_at
 from pipeline.recipe import Recipe
 from weights_store.errors import StageError
@@ -43,3 +43,8 @@ def _of_prefect() -> Iterator[Fact]:
         return
     with get_client(sync_client=True) as client:
         yield Fact("Prefect server", f"{where}, Prefect {client.api_version()}", f"as here: {version('prefect')}")
+        settings = client.request("GET", "/admin/settings").json()
+    leases = settings.get("server", {}).get("concurrency", {}).get("lease_storage", "")
+    problem = f"{where}: start it with {LEASES}={ON_DISK}, or what runs hold when it restarts stays taken for ever"
+    found = leases.rpartition(".")[2]
+    yield Fact("holders of limits", found or "unknown", "not memory", problem if found == "memory" else "")

@@ -1,7 +1,5 @@
 """The event of a published version, and what it may start."""
 
-from pathlib import Path
-
 from prefect.events import DeploymentEventTrigger, emit_event
 
 from pipeline.stages.publish import Published
@@ -49,6 +47,7 @@ def when_published(store: str, name: str) -> DeploymentEventTrigger:
 
 def _resource(store: str, name: str) -> dict[str, str]:
     """Return how events name a weight dataset; names are the same in many stores."""
-    location = Location(store)
-    place = str(Path(location.path).absolute()) if location.is_local else str(location)
-    return {"prefect.resource.id": f"tokenweights.weights.{name}", "tokenweights.store": place}
+    return {
+        "prefect.resource.id": f"tokenweights.weights.{name}",
+        "tokenweights.store": Location(store).absolute_uri,
+    }

@@ -31,7 +31,7 @@ def gpu_limits(num_gpus: int) -> list[str]:
 
 def build_limit(store: str, name: str) -> str:
     """Return the name of the limit of one weight dataset; two stores may have datasets of the same name."""
-    return f"build {re.sub('[/%&<>]', '.', name)} {fingerprint(str(Location(store)))[:8]}"
+    return f"build {re.sub('[/%&<>]', '.', name)} {fingerprint(Location(store).absolute_uri)[:8]}"
 
 
 @contextmanager

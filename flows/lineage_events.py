@@ -1,9 +1,9 @@
 """OpenLineage events of every stage, for catalogues that follow data over many tools (Marquez, DataHub and others).
 
-A stage is a run: START, then RUNNING for every version that it commits, then COMPLETE, or FAIL with the error (ABORT if
-somebody stopped it). Nothing is sent
-unless the client is configured in its own way: OPENLINEAGE_URL, OPENLINEAGE_CONFIG or OPENLINEAGE__TRANSPORT__TYPE=file and so
-on (`docs/operate.md`). A catalogue that does not answer ends no build. The store's own lineage needs none of this.
+A stage is a run: START, at its end RUNNING for every version that it has committed, then COMPLETE; or FAIL with the error
+(ABORT if somebody stopped it), without what it had committed. Nothing is sent unless the client is configured in its own way:
+OPENLINEAGE_URL, OPENLINEAGE_CONFIG or OPENLINEAGE__TRANSPORT__TYPE=file and so on (`docs/operate.md`). A catalogue that does
+not answer ends no build. The store's own lineage needs none of this.
 """
 
 import os
@@ -69,9 +69,10 @@ def lineage_of(stage: str, weights: str, inputs: Sequence[Place]) -> Iterator[li
     except BaseException as error:
         run.send("FAIL" if isinstance(error, Exception) else "ABORT", outputs, error=error)
         raise
-    for output in outputs:
-        for commit in run.commits_of(output):
-            run.send("RUNNING", [output], commit=commit)
+    with _going_on():
+        for output in outputs:
+            for commit in run.commits_of(output):
+                run.send("RUNNING", [output], commit=commit)
     run.send("COMPLETE", outputs)
 
 
@@ -104,7 +105,7 @@ class _Run:
 
         if time.monotonic() < _silent_until[0]:
             return
-        try:
+        with _going_on():
             event = RunEvent(
                 eventType=RunState[state],
                 eventTime=datetime.now(UTC).isoformat(),
@@ -115,10 +116,17 @@ class _Run:
                 outputs=[_dataset(OutputDataset, place, commit) for place in outputs],
             )
             _client().emit(event)
-        except Exception as problem:  # noqa: BLE001  (whatever a transport raises: a catalogue is not worth a build)
-            _silent_until[0] = time.monotonic() + _PAUSE_S
-            reason = hide_credentials(first_line(problem))
-            _log.warning(f"OpenLineage: events are not sent for {_PAUSE_S:.0f} s, the build goes on: {reason}")
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Send nothing for a while after an event that cannot be made or sent, and go on."""
+    try:
+        yield
+    except Exception as problem:  # noqa: BLE001  (whatever a transport or a store raises: a catalogue is not worth a build)
+        _silent_until[0] = time.monotonic() + _PAUSE_S
+        reason = hide_credentials(first_line(problem))
+        _log.warning(f"OpenLineage: events are not sent for {_PAUSE_S:.0f} s, the build goes on: {reason}")
 
 
 @cache

@@ -4,8 +4,8 @@ A recipe becomes `refresh-weights/NAME`, which runs on its schedule, and `build-
 Prefect's page. A training config becomes `train-policy/NAME`. If a recipe served beside it builds the weights that it reads,
 `train-policy/NAME` starts by itself on each new version that the doctor finds sound, and `build-and-train/NAME` does both.
 
-A schedule needs a running server. If `PREFECT_API_URL` is set, that server is used. Otherwise Prefect's own server runs on
-loopback until we stop. It uses Prefect's usual database, which keeps the history of runs.
+A schedule needs a running server. If Prefect's settings name one (`PREFECT_API_URL`, or the profile), that is used. Otherwise
+Prefect's own server runs on loopback until we stop. It uses Prefect's usual database, which keeps the history of runs.
 """
 
 import os
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.api import DEFAULT_PORT, check_server, running_server
+from flows.api import DEFAULT_PORT, LEASES, ON_DISK, check_server, configured_url, running_server
 from flows.lineage_events import check_client
 from pipeline.recipe import Recipe, load_recipe
 from train.config import TrainConfig
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from prefect.schedules import Schedule
 
 TAG = "tokenweights"
+_SERVER = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", LEASES: ON_DISK}
+"""Settings of our server."""
 
 
 def serve(files: "Sequence[str]", overrides: "Sequence[str]" = (), store: str | None = None) -> None:
@@ -45,7 +47,7 @@ def serve(files: "Sequence[str]", overrides: "Sequence[str]" = (), store: str | 
 
     Raises:
         InputError, SettingsError: A file cannot be read or is wrong, a recipe has no schedule, or two files have the same name.
-        StageError: The server did not start, or the one that `PREFECT_API_URL` names cannot be used.
+        StageError: The server did not start, or the one that Prefect's settings name cannot be used.
     """
     recipes, trainings = _load(files, overrides, store)
     check_client()
@@ -86,7 +88,7 @@ def _deployments(
 ) -> "Iterator[RunnerDeployment]":
     from flows.build import build_weights, refresh_weights
     from flows.events import when_published
-    from flows.training import build_and_train, train_policy
+    from flows.training import build_and_train, train_policy, why_not_behind
 
     for file, recipe in recipes.items():
         what = f"Builds {recipe.weights.name} from {recipe.dataset.source}"
@@ -103,7 +105,7 @@ def _deployments(
     for file, config in trainings.items():
         name, _ = split_name(config.data.weights)
         what = f"Trains {config.model.path} on {name}"
-        builders = [recipe for recipe in recipes.values() if _builds(recipe, config)]
+        builders = [recipe for recipe in recipes.values() if why_not_behind(config, recipe) is None]
         yield _deployment(
             train_policy,
             file,
@@ -114,10 +116,6 @@ def _deployments(
         for recipe in builders:
             parameters = {"recipe": _as_json(recipe), "config": _as_json(config)}
             yield _deployment(build_and_train, file, f"Builds {name} and trains on it.", parameters)
-
-
-def _builds(recipe: Recipe, config: TrainConfig) -> bool:
-    return (recipe.weights.name, recipe.store.uri) == (split_name(config.data.weights)[0], config.data.store)
 
 
 def _as_json(settings: Recipe | TrainConfig) -> dict[str, Any]:
@@ -138,7 +136,8 @@ def _deployment(
 ) -> "RunnerDeployment":
     """Return a deployment named for a file, of which one run works at a time.
 
-    A scheduled run that comes meanwhile is left out: the next one finds what it would have found. Others wait.
+    Of a deployment with a schedule, a run that comes meanwhile is cancelled: the next one finds what it would have found. Runs
+    of the others wait.
     """
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.deployments.runner import RunnerDeployment
@@ -161,21 +160,22 @@ def _deployment(
 
 @contextmanager
 def _api() -> Iterator[None]:
-    """Start a server unless `PREFECT_API_URL` names one, and stop it at the end."""
-    if os.environ.get("PREFECT_API_URL"):
+    """Start a server unless Prefect's settings name one, and stop it at the end."""
+    if configured_url():
         check_server()
         yield
         return
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
     guard().mark_environment()  # the server and the runs end with this process
     port = _free_port()
     url = f"http://127.0.0.1:{port}/api"
-    quiet = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
-    environment = {**quiet, **os.environ, "PREFECT_UI_API_URL": url}
+    environment = {**_SERVER, **os.environ, "PREFECT_UI_API_URL": url}
     command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     log = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser() / "tokenweights-serve.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with running_server(command, url, log, environment):
-        os.environ["PREFECT_API_URL"] = url  # before Prefect is imported here; runs inherit it
+    with running_server(command, url, log, environment), temporary_settings({PREFECT_API_URL: url}):
+        os.environ["PREFECT_API_URL"] = url  # runs inherit it
         print(f"Prefect server: http://127.0.0.1:{port} (log: {log})", flush=True)
         yield
 

@@ -15,7 +15,7 @@ from flows.serve import TAG
 from pipeline.dry_run.plan import plan
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.stages.train import pinned
-from train.config import TrainConfig
+from train.config import TrainConfig, check_places
 from train.job.output import LINEAGE
 from weights_store.errors import TokenweightsError
 from weights_store.messages import first_line, hide_credentials
@@ -50,7 +50,7 @@ class DeploymentStatus:
     """`flow/name`."""
     running: list[RunStatus]
     last: RunStatus | None
-    """The last one that ended."""
+    """The last one that ended, but none that was cancelled before it started: a schedule that fires while a run works."""
     next: RunStatus | None
     is_stale: bool | None
     """Whether a run would have something to do; None if that is not known."""
@@ -79,7 +79,7 @@ def read_status(check_stale: bool = True) -> list[DeploymentStatus]:
             DeploymentStatus(
                 name,
                 _runs(client, deployment, _WORKING, "EXPECTED_START_TIME_DESC"),
-                next(iter(_runs(client, deployment, _ENDED, "END_TIME_DESC", limit=1)), None),
+                _last(client, deployment),
                 next(iter(_runs(client, deployment, _TO_COME, "NEXT_SCHEDULED_START_TIME_ASC", limit=1)), None),
                 *(_stale(name, deployment.parameters) if check_stale else (None, "")),
             )
@@ -88,8 +88,10 @@ def read_status(check_stale: bool = True) -> list[DeploymentStatus]:
 
 
 _WORKING = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")
-_ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+_ENDED = ("COMPLETED", "FAILED", "CRASHED")
 _TO_COME = ("SCHEDULED",)
+_PAGE = 200
+"""The most runs that the server returns at once."""
 
 
 def print_status(found: Sequence[DeploymentStatus], as_json: bool) -> None:
@@ -125,17 +127,29 @@ def _line(deployment: DeploymentStatus) -> dict[str, object]:
     }
 
 
+def _last(client: "SyncPrefectClient", deployment: "DeploymentResponse") -> RunStatus | None:
+    cancelled = _read(client, deployment, ("CANCELLED",), "END_TIME_DESC", limit=_PAGE)
+    ended = [run for run in cancelled if run.run_count] + _read(client, deployment, _ENDED, "END_TIME_DESC", limit=1)
+    newest = max(ended, key=lambda run: run.end_time.timestamp() if run.end_time else 0.0, default=None)
+    return _run_status(client, newest) if newest is not None else None
+
+
 def _runs(
     client: "SyncPrefectClient", deployment: "DeploymentResponse", states: Sequence[str], order: str, limit: int = 10
 ) -> list[RunStatus]:
+    return [_run_status(client, run) for run in _read(client, deployment, states, order, limit)]
+
+
+def _read(
+    client: "SyncPrefectClient", deployment: "DeploymentResponse", states: Sequence[str], order: str, limit: int
+) -> "list[FlowRun]":
     from prefect.client.schemas.filters import FlowRunFilter
     from prefect.client.schemas.sorting import FlowRunSort
 
     chosen = {"deployment_id": {"any_": [deployment.id]}, "state": {"type": {"any_": [*states]}}}
-    runs = client.read_flow_runs(
+    return client.read_flow_runs(
         flow_run_filter=FlowRunFilter.model_validate(chosen), sort=FlowRunSort(order), limit=limit
     )
-    return [_run_status(client, run) for run in runs]
 
 
 def _run_status(client: "SyncPrefectClient", run: "FlowRun") -> RunStatus:
@@ -190,6 +204,8 @@ def _to_compute(recipe: Recipe) -> Iterator[str]:
 
 def _stale_policy(config: dict[str, Any] | str) -> str:
     settings, where = (load_toml(config), config) if isinstance(config, str) else (config, "config")
-    job = pinned(parse_settings(TrainConfig, settings, where))
+    training = parse_settings(TrainConfig, settings, where)
+    check_places(training)
+    job = pinned(training)
     is_trained = (Path(job.output.folder) / LINEAGE).is_file()
     return "" if is_trained else f"no training on {job.data.weights} yet"

@@ -42,6 +42,7 @@ def train_policy(
     """
     with run_logs():
         job = pinned(_training(config), weights)
+        check_places(job)  # its folder too, which is beside that of the config
         return str(train_model(job, launch, _interpreter(python)))
 
 
@@ -63,12 +64,13 @@ def build_and_train(
         python: Interpreter of the training job; None for `contrast.python` of the recipe.
 
     Raises:
-        SettingsError: The training reads other weights than the recipe builds.
+        SettingsError: The training reads other weights than the recipe builds, or one version of them.
         StageError: The doctor warns; the weights are published.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     config, python = _training(config), _interpreter(python or recipe.contrast.python)
-    _check_pair(recipe, config)
+    if problem := why_not_behind(config, recipe):
+        raise SettingsError(problem)
     result = build_weights(recipe)
     weights = f"{result.published.name}@{result.published.weights.version}"
     warnings = [f"{found.name}: {found}" for found in result.diagnoses if found.severity == "warning"]
@@ -108,11 +110,19 @@ def _interpreter(python: str | None) -> str | None:
     return python or os.environ.get(TRAIN_PYTHON)
 
 
-def _check_pair(recipe: Recipe, config: TrainConfig) -> None:
-    name, _ = split_name(config.data.weights)
-    built, read = (recipe.weights.name, str(Location(recipe.store.uri))), (name, str(Location(config.data.store)))
+def why_not_behind(config: TrainConfig, recipe: Recipe) -> str | None:
+    """Return why a training cannot be what comes behind the build of a recipe; None if it can."""
+    name, version = split_name(config.data.weights)
+    built = recipe.weights.name, Location(recipe.store.uri).absolute_uri
+    read = name, Location(config.data.store).absolute_uri
     if built != read:
-        raise SettingsError(
+        return (
             f"the recipe builds {built[0]} in {built[1]}, and the training reads {read[0]} in {read[1]}; make data.weights and "
             "data.store those of the recipe"
         )
+    if version is not None:
+        return (
+            f"the training is on {config.data.weights}, and a build may make another version; set data.weights={name!r}, or "
+            "train without a build"
+        )
+    return None

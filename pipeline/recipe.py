@@ -238,6 +238,8 @@ class Recipe(Section):
     def _places_are_allowed(self) -> "Recipe":
         """Look at every place that a recipe can name, so that none exists whose build would go where it must not."""
         check_place("dataset.source", self.dataset.source, hub="hf://datasets/")
+        if self.dataset.data_dir is not None and Path(self.dataset.source).is_dir():  # else it is in a hub dataset
+            check_place("dataset.data_dir", str(Path(self.dataset.source, self.dataset.data_dir)))
         check_place("store.uri", self.store.uri)
         models = {f"contrast.{side}_model": self.contrast.model_of(side)[0] for side in MODEL_SIDES}
         for setting, model in {"model.path": self.model.path, **models}.items():

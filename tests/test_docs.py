@@ -37,6 +37,7 @@ NOT_RUN = {
     "train": "loads torch and a model",
     "plot": "needs the folders of two trainings",
     "serve": "runs until it is stopped",
+    "status": "needs a server",
     "doctor-env": "needs the environments that the page has just made",
 }
 """Commands of ours that the docs show and this file only parses."""
@@ -131,12 +132,12 @@ def test_our_commands_parse(parse, arguments, capsys):
 def test_recipes_that_commands_name_load_with_the_keys_that_they_set(arguments, monkeypatch):
     from pipeline.recipe import load_recipe
     from train.config import TrainConfig
-    from weights_store.settings import apply_overrides, load_toml, parse_settings
+    from weights_store.settings import apply_overrides, kind_of, load_toml, parse_settings
 
     monkeypatch.chdir(REPO)
     overrides = [after for word, after in pairwise(arguments) if word == "--set"]
     for recipe in [word for word in arguments if word.endswith(".toml") and word not in MADE_UP]:
-        if arguments[0] == "train":
+        if arguments[0] == "train" or (arguments[0] == "serve" and kind_of(load_toml(recipe)).command == "train"):
             parse_settings(TrainConfig, apply_overrides(load_toml(recipe), overrides), recipe)
         else:
             load_recipe(recipe, overrides)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from train.loss.config import LossSection
 from weights_store.allowed import check_place
+from weights_store.settings import default_store
 
 FIRST_TOKENS = 8192
 """Tokens that a training computes at a time before it has measured anything, and on CPUs."""
@@ -22,8 +23,8 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """Which pairs are trained on."""
 
-    store: str
-    """Root folder or URI of the store."""
+    store: str = Field(default_factory=default_store)
+    """Root folder or URI of the store; `TOKENWEIGHTS_STORE` in the environment is another default, for all commands."""
     weights: str
     """Weight dataset, `name` (its newest version) or `name@version`."""
     swap: bool = False

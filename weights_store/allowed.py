@@ -19,8 +19,8 @@ ALLOWED = "TOKENWEIGHTS_ALLOWED"
 """Environment variable with the list."""
 SCORE_PYTHON, TRAIN_PYTHON = "TOKENWEIGHTS_SCORE_PYTHON", "TOKENWEIGHTS_TRAIN_PYTHON"
 """Environment variables with the operator's interpreters for scoring, and for training and attribution."""
-_SEPARATOR = re.compile(rf"{re.escape(os.pathsep)}(?!//)")
-"""Not the colon of `s3://`."""
+_SEPARATOR = re.compile(rf"{re.escape(os.pathsep)}(?!//|\d+(?:[/{os.pathsep}]|$))")
+"""Not the colon of `s3://`, nor that of a port."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _CHANGE = f"change it, or ask the operator to add the place to {ALLOWED}"
@@ -77,10 +77,7 @@ def _allowed() -> list[str] | None:
         if _URI.match(entry):
             entries.append(entry)
         elif Path(entry).is_absolute():
-            entries += [
-                os.path.realpath(entry),
-                os.path.normpath(entry),
-            ]  # the second for interpreters, which are links
+            entries += [os.path.realpath(entry), _program(entry)]  # the second for interpreters, which are links
         else:
             raise SettingsError(
                 f"{ALLOWED} has {entry!r}: expected absolute folders and URIs, separated by {os.pathsep!r}, for example "
@@ -108,5 +105,9 @@ def _is_below(place: str, entry: str) -> bool:
 
 
 def _program(python: str) -> str:
-    """Return the absolute path of an interpreter; its links stay, for they say which environment it is of."""
-    return os.path.abspath(shutil.which(python) or python)  # noqa: PTH100 - pathlib keeps `..`
+    """Return the absolute path of an interpreter. Only its own link stays, which says of which environment it is.
+
+    A link among its folders counts as what it points to: the system follows it before a `..` behind it.
+    """
+    folder, name = os.path.split(shutil.which(python) or python)
+    return str(Path(os.path.realpath(folder), name))

@@ -92,6 +92,11 @@ class Location:
             raise SettingsError(f"{self.uri} is not a local folder")
         return Path(self.uri)
 
+    @property
+    def absolute_uri(self) -> str:
+        """The URI that names this place in any current folder."""
+        return str(self.path.absolute()) if self.is_local else self.uri
+
     def nearest_folder(self) -> Path:
         """Return this local folder or, if it does not exist, the nearest one above it that does.
 
@@ -151,7 +156,7 @@ class Location:
 
     def __reduce__(self) -> tuple[type["Location"], tuple[str]]:
         """Leave out the open file system, every process has its own; a local folder is the same one in any current folder."""
-        return Location, (str(self.path.absolute()) if self.is_local else self.uri,)
+        return Location, (self.absolute_uri,)
 
     def exists(self, *names: str) -> bool:
         """Return whether at least one of the files or folders is there."""

@@ -68,4 +68,5 @@ def _ask(fields: str) -> list[list[str]]:
         )
     except (OSError, subprocess.SubprocessError):
         return []
-    return [line.split(", ", 1) for line in done.stdout.splitlines()]
+    # A driver without a GPU says so in a sentence, and may call that a success.
+    return [line.split(", ", 1) for line in done.stdout.splitlines() if ", " in line]

@@ -6,6 +6,7 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 
 from pipeline.section import Section
+from weights_store.allowed import check_place
 
 _A_WEEK_S = 604_800
 
@@ -37,6 +38,8 @@ class Launch(Section):
                 f"{self.prefix}main_address={self.main_address!r} is for several machines, and {self.prefix}num_machines is 1; "
                 "remove the address, or set the number"
             )
+        if self.main_address is not None:  # processes believe what they get from there
+            check_place(f"{self.prefix}main_address", f"tcp://{self.main_address}")
         return self
 
     @property

@@ -5,7 +5,7 @@ What the values mean is decided in `columns.py` and `pairs.py`.
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from pipeline.recipe import DatasetSection
 from pipeline.source.arrow_files import arrow, arrow_source, parquet
 from pipeline.source.json_files import check_encoding, json_array, json_lines
 from pipeline.source.rows import RawRow, Source, checked_size, joined
+from weights_store.allowed import check_place
 from weights_store.errors import InputError
 from weights_store.messages import first_line, logger
 
@@ -201,9 +202,10 @@ def _files_of_split(path: Path, dataset: DatasetSection, split: str) -> list[Pat
     """
     import datasets
 
+    splits = datasets.load_dataset_builder(str(path), dataset.config, data_dir=dataset.data_dir).config.data_files or {}
+    _check_places(path, splits)
     if set(split) & set("[+"):  # a part of a split, or several
         return []
-    splits = datasets.load_dataset_builder(str(path), dataset.config, data_dir=dataset.data_dir).config.data_files or {}
     found = {str(split): [Path(file) for file in files] for split, files in splits.items()}
     if not all(_kind(file) in _READERS for files in found.values() for file in files):
         return []
@@ -217,6 +219,13 @@ def _files_of_split(path: Path, dataset: DatasetSection, split: str) -> list[Pat
             f"{', '.join(sorted(kinds))} would be read; keep one kind, or name one file"
         )
     return found[split]
+
+
+def _check_places(path: Path, splits: Mapping[str, Sequence[str]]) -> None:
+    """Check that a folder has only files in it, or where the operator allows them: its README may name any file."""
+    for file in (str(file) for files in splits.values() for file in files):
+        if ".." in Path(file).parts or not Path(file).is_relative_to(path.resolve()):
+            check_place(f"a file of dataset.source {path},", file)
 
 
 def _from_hub(dataset: DatasetSection, split: str) -> "Dataset | IterableDataset":

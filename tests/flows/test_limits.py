@@ -5,7 +5,7 @@ import threading
 import pytest
 from prefect.client.orchestration import get_client
 
-from flows import limits
+from flows import environments, limits
 from flows.limits import build_limit, gpu_limits, held
 
 GPUS = "0, GPU-aa11\n1, GPU-bb22\n2, GPU-ab33\n"
@@ -41,8 +41,16 @@ def test_a_process_holds_the_first_gpus_that_it_sees(driver, monkeypatch, visibl
     assert gpu_limits(num_gpus) == [f"gpu node7 {index}" for index in expected]
 
 
-def test_two_stores_may_have_datasets_of_one_name(tmp_path):
+def test_a_driver_without_a_gpu_shows_none(driver, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho No devices were found\n")
+    assert gpu_limits(1) == []
+
+
+def test_two_stores_may_have_datasets_of_one_name(tmp_path, monkeypatch):
     name = "hh/tis-dpo"
+    monkeypatch.chdir(tmp_path)
+    assert build_limit("a", name) == build_limit(f"{tmp_path}/a", name)
     assert build_limit(f"{tmp_path}/a", name) != build_limit(f"{tmp_path}/b", name)
     assert build_limit(f"{tmp_path}/a/", name) == build_limit(f"{tmp_path}/a", name)
     assert "/" not in build_limit("s3://bucket/a", name)  # Prefect refuses it in a name
@@ -75,3 +83,11 @@ def test_a_limit_that_an_operator_has_changed_stays(prefect_server):
         client.upsert_global_concurrency_limit_by_name("gpu test 2", 2)
     with held(["gpu test 2"]), held(["gpu test 2"]):  # two small models on one card
         pass
+
+
+def test_doctor_env_warns_of_a_server_that_forgets_who_holds_a_limit(prefect_server):
+    """As it does by default."""
+    server, limits_kept = environments._of_prefect()
+    assert server.problem == ""
+    assert limits_kept.found == "memory"
+    assert "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=" in limits_kept.problem

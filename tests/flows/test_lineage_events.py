@@ -130,6 +130,16 @@ def test_a_catalogue_that_does_not_answer_ends_no_build(events, monkeypatch, cap
     assert said.startswith("OpenLineage: events are not sent for 60 s, the build goes on: HTTPConnectionPool")
 
 
+def test_a_store_that_cannot_be_read_for_an_event_ends_no_build(events, commit, tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="tokenweights"), lineage_of("prepare", "hh/head", []) as outputs:
+        outputs.append(commit(0, 1))
+        for entry in (tmp_path / "store/tokens/hh-1/_delta_log").glob("*.json"):
+            entry.write_text("{")
+    assert _kinds(events()) == ["START"]
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("tokenweights")]
+    assert "the build goes on: " in said
+
+
 def test_wanted_events_without_the_package_are_refused_before_a_build(events, monkeypatch):
     monkeypatch.setattr("pipeline.child.find_spec", lambda package: None)
     with pytest.raises(MissingExtraError, match=r"needs the package 'openlineage'.*tokenweights\[lineage\]"):

@@ -1,11 +1,15 @@
-"""Which deployments `tokenweights serve` makes of recipes and training configs, and what starts them."""
+"""Which deployments `tokenweights serve` makes of recipes and training configs, what starts them, and on which server."""
 
+import os
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.serve import _deployments, _load
-from flows.training import _check_pair, build_and_train
+from flows.api import configured_url
+from flows.serve import _api, _deployments, _load
+from flows.training import build_and_train, why_not_behind
 from weights_store.errors import SettingsError, StageError
 from weights_store.inspection.doctor import Diagnosis
 
@@ -93,7 +97,22 @@ def test_a_training_starts_on_sound_versions_of_what_is_served_beside_it(files):
     assert "build-and-train/policy" in served
 
 
-@pytest.mark.parametrize("changed", [{"store": "elsewhere"}, {"weights": "hh/other"}])
+def test_a_store_is_the_same_however_it_is_written(files):
+    (files / "policy.toml").write_text(TRAINING.replace('"store"', f'"{files}/./store/"'))
+    (trigger,) = _served("hh.toml", "policy.toml")["train-policy/policy"].triggers
+    assert trigger.match.root["tokenweights.store"] == str(files / "store")
+
+
+def test_files_that_name_no_store_meet_in_that_of_the_operator(files, monkeypatch):
+    """As in the containers, whose prefect.yaml has the recipes of a laptop."""
+    (files / "hh.toml").write_text(RECIPE.replace('[store]\nuri = "store"\n', ""))
+    (files / "policy.toml").write_text(TRAINING.replace('store = "store"\n', ""))
+    monkeypatch.setenv("TOKENWEIGHTS_STORE", "s3://bucket/store")
+    (trigger,) = _served("hh.toml", "policy.toml")["train-policy/policy"].triggers
+    assert trigger.match.root["tokenweights.store"] == "s3://bucket/store"
+
+
+@pytest.mark.parametrize("changed", [{"store": "elsewhere"}, {"weights": "hh/other"}, {"weights": "hh/head@3"}])
 def test_a_training_on_other_weights_waits_for_a_person(files, changed):
     text = TRAINING
     for key, value in changed.items():
@@ -134,15 +153,50 @@ def test_two_files_of_one_name_are_refused(files):
         _load(["hh.toml", "more/hh.toml"], [], None)
 
 
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """The environments of the servers that would be started. What an operator has set is put aside."""
+    environments = []
+
+    @contextmanager
+    def running_server(command, url, log, environment):
+        environments.append(environment)
+        yield
+
+    monkeypatch.setattr("flows.serve.running_server", running_server)
+    monkeypatch.setattr("flows.serve.guard", lambda: SimpleNamespace(mark_environment=lambda: None))
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.setenv("PREFECT_API_URL", "")
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        yield environments
+
+
+def test_the_server_of_a_profile_is_used_like_that_of_the_environment(started, monkeypatch):
+    """`prefect config set PREFECT_API_URL` writes it into the profile; `status` and `build` ask that server too."""
+    monkeypatch.setattr("flows.serve.check_server", lambda: None)
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), _api():
+        assert os.environ["PREFECT_API_URL"] == ""
+    assert started == []
+
+
+def test_our_server_knows_after_its_end_who_holds_a_limit(started):
+    """By default Prefect keeps that in memory, and what runs held when it ended would be taken for ever."""
+    with _api():
+        assert os.environ["PREFECT_API_URL"] == configured_url()
+    (environment,) = started
+    assert environment["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"].endswith(".filesystem")
+
+
 def test_a_training_behind_a_build_reads_what_is_built(files):
     recipes, trainings = _load(["hh.toml", "policy.toml"], [], None)
     (recipe,), (config,) = recipes.values(), trainings.values()
-    _check_pair(recipe, config)
+    assert why_not_behind(config, recipe) is None
     other = config.model_copy(update={"data": config.data.model_copy(update={"weights": "hh/other@3"})})
-    with pytest.raises(
-        SettingsError, match="the recipe builds hh/head in store, and the training reads hh/other in store"
-    ):
-        _check_pair(recipe, other)
+    store = files / "store"
+    assert f"builds hh/head in {store}, and the training reads hh/other in {store}" in why_not_behind(other, recipe)
+    pinned = config.model_copy(update={"data": config.data.model_copy(update={"weights": "hh/head@3"})})
+    with pytest.raises(SettingsError, match=r"the training is on hh/head@3, and a build may make another version; set"):
+        build_and_train.fn(recipe, pinned)
 
 
 def test_a_warning_of_the_doctor_keeps_a_policy_from_being_trained(files, monkeypatch):

@@ -5,9 +5,12 @@ import os
 from typing import get_args
 
 import pytest
+from pydantic import ValidationError
 
+from pipeline.models.launch import Launch
 from pipeline.models.resolve import resolve_path
-from pipeline.recipe import Recipe
+from pipeline.recipe import DatasetSection, Recipe
+from pipeline.source.load import open_source
 from train.config import TrainConfig
 from train.run import build_parser, load_config
 from weights_store.errors import InputError, SettingsError
@@ -21,17 +24,18 @@ RECIPE_PLACES = {
     "score.python": {},
     "contrast.python": {},
     "attribute.python": {},
+    "contrast.train.main_address": {"contrast.train.num_machines": 2},
     "score.ray_address": {},
     "store.uri": {},
 }
 """Keys that name a place, and what each needs beside it."""
+ADDRESSES = {"contrast.train.main_address": "elsewhere:29500", "score.ray_address": "ray://elsewhere:10001"}
 CONFIG_PLACES = {"data.store", "data.cache_folder", "model.path", "output.folder"}
 NO_PLACES = {
     "dataset": "name config data_dir split split_column revision prompt_column input_column system_column chosen_column "
     "rejected_column chosen_score_column rejected_score_column unprinted_keys transcript",
     "model": "revision template_date",
     "contrast": "positive_prompt positive_revision negative_prompt negative_revision weights split",
-    "contrast.train": "main_address",
     "contrast.train.lora": "target_modules",
     "weights": "name members",
     "schedule": "cron timezone",
@@ -40,7 +44,7 @@ NO_PLACES = {
     "eval": "split",
     "output": "report_to",
 }
-"""Texts that name none: names in the store, columns, revisions, prompts. `data_dir` is a folder in a hub dataset."""
+"""Texts that name none: names in the store, columns, revisions, prompts. `data_dir` is a folder in `source`, see below."""
 
 
 def free_texts(name, annotation):
@@ -66,11 +70,51 @@ def test_every_text_in_the_settings_is_known_to_be_a_place_or_none(model, places
 def test_a_recipe_that_names_a_place_outside_is_refused(make_recipe, toy_model, tmp_path, monkeypatch, key):
     monkeypatch.setenv("TOKENWEIGHTS_ALLOWED", os.pathsep.join([str(tmp_path), str(toy_model)]))
     make_recipe()
-    place = "ray://elsewhere:10001" if key == "score.ray_address" else "/etc/passwd"
-    with pytest.raises(SettingsError, match=f"{key} {place}.* the operator allows") as caught:
+    place = ADDRESSES.get(key, "/etc/passwd")
+    with pytest.raises(SettingsError, match=f"{key} (tcp://)?{place}.* the operator allows") as caught:
         make_recipe(**{**RECIPE_PLACES[key], key: place})
     assert "TOKENWEIGHTS_ALLOWED" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("data_dir", ["/etc", "../secret", "link"])
+def test_a_folder_in_a_dataset_does_not_lead_out_of_it(make_recipe, toy_model, tmp_path, monkeypatch, data_dir):
+    """`datasets` joins both, so an absolute one replaces the source."""
+    for name in ("pairs/part", "secret"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "pairs/link").symlink_to(tmp_path / "secret")
+    allowed = [str(tmp_path / "pairs"), str(tmp_path / "store"), str(toy_model)]
+    monkeypatch.setenv("TOKENWEIGHTS_ALLOWED", os.pathsep.join(allowed))
+    source = {"dataset.source": str(tmp_path / "pairs")}
+    make_recipe(**source, **{"dataset.data_dir": "part"})
+    with pytest.raises(SettingsError, match=r"dataset\.data_dir .* is outside of what the operator allows"):
+        make_recipe(**source, **{"dataset.data_dir": data_dir})
+
+
+def test_a_readme_of_a_dataset_names_no_file_outside(tmp_path, monkeypatch):
+    (tmp_path / "pairs").mkdir()
+    row = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    for name in ("pairs/own.jsonl", "secret.jsonl"):
+        (tmp_path / name).write_text(row)
+    dataset = DatasetSection(name="toy", source=str(tmp_path / "pairs"))
+    readme = "---\nconfigs:\n- config_name: default\n  data_files: {}\n---\n"
+    (tmp_path / "pairs/README.md").write_text(readme.format("own.jsonl"))
+    monkeypatch.setenv("TOKENWEIGHTS_ALLOWED", str(tmp_path / "pairs"))
+    assert open_source(dataset).name == dataset.source
+    (tmp_path / "pairs/README.md").write_text(readme.format(tmp_path / "secret.jsonl"))
+    with pytest.raises(InputError, match=r"a file of dataset\.source .*/pairs, .*/secret\.jsonl is outside of what"):
+        open_source(dataset)
+
+
+def test_machines_meet_only_where_the_operator_allows(monkeypatch):
+    """Whoever answers there tells the processes of a training what to run: pickles, as torch.distributed sends objects."""
+    monkeypatch.setenv("TOKENWEIGHTS_ALLOWED", "/data:tcp://head:29500")
+    assert Launch(num_machines=2, main_address="head:29500").address == "head:29500"
+    with pytest.raises(ValidationError, match="main_address tcp://other:29500 is outside of what the operator allows"):
+        Launch(num_machines=2, main_address="other:29500")
+    monkeypatch.setenv("MASTER_ADDR", "other")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert Launch(num_machines=2).address == "other:29500"  # the environment is the operator's
 
 
 def test_hub_ids_and_object_stores_have_to_be_allowed_by_name(make_recipe, tmp_path, monkeypatch):

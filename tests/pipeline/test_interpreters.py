@@ -68,6 +68,7 @@ def test_each_interpreter_of_a_recipe_is_looked_at_once_for_all_that_it_runs(mak
 
 
 def test_the_command_prints_one_table_and_fails_on_a_problem(capsys, monkeypatch):
+    monkeypatch.setattr("flows.environments._of_prefect", list)  # other tests may have a server
     monkeypatch.setattr("flows.environments.look_at", lambda one: [Fact("vllm", "missing", ">=0.32", "install it")])
     assert tokenweights.main(["doctor-env"]) == 1
     out, err = capsys.readouterr()

@@ -49,7 +49,10 @@ class Stack:
         self.folder, self._port = folder, free_port()
         self.url = f"http://127.0.0.1:{self._port}/api"
         self.environment = environment(folder) | {"PREFECT_API_URL": self.url}
-        self._of_server = {"PREFECT_UI_ENABLED": "0"}
+        self._of_server = {
+            "PREFECT_UI_ENABLED": "0",
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        }
         if postgres is not None:
             self._of_server["PREFECT_API_DATABASE_CONNECTION_URL"] = postgres.url
         self._processes: dict[str, subprocess.Popen[bytes]] = {}

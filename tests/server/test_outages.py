@@ -3,7 +3,9 @@
 import os
 import signal
 import time
+from urllib.parse import quote
 
+from flows.limits import build_limit
 from tests.server.stack import wait_until
 from tests.server.worlds import check_store
 from tests.torture import orphans
@@ -30,6 +32,8 @@ def test_a_run_survives_a_restart_of_the_server(stack, small_world, small_tables
         time.sleep(5)
     run.completed()
     check_store(tmp_path / "store", small_tables)
+    limit = stack.call(f"v2/concurrency_limits/{quote(build_limit(str(tmp_path / 'store'), 'toy/small'))}")
+    assert limit["active_slots"] == 0  # or the next build of these weights would wait for ever
 
 
 def test_a_run_survives_twenty_seconds_without_database(stack, postgres, small_world, small_tables, tmp_path):

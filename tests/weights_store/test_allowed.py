@@ -71,6 +71,14 @@ def test_uris_are_allowed_by_whole_parts_of_their_beginning(allow):
         assert not is_allowed(place), place
 
 
+def test_a_machine_is_allowed_with_its_port(allow):
+    allow("/data", "ray://head:10001", "tcp://head:29500", "/stores")
+    for place in ("ray://head:10001", "tcp://head:29500", "/data/a", "/stores/a"):
+        assert is_allowed(place), place
+    for place in ("ray://head:10002", "ray://head", "tcp://other:29500", "tcp://head:2950"):
+        assert not is_allowed(place), place
+
+
 def test_hub_ids_are_allowed_only_explicitly(allow, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "here").mkdir(parents=True)
@@ -109,6 +117,23 @@ def test_a_folder_allows_no_interpreter_in_it(allow, tmp_path, monkeypatch):
     allow(tmp_path)
     monkeypatch.setenv("TOKENWEIGHTS_TRAIN_PYTHON", str(python))
     check_interpreter_place("contrast.python", str(python))
+
+
+def test_a_link_does_not_lead_from_an_interpreter_that_is_allowed_to_another(allow, tmp_path):
+    """The system goes to data/deep/env/python, whatever the path looks like."""
+    for folder in ("env", "data/deep/env", "data/deep/a/b"):
+        (tmp_path / folder).mkdir(parents=True)
+    for folder in ("env", "data/deep/env"):
+        (tmp_path / folder / "python").symlink_to(sys.executable)
+    (tmp_path / "data/link").symlink_to(tmp_path / "data/deep/a/b")
+    allow(tmp_path / "data", tmp_path / "env/python")
+    disguised = f"{tmp_path}/data/link/../../env/python"
+    with pytest.raises(InputError, match="is none of the interpreters that the operator allows"):
+        check_interpreter_place("score.python", disguised)
+    (tmp_path / "current").symlink_to(tmp_path / "env")
+    allow(tmp_path / "current/python")  # the operator may name an environment by a link
+    for python in ("current/python", "env/python"):
+        check_interpreter_place("score.python", str(tmp_path / python))
 
 
 def test_a_settings_file_outside_is_not_even_read(allow, tmp_path):
