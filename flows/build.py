@@ -15,7 +15,7 @@ from prefect import flow, task
 
 from flows.artifacts import show_costs, show_published, show_rows, show_versions
 from flows.events import announce
-from flows.limits import build_limit, gpu_limits, held
+from flows.limits import build_limit, held, holding_gpus
 from flows.lineage_events import lineage_of
 from flows.repeating import AGAIN
 from flows.run_logs import progress_artifacts, run_logs
@@ -191,7 +191,7 @@ def build_contrast(recipe: Recipe, model_folder: Path, uniform: Published) -> Co
     """Build the contrastive pair, or find the one that the store has already."""
     settings = recipe.contrast_settings
     with (
-        held(gpu_limits(settings.train.num_processes if settings.trains else 0)),
+        holding_gpus(settings.train.num_processes),
         lineage_of("contrast", recipe.weights.name, [uniform.weights, str(model_folder)]) as outputs,
     ):
         pair = contrast(settings, model_folder, uniform.weights)
@@ -205,7 +205,10 @@ def publish_weights(
 ) -> Published:
     """Compute weights and publish them. With all weights 1: for contrastive training and the plain DPO baseline."""
     check = partial(check_stored, recipe, ingredients.tokens, ingredients.ref_logps, model_folder)
-    with lineage_of("publish", weights.name, [*ingredients.by_role().values()]) as outputs:
+    with (
+        holding_gpus(1),
+        lineage_of("publish", weights.name, [*ingredients.by_role().values()]) as outputs,
+    ):  # for the check
         published = publish(recipe, weights, ingredients, expect_same, check, model_folder)
         outputs.append(published.weights)
         return published
@@ -225,11 +228,9 @@ def _progress(stage: Stage, roles: Iterable[str], prepared: Prepared) -> Abstrac
     return progress_artifacts([f"{stage} {role}" for role in roles], str(prepared.tokens))
 
 
-@contextmanager
-def _gpus(recipe: Recipe, number: int) -> Iterator[None]:
-    """Hold the GPUs that a stage uses here; Ray has its own book."""
-    with held(gpu_limits(number) if recipe.score.executor == "process" else []):
-        yield
+def _gpus(recipe: Recipe, number: int) -> AbstractContextManager[None]:
+    """Hold the GPUs that a stage uses here, as soon as it runs a model; Ray has its own book."""
+    return holding_gpus(number if recipe.score.executor == "process" else 0)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The event of a published version, and what it may start."""
 
 from prefect.events import DeploymentEventTrigger, emit_event
+from prefect.events.worker import EventsWorker
 
 from pipeline.stages.publish import Published
 from pipeline.stages.report import Report
@@ -10,6 +11,7 @@ PUBLISHED = "tokenweights.weights.published"
 """The event. Its resource is `tokenweights.weights.NAME` with the labels `tokenweights.store`, the store's root, and
 `tokenweights.doctor`: `sound` if the doctor warns of nothing, else `warning`. Its payload: `weights` (`name@version`),
 `fingerprint`, `num_pairs`, `warnings` (their names), `report`."""
+_DRAIN_S = 10
 _SOUND, _WARNING = "sound", "warning"
 
 
@@ -32,6 +34,7 @@ def announce(published: Published, report: Report) -> None:
             "report": report.path,
         },
     )
+    EventsWorker.drain_all(timeout=_DRAIN_S)  # before the report is written, which says that this was done
 
 
 def when_published(store: str, name: str) -> DeploymentEventTrigger:

@@ -8,7 +8,7 @@ asks that server, and nothing there would free what a killed build had held.
 import re
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
@@ -16,6 +16,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from flows.api import is_own_server
+from pipeline.child import models_run_inside
 from pipeline.dry_run.device import visible_gpus
 from weights_store.fingerprint import fingerprint
 from weights_store.location import Location
@@ -44,6 +45,11 @@ def held(names: Sequence[str]) -> Iterator[None]:
     # A server that does not answer for a while ends no run that computes: then the lease may run out, and be taken by another.
     with concurrency([*names], lease_duration=_LEASE_S, strict=True, raise_on_lease_renewal_failure=False):
         yield
+
+
+def holding_gpus(num_gpus: int) -> AbstractContextManager[None]:
+    """While inside, hold so many GPUs of this machine whenever a model runs: a stage with nothing to compute waits for none."""
+    return models_run_inside(lambda: held(gpu_limits(num_gpus)))
 
 
 def _make(names: Sequence[str]) -> None:

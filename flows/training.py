@@ -7,7 +7,7 @@ from typing import Any
 from prefect import flow, task
 
 from flows.build import build_weights
-from flows.limits import gpu_limits, held
+from flows.limits import holding_gpus
 from flows.lineage_events import lineage_of
 from flows.repeating import AGAIN
 from flows.run_logs import progress_artifacts, run_logs
@@ -87,7 +87,7 @@ def train_model(job: TrainConfig, launch: Launch, python: str | None) -> Path:
     """Run the training job; one that was killed continues from its last checkpoint."""
     weights = weights_of(job)
     with (
-        held(gpu_limits(launch.num_processes)),
+        holding_gpus(launch.num_processes),
         progress_artifacts(["train"], job.data.weights),
         lineage_of("train", name_of(weights.table), [weights, job.model.path]) as outputs,
     ):

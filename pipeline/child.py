@@ -13,7 +13,8 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -48,6 +49,27 @@ def check_extra(package: str, python: str | None) -> None:
         raise MissingExtraError(
             f"this build needs the package {package!r}, which is not installed; {how_to_install(package, 'train')}"
         )
+
+
+_around_models: ContextVar[Callable[[], AbstractContextManager[object]]] = ContextVar("around", default=nullcontext)
+
+
+@contextmanager
+def models_run_inside(around: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+    """Inside, a stage enters `around()` before it starts a process that runs a model, and leaves it when that has ended.
+
+    It holds a GPU, for example. A stage with nothing to compute never enters it.
+    """
+    token = _around_models.set(around)
+    try:
+        yield
+    finally:
+        _around_models.reset(token)
+
+
+def running_model() -> AbstractContextManager[object]:
+    """Return what is to be entered while a model runs, see `models_run_inside`."""
+    return _around_models.get()()
 
 
 def run_child(

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import TypeAdapter
 
-from pipeline.child import check_extra, run_child, temporary_folder
+from pipeline.child import check_extra, run_child, running_model, temporary_folder
 from pipeline.engine.ways import WAYS
 from pipeline.models.resolve import resolve_model
 from pipeline.parity.process import TRANSFORMERS, Column, Task
@@ -278,7 +278,8 @@ def run_task(task: Task, python: str | None) -> dict[str, Column]:
         request, columns = folder / "task.json", folder / "columns.json"
         request.write_text(json.dumps(asdict(task)), encoding="utf-8")
         what, package = f"scoring with {task.model} ({task.side})", "vllm" if task.side == "engine" else "torch"
-        run_child("pipeline.parity.process", [str(request), str(columns)], what, python, package=package)
+        with running_model():
+            run_child("pipeline.parity.process", [str(request), str(columns)], what, python, package=package)
         return TypeAdapter(dict[str, Column]).validate_json(columns.read_bytes())
 
 

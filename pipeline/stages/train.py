@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.child import check_extra, run_child
+from pipeline.child import check_extra, run_child, running_model
 from pipeline.models.launch import Launch
 from train.config import TrainConfig
 from weights_store import TableVersion, WeightStore
@@ -82,7 +82,8 @@ def run_training(options: Sequence[str], folder: str | Path, launch: Launch, pyt
         _log.info(
             f"waiting for machine {machine + 1} of {launch.num_machines}; start there, in {Path.cwd()}: {command}"
         )
-    run_child("tokenweights", arguments, f"training {folder}", python, launcher=launch.launcher())
+    with running_model():
+        run_child("tokenweights", arguments, f"training {folder}", python, launcher=launch.launcher())
 
 
 def set_options(settings: Mapping[str, object]) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.chat.tokenizer import Condition
-from pipeline.child import check_extra, run_child, temporary_folder
+from pipeline.child import check_extra, run_child, running_model, temporary_folder
 from pipeline.provenance import provenance
 from pipeline.workers.missing import count_missing
 from pipeline.workers.request import DOING, DONE, Request, Stage, Target
@@ -180,4 +180,5 @@ def _run_process(request: Request, jobs: Sequence[Job], python: str | None) -> N
         request.save(path)
         models = dict.fromkeys(request.model_of(target) for target in request.targets)
         what = f"{DOING[request.stage]} with {' and '.join(models)}"
-        run_child("pipeline.workers.process", [str(path)], what, python, heard, _PACKAGES[request.stage])
+        with running_model():
+            run_child("pipeline.workers.process", [str(path)], what, python, heard, _PACKAGES[request.stage])

@@ -1,12 +1,14 @@
 """One run at a time per GPU and per weight dataset, over all runs of a server."""
 
 import threading
+from contextlib import contextmanager
 
 import pytest
 from prefect.client.orchestration import get_client
 
 from flows import environments, limits
 from flows.limits import build_limit, gpu_limits, held
+from pipeline.child import running_model
 
 GPUS = "0, GPU-aa11\n1, GPU-bb22\n2, GPU-ab33\n"
 
@@ -54,6 +56,30 @@ def test_two_stores_may_have_datasets_of_one_name(tmp_path, monkeypatch):
     assert build_limit(f"{tmp_path}/a", name) != build_limit(f"{tmp_path}/b", name)
     assert build_limit(f"{tmp_path}/a/", name) == build_limit(f"{tmp_path}/a", name)
     assert "/" not in build_limit("s3://bucket/a", name)  # Prefect refuses it in a name
+
+
+def test_a_gpu_is_held_while_a_model_runs_and_not_before(driver, monkeypatch):
+    seen = []
+
+    @contextmanager
+    def held(names):
+        seen.append(f"take {names}")
+        yield
+        seen.append(f"give {names}")
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(limits, "held", held)
+    with limits.holding_gpus(1):  # a stage that finds nothing to compute leaves without
+        pass
+    with limits.holding_gpus(2):
+        assert seen == []
+        for _ in range(2):  # its process dies, and is started again
+            with running_model():
+                seen.append("run")
+    with running_model():
+        seen.append("outside")
+    gpus = ["gpu node7 0", "gpu node7 1"]
+    assert seen == 2 * [f"take {gpus}", "run", f"give {gpus}"] + ["outside"]
 
 
 def test_a_second_run_waits_for_the_first(prefect_server):
