@@ -29,7 +29,7 @@ from weights_store.commands import add_commands, add_store_option
 from weights_store.errors import InputError, MissingExtraError, TokenweightsError
 from weights_store.messages import first_line, hide_credentials
 from weights_store.packages import how_to_install, missing_package, package_versions
-from weights_store.process import run_main
+from weights_store.processes.process import run_main
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from weights_store.inspection.figure import Format
-    from weights_store.spread import Spread
+    from weights_store.processes.spread import Spread
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
     Run = Callable[[argparse.Namespace], int | None]

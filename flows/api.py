@@ -1,7 +1,7 @@
 """The Prefect server that a run reports to: one that runs elsewhere, or one that we start and stop with the run.
 
 Prefect would start one by itself: on a port that somebody else may take first, again and again if it cannot start, and it
-outlives a killed build. Ours is guarded (`weights_store/guard.py`), and if it ends, the run ends with one line.
+outlives a killed build. Ours is guarded (`weights_store/processes/guard.py`), and if it ends, the run ends with one line.
 """
 
 import os
@@ -18,8 +18,8 @@ from pathlib import Path
 
 from pipeline.child import leave
 from weights_store.errors import StageError
-from weights_store.guard import guard
 from weights_store.messages import first_line
+from weights_store.processes.guard import guard
 
 _ANSWER_S, _START_S, _STOP_S = 10, 180, 5
 DEFAULT_PORT = 4200

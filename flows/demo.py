@@ -28,7 +28,7 @@ from weights_store.errors import InputError
 from weights_store.fingerprint import load_json
 from weights_store.inspection.view import View
 from weights_store.location import write_whole
-from weights_store.lock import locked
+from weights_store.processes.lock import locked
 from weights_store.schemas import SIDES
 from weights_store.views.held_out import held_out_lines
 

@@ -15,7 +15,7 @@ from pipeline.preflight import check_inputs
 from pipeline.recipe import Recipe
 from pipeline.stages.report import summary_rows
 from weights_store.errors import TokenweightsError
-from weights_store.guard import guard
+from weights_store.processes.guard import guard
 
 if TYPE_CHECKING:
     from flows.build import BuildResult

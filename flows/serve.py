@@ -21,8 +21,8 @@ from flows.lineage_events import check_client
 from pipeline.recipe import Recipe, load_recipe
 from train.config import TrainConfig
 from weights_store.errors import SettingsError, StageError
-from weights_store.guard import guard
 from weights_store.names import split_name
+from weights_store.processes.guard import guard
 from weights_store.settings import kind_of, load_toml, parse_settings
 
 if TYPE_CHECKING:

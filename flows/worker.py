@@ -4,7 +4,7 @@ import os
 import select
 import threading
 
-from weights_store.guard import guard
+from weights_store.processes.guard import guard
 
 _RUN_OF_PROCESS = "PREFECT__FLOW_RUN_ID"
 """Environment variable that Prefect sets for such a process."""

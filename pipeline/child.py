@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from weights_store.errors import EXIT_CODES, KilledError, MissingExtraError, StageError
-from weights_store.guard import end_marked, guard, marked_environment
 from weights_store.messages import PREFIX, Progress, receive
 from weights_store.packages import how_to_install
-from weights_store.process import CHILD
+from weights_store.processes.guard import end_marked, guard, marked_environment
+from weights_store.processes.process import CHILD
 
 _ROOT = Path(__file__).resolve().parent.parent
 _OURS = ("tokenweights.py", "pipeline", "train", "weights_store")
@@ -83,10 +83,10 @@ def run_child(
 ) -> None:
     """Run `python -P -m MODULE ARGUMENTS` to its end, log what it logs, and stop it when we are stopped.
 
-    The module is one of ours that runs in `weights_store.process.run_main`; error messages name `what` it does. `heard` gets
-    its progress before that is logged. If its interpreter `python` (None: this one) lacks any package, the error says how to
-    install `package`, the one that it needs most. `launcher` goes in front of `-m MODULE`: torchrun, which starts several
-    processes. They write to the same pipe, and the error and exit code of the one that failed first count.
+    The module is one of ours that runs in `run_main` (`weights_store/processes/process.py`); error messages name `what` it does.
+    `heard` gets its progress before that is logged. If its interpreter `python` (None: this one) lacks any package, the error
+    says how to install `package`, the one that it needs most. `launcher` goes in front of `-m MODULE`: torchrun, which starts
+    several processes. They write to the same pipe, and the error and exit code of the one that failed first count.
 
     Raises:
         KilledError: It died by a signal.

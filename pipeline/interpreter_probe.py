@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from weights_store.messages import first_line
 from weights_store.packages import package_versions
-from weights_store.process import run_main
+from weights_store.processes.process import run_main
 
 
 class Report(TypedDict):

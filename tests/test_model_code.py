@@ -137,7 +137,7 @@ def test_a_model_that_transformers_knows_needs_no_code_that_lies_beside_it(own_c
 def test_a_terminal_is_not_asked(own_code):
     """The whole command, at a terminal whose user says yes to everything."""
     script = "import sys; from pathlib import Path; from train.model.checkpoint import load_checkpoint\n"
-    script += "from weights_store.process import run_main\n"
+    script += "from weights_store.processes.process import run_main\n"
     script += "sys.exit(run_main(lambda: load_checkpoint(Path(sys.argv[1]))))"
     ours, theirs = pty.openpty()
     os.write(ours, b"y\n" * 20)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from train.job.stopping import StopRequest, catch_signals
 from weights_store.errors import TokenweightsError
-from weights_store.guard import guard
 from weights_store.messages import ROOT
-from weights_store.process import CHILD, end_with_parent
+from weights_store.processes.guard import guard
+from weights_store.processes.process import CHILD, end_with_parent
 from weights_store.settings import apply_overrides, load_toml, parse_settings
 
 if TYPE_CHECKING:

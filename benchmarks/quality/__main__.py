@@ -192,7 +192,7 @@ def main() -> None:
 def run_missing(arguments: argparse.Namespace) -> None:
     """Run what the folder of runs does not have."""
     from benchmarks.quality import close_look, runs
-    from weights_store.guard import guard, marked_environment
+    from weights_store.processes.guard import guard, marked_environment
 
     # The processes of the pool end with this one, also if it is killed.
     os.environ |= {**marked_environment(guard().folder), "OMP_NUM_THREADS": "1"}

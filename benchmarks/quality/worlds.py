@@ -21,7 +21,7 @@ from pipeline.toy.model_maker import make_chat_model
 from pipeline.toy.policies import Base, Ids
 from pipeline.toy.sampling import sample
 from pipeline.toy.world import Rewards, SpokenLanguage
-from weights_store.lock import locked, wait_for
+from weights_store.processes.lock import locked, wait_for
 
 Row = tuple[Ids, Ids, Ids]
 """A pair: prompt, chosen, rejected."""

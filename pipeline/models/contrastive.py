@@ -23,8 +23,8 @@ from weights_store.digests import cache_folder, digest_once
 from weights_store.errors import DamageError
 from weights_store.fingerprint import fingerprint
 from weights_store.location import Location
-from weights_store.lock import locked, wait_for
 from weights_store.messages import logger
+from weights_store.processes.lock import locked, wait_for
 
 _log = logger(__name__)
 

@@ -27,9 +27,9 @@ from weights_store.fingerprint import (
     load_json,
 )
 from weights_store.location import Location
-from weights_store.lock import locked, wait_for
 from weights_store.messages import first_line
-from weights_store.process import run_main
+from weights_store.processes.lock import locked, wait_for
+from weights_store.processes.process import run_main
 
 if TYPE_CHECKING:
     import torch

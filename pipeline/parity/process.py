@@ -19,7 +19,7 @@ from pipeline.workers.pair_scorer import score_pairs
 from train.model.checkpoint import load_checkpoint
 from weights_store.errors import EngineError
 from weights_store.messages import logger
-from weights_store.process import run_main
+from weights_store.processes.process import run_main
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

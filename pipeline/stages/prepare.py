@@ -39,8 +39,8 @@ from weights_store.errors import ConflictError, InputError
 from weights_store.fingerprint import explain_difference, fingerprint
 from weights_store.messages import Progress, logger, show
 from weights_store.names import quarantine_path, tokens_path
+from weights_store.processes.spread import Spread, in_turn
 from weights_store.schemas import QUARANTINE, SCHEMA_VERSION, Reason
-from weights_store.spread import Spread, in_turn
 from weights_store.tables.metadata import SourceRecord
 from weights_store.tables.shards import ShardRecord
 

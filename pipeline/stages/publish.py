@@ -24,8 +24,8 @@ from weights_store.errors import ConflictError, InputError
 from weights_store.fingerprint import explain_difference, fingerprint
 from weights_store.messages import logger
 from weights_store.names import name_of, weights_path
+from weights_store.processes.spread import Spread, in_turn
 from weights_store.schemas import SCHEMA_VERSION, Reason
-from weights_store.spread import Spread, in_turn
 from weights_store.tables.metadata import CommitMetadata, ContrastRecord, Identity, ParityRecord, Section, Statistics
 
 _log = logger(__name__)

@@ -27,7 +27,7 @@ from train.data.dataset import PairDataset, open_weights
 from train.data.stored_pairs import Pair
 from weights_store.location import write_whole
 from weights_store.messages import logger
-from weights_store.process import run_main
+from weights_store.processes.process import run_main
 from weights_store.schemas import SIDES
 
 _log = logger(__name__)

@@ -21,8 +21,8 @@ from pipeline.weighing.statistics import count_up, merge_statistics
 from pipeline.weighing.weigh import Weigher, one_chunk, pair_weights
 from weights_store import Table
 from weights_store.messages import Progress, show
+from weights_store.processes.spread import Spread
 from weights_store.schemas import ATTRIBUTIONS, FLOATS, WEIGHTS
-from weights_store.spread import Spread
 from weights_store.tables.key_ranges import KeyRange
 from weights_store.tables.metadata import Statistics
 from weights_store.tables.shards import ShardRecord, Written

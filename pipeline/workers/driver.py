@@ -15,7 +15,7 @@ from pipeline.child import check_extra, run_child, temporary_folder
 from pipeline.recipe import ScoreSection
 from pipeline.workers.ray_spread import ray_spread
 from weights_store.errors import TokenweightsError
-from weights_store.process import run_main
+from weights_store.processes.process import run_main
 
 _Result = TypeVar("_Result")
 

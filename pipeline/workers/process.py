@@ -20,7 +20,7 @@ from pipeline.workers.pair_row import QuarantineRow
 from pipeline.workers.request import Request, Target, Worker
 from pipeline.workers.start import start_worker
 from weights_store import WeightStore
-from weights_store.process import run_main
+from weights_store.processes.process import run_main
 
 _Item = TypeVar("_Item")
 

@@ -19,7 +19,7 @@ from weights_store.errors import (
     StageError,
     TokenweightsError,
 )
-from weights_store.guard import Guard
+from weights_store.processes.guard import Guard
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pipeline.workers.ray_cluster import as_ours, connected
 from weights_store.errors import TokenweightsError
 from weights_store.messages import collect_lines, logger
-from weights_store.spread import Spread
+from weights_store.processes.spread import Spread
 
 _log = logger(__name__)
 

@@ -7,7 +7,7 @@ import pytest
 from flows.demo import check_language, next_commands, run_demo, write_recipe
 from pipeline.recipe import load_recipe
 from weights_store.errors import InputError
-from weights_store.lock import locked
+from weights_store.processes.lock import locked
 
 
 @pytest.mark.parametrize("name", ["demo", 'a "quoted" folder', "пример"])

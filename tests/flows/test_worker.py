@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from weights_store.guard import RUN
+from weights_store.processes.guard import RUN
 
 REPO = Path(__file__).resolve().parents[2]
 _PROCESS = f"""

@@ -115,7 +115,7 @@ def main():
     pipeline.engine.vllm_engine.VllmEngine = MadeUpEngine
     from pipeline.workers.process import run
     from pipeline.workers.request import Request
-    from weights_store.process import run_main
+    from weights_store.processes.process import run_main
 
     *options, request = sys.argv[1:]
     assert options == ["-P", "-m", "pipeline.workers.process"]

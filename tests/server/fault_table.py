@@ -44,7 +44,7 @@ def build(recipe: str, store: str, folder: str, mark: str) -> None:
     os.setsid()
     from flows.build import build_weights
     from pipeline.recipe import load_recipe
-    from weights_store.guard import guard
+    from weights_store.processes.guard import guard
 
     guard().mark_environment()
     build_weights(load_recipe(recipe, store=store))

@@ -21,7 +21,7 @@ import yaml
 
 from tests.server.postgres import Postgres, free_port
 from tests.torture import orphans
-from weights_store.guard import guard, marked_environment
+from weights_store.processes.guard import guard, marked_environment
 
 REPO = Path(__file__).resolve().parents[2]
 FLOWS_PYTHON = os.environ.get("FLOWS_PYTHON", sys.executable)

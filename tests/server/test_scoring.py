@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.server.test_stages import CANCELLED_WITHIN_S
 from tests.server.worlds import check_store
-from weights_store.guard import RUN
+from weights_store.processes.guard import RUN
 
 
 def test_a_killed_scorer_is_started_again(stack, small_world, small_tables, tmp_path):
@@ -19,7 +19,7 @@ def test_a_killed_scorer_is_started_again(stack, small_world, small_tables, tmp_
 
 
 def test_cancelling_ends_a_scorer_in_the_middle_of_a_call_and_everything_marked(stack, small_world, tmp_path):
-    """A mark is what `weights_store/guard.py` finds processes by, also those that libraries start, if the flow's is killed."""
+    """A mark is what `guard.py` finds processes by, also those that libraries start, if the flow's is killed."""
     deployment = stack.deploy("scorer-cancelled", small_world, tmp_path / "store")
     run = stack.start(deployment, "scorer-cancelled", MADE_UP='{"call_s": 60}')
     run.process("pipeline.workers.process")

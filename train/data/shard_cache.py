@@ -18,8 +18,8 @@ from weights_store import Table
 from weights_store.digests import cache_folder
 from weights_store.errors import DamageError, StoreError
 from weights_store.location import Location
-from weights_store.lock import is_at
 from weights_store.messages import logger
+from weights_store.processes.lock import is_at
 from weights_store.tables.shards import ShardReader, ShardRecord
 
 _log = logger(__name__)

@@ -25,8 +25,8 @@ from typing import Any, NotRequired, TypedDict, cast
 from train.model.weight_files import check_safetensors
 from weights_store.errors import InputError, SettingsError
 from weights_store.fingerprint import explain_difference, load_json
-from weights_store.lock import locked
 from weights_store.messages import logger
+from weights_store.processes.lock import locked
 from weights_store.tables.metadata import Parent, Section
 
 _log = logger(__name__)

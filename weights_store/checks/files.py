@@ -22,7 +22,7 @@ from weights_store.checks.log import TableLog, list_log
 from weights_store.errors import DamageError, StoreError
 from weights_store.location import one_line
 from weights_store.messages import Progress, logger, show
-from weights_store.spread import Spread, in_turn
+from weights_store.processes.spread import Spread, in_turn
 from weights_store.tables.commits import LAST_CHECKPOINT
 from weights_store.tables.shards import RESTORE, ShardReader, ShardRecord
 from weights_store.tables.table import Table

@@ -14,8 +14,8 @@ import polars as pl
 
 from weights_store.checks.files import SoundTable
 from weights_store.checks.findings import Finding
+from weights_store.processes.spread import Spread, in_turn
 from weights_store.schemas import SIDES
-from weights_store.spread import Spread, in_turn
 from weights_store.tables.checksums import sum_checksums
 from weights_store.tables.key_ranges import KeyRange
 

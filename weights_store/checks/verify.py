@@ -30,7 +30,7 @@ from weights_store.checks.reports import check_reports
 from weights_store.checks.rows import violations
 from weights_store.errors import DamageError, NotFoundError, SettingsError
 from weights_store.names import quarantine_path
-from weights_store.spread import Spread, in_turn
+from weights_store.processes.spread import Spread, in_turn
 from weights_store.store import WeightStore
 from weights_store.tables.metadata import Parent, ScorerRecord
 from weights_store.tables.shards import ShardRecord

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from weights_store.inspection.figure import Format
-    from weights_store.spread import Spread
+    from weights_store.processes.spread import Spread
     from weights_store.views.token_texts import Tokenizer
 
 Run = Callable[[argparse.Namespace], int | None]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import weights_store
 from weights_store.printing import GAP, count_text, print_json, print_table, size_text
-from weights_store.spread import in_turn
+from weights_store.processes.spread import in_turn
 
 if TYPE_CHECKING:
     from weights_store.checks.findings import Finding

@@ -15,8 +15,8 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from weights_store.errors import InputError, MismatchError
-from weights_store.lock import locked, wait_for
 from weights_store.names import name_of
+from weights_store.processes.lock import locked, wait_for
 from weights_store.schemas import SIDES
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableVersion

@@ -18,7 +18,7 @@ from pipeline.recipe import ModelSection
 from weights_store.checks.model_folders import sign_record
 from weights_store.errors import InputError, MissingExtraError
 from weights_store.fingerprint import fingerprint_file
-from weights_store.lock import locked
+from weights_store.processes.lock import locked
 
 VOCAB_SIZE = 101
 SIZES = {

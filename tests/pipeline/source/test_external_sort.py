@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.source.external_sort import ExternalSort
-from weights_store.guard import guard
+from weights_store.processes.guard import guard
 
 SCHEMA = pa.schema([("pair_id", pa.string()), ("source_row", pa.int64())])
 
@@ -50,7 +50,7 @@ def temporary(monkeypatch):
 
     def use(folder):
         monkeypatch.setattr("tempfile.tempdir", str(folder))
-        monkeypatch.setattr("weights_store.guard._guards", {})
+        monkeypatch.setattr("weights_store.processes.guard._guards", {})
 
     yield use
     guard().close()

@@ -14,8 +14,8 @@ from train.data.selection import is_held_out, prompt_hashes
 from weights_store import WeightStore
 from weights_store.checks.verify import verify
 from weights_store.errors import InputError, MismatchError, SettingsError
+from weights_store.processes.spread import in_turn
 from weights_store.schemas import ATTRIBUTIONS, LOGPS, SIDES, TOKENS
-from weights_store.spread import in_turn
 
 HEAD = {"weights.estimator": "head", "weights.lower": -9.0, "weights.upper": 9.0}
 GOOD, NUM_CONTEXTS = 5, 2

@@ -38,8 +38,8 @@ from weights_store import WeightStore
 from weights_store.checks.vacuum import find_orphans
 from weights_store.checks.verify import verify
 from weights_store.errors import EngineError, InputError, MissingExtraError, OutOfMemoryError, SettingsError
+from weights_store.processes.spread import in_turn
 from weights_store.schemas import LOGPS
-from weights_store.spread import in_turn
 
 REPO = Path(__file__).resolve().parents[3]
 # Actors share this machine with all else that runs on it, so they ask for less than a core.
@@ -194,7 +194,7 @@ LOOK = """
 import os, signal
 from pipeline.workers.ray_cluster import connected
 from pipeline.workers.ray_spread import spread_on_connected_ray
-from weights_store.guard import guard
+from weights_store.processes.guard import guard
 
 guard().mark_environment()
 with connected("local"):

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from weights_store.errors import DamageError, InputError, MismatchError
-from weights_store.lock import locked
+from weights_store.processes.lock import locked
 
 NAME = "hh-harmless/tis-dpo"
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from weights_store.lock import locked
+from weights_store.processes.lock import locked
 
 HOLD = """
 import sys
 from pathlib import Path
-from weights_store.lock import locked
+from weights_store.processes.lock import locked
 with locked(Path(sys.argv[1]), print):
     print("locked", flush=True)
     sys.stdin.read()

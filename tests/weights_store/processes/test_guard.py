@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.torture.orphans import MARK, kill_marked, marked
-from weights_store.guard import RUN, end_marked, marked_environment
+from weights_store.processes.guard import RUN, end_marked, marked_environment
 
 GUARDED = """
 import os, subprocess, sys, time
-from weights_store.guard import guard, marked_environment
+from weights_store.processes.guard import guard, marked_environment
 
 daemon = "import os, time; os.fork() and os._exit(0); os.setsid(); print('daemon', flush=True); time.sleep(600)"
 shared = '''
@@ -136,7 +136,7 @@ def test_a_process_below_a_guarded_one_belongs_to_both(monkeypatch):
 
 EXEC = """
 import os, sys
-from weights_store.guard import guard
+from weights_store.processes.guard import guard
 guard().mark_environment()
 code = "import os, sys; print(os.environ['TOKENWEIGHTS_RUN'], flush=True); sys.stdin.read()"
 os.execv(sys.executable, [sys.executable, "-c", code])

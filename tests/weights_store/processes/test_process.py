@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from weights_store.errors import EngineError, InputError, NotFoundError, OutOfMemoryError
-from weights_store.process import run_main
+from weights_store.processes.process import run_main
 
 
 def raising(error):
@@ -66,7 +66,7 @@ def test_an_error_of_the_system_names_the_file_and_what_to_do(error, line, capsy
 def test_sigterm_unwinds_the_stack_as_ctrl_c_does():
     code = """
 import time
-from weights_store.process import run_main
+from weights_store.processes.process import run_main
 
 def main():
     try:
@@ -101,7 +101,8 @@ def test_an_interrupt_is_exit_code_130_with_what_to_do_next(capsys):
 
 
 def test_a_reader_that_stops_early_is_no_error():
-    code = "from weights_store.process import run_main\nrun_main(lambda: [print('x' * 99) for _ in range(9999)] and 0)"
+    code = "from weights_store.processes.process import run_main\n"
+    code += "run_main(lambda: [print('x' * 99) for _ in range(9999)] and 0)"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     child.stdout.readline()
     child.stdout.close()
@@ -125,7 +126,7 @@ def test_signs_that_a_terminal_lacks_are_no_error(monkeypatch):
 
 
 def test_a_child_ends_with_its_parent():
-    code = "import time\nfrom weights_store.process import run_main\nrun_main(lambda: time.sleep(60))"
+    code = "import time\nfrom weights_store.processes.process import run_main\nrun_main(lambda: time.sleep(60))"
     environment = {**os.environ, "TOKENWEIGHTS_CHILD": "1"}
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, env=environment)
     child.stdin.close()  # as when the parent has died
