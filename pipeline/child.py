@@ -83,7 +83,7 @@ def run_child(
 ) -> None:
     """Run `python -P -m MODULE ARGUMENTS` to its end, log what it logs, and stop it when we are stopped.
 
-    The module is one of ours that runs in `run_main` (`weights_store/processes/process.py`); error messages name `what` it does.
+    The module is one of ours that runs in `run_main` (`weights_store/processes/process.py`); errors name `what` it does.
     `heard` gets its progress before that is logged. If its interpreter `python` (None: this one) lacks any package, the error
     says how to install `package`, the one that it needs most. `launcher` goes in front of `-m MODULE`: torchrun, which starts
     several processes. They write to the same pipe, and the error and exit code of the one that failed first count.

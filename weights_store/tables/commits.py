@@ -15,14 +15,19 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
+
+import pyarrow as pa
 
 from weights_store.errors import DamageError, StoreError
 from weights_store.location import Location
 from weights_store.schemas import SCHEMA_VERSION
 from weights_store.tables.metadata import CommitMetadata, LogRecord
 from weights_store.tables.shards import ShardRecord
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
 
 READERS = 16
 """How many commits are read at once from an object store."""
@@ -98,6 +103,11 @@ def statistics_of(shard: ShardRecord, key: str) -> dict[str, object]:
         "maxValues": {key: shard.last_key},
         "nullCount": {key: 0},
     }
+
+
+def names_of_files(opened: "DeltaTable") -> list[str]:
+    """Return the names of the shards of an open table, sorted."""
+    return sorted(pa.table(opened.get_add_actions()).column("path").to_pylist())
 
 
 def digest_names(names: Iterable[str]) -> str:

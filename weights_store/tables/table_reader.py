@@ -31,6 +31,7 @@ from weights_store.tables.commits import (
     Commit,
     digest_names,
     log_name,
+    names_of_files,
     read_commit,
     wrong_base,
 )
@@ -170,7 +171,7 @@ class TableReader:
         path = self.location.uri
         if self.location.is_local and (quote(path) != path or "~" in path):
             # scan_delta does not decode deltalake's percent-encoded paths (Polars 2.1.0) and finds no file.
-            rows = self._scan_files(_paths(opened))
+            rows = self._scan_files(names_of_files(opened))
         else:
             rows = pl.scan_delta(opened, storage_options=self.location.scan_options or None)
         return within.of(rows, self.key[0])
@@ -244,7 +245,7 @@ class TableReader:
         Raises:
             DamageError: They are not the files that it recorded.
         """
-        names = _paths(opened)
+        names = names_of_files(opened)
         if commit.log is not None and digest_names(names) != commit.log["files"]:
             raise DamageError(
                 f"{self.path}@{commit.version} in {self.root}: its log names {len(names)} files, which are not those that "
@@ -400,8 +401,3 @@ class TableReader:
         with self.reading(), self.location.filesystem.open_input_file(group.shard) as file:
             rows = pq.ParquetFile(file).read_row_group(group.position, columns=[self.key[0]])
             return list(rows[self.key[0]].to_pylist())
-
-
-def _paths(opened: "DeltaTable") -> list[str]:
-    """Return the names of the shards of an open table, sorted."""
-    return sorted(pa.table(opened.get_add_actions()).column("path").to_pylist())
