@@ -270,7 +270,8 @@ class Table(TableReader):
         span = pc.min_max(rows[name]).as_py()
         present = present.filter(pl.col(name).is_between(pl.lit(span["min"]), pl.lit(span["max"]))).select(self.key)
         keys = pl.DataFrame(pl.from_arrow(rows.select(self.key))).with_row_index("_row")
-        taken = self._collect(keys.lazy().join(present, on=list(self.key), how="semi"))["_row"]
+        with self.reading():
+            taken = keys.lazy().join(present, on=list(self.key), how="semi").collect()["_row"]
         keep = ~pl.int_range(rows.num_rows, eager=True).is_in(taken.to_list())
         return rows if keep.all() else rows.filter(keep.to_arrow())
 

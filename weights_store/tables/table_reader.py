@@ -279,7 +279,8 @@ class TableReader:
         """Return the `pair_id`s of one version, none if the table does not exist yet."""
         if version is None and not self.exists():
             return pl.Series("pair_id", [], pl.String)
-        return self._collect(self.scan(version).select("pair_id")).to_series()
+        with self.reading():
+            return self.scan(version).select("pair_id").collect().to_series()
 
     def key_ranges(self, max_bytes: int, version: int | None = None, num_bytes: int | None = None) -> list[KeyRange]:
         """Cut one version into ranges of its first key column, which together hold every key.
@@ -383,10 +384,6 @@ class TableReader:
 
     def _resolve(self, version: int | None) -> int:
         return int(self.open_delta(version).version())
-
-    def _collect(self, frame: pl.LazyFrame) -> pl.DataFrame:
-        with self.reading():
-            return frame.collect()
 
     def _row_groups(self, record: ShardRecord) -> Iterator[RowGroup]:
         with self.reading(), self.location.filesystem.open_input_file(record.name) as file:
