@@ -15,7 +15,7 @@ from prefect import flow, task
 
 from flows.artifacts import show_costs, show_published, show_rows, show_versions
 from flows.events import announce
-from flows.limits import build_limit, held, holding_gpus
+from flows.limits import holding_gpus
 from flows.lineage_events import lineage_of
 from flows.repeating import AGAIN
 from flows.run_logs import progress_artifacts, run_logs
@@ -65,7 +65,7 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
     """Build the weight dataset of a recipe: prepare, score, contrast, score, attribute, anchors, weigh, publish, report."""
     stage_s: dict[str, float] = {}
     clock = partial(_record_time, stage_s)
-    with run_logs(), held([build_limit(recipe.store.uri, recipe.weights.name)]):
+    with run_logs():
         with clock("model"):
             model_folder = find_model(recipe)
         with clock("prepare"):

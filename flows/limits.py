@@ -1,11 +1,10 @@
-"""Limits that a server keeps over all its runs: one at a time per GPU, and one build at a time per weight dataset.
+"""Limits that a server keeps over all its runs: one model at a time per GPU.
 
 A limit is made when it is first needed; an operator may change it afterwards, for example to let two small models share a GPU.
 A run that dies gives its slots back after a minute. A build with a server of its own (`flows/api.py`) holds none: nobody else
 asks that server, and nothing there would free what a killed build had held.
 """
 
-import re
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -18,8 +17,6 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from flows.api import is_own_server
 from pipeline.child import models_run_inside
 from pipeline.dry_run.device import visible_gpus
-from weights_store.fingerprint import fingerprint
-from weights_store.location import Location
 
 _LEASE_S = 60
 """The shortest that Prefect allows."""
@@ -28,11 +25,6 @@ _LEASE_S = 60
 def gpu_limits(num_gpus: int) -> list[str]:
     """Return the names of the limits of the first GPUs that a process started from here would see; none without a GPU."""
     return [f"gpu {socket.gethostname()} {index}" for index in visible_gpus()[:num_gpus]]
-
-
-def build_limit(store: str, name: str) -> str:
-    """Return the name of the limit of one weight dataset; two stores may have datasets of the same name."""
-    return f"build {re.sub('[/%&<>]', '.', name)} {fingerprint(Location(store).absolute_uri)[:8]}"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""One run at a time per GPU and per weight dataset, over all runs of a server."""
+"""One model at a time per GPU, over all runs of a server."""
 
 import threading
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ import pytest
 from prefect.client.orchestration import get_client
 
 from flows import environments, limits
-from flows.limits import build_limit, gpu_limits, held
+from flows.limits import gpu_limits, held
 from pipeline.child import running_model
 
 GPUS = "0, GPU-aa11\n1, GPU-bb22\n2, GPU-ab33\n"
@@ -47,15 +47,6 @@ def test_a_driver_without_a_gpu_shows_none(driver, tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho No devices were found\n")
     assert gpu_limits(1) == []
-
-
-def test_two_stores_may_have_datasets_of_one_name(tmp_path, monkeypatch):
-    name = "hh/tis-dpo"
-    monkeypatch.chdir(tmp_path)
-    assert build_limit("a", name) == build_limit(f"{tmp_path}/a", name)
-    assert build_limit(f"{tmp_path}/a", name) != build_limit(f"{tmp_path}/b", name)
-    assert build_limit(f"{tmp_path}/a/", name) == build_limit(f"{tmp_path}/a", name)
-    assert "/" not in build_limit("s3://bucket/a", name)  # Prefect refuses it in a name
 
 
 def test_a_gpu_is_held_while_a_model_runs_and_not_before(driver, monkeypatch):
