@@ -34,7 +34,9 @@ def announce(published: Published, report: Report) -> None:
             "report": report.path,
         },
     )
-    EventsWorker.drain_all(timeout=_DRAIN_S, at_exit=False)  # before the report is written, which says that this was done
+    EventsWorker.drain_all(
+        timeout=_DRAIN_S, at_exit=False
+    )  # before the report is written, which says that this was done
 
 
 def when_published(store: str, name: str) -> DeploymentEventTrigger:

@@ -220,13 +220,13 @@ class Run:
         (top,) = [pid for pid in pids if _parent(pid) not in pids]
         return top
 
+    def pids(self, part: str) -> list[int]:
+        """Return its processes whose command lines have a part."""
+        return [pid for pid, command in self.processes().items() if part in command]
+
     def process(self, part: str) -> int:
         """Return its only process whose command line has a part, as soon as there is one."""
-
-        def found() -> list[int]:
-            return [pid for pid, command in self.processes().items() if part in command]
-
-        (pid,) = wait_until(found, f"process {part}")
+        (pid,) = wait_until(lambda: self.pids(part), f"process {part}")
         return pid
 
     def wait_gone(self, timeout_s: float = 30) -> None:
