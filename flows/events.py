@@ -1,5 +1,7 @@
 """The event of a published version, and what it may start."""
 
+import logging
+
 from prefect.events import DeploymentEventTrigger, emit_event
 from prefect.events.worker import EventsWorker
 
@@ -34,9 +36,10 @@ def announce(published: Published, report: Report) -> None:
             "report": report.path,
         },
     )
-    EventsWorker.drain_all(
-        timeout=_DRAIN_S, at_exit=False
-    )  # before the report is written, which says that this was done
+    logging.getLogger(EventsWorker.__name__).setLevel(
+        logging.ERROR
+    )  # it would warn of the event that it is about to send
+    EventsWorker.drain_all(timeout=_DRAIN_S)  # before the report is written, which says that this was done
 
 
 def when_published(store: str, name: str) -> DeploymentEventTrigger:
