@@ -72,5 +72,5 @@ def _key(what: str, name: str) -> str:
 
 def _link(place: str) -> str:
     """Return the URI of a folder or file of a store."""
-    is_remote = "://" in place
-    return place if is_remote else Path(Location(place).path).absolute().as_uri()
+    uri = Location(place).absolute_uri
+    return uri if "://" in uri else Path(uri).as_uri()

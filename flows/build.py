@@ -203,12 +203,12 @@ def build_contrast(recipe: Recipe, model_folder: Path, uniform: Published) -> Co
 def publish_weights(
     recipe: Recipe, weights: WeightsSection, ingredients: Ingredients, model_folder: Path, expect_same: bool = False
 ) -> Published:
-    """Compute weights and publish them. With all weights 1: for contrastive training and the plain DPO baseline."""
+    """Compute weights and publish them. With all weights 1: for contrastive training and the plain DPO baseline.
+
+    The check of stored log-probs runs a model, on a GPU if there is one.
+    """
     check = partial(check_stored, recipe, ingredients.tokens, ingredients.ref_logps, model_folder)
-    with (
-        holding_gpus(1),
-        lineage_of("publish", weights.name, [*ingredients.by_role().values()]) as outputs,
-    ):  # for the check
+    with holding_gpus(1), lineage_of("publish", weights.name, [*ingredients.by_role().values()]) as outputs:
         published = publish(recipe, weights, ingredients, expect_same, check, model_folder)
         outputs.append(published.weights)
         return published

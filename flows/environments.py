@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from importlib.metadata import version
 
-from flows.api import LEASES, ON_DISK, check_server
+from flows.api import LEASES, ON_DISK, check_server, configured_url
 from pipeline.interpreters import Fact, interpreters_of, look_at
 from pipeline.recipe import Recipe
 from weights_store.errors import StageError
@@ -29,9 +29,8 @@ def environment_rows(recipe: Recipe | None) -> list[dict[str, str]]:
 def _of_prefect() -> Iterator[Fact]:
     """Yield the server that runs report to. Nothing is started."""
     from prefect.client.orchestration import get_client
-    from prefect.settings import get_current_settings
 
-    url = get_current_settings().api.url
+    url = configured_url()
     if not url:
         yield Fact("Prefect server", "one of its own for each build", "for deployments: PREFECT_API_URL")
         return

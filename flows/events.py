@@ -36,10 +36,9 @@ def announce(published: Published, report: Report) -> None:
             "report": report.path,
         },
     )
-    logging.getLogger(EventsWorker.__name__).setLevel(
-        logging.ERROR
-    )  # it would warn of the event that it is about to send
-    EventsWorker.drain_all(timeout=_DRAIN_S)  # before the report is written, which says that this was done
+    # Before the report is written, which says that this was done. The worker would warn of the event that it is about to send.
+    logging.getLogger(EventsWorker.__name__).setLevel(logging.ERROR)
+    EventsWorker.drain_all(timeout=_DRAIN_S)
 
 
 def when_published(store: str, name: str) -> DeploymentEventTrigger:

@@ -36,7 +36,8 @@ _silent_until = [0.0]
 Place = TableVersion | str
 """A version of one of our tables, or the path or hub id of a file or folder."""
 _HUB = "https://huggingface.co"
-_PREFIX = "OPENLINEAGE_"
+_URL, _CONFIG, _PREFIX = "OPENLINEAGE_URL", "OPENLINEAGE_CONFIG", "OPENLINEAGE__"
+"""Environment variables that configure the client."""
 _PAUSE_S = 60.0
 """After an event that could not be sent: the client tries for seconds each time, and a stage has several events."""
 _PRODUCER = "https://pypi.org/project/tokenweights"
@@ -44,7 +45,7 @@ _PRODUCER = "https://pypi.org/project/tokenweights"
 
 def is_configured() -> bool:
     """Return whether somebody wants the events."""
-    return any(name.startswith(_PREFIX) for name in os.environ)
+    return any(name in (_URL, _CONFIG) or name.startswith(_PREFIX) for name in os.environ)
 
 
 @contextmanager
@@ -209,7 +210,7 @@ def _name_of(place: TableVersion) -> tuple[str, str]:
     """Return namespace and name of a table, as OpenLineage forms them for folders and object stores."""
     location = Location(place.store)
     if location.is_local:
-        return "file", f"{location.path.absolute()}/{place.table}"
+        return "file", f"{location.absolute_uri}/{place.table}"
     scheme, _, rest = str(location).partition("://")
     bucket, _, prefix = rest.partition("/")
     return f"{scheme}://{bucket}", f"{prefix}/{place.table}".lstrip("/")

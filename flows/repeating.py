@@ -4,10 +4,9 @@ Stages that run a model restart their process themselves (`pipeline/workers/supe
 stores ask again themselves.
 """
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from weights_store.errors import ConflictError, KilledError
+from weights_store.errors import ConflictError, KilledError, causes
 
 if TYPE_CHECKING:
     from prefect import Task
@@ -19,23 +18,13 @@ _BUSY = (408, 425, 429, 500, 502, 503, 504)
 
 def may_pass(error: BaseException) -> bool:
     """Return whether the same call may succeed later: the network or a hub failed, another writer won, a process was killed."""
-    return any(isinstance(cause, ConflictError | KilledError) or _is_of_network(cause) for cause in _causes(error))
+    return any(isinstance(cause, ConflictError | KilledError) or _is_of_network(cause) for cause in causes(error))
 
 
 def repeats(task: "Task[..., Any]", task_run: "TaskRun", state: "State[Any]") -> bool:  # noqa: ARG001  (Prefect's signature)
     """Return whether Prefect shall run a failed task again."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, BaseException) and may_pass(error)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what it was raised from."""
-    seen: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in seen:
-        yield cause
-        seen.append(cause)
-        cause = cause.__cause__ or cause.__context__
 
 
 def _is_of_network(error: BaseException) -> bool:

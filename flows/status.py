@@ -14,13 +14,11 @@ from flows.api import server_to_ask
 from flows.serve import TAG
 from pipeline.dry_run.plan import plan
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.stages.train import pinned
-from train.config import TrainConfig, check_places
+from pipeline.stages.train import load_training, pinned
 from train.job.output import LINEAGE
 from weights_store.errors import TokenweightsError
 from weights_store.messages import first_line, hide_credentials
 from weights_store.printing import one_line, print_json, print_table
-from weights_store.settings import load_toml, parse_settings
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -203,9 +201,6 @@ def _to_compute(recipe: Recipe) -> Iterator[str]:
 
 
 def _stale_policy(config: dict[str, Any] | str) -> str:
-    settings, where = (load_toml(config), config) if isinstance(config, str) else (config, "config")
-    training = parse_settings(TrainConfig, settings, where)
-    check_places(training)
-    job = pinned(training)
+    job = pinned(load_training(config))
     is_trained = (Path(job.output.folder) / LINEAGE).is_file()
     return "" if is_trained else f"no training on {job.data.weights} yet"

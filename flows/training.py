@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 from prefect import flow, task
 
@@ -13,13 +12,12 @@ from flows.repeating import AGAIN
 from flows.run_logs import progress_artifacts, run_logs
 from pipeline.models.launch import Launch
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.stages.train import pinned, train, weights_of
+from pipeline.stages.train import load_training, pinned, train, weights_of
 from train.config import TrainConfig, check_places
 from weights_store.allowed import TRAIN_PYTHON, check_interpreter_place
 from weights_store.errors import SettingsError, StageError
 from weights_store.location import Location
 from weights_store.names import name_of, split_name
-from weights_store.settings import load_toml, parse_settings
 
 
 @flow(name="train-policy")
@@ -41,7 +39,7 @@ def train_policy(
         InputError: A place or an interpreter is outside of what the operator allows.
     """
     with run_logs():
-        job = pinned(_training(config), weights)
+        job = pinned(load_training(config), weights)
         check_places(job)  # its folder too, which is beside that of the config
         return str(train_model(job, launch, _interpreter(python)))
 
@@ -68,7 +66,7 @@ def build_and_train(
         StageError: The doctor warns; the weights are published.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    config, python = _training(config), _interpreter(python or recipe.contrast.python)
+    config, python = load_training(config), _interpreter(python or recipe.contrast.python)
     if problem := why_not_behind(config, recipe):
         raise SettingsError(problem)
     result = build_weights(recipe)
@@ -94,14 +92,6 @@ def train_model(job: TrainConfig, launch: Launch, python: str | None) -> Path:
         folder = train(job, launch, python)
         outputs.append(str(folder))
         return folder
-
-
-def _training(config: TrainConfig | str) -> TrainConfig:
-    if isinstance(config, str):
-        settings: dict[str, Any] = load_toml(config)
-        config = parse_settings(TrainConfig, settings, config)
-    check_places(config)
-    return config
 
 
 def _interpreter(python: str | None) -> str | None:

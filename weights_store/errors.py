@@ -22,6 +22,8 @@ The message is one sentence: what is wrong, expected, got, where, what to do. Er
 command line prints one line, without a traceback.
 """
 
+from collections.abc import Iterator
+
 
 class TokenweightsError(Exception):
     """Base of all errors raised on purpose."""
@@ -85,3 +87,12 @@ class ConflictError(StoreError):
 
 EXIT_CODES: dict[type[TokenweightsError], int] = {OutOfMemoryError: 76, SequenceLengthError: 77, EngineError: 75}
 """Exit codes of a child for errors after which its parent starts it again; the first match counts. Other errors give 1."""
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what it was raised from or while handling, each once."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        yield error
+        seen.append(error)
+        error = error.__cause__ or error.__context__

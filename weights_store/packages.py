@@ -1,7 +1,9 @@
 """Installed packages: their versions, which commits, trained models and `tokenweights --version` name, and what is missing."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+
+from weights_store.errors import causes
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:
@@ -35,11 +37,5 @@ def how_to_install(package: str, extra: str) -> str:
 
 def missing_package(error: ImportError) -> str | None:
     """Return the package that was not found, even if another package has wrapped the error; None if none was missing."""
-    names = [cause.name for cause in _causes(error) if isinstance(cause, ModuleNotFoundError) and cause.name]
+    names = [cause.name for cause in causes(error) if isinstance(cause, ModuleNotFoundError) and cause.name]
     return names[-1].partition(".")[0] if names else None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

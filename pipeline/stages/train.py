@@ -7,15 +7,31 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.child import check_extra, run_child, running_model
 from pipeline.models.launch import Launch
-from train.config import TrainConfig
+from train.config import TrainConfig, check_places
 from weights_store import TableVersion, WeightStore
 from weights_store.messages import logger
 from weights_store.names import name_of, split_name
+from weights_store.settings import load_toml, parse_settings
 
 _log = logger(__name__)
+
+
+def load_training(config: TrainConfig | Mapping[str, Any] | str) -> TrainConfig:
+    """Return a training config that somebody gives: checked, by section and key, or as the path of its file.
+
+    Raises:
+        InputError: There is no such file, or the config names a place that the operator does not allow.
+        SettingsError: A key is unknown, missing or wrong.
+    """
+    if not isinstance(config, TrainConfig):
+        settings, where = (load_toml(config), config) if isinstance(config, str) else (config, "config")
+        config = parse_settings(TrainConfig, settings, where)
+    check_places(config)
+    return config
 
 
 def pinned(config: TrainConfig, weights: str | None = None) -> TrainConfig:
