@@ -51,11 +51,12 @@ def serve(files: "Sequence[str]", overrides: "Sequence[str]" = (), store: str | 
     """
     recipes, trainings = _load(files, overrides, store)
     check_client()
+    # Before a server starts: a store with a wrong URI is refused here.
+    deployments = list(_deployments(recipes, trainings, {"overrides": [*overrides], "store": store}))
     with _api():
         from prefect import serve as serve_deployments
 
-        options = {"overrides": [*overrides], "store": store}
-        serve_deployments(*_deployments(recipes, trainings, options))
+        serve_deployments(*deployments)
 
 
 def _load(
