@@ -18,6 +18,7 @@ from weights_store.errors import (
     SettingsError,
     StageError,
     TokenweightsError,
+    causes,
 )
 from weights_store.processes.guard import Guard
 
@@ -30,7 +31,7 @@ def connected(address: str | None) -> Iterator[bool]:
 
     Raises:
         MissingExtraError: Ray is not installed.
-        SettingsError: No cluster answers at the address.
+        SettingsError: No cluster answers at the address, or it asks for a token that is not there.
         StageError: A cluster answers, but Ray cannot use it; or Ray cannot start here.
     """
     found = _find_cluster() if address in (None, "auto") else address
@@ -70,6 +71,11 @@ def _init(settings: dict[str, object], empty_folder: Path) -> None:
         with chdir(empty_folder):
             ray.init(**settings)
     except Exception as error:
+        if any("AuthenticationError" in str(cause) for cause in causes(error)):
+            raise SettingsError(
+                f"the Ray cluster at {settings['address']} asks for a token, and got none or another: set RAY_AUTH_MODE=token, "
+                "and RAY_AUTH_TOKEN to the cluster's token (by default that of ~/.ray/auth_token on the machine of its head)"
+            ) from error
         raise StageError(f"Ray at {settings['address']} cannot be used: {_last_line(error)}") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
 

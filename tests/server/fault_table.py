@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import signal
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from statistics import median
 from typing import Any
 
 from tests.server.postgres import Postgres, programs
-from tests.server.stack import Stack, environment
+from tests.server.stack import Stack, environment, wait_until
 from tests.server.stages import ENDED_BEFORE, has_ended, wait_for_stage
 from tests.server.worlds import loss_of_store, values, write_world
 from tests.torture import orphans
@@ -74,7 +73,7 @@ class ForkedRun:
 
     def kill(self) -> int:
         """Kill it, and return how many processes and files are left of it after two seconds."""
-        os.kill(self._process.pid, signal.SIGKILL)
+        self._process.kill()  # which may have come to its end by itself
         self._process.join()
         deadline = time.monotonic() + orphans.PATIENCE_S
         while (left := self._left()) and time.monotonic() < deadline:
@@ -117,8 +116,10 @@ class Table:
         for stage in ENDED_BEFORE:
             wait_for_stage(run, stage)
             moments.append(time.monotonic())
+        wait_until(lambda: has_ended(run, "report"), "end of report", every_s=0.01)
+        moments.append(time.monotonic())
         run.end()
-        lasts = [end - begin for begin, end in pairwise([*moments, time.monotonic()])]
+        lasts = [end - begin for begin, end in pairwise(moments)]
         self._lasts_s = dict(zip(ENDED_BEFORE, lasts, strict=True))
         self._expected = values(folder / "undisturbed")
 

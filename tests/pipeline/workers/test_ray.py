@@ -462,3 +462,27 @@ def test_without_a_cluster_it_says_so_at_once(monkeypatch, tmp_path, address, me
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     with pytest.raises(SettingsError, match=rf"{message}.*set score\.ray_address"), connected(address):
         pass
+
+
+CONNECTS = """
+import sys
+from pipeline.workers.ray_cluster import connected
+from weights_store.errors import SettingsError
+
+try:
+    with connected(sys.argv[1]):
+        pass
+except SettingsError as error:
+    print(error)
+"""
+
+
+def test_a_cluster_that_asks_for_a_token_says_so(cluster):
+    # In a process of its own: one process keeps the first token that it used. One try to connect instead of twenty.
+    settings = {"RAY_AUTH_MODE": "disabled", "RAY_gcs_server_port_wait_time_s": "1"}
+    command = [sys.executable, "-c", CONNECTS, cluster.address]
+    done = subprocess.run(
+        command, env=os.environ | settings, stdout=subprocess.PIPE, text=True, timeout=120, check=True
+    )
+    assert f"cluster at {cluster.address} asks for a token" in done.stdout
+    assert "set RAY_AUTH_MODE=token" in done.stdout

@@ -1,6 +1,8 @@
 """Other engines read the tables as they are and find the same numbers as `store.scan`."""
 
 import json
+import os
+import secrets
 import subprocess
 import sys
 
@@ -93,6 +95,12 @@ print(json.dumps([{name: getattr(value, "tolist", lambda v=value: v)() for name,
 def test_ray_data(small_store, expected):
     # In a process of its own: Ray keeps the token of the first cluster that a process used, and other tests use some.
     command = [sys.executable, "-c", READ_WITH_RAY, *opened(small_store).file_uris()]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
+    settings = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }  # else Ray writes one into the home folder
+    done = subprocess.run(
+        command, env=os.environ | settings, stdout=subprocess.PIPE, text=True, timeout=300, check=True
+    )
     rows = json.loads(done.stdout.splitlines()[-1])
     assert sorted(rows, key=lambda row: row["pair_id"]) == expected.to_dicts()
