@@ -29,7 +29,7 @@ _IMPORTS = {
     "flows": ("prefect", "datasets", "transformers", "pipeline.stages.prepare", "pipeline.stages.publish"),
     "score": ("torch", "vllm", "pipeline.engine.vllm_engine", "pipeline.workers.process"),
     "train": ("torch", "accelerate", "peft", "train.job.training", "pipeline.workers.pair_attributor"),
-    "ray": ("ray",),
+    "ray": ("ray", "pipeline.stages.prepare", "pipeline.stages.publish", "pipeline.workers.driver"),
 }
 """What is imported of each extra, ours last."""
 

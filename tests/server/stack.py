@@ -229,12 +229,13 @@ class Run:
         (pid,) = wait_until(lambda: self.pids(part), f"process {part}")
         return pid
 
-    def wait_gone(self, timeout_s: float = 30) -> None:
-        """Wait until no process and no temporary file of it is left. The default is for a busy machine."""
-        deadline = time.monotonic() + timeout_s
+    def wait_gone(self, timeout_s: float = 30) -> float:
+        """Wait until no process and no temporary file of it is left; return the seconds. The default is for a busy machine."""
+        started = time.monotonic()
         while left := self.left():
-            assert time.monotonic() < deadline, f"after {timeout_s} s there is still {left}"
+            assert time.monotonic() < started + timeout_s, f"after {timeout_s} s there is still {left}"
             time.sleep(0.05)
+        return time.monotonic() - started
 
     def cancel(self) -> None:
         """Ask the server to cancel it, as the button does."""

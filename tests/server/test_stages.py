@@ -40,7 +40,9 @@ def deployment(stack, large_world, large_tables, store):
 
 
 @pytest.mark.parametrize(("stage", "how"), DISTURBED)
-def test_a_run_that_is_disturbed_ends_with_a_state_that_says_so_and_leaves_no_process(stack, deployment, stage, how):
+def test_a_run_that_is_disturbed_ends_with_a_state_that_says_so_and_leaves_no_process(
+    stack, deployment, stage, how, record_property
+):
     run = stack.start(deployment, f"{how.replace(' ', '-')}-in-{stage}")
     wait_for_stage(run, stage)
     child = run.process(CHILD[stage]) if stage in CHILD else 0
@@ -51,7 +53,7 @@ def test_a_run_that_is_disturbed_ends_with_a_state_that_says_so_and_leaves_no_pr
         assert run.wait()["type"] == "CRASHED"
     elif how == "cancelled":
         run.cancel()
-        run.wait_gone(CANCELLED_WITHIN_S)
+        record_property("seconds until gone", run.wait_gone(CANCELLED_WITHIN_S))
         assert run.wait()["type"] == "CANCELLED"
     else:
         os.kill(child, signal.SIGKILL)
