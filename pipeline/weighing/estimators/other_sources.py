@@ -78,6 +78,21 @@ def surprise(scores: SideScores) -> SideWeights:
     return _relative(-scores.ref_logps, scores.lengths)
 
 
+@estimator("confidence", "after ConfPO, 2506.08712", "reference", zero_at={})
+def confidence(scores: SideScores) -> SideWeights:
+    """Return 1 where ref(y_t) is at most its mean in the response, else 0: what the model was confident of is left alone.
+
+    ConfPO, arXiv 2506.08712, selects by the policy's own probabilities at each step; here they are the starting policy's, so
+    the selection stays that of step 0. Its release takes what is below the mean, and drops pairs in which that is nothing; "at
+    most" always selects a token. ConfPO trains by the mean log-prob of selected tokens, as loss `sepo` does, but with a beta
+    and a margin.
+    """
+    assert scores.ref_logps is not None, "no log-probs of the reference"
+    probs = np.exp(scores.ref_logps)
+    thresholds = np.repeat(means(probs, scores.lengths), scores.lengths)
+    return SideWeights((probs <= thresholds).astype(np.float32))
+
+
 @estimator("entropy", "ours", "reference top k", zero_at={})
 def entropy(scores: SideScores) -> SideWeights:
     """Return the entropy of the reference at each position (`score.top_k`), divided by its mean in the response.

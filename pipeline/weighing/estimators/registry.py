@@ -54,6 +54,12 @@ class SideScores:
         assert self.negative_logps is not None, "no log-probs of pi-"
         return np.subtract(self.positive_logps, self.negative_logps, dtype=np.float32)
 
+    def implicit_rewards(self) -> np.ndarray:
+        """Return log pi+ - log ref, `[N]` float32 nats: DPO's implicit token rewards over beta, arXiv 2305.18290, eq. 5."""
+        assert self.positive_logps is not None, "no log-probs of pi+"
+        assert self.ref_logps is not None, "no log-probs of the reference"
+        return np.subtract(self.positive_logps, self.ref_logps, dtype=np.float32)
+
     def fitted_rewards(self) -> np.ndarray:
         """Return the token rewards of a fit on labels, `[N]` float32 nats."""
         assert self.rewards is not None, "fit the rewards over the whole dataset first, see `fits.py`"
