@@ -70,6 +70,12 @@ def decay_weights(side: ResponseLogps, gamma: float) -> Tensor:
     return masked(gamma ** mask.cumsum(-1).to(side.policy_logps.dtype), mask)
 
 
+def by_ordinal(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `values` and `mask`, `[B, T]`, with the first response token of every row in column 0."""
+    order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
+    return values.gather(-1, order), mask.gather(-1, order)
+
+
 def masked_logps(side: ResponseLogps) -> Tensor:
     """Return log pi, `[B, T]`, 0 outside the response."""
     return masked(side.policy_logps, side.completion_mask)
