@@ -304,6 +304,14 @@ class Simpo(PreferenceLoss):
     """Margin by which chosen should win, as a share of beta, nats per token."""
 
 
+class Confpo(Simpo):
+    """`simpo` on the tokens that the policy finds no more likely than its mean in the response."""
+
+    title = "ConfPO (arXiv 2506.08712)"
+
+    name: Literal["confpo"]  # type: ignore[assignment]
+
+
 class Sepo(PreferenceLoss):
     """Mean log-probs of the selected tokens, with weights of `weights.estimator = "sepo"`."""
 
@@ -358,7 +366,7 @@ class Sft(LossConfig):
 
 
 LossSection = Annotated[
-    Dpo | Ipo | Tdpo1 | Tdpo2 | TisDpo | TiDpo | Treg | Bpo | TbpoA | Simpo | Sepo | D2po | UniDpo | Sft,
+    Dpo | Ipo | Tdpo1 | Tdpo2 | TisDpo | TiDpo | Treg | Bpo | TbpoA | Simpo | Confpo | Sepo | D2po | UniDpo | Sft,
     Field(discriminator="name"),
 ]
 LOSSES: dict[str, type[LossConfig]] = {

@@ -35,6 +35,7 @@ from train.loss.terms import (
     sum_logps,
     sum_logratios,
     sum_weighted_logratios,
+    unlikely_tokens,
     weighted_sum,
 )
 from train.loss.triplet import triplet
@@ -218,6 +219,32 @@ def simpo(
         Meng et al. 2024, arXiv 2405.14734, Eq. 6; label smoothing as in the official release, simpo_trainer.py.
     """
     chosen_means, rejected_means = mean_logps(chosen), mean_logps(rejected)
+    target = beta * gamma_beta_ratio
+    return _logistic(chosen_means, rejected_means, beta, label_smoothing=label_smoothing, target=target)
+
+
+def confpo(
+    chosen: ResponseLogps,
+    rejected: ResponseLogps,
+    *,
+    beta: float,
+    gamma_beta_ratio: float,
+    label_smoothing: float = 0.0,
+) -> PairLosses:
+    """Per-pair ConfPO loss, `[B]` nats: `simpo` on the tokens with pi(y_t) at most its mean in the response.
+
+    The policy selects at every step anew, and no gradient flows through that. Estimator `confidence` selects once, by the
+    reference.
+
+    References:
+        Yoon et al. 2025, arXiv 2506.08712 (ICML 2025), in the form of the official release, cpo_trainer.py. Departure: it
+        selects what is below the mean, and drops a pair if that is nothing on one side, as with a single token; "at most" is
+        how a summary gives the paper's threshold, and always selects a token.
+    """
+    sides = (side._replace(token_weights=unlikely_tokens(side)) for side in (chosen, rejected))
+    chosen_means, rejected_means = (
+        weighted_sum(masked_logps(side), side) / masked_token_weights(side).sum(-1) for side in sides
+    )
     target = beta * gamma_beta_ratio
     return _logistic(chosen_means, rejected_means, beta, label_smoothing=label_smoothing, target=target)
 

@@ -162,6 +162,10 @@ def test_the_table_of_settings_is_that_of_the_loss_functions() -> None:
             {"name": "tbpo_a", "beta": 0.1, "kl": "top_k", "bregman_lambda": 0.2},
         ),
         ({"name": "simpo", "beta": 2}, {"name": "simpo", "beta": 2.0, "label_smoothing": 0.0, "gamma_beta_ratio": 0.5}),
+        (
+            {"name": "confpo", "beta": 2},
+            {"name": "confpo", "beta": 2.0, "label_smoothing": 0.0, "gamma_beta_ratio": 0.5},
+        ),
         ({"name": "sepo"}, {"name": "sepo"}),
         ({"name": "d2po", "beta": 0.1}, {"name": "d2po", "beta": 0.1, "gamma": 0.98}),
         (
@@ -193,7 +197,10 @@ def test_what_enters_the_identity_of_a_model_stays_the_same(settings, dumped) ->
     [
         ({"name": "dpo", "beta": 0.1, "gamma": 0.9}, r"loss.name='dpo' does not read loss.gamma, got 0.9;.*to d2po\)"),
         ({"name": "sepo", "beta": 0.1}, "loss.name='sepo' does not read loss.beta, got 0.1"),
-        ({"name": "tis_dpo", "beta": 0.1, "label_smoothing": 0.1}, r"does not read loss.label_smoothing.*dpo, simpo\)"),
+        (
+            {"name": "tis_dpo", "beta": 0.1, "label_smoothing": 0.1},
+            r"does not read loss.label_smoothing.*dpo, simpo, confpo\)",
+        ),
         ({"name": "ipo", "beta": 0.1, "kl": "off"}, "does not read loss.kl, got 'off'"),
         ({"name": "tis_dpo", "beta": 0.1, "eta_scale": 0.5}, "loss.eta_scale=0.5 without eta; set loss.kl"),
         ({"name": "tis_dpo", "beta": 0.1, "eta_scale": 0.5, "kl": "off"}, "loss.eta_scale=0.5 without eta"),

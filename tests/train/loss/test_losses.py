@@ -8,7 +8,7 @@ from torch import Tensor
 
 from train.loss import losses
 from train.loss.losses import dpo, sft, tis_dpo
-from train.loss.terms import PairLosses, ResponseLogps, decay_weights, sum_logratios
+from train.loss.terms import PairLosses, ResponseLogps, decay_weights, sum_logratios, unlikely_tokens
 from weights_store.errors import InputError
 
 SPANS = [(3, 12), (4, 5), (1, 6), (2, 5)]  # lengths 9, 1 (nothing but its end-of-text token), 5, 3
@@ -91,6 +91,12 @@ def decayed(side: Side, gamma: float) -> float:
 
 def selected(side: Side) -> float:
     return total(side, lambda t: t.weight * t.policy) / total(side, lambda t: t.weight)
+
+
+def unlikely(side: Side) -> float:
+    """Mean log-prob of the tokens that are at most as likely as the mean."""
+    mean = average(side, lambda t: math.exp(t.policy))
+    return average([t for t in side if math.exp(t.policy) <= mean * (1 + 1e-12)], lambda t: t.policy)
 
 
 def uni_oracle(c: Side, r: Side, row: int) -> float:
@@ -176,6 +182,10 @@ CASES = {
         lambda c, r, row, sg: smoothed(
             2.0 * (average(c, lambda t: t.policy) - average(r, lambda t: t.policy)) - 0.8, 0.2
         ),
+    ),
+    "confpo": Case(
+        lambda c, r: losses.confpo(c, r, beta=2.0, gamma_beta_ratio=0.4, label_smoothing=0.2),
+        lambda c, r, row, sg: smoothed(2.0 * (unlikely(c) - unlikely(r)) - 0.8, 0.2),
     ),
     "sepo": Case(losses.sepo, lambda c, r, row, sg: -math.log(sigmoid(selected(c) - selected(r)))),
     "d2po": Case(
@@ -363,6 +373,9 @@ BY_HAND = {
     "tis_dpo, eta": (lambda c, r: tis_dpo(c, r, beta=0.1, eta_scale=1.0), 0.637299, 0.04, -0.075),
     # means: -1.6 and -1.4; 2 * (-0.2 - 0.5) = -1.4; log(1 + exp(1.4)) = log(5.055200)
     "simpo": (lambda c, r: losses.simpo(c, r, beta=2.0, gamma_beta_ratio=0.5), 1.620418, -3.2, -2.8),
+    # p: chosen 0.3679, 0.1108, mean 0.2393: the second; rejected 0.0334, 0.4966, 0.9048, mean 0.4783: the first
+    # 2 * (-2.2 + 3.4 - 0.5) = 1.4; log(1 + exp(-1.4)) = log(1.246597)
+    "confpo": (lambda c, r: losses.confpo(c, r, beta=2.0, gamma_beta_ratio=0.5), 0.220417, -4.4, -6.8),
     # chosen (-2*1 - 2.2) / 3 = -1.4; rejected (-0.5*3.4 - 0.7 - 2*0.1) / 3.5 = -0.742857
     # log(1 + exp(0.657143)) = log(2.929273)
     "sepo": (losses.sepo, 1.074755, -1.4, -0.742857),
@@ -475,6 +488,27 @@ def test_sepo_looks_at_selected_tokens_only() -> None:
     result.losses.backward()
     assert chosen.policy_logps.grad[0, 0] == rejected.policy_logps.grad[0, 1] == 0
     assert chosen.policy_logps.grad[0, 1] == pytest.approx(-0.5 * sigmoid(1.0))
+
+
+def test_confpo_of_equally_likely_tokens_is_simpo() -> None:
+    sides = []
+    for seed, logp in ((1, -0.1), (2, -0.7)):  # means of 3 or 9 of these are not always exact in float32
+        side = random_side(seed)
+        sides.append(side._replace(policy_logps=torch.full((4, 12), logp, requires_grad=True)))
+    settings = {"beta": 2.0, "gamma_beta_ratio": 0.5}
+    found, expected = (gradients(loss(*sides, **settings), *sides) for loss in (losses.confpo, losses.simpo))
+    for gradient, wanted in zip(found, expected, strict=True):
+        assert torch.allclose(gradient, wanted, rtol=1e-6)
+
+
+def test_confpo_selects_as_estimator_confidence_does_while_policy_and_reference_are_equal() -> None:
+    side = random_side(3)
+    selected = unlikely_tokens(side)
+    for row, (begin, end) in enumerate(SPANS):
+        probs = side.policy_logps[row, begin:end].exp()
+        assert selected[row, begin:end].tolist() == (probs <= probs.mean() * (1 + 1e-6)).float().tolist()
+    assert selected[~side.completion_mask].sum() == 0
+    assert (selected.sum(-1) >= 1).all()
 
 
 def test_tdpo2_with_alpha_1_has_the_value_of_tdpo1_and_not_its_gradient() -> None:
