@@ -105,7 +105,7 @@ class PreferenceLoss(LossConfig):
 
     nll_lambda: float | None = Field(default=None, ge=0)
     """Factor of the negative log-likelihood of chosen, the mean over its tokens, that is added to the loss of every pair
-    (default none); `1` with `dpo` is the loss of iterative reasoning preference optimization (arXiv 2404.19733)."""
+    (default none)."""
 
     def arguments(self) -> dict[str, float]:
         """Return the keyword arguments of the function of that name in `losses.py`."""

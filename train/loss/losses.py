@@ -151,8 +151,9 @@ def treg(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, reg_alp
 
     References:
         Zhou et al. 2024, arXiv 2412.02685 (ACL 2025), DPO-REG, as a summary gives it; we could read neither paper nor code.
-        It is L_DPO + alpha sg[sigmoid(-u)] sum_y sum_t -beta r_t log pi(y_t). Departure: log pi/ref in place of log pi, which
-        changes the value, not the gradient. So the loss is log 2 while policy and reference are equal.
+        It is L_DPO + alpha sigmoid(-u) sum_y sum_t -beta r_t log pi(y_t). That sigmoid(-u), taken from the gradient of DPO,
+        gets no gradient itself is our reading. Departure: log pi/ref in place of log pi, which changes the value, not the
+        gradient. So the loss is log 2 while policy and reference are equal.
     """
     result = dpo(chosen, rejected, beta=beta)
     assert result.chosen_rewards is not None
@@ -336,8 +337,8 @@ def add_nll(result: PairLosses, chosen: ResponseLogps, *, nll_lambda: float) -> 
     While policy and reference are equal it adds `nll_lambda` times the mean of the stored -log ref of the chosen tokens.
 
     References:
-        Pang et al. 2024, arXiv 2404.19733, Eq. 1, where the NLL is divided by the length too; `rpo_alpha` of earlier TRL and
-        `pref_ftx` of LLaMA-Factory. Departure from TRL's loss "sft": that is a mean over all chosen tokens of a batch.
+        `pref_ftx` of LLaMA-Factory, read in its code; for DPO the idea of Pang et al. 2024, arXiv 2404.19733, whose equation we
+        have not read. TRL's loss "sft" differs: it is a mean over all chosen tokens of a batch.
     """
     return result._replace(losses=result.losses - nll_lambda * mean_logps(chosen))
 
