@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import describe
-from pipeline.weighing.estimators import SideScores, tis
+from pipeline.weighing.estimators import SideScores
+from pipeline.weighing.estimators.tis_dpo import tis
 from weights_store import WeightStore
 from weights_store.schemas import FLOATS, IDS, LOGPS, SIDES, WEIGHTS
 

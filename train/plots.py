@@ -131,7 +131,8 @@ def _label(folder: Path) -> str:
     try:
         loss, weights = identity["loss"], identity["weights"]["name"]
         beta = f" β {loss['beta']:g}" if "beta" in loss else ""
-        return f"{loss['name']}{beta}, {weights}"
+        nll = f" + {loss['nll_lambda']:g} NLL" if loss.get("nll_lambda") else ""
+        return f"{loss['name']}{beta}{nll}, {weights}"
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / RECORD} is damaged: its identity is not what a training writes") from error
 

@@ -95,7 +95,10 @@ class WeightedDPOTrainer(DPOTrainer):
             )
         for name, needed in _NEEDED.items():
             if (got := getattr(args, name)) != needed:
-                raise SettingsError(f"stored token weights need {name}={needed!r} in the DPOConfig, got {got!r}")
+                # TRL's "sft" term would be made of the weighted log-probs, see `compute_loss`
+                is_sft = name == "loss_type" and "sft" in got
+                hint = "; for likelihood beside it use `tokenweights train` and loss.nll_lambda" if is_sft else ""
+                raise SettingsError(f"stored token weights need {name}={needed!r} in the DPOConfig, got {got!r}{hint}")
         revision = (args.model_init_kwargs or {}).get("revision")
         folder = check_model_folder(find_folder(model, revision, "model"), "model")
         self._stored = {"train": _open_pairs(folder, data, loss)}

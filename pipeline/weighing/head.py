@@ -7,7 +7,7 @@ held-out likelihood.
 Every pair's scores come from a fit that has seen no label of its prompt: each of `NUM_FOLDS` fits leaves out one fold of the
 prompts. A pair's label changes its own scores in one way only, by changing which strengths are chosen.
 
-Called by `fits.py`. Not here: the solver (`ridge.py`), and the weights from scores (`estimators.py`).
+Called by `fits.py`. Not here: the solver (`ridge.py`), and the weights from scores (`estimators/`).
 """
 
 from collections.abc import Iterable, Sequence

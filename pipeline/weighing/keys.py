@@ -37,3 +37,6 @@ _SPAN = (
 )
 Span = Annotated[Literal["response", "sequence"], Field(description=_SPAN)]
 DecayGamma = Annotated[float, Field(gt=0, le=1, description="factor per token, the first included")]
+_REWARD = "weight per nat of log π+ − log ref: alpha times the beta of the DPO model. TGDPO's release has 0.5 times 0.1"
+RewardFactor = Annotated[float, Field(gt=0, description=_REWARD)]
+CriticalBeta = Annotated[float, Field(ge=0, description="how much p− counts against p+; 1 in cDPO's release")]

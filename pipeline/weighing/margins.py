@@ -113,7 +113,7 @@ class Margins:
                 _margins({side: _scores(estimator, sides[side]) for side in SIDES}, sides)[kept], prompts[kept]
             )
         if self.seen.by_dpo and any(map(_reads_pair, self.estimators.values())):
-            rewards = {side: implicit_reward(sides[side]) for side in SIDES}
+            rewards = {side: sides[side].implicit_rewards() for side in SIDES}
             self._found[DPO].add(_margins(rewards, sides)[~is_seen], prompts[~is_seen])
 
     @property
@@ -184,13 +184,6 @@ class Margins:
         reads_pair = name == DPO or _reads_pair(self.estimators[name])
         seen = self._seen_prompts if reads_pair else []
         return self._found[name].without(np.concatenate([np.empty(0, np.uint64), *seen]))
-
-
-def implicit_reward(scores: SideScores) -> np.ndarray:
-    """Return log pi+ - log ref, `[N]` nats: DPO's implicit reward of each token over beta, arXiv 2305.18290, eq. 5."""
-    assert scores.positive_logps is not None, "no log-probs of pi+"
-    assert scores.ref_logps is not None, "no log-probs of the reference"
-    return np.subtract(scores.positive_logps, scores.ref_logps, dtype=np.float32)
 
 
 def are_among(prompts: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The `[weights]` section of a recipe: one pydantic model per estimator, told apart by `weights.estimator`.
 
-Each model has the common keys of `WeightsSection`, and the keyword arguments of its function in `estimators.py`.
+Each model has the common keys of `WeightsSection`, and the keyword arguments of its function in `estimators/`.
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,6 +1,6 @@
 """From joined columns of some pairs to their weights, as the recipe's [weights] says. Called by `publish.py`, batch by batch.
 
-Not here: the formulas (`estimators.py`, `transforms.py`), and what has to be known of the whole dataset first (`fits.py`).
+Not here: the formulas (`estimators/`, `transforms.py`), and what has to be known of the whole dataset first (`fits.py`).
 """
 
 from collections.abc import Mapping

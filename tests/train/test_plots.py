@@ -72,6 +72,14 @@ def test_labels_differ(tmp_path):
     assert [run.label for run in read_runs([dpo, namesake])] == [f"{of_dpo}, {dpo}", f"{of_dpo}, {namesake}"]
 
 
+def test_a_label_names_a_share_of_likelihood(tmp_path):
+    run = write_run(tmp_path / "run", history=[line(1, 0.1)])
+    record = json.loads((run / "train.json").read_text())
+    record["identity"]["loss"]["nll_lambda"] = 0.25
+    (run / "train.json").write_text(json.dumps(record))
+    assert read_runs([run])[0].label == "dpo β 0.1 + 0.25 NLL, toy/tis@1"
+
+
 def test_a_label_is_no_formula(tmp_path):
     folders = [write_run(tmp_path / name, history=[line(1, 0.1)]) for name in ("$\\frac{$", "other")]
     assert "<!-- dpo β 0.1, toy/tis@1, $\\frac{$ -->" in draw_runs(folders, "svg").decode()

@@ -177,6 +177,13 @@ def test_settings_that_weights_do_not_go_with_are_refused_by_name(make_trainer, 
         make_trainer(**setting)
 
 
+def test_a_share_of_likelihood_is_refused_because_trl_would_take_it_of_weighted_log_probs(make_trainer) -> None:
+    with pytest.raises(
+        SettingsError, match=r"got \['sigmoid', 'sft'\]; for likelihood .* `tokenweights train` and loss.nll"
+    ):
+        make_trainer(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2])
+
+
 def test_losses_that_trl_does_not_have_are_refused_instead_of_trained_as_dpo(make_trainer) -> None:
     with pytest.raises(SettingsError, match="got 'ti_dpo'; TRL's loss has no triplet and no KL term"):
         make_trainer("ti_dpo")

@@ -1,8 +1,10 @@
 """The step-0 gate: before the first step, the model must give the log-probs that the dataset's reference gave.
 
-A loss with a reference assumes that policy and reference are the same function at the start: all log-ratios are 0 and the
-sigmoid losses are log 2. Without the gate, training on another model, another dtype or a damaged dataset goes unnoticed. Not
-here: the tokenizer and its chat template, which `checkpoint.check_model_fits` compares before a model is loaded.
+A loss with a reference assumes that policy and reference are the same function at the start: all log-ratios are 0. Without
+the gate, training on another model, another dtype or a damaged dataset goes unnoticed. It compares log-probs, not the loss, so
+it is as strict for every loss: the sigmoid losses start at log 2, the Bregman ones at 0, and `loss.nll_lambda` adds what the
+stored log-probs say. Not here: the tokenizer and its chat template, which `checkpoint.check_model_fits` compares before a model
+is loaded.
 """
 
 import math

@@ -12,7 +12,7 @@ from weights_store.messages import Progress, logger, show
 
 _log = logger(__name__)
 
-_SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "weighted_rewards/margins", "learning_rate")
+_SHOWN = ("loss", "nll", "rewards/accuracies", "rewards/margins", "weighted_rewards/margins", "learning_rate")
 
 
 def check_tracker(name: str) -> None:

@@ -92,17 +92,30 @@ class LossConfig(BaseModel):
                 raise ValueError(f"loss.{key}={getattr(self, key)!r} {why}, or leave {key} out")
 
 
-class _BetaLoss(LossConfig):
-    reads = Needs(ref_logps=True)
-
-    beta: float = Field(gt=0, examples=[0.1])
-    """Strength of the pull towards the reference, > 0. It identifies a result, so it has no default."""
-
-
 Kl = Literal["exact", "top_k"]
 LabelSmoothing = Annotated[
     float, Field(ge=0, lt=0.5, description="Probability that the two responses of a pair are swapped, 0 to 0.5.")
 ]
+_BETA = "Strength of the pull towards the reference, > 0. It identifies a result, so it has no default."
+Beta = Annotated[float, Field(gt=0, examples=[0.1], description=_BETA)]
+
+
+class PreferenceLoss(LossConfig):
+    """A loss of pairs, to which the likelihood of chosen may be added; see `losses.add_nll`."""
+
+    nll_lambda: float | None = Field(default=None, ge=0)
+    """Factor of the negative log-likelihood of chosen, the mean over its tokens, that is added to the loss of every pair
+    (default none)."""
+
+    def arguments(self) -> dict[str, float]:
+        """Return the keyword arguments of the function of that name in `losses.py`."""
+        return {key: value for key, value in super().arguments().items() if key != "nll_lambda"}
+
+
+class _BetaLoss(PreferenceLoss):
+    reads = Needs(ref_logps=True)
+
+    beta: Beta
 
 
 class Dpo(_BetaLoss):
@@ -240,7 +253,44 @@ class TiDpo(_BetaLoss):
         )
 
 
-class Simpo(LossConfig):
+class Treg(_BetaLoss):
+    """Sums of log-ratios, and a regulariser towards the token rewards in weights of `weights.estimator = "treg"`."""
+
+    title = "T-REG on DPO (arXiv 2412.02685)"
+    has_plain_rewards = True
+    reads = Needs(ref_logps=True, token_weights=True)
+    estimator = "treg"
+
+    name: Literal["treg"]
+    reg_alpha: float = Field(default=0.25, ge=0)
+    """Factor of the regulariser; the paper is said to try 0.1, 0.25 and 0.5. With 0 it is `dpo`."""
+
+
+class Bpo(_BetaLoss):
+    """Sums of log-ratios, by a Bregman divergence of the ratio of the data from that of the policy."""
+
+    title = "BPO (arXiv 2505.19601)"
+    has_plain_rewards = True
+
+    name: Literal["bpo"]
+    bregman_lambda: float = Field(default=-0.5, gt=-1, le=1)
+    """Lambda of the divergence. At -1/2 the loss is exp(-u / 2) - 1 of DPO's margin u: a pair counts less the better the policy
+    gets it. Above 0 it counts more again once it is told apart clearly. 0 is KLIEP, 1 LSIF, both scaled."""
+    min_ratio: float = Field(default=0.01, gt=0, lt=1)
+    """Smallest R: a pair that the policy tells apart more clearly has no gradient; 0.003 to 0.025 in the paper."""
+
+
+class TbpoA(_TdpoLoss):
+    """Log-ratios plus KL(ref‖π) at each position that both responses have, by the divergence of `bpo`."""
+
+    title = "TBPO-A (arXiv 2605.12288)"
+
+    name: Literal["tbpo_a"]
+    bregman_lambda: float = Field(default=0.2, gt=-1, le=1)
+    """As for `bpo`, for each position."""
+
+
+class Simpo(PreferenceLoss):
     """Mean log-probs per token, with a margin."""
 
     title = "SimPO (arXiv 2405.14734)"
@@ -254,7 +304,15 @@ class Simpo(LossConfig):
     """Margin by which chosen should win, as a share of beta, nats per token."""
 
 
-class Sepo(LossConfig):
+class Confpo(Simpo):
+    """`simpo` on the tokens that the policy finds no more likely than its mean in the response."""
+
+    title = "ConfPO (arXiv 2506.08712)"
+
+    name: Literal["confpo"]  # type: ignore[assignment]
+
+
+class Sepo(PreferenceLoss):
     """Mean log-probs of the selected tokens, with weights of `weights.estimator = "sepo"`."""
 
     title = "SePO (arXiv 2408.13518)"
@@ -274,13 +332,14 @@ class D2po(_BetaLoss):
     """Response token t counts gamma^t, t from 1."""
 
 
-class UniDpo(_BetaLoss):
+class UniDpo(LossConfig):
     """Means of log-ratios per token, weighted by annotator scores and by how well the policy does already."""
 
     title = "Uni-DPO (arXiv 2506.10054)"
     reads = Needs(ref_logps=True, scores=True)
 
     name: Literal["uni_dpo"]
+    beta: Beta
     quality_eta: float = Field(default=0.7, ge=0)
     """Slope of a pair's weight in the difference of its annotator scores."""
     tau_ref: float = 0.8
@@ -307,7 +366,8 @@ class Sft(LossConfig):
 
 
 LossSection = Annotated[
-    Dpo | Ipo | Tdpo1 | Tdpo2 | TisDpo | TiDpo | Simpo | Sepo | D2po | UniDpo | Sft, Field(discriminator="name")
+    Dpo | Ipo | Tdpo1 | Tdpo2 | TisDpo | TiDpo | Treg | Bpo | TbpoA | Simpo | Confpo | Sepo | D2po | UniDpo | Sft,
+    Field(discriminator="name"),
 ]
 LOSSES: dict[str, type[LossConfig]] = {
     get_args(loss.model_fields["name"].annotation)[0]: loss for loss in get_args(get_args(LossSection)[0])

@@ -5,15 +5,15 @@ loss reads (`Needs` in `config.py`, which also describes the settings), `beta` i
 its range is a `ValueError`. Weights, reference log-probs and annotator scores are data: no gradient flows into them. The
 end-of-text token counts like any other.
 
-Not here: the sums over a response (`terms.py`), the next-token shift (`logps.py`), the per-token KL (`divergence.py`), and the
-reduction over pairs, which is the caller's.
+Not here: the sums over a response (`terms.py`), the triplet of TI-DPO (`triplet.py`), the next-token shift (`logps.py`), the
+per-token KL (`divergence.py`), and the reduction over pairs, which is the caller's.
 
 Notation in comments: w chosen, l rejected, m(y) = sum_t log pi/ref, a(y) = mean_t log pi, K(y) = sum_t KL_t, sg stops
 gradients.
 """
 # ruff: noqa: D417  (the docstring above describes what all losses take)
 
-from typing import NamedTuple
+import math
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor
 from train.loss.terms import (
     PairLosses,
     ResponseLogps,
+    by_ordinal,
     decay_weights,
     masked,
     masked_kls,
@@ -34,9 +35,14 @@ from train.loss.terms import (
     sum_logps,
     sum_logratios,
     sum_weighted_logratios,
+    unlikely_tokens,
     weighted_sum,
 )
+from train.loss.triplet import triplet
 from weights_store.errors import InputError
+
+_MAX_LOG_RATIO = 30.0
+"""Of a Bregman risk, as in TBPO's release: beyond it there is no gradient, and below it R^2 fits into float32."""
 
 
 def dpo(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, label_smoothing: float = 0.0) -> PairLosses:
@@ -137,32 +143,65 @@ def ti_dpo(
     return result._replace(losses=result.losses + triplet_gamma * triplets)  # Eq. 14
 
 
-class Triplet(NamedTuple):
-    """The triplet loss and what it compares, `[B]` nats squared each."""
+def treg(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, reg_alpha: float) -> PairLosses:
+    """Per-pair T-REG loss, `[B]` nats: DPO, and `reg_alpha` times a regulariser towards the token rewards r in the weights.
 
-    losses: Tensor
-    to_chosen: Tensor
-    """Squared distance of the anchor from the chosen response; `to_rejected` likewise."""
-    to_rejected: Tensor
-
-
-def triplet(chosen: ResponseLogps, rejected: ResponseLogps, anchor: ResponseLogps, *, margin: float) -> Triplet:
-    """Per-pair triplet loss, `[B]` nats squared: pulls the anchor nearer to chosen than to rejected.
-
-    Distances are between per-token log-ratios; token weights play no part. As long as the policy equals the reference,
-    all distances and their gradients are 0: the loss is the margin, and has no effect until another term moves the policy.
-
-    Args:
-        anchor: Responses sampled for the same prompts, with `ref_logps`. Gradients flow through its log-probs too.
-        margin: How much nearer, nats squared, >= 0.
+    r_t = w_t - 1 on chosen and 1 - w_t on rejected tokens, as estimator `treg` makes them. With all weights 1, or `reg_alpha`
+    0, it equals `dpo` bit for bit. At token t its gradient is 1 + reg_alpha (w_t - 1) times that of `dpo`. Rewards are DPO's.
 
     References:
-        arXiv 2505.19653, Eq. 13. Details that the paper leaves open follow the official release: token 1 is compared with
-        token 1 of the other response, up to the shorter length; squares are summed, not averaged.
+        Zhou et al. 2024, arXiv 2412.02685 (ACL 2025), DPO-REG, as a summary gives it; we could read neither paper nor code.
+        It is L_DPO + alpha sigmoid(-u) sum_y sum_t -beta r_t log pi(y_t). That sigmoid(-u), taken from the gradient of DPO,
+        gets no gradient itself is our reading. Departure: log pi/ref in place of log pi, which changes the value, not the
+        gradient. So the loss is log 2 while policy and reference are equal.
     """
-    ours, good, bad = (_by_ordinal(side) for side in (anchor, chosen, rejected))
-    to_chosen, to_rejected = _squared_distance(ours, good), _squared_distance(ours, bad)
-    return Triplet(F.relu(to_chosen - to_rejected + margin), to_chosen, to_rejected)  # Eq. 13
+    result = dpo(chosen, rejected, beta=beta)
+    assert result.chosen_rewards is not None
+    assert result.rejected_rewards is not None
+    pair_weights = torch.sigmoid(result.rejected_rewards - result.chosen_rewards)  # sg sigmoid(-u)
+    alignments = sum_weighted_logratios(chosen) - sum_logratios(chosen)  # sum_t r_t log pi/ref
+    alignments = alignments - (sum_weighted_logratios(rejected) - sum_logratios(rejected))
+    return result._replace(losses=result.losses - reg_alpha * pair_weights * beta * alignments)
+
+
+def bpo(
+    chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, bregman_lambda: float, min_ratio: float
+) -> PairLosses:
+    """Per-pair BPO loss, `[B]`: the risk of R = exp(-u), u the margin of DPO, under the scaled Basu divergence.
+
+    While policy and reference are equal the loss is 0, and its gradient that of `dpo`. Rewards are DPO's.
+
+    References:
+        Kim et al. 2025, arXiv 2505.19601 (NeurIPS 2025), Eq. 10 with the h of section 3.3 (SBA), and appendix C.
+    """
+    _check_beta(beta)
+    chosen_rewards, rejected_rewards = beta * sum_logratios(chosen), beta * sum_logratios(rejected)
+    losses = _bregman_risk(rejected_rewards - chosen_rewards, bregman_lambda, math.log(min_ratio))
+    return PairLosses(losses, chosen_rewards.detach(), rejected_rewards.detach())
+
+
+def tbpo_a(chosen: ResponseLogps, rejected: ResponseLogps, *, beta: float, bregman_lambda: float) -> PairLosses:
+    """Per-pair TBPO-A loss, `[B]`: the risk of `bpo` at each position that both responses have, with KL(ref‖pi); their mean.
+
+    Token t of chosen is compared with token t of rejected; tokens beyond the shorter response are not trained on. Rewards are
+    means of beta (log pi/ref + KL) over the compared positions. While policy and reference are equal the loss is 0.
+
+    References:
+        arXiv 2605.12288 (ICML 2026), in the form of the official release, trainers.py and h_function.py:
+        log R_t = beta [log pi/ref(l) - log pi/ref(w) + KL_t(l) - KL_t(w)]. The paper's text could not be read, nor the lambda
+        of its runs; an independent port (hai-align) has 0.2.
+    """
+    _check_beta(beta)
+    (ours, our_mask), (theirs, their_mask) = (
+        by_ordinal(beta * (masked_logratios(side) + masked_kls(side)), side.completion_mask)
+        for side in (chosen, rejected)
+    )
+    length = min(ours.shape[-1], theirs.shape[-1])
+    mask = our_mask[:, :length] & their_mask[:, :length]
+    ours, theirs = masked(ours[:, :length], mask), masked(theirs[:, :length], mask)
+    counts = mask.sum(-1).clamp(min=1)
+    losses = _bregman_risk(theirs - ours, bregman_lambda).sum(-1) / counts  # the risk is 0 where nothing is compared
+    return PairLosses(losses, ours.detach().sum(-1) / counts, theirs.detach().sum(-1) / counts)
 
 
 def simpo(
@@ -181,6 +220,32 @@ def simpo(
         Meng et al. 2024, arXiv 2405.14734, Eq. 6; label smoothing as in the official release, simpo_trainer.py.
     """
     chosen_means, rejected_means = mean_logps(chosen), mean_logps(rejected)
+    target = beta * gamma_beta_ratio
+    return _logistic(chosen_means, rejected_means, beta, label_smoothing=label_smoothing, target=target)
+
+
+def confpo(
+    chosen: ResponseLogps,
+    rejected: ResponseLogps,
+    *,
+    beta: float,
+    gamma_beta_ratio: float,
+    label_smoothing: float = 0.0,
+) -> PairLosses:
+    """Per-pair ConfPO loss, `[B]` nats: `simpo` on the tokens with pi(y_t) at most its mean in the response.
+
+    The policy selects at every step anew, and no gradient flows through that. Estimator `confidence` selects once, by the
+    reference.
+
+    References:
+        Yoon et al. 2025, arXiv 2506.08712 (ICML 2025), in the form of the official release, cpo_trainer.py. Departure: it
+        selects what is below the mean, and drops a pair if that is nothing on one side, as with a single token; "at most" is
+        how a summary gives the paper's threshold, and always selects a token.
+    """
+    sides = (side._replace(token_weights=unlikely_tokens(side)) for side in (chosen, rejected))
+    chosen_means, rejected_means = (
+        weighted_sum(masked_logps(side), side) / masked_token_weights(side).sum(-1) for side in sides
+    )
     target = beta * gamma_beta_ratio
     return _logistic(chosen_means, rejected_means, beta, label_smoothing=label_smoothing, target=target)
 
@@ -266,6 +331,31 @@ def sft(chosen: ResponseLogps, rejected: ResponseLogps | None = None, *, beta: f
     return PairLosses(-sum_logps(chosen), *rewards)  # -sum_t log pi(y_t | x, y_<t)
 
 
+def add_nll(result: PairLosses, chosen: ResponseLogps, *, nll_lambda: float) -> PairLosses:
+    """Add `nll_lambda` times the negative log-likelihood of chosen, nats per token, to the losses; rewards stay as they are.
+
+    While policy and reference are equal it adds `nll_lambda` times the mean of the stored -log ref of the chosen tokens.
+
+    References:
+        `pref_ftx` of LLaMA-Factory, read in its code; for DPO the idea of Pang et al. 2024, arXiv 2404.19733, whose equation we
+        have not read. TRL's loss "sft" differs: it is a mean over all chosen tokens of a batch.
+    """
+    return result._replace(losses=result.losses - nll_lambda * mean_logps(chosen))
+
+
+def _bregman_risk(log_ratios: Tensor, bregman_lambda: float, min_log_ratio: float = -_MAX_LOG_RATIO) -> Tensor:
+    """h'(R) R - h(R) - h'(1/R), elementwise, for h(R) = (R^(1 + lambda) - R) / (4 lambda (1 + lambda)); 0 at R = 1.
+
+    Eq. 10 of BPO; the scale 4 makes its slope in log R at R = 1 that of DPO, 1/2. Releases leave additive constants out.
+    """
+    if not -1 < bregman_lambda <= 1:
+        raise ValueError(f"bregman_lambda must be above -1 and at most 1, got {bregman_lambda}")
+    z = log_ratios.clamp(min_log_ratio, _MAX_LOG_RATIO)
+    rising = torch.expm1((1 + bregman_lambda) * z) / (4 * (1 + bregman_lambda))
+    falling = -z if bregman_lambda == 0 else torch.expm1(-bregman_lambda * z) / bregman_lambda  # the limit: KLIEP
+    return rising - falling / 4
+
+
 def _logistic(
     chosen: Tensor, rejected: Tensor, beta: float, *, label_smoothing: float = 0.0, target: float = 0.0
 ) -> PairLosses:
@@ -283,19 +373,6 @@ def _logistic(
 def _check_beta(beta: float) -> None:
     if not beta > 0:
         raise ValueError(f"beta must be > 0, got {beta}")
-
-
-def _by_ordinal(side: ResponseLogps) -> tuple[Tensor, Tensor]:
-    """Return log-ratios and mask, `[B, T]`, with the first response token of every row in column 0."""
-    order = (~side.completion_mask).to(torch.uint8).argsort(dim=-1, stable=True)
-    return masked_logratios(side).gather(-1, order), side.completion_mask.gather(-1, order)
-
-
-def _squared_distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
-    """Return sum_t (u_t - v_t)^2, `[B]`, over the places where both responses have a token."""
-    length = min(first[0].shape[-1], second[0].shape[-1])
-    (values, mask), (other_values, other_mask) = ((field[:, :length] for field in side) for side in (first, second))
-    return masked(values - other_values, mask & other_mask).square().sum(-1)
 
 
 def _selected_means(side: ResponseLogps, name: str) -> Tensor:

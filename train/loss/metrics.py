@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from train.loss.config import KlDirection
-from train.loss.losses import triplet
 from train.loss.terms import PairLosses, ResponseLogps, sum_kls, sum_logps, sum_logratios
+from train.loss.triplet import triplet
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection
 from torch import Tensor
 
 from train.loss import losses
-from train.loss.config import LossConfig, TiDpo
+from train.loss.config import LossConfig, PreferenceLoss, TiDpo
 from train.loss.metrics import pair_metrics, triplet_metrics
-from train.loss.terms import PairLosses, ResponseLogps
+from train.loss.terms import PairLosses, ResponseLogps, mean_logps
 from weights_store.errors import MismatchError
 from weights_store.schemas import SIDES
 
@@ -50,6 +50,9 @@ def compute_pair_losses(
     metrics = pair_metrics(chosen, rejected, beta=beta, weighted=weighted, kl_direction=needs.kl_direction)
     if isinstance(loss, TiDpo) and loss.triplet_margin is not None and rejected is not None and anchor is not None:
         metrics |= triplet_metrics(chosen, rejected, anchor, margin=loss.triplet_margin)
+    if isinstance(loss, PreferenceLoss) and loss.nll_lambda:
+        result = losses.add_nll(result, chosen, nll_lambda=loss.nll_lambda)
+        metrics["nll"] = -mean_logps(chosen).detach()
     return result, metrics
 
 

@@ -70,6 +70,20 @@ def decay_weights(side: ResponseLogps, gamma: float) -> Tensor:
     return masked(gamma ** mask.cumsum(-1).to(side.policy_logps.dtype), mask)
 
 
+def unlikely_tokens(side: ResponseLogps) -> Tensor:
+    """Return 1 on response tokens with pi(y_t) at most its mean in the response, 0 elsewhere, `[B, T]`, without a gradient."""
+    probs = masked(side.policy_logps.detach().exp(), side.completion_mask)
+    least = probs.masked_fill(~side.completion_mask, torch.inf).amin(-1)
+    thresholds = _mean(probs, side).maximum(least)  # a mean of equal numbers may be rounded below them
+    return ((probs <= thresholds[:, None]) & side.completion_mask).to(probs.dtype)
+
+
+def by_ordinal(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `values` and `mask`, `[B, T]`, with the first response token of every row in column 0."""
+    order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
+    return values.gather(-1, order), mask.gather(-1, order)
+
+
 def masked_logps(side: ResponseLogps) -> Tensor:
     """Return log pi, `[B, T]`, 0 outside the response."""
     return masked(side.policy_logps, side.completion_mask)

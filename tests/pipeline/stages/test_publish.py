@@ -221,6 +221,24 @@ def test_a_selection_by_hand(store, make_recipe):
     assert published.statistics["constant_weights"] is False
 
 
+@pytest.mark.parametrize(
+    ("estimator", "chosen", "rejected"),
+    [
+        # log pi+ - log ref: chosen 0, 1, 2, rejected 2, 2; 0.05 for each nat
+        ("tgdpo", [1, 1.05, 1.1], [0.9, 0.9]),
+        # ref: e^-1, e^-2, e^-3 with mean 0.184; e^-4, e^-5
+        ("confidence", [0, 1, 1], [0, 1]),
+        # p+^2 / p- on rejected: e^-1.75, e^-5
+        ("critical", [1, 1, 1], [0.8262261, 0.9932621]),
+    ],
+)
+def test_estimators_of_other_papers_by_hand(store, make_recipe, estimator, chosen, rejected):
+    _publish(make_recipe, _ingredients(store), **{"weights.estimator": estimator})
+    row = store.scan("toy/tis-dpo").collect().row(0, named=True)
+    np.testing.assert_allclose(row["chosen_token_weights"], chosen, rtol=2**-12)
+    np.testing.assert_allclose(row["rejected_token_weights"], rejected, rtol=2**-12)
+
+
 def test_a_version_records_whose_log_probs_it_holds_and_what_was_checked(store, make_recipe):
     ingredients = _ingredients(store)
     table = store.table("logps/toy-1/ref")

@@ -4,25 +4,16 @@ import numpy as np
 import pytest
 
 from pipeline.weighing.draws import token_keys
-from pipeline.weighing.estimators import (
-    SideScores,
-    SideWeights,
-    activation,
-    decay,
-    ensemble,
-    entropy,
+from pipeline.weighing.estimators import SideScores, SideWeights, ensemble
+from pipeline.weighing.estimators.other_sources import activation, decay, entropy, surprise, ti
+from pipeline.weighing.estimators.tis_dpo import random, reversed_tis, tis, uniform
+from pipeline.weighing.estimators.tis_release import (
     origin,
-    random,
     random_scale,
     rank_based,
-    reversed_tis,
     select,
-    surprise,
     threshold,
     threshold_and_scale,
-    ti,
-    tis,
-    uniform,
 )
 
 PAIR_IDS = ["0" * 31 + "1", "f" * 32]

@@ -111,6 +111,14 @@ def test_step_0_loss_is_log_2_when_the_reference_is_the_model(make_trainer) -> N
         assert before["rewards/margins"] == pytest.approx(0.0, abs=1e-3)
 
 
+def test_step_0_loss_with_nll_adds_the_stored_log_probs_of_chosen(make_trainer, rows) -> None:
+    trainer = make_trainer(loss={"name": "dpo", "nll_lambda": 0.5})
+    before = trainer.measure(sample_pairs(trainer.train_dataset.pairs, 40))
+    nll = -sum(sum(row["chosen_ref_logps"]) / len(row["chosen_ids"]) for row in rows) / len(rows)
+    assert before["nll"] == pytest.approx(nll, rel=1e-4)
+    assert before["loss"] == pytest.approx(math.log(2) + 0.5 * nll, rel=1e-4)
+
+
 def test_sft_loss_is_the_mean_over_response_tokens(make_trainer, rows) -> None:
     trainer = make_trainer(loss={"name": "sft", "beta": None}, optim={"learning_rate": RATE_OF_NOTHING})
     trainer.train()

@@ -151,7 +151,21 @@ def test_the_table_of_settings_is_that_of_the_loss_functions() -> None:
                 "refresh_steps": 1,
             },
         ),
+        (
+            {"name": "dpo", "beta": 0.1, "nll_lambda": 1},
+            {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0, "nll_lambda": 1.0},
+        ),
+        ({"name": "treg", "beta": 0.1}, {"name": "treg", "beta": 0.1, "reg_alpha": 0.25}),
+        ({"name": "bpo", "beta": 0.1}, {"name": "bpo", "beta": 0.1, "bregman_lambda": -0.5, "min_ratio": 0.01}),
+        (
+            {"name": "tbpo_a", "beta": 0.1, "kl": "top_k"},
+            {"name": "tbpo_a", "beta": 0.1, "kl": "top_k", "bregman_lambda": 0.2},
+        ),
         ({"name": "simpo", "beta": 2}, {"name": "simpo", "beta": 2.0, "label_smoothing": 0.0, "gamma_beta_ratio": 0.5}),
+        (
+            {"name": "confpo", "beta": 2},
+            {"name": "confpo", "beta": 2.0, "label_smoothing": 0.0, "gamma_beta_ratio": 0.5},
+        ),
         ({"name": "sepo"}, {"name": "sepo"}),
         ({"name": "d2po", "beta": 0.1}, {"name": "d2po", "beta": 0.1, "gamma": 0.98}),
         (
@@ -183,7 +197,10 @@ def test_what_enters_the_identity_of_a_model_stays_the_same(settings, dumped) ->
     [
         ({"name": "dpo", "beta": 0.1, "gamma": 0.9}, r"loss.name='dpo' does not read loss.gamma, got 0.9;.*to d2po\)"),
         ({"name": "sepo", "beta": 0.1}, "loss.name='sepo' does not read loss.beta, got 0.1"),
-        ({"name": "tis_dpo", "beta": 0.1, "label_smoothing": 0.1}, r"does not read loss.label_smoothing.*dpo, simpo\)"),
+        (
+            {"name": "tis_dpo", "beta": 0.1, "label_smoothing": 0.1},
+            r"does not read loss.label_smoothing.*dpo, simpo, confpo\)",
+        ),
         ({"name": "ipo", "beta": 0.1, "kl": "off"}, "does not read loss.kl, got 'off'"),
         ({"name": "tis_dpo", "beta": 0.1, "eta_scale": 0.5}, "loss.eta_scale=0.5 without eta; set loss.kl"),
         ({"name": "tis_dpo", "beta": 0.1, "eta_scale": 0.5, "kl": "off"}, "loss.eta_scale=0.5 without eta"),
@@ -217,6 +234,11 @@ def test_what_enters_the_identity_of_a_model_stays_the_same(settings, dumped) ->
         ),
         ({"name": "dpo", "beta": 0.1, "label_smoothing": 0.5}, "label_smoothing: Input should be less than 0.5"),
         ({"name": "d2po", "beta": 0.1, "gamma": 1.1}, "gamma: Input should be less than or equal to 1"),
+        ({"name": "sft", "nll_lambda": 0.1}, "loss.name='sft' does not read loss.nll_lambda, got 0.1"),
+        ({"name": "dpo", "beta": 0.1, "nll_lambda": -1}, "nll_lambda: Input should be greater than or equal to 0"),
+        ({"name": "bpo", "beta": 0.1, "bregman_lambda": -1}, "bregman_lambda: Input should be greater than -1"),
+        ({"name": "bpo", "beta": 0.1, "min_ratio": 1}, "min_ratio: Input should be less than 1"),
+        ({"name": "tbpo_a", "beta": 0.1, "min_ratio": 0.1}, r"does not read loss.min_ratio.*to bpo\)"),
         ({"name": "kto"}, "name: Input should be 'dpo', 'ipo', .* or 'sft', got 'kto'"),
         ({"beta": 0.1}, "missing key 'loss.name'"),
     ],

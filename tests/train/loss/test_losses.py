@@ -8,7 +8,7 @@ from torch import Tensor
 
 from train.loss import losses
 from train.loss.losses import dpo, sft, tis_dpo
-from train.loss.terms import PairLosses, ResponseLogps, decay_weights, sum_logratios
+from train.loss.terms import PairLosses, ResponseLogps, decay_weights, sum_logratios, unlikely_tokens
 from weights_store.errors import InputError
 
 SPANS = [(3, 12), (4, 5), (1, 6), (2, 5)]  # lengths 9, 1 (nothing but its end-of-text token), 5, 3
@@ -93,6 +93,12 @@ def selected(side: Side) -> float:
     return total(side, lambda t: t.weight * t.policy) / total(side, lambda t: t.weight)
 
 
+def unlikely(side: Side) -> float:
+    """Mean log-prob of the tokens that are at most as likely as the mean."""
+    mean = average(side, lambda t: math.exp(t.policy))
+    return average([t for t in side if math.exp(t.policy) <= mean * (1 + 1e-12)], lambda t: t.policy)
+
+
 def uni_oracle(c: Side, r: Side, row: int) -> float:
     quality = sigmoid(0.7 * (CHOSEN_SCORES[row] - REJECTED_SCORES[row]))
     a_w, a_l = average(c, lambda t: t.policy), average(r, lambda t: t.policy)
@@ -102,12 +108,37 @@ def uni_oracle(c: Side, r: Side, row: int) -> float:
     return -quality * focal * log_likelihood - (0.5 * a_w if acts else 0.0)
 
 
+def treg_oracle(c: Side, r: Side, beta: float, alpha: float, stopped: tuple[Side, Side]) -> float:
+    weight = sigmoid(-beta * (total(stopped[0], ratio) - total(stopped[1], ratio)))
+    rewards = total(c, lambda t: (t.weight - 1) * ratio(t)) + total(r, lambda t: (1 - t.weight) * ratio(t))
+    return -math.log(sigmoid(beta * (total(c, ratio) - total(r, ratio)))) - alpha * weight * beta * rewards
+
+
+def risk(log_ratio: float, lam: float) -> float:
+    """h'(R) R - h(R) - h'(1/R) of the definition of h."""
+    r = math.exp(log_ratio)
+
+    def slope(x: float) -> float:
+        return ((1 + lam) * x**lam - 1) / (4 * lam * (1 + lam))
+
+    return slope(r) * r - (r ** (1 + lam) - r) / (4 * lam * (1 + lam)) - slope(1 / r)
+
+
+def bpo_oracle(c: Side, r: Side, beta: float, lam: float) -> float:
+    return risk(beta * (total(r, ratio) - total(c, ratio)), lam)
+
+
+def tbpo_oracle(c: Side, r: Side, beta: float, lam: float) -> float:
+    pairs = list(zip(c, r, strict=False))
+    return sum(risk(beta * (ratio(b) - ratio(a) + b.kl - a.kl), lam) for a, b in pairs) / len(pairs)
+
+
 class Case(NamedTuple):
     """A loss with settings, and the same as a float64 loop over tokens, with math's functions only."""
 
     ours: Callable[[ResponseLogps, ResponseLogps], PairLosses]
-    oracle: Callable[[Side, Side, int, Side], float]
-    """(chosen, rejected, row, chosen again for what takes no gradient)."""
+    oracle: Callable[[Side, Side, int, tuple[Side, Side]], float]
+    """(chosen, rejected, row, both again for what takes no gradient)."""
 
 
 def run_uni(chosen: ResponseLogps, rejected: ResponseLogps) -> PairLosses:
@@ -136,7 +167,7 @@ CASES = {
     ),
     "tdpo2": Case(
         lambda c, r: losses.tdpo2(c, r, beta=0.3, alpha=0.4),
-        lambda c, r, row, sg: -math.log(sigmoid(0.3 * tdpo_margin(c, r, 0.4, sg))),
+        lambda c, r, row, sg: -math.log(sigmoid(0.3 * tdpo_margin(c, r, 0.4, sg[0]))),
     ),
     "tis_dpo": Case(
         lambda c, r: tis_dpo(c, r, beta=0.3),
@@ -152,10 +183,36 @@ CASES = {
             2.0 * (average(c, lambda t: t.policy) - average(r, lambda t: t.policy)) - 0.8, 0.2
         ),
     ),
+    "confpo": Case(
+        lambda c, r: losses.confpo(c, r, beta=2.0, gamma_beta_ratio=0.4, label_smoothing=0.2),
+        lambda c, r, row, sg: smoothed(2.0 * (unlikely(c) - unlikely(r)) - 0.8, 0.2),
+    ),
     "sepo": Case(losses.sepo, lambda c, r, row, sg: -math.log(sigmoid(selected(c) - selected(r)))),
     "d2po": Case(
         lambda c, r: losses.d2po(c, r, beta=0.3, gamma=0.8),
         lambda c, r, row, sg: -math.log(sigmoid(0.3 * (decayed(c, 0.8) - decayed(r, 0.8)))),
+    ),
+    "treg": Case(
+        lambda c, r: losses.treg(c, r, beta=0.3, reg_alpha=0.5),
+        lambda c, r, row, sg: treg_oracle(c, r, 0.3, 0.5, sg),
+    ),
+    "bpo": Case(
+        lambda c, r: losses.bpo(c, r, beta=0.1, bregman_lambda=-0.5, min_ratio=0.01),
+        lambda c, r, row, sg: bpo_oracle(c, r, 0.1, -0.5),
+    ),
+    "bpo, lambda 0.7": Case(
+        lambda c, r: losses.bpo(c, r, beta=0.1, bregman_lambda=0.7, min_ratio=0.01),
+        lambda c, r, row, sg: bpo_oracle(c, r, 0.1, 0.7),
+    ),
+    "tbpo_a": Case(
+        lambda c, r: losses.tbpo_a(c, r, beta=0.3, bregman_lambda=0.2),
+        lambda c, r, row, sg: tbpo_oracle(c, r, 0.3, 0.2),
+    ),
+    "dpo, nll": Case(
+        lambda c, r: losses.add_nll(dpo(c, r, beta=0.3), c, nll_lambda=0.7),
+        lambda c, r, row, sg: (
+            smoothed(0.3 * (total(c, ratio) - total(r, ratio)), 0.0) - 0.7 * average(c, lambda t: t.policy)
+        ),
     ),
     "uni_dpo": Case(run_uni, lambda c, r, row, sg: uni_oracle(c, r, row)),
     "sft": Case(sft, lambda c, r, row, sg: -total(c, lambda t: t.policy)),
@@ -179,7 +236,7 @@ def slopes(case: Case, c: Side, r: Side, row: int) -> list[float]:
                 ends = []
                 for shift in (step, -step):
                     moved = [*side[:t], token._replace(**{name: getattr(token, name) + shift}), *side[t + 1 :]]
-                    ends.append(case.oracle(moved if side is c else c, moved if side is r else r, row, c))
+                    ends.append(case.oracle(moved if side is c else c, moved if side is r else r, row, (c, r)))
                 result.append((ends[0] - ends[1]) / (2 * step))
     return result
 
@@ -191,7 +248,7 @@ def test_every_loss_equals_a_float64_loop_over_tokens_in_value_and_gradient(case
     by_policy, by_kl, rejected_by_policy, rejected_by_kl = gradients(result, chosen, rejected)
     for row in range(4):
         c, r = tokens(chosen, row), tokens(rejected, row)
-        assert result.losses[row].item() == pytest.approx(case.oracle(c, r, row, c), rel=1e-12)
+        assert result.losses[row].item() == pytest.approx(case.oracle(c, r, row, (c, r)), rel=1e-12)
         ours = [
             *by_policy[row][chosen.completion_mask[row]].tolist(),
             *rejected_by_policy[row][rejected.completion_mask[row]].tolist(),
@@ -201,8 +258,9 @@ def test_every_loss_equals_a_float64_loop_over_tokens_in_value_and_gradient(case
         assert ours == pytest.approx(slopes(case, c, r, row), abs=1e-9)
 
 
-@every_loss
-def test_gradients_pass_gradcheck(case: Case) -> None:
+@pytest.mark.parametrize("name", [name for name in CASES if name != "treg"])  # whose pair weight takes no gradient
+def test_gradients_pass_gradcheck(name: str) -> None:
+    case = CASES[name]
     chosen, rejected = random_side(1, dtype=torch.float64), random_side(2, dtype=torch.float64)
 
     def run(policy: Tensor, other: Tensor, kls: Tensor) -> Tensor:
@@ -267,7 +325,7 @@ def test_a_response_of_only_its_end_of_text_token_is_trained_on(case: Case) -> N
     rejected = response([-0.7], [-0.9], [0.5], kls=[0.1])
     result = case.ours(chosen, rejected)
     c, r = tokens_of_one(chosen), tokens_of_one(rejected)
-    assert result.losses.item() == pytest.approx(case.oracle(c, r, 0, c), rel=1e-12)
+    assert result.losses.item() == pytest.approx(case.oracle(c, r, 0, (c, r)), rel=1e-12)
     result.losses.sum().backward()
     assert chosen.policy_logps.grad.item() < 0
     if case is not CASES["sft"]:
@@ -315,12 +373,29 @@ BY_HAND = {
     "tis_dpo, eta": (lambda c, r: tis_dpo(c, r, beta=0.1, eta_scale=1.0), 0.637299, 0.04, -0.075),
     # means: -1.6 and -1.4; 2 * (-0.2 - 0.5) = -1.4; log(1 + exp(1.4)) = log(5.055200)
     "simpo": (lambda c, r: losses.simpo(c, r, beta=2.0, gamma_beta_ratio=0.5), 1.620418, -3.2, -2.8),
+    # p: chosen 0.3679, 0.1108, mean 0.2393: the second; rejected 0.0334, 0.4966, 0.9048, mean 0.4783: the first
+    # 2 * (-2.2 + 3.4 - 0.5) = 1.4; log(1 + exp(-1.4)) = log(1.246597)
+    "confpo": (lambda c, r: losses.confpo(c, r, beta=2.0, gamma_beta_ratio=0.5), 0.220417, -4.4, -6.8),
     # chosen (-2*1 - 2.2) / 3 = -1.4; rejected (-0.5*3.4 - 0.7 - 2*0.1) / 3.5 = -0.742857
     # log(1 + exp(0.657143)) = log(2.929273)
     "sepo": (losses.sepo, 1.074755, -1.4, -0.742857),
     # chosen 0.5*0.5 - 0.25*0.2 = 0.2; rejected -0.5*0.4 + 0.25*0.3 + 0.125*0.1 = -0.1125; u = 0.1 * 0.3125 = 0.03125
     # log(1 + exp(-0.03125)) = log(1.969233)
     "d2po": (lambda c, r: losses.d2po(c, r, beta=0.1, gamma=0.5), 0.677644, 0.02, -0.01125),
+    # w - 1: chosen 1, 0, rejected -0.5, 0, 1; sums with log-ratios 0.5 and 0.2 + 0.1; sigmoid(-0.03) = 0.492501
+    # 0.678260 - 0.5 * 0.492501 * 0.1 * (0.5 - 0.3)
+    "treg": (lambda c, r: losses.treg(c, r, beta=0.1, reg_alpha=0.5), 0.673335, 0.03, 0.0),
+    # log R = -0.03; exp(-0.015) - 1
+    "bpo": (lambda c, r: losses.bpo(c, r, beta=0.1, bregman_lambda=-0.5, min_ratio=0.01), -0.014888, 0.03, 0.0),
+    # (exp(-0.06) - 1) / 8 - (exp(0.03) - 1) / 4 = -0.0072794 - 0.0076136
+    "bpo, lsif": (lambda c, r: losses.bpo(c, r, beta=0.1, bregman_lambda=1.0, min_ratio=0.01), -0.014893, 0.03, 0.0),
+    # (exp(-0.03) - 1) / 4 - 0.03 / 4 = -0.0073886 - 0.0075
+    "bpo, kliep": (lambda c, r: losses.bpo(c, r, beta=0.1, bregman_lambda=0.0, min_ratio=0.01), -0.014889, 0.03, 0.0),
+    # with KL: chosen 0.6, 0; rejected -0.1, 0.4, and a third that nothing is compared with; log R = -0.07, 0.04
+    # (exp(-0.035) - 1 + exp(0.02) - 1) / 2 = (-0.0343946 + 0.0202013) / 2
+    "tbpo_a": (lambda c, r: losses.tbpo_a(c, r, beta=0.1, bregman_lambda=-0.5), -0.007097, 0.03, 0.015),
+    # 0.678260 + 0.5 * (1.0 + 2.2) / 2
+    "dpo, nll": (lambda c, r: losses.add_nll(dpo(c, r, beta=0.1), c, nll_lambda=0.5), 1.478260, 0.03, 0.0),
     # w_qual = sigmoid(0.7 * 0.5) = 0.586618; w_perf = (1 - sigmoid(2 * (-1.6 + 1.4) - 0.8))^2 = 0.768525^2 = 0.590630
     # log(1 + exp(-2 * 0.15)) = 0.554355; no c-NLL: the mean of log pi, -1.6, is above that of log ref, -1.75
     "uni_dpo": (lambda c, r: uni_by_hand(c, r, 3.5), 0.192069, 0.3, 0.0),
@@ -370,14 +445,28 @@ def assert_same(ours: PairLosses, expected: PairLosses, *sides: ResponseLogps) -
         assert torch.equal(gradient, wanted)
 
 
+def with_twos(*sides: ResponseLogps) -> list[ResponseLogps]:
+    return [side._replace(token_weights=torch.full_like(side.policy_logps, 2.0)) for side in sides]
+
+
 @pytest.mark.parametrize(
     "loss",
     [
         lambda c, r: tis_dpo(c, r, beta=0.1),  # with weights of 1
         lambda c, r: losses.tdpo2(c, r, beta=0.1, alpha=0.0),
         lambda c, r: losses.d2po(c, r, beta=0.1, gamma=1.0),
+        lambda c, r: losses.treg(c, r, beta=0.1, reg_alpha=0.5),  # with weights of 1
+        lambda c, r: losses.treg(*with_twos(c, r), beta=0.1, reg_alpha=0.0),
+        lambda c, r: losses.add_nll(dpo(c, r, beta=0.1), c, nll_lambda=0.0),
     ],
-    ids=["tis_dpo with ones", "tdpo2 with alpha 0", "d2po with gamma 1"],
+    ids=[
+        "tis_dpo with ones",
+        "tdpo2 with alpha 0",
+        "d2po with gamma 1",
+        "treg with ones",
+        "treg with alpha 0",
+        "no nll",
+    ],
 )
 def test_what_reduces_to_plain_dpo_does_so_bit_for_bit(loss) -> None:
     ones = torch.ones(4, 12)
@@ -399,6 +488,27 @@ def test_sepo_looks_at_selected_tokens_only() -> None:
     result.losses.backward()
     assert chosen.policy_logps.grad[0, 0] == rejected.policy_logps.grad[0, 1] == 0
     assert chosen.policy_logps.grad[0, 1] == pytest.approx(-0.5 * sigmoid(1.0))
+
+
+def test_confpo_of_equally_likely_tokens_is_simpo() -> None:
+    sides = []
+    for seed, logp in ((1, -0.1), (2, -0.7)):  # means of 3 or 9 of these are not always exact in float32
+        side = random_side(seed)
+        sides.append(side._replace(policy_logps=torch.full((4, 12), logp, requires_grad=True)))
+    settings = {"beta": 2.0, "gamma_beta_ratio": 0.5}
+    found, expected = (gradients(loss(*sides, **settings), *sides) for loss in (losses.confpo, losses.simpo))
+    for gradient, wanted in zip(found, expected, strict=True):
+        assert torch.allclose(gradient, wanted, rtol=1e-6)
+
+
+def test_confpo_selects_as_estimator_confidence_does_while_policy_and_reference_are_equal() -> None:
+    side = random_side(3)
+    selected = unlikely_tokens(side)
+    for row, (begin, end) in enumerate(SPANS):
+        probs = side.policy_logps[row, begin:end].exp()
+        assert selected[row, begin:end].tolist() == (probs <= probs.mean() * (1 + 1e-6)).float().tolist()
+    assert selected[~side.completion_mask].sum() == 0
+    assert (selected.sum(-1) >= 1).all()
 
 
 def test_tdpo2_with_alpha_1_has_the_value_of_tdpo1_and_not_its_gradient() -> None:
@@ -445,7 +555,7 @@ def test_gradient_is_minus_beta_weight_sigmoid() -> None:
     assert rejected.policy_logps.grad.tolist() == [pytest.approx([0.5 * scale, scale, 2 * scale])]
 
 
-SIGMOID_FAMILY = ["dpo", "dpo, smoothed", "tdpo1", "tdpo2", "tis_dpo", "tis_dpo, eta", "d2po"]
+SIGMOID_FAMILY = ["dpo", "dpo, smoothed", "tdpo1", "tdpo2", "tis_dpo", "tis_dpo, eta", "d2po", "treg"]
 
 
 @pytest.mark.parametrize("name", SIGMOID_FAMILY)
@@ -458,7 +568,7 @@ def test_policy_equal_to_reference_gives_log_2(name: str) -> None:
     assert result.chosen_rewards.tolist() == [0.0] * 4
 
 
-@pytest.mark.parametrize("name", [name for name in SIGMOID_FAMILY if "smoothed" not in name] + ["sepo"])
+@pytest.mark.parametrize("name", [name for name in SIGMOID_FAMILY if name not in ("dpo, smoothed", "treg")] + ["sepo"])
 def test_swapping_sides_negates_the_margin(name: str) -> None:
     chosen, rejected = random_side(1), random_side(2)
     there, back = CASES[name].ours(chosen, rejected), CASES[name].ours(rejected, chosen)
@@ -485,6 +595,68 @@ def test_weights_and_reference_take_no_gradient(case: Case) -> None:
     assert chosen.ref_logps.grad is None
 
 
+def test_the_regulariser_of_treg_scales_the_gradient_of_dpo_token_by_token() -> None:
+    chosen, rejected = random_side(1, dtype=torch.float64), random_side(2, dtype=torch.float64)
+    found = gradients(losses.treg(chosen, rejected, beta=0.1, reg_alpha=0.5), chosen, rejected)[::2]
+    plain = gradients(dpo(chosen, rejected, beta=0.1), chosen, rejected)[::2]
+    for side, gradient, of_dpo in zip((chosen, rejected), found, plain, strict=True):
+        assert torch.allclose(gradient, of_dpo * (1 + 0.5 * (side.token_weights - 1)), rtol=1e-12, atol=0)
+
+
+def at_the_start() -> tuple[ResponseLogps, ResponseLogps]:
+    """Two sides on which policy and reference are equal."""
+    sides = (random_side(1), random_side(2))
+    chosen, rejected = (
+        side._replace(policy_logps=side.ref_logps.clone().requires_grad_(), kls=torch.zeros(4, 12, requires_grad=True))
+        for side in sides
+    )
+    return chosen, rejected
+
+
+@pytest.mark.parametrize("lam", [-0.9, -0.5, 0.0, 0.3, 1.0])
+def test_bregman_losses_start_at_0_with_the_gradient_of_dpo(lam: float) -> None:
+    chosen, rejected = at_the_start()
+    result = losses.bpo(chosen, rejected, beta=0.1, bregman_lambda=lam, min_ratio=0.01)
+    assert result.losses.tolist() == [0.0] * 4
+    expected = gradients(dpo(chosen, rejected, beta=0.1), chosen, rejected)
+    for gradient, of_dpo in zip(gradients(result, chosen, rejected), expected, strict=True):
+        assert torch.allclose(gradient, of_dpo, rtol=1e-5)
+    per_token = losses.tbpo_a(chosen, rejected, beta=0.1, bregman_lambda=lam)
+    assert per_token.losses.tolist() == [0.0] * 4
+    by_policy = gradients(per_token, chosen, rejected)[0]
+    for row, (begin, end) in enumerate(SPANS):  # a mean over the tokens, for each -0.1 / 2
+        assert by_policy[row, begin:end].tolist() == pytest.approx([-0.05 / (end - begin)] * (end - begin), rel=1e-5)
+
+
+def test_a_bregman_divergence_with_lambda_minus_a_half_is_the_exponential_loss() -> None:
+    chosen, rejected = random_side(1, dtype=torch.float64), random_side(2, dtype=torch.float64)
+    result = losses.bpo(chosen, rejected, beta=0.1, bregman_lambda=-0.5, min_ratio=1e-9)
+    margins = result.chosen_rewards - result.rejected_rewards
+    assert torch.allclose(result.losses, torch.expm1(-margins / 2), rtol=1e-12)
+
+
+def test_bpo_leaves_pairs_alone_that_are_told_apart_clearly() -> None:
+    for log_ratio, moves in ((-4.5, True), (-4.7, False)):  # log 0.01 = -4.6
+        chosen, rejected = response([-1.0], [-1.0 + log_ratio]), response([-2.0], [-2.0])
+        losses.bpo(chosen, rejected, beta=1.0, bregman_lambda=0.5, min_ratio=0.01).losses.sum().backward()
+        assert (chosen.policy_logps.grad.item() < 0) == moves
+
+
+def test_tbpo_a_compares_tokens_by_their_place_in_the_response_and_drops_the_rest() -> None:
+    chosen = response([-1.0, -2.0], [-1.5, -2.0], kls=[0.1, 0.2])
+    rejected = response([-1.0, -2.0, -3.0], [-1.0, -2.5, -1.0], kls=[0.3, 0.1, 5.0])
+    result = losses.tbpo_a(chosen, rejected, beta=0.1, bregman_lambda=0.2)
+    cut = ResponseLogps(*(None if field is None else field[:, :2] for field in rejected))
+    assert torch.equal(result.losses, losses.tbpo_a(chosen, cut, beta=0.1, bregman_lambda=0.2).losses)
+    result.losses.sum().backward()
+    assert rejected.policy_logps.grad[0, 2] == 0
+    assert (rejected.policy_logps.grad[0, :2] > 0).all()
+    # single tokens without a KL: the sequence is the token
+    one, other = response([-1.0], [-1.5], kls=[0.0]), response([-1.0], [-0.7], kls=[0.0])
+    expected = losses.bpo(one, other, beta=0.1, bregman_lambda=0.2, min_ratio=1e-9)
+    assert torch.equal(losses.tbpo_a(one, other, beta=0.1, bregman_lambda=0.2).losses, expected.losses)
+
+
 def test_huge_margins_stay_finite() -> None:
     chosen, rejected = response([0.0], [-1e4]), response([-1e4], [0.0])
     assert dpo(chosen, rejected, beta=1.0).losses.item() == 0.0
@@ -504,6 +676,10 @@ def test_missing_parts_are_refused() -> None:
         tis_dpo(plain, plain, beta=0.1, eta_scale=1.0)
     with pytest.raises(ValueError, match="needs kls"):
         losses.tdpo1(plain, plain, beta=0.1)
+    with pytest.raises(ValueError, match="needs kls"):
+        losses.tbpo_a(plain, plain, beta=0.1, bregman_lambda=0.2)
+    with pytest.raises(ValueError, match="needs token_weights"):
+        losses.treg(response([0.0], [0.0]), plain, beta=0.1, reg_alpha=0.5)
     assert tis_dpo(plain, plain, beta=0.1).losses.item() == pytest.approx(math.log(2))  # eta off needs none
 
 
@@ -515,6 +691,9 @@ def test_settings_out_of_range_are_refused() -> None:
     for label_smoothing in (-0.1, 0.5):
         with pytest.raises(ValueError, match=f"at least 0 and below 0.5, got {label_smoothing}"):
             dpo(plain, plain, beta=0.1, label_smoothing=label_smoothing)
+    for bregman_lambda in (-1.0, 1.5):
+        with pytest.raises(ValueError, match=f"above -1 and at most 1, got {bregman_lambda}"):
+            losses.bpo(plain, plain, beta=0.1, bregman_lambda=bregman_lambda, min_ratio=0.01)
 
 
 @pytest.mark.parametrize("token_weights", [[0.0, 0.0], [1.0, -0.5], [math.nan, 1.0]])

@@ -82,7 +82,13 @@ TRIPLET = {"triplet", "triplet/active", "triplet/to_chosen", "triplet/to_rejecte
             config("ti_dpo", importance="online", refresh_steps=4),
             Needs(ref_logps=True, fresh_weights=True, anchors=True, refresh_steps=4),
         ),
+        (config("treg"), Needs(ref_logps=True, token_weights=True)),
+        (config("bpo"), Needs(ref_logps=True)),
+        (config("tbpo_a"), Needs(ref_logps=True, kl_direction="ref_policy", reference_model=True)),
+        (config("tbpo_a", kl="top_k"), Needs(ref_logps=True, kl_direction="ref_policy", ref_top=True)),
         (config("simpo"), Needs()),
+        (config("simpo", nll_lambda=1.0), Needs()),
+        (config("confpo"), Needs()),
         (config("sepo"), Needs(token_weights=True)),
         (config("uni_dpo"), Needs(ref_logps=True, scores=True)),
         (config("sft"), Needs(rejected=False)),
@@ -108,9 +114,15 @@ def test_what_a_loss_needs_is_enough_for_it(loss: LossConfig, needs: Needs) -> N
     ("loss", "names"),
     [
         (config("dpo"), PLAIN),
+        (config("dpo", nll_lambda=0.0), PLAIN),
+        (config("dpo", nll_lambda=0.5), PLAIN | {"nll"}),
         (config("sft"), PLAIN),
+        (config("treg"), PLAIN),
+        (config("bpo"), PLAIN),
+        (config("tbpo_a"), WEIGHTED | {"kl_ref_policy/chosen", "kl_ref_policy/rejected"}),
         (config("ipo"), WEIGHTED),
         (config("simpo"), WEIGHTED),
+        (config("confpo"), WEIGHTED),
         (config("sepo"), WEIGHTED),
         (config("d2po"), WEIGHTED),
         (config("uni_dpo"), WEIGHTED),
@@ -191,6 +203,10 @@ def test_settings_reach_their_loss() -> None:
         ("tis_dpo", {"kl": "exact"}),
         ("simpo", {"gamma_beta_ratio": 0.1}),
         ("d2po", {"gamma": 0.5}),
+        ("treg", {"reg_alpha": 0.1}),
+        ("bpo", {"bregman_lambda": 0.5}),
+        ("bpo", {"min_ratio": 0.99}),
+        ("tbpo_a", {"bregman_lambda": 0.5}),
         ("uni_dpo", {"quality_eta": 0.1}),
         ("uni_dpo", {"tau_ref": 0.1}),
         ("uni_dpo", {"focal_gamma": 1.0}),
@@ -201,7 +217,36 @@ def test_settings_reach_their_loss() -> None:
     ]:
         plain, _ = compute_pair_losses(config(name), chosen, rejected, scores, anchor())
         other, _ = compute_pair_losses(config(name, **changed), chosen, rejected, scores, anchor())
-        assert abs(plain.losses.item() - other.losses.item()) > 1e-5, (name, changed)
+        assert abs(plain.losses.item() - other.losses.item()) > 1e-6, (name, changed)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if "nll_lambda" in LOSSES[name].model_fields])
+def test_nll_lambda_adds_the_mean_nll_of_chosen_to_every_loss_that_has_it(name: str) -> None:
+    if name == "uni_dpo":  # has a term of its own, for some pairs
+        return
+    data = (*sides(), (torch.tensor([4.0]), torch.tensor([3.0])), anchor())
+    plain, _ = compute_pair_losses(config(name), *data)
+    with_nll, metrics = compute_pair_losses(config(name, nll_lambda=0.5), *data)
+    assert metrics["nll"].item() == pytest.approx(1.6)  # (1.0 + 2.2) / 2
+    assert with_nll.losses.item() == pytest.approx(plain.losses.item() + 0.8, abs=1e-6)
+    assert with_nll.chosen_rewards == plain.chosen_rewards
+
+
+@pytest.mark.parametrize(
+    ("loss", "at_start"),
+    [
+        (config("dpo"), math.log(2)),
+        (config("treg"), math.log(2)),
+        (config("bpo"), 0.0),
+        (config("tbpo_a"), 0.0),
+        (config("dpo", nll_lambda=0.5), math.log(2) + 0.5 * 1.75),  # log ref of chosen: -1.5, -2.0
+        (config("tis_dpo", nll_lambda=2.0), math.log(2) + 2 * 1.75),
+    ],
+)
+def test_the_loss_before_the_first_step_follows_from_the_stored_log_probs(loss: LossConfig, at_start: float) -> None:
+    chosen, rejected = (side._replace(policy_logps=side.ref_logps, kls=torch.zeros(1, 3)) for side in sides())
+    result, _ = compute_pair_losses(loss, chosen, rejected)
+    assert result.losses.item() == pytest.approx(at_start, abs=1e-6)
 
 
 def test_a_side_or_scores_that_are_missing_are_refused() -> None:
@@ -238,6 +283,8 @@ def test_sft_is_a_mean_over_tokens_and_the_others_over_pairs() -> None:
         ),
         (config("ti_dpo", variant="release", kl="top_k"), "ref_top", "loss.kl='top_k' needs chosen_ref_top_ids, "),
         (config("sepo"), "chosen_token_weights", "needs chosen_token_weights,.*--set weights.estimator=sepo`"),
+        (config("treg"), "chosen_token_weights", "needs chosen_token_weights,.*--set weights.estimator=treg`"),
+        (config("tbpo_a", kl="top_k"), "ref_top", "loss.name='tbpo_a' with loss.kl='top_k' needs chosen_ref_top_ids, "),
         (
             config("uni_dpo"),
             "score",

@@ -26,6 +26,7 @@ LOSSES = [
     {"name": "tdpo2", "alpha": 0.7},
     {"name": "tis_dpo", "kl": "exact", "eta_scale": 0.5},
 ]
+TBPO_A = {"name": "tbpo_a", "bregman_lambda": -0.5}
 Kl = Callable[[Tensor, Tensor], Tensor]
 """From log-probs `[T, V]` of policy and reference to KL `[T]`."""
 
@@ -106,6 +107,7 @@ def terms_of(pair: Pair, policy: nn.Module, reference: nn.Module, kl: Kl) -> dic
         kls = kl(ours, theirs)
         terms |= {f"m_{side}": ratios.sum(), f"k_{side}": kls.sum()}
         terms |= {f"wm_{side}": (weights * ratios).sum(), f"wk_{side}": (weights * kls).sum()}
+        terms[f"advantages_{side}"] = ratios + kls
         terms |= {f"a_{side}": (ratios + torch.tensor(response.ref_logps)).mean(), f"mean_{side}": ratios.mean()}
     return terms
 
@@ -120,7 +122,12 @@ def margin_of(loss: dict[str, Any], t: dict[str, Tensor]) -> Tensor:
 
 
 def mean_loss(loss: dict[str, Any], pairs: Sequence[Pair], policy: nn.Module, reference: nn.Module, kl: Kl) -> Tensor:
-    margins = [BETA * margin_of(loss, terms_of(pair, policy, reference, kl)) for pair in pairs]
+    terms = [terms_of(pair, policy, reference, kl) for pair in pairs]
+    if loss["name"] == "tbpo_a":  # with lambda -1/2: exp(log R / 2) - 1
+        sides = [(t["advantages_chosen"], t["advantages_rejected"]) for t in terms]
+        shared = [(c[: len(r)], r[: len(c)]) for c, r in sides]
+        return sum((torch.exp(BETA * (r - c) / 2) - 1).mean() for c, r in shared) / len(pairs)
+    margins = [BETA * margin_of(loss, t) for t in terms]
     return sum(torch.log1p(torch.exp(-margin)) for margin in margins) / len(pairs)
 
 
@@ -137,7 +144,7 @@ def one_step(trainer: PairTrainer, pairs: Sequence[Pair]) -> tuple[float, dict[s
     return total, {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss["name"])
+@pytest.mark.parametrize("loss", [*LOSSES, TBPO_A], ids=lambda loss: loss["name"])
 def test_an_exact_kl_equals_the_one_of_whole_logits_in_value_and_gradient(
     make_trainer, policy, model, small_chunks, loss
 ) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.loss.losses import Triplet, dpo, tdpo2, ti_dpo, tis_dpo, triplet
+from train.loss.losses import dpo, tdpo2, ti_dpo, tis_dpo
 from train.loss.terms import ResponseLogps
+from train.loss.triplet import Triplet, triplet
 
 T = 14
 BEGINS = (3, 4, 1, 2)
