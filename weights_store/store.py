@@ -86,6 +86,18 @@ class WeightStore:
         """
         return self._weights(name).scan(version, checked)
 
+    def files(self, name: str, version: int | None = None) -> builtins.list[str]:
+        """Return the Parquet files that are one version of a weight dataset, as absolute paths or URIs, in stored order.
+
+        For programs that read Parquet and no Delta: the folder of a table holds files of other versions too. The files of a
+        version never change.
+
+        Raises:
+            DamageError: The log is not what was committed.
+        """
+        table = self._weights(name)
+        return [(table.location / record.name).absolute_uri for record in table.records(version)]
+
     def scan_tokens(
         self, name: str, version: int | None = None, tokenizer: Tokenizer | None = None, checked: bool = False
     ) -> pl.LazyFrame:
