@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from tests.weights_store.conftest import REVERSED, weight_rows
@@ -63,6 +64,7 @@ def test_the_files_of_a_version_are_absolute_and_in_stored_order(store):
     assert not {*added} & {*replaced}
     assert store.files(NAME) == replaced
     assert all(file.startswith(f"{store.root.absolute_uri}/{PATH}/") for file in (*added, *replaced))
+    assert pl.read_parquet(added)["pair_id"].to_list() == ["a", "b", "c"]
 
 
 def test_files_are_absolute_for_a_relative_store(tmp_path, monkeypatch):
