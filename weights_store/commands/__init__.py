@@ -62,12 +62,15 @@ def add_commands(
     export.add_argument("folder", metavar="FOLDER", help="a new folder")
     export.add_argument(
         "--format",
-        choices=("parquet", "jsonl"),
+        choices=("parquet", "jsonl", "tinker", "loss_scale"),
         default="parquet",
-        help="jsonl: the layout of the TIS-DPO release, for transform.method=origin (default: parquet)",
+        help="jsonl: the layout of the TIS-DPO release, for transform.method=origin; tinker: Datums of the tinker API; "
+        "loss_scale: rows of ms-swift (default: parquet)",
     )
     export.add_argument(
-        "--tokenizer", metavar="FOLDER", help="model folder, for the texts of jsonl; without it ids are written"
+        "--tokenizer",
+        metavar="FOLDER",
+        help="model folder, for the texts of jsonl, which has ids without it, and of loss_scale",
     )
     quarantine = add_listing("quarantine", run_quarantine, "show the rows of a dataset that could not be used, and why")
     quarantine.add_argument("dataset", metavar="DATASET", help="for example hh-harmless")

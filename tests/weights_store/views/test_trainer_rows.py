@@ -122,3 +122,20 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tokenizer):
     add_marks(tokenizer, "$A </s>")
     with pytest.raises(InputError, match=r"makes \[10, 9\] of a text that is \[10\]"):
         loss_scale_lines(frame(), TokenTexts(tokenizer))
+
+
+# --- export ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["tinker", "loss_scale"])
+def test_export_writes_a_file_of_lines_for_each_split(small_store, tokenizer, tmp_path, form):
+    # d is alone in the split test; none of its ids depends on the tokenizer but "Q" twice.
+    *files, _ = small_store.export("hh-harmless/tis-dpo", tmp_path / "out", format=form, tokenizer=tokenizer)
+    assert [file.name for file in files] == ["test.jsonl", "train.jsonl"]
+    test, train = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    assert (len(test), len(train)) == (1, 3)
+    if form == "tinker":
+        assert (test[0]["pair_id"], [line["pair_id"] for line in train]) == ("d", ["a", "b", "c"])
+    else:
+        assert test[0]["messages"][0]["content"] == "Q Q"
+        assert train[2]["messages"][1]["content"] == {"token_ids": [4, 9], "loss_scale": [0.5, 0.75]}
