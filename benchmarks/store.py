@@ -130,7 +130,7 @@ FORMATS: dict[str, tuple[Callable[[pa.Table, Path], None], dict[str, Callable[[P
 
 
 def _parquets(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("weights/bench/ours/*.parquet"))
+    return sorted(folder.rglob("weights/bench/ours/0[!0]*.parquet"))
 
 
 def _schema() -> pa.Schema:

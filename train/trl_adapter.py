@@ -4,12 +4,15 @@ Three things differ from TRL: batches are the stored ids, so nothing is tokenise
 reference model; and per-token log-probs are multiplied by the stored token weights before TRL sums them. Packing, resume
 without replay and the step-0 gate are only in our own trainer.
 
-Written for TRL 1.16: three of the hooks are private, two of TRL and one of transformers.
+Written for TRL 1.16: three of the hooks are private, two of TRL and one of transformers (`HOOKS`). With a version
+that lacks one, or takes its log-probs elsewhere, training is refused instead of run without weights.
 """
 # ruff: noqa: ARG002  (TRL chooses what its hooks take)
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +41,14 @@ except ImportError as error:
     ) from error
 
 Model = Callable[..., CausalLMOutput]
+HOOKS = {
+    "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
+    "_precompute_ref_logps": ("dataset", "name", "batch_size"),
+    "_get_train_sampler": ("train_dataset",),  # of transformers
+    "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+}
+"""Methods of `trl.DPOTrainer` that are replaced here, with the parameters that they must have."""
+_REMEDY = "pip install 'tokenweights[trl]', which has a TRL that fits, or train with `tokenweights train`"
 _NEEDED = {
     "loss_type": ["sigmoid"],  # the others are not functions of the two weighted sums, or not tested here
     "f_divergence_type": "reverse_kl",
@@ -66,8 +77,9 @@ class WeightedDPOTrainer(DPOTrainer):
         SettingsError: `args` has a setting that does not work with stored weights, `loss` is another one, or `data` is
             malformed.
         InputError: The model cannot be used.
-        MismatchError: Model and dataset do not belong together, or `tis_dpo` meets constant weights. During training: a pair
-            is longer than `args.max_length`, or its `pair_weight` is not 1.
+        MismatchError: Model and dataset do not belong together, `tis_dpo` meets constant weights, or the installed TRL lacks a
+            hook. During training: a pair is longer than `args.max_length`, its `pair_weight` is not 1, or TRL computes
+            log-probs where the weights do not reach them.
         NotFoundError: No such store, dataset, version or split.
 
     References:
@@ -85,6 +97,7 @@ class WeightedDPOTrainer(DPOTrainer):
         eval_data: DataConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        check_hooks(DPOTrainer)
         if loss not in ("dpo", "tis_dpo"):
             hints = {
                 "ti_dpo": "; TRL's loss has no triplet and no KL term. Without these, 'ti_dpo' is 'tis_dpo' on TI weights"
@@ -140,16 +153,42 @@ class WeightedDPOTrainer(DPOTrainer):
     ) -> object:
         """Return TRL's loss of `model`, with per-token log-probs `[2B, T - 1]` multiplied by the token weights."""
         token_weights = inputs["token_weights"][:, 1:]  # TRL's log-probs are shifted: its column t is token t + 1
+        num_weighted = 0
 
         def weighted_model(**model_inputs: object) -> CausalLMOutput:
+            nonlocal num_weighted
             outputs = model(**model_inputs)
             if model_inputs.get("fused_lm_head"):  # not the extra call for logits of `return_outputs`
+                num_weighted += 1
                 # prompt-learning adapters add columns in front, which TRL removes in the same way
                 outputs.log_probs = outputs.log_probs[:, -token_weights.shape[1] :] * token_weights
             return outputs
 
         inputs = {name: value for name, value in inputs.items() if name != "token_weights"}
-        return super().compute_loss(weighted_model, inputs, return_outputs, num_items_in_batch)
+        found = super().compute_loss(weighted_model, inputs, return_outputs, num_items_in_batch)
+        if num_weighted != 1:
+            raise MismatchError(
+                f"TRL {version('trl')} took log-probs from its fused lm_head {num_weighted} times for one loss, where TRL 1.16 "
+                f"does once: the token weights would not be what they should; {_REMEDY}"
+            )
+        return found
+
+
+def check_hooks(trainer: type) -> None:
+    """Check that TRL's trainer has every method that is replaced here.
+
+    Raises:
+        MismatchError: One is gone or has other parameters. Names it and the version of TRL.
+    """
+    for name, parameters in HOOKS.items():
+        method = getattr(trainer, name, None)
+        found = None if method is None else tuple(inspect.signature(method).parameters)[1:]  # without self
+        if found != parameters:
+            got = "has none" if found is None else f"has {name}({', '.join(found)})"
+            raise MismatchError(
+                f"train.trl_adapter replaces DPOTrainer.{name}({', '.join(parameters)}) of TRL 1.16, but TRL {version('trl')} "
+                f"{got}; {_REMEDY}"
+            )
 
 
 @dataclass(frozen=True)

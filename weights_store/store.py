@@ -86,6 +86,18 @@ class WeightStore:
         """
         return self._weights(name).scan(version, checked)
 
+    def files(self, name: str, version: int | None = None) -> builtins.list[str]:
+        """Return the Parquet files that are one version of a weight dataset, as absolute paths or URIs, in stored order.
+
+        For programs that read Parquet and no Delta: the folder of a table holds files of other versions too. The files of a
+        version never change.
+
+        Raises:
+            DamageError: The log is not what was committed.
+        """
+        table = self._weights(name)
+        return [(table.location / record.name).absolute_uri for record in table.records(version)]
+
     def scan_tokens(
         self, name: str, version: int | None = None, tokenizer: Tokenizer | None = None, checked: bool = False
     ) -> pl.LazyFrame:
@@ -204,7 +216,7 @@ class WeightStore:
         name: str,
         folder: str | Path,
         version: int | None = None,
-        format: Literal["parquet", "jsonl"] = "parquet",
+        format: Literal["parquet", "jsonl", "tinker", "loss_scale"] = "parquet",
         tokenizer: Tokenizer | None = None,
     ) -> builtins.list[Path]:
         """Write one version of a weight dataset into a new local folder, for programs that do not know this store.
@@ -219,12 +231,17 @@ class WeightStore:
         Without a tokenizer the file has `prompt_ids`, `chosen_ids`, `rejected_ids` instead of texts, which the release cannot
         read. Not in the file: reference log-probs, pair weights, anchors, `pair_id`.
 
+        `tinker`: each pair as two Datums of the tinker API with the token weights. `loss_scale`: rows of ms-swift; needs a
+        tokenizer that can encode. One file per split; docs/trainers.md says what their trainers keep and lose.
+
         `tokenweights.json` names the version and its fingerprint. Returns the files, that one last. The folder appears whole or
         not at all. For the tokenizer see `scan_tokens`.
 
         Raises:
-            InputError: The folder exists and is not empty, or the format is unknown.
-            MismatchError: An id is not in the tokenizer, or (`jsonl`) the version records no EOS id.
+            InputError: The folder exists and is not empty, the format is unknown, or (`loss_scale`) the tokenizer is missing or
+                does not fit.
+            MismatchError: An id is not in the tokenizer, (`jsonl`) the version records no EOS id, or (`loss_scale`) the text of
+                a prompt gives other ids.
             DamageError: A shard is not what was committed.
         """
         weights = self.resolve(name, version)

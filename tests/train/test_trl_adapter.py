@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -10,14 +11,14 @@ from transformers import AutoModelForCausalLM
 
 pytest.importorskip("trl")
 
-from trl import DPOConfig
+from trl import DPOConfig, DPOTrainer
 
 from train.config import DataConfig
 from train.data.dataset import Pair
 from train.data.sampler import BlockShuffle
 from train.loss.losses import dpo, tis_dpo
 from train.loss.terms import ResponseLogps
-from train.trl_adapter import StoredPairCollator, WeightedDPOTrainer
+from train.trl_adapter import HOOKS, StoredPairCollator, WeightedDPOTrainer, check_hooks
 from weights_store.errors import MismatchError, MissingExtraError, SettingsError
 
 BETA = 0.3
@@ -212,6 +213,42 @@ def test_constant_weights_are_refused_for_tis_dpo_and_taken_for_dpo(make_trainer
         make_trainer("tis_dpo")
     trainer = make_trainer("dpo")
     assert trainer.data_collator([trainer.train_dataset[0]])["token_weights"].unique().tolist() == [0.0, 1.0]
+
+
+def test_the_installed_trl_has_every_hook() -> None:
+    # If this fails after an upgrade of TRL, its message names the hook and the version.
+    assert check_hooks(DPOTrainer) is None
+    assert HOOKS.keys() == {name for name in vars(WeightedDPOTrainer) if callable(getattr(DPOTrainer, name, None))} - {
+        "__init__"
+    }
+
+
+def hook(name) -> str:
+    return rf"replaces DPOTrainer\.{name}\({', '.join(HOOKS[name])}\) of TRL 1\.16, but TRL {version('trl')}"
+
+
+@pytest.mark.parametrize("name", [name for name in HOOKS if name != "compute_loss"])  # transformers has that too
+def test_a_hook_that_is_gone_is_named_with_the_version_of_trl(make_trainer, monkeypatch, name) -> None:
+    (owner, *_) = [kind for kind in DPOTrainer.__mro__ if name in vars(kind)]
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(MismatchError, match=f"{hook(name)} has none; pip"):
+        make_trainer()
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_with_other_parameters_is_named_with_both(make_trainer, monkeypatch, name) -> None:
+    monkeypatch.setattr(DPOTrainer, name, lambda self, rows: rows)
+    with pytest.raises(MismatchError, match=rf"{hook(name)} has {name}\(rows\); pip"):
+        make_trainer()
+
+
+def test_a_trl_that_computes_log_probs_elsewhere_is_refused_not_trained_without_weights(
+    make_trainer, monkeypatch
+) -> None:
+    trainer = make_trainer()
+    monkeypatch.setattr(DPOTrainer, "compute_loss", lambda self, model, inputs, *rest: torch.tensor(0.0))
+    with pytest.raises(MismatchError, match=r"from its fused lm_head 0 times for one loss, where TRL 1\.16 does once"):
+        trainer.compute_loss(trainer.model, trainer.data_collator([trainer.train_dataset[0]]))
 
 
 def test_without_trl_the_message_names_the_extra(monkeypatch) -> None:

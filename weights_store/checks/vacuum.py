@@ -20,6 +20,7 @@ from weights_store.names import is_name
 from weights_store.schemas import SCHEMAS
 from weights_store.store import WeightStore
 from weights_store.tables.locks import without_writers
+from weights_store.tables.notes import NOT_A_VERSION
 
 # Commits, checkpoints, checksums and compacted commits, as the Delta protocol names them.
 _LOG_FILE = re.compile(r"_last_checkpoint|\d{20}\.(json|crc|checkpoint\..+)|\d{20}\.\d{20}\.compacted\.json")
@@ -148,7 +149,7 @@ def _orphans(log: TableLog, files: dict[str, pafs.FileInfo]) -> Iterator[Orphan]
         elif log.newest is None:  # not a table: its other files may be those of another program
             is_leftover = bool(_SHARD.fullmatch(name))
         else:
-            is_leftover = not _RESERVED.fullmatch(name)
+            is_leftover = name != NOT_A_VERSION and not _RESERVED.fullmatch(name)
         if is_leftover and name not in named:
             age_s = now_s - info.mtime_ns / 1e9 if info.mtime_ns else 0.0  # of unknown age: young
             yield Orphan(log.table.path, name, info.size, age_s / 3600)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from weights_store.commands.doctor import add_doctor
-from weights_store.commands.keeping import run_export, run_optimize, run_repair, run_vacuum, run_verify
+from weights_store.commands.keeping import run_export, run_optimize, run_path, run_repair, run_vacuum, run_verify
 from weights_store.commands.listing import run_diff, run_history, run_lineage, run_list, run_quarantine, run_show
 from weights_store.commands.view import add_view
 from weights_store.settings import DEFAULT_STORE, STORE, default_store
@@ -53,18 +53,24 @@ def add_commands(
     diff.add_argument("b", metavar="B", help="NAME or NAME@VERSION")
     _add_name(add_doctor(add_listing))
     add_view(add, load_tokenizer, draw_runs)
+    what = "print the Parquet files of one version: the folder of a table also holds files of other versions"
+    path = add_listing("path", run_path, what)
+    path.add_argument("table", metavar="NAME[@VERSION]", help="a weight dataset, or a table such as logps/x/y@3")
     export = add_listing("export", run_export, "write a weight dataset as plain files, for programs without this store")
     export.set_defaults(load_tokenizer=load_tokenizer)
     _add_name(export)
     export.add_argument("folder", metavar="FOLDER", help="a new folder")
     export.add_argument(
         "--format",
-        choices=("parquet", "jsonl"),
+        choices=("parquet", "jsonl", "tinker", "loss_scale"),
         default="parquet",
-        help="jsonl: the layout of the TIS-DPO release, for transform.method=origin (default: parquet)",
+        help="jsonl: the layout of the TIS-DPO release, for transform.method=origin; tinker: Datums of the tinker API; "
+        "loss_scale: rows of ms-swift (default: parquet)",
     )
     export.add_argument(
-        "--tokenizer", metavar="FOLDER", help="model folder, for the texts of jsonl; without it ids are written"
+        "--tokenizer",
+        metavar="FOLDER",
+        help="model folder, for the texts of jsonl, which has ids without it, and of loss_scale",
     )
     quarantine = add_listing("quarantine", run_quarantine, "show the rows of a dataset that could not be used, and why")
     quarantine.add_argument("dataset", metavar="DATASET", help="for example hh-harmless")

@@ -1,4 +1,4 @@
-"""Commands that write or check files: export, verify, vacuum, repair, optimize."""
+"""Commands that name, write or check files: path, export, verify, vacuum, repair, optimize."""
 
 import argparse
 from collections.abc import Sequence
@@ -15,6 +15,24 @@ if TYPE_CHECKING:
     from weights_store.checks.repair import Repair
     from weights_store.checks.vacuum import Orphan
     from weights_store.tables.shards import ShardRecord
+
+
+def run_path(options: argparse.Namespace) -> None:
+    """Print the files of one version of a table, for programs that read Parquet and no Delta."""
+    name, version = weights_store.split_name(options.table)
+    table = weights_store.WeightStore(options.store).table(_table_path(name))
+    reference = table.reference(version)
+    records = table.records(reference.version)
+    files = [(table.location / record.name).absolute_uri for record in records]
+    if not options.json:
+        print("".join(f"{file}\n" for file in files), end="")
+        return
+    rows = [
+        {"file": file, "num_rows": record.num_rows, "num_bytes": record.num_bytes}
+        for file, record in zip(files, records, strict=True)
+    ]
+    document = {"table": reference.table, "version": reference.version, "fingerprint": reference.fingerprint}
+    print_json({**document, "files": rows})
 
 
 def run_export(options: argparse.Namespace) -> None:

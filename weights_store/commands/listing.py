@@ -63,14 +63,19 @@ def run_show(options: argparse.Namespace) -> None:
     metadata = store.metadata(name, reference.version)
     statistics, parents = metadata["statistics"], metadata["parents"]
     versions = _versions(store.history(name))
-    first = next(store.table(reference.table).batches(reference.version), None)
+    table = store.table(reference.table)
+    records = table.records(reference.version)
+    first = next(table.batches(reference.version), None)
     rows = [] if first is None else _row_summary(first)
     if options.json:
         document = {"name": name, "version": reference.version, "fingerprint": reference.fingerprint}
-        print_json({**document, "statistics": statistics, "parents": parents, "versions": versions, "rows": rows})
+        document |= {"statistics": statistics, "parents": parents, "versions": versions, "rows": rows}
+        print_json({**document, "files": store.files(name, reference.version)})
         return
     print(f"{reference}  fingerprint {reference.fingerprint[:_DIGITS]}\n")
     lines = summary_lines(statistics, metadata["identity"]["settings"]["weights"], metadata.get("parity"))
+    amount = f"{count_text(len(records), 'file')}, {size_text(sum(record.num_bytes for record in records))}"
+    lines.append(("files", f"{amount}: `tokenweights path {name}@{reference.version}` prints which"))
     width = max(len(label) for label, _ in lines)
     for label, value in lines:
         print(f"{GAP}{label:<{width}}{GAP}{one_line(value)}")

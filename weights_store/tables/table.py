@@ -24,6 +24,7 @@ from weights_store.schemas import SCHEMA_VERSION
 from weights_store.tables.commits import custom_metadata, delta_actions, digest_names, log_name
 from weights_store.tables.locks import shared_with_writers
 from weights_store.tables.metadata import LogRecord
+from weights_store.tables.notes import put_notes
 from weights_store.tables.shards import ShardRecord, ShardWriter
 from weights_store.tables.table_reader import TableReader, TableVersion
 
@@ -228,6 +229,7 @@ class Table(TableReader):
                 )
         if self.location.is_local:
             self.location.path.mkdir(parents=True, exist_ok=True)
+        put_notes(self.root, self.location)
         create_table_with_add_actions(
             str(self.location),
             schema,

@@ -1,4 +1,4 @@
-"""Exports a weight dataset for programs that do not know this store: plain Parquet, or the TIS-DPO release's JSONL.
+"""Exports a weight dataset for programs that do not know this store: plain Parquet, or lines of JSON for other trainers.
 
 Row groups are checked against the commit as they are read. The folder appears whole or not at all.
 """
@@ -9,7 +9,7 @@ import shutil
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -21,8 +21,9 @@ from weights_store.schemas import SIDES
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableVersion
 from weights_store.views.token_texts import Tokenizer, TokenTexts
+from weights_store.views.trainer_rows import datum_lines, loss_scale_lines
 
-FORMATS = ("parquet", "jsonl")
+FORMATS = ("parquet", "jsonl", "tinker", "loss_scale")
 
 FILE_BYTES = 256 << 20
 """Arrow bytes after which the next Parquet file begins."""
@@ -48,10 +49,11 @@ def _export(table: Table, weights: TableVersion, folder: Path, form: str, tokeni
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     partial.mkdir()
     try:
-        is_parquet, version = form == "parquet", weights.version
-        names = (
-            _write_parquet(table, version, partial) if is_parquet else _write_jsonl(table, version, partial, tokenizer)
-        )
+        version = weights.version
+        if form == "parquet":
+            names = _write_parquet(table, version, partial)
+        else:
+            names = _write_lines(table, version, partial, form, tokenizer)
         record = {"name": name_of(str(weights)), "fingerprint": weights.fingerprint, "format": form, "files": names}
         (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         partial.replace(folder)  # also over an empty folder
@@ -82,10 +84,10 @@ def _write_parquet(table: Table, version: int, folder: Path) -> list[str]:
     return names
 
 
-def _write_jsonl(table: Table, version: int, folder: Path, tokenizer: Tokenizer | None) -> list[str]:
+def _write_lines(table: Table, version: int, folder: Path, form: str, tokenizer: Tokenizer | None) -> list[str]:
     """Write one file per split: a line has no field for it."""
     eos = table.metadata(version).get("tokenizer", {}).get("eos_token_id")
-    if eos is None:
+    if eos is None and form == "jsonl":
         raise MismatchError(
             f"{table.path}@{version} records no EOS id, and the release's weights stop before EOS; export it as parquet"
         )
@@ -97,8 +99,16 @@ def _write_jsonl(table: Table, version: int, folder: Path, tokenizer: Tokenizer 
                 name = re.sub(r"[^\w.-]+", "-", str(split)).strip(".-") + ".jsonl"
                 if name not in names:
                     names[name] = files.enter_context((folder / name).open("wb"))
-                _release_lines(part, int(eos), texts).write_ndjson(names[name])
+                _write_part(part, names[name], form, eos, texts)
     return sorted(names)
+
+
+def _write_part(rows: pl.DataFrame, file: IO[bytes], form: str, eos: Any, texts: TokenTexts | None) -> None:
+    if form == "jsonl":
+        _release_lines(rows, int(eos), texts).write_ndjson(file)
+        return
+    lines = datum_lines(rows) if form == "tinker" else loss_scale_lines(rows, texts)
+    file.writelines(f"{line}\n".encode() for line in lines)
 
 
 def _release_lines(rows: pl.DataFrame, eos: int, texts: TokenTexts | None) -> pl.DataFrame:

@@ -1,6 +1,6 @@
 """Texts of token ids, from a tokenizer, a mapping or a list.
 
-The store keeps ids only. It needs a tokenizer only to show them to people.
+The store keeps ids only. It needs a tokenizer only to show them to people, and for programs that take texts.
 """
 
 from collections.abc import Mapping, Sequence, Sized
@@ -9,7 +9,7 @@ from typing import Protocol
 
 import polars as pl
 
-from weights_store.errors import MismatchError
+from weights_store.errors import InputError, MismatchError
 
 
 class Decoder(Protocol):
@@ -72,6 +72,17 @@ class TokenTexts:
             return "".join(map(self.text, ids))
         self._check(max(ids, default=0))
         return self._decode(ids)
+
+    def encode(self, text: str, *, with_marks: bool = False) -> list[int]:
+        """Return the ids of a text; `with_marks` with what the tokenizer puts around every text.
+
+        Raises:
+            InputError: The tokenizer only has texts of ids.
+        """
+        if not hasattr(self._source, "encode"):
+            raise InputError(f"a {type(self._source).__name__} cannot encode texts; give the model's tokenizer")
+        found = self._source.encode(text, add_special_tokens=with_marks)
+        return list(getattr(found, "ids", found))  # of `tokenizers`, or of transformers
 
     def split(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each token within its sequence, `[T]`: joined they are the text of the whole sequence.

@@ -148,7 +148,7 @@ def verify(store, tables=None):
 
 
 def shards(store, path):
-    return sorted((store.root.path / path).glob("*.parquet"))
+    return sorted((store.root.path / path).glob("0[!0]*.parquet"))
 
 
 def flip(path, at, bit=0):

@@ -11,6 +11,7 @@ from weights_store import WeightStore
 from weights_store.errors import ConflictError, DamageError, NotFoundError, SettingsError, StoreError
 from weights_store.schemas import LOGPS, QUARANTINE, SCHEMA_VERSION
 from weights_store.tables.compaction import optimize
+from weights_store.tables.notes import NOT_A_VERSION
 
 METADATA = {"fingerprint": "f0", "statistics": {"num_pairs": 1}}
 
@@ -196,7 +197,7 @@ def test_failed_write_leaves_no_version(tmp_path, monkeypatch):
     with pytest.raises(StoreError, match="No space left on device; nothing became visible"):
         table.append(_rows("b"), METADATA)
     assert table.version() == 0
-    assert {path.name for path in table.location.path.iterdir()} == {"_delta_log", *table.shards()}
+    assert {path.name for path in table.location.path.iterdir()} == {"_delta_log", NOT_A_VERSION, *table.shards()}
 
 
 @pytest.mark.parametrize(
