@@ -64,7 +64,10 @@ def add_commands(
         help="jsonl: the layout of the TIS-DPO release, for transform.method=origin (default: parquet)",
     )
     export.add_argument(
-        "--tokenizer", metavar="FOLDER", help="model folder, for the texts of jsonl; without it ids are written"
+        "--tokenizer", metavar="FOLDER", help="model folder for the texts (default: the recipe's model if it fits)"
+    )
+    export.add_argument(
+        "--licence", metavar="ID", help="licence of the source, for tokenweights.json (default: unknown)"
     )
     quarantine = add_listing("quarantine", run_quarantine, "show the rows of a dataset that could not be used, and why")
     quarantine.add_argument("dataset", metavar="DATASET", help="for example hh-harmless")

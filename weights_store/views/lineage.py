@@ -1,11 +1,12 @@
 """From a weight dataset up to the raw pairs: every table version, model and source it was made from, each once.
 
 Everything comes from what commits recorded; nothing is hashed again. What is no longer in the store keeps its row, without a
-number of rows and a time.
+number of rows and a time. What pulled weights were made from is shown as the store that pushed them recorded it.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import NamedTuple
 
 import polars as pl
@@ -14,7 +15,7 @@ from weights_store.catalog import open_table
 from weights_store.checks.model_folders import MODELS, RECORD, ModelRecord, read_model_record
 from weights_store.location import Location
 from weights_store.names import quarantine_path, weights_path
-from weights_store.tables.metadata import CommitMetadata, Parent, Section
+from weights_store.tables.metadata import CommitMetadata, OriginRecord, Parent, Section
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableVersion
 
@@ -77,6 +78,8 @@ class _Walk:
         recipe = metadata.get("recipe", recipe)
         for above in metadata.get("parents", []):
             self.table(depth + 1, above.get("role", above["table"].partition("/")[0]), above, recipe)
+        if "origin" in metadata:
+            self._origin(depth + 1, metadata["origin"])
         if "scorer" in metadata:
             self._model(depth + 1, role, metadata["scorer"]["model"], recipe)
         if "source" in metadata:
@@ -84,6 +87,16 @@ class _Walk:
             num_rows = metadata.get("statistics", {}).get("num_source_rows")
             self._add(depth + 1, _Thing("source", "source", name, None, metadata["source"].get("content"), num_rows))
             self._quarantine(depth + 1, table, metadata)
+
+    def _origin(self, depth: int, origin: OriginRecord) -> None:
+        """Add the repository that weights were pulled from, and what its record says that they were made from."""
+        at = f"@{origin['revision']}" if origin["revision"] else ""
+        self._add(depth, _Thing("pulled from", "source", f"{origin['place']}{at}", None, None))
+        for row in origin["lineage"]:
+            of_row = {name: row.get(name) for name in _Thing._fields}
+            created = row.get("created")
+            of_row["created"] = None if created is None else int(datetime.fromisoformat(created).timestamp() * 1000)
+            self._add(depth + 1 + row["depth"], _Thing(**of_row))
 
     def _model(self, depth: int, role: str, fingerprint: str, recipe: _Recipe) -> None:
         """Add a scorer's model, and what it was trained on if it was trained here."""
