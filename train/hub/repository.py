@@ -5,6 +5,7 @@ The token is that of `hf auth login` or `HF_TOKEN`; it is never an argument here
 """
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]*")
 """The query of a URL to upload to may be a signature."""
 _REMEDIES = {
-    401: "log in with `hf auth login`, or set HF_TOKEN",
+    401: "check the name, and log in with `hf auth login` or set HF_TOKEN",
     403: "the token may not do that: log in as somebody who may write there",
     404: "check the name; a private repository is only seen by those who are logged in and may read it",
     412: "somebody else changed the repository meanwhile; run again",
@@ -137,18 +138,22 @@ def _explained(problem: str) -> Iterator[None]:
     try:
         from huggingface_hub import get_token
         from huggingface_hub.errors import HTTPError
+        from huggingface_hub.utils import disable_progress_bars
     except ImportError as error:
         package = "huggingface_hub"
         raise MissingExtraError(
             f"{problem}: this needs the package {package!r}, which is not installed; {how_to_install(package, 'hub')}"
         ) from error
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         yield
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         status = getattr(getattr(cause, "response", None), "status_code", None)
-        text = hide_credentials(_QUERY.sub(r"\1", first_line(cause)))
+        said = getattr(cause, "server_message", None) or cause
+        text = hide_credentials(_QUERY.sub(r"\1", first_line(said)))
         if token := get_token():
             text = text.replace(token, "***")
-        remedy = _REMEDIES.get(status or 0, "run again: what was uploaded is not uploaded again")
+        remedy = _REMEDIES.get(status or 0, "check the connection, and run again: what was uploaded is not uploaded again")
         raise InputError(f"{problem}: {text.rstrip('.')}; {remedy}") from None

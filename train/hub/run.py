@@ -200,5 +200,5 @@ def _download(repo_id: str, revision: str | None) -> Path:
     if not is_repo_id(repo_id):
         raise InputError(f"{repo_id} is no folder, and does not read owner/name as repositories of the hub do")
     folder = download(repo_id, revision, [RECORD])
-    read_record(folder, f"{_HUB}{repo_id}")  # before gigabytes of something else
+    read_record(folder, f"{_HUB}{repo_id}@{folder.name[:12]}")  # before gigabytes of something else
     return download(repo_id, folder.name, [RECORD, f"{FOLDER}/*.parquet"])

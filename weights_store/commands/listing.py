@@ -55,6 +55,7 @@ def _listed(row: Mapping[str, Any]) -> dict[str, object]:
 
 def run_show(options: argparse.Namespace) -> None:
     """Show one weight dataset."""
+    from weights_store.views.lineage import origin_text
     from weights_store.views.summary import summary_lines
 
     name, version = weights_store.split_name(options.name)
@@ -67,7 +68,8 @@ def run_show(options: argparse.Namespace) -> None:
     rows = [] if first is None else _row_summary(first)
     if options.json:
         document = {"name": name, "version": reference.version, "fingerprint": reference.fingerprint}
-        print_json({**document, "statistics": statistics, "parents": parents, "versions": versions, "rows": rows})
+        document |= {"statistics": statistics, "parents": parents, "versions": versions, "rows": rows}
+        print_json(document | ({"origin": metadata["origin"]} if "origin" in metadata else {}))
         return
     print(f"{reference}  fingerprint {reference.fingerprint[:_DIGITS]}\n")
     lines = summary_lines(statistics, metadata["identity"]["settings"]["weights"], metadata.get("parity"))
@@ -75,6 +77,8 @@ def run_show(options: argparse.Namespace) -> None:
     for label, value in lines:
         print(f"{GAP}{label:<{width}}{GAP}{one_line(value)}")
     print("\nmade from")
+    if "origin" in metadata:
+        print(f"{GAP}{origin_text(metadata['origin'])}, where it was {one_line(metadata['origin']['name'])}")
     for parent in parents:
         print(f"{GAP}{parent['role']:<16}{parent['table']}@{parent['version']}{GAP}{parent['fingerprint'][:_DIGITS]}")
     print("\nversions")

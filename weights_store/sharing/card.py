@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from weights_store.inspection.view import View
 from weights_store.sharing.data_files import FOLDER, ROW, SplitFiles
 from weights_store.sharing.markdown import LINEAGE_HEADS, front_matter, lineage_lines, settings_table, table
+from weights_store.sharing.publishable import shorten
 from weights_store.sharing.record import RECORD, UNKNOWN_LICENCE, DatasetRecord
 
 CARD = "README.md"
@@ -51,7 +52,7 @@ def dataset_card(
         *([f"![A pair, each token coloured by its weight]({PICTURE})"] if has_picture else []),
         _loading(place, splits),
         "## Columns\n\n" + table(["column", "content"], _COLUMNS[:1] + _TEXT_COLUMNS * has_texts + _COLUMNS[1:]),
-        "## Statistics\n\n" + table(["", ""], view.facts),
+        "## Statistics\n\n" + table(["", ""], [[label, str(shorten(value))] for label, value in view.facts]),
         _doctor(view),
         "## How it was made\n\n" + settings_table(record.get("recipe", {})),  # type: ignore[call-overload]
         "## Lineage\n\n" + table(LINEAGE_HEADS, lineage_lines(record["lineage"])),

@@ -5,6 +5,7 @@ the version. `row` brings the stored order back, and with it the batches of a tr
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,9 +52,15 @@ def columns(has_texts: bool) -> pa.Schema:
 
 
 def count_splits(table: Table, version: int) -> dict[str, int]:
-    """Return the number of pairs of each split, by its name."""
-    counts = table.scan(version, checked=False).group_by("split").len().sort("split").collect()
-    return dict(counts.iter_rows())
+    """Return the number of pairs of each split, by its name.
+
+    Raises:
+        DamageError: A shard is not what was committed.
+    """
+    counts: Counter[str] = Counter()
+    for rows in table.batches(version, ["split"]):
+        counts.update({entry["values"]: entry["counts"] for entry in rows["split"].value_counts().to_pylist()})
+    return dict(sorted(counts.items()))
 
 
 def file_names(splits: Iterable[str]) -> dict[str, str]:

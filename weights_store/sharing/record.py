@@ -44,6 +44,7 @@ _KINDS = {"schema_version": int, "name": str, "fingerprint": str, "licence": str
 _KINDS |= {"splits": dict, "lineage": list, "files": dict, "shards": list}
 _SHARD_KINDS = {"num_rows": int, "first_key": str, "last_key": str, "checksums": dict, "group_sizes": list}
 """What of a shard does not depend on the version of the library that wrote its file."""
+_KINDS_INSIDE = {"splits": {"files": list}, "lineage": {"depth": int, "role": str}, "shards": _SHARD_KINDS}
 
 
 class DatasetRecord(TypedDict, total=False):
@@ -125,9 +126,9 @@ def read_record(folder: Path, where: str) -> DatasetRecord:
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{where}: {RECORD} is not as it was written: {error}; push it again") from error
     wrong = [key for key, kind in _KINDS.items() if not isinstance(record.get(key), kind)]
-    wrong += ["shards" for shard in record.get("shards", []) if not _is_like(shard, _SHARD_KINDS)][:1]
-    wrong += ["lineage" for row in record.get("lineage", []) if not _is_like(row, {"depth": int, "role": str})][:1]
-    wrong += ["splits" for split in record.get("splits", {}).values() if not _is_like(split, {"files": list})][:1]
+    for key, kinds in () if wrong else _KINDS_INSIDE.items():
+        inside = record[key].values() if isinstance(record[key], dict) else record[key]
+        wrong += [key] * (not all(_is_like(value, kinds) for value in inside))
     if wrong:
         raise InputError(
             f"{where}: {RECORD} has no {' and no '.join(wrong)} as a weight dataset in Parquet has them; "

@@ -44,6 +44,11 @@ def lineage(root: Location, weights: TableVersion) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=_COLUMNS)
 
 
+def origin_text(origin: OriginRecord) -> str:
+    """Return where weights were pulled from: a folder, or a repository of the hub at a commit."""
+    return f"{origin['place']}@{origin['revision']}" if origin["revision"] else origin["place"]
+
+
 class _Thing(NamedTuple):
     """One table version, model or source: the columns of the result without `depth`."""
 
@@ -90,8 +95,7 @@ class _Walk:
 
     def _origin(self, depth: int, origin: OriginRecord) -> None:
         """Add the repository that weights were pulled from, and what its record says that they were made from."""
-        at = f"@{origin['revision']}" if origin["revision"] else ""
-        self._add(depth, _Thing("pulled from", "source", f"{origin['place']}{at}", None, None))
+        self._add(depth, _Thing("pulled from", "source", origin_text(origin), None, None))
         for row in origin["lineage"]:
             of_row = {name: row.get(name) for name in _Thing._fields}
             created = row.get("created")
