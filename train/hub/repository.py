@@ -82,12 +82,12 @@ def push(
 
         api = HfApi(library_name="tokenweights")
         api.create_repo(repo_id, repo_type=kind, private=not is_public, exist_ok=True)
-        info = api.repo_info(repo_id, repo_type=kind)
+        info = api.dataset_info(repo_id) if kind == "dataset" else api.model_info(repo_id)
     there = [file.rfilename for file in info.siblings or []]
     _check_ours(repo_id, there, record, is_private=info.private is not False, is_public=is_public)
     stale = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in replaced)]
     with _explained(f"cannot push to {repo_id}"):
-        operations = [
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationDelete(name) for name in stale),
             *(CommitOperationAdd(name, content) for name, content in files.items()),
         ]
@@ -137,8 +137,8 @@ def _explained(problem: str) -> Iterator[None]:
     """
     try:
         from huggingface_hub import get_token
-        from huggingface_hub.errors import HTTPError
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP client, which has changed
+        from huggingface_hub.utils.tqdm import disable_progress_bars
     except ImportError as error:
         package = "huggingface_hub"
         raise MissingExtraError(
@@ -155,5 +155,7 @@ def _explained(problem: str) -> Iterator[None]:
         text = hide_credentials(_QUERY.sub(r"\1", first_line(said)))
         if token := get_token():
             text = text.replace(token, "***")
-        remedy = _REMEDIES.get(status or 0, "check the connection, and run again: what was uploaded is not uploaded again")
+        remedy = _REMEDIES.get(
+            status or 0, "check the connection, and run again: what was uploaded is not uploaded again"
+        )
         raise InputError(f"{problem}: {text.rstrip('.')}; {remedy}") from None

@@ -128,7 +128,7 @@ def _check_files(record: DatasetRecord, folder: Path, place: str) -> None:
 
 def _is_there(table: Table, version: int, record: DatasetRecord) -> bool:
     """Return whether a version holds the very rows of the record, by the checksums of both."""
-    if table.metadata(version)["fingerprint"] != commit_metadata(record)["fingerprint"]:
+    if table.metadata(version)["fingerprint"] != record["fingerprint"]:
         return False
     ours = sum_checksums(shard.sums for shard in table.records(version))
     theirs = sum_checksums({name: int(text, 16) for name, text in s["checksums"].items()} for s in record["shards"])
@@ -174,8 +174,7 @@ class _Groups:
     _next: int = 0
 
     def __post_init__(self) -> None:
-        tokenizer: dict[str, Any] = commit_metadata(self.record).get("tokenizer") or {}  # type: ignore[assignment]
-        self._vocab_size = tokenizer.get("vocab_size")
+        self._vocab_size = (self.record.get("tokenizer") or {}).get("vocab_size")
         for split in self.record["splits"].values():
             self._splits.append(_SplitRows([self.folder / name for name in split["files"]], self.place))
 

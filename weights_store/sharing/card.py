@@ -54,7 +54,7 @@ def dataset_card(
         "## Columns\n\n" + table(["column", "content"], _COLUMNS[:1] + _TEXT_COLUMNS * has_texts + _COLUMNS[1:]),
         "## Statistics\n\n" + table(["", ""], [[label, str(shorten(value))] for label, value in view.facts]),
         _doctor(view),
-        "## How it was made\n\n" + settings_table(record.get("recipe", {})),  # type: ignore[call-overload]
+        "## How it was made\n\n" + settings_table(record.get("recipe", {})),
         "## Lineage\n\n" + table(LINEAGE_HEADS, lineage_lines(record["lineage"])),
         _licence(record["licence"]),
         _packages(record),
@@ -107,6 +107,5 @@ def _licence(licence: str) -> str:
 
 
 def _packages(record: DatasetRecord) -> str:
-    packages: dict[str, str] = record.get("packages") or {}  # type: ignore[assignment]
-    versions = ", ".join(f"{name} {version}" for name, version in packages.items())
+    versions = ", ".join(f"{name} {version}" for name, version in record.get("packages", {}).items())
     return f"## Packages\n\n{versions}" if versions else ""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 from weights_store.checks.model_folders import open_record, sign_record
 from weights_store.errors import InputError
@@ -42,15 +42,24 @@ COMMIT_KEYS = (
 """What of a commit's metadata stands in the record."""
 _KINDS = {"schema_version": int, "name": str, "fingerprint": str, "licence": str, "identity": dict, "statistics": dict}
 _KINDS |= {"splits": dict, "lineage": list, "files": dict, "shards": list}
-_SHARD_KINDS = {"num_rows": int, "first_key": str, "last_key": str, "checksums": dict, "group_sizes": list}
+_SHARD_KINDS: dict[str, type] = {
+    "num_rows": int,
+    "first_key": str,
+    "last_key": str,
+    "checksums": dict,
+    "group_sizes": list,
+}
 """What of a shard does not depend on the version of the library that wrote its file."""
-_KINDS_INSIDE = {"splits": {"files": list}, "lineage": {"depth": int, "role": str}, "shards": _SHARD_KINDS}
+_KINDS_INSIDE: dict[str, dict[str, type]] = {
+    "splits": {"files": list},
+    "lineage": {"depth": int, "role": str},
+    "shards": _SHARD_KINDS,
+}
 
 
-class DatasetRecord(TypedDict, total=False):
-    """The content of `tokenweights.json`, beside the other `COMMIT_KEYS`."""
+class DatasetRecord(CommitMetadata, total=False):
+    """The content of `tokenweights.json`: the `COMMIT_KEYS`, and what only a folder has."""
 
-    schema_version: int
     name: str
     """`name@version` in the store that it was written from."""
     created: str
@@ -153,4 +162,4 @@ def _check_fingerprint(record: Mapping[str, Any], where: str) -> None:
 
 def commit_metadata(record: DatasetRecord) -> CommitMetadata:
     """Return what the commit of the original version recorded, as far as it was published."""
-    return cast(CommitMetadata, {key: record[key] for key in COMMIT_KEYS if key in record})  # type: ignore[literal-required]
+    return cast(CommitMetadata, {key: value for key, value in record.items() if key in COMMIT_KEYS})

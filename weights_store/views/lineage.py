@@ -97,10 +97,11 @@ class _Walk:
         """Add the repository that weights were pulled from, and what its record says that they were made from."""
         self._add(depth, _Thing("pulled from", "source", origin_text(origin), None, None))
         for row in origin["lineage"]:
-            of_row = {name: row.get(name) for name in _Thing._fields}
             created = row.get("created")
-            of_row["created"] = None if created is None else int(datetime.fromisoformat(created).timestamp() * 1000)
-            self._add(depth + 1 + row["depth"], _Thing(**of_row))
+            ms = None if created is None else int(datetime.fromisoformat(created).timestamp() * 1000)
+            name, version, fingerprint, num_rows = map(row.get, ("name", "version", "fingerprint", "num_rows"))
+            thing = _Thing(row["role"], str(row.get("kind")), name, version, fingerprint, num_rows, ms)
+            self._add(depth + 1 + row["depth"], thing)
 
     def _model(self, depth: int, role: str, fingerprint: str, recipe: _Recipe) -> None:
         """Add a scorer's model, and what it was trained on if it was trained here."""

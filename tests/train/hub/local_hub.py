@@ -48,6 +48,8 @@ class Repository:
 class LocalHub:
     """The server; `url` is its endpoint."""
 
+    token = TOKEN
+
     def __init__(self):
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.large_files: dict[str, bytes] = {}

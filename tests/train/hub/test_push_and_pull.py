@@ -145,11 +145,9 @@ def test_somebody_who_commits_meanwhile_stops_a_push(hub, command, monkeypatch):
 
 
 def test_the_token_is_that_of_the_hub_and_stands_nowhere(hub, command, monkeypatch, tmp_path, other_store):
-    from tests.train.hub.conftest import TOKEN
-
     shown = "".join(map(str, command("push", NAME, REPO_ID)))
     monkeypatch.setattr(
-        "huggingface_hub.HfApi.create_commit", lambda *_, **__: (_ for _ in ()).throw(OSError(f"no {TOKEN}"))
+        "huggingface_hub.HfApi.create_commit", lambda *_, **__: (_ for _ in ()).throw(OSError(f"no {hub.token}"))
     )
     shown += "".join(map(str, command("push", f"{NAME}@0", REPO_ID)))
     assert "error: cannot push to owner/weights: no ***" in shown
@@ -159,10 +157,10 @@ def test_the_token_is_that_of_the_hub_and_stands_nowhere(hub, command, monkeypat
         assert (code, out) == (1, "")
         assert "log in with `hf auth login` or set HF_TOKEN" in err
         shown += err
-    assert TOKEN not in shown
+    assert hub.token not in shown
     assert "signature" not in shown
     kept = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    assert not any(TOKEN.encode() in content for content in [*kept, *hub.repository(REPO_ID).files.values()])
+    assert not any(hub.token.encode() in content for content in [*kept, *hub.repository(REPO_ID).files.values()])
 
 
 def test_what_the_hub_refuses_is_said_in_one_line(hub, command, other_store, monkeypatch):
