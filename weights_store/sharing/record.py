@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from types import UnionType
 from typing import Any, cast
 
 from weights_store.checks.model_folders import open_record, sign_record
@@ -50,9 +51,11 @@ _SHARD_KINDS: dict[str, type] = {
     "group_sizes": list,
 }
 """What of a shard does not depend on the version of the library that wrote its file."""
-_KINDS_INSIDE: dict[str, dict[str, type]] = {
+_LINEAGE_KINDS: dict[str, type | UnionType] = {"depth": int, "role": str, "kind": str, "name": str | None}
+_LINEAGE_KINDS |= {"version": int | None, "fingerprint": str | None, "num_rows": int | None, "created": str | None}
+_KINDS_INSIDE: dict[str, Mapping[str, type | UnionType]] = {
     "splits": {"files": list},
-    "lineage": {"depth": int, "role": str},
+    "lineage": _LINEAGE_KINDS,
     "shards": _SHARD_KINDS,
 }
 
@@ -138,6 +141,8 @@ def read_record(folder: Path, where: str) -> DatasetRecord:
     for key, kinds in () if wrong else _KINDS_INSIDE.items():
         inside = record[key].values() if isinstance(record[key], dict) else record[key]
         wrong += [key] * (not all(_is_like(value, kinds) for value in inside))
+    if not wrong and not all(_is_time(row.get("created")) for row in record["lineage"]):
+        wrong = ["lineage"]
     if wrong:
         raise InputError(
             f"{where}: {RECORD} has no {' and no '.join(wrong)} as a weight dataset in Parquet has them; "
@@ -147,7 +152,14 @@ def read_record(folder: Path, where: str) -> DatasetRecord:
     return cast(DatasetRecord, record)
 
 
-def _is_like(value: object, kinds: Mapping[str, type]) -> bool:
+def _is_time(text: str | None) -> bool:
+    try:
+        return text is None or datetime.fromisoformat(text) is not None
+    except ValueError:
+        return False
+
+
+def _is_like(value: object, kinds: Mapping[str, type | UnionType]) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in kinds.items())
 
 

@@ -233,6 +233,7 @@ def test_a_record_of_other_settings_than_its_fingerprint_is_refused(folder, stor
         ({"shards": None}, "has no shards as a weight dataset in Parquet has them"),
         ({"shards": [{"num_rows": "3"}]}, "has no shards as"),
         ({"lineage": ["x"]}, "has no lineage as"),
+        ({"lineage": [{"depth": 1, "role": "x", "kind": "model", "created": "soon"}]}, "has no lineage as"),
         ({"splits": {"train": {"files": 3}}}, "has no splits as"),
         ({"splits": {"train": {"files": []}}}, "lists other files by split than by SHA-256"),
         ({"name": "../../x@1"}, "bad name '../../x'"),
