@@ -6,6 +6,7 @@ had, and every shard is compared with the checksums of the original one: a train
 """
 
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from weights_store.checks.rows import violations
 from weights_store.errors import InputError
 from weights_store.fingerprint import explain_difference, fingerprint_file
 from weights_store.location import Location, one_line
+from weights_store.messages import Progress, show
 from weights_store.names import check_new_name, split_name, weights_path
 from weights_store.schemas import SCHEMA_VERSION, WEIGHTS
 from weights_store.sharing.data_files import FOLDER, ROW
@@ -79,7 +81,7 @@ def bring_in(root: Location, folder: Path, place: str, revision: str | None = No
     metadata = _metadata(record, place, revision)
     if base is not None:
         metadata["changes"] = _changes(table, base, metadata, place)
-    writer = table.writer()
+    writer, started = table.writer(), time.monotonic()
     try:
         groups = _Groups(record, folder, place)
         for index, promised in enumerate(record["shards"]):
@@ -89,6 +91,7 @@ def bring_in(root: Location, folder: Path, place: str, revision: str | None = No
                     f"{place}: the rows of shard {index} are not those that {RECORD} promises (checksums differ); "
                     "nothing was brought in, push it again"
                 )
+            show(Progress("pull", groups.num_rows, num_pairs, time.monotonic() - started, "pairs"))
         groups.check_end()
     except BaseException:
         for shard in writer.records:
@@ -122,7 +125,7 @@ def _check_files(record: DatasetRecord, folder: Path, place: str) -> None:
                 f"{str(digest)[:12]}…; nothing was brought in, push it again"
             )
     listed = [name for split in record["splits"].values() for name in split.get("files", [])]
-    if sorted(listed) != sorted(record["files"]):
+    if len(listed) != len(record["files"]) or not all(name in record["files"] for name in map(str, listed)):
         raise InputError(f"{place}: {RECORD} lists other files by split than by SHA-256; push it again")
 
 
@@ -171,7 +174,7 @@ class _Groups:
     folder: Path
     place: str
     _splits: list["_SplitRows"] = field(default_factory=list)
-    _next: int = 0
+    num_rows: int = 0
 
     def __post_init__(self) -> None:
         self._vocab_size = (self.record.get("tokenizer") or {}).get("vocab_size")
@@ -184,14 +187,14 @@ class _Groups:
         Raises:
             InputError: Rows are missing or there twice, or a row breaks a rule of weights.
         """
-        for num_rows in promised["group_sizes"]:
-            end = self._next + num_rows
+        for size in promised["group_sizes"]:
+            end = self.num_rows + size
             rows = pa.concat_tables([split.take(end) for split in self._splits]).sort_by(ROW)
-            if rows.num_rows != num_rows or (rows[ROW].to_numpy() != np.arange(self._next, end)).any():
+            if rows.num_rows != size or (rows[ROW].to_numpy() != np.arange(self.num_rows, end)).any():
                 raise InputError(
-                    f"{self.place}: rows {self._next} to {end - 1} of the version are not all there once; push it again"
+                    f"{self.place}: rows {self.num_rows} to {end - 1} of the version are not all there once; push it again"
                 )
-            self._next = end
+            self.num_rows = end
             rows = rows.drop_columns([ROW]).combine_chunks()
             for found in violations("weights", rows, ("pair_id",), self._vocab_size):
                 pair_id = rows["pair_id"][found.row].as_py()

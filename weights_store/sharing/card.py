@@ -43,6 +43,7 @@ def dataset_card(
     record: DatasetRecord, splits: Sequence[SplitFiles], view: View, place: str, *, has_texts: bool, has_picture: bool
 ) -> str:
     """Return the card, as Markdown, of a dataset that will be at `place`, a repository or a folder."""
+    splits = sorted(splits, key=lambda split: -split.num_pairs)  # viewers show the first one
     num_pairs = sum(split.num_pairs for split in splits)
     parts = [
         front_matter(_header(record, splits, num_pairs)),

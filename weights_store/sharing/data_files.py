@@ -5,8 +5,9 @@ the version. `row` brings the stored order back, and with it the batches of a tr
 """
 
 import re
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from weights_store.messages import Progress, show
 from weights_store.schemas import WEIGHTS
 from weights_store.tables.shards import ROW_GROUP_BYTES
 from weights_store.tables.table import Table
@@ -77,11 +79,11 @@ def file_names(splits: Iterable[str]) -> dict[str, str]:
 
 
 def write_data(
-    table: Table, version: int, folder: Path, texts: TokenTexts | None, footer: bytes, splits: Iterable[str]
+    table: Table, version: int, folder: Path, texts: TokenTexts | None, footer: bytes, splits: Mapping[str, int]
 ) -> list[SplitFiles]:
     """Write one version into `folder`, in the memory of a row group for each split.
 
-    `footer` stands under the key `tokenweights` in the metadata of every file.
+    `splits` are those of `count_splits`. `footer` stands under the key `tokenweights` in the metadata of every file.
 
     Raises:
         MismatchError: An id is not in the tokenizer.
@@ -92,12 +94,13 @@ def write_data(
     writers = {
         split: _SplitWriter(folder / FOLDER, split, name, schema, texts) for split, name in file_names(splits).items()
     }
-    num_rows = 0
+    num_rows, total, started = 0, sum(splits.values()), time.monotonic()
     for rows in table.batches(version):
         rows = rows.append_column(ROW, pa.array(range(num_rows, num_rows + rows.num_rows), pa.int64()))
         num_rows += rows.num_rows
         for split in rows["split"].unique().to_pylist():
             writers[split].write(rows.filter(pc.equal(rows["split"], split)))
+        show(Progress("write", num_rows, total, time.monotonic() - started, "pairs"))
     return [writer.finish() for writer in writers.values()]
 
 

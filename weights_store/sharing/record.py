@@ -90,7 +90,7 @@ def describe(table: Table, weights: TableVersion, licence: str | None, splits: M
     record = {
         "name": f"{name_of(weights.table)}@{weights.version}",
         "created": created.isoformat(timespec="seconds"),
-        "licence": licence or UNKNOWN_LICENCE,
+        "licence": licence or metadata.get("origin", {}).get("licence") or UNKNOWN_LICENCE,
         "splits": {split: {"num_pairs": num_pairs} for split, num_pairs in splits.items()},
         **made,
         "lineage": [publishable(row | {"created": _iso(row["created"])}) for row in rows],
@@ -143,6 +143,8 @@ def read_record(folder: Path, where: str) -> DatasetRecord:
         wrong += [key] * (not all(_is_like(value, kinds) for value in inside))
     if not wrong and not all(_is_time(row.get("created")) for row in record["lineage"]):
         wrong = ["lineage"]
+    if not wrong and not all(map(_has_groups, record["shards"])):
+        wrong = ["shards"]
     if wrong:
         raise InputError(
             f"{where}: {RECORD} has no {' and no '.join(wrong)} as a weight dataset in Parquet has them; "
@@ -157,6 +159,11 @@ def _is_time(text: str | None) -> bool:
         return text is None or datetime.fromisoformat(text) is not None
     except ValueError:
         return False
+
+
+def _has_groups(shard: Mapping[str, Any]) -> bool:
+    sizes = shard["group_sizes"]
+    return all(isinstance(size, int) and size > 0 for size in sizes) and 0 < sum(sizes) == shard["num_rows"]
 
 
 def _is_like(value: object, kinds: Mapping[str, type | UnionType]) -> bool:

@@ -66,6 +66,20 @@ def test_a_pulled_version_is_the_pushed_one_byte_for_byte(read_store, folder, st
     assert pulled.left_behind == {"table": 8, "model": 3, "source": 1}
 
 
+def test_a_pulled_version_pushed_again_keeps_its_licence_and_says_where_it_came_from(read_store, store, tmp_path):
+    read_store.export(NAME, tmp_path / "pushed", licence="mit")
+    bring_in(store.root, tmp_path / "pushed", str(tmp_path / "pushed"))
+    record = json.loads(store.export(NAME, tmp_path / "again")[-1].read_text())
+    first = json.loads((tmp_path / "pushed" / "tokenweights.json").read_text())
+    assert record["licence"] == "mit"
+    assert record["shards"] == first["shards"]
+    assert [row["name"] for row in record["lineage"]] == [
+        f"weights/{NAME}",
+        f"…/{tmp_path.name}/pushed",
+        *(row["name"] for row in first["lineage"]),
+    ]
+
+
 def test_many_groups_and_splits_come_back_in_their_order(tmp_path, store, monkeypatch):
     rng, big = np.random.default_rng(0), WeightStore(tmp_path / "big")
     monkeypatch.setattr("weights_store.tables.shards.ROW_GROUP_BYTES", 3000)
@@ -141,6 +155,9 @@ def test_a_dataset_of_the_same_name_is_not_written_over(small_store, folder, tmp
         bring_in(small_store.root, folder, "hf://datasets/somebody/else", name="pulled/one")
     with pytest.raises(SettingsError, match="bad name '../x'"):
         bring_in(small_store.root, folder, HUB, name="../x")
+
+
+SHARD = {"num_rows": 3, "first_key": "a", "last_key": "c", "checksums": {}}
 
 
 def nothing_was_made(store):
@@ -232,6 +249,8 @@ def test_a_record_of_other_settings_than_its_fingerprint_is_refused(folder, stor
         ({"schema_version": 2}, "has schema version 2, this tokenweights reads 1"),
         ({"shards": None}, "has no shards as a weight dataset in Parquet has them"),
         ({"shards": [{"num_rows": "3"}]}, "has no shards as"),
+        ({"shards": [{**SHARD, "group_sizes": []}]}, "has no shards as"),
+        ({"shards": [{**SHARD, "group_sizes": [2, 2]}]}, "has no shards as"),
         ({"lineage": ["x"]}, "has no lineage as"),
         ({"lineage": [{"depth": 1, "role": "x", "kind": "model", "created": "soon"}]}, "has no lineage as"),
         ({"splits": {"train": {"files": 3}}}, "has no splits as"),

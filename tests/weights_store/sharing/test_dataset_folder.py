@@ -56,9 +56,14 @@ def test_the_card_has_what_a_hub_and_a_stranger_want_to_know(write, read_store):
     found = yaml.safe_load(header)
     assert found["license"] == "cc-by-4.0"
     assert found["size_categories"] == ["n<1K"]
-    files = [{"split": "test", "path": "data/test-*"}, {"split": "train", "path": "data/train-*"}]
+    files = [{"split": "train", "path": "data/train-*"}, {"split": "test", "path": "data/test-*"}]  # the largest first
     assert found["configs"] == [{"config_name": "default", "data_files": files}]
-    for text in ('load_dataset("owner/weights"', "tokenweights pull owner/weights", "4 preference pairs", "tis: k 1.0"):
+    for text in (
+        'load_dataset("owner/weights", split="train"',
+        "tokenweights pull owner/weights",
+        "4 preference pairs",
+        "tis: k 1.0",
+    ):
         assert text in card
     diagnoses = read_store.doctor(NAME)
     assert diagnoses
