@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from weights_store.errors import InputError, MissingExtraError
 from weights_store.messages import first_line, hide_credentials, logger
 from weights_store.packages import how_to_install
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 _log = logger(__name__)
 
@@ -48,28 +51,53 @@ class Pushed:
     """Whether there was something to change."""
 
 
-def push(
-    repo_id: str,
-    kind: Kind,
-    files: Mapping[str, Path | bytes],
-    *,
-    record: str,
-    replaced: Sequence[str],
-    message: str,
-    is_public: bool,
-) -> Pushed:
-    """Make a repository hold these files, in one commit.
+@dataclass(frozen=True)
+class Repository:
+    """A repository as it was when it was opened."""
 
-    Large files are uploaded first; readers see none of it before the commit. After a kill, the next push uploads only what the
-    hub does not have yet. The repository is made if there is none, private unless `is_public`.
+    repo_id: str
+    kind: Kind
+    head: str | None
+    """Its newest commit."""
+    files: Sequence[str]
+
+    def push(self, files: Mapping[str, Path | bytes], *, replaced: Sequence[str], message: str) -> Pushed:
+        """Make it hold these files, in one commit.
+
+        Large files are uploaded first; readers see none of it before the commit. After a kill, the next push uploads only what
+        the hub does not have yet.
+
+        Args:
+            files: Local files, or their content, by path in the repository.
+            replaced: Patterns of files that an earlier push may have left and this one replaces.
+            message: Title of the commit.
+
+        Raises:
+            InputError: The hub refuses or cannot be reached, or somebody has changed the repository since it was opened.
+        """
+        stale = [name for name in self.files if name not in files and any(fnmatch(name, each) for each in replaced)]
+        with _explained(f"cannot push to {self.repo_id}"):
+            from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+            api = _api()
+            operations: list[CommitOperationAdd | CommitOperationDelete] = [
+                *(CommitOperationDelete(name) for name in stale),
+                *(CommitOperationAdd(name, content) for name, content in files.items()),
+            ]
+            commit = api.create_commit(
+                self.repo_id, operations, commit_message=message, repo_type=self.kind, parent_commit=self.head
+            )
+        folder = "datasets/" if self.kind == "dataset" else ""
+        return Pushed(f"{api.endpoint}/{folder}{self.repo_id}", commit.oid, commit.oid != self.head)
+
+
+def open_repository(repo_id: str, kind: Kind, *, record: str, is_public: bool) -> Repository:
+    """Return a repository to push to. It is made if there is none, private unless `is_public`.
 
     Args:
         repo_id: `owner/name`.
         kind: What it holds.
-        files: Local files, or their content, by path in the repository.
         record: The file that tells repositories of ours from others.
-        replaced: Patterns of files that an earlier push may have left and this one replaces.
-        message: Title of the commit.
         is_public: Whether everybody may read it.
 
     Raises:
@@ -78,24 +106,18 @@ def push(
         MissingExtraError: huggingface_hub is not installed.
     """
     with _explained(f"cannot push to {repo_id}"):
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
-        api = HfApi(library_name="tokenweights")
+        api = _api()
         api.create_repo(repo_id, repo_type=kind, private=not is_public, exist_ok=True)
         info = api.dataset_info(repo_id) if kind == "dataset" else api.model_info(repo_id)
     there = [file.rfilename for file in info.siblings or []]
     _check_ours(repo_id, there, record, is_private=info.private is not False, is_public=is_public)
-    stale = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in replaced)]
-    with _explained(f"cannot push to {repo_id}"):
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            *(CommitOperationDelete(name) for name in stale),
-            *(CommitOperationAdd(name, content) for name, content in files.items()),
-        ]
-        commit = api.create_commit(
-            repo_id, operations, commit_message=message, repo_type=kind, parent_commit=info.sha or None
-        )
-    folder = "datasets/" if kind == "dataset" else ""
-    return Pushed(f"{api.endpoint}/{folder}{repo_id}", commit.oid, commit.oid != info.sha)
+    return Repository(repo_id, kind, info.sha or None, there)
+
+
+def _api() -> "HfApi":
+    from huggingface_hub import HfApi
+
+    return HfApi(library_name="tokenweights")
 
 
 def _check_ours(repo_id: str, there: Sequence[str], record: str, *, is_private: bool, is_public: bool) -> None:

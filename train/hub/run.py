@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import weights_store
+from weights_store.commands import Add
 from weights_store.errors import InputError
-from weights_store.messages import logger
 from weights_store.printing import count_text, size_text
 
 if TYPE_CHECKING:
     from train.hub.repository import Pushed
+    from weights_store.sharing.record import DatasetRecord
     from weights_store.views.token_texts import Tokenizer
 
-_log = logger(__name__)
-
-Run = Callable[[argparse.Namespace], int | None]
-Add = Callable[[str, Run, str], argparse.ArgumentParser]
 _HUB = "hf://datasets/"
 _LOCAL = ("/", "./", "../", "~")
 
@@ -80,23 +77,15 @@ def _check_not_both(options: argparse.Namespace) -> None:
 
 def _push_policy(folder: Path, options: argparse.Namespace) -> None:
     from train.hub.policy import REPLACED, policy_files
-    from train.hub.repository import is_repo_id, push
+    from train.hub.repository import is_repo_id, open_repository
     from train.job.output import LINEAGE
     from weights_store.sharing.new_folder import new_folder
 
     files = policy_files(folder)
+    what = f"{count_text(len(files), 'file')} of {folder}"
     if is_repo_id(options.target):
-        message = f"Push {folder.absolute().name}"
-        pushed = push(
-            options.target,
-            "model",
-            files,
-            record=LINEAGE,
-            replaced=REPLACED,
-            message=message,
-            is_public=options.public,
-        )
-        _print_pushed(pushed, f"{count_text(len(files), 'file')} of {folder}")
+        repository = open_repository(options.target, "model", record=LINEAGE, is_public=options.public)
+        _print_pushed(repository.push(files, replaced=REPLACED, message=f"Push {folder.absolute().name}"), what)
         return
     target = _target_folder(options)
     with new_folder(target) as partial:
@@ -106,51 +95,55 @@ def _push_policy(folder: Path, options: argparse.Namespace) -> None:
                 (partial / name).write_bytes(content)
             else:
                 shutil.copyfile(content, partial / name)
-    print(f"wrote {count_text(len(files), 'file')} of {folder} to {target}")
+    print(f"wrote {what} to {target}")
 
 
 def _push_dataset(options: argparse.Namespace) -> None:
-    from train.hub.repository import is_repo_id, push
-    from weights_store.digests import cache_folder
+    from train.hub.repository import is_repo_id
     from weights_store.inspection.model_tokenizer import load_known_tokenizer
-    from weights_store.processes.lock import locked, wait_for
-    from weights_store.sharing.card import PICTURE
-    from weights_store.sharing.data_files import FOLDER
     from weights_store.sharing.dataset_folder import files_of, write_dataset_folder
     from weights_store.sharing.new_folder import new_folder
-    from weights_store.sharing.record import RECORD
 
     store = weights_store.WeightStore(options.store)
     weights = store.resolve(*weights_store.split_name(options.what))
     metadata = store.table(weights.table).metadata(weights.version)
-    tokenizer = load_known_tokenizer(metadata, options.tokenizer, options.load_tokenizer)
-    target = options.target
-    if not is_repo_id(target):
-        folder = _target_folder(options)
-        with new_folder(folder) as partial:
-            record = write_dataset_folder(store.root, weights, partial, str(target), tokenizer, options.licence)
-        for name, path in files_of(record, folder).items():
-            print(f"{size_text(path.stat().st_size):>10}  {folder / name}")
+
+    def write(folder: Path) -> "DatasetRecord":
+        tokenizer = load_known_tokenizer(metadata, options.tokenizer, options.load_tokenizer)
+        return write_dataset_folder(store.root, weights, folder, options.target, tokenizer, options.licence)
+
+    if is_repo_id(options.target):
+        _upload_dataset(options, write)
         return
-    staging = cache_folder() / "push" / target.replace("/", "--")
-    with locked(staging.with_name(f"{staging.name}.lock"), wait_for(f"pushing to {target}")):
+    folder = _target_folder(options)
+    with new_folder(folder) as partial:
+        record = write(partial)
+    for name, path in files_of(record, folder).items():
+        print(f"{size_text(path.stat().st_size):>10}  {folder / name}")
+
+
+def _upload_dataset(options: argparse.Namespace, write: "Callable[[Path], DatasetRecord]") -> None:
+    """Write the files into our cache, and push them from there."""
+    from train.hub.repository import open_repository
+    from weights_store.digests import cache_folder
+    from weights_store.processes.lock import locked, wait_for
+    from weights_store.sharing.card import PICTURE
+    from weights_store.sharing.data_files import FOLDER
+    from weights_store.sharing.dataset_folder import files_of
+    from weights_store.sharing.record import RECORD
+
+    staging = cache_folder() / "push" / options.target.replace("/", "--")
+    with locked(staging.with_name(f"{staging.name}.lock"), wait_for(f"pushing to {options.target}")):
+        repository = open_repository(options.target, "dataset", record=RECORD, is_public=options.public)
         shutil.rmtree(staging, ignore_errors=True)  # of a push that was killed
         staging.mkdir()
         try:
-            record = write_dataset_folder(store.root, weights, staging, target, tokenizer, options.licence)
+            record = write(staging)
             files = files_of(record, staging)
-            pushed = push(
-                target,
-                "dataset",
-                files,
-                record=RECORD,
-                replaced=[f"{FOLDER}/*", PICTURE],
-                message=f"Push {record['name']}",
-                is_public=options.public,
-            )
+            pushed = repository.push(files, replaced=[f"{FOLDER}/*", PICTURE], message=f"Push {record['name']}")
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    _print_pushed(pushed, f"{weights}, {count_text(len(files), 'file')}")
+    _print_pushed(pushed, f"{record['name']}, {count_text(len(files), 'file')}")
 
 
 def _target_folder(options: argparse.Namespace) -> Path:

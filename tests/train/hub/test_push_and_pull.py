@@ -41,7 +41,7 @@ def test_what_is_pushed_comes_back_as_it_was(hub, command, small_store, other_st
     repository = hub.repository(REPO_ID)
     assert (code, repository.is_private, len(repository.commits)) == (0, True, 2)  # the hub's own, and ours
     assert out.splitlines() == [
-        f"pushed weights/{NAME}@1, 6 files",
+        f"pushed {NAME}@1, 6 files",
         f"{hub.url}/datasets/{REPO_ID} at {repository.head}",
     ]
     assert sorted(repository.files) == [
@@ -108,7 +108,7 @@ def test_a_killed_push_changes_nothing_and_the_next_one_uploads_the_rest(hub, co
 def test_a_repository_of_somebody_else_is_left_alone(hub, command):
     hub.add(REPO_ID, {"data/train.parquet": b"x", "README.md": b"mine"})
     code, out, err = command("push", NAME, REPO_ID)
-    assert (code, out, len(hub.repository(REPO_ID).commits)) == (1, "", 1)
+    assert (code, out, len(hub.repository(REPO_ID).commits), hub.num_uploads) == (1, "", 1, 0)
     assert f"{REPO_ID} holds 1 files, for example data/train.parquet, and no tokenweights.json" in err
 
 
