@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from train.hub.run import add_hub
 from train.run import build_parser as build_train_parser
 from weights_store.commands import add_commands, add_store_option
 from weights_store.errors import InputError, MissingExtraError, TokenweightsError
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     Run = Callable[[argparse.Namespace], int | None]
 
 _SHELLS = ("bash", "zsh", "fish")
-_PATHS = ("recipe", "files", "config", "folder", "store", "output", "tokenizer", "runs")
+_PATHS = ("recipe", "files", "config", "folder", "store", "output", "tokenizer", "runs", "what", "target", "source")
 """Arguments that a shell completes with file names."""
 
 
@@ -117,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     add_commands(add, _load_tokenizer, _draw_runs, _on_ray)
+    add_hub(add, _load_tokenizer)
     completion = _command(
         commands,
         "completion",

@@ -190,6 +190,11 @@ def loaded_after(code):
         ("import tokenweights; tokenweights.build_parser()", {"shtab", "numpy", "transformers", "vllm"}),
         ("from weights_store import WeightStore", {"torch", "transformers", "prefect", "vllm", "pydantic", "datasets"}),
         ("import train.plots", {"torch", "transformers", "pydantic", "matplotlib"}),
+        (  # with folders, push and pull need the base install only
+            "import train.hub.run, train.hub.policy, train.hub.repository, weights_store.sharing.dataset_folder, "
+            "weights_store.sharing.bring_in",
+            {"torch", "safetensors", "pydantic", "huggingface_hub", "matplotlib", "tokenizers", "transformers"},
+        ),
         ("import train.run", {"torch", "pipeline", "flows", "prefect", "vllm", "datasets"}),
         ("import train.job.trainer", {"pipeline", "flows", "prefect", "vllm"}),
         (

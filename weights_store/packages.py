@@ -23,6 +23,7 @@ _EXTRAS = {
     "peft": "train",
     "ray": "ray",
     "trl": "trl",
+    "huggingface_hub": "hub",
     "openlineage": "lineage",
 }
 """Where a package is that not every extra has."""

@@ -218,10 +218,13 @@ class WeightStore:
         version: int | None = None,
         format: Literal["parquet", "jsonl", "tinker", "loss_scale"] = "parquet",
         tokenizer: Tokenizer | None = None,
+        licence: str | None = None,
     ) -> builtins.list[Path]:
         """Write one version of a weight dataset into a new local folder, for programs that do not know this store.
 
-        `parquet`: plain files of bounded size with the columns of `schemas.WEIGHTS`, as `datasets` reads them.
+        `parquet`: plain files `data/SPLIT-00000-of-00003.parquet` of bounded size, as `datasets` finds and reads them. Columns:
+        those of `schemas.WEIGHTS`, with a tokenizer `prompt`, `chosen` and `rejected` (text), and `row`, the place of the row
+        in the version.
 
         `jsonl`: the layout of the official TIS-DPO release. One file per split, one object per line: `prompt`, `chosen`,
         `rejected` (text) and `chosen_weight`, `rejected_weight` (one number per response token without the last EOS, which the
@@ -234,8 +237,9 @@ class WeightStore:
         `tinker`: each pair as two Datums of the tinker API with the token weights. `loss_scale`: rows of ms-swift; needs a
         tokenizer that can encode. One file per split; docs/trainers.md says what their trainers keep and lose.
 
-        `tokenweights.json` names the version and its fingerprint. Returns the files, that one last. The folder appears whole or
-        not at all. For the tokenizer see `scan_tokens`.
+        `tokenweights.json` says what the version is, how it was made, the licence of its source (as given, else "unknown"), and
+        the SHA-256 of each file. Returns the files, that one last. The folder appears whole or not at all. For the tokenizer
+        see `scan_tokens`.
 
         Raises:
             InputError: The folder exists and is not empty, the format is unknown, or (`loss_scale`) the tokenizer is missing or
@@ -245,7 +249,7 @@ class WeightStore:
             DamageError: A shard is not what was committed.
         """
         weights = self.resolve(name, version)
-        return export_table(self.table(weights.table), weights, Path(folder), format, tokenizer)
+        return export_table(self.table(weights.table), weights, Path(folder), format, tokenizer, licence)
 
     def list(self) -> pl.DataFrame:
         """Return one row per weight dataset: name, newest version, estimator, pairs, tokens, fingerprint, time.

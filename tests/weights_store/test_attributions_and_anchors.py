@@ -177,9 +177,9 @@ def test_the_token_view_has_ti_weights_and_no_contrastive_pair(ti_store):
 
 
 def test_exports_keep_anchors_in_parquet_and_leave_the_layout_of_the_release_as_it_is(ti_store, tmp_path):
-    (path, _) = ti_store.export(NAME, tmp_path / "parquet")
+    *files, _ = ti_store.export(NAME, tmp_path / "parquet")
     exported = {
-        row["pair_id"]: (row["anchor_ids"], row["anchor_ref_logps"]) for row in pl.read_parquet(path).to_dicts()
+        row["pair_id"]: (row["anchor_ids"], row["anchor_ref_logps"]) for row in pl.read_parquet(files).to_dicts()
     }
     assert exported == ANCHORED
     *files, _ = ti_store.export(NAME, tmp_path / "jsonl", format="jsonl")

@@ -132,11 +132,12 @@ def test_export_names_every_file(command, tmp_path):
     code, out, _ = command("export", f"{NAME}@0", str(tmp_path / "out"))
     assert code == 0
     assert [line[-1] for line in rows(out)] == [
-        str(tmp_path / "out" / name) for name in ("part-00000.parquet", "tokenweights.json")
+        str(tmp_path / "out" / name) for name in ("data/train-00000-of-00001.parquet", "tokenweights.json")
     ]
     code, _, err = command("export", NAME, str(tmp_path / "out"))
-    assert (code, err.count("\n")) == (1, 1)
-    assert "not an empty folder" in err
+    note, error = err.splitlines()
+    assert (code, note[:21]) == (1, "ids instead of texts:")
+    assert "not an empty folder" in error
 
 
 def test_export_for_the_release_says_how_to_read_it_and_what_is_missing(command, tmp_path):

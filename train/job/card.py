@@ -3,8 +3,7 @@
 Markdown with the front matter that a model hub reads, so that the folder can be pushed as it is.
 """
 
-import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import polars as pl
 
@@ -13,6 +12,8 @@ from train.job.output import Lineage, Result
 from train.loss.config import LOSSES
 from weights_store import WeightStore, split_name
 from weights_store.errors import StoreError
+from weights_store.sharing.markdown import LINEAGE_HEADS, front_matter, lineage_lines, settings_table, table
+from weights_store.sharing.publishable import shorten
 
 _SECTIONS = ("loss", "optim", "model", "lora", "data", "eval")
 
@@ -28,19 +29,14 @@ def model_card(lineage: Lineage, source: WeightSource) -> str:
     }
     if not Path(base).expanduser().is_dir():
         front["base_model"] = base  # an id on the hub, as the hub wants it
-    settings = [
-        [f"`{section}.{key}`", f"`{json.dumps(_shorten(value), ensure_ascii=False)}`"]
-        for section in _SECTIONS
-        for key, value in config.get(section, {}).items()
-        if value != ""
-    ]
+    settings = {section: config[section] for section in _SECTIONS if section in config}
     parts = [
-        "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items()) + "---",
+        front_matter(front),
         f"# {LOSSES[loss].title} on {source.name}",
-        f"`{_shorten(base)}` trained with tokenweights for {result['steps']:,} steps. The token weights and the reference's "
+        f"`{shorten(base)}` trained with tokenweights for {result['steps']:,} steps. The token weights and the reference's "
         "log-probs come from a precomputed, versioned dataset; everything that it was made from is listed below.",
         "## Result\n\n" + _results(result),
-        "## Settings\n\n" + _table(["key", "value"], settings),
+        "## Settings\n\n" + settings_table(settings),
         "## Lineage\n\n" + _lineage(lineage, source),
         "## Packages\n\n" + ", ".join(f"{name} {version}" for name, version in lineage["packages"].items()),
     ]
@@ -57,31 +53,15 @@ def _results(result: Result) -> str:
         for name in result["after"]
     ]
     sample = f"`before` and `after` are means over the same {result['num_sample_pairs']} pairs of the training data."
-    return "\n\n".join([_table(["", *columns], rows), sample, *(f"Note: {line}." for line in result["notices"])])
+    return "\n\n".join([table(["", *columns], rows), sample, *(f"Note: {line}." for line in result["notices"])])
 
 
 def _lineage(lineage: Lineage, source: WeightSource) -> str:
     """Return a table of the starting model and of all that the dataset was made from, indented by distance."""
     model = lineage["identity"]["model"]
-    rows = [["starting model", f"`{_shorten(lineage['model']['path'])}`", f"`{model['fingerprint'][:12]}`", ""]]
+    rows = [["starting model", f"`{shorten(lineage['model']['path'])}`", f"`{model['fingerprint'][:12]}`", ""]]
     try:
         ancestors = WeightStore(source.reference.store).lineage(*split_name(source.name))
     except StoreError:  # the store has changed since; the title still names the dataset
         ancestors = pl.DataFrame()
-    for row in ancestors.to_dicts():
-        name = _shorten(row["name"]) if row["version"] is None else f"{row['name']}@{row['version']}"
-        count = "" if row["num_rows"] is None else f"{row['num_rows']:,}"
-        rows.append(["· " * row["depth"] + row["role"], f"`{name}`", f"`{(row['fingerprint'] or '')[:12]}`", count])
-    return _table(["", "name", "fingerprint", "rows"], rows)
-
-
-def _shorten(place: object) -> object:
-    """Return a value as it may be published: the last two parts of a local path, all of anything else."""
-    if not isinstance(place, str) or not place.startswith(("/", "~", "./", "../", "file:")):
-        return place
-    return "/".join(["…", *PurePosixPath(place).parts[-2:]])
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table(LINEAGE_HEADS, [*rows, *lineage_lines(ancestors.to_dicts())])

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
-from train.model.weight_files import check_safetensors
 from weights_store.errors import InputError, SettingsError
 from weights_store.fingerprint import explain_difference, load_json
 from weights_store.messages import logger
@@ -230,6 +229,8 @@ def _is_complete(checkpoint: Path) -> bool:
 
     Flipped bits are found in the numbers of optimizer, schedule and random states. Of weights, header and size are compared.
     """
+    from train.model.weight_files import check_safetensors  # the rest of this module needs the base install only
+
     if not all(any(checkpoint.glob(pattern)) for pattern in _CHECKPOINT_FILES):
         return False
     try:

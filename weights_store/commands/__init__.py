@@ -70,7 +70,10 @@ def add_commands(
     export.add_argument(
         "--tokenizer",
         metavar="FOLDER",
-        help="model folder, for the texts of jsonl, which has ids without it, and of loss_scale",
+        help="model folder for the texts (default: the recipe's model if it fits); loss_scale needs it",
+    )
+    export.add_argument(
+        "--licence", metavar="ID", help="licence of the source, for tokenweights.json (default: unknown)"
     )
     quarantine = add_listing("quarantine", run_quarantine, "show the rows of a dataset that could not be used, and why")
     quarantine.add_argument("dataset", metavar="DATASET", help="for example hh-harmless")

@@ -37,9 +37,12 @@ def run_path(options: argparse.Namespace) -> None:
 
 def run_export(options: argparse.Namespace) -> None:
     """Write a weight dataset as plain files."""
+    from weights_store.inspection.model_tokenizer import load_known_tokenizer
+
     name, version = weights_store.split_name(options.name)
-    tokenizer = options.load_tokenizer(options.tokenizer) if options.tokenizer else None
-    paths = weights_store.WeightStore(options.store).export(name, options.folder, version, options.format, tokenizer)
+    store = weights_store.WeightStore(options.store)
+    tokenizer = load_known_tokenizer(store.metadata(name, version), options.tokenizer, options.load_tokenizer)
+    paths = store.export(name, options.folder, version, options.format, tokenizer, options.licence)
     if options.json:
         print_json([{"path": str(path), "num_bytes": path.stat().st_size} for path in paths])
         return

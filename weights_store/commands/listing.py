@@ -55,6 +55,7 @@ def _listed(row: Mapping[str, Any]) -> dict[str, object]:
 
 def run_show(options: argparse.Namespace) -> None:
     """Show one weight dataset."""
+    from weights_store.views.lineage import origin_text
     from weights_store.views.summary import summary_lines
 
     name, version = weights_store.split_name(options.name)
@@ -70,6 +71,7 @@ def run_show(options: argparse.Namespace) -> None:
     if options.json:
         document = {"name": name, "version": reference.version, "fingerprint": reference.fingerprint}
         document |= {"statistics": statistics, "parents": parents, "versions": versions, "rows": rows}
+        document |= {"origin": metadata["origin"]} if "origin" in metadata else {}
         print_json({**document, "files": store.files(name, reference.version)})
         return
     print(f"{reference}  fingerprint {reference.fingerprint[:_DIGITS]}\n")
@@ -80,6 +82,8 @@ def run_show(options: argparse.Namespace) -> None:
     for label, value in lines:
         print(f"{GAP}{label:<{width}}{GAP}{one_line(value)}")
     print("\nmade from")
+    if "origin" in metadata:
+        print(f"{GAP}{origin_text(metadata['origin'])}, where it was {one_line(metadata['origin']['name'])}")
     for parent in parents:
         print(f"{GAP}{parent['role']:<16}{parent['table']}@{parent['version']}{GAP}{parent['fingerprint'][:_DIGITS]}")
     print("\nversions")

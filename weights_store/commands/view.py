@@ -11,16 +11,13 @@ from typing import TYPE_CHECKING
 
 import weights_store
 from weights_store.commands.output import check_ours, write_output
-from weights_store.errors import InputError, MissingExtraError
-from weights_store.messages import logger
+from weights_store.errors import InputError
 from weights_store.printing import one_line
 
 if TYPE_CHECKING:
     from weights_store.inspection.figure import Format
     from weights_store.inspection.view import View
     from weights_store.views.token_texts import Tokenizer
-
-_log = logger(__name__)
 
 _PAGES, _FIGURES = (".html", ".htm"), (".svg", ".png")
 
@@ -126,12 +123,10 @@ def _page(view: "View", options: argparse.Namespace) -> bytes:
 
 
 def _view(options: argparse.Namespace) -> "View":
-    from weights_store.inspection.model_tokenizer import tokenizer_folder
+    from weights_store.inspection.model_tokenizer import load_known_tokenizer
 
     store = weights_store.WeightStore(options.store)
-    folder, note = tokenizer_folder(store.metadata(*weights_store.split_name(options.name)), options.tokenizer)
-    if note is not None:
-        _log.info(note)
+    metadata = store.metadata(*weights_store.split_name(options.name))
     return store.view(
         options.name,
         options.other,
@@ -141,20 +136,8 @@ def _view(options: argparse.Namespace) -> "View":
         search=options.search,
         where=options.where,
         seed=options.seed,
-        tokenizer=None if folder is None else _load_tokenizer(options, folder),
+        tokenizer=load_known_tokenizer(metadata, options.tokenizer, options.load_tokenizer),
     )
-
-
-def _load_tokenizer(options: argparse.Namespace, folder: str) -> "Tokenizer | None":
-    """Return a folder's tokenizer. One that was not asked for is done without if the package for it is not installed."""
-    try:
-        tokenizer: Tokenizer = options.load_tokenizer(folder)
-        return tokenizer
-    except MissingExtraError as error:
-        if options.tokenizer is not None:
-            raise
-        _log.info(f"ids instead of texts: {error}")
-        return None
 
 
 def _print(view: "View") -> None:

@@ -1,15 +1,43 @@
 """Which folder's tokenizer turns the ids of a weight dataset into texts: the one given, or that of the recipe's model.
 
-Returns a folder only: the store has no package that loads tokenizers.
+The store has no package that loads tokenizers: whoever calls brings the function that does.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
-from weights_store.errors import InputError
+from weights_store.errors import InputError, MissingExtraError
 from weights_store.fingerprint import fingerprint_tokenizer
+from weights_store.messages import logger
 from weights_store.tables.metadata import CommitMetadata
+from weights_store.views.token_texts import Tokenizer
+
+_log = logger(__name__)
 
 _HINT = "--tokenizer FOLDER, the folder of the model that the pairs were tokenised with, shows texts"
+
+
+def load_known_tokenizer(
+    metadata: CommitMetadata, given: str | None, load: Callable[[str], Tokenizer]
+) -> Tokenizer | None:
+    """Return the tokenizer of a version, see `tokenizer_folder`; None, with a line for people, if there is none.
+
+    `load` returns the tokenizer of a model folder. One that was not asked for is done without if the package for it is not
+    installed.
+
+    Raises:
+        MissingExtraError: It was asked for.
+    """
+    folder, note = tokenizer_folder(metadata, given)
+    if note is not None:
+        _log.info(note)
+    try:
+        return None if folder is None else load(folder)
+    except MissingExtraError as error:
+        if given is not None:
+            raise
+        _log.info(f"ids instead of texts: {error}")
+        return None
 
 
 def tokenizer_folder(metadata: CommitMetadata, given: str | None) -> tuple[str | None, str | None]:

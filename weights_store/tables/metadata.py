@@ -4,7 +4,7 @@ A key that a stage does not need is not there. Commits of other programs may lac
 `checks/` looks before it trusts.
 """
 
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 Section = dict[str, object]
 """One section of a recipe."""
@@ -201,6 +201,20 @@ class Statistics(TypedDict, total=False):
     rejected: SideStatistics
 
 
+class OriginRecord(TypedDict):
+    """Where a weight dataset was pulled from, instead of parents: what it was made from is not in this store."""
+
+    place: str
+    """`hf://datasets/owner/name`, or a folder."""
+    revision: str | None
+    """The commit of the repository; None for a folder."""
+    name: str
+    """`name@version` in the store that it was pushed from."""
+    licence: str
+    lineage: list[dict[str, Any]]
+    """Rows of `WeightStore.lineage` in that store."""
+
+
 class LogRecord(TypedDict):
     """What one commit says of the log itself, so that a commit or a checkpoint that is damaged, swapped or copied is found."""
 
@@ -228,6 +242,8 @@ class CommitMetadata(TypedDict, total=False):
     """Tells two writers of the same version apart."""
     log: LogRecord
     parents: list[Parent]
+    origin: OriginRecord
+    """Only of weights that were pulled."""
     identity: Identity
     recipe: dict[str, Section]
     changes: list[str]

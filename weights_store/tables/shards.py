@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -125,6 +125,15 @@ class ShardWriter:
         self._waiting.append(rows.select(self.schema.names).cast(self.schema))
         if sum(table.nbytes for table in self._waiting) >= ROW_GROUP_BYTES:
             self._write_groups(is_last=False)
+
+    def write_shard(self, groups: Iterable[pa.Table]) -> None:
+        """Write a shard with exactly these row groups, at least one: the copy of another one."""
+        self.finish()
+        self._shard = _OpenShard(self.schema)
+        for rows in groups:
+            rows = rows.select(self.schema.names).cast(self.schema)
+            self._shard.write_group(_round_floats(rows.combine_chunks()), self.key)
+        self._close_shard()
 
     def take(self, part: Written) -> None:
         """Add what another writer has written of a later range of keys; the records stay in the order of the keys."""

@@ -1,23 +1,20 @@
 """Exports a weight dataset for programs that do not know this store: plain Parquet, or lines of JSON for other trainers.
 
-Row groups are checked against the commit as they are read. The folder appears whole or not at all.
+Row groups are checked against the commit as they are read. The folder appears whole or not at all. `push` writes the same files
+(`sharing/dataset_folder.py`).
 """
 
-import json
-import re
-import shutil
 from contextlib import ExitStack
-from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import polars as pl
-import pyarrow.parquet as pq
 
 from weights_store.errors import InputError, MismatchError
-from weights_store.names import name_of
-from weights_store.processes.lock import locked, wait_for
 from weights_store.schemas import SIDES
+from weights_store.sharing.data_files import SplitFiles, count_splits, file_names, write_data
+from weights_store.sharing.new_folder import new_folder
+from weights_store.sharing.record import RECORD, DatasetRecord, describe, describe_shard, footer_of, write_record
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableVersion
 from weights_store.views.token_texts import Tokenizer, TokenTexts
@@ -25,82 +22,64 @@ from weights_store.views.trainer_rows import datum_lines, loss_scale_lines
 
 FORMATS = ("parquet", "jsonl", "tinker", "loss_scale")
 
-FILE_BYTES = 256 << 20
-"""Arrow bytes after which the next Parquet file begins."""
-
-_RECORD = "tokenweights.json"
-
 
 def export_table(
-    table: Table, weights: TableVersion, folder: Path, form: str, tokenizer: Tokenizer | None
+    table: Table, weights: TableVersion, folder: Path, form: str, tokenizer: Tokenizer | None, licence: str | None
 ) -> list[Path]:
     """Write one version into a new folder, see `WeightStore.export`."""
     if form not in FORMATS:
         raise InputError(f"no export format {form!r}: expected one of {', '.join(FORMATS)}")
-    _check_empty(folder)
-    folder = folder.absolute()
-    with locked(folder.with_name(f".{folder.name}.lock"), wait_for(f"exporting into {folder}")):
-        return _export(table, weights, folder, form, tokenizer)
-
-
-def _export(table: Table, weights: TableVersion, folder: Path, form: str, tokenizer: Tokenizer | None) -> list[Path]:
-    _check_empty(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    partial.mkdir()
-    try:
-        version = weights.version
+    texts = None if tokenizer is None else TokenTexts(tokenizer)
+    with new_folder(folder) as partial:
         if form == "parquet":
-            names = _write_parquet(table, version, partial)
+            record, _ = write_parquet(table, weights, partial, texts, licence)
         else:
-            names = _write_lines(table, version, partial, form, tokenizer)
-        record = {"name": name_of(str(weights)), "fingerprint": weights.fingerprint, "format": form, "files": names}
-        (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder)  # also over an empty folder
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return [folder / name for name in (*names, _RECORD)]
+            record = _write_lines(table, weights, partial, form, texts, licence)
+    return [folder.absolute() / name for name in (*record["files"], RECORD)]
 
 
-def _check_empty(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not an empty folder; export into a new one")
+def write_parquet(
+    table: Table, weights: TableVersion, folder: Path, texts: TokenTexts | None, licence: str | None
+) -> tuple[DatasetRecord, list[SplitFiles]]:
+    """Write the data files of one version and their record into an empty folder.
+
+    Raises:
+        MismatchError: An id is not in the tokenizer.
+        DamageError: A shard is not what was committed.
+    """
+    splits = count_splits(table, weights.version)
+    record = describe(table, weights, licence, splits)
+    written = write_data(table, weights.version, folder, texts, footer_of(record), splits)
+    files = [name for split in written for name in split.files]
+    record["format"] = "parquet"
+    record["splits"] = {split.split: {"num_pairs": split.num_pairs, "files": split.files} for split in written}
+    record["shards"] = [describe_shard(shard) for shard in table.records(weights.version)]
+    return write_record(folder, record, files), written
 
 
-def _write_parquet(table: Table, version: int, folder: Path) -> list[str]:
-    """Write files with pyarrow's defaults, one row group per row group of the store."""
-    names: list[str] = []
-    groups = table.batches(version)
-    for first in groups:
-        names.append(f"part-{len(names):05d}.parquet")
-        num_bytes = 0
-        with pq.ParquetWriter(folder / names[-1], table.schema) as writer:
-            for rows in chain([first], groups):
-                writer.write_table(rows)
-                num_bytes += rows.nbytes
-                if num_bytes >= FILE_BYTES:
-                    break
-    return names
-
-
-def _write_lines(table: Table, version: int, folder: Path, form: str, tokenizer: Tokenizer | None) -> list[str]:
+def _write_lines(
+    table: Table, weights: TableVersion, folder: Path, form: str, texts: TokenTexts | None, licence: str | None
+) -> DatasetRecord:
     """Write one file per split: a line has no field for it."""
+    version = weights.version
     eos = table.metadata(version).get("tokenizer", {}).get("eos_token_id")
     if eos is None and form == "jsonl":
         raise MismatchError(
             f"{table.path}@{version} records no EOS id, and the release's weights stop before EOS; export it as parquet"
         )
-    texts = None if tokenizer is None else TokenTexts(tokenizer)
-    names: dict[str, IO[bytes]] = {}
-    with ExitStack() as files:
+    splits = count_splits(table, version)
+    names = {split: f"{name}.jsonl" for split, name in file_names(splits).items()}
+    with ExitStack() as stack:
+        files: dict[str, IO[bytes]] = {
+            split: stack.enter_context((folder / name).open("wb")) for split, name in names.items()
+        }
         for rows in table.batches(version):
             for (split,), part in pl.DataFrame(pl.from_arrow(rows)).partition_by("split", as_dict=True).items():
-                name = re.sub(r"[^\w.-]+", "-", str(split)).strip(".-") + ".jsonl"
-                if name not in names:
-                    names[name] = files.enter_context((folder / name).open("wb"))
-                _write_part(part, names[name], form, eos, texts)
-    return sorted(names)
+                _write_part(part, files[str(split)], form, eos, texts)
+    record = describe(table, weights, licence, splits)
+    record["format"] = form
+    record["splits"] = {split: {"num_pairs": splits[split], "files": [name]} for split, name in names.items()}
+    return write_record(folder, record, list(names.values()))
 
 
 def _write_part(rows: pl.DataFrame, file: IO[bytes], form: str, eos: Any, texts: TokenTexts | None) -> None:

@@ -1,11 +1,12 @@
 """From a weight dataset up to the raw pairs: every table version, model and source it was made from, each once.
 
 Everything comes from what commits recorded; nothing is hashed again. What is no longer in the store keeps its row, without a
-number of rows and a time.
+number of rows and a time. What pulled weights were made from is shown as the store that pushed them recorded it.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import NamedTuple
 
 import polars as pl
@@ -14,7 +15,7 @@ from weights_store.catalog import open_table
 from weights_store.checks.model_folders import MODELS, RECORD, ModelRecord, read_model_record
 from weights_store.location import Location
 from weights_store.names import quarantine_path, weights_path
-from weights_store.tables.metadata import CommitMetadata, Parent, Section
+from weights_store.tables.metadata import CommitMetadata, OriginRecord, Parent, Section
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableVersion
 
@@ -41,6 +42,11 @@ def lineage(root: Location, weights: TableVersion) -> pl.DataFrame:
     walk.table(0, "weights", weights.as_parent(), {})
     rows = [{"depth": depth, **thing._asdict()} for depth, thing in walk.found.values()]
     return pl.DataFrame(rows, schema=_COLUMNS)
+
+
+def origin_text(origin: OriginRecord) -> str:
+    """Return where weights were pulled from: a folder, or a repository of the hub at a commit."""
+    return f"{origin['place']}@{origin['revision']}" if origin["revision"] else origin["place"]
 
 
 class _Thing(NamedTuple):
@@ -77,6 +83,8 @@ class _Walk:
         recipe = metadata.get("recipe", recipe)
         for above in metadata.get("parents", []):
             self.table(depth + 1, above.get("role", above["table"].partition("/")[0]), above, recipe)
+        if "origin" in metadata:
+            self._origin(depth + 1, metadata["origin"])
         if "scorer" in metadata:
             self._model(depth + 1, role, metadata["scorer"]["model"], recipe)
         if "source" in metadata:
@@ -84,6 +92,16 @@ class _Walk:
             num_rows = metadata.get("statistics", {}).get("num_source_rows")
             self._add(depth + 1, _Thing("source", "source", name, None, metadata["source"].get("content"), num_rows))
             self._quarantine(depth + 1, table, metadata)
+
+    def _origin(self, depth: int, origin: OriginRecord) -> None:
+        """Add the repository that weights were pulled from, and what its record says that they were made from."""
+        self._add(depth, _Thing("pulled from", "source", origin_text(origin), None, None))
+        for row in origin["lineage"]:
+            created = row.get("created")
+            ms = None if created is None else int(datetime.fromisoformat(created).timestamp() * 1000)
+            name, version, fingerprint, num_rows = map(row.get, ("name", "version", "fingerprint", "num_rows"))
+            thing = _Thing(row["role"], str(row.get("kind")), name, version, fingerprint, num_rows, ms)
+            self._add(depth + 1 + row["depth"], thing)
 
     def _model(self, depth: int, role: str, fingerprint: str, recipe: _Recipe) -> None:
         """Add a scorer's model, and what it was trained on if it was trained here."""

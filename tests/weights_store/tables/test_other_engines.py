@@ -6,8 +6,8 @@ the folder that was never committed. Readers that are not installed are skipped;
 
 import json
 import os
-import secrets
 import re
+import secrets
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version

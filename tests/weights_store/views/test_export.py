@@ -1,3 +1,4 @@
+import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,39 +20,70 @@ def test_parquet_is_read_by_datasets_with_every_number_in_place(small_store, tmp
     from datasets import load_dataset
 
     files = small_store.export(NAME, tmp_path / "out")
-    assert [path.name for path in files] == ["part-00000.parquet", "tokenweights.json"]
-    loaded = load_dataset(
-        "parquet", data_files=[str(files[0])], split="train", cache_dir=str(tmp_path / "cache"), keep_in_memory=True
-    )
-    expected = small_store.scan(NAME).collect()
-    assert loaded.column_names == expected.columns
-    assert loaded.to_list() == expected.sort("pair_id").to_dicts()
+    names = ["data/test-00000-of-00001.parquet", "data/train-00000-of-00001.parquet", "tokenweights.json"]
+    assert [str(path.relative_to(tmp_path / "out")) for path in files] == names
+    loaded = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"), keep_in_memory=True)
+    expected = small_store.scan(NAME).sort("pair_id").with_columns(row=pl.int_range(4, dtype=pl.Int64)).collect()
+    assert loaded["train"].column_names == expected.columns
+    assert [*loaded["train"].to_list(), *loaded["test"].to_list()] == expected.to_dicts()  # d is the last pair
 
 
 def test_parquet_needs_no_special_encoding(small_store, tmp_path):
-    (path, _) = small_store.export(NAME, tmp_path / "out")
+    path = small_store.export(NAME, tmp_path / "out")[1]
     groups = pq.ParquetFile(path).metadata
     encodings = {e for column in range(groups.num_columns) for e in groups.row_group(0).column(column).encodings}
     assert encodings <= {"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY"}
 
 
 def test_files_are_cut_by_size_and_together_hold_every_row_once(small_store, tmp_path, monkeypatch):
-    monkeypatch.setattr("weights_store.views.export.FILE_BYTES", 1)
-    files = small_store.export(NAME, tmp_path / "out")
-    assert len(files) == 2 + 1  # two commits, one row group each
-    assert pl.concat([pl.read_parquet(path) for path in files[:-1]])["pair_id"].to_list() == ["a", "b", "c", "d"]
+    for bound in ("FILE_BYTES", "GROUP_BYTES"):
+        monkeypatch.setattr(f"weights_store.sharing.data_files.{bound}", 1)
+    rows = small_store.scan(NAME).with_columns(split=pl.lit("train")).sort("pair_id", descending=True).collect()
+    table = small_store.table("weights/hh-harmless/cut")
+    for pair in rows.iter_slices(1):  # four commits, one row group each
+        table.append(pair.to_arrow(), small_store.metadata(NAME))
+    *files, _ = small_store.export("hh-harmless/cut", tmp_path / "out")
+    assert [path.name for path in files] == [f"train-{index:05d}-of-00004.parquet" for index in range(4)]
+    read = [pl.read_parquet(path) for path in files]
+    assert [part["pair_id"].to_list() for part in read] == [["d"], ["c"], ["b"], ["a"]]
+    assert pl.concat(read)["row"].to_list() == [0, 1, 2, 3]
 
 
 def test_an_older_version_is_exported_when_asked_for(small_store, tmp_path):
     files = small_store.export(NAME, tmp_path / "out", version=0)
     assert pl.read_parquet(files[0])["pair_id"].to_list() == ["a", "b", "c"]
     record = json.loads(files[-1].read_text())
-    assert record == {
-        "name": f"{NAME}@0",
-        "fingerprint": small_store.resolve(NAME, 0).fingerprint,
-        "format": "parquet",
-        "files": ["part-00000.parquet"],
-    }
+    assert (record["name"], record["fingerprint"]) == (f"{NAME}@0", small_store.resolve(NAME, 0).fingerprint)
+    name = "data/train-00000-of-00001.parquet"
+    assert record["splits"] == {"train": {"num_pairs": 3, "files": [name]}}
+    assert record["files"] == {name: hashlib.sha256(files[0].read_bytes()).hexdigest()}
+
+
+def test_the_record_says_how_the_weights_were_made_and_every_parquet_file_says_the_same(small_store, tmp_path, texts):
+    *files, last = small_store.export(NAME, tmp_path / "out", tokenizer=texts, licence="cc-by-4.0")
+    record, metadata = json.loads(last.read_text()), small_store.metadata(NAME)
+    assert record["licence"] == "cc-by-4.0"
+    assert record["identity"]["settings"] == metadata["identity"]["settings"]
+    assert record["tokenizer"] == {"eos_token_id": 9, "vocab_size": 10}
+    names = [row["name"] for row in record["lineage"]]
+    assert names == small_store.lineage(NAME)["name"].to_list()
+    for path in files:
+        footer = json.loads(pq.read_schema(path).metadata[b"tokenweights"])
+        assert footer == {key: record[key] for key in footer if key != "splits"} | {
+            "splits": {"test": {"num_pairs": 1}, "train": {"num_pairs": 3}}
+        }
+        assert record.keys() - footer.keys() == {"format", "shards", "files", "sha256"}
+
+
+def test_texts_stand_beside_the_ids(small_store, tmp_path, texts):
+    files = small_store.export(NAME, tmp_path / "out", tokenizer=texts)
+    assert pl.read_parquet(files[1]).select("pair_id", "prompt", "chosen", "rejected").rows() == [
+        ("a", "Q?", "Yes sir</s>", "No</s>"),
+        ("b", "Q", " caf</s>é</s>", "!Yes</s>"),
+        ("c", "?Q?", " sir</s>", "No café!</s>"),
+    ]
+    files = small_store.export(NAME, tmp_path / "ids")
+    assert "prompt" not in pl.read_parquet(files[1]).columns
 
 
 def test_jsonl_has_the_fields_of_the_release(small_store, tmp_path, texts):
@@ -120,7 +152,7 @@ def test_a_split_that_is_no_file_name_gets_one(small_store, tmp_path):
     table = small_store.table("weights/hh-harmless/part")
     table.append(rows.collect().to_arrow(), small_store.metadata(NAME))
     files = small_store.export("hh-harmless/part", tmp_path / "out", format="jsonl")
-    assert [path.name for path in files] == ["train-10.jsonl", "tokenweights.json"]
+    assert [path.name for path in files] == ["train_10.jsonl", "tokenweights.json"]
 
 
 def test_an_empty_folder_is_filled_and_a_full_one_refused(small_store, tmp_path):
@@ -145,7 +177,7 @@ def test_two_exports_into_one_folder_do_not_mix_and_a_killed_one_leaves_nothing_
     assert sum(error is None for error in errors) == 1
     assert "exists and is not an empty folder" in str(errors[0] or errors[1])
     assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["part-00000.parquet", "tokenweights.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data", "tokenweights.json"]
 
 
 def test_unknown_formats_are_refused(small_store, tmp_path):

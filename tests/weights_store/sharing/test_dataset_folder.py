@@ -1,0 +1,184 @@
+"""What `push` writes into a folder, read by the programs of strangers."""
+
+import hashlib
+import json
+
+import duckdb
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+import tokenweights
+from weights_store.sharing.data_files import file_names
+from weights_store.sharing.dataset_folder import files_of, write_dataset_folder
+from weights_store.sharing.publishable import publishable
+
+NAME = "hh-harmless/tis-dpo"
+
+
+@pytest.fixture
+def write(tmp_path, texts):
+    """Return a function that writes the newest version of a dataset into a new folder, and returns it with its record."""
+
+    def write(store, name=NAME, folder="out", **options):
+        place = tmp_path / folder
+        place.mkdir()
+        record = write_dataset_folder(
+            store.root, store.resolve(name), place, "owner/weights", **{"tokenizer": texts, **options}
+        )
+        return place, record
+
+    return write
+
+
+def test_datasets_polars_and_duckdb_read_the_rows_of_the_store(write, read_store, tmp_path):
+    from datasets import load_dataset
+
+    folder, _ = write(read_store)
+    expected = read_store.scan(NAME).sort("pair_id").collect().to_dicts()  # a, b, c are train, d is test
+    loaded = load_dataset(str(folder), cache_dir=str(tmp_path / "cache"), keep_in_memory=True)
+    streamed = load_dataset(str(folder), streaming=True)
+    assert {split: rows.num_rows for split, rows in loaded.items()} == {"train": 3, "test": 1}
+    for splits in (loaded, streamed):
+        rows = [row for split in ("train", "test") for row in splits[split]]
+        assert [{name: row[name] for name in expected[0]} for row in rows] == expected
+    assert [row["chosen"] for row in streamed["train"]] == ["Yes sir</s>", " caf</s>é</s>", " sir</s>"]
+    names = list(expected[0])
+    assert pl.scan_parquet(folder / "data/*.parquet").select(names).sort("pair_id").collect().to_dicts() == expected
+    query = f"SELECT {', '.join(names)} FROM '{folder}/data/*.parquet' ORDER BY pair_id"
+    assert duckdb.sql(query).pl().to_dicts() == expected
+
+
+def test_the_card_has_what_a_hub_and_a_stranger_want_to_know(write, read_store):
+    folder, record = write(read_store, licence="cc-by-4.0")
+    _, header, card = (folder / "README.md").read_text().split("---\n", 2)
+    found = yaml.safe_load(header)
+    assert found["license"] == "cc-by-4.0"
+    assert found["size_categories"] == ["n<1K"]
+    files = [{"split": "train", "path": "data/train-*"}, {"split": "test", "path": "data/test-*"}]  # the largest first
+    assert found["configs"] == [{"config_name": "default", "data_files": files}]
+    for text in (
+        'load_dataset("owner/weights", split="train"',
+        "tokenweights pull owner/weights",
+        "4 preference pairs",
+        "tis: k 1.0",
+    ):
+        assert text in card
+    diagnoses = read_store.doctor(NAME)
+    assert diagnoses
+    for diagnosis in diagnoses:
+        assert f"`{diagnosis.name}`: {diagnosis}" in card
+    for row in read_store.lineage(NAME).to_dicts():
+        assert f"| `{row['fingerprint'][:12]}` |" in card
+    assert "![A pair, each token coloured by its weight](heat-map.png)" in card
+    assert (folder / "heat-map.png").read_bytes().startswith(b"\x89PNG")
+    assert list(files_of(record, folder)) == [
+        "data/test-00000-of-00001.parquet",
+        "data/train-00000-of-00001.parquet",
+        "tokenweights.json",
+        "README.md",
+        "croissant.json",
+        "heat-map.png",
+    ]
+
+
+def test_an_unknown_licence_is_said_to_be_unknown_and_ids_need_no_tokenizer(write, read_store):
+    folder, record = write(read_store, tokenizer=None)
+    card = (folder / "README.md").read_text()
+    assert record["licence"] == yaml.safe_load(card.split("---\n")[1])["license"] == "unknown"
+    assert "The licence of the source is unknown" in card
+    assert "`prompt`, `chosen`, `rejected`" not in card
+
+
+def test_without_matplotlib_there_is_no_picture_and_the_card_shows_none(write, read_store, monkeypatch, caplog):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with caplog.at_level("INFO", "tokenweights"):
+        folder, _ = write(read_store)
+    assert not (folder / "heat-map.png").exists()
+    assert "heat-map" not in (folder / "README.md").read_text()
+    assert "no picture in the card: a figure needs the package 'matplotlib'" in caplog.text
+
+
+def test_croissant_names_every_file_and_every_column(write, read_store):
+    folder, _ = write(read_store)
+    found = json.loads((folder / "croissant.json").read_text())
+    files = {entry["contentUrl"]: entry["sha256"] for entry in found["distribution"] if "sha256" in entry}
+    data = sorted(folder.glob("data/*"))
+    assert files == {f"data/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in data}
+    (rows,) = found["recordSet"]
+    fields = {field["name"]: (field["dataType"], field.get("repeated", False)) for field in rows["field"]}
+    assert list(fields) == pq.read_schema(data[0]).names
+    assert fields["chosen"] == ("sc:Text", False)
+    assert fields["chosen_ids"] == ("sc:Integer", True)
+    assert fields["chosen_token_weights"] == ("sc:Float", True)
+    assert fields["pair_weight"] == ("sc:Float", False)
+
+
+def test_the_same_version_gives_the_same_bytes(write, read_store):
+    (first, _), (second, _) = write(read_store, folder="one"), write(read_store, folder="two")
+    names = [path.relative_to(first) for path in sorted(first.rglob("*")) if path.is_file()]
+    assert len(names) == 6
+    assert [(first / name).read_bytes() for name in names] == [(second / name).read_bytes() for name in names]
+
+
+def test_no_path_of_this_machine_is_published(write, small_store, tmp_path):
+    private = tmp_path / "private" / "raw" / "pairs.jsonl"
+    metadata = small_store.metadata(NAME)
+    recipe = {
+        "dataset": {"source": str(private)},
+        "model": {"path": "~/models/tiny"},
+        "store": {"uri": str(small_store.root)},
+        "score": {"python": "/envs/private/score/bin/python"},
+        "contrast": {"positive_prompt": "/no_think\nbe kind"},
+    }
+    changed = {**metadata, "recipe": recipe, "reference": {"model": str(tmp_path / "private/models/tiny")}}
+    small_store.table("weights/hh-harmless/moved").append(small_store.scan(NAME).collect().to_arrow(), changed)
+    folder, record = write(small_store, "hh-harmless/moved")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert b"private" not in path.read_bytes(), path
+            assert str(tmp_path).encode() not in path.read_bytes(), path
+    assert record["recipe"] == {
+        "dataset": {"source": "…/raw/pairs.jsonl"},
+        "model": {"path": "…/models/tiny"},
+        "score": {"python": "…/bin/python"},
+        "contrast": {"positive_prompt": "/no_think\nbe kind"},
+    }
+
+
+def test_places_are_shortened_at_any_depth_and_nothing_else_is():
+    settings = {"a": ["/x/y/z", {"b": "../data/q.json"}], "c": "owner/name", "d": 1.5, "e": None, "f": "s3://bucket/x"}
+    assert publishable(settings) == {**settings, "a": ["…/y/z", {"b": "…/data/q.json"}]}
+
+
+def test_splits_get_names_that_files_and_datasets_can_have():
+    splits = ["train", "train[:10%]", "train 10", "../..", "all", "été"]
+    assert file_names(splits) == {
+        "train": "train",
+        "train[:10%]": "train_10",
+        "train 10": "train_10_2",
+        "../..": "split",
+        "all": "all_2",
+        "été": "t",
+    }
+
+
+def test_a_push_into_a_folder_leaves_nothing_half_done(small_store, tmp_path, capsys):
+    command = ["push", NAME, str(tmp_path / "shared"), "--store", str(small_store.root)]
+    shard = small_store.table(f"weights/{NAME}").shards()[0]
+    path = small_store.root.path / f"weights/{NAME}" / shard
+    good = path.read_bytes()
+    path.write_bytes(good[:-9])
+    assert tokenweights.main(command) == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
+    path.write_bytes(good)
+    (tmp_path / ".shared.partial" / "data").mkdir(parents=True)  # of a push that was killed
+    (tmp_path / ".shared.partial" / "data" / "train-00007.parquet").touch()
+    assert tokenweights.main(command) == 0
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["shared", "store"]
+    files = sorted(str(file.relative_to(tmp_path)) for file in (tmp_path / "shared").rglob("*") if file.is_file())
+    printed = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(printed) == [str(tmp_path / file) for file in files]
+    assert tokenweights.main(command) == 1
+    assert "shared exists and is not an empty folder" in capsys.readouterr().err

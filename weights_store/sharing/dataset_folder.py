@@ -1,0 +1,74 @@
+"""A weight dataset as the folder that people expect of a dataset repository: data, record, card, picture and Croissant."""
+
+from pathlib import Path
+
+from weights_store.catalog import open_table
+from weights_store.errors import MissingExtraError
+from weights_store.inspection.choice import Choice
+from weights_store.inspection.gather import make_view
+from weights_store.inspection.heat_map import draw_pair
+from weights_store.inspection.view import View
+from weights_store.location import Location
+from weights_store.messages import logger
+from weights_store.sharing.card import CARD, PICTURE, dataset_card
+from weights_store.sharing.croissant import CROISSANT, croissant
+from weights_store.sharing.data_files import columns
+from weights_store.sharing.record import RECORD, DatasetRecord
+from weights_store.tables.table_reader import TableVersion
+from weights_store.views.export import write_parquet
+from weights_store.views.token_texts import Tokenizer, TokenTexts
+
+_log = logger(__name__)
+
+_SEED = 0
+"""Of the pair in the picture: always the same one."""
+
+
+def write_dataset_folder(
+    root: Location,
+    weights: TableVersion,
+    folder: Path,
+    place: str,
+    tokenizer: Tokenizer | None = None,
+    licence: str | None = None,
+) -> DatasetRecord:
+    """Write one version of a weight dataset into an empty folder, and return its record.
+
+    Args:
+        root: The store.
+        weights: The version.
+        folder: An empty folder.
+        place: Where people will find it, for the card: `owner/name` or a folder.
+        tokenizer: See `WeightStore.scan_tokens`; without one there are no texts.
+        licence: That of the source, as its author calls it; None: unknown.
+
+    Raises:
+        MismatchError: An id is not in the tokenizer.
+        DamageError: A shard is not what was committed.
+    """
+    texts = None if tokenizer is None else TokenTexts(tokenizer)
+    record, splits = write_parquet(open_table(root, weights.table), weights, folder, texts, licence)
+    view = make_view(root, weights, None, Choice(random=1, seed=_SEED), tokenizer)
+    has_picture = _draw(view, folder)
+    has_texts = texts is not None
+    card = dataset_card(record, splits, view, place, has_texts=has_texts, has_picture=has_picture)
+    (folder / CARD).write_text(card, encoding="utf-8")
+    (folder / CROISSANT).write_bytes(croissant(record, splits, columns(has_texts)))
+    return record
+
+
+def files_of(record: DatasetRecord, folder: Path) -> dict[str, Path]:
+    """Return all files of such a folder by their path in it."""
+    names = [*record["files"], RECORD, CARD, CROISSANT, PICTURE]
+    return {name: folder / name for name in names if (folder / name).is_file()}
+
+
+def _draw(view: View, folder: Path) -> bool:
+    """Draw one pair; without matplotlib say that there is no picture."""
+    try:
+        picture = draw_pair(view.pairs[0], "png")
+    except MissingExtraError as error:
+        _log.info(f"no picture in the card: {error}")
+        return False
+    (folder / PICTURE).write_bytes(picture)
+    return True

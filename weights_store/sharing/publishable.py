@@ -1,0 +1,20 @@
+"""What may be published of settings and lineages: a path of this machine is cut to its last two parts."""
+
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+
+_LOCAL = ("/", "~", "./", "../", "file:")
+
+
+def shorten(place: object) -> object:
+    """Return a value as it may be published: the last two parts of a local path, all of anything else."""
+    if not isinstance(place, str) or not place.startswith(_LOCAL) or "\n" in place:
+        return place
+    return "/".join(["…", *PurePosixPath(place).parts[-2:]])
+
+
+def publishable(value: object) -> object:
+    """Return settings, at any depth, with every local path shortened."""
+    if isinstance(value, Mapping):
+        return {key: publishable(inner) for key, inner in value.items()}
+    return [publishable(inner) for inner in value] if isinstance(value, list | tuple) else shorten(value)
