@@ -29,6 +29,7 @@ from benchmarks.machine import describe
 from pipeline.weighing.estimators import SideScores, tis
 from weights_store import WeightStore
 from weights_store.schemas import FLOATS, IDS, LOGPS, SIDES, WEIGHTS
+from weights_store.tables.notes import NOT_A_VERSION
 
 REPO = Path(__file__).resolve().parent.parent
 RUNS = 5
@@ -129,7 +130,7 @@ FORMATS: dict[str, tuple[Callable[[pa.Table, Path], None], dict[str, Callable[[P
 
 
 def _parquets(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("weights/bench/ours/0[!0]*.parquet"))
+    return sorted(path for path in folder.rglob("weights/bench/ours/*.parquet") if path.name != NOT_A_VERSION)
 
 
 def _schema() -> pa.Schema:
