@@ -30,6 +30,7 @@ from pipeline.weighing.estimators import SideScores
 from pipeline.weighing.estimators.tis_dpo import tis
 from weights_store import WeightStore
 from weights_store.schemas import FLOATS, IDS, LOGPS, SIDES, WEIGHTS
+from weights_store.tables.notes import NOT_A_VERSION
 
 REPO = Path(__file__).resolve().parent.parent
 RUNS = 5
@@ -130,7 +131,7 @@ FORMATS: dict[str, tuple[Callable[[pa.Table, Path], None], dict[str, Callable[[P
 
 
 def _parquets(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("weights/bench/ours/0[!0]*.parquet"))
+    return sorted(path for path in folder.rglob("weights/bench/ours/*.parquet") if path.name != NOT_A_VERSION)
 
 
 def _schema() -> pa.Schema:

@@ -17,6 +17,7 @@ from weights_store.messages import progress_of
 from weights_store.schemas import LOGPS, QUARANTINE, TOKENS, WEIGHTS
 from weights_store.tables import commits
 from weights_store.tables.compaction import optimize
+from weights_store.tables.notes import NOT_A_VERSION
 from weights_store.tables.shards import ShardWriter
 
 TOKENS_PATH, QUARANTINE_PATH, LOGPS_PATH, WEIGHTS_PATH = "tokens/hh", "quarantine/hh", "logps/hh/ref", "weights/hh/tis"
@@ -148,7 +149,7 @@ def verify(store, tables=None):
 
 
 def shards(store, path):
-    return sorted((store.root.path / path).glob("0[!0]*.parquet"))
+    return sorted(file for file in (store.root.path / path).glob("*.parquet") if file.name != NOT_A_VERSION)
 
 
 def flip(path, at, bit=0):
