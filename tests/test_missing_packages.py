@@ -22,7 +22,8 @@ from weights_store.schemas import SIDES, WEIGHTS
 REPO = Path(__file__).resolve().parent.parent
 EXTRAS = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 PACKAGES = {
-    extra: {Requirement(text).name for text in EXTRAS[extra]} for extra in ("flows", "train", "score", "ray", "trl", "hub")
+    extra: {Requirement(text).name for text in EXTRAS[extra]}
+    for extra in ("flows", "train", "score", "ray", "trl", "hub")
 }
 TRANSITIVE = {"tokenizers", "safetensors", "tqdm"}
 """Needed through transformers, and imported by us too."""
