@@ -108,21 +108,21 @@ def _push_dataset(options: argparse.Namespace) -> None:
     weights = store.resolve(*weights_store.split_name(options.what))
     metadata = store.table(weights.table).metadata(weights.version)
 
-    def write(folder: Path) -> "DatasetRecord":
+    def write(folder: Path, place: str) -> "DatasetRecord":
         tokenizer = load_known_tokenizer(metadata, options.tokenizer, options.load_tokenizer)
-        return write_dataset_folder(store.root, weights, folder, options.target, tokenizer, options.licence)
+        return write_dataset_folder(store.root, weights, folder, place, tokenizer, options.licence)
 
     if is_repo_id(options.target):
         _upload_dataset(options, write)
         return
     folder = _target_folder(options)
     with new_folder(folder) as partial:
-        record = write(partial)
+        record = write(partial, f"./{folder.absolute().name}")  # whoever reads the card has the folder somewhere else
     for name, path in files_of(record, folder).items():
         print(f"{size_text(path.stat().st_size):>10}  {folder / name}")
 
 
-def _upload_dataset(options: argparse.Namespace, write: "Callable[[Path], DatasetRecord]") -> None:
+def _upload_dataset(options: argparse.Namespace, write: "Callable[[Path, str], DatasetRecord]") -> None:
     """Write the files into our cache, and push them from there."""
     from train.hub.repository import open_repository
     from weights_store.digests import cache_folder
@@ -138,7 +138,7 @@ def _upload_dataset(options: argparse.Namespace, write: "Callable[[Path], Datase
         shutil.rmtree(staging, ignore_errors=True)  # of a push that was killed
         staging.mkdir()
         try:
-            record = write(staging)
+            record = write(staging, options.target)
             files = files_of(record, staging)
             pushed = repository.push(files, replaced=[f"{FOLDER}/*", PICTURE], message=f"Push {record['name']}")
         finally:

@@ -55,7 +55,7 @@ def dataset_card(
         "## Columns\n\n" + table(["column", "content"], _COLUMNS[:1] + _TEXT_COLUMNS * has_texts + _COLUMNS[1:]),
         "## Statistics\n\n" + table(["", ""], [[label, str(shorten(value))] for label, value in view.facts]),
         _doctor(view),
-        "## How it was made\n\n" + settings_table(record.get("recipe", {})),
+        "## How it was made\n\n" + settings_table(record.get("identity", {}).get("settings", {})),
         "## Lineage\n\n" + table(LINEAGE_HEADS, lineage_lines(record["lineage"])),
         _licence(record["licence"]),
         _packages(record),

@@ -63,6 +63,7 @@ def test_the_card_has_what_a_hub_and_a_stranger_want_to_know(write, read_store):
         "tokenweights pull owner/weights",
         "4 preference pairs",
         "tis: k 1.0",
+        "| `weights.k` | `1.0` |",
     ):
         assert text in card
     diagnoses = read_store.doctor(NAME)
@@ -180,5 +181,8 @@ def test_a_push_into_a_folder_leaves_nothing_half_done(small_store, tmp_path, ca
     files = sorted(str(file.relative_to(tmp_path)) for file in (tmp_path / "shared").rglob("*") if file.is_file())
     printed = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
     assert sorted(printed) == [str(tmp_path / file) for file in files]
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert 'load_dataset("./shared"' in card
+    assert str(tmp_path) not in card
     assert tokenweights.main(command) == 1
     assert "shared exists and is not an empty folder" in capsys.readouterr().err
