@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from pipeline.recipe import DatasetSection
+from pipeline.dataset_section import DatasetSection
 from pipeline.source.load import is_hub_id, open_source
 from pipeline.source.messages import OF_THE_TEMPLATE
 from pipeline.source.rows import Source

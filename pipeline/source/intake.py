@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from pipeline.recipe import DatasetSection
+from pipeline.dataset_section import DatasetSection
 from pipeline.source.answers import read_pairs
 from pipeline.source.columns import Columns, resolve_columns
 from pipeline.source.external_sort import ExternalSort

@@ -21,8 +21,9 @@ import pyarrow as pa
 
 from pipeline.chat.pair_ids import Limits, TokenizedPair
 from pipeline.chat.tokenizer import RENDERING_VERSION, ChatTokenizer, model_number
+from pipeline.dataset_section import DatasetSection
 from pipeline.provenance import provenance
-from pipeline.recipe import DatasetSection, Recipe
+from pipeline.recipe import Recipe
 from pipeline.source.columns import Columns, resolve_columns
 from pipeline.source.compare import Account, kept_version
 from pipeline.source.external_sort import ExternalSort
