@@ -30,6 +30,9 @@ class DatasetSection(Section):
     rejected_column: str | None = None
     chosen_score_column: str | None = None
     rejected_score_column: str | None = None
+    chosen_weights_column: str | None = Field(None, min_length=1)
+    rejected_weights_column: str | None = Field(None, min_length=1)
+    pair_weight_column: str | None = Field(None, min_length=1)
     transcript: Literal["auto", "hh", "no"] | tuple[str, str] = Field(
         "auto", description="how a text that holds a whole chat is split into turns"
     )
@@ -62,9 +65,11 @@ class DatasetSection(Section):
         return given
 
     @model_validator(mode="after")
-    def _scores_of_both_sides(self) -> "DatasetSection":
-        if (self.chosen_score_column is None) != (self.rejected_score_column is None):
-            raise ValueError("set both dataset.chosen_score_column and dataset.rejected_score_column, or none of them")
+    def _columns_of_both_sides(self) -> "DatasetSection":
+        for what in ("score", "weights"):
+            chosen, rejected = f"chosen_{what}_column", f"rejected_{what}_column"
+            if (getattr(self, chosen) is None) != (getattr(self, rejected) is None):
+                raise ValueError(f"set both dataset.{chosen} and dataset.{rejected}, or none of them")
         return self
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ from train.data.selection import Selection
 from train.model.sampling import AnchorSampling
 from weights_store.allowed import SCORE_PYTHON, TRAIN_PYTHON, check_interpreter_place, check_place
 from weights_store.names import split_name
+from weights_store.schemas import SIDES
 from weights_store.settings import apply_overrides, default_store, load_toml, parse_settings
 
 Dtype = Annotated[
@@ -234,6 +235,24 @@ class Recipe(Section):
                 "trained on all: set contrast.held_out, for example to 0.1, or give weights.scale a number"
             )
         return self
+
+    @model_validator(mode="after")
+    def _own_weights_belong_to_one_pair(self) -> "Recipe":
+        if self.weight_columns and self.dataset.many_answers == "combine":
+            raise ValueError(
+                "dataset.many_answers 'combine' makes several pairs of a row, and the weights in its columns belong to one: write "
+                "a row for each pair, or choose another weights.estimator and weights.pair_weight"
+            )
+        return self
+
+    @property
+    def weight_columns(self) -> dict[str, str]:
+        """The columns of the source with the user's own weights that are read, by the setting of [dataset] that names them."""
+        inputs, usual = self.weights.inputs(), "spans" if "spans" in self.weights.estimators else "weights"
+        wanted = {"pair_weight_column": "pair_weight"} if "own pair weights" in inputs else {}
+        if "own weights" in inputs:
+            wanted = {f"{side}_weights_column": f"{side}_{usual}" for side in SIDES} | wanted
+        return {setting: getattr(self.dataset, setting) or name for setting, name in wanted.items()}
 
     @property
     def needs_pair(self) -> bool:
