@@ -240,8 +240,8 @@ class Recipe(Section):
     def _own_weights_belong_to_one_pair(self) -> "Recipe":
         if self.weight_columns and self.dataset.many_answers == "combine":
             raise ValueError(
-                "dataset.many_answers 'combine' makes several pairs of a row, and the weights in its columns belong to one: write "
-                "a row for each pair, or choose another weights.estimator and weights.pair_weight"
+                "dataset.many_answers 'combine' makes several pairs of a row, and the weights in its columns belong to one: "
+                "write a row for each pair, or choose another weights.estimator and weights.pair_weight"
             )
         return self
 

@@ -4,7 +4,8 @@ A token may cover a part of a character, one or several; two tokens may share on
 characters that it covers, whole or in part (`Characters.means`).
 
 Tokenizers whose tokens are bytes (GPT-2, Llama 3, Qwen, SmolLM), or pieces of text with `▁` for a space (SentencePiece: Llama
-2, Mistral, Gemma), are read; others are refused. A tokenizer that changes the text, for example to NFC, has the changed text here.
+2, Mistral, Gemma), are read; others are refused. If a tokenizer changes the text, for example to NFC, this is the changed
+text.
 """
 
 import json
@@ -92,7 +93,7 @@ class Vocabulary:
         decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if not {"ByteLevel", "ByteFallback", "Metaspace", "Replace"} & kinds or text.lstrip() != decoded.lstrip():
             raise InputError(
-                f"model {name}: its tokens are neither bytes nor pieces of text (decoder {' '.join(sorted(kinds)) or 'unknown'}): "
+                f"model {name}: its tokens are neither bytes nor pieces of text (decoder {' '.join(sorted(kinds))}): "
                 'characters cannot be told; give weights per token (weights.per = "token"), or another weights.estimator'
             )
         return found
