@@ -1,6 +1,7 @@
 """Weights in columns of the source, from the file to the published dataset."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.chat.tokenizer import ChatTokenizer
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.source.columns import check_source
 from pipeline.source.pairs import Pair
 from pipeline.stages import annotate as stage
 from pipeline.stages.annotate import annotate
@@ -159,6 +161,30 @@ def test_spans_and_pair_weights(run):
     assert found["chosen_values"][-1] == found["rejected_values"][-1] == 1.0  # the end of the turn
 
 
+def test_the_example_of_the_docs_gives_the_weights_that_it_says(recipe_of, model, tmp_path, monkeypatch):
+    page = (Path(__file__).resolve().parents[3] / "docs" / "weights.md").read_text(encoding="utf-8")
+    part = page[page.index("## Bring your own weights") :]
+    rows, toml = (re.search(rf"```{kind}\n(.*?)```", part, re.DOTALL)[1] for kind in ("json", "toml"))
+    monkeypatch.chdir(tmp_path)
+    Path("marked.jsonl").write_text(rows, encoding="utf-8")
+    Path("marked.toml").write_text(toml, encoding="utf-8")
+    recipe = load_recipe("marked.toml", [f"model.path={model}"], str(tmp_path / "store"))
+    check_source(recipe.dataset, recipe.weight_columns)
+    tokens = prepare(recipe, model).tokens
+    found = rows_of(recipe, annotate(recipe, tokens, model))
+    assert quarantined(recipe) == {}
+    assert [each["pair_value"] for each in found.values()] == [1.0, 0.5]
+    pairs = WeightStore(tokens.store).table(tokens.table).scan().sort("source_row").collect()
+    decode = ChatTokenizer(model).token_texts
+    marked = [
+        "".join(text for text, value in zip(decode(ids), values, strict=True) if value != 1)
+        for ids, values in zip(
+            pairs["chosen_ids"].to_list(), [each["chosen_values"] for each in found.values()], strict=True
+        )
+    ]
+    assert marked == ["1889", "Mary"]
+
+
 def test_a_number_of_a_response_is_that_of_all_its_tokens(run):
     rows = [row(0, chosen_weights=3, rejected_weights=[0.5])]
     recipe, _, version = run(rows, **{"weights.per": "message"})
@@ -201,8 +227,6 @@ def test_a_source_without_any_usable_weight_says_why(run):
 
 
 def test_a_column_that_is_not_there_is_named_before_anything_is_read(recipe_of, tmp_path):
-    from pipeline.source.columns import check_source
-
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row(0, chosen_weight=[1], rejected_weights=[1])), encoding="utf-8")
     recipe = recipe_of(**{"weights.estimator": "column"})
     with pytest.raises(
