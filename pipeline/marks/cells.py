@@ -87,34 +87,37 @@ class CellReader:
         numbers: dict[Side, np.ndarray] = {}
         weight, problem = None, row.detail if row.reason is not None else None
         texts = {side: _texts(pair, side) for side in SIDES} if pair else {}
+        column = ""
         try:
             for side in SIDES if self.unit else ():
-                numbers[side] = self._numbers(value.get(self.columns[side]), f"column {self.columns[side]!r}")
+                column = self.columns[side]
+                numbers[side] = self._numbers(value.get(column))
             if "pair" in self.columns:
-                weight = _pair_weight(value.get(self.columns["pair"]), f"column {self.columns['pair']!r}")
+                column = self.columns["pair"]
+                weight = _pair_weight(value.get(column))
         except BadWeightsError as error:
-            problem = problem or str(error)
+            problem = problem or f"column {column!r}: {error}"
         return Cell(row.source_row, numbers, weight, texts, problem)
 
-    def _numbers(self, value: object, where: str) -> np.ndarray:
+    def _numbers(self, value: object) -> np.ndarray:
         """Return the numbers of one cell, `[n]` float32.
 
         Raises:
             BadWeightsError: They are something else.
         """
         if value is None:
-            raise BadWeightsError(f"{where} has no value")
+            raise BadWeightsError("it has no value")
         if self.unit == "span":
-            return _spans(value, where)
-        if self.unit == "message" and _is_number(value):
-            value = [value]
+            return _spans(value)
         if isinstance(value, np.ndarray):
             return value.astype(np.float32, copy=False)
+        if self.unit == "message" and _is_number(value):
+            value = [value]
         if not isinstance(value, list | tuple):
-            raise BadWeightsError(f"{where} is a {type(value).__name__}, expected a list of numbers")
+            raise BadWeightsError(f"{_shown(value)} is no list of numbers")
         if not set(map(type, value)) <= {int, float}:
             place = next(place for place, each in enumerate(value) if not _is_number(each))
-            raise BadWeightsError(f"number {place} of {where} is {_shown(value[place])}, expected a finite number >= 0")
+            raise BadWeightsError(f"number {place} is {_shown(value[place])}, expected a finite number >= 0")
         return _as_float32(value)
 
 
@@ -142,19 +145,19 @@ def _texts(pair: Pair, side: Side) -> list[str]:
     return ["".join(texts_of(message)) for message in as_turns(getattr(pair, side))]
 
 
-def _pair_weight(value: object, where: str) -> float:
+def _pair_weight(value: object) -> float:
     if value is None:
-        raise BadWeightsError(f"{where} has no value")
+        raise BadWeightsError("it has no value")
     if not _is_number(value) or not _is_weight(weight := np.float32(_as_float32([value])[0])):
-        raise BadWeightsError(f"{where} is {_shown(value)}, expected a finite number >= 0")
+        raise BadWeightsError(f"it is {_shown(value)}, expected a finite number >= 0")
     return float(weight)
 
 
-def _spans(value: object, where: str) -> np.ndarray:
+def _spans(value: object) -> np.ndarray:
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if not isinstance(value, list | tuple):
-        raise BadWeightsError(f"{where} is a {type(value).__name__}, expected a list of spans")
+        raise BadWeightsError(f"{_shown(value)} is no list of spans")
     found: list[object] = []
     for place, given in enumerate(value):
         span = given.tolist() if isinstance(given, np.ndarray) else given
@@ -162,11 +165,9 @@ def _spans(value: object, where: str) -> np.ndarray:
             known = {name: each for name, each in span.items() if each is not None or name in _SPAN}
             span = [known.get(name) for name in _SPAN] if known.keys() == set(_SPAN) else None
         if not isinstance(span, list | tuple) or len(span) != len(_SPAN) or not all(map(_is_number, span)):
-            raise BadWeightsError(f"span {place} of {where} is {_shown(given)}, expected start, end and weight")
+            raise BadWeightsError(f"span {place} is {_shown(given)}, expected start, end and weight")
         if any(each != int(each) for each in span[:2] if math.isfinite(each)):
-            raise BadWeightsError(
-                f"span {place} of {where} is {_shown(given)}, expected whole numbers as start and end"
-            )
+            raise BadWeightsError(f"span {place} is {_shown(given)}, expected whole numbers as start and end")
         found += span
     return _as_float32(found)
 

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train.model.checkpoint import load_tokenizer
+from train.model.checkpoint import load_light_tokenizer
 from weights_store.errors import InputError, MismatchError
+from weights_store.views.token_texts import TokenTexts
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 _PROBE = "Probe 12: naïve 漢字 🙂\n\tx  (y)"
@@ -72,30 +74,29 @@ class Vocabulary:
         Raises:
             InputError: It cannot be loaded, or its tokens are neither bytes nor pieces of text.
         """
-        return cls.of_tokenizer(load_tokenizer(folder), str(folder))
+        return cls.of_tokenizer(load_light_tokenizer(folder), str(folder))
 
     @classmethod
-    def of_tokenizer(cls, tokenizer: "PreTrainedTokenizerBase", name: str) -> "Vocabulary":
+    def of_tokenizer(cls, tokenizer: "Tokenizer | PreTrainedTokenizerBase", name: str) -> "Vocabulary":
         """Read a tokenizer; `name` is for messages.
 
         Raises:
             InputError: As `of_folder`.
         """
-        kinds = _decoder_kinds(tokenizer)
+        backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        kinds = _decoder_kinds(backend)
+        if backend is None or not kinds & {"ByteLevel", "ByteFallback", "Metaspace", "Replace"}:
+            raise _not_known(name, kinds)
         to_bytes = _bytes_of_symbols if "ByteLevel" in kinds else _bytes_of_piece
-        added = {token_id: token.content.encode() for token_id, token in tokenizer.added_tokens_decoder.items()}
-        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        added = {token_id: token.content.encode() for token_id, token in backend.get_added_tokens_decoder().items()}
+        tokens = map(backend.id_to_token, range(backend.get_vocab_size()))
         parts = [added.get(token_id) or to_bytes(token or "") for token_id, token in enumerate(tokens)]
         ends = np.cumsum([len(part) for part in parts])
         found = cls(np.frombuffer(b"".join(parts), np.uint8), ends, special_tokens(tokenizer))
-        ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+        ids = backend.encode(_PROBE, add_special_tokens=False).ids
         text = found.characters(np.array(ids), np.array([len(ids)])).texts[0]
-        decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if not {"ByteLevel", "ByteFallback", "Metaspace", "Replace"} & kinds or text.lstrip() != decoded.lstrip():
-            raise InputError(
-                f"model {name}: its tokens are neither bytes nor pieces of text (decoder {' '.join(sorted(kinds))}): "
-                'characters cannot be told; give weights per token (weights.per = "token"), or another weights.estimator'
-            )
+        if text.lstrip() != backend.decode(ids, skip_special_tokens=False).lstrip():
+            raise _not_known(name, kinds)
         return found
 
     @property
@@ -142,11 +143,17 @@ class Vocabulary:
         return Characters(texts, sizes, first, last, self.is_special[ids], has_text)
 
 
-def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
+def special_tokens(tokenizer: "Tokenizer | PreTrainedTokenizerBase") -> np.ndarray:
     """Return which ids the tokenizer calls special, `[V]` bool."""
-    added = tokenizer.added_tokens_decoder.items()
-    marked = {token_id for token_id, token in added if token.special}.union(tokenizer.all_special_ids)
-    return np.isin(np.arange(len(tokenizer)), list(marked))
+    size = len(tokenizer) if hasattr(tokenizer, "__len__") else tokenizer.get_vocab_size()
+    return np.isin(np.arange(size), list(TokenTexts(tokenizer).special_ids))
+
+
+def _not_known(name: str, kinds: set[str]) -> InputError:
+    return InputError(
+        f"model {name}: its tokens are neither bytes nor pieces of text (decoder {' '.join(sorted(kinds)) or 'unknown'}): "
+        'characters cannot be told; give weights per token (weights.per = "token"), or another weights.estimator'
+    )
 
 
 def _begins(text: str) -> Iterator[bool]:
@@ -156,9 +163,9 @@ def _begins(text: str) -> Iterator[bool]:
         yield from (place == 0 for place in range(size))
 
 
-def _decoder_kinds(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
+def _decoder_kinds(tokenizer: "Tokenizer | None") -> set[str]:
     """Return the kinds of steps that turn tokens into text; none if it is not known."""
-    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    decoder = None if tokenizer is None else tokenizer.decoder
     waiting: list[dict[str, Any]] = [] if decoder is None else [json.loads(decoder.__getstate__())]
     found = set()
     while waiting:

@@ -117,7 +117,7 @@ class RangeAnnotator:
         """Return the numbers of the tokens of one side, `[N]` float32; add what is wrong to the problems, by row."""
         numbers = Lists.of(cells[side])
         found = bad_numbers(numbers, 3 if self.unit == "span" else 1)
-        num_ends = num_at_end(self.is_special[ids.flat], ids)
+        num_ends = num_at_end(self.is_special, ids)
         is_cut = (ids.lengths == self.cut_at) & (num_ends == 0)
         if self.unit == "token":
             flat, misfits = fit(numbers, ids.lengths, num_ends, is_cut)
@@ -226,8 +226,12 @@ def bad_numbers(numbers: Lists, every: int = 1) -> dict[int, str]:
     return found
 
 
-def num_at_end(is_marked: np.ndarray, lists: Lists) -> np.ndarray:
-    """Return how many marked tokens each response ends with, `[B]`; `is_marked` is flat `[N]` bool."""
-    last_other = np.maximum.accumulate(np.where(is_marked, -1, np.arange(len(is_marked))))
-    ends = lists.starts[1:]
-    return ends - np.maximum(last_other[ends - 1] + 1, lists.starts[:-1])
+def num_at_end(is_special: np.ndarray, ids: Lists) -> np.ndarray:
+    """Return how many special tokens each response ends with, `[B]`; `is_special` is by id, `[V]` bool."""
+    found, ends = np.zeros_like(ids.lengths), ids.starts[1:]
+    goes_on = np.ones(len(found), bool)
+    while goes_on.any():  # as often as a template writes special tokens at the end: usually once
+        goes_on &= found < ids.lengths
+        goes_on &= is_special[ids.flat[ends - 1 - np.minimum(found, ids.lengths - 1)]]
+        found += goes_on
+    return found

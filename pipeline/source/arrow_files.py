@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -215,9 +216,9 @@ def _arrays(column: pa.Array | pa.ChunkedArray) -> "list[np.ndarray | None] | No
     numbers = lists.flatten()
     if numbers.null_count:
         return None
-    lengths = pc.list_value_length(lists)
-    ends = np.cumsum(lengths.fill_null(0).to_numpy(zero_copy_only=False))
-    found: list[np.ndarray | None] = [*np.split(numbers.to_numpy(), ends[:-1])] if len(ends) else []
+    lengths, values = pc.list_value_length(lists), numbers.to_numpy()
+    ends = np.cumsum(lengths.fill_null(0).to_numpy(zero_copy_only=False)).tolist()
+    found: list[np.ndarray | None] = [values[start:end] for start, end in pairwise([0, *ends])]
     for index in np.flatnonzero(lengths.is_null().to_numpy(zero_copy_only=False)):
         found[index] = None
     return found

@@ -24,7 +24,7 @@ from pipeline.source.external_sort import ExternalSort
 from pipeline.source.load import open_source
 from pipeline.source.rows import batches
 from pipeline.workers.driver import drive
-from train.model.checkpoint import load_tokenizer
+from train.model.checkpoint import load_light_tokenizer
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ConflictError, InputError
 from weights_store.fingerprint import fingerprint
@@ -175,7 +175,7 @@ class _Update:
             wanted.unit,
             wanted.rest,
             Vocabulary.of_folder(self.model_folder) if wanted.unit not in (None, "token") else None,
-            special_tokens(load_tokenizer(self.model_folder)),
+            special_tokens(load_light_tokenizer(self.model_folder)),
             dataset.max_response_tokens if dataset.long_response == "cut" else None,
         )
         writer = self.table.writer()

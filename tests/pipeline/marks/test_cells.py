@@ -44,26 +44,26 @@ def test_spans_are_lists_or_objects(span):
 @pytest.mark.parametrize(
     ("unit", "value", "expected"),
     [
-        ("token", None, "column 'c' has no value"),
-        ("token", "1 2", "column 'c' is a str, expected a list of numbers"),
-        ("token", 1.0, "column 'c' is a float, expected a list of numbers"),
-        ("token", [1, None], "number 1 of column 'c' is null, expected a finite number >= 0"),
-        ("token", [1, "2"], "number 1 of column 'c' is \"2\", expected a finite number >= 0"),
-        ("token", [True], "number 0 of column 'c' is true, expected a finite number >= 0"),
-        ("span", 3, "column 'c' is a int, expected a list of spans"),
-        ("span", [[0, 1]], "span 0 of column 'c' is [0,1], expected start, end and weight"),
-        ("span", [[0, 1, "2"]], "span 0 of column 'c' is [0,1,\"2\"], expected start, end and weight"),
+        ("token", None, "column 'c': it has no value"),
+        ("token", "1 2", "column 'c': \"1 2\" is no list of numbers"),
+        ("token", 1.0, "column 'c': 1.0 is no list of numbers"),
+        ("token", [1, None], "column 'c': number 1 is null, expected a finite number >= 0"),
+        ("token", [1, "2"], "column 'c': number 1 is \"2\", expected a finite number >= 0"),
+        ("token", [True], "column 'c': number 0 is true, expected a finite number >= 0"),
+        ("span", 3, "column 'c': 3 is no list of spans"),
+        ("span", [[0, 1]], "column 'c': span 0 is [0,1], expected start, end and weight"),
+        ("span", [[0, 1, "2"]], "column 'c': span 0 is [0,1,\"2\"], expected start, end and weight"),
         (
             "span",
             [{"start": 0, "end": 1}],
-            'span 0 of column \'c\' is {"end":1,"start":0}, expected start, end and weight',
+            'column \'c\': span 0 is {"end":1,"start":0}, expected start, end and weight',
         ),
         (
             "span",
             [{"start": 0, "end": 1, "weight": 1, "kind": "x"}],
-            'span 0 of column \'c\' is {"end":1,"kind":"x","start":0,"weight":1}, expected start, end and weight',
+            'column \'c\': span 0 is {"end":1,"kind":"x","start":0,"weight":1}, expected start, end and weight',
         ),
-        ("span", [[0, 1.5, 2]], "span 0 of column 'c' is [0,1.5,2], expected whole numbers as start and end"),
+        ("span", [[0, 1.5, 2]], "column 'c': span 0 is [0,1.5,2], expected whole numbers as start and end"),
     ],
 )
 def test_what_is_no_list_of_weights_is_named(unit, value, expected):
@@ -75,12 +75,12 @@ def test_what_is_no_list_of_weights_is_named(unit, value, expected):
     [
         (0.5, None),
         (0, None),
-        (-1, "column 'w' is -1, expected a finite number >= 0"),
-        (float("nan"), "column 'w' is nan, expected a finite number >= 0"),
-        (1e39, "column 'w' is 1e+39, expected a finite number >= 0"),  # float32 ends at 3.4e38
-        (10**400, "column 'w' is 1000"),
-        (None, "column 'w' has no value"),
-        ("1", "column 'w' is \"1\", expected a finite number >= 0"),
+        (-1, "column 'w': it is -1, expected a finite number >= 0"),
+        (float("nan"), "column 'w': it is nan, expected a finite number >= 0"),
+        (1e39, "column 'w': it is 1e+39, expected a finite number >= 0"),  # float32 ends at 3.4e38
+        (10**400, "column 'w': it is 1000"),
+        (None, "column 'w': it has no value"),
+        ("1", "column 'w': it is \"1\", expected a finite number >= 0"),
     ],
 )
 def test_weights_of_pairs(value, expected):
@@ -95,5 +95,5 @@ def test_a_table_of_cells_has_the_numbers_of_each_row():
     rows = cell_rows(zip("xyz", cells, strict=True))
     assert rows["chosen"].to_pylist() == [[1, 2], [], [4]]
     assert rows["rejected"].to_pylist() == [[], [], [5.5]]
-    assert rows["problem"].to_pylist() == [None, "column 'c' has no value", None]
+    assert rows["problem"].to_pylist() == [None, "column 'c': it has no value", None]
     assert rows["chosen_texts"].type == pa.list_(pa.string())

@@ -52,7 +52,7 @@ def test_bad_numbers_are_named_by_row_and_place():
     }
 
 
-def test_marked_tokens_at_the_end_are_counted_for_each_response():
-    is_marked = np.array([False, True, True, True, False, True, True, False], bool)
-    # x|x|.  -> [., x, x] has 2, [x] has 1, [., x, x, .] has 0
-    assert num_at_end(is_marked, lists([0] * 3, [0], [0] * 4)).tolist() == [2, 1, 0]
+def test_special_tokens_at_the_end_are_counted_for_each_response():
+    ids = lists([0, 1, 1], [1], [0, 1, 1, 0], [1, 1])
+    found = num_at_end(np.array([False, True]), ids._replace(flat=ids.flat.astype(np.int32)))
+    assert found.tolist() == [2, 1, 0, 2]

@@ -212,9 +212,9 @@ def test_weights_that_cannot_be_used_are_quarantined_with_the_reason(run, length
         1: f"column 'chosen_weights': {lengths[0] - 2} numbers for a response of {lengths[0]} tokens; expected one for each, "
         f"or {lengths[0] - 1} without the end of its turn",
         2: f"column 'rejected_weights': number {last} is nan, expected a finite number >= 0",
-        3: "column 'chosen_weights' has no value",
+        3: "column 'chosen_weights': it has no value",
         4: "column 'chosen_weights': number 0 is -1, expected a finite number >= 0",
-        5: "column 'chosen_weights' is a str, expected a list of numbers",
+        5: "column 'chosen_weights': \"1 1 1\" is no list of numbers",
     }
 
 
