@@ -192,6 +192,21 @@ def test_a_number_of_a_response_is_that_of_all_its_tokens(run):
     assert (set(found["chosen_values"]), set(found["rejected_values"])) == ({3.0}, {0.5})
 
 
+def test_each_message_of_a_response_has_its_own_number(run, model):
+    turns = [("assistant", "the mixes"), ("tool", "question"), ("assistant", "the sailor")]
+    chosen = [{"role": role, "content": text} for role, text in turns]
+    given = row(0, chosen_weights=[2, 0, 3], rejected_weights=1) | {"chosen": chosen}
+    recipe, tokens, version = run([given], **{"weights.per": "message"})
+    ids = WeightStore(tokens.store).table(tokens.table).scan().collect()["chosen_ids"][0].to_list()
+    texts = dict.fromkeys((2.0, 0.0, 3.0), "")
+    for text, value in zip(
+        ChatTokenizer(model).token_texts(ids), rows_of(recipe, version)[0]["chosen_values"], strict=True
+    ):
+        texts[value] += text
+    # The marks between two messages belong to the one before them.
+    assert texts == {2.0: "the mixes</s><|tool|>", 0.0: "question<|assistant|>", 3.0: "the sailor</s>"}
+
+
 def test_weights_that_cannot_be_used_are_quarantined_with_the_reason(run, lengths):
     chosen, rejected = ([1.0] * number for number in lengths)
     rows = [
@@ -276,6 +291,8 @@ def test_published_weights_follow_the_source(run, lengths, tmp_path):
     assert second.statistics["num_source_rows"] == second.statistics["num_pairs"] == 3
     assert quarantined(recipe) == {}
     assert any(change.startswith("data.annotations: ") for change in second.changes)
+    lineage = WeightStore(first.weights.store).lineage("toy/own")
+    assert (changed.table, changed.version) in lineage.filter(role="annotations").select("name", "version").rows()
     weights = WeightStore(first.weights.store).scan("toy/own").collect()
     assert {weights[0] for weights in weights["chosen_token_weights"].to_list()} == {4.0}
 
