@@ -1,9 +1,14 @@
 """Where the text of a row stands in the response that the chat template has made of it, and the weights of its characters.
 
-Positions count characters, as Python does. What the template adds has weight 1, and so has white space that it adds or leaves.
+Positions count characters, as Python does. Some tokenizers change a text to Unicode NFC (Qwen): then a character has the mean
+weight of those that it was made of. What the template adds has weight 1, and so has white space that it adds or leaves.
 """
 
+import sys
+import unicodedata
 from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +50,8 @@ def character_weights(numbers: np.ndarray, texts: Sequence[str], response: Respo
     text = _only(texts)
     if len(numbers) != len(text):
         raise BadWeightsError(f"{len(numbers):,} numbers for a text of {len(text):,} characters")
-    return _moved(numbers, find(text, response), response)
+    found, place = _located(text, response)
+    return _moved(numbers if found == text else composed(text, numbers), place, response)
 
 
 def span_weights(spans: np.ndarray, rest: float, texts: Sequence[str], response: Response) -> np.ndarray:
@@ -55,16 +61,17 @@ def span_weights(spans: np.ndarray, rest: float, texts: Sequence[str], response:
         BadWeightsError: A span is outside of the text or has no character of the response, or the text does not stand there.
     """
     text = _only(texts)
-    place = find(text, response)
+    found, place = _located(text, response)
+    last = len(text) if response.is_cut else len(text) - (len(found) - place.high)
     weights = np.full(len(text), rest, np.float32)
     for number, (start, end, weight) in enumerate(spans.reshape(-1, 3).tolist()):
         shown = f"span {number}, {start:g} to {end:g},"
         if not 0 <= start <= end <= len(text):
             raise BadWeightsError(f"{shown} is not inside of the text of {len(text):,} characters")
-        if start == end or end <= place.low or (start >= place.high and not response.is_cut):
+        if start == end or end <= place.low or start >= last:
             raise BadWeightsError(f"{shown} falls on no character of the response")
         weights[int(start) : int(end)] = weight
-    return _moved(weights, place, response)
+    return _moved(weights if found == text else composed(text, weights), place, response)
 
 
 def message_weights(numbers: np.ndarray, texts: Sequence[str], response: Response) -> np.ndarray:
@@ -131,6 +138,51 @@ def find(text: str, response: Response) -> Place:
     while high < len(text) and own[at + high - low : at + high - low + 1] == text[high]:
         high += 1
     return Place(at, low, high)
+
+
+def composed(text: str, weights: np.ndarray) -> np.ndarray:
+    """Return the weights of the characters of a text in NFC: the mean over those that a character is made of.
+
+    Raises:
+        BadWeightsError: It cannot be told which these are.
+    """
+    starts = [at for at, each in enumerate(text) if not at or not (unicodedata.combining(each) or each in _joining())]
+    found, parts = list[float](), []
+    for start, end in pairwise([*starts, len(text)]):
+        parts.append(unicodedata.normalize("NFC", text[start:end]))
+        if parts[-1] == text[start:end]:
+            found += weights[start:end].tolist()
+        else:
+            found += [float(weights[start:end].mean())] * len(parts[-1])
+    if "".join(parts) != unicodedata.normalize("NFC", text):
+        raise BadWeightsError(
+            'the tokenizer changes the text to Unicode NFC; give it in NFC, or weights per token (weights.per = "token")'
+        )
+    return np.array(found, np.float32)
+
+
+@cache
+def _joining() -> frozenset[str]:
+    """Return the characters that NFC may join with the one before, besides combining marks."""
+    pairs = (unicodedata.decomposition(chr(code)).split() for code in range(sys.maxunicode + 1))
+    seconds = {chr(int(pair[1], 16)) for pair in pairs if len(pair) == 2 and not pair[0].startswith("<")}
+    hangul = map(chr, (*range(0x1160, 0x1200), *range(0xD7B0, 0xD800)))  # vowels and final consonants
+    return frozenset((*seconds, *hangul))
+
+
+def _located(text: str, response: Response) -> tuple[str, Place]:
+    """Return where a row's text stands in its response, and how: as it is, or in Unicode NFC, as some tokenizers change it.
+
+    Raises:
+        BadWeightsError: It stands there in neither form.
+    """
+    try:
+        return text, find(text, response)
+    except BadWeightsError:
+        in_nfc = unicodedata.normalize("NFC", text)
+        if in_nfc == text:
+            raise
+        return in_nfc, find(in_nfc, response)
 
 
 def _moved(weights: np.ndarray, place: Place, response: Response) -> np.ndarray:

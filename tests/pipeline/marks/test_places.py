@@ -1,8 +1,12 @@
+import unicodedata
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.marks.cells import BadWeightsError
-from pipeline.marks.places import Response, character_weights, message_weights, span_weights
+from pipeline.marks.places import Response, character_weights, composed, message_weights, span_weights
 
 END = "<|end|>"
 
@@ -48,7 +52,7 @@ def test_weights_of_a_response_that_was_cut_are_cut_with_it(body, expected):
 
 @pytest.mark.parametrize(
     ("text", "body"),
-    [("caf\u0065\u0301 x", "café x<|end|>"), ("abc", "abd<|end|>"), ("abc", "ab<|end|>"), ("abc", "<|end|>")],
+    [("cafe x", "café x<|end|>"), ("abc", "abd<|end|>"), ("abc", "ab<|end|>"), ("abc", "<|end|>")],
 )
 def test_a_text_that_was_changed_is_refused(text, body):
     with pytest.raises(
@@ -128,3 +132,26 @@ def test_messages_that_cannot_be_told_apart_are_refused(numbers, texts, problem)
     with pytest.raises(BadWeightsError) as caught:
         message_weights(np.array(numbers), texts, response(BODY))
     assert str(caught.value).startswith(problem)
+
+
+def test_a_text_that_the_tokenizer_composes_has_the_mean_of_its_parts():
+    text = " xe\u0301\u0323y\uac00\u11a8"  # e with two marks is ẹ and one mark, and 가 with a final consonant is 각
+    body = unicodedata.normalize("NFC", text).strip()
+    assert body == "x\u1eb9\u0301y\uac01"
+    # The parts of the e have 4, 5 and 6, those of the syllable 8 and 9.
+    assert by_character(text, body + END) == [3, 5, 5, 7, 8.5, *[1] * 7]
+    assert spans((2, 5, 3.0), (6, 7, 5.0), text=text, body=body + END) == [1, 3, 3, 1, 3, *[1] * 7]
+    with pytest.raises(BadWeightsError, match="^span 0, 0 to 1, falls on no character"):
+        spans((0, 1, 3.0), text=text, body=body + END)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=12))
+def test_composed_weights_are_as_many_as_the_characters_in_nfc(text):
+    weights = np.arange(len(text), dtype=np.float32)
+    in_nfc = unicodedata.normalize("NFC", text)
+    found = composed(text, weights)
+    assert len(found) == len(in_nfc)
+    if in_nfc == text:
+        assert found.tolist() == weights.tolist()
+    elif text:
+        assert 0 <= found.min() <= found.max() <= weights.max()
