@@ -3,6 +3,7 @@
     python -m benchmarks.own_weights [--pairs 100000] [--tokens 200]
 
 The pairs are random ids in a tokens table, with numbers per token in a Parquet file and in a JSONL file (a tenth of the pairs).
+"Any" numbers are all different, which is the most work for files; "few" are one of nine, as rules and annotators give them.
 """
 
 import argparse
@@ -45,8 +46,12 @@ def main() -> None:
         model = make_model(folder / "model")
         figures = {"pairs": args.pairs, "tokens_per_response": args.tokens, "load": os.getloadavg()[0]}
         figures["tokenise_tokens_per_s"] = tokenise(model, args.tokens)
-        for ending, num_pairs in ((".parquet", args.pairs), (".jsonl", args.pairs // 10)):
-            figures |= time_annotate(folder, model, ending, num_pairs, args.tokens)
+        for kind, num_pairs in (("parquet", args.pairs), ("jsonl", args.pairs // 10)):
+            for numbers in ("any", "few"):
+                of_kind = folder / f"{kind}-{numbers}"
+                of_kind.mkdir()
+                found = time_annotate(of_kind, model, f".{kind}", num_pairs, args.tokens, is_few=numbers == "few")
+                figures |= {f"{kind}_{numbers}_{name}": value for name, value in found.items()}
         print(json.dumps({key: round(value, 1) for key, value in figures.items()}, indent=1))
 
 
@@ -84,7 +89,9 @@ def tokenise(model: Path, num_tokens: int, num_pairs: int = 2000) -> float:
     return sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in found) / taken
 
 
-def time_annotate(folder: Path, model: Path, ending: str, num_pairs: int, num_tokens: int) -> dict[str, float]:
+def time_annotate(
+    folder: Path, model: Path, ending: str, num_pairs: int, num_tokens: int, is_few: bool = False
+) -> dict[str, float]:
     """Return response tokens a second of stage annotate, numbers per token."""
     draw = np.random.default_rng(1)
     path = folder / f"pairs{ending}"
@@ -93,9 +100,12 @@ def time_annotate(folder: Path, model: Path, ending: str, num_pairs: int, num_to
     def lists(values):
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
-    weights = {
-        f"{side}_weights": lists(draw.random(num_pairs * num_tokens, np.float32)) for side in ("chosen", "rejected")
-    }
+    def numbers():
+        if is_few:
+            return draw.integers(0, 9, num_pairs * num_tokens).astype(np.float32) / 4
+        return draw.random(num_pairs * num_tokens, np.float32)
+
+    weights = {f"{side}_weights": lists(numbers()) for side in ("chosen", "rejected")}
     if ending == ".parquet":
         pq.write_table(pa.table({**weights, "chosen": ["x"] * num_pairs, "rejected": ["y"] * num_pairs}), path)
     else:
@@ -120,7 +130,7 @@ def time_annotate(folder: Path, model: Path, ending: str, num_pairs: int, num_to
     rate, cpu_rate = (
         num_all / (now - then) for now, then in ((time.perf_counter(), started), (time.process_time(), started_cpu))
     )
-    return {f"annotate{ending}_tokens_per_s": rate, f"annotate{ending}_tokens_per_cpu_s": cpu_rate}
+    return {"tokens_per_s": rate, "tokens_per_cpu_s": cpu_rate}
 
 
 def write_tokens(recipe: Recipe, rows: pa.Table) -> TableVersion:
