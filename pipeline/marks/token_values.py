@@ -3,7 +3,7 @@
 Nothing here reads the source or commits. Work on tokens is vectorised; characters, spans and messages take a step per response.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -40,6 +40,22 @@ class Lists(NamedTuple):
     def starts(self) -> np.ndarray:
         """Where each list begins, and the end of all, `[B + 1]`."""
         return np.concatenate([[0], np.cumsum(self.lengths)])
+
+
+class Responses(NamedTuple):
+    """The responses of one side; every array has one value for each, `[B]`."""
+
+    ids: Lists
+    num_ends: np.ndarray
+    """How many special tokens it ends with."""
+    is_cut: np.ndarray
+    """Whether it was cut to the limit of tokens."""
+
+    @classmethod
+    def of(cls, ids: Lists, is_special: np.ndarray, cut_at: int | None) -> "Responses":
+        """Look at ids; `is_special` is by id, `[V]` bool, and `cut_at` the limit that responses were cut to."""
+        num_ends = num_at_end(is_special, ids)
+        return cls(ids, num_ends, (ids.lengths == cut_at) & (num_ends == 0))
 
 
 @dataclass
@@ -117,49 +133,45 @@ class RangeAnnotator:
         """Return the numbers of the tokens of one side, `[N]` float32; add what is wrong to the problems, by row."""
         numbers = Lists.of(cells[side])
         found = bad_numbers(numbers, 3 if self.unit == "span" else 1)
-        num_ends = num_at_end(self.is_special, ids)
-        is_cut = (ids.lengths == self.cut_at) & (num_ends == 0)
+        responses = Responses.of(ids, self.is_special, self.cut_at)
         if self.unit == "token":
-            flat, misfits = fit(numbers, ids.lengths, num_ends, is_cut)
+            flat, misfits = fit(numbers, responses)
             found = misfits | found
         else:
-            flat = self._by_characters(side, numbers, cells, ids, num_ends, is_cut, found)
+            flat = self._by_characters(numbers, cells[f"{side}_texts"].to_pylist(), responses, found)
         for row, problem in found.items():
             problems.setdefault(row, f"column {self.columns[side]!r}: {problem}")
         return flat
 
     def _by_characters(
-        self,
-        side: Side,
-        numbers: Lists,
-        cells: pa.Table,
-        ids: Lists,
-        num_ends: np.ndarray,
-        is_cut: np.ndarray,
-        problems: dict[int, str],
+        self, numbers: Lists, texts: list[list[str] | None], responses: Responses, problems: dict[int, str]
     ) -> np.ndarray:
         assert self.vocabulary is not None, "no vocabulary, which tells characters"
+        ids, num_ends, is_cut = responses
         characters = self.vocabulary.characters(ids.flat, ids.lengths)
-        weights = np.ones(characters.starts[-1], np.float32)
-        weigh: Callable[[np.ndarray, list[str], Response], np.ndarray] = {
-            "character": character_weights,
-            "message": message_weights,
-            "span": lambda spans, texts, response: span_weights(spans, self.rest, texts, response),
-        }[self.unit or "character"]
         first_ends = np.append(characters.first, characters.starts[-1])[ids.starts[1:] - num_ends]
         ends = np.where(num_ends > 0, first_ends, characters.starts[1:])
-        every_text, special_texts = cells[f"{side}_texts"].to_pylist(), self.vocabulary.special_texts
-        first_numbers = numbers.starts
+        special_texts, starts = self.vocabulary.special_texts, numbers.starts
+        weights = np.ones(characters.starts[-1], np.float32)
         for row, (start, end) in enumerate(pairwise(characters.starts.tolist())):
-            if row in problems or every_text[row] is None:
+            of_row = texts[row]
+            if row in problems or of_row is None:
                 continue
-            own = numbers.flat[first_numbers[row] : first_numbers[row + 1]]
             response = Response(characters.texts[row], int(ends[row]) - start, bool(is_cut[row]), special_texts)
             try:
-                weights[start:end] = weigh(own, every_text[row], response)
+                weights[start:end] = self._weigh(numbers.flat[starts[row] : starts[row + 1]], of_row, response)
             except BadWeightsError as error:
                 problems[row] = str(error)
         return characters.means(weights).astype(np.float32)
+
+    def _weigh(self, numbers: np.ndarray, texts: list[str], response: Response) -> np.ndarray:
+        match self.unit:
+            case "span":
+                return span_weights(numbers, self.rest, texts, response)
+            case "message":
+                return message_weights(numbers, texts, response)
+            case _:
+                return character_weights(numbers, texts, response)
 
     def _unusable(self, stored: pl.LazyFrame, tokens: pa.Table, problems: Mapping[int, str]) -> list[dict[str, object]]:
         if not problems:
@@ -178,19 +190,12 @@ class RangeAnnotator:
         ]
 
 
-def fit(
-    numbers: Lists, lengths: np.ndarray, num_ends: np.ndarray, is_cut: np.ndarray
-) -> tuple[np.ndarray, dict[int, str]]:
+def fit(numbers: Lists, responses: Responses) -> tuple[np.ndarray, dict[int, str]]:
     """Return lists of one number per token as long as the responses, `[N]` float32, and what is wrong, by row.
 
     A list may leave out the special tokens at the end of a response, which then get 1; one of a response that was cut is cut.
-
-    Args:
-        numbers: The lists.
-        lengths: Tokens of each response, `[B]`; the other arrays are as long.
-        num_ends: How many special tokens it ends with.
-        is_cut: Whether it was cut to the limit.
     """
+    lengths, num_ends, is_cut = responses.ids.lengths, responses.num_ends, responses.is_cut
     given = numbers.lengths
     if np.array_equal(given, lengths):
         return numbers.flat.astype(np.float32, copy=False), {}

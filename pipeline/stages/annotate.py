@@ -92,11 +92,15 @@ class Annotation:
     @property
     def is_there(self) -> bool:
         """Whether the newest version was made from the same pairs and the same bytes. A hub dataset is always read again."""
+        return self.is_newest() and self.record["source"]["content"] is not None
+
+    def is_newest(self, made: str | None = None) -> bool:
+        """Return whether the newest version was made from the same pairs and source, and has the fingerprint `made`."""
         if not self.table.exists():
             return False
-        made, record = self.table.metadata(), self.record
-        same_pairs = [parent["fingerprint"] for parent in made["parents"]] == [self.tokens.fingerprint]
-        return same_pairs and made.get("annotation") == record and record["source"]["content"] is not None
+        newest = self.table.metadata()
+        same_pairs = [parent["fingerprint"] for parent in newest["parents"]] == [self.tokens.fingerprint]
+        return same_pairs and newest.get("annotation") == self.record and made in (None, newest["fingerprint"])
 
     @property
     def _tokens_table(self) -> Table:
@@ -147,9 +151,20 @@ class _Update:
                 raise self._no_usable_pair(unusable)
             num_rows = sum(shard.num_rows for shard in shards)
             _log.info(f"annotate: {num_rows:,} pairs have weights of their own, {unusable.num_rows:,} are quarantined")
+            # A column's checksum is a sum over (key, position, value), so it does not depend on where the shards were cut.
+            sums = sum_checksums(shard.sums for shard in shards)
+            content = {
+                "settings": self.wanted.settings,
+                "sums": {name: f"{value:016x}" for name, value in sums.items()},
+            }
+            made = fingerprint(content)
+            if self.wanted.is_newest(made):
+                for shard in shards:
+                    self.table.location.delete(shard.name)
+                return self.table.reference(self.base)
             # Quarantine first: if the build dies in between, the next run does both.
             self._quarantine(unusable)
-        return self._commit(shards, num_rows)
+        return self._commit(shards, made, num_rows)
 
     def _read(self, cells: ExternalSort) -> None:
         """Read the columns of the source, and find the pair of each row."""
@@ -206,12 +221,9 @@ class _Update:
         metadata = self.quarantine.metadata(base)
         self.quarantine.commit(writer.finish(), {**metadata}, base, mode="overwrite")
 
-    def _commit(self, shards: list[ShardRecord], num_rows: int) -> TableVersion:
-        # A column's checksum is a sum over (key, position, value): it depends on the numbers alone, not on how they were cut.
-        sums = sum_checksums(shard.sums for shard in shards)
-        content = {"settings": self.wanted.settings, "sums": {name: f"{value:016x}" for name, value in sums.items()}}
+    def _commit(self, shards: list[ShardRecord], made: str, num_rows: int) -> TableVersion:
         record = {
-            "fingerprint": fingerprint(content),
+            "fingerprint": made,
             "annotation": self.wanted.record,
             "parents": [self.wanted.tokens.as_parent()],
             "recipe": self.wanted.recipe.model_dump(),

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.marks.token_values import Lists, bad_numbers, fit, num_at_end
+from pipeline.marks.token_values import Lists, Responses, bad_numbers, fit, num_at_end
 
 
 def lists(*values):
@@ -11,7 +11,7 @@ def lists(*values):
 
 def fitted(numbers, lengths, num_ends, is_cut=None):
     cut = np.array(is_cut if is_cut is not None else [False] * len(lengths))
-    flat, problems = fit(numbers, np.array(lengths), np.array(num_ends), cut)
+    flat, problems = fit(numbers, Responses(lists(*([0] * size for size in lengths)), np.array(num_ends), cut))
     return flat.tolist(), problems
 
 
@@ -56,3 +56,10 @@ def test_special_tokens_at_the_end_are_counted_for_each_response():
     ids = lists([0, 1, 1], [1], [0, 1, 1, 0], [1, 1])
     found = num_at_end(np.array([False, True]), ids._replace(flat=ids.flat.astype(np.int32)))
     assert found.tolist() == [2, 1, 0, 2]
+
+
+def test_a_response_was_cut_if_it_is_as_long_as_the_limit_and_has_no_end():
+    ids = lists([0, 0], [0, 1], [0])
+    found = Responses.of(ids._replace(flat=ids.flat.astype(np.int32)), np.array([False, True]), 2)
+    assert found.is_cut.tolist() == [True, False, False]
+    assert not Responses.of(found.ids, np.array([False, True]), None).is_cut.any()
