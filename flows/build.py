@@ -23,6 +23,7 @@ from pipeline.parity.check import check_stored
 from pipeline.preflight import check_inputs
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.stages.anchors import sample_anchors
+from pipeline.stages.annotate import annotate
 from pipeline.stages.attribute import attribute
 from pipeline.stages.contrast import ContrastivePair, contrast, untrained_pair
 from pipeline.stages.prepare import Prepared, prepare
@@ -32,6 +33,7 @@ from pipeline.stages.score import Scorer, executor_of, score
 from pipeline.weighing.section import WeightsSection
 from pipeline.workers.request import Stage
 from pipeline.workers.supervise import Filled
+from weights_store import TableVersion
 from weights_store.inspection.doctor import Diagnosis
 from weights_store.messages import logger
 
@@ -62,7 +64,7 @@ class BuildResult:
 
 @flow(name="build-weights")
 def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
-    """Build the weight dataset of a recipe: prepare, score, contrast, score, attribute, anchors, weigh, publish, report."""
+    """Build the weight dataset of a recipe: prepare, annotate, score, contrast, score, attribute, anchors, publish, report."""
     stage_s: dict[str, float] = {}
     clock = partial(_record_time, stage_s)
     with run_logs():
@@ -70,6 +72,10 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
             model_folder = find_model(recipe)
         with clock("prepare"):
             prepared = prepare_tokens(recipe, model_folder)
+        annotations = None
+        if recipe.weight_columns:  # before a model starts: it tells within minutes whether they can be used
+            with clock("annotate"):
+                annotations = annotate_pairs(prepared, recipe, model_folder)
         scorers = {"ref": Scorer(model_folder)}
         if recipe.needs_pair and not recipe.contrast.trains:  # at once: scorers of one model share an engine
             scorers |= untrained_pair(recipe.contrast, model_folder).scorers
@@ -98,6 +104,7 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
             {role: result.output for role, result in scored.items()},
             attributions=attributed.output if attributed else None,
             anchors=anchors.output if anchors else None,
+            annotations=annotations,
         )
         with clock("publish"):
             published = publish_weights(recipe, recipe.weights, ingredients, model_folder, expect_same)
@@ -138,6 +145,15 @@ def prepare_tokens(recipe: Recipe, model_folder: Path) -> Prepared:
         f"{prepared.quarantined or ''}; {prepared.num_new_pairs} pairs are new"
     )
     return prepared
+
+
+@task(name="annotate", task_run_name="annotate", **AGAIN)
+def annotate_pairs(prepared: Prepared, recipe: Recipe, model_folder: Path) -> TableVersion:
+    """Read the user's own weights of every pair; put pairs whose weights cannot be used into quarantine."""
+    with lineage_of("annotate", recipe.weights.name, [prepared.tokens, recipe.dataset.source]) as outputs:
+        annotations = annotate(recipe, prepared.tokens, model_folder)
+        outputs.append(annotations)
+        return annotations
 
 
 @task(name="score", task_run_name="score")

@@ -1,6 +1,6 @@
 """The recipe of a build: what a TOML file and `--set` may say, checked before anything runs.
 
-Section `[contrast]` is in `models/section.py`, `[weights]` in `weighing/section.py`.
+Section `[dataset]` is in `dataset_section.py`, `[contrast]` in `models/section.py`, `[weights]` in `weighing/section.py`.
 """
 
 import json
@@ -13,96 +13,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.dataset_section import DatasetSection
 from pipeline.models.section import MODEL_SIDES, ContrastSection
 from pipeline.section import Section
 from pipeline.weighing.section import MODELS, AnyWeights, WeightsSection
 from train.data.selection import Selection
 from train.model.sampling import AnchorSampling
 from weights_store.allowed import SCORE_PYTHON, TRAIN_PYTHON, check_interpreter_place, check_place
-from weights_store.names import check_new_name, split_name
+from weights_store.names import split_name
+from weights_store.schemas import SIDES
 from weights_store.settings import apply_overrides, default_store, load_toml, parse_settings
 
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], Field(description="auto: that of the model's files")
 ]
-
-
-class DatasetSection(Section):
-    """The preference pairs, and how they are tokenised."""
-
-    name: str = Field(description="name in the store, lower case")
-    source: str = Field(
-        description="a .jsonl, .json (both also .gz), .parquet or .arrow file, a saved dataset folder, or a hub id"
-    )
-    config: str | None = Field(None, description="configuration of a hub dataset")
-    data_dir: str | None = Field(None, description="folder inside a hub dataset")
-    split: str | list[str] = Field(
-        "train", description="split of a saved or hub dataset, or a list of them; also recorded in the split column"
-    )
-    split_column: str | None = Field(None, description="column with the split of each row")
-    revision: str | None = Field(None, description="revision of a hub dataset")
-    streaming: bool = Field(False, description="stream a hub dataset that does not fit on the disk")
-    prompt_column: str | None = None
-    input_column: str | None = None
-    system_column: str | None = None
-    chosen_column: str | None = None
-    rejected_column: str | None = None
-    chosen_score_column: str | None = None
-    rejected_score_column: str | None = None
-    transcript: Literal["auto", "hh", "no"] | tuple[str, str] = Field(
-        "auto", description="how a text that holds a whole chat is split into turns"
-    )
-    many_answers: Literal["refuse", "combine"] = "refuse"
-    max_pairs: int | None = Field(None, ge=1, description="use only this many rows of each split, from the first one")
-    max_prompt_tokens: int = Field(1024, ge=8, description="oldest whole turns are dropped to fit (keep_end)")
-    max_response_tokens: int = Field(1024, ge=1, description="EOS included")
-    long_response: Literal["refuse", "cut"] = "refuse"
-    unprinted_keys: tuple[str, ...] = Field(
-        (), description="keys of messages or rows, such as timestamp or tools, that the chat template may leave out"
-    )
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_safe(cls, name: str) -> str:
-        if "/" in name:
-            raise ValueError("a dataset name has one part, without '/'")
-        return check_new_name(name)
-
-    @field_validator("transcript", mode="before")
-    @classmethod
-    def _markers_can_be_told_apart(cls, given: object) -> object:
-        markers = [text.strip() for text in given if isinstance(text, str)] if isinstance(given, list | tuple) else []
-        can_be_told_apart = len(markers) == 2 and all(markers) and not any(map(str.startswith, markers, markers[::-1]))
-        if given not in ("auto", "hh", "no") and not can_be_told_apart:
-            raise ValueError(
-                "expected 'auto', 'hh', 'no', or what begins a user's turn and what begins an assistant's, for example "
-                "['prompter:', 'assistant:']"
-            )
-        return given
-
-    @model_validator(mode="after")
-    def _scores_of_both_sides(self) -> "DatasetSection":
-        if (self.chosen_score_column is None) != (self.rejected_score_column is None):
-            raise ValueError("set both dataset.chosen_score_column and dataset.rejected_score_column, or none of them")
-        return self
-
-    @model_validator(mode="after")
-    def _splits_are_named_once(self) -> "DatasetSection":
-        if not self.splits or not all(self.splits) or len(set(self.splits)) < len(self.splits):
-            raise ValueError(f"dataset.split is {self.split!r}, expected the name of a split, or different names")
-        if self.split_column is not None and len(self.splits) > 1:
-            raise ValueError("dataset.split_column names the split of each row, and dataset.split several: keep one")
-        return self
-
-    @property
-    def splits(self) -> list[str]:
-        """The splits that are loaded, in order."""
-        return [self.split] if isinstance(self.split, str) else self.split
-
-    @property
-    def has_splits(self) -> bool:
-        """Whether pairs of more than one split are expected."""
-        return self.split_column is not None or len(self.splits) > 1
 
 
 class ModelSection(Section):
@@ -311,6 +235,24 @@ class Recipe(Section):
                 "trained on all: set contrast.held_out, for example to 0.1, or give weights.scale a number"
             )
         return self
+
+    @model_validator(mode="after")
+    def _own_weights_belong_to_one_pair(self) -> "Recipe":
+        if self.weight_columns and self.dataset.many_answers == "combine":
+            raise ValueError(
+                "dataset.many_answers 'combine' makes several pairs of a row, and the weights in its columns belong to one: "
+                "write a row for each pair, or choose another weights.estimator and weights.pair_weight"
+            )
+        return self
+
+    @property
+    def weight_columns(self) -> dict[str, str]:
+        """The columns of the source with the user's own weights that are read, by the setting of [dataset] that names them."""
+        inputs, usual = self.weights.inputs(), "spans" if "spans" in self.weights.estimators else "weights"
+        wanted = {"pair_weight_column": "pair_weight"} if "own pair weights" in inputs else {}
+        if "own weights" in inputs:
+            wanted = {f"{side}_weights_column": f"{side}_{usual}" for side in SIDES} | wanted
+        return {setting: getattr(self.dataset, setting) or name for setting, name in wanted.items()}
 
     @property
     def needs_pair(self) -> bool:

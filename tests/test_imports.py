@@ -16,7 +16,7 @@ CHAIN = ("weights_store", "train", "pipeline", "flows", "tokenweights", "tokenwe
 BASE = {"deltalake", "jinja2", "markupsafe", "numpy", "polars", "pyarrow"}
 TRAIN = BASE | {"accelerate", "huggingface_hub", "jinja2", "peft", "pydantic", "safetensors", "tokenizers", "torch"}
 TRAIN |= {"transformers"}  # which needs `huggingface_hub`, `safetensors` and `tokenizers`
-PIPELINE = TRAIN | {"datasets"}
+PIPELINE = TRAIN | {"datasets", "regex"}
 PACKAGES = {
     "weights_store": BASE,
     "train": TRAIN,

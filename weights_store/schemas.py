@@ -82,6 +82,17 @@ ANCHORS = pa.schema(
 """A response that the reference policy sampled for each pair's prompt, and its log-probs under that policy (nats, <= 0, at
 temperature 1 and without top-k or top-p)."""
 
+ANNOTATIONS = pa.schema(
+    [
+        _required("pair_id", pa.string()),
+        pa.field("chosen_values", FLOATS),
+        pa.field("rejected_values", FLOATS),
+        pa.field("pair_value", pa.float32()),
+    ]
+)
+"""The weights that a user has put into columns of the source: one number per response token (>= 0), if estimator `column` or
+`spans` reads them, and one per pair (>= 0), with pair weight `column`; else null."""
+
 WEIGHTS = pa.schema(
     [
         _required("pair_id", pa.string()),
@@ -122,6 +133,7 @@ SCHEMAS = {
     "logps": LOGPS,
     "attributions": ATTRIBUTIONS,
     "anchors": ANCHORS,
+    "annotations": ANNOTATIONS,
     "weights": WEIGHTS,
     "quarantine": QUARANTINE,
 }
@@ -154,4 +166,9 @@ class Reason(StrEnum):
     TEMPLATE_MISMATCH = "template_mismatch"
     TEMPLATE_IGNORES = "template_ignores"
     CONTROL_TOKENS = "control_tokens"
+    BAD_WEIGHTS = "bad_weights"
     UNSCORABLE = "unscorable"
+
+
+OF_LATER_STAGES = (Reason.BAD_WEIGHTS.value, Reason.UNSCORABLE.value)
+"""Reasons why a pair that has its tokens is in quarantine. The detail begins with the table that has no row for it."""

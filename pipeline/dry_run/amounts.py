@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from pipeline.stages.prepare import Preparation
 from pipeline.workers.missing import missing_pairs
 from weights_store import Table, TableVersion
-from weights_store.schemas import Reason
+from weights_store.schemas import OF_LATER_STAGES
 
 TO_BE_COMPUTED = "to be computed"
 """The fingerprint of a version that does not exist yet."""
@@ -101,7 +101,7 @@ class Outlook:
         if not self.start.quarantine.exists():
             return 0
         by_one = pl.any_horizontal(pl.col("detail").str.starts_with(f"{path}: ") for path in tables)
-        rows = self.start.quarantine.scan().filter((pl.col("reason") == Reason.UNSCORABLE.value) & by_one)
+        rows = self.start.quarantine.scan().filter(pl.col("reason").is_in(OF_LATER_STAGES) & by_one)
         return int(rows.select(pl.col("pair_id").n_unique()).collect().item())
 
     @cached_property

@@ -18,6 +18,7 @@ from pipeline.models.section import MODEL_SIDES
 from pipeline.preflight import check_inputs
 from pipeline.recipe import Recipe
 from pipeline.stages.anchors import anchors_identity
+from pipeline.stages.annotate import Annotation
 from pipeline.stages.attribute import attribution_identity
 from pipeline.stages.contrast import WantedModel, model_shelf, training_pairs, untrained_pair, wanted_models
 from pipeline.stages.prepare import Preparation
@@ -82,6 +83,7 @@ class _Plan:
     """The results of the stages so far, by stage and role."""
     models: dict[str, Path] = field(default_factory=dict)
     """The scored models that are not the starting model nor trained from it, by role."""
+    annotations: TableVersion | None = None
 
     def stages(self) -> Iterator[StagePlan]:
         """Yield the stages in their order; each needs the results of those before it."""
@@ -100,6 +102,8 @@ class _Plan:
     def _stages(self) -> Iterator[StagePlan]:
         recipe = self.recipe
         yield self._prepare()
+        if recipe.weight_columns:
+            yield self._annotate()
         yield self._score(REFERENCE, Scorer(self.model_folder))
         if recipe.needs_pair:
             uniform, version = self._publish("publish uniform", recipe.uniform)
@@ -139,6 +143,22 @@ class _Plan:
             reasons += [f"unlike {path}: {'; '.join(changes)}" for path, changes in start.other_cuts()]
         num_tokens = round(found.num_new * sum(found.new_tokens))
         return StagePlan("prepare", "compute", found.num_new, num_tokens, tuple(reasons), found.is_exact)
+
+    def _annotate(self) -> StagePlan:
+        wanted = Annotation(self.recipe, self.outlook.tokens)
+        table = wanted.table
+        version = table.reference() if table.exists() else None
+        if version is not None and self.outlook.is_same and wanted.is_there:
+            self.annotations = version
+            return StagePlan("annotate", "reuse", reasons=(f"{version}: {table.num_rows():,} pairs",))
+        next_version = 0 if version is None else version.version + 1
+        self.annotations = TableVersion(wanted.tokens.store, table.path, next_version, TO_BE_COMPUTED)
+        columns = f"columns {', '.join(map(repr, wanted.columns.values()))}"
+        how = f"new table {table.path}" if version is None else f"{version}: all rows are written again"
+        num_tokens = round(self.outlook.num_tokens()[1])
+        return StagePlan(
+            "annotate", "compute", self.outlook.num_pairs, num_tokens, (how, columns), self.outlook.is_exact
+        )
 
     def _score(self, role: str, scorer: Scorer | None) -> StagePlan:
         return self._fill("score", role, identity_in(role, scorer, self.recipe.score) if scorer else None)
@@ -242,8 +262,8 @@ class _Plan:
         roles = {name.partition(" ")[2]: version for name, version in self.filled.items() if name.startswith("score ")}
         if section is not self.recipe.weights:
             return Ingredients(self.outlook.tokens, roles[REFERENCE])
-        others = (self.filled.get(f"{stage} {REFERENCE}") for stage in ("attribute", "anchors"))
-        return Ingredients.of_scorers(self.outlook.tokens, roles, *others)
+        attributions, anchors = (self.filled.get(f"{stage} {REFERENCE}") for stage in ("attribute", "anchors"))
+        return Ingredients.of_scorers(self.outlook.tokens, roles, attributions, anchors, self.annotations)
 
     def _rows_to_publish(self, wanted: Wanted, ingredients: Ingredients) -> tuple[int, int]:
         """Return the pairs and the response tokens to weigh."""

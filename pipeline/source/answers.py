@@ -6,6 +6,8 @@ Called by `intake.py` for every row; a row with one answer on each side is one p
 from collections.abc import Iterator, Mapping
 from itertools import product
 
+import numpy as np
+
 from pipeline.source.columns import Columns
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair, read_pair
@@ -49,6 +51,8 @@ def _with_answers(
     single = {**row, columns.chosen: chosen[at[0]], columns.rejected: rejected[at[1]]}
     for column, index in zip((columns.chosen_score, columns.rejected_score), at, strict=True):
         scores = row.get(column) if column is not None else None
+        if isinstance(scores, np.ndarray):
+            scores = scores.tolist()
         if column is not None and isinstance(scores, list) and index < len(scores):
             single[column] = scores[index]
     return single

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from pipeline.recipe import DatasetSection
+from pipeline.dataset_section import DatasetSection
 from pipeline.source.load import is_hub_id, open_source
 from pipeline.source.messages import OF_THE_TEMPLATE
 from pipeline.source.rows import Source
@@ -41,6 +41,7 @@ _SCORE = re.compile(r"(score|rating|reward|grade)s?|.+(score|rating|reward|grade
 """What is left of the name of a score without `chosen` or `rejected`: such a word, or a kind of it, as in `avg_rating`. What
 goes on behind the word says something about the score, as `rating_rationale`."""
 _PLAIN = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+_NO_OTHERS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +140,11 @@ def score_columns(names: Iterable[str]) -> list[tuple[str, str]]:
     return [(name, partner) for _, name, partner in sorted(found, key=lambda score: score[0])]
 
 
-def resolve_columns(dataset: DatasetSection, source: Source) -> Columns:
+def resolve_columns(dataset: DatasetSection, source: Source, others: Mapping[str, str] = _NO_OTHERS) -> Columns:
     """Return the columns of a source after a look at its rows, and log what was found.
 
     A text format is read once for it, because a column may appear in the last row; of a stream only the first rows are read.
+    `others` are columns that another stage reads, by the setting of [dataset] that names them.
 
     Raises:
         InputError: A column is missing, or a column holds transcripts and other texts.
@@ -160,11 +162,12 @@ def resolve_columns(dataset: DatasetSection, source: Source) -> Columns:
             if value.get(columns.prompt or "") not in (None, "", []):
                 count.add(value)
         columns = find_columns(dataset, names)
+    _check_others(dataset, others, names)
     if columns.guesses_input and not _are_texts(columns, source, count):
         columns = replace(columns, input=None, guesses_input=False)
     responses = (columns.chosen, columns.rejected)
     columns = replace(columns, transcripts=transcript_columns(dataset, columns.prompt, responses, count))
-    _report(columns, names)
+    _report(columns, names, others.values())
     return columns
 
 
@@ -188,10 +191,10 @@ def _check_doubled(source: Source, columns: Columns) -> Columns:
     return columns
 
 
-def check_source(dataset: DatasetSection) -> None:
+def check_source(dataset: DatasetSection, others: Mapping[str, str] = _NO_OTHERS) -> None:
     """Check before a build that the source can be opened and has its columns; a hub dataset is left to the build.
 
-    Of a text format as many rows are read as it takes to see every column.
+    Of a text format as many rows are read as it takes to see every column. For `others` see `resolve_columns`.
 
     Raises:
         InputError: The source cannot be read, or a column is not there.
@@ -206,10 +209,12 @@ def check_source(dataset: DatasetSection) -> None:
             names.update(new)
             try:
                 find_columns(dataset, names)
+                _check_others(dataset, others, names)
                 return
             except InputError:  # a later row may have the column
                 continue
     _check_doubled(source, find_columns(dataset, names))
+    _check_others(dataset, others, names)
 
 
 # --- finding -----------------------------------------------------------------------------------------------------------
@@ -233,8 +238,13 @@ def _usual(usual: str, names: Collection[str]) -> str | None:
     return usual if usual in names else next((name for name in names if _key(name) == _key(usual)), None)
 
 
-def _named(dataset: DatasetSection, setting: str, names: Collection[str]) -> str:
-    column = str(getattr(dataset, setting))
+def _check_others(dataset: DatasetSection, others: Mapping[str, str], names: Collection[str]) -> None:
+    for setting, column in others.items() if names else ():  # without names no row can be read
+        _named(dataset, setting, names, column)
+
+
+def _named(dataset: DatasetSection, setting: str, names: Collection[str], usual: str = "") -> str:
+    column = str(getattr(dataset, setting) or usual)
     if column in names:
         return column
     nearest = difflib.get_close_matches(column, names, n=1)
@@ -270,7 +280,7 @@ def _named_scores(dataset: DatasetSection, names: Collection[str]) -> tuple[str 
     return _named(dataset, "chosen_score_column", names), _named(dataset, "rejected_score_column", names)
 
 
-def _report(columns: Columns, names: Collection[str]) -> None:
+def _report(columns: Columns, names: Collection[str], read_later: Collection[str]) -> None:
     """Log the columns that were found by another name than the plain one, and those that are not read."""
     found = {role: column for role, column in columns.by_role().items() if _PLAIN.get(role) != column}
     if found:
@@ -282,6 +292,6 @@ def _report(columns: Columns, names: Collection[str]) -> None:
             f"prepare: scores are read from {columns.chosen_score!r} and {columns.rejected_score!r}, and not from {listed}; "
             "set dataset.chosen_score_column and dataset.rejected_score_column to choose"
         )
-    unused = [name for name in names if name not in columns.needed()]
+    unused = [name for name in names if name not in {*columns.needed(), *read_later}]
     if unused:
         _log.warning(f"prepare: columns that are not read: {', '.join(map(repr, unused))}")

@@ -6,12 +6,12 @@ Called by prepare and by the dry run. Does not know the store: the pairs are com
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from pipeline.recipe import DatasetSection
+from pipeline.dataset_section import DatasetSection
 from pipeline.source.answers import read_pairs
 from pipeline.source.columns import Columns, resolve_columns
 from pipeline.source.external_sort import ExternalSort
@@ -53,12 +53,14 @@ def read_source(dataset: DatasetSection) -> Iterator[tuple[RawRow, Pair | Unusab
     yield from pairs_of(source, resolve_columns(dataset, source))
 
 
-def pairs_of(source: Source, columns: Columns) -> Iterator[tuple[RawRow, Pair | Unusable]]:
+def pairs_of(
+    source: Source, columns: Columns, others: Collection[str] = ()
+) -> Iterator[tuple[RawRow, Pair | Unusable]]:
     """Yield each row of an opened source with its pair, or with the reason why it has none.
 
-    A row with several answers comes once for each of its pairs.
+    A row with several answers comes once for each of its pairs. The rows have the columns that are needed, and `others`.
     """
-    for row in source.rows(columns.needed()):
+    for row in source.rows({*columns.needed(), *others}):
         row = with_split(row, columns.split)
         if row.reason is not None:
             yield row, Unusable(row.reason, row.detail)

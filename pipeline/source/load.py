@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.recipe import DatasetSection
+from pipeline.dataset_section import DatasetSection
 from pipeline.source.arrow_files import arrow, arrow_source, parquet
 from pipeline.source.json_files import check_encoding, json_array, json_lines
 from pipeline.source.rows import RawRow, Source, checked_size, joined

@@ -80,7 +80,10 @@ class Source:
             InputError: The source is damaged.
         """
         rows = islice(self.read(columns), self.max_rows)
-        return (replace(row, split=self.split) for row in rows) if self.split else rows
+        if not self.split:
+            return rows
+        # Not with `replace`, which takes ten times as long.
+        return (RawRow(row.source_row, row.value, row.reason, row.detail, row.raw, self.split) for row in rows)
 
 
 def joined(name: str, sources: list[Source]) -> Source:

@@ -21,8 +21,9 @@ import pyarrow as pa
 
 from pipeline.chat.pair_ids import Limits, TokenizedPair
 from pipeline.chat.tokenizer import RENDERING_VERSION, ChatTokenizer, model_number
+from pipeline.dataset_section import DatasetSection
 from pipeline.provenance import provenance
-from pipeline.recipe import DatasetSection, Recipe
+from pipeline.recipe import Recipe
 from pipeline.source.columns import Columns, resolve_columns
 from pipeline.source.compare import Account, kept_version
 from pipeline.source.external_sort import ExternalSort
@@ -40,7 +41,7 @@ from weights_store.fingerprint import explain_difference, fingerprint
 from weights_store.messages import Progress, logger, show
 from weights_store.names import quarantine_path, tokens_path
 from weights_store.processes.spread import Spread, in_turn
-from weights_store.schemas import QUARANTINE, SCHEMA_VERSION, Reason
+from weights_store.schemas import OF_LATER_STAGES, QUARANTINE, SCHEMA_VERSION
 from weights_store.tables.metadata import SourceRecord
 from weights_store.tables.shards import ShardRecord
 
@@ -113,6 +114,8 @@ class Preparation:
     """Whether the weights are made from annotators' scores of both responses."""
     learns_from: str | None
     """The split whose labels contrastive models or estimator `head` learn; None for all pairs, or if nothing learns them."""
+    weight_columns: Mapping[str, str]
+    """Columns that stage annotate reads, see `Recipe.weight_columns`."""
     tokenizer: ChatTokenizer
     context: int
     """Longest sequence of the model, in tokens."""
@@ -153,8 +156,8 @@ class Preparation:
         store = WeightStore(recipe.store.uri)
         tokens = store.table(tokens_path(f"{dataset.name}-{fingerprint(cut)[:12]}"))
         quarantine = store.table(quarantine_path(tokens.path))
-        needs_scores, learns_from = recipe.needs_scores, recipe.learns_from
-        return cls(dataset, needs_scores, learns_from, tokenizer, context, cut, asked, store, tokens, quarantine)
+        of_weights = (recipe.needs_scores, recipe.learns_from, recipe.weight_columns)
+        return cls(dataset, *of_weights, tokenizer, context, cut, asked, store, tokens, quarantine)
 
     @cached_property
     def opened(self) -> Source:
@@ -172,7 +175,7 @@ class Preparation:
         Raises:
             InputError: A column is not there.
         """
-        return resolve_columns(self.dataset, self.opened)
+        return resolve_columns(self.dataset, self.opened, self.weight_columns)
 
     @cached_property
     def source(self) -> SourceRecord:
@@ -337,9 +340,9 @@ class _Update:
 
     def _commit_quarantine(self, unusable: ExternalSort) -> None:
         quarantine = self.start.quarantine
-        if self.kept is not None and self.quarantine_base is not None:  # what no scorer could score stays
-            is_unscorable = pl.col("reason") == Reason.UNSCORABLE.value
-            old = quarantine.scan(self.quarantine_base).filter(is_unscorable).collect()
+        if self.kept is not None and self.quarantine_base is not None:  # what later stages have refused stays
+            of_later_stages = pl.col("reason").is_in(OF_LATER_STAGES)
+            old = quarantine.scan(self.quarantine_base).filter(of_later_stages).collect()
             unusable.add(old.to_arrow().select(QUARANTINE.names).cast(QUARANTINE))
         for _, rows in self.intake.unusable.ranges():
             unusable.add(rows)

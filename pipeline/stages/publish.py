@@ -43,6 +43,7 @@ class Ingredients:
     negative_logps: TableVersion | None = None
     attributions: TableVersion | None = None
     anchors: TableVersion | None = None
+    annotations: TableVersion | None = None
     more_logps: Mapping[str, TableVersion] = field(default_factory=dict)
     """Those of further contrastive pairs by role: `positive2_logps`, `negative2_logps` and so on."""
 
@@ -53,12 +54,13 @@ class Ingredients:
         logps: Mapping[str, TableVersion],
         attributions: TableVersion | None = None,
         anchors: TableVersion | None = None,
+        annotations: TableVersion | None = None,
     ) -> "Ingredients":
         """Return the ingredients, with log-probs by the role of their scorer; those of `ref` must be there."""
         more = {f"{role}_logps": version for role, version in logps.items()}
         ref, positive, negative = (more.pop(f"{role}_logps", None) for role in ("ref", "positive", "negative"))
         assert ref is not None, "no log-probs of the reference"
-        return cls(tokens, ref, positive, negative, attributions, anchors, more)
+        return cls(tokens, ref, positive, negative, attributions, anchors, annotations, more)
 
     def by_role(self) -> dict[str, TableVersion]:
         """Return those that are there, by role."""
@@ -93,7 +95,7 @@ def publish(
     """Weigh every pair that has all its scores and publish the result as `weights/<name>`.
 
     `weights` is usually the recipe's own section. `check` is called before weighing if a new version is needed; it may raise,
-    and its result is recorded, see `parity.check_stored`. `tokenizer_folder` is only read to smooth weights over words.
+    and its result is recorded, see `parity.check_stored`. `tokenizer_folder` is only read for weights that depend on texts.
     `spread` does the work on the ranges of pair_ids; None: on Ray if the recipe says so, which a child process drives, else
     here, one after the other.
 
@@ -121,7 +123,7 @@ def _publish(
 ) -> Published:
     wanted = Wanted.of(recipe, weights, ingredients)
     if wanted.newest and wanted.is_there:  # its pairs are the same, but bad rows may have come or gone
-        balanced = _with_balance(wanted.newest["statistics"], ingredients.tokens)
+        balanced = _with_balance(wanted.newest["statistics"], ingredients)
         metadata: CommitMetadata = {**wanted.newest, "statistics": balanced}
         return _published(wanted, wanted.table.reference(wanted.base), metadata, is_new=False)
     if expect_same and wanted.made_differently:
@@ -130,7 +132,7 @@ def _publish(
             "Give the result another weights.name, or leave --expect-same out"
         )
     join = Join(ingredients.by_role(), weights)
-    join.check_annotations()
+    join.check_scores()
     seen = _seen_labels(recipe, ingredients)
     weigher = Weigher.of(weights, tokenizer_folder, seen, recipe.labels)
     checked = check()
@@ -180,7 +182,7 @@ def _metadata(recipe: Recipe, ingredients: Ingredients, wanted: "Wanted", statis
         "recipe": recipe.model_dump(),
         "parents": [{"role": role, **parent.as_parent()} for role, parent in ingredients.by_role().items()],
         "tokenizer": _recorded(ingredients.tokens)["tokenizer"],
-        "statistics": _with_balance(statistics, ingredients.tokens),
+        "statistics": _with_balance(statistics, ingredients),
         "changes": wanted.changes,
         "packages": software["packages"],
         "python": software["python"],
@@ -221,13 +223,15 @@ def _contrast_record(recipe: Recipe, tokens: TableVersion, seen: SeenLabels) -> 
     return record
 
 
-def _with_balance(statistics: Statistics, tokens: TableVersion) -> Statistics:
+def _with_balance(statistics: Statistics, ingredients: Ingredients) -> Statistics:
     """Add where every source row went: rows in = published + quarantined."""
-    prepared = _recorded(tokens)["statistics"]
+    prepared = _recorded(ingredients.tokens)["statistics"]
     quarantined = dict(prepared["quarantined"])
-    unscorable = prepared["num_pairs"] - statistics["num_pairs"]
-    if unscorable:
-        quarantined[Reason.UNSCORABLE.value] = unscorable
+    annotations, num_left_out = ingredients.annotations, prepared["num_pairs"] - statistics["num_pairs"]
+    num_bad = 0 if annotations is None else prepared["num_pairs"] - _recorded(annotations)["statistics"]["num_pairs"]
+    for reason, count in ((Reason.BAD_WEIGHTS, num_bad), (Reason.UNSCORABLE, num_left_out - num_bad)):
+        if count:
+            quarantined[reason.value] = count
     return {**statistics, "num_source_rows": prepared["num_source_rows"], "quarantined": quarantined}
 
 
@@ -283,9 +287,11 @@ class Wanted:
     def may_append_to(self) -> int | None:
         """The version that new rows can be added to if all its pairs are still there; None if all rows must be written again.
 
-        Where weights depend on the whole dataset, every new pair changes all of them.
+        Where weights depend on the whole dataset, every new pair changes all of them. Of the user's own weights nobody knows
+        without a comparison which ones have changed: to weigh all pairs again is as quick.
         """
-        return None if self.made_differently or self.section.looks_at_all_pairs else self.base
+        has_own = any(change.startswith("data.annotations:") for change in self.changes)
+        return None if self.made_differently or self.section.looks_at_all_pairs or has_own else self.base
 
     def appended_to(self, ingredients: Ingredients) -> int | None:
         """Return the version whose rows stay, so that only new rows are added; None if all rows must be written again."""

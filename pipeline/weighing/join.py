@@ -25,9 +25,9 @@ BATCH_PAIRS = 16_384
 
 _PER_ID = ("ref_logps", "attributions", "activations")
 _LENGTHS_OF = {f"{side}_{what}": f"{side}_ids" for side in SIDES for what in _PER_ID}
-_LENGTHS_OF["anchor_ref_logps"] = "anchor_ids"
+_LENGTHS_OF |= {f"{side}_values": f"{side}_ids" for side in SIDES} | {"anchor_ref_logps": "anchor_ids"}
 """Lists of a join, and the ids of which each has one value per id. Those of the contrastive pairs: see `Join.pairs`."""
-_BESIDES_LOGPS = "^prompt$|_score$|_top_|attribution|activations|contexts|^anchor_"
+_BESIDES_LOGPS = "^prompt$|_score$|_top_|attribution|activations|contexts|_values?$|^anchor_"
 """Columns of a join that log-ratios are not made of."""
 _ATTRIBUTIONS: dict[Input, str] = {
     "attributions": "attributions",
@@ -125,6 +125,10 @@ class Join:
             return rows.select(name for name in WEIGHTS.names if name in TOKENS.names)
         if role == "anchors":
             return rows.select("pair_id", "anchor_ids", pl.col("anchor_logps").alias("anchor_ref_logps"))
+        if role == "annotations":
+            inputs = self.section.inputs()
+            of_sides = [f"{side}_values" for side in SIDES] if "own weights" in inputs else []
+            return rows.select("pair_id", *of_sides, *(["pair_value"] if "own pair weights" in inputs else []))
         if role == "attributions":
             kinds = [column for kind, column in _ATTRIBUTIONS.items() if kind in self.section.inputs()]
             return rows.select("pair_id", *(f"{side}_{kind}" for kind in kinds for side in SIDES))
@@ -133,7 +137,7 @@ class Join:
         names = {f"{side}_{kind}": f"{side}_{prefix}_{kind}" for kind in kinds for side in SIDES}
         return rows.select("pair_id", *names).rename(names)
 
-    def check_annotations(self) -> None:
+    def check_scores(self) -> None:
         """Check that all pairs have the annotators' scores that `weights.pair_weight` needs.
 
         Raises:

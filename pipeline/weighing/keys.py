@@ -2,7 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+
+from pipeline.marks.patterns import compile_pattern
 
 Calibrated = Literal["calibrated"]
 _SCALE = (
@@ -40,3 +42,25 @@ DecayGamma = Annotated[float, Field(gt=0, le=1, description="factor per token, t
 _REWARD = "weight per nat of log π+ − log ref: alpha times the beta of the DPO model. TGDPO's release has 0.5 times 0.1"
 RewardFactor = Annotated[float, Field(gt=0, description=_REWARD)]
 CriticalBeta = Annotated[float, Field(ge=0, description="how much p− counts against p+; 1 in cDPO's release")]
+_PER = (
+    "what a number of the columns `dataset.chosen_weights_column` and `dataset.rejected_weights_column` stands for: a token, a "
+    "character of the response's text, or a message of the response"
+)
+Per = Annotated[Literal["token", "character", "message"], Field(description=_PER)]
+Rest = Annotated[float, Field(ge=0, allow_inf_nan=False, description="weight of the characters that nothing marks")]
+DiffGamma = Annotated[
+    float, Field(ge=0, allow_inf_nan=False, description="weight of the tokens that are not in the other response")
+]
+
+
+def _is_pattern(text: str) -> str:
+    compile_pattern(text)
+    return text
+
+
+_PATTERNS = (
+    "regular expressions over the text of a response, each with a weight, such as `[['@code', 2], ['(?i)sorry', 0.5]]`; the "
+    "last one that matches a character counts, see [weights.md](weights.md#patterns)"
+)
+Pattern = tuple[Annotated[str, AfterValidator(_is_pattern)], Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+Patterns = Annotated[tuple[Pattern, ...], Field(description=_PATTERNS)]

@@ -22,7 +22,7 @@ from pipeline.weighing.weigh import Weigher, one_chunk, pair_weights
 from weights_store import Table
 from weights_store.messages import Progress, show
 from weights_store.processes.spread import Spread
-from weights_store.schemas import ATTRIBUTIONS, FLOATS, WEIGHTS
+from weights_store.schemas import ANNOTATIONS, ATTRIBUTIONS, FLOATS, WEIGHTS
 from weights_store.tables.key_ranges import KeyRange
 from weights_store.tables.metadata import Statistics
 from weights_store.tables.shards import ShardRecord, Written
@@ -159,6 +159,6 @@ def _weigh_batch(joined: pl.DataFrame, weigher: Weigher, margins: Margins | None
 
 def _lists(joined: pl.DataFrame) -> pa.Table:
     """Return a join as an Arrow table with the types of the store: Polars hands out 64-bit offsets."""
-    kinds = {field.name: field.type for schema in (WEIGHTS, ATTRIBUTIONS) for field in schema}
+    kinds = {field.name: field.type for schema in (WEIGHTS, ATTRIBUTIONS, ANNOTATIONS) for field in schema}
     schema = pa.schema([(name, kinds.get(name, FLOATS)) for name in joined.columns])
     return joined.to_arrow().cast(schema).combine_chunks()

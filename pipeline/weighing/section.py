@@ -16,7 +16,11 @@ from weights_store.names import check_new_name
 
 Name = TypeVar("Name", bound=str)
 
-PAIR_WEIGHT_SETTINGS: dict[str, tuple[str, ...]] = {"quality": ("quality_eta",), "margin": ("margin_tau",)}
+PAIR_WEIGHT_SETTINGS: dict[str, tuple[str, ...]] = {
+    "quality": ("quality_eta",),
+    "margin": ("margin_tau",),
+    "column": (),
+}
 """The keys of [weights] that each kind of pair weight reads."""
 
 
@@ -67,11 +71,12 @@ class WeightsSection(Section):
     )
     smooth_window: int = Field(3, ge=3, description="tokens in the mean over tokens; an odd number")
     decay_gamma: DecayGamma = 0.98
-    pair_weight: Literal["none", "quality", "margin"] = Field(
+    pair_weight: Literal["none", "quality", "margin", "column"] = Field(
         "none",
         description="`quality`: sigmoid(quality_eta * (score of chosen - score of rejected)), needs both scores in every pair; "
         "`margin`: max(0, 2 sigmoid(m / margin_tau) - 1), m the log-ratios of the contrastive pair summed over chosen minus "
-        "over rejected tokens. The loss is still divided by the number of pairs",
+        "over rejected tokens; `column`: the number in `dataset.pair_weight_column`. The loss is still divided by the number "
+        "of pairs",
     )
     quality_eta: float = Field(0.7, gt=0, description="per unit of the annotators' scores")
     margin_tau: float = Field(1.0, gt=0, description="in nats")
@@ -148,6 +153,17 @@ class WeightsSection(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _marks_are_given(self) -> "WeightsSection":
+        names = self.estimators.keys()
+        if "pattern" in names and not getattr(self, "patterns", ()):
+            raise ValueError(
+                "estimator 'pattern' has no pattern: set weights.patterns, for example to [['@code', 2.0]]"
+            )
+        if {"column", "spans"} <= names:
+            raise ValueError("estimators 'column' and 'spans' read the same columns of the source: keep one of them")
+        return self
+
     @property
     def estimators(self) -> dict[str, Estimator]:
         """The estimator, or the members of the ensemble, by name."""
@@ -164,6 +180,8 @@ class WeightsSection(Section):
             found.add("words")
         if self.pair_weight == "margin":
             found.add("contrastive pair")
+        if self.pair_weight == "column":
+            found.add("own pair weights")
         return found
 
     @property
@@ -204,7 +222,7 @@ class WeightsSection(Section):
         """Return the name and the settings that determine the weights, for fingerprints."""
         common, read = WeightsSection.model_fields, {"name", *self.read_keys()}
         own = [key for key in type(self).model_fields if key not in common]
-        settings = {key: getattr(self, key) for key in ("name", "estimator", *own, *common) if key in read}
+        settings = {key: _as_stored(getattr(self, key)) for key in ("name", "estimator", *own, *common) if key in read}
         for key, value in (("scale", 1), ("spread", "none")):
             if settings.get(key) == value:  # the key came later, and what was built without it is the same
                 del settings[key]
@@ -235,6 +253,11 @@ class _EnsembleSection(WeightsSection):
     def read_keys(self) -> set[str]:
         """Return the keys that determine the weights."""
         return super().read_keys() | {"members"}
+
+
+def _as_stored(value: object) -> object:
+    """Return a setting as JSON gives it back, so that it equals what an earlier version has recorded."""
+    return [_as_stored(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 # --- the models -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from pipeline.marks.characters import Vocabulary
+from pipeline.marks.subsequence import differing
 from pipeline.weighing import transforms
 from pipeline.weighing.draws import token_keys
 from pipeline.weighing.estimators import SideScores, SideWeights, ensemble
@@ -40,6 +42,8 @@ class Weigher:
 
     section: WeightsSection
     words: WordStarts | None = None
+    vocabulary: Vocabulary | None = None
+    """The bytes of each token, for estimators that read the text."""
     seen: SeenLabels = NONE_SEEN
     """Which labels the scores have seen."""
     labels: Selection = ALL_LABELS
@@ -64,15 +68,21 @@ class Weigher:
         """Return the weigher of a recipe; reads the tokenizer's vocabulary if the settings need it.
 
         Raises:
-            InputError: They need it, and no folder is given.
+            InputError: They need it, and no folder is given, or the tokens' texts cannot be told.
         """
-        if "words" not in section.inputs():
-            return cls(section, None, seen, labels)
+        weigher, inputs = cls(section, seen=seen, labels=labels), section.inputs()
+        for needed, setting in (("words", "weights.smooth_over 'words'"), ("text", "estimator 'pattern'")):
+            if needed in inputs and tokenizer_folder is None:
+                raise InputError(
+                    f"{setting} needs the tokenizer that the pairs were tokenised with, got none: give its folder"
+                )
         if tokenizer_folder is None:
-            raise InputError(
-                "weights.smooth_over 'words' needs the tokenizer that the pairs were tokenised with, got none: give its folder"
-            )
-        return cls(section, WordStarts.of_folder(tokenizer_folder), seen, labels)
+            return weigher
+        return replace(
+            weigher,
+            words=WordStarts.of_folder(tokenizer_folder) if "words" in inputs else None,
+            vocabulary=Vocabulary.of_folder(tokenizer_folder) if "text" in inputs else None,
+        )
 
     def sides(self, lists: pa.Table) -> dict[Side, Weighed]:
         """Return the weights of both sides of at least one pair; `lists` are joined columns, each in one chunk.
@@ -81,7 +91,7 @@ class Weigher:
             MismatchError: A score is not valid, or a weight is 0 and a transform takes its log.
         """
         found: dict[Side, Weighed] = {}
-        for side, scores in self.scores(lists).items():
+        for side, scores in self._with_marks(self.scores(lists), lists).items():
             try:
                 found[side] = Weighed(scores, weigh(scores, self.section, self.curves.get(side), self.multipliers))
             except ValueError as error:
@@ -92,6 +102,18 @@ class Weigher:
     def scores(self, lists: pa.Table) -> dict[Side, SideScores]:
         """Return what is known of the tokens of at least one pair; `lists` are joined columns, each in one chunk."""
         return {side: self._scores(lists, side) for side in SIDES}
+
+    def _with_marks(self, scores: dict[Side, SideScores], lists: pa.Table) -> dict[Side, SideScores]:
+        """Add what is known from the responses themselves. It takes longer than all else, and no fit of scores needs it."""
+        responses = {side: responses_of(lists, side) for side in SIDES}
+        if "other response" in self.section.inputs():
+            chosen, rejected = responses.values()
+            masks = differing(chosen.ids, chosen.lengths, rejected.ids, rejected.lengths)
+            scores = {side: replace(scores[side], differs=mask) for side, mask in zip(SIDES, masks, strict=True)}
+        if self.vocabulary is not None:
+            texts = {side: self.vocabulary.characters(each.ids, each.lengths) for side, each in responses.items()}
+            scores = {side: replace(scores[side], characters=characters) for side, characters in texts.items()}
+        return scores
 
     @property
     def scales(self) -> dict[str, float]:
@@ -127,6 +149,7 @@ class Weigher:
             token_keys=token_keys(lists["pair_id"].to_pylist(), side, lengths) if needs_keys else None,
             rewards=rewards,
             word_starts=self.words.starts(ids, lengths) if self.words is not None and ids is not None else None,
+            own_weights=flat(f"{side}_values"),
         )
 
 
@@ -189,6 +212,8 @@ def pair_weights(section: WeightsSection, lists: pa.Table, sides: Mapping[Side, 
     a step on the pair goes with p in the direction of its gradient and with 1 - p against it: 2 p - 1 of it is left on
     average. A pair whose contrastive models cannot tell which response is better gets 0, and so does one where they prefer the
     rejected response: a negative weight would train on the opposite label. Our own.
+
+    `column`: the number that the source has for the pair.
     """
     if section.pair_weight == "quality":
         chosen, rejected = (one_chunk(lists[f"{side}_score"]).to_numpy().astype(np.float64) for side in SIDES)
@@ -197,6 +222,8 @@ def pair_weights(section: WeightsSection, lists: pa.Table, sides: Mapping[Side, 
         of_sides = (sides[side].scores for side in SIDES)
         chosen, rejected = (transforms.means(each.logratios(), each.lengths) * each.lengths for each in of_sides)
         return np.tanh(np.maximum(chosen - rejected, 0) / (2 * section.margin_tau)).astype(np.float32)
+    if section.pair_weight == "column":
+        return one_chunk(lists["pair_value"]).to_numpy()
     return np.ones(lists.num_rows, dtype=np.float32)
 
 

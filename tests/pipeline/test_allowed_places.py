@@ -7,9 +7,10 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
+from pipeline.dataset_section import DatasetSection
 from pipeline.models.launch import Launch
 from pipeline.models.resolve import resolve_path
-from pipeline.recipe import DatasetSection, Recipe
+from pipeline.recipe import Recipe
 from pipeline.source.load import open_source
 from train.config import TrainConfig
 from train.run import build_parser, load_config

@@ -1,4 +1,6 @@
+import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -335,6 +337,48 @@ def test_each_estimator_asks_for_what_it_reads():
     assert asks("weights.estimator=ti", "weights.pair_weight=quality") == (False, True)
 
 
+def test_own_weights_are_read_from_the_columns_that_are_needed():
+    assert _load().weight_columns == {}
+    assert _load("weights.estimator=column").weight_columns == {
+        "chosen_weights_column": "chosen_weights",
+        "rejected_weights_column": "rejected_weights",
+    }
+    named = ["dataset.chosen_weights_column=a", "dataset.rejected_weights_column=b", "weights.pair_weight=column"]
+    members = ["weights.estimator=ensemble", "weights.members=['spans','tis']"]
+    assert list(_load(*members, *named).weight_columns.values()) == ["a", "b", "pair_weight"]
+    assert list(_load(*members).weight_columns.values()) == ["chosen_spans", "rejected_spans"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["weights.estimator=pattern"], "estimator 'pattern' has no pattern"),
+        (["weights.estimator=pattern", "weights.patterns=[['(', 1]]"], "'(' is no regular expression"),
+        (["weights.estimator=pattern", "weights.patterns=[['a', -1]]"], "greater than or equal to 0"),
+        (["weights.estimator=ensemble", "weights.members=['column','spans']"], "read the same columns of the source"),
+        (["weights.estimator=column", "dataset.many_answers=combine"], "makes several pairs of a row"),
+        (
+            ["dataset.chosen_weights_column=a"],
+            "set both dataset.chosen_weights_column and dataset.rejected_weights_column",
+        ),
+        (["weights.estimator=diff", "weights.diff_gamma=0", "weights.transforms=['shrink']"], "gives weights of 0"),
+    ],
+)
+def test_marks_that_cannot_be_used_are_refused(overrides, problem):
+    with pytest.raises(SettingsError, match=re.escape(problem)):
+        _load(*overrides)
+
+
+def test_patterns_are_in_the_identity_in_their_order():
+    both = [
+        _load("weights.estimator=pattern", f"weights.patterns={given}").result_settings()["weights"]
+        for given in ("[['@code', 2], ['x', 0.5]]", "[['x', 0.5], ['@code', 2]]")
+    ]
+    assert both[0]["patterns"] == [["@code", 2.0], ["x", 0.5]]
+    assert both[0] == json.loads(json.dumps(both[0]))
+    assert both[0] != both[1]
+
+
 def test_what_changes_weights_is_in_the_identity_and_nothing_else():
     ti = _load("weights.estimator=ti").result_settings()
     assert ti["weights"] == {
@@ -445,14 +489,16 @@ def test_a_recipe_comes_back_from_a_deployment(estimator):
     from pipeline.recipe import Recipe
 
     inputs = ["score.top_k=8", "attribute.activations=true"]
-    members = ["weights.members=['threshold','ti']"] if estimator == "ensemble" else []
-    recipe = _load(f"weights.estimator={estimator}", *inputs, *members)
+    needed = {
+        "ensemble": ["weights.members=['threshold','ti']"],
+        "pattern": ["weights.patterns=[['@code',2],['x',0.5]]"],
+    }
+    recipe = _load(f"weights.estimator={estimator}", *inputs, *needed.get(estimator, []))
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
     assert pickle.loads(pickle.dumps(recipe)) == recipe
 
 
 def test_every_key_stands_in_the_settings_page_and_no_other():
-    import re
     from typing import get_args
 
     from pipeline.recipe import Recipe

@@ -12,7 +12,7 @@ from weights_store.checks.files import SoundTable
 from weights_store.checks.findings import Finding
 from weights_store.checks.log import TableLog
 from weights_store.fingerprint import fingerprint
-from weights_store.schemas import Reason
+from weights_store.schemas import OF_LATER_STAGES
 from weights_store.tables.metadata import CommitMetadata, Parent, Statistics
 
 _DIGITS = 12  # of a fingerprint, in messages
@@ -84,7 +84,7 @@ def check_quarantine(tokens: TableLog, log: TableLog, quarantine: SoundTable) ->
     expected = _statistics(tokens).get("quarantined")
     if expected is None or not quarantine.is_whole or _statistics(log).get("num_pairs") == 0:
         return
-    reasons = quarantine.scan().filter(pl.col("reason") != Reason.UNSCORABLE.value).group_by("reason").len()
+    reasons = quarantine.scan().filter(~pl.col("reason").is_in(OF_LATER_STAGES)).group_by("reason").len()
     with quarantine.reading():
         found = dict(reasons.collect().iter_rows())
     for reason in sorted({*found, *expected}):

@@ -26,7 +26,7 @@ TOKEN_COLUMNS = {name: name for name in ("prompt_ids", "chosen_ids", "rejected_i
 REF_COLUMNS = {f"{side}_ref_{what}": f"{side}_{what}" for side in SIDES for what in ("logps", "top_ids", "top_logps")}
 ANCHOR_COLUMNS = {"anchor_ids": "anchor_ids", "anchor_ref_logps": "anchor_logps"}
 """Columns of weights, and the columns of tokens, reference log-probs and anchors that they are copied from."""
-PER_TOKEN_COLUMNS = {f"{side}_{what}": f"{side}_ids" for side in SIDES for what in ("logps", "attributions")}
+PER_TOKEN_COLUMNS = {f"{side}_{what}": f"{side}_ids" for side in SIDES for what in ("logps", "attributions", "values")}
 """Columns with one number per id, and the column of the ids."""
 _THEIRS = "_of_parent"
 _Found = tuple[str, int, Finding]  # a kind of problem, how many pairs have it, and the first of them

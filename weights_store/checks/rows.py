@@ -49,7 +49,7 @@ SIZE = Law(lambda values: np.isfinite(values) & (values > 0), "expected a finite
 FINITE = Law(lambda values: np.isfinite(values), "expected a finite number")
 
 _LAWS = {"logps": LOGP, "activations": SIZE, "contexts": FINITE}
-_LAWS |= dict.fromkeys(("weights", "weight", "attributions", "attribution"), WEIGHT)
+_LAWS |= dict.fromkeys(("weights", "weight", "attributions", "attribution", "values", "value"), WEIGHT)
 """The law of a column, by the last word of its name."""
 _ONE_PER = {
     "token_weights": "ids",
@@ -98,6 +98,9 @@ def violations(
                 wanted = None if scorer is None else bool(scorer.get(option, False))
                 yield from _partly_null(rows, [f"{side}_{column}" for side in SIDES], wanted)
             yield from _context_laws(rows, scorer)
+        case "annotations":
+            yield from _partly_null(rows, [f"{side}_values" for side in SIDES], None)
+            yield from _partly_null(rows, ["pair_value"], None)
         case "weights":
             yield from _top_laws(rows, "ref_", scorer)
         case "quarantine":

@@ -32,7 +32,7 @@ from weights_store.errors import DamageError, NotFoundError, SettingsError
 from weights_store.names import quarantine_path
 from weights_store.processes.spread import Spread, in_turn
 from weights_store.store import WeightStore
-from weights_store.tables.metadata import Parent, ScorerRecord
+from weights_store.tables.metadata import CommitMetadata, Parent, ScorerRecord
 from weights_store.tables.shards import ShardRecord
 
 
@@ -127,6 +127,10 @@ class _Verification:
             versions = sorted(log.commits, reverse=True)
             references = [parent for version in versions for parent in parents(log.metadata(version))]
             yield from self._compare(PER_TOKEN_COLUMNS, rows, _of_kind("tokens", references), by_length=True)
+        if kind == "annotations":
+            made = log.metadata(log.newest)
+            columns = PER_TOKEN_COLUMNS if _has_values(made) else {}
+            yield from self._compare(columns, rows, _of_kind("tokens", parents(made)), by_length=True)
         if kind == "weights":
             references = parents(log.metadata(log.newest))
             yield from self._compare(TOKEN_COLUMNS, rows, _of_kind("tokens", references))
@@ -162,6 +166,13 @@ class _Verification:
 def _of_kind(kind: str, references: Iterable[Parent], role: str | None = None) -> list[Parent]:
     of_kind = [parent for parent in references if parent["table"].startswith(f"{kind}/")]
     return [parent for parent in of_kind if role in (None, parent.get("role"))]
+
+
+def _has_values(metadata: CommitMetadata | None) -> bool:
+    """Return whether annotations have numbers of tokens, and not of pairs alone; a damaged commit may hold anything."""
+    annotation: object = (metadata or {}).get("annotation")
+    settings = annotation.get("settings") if isinstance(annotation, dict) else None
+    return isinstance(settings, dict) and settings.get("unit") is not None
 
 
 def _with_damage(table: SoundTable, findings: Iterator[Finding]) -> Iterator[Finding]:

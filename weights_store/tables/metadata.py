@@ -78,6 +78,15 @@ class ContrastRecord(TypedDict):
     """Whether these are the pairs that estimator `head` was fitted on, and there are no contrastive models."""
 
 
+class AnnotationRecord(TypedDict):
+    """How the user's own weights were read into a table of annotations."""
+
+    settings: Section
+    """The columns, and what their numbers stand for."""
+    source: SourceRecord
+    """What they were read from: that of the tokens table."""
+
+
 class ReferenceRecord(TypedDict, total=False):
     """The model whose log-probs stand in a weight dataset."""
 
@@ -260,6 +269,8 @@ class CommitMetadata(TypedDict, total=False):
     """Only of weights that trained contrastive models or estimator `head` have made."""
     contexts: ContextsRecord
     """Only of the first commit of attributions with contexts."""
+    annotation: AnnotationRecord
+    """Only of annotations."""
     parity: ParityRecord
     packages: dict[str, str]
     python: str

@@ -54,7 +54,7 @@ def _pair_lines(statistics: Statistics) -> list[tuple[str, str]]:
 
 def settings_text(settings: Mapping[str, object]) -> str:
     """Return an estimator with its settings, like "ti: ti_lambda 0.7, sigma_divisor 4.0, span response"."""
-    values = {key: ", ".join(value) if isinstance(value, list) else value for key, value in settings.items()}
+    values = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in settings.items()}
     told = ", ".join(f"{key} {value}" for key, value in values.items() if key not in ("name", "estimator"))
     return f"{values['estimator']}: {told}" if told else str(values["estimator"])
 

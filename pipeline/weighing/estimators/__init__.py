@@ -11,7 +11,7 @@ release's transforms are not normalised.
 # ruff: noqa: I001  (the order of the modules is that of the rows in the docs)
 
 from pipeline.weighing.estimators.registry import ESTIMATORS, Estimator, Input, SideScores, SideWeights, ensemble
-from pipeline.weighing.estimators import tis_dpo, tis_release, token_rewards, other_sources
+from pipeline.weighing.estimators import tis_dpo, tis_release, token_rewards, other_sources, own_marks
 
 __all__ = [
     "ESTIMATORS",
@@ -21,6 +21,7 @@ __all__ = [
     "SideWeights",
     "ensemble",
     "other_sources",
+    "own_marks",
     "tis_dpo",
     "tis_release",
     "token_rewards",

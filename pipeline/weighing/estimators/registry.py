@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from pipeline.marks.characters import Characters
 from pipeline.weighing.draws import draw_uniform
 from weights_store.schemas import Side
 
@@ -42,6 +43,12 @@ class SideScores:
     """Whether a word starts at each token, `[N]` bool."""
     rewards: np.ndarray | None = None
     """Token rewards of a fit on labels, `[N]` nats; see `head.py`."""
+    own_weights: np.ndarray | None = None
+    """The user's own weights, `[N]` float32; see `stages/annotate.py`."""
+    differs: np.ndarray | None = None
+    """Whether a token is not in the other response, `[N]` bool; see `marks/subsequence.py`."""
+    characters: Characters | None = None
+    """The texts of the responses, and the characters of each token."""
 
     @property
     def num_tokens(self) -> int:
@@ -102,8 +109,13 @@ Input = Literal[
     "words",
     "labels",
     "contexts",
+    "own weights",
+    "own pair weights",
+    "other response",
+    "text",
 ]
-"""What weighing reads of each token. Pair and reference: their log-probs. Token keys: see `draws.py`. Labels: see `head.py`."""
+"""What weighing reads of each token. Pair and reference: their log-probs. Token keys: see `draws.py`. Labels: see `head.py`.
+Own weights are columns of the source."""
 F = TypeVar("F", bound=Callable[..., SideWeights])
 
 

@@ -15,6 +15,7 @@ from pipeline.dry_run.table import plan_lines, plan_rows
 from pipeline.models.section import NEGATIVE_PROMPT, POSITIVE_PROMPT
 from pipeline.recipe import Recipe
 from pipeline.stages.anchors import anchors_identity
+from pipeline.stages.annotate import annotate
 from pipeline.stages.attribute import attribution_identity
 from pipeline.stages.contrast import contrast, untrained_pair
 from pipeline.stages.prepare import prepare
@@ -579,6 +580,25 @@ def test_both_go_on_where_they_were_at_the_rate_of_their_own_stage(prepared):
     plans = _plan(make(), TI_STAGES)
     assert _computed(plans) == ["publish", "report"]
     assert plans["anchors ref"].reasons[0].endswith(f"@1: {NUM_PAIRS} pairs")
+
+
+def test_own_weights_are_planned_and_reused_until_the_source_changes(make_recipe, source, toy_pairs, toy_model):
+    def rows(weight):
+        return [{**pair, "pair_weight": weight} for pair in toy_pairs[:3]]
+
+    def planned():
+        found = {stage.stage: stage for stage in plan(recipe)}
+        return found["annotate"].action, found["annotate"].num_pairs, found["annotate"].reasons
+
+    source(*rows(1.0))
+    recipe = make_recipe(**{"weights.estimator": "uniform", "weights.pair_weight": "column"})
+    action, num_pairs, reasons = planned()
+    assert (action, num_pairs, reasons[1]) == ("compute", 3, "columns 'pair_weight'")
+    assert reasons[0].startswith("new table annotations/toy-")
+    version = annotate(recipe, prepare(recipe, toy_model).tokens, toy_model)
+    assert planned() == ("reuse", 0, (f"{version}: 3 pairs",))
+    source(*rows(2.0))  # the pairs are the same
+    assert planned() == ("compute", 3, (f"{version}: all rows are written again", "columns 'pair_weight'"))
 
 
 def test_other_settings_of_one_of_them_leave_the_other_as_it_is(prepared):

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from pipeline.recipe import DatasetSection
+from pipeline.dataset_section import DatasetSection
 from pipeline.source.intake import read_source
 from pipeline.source.pairs import Pair
 

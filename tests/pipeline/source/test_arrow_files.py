@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.recipe import DatasetSection
+from pipeline.dataset_section import DatasetSection
 from pipeline.source.arrow_files import arrow, parquet
 from pipeline.source.columns import resolve_columns
 from pipeline.source.intake import pairs_of

@@ -5,7 +5,7 @@ import gzip
 import polars as pl
 import pytest
 
-from pipeline.recipe import DatasetSection
+from pipeline.dataset_section import DatasetSection
 from pipeline.source.columns import Columns, check_source, find_columns, score_columns
 from weights_store.errors import InputError
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.recipe import DatasetSection
+from pipeline.dataset_section import DatasetSection
 from pipeline.source import arrow_files, json_files, rows
 from pipeline.source.arrow_sizes import num_bytes
 from pipeline.source.intake import read_source

@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from pipeline.recipe import DatasetSection
+from pipeline.dataset_section import DatasetSection
 from pipeline.source.load import is_hub_id, open_source
 from weights_store.errors import InputError
 
@@ -87,7 +87,7 @@ def test_a_mistyped_folder_without_a_connection_fails_at_once_and_says_where_it_
     environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PYTHONPATH": str(REPO)}
     script = """
 import time
-from pipeline.recipe import DatasetSection
+from pipeline.dataset_section import DatasetSection
 from pipeline.source.load import open_source
 from weights_store.errors import InputError
 import datasets

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pyarrow as pa
 import pytest
 
-from pipeline.recipe import DatasetSection
+from pipeline.dataset_section import DatasetSection
 from pipeline.source.columns import resolve_columns
 from pipeline.source.intake import pairs_of
 from pipeline.source.messages import Unusable

@@ -1,7 +1,7 @@
 import pytest
 from datasets import Dataset, DatasetDict
 
-from pipeline.recipe import DatasetSection
+from pipeline.dataset_section import DatasetSection
 from pipeline.source.load import open_source
 from weights_store.errors import InputError
 from weights_store.settings import parse_settings

@@ -85,10 +85,15 @@ def _type(annotation):
         )
     if annotation in (float, int, str):
         return annotation.__name__
-    return "list" if "list[" in str(annotation) else r" \| ".join(get_args(annotation))
+    return (
+        "list"
+        if re.match(r"(typing\.Annotated\[)?(list|tuple)\[", str(annotation))
+        else r" \| ".join(get_args(annotation))
+    )
 
 
 def _default(value):
+    value = list(value) if isinstance(value, tuple) else value
     return f"`{str(value)!r}`".replace("'", '"') if isinstance(value, str) else f"`{value}`"
 
 

@@ -137,3 +137,45 @@ def test_more_certain_labels_weigh_more_and_no_weight_is_negative():
     assert (np.diff(weights) >= 0).all()
     assert weights[margins <= 0].max() == 0
     assert weights[-1] == pytest.approx(1)
+
+
+def test_own_weights_are_taken_as_they_are_and_transformed():
+    scores = _scores(own_weights=[0.5, 2.0, 3.0])
+    assert _weights(_section(estimator="column", per="character"), scores) == [0.5, 2.0, 3.0]
+    assert _weights(_section(estimator="spans", transforms=["mean_one"]), scores) == pytest.approx([0.4, 1.6, 1.0])
+
+
+def test_tokens_that_the_other_response_lacks_get_gamma():
+    lists = _lists([[0, 0, 0], [0]], [[0, 0], [0, 0]])
+    for side, ids in (("chosen", [[7, 8, 9], [5]]), ("rejected", [[7, 9], [5, 5]])):
+        lists = lists.set_column(
+            lists.column_names.index(f"{side}_ids"),
+            f"{side}_ids",
+            pa.chunked_array([pa.array(ids, pa.list_(pa.int32()))]),
+        )
+    weighed = Weigher(_section(estimator="diff", diff_gamma=3.0)).sides(lists)
+    assert weighed["chosen"].weights.token_weights.tolist() == [1.0, 3.0, 1.0, 1.0]
+    assert weighed["rejected"].weights.token_weights.tolist() == [1.0, 1.0, 1.0, 3.0]
+
+
+def test_a_pattern_reads_the_ids_by_the_vocabulary():
+    from pipeline.marks.characters import Vocabulary
+
+    vocabulary = Vocabulary(np.frombuffer(b"ab 12", np.uint8), np.array([2, 4, 5]), np.zeros(3, bool))
+    lists = _lists([[0, 0]], [[0]])
+    lists = lists.set_column(
+        lists.column_names.index("chosen_ids"),
+        "chosen_ids",
+        pa.chunked_array([pa.array([[0, 1]], pa.list_(pa.int32()))]),
+    )
+    section = _section(estimator="pattern", patterns=[["@digits", 3.0]])
+    weighed = Weigher(section, vocabulary=vocabulary).sides(lists)
+    assert weighed["chosen"].weights.token_weights.tolist() == [1.0, 2.0]  # " 1" is a space and a digit
+    with pytest.raises(InputError, match=r"^estimator 'pattern' needs the tokenizer"):
+        Weigher.of(section)
+
+
+def test_a_pair_has_the_weight_of_its_column():
+    lists = _lists([[0.0], [0.0]], [[0.0], [0.0]], pair_value=pa.array([0.25, 2.0], pa.float32()))
+    section = _section(estimator="uniform", pair_weight="column")
+    assert pair_weights(section, lists, {}).tolist() == [0.25, 2.0]

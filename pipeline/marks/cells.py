@@ -1,0 +1,195 @@
+"""Reads a user's own weights from the columns of a source: the numbers of each row, checked, as far as one row can tell.
+
+Called by `stages/annotate.py`. Whether they fit the tokens of the responses is known later (`token_values.py`).
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.source.columns import Columns
+from pipeline.source.intake import pairs_of
+from pipeline.source.messages import texts_of
+from pipeline.source.pairs import Pair
+from pipeline.source.responses import as_turns
+from pipeline.source.rows import RawRow, Source
+from weights_store.fingerprint import canonical_json
+from weights_store.schemas import FLOATS, SIDES, Side
+
+Unit = Literal["token", "character", "message", "span"]
+"""What the numbers of a cell stand for."""
+CELLS = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("chosen", FLOATS),
+        ("rejected", FLOATS),
+        ("pair", pa.float32()),
+        ("chosen_texts", pa.list_(pa.string())),
+        ("rejected_texts", pa.list_(pa.string())),
+        ("problem", pa.string()),
+    ]
+)
+"""The numbers of one pair, where its row has the columns that are asked for; a span is start, end and weight.
+Texts are those of the messages of each response. If there is a problem, nothing else of the row may be used."""
+_SPAN = ("start", "end", "weight")
+
+
+class BadWeightsError(Exception):
+    """The weights of one pair cannot be used; the message says why. Never leaves the pipeline."""
+
+
+class Cell(NamedTuple):
+    """The columns of `CELLS`, of one row of the source."""
+
+    source_row: int
+    numbers: dict[Side, np.ndarray]
+    pair: float | None
+    texts: dict[Side, list[str]]
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class CellReader:
+    """Reads cells.
+
+    Args:
+        columns: Those of the user's weights, by `chosen`, `rejected` and `pair`; what is not needed is missing.
+        unit: What the numbers of the two responses stand for; None if there are none.
+    """
+
+    columns: Mapping[str, str]
+    unit: Unit | None
+
+    def read(self, source: Source, pair_columns: Columns | None) -> Iterator[Cell]:
+        """Yield the cells of all rows in the order of the source, without the rows that are no pairs.
+
+        `pair_columns` are needed for all units but tokens, which are counted without the text: then every row is yielded.
+
+        Raises:
+            InputError: The source cannot be read.
+        """
+        if pair_columns is None:
+            rows: Iterable[tuple[RawRow, Pair | None]] = (
+                (row, None) for row in source.rows(set(self.columns.values()))
+            )
+        else:
+            found = pairs_of(source, pair_columns, self.columns.values())
+            rows = ((row, pair) for row, pair in found if isinstance(pair, Pair))
+        for row, pair in rows:
+            yield self._cell(row, pair)
+
+    def _cell(self, row: RawRow, pair: Pair | None) -> Cell:
+        value: Mapping[str, object] = row.value or {}
+        numbers: dict[Side, np.ndarray] = {}
+        weight, problem = None, row.detail if row.reason is not None else None
+        texts = {side: _texts(pair, side) for side in SIDES} if pair else {}
+        column = ""
+        try:
+            for side in SIDES if self.unit else ():
+                column = self.columns[side]
+                numbers[side] = self._numbers(value.get(column))
+            if "pair" in self.columns:
+                column = self.columns["pair"]
+                weight = _pair_weight(value.get(column))
+        except BadWeightsError as error:
+            problem = problem or f"column {column!r}: {error}"
+        return Cell(row.source_row, numbers, weight, texts, problem)
+
+    def _numbers(self, value: object) -> np.ndarray:
+        """Return the numbers of one cell, `[n]` float32.
+
+        Raises:
+            BadWeightsError: They are something else.
+        """
+        if value is None:
+            raise BadWeightsError("it has no value")
+        if self.unit == "span":
+            return _spans(value)
+        if isinstance(value, np.ndarray):
+            return value.astype(np.float32, copy=False)
+        if self.unit == "message" and _is_number(value):
+            value = [value]
+        if not isinstance(value, list | tuple):
+            raise BadWeightsError(f"{_shown(value)} is no list of numbers")
+        if not set(map(type, value)) <= {int, float}:
+            place = next(place for place, each in enumerate(value) if not _is_number(each))
+            raise BadWeightsError(f"number {place} is {_shown(value[place])}, expected a finite number >= 0")
+        return _as_float32(value)
+
+
+def cell_rows(cells: Iterable[tuple[str, Cell]]) -> pa.Table:
+    """Return cells with their pair_ids as a table of `CELLS`."""
+    pair_ids, found = zip(*cells, strict=True)
+    columns: dict[str, object] = {
+        "pair_id": pair_ids,
+        "pair": [cell.pair for cell in found],
+        "problem": [cell.problem for cell in found],
+    }
+    for side in SIDES:
+        lists = [cell.numbers.get(side, _NOTHING) for cell in found]
+        offsets = np.concatenate([[0], np.cumsum([len(numbers) for numbers in lists])]).astype(np.int32)
+        columns[side] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(lists), pa.float32()))
+        columns[f"{side}_texts"] = [cell.texts.get(side) for cell in found]
+    return pa.table([pa.array(columns[field.name]).cast(field.type) for field in CELLS], schema=CELLS)
+
+
+_NOTHING = np.zeros(0, np.float32)
+
+
+def _texts(pair: Pair, side: Side) -> list[str]:
+    """Return the text of each message of a response; empty where a message has none, as beside calls of tools."""
+    return ["".join(texts_of(message)) for message in as_turns(getattr(pair, side))]
+
+
+def _pair_weight(value: object) -> float:
+    if value is None:
+        raise BadWeightsError("it has no value")
+    if not _is_number(value) or not _is_weight(weight := np.float32(_as_float32([value])[0])):
+        raise BadWeightsError(f"it is {_shown(value)}, expected a finite number >= 0")
+    return float(weight)
+
+
+def _spans(value: object) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, list | tuple):
+        raise BadWeightsError(f"{_shown(value)} is no list of spans")
+    found: list[object] = []
+    for place, given in enumerate(value):
+        span = given.tolist() if isinstance(given, np.ndarray) else given
+        if isinstance(span, Mapping):
+            known = {name: each for name, each in span.items() if each is not None or name in _SPAN}
+            span = [known.get(name) for name in _SPAN] if known.keys() == set(_SPAN) else None
+        if not isinstance(span, list | tuple) or len(span) != len(_SPAN) or not all(map(_is_number, span)):
+            raise BadWeightsError(f"span {place} is {_shown(given)}, expected start, end and weight")
+        if any(each != int(each) for each in span[:2] if math.isfinite(each)):
+            raise BadWeightsError(f"span {place} is {_shown(given)}, expected whole numbers as start and end")
+        found += span
+    return _as_float32(found)
+
+
+def _as_float32(numbers: object) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused as such
+        try:
+            return np.asarray(numbers, np.float64).astype(np.float32)
+        except OverflowError:  # an integer of more than 308 digits
+            return np.full(len(numbers), np.inf, np.float32)  # type: ignore[arg-type]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _is_weight(value: np.float32) -> bool:
+    return bool(np.isfinite(value) and value >= 0)
+
+
+def _shown(value: object) -> str:
+    try:
+        return canonical_json(value)[:80]
+    except (TypeError, ValueError, RecursionError):
+        return repr(value)[:80]

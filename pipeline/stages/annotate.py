@@ -1,0 +1,257 @@
+"""Stage annotate: the weights that a user has put into columns of the source, as one number per response token.
+
+They have a table of their own, because log-probs hang on the tokens table: weights that are brought to a scored dataset, or
+changed, score nothing again. It is named for its pairs and for what the numbers stand for. If the source or the pairs have
+changed, all rows are written again. A pair whose weights cannot be used goes to quarantine; its tokens and scores stay.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+
+from pipeline.marks.cells import CELLS, Cell, CellReader, Unit, cell_rows
+from pipeline.marks.characters import Vocabulary, special_tokens
+from pipeline.marks.token_values import RangeAnnotator
+from pipeline.provenance import provenance
+from pipeline.recipe import Recipe
+from pipeline.source.columns import resolve_columns
+from pipeline.source.external_sort import ExternalSort
+from pipeline.source.load import open_source
+from pipeline.source.rows import batches
+from pipeline.workers.driver import drive
+from train.model.checkpoint import load_light_tokenizer
+from weights_store import Table, TableVersion, WeightStore
+from weights_store.errors import ConflictError, InputError
+from weights_store.fingerprint import fingerprint
+from weights_store.messages import Progress, logger, show
+from weights_store.names import name_of, quarantine_path
+from weights_store.processes.spread import Spread, in_turn
+from weights_store.schemas import QUARANTINE, SCHEMA_VERSION, Reason
+from weights_store.tables.checksums import sum_checksums
+from weights_store.tables.metadata import AnnotationRecord
+from weights_store.tables.shards import ShardRecord
+
+_log = logger(__name__)
+
+_MAX_TRIES = 5
+_RANGE_BYTES = 32 << 20
+"""Arrow bytes of the cells that are one piece of work."""
+_PLACES_BYTES = 8 << 20
+"""Of the pair_ids that are held while the source is read, row by row."""
+_BATCH_CELLS, _BATCH_NUMBERS = 2000, 4 << 20
+_PLACES = pa.schema([("source_row", pa.int64()), ("pair_id", pa.string())])
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """The annotations that a recipe asks for, of one version of the tokens table."""
+
+    recipe: Recipe
+    tokens: TableVersion
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns of the source, by `chosen`, `rejected` and `pair`."""
+        return {setting.partition("_")[0]: column for setting, column in self.recipe.weight_columns.items()}
+
+    @property
+    def unit(self) -> Unit | None:
+        """What the numbers of responses stand for; None if only pairs have any."""
+        weights = self.recipe.weights
+        if "spans" in weights.estimators:
+            return "span"
+        unit: Unit | None = getattr(weights, "per") if "column" in weights.estimators else None  # noqa: B009 - of some sections
+        return unit
+
+    @property
+    def rest(self) -> float:
+        """The weight of characters in no span; 1 if there are no spans."""
+        return float(getattr(self.recipe.weights, "rest", 1.0)) if self.unit == "span" else 1.0
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What determines the numbers, besides the source and the pairs."""
+        return {"schema_version": SCHEMA_VERSION, "unit": self.unit, "rest": self.rest, "columns": self.columns}
+
+    @property
+    def record(self) -> AnnotationRecord:
+        """What a commit says of how the numbers were read."""
+        return {"settings": self.settings, "source": self._tokens_table.metadata(self.tokens.version)["source"]}
+
+    @property
+    def table(self) -> Table:
+        """The table of the annotations."""
+        path = f"annotations/{name_of(self.tokens.table)}/{fingerprint(self.settings)[:12]}"
+        return WeightStore(self.tokens.store).table(path)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the newest version was made from the same pairs and the same bytes. A hub dataset is always read again."""
+        return self.is_newest() and self.record["source"]["content"] is not None
+
+    def is_newest(self, made: str | None = None) -> bool:
+        """Return whether the newest version was made from the same pairs and source, and has the fingerprint `made`."""
+        if not self.table.exists():
+            return False
+        newest = self.table.metadata()
+        same_pairs = [parent["fingerprint"] for parent in newest["parents"]] == [self.tokens.fingerprint]
+        return same_pairs and newest.get("annotation") == self.record and made in (None, newest["fingerprint"])
+
+    @property
+    def _tokens_table(self) -> Table:
+        return WeightStore(self.tokens.store).table(self.tokens.table)
+
+
+def annotate(recipe: Recipe, tokens: TableVersion, model_folder: Path, spread: Spread | None = None) -> TableVersion:
+    """Bring the annotations that a recipe asks for up to a version of the tokens table; return their version.
+
+    `spread` does the work on the ranges of pair_ids; None: on Ray if the recipe says so, which a child process drives, else
+    here, one after the other.
+
+    Raises:
+        InputError: The source cannot be read or has changed since it was prepared, lacks a column, or no pair has weights that
+            can be used.
+        ConflictError: Other builds of the same dataset kept winning the race for the next version.
+        StageError: The Ray failed.
+    """
+    wanted = Annotation(recipe, tokens)
+    if wanted.is_there:
+        return wanted.table.reference()
+    if spread is None and recipe.score.executor == "ray":
+        return drive("annotating pairs", recipe.score, annotate, recipe, tokens, model_folder)
+    for _ in range(_MAX_TRIES - 1):
+        with suppress(ConflictError):  # another build was faster: it may have made this very version
+            return _Update(wanted, model_folder, spread or in_turn).run()
+    return _Update(wanted, model_folder, spread or in_turn).run()
+
+
+class _Update:
+    """One try to make the next version of the annotations."""
+
+    def __init__(self, wanted: Annotation, model_folder: Path, spread: Spread) -> None:
+        self.wanted, self.model_folder, self.spread = wanted, model_folder, spread
+        self.table = wanted.table
+        self.base = self.table.version()
+        store = WeightStore(wanted.tokens.store)
+        self.tokens = store.table(wanted.tokens.table)
+        self.quarantine = store.table(quarantine_path(wanted.tokens.table))
+
+    def run(self) -> TableVersion:
+        with ExitStack() as files:
+            cells = files.enter_context(ExternalSort(CELLS, "pair_id"))
+            unusable = files.enter_context(ExternalSort(QUARANTINE, "source_row"))
+            self._read(cells)
+            shards = self._write(cells, unusable)
+            if not shards:
+                raise self._no_usable_pair(unusable)
+            num_rows = sum(shard.num_rows for shard in shards)
+            _log.info(f"annotate: {num_rows:,} pairs have weights of their own, {unusable.num_rows:,} are quarantined")
+            # A column's checksum is a sum over (key, position, value), so it does not depend on where the shards were cut.
+            sums = sum_checksums(shard.sums for shard in shards)
+            content = {
+                "settings": self.wanted.settings,
+                "sums": {name: f"{value:016x}" for name, value in sums.items()},
+            }
+            made = fingerprint(content)
+            if self.wanted.is_newest(made):
+                for shard in shards:
+                    self.table.location.delete(shard.name)
+                return self.table.reference(self.base)
+            # Quarantine first: if the build dies in between, the next run does both.
+            self._quarantine(unusable)
+        return self._commit(shards, made, num_rows)
+
+    def _read(self, cells: ExternalSort) -> None:
+        """Read the columns of the source, and find the pair of each row."""
+        recipe, wanted = self.wanted.recipe, self.wanted
+        source = open_source(recipe.dataset)
+        columns = None
+        if wanted.unit not in (None, "token"):
+            columns = resolve_columns(recipe.dataset, source, recipe.weight_columns)
+        found = CellReader(wanted.columns, wanted.unit).read(source, columns)
+        with ExternalSort(_PLACES, "source_row") as places:
+            for rows in self.tokens.batches(wanted.tokens.version, _PLACES.names):
+                places.add(rows.select(_PLACES.names).cast(_PLACES))
+            for batch in batches(_with_pair_ids(found, places), _BATCH_CELLS, _BATCH_NUMBERS, _num_numbers):
+                cells.add(cell_rows(batch))
+
+    def _write(self, cells: ExternalSort, unusable: ExternalSort) -> list[ShardRecord]:
+        wanted, dataset = self.wanted, self.wanted.recipe.dataset
+        work = RangeAnnotator(
+            self.table,
+            self.tokens,
+            wanted.tokens.version,
+            wanted.columns,
+            wanted.unit,
+            wanted.rest,
+            Vocabulary.of_folder(self.model_folder) if wanted.unit not in (None, "token") else None,
+            special_tokens(load_light_tokenizer(self.model_folder)),
+            dataset.max_response_tokens if dataset.long_response == "cut" else None,
+        )
+        writer = self.table.writer()
+        num_done, started = 0, time.monotonic()
+        for found in self.spread(work, cells.ranges(_RANGE_BYTES)):
+            writer.take(found.written)
+            unusable.add(pa.Table.from_pylist(found.unusable, QUARANTINE))
+            num_done += found.num_rows
+            show(Progress("annotate", num_done, cells.num_rows, time.monotonic() - started, "pairs"))
+        return writer.finish()
+
+    def _quarantine(self, unusable: ExternalSort) -> None:
+        """Replace the rows that an earlier version of these annotations has put into quarantine."""
+        base = self.quarantine.version()
+        assert base is not None, "prepare writes quarantine before the tokens"
+        is_ours = (pl.col("reason") == Reason.BAD_WEIGHTS.value) & pl.col("detail").str.starts_with(
+            f"{self.table.path}: "
+        )
+        had_any = not self.quarantine.scan(base).filter(is_ours).head(1).collect().is_empty()
+        if not unusable.num_rows and not had_any:
+            return
+        for rows in self.quarantine.batches(base):
+            others = pl.DataFrame(pl.from_arrow(rows)).filter(~is_ours).to_arrow()
+            unusable.add(others.select(QUARANTINE.names).cast(QUARANTINE))
+        writer = self.quarantine.writer()
+        for _, rows in unusable.ranges():
+            writer.write(rows)
+        metadata = self.quarantine.metadata(base)
+        self.quarantine.commit(writer.finish(), {**metadata}, base, mode="overwrite")
+
+    def _commit(self, shards: list[ShardRecord], made: str, num_rows: int) -> TableVersion:
+        record = {
+            "fingerprint": made,
+            "annotation": self.wanted.record,
+            "parents": [self.wanted.tokens.as_parent()],
+            "recipe": self.wanted.recipe.model_dump(),
+            "statistics": {"num_pairs": num_rows},
+            **provenance(),
+        }
+        return self.table.commit(shards, record, self.base, mode="append" if self.base is None else "overwrite")
+
+    def _no_usable_pair(self, unusable: ExternalSort) -> InputError:
+        first = next(rows for _, rows in unusable.ranges())
+        example = f", for example row {first['source_row'][0]}: {first['detail'][0].as_py().partition(': ')[2]}"
+        columns = ", ".join(map(repr, self.wanted.columns.values()))
+        return InputError(
+            f"dataset.source {self.wanted.recipe.dataset.source}: none of {unusable.num_rows:,} pairs has weights in {columns} "
+            f"that can be used{example}"
+        )
+
+
+def _with_pair_ids(cells: Iterator[Cell], places: ExternalSort) -> Iterator[tuple[str, Cell]]:
+    """Yield the cells of those rows that are pairs, with their pair_ids; both come in the order of the source."""
+    cell = next(cells, None)
+    for piece, rows in places.ranges(_PLACES_BYTES):
+        pair_ids = dict(zip(rows["source_row"].to_pylist(), rows["pair_id"].to_pylist(), strict=True))
+        while cell is not None and (piece.high is None or cell.source_row < int(piece.high)):
+            if cell.source_row in pair_ids:
+                yield pair_ids[cell.source_row], cell
+            cell = next(cells, None)
+
+
+def _num_numbers(found: tuple[str, Cell]) -> int:
+    return sum(map(len, found[1].numbers.values()))

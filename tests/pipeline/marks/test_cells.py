@@ -1,0 +1,99 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.marks.cells import CellReader, cell_rows
+from pipeline.source.rows import RawRow, Source
+
+COLUMNS = {"chosen": "c", "rejected": "r"}
+
+
+def read(unit, *values, columns=COLUMNS):
+    rows = [RawRow(index, value) for index, value in enumerate(values)]
+    return list(CellReader(columns, unit).read(Source("made up", lambda _: iter(rows)), None))
+
+
+def problem(unit, value):
+    (cell,) = read(unit, {"c": value, "r": [1.0]})
+    return cell.problem
+
+
+def test_numbers_are_read_as_they_are():
+    (cell,) = read("token", {"c": [1, 0.5], "r": np.array([3, 4], np.int64)})
+    assert cell.problem is None
+    assert [(side, numbers.dtype, numbers.tolist()) for side, numbers in cell.numbers.items()] == [
+        ("chosen", np.float32, [1.0, 0.5]),
+        ("rejected", np.float32, [3.0, 4.0]),
+    ]
+
+
+def test_a_number_for_a_message_may_stand_alone():
+    (cell,) = read("message", {"c": 2, "r": [1, 0.5]})
+    assert [numbers.tolist() for numbers in cell.numbers.values()] == [[2.0], [1.0, 0.5]]
+
+
+@pytest.mark.parametrize(
+    "span", [[0, 3, 2.5], {"start": 0, "end": 3, "weight": 2.5}, {"end": 3, "weight": 2.5, "start": 0.0, "kind": None}]
+)
+def test_spans_are_lists_or_objects(span):
+    (cell,) = read("span", {"c": [span, (4, 5, 1)], "r": []})
+    assert cell.numbers["chosen"].tolist() == [0, 3, 2.5, 4, 5, 1]
+    assert cell.numbers["rejected"].tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("unit", "value", "expected"),
+    [
+        ("token", None, "column 'c': it has no value"),
+        ("token", "1 2", "column 'c': \"1 2\" is no list of numbers"),
+        ("token", 1.0, "column 'c': 1.0 is no list of numbers"),
+        ("token", [1, None], "column 'c': number 1 is null, expected a finite number >= 0"),
+        ("token", [1, "2"], "column 'c': number 1 is \"2\", expected a finite number >= 0"),
+        ("token", [True], "column 'c': number 0 is true, expected a finite number >= 0"),
+        ("span", 3, "column 'c': 3 is no list of spans"),
+        ("span", [[0, 1]], "column 'c': span 0 is [0,1], expected start, end and weight"),
+        ("span", [[0, 1, "2"]], "column 'c': span 0 is [0,1,\"2\"], expected start, end and weight"),
+        (
+            "span",
+            [{"start": 0, "end": 1}],
+            'column \'c\': span 0 is {"end":1,"start":0}, expected start, end and weight',
+        ),
+        (
+            "span",
+            [{"start": 0, "end": 1, "weight": 1, "kind": "x"}],
+            'column \'c\': span 0 is {"end":1,"kind":"x","start":0,"weight":1}, expected start, end and weight',
+        ),
+        ("span", [[0, 1.5, 2]], "column 'c': span 0 is [0,1.5,2], expected whole numbers as start and end"),
+    ],
+)
+def test_what_is_no_list_of_weights_is_named(unit, value, expected):
+    assert problem(unit, value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0.5, None),
+        (0, None),
+        (-1, "column 'w': it is -1, expected a finite number >= 0"),
+        (float("nan"), "column 'w': it is nan, expected a finite number >= 0"),
+        (1e39, "column 'w': it is 1e+39, expected a finite number >= 0"),  # float32 ends at 3.4e38
+        (10**400, "column 'w': it is 1000"),
+        (None, "column 'w': it has no value"),
+        ("1", "column 'w': it is \"1\", expected a finite number >= 0"),
+    ],
+)
+def test_weights_of_pairs(value, expected):
+    (cell,) = read(None, {"w": value}, columns={"pair": "w"})
+    assert cell.pair == (value if expected is None else None)
+    assert (cell.problem or "").startswith(expected or "")
+    assert (cell.problem is None) == (expected is None)
+
+
+def test_a_table_of_cells_has_the_numbers_of_each_row():
+    cells = read("token", {"c": [1, 2], "r": []}, {"c": None, "r": [3]}, {"c": [4], "r": [5.5]})
+    rows = cell_rows(zip("xyz", cells, strict=True))
+    assert rows["chosen"].to_pylist() == [[1, 2], [], [4]]
+    assert rows["rejected"].to_pylist() == [[], [], [5.5]]
+    assert rows["problem"].to_pylist() == [None, "column 'c': it has no value", None]
+    assert rows["chosen_texts"].type == pa.list_(pa.string())
