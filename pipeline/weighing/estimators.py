@@ -21,7 +21,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from pipeline.marks.characters import Characters
+from pipeline.marks.characters import Texts
 from pipeline.marks.patterns import pattern_weights
 from pipeline.weighing.draws import draw_uniform
 from pipeline.weighing.keys import (
@@ -86,8 +86,8 @@ class SideScores:
     """The user's own weights, `[N]` float32; see `stages/annotate.py`."""
     differs: np.ndarray | None = None
     """Whether a token is not in the other response, `[N]` bool; see `marks/subsequence.py`."""
-    characters: Characters | None = None
-    """The texts of the responses, and the characters of each token."""
+    texts: Texts | None = None
+    """The texts of the responses."""
 
     @property
     def num_tokens(self) -> int:
@@ -467,8 +467,8 @@ def pattern(scores: SideScores, *, patterns: Patterns = (), rest: Rest = 1.0) ->
     Raises:
         ValueError: A pattern takes too long.
     """
-    assert scores.characters is not None, "no texts"
-    return SideWeights(pattern_weights(scores.characters, patterns, rest))
+    assert scores.texts is not None, "no texts"
+    return SideWeights(pattern_weights(scores.texts, patterns, rest))
 
 
 @estimator("diff", "DDPO of RLHF-V, 2312.00849", "other response", zero_at={"diff_gamma": 0})
