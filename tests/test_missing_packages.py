@@ -28,10 +28,10 @@ PACKAGES = {
 TRANSITIVE = {"tokenizers", "safetensors", "tqdm"}
 """Needed through transformers, and imported by us too."""
 NEEDED = {
-    "plan": {"pydantic", "transformers", "jinja2", "datasets", *TRANSITIVE},
-    "build": {"pydantic", "prefect"},
-    "serve": {"pydantic"},
-    "check-scorer": {"pydantic", "safetensors"},
+    "plan": {"pydantic", "regex", "transformers", "jinja2", "datasets", *TRANSITIVE},
+    "build": {"pydantic", "prefect", "regex"},
+    "serve": {"pydantic", "regex"},
+    "check-scorer": {"pydantic", "regex", "safetensors"},
     "train": {"pydantic", "torch", "transformers", "accelerate", *TRANSITIVE},
     "export": {"tokenizers"},
 }

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.source.columns import Columns
 from pipeline.source.intake import pairs_of
-from pipeline.source.messages import texts_of
+from pipeline.source.messages import Unusable, texts_of
 from pipeline.source.pairs import Pair
 from pipeline.source.responses import as_turns
 from pipeline.source.rows import RawRow, Source
@@ -65,28 +65,27 @@ class CellReader:
     unit: Unit | None
 
     def read(self, source: Source, pair_columns: Columns | None) -> Iterator[Cell]:
-        """Yield the cells of all rows in the order of the source, without the rows that are no pairs.
+        """Yield the cells of all rows in the order of the source, also of rows that are no pairs.
 
-        `pair_columns` are needed for all units but tokens, which are counted without the text: then every row is yielded.
+        `pair_columns` are needed for all units but tokens, which are counted without the text.
 
         Raises:
             InputError: The source cannot be read.
         """
         if pair_columns is None:
-            rows: Iterable[tuple[RawRow, Pair | None]] = (
-                (row, None) for row in source.rows(set(self.columns.values()))
-            )
-        else:
-            found = pairs_of(source, pair_columns, self.columns.values())
-            rows = ((row, pair) for row, pair in found if isinstance(pair, Pair))
-        for row, pair in rows:
-            yield self._cell(row, pair)
+            for row in source.rows(set(self.columns.values())):
+                yield self._cell(row, {}, row.detail if row.reason is not None else None)
+            return
+        for row, pair in pairs_of(source, pair_columns, self.columns.values()):
+            if isinstance(pair, Unusable):  # such as a row that is too large with its weights
+                yield self._cell(row, {}, pair.detail)
+            else:
+                yield self._cell(row, {side: _texts(pair, side) for side in SIDES}, None)
 
-    def _cell(self, row: RawRow, pair: Pair | None) -> Cell:
+    def _cell(self, row: RawRow, texts: dict[Side, list[str]], problem: str | None) -> Cell:
         value: Mapping[str, object] = row.value or {}
         numbers: dict[Side, np.ndarray] = {}
-        weight, problem = None, row.detail if row.reason is not None else None
-        texts = {side: _texts(pair, side) for side in SIDES} if pair else {}
+        weight = None
         column = ""
         try:
             for side in SIDES if self.unit else ():
@@ -110,14 +109,15 @@ class CellReader:
         if self.unit == "span":
             return _spans(value)
         if isinstance(value, np.ndarray):
-            return value.astype(np.float32, copy=False)
+            return value if value.dtype == np.float32 else _as_float32(value)
         if self.unit == "message" and _is_number(value):
             value = [value]
         if not isinstance(value, list | tuple):
             raise BadWeightsError(f"{_shown(value)} is no list of numbers")
         if not set(map(type, value)) <= {int, float}:
-            place = next(place for place, each in enumerate(value) if not _is_number(each))
-            raise BadWeightsError(f"number {place} is {_shown(value[place])}, expected a finite number >= 0")
+            for place, each in enumerate(value):
+                if not _is_number(each):
+                    raise BadWeightsError(f"number {place} is {_shown(each)}, expected a finite number >= 0")
         return _as_float32(value)
 
 

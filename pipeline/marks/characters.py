@@ -143,6 +143,32 @@ class Vocabulary:
         return Characters(texts, sizes, first, last, self.is_special[ids], has_text)
 
 
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Responses whose characters are looked up some at a time: they take a hundred times the space of the ids.
+
+    Args:
+        vocabulary: Of the tokenizer that made the ids.
+        ids: Flat over the responses, `[N]`.
+        lengths: Tokens of each response, `[B]`.
+    """
+
+    vocabulary: Vocabulary
+    ids: np.ndarray
+    lengths: np.ndarray
+
+    def parts(self, num_tokens: int = 1 << 16) -> Iterator[Characters]:
+        """Yield the characters of the responses in their order, of about so many tokens at a time.
+
+        Raises:
+            MismatchError: An id is not in the vocabulary.
+        """
+        ends = np.cumsum(self.lengths)
+        cuts = np.flatnonzero(np.diff((ends - 1) // num_tokens)) + 1
+        for lengths, ids in zip(np.split(self.lengths, cuts), np.split(self.ids, ends[cuts - 1]), strict=True):
+            yield self.vocabulary.characters(ids, lengths)
+
+
 def special_tokens(tokenizer: "Tokenizer | PreTrainedTokenizerBase") -> np.ndarray:
     """Return which ids the tokenizer calls special, `[V]` bool."""
     size = len(tokenizer) if hasattr(tokenizer, "__len__") else tokenizer.get_vocab_size()

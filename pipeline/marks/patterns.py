@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import regex
 
-from pipeline.marks.characters import Characters
+from pipeline.marks.characters import Characters, Texts
 
 READY = {
     "@reasoning": r"(?s)\A(?:(?!</?think>).)*+</think>|<think>.*?(?:</think>|\Z)",
@@ -39,7 +39,7 @@ def compile_pattern(text: str) -> "regex.Pattern[str]":
         raise ValueError(f"{text!r} is no regular expression: {error}") from error
 
 
-def pattern_weights(characters: Characters, patterns: Sequence[tuple[str, float]], rest: float) -> np.ndarray:
+def pattern_weights(texts: Texts, patterns: Sequence[tuple[str, float]], rest: float) -> np.ndarray:
     """Return the weight of each token, `[N]` float32.
 
     A character has the weight of the last pattern that matches it, or `rest`; a token has the mean of its characters. A special
@@ -48,6 +48,10 @@ def pattern_weights(characters: Characters, patterns: Sequence[tuple[str, float]
     Raises:
         ValueError: A pattern takes too long.
     """
+    return np.concatenate([_of_part(characters, patterns, rest) for characters in texts.parts()])
+
+
+def _of_part(characters: Characters, patterns: Sequence[tuple[str, float]], rest: float) -> np.ndarray:
     weights, is_matched = np.full(characters.starts[-1], rest), np.zeros(characters.starts[-1])
     for text, (low, high) in zip(characters.texts, pairwise(characters.starts.tolist()), strict=True):
         for pattern, weight in patterns:

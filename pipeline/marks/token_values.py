@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline.marks.cells import BadWeightsError, Unit
-from pipeline.marks.characters import Vocabulary
+from pipeline.marks.characters import Texts, Vocabulary
 from pipeline.marks.places import Response, character_weights, message_weights, span_weights
 from pipeline.source.intake import stored_raw
 from weights_store import Table
@@ -148,21 +148,25 @@ class RangeAnnotator:
     ) -> np.ndarray:
         assert self.vocabulary is not None, "no vocabulary, which tells characters"
         ids, num_ends, is_cut = responses
-        characters = self.vocabulary.characters(ids.flat, ids.lengths)
-        first_ends = np.append(characters.first, characters.starts[-1])[ids.starts[1:] - num_ends]
-        ends = np.where(num_ends > 0, first_ends, characters.starts[1:])
         special_texts, starts = self.vocabulary.special_texts, numbers.starts
-        weights = np.ones(characters.starts[-1], np.float32)
-        for row, (start, end) in enumerate(pairwise(characters.starts.tolist())):
-            of_row = texts[row]
-            if row in problems or of_row is None:
-                continue
-            response = Response(characters.texts[row], int(ends[row]) - start, bool(is_cut[row]), special_texts)
-            try:
-                weights[start:end] = self._weigh(numbers.flat[starts[row] : starts[row + 1]], of_row, response)
-            except BadWeightsError as error:
-                problems[row] = str(error)
-        return characters.means(weights).astype(np.float32)
+        found, row = [np.zeros(0, np.float32)], 0
+        for characters in Texts(self.vocabulary, ids.flat, ids.lengths).parts():
+            weights = np.ones(characters.starts[-1], np.float32)
+            ends_of_tokens = np.cumsum(ids.lengths[row : row + len(characters.texts)])
+            for text, (start, end), end_of_tokens in zip(
+                characters.texts, pairwise(characters.starts.tolist()), ends_of_tokens.tolist(), strict=True
+            ):
+                of_row, num_marks = texts[row], num_ends[row]
+                if row not in problems and of_row is not None:
+                    first_mark = characters.first[end_of_tokens - num_marks] if num_marks else end
+                    response = Response(text, int(first_mark) - start, bool(is_cut[row]), special_texts)
+                    try:
+                        weights[start:end] = self._weigh(numbers.flat[starts[row] : starts[row + 1]], of_row, response)
+                    except BadWeightsError as error:
+                        problems[row] = str(error)
+                row += 1
+            found.append(characters.means(weights).astype(np.float32))
+        return np.concatenate(found)
 
     def _weigh(self, numbers: np.ndarray, texts: list[str], response: Response) -> np.ndarray:
         match self.unit:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline.marks.characters import Vocabulary
+from pipeline.marks.characters import Texts, Vocabulary
 from pipeline.marks.subsequence import differing
 from pipeline.weighing import transforms
 from pipeline.weighing.draws import token_keys
@@ -91,7 +91,7 @@ class Weigher:
             MismatchError: A score is not valid, or a weight is 0 and a transform takes its log.
         """
         found: dict[Side, Weighed] = {}
-        for side, scores in self._with_marks(self.scores(lists), lists).items():
+        for side, scores in self._with_differences(self.scores(lists), lists).items():
             try:
                 found[side] = Weighed(scores, weigh(scores, self.section, self.curves.get(side), self.multipliers))
             except ValueError as error:
@@ -103,17 +103,13 @@ class Weigher:
         """Return what is known of the tokens of at least one pair; `lists` are joined columns, each in one chunk."""
         return {side: self._scores(lists, side) for side in SIDES}
 
-    def _with_marks(self, scores: dict[Side, SideScores], lists: pa.Table) -> dict[Side, SideScores]:
-        """Add what is known from the responses themselves. It takes longer than all else, and no fit of scores needs it."""
-        responses = {side: responses_of(lists, side) for side in SIDES}
-        if "other response" in self.section.inputs():
-            chosen, rejected = responses.values()
-            masks = differing(chosen.ids, chosen.lengths, rejected.ids, rejected.lengths)
-            scores = {side: replace(scores[side], differs=mask) for side, mask in zip(SIDES, masks, strict=True)}
-        if self.vocabulary is not None:
-            texts = {side: self.vocabulary.characters(each.ids, each.lengths) for side, each in responses.items()}
-            scores = {side: replace(scores[side], characters=characters) for side, characters in texts.items()}
-        return scores
+    def _with_differences(self, scores: dict[Side, SideScores], lists: pa.Table) -> dict[Side, SideScores]:
+        """Compare both responses if an estimator asks for it: that takes longest, and no fit of scores needs it."""
+        if "other response" not in self.section.inputs():
+            return scores
+        chosen, rejected = (responses_of(lists, side) for side in SIDES)
+        masks = differing(chosen.ids, chosen.lengths, rejected.ids, rejected.lengths)
+        return {side: replace(scores[side], differs=mask) for side, mask in zip(SIDES, masks, strict=True)}
 
     @property
     def scales(self) -> dict[str, float]:
@@ -150,6 +146,7 @@ class Weigher:
             rewards=rewards,
             word_starts=self.words.starts(ids, lengths) if self.words is not None and ids is not None else None,
             own_weights=flat(f"{side}_values"),
+            texts=Texts(self.vocabulary, ids, lengths) if self.vocabulary is not None and ids is not None else None,
         )
 
 

@@ -31,8 +31,8 @@ def pattern(scores: SideScores, *, patterns: Patterns = (), rest: Rest = 1.0) ->
     Raises:
         ValueError: A pattern takes too long.
     """
-    assert scores.characters is not None, "no texts"
-    return SideWeights(pattern_weights(scores.characters, patterns, rest))
+    assert scores.texts is not None, "no texts"
+    return SideWeights(pattern_weights(scores.texts, patterns, rest))
 
 
 @estimator("diff", "DDPO of RLHF-V, 2312.00849", "other response", zero_at={"diff_gamma": 0})

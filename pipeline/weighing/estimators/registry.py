@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from pipeline.marks.characters import Characters
+from pipeline.marks.characters import Texts
 from pipeline.weighing.draws import draw_uniform
 from weights_store.schemas import Side
 
@@ -47,8 +47,8 @@ class SideScores:
     """The user's own weights, `[N]` float32; see `stages/annotate.py`."""
     differs: np.ndarray | None = None
     """Whether a token is not in the other response, `[N]` bool; see `marks/subsequence.py`."""
-    characters: Characters | None = None
-    """The texts of the responses, and the characters of each token."""
+    texts: Texts | None = None
+    """The texts of the responses."""
 
     @property
     def num_tokens(self) -> int:

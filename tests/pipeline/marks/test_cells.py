@@ -3,7 +3,9 @@ import pyarrow as pa
 import pytest
 
 from pipeline.marks.cells import CellReader, cell_rows
+from pipeline.source.columns import Columns
 from pipeline.source.rows import RawRow, Source
+from weights_store.schemas import Reason
 
 COLUMNS = {"chosen": "c", "rejected": "r"}
 
@@ -19,7 +21,7 @@ def problem(unit, value):
 
 
 def test_numbers_are_read_as_they_are():
-    (cell,) = read("token", {"c": [1, 0.5], "r": np.array([3, 4], np.int64)})
+    (cell,) = read("token", {"c": [1, np.float16(0.5)], "r": np.array([3, 4], np.int64)})
     assert cell.problem is None
     assert [(side, numbers.dtype, numbers.tolist()) for side, numbers in cell.numbers.items()] == [
         ("chosen", np.float32, [1.0, 0.5]),
@@ -88,6 +90,22 @@ def test_weights_of_pairs(value, expected):
     assert cell.pair == (value if expected is None else None)
     assert (cell.problem or "").startswith(expected or "")
     assert (cell.problem is None) == (expected is None)
+
+
+def test_numbers_that_float32_cannot_hold_are_infinite_and_refused_later():
+    (cell,) = read("token", {"c": [1e300], "r": np.array([-1e300])})
+    assert [numbers.tolist() for numbers in cell.numbers.values()] == [[np.inf], [-np.inf]]
+
+
+def test_a_row_that_cannot_be_read_with_its_weights_says_why():
+    rows = [RawRow(0, None, Reason.ROW_TOO_LARGE, "the row has 17 bytes"), RawRow(1, {"c": [1], "r": [2]})]
+    source = Source("made up", lambda _: iter(rows))
+    assert [cell.problem for cell in CellReader(COLUMNS, "token").read(source, None)] == ["the row has 17 bytes", None]
+    by_text = list(CellReader(COLUMNS, "character").read(source, Columns()))
+    assert [(cell.problem, cell.texts) for cell in by_text] == [
+        ("the row has 17 bytes", {}),
+        ("column 'chosen' has no value", {}),  # no pair at all: nobody asks for its weights
+    ]
 
 
 def test_a_table_of_cells_has_the_numbers_of_each_row():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.marks.characters import Characters, Vocabulary
+from pipeline.marks.characters import Characters, Texts, Vocabulary
 from weights_store.errors import InputError, MismatchError
 
 
@@ -79,3 +79,20 @@ def test_an_unknown_id_is_named(byte_level):
     vocabulary = Vocabulary.of_tokenizer(byte_level, "made up")
     with pytest.raises(MismatchError, match=r"^token id 5000 is not in the tokenizer's vocabulary of 295"):
         vocabulary.characters(np.array([5000]), np.array([1]))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 5, 100])
+def test_parts_of_any_size_are_the_whole_in_order(byte_level, num_tokens):
+    ids, whole = characters_of(byte_level, "the", "cats 🙂", "x", "a b c d e", "y")
+    texts = Texts(
+        Vocabulary.of_tokenizer(byte_level, "made up"),
+        np.concatenate(ids).astype(np.int64),
+        np.array(list(map(len, ids))),
+    )
+    parts = list(texts.parts(num_tokens))
+    assert [text for part in parts for text in part.texts] == whole.texts
+    assert len(parts) == 1 if num_tokens == 100 else len(parts) > 1
+    values = np.random.default_rng(0).random(whole.starts[-1])
+    cuts = np.cumsum([part.starts[-1] for part in parts])[:-1]
+    means = [part.means(of_part) for part, of_part in zip(parts, np.split(values, cuts), strict=True)]
+    assert np.concatenate(means).tolist() == whole.means(values).tolist()

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pipeline.marks import patterns
-from pipeline.marks.characters import Vocabulary
+from pipeline.marks.characters import Texts, Vocabulary
 from pipeline.marks.patterns import compile_pattern, pattern_weights
 
 PARTS = ["the", " c", "at", " 1", "2", "3 x", "<|end|>", "\n", "```", "code", "<think>", "</think>", "no"]
@@ -13,7 +13,7 @@ def weights(ids, *given, rest=1.0, lengths=None):
     parts = [part.encode() for part in PARTS]
     ends = np.cumsum(list(map(len, parts)))
     vocabulary = Vocabulary(np.frombuffer(b"".join(parts), np.uint8), ends, np.arange(len(parts)) == 6)
-    return pattern_weights(vocabulary.characters(np.array(ids), np.array(lengths or [len(ids)])), given, rest).tolist()
+    return pattern_weights(Texts(vocabulary, np.array(ids), np.array(lengths or [len(ids)])), given, rest).tolist()
 
 
 def test_a_token_has_the_mean_of_its_characters():
@@ -64,12 +64,12 @@ def test_a_pattern_that_takes_too_long_is_named(monkeypatch):
         ValueError,
         match=r"^pattern '\(\?:e\+o\?\)\+z' of weights.patterns takes more than 0.05 s in a response of 4,00",
     ):
-        pattern_weights(_characters("e" * 4000), [(r"(?:e+o?)+z", 2.0)], 1.0)
+        pattern_weights(_texts("e" * 4000), [(r"(?:e+o?)+z", 2.0)], 1.0)
 
 
-def _characters(text):
+def _texts(text):
     vocabulary = Vocabulary(np.frombuffer(text.encode(), np.uint8), np.array([len(text)]), np.zeros(1, bool))
-    return vocabulary.characters(np.array([0]), np.array([1]))
+    return Texts(vocabulary, np.array([0]), np.array([1]))
 
 
 @pytest.mark.parametrize(
