@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import secrets
 import subprocess
 import sys
 import time
@@ -25,6 +26,11 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
     HF_HUB_OFFLINE="1",
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="180",
+    # Ray reads the first three when it is imported, which vLLM does too, and a process keeps the first token that it used.
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # ports on 127.0.0.1 only
+    RAY_AUTH_MODE="token",
+    RAY_AUTH_TOKEN=secrets.token_hex(32),  # else it is written into the home folder
 )
 if "PYTEST_XDIST_WORKER" in os.environ:  # engines and trainings of several workers would fight over the same cores
     os.environ.update(OMP_NUM_THREADS="1", POLARS_MAX_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind")

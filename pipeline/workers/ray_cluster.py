@@ -6,6 +6,7 @@ The local Ray binds to loopback, asks for a token, sends no usage statistics, an
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import chdir, closing, contextmanager
 from pathlib import Path
@@ -43,7 +44,8 @@ def connected(address: str | None) -> Iterator[bool]:
         settings["object_store_memory"] = 128 << 20  # bytes; of larger pieces of work, what does not fit goes to disk
         # Read when Ray is imported. Without clusters it takes 127.0.0.1 for this machine, and binds its ports there only.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if "ray" not in sys.modules:  # if it is, it has read this already, and asks for a token by itself
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the home folder
     with closing(Guard("ray-", place="/tmp")) as guard:  # sockets need a short path
         if is_local:

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import secrets
 import signal
 import subprocess
 import sys
@@ -49,21 +48,14 @@ ON_RAY = {"executor": "ray", "num_actors": 2, "cpus_per_actor": 0.5}
 @pytest.fixture(scope="module")
 def cluster():
     """A Ray of two cores on this machine that the tests share; its variables are those of whoever wants to use it."""
-    environment = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # ports on 127.0.0.1 only
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "PYTHONPATH": str(REPO),
-    }
     with (
         tempfile.TemporaryDirectory(
             prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
         ) as folder,  # sockets: a short path
         pytest.MonkeyPatch.context() as patch,
     ):
-        for name, value in {**environment, "RAY_TMPDIR": folder}.items():
-            patch.setenv(name, value)
+        patch.setenv("RAY_TMPDIR", folder)
+        patch.setenv("PYTHONPATH", str(REPO))
         from ray.cluster_utils import Cluster
 
         head = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
@@ -459,7 +451,6 @@ def test_a_build_on_ray_needs_ray_here_and_vllm_only_where_the_actors_run(tmp_pa
 def test_without_a_cluster_it_says_so_at_once(monkeypatch, tmp_path, address, message):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     with pytest.raises(SettingsError, match=rf"{message}.*set score\.ray_address"), connected(address):
         pass
 
@@ -478,7 +469,7 @@ except SettingsError as error:
 
 
 def test_a_cluster_that_asks_for_a_token_says_so(cluster):
-    # In a process of its own: one process keeps the first token that it used. One try to connect instead of twenty.
+    # In a process of its own, and with one try to connect instead of twenty.
     settings = {"RAY_AUTH_MODE": "disabled", "RAY_gcs_server_port_wait_time_s": "1"}
     command = [sys.executable, "-c", CONNECTS, cluster.address]
     done = subprocess.run(
