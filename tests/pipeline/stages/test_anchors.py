@@ -16,16 +16,16 @@ import torch
 
 from pipeline.engine.contract import EngineSettings, Sampling
 from pipeline.engine.score_once import ScoredSequence
-from pipeline.recipe import AnchorsSection, Recipe, ScoreSection
+from pipeline.recipe import Recipe, ScoreSection
+from pipeline.stage_sections import AnchorsSection
 from pipeline.stages.anchors import anchors_identity, sample_anchors
-from pipeline.workers.anchor_sampler import AnchorSampler, config_stop_ids, dataset_stop_ids, seed_of
+from pipeline.workers.anchors.sampler import AnchorSampler, config_stop_ids, dataset_stop_ids, seed_of
 from pipeline.workers.on_ray import Chunk, ChunkScorer, replies
 from pipeline.workers.pair_row import read_pairs
 from pipeline.workers.process import fill
 from pipeline.workers.request import AnchorOptions, Executor, Request, Target
 from tests.pipeline import made_up_scorer
 from tests.pipeline.made_up_scorer import MadeUpEngine, continuation, logps
-from train.model.sampling import AnchorSampling
 from weights_store import WeightStore
 from weights_store.checks.verify import verify
 from weights_store.errors import EngineError, ScoringError, SettingsError
@@ -92,7 +92,7 @@ def request_of(tokens, policy, settings=SETTINGS, chunk_tokens=10_000, table="an
     target = Target(
         "ref", table, None, {"fingerprint": "made up", "scorer": anchors_identity(policy, settings, ScoreSection())}
     )
-    options = AnchorOptions(AnchorSampling(**settings.model_dump(exclude={"seed"})), settings.seed)
+    options = AnchorOptions(settings.sampling, settings.seed)
     return Request("anchors", tokens, str(policy), [target], chunk_tokens, EngineSettings(), options=options)
 
 

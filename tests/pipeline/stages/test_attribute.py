@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, Ll
 
 import pipeline.workers.pair_attributor
 from pipeline.engine.contract import EngineSettings
-from pipeline.recipe import AttributeSection
+from pipeline.stage_sections import AttributeSection
 from pipeline.stages.attribute import attribute, attribution_identity
 from pipeline.workers.on_ray import Chunk, ChunkScorer, replies
 from pipeline.workers.pair_attributor import PairAttributor

@@ -5,7 +5,8 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from train.loss.config import LOSSES, LossConfig, LossSection, Needs
+from train.loss.config import LOSSES, LossConfig, LossSection
+from train.loss.needs import Needs
 from train.loss.objective import check_columns_for, compute_pair_losses, count_units
 from train.loss.terms import ResponseLogps
 from weights_store.errors import MismatchError
