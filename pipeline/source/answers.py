@@ -54,7 +54,7 @@ def _with_answers(
     row: Mapping[str, object], columns: Columns, chosen: list[object], rejected: list[object], at: tuple[int, int]
 ) -> Mapping[str, object]:
     """Return a row with one answer on each side, and with the scores of these if there is one for each answer."""
-    single = {**row, columns.responses[0]: chosen[at[0]], columns.responses[1]: rejected[at[1]]}
+    single = {**row, columns.chosen: chosen[at[0]], columns.rejected: rejected[at[1]]}
     for column, index in zip((columns.chosen_score, columns.rejected_score), at, strict=True):
         scores = row.get(column) if column is not None else None
         if column is not None and isinstance(scores, list) and index < len(scores):

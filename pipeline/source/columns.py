@@ -48,9 +48,8 @@ _PLAIN = {name: name for name in ("prompt", "chosen", "rejected", "completion", 
 class Columns:
     """Which column of a row holds what; None: no column does."""
 
-    responses: tuple[str, ...] = ("chosen", "rejected")
-    """Those of the chosen and of the rejected response; the one response of a row, if `label` says which side it is on."""
-    label: str | None = None
+    chosen: str = "chosen"
+    rejected: str = "rejected"
     prompt: str | None = "prompt"
     input: str | None = None
     """Joined to a prompt that is text, as in Alpaca's `instruction` and `input`."""
@@ -71,14 +70,21 @@ class Columns:
     """A row with several answers on a side gives a pair for each combination."""
     of_the_template: tuple[str, ...] = OF_THE_TEMPLATE
     """The columns that are handed to the chat template."""
+    completion: str | None = None
+    """Of unpaired rows, in place of `chosen` and `rejected`: the one response."""
+    label: str | None = None
+    """Says of unpaired rows whether the response is desirable."""
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        """The columns of the chosen and of the rejected response, or that of the only one."""
+        return (self.chosen, self.rejected) if self.completion is None else (self.completion,)
 
     def by_role(self) -> dict[str, str]:
         """Return the columns that there are, by what they hold."""
-        responses = dict(zip(SIDES if self.label is None else ("completion",), self.responses, strict=True))
-        found: dict[str, str | None] = {name: getattr(self, name) for name in ("prompt", "input", "system")}
-        found |= responses
-        found |= {name: getattr(self, name) for name in ("label", "chosen_score", "rejected_score", "split")}
-        return {name: column for name, column in found.items() if column is not None}
+        responses = SIDES if self.completion is None else ("completion", "label")
+        names = ("prompt", "input", "system", *responses, "chosen_score", "rejected_score", "split")
+        return {name: column for name in names if (column := getattr(self, name)) is not None}
 
     def needed(self) -> set[str]:
         """Return every column that is read."""
@@ -107,25 +113,26 @@ def find_columns(dataset: DatasetSection, names: Collection[str]) -> Columns:
     """
     if not names:  # no row can be read: the reasons are in quarantine
         return Columns()
-    responses, label = _unpaired(dataset, names) or (_responses(dataset, names), None)
-    taken = (*responses, label)
+    unpaired = _unpaired(dataset, names)
+    taken = (unpaired["completion"], unpaired["label"]) if unpaired else _responses(dataset, names)
     prompt = _find(dataset, "prompt", names, taken)
     input_column = _find(dataset, "input", names, (*taken, prompt)) if prompt or dataset.input_column else None
-    usual_scores = score_columns(name for name in names if name not in taken) if label is None else []
+    usual_scores = score_columns(name for name in names if name not in taken) if not unpaired else []
     scores = _named_scores(dataset, names) or next(iter(usual_scores), (None, None))
     return Columns(
-        responses,
-        label,
-        prompt,
-        input_column,
-        _find(dataset, "system", names, (*taken, prompt)),
-        *scores,
+        *(() if unpaired else taken),
+        prompt=prompt,
+        input=input_column,
+        system=_find(dataset, "system", names, (*taken, prompt)),
+        chosen_score=scores[0],
+        rejected_score=scores[1],
         splits_without_prompt=dataset.transcript != "no",
         split=dataset.split_column and _named(dataset, "split_column", names),
         guesses_prompt=prompt is not None and dataset.prompt_column is None and _key(prompt) != "prompt",
         guesses_input=input_column is not None and dataset.input_column is None,
         combines_answers=dataset.many_answers == "combine",
         of_the_template=tuple(name for name in OF_THE_TEMPLATE if name not in dataset.unprinted_keys),
+        **unpaired,
     )
 
 
@@ -249,12 +256,12 @@ def _named(dataset: DatasetSection, setting: str, names: Collection[str]) -> str
     )
 
 
-def _unpaired(dataset: DatasetSection, names: Collection[str]) -> tuple[tuple[str], str] | None:
-    """Return the columns of the response and of its label, if rows have one response: by the recipe, or by their names."""
+def _unpaired(dataset: DatasetSection, names: Collection[str]) -> dict[str, str]:
+    """Return `completion` and `label`, if rows have one response: by the recipe, or by their names; else nothing."""
     asked = {role: getattr(dataset, f"{role}_column") for role in ("completion", "label")}
     is_asked = any(asked.values())
     if not is_asked and any(_usual_responses(dataset, names)):
-        return None
+        return {}
     found: dict[str, str] = {}
     for role, column in asked.items():
         name = _named(dataset, f"{role}_column", names) if column else _usual(role, names)
@@ -266,13 +273,13 @@ def _unpaired(dataset: DatasetSection, names: Collection[str]) -> tuple[tuple[st
                 f"Set dataset.{role}_column"
             )
     if len(found) < len(asked):
-        return None
+        return {}
     if dataset.chosen_score_column:
         raise InputError(
             f"dataset.source {dataset.source} has one response in a row (columns {found['completion']!r} and "
             f"{found['label']!r}): leave dataset.chosen_score_column and dataset.rejected_score_column out"
         )
-    return (found["completion"],), found["label"]
+    return found
 
 
 def _usual_responses(dataset: DatasetSection, names: Collection[str]) -> list[str | None]:

@@ -133,11 +133,11 @@ def _responses(
     row: Mapping[str, object], turns: list[list[Message]], columns: Columns
 ) -> tuple[list[Message], Response, Response]:
     """Return the turns before the responses, and both responses; of an unpaired row one has no messages."""
-    names, none = columns.responses, list[Message]()
-    if columns.label is not None:
-        before, response = split_response(turns[0], names[0])
+    if columns.completion is not None and columns.label is not None:
+        none = list[Message]()
+        before, response = split_response(turns[0], columns.completion)
         return (before, response, none) if read_label(row[columns.label], columns.label) else (before, none, response)
-    before, chosen, rejected = split_responses(turns[0], turns[1], (names[0], names[1]))
+    before, chosen, rejected = split_responses(turns[0], turns[1], (columns.chosen, columns.rejected))
     if _response_key(chosen) == _response_key(rejected):
         raise Unusable(Reason.CHOSEN_EQUALS_REJECTED, f"both responses are {str(chosen)[:80]!r}")
     return before, chosen, rejected
