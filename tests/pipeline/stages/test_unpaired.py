@@ -1,17 +1,19 @@
 """Unpaired rows (`prompt, completion, label`) from a file to a trained step, with an engine that is transformers itself."""
 
+from pathlib import Path
+
 import numpy as np
-import polars as pl
 import pytest
 
+from pipeline.engine.score_once import Scores
 from pipeline.parity.process import score_with_transformers
 from pipeline.stages.anchors import sample_anchors
-from pipeline.stages.attribute import attribute
 from pipeline.stages.contrast import untrained_pair
 from pipeline.stages.prepare import prepare
 from pipeline.stages.publish import Ingredients, publish
 from pipeline.stages.report import write_report
-from pipeline.stages.score import Scorer, executor_of, score
+from pipeline.stages.score import Scorer, score
+from pipeline.toy.model_maker import make_chat_model
 from pipeline.workers import supervise
 from pipeline.workers.anchors.mismatched import OtherResponses
 from pipeline.workers.pair_row import PairRow
@@ -22,7 +24,7 @@ from train.job.job import run_job
 from weights_store import WeightStore
 from weights_store.checks.verify import verify
 from weights_store.errors import InputError, MismatchError
-from weights_store.inspection.doctor import diagnose
+from weights_store.inspection import ansi, heat_map
 from weights_store.names import quarantine_path
 
 PROMPTS = ["who bakes", "who sails", "who sings", "who runs", "who paints", "who reads"]
@@ -73,12 +75,25 @@ class TransformersEngine:
         return lambda: self.score(sequences, progress)
 
     def score(self, sequences, progress=lambda num_tokens: None):
-        from pipeline.engine.score_once import Scores
-
         assert all(sequence.num_wanted for sequence in sequences), "an engine gets no sequence without a token"
         pairs = [PairRow(str(i), 0, "", each.prompt_ids, each.response_ids, []) for i, each in enumerate(sequences)]
         found = score_with_transformers(self.model, pairs).logps
-        return [Scores.of(np.array(found[str(i)][0], np.float32)[each.start :]) for i, each in enumerate(sequences)]
+        return [_scores(np.array(found[str(i)][0], np.float32), each) for i, each in enumerate(sequences)]
+
+
+def _scores(logps, sequence):
+    """Of the wanted tokens; the k most likely are the token itself and the ids behind it, less likely by 3, 4, 5 … nats."""
+    own, steps = logps[sequence.start :, None], np.arange(sequence.top_k)
+    ids = np.array(sequence.response_ids[sequence.start :], np.int32)[:, None] + steps
+    return Scores(own[:, 0], ids.astype(np.int32), (own - np.where(steps > 0, steps + 2, 0)).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def toy_model(tmp_path_factory, language):
+    """A smaller one than that of the suite: nothing here depends on what it has learnt."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    make_chat_model(language.sample_conversations(40, seed=1), folder, hidden_size=32, num_layers=1, steps=1)
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -105,15 +120,14 @@ def unpaired(make_recipe, tmp_path, write_jsonl):
     return make
 
 
-def build(recipe, model, attributed=False):
-    """Build the weights of a recipe as the flow does; return what was published and its ingredients."""
+def build(recipe, model):
+    """Build the weights of a recipe as the flow does; return what was published."""
     tokens = prepare(recipe, model).tokens
     scorers = {"ref": Scorer(model), **untrained_pair(recipe.contrast, model).scorers}
     logps = {role: filled.output for role, filled in score(tokens, scorers, recipe.score, model).items()}
-    attributions = attribute(tokens, model, recipe.attribute, executor_of(recipe.score)).output if attributed else None
-    anchors = sample_anchors(tokens, model, recipe.anchors, recipe.score).output if recipe.anchors else None
-    ingredients = Ingredients.of_scorers(tokens, logps, attributions, anchors)
-    return publish(recipe, recipe.weights, ingredients, tokenizer_folder=model), ingredients
+    anchors = sample_anchors(tokens, model, recipe.anchors, recipe.score).output
+    ingredients = Ingredients.of_scorers(tokens, logps, None, anchors)
+    return publish(recipe, recipe.weights, ingredients, tokenizer_folder=model)
 
 
 def rows_of(store, path, version=None):
@@ -189,65 +203,45 @@ def test_what_needs_two_responses_is_refused_before_a_model_starts(unpaired, toy
         prepare(unpaired(**settings), toy_model)
 
 
-def test_from_a_file_to_a_trained_step(unpaired, make_recipe, toy_model, tmp_path, write_jsonl):
-    settings = {
-        "weights.estimator": "ensemble",
-        "weights.members": ["tis", "ti"],
-        "weights.transforms": ["mean_one", "smooth"],
-        "weights.smooth_over": "words",
-        "attribute.prompts": True,
-        "attribute.contexts": 2,
-    }
-    published, ingredients = build(unpaired(**settings), toy_model, attributed=True)
+def test_from_a_file_to_a_trained_step(unpaired, toy_model, tmp_path):
+    transforms = {"weights.transforms": ["mean_one", "smooth"], "weights.smooth_over": "words"}
+    published = build(unpaired(**transforms, **{"score.top_k": 2}), toy_model)
     statistics = published.statistics
     assert (statistics["num_pairs"], statistics["num_unpaired_rows"], statistics["num_anchored_pairs"]) == (13, 13, 13)
+    assert statistics["ref_top_k"] == 2
     assert "one response each" in statistics["held_out"]["tis"]["not_measured"]
     store = WeightStore(published.weights.store)
     assert [*verify(store, rows=True)] == []
-    weights = rows_of(store, published.weights.table)
-    # A response is weighed alike alone and in a pair.
-    write_jsonl(tmp_path / "more.jsonl", paired_rows())
-    of_pairs = make_recipe(**settings, **{
-        "contrast.method": "prompt", "dataset.name": "other", "dataset.source": str(tmp_path / "more.jsonl"),
-        "weights.name": "toy/pairs",
-    })  # fmt: skip
-    in_pairs = rows_of(store, build(of_pairs, toy_model, attributed=True)[0].weights.table)
-    for side in ("chosen", "rejected"):
-        names = [f"{side}_ids", f"{side}_token_weights", f"{side}_ref_logps"]
-        alone = weights.filter(pl.col(names[0]).list.len() > 0)
-        both = in_pairs.join(alone, on=["prompt_ids", names[0]], suffix="_alone")
-        assert both.height == len(PROMPTS)
-        for name in names[1:]:
-            for ours, theirs in both.select(name, f"{name}_alone").iter_rows():
-                np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=1e-5)
     look_at(store, published, toy_model, tmp_path)
-    for name in ("kto", "tis_kto"):
-        result = run_job(config_of(store, published, toy_model, tmp_path / name, name))
-        assert result.before["loss"] == pytest.approx(0.5, abs=1e-3)  # z0 = 0 and all log-ratios 0
-        assert result.before["kl"] == pytest.approx(0, abs=1e-3)
-        assert result.after["rewards/margins"] > 0.01
-        assert "rewards/accuracies" not in result.after
+    result = run_job(config_of(store, published, toy_model, tmp_path / "tis_kto", "tis_kto"))
+    assert result.before["loss"] == pytest.approx(0.5, abs=1e-3)  # z0 and all log-ratios are 0
+    assert result.before["kl"] == pytest.approx(0, abs=1e-3)
+    assert result.after["rewards/margins"] > 0.01
+    assert "rewards/accuracies" not in result.after
     with pytest.raises(
         MismatchError, match=r"loss.name='dpo' compares two responses to a prompt, and 13 of 13 rows of "
     ):
         run_job(config_of(store, published, toy_model, tmp_path / "dpo", "dpo"))
-    assert len(ingredients.by_role()) == 6
 
 
 def look_at(store, published, model, folder):
-    """Everything that people look at a dataset with works on rows with one response."""
+    """Everything that people look at a dataset with shows rows with one response."""
     survey = store.survey(published.name)
-    assert survey.num_pairs == 13
-    assert (survey.chosen.num_responses, survey.rejected.num_responses) == (6, 7)
+    assert (survey.num_pairs, survey.chosen.num_responses, survey.rejected.num_responses) == (13, 6, 7)
     assert survey.logratios is None
-    diagnose(survey, store.metadata(published.name))
-    assert "unpaired" in write_report(published, model).path or store.root.exists("reports")
-    view = store.view(published.name, random=3)
-    assert "none" in str(view) or view.num_pairs == 13
+    html = Path(write_report(published, model).path).read_text(encoding="utf-8")
+    assert "13 rows with one response" in html
+    view = store.view(published.name, random=13)
+    text = "\n".join(ansi.render(view, width=100, colours="none"))
+    assert (text.count("chosen: none"), text.count("rejected: none")) == (7, 6)
+    assert all(0 < pair.effective_share <= 1 for pair in view.pairs)
+    assert heat_map.draw_pair(view.pairs[0], "svg")
     assert store.scan_tokens(published.name).collect().height == published.statistics["num_response_tokens"]
     for form in ("parquet", "jsonl"):
         assert store.export(published.name, folder / form, format=form)
-    assert not store.diff(published.name, published.name).largest.height
+    difference = store.diff(published.name, published.name)
+    assert (difference.num_common, difference.chosen.num_tokens_changed) == (13, 0)
+    assert not difference.largest["mean_abs_change"].null_count()
 
 
 def config_of(store, published, model, folder, loss):
@@ -255,6 +249,6 @@ def config_of(store, published, model, folder, loss):
         "data": {"store": str(store.root), "weights": published.name},
         "model": {"path": str(model)},
         "loss": {"name": loss, "beta": 0.5},
-        "optim": {"learning_rate": 1e-3, "pairs_per_step": 5, "tokens_per_batch": 64},
+        "optim": {"learning_rate": 1e-3, "max_steps": 1, "pairs_per_step": 13, "tokens_per_batch": 128},
         "output": {"folder": str(folder)},
     })  # fmt: skip
