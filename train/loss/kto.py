@@ -40,8 +40,8 @@ def kto(
         undesirable_weight: Likewise.
 
     References:
-        Ethayarajh et al. 2024, arXiv 2402.01306 (ICML 2024), in the form of TRL's `KTOTrainer` (1.16), which names Eq. 7. The
-        paper's text could not be read.
+        Ethayarajh et al. 2024, arXiv 2402.01306 (ICML 2024), in the form of the official release (HALOs, train/trainers.py) and
+        of TRL's `KTOTrainer` (1.16), which names Eq. 7. The paper's text could not be read.
     """
     weights = (desirable_weight, undesirable_weight)
     return _kto((chosen, rejected), (sum_logratios(chosen), sum_logratios(rejected)), z0, beta, weights)
@@ -73,8 +73,8 @@ def tis_kto(
 def reference_point(mismatched: Iterable[ResponseLogps]) -> Tensor:
     """Return sum and number of the log-ratios of responses to other prompts, `[2]`; z0 is max(0, sum / number) over all ranks.
 
-    It estimates KL(pi‖ref). TRL and the official release take the mean over a micro-batch, on several ranks then the mean of
-    their means; here it is that of the whole step, so that it does not depend on how a step is cut.
+    It estimates KL(pi‖ref). TRL and the official release take the mean over one micro-batch of all ranks; here it is that of
+    the whole step, so that it does not depend on how a step is cut.
     """
     logratios = torch.cat([sum_logratios(side) for side in mismatched])
     return torch.stack([logratios.sum(), torch.full_like(logratios.sum(), len(logratios))])

@@ -321,8 +321,7 @@ class _LogratioSums:
 
     def add_side(self, side: Side, flat: _Flat) -> np.ndarray:
         """Return the sum and the mean over each pair's response, `[2, B]`; NaN where it has none on this side."""
-        assert flat.logratios is not None
-        wide, lengths = flat.logratios.astype(np.float64), flat.lengths
+        wide, lengths = np.asarray(flat.logratios, np.float64), flat.lengths
         sums = np.add.reduceat(wide, np.cumsum(lengths) - lengths) if len(wide) else np.zeros(0)
         self.counts[f"{side}_tokens"] += len(wide)
         self.counts[side] += float(sums.sum())
