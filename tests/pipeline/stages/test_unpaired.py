@@ -3,13 +3,16 @@
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
+from pipeline.dry_run.source import survey
 from pipeline.engine.score_once import Scores
 from pipeline.parity.process import score_with_transformers
+from pipeline.prompt_check import check_prompts
 from pipeline.stages.anchors import sample_anchors
 from pipeline.stages.contrast import untrained_pair
-from pipeline.stages.prepare import prepare
+from pipeline.stages.prepare import Preparation, prepare
 from pipeline.stages.publish import Ingredients, publish
 from pipeline.stages.report import write_report
 from pipeline.stages.score import Scorer, score
@@ -159,6 +162,22 @@ def test_a_row_has_its_response_on_the_side_of_its_label(unpaired, make_recipe, 
     assert {pair_id[:12] for pair_id in tokens["pair_id"]} == {pair_id[:12] for pair_id in pairs["pair_id"]}
     again = prepare(unpaired(), toy_model)
     assert (again.tokens, again.num_new_pairs) == (prepared.tokens, 0)
+
+
+def test_a_plan_counts_them_and_a_check_of_prompts_refuses_them(unpaired, toy_model):
+    recipe = unpaired()
+    outlook = survey(Preparation.of(recipe, toy_model))
+    assert (outlook.num_pairs, outlook.num_new, outlook.is_exact) == (13, 13, True)
+    prepared = prepare(recipe, toy_model)
+    lengths = rows_of(WeightStore(prepared.tokens.store), prepared.tokens.table).select(
+        prompt=pl.col("prompt_ids").list.len(),
+        responses=pl.sum_horizontal(pl.col("^.*(chosen|rejected)_ids$").list.len()),
+    )
+    assert outlook.new_tokens == pytest.approx(lengths.mean().row(0))
+    with pytest.raises(
+        InputError, match="check-prompts compares two responses to a prompt, and dataset.source .* has one"
+    ):
+        check_prompts(recipe)
 
 
 def test_an_anchor_is_a_response_to_the_next_prompt(unpaired, toy_model):

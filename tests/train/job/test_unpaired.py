@@ -6,6 +6,7 @@ import math
 import pytest
 
 from tests.train.conftest import Row
+from train.config import DataConfig
 from train.data.dataset import PairDataset, open_weights
 from train.job.job import run_job
 from train.job.prepare import open_inputs, open_pairs
@@ -152,6 +153,17 @@ def test_what_unpaired_rows_cannot_do_is_refused(
     write_unpaired(unpaired_rows, **metadata)
     with pytest.raises(MismatchError, match=message):
         open_inputs(make_config(**changes))
+
+
+def test_the_adapter_of_trl_refuses_them(write_unpaired, unpaired_rows, model_folder, tmp_path) -> None:
+    trl = pytest.importorskip("trl")
+    from train.trl_adapter import WeightedDPOTrainer
+
+    data = DataConfig(store=write_unpaired(unpaired_rows), weights="toy/tis")
+    with pytest.raises(
+        MismatchError, match=r"TRL's DPOTrainer compares two responses to a prompt, and 40 rows of toy/tis@0"
+    ):
+        WeightedDPOTrainer(model_folder, trl.DPOConfig(str(tmp_path / "trl"), use_cpu=True), data, loss="dpo")
 
 
 def test_a_triplet_needs_sampled_anchors(make_config, write_unpaired, anchored_rows) -> None:
