@@ -114,25 +114,27 @@ def find_columns(dataset: DatasetSection, names: Collection[str]) -> Columns:
     if not names:  # no row can be read: the reasons are in quarantine
         return Columns()
     unpaired = _unpaired(dataset, names)
-    taken = (unpaired["completion"], unpaired["label"]) if unpaired else _responses(dataset, names)
+    chosen, rejected = SIDES if unpaired else _responses(dataset, names)
+    taken = tuple(unpaired.values()) or (chosen, rejected)
     prompt = _find(dataset, "prompt", names, taken)
     input_column = _find(dataset, "input", names, (*taken, prompt)) if prompt or dataset.input_column else None
     usual_scores = score_columns(name for name in names if name not in taken) if not unpaired else []
     scores = _named_scores(dataset, names) or next(iter(usual_scores), (None, None))
     return Columns(
-        *(() if unpaired else taken),
-        prompt=prompt,
-        input=input_column,
-        system=_find(dataset, "system", names, (*taken, prompt)),
-        chosen_score=scores[0],
-        rejected_score=scores[1],
+        chosen,
+        rejected,
+        prompt,
+        input_column,
+        _find(dataset, "system", names, (*taken, prompt)),
+        *scores,
         splits_without_prompt=dataset.transcript != "no",
         split=dataset.split_column and _named(dataset, "split_column", names),
         guesses_prompt=prompt is not None and dataset.prompt_column is None and _key(prompt) != "prompt",
         guesses_input=input_column is not None and dataset.input_column is None,
         combines_answers=dataset.many_answers == "combine",
         of_the_template=tuple(name for name in OF_THE_TEMPLATE if name not in dataset.unprinted_keys),
-        **unpaired,
+        completion=unpaired.get("completion"),
+        label=unpaired.get("label"),
     )
 
 

@@ -18,7 +18,7 @@ from weights_store import TableVersion
 
 Stage = Literal["score", "attribute", "anchors"]
 """The stages that run a model over all pairs."""
-DOING: dict[Stage, str] = {"score": "scoring", "attribute": "attributing", "anchors": "sampling anchors"}
+DOING: dict[Stage, str] = {"score": "scoring", "attribute": "attributing", "anchors": "making anchors"}
 DONE: dict[Stage, str] = {"score": "scored", "attribute": "attributed", "anchors": "given an anchor"}
 
 
