@@ -26,7 +26,7 @@ from train.model.collate import PairCollator
 from weights_store import WeightStore
 from weights_store.checks.verify import verify
 from weights_store.errors import InputError, OutOfMemoryError
-from weights_store.schemas import ATTRIBUTIONS, Reason
+from weights_store.schemas import ATTRIBUTIONS, SIDES, Reason
 
 VOCAB_SIZE, POISON = 1000, 950  # the made-up pairs have ids from 3 to 899
 
@@ -101,6 +101,21 @@ def naive(model_folder):
         return torch.autograd.grad(value, embeddings)[0][0].abs().sum(-1).numpy()
 
     return attribute_one
+
+
+def test_a_response_is_attributed_alone_as_in_a_pair(make_request):
+    request = make_request(prompts=True, activations=True, contexts=2)
+    worker, pairs = PairAttributor(request), pairs_in(request)[:4]
+    alone = [replace(pair, **{f"{SIDES[index % 2]}_ids": []}) for index, pair in enumerate(pairs)]
+    (in_pairs, _), (found, refused) = (worker.fill_in(rows, request.targets[0]) for rows in (pairs, alone))
+    assert not refused
+    for index, (row, wanted) in enumerate(zip(found.to_pylist(), in_pairs.to_pylist(), strict=True)):
+        absent, there = SIDES[index % 2], SIDES[1 - index % 2]
+        for name in ("attributions", "activations", "contexts"):
+            assert row[f"{absent}_{name}"] == []
+            np.testing.assert_allclose(row[f"{there}_{name}"], wanted[f"{there}_{name}"], rtol=1e-4, atol=1e-6)
+        assert row[f"{absent}_prompt_attribution"] == 0
+        assert row[f"{there}_prompt_attribution"] == pytest.approx(wanted[f"{there}_prompt_attribution"], rel=1e-4)
 
 
 # --- what is stored ----------------------------------------------------------------------------------------------------
