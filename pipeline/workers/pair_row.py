@@ -76,7 +76,7 @@ def why_not(pair: PairRow, vocab_size: int, max_tokens: int | None = None) -> st
         return pair.problem
     parts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
     if not pair.prompt_ids or not (pair.chosen_ids or pair.rejected_ids):
-        return "prompt or response has no tokens"
+        return "the prompt or both responses have no tokens"
     longest = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
     if max_tokens is not None and longest > max_tokens:
         return f"prompt and response have {longest} tokens, the model takes {max_tokens}"

@@ -116,7 +116,7 @@ def rows_of(request):
 
 
 def expected_ids(prompt_ids, settings=SETTINGS, stop_ids=(EOS, TURN_END)):
-    options = settings.model_dump(exclude={"seed"})
+    options = asdict(settings.sampling)
     return continuation(prompt_ids, Sampling(**options, stop_ids=stop_ids), seed_of(prompt_ids, settings.seed))
 
 

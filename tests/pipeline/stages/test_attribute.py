@@ -239,7 +239,7 @@ def test_progress_rises_to_all_of_it(make_request):
 
 def test_pairs_that_the_model_must_not_see_go_to_quarantine(make_request):
     request = make_request(
-        row1={"chosen_ids": []},
+        row1={"chosen_ids": [], "rejected_ids": []},
         row2={"rejected_ids": [VOCAB_SIZE]},
         row3={"rejected_ids": [5] * 57},
         row4={"prompt_ids": []},
@@ -247,10 +247,10 @@ def test_pairs_that_the_model_must_not_see_go_to_quarantine(make_request):
     table, unscorable = run(request)
     assert table.num_rows == NUM_PAIRS - 4
     assert {row["source_row"]: row["detail"] for row in unscorable} == {
-        1: "prompt or response has no tokens",
+        1: "the prompt or both responses have no tokens",
         2: "a token id is outside the model's vocabulary of 1000",
         3: "prompt and response have 61 tokens, the model takes 60",
-        4: "prompt or response has no tokens",
+        4: "the prompt or both responses have no tokens",
     }
     assert {row["reason"] for row in unscorable} == {Reason.UNSCORABLE.value}
 

@@ -33,7 +33,7 @@ def test_the_table_of_settings_is_that_of_the_loss_functions() -> None:
     """What a loss reads is what its function takes, so no setting can be accepted and ignored."""
     for name in LOSSES:
         parameters = inspect.signature(getattr(losses, name)).parameters.values()
-        takes = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"chosen_scores", "rejected_scores"}
+        takes = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"chosen_scores", "rejected_scores", "z0"}
         switched_on = {"tis_dpo": {"kl": "exact"}, "ti_dpo": {"variant": "release"}, "sft": {"beta": 0.1}}
         assert set(config(name, **switched_on.get(name, {})).arguments()) == takes
 
