@@ -224,7 +224,7 @@ class WeightStore:
 
         Raises:
             InputError: The folder exists and is not empty, or the format is unknown.
-            MismatchError: An id is not in the tokenizer, or (`jsonl`) the version records no EOS id.
+            MismatchError: An id is not in the tokenizer, or (`jsonl`) the version records no EOS id, or has unpaired rows.
             DamageError: A shard is not what was committed.
         """
         weights = self.resolve(name, version)

@@ -84,7 +84,13 @@ def _write_parquet(table: Table, version: int, folder: Path) -> list[str]:
 
 def _write_jsonl(table: Table, version: int, folder: Path, tokenizer: Tokenizer | None) -> list[str]:
     """Write one file per split: a line has no field for it."""
-    eos = table.metadata(version).get("tokenizer", {}).get("eos_token_id")
+    metadata = table.metadata(version)
+    if num_unpaired := metadata.get("statistics", {}).get("num_unpaired_rows"):
+        raise MismatchError(
+            f"{table.path}@{version} has {num_unpaired:,} rows with one response, and the release's lines have two; export it "
+            "as parquet"
+        )
+    eos = metadata.get("tokenizer", {}).get("eos_token_id")
     if eos is None:
         raise MismatchError(
             f"{table.path}@{version} records no EOS id, and the release's weights stop before EOS; export it as parquet"
