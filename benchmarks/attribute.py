@@ -31,7 +31,8 @@ import torch
 import pipeline.workers.pair_attributor
 from benchmarks.machine import describe
 from pipeline.engine.contract import EngineSettings
-from pipeline.recipe import AttributeSection, Recipe
+from pipeline.recipe import Recipe
+from pipeline.stage_sections import AttributeSection
 from pipeline.stages.prepare import prepare
 from pipeline.workers.pair_attributor import PairAttributor
 from pipeline.workers.pair_row import read_pairs

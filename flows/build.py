@@ -190,7 +190,7 @@ def attribute_tokens(prepared: Prepared, recipe: Recipe, model_folder: Path) -> 
 
 @task(name="anchors", task_run_name="anchors")
 def sample_anchor_responses(prepared: Prepared, recipe: Recipe, model_folder: Path) -> Filled:
-    """Sample an anchor for every prompt that has none yet."""
+    """Make an anchor for every pair that has none yet."""
     assert recipe.anchors is not None, "the flow calls this task only for a recipe with [anchors]"
     with (
         _gpus(recipe, recipe.score.tensor_parallel),

@@ -28,6 +28,10 @@ class DatasetSection(Section):
     system_column: str | None = None
     chosen_column: str | None = None
     rejected_column: str | None = None
+    completion_column: str | None = Field(
+        None, description="of unpaired rows, each with one response and a label of it, see [data.md](data.md)"
+    )
+    label_column: str | None = Field(None, description="true or 1: desirable; false or 0: undesirable")
     chosen_score_column: str | None = None
     rejected_score_column: str | None = None
     chosen_weights_column: str | None = Field(None, min_length=1)
@@ -70,6 +74,18 @@ class DatasetSection(Section):
             chosen, rejected = f"chosen_{what}_column", f"rejected_{what}_column"
             if (getattr(self, chosen) is None) != (getattr(self, rejected) is None):
                 raise ValueError(f"set both dataset.{chosen} and dataset.{rejected}, or none of them")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_have_one_layout(self) -> "DatasetSection":
+        kinds = ("_column", "_score_column", "_weights_column")
+        paired = [f"{side}{what}" for what in kinds for side in ("chosen", "rejected")]
+        unpaired = ("completion_column", "label_column")
+        first, second = (next((key for key in keys if getattr(self, key)), None) for keys in (paired, unpaired))
+        if first and second:
+            raise ValueError(
+                f"dataset.{first} is of pairs and dataset.{second} of unpaired rows, and a source has one kind: leave one out"
+            )
         return self
 
     @model_validator(mode="after")

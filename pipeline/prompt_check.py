@@ -88,8 +88,8 @@ def check_prompts(recipe: Recipe, num_pairs: int = 64) -> PromptCheck:
     """Score a sample of the recipe's pairs with the contrastive pair and the starting model, and count up what it says.
 
     Raises:
-        InputError: The recipe's inputs cannot be used, its pair has to be trained first, or less than two pairs could be
-            scored.
+        InputError: The recipe's inputs cannot be used, its pair has to be trained first, its rows have one response, or less
+            than two pairs could be scored.
         MissingExtraError: vLLM is not installed.
         StageError: Scoring failed.
     """
@@ -102,6 +102,11 @@ def check_prompts(recipe: Recipe, num_pairs: int = 64) -> PromptCheck:
     check_given_models(recipe.contrast, model_folder)  # which check_inputs leaves out if the weights read no pair
     start = Preparation.of(recipe, model_folder)
     sample = take_sample(start, num_pairs, _LOOK_AT)
+    if not all(pair.chosen_ids and pair.rejected_ids for pair in sample.pairs):
+        raise InputError(
+            f"check-prompts compares two responses to a prompt, and dataset.source {recipe.dataset.source} has one in a row: "
+            "check the prompts on a source of pairs"
+        )
     scorers = {REFERENCE: Scorer(model_folder), **untrained_pair(recipe.contrast, model_folder).scorers}
     settings = recipe.score.model_copy(
         update={"executor": "process", "top_k": 0}

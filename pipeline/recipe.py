@@ -1,6 +1,7 @@
 """The recipe of a build: what a TOML file and `--set` may say, checked before anything runs.
 
-Section `[dataset]` is in `dataset_section.py`, `[contrast]` in `models/section.py`, `[weights]` in `weighing/section.py`.
+Section `[dataset]` is in `dataset_section.py`, `[contrast]` in `models/section.py`, `[weights]` in `weighing/section.py`,
+`[attribute]` and `[anchors]` in `stage_sections.py`.
 """
 
 import json
@@ -9,24 +10,20 @@ from collections.abc import Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.dataset_section import DatasetSection
 from pipeline.models.section import MODEL_SIDES, ContrastSection
 from pipeline.section import Section
+from pipeline.stage_sections import AnchorsSection, AttributeSection, Dtype
 from pipeline.weighing.section import MODELS, AnyWeights, WeightsSection
 from train.data.selection import Selection
-from train.model.sampling import AnchorSampling
-from weights_store.allowed import SCORE_PYTHON, TRAIN_PYTHON, check_interpreter_place, check_place
+from weights_store.allowed import SCORE_PYTHON, check_interpreter_place, check_place
 from weights_store.names import split_name
 from weights_store.schemas import SIDES
 from weights_store.settings import apply_overrides, default_store, load_toml, parse_settings
-
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"], Field(description="auto: that of the model's files")
-]
 
 
 class ModelSection(Section):
@@ -76,53 +73,6 @@ class ScoreSection(Section):
     def result_settings(self) -> dict[str, object]:
         """Return what determines results."""
         return self.model_dump(include={"dtype", "top_k"} if self.top_k else {"dtype"})
-
-
-class AttributeSection(Section):
-    """Gradient attribution by the reference policy (TI-DPO, arXiv 2505.19653): L1 norms of input-embedding gradients."""
-
-    target: Literal["max_logit", "gold_logps", "dpo_margin"] = Field(
-        "max_logit",
-        description="what is differentiated: the largest logit after the last response token (the paper's), the sum of the "
-        "response's log-probs, or the pair's DPO margin",
-    )
-    dtype: Dtype = "auto"
-    prompts: bool = Field(
-        False, description="also store the attributions of prompts, which weights.span 'sequence' needs"
-    )
-    activations: bool = Field(False, description="also store the size of the hidden states, for estimator 'activation'")
-    contexts: int = Field(
-        0,
-        ge=0,
-        le=64,
-        description="also store so many numbers per token that describe what was read before it, for weights.features "
-        "'contexts'",
-    )
-    chunk_tokens: int = Field(262_144, ge=1, description="tokens between two commits; a kill can lose two chunks")
-    batch_tokens: int = Field(4096, ge=256, description="tokens in one forward and backward pass")
-    python: str | None = Field(
-        default_factory=partial(os.environ.get, TRAIN_PYTHON),
-        description=f"interpreter of the process; default: {TRAIN_PYTHON}, or this one",
-    )
-
-    def result_settings(self) -> dict[str, object]:
-        """Return what determines results."""
-        settings = self.model_dump(include={"target", "dtype", "prompts", "activations", "contexts"})
-        if not self.contexts:  # the key came later, and what was attributed without it is the same
-            del settings["contexts"]
-        return settings
-
-
-class AnchorsSection(Section):
-    """Anchors of TI-DPO's triplet loss, with its release's defaults: one response per prompt, sampled from the reference."""
-
-    max_new_tokens: int = Field(AnchorSampling.max_new_tokens, ge=1, description="end-of-turn token included")
-    temperature: float = Field(AnchorSampling.temperature, ge=0.01, le=2, description="as vLLM takes it")
-    top_k: int = Field(AnchorSampling.top_k, ge=0, description="sample among this many most likely tokens; 0: all")
-    top_p: float = Field(
-        AnchorSampling.top_p, gt=0, le=1, description="and among the tokens with this total probability"
-    )
-    seed: int = Field(0, ge=0)
 
 
 class ScheduleSection(Section):
@@ -265,6 +215,34 @@ class Recipe(Section):
         return self.weights.pair_weight == "quality"
 
     @property
+    def needs_two_responses(self) -> str | None:
+        """What cannot be made of unpaired rows, and what to use instead; None if all can be."""
+        if "labels" in self.weights.inputs():
+            return (
+                "estimator 'head' learns from two responses to one prompt: choose an estimator that does not, for example "
+                "'tis' with contrast.method 'sft'"
+            )
+        if "other response" in self.weights.inputs():
+            return "estimator 'diff' compares two responses: choose another"
+        if self.weight_columns:
+            return (
+                f"{' and '.join(f'dataset.{key}' for key in self.weight_columns)} are of pairs: choose another estimator, such as "
+                "'pattern', and weights.pair_weight 'none'"
+            )
+        if self.weights.pair_weight != "none":
+            return f"weights.pair_weight {self.weights.pair_weight!r} compares two responses: set it to 'none'"
+        if self.weights.is_calibrated:
+            return "weights.scale 'calibrated' is fitted to which of two responses was preferred: give weights.scale a number"
+        if self.needs_pair and self.contrast.method == "dpo" and self.contrast.weights is None:
+            return (
+                "contrast.method 'dpo' trains on pairs: set contrast.method to 'sft', 'prompt' or 'given', or contrast.weights "
+                "to a dataset of pairs"
+            )
+        if self.needs_attributions and self.attribute.target == "dpo_margin":
+            return "attribute.target 'dpo_margin' is of two responses: set it to 'max_logit' or 'gold_logps'"
+        return None
+
+    @property
     def contrast_settings(self) -> ContrastSection:
         """[contrast] with the split that trains: by default the first of several splits, and all pairs of a single one.
 
@@ -323,7 +301,7 @@ class Recipe(Section):
         if self.needs_attributions:
             settings["attribute"] = self.attribute.result_settings()
         if self.anchors:
-            settings["anchors"] = self.anchors.model_dump()
+            settings["anchors"] = self.anchors.result_settings()
         return settings
 
 

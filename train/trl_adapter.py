@@ -270,6 +270,11 @@ class _StoredOrder(Sampler[int]):
 
 def _open_pairs(model_folder: Path, data: DataConfig, loss: str) -> PairDataset:
     source = open_weights(data)
+    if source.num_unpaired_rows:
+        raise MismatchError(
+            f"TRL's DPOTrainer compares two responses to a prompt, and {source.num_unpaired_rows:,} rows of {source.name} have "
+            "one; train with `tokenweights train` and loss.name='kto' or 'tis_kto'"
+        )
     pairs = PairDataset(source, data, vocab_size=check_model_fits(model_folder, source))
     if loss == "tis_dpo":
         check_weights_vary(source, sample_pairs(pairs), loss)

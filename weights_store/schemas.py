@@ -39,7 +39,8 @@ TOKENS = pa.schema(
         _required("split", pa.string()),
     ]
 )
-"""One row per preference pair, tokenised."""
+"""One row per preference pair, tokenised. An unpaired row has its response on the side of its label, and an empty list on the
+other side, here and in all tables."""
 
 LOGPS = pa.schema(
     [
@@ -151,6 +152,7 @@ class Reason(StrEnum):
     ROW_TOO_LARGE = "row_too_large"
     MISSING_VALUE = "missing_value"
     NOT_TEXT = "not_text"
+    BAD_LABEL = "bad_label"
     UNKNOWN_ROLE = "unknown_role"
     BAD_TOOLS = "bad_tools"
     ALREADY_TEMPLATED = "already_templated"

@@ -244,8 +244,8 @@ class WeightStore:
         Raises:
             InputError: The folder exists and is not empty, the format is unknown, or (`loss_scale`) the tokenizer is missing or
                 does not fit.
-            MismatchError: An id is not in the tokenizer, (`jsonl`) the version records no EOS id, or (`loss_scale`) the text of
-                a prompt gives other ids.
+            MismatchError: An id is not in the tokenizer, (`jsonl`) the version records no EOS id, (`loss_scale`) the text of
+                a prompt gives other ids, or a format for pairs meets unpaired rows.
             DamageError: A shard is not what was committed.
         """
         weights = self.resolve(name, version)

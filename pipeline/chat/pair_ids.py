@@ -19,7 +19,7 @@ _WALLS = ("\n", "|", "0")
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPair:
-    """One pair as ids. `chat` is what stands before the responses, without the turns that did not fit."""
+    """One pair as ids, of which one response may have none. `chat` is the chat before them, without turns that did not fit."""
 
     chat: Chat
     prompt_ids: list[int]
@@ -84,7 +84,7 @@ class PairInWork:
         sides = []
         for side, text in zip(SIDES, rendered.responses, strict=True):
             beginning = self._controls.beginning(text, limits.max_response_tokens)
-            ids = _response_ids(to_ids, rendered.prompt, prompt_ids, beginning)
+            ids = _response_ids(to_ids, rendered.prompt, prompt_ids, beginning) if text else []
             if len(ids) > limits.max_response_tokens and not limits.cut_response:
                 num = f"{len(ids)}" if beginning == text else f"more than {len(ids)}"
                 detail = f"{side} has {num} tokens, limit dataset.max_response_tokens = {limits.max_response_tokens}"

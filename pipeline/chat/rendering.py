@@ -1,4 +1,4 @@
-"""Renders one pair: the text of the prompt, and of both responses up to their end of turn.
+"""Renders one pair: the text of the prompt, and of both responses up to their end of turn. One side may have no response.
 
 Where a prompt ends and a response begins is decided here, and what a template must not leave out. Ids: `tokenizer.py`.
 """
@@ -47,6 +47,7 @@ class RenderedPair(NamedTuple):
     chat: Chat
     prompt: str
     responses: tuple[str, str]
+    """Empty for a side without a response."""
     left_out: frozenset[str]
     """Keys that the template does not print, and that say nothing which it would have to."""
 
@@ -69,7 +70,9 @@ class PairRenderer:
         if self.is_hidden:
             parts = controls.hide(parts)
         self._messages, self._tools, self._arguments = parts[:3]
-        self._responses: list[list[Message]] = parts[3:]
+        self._responses: dict[str, list[Message]] = {
+            side: turns for side, turns in zip(SIDES, parts[3:], strict=True) if turns
+        }
         self._pending: Pending | None = None
 
     @cached_property
@@ -89,32 +92,33 @@ class PairRenderer:
         Raises:
             Unusable: The template refuses the chat, or would leave out or change a part of it.
         """
-        prompt, *whole = map(self._template.text_of, self._rendered.texts[: 1 + len(SIDES)])
+        prompt, *whole = map(self._template.text_of, self._rendered.texts[: 1 + len(self._responses)])
         self._check_texts(self._messages, prompt, "prompt")
-        for side, text, response in zip(SIDES, whole, self._responses, strict=True):
+        for (side, response), text in zip(self._responses.items(), whole, strict=True):
             self._check_texts(response, text, side)
         left_out = self._check_keys(unprinted_keys)
         closing = self._template.closing(self._messages, self._tools, self._arguments)
         bodies, ends = zip(*(self._cut_end(text, closing) for text in whole), strict=True)
-        starts = [_start(body, response) for body, response in zip(bodies, self._responses, strict=True)]
+        starts = [_start(body, response) for body, response in zip(bodies, self._responses.values(), strict=True)]
         if all(body.startswith(prompt) for body in bodies):
             added, dropped = _lead(len(prompt), bodies, starts), ""
         else:
             added, dropped = "", self._unanswered(prompt, bodies, starts)
         prompt = prompt.removesuffix(dropped) + added
-        chosen, rejected = (body[len(prompt) :] + end for body, end in zip(bodies, ends, strict=True))
-        return RenderedPair(replace(self._chat, dropped=dropped, added=added), prompt, (chosen, rejected), left_out)
+        texts = dict.fromkeys(SIDES, "") | {
+            side: body[len(prompt) :] + end for side, body, end in zip(self._responses, bodies, ends, strict=True)
+        }
+        chat = replace(self._chat, dropped=dropped, added=added)
+        return RenderedPair(chat, prompt, (texts["chosen"], texts["rejected"]), left_out)
 
     @cached_property
     def job(self) -> Job:
         """Renders the prompt and, if there are any, the chats with each response."""
-        turns: dict[str, list[Message]] = {"prompt": self._messages, **dict(zip(SIDES, self._responses, strict=True))}
+        turns: dict[str, list[Message]] = {"prompt": self._messages, **self._responses}
         is_plain_chat = not self._tools and all(
             is_plain(message) for messages in turns.values() for message in messages
         )
-        whole: list[tuple[tuple[str, ...], bool]] = (
-            [(("prompt", side), False) for side in SIDES] if any(self._responses) else []
-        )
+        whole: list[tuple[tuple[str, ...], bool]] = [(("prompt", side), False) for side in self._responses]
         if whole and self._template.needs_alone:
             whole.append((("prompt",), False))
         return self._template.job(turns, [(("prompt",), True), *whole], self._tools, self._arguments, not is_plain_chat)
@@ -145,7 +149,7 @@ class PairRenderer:
         cut = self._controls.num_common(prompt, *bodies)
         cut = min(cut, *(start for start in starts if start is not None), cut)
         self._template.needs_alone = True
-        _, _, _, *last = self._rendered.texts
+        last = self._rendered.texts[1 + len(self._responses) :]
         alone = self._template.text_of(last[0]) if last else self._render(self._messages)
         if cut < len(prompt[: self._controls.num_common(prompt, alone)].rstrip()):
             detail = "the chat with the response does not begin with the rendered prompt"

@@ -283,7 +283,7 @@ class ChatTokenizer:
             ended = [self._without_end(message) for message in adapted]
             if ended != adapted:
                 notes.add("a text ends with the token that ends a turn; it is there once")
-            if name != "prompt" and is_empty(ended[-1]):
+            if name != "prompt" and ended and is_empty(ended[-1]):
                 raise Unusable(Reason.EMPTY_RESPONSE, f"{name} is only an end-of-turn token")
             sides.append(ended)
         prompt, chosen, rejected = sides

@@ -113,6 +113,8 @@ def _response_logps(model: "PreTrainedModel", prompt_ids: list[int], response_id
     """Return log pi(y_t | x, y_<t) of one response, float32 `[num_response]` nats."""
     import torch
 
+    if not response_ids:
+        return []
     ids = torch.tensor([prompt_ids + response_ids], device=model.device)
     with torch.inference_mode():
         logits = model(ids, use_cache=False).logits[0, len(prompt_ids) - 1 : -1].float()

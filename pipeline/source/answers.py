@@ -15,8 +15,16 @@ from weights_store.schemas import Reason
 
 
 def read_pairs(row: Mapping[str, object], columns: Columns) -> Iterator[Pair | Unusable]:
-    """Yield the pair in one raw row, or those of its several answers; for each that cannot be used, why."""
-    chosen, rejected = _answers(row.get(columns.chosen)), _answers(row.get(columns.rejected))
+    """Yield the pair in one raw row, or those of its several answers; for each that cannot be used, why.
+
+    An unpaired row is a pair with nothing on one side.
+    """
+    chosen, *others = (_answers(row.get(column)) for column in columns.responses)
+    if not others:
+        what = f"{len(chosen)} answers with one label; give each a row of its own"
+        yield _read(row, columns) if len(chosen) == 1 else Unusable(Reason.MANY_ANSWERS, what)
+        return
+    (rejected,) = others
     if len(chosen) == len(rejected) == 1:
         yield _read(_with_answers(row, columns, chosen, rejected, (0, 0)), columns)
         return

@@ -17,6 +17,7 @@ from pipeline.source.rows import Source
 from pipeline.source.transcripts import HH, Markers, TextCount, transcript_columns
 from weights_store.errors import InputError
 from weights_store.messages import logger
+from weights_store.schemas import SIDES
 
 _log = logger(__name__)
 
@@ -40,7 +41,7 @@ _RESPONSES = ("{}", "{}_response", "response_{}", "{}_answer", "answer_{}", "{}_
 _SCORE = re.compile(r"(score|rating|reward|grade)s?|.+(score|rating|reward|grade)")
 """What is left of the name of a score without `chosen` or `rejected`: such a word, or a kind of it, as in `avg_rating`. What
 goes on behind the word says something about the score, as `rating_rationale`."""
-_PLAIN = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+_PLAIN = {name: name for name in ("prompt", "chosen", "rejected", "completion", "label")}
 _NO_OTHERS: Mapping[str, str] = {}
 
 
@@ -70,10 +71,20 @@ class Columns:
     """A row with several answers on a side gives a pair for each combination."""
     of_the_template: tuple[str, ...] = OF_THE_TEMPLATE
     """The columns that are handed to the chat template."""
+    completion: str | None = None
+    """Of unpaired rows, in place of `chosen` and `rejected`: the one response."""
+    label: str | None = None
+    """Says of unpaired rows whether the response is desirable."""
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        """The columns of the chosen and of the rejected response, or that of the only one."""
+        return (self.chosen, self.rejected) if self.completion is None else (self.completion,)
 
     def by_role(self) -> dict[str, str]:
         """Return the columns that there are, by what they hold."""
-        names = ("prompt", "input", "system", "chosen", "rejected", "chosen_score", "rejected_score", "split")
+        responses = SIDES if self.completion is None else ("completion", "label")
+        names = ("prompt", "input", "system", *responses, "chosen_score", "rejected_score", "split")
         return {name: column for name in names if (column := getattr(self, name)) is not None}
 
     def needed(self) -> set[str]:
@@ -103,19 +114,19 @@ def find_columns(dataset: DatasetSection, names: Collection[str]) -> Columns:
     """
     if not names:  # no row can be read: the reasons are in quarantine
         return Columns()
-    chosen, rejected = _responses(dataset, names)
-    prompt = _find(dataset, "prompt", names, (chosen, rejected))
-    input_column = (
-        _find(dataset, "input", names, (chosen, rejected, prompt)) if prompt or dataset.input_column else None
-    )
-    usual_scores = score_columns(name for name in names if name not in (chosen, rejected))
+    unpaired = _unpaired(dataset, names)
+    chosen, rejected = SIDES if unpaired else _responses(dataset, names)
+    taken = tuple(unpaired.values()) or (chosen, rejected)
+    prompt = _find(dataset, "prompt", names, taken)
+    input_column = _find(dataset, "input", names, (*taken, prompt)) if prompt or dataset.input_column else None
+    usual_scores = score_columns(name for name in names if name not in taken) if not unpaired else []
     scores = _named_scores(dataset, names) or next(iter(usual_scores), (None, None))
     return Columns(
         chosen,
         rejected,
         prompt,
         input_column,
-        _find(dataset, "system", names, (chosen, rejected, prompt)),
+        _find(dataset, "system", names, (*taken, prompt)),
         *scores,
         splits_without_prompt=dataset.transcript != "no",
         split=dataset.split_column and _named(dataset, "split_column", names),
@@ -123,6 +134,8 @@ def find_columns(dataset: DatasetSection, names: Collection[str]) -> Columns:
         guesses_input=input_column is not None and dataset.input_column is None,
         combines_answers=dataset.many_answers == "combine",
         of_the_template=tuple(name for name in OF_THE_TEMPLATE if name not in dataset.unprinted_keys),
+        completion=unpaired.get("completion"),
+        label=unpaired.get("label"),
     )
 
 
@@ -151,7 +164,7 @@ def resolve_columns(dataset: DatasetSection, source: Source, others: Mapping[str
     """
     count, names = TextCount(), dict.fromkeys(source.columns or [])
     columns = _check_doubled(source, find_columns(dataset, names)) if names else Columns()
-    asked = {columns.chosen, columns.rejected, columns.prompt or "", columns.input or ""}
+    asked = {*columns.responses, columns.prompt or "", columns.input or ""}
     has_texts = columns.prompt is not None and (source.texts is None or not asked.isdisjoint(source.texts))
     if None in (source.columns, source.texts) or (dataset.transcript == "auto" and has_texts):
         for row in islice(source.rows(asked if names else None), source.max_looked_at):
@@ -165,8 +178,8 @@ def resolve_columns(dataset: DatasetSection, source: Source, others: Mapping[str
     _check_others(dataset, others, names)
     if columns.guesses_input and not _are_texts(columns, source, count):
         columns = replace(columns, input=None, guesses_input=False)
-    responses = (columns.chosen, columns.rejected)
-    columns = replace(columns, transcripts=transcript_columns(dataset, columns.prompt, responses, count))
+    transcripts = transcript_columns(dataset, columns.prompt, columns.responses, count)
+    columns = replace(columns, transcripts=transcripts)
     _report(columns, names, others.values())
     return columns
 
@@ -181,7 +194,8 @@ def _are_texts(columns: Columns, source: Source, count: TextCount) -> bool:
 
 def _find_prompt(dataset: DatasetSection, names: Collection[str]) -> str | None:
     """Return the prompt column of the rows so far; the one that the recipe names may come in a later row."""
-    return dataset.prompt_column or _find(dataset, "prompt", names, (dataset.chosen_column, dataset.rejected_column))
+    responses = (dataset.chosen_column, dataset.rejected_column, dataset.completion_column)
+    return dataset.prompt_column or _find(dataset, "prompt", names, responses)
 
 
 def _check_doubled(source: Source, columns: Columns) -> Columns:
@@ -254,21 +268,51 @@ def _named(dataset: DatasetSection, setting: str, names: Collection[str], usual:
     )
 
 
+def _unpaired(dataset: DatasetSection, names: Collection[str]) -> dict[str, str]:
+    """Return `completion` and `label`, if rows have one response: by the recipe, or by their names; else nothing."""
+    asked = {role: getattr(dataset, f"{role}_column") for role in ("completion", "label")}
+    is_asked = any(asked.values())
+    if not is_asked and any(_usual_responses(dataset, names)):
+        return {}
+    found: dict[str, str] = {}
+    for role, column in asked.items():
+        name = _named(dataset, f"{role}_column", names) if column else _usual(role, names)
+        if name is not None:
+            found[role] = name
+        elif is_asked:
+            raise InputError(
+                f"dataset.source {dataset.source} has no column {role!r}, which unpaired rows need; it has {', '.join(names)}. "
+                f"Set dataset.{role}_column"
+            )
+    if len(found) < len(asked):
+        return {}
+    if dataset.chosen_score_column:
+        raise InputError(
+            f"dataset.source {dataset.source} has one response in a row (columns {found['completion']!r} and "
+            f"{found['label']!r}): leave dataset.chosen_score_column and dataset.rejected_score_column out"
+        )
+    return found
+
+
+def _usual_responses(dataset: DatasetSection, names: Collection[str]) -> list[str | None]:
+    """Return the columns of the chosen and of the rejected response, as the recipe names them or by their usual names."""
+    found = []
+    for side in SIDES:
+        usual = (_usual(pattern.format(side), names) for pattern in _RESPONSES)
+        found.append(getattr(dataset, f"{side}_column") or next((name for name in usual if name is not None), None))
+    return found
+
+
 def _responses(dataset: DatasetSection, names: Collection[str]) -> tuple[str, str]:
     found: list[str] = []
-    for side in ("chosen", "rejected"):
+    for side, column in zip(SIDES, _usual_responses(dataset, names), strict=True):
         setting = f"{side}_column"
-        if getattr(dataset, setting) is not None:
-            found.append(_named(dataset, setting, names))
-            continue
-        usual = (_usual(pattern.format(side), names) for pattern in _RESPONSES)
-        column = next((name for name in usual if name is not None), None)
         if column is None:
             raise InputError(
                 f"dataset.source {dataset.source} has no column of the {side} response; it has {', '.join(names)}. "
                 f"Set dataset.{setting}"
             )
-        found.append(column)
+        found.append(column if getattr(dataset, setting) is None else _named(dataset, setting, names))
     return found[0], found[1]
 
 
@@ -285,7 +329,7 @@ def _report(columns: Columns, names: Collection[str], read_later: Collection[str
     found = {role: column for role, column in columns.by_role().items() if _PLAIN.get(role) != column}
     if found:
         _log.info(f"prepare: columns {', '.join(f'{role} = {column!r}' for role, column in found.items())}")
-    others = [pair for pair in score_columns(names) if pair[0] not in (columns.chosen_score, columns.chosen)]
+    others = [pair for pair in score_columns(names) if pair[0] not in (columns.chosen_score, *columns.responses)]
     if columns.chosen_score and others:
         listed = ", ".join(" and ".join(map(repr, pair)) for pair in others)
         _log.warning(

@@ -124,7 +124,7 @@ class Intake:
         if self.num_ignored_prompts:
             _log.warning(
                 f"prepare: column {self.columns.prompt!r} is not read in {self.num_ignored_prompts:,} pairs, because it is not "
-                f"the prompt of the chats in {self.columns.chosen!r} and {self.columns.rejected!r}; "
+                f"the prompt of the chats in {' and '.join(map(repr, self.columns.responses))}; "
                 f'{self.examples["ignored prompt"]}; set dataset.prompt_column to another column, or to "" for none'
             )
         if self.num_odd_scores:

@@ -1,4 +1,4 @@
-"""Turns one raw row of any usual preference layout into one pair: a prompt of messages and two responses.
+"""Turns one raw row of any usual preference layout into one pair: a prompt of messages and two responses, or one and its label.
 
 Layouts: TRL standard and conversational, explicit or implicit prompt, transcripts, UltraFeedback-like lists that repeat the
 prompt, Alpaca's instruction and input, a system column, with or without annotator scores. `Unusable` says why any other row is
@@ -27,7 +27,7 @@ from pipeline.source.messages import (
     read_tools,
     texts_of,
 )
-from pipeline.source.responses import Response, as_turns, is_whole, split_responses
+from pipeline.source.responses import Response, as_turns, is_whole, split_response, split_responses
 from pipeline.source.transcripts import Markers, is_encoded_chat, split_transcript
 from weights_store.fingerprint import canonical_json, ordered_json
 from weights_store.schemas import Reason
@@ -37,7 +37,7 @@ _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One preference pair as text."""
+    """One preference pair as text; an unpaired row has no messages on the side that its label does not name."""
 
     prompt: list[Message]
     chosen: Response
@@ -94,17 +94,15 @@ def read_pair(row: Mapping[str, object], columns: Columns) -> Pair:
     Raises:
         Unusable: The row is no preference pair; carries the reason for quarantine.
     """
-    names = (columns.chosen, columns.rejected)
-    for name in names:
+    names = columns.responses
+    for name in (*names, *filter(None, [columns.label])):
         if row.get(name) is None:
             raise Unusable(Reason.MISSING_VALUE, f"column {name!r} has no value")
     own, problem = _own_prompt(row, columns)
     more = _text(row, columns.input)
     has_prompt = bool(own or more.strip())
     turns = [_turns(row[name], name, "assistant", columns.markers(name, has_prompt)) for name in names]
-    before, chosen, rejected = split_responses(turns[0], turns[1], names)
-    if _response_key(chosen) == _response_key(rejected):
-        raise Unusable(Reason.CHOSEN_EQUALS_REJECTED, f"both responses are {str(chosen)[:80]!r}")
+    before, chosen, rejected = _responses(row, turns, columns)
     own = _without_response(own, (chosen, rejected))
     _check_same_point(own, before, turns, columns)
     try:
@@ -131,12 +129,37 @@ def read_pair(row: Mapping[str, object], columns: Columns) -> Pair:
     )
 
 
+def _responses(
+    row: Mapping[str, object], turns: list[list[Message]], columns: Columns
+) -> tuple[list[Message], Response, Response]:
+    """Return the turns before the responses, and both responses; of an unpaired row one has no messages."""
+    if columns.completion is not None and columns.label is not None:
+        none = list[Message]()
+        before, response = split_response(turns[0], columns.completion)
+        return (before, response, none) if read_label(row[columns.label], columns.label) else (before, none, response)
+    before, chosen, rejected = split_responses(turns[0], turns[1], (columns.chosen, columns.rejected))
+    if _response_key(chosen) == _response_key(rejected):
+        raise Unusable(Reason.CHOSEN_EQUALS_REJECTED, f"both responses are {str(chosen)[:80]!r}")
+    return before, chosen, rejected
+
+
+def read_label(value: object, column: str) -> bool:
+    """Return whether a response is desirable, from a truth value, or the number 0 or 1.
+
+    Raises:
+        Unusable: It is anything else.
+    """
+    if isinstance(value, bool | int | float | Decimal) and value in (0, 1):
+        return bool(value)
+    raise Unusable(Reason.BAD_LABEL, f"column {column!r} is {str(value)[:40]!r}, expected true or false, or 1 or 0")
+
+
 def _without_response(own: list[Message], responses: tuple[Response, Response]) -> list[Message]:
     """Return the prompt column without a response at its end: `messages` is often a copy of the whole chosen chat."""
     if not own or own[-1]["role"] != "assistant":
         return own
     keys = _keys(own)
-    ends = [len(end) for response in responses if (end := _keys(as_turns(response))) == keys[-len(end) :]]
+    ends = [len(end) for response in responses if (end := _keys(as_turns(response))) and end == keys[-len(end) :]]
     return own[: len(own) - max(ends, default=0)]
 
 
@@ -165,8 +188,8 @@ def _own_prompt(row: Mapping[str, object], columns: Columns) -> tuple[list[Messa
 
 def _check_same_point(own: list[Message], before: list[Message], turns: list[list[Message]], columns: Columns) -> None:
     """Refuse a response alone beside a whole chat that goes on after the prompt column: it answers an earlier turn."""
-    chats = [name for name, side in zip((columns.chosen, columns.rejected), turns, strict=True) if is_whole(side)]
-    if len(chats) != 1 or all(message["role"] in SYSTEM_ROLES for message in own):
+    chats = [name for name, side in zip(columns.responses, turns, strict=True) if is_whole(side)]
+    if len(turns) == 1 or len(chats) != 1 or all(message["role"] in SYSTEM_ROLES for message in own):
         return
     own_key, before_key = _keys(own), _keys(before)
     if own_key in _beginnings(before_key, len(own)) and own_key != before_key[-len(own) :]:
@@ -228,16 +251,17 @@ def _text(row: Mapping[str, object], column: str | None) -> str:
 
 
 def _why_no_prompt(row: Mapping[str, object], columns: Columns) -> str:
-    chosen = row.get(columns.chosen)
-    if isinstance(chosen, str) and is_encoded_chat(chosen):
+    column = columns.responses[0]
+    response = row.get(column)
+    if isinstance(response, str) and is_encoded_chat(response):
         return (
-            f"the text in column {columns.chosen!r} is a list of messages, written as text; decode it first, for example with "
+            f"the text in column {column!r} is a list of messages, written as text; decode it first, for example with "
             "json.loads"
         )
     if columns.prompt is not None:
         return f"nothing in column {columns.prompt!r} and no turns before the response"
     return (
-        f"no prompt column was found, and {str(chosen)[:40]!r} in column {columns.chosen!r} begins no transcript (usual are "
+        f"no prompt column was found, and {str(response)[:40]!r} in column {column!r} begins no transcript (usual are "
         "'\\n\\nHuman:' and '\\n\\nAssistant:'); set dataset.prompt_column, or the two markers in dataset.transcript"
     )
 

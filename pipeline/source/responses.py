@@ -7,7 +7,7 @@ from pipeline.source.messages import SYSTEM_ROLES, Message, Unusable, is_empty, 
 from weights_store.schemas import Reason
 
 Response = str | list[Message]
-"""The text of one assistant turn; messages if there is more than that."""
+"""The text of one assistant turn; messages if there is more than that, and none for a side without a response."""
 
 _GIVEN_ROLES = (*SYSTEM_ROLES, "user")
 """Roles of turns that the model never writes, and that are no answer to its own calls."""
@@ -31,6 +31,17 @@ def split_responses(
         raise Unusable(Reason.PROMPTS_DIFFER, "the turns before the two responses are not the same")
     start += _num_shared(first[start:], second[start:])
     return first[:start], _response(first[start:]), _response(second[start:])
+
+
+def split_response(turns: list[Message], column: str) -> tuple[list[Message], Response]:
+    """Return the turns before the only response of a row, and the response.
+
+    Raises:
+        Unusable: The turns end with no assistant turn or an empty one.
+    """
+    _check_end(turns, column)
+    start = _start(turns)
+    return turns[:start], _response(turns[start:])
 
 
 def is_whole(turns: list[Message]) -> bool:

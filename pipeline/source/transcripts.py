@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import permutations
 
 from pipeline.dataset_section import DatasetSection
 from pipeline.source.messages import Message
@@ -97,7 +98,7 @@ class TextCount:
 
 
 def transcript_columns(
-    dataset: DatasetSection, prompt: str | None, responses: tuple[str, str], count: TextCount
+    dataset: DatasetSection, prompt: str | None, responses: tuple[str, ...], count: TextCount
 ) -> dict[str, Markers]:
     """Return the columns whose texts are split into turns also beside a prompt, with their markers.
 
@@ -121,9 +122,9 @@ def transcript_columns(
     return found
 
 
-def _check_sides(responses: tuple[str, str], found: Mapping[str, Markers], count: TextCount) -> None:
+def _check_sides(responses: tuple[str, ...], found: Mapping[str, Markers], count: TextCount) -> None:
     """Refuse to split one side and leave whole chats in the other: the model would learn to tell them by that."""
-    for side, other in (responses, responses[::-1]):
+    for side, other in permutations(responses, 2):
         if side in found and other not in found and count.responses[other]:
             raise InputError(
                 f"{count.responses[other]:,} of {count.texts[other]:,} texts in column {other!r} look like transcripts of "

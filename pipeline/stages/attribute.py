@@ -6,7 +6,7 @@ Runs in a process of its own, like scoring; `workers/pair_attributor.py` compute
 from pathlib import Path
 
 from pipeline.engine.contract import EngineSettings
-from pipeline.recipe import AttributeSection
+from pipeline.stage_sections import AttributeSection
 from pipeline.workers.request import AttributionOptions, Executor, Request
 from pipeline.workers.supervise import Filled, Job, resolve_dtype, run_jobs
 from weights_store import TableVersion

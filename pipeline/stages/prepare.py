@@ -51,7 +51,10 @@ _MAX_TRIES = 5
 _UNKNOWN_CONTEXT = 1 << 20
 _RANGE_BYTES = 32 << 20
 """Arrow bytes of the pairs that are tokenised as one piece of work."""
-_COLUMNS = ("prompt", "input", "system", "chosen", "rejected", "chosen_score", "rejected_score", "split")
+_COLUMNS = (
+    *("prompt", "input", "system", "chosen", "rejected", "completion", "label"),
+    *("chosen_score", "rejected_score", "split"),
+)
 _READING = {*(f"{name}_column" for name in _COLUMNS), "transcript", "many_answers", "split"}
 """Settings that decide how rows are read."""
 
@@ -112,6 +115,8 @@ class Preparation:
     dataset: DatasetSection
     needs_scores: bool
     """Whether the weights are made from annotators' scores of both responses."""
+    needs_two_responses: str | None
+    """What the recipe asks for that unpaired rows cannot give, and what to ask for instead; None for nothing."""
     learns_from: str | None
     """The split whose labels contrastive models or estimator `head` learn; None for all pairs, or if nothing learns them."""
     weight_columns: Mapping[str, str]
@@ -156,8 +161,8 @@ class Preparation:
         store = WeightStore(recipe.store.uri)
         tokens = store.table(tokens_path(f"{dataset.name}-{fingerprint(cut)[:12]}"))
         quarantine = store.table(quarantine_path(tokens.path))
-        of_weights = (recipe.needs_scores, recipe.learns_from, recipe.weight_columns)
-        return cls(dataset, *of_weights, tokenizer, context, cut, asked, store, tokens, quarantine)
+        needs = (recipe.needs_scores, recipe.needs_two_responses, recipe.learns_from, recipe.weight_columns)
+        return cls(dataset, *needs, tokenizer, context, cut, asked, store, tokens, quarantine)
 
     @cached_property
     def opened(self) -> Source:
@@ -187,7 +192,8 @@ class Preparation:
         """Return the newest version if it was made from the same bytes. A hub dataset is always read again.
 
         Raises:
-            InputError: The weights need scores that its pairs lack, or the contrastive models a split that it lacks.
+            InputError: The weights need scores or second responses that its pairs lack, or the contrastive models a split that
+                it lacks.
         """
         recorded = Account.recorded(self.tokens, self.quarantine)
         if recorded is None or self.asked["content"] is None or not self.is_recorded_in(self.quarantine):
@@ -198,6 +204,7 @@ class Preparation:
         if not {"num_scored_pairs", "num_pairs_by_split"} <= statistics.keys():
             return None  # of a store from before these were recorded: the source is read again
         num_pairs = statistics["num_pairs"]
+        self._check_layout("label" in self.tokens.metadata()["source"]["reading"])
         if self.needs_scores:
             self._check_scores(num_pairs - statistics["num_scored_pairs"], num_pairs)
         if self.learns_from is not None:
@@ -223,8 +230,9 @@ class Preparation:
         """Read the whole source, and keep it until the end of the `with` block.
 
         Raises:
-            InputError: The source cannot be read, or the weights need scores that its pairs lack.
+            InputError: The source cannot be read, or the weights need scores or second responses that its pairs lack.
         """
+        self._check_layout(self.columns.label is not None)
         with ExternalSort(PAIRS, "pair_id", "source_row") as pairs, ExternalSort(QUARANTINE, "source_row") as unusable:
             intake = Intake(self.dataset, self.opened, self.columns, pairs, unusable)
             intake.read()
@@ -242,6 +250,13 @@ class Preparation:
             "dataset.chosen_score_column and dataset.rejected_score_column, remove such pairs from the source, or set "
             "weights.pair_weight to 'margin' or 'none'"
         )
+
+    def _check_layout(self, is_unpaired: bool) -> None:
+        """Refuse unpaired rows before a model has started, if the weights compare two responses."""
+        if is_unpaired and self.needs_two_responses:
+            raise InputError(
+                f"dataset.source {self.dataset.source} has one response in a row, and {self.needs_two_responses}"
+            )
 
     def check_split(self, num_pairs: Mapping[str, int]) -> None:
         """Check that the split whose labels are learnt is there, given the number of pairs of each split.

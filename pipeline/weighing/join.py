@@ -99,12 +99,10 @@ class Join:
         """Check that all response tokens have equally many numbers for their contexts, if there are any."""
         for side in SIDES:
             ids, contexts = f"{side}_ids", f"{side}_contexts"
-            if contexts in joined.columns and joined.height:
-                per_token = (
-                    joined[contexts].list.len()[0] // joined[ids].list.len()[0]
-                    if joined[contexts][0] is not None
-                    else 1
-                )
+            filled = joined.filter(pl.col(ids).list.len() > 0) if contexts in joined.columns else joined.clear()
+            if filled.height:
+                is_null = filled[contexts][0] is None
+                per_token = 1 if is_null else filled[contexts].list.len()[0] // filled[ids].list.len()[0]
                 for found in wrong_lengths(joined.select(contexts, ids).to_arrow(), contexts, ids, per_token=per_token):
                     raise MismatchError(
                         f"pair {joined['pair_id'][found.row]}: {found.problem}; {found.num_rows} such pairs. "

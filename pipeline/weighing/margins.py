@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.weighing.estimators import Estimator, SideScores
 from pipeline.weighing.held_out import MIN_PROMPTS, HeldOut, compare, measure
+from pipeline.weighing.transforms import sums
 from train.data.selection import Selection, prompt_hashes
 from weights_store.schemas import SIDES, Side
 from weights_store.tables.metadata import HeldOutRecord
@@ -100,21 +102,25 @@ class Margins:
         return any(not (_reads_pair(each) and self.seen.are_all) for each in self.estimators.values())
 
     def add(self, lists: pa.Table, sides: Mapping[Side, SideScores]) -> None:
-        """Add a batch of pairs; `lists` are joined columns, and `sides` what is known of their tokens."""
+        """Add a batch of pairs; `lists` are joined columns, and `sides` what is known of their tokens.
+
+        Rows with one response are left out.
+        """
         if not self.can_measure:
             return
+        lengths = {side: pc.list_value_length(lists[f"{side}_ids"]).to_numpy().astype(np.int64) for side in SIDES}
+        is_pair = (lengths["chosen"] > 0) & (lengths["rejected"] > 0)
         prompts = prompt_hashes(lists["pair_id"].to_pylist())
         is_seen = self.seen.of(lists, prompts)
         self._seen_prompts.append(np.unique(prompts[is_seen]))
-        self._num_pairs += len(prompts)
+        self._num_pairs += int(is_pair.sum())
         for name, estimator in self.estimators.items():
-            kept = ~is_seen if _reads_pair(estimator) else np.ones(len(prompts), np.bool_)
-            self._found[name].add(
-                _margins({side: _scores(estimator, sides[side]) for side in SIDES}, sides)[kept], prompts[kept]
-            )
+            kept = is_pair & ~is_seen if _reads_pair(estimator) else is_pair
+            token_scores = {side: _scores(estimator, sides[side]) for side in SIDES}
+            self._found[name].add(_margins(token_scores, lengths)[kept], prompts[kept])
         if self.seen.by_dpo and any(map(_reads_pair, self.estimators.values())):
-            rewards = {side: sides[side].implicit_rewards() for side in SIDES}
-            self._found[DPO].add(_margins(rewards, sides)[~is_seen], prompts[~is_seen])
+            rewards, kept = {side: sides[side].implicit_rewards() for side in SIDES}, is_pair & ~is_seen
+            self._found[DPO].add(_margins(rewards, lengths)[kept], prompts[kept])
 
     @property
     def collected(self) -> Collected:
@@ -195,12 +201,9 @@ def are_among(prompts: np.ndarray, others: np.ndarray) -> np.ndarray:
     return found
 
 
-def _margins(token_scores: Mapping[Side, np.ndarray], sides: Mapping[Side, SideScores]) -> np.ndarray:
-    """Return the sum of token scores over chosen minus over rejected tokens, `[B]` float64 nats."""
-    chosen, rejected = (
-        np.add.reduceat(token_scores[side], np.cumsum(sides[side].lengths) - sides[side].lengths, dtype=np.float64)
-        for side in SIDES
-    )
+def _margins(token_scores: Mapping[Side, np.ndarray], lengths: Mapping[Side, np.ndarray]) -> np.ndarray:
+    """Return the sum of token scores over chosen minus over rejected tokens, `[B]` float64 nats; no tokens have sum 0."""
+    chosen, rejected = (sums(token_scores[side], lengths[side]) for side in SIDES)
     return chosen - rejected
 
 

@@ -24,10 +24,11 @@ from weights_store.messages import Progress, show
 from weights_store.processes.spread import Spread
 from weights_store.schemas import ANNOTATIONS, ATTRIBUTIONS, FLOATS, WEIGHTS
 from weights_store.tables.key_ranges import KeyRange
-from weights_store.tables.metadata import Statistics
+from weights_store.tables.metadata import HeldOutRecord, Statistics
 from weights_store.tables.shards import ShardRecord, Written
 
 _Part = TypeVar("_Part")
+_NO_MARGINS: HeldOutRecord = {"not_measured": "its rows have one response each, so none was preferred to another"}
 
 
 class WeighedRange(NamedTuple):
@@ -129,7 +130,9 @@ def weigh_rows(
         statistics["head"] = weigher.head.record
     if weigher.spreads:
         statistics["spread"] = dict(weigher.spreads)
-    if margins.estimators:
+    if margins.estimators and statistics.get("num_unpaired_rows") == statistics["num_pairs"]:
+        statistics["held_out"] = dict.fromkeys(margins.estimators, _NO_MARGINS)
+    elif margins.estimators:
         if appended_to is not None and margins.can_measure:
             # Figures of two sets of pairs cannot be merged exactly: the fit needs all margins, and a version keeps none.
             for part in spread(_RangeCollector(join, partial(collect_margins, weigher, None), logps_only=True), ranges):

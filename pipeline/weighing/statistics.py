@@ -26,6 +26,9 @@ def count_up(joined: pl.DataFrame, sides: Mapping[Side, Weighed], pair_weights: 
         "num_pairs_by_split": dict(joined["split"].value_counts().sort("split").iter_rows()),
         "num_prompt_tokens": int(joined["prompt_ids"].list.len().sum()),
         "num_response_tokens": sum(len(weights.token_weights) for _, weights in sides.values()),
+        "num_unpaired_rows": joined.filter(
+            pl.min_horizontal(pl.col(f"{side}_ids").list.len() for side in SIDES) == 0
+        ).height,
         "num_scored_pairs": joined.drop_nulls(["chosen_score", "rejected_score"]).height,
         "num_anchored_pairs": joined["anchor_ids"].count() if "anchor_ids" in joined.columns else 0,
         "ref_top_k": _top_k(joined),
@@ -46,6 +49,8 @@ def _of_side(weighed: Weighed) -> SideStatistics:
     """Return the statistics of one side, without those that its estimator does not count."""
     scores, weights = weighed
     num_tokens = len(weights.token_weights)
+    if not num_tokens:
+        return {"num_tokens": 0}
     statistics: SideStatistics = {
         "num_tokens": num_tokens,
         "mean_weight": float(weights.token_weights.mean(dtype=np.float64)),
@@ -71,6 +76,7 @@ def merge_statistics(left: Statistics, right: Statistics) -> Statistics:
         "num_pairs_by_split": _add(left["num_pairs_by_split"], right["num_pairs_by_split"]),
         "num_prompt_tokens": left["num_prompt_tokens"] + right["num_prompt_tokens"],
         "num_response_tokens": left["num_response_tokens"] + right["num_response_tokens"],
+        "num_unpaired_rows": left.get("num_unpaired_rows", 0) + right.get("num_unpaired_rows", 0),
         "num_scored_pairs": left["num_scored_pairs"] + right["num_scored_pairs"],
         "num_anchored_pairs": left["num_anchored_pairs"] + right["num_anchored_pairs"],
         "ref_top_k": min(left["ref_top_k"], right["ref_top_k"]),  # the same in all rows of one reference's table
@@ -91,6 +97,8 @@ def _add(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:
 
 
 def _merge_side(left: SideStatistics, right: SideStatistics) -> SideStatistics:
+    if not left["num_tokens"] or not right["num_tokens"]:
+        return left if left["num_tokens"] else right
     merged: SideStatistics = {
         "num_tokens": left["num_tokens"] + right["num_tokens"],
         "min_weight": min(left["min_weight"], right["min_weight"]),
@@ -107,7 +115,7 @@ def _merge_side(left: SideStatistics, right: SideStatistics) -> SideStatistics:
 
 
 def _are_constant(statistics: Statistics) -> bool:
-    sides = (statistics[side] for side in SIDES)
+    sides = (statistics[side] for side in SIDES if statistics[side]["num_tokens"])
     return len({end for side in sides for end in (side["min_weight"], side["max_weight"])}) == 1
 
 
@@ -117,9 +125,10 @@ def _top_k(joined: pl.DataFrame) -> int:
     if not names:
         return 0
     lengths = (
-        (pl.col(name).list.len() / pl.col(f"{name.split('_')[0]}_ids").list.len()).fill_null(0) for name in names
+        (pl.col(name).list.len().fill_null(0) / pl.col(f"{name.split('_')[0]}_ids").list.len()) for name in names
     )
     counts = joined.select("pair_id", *lengths).unpivot(index="pair_id", value_name="k")
+    counts = counts.filter(pl.col("k").is_not_nan())  # 0 for 0: the side of an unpaired row without a response
     k = counts["k"][0]
     bad = counts.filter((pl.col("k") != k) | (pl.col("k") % 1 != 0))
     if bad.height:

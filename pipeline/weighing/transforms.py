@@ -24,10 +24,17 @@ def positions(lengths: np.ndarray) -> np.ndarray:
     return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
+def sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return the sum over each response, `[B]` float64; here one may have no tokens, and sum 0."""
+    found, is_there = np.zeros(len(lengths)), lengths > 0
+    if is_there.any():  # of an empty slice `reduceat` would return the value behind it
+        found[is_there] = np.add.reduceat(values, (np.cumsum(lengths) - lengths)[is_there], dtype=np.float64)
+    return found
+
+
 def means(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Return the mean over each response, `[B]` float64."""
-    sums: np.ndarray = np.add.reduceat(values, np.cumsum(lengths) - lengths, dtype=np.float64)
-    return sums / lengths
+    return sums(values, lengths) / lengths
 
 
 def mean_one(weights: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -49,8 +56,8 @@ def smooth(weights: np.ndarray, lengths: np.ndarray, window: int) -> np.ndarray:
     ends = np.cumsum(lengths)
     low = np.maximum(at - window // 2, np.repeat(ends - lengths, lengths))
     high = np.minimum(at + window // 2 + 1, np.repeat(ends, lengths))
-    sums = np.concatenate([[0.0], np.cumsum(weights, dtype=np.float64)])
-    return ((sums[high] - sums[low]) / (high - low)).astype(np.float32)
+    before = np.concatenate([[0.0], np.cumsum(weights, dtype=np.float64)])
+    return ((before[high] - before[low]) / (high - low)).astype(np.float32)
 
 
 def smooth_words(weights: np.ndarray, word_starts: np.ndarray) -> np.ndarray:

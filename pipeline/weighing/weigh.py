@@ -118,7 +118,7 @@ class Weigher:
         return {**given, **self.multipliers}
 
     def _scores(self, lists: pa.Table, side: Side) -> SideScores:
-        """Return the flat arrays of one side, without copying."""
+        """Return the flat arrays of one side, without copying; the rows that have no response there are left out."""
 
         def flat(column: str) -> np.ndarray | None:
             if column not in lists.column_names or lists[column].null_count:
@@ -126,11 +126,14 @@ class Weigher:
             values = one_chunk(lists[column])
             return (values.flatten() if pa.types.is_list(values.type) else values).to_numpy()
 
-        lengths, ids = _lengths(lists, f"{side}_ids"), flat(f"{side}_ids")
+        all_lengths, ids = _lengths(lists, f"{side}_ids"), flat(f"{side}_ids")
+        is_there = all_lengths > 0
+        lengths = all_lengths[is_there]
         needs_keys = "token keys" in self.section.inputs()
         rewards = None
         if self.head is not None:
             rewards = self.head.scores(responses_of(lists, side), prompt_hashes(lists["pair_id"].to_pylist()))
+        of_prompts = flat(f"{side}_prompt_attribution")
         return SideScores(
             side,
             lengths,
@@ -139,10 +142,10 @@ class Weigher:
             ref_logps=flat(f"{side}_ref_logps"),
             top_logps=flat(f"{side}_ref_top_logps"),
             attributions=flat(f"{side}_attributions"),
-            prompt_attributions=flat(f"{side}_prompt_attribution"),
-            prompt_lengths=_lengths(lists, "prompt_ids"),
+            prompt_attributions=None if of_prompts is None else of_prompts[is_there],
+            prompt_lengths=_lengths(lists, "prompt_ids")[is_there],
             activations=flat(f"{side}_activations"),
-            token_keys=token_keys(lists["pair_id"].to_pylist(), side, lengths) if needs_keys else None,
+            token_keys=token_keys(lists["pair_id"].to_pylist(), side, all_lengths) if needs_keys else None,
             rewards=rewards,
             word_starts=self.words.starts(ids, lengths) if self.words is not None and ids is not None else None,
             own_weights=flat(f"{side}_values"),
@@ -164,6 +167,8 @@ def weigh(
     Raises:
         ValueError: A score is not valid, or a weight is 0 and a transform takes its log.
     """
+    if not scores.num_tokens:  # unpaired rows, all of the other side
+        return SideWeights(np.zeros(0, np.float32))
     members = []
     for name, estimator in section.estimators.items():
         settings = {key: getattr(section, key) for key in estimator.settings}

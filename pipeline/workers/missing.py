@@ -9,7 +9,7 @@ import polars as pl
 
 from pipeline.chat.tokenizer import ChatTokenizer
 from pipeline.workers.pair_row import COLUMNS, PairRow, read_pairs, under_condition
-from pipeline.workers.request import AnchorOptions, Request, Target
+from pipeline.workers.request import AnchorOptions, MismatchOptions, Request, Target
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.names import quarantine_path
 from weights_store.schemas import Reason
@@ -114,6 +114,8 @@ def sized(request: Request, backlogs: Iterable[Backlog]) -> Request:
             continue
         if isinstance(request.options, AnchorOptions):
             length = backlog.longest_prompt + request.options.sampling.max_new_tokens
+        elif isinstance(request.options, MismatchOptions):
+            length = backlog.longest_prompt + request.options.longest
         else:
             length = backlog.longest
         added = len(target.condition.text.encode()) + _AROUND_PROMPT if target.condition else 0

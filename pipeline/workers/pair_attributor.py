@@ -133,7 +133,14 @@ class PairAttributor(Worker):
         self, sequences: Sequence[PromptedResponse], progress: Callable[[float], None]
     ) -> dict[PromptedResponse, Attributed]:
         """Attribute each distinct sequence once; one whose result is not finite once more, alone."""
-        attributed: dict[PromptedResponse, Attributed] = {}
+        none, options = np.zeros(0, np.float32), self._options  # for the side of an unpaired row without a response
+        nothing = Attributed(
+            none,
+            0.0 if options.prompts else None,
+            none if options.activations else None,
+            none if options.contexts else None,
+        )
+        attributed = dict.fromkeys((sequence for sequence in sequences if not sequence[1]), nothing)
         for groups, share in self._batches(sequences):
             attributed |= self._attribute_batch(groups)
             progress(share)
@@ -145,7 +152,7 @@ class PairAttributor(Worker):
     def _batches(self, sequences: Sequence[PromptedResponse]) -> Iterator[tuple[list[list[PromptedResponse]], float]]:
         """Yield micro-batches of distinct sequences, grouped by prompt, and the share of the work that is done after each."""
         of_prompt: dict[Ids, list[PromptedResponse]] = {}
-        for prompt, response in dict.fromkeys(sequences):
+        for prompt, response in dict.fromkeys(sequence for sequence in sequences if sequence[1]):
             of_prompt.setdefault(prompt, []).append((prompt, response))
         groups = [
             alike[begin : begin + self._num_together]

@@ -36,7 +36,7 @@ class PairRow:
     """Why no model can take the pair, if that is known already."""
 
     def sequences(self, top_k: int = 0) -> list[ScoredSequence]:
-        """Return the chosen and the rejected response behind the prompt."""
+        """Return the chosen and the rejected response behind the prompt; one of them may have no tokens."""
         return [ScoredSequence(self.prompt_ids, ids, top_k=top_k) for ids in (self.chosen_ids, self.rejected_ids)]
 
     def unscorable(self, detail: str) -> QuarantineRow:
@@ -75,11 +75,11 @@ def why_not(pair: PairRow, vocab_size: int, max_tokens: int | None = None) -> st
     if pair.problem is not None:
         return pair.problem
     parts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
-    if not all(parts):
-        return "prompt or response has no tokens"
+    if not pair.prompt_ids or not (pair.chosen_ids or pair.rejected_ids):
+        return "the prompt or both responses have no tokens"
     longest = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
     if max_tokens is not None and longest > max_tokens:
         return f"prompt and response have {longest} tokens, the model takes {max_tokens}"
-    if min(map(min, parts)) < 0 or max(map(max, parts)) >= vocab_size:
+    if min(min(ids, default=0) for ids in parts) < 0 or max(max(ids, default=0) for ids in parts) >= vocab_size:
         return f"a token id is outside the model's vocabulary of {vocab_size}"
     return None

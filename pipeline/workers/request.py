@@ -18,7 +18,7 @@ from weights_store import TableVersion
 
 Stage = Literal["score", "attribute", "anchors"]
 """The stages that run a model over all pairs."""
-DOING: dict[Stage, str] = {"score": "scoring", "attribute": "attributing", "anchors": "sampling anchors"}
+DOING: dict[Stage, str] = {"score": "scoring", "attribute": "attributing", "anchors": "making anchors"}
 DONE: dict[Stage, str] = {"score": "scored", "attribute": "attributed", "anchors": "given an anchor"}
 
 
@@ -67,6 +67,13 @@ class AnchorOptions:
 
 
 @dataclass(frozen=True)
+class MismatchOptions:
+    """Anchors are responses to other prompts, of which the longest has `longest` tokens."""
+
+    longest: int
+
+
+@dataclass(frozen=True)
 class Request:
     """What one process of a stage does: fill the targets for all pairs in `tokens`, one commit per `chunk_tokens`.
 
@@ -85,7 +92,7 @@ class Request:
     tokenizer: str = ""
     chat_template: str | None = None
     restarts: list[str] = field(default_factory=list)
-    options: AttributionOptions | AnchorOptions | None = None
+    options: AttributionOptions | AnchorOptions | MismatchOptions | None = None
     any_length: bool = False
 
     def model_of(self, target: Target) -> str:

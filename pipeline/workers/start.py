@@ -1,6 +1,6 @@
 """Loads the model of a request, for what its stage does with it."""
 
-from pipeline.workers.request import Request, Worker
+from pipeline.workers.request import MismatchOptions, Request, Worker
 
 
 def start_worker(request: Request) -> Worker:
@@ -12,9 +12,10 @@ def start_worker(request: Request) -> Worker:
         OutOfMemoryError: There is not enough memory for it.
     """
     if request.stage == "anchors":
-        from pipeline.workers.anchor_sampler import AnchorSampler
+        from pipeline.workers.anchors.mismatched import MismatchedAnchors
+        from pipeline.workers.anchors.sampler import AnchorSampler
 
-        return AnchorSampler(request)
+        return MismatchedAnchors(request) if isinstance(request.options, MismatchOptions) else AnchorSampler(request)
     if request.stage == "attribute":
         from pipeline.workers.pair_attributor import PairAttributor
 

@@ -32,7 +32,6 @@ from pipeline.toy.model_maker import make_chat_model
 from pipeline.workers.process import run
 from pipeline.workers.request import AnchorOptions, AttributionOptions, Request
 from pipeline.workers.supervise import Job
-from train.model.sampling import AnchorSampling
 from weights_store import TableVersion, WeightStore
 from weights_store.catalog import list_tables
 from weights_store.fingerprint import fingerprint_model
@@ -171,8 +170,7 @@ def _attribute(recipe: Recipe, tokens: TableVersion, model: Path) -> TableVersio
 def _sample_anchors(recipe: Recipe, tokens: TableVersion, model: Path) -> TableVersion:
     assert recipe.anchors is not None
     job = Job("anchors", tokens, "ref", model, anchors_identity(model, recipe.anchors, recipe.score))
-    sampling = AnchorSampling(**recipe.anchors.model_dump(exclude={"seed"}))
-    options = AnchorOptions(sampling, recipe.anchors.seed)
+    options = AnchorOptions(recipe.anchors.sampling, recipe.anchors.seed)
     run(Request("anchors", tokens, str(model), [job.target()], 4000, EngineSettings("float32"), options=options))
     return job.table.reference()
 

@@ -66,7 +66,7 @@ def test_flags_alone_are_enough() -> None:
     ("change", "message"),
     [
         ("loss.betta=1", "unknown key 'loss.betta'; did you mean 'loss.beta'?"),
-        ("loss.name=kto", "loss.name: Input should be 'dpo', 'ipo', 'tdpo1', 'tdpo2', 'tis_dpo', 'ti_dpo', 'simpo'"),
+        ("loss.name=orpo", "loss.name: Input should be 'dpo', 'ipo', 'tdpo1', 'tdpo2', 'tis_dpo', 'ti_dpo', 'treg'"),
         ("loss.beta=0", "loss.beta: Input should be greater than 0, got 0"),
         ("optim.learning_rate=0", "optim.learning_rate: Input should be greater than 0"),
         ("optim.warmup_share=1.0", "optim.warmup_share: Input should be less than 1"),

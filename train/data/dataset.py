@@ -57,6 +57,17 @@ class WeightSource:
         """Counts over the whole version; empty if none were recorded."""
         return self.metadata.get("statistics", {})
 
+    @property
+    def num_unpaired_rows(self) -> int:
+        """Rows with a response on one side only."""
+        return self.statistics.get("num_unpaired_rows", 0)
+
+    @property
+    def anchors_are(self) -> str:
+        """Where its anchors come from, `anchors.source` of its recipe."""
+        recorded = self.metadata.get("identity", {}).get("settings", {}).get("anchors", {})
+        return str(recorded.get("source", "sampled"))
+
     def splits_text(self) -> str:
         """Return the splits of the version with their pairs, for messages; empty if they were not counted."""
         counts = self.statistics.get("num_pairs_by_split", {})

@@ -19,6 +19,7 @@ from weights_store.checks.rows import (
     bad_values,
     empty,
     id_law,
+    no_response,
     null,
     wrong_lengths,
 )
@@ -77,7 +78,7 @@ class StoredResponse:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One preference pair; if the config says `swap`, chosen and rejected are already exchanged.
+    """One preference pair; if the config says `swap`, chosen and rejected are already exchanged. Unpaired rows have one.
 
     `pair_weight` (unitless, >= 0) is the pair's share in the loss. The annotators' scores are None unless the dataset was
     opened `with_scores`. The anchor is a response that was sampled for the prompt, None unless the dataset was opened
@@ -109,6 +110,12 @@ class Pair:
             chosen_score=self.rejected_score,
             rejected_score=self.chosen_score,
         )
+
+    def mismatched(self) -> "Pair":
+        """Return the prompt with its anchor as the only response."""
+        assert self.anchor is not None, "dataset.py gives them on request"
+        none = StoredResponse.anchor(self.anchor.ids[:0], self.anchor.ref_logps[:0])
+        return replace(self, chosen=self.anchor, rejected=none, anchor=None)
 
     def with_weights(self, chosen: NDArray[np.float32], rejected: NDArray[np.float32]) -> "Pair":
         """Return the pair with these token weights, `[T]` each."""
@@ -143,13 +150,13 @@ class PairColumns:
         where: The place, for messages.
 
     Raises:
-        MismatchError: A value is null; a prompt or response is empty; an id is outside the vocabulary; there is not exactly one
-            weight and one reference log-prob per response token, or not the same number of top ids and log-probs for each; a
-            number is not finite, a log-prob is above 0 or a pair's weight below. Names pair, column and place.
+        MismatchError: A value is null; a prompt or both responses are empty; an id is outside the vocabulary; there is not
+            exactly one weight and one reference log-prob per response token, or not the same number of top ids and log-probs
+            for each; a number is not finite, a log-prob is above 0 or a pair's weight below. Names pair, column and place.
     """
 
     def __init__(self, rows: pa.Table, *, vocab_size: int, where: str) -> None:
-        self._where = where
+        self._where, self._num_top = where, 0
         self._pair_ids = rows["pair_id"].combine_chunks()
         self._check(rows, vocab_size)
         self._columns = {
@@ -160,7 +167,7 @@ class PairColumns:
     def pair(self, row: int) -> Pair:
         """Return one row."""
         values = {name: column[row] for name, column in self._columns.items()}
-        chosen, rejected = (_response(values, side) for side in SIDES)
+        chosen, rejected = (_response(values, side, self._num_top) for side in SIDES)
         chosen_score, rejected_score = (float(values[name]) if name in values else None for name in _SCORES)
         anchor = StoredResponse.anchor(*(values[name] for name in _ANCHORS)) if _ANCHORS[0] in values else None
         pair_id, weight, prompt_ids = str(values["pair_id"]), float(values["pair_weight"]), values["prompt_ids"]
@@ -174,8 +181,9 @@ class PairColumns:
         for name in rows.column_names:
             self._refuse(null(rows, name), _REMEDIES.get(name, _REBUILD))
         self._check_ids(rows, "prompt_ids", vocab_size)
+        self._refuse(no_response(rows))
         for side in SIDES:
-            self._check_ids(rows, f"{side}_ids", vocab_size)
+            self._refuse(bad_values(rows, f"{side}_ids", id_law(vocab_size)), _OTHER_MODEL)
             self._check_values(rows, f"{side}_token_weights", side, FINITE)
             self._check_values(rows, f"{side}_ref_logps", side, ROUNDED_LOGP)
         if "anchor_ids" in rows.column_names:
@@ -198,7 +206,7 @@ class PairColumns:
 
     def _check_top_k(self, rows: pa.Table, vocab_size: int) -> None:
         """Check that each response token has as many top ids and top log-probs as the first one."""
-        num_top = len(rows[_REF_TOP[0]][0]) // len(rows["chosen_ids"][0])
+        num_top = max(len(rows[f"{side}_ref_top_ids"][0]) // max(1, len(rows[f"{side}_ids"][0])) for side in SIDES)
         if num_top == 0:
             self._refuse([Violation(_REF_TOP[0], 0, f"has no {_REF_TOP[0]}", 1)], _REMEDIES[_REF_TOP[0]])
         for side in SIDES:
@@ -207,14 +215,15 @@ class PairColumns:
             for name in (ids, logps):
                 self._refuse(wrong_lengths(rows, name, f"{side}_ids", per_token=num_top))
             self._refuse(bad_values(rows, logps, ROUNDED_LOGP))
+        self._num_top = num_top
 
     def _refuse(self, violations: Iterable[Violation], what_to_do: str = _REBUILD) -> None:
         for found in violations:
             raise MismatchError(f"pair {self._pair_ids[found.row]}: {found.problem} ({self._where}); {what_to_do}")
 
 
-def _response(values: Mapping[str, np.ndarray], side: Side) -> StoredResponse:
+def _response(values: Mapping[str, np.ndarray], side: Side, num_top: int) -> StoredResponse:
     ids = values[f"{side}_ids"]
     required = (ids, values[f"{side}_token_weights"], values[f"{side}_ref_logps"])
-    top = (values[name].reshape(len(ids), -1) for name in _REF_TOP if name.startswith(side) and name in values)
+    top = (values[name].reshape(len(ids), num_top) for name in _REF_TOP if name.startswith(side) and name in values)
     return StoredResponse(*required, *top)

@@ -4,7 +4,7 @@ Called by `job.py`. Not here: the output folder (`output.py`), and the compariso
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from train.config import TrainConfig
@@ -17,6 +17,7 @@ from train.model.checkpoint import check_model_fits
 from train.model.hub import check_model_folder, find_folder
 from weights_store.errors import MismatchError
 from weights_store.fingerprint import fingerprint_model
+from weights_store.schemas import Side
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,36 @@ def open_inputs(config: TrainConfig) -> JobInputs:
     """
     source = open_weights(config.data)
     check_columns_for(config.loss, source.name, source.filled_columns())
+    _check_rows(config, source)
     folder = find_folder(config.model.path, config.model.revision, "model.path")
     check_model_folder(folder, "model.path")
     vocab_size = check_model_fits(folder, source)
     return JobInputs(config, source, folder, vocab_size, build_identity(config, source, folder))
+
+
+def _check_rows(config: TrainConfig, source: WeightSource) -> None:
+    """Refuse rows and anchors that are of another kind than the loss needs.
+
+    Raises:
+        MismatchError: Rows have one response and the loss or `eval.best` compares two, or anchors come from elsewhere.
+    """
+    loss, num_unpaired, num_rows = config.loss, source.num_unpaired_rows, source.statistics.get("num_pairs", 0)
+    what = f"{num_unpaired:,} of {num_rows:,} rows of {source.name} have one response"
+    if num_unpaired and loss.compares:
+        raise MismatchError(
+            f"loss.name={loss.name!r} compares two responses to a prompt, and {what}; use loss.name='kto', 'tis_kto' or 'sft'"
+        )
+    if num_unpaired == num_rows and num_rows and config.eval.best == "rewards/accuracies":
+        raise MismatchError(
+            f"eval.best='rewards/accuracies' compares two responses to a prompt, and {what}; set it to 'loss' or "
+            "'rewards/margins'"
+        )
+    wanted = "mismatched" if loss.needs.mismatched else "sampled"
+    if loss.needs.anchors and not loss.needs.fresh_anchors and source.anchors_are != wanted:
+        raise MismatchError(
+            f"loss.name={loss.name!r} needs anchors that are {wanted}, and those of {source.name} are {source.anchors_are}; "
+            f"build it again with `tokenweights build RECIPE --set anchors.source={wanted}`"
+        )
 
 
 def open_pairs(inputs: JobInputs) -> JobPairs:
@@ -67,11 +94,15 @@ def open_pairs(inputs: JobInputs) -> JobPairs:
     """
     config, source, needs = inputs.config, inputs.source, inputs.config.loss.needs
 
+    side: Side | None = None
+    if source.num_unpaired_rows and not needs.rejected:  # nothing to learn from on the other side
+        side = "rejected" if config.data.swap else "chosen"
+
     def view(selection: Selection) -> PairDataset:
         return PairDataset(
             source,
             config.data,
-            selection=selection,
+            selection=replace(selection, side=side),
             vocab_size=inputs.vocab_size,
             with_ref_top=needs.ref_top,
             with_scores=needs.scores,

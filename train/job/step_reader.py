@@ -1,19 +1,41 @@
-"""The pairs of one rank, step by step: read ahead, and refreshed if the loss needs it. Called by the trainer."""
+"""The steps of one rank: their pairs, read ahead and refreshed if the loss needs it, and cut into micro-batches.
+
+Called by the trainer.
+"""
 
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from train.data.dataset import Pair
 from train.data.sampler import StepBatches
 from train.job.refresh import Refresher, load_fresh, save_fresh
+from train.model.collate import Batch, PairCollator
+from train.model.token_budget import cut_by_tokens
 
 Steps = Iterator[list[Pair]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank computes in one optimizer step."""
+
+    pairs: Sequence[Pair]
+    batches: list[Batch]
+    largest: int
+    """Tokens of the largest micro-batch, as the budget counts them."""
+    num_units: Tensor | int
+    """Pairs, responses or tokens of all ranks that the loss is averaged over."""
+    mismatched: list[Batch]
+    """Of the pairs' prompts with responses to other prompts, if the loss needs them."""
 
 
 class StepReader:
@@ -75,3 +97,22 @@ class StepReader:
     def _by_position(self, window: Iterable[list[Pair]], step: int) -> dict[int, Pair]:
         steps = ((self.batches.positions_of_step(later), pairs) for later, pairs in enumerate(window, step))
         return {position: pair for positions, pairs in steps for position, pair in zip(positions, pairs, strict=True)}
+
+
+def cut_evenly(
+    pairs: Sequence[Pair], collator: PairCollator, *, max_tokens: int, device: torch.device | None
+) -> tuple[list[Batch], int]:
+    """Return pairs in micro-batches, and the tokens of the largest one.
+
+    With a `device`, that of this rank, all ranks get equally many: they compute in lockstep.
+    """
+    parts = cut_by_tokens(pairs, [collator.num_tokens(pair) for pair in pairs], max_tokens)
+    if device is not None:
+        most = torch.tensor(len(parts), device=device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        while len(parts) < int(most):
+            longest = max(range(len(parts)), key=lambda part: len(parts[part]))
+            middle = len(parts[longest]) // 2
+            parts[longest : longest + 1] = [parts[longest][:middle], parts[longest][middle:]]
+    batches = [collator(sorted(part, key=lambda pair: pair.is_filler)) for part in parts]
+    return batches, max(sum(map(collator.num_tokens, part)) for part in parts)

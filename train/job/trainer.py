@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,9 +29,11 @@ from train.job.arguments import build_arguments, build_batches
 from train.job.progress import LogLastStep
 from train.job.ranks import join_ranks, reshard, shard, shard_on_cpus
 from train.job.refresh import FRESH_FILES, Refresher
-from train.job.step_reader import StepReader
+from train.job.step_reader import Step, StepReader, cut_evenly
+from train.loss.kto import reference_point
 from train.loss.metrics import MetricWindow
 from train.loss.objective import compute_pair_losses, count_units
+from train.loss.terms import ResponseLogps
 from train.model.attention.layout import to_device
 from train.model.checkpoint import in_float32
 from train.model.collate import Batch, PairCollator, model_inputs
@@ -41,18 +43,6 @@ from train.model.policy import Policy
 from train.model.token_budget import TokenBudget, cut_by_tokens, empty_cache, save_memory
 from weights_store.errors import SettingsError
 from weights_store.messages import first_line
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one rank computes in one optimizer step."""
-
-    pairs: Sequence[Pair]
-    batches: list[Batch]
-    largest: int
-    """Tokens of the largest micro-batch, as the budget counts them."""
-    num_units: Tensor | int
-    """Pairs or tokens of all ranks that the loss is averaged over."""
 
 
 class PairTrainer(Trainer):
@@ -84,12 +74,14 @@ class PairTrainer(Trainer):
         self.held_out = held_out
         needs = config.loss.needs
         self.loss = config.loss
+        with_anchors = needs.anchors and not needs.mismatched
         self.collator = PairCollator(
-            packed=policy.not_packed is None, with_rejected=needs.rejected, with_anchors=needs.anchors
+            packed=policy.not_packed is None, with_rejected=needs.rejected, with_anchors=with_anchors
         )
         # Measurements include the rejected side for every loss, and anchors only if they stay the same.
-        stored_anchors = needs.anchors and not needs.fresh_anchors
+        stored_anchors = with_anchors and not needs.fresh_anchors
         self.measured = replace(self.collator, with_rejected=True, with_anchors=stored_anchors)
+        self.alone = replace(self.collator, with_rejected=False, with_anchors=False)
         self.window = MetricWindow()
         self.waited_s = 0.0
         processes = join_ranks()
@@ -235,12 +227,12 @@ class PairTrainer(Trainer):
             save_memory(model, num_tokens, error)
 
     def _forward_and_backward(self, model: nn.Module, step: Step, window: MetricWindow) -> Tensor:
-        total = torch.zeros((), device=self.args.device)
+        total, z0 = torch.zeros((), device=self.args.device), self._z0(model, step)
         for batch in step.batches:
             self._current = batch
             with nullcontext() if batch is step.batches[-1] else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
-                    total_loss = self._add_batch(model, self._prepare_inputs(batch), window)
+                    total_loss = self._add_batch(model, self._prepare_inputs(batch), window, z0)
                     # DDP averages gradients over ranks, while the units of a step are counted over all of them.
                     loss = total_loss * self.accelerator.num_processes / step.num_units
                 self.accelerator.backward(loss)
@@ -258,12 +250,30 @@ class PairTrainer(Trainer):
         """Return 0: the Trainer's estimate needs padded batches."""
         return 0
 
-    def _add_batch(self, model: nn.Module, batch: Batch, window: MetricWindow) -> Tensor:
+    @torch.no_grad()
+    def _z0(self, model: nn.Module, step: Step) -> Tensor | None:
+        """Return KTO's reference point: the mean log-ratio of the mismatched responses of all ranks, at least 0."""
+        if not step.mismatched:
+            return None
+        sums = reference_point(self._mismatched(model, batch) for batch in step.mismatched)
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums, reduction="sum")
+        return (sums[0] / sums[1]).clamp(min=0)
+
+    def _mismatched(self, model: nn.Module, batch: Batch) -> ResponseLogps:
+        """Return what is known of the mismatched responses of one micro-batch, without fillers."""
+        self._current = batch
+        inputs = self._prepare_inputs(batch)
+        with self.compute_loss_context_manager():
+            terms: TokenTerms = model(**model_inputs(inputs))
+        return self.alone.split_sides(inputs, terms)[0].first(batch["num_counted"])
+
+    def _add_batch(self, model: nn.Module, batch: Batch, window: MetricWindow, z0: Tensor | None) -> Tensor:
         """Run one micro-batch, add its metrics to `window`, return the sum of its losses."""
         terms: TokenTerms = model(**model_inputs(batch))
         chosen, rejected, anchor = self.collator.split_sides(batch, terms)
         scores = (batch["chosen_scores"], batch["rejected_scores"]) if "chosen_scores" in batch else None
-        result, values = compute_pair_losses(self.loss, chosen, rejected, scores, anchor)
+        result, values = compute_pair_losses(self.loss, chosen, rejected, scores, anchor, z0)
         counted = slice(batch["num_counted"])
         total_loss = (result.losses * batch["pair_weights"])[counted].sum()
         values = {name: value[counted] for name, value in values.items()}
@@ -271,25 +281,22 @@ class PairTrainer(Trainer):
         return total_loss
 
     def _count_units(self, batch: Batch) -> int:
-        numbers = {"num_pairs": batch["num_counted"], "num_chosen_tokens": batch["num_chosen_tokens"]}
-        return count_units(self.config.loss, **numbers)
+        counts = {name: batch[name] for name in ("num_chosen_tokens", "num_responses")}
+        return count_units(self.config.loss, num_pairs=batch["num_counted"], **counts)
 
     def cut_step(self, pairs: Sequence[Pair], device: torch.device) -> Step:
-        """Cut the pairs of this rank into micro-batches, equally many on all ranks: the ranks compute in lockstep."""
-        parts = cut_by_tokens(pairs, [self.collator.num_tokens(pair) for pair in pairs], self.budget.tokens)
-        if self.accelerator.num_processes > 1:
-            most = torch.tensor(len(parts), device=device)
-            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-            while len(parts) < int(most):
-                longest = max(range(len(parts)), key=lambda part: len(parts[part]))
-                middle = len(parts[longest]) // 2
-                parts[longest : longest + 1] = [parts[longest][:middle], parts[longest][middle:]]
-        batches = [self.collator(sorted(part, key=lambda pair: pair.is_filler)) for part in parts]
+        """Cut the pairs of this rank into micro-batches."""
+        distributed = self.accelerator.num_processes > 1
+        cut = partial(cut_evenly, max_tokens=self.budget.tokens, device=device if distributed else None)
+        batches, largest = cut(pairs, self.collator)
+        mismatched: list[Batch] = []
+        if self.loss.needs.mismatched:
+            mismatched, size = cut([pair.mismatched() for pair in pairs], self.alone)
+            largest = max(largest, size)
         num_units: Tensor | int = sum(map(self._count_units, batches))
-        if self.accelerator.num_processes > 1:
+        if distributed:
             num_units = self.accelerator.reduce(torch.tensor(num_units, device=device), reduction="sum")
-        largest = max(sum(map(self.collator.num_tokens, part)) for part in parts)
-        return Step(pairs, batches, largest, num_units)
+        return Step(pairs, batches, largest, num_units, mismatched)
 
     @torch.no_grad()
     def measure(self, sample: Sequence[Pair]) -> dict[str, float]:
@@ -309,10 +316,11 @@ class PairTrainer(Trainer):
         share += [replace(sample[-1], is_filler=True)] * (size - len(share))
 
         def add_all() -> MetricWindow:
-            window = MetricWindow()
-            for batch in self.cut_step(share, self.args.device).batches:
+            window, step = MetricWindow(), self.cut_step(share, self.args.device)
+            z0 = self._z0(model, step)
+            for batch in step.batches:
                 with self.compute_loss_context_manager():
-                    self._add_batch(model, self._prepare_inputs(batch), window)
+                    self._add_batch(model, self._prepare_inputs(batch), window, z0)
             return window
 
         window = self.budget.within(add_all, can_shrink=num_processes == 1)
@@ -344,6 +352,8 @@ class PairTrainer(Trainer):
         self, logps_of: Callable[..., TokenTerms], sample: Sequence[Pair], dtype: str
     ) -> list[tuple[Tensor, Tensor]]:
         device = next(self.model_wrapped.parameters()).device
+        if self.loss.needs.mismatched:
+            sample = [*sample, *(pair.mismatched() for pair in sample)]
         sizes = [self.measured.num_tokens(pair) for pair in sample]
 
         def compute() -> list[tuple[Tensor, Tensor]]:

@@ -5,41 +5,12 @@ A new loss is a class here, listed in `LossSection`, and a function of the same 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-KlDirection = Literal["policy_ref", "ref_policy"]
-"""KL(pi‖ref) or KL(ref‖pi); the expectation is over the first."""
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a loss needs besides the ids and the policy."""
-
-    ref_logps: bool = False
-    """From the dataset: reference log-probs of the response tokens."""
-    token_weights: bool = False
-    """From the dataset: token weights of the response tokens."""
-    fresh_weights: bool = False
-    """From the policy, in place of the stored ones: token weights."""
-    anchors: bool = False
-    """An anchor in every pair of a batch: from the dataset, unless they are fresh."""
-    fresh_anchors: bool = False
-    """From the policy, in place of the stored ones: anchors."""
-    ref_top: bool = False
-    """From the dataset: the reference's top-k ids and log-probs per response token."""
-    scores: bool = False
-    """From the dataset: annotator scores of both responses."""
-    rejected: bool = True
-    """The rejected responses."""
-    kl_direction: KlDirection | None = None
-    """Which per-token KL; None for none."""
-    reference_model: bool = False
-    """The reference's own forward pass: for the exact KL, and for log-probs of fresh anchors."""
-    refresh_steps: int | None = None
-    """Steps between two refreshes of what comes from the policy; None if nothing does."""
+from train.loss.needs import KlDirection, Needs, Unit
 
 
 class LossConfig(BaseModel):
@@ -58,8 +29,10 @@ class LossConfig(BaseModel):
     """Of the KL term, for losses with a setting `kl`."""
     estimator: ClassVar[str] = "tis"
     """The `weights.estimator` of a recipe that makes the token weights of this loss."""
-    per_token: ClassVar[bool] = False
-    """Whether a step is a mean over chosen response tokens instead of pairs."""
+    unit: ClassVar[Unit] = "pair"
+    """What a step is a mean over."""
+    compares: ClassVar[bool] = True
+    """Whether it compares two responses to one prompt, so that it cannot be trained on unpaired rows."""
     has_plain_rewards: ClassVar[bool] = False
     """Whether its rewards are unweighted sums of log-ratios, so that logging them apart would repeat `rewards/*`."""
     switches: ClassVar[frozenset[str]] = frozenset()
@@ -352,12 +325,41 @@ class UniDpo(LossConfig):
     """A chosen response is good from this annotator score on."""
 
 
+class Kto(LossConfig):
+    """Each response by itself: its sum of log-ratios against z0, the mean over responses to other prompts. On unpaired rows."""
+
+    title = "KTO (arXiv 2402.01306)"
+    reads = Needs(ref_logps=True, anchors=True, mismatched=True)
+    unit = "response"
+    compares = False
+    has_plain_rewards = True
+
+    name: Literal["kto"]
+    beta: Beta
+    desirable_weight: float = Field(default=1.0, gt=0)
+    """Factor of the loss of chosen responses. With D desirable and U undesirable responses, the paper keeps
+    desirable_weight D / (undesirable_weight U) between 1 and 3/2."""
+    undesirable_weight: float = Field(default=1.0, gt=0)
+    """Factor of the loss of rejected responses."""
+
+
+class TisKto(Kto):
+    """`kto` on weighted sums of log-ratios."""
+
+    title = "token-weighted KTO, after TKTO (arXiv 2510.05799)"
+    reads = Needs(ref_logps=True, token_weights=True, anchors=True, mismatched=True)
+    has_plain_rewards = False
+
+    name: Literal["tis_kto"]  # type: ignore[assignment]
+
+
 class Sft(LossConfig):
     """Likelihood of chosen."""
 
     title = "supervised fine-tuning"
     reads = Needs(rejected=False)
-    per_token = True
+    unit = "chosen token"
+    compares = False
     has_plain_rewards = True
 
     name: Literal["sft"]
@@ -366,7 +368,23 @@ class Sft(LossConfig):
 
 
 LossSection = Annotated[
-    Dpo | Ipo | Tdpo1 | Tdpo2 | TisDpo | TiDpo | Treg | Bpo | TbpoA | Simpo | Confpo | Sepo | D2po | UniDpo | Sft,
+    Dpo
+    | Ipo
+    | Tdpo1
+    | Tdpo2
+    | TisDpo
+    | TiDpo
+    | Treg
+    | Bpo
+    | TbpoA
+    | Simpo
+    | Confpo
+    | Sepo
+    | D2po
+    | UniDpo
+    | Kto
+    | TisKto
+    | Sft,
     Field(discriminator="name"),
 ]
 LOSSES: dict[str, type[LossConfig]] = {

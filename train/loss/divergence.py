@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from train.loss.config import KlDirection
+from train.loss.needs import KlDirection
 
 MIN_TAIL = 1e-6
 """Smallest probability outside the top k. Stored log-probs are rounded, so their probabilities may add up to more than 1."""

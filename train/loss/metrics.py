@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from train.loss.config import KlDirection
-from train.loss.terms import PairLosses, ResponseLogps, sum_kls, sum_logps, sum_logratios
+from train.loss.needs import KlDirection
+from train.loss.terms import PairLosses, ResponseLogps, has_tokens, masked, sum_kls, sum_logps, sum_logratios
 from train.loss.triplet import triplet
 
 
@@ -25,6 +25,8 @@ def pair_metrics(
     kl_direction: KlDirection | None = None,
 ) -> dict[str, Tensor]:
     """Return values `[B]` by name; without `rejected` only those of chosen, and no rewards without `ref_logps`.
+
+    A value is NaN where the row has no such response, and a comparison where it has only one.
 
     Args:
         chosen: One side.
@@ -42,7 +44,12 @@ def pair_metrics(
         metrics |= _rewards("weighted_rewards", rewards)
     if kl_direction is not None:
         metrics |= {f"kl_{kl_direction}/{name}": sum_kls(side) for name, side in sides.items()}
-    return metrics
+    is_there = {name: has_tokens(side) for name, side in sides.items()}
+    is_pair = torch.stack(list(is_there.values())).all(0)
+    return {
+        name: torch.where(is_there.get(name.rpartition("/")[2], is_pair), values, torch.nan)
+        for name, values in metrics.items()
+    }
 
 
 @torch.no_grad()
@@ -77,14 +84,17 @@ class MetricWindow:
         """Add one micro-batch.
 
         Args:
-            values: `[B]` each; their means are over pairs.
+            values: `[B]` each; their means are over the pairs that have one: where it is not NaN.
             total_loss: Sum of the losses, a scalar.
             num_units: Pairs or tokens that the loss is averaged over.
         """
-        totals = {name: (value.sum(), len(value)) for name, value in values.items()} | {"loss": (total_loss, num_units)}
-        for name, (total, count) in totals.items():
-            total = total.detach().float()
-            self._sums[name] = self._sums.get(name, 0) + torch.stack([total, torch.full_like(total, count)])
+        loss = total_loss.detach().float()
+        sums = {"loss": torch.stack([loss, torch.full_like(loss, num_units)])}
+        for name, value in values.items():
+            is_there = ~value.isnan()
+            sums[name] = torch.stack([masked(value.detach(), is_there).sum().float(), is_there.sum().float()])
+        for name, more in sums.items():
+            self._sums[name] = self._sums.get(name, 0) + more
 
     def merge(self, other: "MetricWindow") -> None:
         """Add what another window holds."""
@@ -92,11 +102,18 @@ class MetricWindow:
             self._sums[name] = self._sums.get(name, 0) + sums
 
     def pop_means(self, reduce_over_ranks: Callable[..., Tensor] | None = None) -> dict[str, float]:
-        """Return the mean of every value and start a new window; `reduce_over_ranks` is None for a single process."""
+        """Return the mean of every value and start a new window; `reduce_over_ranks` is None for a single process.
+
+        A value that no pair has is left out. Margins of unpaired rows are, as TRL has them, the difference of the mean rewards.
+        """
         if not self._sums:
             return {}
         names, sums = sorted(self._sums), torch.stack([self._sums[name] for name in sorted(self._sums)])
         if reduce_over_ranks is not None:
             sums = reduce_over_ranks(sums, reduction="sum")
         self._sums = {}
-        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True)}
+        means = {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
+        for kind in ("rewards", "weighted_rewards"):
+            if {f"{kind}/chosen", f"{kind}/rejected"} <= means.keys():
+                means.setdefault(f"{kind}/margins", means[f"{kind}/chosen"] - means[f"{kind}/rejected"])
+        return means

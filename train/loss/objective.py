@@ -22,6 +22,7 @@ def compute_pair_losses(
     rejected: ResponseLogps | None,
     scores: tuple[Tensor, Tensor] | None = None,
     anchor: ResponseLogps | None = None,
+    z0: Tensor | None = None,
 ) -> tuple[PairLosses, dict[str, Tensor]]:
     """Return the losses `[B]` and the metrics `[B]` that belong to them.
 
@@ -31,6 +32,7 @@ def compute_pair_losses(
         rejected: Likewise; None only for `sft`.
         scores: Annotator scores `[B]` of chosen and rejected, for `uni_dpo`.
         anchor: Responses sampled for the same prompts, for `ti_dpo` with the triplet.
+        z0: The reference point of the step, a scalar, for `kto` and `tis_kto`.
 
     Raises:
         ValueError: Something that the loss needs was not given.
@@ -39,7 +41,13 @@ def compute_pair_losses(
     needs = loss.needs
     if needs.rejected and rejected is None:
         raise ValueError(f"{loss.name} needs the rejected side; none was given")
-    data: dict[str, Tensor | ResponseLogps | None] = {"anchor": anchor} if needs.anchors else {}
+    data: dict[str, Tensor | ResponseLogps | None] = {}
+    if needs.mismatched:
+        if z0 is None:
+            raise ValueError(f"{loss.name} needs the z0 of the step; none was given")
+        data["z0"] = z0
+    elif needs.anchors:
+        data["anchor"] = anchor
     if needs.scores:
         if scores is None:
             raise ValueError(f"{loss.name} needs annotator scores; none were given")
@@ -53,12 +61,14 @@ def compute_pair_losses(
     if isinstance(loss, PreferenceLoss) and loss.nll_lambda:
         result = losses.add_nll(result, chosen, nll_lambda=loss.nll_lambda)
         metrics["nll"] = -mean_logps(chosen).detach()
+    if z0 is not None:
+        metrics["kl"] = z0.detach().expand(len(result.losses))  # TRL's name of z0
     return result, metrics
 
 
-def count_units(loss: LossConfig, *, num_pairs: int, num_chosen_tokens: int) -> int:
-    """Return what the loss is a mean over: pairs, or for SFT chosen response tokens."""
-    return num_chosen_tokens if loss.per_token else num_pairs
+def count_units(loss: LossConfig, *, num_pairs: int, num_chosen_tokens: int, num_responses: int) -> int:
+    """Return how many there are of what the loss is a mean over."""
+    return {"pair": num_pairs, "chosen token": num_chosen_tokens, "response": num_responses}[loss.unit]
 
 
 def check_columns_for(loss: LossConfig, source_name: str, columns: Collection[str]) -> None:
@@ -101,6 +111,8 @@ def _required_columns(loss: LossConfig) -> dict[str, str]:
         )
     if needs.anchors and not needs.fresh_anchors:
         remedy = f"{build} --set anchors.seed=0`, or train with loss.anchor='online' or loss.triplet_gamma=0"
+        if needs.mismatched:
+            remedy = f"{build} --set anchors.source=mismatched`"
         required |= dict.fromkeys(("anchor_ids", "anchor_ref_logps"), remedy)
     if needs.ref_top:
         remedy = f"{build} --set score.top_k=16`, or train with loss.kl='exact'"

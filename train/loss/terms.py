@@ -24,6 +24,10 @@ class ResponseLogps(NamedTuple):
     kls: Tensor | None = None
     """KL of the two next-token distributions at position t, nats, with gradient; in the direction that the loss names."""
 
+    def first(self, num_rows: int) -> "ResponseLogps":
+        """Return the first rows."""
+        return ResponseLogps(*(field if field is None else field[:num_rows] for field in self))  # type: ignore[arg-type]
+
 
 class PairLosses(NamedTuple):
     """What a loss returns, `[B]` each; rewards are detached, and None if they cannot be known."""
@@ -32,6 +36,11 @@ class PairLosses(NamedTuple):
     chosen_rewards: Tensor | None
     """What the loss compares, beta included: it is a function of chosen - rejected. Nats, for means nats per token."""
     rejected_rewards: Tensor | None
+
+
+def has_tokens(side: ResponseLogps) -> Tensor:
+    """Return which rows have a response on this side, `[B]` bool; an unpaired row has one on one side only."""
+    return side.completion_mask.any(-1)
 
 
 def sum_logps(side: ResponseLogps) -> Tensor:

@@ -40,8 +40,9 @@ class PairCollator:
 
     Keys: those of `ModelInputs`; `completion_mask` (bool, True on response tokens), `token_weights` and `ref_logps` (float32,
     aligned to their token, 0 elsewhere), `[2 B, T]`; `pair_weights` (float32) `[B]`; and if the pairs have them `chosen_scores`
-    and `rejected_scores` `[B]`. `num_counted` pairs, which come first, are no fillers, and have `num_chosen_tokens` chosen
-    response tokens. With anchors, `num_kls` leaves out those of anchors, whose divergence no loss reads.
+    and `rejected_scores` `[B]`. `num_counted` pairs, which come first, are no fillers; they have `num_responses` responses with
+    tokens, and `num_chosen_tokens` chosen response tokens. With anchors, `num_kls` leaves out those of anchors, of which no
+    loss reads a divergence.
 
     Args:
         packed: Otherwise padded.
@@ -66,7 +67,11 @@ class PairCollator:
         counted = [pair for pair in pairs if not pair.is_filler]
         assert not any(pair.is_filler for pair in pairs[: len(counted)]), "fillers come last"
         arrays["scored"] = np.flatnonzero(arrays["completion_mask"])
-        numbers = {"num_counted": len(counted), "num_chosen_tokens": sum(len(pair.chosen.ids) for pair in counted)}
+        numbers = {
+            "num_counted": len(counted),
+            "num_chosen_tokens": sum(len(pair.chosen.ids) for pair in counted),
+            "num_responses": sum(bool(len(side.ids)) for pair in counted for side in (pair.chosen, pair.rejected)),
+        }
         if self.with_anchors:
             numbers["num_kls"] = sum(len(response.ids) for response in responses[: -len(pairs)])
         if pairs[0].chosen_score is not None:

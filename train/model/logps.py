@@ -17,8 +17,8 @@ from torch.autograd.function import FunctionCtx
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-from train.loss.config import KlDirection
 from train.loss.divergence import exact_kl, top_k_kl
+from train.loss.needs import KlDirection
 from train.model.attention.layout import Layout
 from train.model.attention.packed import Packing
 from train.model.elementwise import compiled

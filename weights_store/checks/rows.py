@@ -82,7 +82,7 @@ def violations(
             yield found._replace(problem=f"{found.problem} in row {found.row} of the row group")
     laws = _LAWS | {"ids": id_law(vocab_size)}
     for name in rows.column_names:
-        if name in ("prompt_ids", "chosen_ids", "rejected_ids") or (kind, name) == ("anchors", "anchor_ids"):
+        if name == "prompt_ids" or (kind, name) == ("anchors", "anchor_ids"):
             yield from empty(rows, name)
         side, _, values = name.partition("_")
         of = f"{side}_{_ONE_PER.get(values)}"
@@ -90,6 +90,8 @@ def violations(
             yield from wrong_lengths(rows, name, of, may_be_null=values == "activations")
         if law := laws.get(name.rpartition("_")[2]):
             yield from bad_values(rows, name, law)
+    if kind in ("tokens", "weights"):
+        yield from no_response(rows)
     match kind:
         case "logps":
             yield from _top_laws(rows, "", scorer)
@@ -180,6 +182,17 @@ def empty(rows: pa.Table, name: str) -> Iterator[Violation]:
     """Yield a violation if a list is empty."""
     for row, num_rows in _first(_lengths(rows[name]) == 0):
         yield Violation(name, row, f"{name} is empty, expected at least one token", num_rows)
+
+
+def no_response(rows: pa.Table) -> Iterator[Violation]:
+    """Yield a violation if a row has a response on neither side; an unpaired row has one on the side of its label."""
+    for name in (f"{side}_ids" for side in SIDES):
+        yield from null(rows, name)
+    both = sum(_lengths(rows[f"{side}_ids"]) for side in SIDES)
+    for row, num_rows in _first(np.asarray(both) == 0):
+        yield Violation(
+            "chosen_ids", row, "chosen_ids and rejected_ids are empty, expected tokens in one of them", num_rows
+        )
 
 
 def wrong_lengths(

@@ -36,7 +36,7 @@ def run_doctor(options: argparse.Namespace) -> int:
     survey = store.survey(name, reference.version)
     diagnoses, words = diagnose(survey, metadata), looked_at(survey, metadata)
     num_warnings = sum(diagnosis.severity == "warning" for diagnosis in diagnoses)
-    num_pairs, num_tokens = survey.chosen.num_responses, survey.chosen.num_tokens + survey.rejected.num_tokens
+    num_pairs, num_tokens = survey.num_pairs, survey.chosen.num_tokens + survey.rejected.num_tokens
     if options.json:
         document = {"name": name, "version": reference.version, "fingerprint": reference.fingerprint}
         print_json({**document, "num_pairs": num_pairs, "looked_at": words, "findings": diagnoses})

@@ -112,6 +112,9 @@ def _pair(view: View, pair: ShownPair, width: int, colours: Colours) -> Iterator
     yield from _wrapped(_cells(pair.prompt, "" if colours == "none" else _DIM), width)
     for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         weights = side.measures["weight"]
+        if not len(side.ids):
+            yield from _plain(f"{name}: none", width)
+            continue
         of = f" by {view.title}" if view.other else ""
         yield from _plain(f"{name}{of}, mean weight {_mean(weights):.2f}", width)
         yield from _wrapped(_tokens(side, weights, colours, not view.token_texts), width)

@@ -102,7 +102,7 @@ class _Found:
 
 def diagnose(survey: Survey, metadata: CommitMetadata) -> list[Diagnosis]:
     """Return what looks wrong with a version, warnings first; `metadata` is what its commit recorded."""
-    if not survey.chosen.num_tokens:
+    if not survey.sides():
         return []
     case = _Case(survey, metadata)
     found = [
@@ -217,7 +217,7 @@ def _constant(case: _Case) -> Iterator[_Found]:
 
 def _sides_apart(case: _Case) -> Iterator[_Found]:
     chosen, rejected = case.survey.chosen.mean_weight, case.survey.rejected.mean_weight
-    low, high = sorted((chosen, rejected))
+    low, high = sorted((chosen, rejected))  # NaN, of a side without a token, is not above anything
     if high > MAX_SIDE_FACTOR * low:
         direction = "raising" if chosen > rejected else "lowering"
         yield _Found(
@@ -310,7 +310,7 @@ def _transforms(case: _Case) -> list[str]:
 
 
 def _by_side(shares: Mapping[Side, float]) -> str:
-    return " and ".join(f"{_percent(shares[side])} ({side})" for side in SIDES)
+    return " and ".join(f"{_percent(shares[side])} ({side})" for side in SIDES if side in shares)
 
 
 def _percent(share: float) -> str:

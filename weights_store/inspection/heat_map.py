@@ -117,7 +117,7 @@ def draw_pair(pair: ShownPair, format: Format, measure: str = "weight") -> bytes
     prompt = f"…{pair.prompt[-_MAX_PROMPT:]}" if len(pair.prompt) > _MAX_PROMPT else pair.prompt
     words = [Token(word) for word in re.findall(r"\S+\s*|\s+", prompt)]
     blocks = [Block(f"prompt of pair {one_line(pair.pair_id, 64)}", words)]
-    blocks += [Block(name, _tokens(side, measure)) for name, side in sides.items()]
+    blocks += [Block(name, _tokens(side, measure)) for name, side in sides.items() if len(side.ids)]
     return draw_blocks(blocks, _scale(pair, measure), format)
 
 

@@ -106,7 +106,7 @@ class PairTables:
         """Return the columns that no table has."""
         made = {f"num_{part}_tokens": pl.col(f"{part}_ids").list.len().cast(pl.Int64) for part in ("prompt", *SIDES)}
         made |= {f"mean_{side}_weight": pl.col(f"{side}_token_weights").cast(_LIST).list.mean() for side in SIDES}
-        made["effective_share"] = sum(map(_effective_share, SIDES), pl.lit(0.0)) / len(SIDES)
+        made["effective_share"] = pl.mean_horizontal(map(_effective_share, SIDES))
         if self.has_contrast:
             chosen, rejected = (
                 pl.col(f"{side}_logp_pos").cast(_LIST).list.sum() - pl.col(f"{side}_logp_neg").cast(_LIST).list.sum()
@@ -135,7 +135,7 @@ def _renamed(rows: pl.LazyFrame, measure: str, number: int) -> pl.LazyFrame:
 
 
 def _effective_share(side: str) -> pl.Expr:
-    """Return (Σw)² / (T Σw²) of one side's weights; 1 if all are 0, and so the same."""
+    """Return (Σw)² / (T Σw²) of one side's weights; 1 if all are 0, and so the same; null if there are none."""
     weights = pl.col(f"{side}_token_weights").cast(_LIST)
     share = weights.list.sum() ** 2 / (weights.list.len() * (weights * weights).list.sum())
-    return share.fill_nan(1.0)
+    return pl.when(weights.list.len() > 0).then(share.fill_nan(1.0))

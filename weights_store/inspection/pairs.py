@@ -23,7 +23,7 @@ class ShownSide:
 
 @dataclass(frozen=True)
 class ShownPair:
-    """One preference pair."""
+    """One preference pair; a side may have no tokens."""
 
     pair_id: str
     split: str
@@ -36,7 +36,7 @@ class ShownPair:
     pair_logratio: float | None
     """Σ over chosen − Σ over rejected tokens of the log-ratio, nats: above 0, the contrastive pair agrees with the label."""
     effective_share: float
-    """Mean of both sides, see `SideSurvey.effective_share`."""
+    """Mean of the sides with tokens, see `SideSurvey.effective_share`."""
     disagreement: float | None = None
     """Mean |log2(other weight / weight)| over the tokens of both sides, if two datasets are compared and both have the same
     tokens. Weights below 1/64 count as 1/64, so that a weight of 0 makes it large and not infinite."""

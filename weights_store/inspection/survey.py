@@ -102,17 +102,19 @@ class LogratioSurvey:
 class Survey:
     """Both sides, and the tokens that occur often enough to say something about."""
 
+    num_pairs: int
     chosen: SideSurvey
     rejected: SideSurvey
     tokens: pl.DataFrame
     """One row per token id and side, for ids that occur at least `MIN_COUNT` times there: `token_id`, `side`, `count`,
     `mean_weight`, `share_of_weight` (of the side's total)."""
     logratios: LogratioSurvey | None
-    """None if the weights were not made from a contrastive pair."""
+    """None if the weights were not made from a contrastive pair, or no row has two responses."""
 
     def sides(self) -> dict[Side, SideSurvey]:
-        """Return both, by side."""
-        return {"chosen": self.chosen, "rejected": self.rejected}
+        """Return those with a token, by side: unpaired rows may all be of one."""
+        both: dict[Side, SideSurvey] = {"chosen": self.chosen, "rejected": self.rejected}
+        return {side: found for side, found in both.items() if found.num_tokens}
 
     def extremes(self, side: Side) -> dict[str, pl.DataFrame]:
         """Return the rows of `tokens` with the largest and the smallest mean weight on a side, as "heaviest" and "lightest"."""
@@ -128,19 +130,20 @@ def survey(root: Location, weights: TableVersion, range_bytes: int = RANGE_BYTES
     table = open_table(root, weights.table)
     metadata = table.metadata(weights.version)
     sums: dict[Side, _SideSums] = {side: _SideSums() for side in SIDES}
-    logratios = _LogratioSums()
+    logratios, num_pairs = _LogratioSums(), 0
     for frame in _slices(root, table, weights.version, metadata, range_bytes):
+        num_pairs += frame.height
         of_pairs = {}
         for side in SIDES:
             flat = _flat(frame, side, weights)
             sums[side].add(flat, clamped(metadata, side, flat.weights, flat.logratios))
             if flat.logratios is not None:
-                of_pairs[side] = logratios.add_side(side, flat.logratios, flat.lengths)
+                of_pairs[side] = logratios.add_side(side, flat)
         if of_pairs:
             logratios.add_pairs(of_pairs["chosen"], of_pairs["rejected"])
     recorded = metadata.get("statistics", {})
     chosen, rejected = (sums[side].result(recorded.get(side, {})) for side in SIDES)
-    return Survey(chosen, rejected, _tokens(sums), logratios.result())
+    return Survey(num_pairs, chosen, rejected, _tokens(sums), logratios.result())
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -148,12 +151,13 @@ def survey(root: Location, weights: TableVersion, range_bytes: int = RANGE_BYTES
 
 @dataclass(frozen=True, slots=True)
 class _Flat:
-    """One side of some pairs: flat over tokens `[N]`, and tokens by response, `[B]`."""
+    """One side of some pairs: flat over tokens `[N]`, tokens by response, and which pairs have a response here, `[B]`."""
 
     ids: np.ndarray
     weights: np.ndarray
     logratios: np.ndarray | None
     lengths: np.ndarray
+    is_there: np.ndarray
 
 
 def _slices(
@@ -183,12 +187,13 @@ def _flat(frame: pl.DataFrame, side: Side, weights: TableVersion) -> _Flat:
     """Return one side of some pairs, with log-ratios of the mean over all contrastive pairs.
 
     Raises:
-        DamageError: A response is empty, a list is not as long as its ids, a pair has no log-probs, or a number breaks its
+        DamageError: Both responses are empty, a list is not as long as its ids, a pair has no log-probs, or a number breaks its
             law: one NaN would make means NaN, of which no check can say anything.
     """
     ids, lengths = _values(frame[f"{side}_ids"])
-    if not lengths.all():
-        raise DamageError(f"{weights}: {side}_ids is empty in a pair, expected at least one token; {_HINT}")
+    is_there = lengths > 0
+    if frame.select((pl.sum_horizontal(pl.col(f"{each}_ids").list.len() for each in SIDES) == 0).any()).item():
+        raise DamageError(f"{weights}: chosen_ids and rejected_ids are empty in a pair, expected a token; {_HINT}")
 
     def values(column: str) -> np.ndarray:
         found, its_lengths = _values(frame[column])
@@ -210,7 +215,7 @@ def _flat(frame: pl.DataFrame, side: Side, weights: TableVersion) -> _Flat:
         # The same sums in the same order as `Join._average_pairs`, so that tokens at an end of the clamp are the same.
         positive, negative = (sum(each[1:], each[0]) / np.float32(len(each)) for each in logps.values())
         logratios = np.subtract(positive, negative, dtype=np.float32)
-    return _Flat(ids, values(f"{side}_token_weights"), logratios, lengths)
+    return _Flat(ids, values(f"{side}_token_weights"), logratios, lengths[is_there], is_there)
 
 
 def _values(lists: pl.Series) -> tuple[np.ndarray, np.ndarray]:
@@ -314,22 +319,25 @@ class _LogratioSums:
 
     counts: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def add_side(self, side: Side, logratios: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return sums and means over the responses, `[B]` each."""
-        wide = logratios.astype(np.float64)
+    def add_side(self, side: Side, flat: _Flat) -> np.ndarray:
+        """Return the sum and the mean over each pair's response, `[2, B]`; NaN where it has none on this side."""
+        wide, lengths = np.asarray(flat.logratios, np.float64), flat.lengths
         sums = np.add.reduceat(wide, np.cumsum(lengths) - lengths) if len(wide) else np.zeros(0)
         self.counts[f"{side}_tokens"] += len(wide)
         self.counts[side] += float(sums.sum())
         self.counts["squares"] += float(np.square(wide).sum())
         self.counts["sizes"] += float(np.abs(wide).sum())
-        return sums, sums / lengths
+        of_pairs = np.full((2, len(flat.is_there)), np.nan)
+        of_pairs[:, flat.is_there] = sums, sums / lengths
+        return of_pairs
 
-    def add_pairs(self, chosen: tuple[np.ndarray, np.ndarray], rejected: tuple[np.ndarray, np.ndarray]) -> None:
-        gaps = chosen[1] - rejected[1]
+    def add_pairs(self, chosen: np.ndarray, rejected: np.ndarray) -> None:
+        differences = chosen - rejected
+        sums, gaps = differences[:, ~np.isnan(differences[0])]
         self.counts["pairs"] += len(gaps)
         self.counts["gaps"] += float(gaps.sum())
         self.counts["gap_squares"] += float(np.square(gaps).sum())
-        self.counts["agreeing"] += float((np.sign(chosen[0] - rejected[0]) / 2 + 0.5).sum())
+        self.counts["agreeing"] += float((np.sign(sums) / 2 + 0.5).sum())
 
     def result(self) -> LogratioSurvey | None:
         pairs, tokens = self.counts["pairs"], self.counts["chosen_tokens"] + self.counts["rejected_tokens"]

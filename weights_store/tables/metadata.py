@@ -193,6 +193,8 @@ class Statistics(TypedDict, total=False):
     """Rows of the source that are in quarantine, by reason."""
     num_prompt_tokens: int
     num_response_tokens: int
+    num_unpaired_rows: int
+    """Rows with a response on one side only."""
     num_scored_pairs: int
     num_anchored_pairs: int
     ref_top_k: int

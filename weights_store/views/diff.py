@@ -168,7 +168,7 @@ def _ranges(
 
 
 def _changes(comparable: pl.DataFrame, side: str) -> pl.DataFrame:
-    """Return one row per pair: `_SUMS` over its tokens, the means of both, and mean and maximum of the absolute changes."""
+    """Return one row per pair with tokens on a side: `_SUMS` over them, the means of both, mean and maximum of the changes."""
     wide = pl.List(pl.Float64)
     a, b = (pl.col(f"{side}_token_weights{suffix}").cast(wide) for suffix in ("", "_b"))
     change = (b - a).list.eval(pl.element().abs())
@@ -187,4 +187,4 @@ def _changes(comparable: pl.DataFrame, side: str) -> pl.DataFrame:
         mean_b=b.list.mean(),
         mean_abs_change=change.list.mean(),
         max_abs_change=change.list.max(),
-    )
+    ).filter(pl.col("num_tokens") > 0)

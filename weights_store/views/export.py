@@ -62,7 +62,13 @@ def _write_lines(
 ) -> DatasetRecord:
     """Write one file per split: a line has no field for it."""
     version = weights.version
-    eos = table.metadata(version).get("tokenizer", {}).get("eos_token_id")
+    metadata = table.metadata(version)
+    if num_unpaired := metadata.get("statistics", {}).get("num_unpaired_rows"):
+        raise MismatchError(
+            f"{table.path}@{version} has {num_unpaired:,} rows with one response, and lines of {form} have two; export it as "
+            "parquet"
+        )
+    eos = metadata.get("tokenizer", {}).get("eos_token_id")
     if eos is None and form == "jsonl":
         raise MismatchError(
             f"{table.path}@{version} records no EOS id, and the release's weights stop before EOS; export it as parquet"

@@ -23,6 +23,8 @@ def summary_lines(
         lines.append(("reference", f"log-probs compared with transformers: {parity_text(parity)}"))
     if statistics.get("ref_top_k"):
         lines.append(("reference top k", f"{statistics['ref_top_k']} tokens at each position"))
+    if statistics.get("num_unpaired_rows"):
+        lines.append(("unpaired", f"{statistics['num_unpaired_rows']:,} rows with one response"))
     if statistics.get("num_scored_pairs"):
         lines.append(("annotator scores", f"of {statistics['num_scored_pairs']:,} pairs"))
     if statistics.get("num_anchored_pairs"):
@@ -76,7 +78,8 @@ def _head_text(head: HeadRecord) -> str:
 def _side_text(numbers: SideStatistics) -> str:
     """Return the numbers of one side that its estimator counts."""
     parts = [f"{numbers['num_tokens']:,}"] if "num_tokens" in numbers else []
-    parts.append(f"mean weight {numbers['mean_weight']:.4f}")
+    if "mean_weight" in numbers:
+        parts.append(f"mean weight {numbers['mean_weight']:.4f}")
     if "min_weight" in numbers and "max_weight" in numbers:
         parts.append(f"from {numbers['min_weight']:.4f} to {numbers['max_weight']:.4f}")
     ends = (("at L", numbers.get("share_at_lower")), ("at U", numbers.get("share_at_upper")))

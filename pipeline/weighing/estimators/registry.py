@@ -22,7 +22,7 @@ class SideScores:
 
     side: Side
     lengths: np.ndarray
-    """Tokens of each response, `[B]`, at least 1."""
+    """Tokens of each response, `[B]`, at least 1. A row of a batch without a response on this side is not among them."""
     positive_logps: np.ndarray | None = None
     """Log-probs of pi+, `[N]` nats. Those of pi- and of the reference have the same shape."""
     negative_logps: np.ndarray | None = None

@@ -16,19 +16,26 @@ import torch
 
 from pipeline.engine.contract import EngineSettings, Sampling
 from pipeline.engine.score_once import ScoredSequence
-from pipeline.recipe import AnchorsSection, Recipe, ScoreSection
+from pipeline.recipe import Recipe, ScoreSection
+from pipeline.stage_sections import AnchorsSection
 from pipeline.stages.anchors import anchors_identity, sample_anchors
-from pipeline.workers.anchor_sampler import AnchorSampler, config_stop_ids, dataset_stop_ids, seed_of
+from pipeline.workers.anchors.mismatched import MismatchedAnchors, OtherResponses
+from pipeline.workers.anchors.sampler import (
+    AnchorSampler,
+    config_stop_ids,
+    dataset_stop_ids,
+    longest_response,
+    seed_of,
+)
 from pipeline.workers.on_ray import Chunk, ChunkScorer, replies
 from pipeline.workers.pair_row import read_pairs
 from pipeline.workers.process import fill
-from pipeline.workers.request import AnchorOptions, Executor, Request, Target
+from pipeline.workers.request import AnchorOptions, Executor, MismatchOptions, Request, Target
 from tests.pipeline import made_up_scorer
 from tests.pipeline.made_up_scorer import MadeUpEngine, continuation, logps
-from train.model.sampling import AnchorSampling
 from weights_store import WeightStore
 from weights_store.checks.verify import verify
-from weights_store.errors import EngineError, ScoringError, SettingsError
+from weights_store.errors import EngineError, InputError, ScoringError, SettingsError
 from weights_store.fingerprint import explain_difference
 from weights_store.schemas import TOKENS
 from weights_store.settings import parse_settings
@@ -92,7 +99,7 @@ def request_of(tokens, policy, settings=SETTINGS, chunk_tokens=10_000, table="an
     target = Target(
         "ref", table, None, {"fingerprint": "made up", "scorer": anchors_identity(policy, settings, ScoreSection())}
     )
-    options = AnchorOptions(AnchorSampling(**settings.model_dump(exclude={"seed"})), settings.seed)
+    options = AnchorOptions(settings.sampling, settings.seed)
     return Request("anchors", tokens, str(policy), [target], chunk_tokens, EngineSettings(), options=options)
 
 
@@ -109,7 +116,7 @@ def rows_of(request):
 
 
 def expected_ids(prompt_ids, settings=SETTINGS, stop_ids=(EOS, TURN_END)):
-    options = settings.model_dump(exclude={"seed"})
+    options = asdict(settings.sampling)
     return continuation(prompt_ids, Sampling(**options, stop_ids=stop_ids), seed_of(prompt_ids, settings.seed))
 
 
@@ -288,6 +295,41 @@ def test_settings_that_no_sampler_takes_are_refused_by_name(setting, value, prob
     }
     with pytest.raises(SettingsError, match=rf"anchors\.{setting}.*{problem}"):
         parse_settings(Recipe, sections, "test")
+
+
+def test_settings_of_the_sampler_have_no_effect_on_responses_to_other_prompts():
+    assert AnchorsSection(source="mismatched").result_settings() == {"source": "mismatched"}
+    assert "source" not in AnchorsSection(seed=3).result_settings()  # so that sampled ones keep their tables
+    with pytest.raises(ValueError, match=r"anchors.seed has no effect with anchors.source 'mismatched': leave it out"):
+        AnchorsSection(source="mismatched", seed=3)
+
+
+# --- responses to other prompts ----------------------------------------------------------------------------------------
+
+
+def test_a_response_to_another_prompt_is_scored_behind_its_own(tmp_path, policy, made_up):
+    """Of a pair it is the one that the last digit says; pairs of one prompt share it."""
+    ids = {f"row{index}": {"pair_id": f"{index // 3:012x}{index:020x}"} for index in range(NUM_PAIRS)}
+    tokens = make_tokens(tmp_path / "store", **ids)
+    made_up()
+    request = replace(request_of(tokens, policy), options=MismatchOptions(longest_response(tokens)))
+    assert request.options.longest == 6
+    fill(request, request.targets[0], MismatchedAnchors(request))
+    rows = rows_of(request).to_dicts()
+    by_id = {row["pair_id"]: row for row in rows}
+    for index, row in enumerate(rows):
+        other = by_id[ids[f"row{(index // 3 + 1) % NUM_PROMPTS * 3}"]["pair_id"]]
+        wanted = other["rejected_ids" if int(other["pair_id"][-1], 16) % 2 else "chosen_ids"]
+        assert row["anchor_ids"] == wanted
+        expected = logps(ScoredSequence(row["prompt_ids"], wanted))
+        np.testing.assert_allclose(row["anchor_logps"], expected, rtol=2**-12)
+
+
+def test_one_prompt_has_no_other_one(tokens):
+    with pytest.raises(
+        InputError, match="all pairs have one prompt, and anchors.source 'mismatched' takes responses to"
+    ):
+        OtherResponses(tokens)  # the pair_ids of these begin alike
 
 
 # --- where an anchor ends ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, Ll
 
 import pipeline.workers.pair_attributor
 from pipeline.engine.contract import EngineSettings
-from pipeline.recipe import AttributeSection
+from pipeline.stage_sections import AttributeSection
 from pipeline.stages.attribute import attribute, attribution_identity
 from pipeline.workers.on_ray import Chunk, ChunkScorer, replies
 from pipeline.workers.pair_attributor import PairAttributor
@@ -26,7 +26,7 @@ from train.model.collate import PairCollator
 from weights_store import WeightStore
 from weights_store.checks.verify import verify
 from weights_store.errors import InputError, OutOfMemoryError
-from weights_store.schemas import ATTRIBUTIONS, Reason
+from weights_store.schemas import ATTRIBUTIONS, SIDES, Reason
 
 VOCAB_SIZE, POISON = 1000, 950  # the made-up pairs have ids from 3 to 899
 
@@ -101,6 +101,21 @@ def naive(model_folder):
         return torch.autograd.grad(value, embeddings)[0][0].abs().sum(-1).numpy()
 
     return attribute_one
+
+
+def test_a_response_is_attributed_alone_as_in_a_pair(make_request):
+    request = make_request(prompts=True, activations=True, contexts=2)
+    worker, pairs = PairAttributor(request), pairs_in(request)[:4]
+    alone = [replace(pair, **{f"{SIDES[index % 2]}_ids": []}) for index, pair in enumerate(pairs)]
+    (in_pairs, _), (found, refused) = (worker.fill_in(rows, request.targets[0]) for rows in (pairs, alone))
+    assert not refused
+    for index, (row, wanted) in enumerate(zip(found.to_pylist(), in_pairs.to_pylist(), strict=True)):
+        absent, there = SIDES[index % 2], SIDES[1 - index % 2]
+        for name in ("attributions", "activations", "contexts"):
+            assert row[f"{absent}_{name}"] == []
+            np.testing.assert_allclose(row[f"{there}_{name}"], wanted[f"{there}_{name}"], rtol=1e-4, atol=1e-6)
+        assert row[f"{absent}_prompt_attribution"] == 0
+        assert row[f"{there}_prompt_attribution"] == pytest.approx(wanted[f"{there}_prompt_attribution"], rel=1e-4)
 
 
 # --- what is stored ----------------------------------------------------------------------------------------------------
@@ -224,7 +239,7 @@ def test_progress_rises_to_all_of_it(make_request):
 
 def test_pairs_that_the_model_must_not_see_go_to_quarantine(make_request):
     request = make_request(
-        row1={"chosen_ids": []},
+        row1={"chosen_ids": [], "rejected_ids": []},
         row2={"rejected_ids": [VOCAB_SIZE]},
         row3={"rejected_ids": [5] * 57},
         row4={"prompt_ids": []},
@@ -232,10 +247,10 @@ def test_pairs_that_the_model_must_not_see_go_to_quarantine(make_request):
     table, unscorable = run(request)
     assert table.num_rows == NUM_PAIRS - 4
     assert {row["source_row"]: row["detail"] for row in unscorable} == {
-        1: "prompt or response has no tokens",
+        1: "the prompt or both responses have no tokens",
         2: "a token id is outside the model's vocabulary of 1000",
         3: "prompt and response have 61 tokens, the model takes 60",
-        4: "prompt or response has no tokens",
+        4: "the prompt or both responses have no tokens",
     }
     assert {row["reason"] for row in unscorable} == {Reason.UNSCORABLE.value}
 

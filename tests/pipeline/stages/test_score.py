@@ -344,7 +344,7 @@ def test_poisonous_rows_are_quarantined_alone_and_never_tried_again(tmp_path, ru
         row6={"rejected_ids": [1000, 4]},
         row7={"prompt_ids": [-1, 4]},
         row8={"rejected_ids": [999, 4]},
-        row9={"chosen_ids": []},
+        row9={"chosen_ids": [], "rejected_ids": []},
     )
     scored = run(tokens, bad_id=999)["ref"]
     assert_whole(tokens, scored, without={5, 6, 7, 8, 9})
@@ -358,7 +358,7 @@ def test_poisonous_rows_are_quarantined_alone_and_never_tried_again(tmp_path, ru
         "a token id is outside the model's vocabulary of 1000",
         "a token id is outside the model's vocabulary of 1000",
         "rejected: response token 0: log-prob is nan, expected a finite number",
-        "prompt or response has no tokens",
+        "the prompt or both responses have no tokens",
     ]
     assert run(tokens)["ref"].num_unscorable == 0
     assert len(run.log("starts")) == 1

@@ -8,19 +8,20 @@ from pipeline.chat.tokenizer import Condition
 from pipeline.engine.contract import EngineSettings
 from pipeline.workers.commit import Tally
 from pipeline.workers.missing import Backlog, sized
-from pipeline.workers.request import AnchorOptions, AttributionOptions, Executor, Request, Target
+from pipeline.workers.request import AnchorOptions, AttributionOptions, Executor, MismatchOptions, Request, Target
 from train.model.sampling import AnchorSampling
 from weights_store import TableVersion
 
-OPTIONS = {
-    "score": None,
-    "attribute": AttributionOptions("gold_logps", prompts=True, activations=False),
-    "anchors": AnchorOptions(AnchorSampling(max_new_tokens=6, temperature=1.0, top_k=0, top_p=0.5), seed=2**62),
-}
+OPTIONS = [
+    ("score", None),
+    ("attribute", AttributionOptions("gold_logps", prompts=True, activations=False)),
+    ("anchors", AnchorOptions(AnchorSampling(max_new_tokens=6, temperature=1.0, top_k=0, top_p=0.5), seed=2**62)),
+    ("anchors", MismatchOptions(longest=321)),
+]
 
 
-@pytest.mark.parametrize("stage", OPTIONS)
-def test_a_process_reads_the_request_that_its_stage_has_written(tmp_path, stage):
+@pytest.mark.parametrize(("stage", "options"), OPTIONS)
+def test_a_process_reads_the_request_that_its_stage_has_written(tmp_path, stage, options):
     metadata = {"scorer": {"model": "f" * 64, "top_k": 3}, "parents": [{"version": 4}], "nothing": None, "share": 0.1}
     targets = [
         Target("ref", "logps/toy-1/x", None, metadata, top_k=3),
@@ -37,7 +38,7 @@ def test_a_process_reads_the_request_that_its_stage_has_written(tmp_path, stage)
         tokenizer="/models/t",
         chat_template="{{ messages }}",
         restarts=["out of memory; batch_tokens 512"],
-        options=OPTIONS[stage],
+        options=options,
     )
     request.save(tmp_path / "request.json")
     assert Request.load(tmp_path / "request.json") == request
@@ -86,3 +87,4 @@ def test_an_engine_is_sized_for_the_longest_sequence_that_its_targets_lack():
     sampling = AnchorSampling(max_new_tokens=64)
     anchors = replace(request, stage="anchors", targets=[plain], options=AnchorOptions(sampling, 0))
     assert sized(anchors, [lacks]).engine.longest == 200 + 64
+    assert sized(replace(anchors, options=MismatchOptions(500)), [lacks]).engine.longest == 200 + 500

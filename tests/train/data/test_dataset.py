@@ -19,7 +19,7 @@ from train.data.dataset import (
 from train.data.sampler import BlockShuffle
 from weights_store import WeightStore
 from weights_store.errors import DamageError, MismatchError, NotFoundError, SettingsError
-from weights_store.schemas import WEIGHTS
+from weights_store.schemas import SIDES, WEIGHTS
 from weights_store.tables.shards import ShardReader
 
 
@@ -250,11 +250,31 @@ def test_a_bad_row_of_another_split_does_not_matter(write_weights, rows) -> None
     assert len(open_pairs(uri, split="train")[0].prompt_ids) > 0
 
 
-@pytest.mark.parametrize("name", ["prompt_ids", "chosen_ids"])
-def test_empty_parts_are_refused(write_weights, rows, name) -> None:
-    pairs = open_pairs(write_weights(damage(rows, 2, **{name: []})))
-    with pytest.raises(MismatchError, match=f"pair pair-0002: {name} is empty"):
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["prompt_ids"], "prompt_ids is empty, expected at least one token"),
+        (["chosen_ids", "rejected_ids"], "chosen_ids and rejected_ids are empty, expected tokens in one of them"),
+        (["chosen_ids"], r"\d+ chosen_token_weights for 0 chosen_ids"),
+    ],
+)
+def test_empty_parts_are_refused(write_weights, rows, names, message) -> None:
+    pairs = open_pairs(write_weights(damage(rows, 2, **{name: [] for name in names})))
+    with pytest.raises(MismatchError, match=f"pair pair-0002: {message}"):
         pairs[0]
+
+
+def test_an_unpaired_row_has_one_response(write_weights, rows) -> None:
+    """Also with the top k: nothing at all on the other side."""
+    top = {
+        f"{side}_ref_top_{name}": [1, 2] * len(rows[0][f"{side}_ids"]) for side in SIDES for name in ("ids", "logps")
+    }
+    row = rows[0] | {name: values if "ids" in name else [-1.0] * len(values) for name, values in top.items()}
+    row |= {f"chosen_{name}": [] for name in ("ids", "token_weights", "ref_logps", "ref_top_ids", "ref_top_logps")}
+    pair = open_pairs(write_weights([row]), with_ref_top=True)[0]
+    assert pair.rejected.ref_top_ids.shape == (len(row["rejected_ids"]), 2)
+    assert pair.chosen.ref_top_ids.shape == (0, 2)
+    assert pair.swapped().chosen.ids.tolist() == row["rejected_ids"]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_the_table_of_settings_is_that_of_the_loss_functions() -> None:
     """What a loss reads is what its function takes, so no setting can be accepted and ignored."""
     for name in LOSSES:
         parameters = inspect.signature(getattr(losses, name)).parameters.values()
-        takes = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"chosen_scores", "rejected_scores"}
+        takes = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"chosen_scores", "rejected_scores", "z0"}
         switched_on = {"tis_dpo": {"kl": "exact"}, "ti_dpo": {"variant": "release"}, "sft": {"beta": 0.1}}
         assert set(config(name, **switched_on.get(name, {})).arguments()) == takes
 
@@ -234,12 +234,13 @@ def test_what_enters_the_identity_of_a_model_stays_the_same(settings, dumped) ->
         ),
         ({"name": "dpo", "beta": 0.1, "label_smoothing": 0.5}, "label_smoothing: Input should be less than 0.5"),
         ({"name": "d2po", "beta": 0.1, "gamma": 1.1}, "gamma: Input should be less than or equal to 1"),
+        ({"name": "kto", "beta": 0.1, "desirable_weight": 0}, "desirable_weight: Input should be greater than 0"),
         ({"name": "sft", "nll_lambda": 0.1}, "loss.name='sft' does not read loss.nll_lambda, got 0.1"),
         ({"name": "dpo", "beta": 0.1, "nll_lambda": -1}, "nll_lambda: Input should be greater than or equal to 0"),
         ({"name": "bpo", "beta": 0.1, "bregman_lambda": -1}, "bregman_lambda: Input should be greater than -1"),
         ({"name": "bpo", "beta": 0.1, "min_ratio": 1}, "min_ratio: Input should be less than 1"),
         ({"name": "tbpo_a", "beta": 0.1, "min_ratio": 0.1}, r"does not read loss.min_ratio.*to bpo\)"),
-        ({"name": "kto"}, "name: Input should be 'dpo', 'ipo', .* or 'sft', got 'kto'"),
+        ({"name": "orpo"}, "name: Input should be 'dpo', 'ipo', .* or 'sft', got 'orpo'"),
         ({"beta": 0.1}, "missing key 'loss.name'"),
     ],
 )

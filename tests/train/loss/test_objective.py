@@ -5,7 +5,8 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from train.loss.config import LOSSES, LossConfig, LossSection, Needs
+from train.loss.config import LOSSES, LossConfig, LossSection
+from train.loss.needs import Needs
 from train.loss.objective import check_columns_for, compute_pair_losses, count_units
 from train.loss.terms import ResponseLogps
 from weights_store.errors import MismatchError
@@ -91,6 +92,8 @@ TRIPLET = {"triplet", "triplet/active", "triplet/to_chosen", "triplet/to_rejecte
         (config("confpo"), Needs()),
         (config("sepo"), Needs(token_weights=True)),
         (config("uni_dpo"), Needs(ref_logps=True, scores=True)),
+        (config("kto"), Needs(ref_logps=True, anchors=True, mismatched=True)),
+        (config("tis_kto"), Needs(ref_logps=True, token_weights=True, anchors=True, mismatched=True)),
         (config("sft"), Needs(rejected=False)),
     ],
 )
@@ -105,7 +108,9 @@ def test_what_a_loss_needs_is_enough_for_it(loss: LossConfig, needs: Needs) -> N
         bare.append(ResponseLogps(side.policy_logps, side.completion_mask, *keep))
     scores = (torch.tensor([4.0]), torch.tensor([3.0])) if needs.scores else None
     bare_anchor = anchor()._replace(token_weights=None, kls=None) if needs.anchors else None
-    result, metrics = compute_pair_losses(loss, bare[0], bare[1] if needs.rejected else None, scores, bare_anchor)
+    z0 = torch.zeros(()) if needs.mismatched else None
+    rejected = bare[1] if needs.rejected else None
+    result, metrics = compute_pair_losses(loss, bare[0], rejected, scores, bare_anchor, z0)
     assert result.losses.isfinite().all()
     assert ("rewards/chosen" in metrics) == needs.ref_logps
 
@@ -258,11 +263,10 @@ def test_a_side_or_scores_that_are_missing_are_refused() -> None:
         compute_pair_losses(config("ti_dpo"), *sides())
 
 
-def test_sft_is_a_mean_over_tokens_and_the_others_over_pairs() -> None:
-    assert count_units(config("sft"), num_pairs=3, num_chosen_tokens=50) == 50
+def test_sft_is_a_mean_over_tokens_kto_over_responses_and_the_others_over_pairs() -> None:
+    others = {"sft": 50, "kto": 4, "tis_kto": 4}
     for name in LOSSES:
-        if name != "sft":
-            assert count_units(config(name), num_pairs=3, num_chosen_tokens=50) == 3
+        assert count_units(config(name), num_pairs=3, num_chosen_tokens=50, num_responses=4) == others.get(name, 3)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +285,7 @@ def test_sft_is_a_mean_over_tokens_and_the_others_over_pairs() -> None:
             "needs anchor_ids, anchor_ref_logps, which toy/x@3 lacks in some or all rows; build it again with `tokenweights "
             "build RECIPE --set anchors.seed=0`, or train with loss.anchor='online' or loss.triplet_gamma=0$",
         ),
+        (config("kto"), "anchor", "loss.name='kto' needs anchor_ids, .*--set anchors.source=mismatched`$"),
         (config("ti_dpo", variant="release", kl="top_k"), "ref_top", "loss.kl='top_k' needs chosen_ref_top_ids, "),
         (config("sepo"), "chosen_token_weights", "needs chosen_token_weights,.*--set weights.estimator=sepo`"),
         (config("treg"), "chosen_token_weights", "needs chosen_token_weights,.*--set weights.estimator=treg`"),

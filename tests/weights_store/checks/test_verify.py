@@ -492,7 +492,11 @@ def without(values, index):
 NAN, INF = float("nan"), float("inf")
 BROKEN_LAWS = [
     (TOKENS_PATH, {"prompt_ids": lambda ids: []}, "prompt_ids is empty"),
-    (TOKENS_PATH, {"rejected_ids": lambda ids: []}, "rejected_ids is empty"),
+    (
+        TOKENS_PATH,
+        {"chosen_ids": lambda ids: [], "rejected_ids": lambda ids: []},
+        "chosen_ids and rejected_ids are empty, expected tokens in one of them",
+    ),
     (
         TOKENS_PATH,
         {"chosen_ids": lambda ids: [*ids[:3], -1, *ids[3:]]},

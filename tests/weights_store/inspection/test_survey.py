@@ -154,12 +154,13 @@ def test_a_log_prob_that_is_not_finite_stops_it(write_made_up, made_up):
         store.doctor("toy/weights")
 
 
-def test_an_empty_response_stops_it(write_made_up, made_up):
+def test_a_row_without_any_response_stops_it(write_made_up, made_up):
     last = len(made_up.pair_ids) - 1
-    made_up.lengths["chosen"][last] = 0
-    for values in (made_up.ids, made_up.logratios):
-        values["chosen"][last] = values["chosen"][last][:0]
-    with pytest.raises(DamageError, match="chosen_ids is empty in a pair"):
+    for side in SIDES:
+        made_up.lengths[side][last] = 0
+        for values in (made_up.ids, made_up.logratios):
+            values[side][last] = values[side][last][:0]
+    with pytest.raises(DamageError, match="chosen_ids and rejected_ids are empty in a pair"):
         write_made_up(made_up).survey("toy/weights")
 
 

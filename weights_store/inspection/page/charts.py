@@ -15,7 +15,7 @@ _TICKS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16)
 
 def histogram(survey: Survey) -> Markup:
     """Draw the share of the tokens of each side by weight, on a log scale."""
-    sides = {"chosen": survey.chosen, "rejected": survey.rejected}
+    sides = survey.sides()
     edges = np.asarray(survey.chosen.edges, np.float64)
     used = np.flatnonzero(np.asarray(survey.chosen.counts) + np.asarray(survey.rejected.counts))
     first, last = (int(used[0]), int(used[-1]) + 1) if used.size else (0, len(edges) - 1)
@@ -35,7 +35,7 @@ def histogram(survey: Survey) -> Markup:
         return _LEFT + (value - low) / (high - low) * (_WIDTH - _LEFT - 8)
 
     shares = {name: np.asarray(side.counts) / max(side.num_tokens, 1) for name, side in sides.items()}
-    top = max(float(share.max(initial=0)) for share in shares.values()) or 1.0
+    top = max((float(share.max(initial=0)) for share in shares.values()), default=0.0) or 1.0
     parts = []
     for name, share in shares.items():
         points = [f"{x(float(logs[first])):.1f},{_y(0, top):.1f}"]
@@ -54,8 +54,7 @@ def histogram(survey: Survey) -> Markup:
 
 def by_position(survey: Survey) -> Markup:
     """Draw the mean weight of each side by relative position in the response."""
-    sides = {"chosen": survey.chosen, "rejected": survey.rejected}
-    values = {name: np.asarray(side.weight_by_position, np.float64) for name, side in sides.items()}
+    values = {name: np.asarray(side.weight_by_position, np.float64) for name, side in survey.sides().items()}
     top = max(1.0, *(float(np.nanmax(each)) for each in values.values() if not np.isnan(each).all())) * 1.05
     parts = [f'<line class="one" x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{_y(1, top):.1f}" y2="{_y(1, top):.1f}"/>']
     for name, each in values.items():

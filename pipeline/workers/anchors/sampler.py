@@ -4,16 +4,16 @@ Pairs with the same prompt share its anchor. An anchor depends on the prompt and
 of its chunk, up to rounding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from pipeline.engine.contract import Sampling
-from pipeline.engine.score_once import ScoredSequence, score_once
+from pipeline.engine.contract import Engine, Sampling
+from pipeline.engine.score_once import Reply, ScoredSequence, Scores, score_once
 from pipeline.workers.pair_row import PairRow, QuarantineRow
 from pipeline.workers.pair_scorer import PairScorer, as_share
 from pipeline.workers.request import AnchorOptions, Request, Target, Worker
@@ -24,6 +24,7 @@ from weights_store.fingerprint import fingerprint, load_json
 from weights_store.schemas import ANCHORS, SIDES
 
 _Prompt = tuple[int, ...]
+T = TypeVar("T")
 
 
 class AnchorSampler(Worker):
@@ -59,34 +60,58 @@ class AnchorSampler(Worker):
         The progress is the share of the prompts that are continued: scoring the anchors takes little time.
         """
         prompts = sorted({tuple(pair.prompt_ids) for pair in pairs})  # sorted for the prefix cache
-        problems = {prompt: problem for prompt in prompts if (problem := self._why_not(prompt))}
+        problems = {prompt: why for prompt in prompts if (why := why_no_anchor(self._engine, prompt))}
         good = [prompt for prompt in prompts if prompt not in problems]
         prompt_ids = [list(prompt) for prompt in good]
         seeds = [seed_of(ids, self._seed) for ids in prompt_ids]
         sampled = self._engine.generate(prompt_ids, self._sampling, seeds, as_share(len(good), progress))
         sequences = [ScoredSequence(*ids) for ids in zip(prompt_ids, sampled, strict=True)]
         replies = score_once(sequences, self._engine.score)  # log pi_ref: without temperature and cut-offs
-        anchors: dict[_Prompt, tuple[list[int], np.ndarray]] = {}
-        for prompt, ids, reply in zip(good, sampled, replies, strict=True):
-            if isinstance(reply, ScoringError):
-                problems[prompt] = f"anchor: {reply}"
-            else:
-                anchors[prompt] = ids, reply.logps
-        prompted = [(tuple(pair.prompt_ids), pair) for pair in pairs]
-        filled = [(pair.pair_id, *anchors[prompt]) for prompt, pair in prompted if prompt in anchors]
-        unscorable = [pair.unscorable(problems[prompt]) for prompt, pair in prompted if prompt in problems]
-        columns = zip(*filled, strict=True) if filled else [()] * len(ANCHORS)
-        return pa.Table.from_pydict(dict(zip(ANCHORS.names, columns, strict=True)), ANCHORS), unscorable
+        prompt_of = {pair.pair_id: tuple(pair.prompt_ids) for pair in pairs}
 
-    def _why_not(self, prompt: _Prompt) -> str | None:
-        """Return why a prompt can have no anchor. It must not reach the engine: some would kill it."""
-        if not prompt:
-            return "the prompt has no tokens"
-        if len(prompt) >= self._engine.max_tokens:
-            return f"the prompt has {len(prompt)} tokens, the model takes {self._engine.max_tokens} with its anchor"
-        if min(prompt) < 0 or max(prompt) >= self._engine.vocab_size:
-            return f"a token id is outside the model's vocabulary of {self._engine.vocab_size}"
-        return None
+        def by_pair(of_prompts: Mapping[_Prompt, T]) -> dict[str, T]:
+            return {pair_id: of_prompts[prompt] for pair_id, prompt in prompt_of.items() if prompt in of_prompts}
+
+        anchors, replied = dict(zip(good, sampled, strict=True)), dict(zip(good, replies, strict=True))
+        return anchor_rows(pairs, by_pair(anchors), by_pair(replied), by_pair(problems))
+
+
+def anchor_rows(
+    pairs: Sequence[PairRow],
+    anchors: Mapping[str, list[int]],
+    replies: Mapping[str, Reply],
+    problems: Mapping[str, str],
+) -> tuple[pa.Table, list[QuarantineRow]]:
+    """Return the rows of an anchors table, and a quarantine row for each pair that has none.
+
+    Each pair, by pair_id, has either an anchor and what the engine replied to it, or a problem.
+    """
+    refused = {key: f"anchor: {reply}" for key, reply in replies.items() if isinstance(reply, ScoringError)}
+    problems = {**problems, **refused}
+    logps = {key: reply.logps for key, reply in replies.items() if isinstance(reply, Scores)}
+    filled = [(pair.pair_id, anchors[pair.pair_id], logps[pair.pair_id]) for pair in pairs if pair.pair_id in logps]
+    unscorable = [pair.unscorable(problems[pair.pair_id]) for pair in pairs if pair.pair_id in problems]
+    columns = zip(*filled, strict=True) if filled else [()] * len(ANCHORS)
+    return pa.Table.from_pydict(dict(zip(ANCHORS.names, columns, strict=True)), ANCHORS), unscorable
+
+
+def why_no_anchor(engine: Engine, prompt: Sequence[int], anchor: Sequence[int] = ()) -> str | None:
+    """Return why a prompt can have no anchor, or not this one. It must not reach the engine: some would kill it."""
+    if not prompt:
+        return "the prompt has no tokens"
+    if len(prompt) >= engine.max_tokens:
+        return f"the prompt has {len(prompt)} tokens, the model takes {engine.max_tokens} with its anchor"
+    if min(*prompt, *anchor, 0) < 0 or max(*prompt, *anchor, 0) >= engine.vocab_size:
+        return f"a token id is outside the model's vocabulary of {engine.vocab_size}"
+    return None
+
+
+def longest_response(tokens: TableVersion) -> int:
+    """Return the tokens of the longest response of a dataset."""
+    lengths = pl.max_horizontal(pl.col(f"{side}_ids").list.len() for side in SIDES)
+    return int(
+        WeightStore(tokens.store).table(tokens.table).scan(tokens.version).select(lengths.max()).collect().item()
+    )
 
 
 def seed_of(prompt_ids: list[int], seed: int) -> int:
@@ -110,4 +135,5 @@ def dataset_stop_ids(tokens: TableVersion) -> set[int]:
     """Return the id that ends most responses of a dataset's first 1,000 pairs, see `closing_ids`."""
     pairs = WeightStore(tokens.store).table(tokens.table).scan(tokens.version).head(1000)
     responses = pl.concat([pairs.select(ids=f"{side}_ids") for side in SIDES]).collect()["ids"]
+    responses = responses.filter(responses.list.len() > 0)  # unpaired rows have none on a side
     return set(closing_ids(responses.list.len().to_numpy(), responses.list.last().to_numpy()))

@@ -1,0 +1,276 @@
+"""Unpaired rows (`prompt, completion, label`) from a file to a trained step, with an engine that is transformers itself."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from pipeline.dry_run.source import survey
+from pipeline.engine.score_once import Scores
+from pipeline.parity.process import score_with_transformers
+from pipeline.prompt_check import check_prompts
+from pipeline.stages.anchors import sample_anchors
+from pipeline.stages.contrast import untrained_pair
+from pipeline.stages.prepare import Preparation, prepare
+from pipeline.stages.publish import Ingredients, publish
+from pipeline.stages.report import write_report
+from pipeline.stages.score import Scorer, score
+from pipeline.toy.model_maker import make_chat_model
+from pipeline.workers import supervise
+from pipeline.workers.anchors.mismatched import OtherResponses
+from pipeline.workers.pair_row import PairRow
+from pipeline.workers.process import run
+from pipeline.workers.request import Request
+from train.config import TrainConfig
+from train.job.job import run_job
+from weights_store import WeightStore
+from weights_store.checks.verify import verify
+from weights_store.errors import InputError, MismatchError
+from weights_store.inspection import ansi, heat_map
+from weights_store.names import quarantine_path
+
+PROMPTS = ["who bakes", "who sails", "who sings", "who runs", "who paints", "who reads"]
+ANSWERS = [
+    "the baker mixes",
+    "the sailor steers the ship",
+    "the singer",
+    "a runner runs far",
+    "the painter",
+    "a reader",
+]
+BAD = [
+    ({"prompt": "who", "completion": "a", "label": "yes"}, "bad_label"),
+    ({"prompt": "who", "completion": "a", "label": 2}, "bad_label"),
+    ({"prompt": "who", "completion": "a", "label": None}, "missing_value"),
+    ({"prompt": "who", "completion": None, "label": True}, "missing_value"),
+    ({"prompt": "who", "completion": " ", "label": True}, "empty_response"),
+    ({"prompt": "who", "completion": ["a", "b"], "label": True}, "many_answers"),
+    ({"prompt": PROMPTS[0], "completion": ANSWERS[0], "label": 1}, "duplicate_pair"),
+]
+
+
+def unpaired_rows():
+    """Six prompts with a desirable and an undesirable response each; one text has both labels."""
+    rows = []
+    for index, prompt in enumerate(PROMPTS):
+        rows.append({"prompt": prompt, "completion": ANSWERS[index], "label": True})
+        rows.append({"prompt": prompt, "completion": ANSWERS[index - 1], "label": 0})
+    return [*rows, {"prompt": PROMPTS[0], "completion": ANSWERS[0], "label": False}]
+
+
+def paired_rows():
+    return [{"prompt": p, "chosen": ANSWERS[i], "rejected": ANSWERS[i - 1]} for i, p in enumerate(PROMPTS)]
+
+
+class TransformersEngine:
+    """Log-probs by transformers in float32, all tokens of a sequence at once."""
+
+    vocab_size, max_tokens, batch_tokens, way = 1 << 20, 512, 4096, "transformers"
+
+    def __init__(self, model, settings):
+        self.model = model
+
+    def load(self, model):
+        self.model = model
+
+    def begin(self, sequences, progress=lambda num_tokens: None):
+        return lambda: self.score(sequences, progress)
+
+    def score(self, sequences, progress=lambda num_tokens: None):
+        assert all(sequence.num_wanted for sequence in sequences), "an engine gets no sequence without a token"
+        pairs = [PairRow(str(i), 0, "", each.prompt_ids, each.response_ids, []) for i, each in enumerate(sequences)]
+        found = score_with_transformers(self.model, pairs).logps
+        return [_scores(np.array(found[str(i)][0], np.float32), each) for i, each in enumerate(sequences)]
+
+
+def _scores(logps, sequence):
+    """Of the wanted tokens; the k most likely are the token itself and the ids behind it, less likely by 3, 4, 5 … nats."""
+    own, steps = logps[sequence.start :, None], np.arange(sequence.top_k)
+    ids = np.array(sequence.response_ids[sequence.start :], np.int32)[:, None] + steps
+    return Scores(own[:, 0], ids.astype(np.int32), (own - np.where(steps > 0, steps + 2, 0)).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def toy_model(tmp_path_factory, language):
+    """A smaller one than that of the suite: nothing here depends on what it has learnt."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    make_chat_model(language.sample_conversations(40, seed=1), folder, hidden_size=32, num_layers=1, steps=1)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    """Run the stages' processes here, with transformers in place of vLLM."""
+    monkeypatch.setattr("pipeline.engine.vllm_engine.VllmEngine", TransformersEngine)
+
+    def run_here(module, arguments, *_, **__):
+        assert module == "pipeline.workers.process"
+        run(Request.load(arguments[0]))
+
+    monkeypatch.setattr(supervise, "run_child", run_here)
+
+
+@pytest.fixture
+def unpaired(make_recipe, tmp_path, write_jsonl):
+    """Return a function that makes the recipe of a build from unpaired rows."""
+    write_jsonl(tmp_path / "pairs.jsonl", [*unpaired_rows(), *(row for row, _ in BAD)])
+
+    def make(**settings):
+        settings = {"contrast.method": "prompt", "anchors.source": "mismatched", **settings}
+        return make_recipe(**settings)
+
+    return make
+
+
+def build(recipe, model):
+    """Build the weights of a recipe as the flow does; return what was published."""
+    tokens = prepare(recipe, model).tokens
+    scorers = {"ref": Scorer(model), **untrained_pair(recipe.contrast, model).scorers}
+    logps = {role: filled.output for role, filled in score(tokens, scorers, recipe.score, model).items()}
+    anchors = sample_anchors(tokens, model, recipe.anchors, recipe.score).output
+    ingredients = Ingredients.of_scorers(tokens, logps, None, anchors)
+    return publish(recipe, recipe.weights, ingredients, tokenizer_folder=model)
+
+
+def rows_of(store, path, version=None):
+    return store.table(path).scan(version).sort("pair_id").collect()
+
+
+def test_a_row_has_its_response_on_the_side_of_its_label(unpaired, make_recipe, toy_model, tmp_path, write_jsonl):
+    prepared = prepare(unpaired(), toy_model)
+    store = WeightStore(prepared.tokens.store)
+    tokens = rows_of(store, prepared.tokens.table)
+    assert tokens.height == prepared.num_pairs == 13
+    assert prepared.quarantined == {
+        "bad_label": 2, "missing_value": 2, "empty_response": 1, "many_answers": 1, "duplicate_pair": 1
+    }  # fmt: skip
+    assert rows_of(store, quarantine_path(prepared.tokens.table)).height == len(BAD)
+    is_chosen = tokens["chosen_ids"].list.len() > 0
+    assert (is_chosen != (tokens["rejected_ids"].list.len() > 0)).all()
+    labels = [bool(unpaired_rows()[row]["label"]) for row in tokens["source_row"]]
+    assert is_chosen.to_list() == labels
+    # The ids are those that the responses have in pairs, and rows of one prompt are neighbours.
+    write_jsonl(tmp_path / "more.jsonl", paired_rows())
+    paired = prepare(
+        make_recipe(**{"dataset.name": "other", "dataset.source": str(tmp_path / "more.jsonl")}), toy_model
+    )
+    pairs = rows_of(store, paired.tokens.table)
+    for side in ("chosen", "rejected"):
+        alone = {(*row["prompt_ids"], -1, *row[f"{side}_ids"]) for row in tokens.to_dicts() if row[f"{side}_ids"]}
+        assert {(*row["prompt_ids"], -1, *row[f"{side}_ids"]) for row in pairs.to_dicts()} <= alone
+    assert {pair_id[:12] for pair_id in tokens["pair_id"]} == {pair_id[:12] for pair_id in pairs["pair_id"]}
+    again = prepare(unpaired(), toy_model)
+    assert (again.tokens, again.num_new_pairs) == (prepared.tokens, 0)
+
+
+def test_a_plan_counts_them_and_a_check_of_prompts_refuses_them(unpaired, toy_model):
+    recipe = unpaired()
+    outlook = survey(Preparation.of(recipe, toy_model))
+    assert (outlook.num_pairs, outlook.num_new, outlook.is_exact) == (13, 13, True)
+    prepared = prepare(recipe, toy_model)
+    lengths = rows_of(WeightStore(prepared.tokens.store), prepared.tokens.table).select(
+        prompt=pl.col("prompt_ids").list.len(),
+        responses=pl.sum_horizontal(pl.col("^.*(chosen|rejected)_ids$").list.len()),
+    )
+    assert outlook.new_tokens == pytest.approx(lengths.mean().row(0))
+    with pytest.raises(
+        InputError, match="check-prompts compares two responses to a prompt, and dataset.source .* has one"
+    ):
+        check_prompts(recipe)
+
+
+def test_an_anchor_is_a_response_to_the_next_prompt(unpaired, toy_model):
+    tokens = prepare(unpaired(), toy_model).tokens
+    table = rows_of(WeightStore(tokens.store), tokens.table)
+    others = OtherResponses(tokens)
+    pair_ids = table["pair_id"].to_list()
+    found = others.of(pair_ids)
+    prompts = sorted({pair_id[:12] for pair_id in pair_ids})
+    for row in table.to_dicts():
+        following = prompts[(prompts.index(row["pair_id"][:12]) + 1) % len(prompts)]
+        first = min(other for other in pair_ids if other.startswith(following))
+        (other,) = (each for each in table.to_dicts() if each["pair_id"] == first)
+        assert found[row["pair_id"]] == (other["chosen_ids"] or other["rejected_ids"])
+        assert others.of([row["pair_id"]]) == {row["pair_id"]: found[row["pair_id"]]}  # whatever else is asked for
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights.estimator": "head"}, "estimator 'head' learns from two responses to one prompt: choose an"),
+        (
+            {"contrast.method": "dpo"},
+            "contrast.method 'dpo' trains on pairs: set contrast.method to 'sft', 'prompt' or",
+        ),
+        ({"weights.pair_weight": "margin"}, "weights.pair_weight 'margin' compares two responses: set it to 'none'"),
+        (
+            {"weights.scale": "calibrated"},
+            "weights.scale 'calibrated' is fitted to which of two responses was preferred",
+        ),
+        (
+            {"weights.estimator": "ti", "attribute.target": "dpo_margin"},
+            "attribute.target 'dpo_margin' is of two responses: set it to 'max_logit' or 'gold_logps'",
+        ),
+    ],
+)
+def test_what_needs_two_responses_is_refused_before_a_model_starts(unpaired, toy_model, settings, message):
+    with pytest.raises(InputError, match=f"pairs.jsonl has one response in a row, and {message}"):
+        prepare(unpaired(**settings), toy_model)
+    prepare(unpaired(), toy_model)
+    with pytest.raises(InputError, match=message):  # also if there is nothing to read any more
+        prepare(unpaired(**settings), toy_model)
+
+
+def test_from_a_file_to_a_trained_step(unpaired, toy_model, tmp_path):
+    transforms = {"weights.transforms": ["mean_one", "smooth"], "weights.smooth_over": "words"}
+    published = build(unpaired(**transforms, **{"score.top_k": 2}), toy_model)
+    statistics = published.statistics
+    assert (statistics["num_pairs"], statistics["num_unpaired_rows"], statistics["num_anchored_pairs"]) == (13, 13, 13)
+    assert statistics["ref_top_k"] == 2
+    assert "one response each" in statistics["held_out"]["tis"]["not_measured"]
+    store = WeightStore(published.weights.store)
+    assert [*verify(store, rows=True)] == []
+    look_at(store, published, toy_model, tmp_path)
+    result = run_job(config_of(store, published, toy_model, tmp_path / "tis_kto", "tis_kto"))
+    assert result.before["loss"] == pytest.approx(0.5, abs=1e-3)  # z0 and all log-ratios are 0
+    assert result.before["kl"] == pytest.approx(0, abs=1e-3)
+    assert result.after["rewards/margins"] > 0.01
+    assert "rewards/accuracies" not in result.after
+    with pytest.raises(
+        MismatchError, match=r"loss.name='dpo' compares two responses to a prompt, and 13 of 13 rows of "
+    ):
+        run_job(config_of(store, published, toy_model, tmp_path / "dpo", "dpo"))
+
+
+def look_at(store, published, model, folder):
+    """Everything that people look at a dataset with shows rows with one response."""
+    survey = store.survey(published.name)
+    assert (survey.num_pairs, survey.chosen.num_responses, survey.rejected.num_responses) == (13, 6, 7)
+    assert survey.logratios is None
+    html = Path(write_report(published, model).path).read_text(encoding="utf-8")
+    assert "13 rows with one response" in html
+    view = store.view(published.name, random=13)
+    text = "\n".join(ansi.render(view, width=100, colours="none"))
+    assert (text.count("chosen: none"), text.count("rejected: none")) == (7, 6)
+    assert all(0 < pair.effective_share <= 1 for pair in view.pairs)
+    assert heat_map.draw_pair(view.pairs[0], "svg")
+    assert store.scan_tokens(published.name).collect().height == published.statistics["num_response_tokens"]
+    assert store.export(published.name, folder / "parquet")
+    with pytest.raises(
+        MismatchError, match="has 13 rows with one response, and the release's lines have two; export it as"
+    ):
+        store.export(published.name, folder / "jsonl", format="jsonl")
+    difference = store.diff(published.name, published.name)
+    assert (difference.num_common, difference.chosen.num_tokens_changed) == (13, 0)
+    assert not difference.largest["mean_abs_change"].null_count()
+
+
+def config_of(store, published, model, folder, loss):
+    return TrainConfig.model_validate({
+        "data": {"store": str(store.root), "weights": published.name},
+        "model": {"path": str(model)},
+        "loss": {"name": loss, "beta": 0.5},
+        "optim": {"learning_rate": 1e-3, "max_steps": 1, "pairs_per_step": 13, "tokens_per_batch": 128},
+        "output": {"folder": str(folder)},
+    })  # fmt: skip
