@@ -225,9 +225,10 @@ class Recipe(Section):
         if "other response" in self.weights.inputs():
             return "estimator 'diff' compares two responses: choose another"
         if self.weight_columns:
+            columns = " and ".join(map(repr, self.weight_columns.values()))
             return (
-                f"{' and '.join(f'dataset.{key}' for key in self.weight_columns)} are of pairs: choose another estimator, such as "
-                "'pattern', and weights.pair_weight 'none'"
+                f"columns {columns} are of pairs: choose another estimator, such as 'pattern', and set "
+                "weights.pair_weight to 'none'"
             )
         if self.weights.pair_weight != "none":
             return f"weights.pair_weight {self.weights.pair_weight!r} compares two responses: set it to 'none'"
