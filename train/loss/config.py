@@ -337,8 +337,8 @@ class Kto(LossConfig):
     name: Literal["kto"]
     beta: Beta
     desirable_weight: float = Field(default=1.0, gt=0)
-    """Factor of the loss of chosen responses. With D desirable and U undesirable responses, the paper keeps
-    desirable_weight D / (undesirable_weight U) between 1 and 3/2."""
+    """Factor of the loss of chosen responses. With D desirable and U undesirable responses, TRL advises to keep
+    desirable_weight D / (undesirable_weight U) between 1 and 1.33."""
     undesirable_weight: float = Field(default=1.0, gt=0)
     """Factor of the loss of rejected responses."""
 

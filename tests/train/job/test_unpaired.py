@@ -80,8 +80,7 @@ def expected(rows: list[Row], beta: float, *, is_weighted: bool) -> dict[str, fl
     return {"loss": sum(losses) / len(losses), "kl": z0, **means, "rewards/margins": margins}
 
 
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("loss", ["kto", "tis_kto"])
+@pytest.mark.parametrize(("loss", "packing"), [("kto", False), ("tis_kto", True)])
 def test_a_step_is_a_mean_over_its_responses_however_it_is_cut(
     make_trainer, write_unpaired, unpaired_rows, loss, packing
 ) -> None:
