@@ -43,7 +43,7 @@ $(FLOWS)/.installed: requirements/flows.txt requirements/build.txt pyproject.tom
 	@touch $@
 
 test-server-flows: environments  ## test-server with Prefect at its newest, in an environment of its own
-	FLOWS_PYTHON=$(CURDIR)/$(FLOWS)/bin/python $(BIN)/python -m pytest -q tests/server
+	FLOWS_PYTHON=$(CURDIR)/$(FLOWS)/bin/python $(BIN)/python -m pytest -q tests/server --ignore tests/server/test_ray.py
 
 TOOLS := .venv-tools
 $(TOOLS)/.installed: requirements/tools.txt
@@ -61,7 +61,7 @@ WORKERS ?= 2
 test: $(INSTALLED)  ## run the whole suite (WORKERS=2 processes, fourteen minutes on two cores)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test-server: $(INSTALLED)  ## faults of runs on a real Prefect server with PostgreSQL (FLOWS_PYTHON=python of another environment)
+test-server: $(INSTALLED)  ## stages on Ray, and faults of runs on a real Prefect server with PostgreSQL (FLOWS_PYTHON=python of another environment)
 	$(BIN)/python -m pytest -q tests/server
 
 fault-table: $(INSTALLED)  ## kill builds at random moments of each stage and print what it cost (20 kills in each; KILLS=5)

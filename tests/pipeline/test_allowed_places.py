@@ -34,8 +34,8 @@ ADDRESSES = {"contrast.train.main_address": "elsewhere:29500", "score.ray_addres
 CONFIG_PLACES = {"data.store", "data.cache_folder", "model.path", "output.folder"}
 NO_PLACES = {
     "dataset": "name config data_dir split split_column revision prompt_column input_column system_column chosen_column "
-    "rejected_column chosen_score_column rejected_score_column chosen_weights_column rejected_weights_column "
-    "pair_weight_column unprinted_keys transcript",
+    "rejected_column completion_column label_column chosen_score_column rejected_score_column chosen_weights_column "
+    "rejected_weights_column pair_weight_column unprinted_keys transcript",
     "model": "revision template_date",
     "contrast": "positive_prompt positive_revision negative_prompt negative_revision weights split",
     "contrast.train.lora": "target_modules",

@@ -1,9 +1,10 @@
-"""PostgreSQL, Prefect's server and a worker: one of each for all tests of this folder."""
+"""PostgreSQL, Prefect's server and a worker: one of each for the tests of this folder. Those on Ray need none of them."""
 
 import os
 
 import pytest
 
+from tests.pipeline.conftest import logged, make_strangers, model  # noqa: F401 - fixtures of the tests on Ray
 from tests.server.postgres import Postgres, programs
 from tests.server.stack import Stack, environment
 from tests.server.worlds import values, write_world

@@ -257,9 +257,7 @@ def look_at(store, published, model, folder):
     assert heat_map.draw_pair(view.pairs[0], "svg")
     assert store.scan_tokens(published.name).collect().height == published.statistics["num_response_tokens"]
     assert store.export(published.name, folder / "parquet")
-    with pytest.raises(
-        MismatchError, match="has 13 rows with one response, and the release's lines have two; export it as"
-    ):
+    with pytest.raises(MismatchError, match="has 13 rows with one response, and lines of jsonl have two; export it as"):
         store.export(published.name, folder / "jsonl", format="jsonl")
     difference = store.diff(published.name, published.name)
     assert (difference.num_common, difference.chosen.num_tokens_changed) == (13, 0)

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 from pydantic import TypeAdapter
 
+from pipeline.marks.characters import Vocabulary
 from pipeline.weighing.estimators import ESTIMATORS
 from pipeline.weighing.fits import with_fits
 from pipeline.weighing.margins import Margins, SeenLabels
@@ -18,8 +19,10 @@ from weights_store.schemas import SIDES
 LENGTHS = {"chosen": [3, 1, 5, 2], "rejected": [2, 4, 1, 6]}
 PER_TOKEN = ("positive_logps", "negative_logps", "ref_logps", "attributions", "activations")
 TOP_K = 2
-FITTED = ("head",)
+OF_PAIRS = ("head", "column", "spans", "diff")
 """Not for unpaired rows."""
+LETTERS = Vocabulary(np.frombuffer(b"abcde" * 18, np.uint8), np.arange(1, 91), np.zeros(90, np.bool_))
+"""Tokens of one letter each."""
 
 
 def _section(**settings):
@@ -57,7 +60,8 @@ KEPT = [
     ["chosen"] * 4,
     ["rejected"] * 4,
 ]
-CASES = [{"estimator": name} for name in ESTIMATORS if name not in FITTED] + [
+CASES = [{"estimator": name} for name in ESTIMATORS if name not in (*OF_PAIRS, "pattern")] + [
+    {"estimator": "pattern", "patterns": [("a", 3.0)]},
     {"estimator": "ti", "span": "sequence"},
     {"estimator": "ensemble", "members": ["tis", "surprise", "rank_based"]},
     *({"transforms": [name]} for name in ("smooth", "shrink", "decay", "mean_one")),
@@ -67,7 +71,7 @@ CASES = [{"estimator": name} for name in ESTIMATORS if name not in FITTED] + [
 @pytest.mark.parametrize("kept", KEPT, ids=lambda kept: "".join(side[0] for side in kept))
 @pytest.mark.parametrize("settings", CASES, ids=lambda settings: "-".join(map(str, settings.values())))
 def test_a_response_is_weighed_alone_as_in_a_pair(settings, kept):
-    weigher = Weigher(_section(**settings))
+    weigher = Weigher(_section(**settings), vocabulary=LETTERS)
     pairs, alone = weigher.sides(_lists()), weigher.sides(_lists(kept))
     for side in SIDES:
         in_pairs = np.split(pairs[side].weights.token_weights, np.cumsum(LENGTHS[side])[:-1])

@@ -40,7 +40,7 @@ from weights_store.errors import EngineError, InputError, MissingExtraError, Out
 from weights_store.processes.spread import in_turn
 from weights_store.schemas import LOGPS
 
-REPO = Path(__file__).resolve().parents[3]
+REPO = Path(__file__).resolve().parents[2]
 # Actors share this machine with all else that runs on it, so they ask for less than a core.
 ON_RAY = {"executor": "ray", "num_actors": 2, "cpus_per_actor": 0.5}
 
