@@ -58,7 +58,7 @@ demo: $(INSTALLED)  ## run the whole job on a made-up language, in demo/
 	$(BIN)/tokenweights demo
 
 WORKERS ?= 2
-test: $(INSTALLED)  ## run the whole suite (WORKERS=2 processes, fourteen minutes on two cores)
+test: $(INSTALLED)  ## run the whole suite (WORKERS=2 processes, twelve minutes on two cores)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-server: $(INSTALLED)  ## stages on Ray, and faults of runs on a real Prefect server with PostgreSQL (FLOWS_PYTHON=python of another environment)

@@ -29,6 +29,19 @@ _PROBE = "Probe 12: naïve 漢字 🙂\n\tx  (y)"
 """Text with characters of one to four bytes, to compare the bytes of a vocabulary with the tokenizer's own decoder."""
 
 
+def check_ids(ids: np.ndarray, num_tokens: int, who_needs: str) -> None:
+    """Check that ids are of a vocabulary with so many tokens.
+
+    Raises:
+        MismatchError: One is not.
+    """
+    if ids.size and int(ids.max()) >= num_tokens:
+        raise MismatchError(
+            f"token id {int(ids.max())} is not in the tokenizer's vocabulary of {num_tokens}: {who_needs} the tokenizer that "
+            "the pairs were tokenised with. Check model.path"
+        )
+
+
 @dataclass(frozen=True)
 class Characters:
     """The text of some responses, and the characters that each of their tokens covers; `[C]` characters, `[N]` tokens."""
@@ -114,11 +127,7 @@ class Vocabulary:
         Raises:
             MismatchError: An id is not in the vocabulary.
         """
-        if ids.size and int(ids.max()) >= len(self.ends):
-            raise MismatchError(
-                f"token id {int(ids.max())} is not in the tokenizer's vocabulary of {len(self.ends)}: marks in texts need the "
-                "tokenizer that the pairs were tokenised with. Check model.path"
-            )
+        check_ids(ids, len(self.ends), "marks in texts need")
         starts = np.concatenate([[0], self.ends])[ids]
         num_bytes = self.ends[ids] - starts
         ends = np.cumsum(num_bytes)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.marks.characters import check_ids
 from train.model.checkpoint import load_tokenizer
-from weights_store.errors import MismatchError
 
 _SPACES_OF_BYTES = tuple("ĠĊĉč")
 """Space, line feed, tab and carriage return in byte-level vocabularies."""
@@ -54,11 +54,7 @@ class WordStarts:
         Raises:
             MismatchError: An id is not in the vocabulary.
         """
-        if ids.size and int(ids.max()) >= len(self.before):
-            raise MismatchError(
-                f"token id {int(ids.max())} is not in the tokenizer's vocabulary of {len(self.before)}: smoothing over words "
-                "needs the tokenizer that the pairs were tokenised with. Check model.path"
-            )
+        check_ids(ids, len(self.before), "smoothing over words needs")
         found = self.before[ids]
         found[1:] |= self.after[ids[:-1]]
         found[np.cumsum(lengths) - lengths] = True

@@ -16,6 +16,7 @@ from urllib.request import Request, urlopen
 import pyarrow as pa
 import pytest
 
+import tokenweights
 from weights_store import WeightStore
 from weights_store.checks.model_folders import model_name, sign_record
 from weights_store.fingerprint import explain_difference, fingerprint
@@ -344,3 +345,15 @@ def s3_root(s3_endpoint, s3_keys, monkeypatch):
 def store_uri(request, tmp_path):
     """The root of a store that is not there yet: once a folder, once on S3."""
     return request.getfixturevalue("s3_root") if request.param == "s3" else str(tmp_path / "store")
+
+
+@pytest.fixture
+def command(capsys, small_store):
+    """Return a function that runs a command on the small store; returns its exit code and what it printed on both streams."""
+
+    def run(*arguments):
+        code = tokenweights.main([*arguments, "--store", str(small_store.root)])
+        streams = capsys.readouterr()
+        return code, streams.out, streams.err
+
+    return run

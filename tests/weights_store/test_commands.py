@@ -18,16 +18,6 @@ NAME = "hh-harmless/tis-dpo"
 LOGPS = "logps/hh-harmless-0123456789ab/ref"
 
 
-@pytest.fixture
-def command(capsys, small_store):
-    def run(*arguments):
-        code = tokenweights.main([*arguments, "--store", str(small_store.root)])
-        streams = capsys.readouterr()
-        return code, streams.out, streams.err
-
-    return run
-
-
 def rows(text):
     return [line.split() for line in text.splitlines()]
 

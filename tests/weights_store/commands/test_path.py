@@ -4,20 +4,9 @@ import json
 
 import pytest
 
-import tokenweights
 from tests.weights_store.conftest import DATASET
 
 NAME = "hh-harmless/tis-dpo"
-
-
-@pytest.fixture
-def command(capsys, small_store):
-    def run(*arguments):
-        code = tokenweights.main([*arguments, "--store", str(small_store.root)])
-        streams = capsys.readouterr()
-        return code, streams.out, streams.err
-
-    return run
 
 
 @pytest.mark.parametrize(("version", "num_files"), [(0, 1), (1, 2)])
