@@ -175,7 +175,7 @@ def resolve_columns(dataset: DatasetSection, source: Source, others: Mapping[str
             if value.get(columns.prompt or "") not in (None, "", []):
                 count.add(value)
         columns = find_columns(dataset, names)
-    _check_others(dataset, others, names)
+    _check_others(dataset, columns, others, names)
     if columns.guesses_input and not _are_texts(columns, source, count):
         columns = replace(columns, input=None, guesses_input=False)
     transcripts = transcript_columns(dataset, columns.prompt, columns.responses, count)
@@ -222,13 +222,11 @@ def check_source(dataset: DatasetSection, others: Mapping[str, str] = _NO_OTHERS
         if new.keys() - names:
             names.update(new)
             try:
-                find_columns(dataset, names)
-                _check_others(dataset, others, names)
+                _check_others(dataset, find_columns(dataset, names), others, names)
                 return
             except InputError:  # a later row may have the column
                 continue
-    _check_doubled(source, find_columns(dataset, names))
-    _check_others(dataset, others, names)
+    _check_others(dataset, _check_doubled(source, find_columns(dataset, names)), others, names)
 
 
 # --- finding -----------------------------------------------------------------------------------------------------------
@@ -252,7 +250,9 @@ def _usual(usual: str, names: Collection[str]) -> str | None:
     return usual if usual in names else next((name for name in names if _key(name) == _key(usual)), None)
 
 
-def _check_others(dataset: DatasetSection, others: Mapping[str, str], names: Collection[str]) -> None:
+def _check_others(dataset: DatasetSection, columns: Columns, others: Mapping[str, str], names: Collection[str]) -> None:
+    if columns.completion is not None:  # of unpaired rows no others are read, and prepare says what to use instead
+        return
     for setting, column in others.items() if names else ():  # without names no row can be read
         _named(dataset, setting, names, column)
 

@@ -198,6 +198,8 @@ def test_an_anchor_is_a_response_to_the_next_prompt(unpaired, toy_model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"weights.estimator": "spans"}, "columns 'chosen_spans' and 'rejected_spans' are of pairs: choose another"),
+        ({"weights.estimator": "diff"}, "estimator 'diff' compares two responses: choose another"),
         ({"weights.estimator": "head"}, "estimator 'head' learns from two responses to one prompt: choose an"),
         (
             {"contrast.method": "dpo"},
