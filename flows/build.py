@@ -73,7 +73,7 @@ def build_weights(recipe: Recipe, expect_same: bool = False) -> BuildResult:
         with clock("prepare"):
             prepared = prepare_tokens(recipe, model_folder)
         annotations = None
-        if recipe.weight_columns:  # before a model starts: it tells within minutes whether they can be used
+        if recipe.needs_annotations:  # before a model starts: it tells within minutes whether they can be used
             with clock("annotate"):
                 annotations = annotate_pairs(prepared, recipe, model_folder)
         scorers = {"ref": Scorer(model_folder)}

@@ -205,6 +205,11 @@ class Recipe(Section):
         return {setting: getattr(self.dataset, setting) or name for setting, name in wanted.items()}
 
     @property
+    def needs_annotations(self) -> bool:
+        """Whether stage annotate reads something of the source: the user's own weights, or the roles of messages."""
+        return bool(self.weight_columns) or "message roles" in self.weights.inputs()
+
+    @property
     def needs_pair(self) -> bool:
         """Whether the weights compare a contrastive pair."""
         return "contrastive pair" in self.weights.inputs()

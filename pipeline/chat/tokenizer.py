@@ -15,6 +15,7 @@ from pipeline.chat.control_tokens import ControlTokens
 from pipeline.chat.pair_ids import Limits, PairInWork, TokenizedPair
 from pipeline.chat.rendering import Chat, PairRenderer, begin
 from pipeline.chat.template import ChatTemplate, prints_date
+from pipeline.chat.turns import Turns, find_turns
 from pipeline.source.messages import SYSTEM_ROLES, Message, Unusable, is_empty, is_rendered, texts_of
 from pipeline.source.pairs import Pair
 from pipeline.source.responses import as_turns
@@ -166,6 +167,15 @@ class ChatTokenizer:
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each id alone; bytes of a split character show as a replacement character."""
         return self._tokenizer.batch_decode([[token_id] for token_id in ids])
+
+    def turns(self, prompt: str, messages: list[Message]) -> Turns:
+        """Return where the messages of a response stand behind a stored prompt (JSON of a chat).
+
+        Raises:
+            Unusable: The template cannot render them, or it is unknown where one begins.
+        """
+        adapted = [self._without_end(message) for message in self._chat_template.adapt(messages)]
+        return find_turns(self._chat_template, self._controls, Chat.from_json(prompt), adapted)
 
     def tokenize_pair(
         self,

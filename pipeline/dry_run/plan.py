@@ -102,7 +102,7 @@ class _Plan:
     def _stages(self) -> Iterator[StagePlan]:
         recipe = self.recipe
         yield self._prepare()
-        if recipe.weight_columns:
+        if recipe.needs_annotations:
             yield self._annotate()
         yield self._score(REFERENCE, Scorer(self.model_folder))
         if recipe.needs_pair:
@@ -153,7 +153,7 @@ class _Plan:
             return StagePlan("annotate", "reuse", reasons=(f"{version}: {table.num_rows():,} pairs",))
         next_version = 0 if version is None else version.version + 1
         self.annotations = TableVersion(wanted.tokens.store, table.path, next_version, TO_BE_COMPUTED)
-        columns = f"columns {', '.join(map(repr, wanted.columns.values()))}"
+        columns = f"columns {', '.join(map(repr, wanted.columns.values()))}" if wanted.columns else "roles of messages"
         how = f"new table {table.path}" if version is None else f"{version}: all rows are written again"
         num_tokens = round(self.outlook.num_tokens()[1])
         return StagePlan(

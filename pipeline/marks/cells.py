@@ -6,6 +6,7 @@ Called by `stages/annotate.py`. Whether they fit the tokens of the responses is 
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -13,15 +14,14 @@ import pyarrow as pa
 
 from pipeline.source.columns import Columns
 from pipeline.source.intake import pairs_of
-from pipeline.source.messages import Unusable, texts_of
-from pipeline.source.pairs import Pair
+from pipeline.source.messages import Message, Unusable, texts_of
 from pipeline.source.responses import as_turns
 from pipeline.source.rows import RawRow, Source
-from weights_store.fingerprint import canonical_json
+from weights_store.fingerprint import canonical_json, ordered_json
 from weights_store.schemas import FLOATS, SIDES, Side
 
-Unit = Literal["token", "character", "message", "span"]
-"""What the numbers of a cell stand for."""
+Unit = Literal["token", "character", "message", "span", "role"]
+"""What the numbers of a cell stand for; roles have theirs in the recipe, and none in a cell."""
 CELLS = pa.schema(
     [
         ("pair_id", pa.string()),
@@ -30,11 +30,14 @@ CELLS = pa.schema(
         ("pair", pa.float32()),
         ("chosen_texts", pa.list_(pa.string())),
         ("rejected_texts", pa.list_(pa.string())),
+        ("chosen_messages", pa.string()),
+        ("rejected_messages", pa.string()),
         ("problem", pa.string()),
     ]
 )
 """The numbers of one pair, where its row has the columns that are asked for; a span is start, end and weight.
-Texts are those of the messages of each response. If there is a problem, nothing else of the row may be used."""
+Texts are those of the messages of each response; if there are several, messages are these, as JSON. If there is a problem,
+nothing else of the row may be used."""
 _SPAN = ("start", "end", "weight")
 
 
@@ -48,8 +51,11 @@ class Cell(NamedTuple):
     source_row: int
     numbers: dict[Side, np.ndarray]
     pair: float | None
-    texts: dict[Side, list[str]]
+    turns: dict[Side, list[Message]]
+    """The messages of each response."""
     problem: str | None
+    pair_id: str | None = None
+    """Where a row may have several pairs."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class CellReader:
     unit: Unit | None
 
     def read(self, source: Source, pair_columns: Columns | None) -> Iterator[Cell]:
-        """Yield the cells of all rows in the order of the source, also of rows that are no pairs.
+        """Yield the cells of all rows in the order of the source; if texts are counted, only those of pairs.
 
         `pair_columns` are needed for all units but tokens, which are counted without the text.
 
@@ -77,18 +83,19 @@ class CellReader:
                 yield self._cell(row, {}, row.detail if row.reason is not None else None)
             return
         for row, pair in pairs_of(source, pair_columns, self.columns.values()):
-            if isinstance(pair, Unusable):  # such as a row that is too large with its weights
+            if not isinstance(pair, Unusable):
+                cell = self._cell(row, {side: as_turns(getattr(pair, side)) for side in SIDES}, None)
+                yield cell._replace(pair_id=pair.pair_id) if pair_columns.combines_answers else cell
+            elif row.value is None:  # it is too large with its weights
                 yield self._cell(row, {}, pair.detail)
-            else:
-                yield self._cell(row, {side: _texts(pair, side) for side in SIDES}, None)
 
-    def _cell(self, row: RawRow, texts: dict[Side, list[str]], problem: str | None) -> Cell:
+    def _cell(self, row: RawRow, turns: dict[Side, list[Message]], problem: str | None) -> Cell:
         value: Mapping[str, object] = row.value or {}
         numbers: dict[Side, np.ndarray] = {}
         weight = None
         column = ""
         try:
-            for side in SIDES if self.unit else ():
+            for side in SIDES if self.unit not in (None, "role") else ():
                 column = self.columns[side]
                 numbers[side] = self._numbers(value.get(column))
             if "pair" in self.columns:
@@ -96,7 +103,7 @@ class CellReader:
                 weight = _pair_weight(value.get(column))
         except BadWeightsError as error:
             problem = problem or f"column {column!r}: {error}"
-        return Cell(row.source_row, numbers, weight, texts, problem)
+        return Cell(row.source_row, numbers, weight, turns, problem)
 
     def _numbers(self, value: object) -> np.ndarray:
         """Return the numbers of one cell, `[n]` float32.
@@ -114,7 +121,7 @@ class CellReader:
             value = [value]
         if not isinstance(value, list | tuple):
             raise BadWeightsError(f"{_shown(value)} is no list of numbers")
-        if not set(map(type, value)) <= {int, float}:
+        if not set(map(type, value)) <= {int, float, Decimal}:
             for place, each in enumerate(value):
                 if not _is_number(each):
                     raise BadWeightsError(f"number {place} is {_shown(each)}, expected a finite number >= 0")
@@ -133,16 +140,13 @@ def cell_rows(cells: Iterable[tuple[str, Cell]]) -> pa.Table:
         lists = [cell.numbers.get(side, _NOTHING) for cell in found]
         offsets = np.concatenate([[0], np.cumsum([len(numbers) for numbers in lists])]).astype(np.int32)
         columns[side] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(lists), pa.float32()))
-        columns[f"{side}_texts"] = [cell.texts.get(side) for cell in found]
+        turns = [cell.turns.get(side) for cell in found]
+        columns[f"{side}_texts"] = [each and ["".join(texts_of(message)) for message in each] for each in turns]
+        columns[f"{side}_messages"] = [ordered_json(each) if each and len(each) > 1 else None for each in turns]
     return pa.table([pa.array(columns[field.name]).cast(field.type) for field in CELLS], schema=CELLS)
 
 
 _NOTHING = np.zeros(0, np.float32)
-
-
-def _texts(pair: Pair, side: Side) -> list[str]:
-    """Return the text of each message of a response; empty where a message has none, as beside calls of tools."""
-    return ["".join(texts_of(message)) for message in as_turns(getattr(pair, side))]
 
 
 def _pair_weight(value: object) -> float:
@@ -166,7 +170,7 @@ def _spans(value: object) -> np.ndarray:
             span = [known.get(name) for name in _SPAN] if known.keys() == set(_SPAN) else None
         if not isinstance(span, list | tuple) or len(span) != len(_SPAN) or not all(map(_is_number, span)):
             raise BadWeightsError(f"span {place} is {_shown(given)}, expected start, end and weight")
-        if any(each != int(each) for each in span[:2] if math.isfinite(each)):
+        if not all(map(_is_whole, span[:2])):
             raise BadWeightsError(f"span {place} is {_shown(given)}, expected whole numbers as start and end")
         found += span
     return _as_float32(found)
@@ -176,12 +180,25 @@ def _as_float32(numbers: object) -> np.ndarray:
     with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused as such
         try:
             return np.asarray(numbers, np.float64).astype(np.float32)
-        except OverflowError:  # an integer of more than 308 digits
-            return np.full(len(numbers), np.inf, np.float32)  # type: ignore[arg-type]
+        except OverflowError:
+            return np.array([_as_float(each) for each in numbers], np.float32)  # type: ignore[attr-defined]
+
+
+def _as_float(number: float | Decimal) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # an integer of more than 308 digits
+        return math.inf if number > 0 else -math.inf
+
+
+def _is_whole(number: float | Decimal) -> bool:
+    """Return whether a number has no fraction; also of those that are refused later, such as NaN."""
+    found = _as_float(number)
+    return not math.isfinite(found) or found.is_integer()
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    return isinstance(value, int | float | Decimal | np.number) and not isinstance(value, bool)
 
 
 def _is_weight(value: np.float32) -> bool:

@@ -39,28 +39,32 @@ def compile_pattern(text: str) -> "regex.Pattern[str]":
         raise ValueError(f"{text!r} is no regular expression: {error}") from error
 
 
-def pattern_weights(texts: Texts, patterns: Sequence[tuple[str, float]], rest: float) -> np.ndarray:
+def pattern_weights(texts: Texts, patterns: Sequence[tuple[str, float]], rest: np.ndarray) -> np.ndarray:
     """Return the weight of each token, `[N]` float32.
 
-    A character has the weight of the last pattern that matches it, or `rest`; a token has the mean of its characters. A special
-    token, such as the end of a turn, is matched whole or not at all.
+    A character has the weight of the last pattern that matches it, or else the `rest` of its token, `[N]`; a token has the mean
+    of its characters. A special token, such as the end of a turn, is matched whole or not at all.
 
     Raises:
         ValueError: A pattern takes too long.
     """
-    return np.concatenate([_of_part(characters, patterns, rest) for characters in texts.parts()])
+    found, at = [], 0
+    for characters in texts.parts():
+        found.append(_of_part(characters, patterns, rest[at : at + len(characters.first)]))
+        at += len(characters.first)
+    return np.concatenate(found)
 
 
-def _of_part(characters: Characters, patterns: Sequence[tuple[str, float]], rest: float) -> np.ndarray:
-    weights, is_matched = np.full(characters.starts[-1], rest), np.zeros(characters.starts[-1])
+def _of_part(characters: Characters, patterns: Sequence[tuple[str, float]], rest: np.ndarray) -> np.ndarray:
+    weights, is_matched = np.zeros(characters.starts[-1]), np.zeros(characters.starts[-1])
     for text, (low, high) in zip(characters.texts, pairwise(characters.starts.tolist()), strict=True):
         for pattern, weight in patterns:
             for start, end in _matches(pattern, text):
                 weights[low:high][start:end] = weight
                 is_matched[low:high][start:end] = 1
-    found = characters.means(weights, rest)
-    is_partly = characters.is_special & (characters.means(is_matched, 0.0) < 1)
-    return np.where(is_partly, rest, found).astype(np.float32)
+    share = characters.means(is_matched, 0.0)
+    is_partly = characters.is_special & (share < 1)
+    return np.where(is_partly, rest, characters.means(weights, 0.0) + (1 - share) * rest).astype(np.float32)
 
 
 def _matches(pattern: str, text: str) -> list[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """Where the text of a row stands in the response that the chat template has made of it, and the weights of its characters.
 
 Positions count characters, as Python does. Some tokenizers change a text to Unicode NFC (Qwen): then a character has the mean
-weight of those that it was made of. What the template adds has weight 1, and so has white space that it adds or leaves.
+weight of those that it was made of. What the template adds is of no text, and so is white space that it or the tokenizer adds.
 """
 
 import sys
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.chat.turns import Turns
 from pipeline.marks.cells import BadWeightsError
 
 
@@ -41,75 +42,67 @@ class Place(NamedTuple):
     high: int
 
 
-def character_weights(numbers: np.ndarray, texts: Sequence[str], response: Response) -> np.ndarray:
-    """Return the weights of a response's characters, `[C]` float32, from those of its text, one for each character.
+def character_weights(
+    numbers: np.ndarray, texts: Sequence[str], response: Response, turns: Turns | None = None
+) -> np.ndarray:
+    """Return the weights of a response's characters, `[C]` float32, from those of its texts, one for each character.
 
-    Raises:
-        BadWeightsError: They are too few or too many, or the text does not stand in the response.
-    """
-    text = _only(texts)
-    if len(numbers) != len(text):
-        raise BadWeightsError(f"{len(numbers):,} numbers for a text of {len(text):,} characters")
-    found, place = _located(text, response)
-    return _moved(numbers if found == text else composed(text, numbers), place, response)
-
-
-def span_weights(spans: np.ndarray, rest: float, texts: Sequence[str], response: Response) -> np.ndarray:
-    """Return the weights of a response's characters, `[C]` float32, from spans of its text, `[3 * n]`: start, end, weight.
-
-    Raises:
-        BadWeightsError: A span is outside of the text or has no character of the response, or the text does not stand there.
-    """
-    text = _only(texts)
-    found, place = _located(text, response)
-    last = len(text) if response.is_cut else len(text) - (len(found) - place.high)
-    weights = np.full(len(text), rest, np.float32)
-    for number, (start, end, weight) in enumerate(spans.reshape(-1, 3).tolist()):
-        shown = f"span {number}, {start:g} to {end:g},"
-        if not 0 <= start <= end <= len(text):
-            raise BadWeightsError(f"{shown} is not inside of the text of {len(text):,} characters")
-        if start == end or end <= place.low or start >= last:
-            raise BadWeightsError(f"{shown} falls on no character of the response")
-        weights[int(start) : int(end)] = weight
-    return _moved(weights if found == text else composed(text, weights), place, response)
-
-
-def message_weights(numbers: np.ndarray, texts: Sequence[str], response: Response) -> np.ndarray:
-    """Return the weights of a response's characters, `[C]` float32, from one number for each of its messages, or for all.
-
-    A message goes from its text to that of the next one, and so has the marks behind it. One without a text, as beside calls
-    of tools, begins where the text before it ends.
+    NaN for characters that are of no text. Several texts are those of messages, counted through, which stand at `turns`.
 
     Raises:
         BadWeightsError: They are too few or too many, or a text does not stand in the response.
     """
+    size = sum(map(len, texts))
+    if len(numbers) != size:
+        where = "a text" if len(texts) == 1 else f"the texts of {len(texts)} messages, together"
+        raise BadWeightsError(f"{len(numbers):,} numbers for {where} of {size:,} characters")
+    return _written(numbers, texts, _located(texts, response, turns), response)
+
+
+def span_weights(
+    spans: np.ndarray, rest: float, texts: Sequence[str], response: Response, turns: Turns | None = None
+) -> np.ndarray:
+    """Return the weights of a response's characters, `[C]` float32, from spans of its texts, `[3 * n]`: start, end, weight.
+
+    NaN for characters that are of no text; for several texts see `character_weights`.
+
+    Raises:
+        BadWeightsError: A span is outside of the texts or has no character of the response, or a text does not stand there.
+    """
+    size = sum(map(len, texts))
+    places = _located(texts, response, turns)
+    weights, is_there = np.full(size, rest, np.float32), np.zeros(size, bool)
+    for start, text, (found, place) in zip(_starts(texts), texts, places, strict=True):
+        last = len(text) if response.is_cut else len(text) - (len(found) - place.high)
+        is_there[start + place.low : start + last] = True
+    for number, (start, end, weight) in enumerate(spans.reshape(-1, 3).tolist()):
+        shown = f"span {number}, {start:g} to {end:g},"
+        if not 0 <= start <= end <= size:
+            raise BadWeightsError(f"{shown} is not inside of the text of {size:,} characters")
+        if not is_there[int(start) : int(end)].any():
+            raise BadWeightsError(f"{shown} falls on no character of the response")
+        weights[int(start) : int(end)] = weight
+    return _written(weights, texts, places, response)
+
+
+def message_weights(numbers: Sequence[float], response: Response, turns: Turns | None) -> np.ndarray:
+    """Return the weights of a response's characters, `[C]` float32, from one number for each of its messages, or for all.
+
+    A message has what the template prints around its text, the end of its turn too. See `Turn.start`.
+
+    Raises:
+        BadWeightsError: The response is not what the template prints of its messages.
+    """
     weights = np.full(len(response.text), numbers[0] if len(numbers) else 1, np.float32)
-    if len(numbers) == 1:
-        return weights
-    if len(numbers) != len(texts):
-        raise BadWeightsError(
-            f"{len(numbers)} numbers for a response of {len(texts)} messages; expected one for each, or one"
-        )
-    end = 0
-    for place, (text, weight) in enumerate(zip(map(str.strip, texts), numbers, strict=True)):
-        if not text and place and not texts[place - 1].strip() and weight != numbers[place - 1]:
-            raise BadWeightsError(
-                f"messages {place - 1} and {place} have no text, so it is unknown where {place} begins"
-            )
-        start = response.text.find(text, end)
-        if start < 0 and response.is_cut:
-            break
-        if start < 0:
-            raise BadWeightsError(
-                f"the text of message {place} does not stand in the response as it is; give weights per token"
-            )
-        weights[start if place else 0 :] = weight
-        end = start + len(text)
+    if turns is not None and len(numbers) > 1:
+        starts = _aligned(turns.text, response, [turn.start for turn in turns.turns])
+        for number, start in zip(numbers[1:], starts[1:], strict=True):
+            weights[start:] = number
     return weights
 
 
-def find(text: str, response: Response) -> Place:
-    """Return where a row's text stands in its response.
+def find(text: str, response: Response, at: int | None = None) -> Place:
+    """Return where a row's text stands in its response; `at` if it is known where it begins, without white space.
 
     The template may drop white space around the text, and write something before it. A response that was cut ends early.
 
@@ -118,11 +111,11 @@ def find(text: str, response: Response) -> Place:
     """
     core, own = text.strip(), response.own
     low = len(text) - len(text.lstrip())
-    lead = len(own) - len(own.lstrip())
-    if own.rstrip().endswith(core):
-        at, size = len(own.rstrip()) - len(core), len(core)
+    lead, size = len(own) - len(own.lstrip()) if at is None else at, len(core)
+    if at is None and own.rstrip().endswith(core):
+        at = len(own.rstrip()) - len(core)
     elif own.startswith(core, lead):  # an end follows that is no special token
-        at, size = lead, len(core)
+        at = lead
     else:
         at, size = lead, _num_shared(core, own[lead:])
         left, missing = own[lead + size :].strip(), core[size:].strip()
@@ -170,36 +163,97 @@ def _joining() -> frozenset[str]:
     return frozenset((*seconds, *hangul))
 
 
-def _located(text: str, response: Response) -> tuple[str, Place]:
-    """Return where a row's text stands in its response, and how: as it is, or in Unicode NFC, as some tokenizers change it.
+def _located(texts: Sequence[str], response: Response, turns: Turns | None) -> list[tuple[str, Place]]:
+    """Return where the texts of a row stand in its response, and how: as they are, or in NFC, as some tokenizers change them.
 
     Raises:
-        BadWeightsError: It stands there in neither form.
+        BadWeightsError: One stands there in neither form.
     """
+    if turns is None:
+        (text,) = texts
+        return [_in_a_form(text, response, None)]
+    known = [turn.at for turn in turns.turns]
+    starts = iter(_aligned(turns.text, response, [at for at in known if at is not None], before=False))
+    found = []
+    for number, (text, at) in enumerate(zip(texts, known, strict=True)):
+        start = None if at is None else next(starts)
+        if not text.strip() or (response.is_cut and start == len(response.own)):
+            found.append((text, Place(0, 0, 0)))
+        elif start is None:
+            raise BadWeightsError(
+                f"the chat template changes the text of message {number}; give weights per token or message"
+            )
+        else:
+            found.append(_in_a_form(text, response, start))
+    return found
+
+
+def _in_a_form(text: str, response: Response, at: int | None) -> tuple[str, Place]:
     try:
-        return text, find(text, response)
+        return text, find(text, response, at)
     except BadWeightsError:
         in_nfc = unicodedata.normalize("NFC", text)
         if in_nfc == text:
             raise
-        return in_nfc, find(in_nfc, response)
+        return in_nfc, find(in_nfc, response, at)
 
 
-def _moved(weights: np.ndarray, place: Place, response: Response) -> np.ndarray:
-    found = np.ones(len(response.text), np.float32)
-    at, low, high = place
-    found[at : at + high - low] = weights[low:high]
-    if response.is_cut and _is_broken(response.own[at + high - low - 1 :]):
-        found[at + high - low :] = weights[high - 1]  # other bytes of the character that the cut has split
+def _aligned(printed: str, response: Response, places: Sequence[int], before: bool = True) -> list[int]:
+    """Return where places of a printed response are in one that was tokenised, which may have other white space, or be in NFC.
+
+    A place has as much of the white space in front of it as in print, or all of it unless `before`. In a response that was cut
+    what is behind the cut is at its end.
+
+    Raises:
+        BadWeightsError: They differ in more than that.
+    """
+    body = response.own if response.is_cut else response.text
+    while response.is_cut and body and _is_broken(body[-1]):
+        body = body[:-1]
+    solid = [at for at, each in enumerate(body) if not each.isspace()]
+    for form in ("", "NFC"):
+        heads = [_normal(form, printed[:place]) for place in places]
+        shared = _normal(form, printed)[: max(map(len, heads), default=0)]
+        if _is_beginning("".join(shared.split()), "".join(body.split()), response.is_cut):
+            return [min(_moved_place(head, body, solid, before), len(response.own)) for head in heads]
+    raise BadWeightsError("the tokenizer changes the messages of the response; give weights per token")
+
+
+def _normal(form: str, text: str) -> str:
+    return unicodedata.normalize("NFC", text) if form else text
+
+
+def _is_beginning(text: str, body: str, is_cut: bool) -> bool:
+    return body.startswith(text) or (is_cut and text.startswith(body))
+
+
+def _moved_place(head: str, body: str, solid: Sequence[int], before: bool) -> int:
+    """Return the place in a body behind as many characters, not counting white space, as a head has."""
+    num_solid = len("".join(head.split()))
+    if num_solid > len(solid):
+        return len(body)
+    low = solid[num_solid - 1] + 1 if num_solid else 0
+    high = solid[num_solid] if num_solid < len(solid) else len(body)
+    return min(low + len(head) - len(head.rstrip()), high) if before else high
+
+
+def _written(
+    weights: np.ndarray, texts: Sequence[str], places: Sequence[tuple[str, Place]], response: Response
+) -> np.ndarray:
+    """Return the weights of a response's characters from those of the texts in it; NaN where no text stands."""
+    found = np.full(len(response.text), np.nan, np.float32)
+    for start, text, (form, (at, low, high)) in zip(_starts(texts), texts, places, strict=True):
+        of_text = weights[start : start + len(text)]
+        of_text = of_text if form == text else composed(text, of_text)
+        found[at : at + high - low] = of_text[low:high]
+        if high > low and response.is_cut and _is_broken(response.own[at + high - low - 1 :]):
+            found[at + high - low :] = of_text[high - 1]  # other bytes of the character that the cut has split
     return found
 
 
-def _only(texts: Sequence[str]) -> str:
-    if len(texts) != 1:
-        raise BadWeightsError(
-            f"the response has {len(texts)} messages, and characters are counted in one text; give weights per token or message"
-        )
-    return texts[0]
+def _starts(texts: Sequence[str]) -> list[int]:
+    """Return where each text begins among the characters of all."""
+    return np.cumsum([0, *map(len, texts)])[:-1].tolist()  # type: ignore[no-any-return]
 
 
 def _num_shared(a: str, b: str) -> int:

@@ -3,7 +3,8 @@
 Nothing here reads the source or commits. Work on tokens is vectorised; characters, spans and messages take a step per response.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,10 +13,13 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from pipeline.chat.tokenizer import ChatTokenizer
+from pipeline.chat.turns import Turns
 from pipeline.marks.cells import BadWeightsError, Unit
-from pipeline.marks.characters import Texts, Vocabulary
+from pipeline.marks.characters import Characters, Texts, Vocabulary
 from pipeline.marks.places import Response, character_weights, message_weights, span_weights
 from pipeline.source.intake import stored_raw
+from pipeline.source.messages import Unusable
 from weights_store import Table
 from weights_store.errors import InputError
 from weights_store.schemas import ANNOTATIONS, SIDES, Reason, Side
@@ -50,12 +54,14 @@ class Responses(NamedTuple):
     """How many special tokens it ends with."""
     is_cut: np.ndarray
     """Whether it was cut to the limit of tokens."""
+    may_be_cut: np.ndarray
+    """Whether it is as long as the limit: one of several messages may be cut behind the end of one of them."""
 
     @classmethod
     def of(cls, ids: Lists, is_special: np.ndarray, cut_at: int | None) -> "Responses":
         """Look at ids; `is_special` is by id, `[V]` bool, and `cut_at` the limit that responses were cut to."""
-        num_ends = num_at_end(is_special, ids)
-        return cls(ids, num_ends, (ids.lengths == cut_at) & (num_ends == 0))
+        num_ends, may_be_cut = num_at_end(is_special, ids), ids.lengths == cut_at
+        return cls(ids, num_ends, may_be_cut & (num_ends == 0), may_be_cut)
 
 
 @dataclass
@@ -77,8 +83,10 @@ class RangeAnnotator:
         tokens: The pairs, in version `version`.
         columns: Of the source, by `chosen`, `rejected` and `pair`; for messages.
         unit: What the numbers stand for; None if there are none of responses.
-        rest: The weight of characters in no span.
+        rest: The weight of characters in no span, and of messages whose role has none.
+        roles: The weight of messages by their role.
         vocabulary: Of the tokenizer; None if nothing but tokens is counted.
+        chat: Tells where the messages of a response stand.
         is_special: Which ids are special, `[V]`.
         cut_at: The limit of tokens that responses were cut to; None if none were.
     """
@@ -89,7 +97,9 @@ class RangeAnnotator:
     columns: Mapping[str, str]
     unit: Unit | None
     rest: float
+    roles: Mapping[str, float]
     vocabulary: Vocabulary | None
+    chat: ChatTokenizer
     is_special: np.ndarray
     cut_at: int | None
 
@@ -100,9 +110,11 @@ class RangeAnnotator:
             InputError: They are not those of the pairs in the tokens table.
         """
         piece, cells = part
-        ids = [f"{side}_ids" for side in SIDES]
+        needed = ["pair_id", *(f"{side}_ids" for side in SIDES if self.unit)]
+        if any(cells[f"{side}_messages"].null_count < cells.num_rows for side in SIDES):
+            needed.append("prompt")
         stored = self.tokens.scan(self.version, within=piece)
-        tokens = stored.select("pair_id", *(ids if self.unit else [])).sort("pair_id").collect().to_arrow()
+        tokens = stored.select(needed).sort("pair_id").collect().to_arrow()
         if tokens["pair_id"].to_pylist() != cells["pair_id"].to_pylist():
             raise InputError(
                 f"the rows of the source are not those of {self.tokens.path}@{self.version}: it has changed during the build; "
@@ -115,7 +127,7 @@ class RangeAnnotator:
         columns: dict[str, pa.Array] = {"pair_id": cells["pair_id"]}
         for side in SIDES if self.unit else ():
             lists = Lists.of(tokens[f"{side}_ids"].cast(pa.list_(pa.int32())))
-            flat = self._side(side, cells, lists, problems)
+            flat = self._side(side, cells, tokens, lists, problems)
             columns[f"{side}_values"] = pa.ListArray.from_arrays(
                 pa.array(lists.starts.astype(np.int32)), pa.array(flat)
             )
@@ -129,7 +141,7 @@ class RangeAnnotator:
         writer.write(rows if is_good.all() else rows.filter(pa.array(is_good)))
         return AnnotatedRange(cells.num_rows, writer.finish_part(), self._unusable(stored, tokens, problems))
 
-    def _side(self, side: Side, cells: pa.Table, ids: Lists, problems: dict[int, str]) -> np.ndarray:
+    def _side(self, side: Side, cells: pa.Table, tokens: pa.Table, ids: Lists, problems: dict[int, str]) -> np.ndarray:
         """Return the numbers of the tokens of one side, `[N]` float32; add what is wrong to the problems, by row."""
         numbers = Lists.of(cells[side])
         found = bad_numbers(numbers, 3 if self.unit == "span" else 1)
@@ -138,16 +150,23 @@ class RangeAnnotator:
             flat, misfits = fit(numbers, responses)
             found = misfits | found
         else:
-            flat = self._by_characters(numbers, cells[f"{side}_texts"].to_pylist(), responses, found)
+            messages = cells[f"{side}_messages"].to_pylist()
+            prompts = tokens["prompt"].to_pylist() if any(messages) else messages
+            texts = [
+                each and Source(each, messages[row], prompts[row])
+                for row, each in enumerate(cells[f"{side}_texts"].to_pylist())
+            ]
+            flat = self._by_characters(numbers, texts, responses, found)
+        where = f"column {self.columns[side]!r}" if side in self.columns else f"{side} response"
         for row, problem in found.items():
-            problems.setdefault(row, f"column {self.columns[side]!r}: {problem}")
+            problems.setdefault(row, f"{where}: {problem}")
         return flat
 
     def _by_characters(
-        self, numbers: Lists, texts: list[list[str] | None], responses: Responses, problems: dict[int, str]
+        self, numbers: Lists, sources: Sequence["Source | None"], responses: Responses, problems: dict[int, str]
     ) -> np.ndarray:
         assert self.vocabulary is not None, "no vocabulary, which tells characters"
-        ids, num_ends, is_cut = responses
+        ids, num_ends, is_cut, may_be_cut = responses
         special_texts, starts = self.vocabulary.special_texts, numbers.starts
         found, row = [np.zeros(0, np.float32)], 0
         for characters in Texts(self.vocabulary, ids.flat, ids.lengths).parts():
@@ -156,26 +175,54 @@ class RangeAnnotator:
             for text, (start, end), end_of_tokens in zip(
                 characters.texts, pairwise(characters.starts.tolist()), ends_of_tokens.tolist(), strict=True
             ):
-                of_row, num_marks = texts[row], num_ends[row]
-                if row not in problems and of_row is not None:
+                source, num_marks = sources[row], num_ends[row]
+                if row not in problems and source:
                     first_mark = characters.first[end_of_tokens - num_marks] if num_marks else end
                     response = Response(text, int(first_mark) - start, bool(is_cut[row]), special_texts)
+                    if source.messages is not None and may_be_cut[row]:
+                        response = response._replace(num_own=len(text), is_cut=True)
                     try:
-                        weights[start:end] = self._weigh(numbers.flat[starts[row] : starts[row + 1]], of_row, response)
+                        weights[start:end] = self._weigh(numbers.flat[starts[row] : starts[row + 1]], source, response)
                     except BadWeightsError as error:
                         problems[row] = str(error)
                 row += 1
-            found.append(characters.means(weights).astype(np.float32))
+            found.append(_means(characters, weights))
         return np.concatenate(found)
 
-    def _weigh(self, numbers: np.ndarray, texts: list[str], response: Response) -> np.ndarray:
+    def _weigh(self, numbers: np.ndarray, source: "Source", response: Response) -> np.ndarray:
+        """Return the weights of a response's characters, `[C]`; NaN for those that no text of the row has.
+
+        Raises:
+            BadWeightsError: The numbers do not fit, or it is unknown where a text stands.
+        """
+        texts = source.texts
+        if self.unit == "message" and len(numbers) not in (1, len(texts)):
+            of_messages = (
+                "one message; expected one"
+                if len(texts) == 1
+                else f"{len(texts)} messages; expected one for each, or one"
+            )
+            raise BadWeightsError(f"{len(numbers)} numbers for a response of {of_messages}")
+        is_one_number = self.unit == "message" and len(numbers) == 1
+        turns = None if source.messages is None or is_one_number else self._turns(source)
         match self.unit:
             case "span":
-                return span_weights(numbers, self.rest, texts, response)
+                return span_weights(numbers, self.rest, texts, response, turns)
+            case "character":
+                return character_weights(numbers, texts, response, turns)
             case "message":
-                return message_weights(numbers, texts, response)
+                return message_weights(numbers.tolist(), response, turns)
             case _:
-                return character_weights(numbers, texts, response)
+                roles = ["assistant"] if turns is None else [turn.role for turn in turns.turns]
+                return message_weights([self.roles.get(role, self.rest) for role in roles], response, turns)
+
+    def _turns(self, source: "Source") -> Turns:
+        assert source.messages is not None, "one message alone is the whole response"
+        assert source.prompt is not None, "no prompt of messages"
+        try:
+            return self.chat.turns(source.prompt, json.loads(source.messages))
+        except Unusable as problem:
+            raise BadWeightsError(f"{problem.detail}; give weights per token") from problem
 
     def _unusable(self, stored: pl.LazyFrame, tokens: pa.Table, problems: Mapping[int, str]) -> list[dict[str, object]]:
         if not problems:
@@ -192,6 +239,28 @@ class RangeAnnotator:
             }
             for source_row, pair_id, prompt in rows.iter_rows()
         ]
+
+
+class Source(NamedTuple):
+    """What the source has of a response."""
+
+    texts: list[str]
+    """Of each message."""
+    messages: str | None
+    """JSON of the messages, if there are several; else None."""
+    prompt: str | None
+    """JSON of the chat before them, if there are several."""
+
+
+def _means(characters: Characters, weights: np.ndarray) -> np.ndarray:
+    """Return the mean of the weights over the characters of each token, `[N]` float32; those that are NaN do not count.
+
+    So a space that the tokenizer adds to the first word of a text does not change its weight. A token of none has 1.
+    """
+    is_known = ~np.isnan(weights)
+    shares = characters.means(is_known.astype(np.float32), 0.0)
+    sums = characters.means(np.where(is_known, weights, 0), 0.0)
+    return np.divide(sums, shares, out=np.ones(len(sums)), where=shares > 0).astype(np.float32)
 
 
 def fit(numbers: Lists, responses: Responses) -> tuple[np.ndarray, dict[int, str]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import polars as pl
 import pyarrow as pa
 
+from pipeline.chat.tokenizer import ChatTokenizer
 from pipeline.marks.cells import CELLS, Cell, CellReader, Unit, cell_rows
 from pipeline.marks.characters import Vocabulary, special_tokens
 from pipeline.marks.token_values import RangeAnnotator
@@ -63,20 +64,33 @@ class Annotation:
     def unit(self) -> Unit | None:
         """What the numbers of responses stand for; None if only pairs have any."""
         weights = self.recipe.weights
+        if "message roles" in weights.inputs():
+            return "role"
         if "spans" in weights.estimators:
             return "span"
         unit: Unit | None = getattr(weights, "per") if "column" in weights.estimators else None  # noqa: B009 - of some sections
         return unit
 
     @property
+    def reads_texts(self) -> bool:
+        """Whether the texts of the responses are compared with the source; tokens are only counted."""
+        return self.unit not in (None, "token")
+
+    @property
     def rest(self) -> float:
-        """The weight of characters in no span; 1 if there are no spans."""
-        return float(getattr(self.recipe.weights, "rest", 1.0)) if self.unit == "span" else 1.0
+        """The weight of characters in no span, or of messages whose role has none; 1 if neither is asked for."""
+        return float(getattr(self.recipe.weights, "rest", 1.0)) if self.unit in ("span", "role") else 1.0
+
+    @property
+    def roles(self) -> dict[str, float]:
+        """The weight of messages by their role."""
+        return dict(getattr(self.recipe.weights, "roles", ())) if self.unit == "role" else {}
 
     @property
     def settings(self) -> dict[str, object]:
         """What determines the numbers, besides the source and the pairs."""
-        return {"schema_version": SCHEMA_VERSION, "unit": self.unit, "rest": self.rest, "columns": self.columns}
+        of_unit = {"unit": self.unit, "rest": self.rest, "columns": self.columns}
+        return {"schema_version": SCHEMA_VERSION, **of_unit, **({"roles": self.roles} if self.roles else {})}
 
     @property
     def record(self) -> AnnotationRecord:
@@ -171,7 +185,7 @@ class _Update:
         recipe, wanted = self.wanted.recipe, self.wanted
         source = open_source(recipe.dataset)
         columns = None
-        if wanted.unit not in (None, "token"):
+        if wanted.reads_texts:
             columns = resolve_columns(recipe.dataset, source, recipe.weight_columns)
         found = CellReader(wanted.columns, wanted.unit).read(source, columns)
         with ExternalSort(_PLACES, "source_row") as places:
@@ -181,7 +195,8 @@ class _Update:
                 cells.add(cell_rows(batch))
 
     def _write(self, cells: ExternalSort, unusable: ExternalSort) -> list[ShardRecord]:
-        wanted, dataset = self.wanted, self.wanted.recipe.dataset
+        wanted, recipe = self.wanted, self.wanted.recipe
+        dataset = recipe.dataset
         work = RangeAnnotator(
             self.table,
             self.tokens,
@@ -189,7 +204,11 @@ class _Update:
             wanted.columns,
             wanted.unit,
             wanted.rest,
-            Vocabulary.of_folder(self.model_folder) if wanted.unit not in (None, "token") else None,
+            wanted.roles,
+            Vocabulary.of_folder(self.model_folder) if wanted.reads_texts else None,
+            ChatTokenizer(
+                self.model_folder, recipe.model.chat_template, recipe.model.template_date, dataset.unprinted_keys
+            ),
             special_tokens(load_light_tokenizer(self.model_folder)),
             dataset.max_response_tokens if dataset.long_response == "cut" else None,
         )
@@ -236,9 +255,10 @@ class _Update:
         first = next(rows for _, rows in unusable.ranges())
         example = f", for example row {first['source_row'][0]}: {first['detail'][0].as_py().partition(': ')[2]}"
         columns = ", ".join(map(repr, self.wanted.columns.values()))
+        what = f"weights in {columns}" if columns else "messages"
         return InputError(
-            f"dataset.source {self.wanted.recipe.dataset.source}: none of {unusable.num_rows:,} pairs has weights in {columns} "
-            f"that can be used{example}"
+            f"dataset.source {self.wanted.recipe.dataset.source}: none of {unusable.num_rows:,} pairs has {what} that can be "
+            f"used{example}"
         )
 
 
@@ -246,10 +266,13 @@ def _with_pair_ids(cells: Iterator[Cell], places: ExternalSort) -> Iterator[tupl
     """Yield the cells of those rows that are pairs, with their pair_ids; both come in the order of the source."""
     cell = next(cells, None)
     for piece, rows in places.ranges(_PLACES_BYTES):
-        pair_ids = dict(zip(rows["source_row"].to_pylist(), rows["pair_id"].to_pylist(), strict=True))
+        pair_ids: dict[int, list[str]] = {}
+        for source_row, pair_id in zip(rows["source_row"].to_pylist(), rows["pair_id"].to_pylist(), strict=True):
+            pair_ids.setdefault(source_row, []).append(pair_id)
         while cell is not None and (piece.high is None or cell.source_row < int(piece.high)):
-            if cell.source_row in pair_ids:
-                yield pair_ids[cell.source_row], cell
+            for pair_id in pair_ids.get(cell.source_row, ()):
+                if cell.pair_id in (None, pair_id):
+                    yield pair_id, cell
             cell = next(cells, None)
 
 

@@ -125,7 +125,7 @@ class Join:
             return rows.select("pair_id", "anchor_ids", pl.col("anchor_logps").alias("anchor_ref_logps"))
         if role == "annotations":
             inputs = self.section.inputs()
-            of_sides = [f"{side}_values" for side in SIDES] if "own weights" in inputs else []
+            of_sides = [f"{side}_values" for side in SIDES] if inputs & {"own weights", "message roles"} else []
             return rows.select("pair_id", *of_sides, *(["pair_value"] if "own pair weights" in inputs else []))
         if role == "attributions":
             kinds = [column for kind, column in _ATTRIBUTIONS.items() if kind in self.section.inputs()]

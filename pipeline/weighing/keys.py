@@ -47,10 +47,9 @@ _PER = (
     "character of the response's text, or a message of the response"
 )
 Per = Annotated[Literal["token", "character", "message"], Field(description=_PER)]
-Rest = Annotated[float, Field(ge=0, allow_inf_nan=False, description="weight of the characters that nothing marks")]
-DiffGamma = Annotated[
-    float, Field(ge=0, allow_inf_nan=False, description="weight of the tokens that are not in the other response")
-]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rest = Annotated[Weight, Field(description="weight of the characters that nothing marks")]
+DiffGamma = Annotated[Weight, Field(description="weight of the tokens that are not in the other response")]
 
 
 def _is_pattern(text: str) -> str:
@@ -62,5 +61,19 @@ _PATTERNS = (
     "regular expressions over the text of a response, each with a weight, such as `[['@code', 2], ['(?i)sorry', 0.5]]`; the "
     "last one that matches a character counts, see [weights.md](weights.md#patterns)"
 )
-Pattern = tuple[Annotated[str, AfterValidator(_is_pattern)], Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+Pattern = tuple[Annotated[str, AfterValidator(_is_pattern)], Weight]
 Patterns = Annotated[tuple[Pattern, ...], Field(description=_PATTERNS)]
+
+
+def _each_role_once(roles: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
+    if len(dict(roles)) < len(roles):
+        raise ValueError("expected each role once")
+    return roles
+
+
+_ROLES = (
+    "weights of messages by their role in responses of several, such as `[['tool', 0]]`; a pattern that matches counts more, "
+    "see [weights.md](weights.md#patterns)"
+)
+Role = tuple[Literal["assistant", "tool"], Weight]
+Roles = Annotated[tuple[Role, ...], AfterValidator(_each_role_once), Field(description=_ROLES)]

@@ -156,12 +156,17 @@ class WeightsSection(Section):
     @model_validator(mode="after")
     def _marks_are_given(self) -> "WeightsSection":
         names = self.estimators.keys()
-        if "pattern" in names and not getattr(self, "patterns", ()):
+        if "pattern" in names and not any(getattr(self, key, ()) for key in ("patterns", "roles")):
             raise ValueError(
-                "estimator 'pattern' has no pattern: set weights.patterns, for example to [['@code', 2.0]]"
+                "estimator 'pattern' has no pattern: set weights.patterns, for example to [['@code', 2.0]], or weights.roles"
             )
-        if {"column", "spans"} <= names:
-            raise ValueError("estimators 'column' and 'spans' read the same columns of the source: keep one of them")
+        of_source = [f"estimator {name!r}" for name in ("column", "spans") if name in names]
+        of_source += ["weights.roles"] if "message roles" in self.inputs() else []
+        if len(of_source) > 1:
+            raise ValueError(
+                f"{' and '.join(of_source)} each take a number for each token from the source, and there is room for one: keep "
+                "one, and write the product of both into its columns"
+            )
         return self
 
     @property
@@ -178,6 +183,8 @@ class WeightsSection(Section):
             found.add("contexts")
         if "smooth" in self.transforms and self.smooth_over == "words":
             found.add("words")
+        if "pattern" in self.estimators and getattr(self, "roles", ()):
+            found.add("message roles")
         if self.pair_weight == "margin":
             found.add("contrastive pair")
         if self.pair_weight == "column":

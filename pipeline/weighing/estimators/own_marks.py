@@ -4,7 +4,7 @@ import numpy as np
 
 from pipeline.marks.patterns import pattern_weights
 from pipeline.weighing.estimators.registry import SideScores, SideWeights, estimator
-from pipeline.weighing.keys import DiffGamma, Patterns, Per, Rest
+from pipeline.weighing.keys import DiffGamma, Patterns, Per, Rest, Roles
 
 
 @estimator("column", "your own", "own weights")
@@ -25,14 +25,15 @@ def _own(scores: SideScores) -> SideWeights:
 
 
 @estimator("pattern", "your own", "text")
-def pattern(scores: SideScores, *, patterns: Patterns = (), rest: Rest = 1.0) -> SideWeights:
-    """Return the mean over a token's characters: the weight of the last pattern that matches it, or `rest`.
+def pattern(scores: SideScores, *, patterns: Patterns = (), roles: Roles = (), rest: Rest = 1.0) -> SideWeights:
+    """Return the mean over a token's characters: the weight of the last pattern that matches it, of its role, or `rest`.
 
     Raises:
         ValueError: A pattern takes too long.
     """
     assert scores.texts is not None, "no texts"
-    return SideWeights(pattern_weights(scores.texts, patterns, rest))
+    of_roles = _own(scores).token_weights if roles else np.full(scores.num_tokens, rest, np.float32)
+    return SideWeights(pattern_weights(scores.texts, patterns, of_roles))
 
 
 @estimator("diff", "DDPO of RLHF-V, 2312.00849", "other response", zero_at={"diff_gamma": 0})

@@ -44,7 +44,7 @@ class SideScores:
     rewards: np.ndarray | None = None
     """Token rewards of a fit on labels, `[N]` nats; see `head.py`."""
     own_weights: np.ndarray | None = None
-    """The user's own weights, `[N]` float32; see `stages/annotate.py`."""
+    """The user's own weights, or those of the messages' roles, `[N]` float32; see `stages/annotate.py`."""
     differs: np.ndarray | None = None
     """Whether a token is not in the other response, `[N]` bool; see `marks/subsequence.py`."""
     texts: Texts | None = None
@@ -111,11 +111,12 @@ Input = Literal[
     "contexts",
     "own weights",
     "own pair weights",
+    "message roles",
     "other response",
     "text",
 ]
 """What weighing reads of each token. Pair and reference: their log-probs. Token keys: see `draws.py`. Labels: see `head.py`.
-Own weights are columns of the source."""
+Own weights are columns of the source, message roles those of its messages."""
 F = TypeVar("F", bound=Callable[..., SideWeights])
 
 

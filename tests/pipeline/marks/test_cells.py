@@ -1,3 +1,5 @@
+from decimal import Decimal
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -76,6 +78,7 @@ def test_what_is_no_list_of_weights_is_named(unit, value, expected):
     ("value", "expected"),
     [
         (0.5, None),
+        (Decimal("0.5"), None),  # DuckDB and Spark write them into Parquet
         (0, None),
         (-1, "column 'w': it is -1, expected a finite number >= 0"),
         (float("nan"), "column 'w': it is nan, expected a finite number >= 0"),
@@ -92,6 +95,20 @@ def test_weights_of_pairs(value, expected):
     assert (cell.problem is None) == (expected is None)
 
 
+def test_decimals_are_numbers():
+    (cell,) = read("token", {"c": [Decimal("0.25"), 1], "r": [Decimal("3")]})
+    assert [numbers.tolist() for numbers in cell.numbers.values()] == [[0.25, 1.0], [3.0]]
+    (cell,) = read("span", {"c": [[Decimal("1"), Decimal("2"), Decimal("0.5")]], "r": []})
+    assert cell.numbers["chosen"].tolist() == [1.0, 2.0, 0.5]
+
+
+@pytest.mark.parametrize("unit", ["token", "span"])
+def test_an_integer_that_no_float_holds_is_refused_later(unit):
+    value = [1, 10**400, 0.5]
+    (cell,) = read(unit, {"c": [value] if unit == "span" else value, "r": []})
+    assert cell.numbers["chosen"].tolist() == [1.0, np.inf, 0.5]
+
+
 def test_numbers_that_float32_cannot_hold_are_infinite_and_refused_later():
     (cell,) = read("token", {"c": [1e300], "r": np.array([-1e300])})
     assert [numbers.tolist() for numbers in cell.numbers.values()] == [[np.inf], [-np.inf]]
@@ -102,10 +119,9 @@ def test_a_row_that_cannot_be_read_with_its_weights_says_why():
     source = Source("made up", lambda _: iter(rows))
     assert [cell.problem for cell in CellReader(COLUMNS, "token").read(source, None)] == ["the row has 17 bytes", None]
     by_text = list(CellReader(COLUMNS, "character").read(source, Columns()))
-    assert [(cell.problem, cell.texts) for cell in by_text] == [
-        ("the row has 17 bytes", {}),
-        ("column 'chosen' has no value", {}),  # no pair at all: nobody asks for its weights
-    ]
+    assert [(cell.problem, cell.turns) for cell in by_text] == [
+        ("the row has 17 bytes", {})
+    ]  # the other is no pair at all
 
 
 def test_a_table_of_cells_has_the_numbers_of_each_row():

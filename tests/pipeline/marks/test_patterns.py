@@ -13,7 +13,8 @@ def weights(ids, *given, rest=1.0, lengths=None):
     parts = [part.encode() for part in PARTS]
     ends = np.cumsum(list(map(len, parts)))
     vocabulary = Vocabulary(np.frombuffer(b"".join(parts), np.uint8), ends, np.arange(len(parts)) == 6)
-    return pattern_weights(Texts(vocabulary, np.array(ids), np.array(lengths or [len(ids)])), given, rest).tolist()
+    texts = Texts(vocabulary, np.array(ids), np.array(lengths or [len(ids)]))
+    return pattern_weights(texts, given, np.broadcast_to(np.float32(rest), len(ids))).tolist()
 
 
 def test_a_token_has_the_mean_of_its_characters():
@@ -27,6 +28,11 @@ def test_a_token_has_the_mean_of_its_characters():
 def test_the_last_pattern_wins():
     assert weights([0, 2], ("the", 2.0), ("e|a", 5.0)) == [3.0, 3.0]
     assert weights([0, 2], ("e|a", 5.0), ("the", 2.0)) == [2.0, 3.0]
+
+
+def test_a_character_that_no_pattern_matches_has_the_rest_of_its_token():
+    # " 1" has one digit of two characters; the mark of the end is matched in part.
+    assert weights([0, 3, 6], (r"\d|end", 4.0), rest=[0.5, 3.0, 2.0]) == [0.5, 3.5, 2.0]
 
 
 def test_a_pattern_ends_with_its_response():
@@ -64,7 +70,7 @@ def test_a_pattern_that_takes_too_long_is_named(monkeypatch):
         ValueError,
         match=r"^pattern '\(\?:e\+o\?\)\+z' of weights.patterns takes more than 0.05 s in a response of 4,00",
     ):
-        pattern_weights(_texts("e" * 4000), [(r"(?:e+o?)+z", 2.0)], 1.0)
+        pattern_weights(_texts("e" * 4000), [(r"(?:e+o?)+z", 2.0)], np.ones(1))
 
 
 def _texts(text):

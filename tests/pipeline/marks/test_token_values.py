@@ -11,7 +11,7 @@ def lists(*values):
 
 def fitted(numbers, lengths, num_ends, is_cut=None):
     cut = np.array(is_cut if is_cut is not None else [False] * len(lengths))
-    flat, problems = fit(numbers, Responses(lists(*([0] * size for size in lengths)), np.array(num_ends), cut))
+    flat, problems = fit(numbers, Responses(lists(*([0] * size for size in lengths)), np.array(num_ends), cut, cut))
     return flat.tolist(), problems
 
 

@@ -55,6 +55,24 @@ def model(tmp_path_factory):
     return folder
 
 
+TURNS = [("assistant", "the mixes"), ("tool", "tool"), ("assistant", "the sailor")]
+"""The result has a text that stands in the mark of its turn too."""
+
+
+def chat(*turns):
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def by_weight(model, tokens, values):
+    """The text of the chosen response of the first row, by the weight of its tokens; in order."""
+    rows = WeightStore(tokens.store).table(tokens.table).scan(tokens.version).sort("source_row").collect()
+    ids = rows["chosen_ids"][0].to_list()
+    texts = dict.fromkeys(values, "")
+    for text, value in zip(ChatTokenizer(model).token_texts(ids), values, strict=True):
+        texts[value] += text
+    return texts
+
+
 @pytest.fixture
 def recipe_of(tmp_path, model):
     """Return a function that makes a recipe of settings."""
@@ -194,18 +212,55 @@ def test_a_number_of_a_response_is_that_of_all_its_tokens(run):
 
 
 def test_each_message_of_a_response_has_its_own_number(run, model):
-    turns = [("assistant", "the mixes"), ("tool", "question"), ("assistant", "the sailor")]
-    chosen = [{"role": role, "content": text} for role, text in turns]
-    given = row(0, chosen_weights=[2, 0, 3], rejected_weights=1) | {"chosen": chosen}
+    given = row(0, chosen_weights=[2, 0, 3], rejected_weights=1) | {"chosen": chat(*TURNS)}
     recipe, tokens, version = run([given], **{"weights.per": "message"})
-    ids = WeightStore(tokens.store).table(tokens.table).scan().collect()["chosen_ids"][0].to_list()
-    texts = dict.fromkeys((2.0, 0.0, 3.0), "")
-    for text, value in zip(
-        ChatTokenizer(model).token_texts(ids), rows_of(recipe, version)[0]["chosen_values"], strict=True
-    ):
-        texts[value] += text
-    # The marks between two messages belong to the one before them.
-    assert texts == {2.0: "the mixes</s><|tool|>", 0.0: "question<|assistant|>", 3.0: "the sailor</s>"}
+    # What opens the assistant's turn is no part of it: the model does not write it.
+    assert by_weight(model, tokens, rows_of(recipe, version)[0]["chosen_values"]) == {
+        2.0: "the mixes</s>",
+        0.0: "<|tool|>tool<|assistant|>",
+        3.0: "the sailor</s>",
+    }
+
+
+def test_characters_of_several_messages_are_counted_through(run, model):
+    text = "".join(text for _, text in TURNS)
+    spans = [[text.index("mixes"), text.index("mixes") + 5, 2], [text.index("tool"), text.index("tool") + 4, 0]]
+    given = row(0, chosen_spans=spans, rejected_spans=[]) | {"chosen": chat(*TURNS)}
+    recipe, tokens, version = run([given], **{"weights.estimator": "spans", "weights.rest": 0.5})
+    values = [round(value, 2) for value in rows_of(recipe, version)[0]["chosen_values"]]
+    found = by_weight(model, tokens, values)
+    assert (found[1.0], found[0.0]) == ("</s><|tool|><|assistant|></s>", "tool")
+    assert found[0.5] == "thethe sailor"
+    assert sum(len(piece) for value, piece in found.items() if value > 1) == len(" mixes")
+
+
+def test_roles_weigh_the_messages_of_tools(run, model, recipe_of):
+    rows = [row(0, chosen=chat(*TURNS)), row(1)]
+    settings = {"weights.estimator": "pattern", "weights.roles": [["tool", 0]], "weights.patterns": [["sailor", 4]]}
+    recipe, tokens, version = run(rows, **settings)
+    found = rows_of(recipe, version)
+    assert by_weight(model, tokens, found[0]["chosen_values"]) == {
+        1.0: "the mixes</s>the sailor</s>",
+        0.0: "<|tool|>tool<|assistant|>",
+    }
+    assert set(found[1]["chosen_values"]) == set(found[1]["rejected_values"]) == {1.0}
+    ingredients = Ingredients(tokens, logps_of(tokens, "ref"), annotations=version)
+    published = publish(recipe, recipe.weights, ingredients, tokenizer_folder=model)
+    weights = rows_of(recipe, published.weights)[0]["chosen_token_weights"]
+    by_piece = by_weight(model, tokens, [min(weight, 2.0) for weight in weights])  # a pattern counts more than the role
+    assert (by_piece[0.0], by_piece[1.0]) == ("<|tool|>tool<|assistant|>", "the mixes</s>the</s>")
+    other = recipe_of(**settings | {"weights.roles": [["tool", 0.5]], "dataset.source": recipe.dataset.source})
+    changed = annotate(other, tokens, model)
+    assert (changed.table, changed.fingerprint) != (version.table, version.fingerprint)
+
+
+def test_roles_of_rows_with_several_answers(run):
+    answers = [chat(*TURNS), chat(*TURNS[:1]), chat(("assistant", "question"))]
+    rows = [row(0, chosen=answers[:2], rejected=answers[2:]), row(1)]
+    settings = {"weights.estimator": "pattern", "weights.roles": [["tool", 0]], "dataset.many_answers": "combine"}
+    _, tokens, version = run(rows, **settings)
+    values = WeightStore(tokens.store).table(version.table).scan().collect()["chosen_values"].to_list()
+    assert sorted(0.0 in each for each in values) == [False, False, True]
 
 
 def test_weights_that_cannot_be_used_are_quarantined_with_the_reason(run, lengths):
