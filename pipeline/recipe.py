@@ -195,6 +195,15 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _own_columns_are_read(self) -> "Recipe":
+        readers = {"pair_weight_column": "weights.pair_weight 'column'"}
+        readers |= {f"{side}_weights_column": "weights.estimator 'column' or 'spans'" for side in SIDES}
+        for setting, reader in readers.items():
+            if getattr(self.dataset, setting) is not None and setting not in self.weight_columns:
+                raise ValueError(f"dataset.{setting} has no effect here, only with {reader}: leave it out")
+        return self
+
     @property
     def weight_columns(self) -> dict[str, str]:
         """The columns of the source with the user's own weights that are read, by the setting of [dataset] that names them."""

@@ -100,9 +100,15 @@ class Vocabulary:
         kinds = _decoder_kinds(backend)
         if backend is None or not kinds & {"ByteLevel", "ByteFallback", "Metaspace", "Replace"}:
             raise _not_known(name, kinds)
-        to_bytes = _bytes_of_symbols if "ByteLevel" in kinds else _bytes_of_piece
-        added = {token_id: token.content.encode() for token_id, token in backend.get_added_tokens_decoder().items()}
-        tokens = map(backend.id_to_token, range(backend.get_vocab_size()))
+        is_bytes = "ByteLevel" in kinds
+        to_bytes = _bytes_of_symbols if is_bytes else _bytes_of_piece
+        # Pieces of text may be added, such as Gemma's "▁▁"; tokens that were added to bytes stand as they are.
+        added = {
+            token_id: token.content.encode() if is_bytes or token.special else _bytes_of_piece(token.content)
+            for token_id, token in backend.get_added_tokens_decoder().items()
+        }
+        num_ids = 1 + max(backend.get_vocab().values())  # some vocabularies have gaps
+        tokens = map(backend.id_to_token, range(num_ids))
         parts = [added.get(token_id) or to_bytes(token or "") for token_id, token in enumerate(tokens)]
         ends = np.cumsum([len(part) for part in parts])
         found = cls(np.frombuffer(b"".join(parts), np.uint8), ends, special_tokens(tokenizer))
@@ -180,7 +186,7 @@ class Texts:
 
 def special_tokens(tokenizer: "Tokenizer | PreTrainedTokenizerBase") -> np.ndarray:
     """Return which ids the tokenizer calls special, `[V]` bool."""
-    size = len(tokenizer) if hasattr(tokenizer, "__len__") else tokenizer.get_vocab_size()
+    size = 1 + max(tokenizer.get_vocab().values())  # some vocabularies have gaps
     return np.isin(np.arange(size), list(TokenTexts(tokenizer).special_ids))
 
 

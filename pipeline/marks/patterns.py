@@ -37,10 +37,14 @@ def compile_pattern(text: str) -> "regex.Pattern[str]":
         return regex.compile(READY.get(text, text))
     except regex.error as error:
         raise ValueError(f"{text!r} is no regular expression: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{text[:40]!r}… is no regular expression: it is nested too deep") from error
 
 
-def pattern_weights(texts: Texts, patterns: Sequence[tuple[str, float]], rest: np.ndarray) -> np.ndarray:
-    """Return the weight of each token, `[N]` float32.
+def pattern_weights(
+    texts: Texts, patterns: Sequence[tuple[str, float]], rest: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the weight of each token, `[N]` float32, and how often each pattern matches something, `[P]`.
 
     A character has the weight of the last pattern that matches it, or else the `rest` of its token, `[N]`; a token has the mean
     of its characters. A special token, such as the end of a turn, is matched whole or not at all.
@@ -48,20 +52,24 @@ def pattern_weights(texts: Texts, patterns: Sequence[tuple[str, float]], rest: n
     Raises:
         ValueError: A pattern takes too long.
     """
-    found, at = [], 0
+    found, num_matches, at = [], np.zeros(len(patterns), np.int64), 0
     for characters in texts.parts():
-        found.append(_of_part(characters, patterns, rest[at : at + len(characters.first)]))
+        found.append(_of_part(characters, patterns, rest[at : at + len(characters.first)], num_matches))
         at += len(characters.first)
-    return np.concatenate(found)
+    return np.concatenate(found), num_matches
 
 
-def _of_part(characters: Characters, patterns: Sequence[tuple[str, float]], rest: np.ndarray) -> np.ndarray:
+def _of_part(
+    characters: Characters, patterns: Sequence[tuple[str, float]], rest: np.ndarray, num_matches: np.ndarray
+) -> np.ndarray:
+    """Return the weight of each token; add to the number of matches."""
     weights, is_matched = np.zeros(characters.starts[-1]), np.zeros(characters.starts[-1])
     for text, (low, high) in zip(characters.texts, pairwise(characters.starts.tolist()), strict=True):
-        for pattern, weight in patterns:
+        for number, (pattern, weight) in enumerate(patterns):
             for start, end in _matches(pattern, text):
                 weights[low:high][start:end] = weight
                 is_matched[low:high][start:end] = 1
+                num_matches[number] += end > start
     share = characters.means(is_matched, 0.0)
     is_partly = characters.is_special & (share < 1)
     return np.where(is_partly, rest, characters.means(weights, 0.0) + (1 - share) * rest).astype(np.float32)

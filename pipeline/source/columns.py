@@ -163,7 +163,7 @@ def resolve_columns(dataset: DatasetSection, source: Source, others: Mapping[str
         InputError: A column is missing, or a column holds transcripts and other texts.
     """
     count, names = TextCount(), dict.fromkeys(source.columns or [])
-    columns = _check_doubled(source, find_columns(dataset, names)) if names else Columns()
+    columns = _check_doubled(source, find_columns(dataset, names), others) if names else Columns()
     asked = {*columns.responses, columns.prompt or "", columns.input or ""}
     has_texts = columns.prompt is not None and (source.texts is None or not asked.isdisjoint(source.texts))
     if None in (source.columns, source.texts) or (dataset.transcript == "auto" and has_texts):
@@ -198,8 +198,8 @@ def _find_prompt(dataset: DatasetSection, names: Collection[str]) -> str | None:
     return dataset.prompt_column or _find(dataset, "prompt", names, responses)
 
 
-def _check_doubled(source: Source, columns: Columns) -> Columns:
-    doubled = sorted(source.doubled & columns.needed())
+def _check_doubled(source: Source, columns: Columns, others: Mapping[str, str]) -> Columns:
+    doubled = sorted(source.doubled & {*columns.needed(), *others.values()})
     if doubled:
         raise InputError(f"dataset.source {source.name} has the column {doubled[0]!r} twice; rename one of them")
     return columns
@@ -226,7 +226,7 @@ def check_source(dataset: DatasetSection, others: Mapping[str, str] = _NO_OTHERS
                 return
             except InputError:  # a later row may have the column
                 continue
-    _check_others(dataset, _check_doubled(source, find_columns(dataset, names)), others, names)
+    _check_others(dataset, _check_doubled(source, find_columns(dataset, names), others), others, names)
 
 
 # --- finding -----------------------------------------------------------------------------------------------------------

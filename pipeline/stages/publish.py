@@ -25,7 +25,7 @@ from weights_store.fingerprint import explain_difference, fingerprint
 from weights_store.messages import logger
 from weights_store.names import name_of, weights_path
 from weights_store.processes.spread import Spread, in_turn
-from weights_store.schemas import SCHEMA_VERSION, Reason
+from weights_store.schemas import SCHEMA_VERSION, SIDES, Reason
 from weights_store.tables.metadata import CommitMetadata, ContrastRecord, Identity, ParityRecord, Section, Statistics
 
 _log = logger(__name__)
@@ -144,6 +144,7 @@ def _publish(
         appended_to, shards, statistics = weigh_rows(*task, spread or in_turn)
     if statistics is None:
         raise InputError(f"no pair of {ingredients.tokens} has all its scores; nothing to publish")
+    _warn_of_idle_patterns(weights, statistics)
     metadata = _metadata(recipe.model_copy(update={"weights": weights}), ingredients, wanted, statistics)
     if ingredients.positive_logps is not None and recipe.contrast.trains:
         metadata["contrast"] = _contrast_record(recipe, ingredients.tokens, seen)
@@ -164,6 +165,15 @@ def _publish(
 def _published(wanted: "Wanted", weights: TableVersion, metadata: CommitMetadata, is_new: bool) -> Published:
     section, statistics, parity = wanted.section, metadata["statistics"], metadata.get("parity")
     return Published(weights, section.name, statistics, metadata["changes"], is_new, parity, section.result_settings())
+
+
+def _warn_of_idle_patterns(weights: WeightsSection, statistics: Statistics) -> None:
+    """Name the patterns that match nothing in any response: they are misspelt, or were written for another template."""
+    counts = [statistics[side].get("num_matches") for side in SIDES]
+    totals = [sum(each) for each in zip(*filter(None, counts), strict=True)]
+    for (pattern, _), total in zip(getattr(weights, "patterns", ()) if totals else (), totals, strict=True):
+        if not total:
+            _log.warning(f"publish: pattern {pattern!r} of weights.patterns matches nothing in any response")
 
 
 # --- what a version records -------------------------------------------------------------------------------------------

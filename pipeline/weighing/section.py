@@ -146,6 +146,8 @@ class WeightsSection(Section):
         for name, estimator in self.estimators.items():
             at = estimator.zero_at
             has_zeros = at is not None and all(getattr(self, key) == value for key, value in at.items())
+            marked = [*getattr(self, "patterns", ()), *getattr(self, "roles", ())] if name == "pattern" else []
+            has_zeros |= any(weight == 0 for _, weight in marked)
             if has_zeros and "shrink" in self.transforms:
                 raise ValueError(
                     f"weights.transforms: 'shrink' takes the log of weights, and estimator {name!r} gives weights of 0: "
@@ -156,7 +158,7 @@ class WeightsSection(Section):
     @model_validator(mode="after")
     def _marks_are_given(self) -> "WeightsSection":
         names = self.estimators.keys()
-        if "pattern" in names and not any(getattr(self, key, ()) for key in ("patterns", "roles")):
+        if "pattern" in names and not any(getattr(self, key, None) for key in ("patterns", "roles")):
             raise ValueError(
                 "estimator 'pattern' has no pattern: set weights.patterns, for example to [['@code', 2.0]], or weights.roles"
             )
@@ -183,7 +185,7 @@ class WeightsSection(Section):
             found.add("contexts")
         if "smooth" in self.transforms and self.smooth_over == "words":
             found.add("words")
-        if "pattern" in self.estimators and getattr(self, "roles", ()):
+        if "pattern" in self.estimators and getattr(self, "roles", None):
             found.add("message roles")
         if self.pair_weight == "margin":
             found.add("contrastive pair")

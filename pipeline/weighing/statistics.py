@@ -63,6 +63,8 @@ def _of_side(weighed: Weighed) -> SideStatistics:
         statistics["share_at_upper"] = weights.num_at_upper / num_tokens
     if weights.num_without_mass is not None:
         statistics["num_without_mass"] = weights.num_without_mass
+    if weights.num_matches is not None:
+        statistics["num_matches"] = list(weights.num_matches)
     if scores.positive_logps is not None and scores.negative_logps is not None:
         positive, negative = (x.mean(dtype=np.float64) for x in (scores.positive_logps, scores.negative_logps))
         statistics["mean_logratio"] = float(positive - negative)
@@ -111,6 +113,8 @@ def _merge_side(left: SideStatistics, right: SideStatistics) -> SideStatistics:
             merged[name] = sum(sums) / merged["num_tokens"]
     if "num_without_mass" in left and "num_without_mass" in right:
         merged["num_without_mass"] = left["num_without_mass"] + right["num_without_mass"]
+    if "num_matches" in left and "num_matches" in right:
+        merged["num_matches"] = [sum(each) for each in zip(left["num_matches"], right["num_matches"], strict=True)]
     return merged
 
 

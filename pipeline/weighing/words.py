@@ -45,7 +45,7 @@ class WordStarts:
             InputError: The tokenizer cannot be loaded.
         """
         tokenizer = load_tokenizer(folder)
-        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        tokens = tokenizer.convert_ids_to_tokens(range(1 + max(tokenizer.get_vocab().values())))
         return cls.of_vocabulary([token or "" for token in tokens], set(tokenizer.all_special_ids))
 
     def starts(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:

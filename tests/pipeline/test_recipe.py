@@ -355,11 +355,34 @@ def test_own_weights_are_read_from_the_columns_that_are_needed():
         (["weights.estimator=pattern"], "estimator 'pattern' has no pattern"),
         (["weights.estimator=pattern", "weights.patterns=[['(', 1]]"], "'(' is no regular expression"),
         (["weights.estimator=pattern", "weights.patterns=[['a', -1]]"], "greater than or equal to 0"),
-        (["weights.estimator=ensemble", "weights.members=['column','spans']"], "read the same columns of the source"),
+        (["weights.estimator=pattern", f"weights.patterns=[['{'(' * 3000}', 1]]"], "it is nested too deep"),
+        (["weights.estimator=pattern", "weights.roles=[['tool', 1], ['tool', 2]]"], "expected each role once"),
+        (["weights.estimator=pattern", "weights.roles=[['user', 1]]"], "'assistant' or 'tool'"),
+        (
+            ["weights.estimator=ensemble", "weights.members=['column','spans']"],
+            "estimator 'column' and estimator 'spans' each take a number for each token from the source",
+        ),
+        (
+            ["weights.estimator=ensemble", "weights.members=['column','pattern']", "weights.roles=[['tool', 1]]"],
+            "estimator 'column' and weights.roles each take a number for each token from the source",
+        ),
+        (
+            ["weights.estimator=head", "dataset.pair_weight_column=a"],
+            "dataset.pair_weight_column has no effect here, only with weights.pair_weight 'column': leave it out",
+        ),
+        (
+            ["weights.estimator=head", "dataset.chosen_weights_column=a", "dataset.rejected_weights_column=b"],
+            "dataset.chosen_weights_column has no effect here, only with weights.estimator 'column' or 'spans'",
+        ),
         (["weights.estimator=column", "dataset.many_answers=combine"], "makes several pairs of a row"),
         (
             ["dataset.chosen_weights_column=a"],
             "set both dataset.chosen_weights_column and dataset.rejected_weights_column",
+        ),
+        (["weights.estimator=spans", "weights.rest=0", "weights.transforms=['shrink']"], "gives weights of 0"),
+        (
+            ["weights.estimator=pattern", "weights.patterns=[['a', 0]]", "weights.transforms=['shrink']"],
+            "gives weights of 0",
         ),
         (["weights.estimator=diff", "weights.diff_gamma=0", "weights.transforms=['shrink']"], "gives weights of 0"),
     ],

@@ -125,6 +125,8 @@ class SideStatistics(TypedDict, total=False):
     share_at_lower: float
     share_at_upper: float
     num_without_mass: int
+    num_matches: list[int]
+    """How often each of `weights.patterns` matches something, in their order."""
     mean_logratio: float
 
 

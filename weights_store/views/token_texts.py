@@ -42,8 +42,8 @@ class TokenTexts:
         self._known: dict[int, str] = {}
         self._inside: dict[int, str | None] = {}
         self._num_ids: int | None = None  # it does not say, or its ids need not be consecutive
-        if hasattr(tokenizer, "get_vocab_size"):
-            self._num_ids = int(tokenizer.get_vocab_size())
+        if hasattr(tokenizer, "get_vocab"):
+            self._num_ids = 1 + max(tokenizer.get_vocab().values(), default=-1)  # some vocabularies have gaps
         elif isinstance(tokenizer, Sized) and not isinstance(tokenizer, Mapping):
             self._num_ids = len(tokenizer)
 

@@ -13,7 +13,7 @@ def column(scores: SideScores, *, per: Per = "token") -> SideWeights:  # noqa: A
     return _own(scores)
 
 
-@estimator("spans", "your own", "own weights")
+@estimator("spans", "your own", "own weights", zero_at={"rest": 0})
 def spans(scores: SideScores, *, rest: Rest = 1.0) -> SideWeights:  # noqa: ARG001 - the annotation has them already
     """Return the mean over a token's characters: the weight of the last span around it that the source has, or `rest`."""
     return _own(scores)
@@ -24,7 +24,7 @@ def _own(scores: SideScores) -> SideWeights:
     return SideWeights(scores.own_weights)
 
 
-@estimator("pattern", "your own", "text")
+@estimator("pattern", "your own", "text", zero_at={"rest": 0})
 def pattern(scores: SideScores, *, patterns: Patterns = (), roles: Roles = (), rest: Rest = 1.0) -> SideWeights:
     """Return the mean over a token's characters: the weight of the last pattern that matches it, of its role, or `rest`.
 
@@ -33,7 +33,8 @@ def pattern(scores: SideScores, *, patterns: Patterns = (), roles: Roles = (), r
     """
     assert scores.texts is not None, "no texts"
     of_roles = _own(scores).token_weights if roles else np.full(scores.num_tokens, rest, np.float32)
-    return SideWeights(pattern_weights(scores.texts, patterns, of_roles))
+    weights, num_matches = pattern_weights(scores.texts, patterns, of_roles)
+    return SideWeights(weights, num_matches=tuple(num_matches.tolist()))
 
 
 @estimator("diff", "DDPO of RLHF-V, 2312.00849", "other response", zero_at={"diff_gamma": 0})

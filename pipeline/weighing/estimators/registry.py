@@ -94,6 +94,8 @@ class SideWeights:
     """Tokens at or above its upper end."""
     num_without_mass: int | None = None
     """Responses whose values are all 0, so that they say nothing about the weights."""
+    num_matches: tuple[int, ...] | None = None
+    """How often each of `weights.patterns` matches something."""
 
 
 # --- the registry -----------------------------------------------------------------------------------------------------
@@ -164,9 +166,11 @@ def estimator(
 def ensemble(members: Sequence[SideWeights]) -> SideWeights:
     """Return the geometric mean of the weights of several estimators; it is 0 where one of them is 0. Our own.
 
-    `num_without_mass` is the sum over the members.
+    `num_without_mass` is the sum over the members, `num_matches` that of the only one which has patterns.
     """
     with np.errstate(divide="ignore"):
         logs = sum(np.log(member.token_weights, dtype=np.float64) for member in members)
     counts = [member.num_without_mass for member in members if member.num_without_mass is not None]
-    return SideWeights(np.exp(logs / len(members)).astype(np.float32), num_without_mass=sum(counts) if counts else None)
+    num_matches = next((member.num_matches for member in members if member.num_matches is not None), None)
+    weights = np.exp(logs / len(members)).astype(np.float32)
+    return SideWeights(weights, num_without_mass=sum(counts) if counts else None, num_matches=num_matches)

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
-from pipeline.marks.characters import Characters, Texts, Vocabulary
+from pipeline.marks.characters import Characters, Texts, Vocabulary, special_tokens
 from weights_store.errors import InputError, MismatchError
 
 
@@ -66,6 +68,22 @@ def test_equal_weights_stay_what_they_are():
         ["abc"], np.array([0, 3]), np.array([0, 1]), np.array([1, 2]), np.zeros(2, bool), np.ones(2, bool)
     )
     assert found.means(np.full(3, 0.1)).astype(np.float32).tolist() == [np.float32(0.1)] * 2
+
+
+def test_pieces_that_were_added_are_pieces_and_ids_may_have_gaps():
+    """As in Gemma, which lists runs of spaces and line ends among its added tokens."""
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁▁", "P", "x"]
+    vocabulary = {name: 3 * index for index, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("▁", "▁")], unk_token="<unk>", byte_fallback=True))
+    tokenizer.add_tokens([AddedToken("▁▁", normalized=False)])
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    ids, found = characters_of(wrapped, "P  x é")
+    assert vocabulary["▁▁"] in ids[0]
+    assert found.texts == ["P  x é"]
+    assert found.first.tolist() == [0, 1, 3, 4, 5, 5]
+    assert len(special_tokens(wrapped)) == len(Vocabulary.of_tokenizer(wrapped, "made up").is_special)
 
 
 def test_a_tokenizer_that_loses_white_space_is_refused(word_pieces):

@@ -9,12 +9,16 @@ PARTS = ["the", " c", "at", " 1", "2", "3 x", "<|end|>", "\n", "```", "code", "<
 """The tokens of a vocabulary, by id; id 6 is special."""
 
 
-def weights(ids, *given, rest=1.0, lengths=None):
+def weigh(ids, *given, rest=1.0, lengths=None):
     parts = [part.encode() for part in PARTS]
     ends = np.cumsum(list(map(len, parts)))
     vocabulary = Vocabulary(np.frombuffer(b"".join(parts), np.uint8), ends, np.arange(len(parts)) == 6)
     texts = Texts(vocabulary, np.array(ids), np.array(lengths or [len(ids)]))
-    return pattern_weights(texts, given, np.broadcast_to(np.float32(rest), len(ids))).tolist()
+    return pattern_weights(texts, given, np.broadcast_to(np.float32(rest), len(ids)))
+
+
+def weights(ids, *given, rest=1.0, lengths=None):
+    return weigh(ids, *given, rest=rest, lengths=lengths)[0].tolist()
 
 
 def test_a_token_has_the_mean_of_its_characters():
@@ -33,6 +37,11 @@ def test_the_last_pattern_wins():
 def test_a_character_that_no_pattern_matches_has_the_rest_of_its_token():
     # " 1" has one digit of two characters; the mark of the end is matched in part.
     assert weights([0, 3, 6], (r"\d|end", 4.0), rest=[0.5, 3.0, 2.0]) == [0.5, 3.5, 2.0]
+
+
+def test_matches_are_counted_and_nothing_is_no_match():
+    found = weigh([0, 1, 2, 3, 4], ("@digits", 2.0), ("@code", 2.0), ("x*", 2.0), ("a|t", 2.0), lengths=[2, 3])
+    assert found[1].tolist() == [2, 0, 0, 3]
 
 
 def test_a_pattern_ends_with_its_response():
