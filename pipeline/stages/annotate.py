@@ -11,10 +11,11 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from pipeline.marks.cells import CELLS, Cell, CellReader, Unit, cell_rows
+from pipeline.marks.cells import CELLS, CellReader, Unit
 from pipeline.marks.characters import Vocabulary, special_tokens
 from pipeline.marks.token_values import RangeAnnotator
 from pipeline.provenance import provenance
@@ -22,7 +23,6 @@ from pipeline.recipe import Recipe
 from pipeline.source.columns import resolve_columns
 from pipeline.source.external_sort import ExternalSort
 from pipeline.source.load import open_source
-from pipeline.source.rows import batches
 from pipeline.workers.driver import drive
 from train.model.checkpoint import load_light_tokenizer
 from weights_store import Table, TableVersion, WeightStore
@@ -30,7 +30,7 @@ from weights_store.errors import ConflictError, InputError
 from weights_store.fingerprint import fingerprint
 from weights_store.messages import Progress, logger, show
 from weights_store.names import name_of, quarantine_path
-from weights_store.processes.spread import Spread, in_turn
+from weights_store.processes.spread import Spread, in_threads
 from weights_store.schemas import QUARANTINE, SCHEMA_VERSION, Reason
 from weights_store.tables.checksums import sum_checksums
 from weights_store.tables.metadata import AnnotationRecord
@@ -43,7 +43,6 @@ _RANGE_BYTES = 32 << 20
 """Arrow bytes of the cells that are one piece of work."""
 _PLACES_BYTES = 8 << 20
 """Of the pair_ids that are held while the source is read, row by row."""
-_BATCH_CELLS, _BATCH_NUMBERS = 2000, 4 << 20
 _PLACES = pa.schema([("source_row", pa.int64()), ("pair_id", pa.string())])
 
 
@@ -126,8 +125,8 @@ def annotate(recipe: Recipe, tokens: TableVersion, model_folder: Path, spread: S
         return drive("annotating pairs", recipe.score, annotate, recipe, tokens, model_folder)
     for _ in range(_MAX_TRIES - 1):
         with suppress(ConflictError):  # another build was faster: it may have made this very version
-            return _Update(wanted, model_folder, spread or in_turn).run()
-    return _Update(wanted, model_folder, spread or in_turn).run()
+            return _Update(wanted, model_folder, spread or in_threads).run()
+    return _Update(wanted, model_folder, spread or in_threads).run()
 
 
 class _Update:
@@ -177,8 +176,8 @@ class _Update:
         with ExternalSort(_PLACES, "source_row") as places:
             for rows in self.tokens.batches(wanted.tokens.version, _PLACES.names):
                 places.add(rows.select(_PLACES.names).cast(_PLACES))
-            for batch in batches(_with_pair_ids(found, places), _BATCH_CELLS, _BATCH_NUMBERS, _num_numbers):
-                cells.add(cell_rows(batch))
+            for rows in _with_pair_ids(found, places):
+                cells.add(rows)
 
     def _write(self, cells: ExternalSort, unusable: ExternalSort) -> list[ShardRecord]:
         wanted, dataset = self.wanted, self.wanted.recipe.dataset
@@ -242,16 +241,23 @@ class _Update:
         )
 
 
-def _with_pair_ids(cells: Iterator[Cell], places: ExternalSort) -> Iterator[tuple[str, Cell]]:
-    """Yield the cells of those rows that are pairs, with their pair_ids; both come in the order of the source."""
-    cell = next(cells, None)
-    for piece, rows in places.ranges(_PLACES_BYTES):
-        pair_ids = dict(zip(rows["source_row"].to_pylist(), rows["pair_id"].to_pylist(), strict=True))
-        while cell is not None and (piece.high is None or cell.source_row < int(piece.high)):
-            if cell.source_row in pair_ids:
-                yield pair_ids[cell.source_row], cell
-            cell = next(cells, None)
-
-
-def _num_numbers(found: tuple[str, Cell]) -> int:
-    return sum(map(len, found[1].numbers.values()))
+def _with_pair_ids(found: Iterator[pa.Table], places: ExternalSort) -> Iterator[pa.Table]:
+    """Yield the rows of `FOUND` as rows of `CELLS`, once for each pair of their row; both come in the order of the source."""
+    rows = next(found, None)
+    for piece, of_pairs in places.ranges(_PLACES_BYTES):
+        places_of_pairs = of_pairs["source_row"].to_numpy()
+        while rows is not None:
+            source_rows = rows["source_row"].to_numpy()
+            if piece.high is not None:
+                source_rows = source_rows[: np.searchsorted(source_rows, int(piece.high))]
+            starts = np.searchsorted(places_of_pairs, source_rows)
+            num_pairs = np.searchsorted(places_of_pairs, source_rows, side="right") - starts
+            cells = rows.slice(0, len(source_rows))
+            if (num_pairs != 1).any():
+                cells = cells.take(pa.array(np.repeat(np.arange(len(source_rows)), num_pairs)))
+            of_cells = np.repeat(starts - np.cumsum(num_pairs) + num_pairs, num_pairs) + np.arange(num_pairs.sum())
+            yield cells.set_column(0, CELLS.field("pair_id"), of_pairs["pair_id"].take(pa.array(of_cells)))
+            if len(source_rows) < len(rows):
+                rows = rows.slice(len(source_rows))
+                break
+            rows = next(found, None)
