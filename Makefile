@@ -13,7 +13,7 @@ export VLLM_NO_USAGE_STATS := 1
 
 .PHONY: help install environments test-server-flows check-deploy \
 	demo test test-server fault-table torture test-families \
-	bench-store bench-checks bench-scale bench-score bench-attribute bench-train bench-view bench-quality gpu roofline \
+	bench-store bench-checks bench-scale bench-own-weights bench-score bench-attribute bench-train bench-view bench-quality gpu roofline \
 	lint format lock rehearse clean
 
 help:  ## show this list
@@ -79,6 +79,10 @@ bench-store: $(INSTALLED)  ## size and speed of the weight store -> benchmarks/r
 
 bench-checks: $(INSTALLED)  ## what it costs to compare what is read with its commit -> benchmarks/results/checks.json (three minutes)
 	$(BIN)/python benchmarks/checks.py
+
+NUM_OWN_PAIRS ?= 1000000
+bench-own-weights: $(INSTALLED)  ## weights of a user's own beside tokenising -> benchmarks/results/own_weights.json (NUM_OWN_PAIRS=100000: a minute)
+	$(BIN)/python -m benchmarks.own_weights --pairs $(NUM_OWN_PAIRS)
 
 bench-score: $(INSTALLED)  ## speed of scoring against prefill, plain vLLM and the official way -> benchmarks/results/score.json
 	$(BIN)/python benchmarks/score.py

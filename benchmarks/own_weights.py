@@ -1,17 +1,21 @@
 """What a user's own weights cost: stage annotate and weighing, beside the tokenisation of the same pairs.
 
-    python -m benchmarks.own_weights [--pairs 100000] [--tokens 200]
+    python -m benchmarks.own_weights [--pairs 100000] [--tokens 200] [--runs 3]
 
-The pairs are random ids in a tokens table, with numbers per token in a Parquet file and in a JSONL file (a tenth of the pairs).
-"Any" numbers are all different, which is the most work for files; "few" are one of nine, as rules and annotators give them.
+It writes medians of the runs to `benchmarks/results/own_weights.json`, beside those of other numbers of pairs. The pairs are
+random ids in a tokens table, with numbers per token in a Parquet file and in a JSONL file (a tenth of the pairs). "Any" numbers
+are all different, which is the most work for files; "few" are one of nine, as rules and annotators give them.
 """
 
 import argparse
 import json
 import os
+import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +23,7 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.machine import describe
 from pipeline.chat.pair_ids import Limits
 from pipeline.chat.tokenizer import ChatTokenizer
 from pipeline.recipe import Recipe
@@ -29,6 +34,7 @@ from weights_store.digests import digest_once
 from weights_store.schemas import TOKENS
 from weights_store.settings import parse_settings
 
+RESULTS = Path(__file__).parent / "results" / "own_weights.json"
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -40,19 +46,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=100_000)
     parser.add_argument("--tokens", type=int, default=200, help="of each response")
+    parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = make_model(folder / "model")
-        figures = {"pairs": args.pairs, "tokens_per_response": args.tokens, "load": os.getloadavg()[0]}
-        figures["tokenise_tokens_per_s"] = tokenise(model, args.tokens)
+        figures: dict[str, object] = {
+            "machine": describe("pyarrow", "polars", "tokenizers"),
+            "load": round(os.getloadavg()[0], 1),
+            "runs": args.runs,
+            "tokens_per_response": args.tokens,
+            "tokenise_tokens_per_s": round(median(tokenise(model, args.tokens) for _ in range(args.runs))),
+        }
         for kind, num_pairs in (("parquet", args.pairs), ("jsonl", args.pairs // 10)):
             for numbers in ("any", "few"):
                 of_kind = folder / f"{kind}-{numbers}"
                 of_kind.mkdir()
-                found = time_annotate(of_kind, model, f".{kind}", num_pairs, args.tokens, is_few=numbers == "few")
-                figures |= {f"{kind}_{numbers}_{name}": value for name, value in found.items()}
-        print(json.dumps({key: round(value, 1) for key, value in figures.items()}, indent=1))
+                found = list(
+                    time_annotate(
+                        of_kind, model, f".{kind}", num_pairs, args.tokens, args.runs, is_few=numbers == "few"
+                    )
+                )
+                figures[f"{kind}, {numbers} numbers"] = {
+                    name: round(median(run[name] for run in found)) for name in found[0]
+                }
+                shutil.rmtree(of_kind)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[f"{args.pairs} pairs"] = figures
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
 
 
 def make_model(folder: Path) -> Path:
@@ -90,9 +112,9 @@ def tokenise(model: Path, num_tokens: int, num_pairs: int = 2000) -> float:
 
 
 def time_annotate(
-    folder: Path, model: Path, ending: str, num_pairs: int, num_tokens: int, is_few: bool = False
-) -> dict[str, float]:
-    """Return response tokens a second of stage annotate, numbers per token."""
+    folder: Path, model: Path, ending: str, num_pairs: int, num_tokens: int, num_runs: int, *, is_few: bool = False
+) -> Iterator[dict[str, float]]:
+    """Yield response tokens a second of stage annotate, numbers per token."""
     draw = np.random.default_rng(1)
     path = folder / f"pairs{ending}"
     offsets = np.arange(num_pairs + 1, dtype=np.int32) * num_tokens
@@ -124,13 +146,14 @@ def time_annotate(
     rows |= {"rejected_ids": ids, "source_row": draw.permutation(num_pairs), "split": ["train"] * num_pairs}
     rows |= {f"{side}_score": pa.nulls(num_pairs, pa.float32()) for side in ("chosen", "rejected")}
     tokens = write_tokens(recipe, pa.table([pa.array(rows[f.name]).cast(f.type) for f in TOKENS], TOKENS.names))
-    started, started_cpu = time.perf_counter(), time.process_time()
-    annotate(recipe, tokens, model)
-    num_all = 2 * num_pairs * num_tokens
-    rate, cpu_rate = (
-        num_all / (now - then) for now, then in ((time.perf_counter(), started), (time.process_time(), started_cpu))
-    )
-    return {"tokens_per_s": rate, "tokens_per_cpu_s": cpu_rate}
+    del ids, rows
+    for _ in range(num_runs):
+        shutil.rmtree(Path(recipe.store.uri) / "annotations", ignore_errors=True)
+        started, started_cpu = time.perf_counter(), time.process_time()
+        annotate(recipe, tokens, model)
+        taken, taken_cpu = time.perf_counter() - started, time.process_time() - started_cpu
+        num_all = 2 * num_pairs * num_tokens
+        yield {"tokens_per_s": num_all / taken, "tokens_per_cpu_s": num_all / taken_cpu}
 
 
 def write_tokens(recipe: Recipe, rows: pa.Table) -> TableVersion:

@@ -4,7 +4,7 @@ Called by `stages/annotate.py`. Whether they fit the tokens of the responses is 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal, NamedTuple
@@ -12,19 +12,19 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from pipeline.source.arrow_files import is_number, lists_of_numbers
 from pipeline.source.columns import Columns
 from pipeline.source.intake import pairs_of
 from pipeline.source.messages import Message, Unusable, texts_of
 from pipeline.source.responses import as_turns
-from pipeline.source.rows import RawRow, Source
+from pipeline.source.rows import Block, RawRow, Source, batches
 from weights_store.fingerprint import canonical_json, ordered_json
 from weights_store.schemas import FLOATS, SIDES, Side
 
 Unit = Literal["token", "character", "message", "span", "role"]
 """What the numbers of a cell stand for; roles have theirs in the recipe, and none in a cell."""
-CELLS = pa.schema(
+_CELL = pa.schema(
     [
-        ("pair_id", pa.string()),
         ("chosen", FLOATS),
         ("rejected", FLOATS),
         ("pair", pa.float32()),
@@ -38,6 +38,11 @@ CELLS = pa.schema(
 """The numbers of one pair, where its row has the columns that are asked for; a span is start, end and weight.
 Texts are those of the messages of each response; if there are several, messages are these, as JSON. If there is a problem,
 nothing else of the row may be used."""
+FOUND = pa.schema([("source_row", pa.int64()), ("of_pair", pa.string()), *_CELL])
+"""The cells of rows of the source; `of_pair` where a row may have several pairs."""
+CELLS = pa.schema([("pair_id", pa.string()), *_CELL])
+"""The cells of pairs."""
+_BATCH_CELLS, _BATCH_NUMBERS = 2000, 4 << 20
 _SPAN = ("start", "end", "weight")
 
 
@@ -46,7 +51,7 @@ class BadWeightsError(Exception):
 
 
 class Cell(NamedTuple):
-    """The columns of `CELLS`, of one row of the source."""
+    """The columns of `FOUND`, of one row of the source."""
 
     source_row: int
     numbers: dict[Side, np.ndarray]
@@ -70,18 +75,53 @@ class CellReader:
     columns: Mapping[str, str]
     unit: Unit | None
 
-    def read(self, source: Source, pair_columns: Columns | None) -> Iterator[Cell]:
-        """Yield the cells of all rows in the order of the source; if texts are counted, only those of pairs.
+    def read(self, source: Source, pair_columns: Columns | None) -> Iterator[pa.Table]:
+        """Yield the cells of all rows in the order of the source, also of rows that are no pairs, as tables of `FOUND`.
 
         `pair_columns` are needed for all units but tokens, which are counted without the text.
 
         Raises:
             InputError: The source cannot be read.
         """
-        if pair_columns is None:
-            for row in source.rows(set(self.columns.values())):
-                yield self._cell(row, {}, row.detail if row.reason is not None else None)
-            return
+        cells = self._counted(source) if pair_columns is None else self._with_texts(source, pair_columns)
+        for batch in batches(cells, _BATCH_CELLS, _BATCH_NUMBERS, _num_numbers):
+            whole = batch.pop() if isinstance(batch[-1], pa.Table) else None  # a table ends its batch
+            if batch:
+                yield _table(batch)
+            if whole is not None:
+                yield whole
+
+    def _counted(self, source: Source) -> Iterator[Cell | pa.Table]:
+        for piece in source.pieces(set(self.columns.values())):
+            if isinstance(piece, Block) and (whole := self._whole(piece)) is not None:
+                yield whole
+            else:
+                for row in (piece,) if isinstance(piece, RawRow) else piece.rows():
+                    yield self._cell(row, {}, row.detail if row.reason is not None else None)
+
+    def _whole(self, block: Block) -> pa.Table | None:
+        """Return the cells of a block without a step per row; None if one of them is not there or no number."""
+        num_rows = block.columns.num_rows
+        if num_rows == 1:  # it may be too large
+            return None
+        columns = {"source_row": pa.array(np.arange(block.first_row, block.first_row + num_rows))}
+        for side in SIDES if self.unit else ():
+            lists = lists_of_numbers(block.columns.column(self.columns[side]))
+            if lists is None or lists[1].null_count:
+                return None
+            starts = np.concatenate([[0], np.cumsum(lists[1].to_numpy())]).astype(np.int32)
+            columns[side] = pa.ListArray.from_arrays(pa.array(starts), pa.array(_as_float32(lists[0])))
+        if "pair" in self.columns:
+            weights = block.columns.column(self.columns["pair"])
+            if not is_number(weights.type) or weights.null_count:
+                return None
+            found = _as_float32(weights.to_numpy())
+            if not (np.isfinite(found) & (found >= 0)).all():
+                return None
+            columns["pair"] = pa.array(found)
+        return pa.table([columns.get(field.name, pa.nulls(num_rows, field.type)) for field in FOUND], schema=FOUND)
+
+    def _with_texts(self, source: Source, pair_columns: Columns) -> Iterator[Cell]:
         for row, pair in pairs_of(source, pair_columns, self.columns.values()):
             if not isinstance(pair, Unusable):
                 cell = self._cell(row, {side: as_turns(getattr(pair, side)) for side in SIDES}, None)
@@ -116,7 +156,7 @@ class CellReader:
         if self.unit == "span":
             return _spans(value)
         if isinstance(value, np.ndarray):
-            return value if value.dtype == np.float32 else _as_float32(value)
+            return _as_float32(value)
         if self.unit == "message" and _is_number(value):
             value = [value]
         if not isinstance(value, list | tuple):
@@ -128,22 +168,26 @@ class CellReader:
         return _as_float32(value)
 
 
-def cell_rows(cells: Iterable[tuple[str, Cell]]) -> pa.Table:
-    """Return cells with their pair_ids as a table of `CELLS`."""
-    pair_ids, found = zip(*cells, strict=True)
+def _num_numbers(cell: Cell | pa.Table) -> int:
+    return _BATCH_NUMBERS + 1 if isinstance(cell, pa.Table) else sum(map(len, cell.numbers.values()))
+
+
+def _table(cells: Sequence[Cell]) -> pa.Table:
     columns: dict[str, object] = {
-        "pair_id": pair_ids,
-        "pair": [cell.pair for cell in found],
-        "problem": [cell.problem for cell in found],
+        "source_row": [cell.source_row for cell in cells],
+        "of_pair": [cell.pair_id for cell in cells],
+        "pair": [cell.pair for cell in cells],
+        "problem": [cell.problem for cell in cells],
     }
     for side in SIDES:
-        lists = [cell.numbers.get(side, _NOTHING) for cell in found]
+        lists = [cell.numbers.get(side, _NOTHING) for cell in cells]
         offsets = np.concatenate([[0], np.cumsum([len(numbers) for numbers in lists])]).astype(np.int32)
         columns[side] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(lists), pa.float32()))
-        turns = [cell.turns.get(side) for cell in found]
-        columns[f"{side}_texts"] = [each and ["".join(texts_of(message)) for message in each] for each in turns]
+        turns = [cell.turns.get(side) for cell in cells]
+        texts = [None if each is None else ["".join(texts_of(message)) for message in each] for each in turns]
+        columns[f"{side}_texts"] = texts
         columns[f"{side}_messages"] = [ordered_json(each) if each and len(each) > 1 else None for each in turns]
-    return pa.table([pa.array(columns[field.name]).cast(field.type) for field in CELLS], schema=CELLS)
+    return pa.table([pa.array(columns[field.name]).cast(field.type) for field in FOUND], schema=FOUND)
 
 
 _NOTHING = np.zeros(0, np.float32)
@@ -177,6 +221,8 @@ def _spans(value: object) -> np.ndarray:
 
 
 def _as_float32(numbers: object) -> np.ndarray:
+    if isinstance(numbers, np.ndarray) and numbers.dtype == np.float32:
+        return numbers
     with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused as such
         try:
             return np.asarray(numbers, np.float64).astype(np.float32)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.source.arrow_sizes import size_of, small_pieces
 from pipeline.source.parquet_pages import ColumnSize, column_sizes
-from pipeline.source.rows import MAX_ROW_BYTES, ROWS_PER_BATCH, RawRow, Source, too_large
+from pipeline.source.rows import MAX_ROW_BYTES, ROWS_PER_BATCH, Block, Piece, RawRow, Source, too_large
 from weights_store.errors import InputError
 from weights_store.messages import first_line
 from weights_store.schemas import Reason
@@ -133,15 +133,16 @@ def arrow_source(name: str, schema: pa.Schema, parts: Iterable[Part]) -> Source:
     names = schema.names
     doubled = frozenset(column for column in names if names.count(column) > 1)
 
-    def read(columns: Collection[str] | None = None) -> Iterator[RawRow]:
-        return _rows(name, parts, [column for column in names if columns is None or column in columns])
+    def read(columns: Collection[str] | None = None) -> Iterator[Piece]:
+        return _pieces(name, parts, [column for column in names if columns is None or column in columns])
 
     return Source(name, read, list(dict.fromkeys(names)), texts, doubled)
 
 
-def _rows(name: str, parts: Iterable[Part], columns: list[str]) -> Iterator[RawRow]:
+def _pieces(name: str, parts: Iterable[Part], columns: list[str]) -> Iterator[Piece]:
     index = 0
     for part, batches in parts:
+        where = f"dataset.source {name}: {part}"
         try:
             for batch in batches(columns):
                 if isinstance(batch, Unread):
@@ -149,15 +150,23 @@ def _rows(name: str, parts: Iterable[Part], columns: list[str]) -> Iterator[RawR
                     index += batch.num_rows
                     continue
                 for piece in small_pieces(batch):
-                    yield from _values(piece, index)
+                    yield Block(index, piece, partial(_rows, where))
                     index += piece.num_rows
+        except InputError:
+            raise
         except (OSError, ValueError, pa.ArrowException) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"dataset.source {name}: {part} is damaged, after row {index}: {first_line(error)}; copy or download the "
-                "file again"
-            ) from error
+            raise _damaged(where, index, error) from error
+
+
+def _rows(where: str, batch: pa.RecordBatch | pa.Table, index: int) -> Iterator[RawRow]:
+    try:
+        yield from _values(batch, index)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _damaged(where, index, error) from error
+
+
+def _damaged(where: str, index: int, error: Exception) -> InputError:
+    return InputError(f"{where} is damaged, after row {index}: {first_line(error)}; copy or download the file again")
 
 
 def _values(batch: pa.RecordBatch | pa.Table, index: int) -> Iterator[RawRow]:
@@ -208,20 +217,34 @@ def _python_rows(batch: pa.RecordBatch | pa.Table) -> list[dict[str, object]]:
 
 def _arrays(column: pa.Array | pa.ChunkedArray) -> "list[np.ndarray | None] | None":
     """Return a column of lists of numbers as arrays; None if it holds something else, or a list without a number somewhere."""
-    kind = column.type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    if not is_list or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
+    lists = lists_of_numbers(column)
+    if lists is None:
         return None
-    lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    numbers = lists.flatten()
-    if numbers.null_count:
-        return None
-    lengths, values = pc.list_value_length(lists), numbers.to_numpy()
+    values, lengths = lists
     ends = np.cumsum(lengths.fill_null(0).to_numpy(zero_copy_only=False)).tolist()
     found: list[np.ndarray | None] = [values[start:end] for start, end in pairwise([0, *ends])]
     for index in np.flatnonzero(lengths.is_null().to_numpy(zero_copy_only=False)):
         found[index] = None
     return found
+
+
+def lists_of_numbers(column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, pa.Array] | None:
+    """Return the numbers of a column of lists, one after the other, `[N]`, and how many each has, null for no list, `[B]`.
+
+    None if it holds something else, or a list without a number somewhere.
+    """
+    kind = column.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not is_list or not is_number(kind.value_type):
+        return None
+    lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    numbers = lists.flatten()
+    return None if numbers.null_count else (numbers.to_numpy(), pc.list_value_length(lists))
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """Return whether a type has numbers."""
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
 
 
 def _decoder(kind: pa.DataType) -> Callable[[Any], Any] | None:

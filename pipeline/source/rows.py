@@ -3,10 +3,13 @@
 The kinds are in `json_files.py` and `arrow_files.py`; `load.py` chooses.
 """
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain, islice
-from typing import TypeVar
+from itertools import chain
+from typing import ClassVar, TypeVar
+
+import pyarrow as pa
 
 from weights_store.schemas import Reason
 
@@ -27,6 +30,54 @@ class RawRow:
     raw: str = ""
     """The text of the row, if the source is text."""
     split: str = ""
+
+    num_rows: ClassVar[int] = 1
+
+    # Neither with `replace`, which takes ten times as long.
+    def in_split(self, split: str) -> "RawRow":
+        """Return the row, of that split."""
+        return RawRow(self.source_row, self.value, self.reason, self.detail, self.raw, split)
+
+    def moved(self, by: int) -> "RawRow":
+        """Return the row, that many places later in the source."""
+        return RawRow(self.source_row + by, self.value, self.reason, self.detail, self.raw, self.split)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows that follow each other, as columns: for work that would take longer with a Python object for each row."""
+
+    first_row: int
+    """Its place in the source."""
+    columns: pa.RecordBatch | pa.Table
+    read: Callable[[pa.RecordBatch | pa.Table, int], Iterator[RawRow]]
+    """Makes rows of the columns and the place of the first one."""
+    split: str = ""
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows it has."""
+        return int(self.columns.num_rows)
+
+    def in_split(self, split: str) -> "Block":
+        """Return the rows, of that split."""
+        return replace(self, split=split)
+
+    def moved(self, by: int) -> "Block":
+        """Return the rows, that many places later in the source."""
+        return replace(self, first_row=self.first_row + by)
+
+    def first(self, num_rows: int) -> "Block":
+        """Return the first rows."""
+        return replace(self, columns=self.columns.slice(0, num_rows))
+
+    def rows(self) -> Iterator[RawRow]:
+        """Yield the rows one by one."""
+        rows = self.read(self.columns, self.first_row)
+        return (row.in_split(self.split) for row in rows) if self.split else rows
+
+
+Piece = RawRow | Block
 
 
 def too_large(source_row: int, what: str, raw: str = "(not read)") -> RawRow:
@@ -59,8 +110,8 @@ class Source:
 
     name: str
     """As the recipe names it."""
-    read: Callable[[Collection[str] | None], Iterator[RawRow]]
-    """Reads the rows from the first one; given columns, only these where the format allows it."""
+    read: Callable[[Collection[str] | None], Iterator[Piece]]
+    """Reads all rows from the first one; given columns, only these where the format allows it."""
     columns: list[str] | None = None
     """All columns, in order; None if only the rows say."""
     texts: frozenset[str] | None = None
@@ -79,11 +130,25 @@ class Source:
         Raises:
             InputError: The source is damaged.
         """
-        rows = islice(self.read(columns), self.max_rows)
-        if not self.split:
-            return rows
-        # Not with `replace`, which takes ten times as long.
-        return (RawRow(row.source_row, row.value, row.reason, row.detail, row.raw, self.split) for row in rows)
+        for piece in self.pieces(columns):
+            if isinstance(piece, RawRow):
+                yield piece
+            else:
+                yield from piece.rows()
+
+    def pieces(self, columns: Collection[str] | None = None) -> Iterator[Piece]:
+        """Yield the same rows, in blocks where the format has columns.
+
+        Raises:
+            InputError: The source is damaged.
+        """
+        num_left = sys.maxsize if self.max_rows is None else self.max_rows
+        for piece in self.read(columns) if num_left else ():
+            of_split = piece.in_split(self.split) if self.split else piece
+            yield of_split.first(num_left) if isinstance(of_split, Block) and of_split.num_rows > num_left else of_split
+            num_left -= piece.num_rows
+            if num_left <= 0:  # before the next one is read, which may be damaged
+                return
 
 
 def joined(name: str, sources: list[Source]) -> Source:
@@ -91,13 +156,13 @@ def joined(name: str, sources: list[Source]) -> Source:
     if len(sources) == 1:
         return sources[0]
 
-    def read(columns: Collection[str] | None) -> Iterator[RawRow]:
+    def read(columns: Collection[str] | None) -> Iterator[Piece]:
         start = 0
         for source in sources:
             num_rows = 0
-            for row in source.rows(columns):
-                num_rows += 1
-                yield replace(row, source_row=start + row.source_row)
+            for piece in source.pieces(columns):
+                num_rows += piece.num_rows
+                yield piece.moved(start)
             start += num_rows
 
     known = [source.columns for source in sources]

@@ -11,11 +11,13 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.chat.tokenizer import ChatTokenizer
-from pipeline.marks.cells import CELLS, Cell, CellReader, Unit, cell_rows
+from pipeline.marks.cells import CELLS, CellReader, Unit
 from pipeline.marks.characters import Vocabulary, special_tokens
 from pipeline.marks.token_values import RangeAnnotator
 from pipeline.provenance import provenance
@@ -23,7 +25,6 @@ from pipeline.recipe import Recipe
 from pipeline.source.columns import resolve_columns
 from pipeline.source.external_sort import ExternalSort
 from pipeline.source.load import open_source
-from pipeline.source.rows import batches
 from pipeline.workers.driver import drive
 from train.model.checkpoint import load_light_tokenizer
 from weights_store import Table, TableVersion, WeightStore
@@ -31,7 +32,7 @@ from weights_store.errors import ConflictError, InputError
 from weights_store.fingerprint import fingerprint
 from weights_store.messages import Progress, logger, show
 from weights_store.names import name_of, quarantine_path
-from weights_store.processes.spread import Spread, in_turn
+from weights_store.processes.spread import Spread, in_threads, in_turn
 from weights_store.schemas import QUARANTINE, SCHEMA_VERSION, Reason
 from weights_store.tables.checksums import sum_checksums
 from weights_store.tables.metadata import AnnotationRecord
@@ -44,7 +45,6 @@ _RANGE_BYTES = 32 << 20
 """Arrow bytes of the cells that are one piece of work."""
 _PLACES_BYTES = 8 << 20
 """Of the pair_ids that are held while the source is read, row by row."""
-_BATCH_CELLS, _BATCH_NUMBERS = 2000, 4 << 20
 _PLACES = pa.schema([("source_row", pa.int64()), ("pair_id", pa.string())])
 
 
@@ -125,7 +125,7 @@ def annotate(recipe: Recipe, tokens: TableVersion, model_folder: Path, spread: S
     """Bring the annotations that a recipe asks for up to a version of the tokens table; return their version.
 
     `spread` does the work on the ranges of pair_ids; None: on Ray if the recipe says so, which a child process drives, else
-    here, one after the other.
+    here: on all cores if tokens are only counted, one range after the other if texts are compared, which takes Python's lock.
 
     Raises:
         InputError: The source cannot be read or has changed since it was prepared, lacks a column, or no pair has weights that
@@ -138,10 +138,11 @@ def annotate(recipe: Recipe, tokens: TableVersion, model_folder: Path, spread: S
         return wanted.table.reference()
     if spread is None and recipe.score.executor == "ray":
         return drive("annotating pairs", recipe.score, annotate, recipe, tokens, model_folder)
+    spread = spread or (in_turn if wanted.reads_texts else in_threads)
     for _ in range(_MAX_TRIES - 1):
         with suppress(ConflictError):  # another build was faster: it may have made this very version
-            return _Update(wanted, model_folder, spread or in_turn).run()
-    return _Update(wanted, model_folder, spread or in_turn).run()
+            return _Update(wanted, model_folder, spread).run()
+    return _Update(wanted, model_folder, spread).run()
 
 
 class _Update:
@@ -191,8 +192,8 @@ class _Update:
         with ExternalSort(_PLACES, "source_row") as places:
             for rows in self.tokens.batches(wanted.tokens.version, _PLACES.names):
                 places.add(rows.select(_PLACES.names).cast(_PLACES))
-            for batch in batches(_with_pair_ids(found, places), _BATCH_CELLS, _BATCH_NUMBERS, _num_numbers):
-                cells.add(cell_rows(batch))
+            for rows in _with_pair_ids(found, places):
+                cells.add(rows)
 
     def _write(self, cells: ExternalSort, unusable: ExternalSort) -> list[ShardRecord]:
         wanted, recipe = self.wanted, self.wanted.recipe
@@ -262,19 +263,27 @@ class _Update:
         )
 
 
-def _with_pair_ids(cells: Iterator[Cell], places: ExternalSort) -> Iterator[tuple[str, Cell]]:
-    """Yield the cells of those rows that are pairs, with their pair_ids; both come in the order of the source."""
-    cell = next(cells, None)
-    for piece, rows in places.ranges(_PLACES_BYTES):
-        pair_ids: dict[int, list[str]] = {}
-        for source_row, pair_id in zip(rows["source_row"].to_pylist(), rows["pair_id"].to_pylist(), strict=True):
-            pair_ids.setdefault(source_row, []).append(pair_id)
-        while cell is not None and (piece.high is None or cell.source_row < int(piece.high)):
-            for pair_id in pair_ids.get(cell.source_row, ()):
-                if cell.pair_id in (None, pair_id):
-                    yield pair_id, cell
-            cell = next(cells, None)
-
-
-def _num_numbers(found: tuple[str, Cell]) -> int:
-    return sum(map(len, found[1].numbers.values()))
+def _with_pair_ids(found: Iterator[pa.Table], places: ExternalSort) -> Iterator[pa.Table]:
+    """Yield the rows of `FOUND` as rows of `CELLS`, once for each pair of their row; both come in the order of the source."""
+    rows = next(found, None)
+    for piece, of_pairs in places.ranges(_PLACES_BYTES):
+        places_of_pairs = of_pairs["source_row"].to_numpy()
+        while rows is not None:
+            source_rows = rows["source_row"].to_numpy()
+            if piece.high is not None:
+                source_rows = source_rows[: np.searchsorted(source_rows, int(piece.high))]
+            starts = np.searchsorted(places_of_pairs, source_rows)
+            num_pairs = np.searchsorted(places_of_pairs, source_rows, side="right") - starts
+            cells = rows.slice(0, len(source_rows))
+            if (num_pairs != 1).any():
+                cells = cells.take(pa.array(np.repeat(np.arange(len(source_rows)), num_pairs)))
+            of_cells = np.repeat(starts - np.cumsum(num_pairs) + num_pairs, num_pairs) + np.arange(num_pairs.sum())
+            cells = cells.set_column(0, CELLS.field("pair_id"), of_pairs["pair_id"].take(pa.array(of_cells)))
+            of_pair = cells["of_pair"]
+            if of_pair.null_count < len(of_pair):
+                cells = cells.filter(pc.equal(of_pair, cells["pair_id"]).fill_null(True))
+            yield cells.select(CELLS.names)
+            if len(source_rows) < len(rows):
+                rows = rows.slice(len(source_rows))
+                break
+            rows = next(found, None)

@@ -4,7 +4,10 @@ Functions that go over all rows of a table take a `Spread`. Whatever it is, resu
 made of them does not depend on where the work was done. Ray's is in `pipeline/workers/ray_spread.py`: the store knows no Ray.
 """
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 _Item = TypeVar("_Item")
@@ -22,3 +25,19 @@ class Spread(Protocol):
 def in_turn(work: Callable[[_Item], _Result], items: Iterable[_Item], /) -> Iterator[_Result]:
     """Do the work of one item after the other, here."""
     return map(work, items)
+
+
+def in_threads(work: Callable[[_Item], _Result], items: Iterable[_Item], /) -> Iterator[_Result]:
+    """Do the work of as many items at once as there are cores, here: for work that is mostly outside of Python's lock."""
+    num_threads = os.cpu_count() or 1
+    pool = ThreadPoolExecutor(num_threads)
+    running: deque[Future[_Result]] = deque()
+    try:
+        for item in items:
+            if len(running) == num_threads:
+                yield running.popleft().result()
+            running.append(pool.submit(work, item))
+        while running:
+            yield running.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -165,3 +165,9 @@ def test_keys_of_two_columns_do_not_run_into_each_other():
 
 def test_checksums_add_up_around_the_end_of_64_bits():
     assert sum_checksums([{"x": WRAP, "y": 1}, {"x": 2, "z": 3}]) == {"x": 1, "y": 1, "z": 3}
+
+
+def test_lists_longer_than_what_is_summed_at_a_time(monkeypatch):
+    rows = [{"pair_id": str(size), **dict.fromkeys(KINDS), "ids": list(range(size))} for size in (5, 0, 17, 1, 3, 8, 0)]
+    monkeypatch.setattr("weights_store.tables.checksums._BLOCK", 4)
+    assert checksums(rows)["ids"] == oracle(rows, "ids", KINDS["ids"])

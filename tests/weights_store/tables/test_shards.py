@@ -27,9 +27,11 @@ def test_rounding_twice_changes_nothing_more():
     np.testing.assert_array_equal(round_mantissa(once), once)
 
 
-def test_numbers_that_are_not_finite_stay_as_they_are():
-    values = np.array([np.nan, np.inf, -np.inf], dtype=np.float32)
-    np.testing.assert_array_equal(round_mantissa(values), values)
+def test_numbers_that_are_not_finite_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr("weights_store.tables.shards._BLOCK", 3)
+    values = np.array([1 + 2**-13, np.nan, np.inf, 1, 2, 3, 1 + 3 * 2**-13, -np.inf], dtype=np.float32)
+    expected = np.array([1, np.nan, np.inf, 1, 2, 3, 1 + 2**-11, -np.inf], dtype=np.float32)
+    np.testing.assert_array_equal(round_mantissa(values), expected)
 
 
 def written(folder, rows):
