@@ -9,11 +9,12 @@ import polars as pl
 
 from train.data.dataset import WeightSource
 from train.job.output import Lineage, Result
-from train.loss.config import LOSSES
+from train.loss.config import LOSSES, PreferenceLoss
 from weights_store import WeightStore, split_name
 from weights_store.errors import StoreError
 from weights_store.sharing.markdown import LINEAGE_HEADS, front_matter, lineage_lines, settings_table, table
 from weights_store.sharing.publishable import shorten
+from weights_store.tables.metadata import Section
 
 _SECTIONS = ("loss", "optim", "model", "lora", "data", "eval")
 
@@ -32,7 +33,7 @@ def model_card(lineage: Lineage, source: WeightSource) -> str:
     settings = {section: config[section] for section in _SECTIONS if section in config}
     parts = [
         front_matter(front),
-        f"# {LOSSES[loss].title} on {source.name}",
+        f"# {_title(config['loss'])} on {source.name}",
         f"`{shorten(base)}` trained with tokenweights for {result['steps']:,} steps. The token weights and the reference's "
         "log-probs come from a precomputed, versioned dataset; everything that it was made from is listed below.",
         "## Result\n\n" + _results(result),
@@ -41,6 +42,13 @@ def model_card(lineage: Lineage, source: WeightSource) -> str:
         "## Packages\n\n" + ", ".join(f"{name} {version}" for name, version in lineage["packages"].items()),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _title(loss: Section) -> str:
+    """Return the loss with its paper, and the share of likelihood that was added to it."""
+    kind = LOSSES[str(loss["name"])]
+    nll_lambda = loss.get("nll_lambda") if issubclass(kind, PreferenceLoss) else None  # that of `uni_dpo` is its paper's
+    return f"{kind.title} + {nll_lambda:g} NLL of chosen" if nll_lambda else kind.title
 
 
 def _results(result: Result) -> str:
