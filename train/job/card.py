@@ -36,7 +36,7 @@ def model_card(lineage: Lineage, source: WeightSource) -> str:
         f"# {_title(config['loss'])} on {source.name}",
         f"`{shorten(base)}` trained with tokenweights for {result['steps']:,} steps. The token weights and the reference's "
         "log-probs come from a precomputed, versioned dataset; everything that it was made from is listed below.",
-        "## Result\n\n" + _results(result),
+        "## Result\n\n" + _results(result, source.rows_are),
         "## Settings\n\n" + settings_table(settings),
         "## Lineage\n\n" + _lineage(lineage, source),
         "## Packages\n\n" + ", ".join(f"{name} {version}" for name, version in lineage["packages"].items()),
@@ -51,16 +51,16 @@ def _title(loss: Section) -> str:
     return f"{kind.title} + {nll_lambda:g} NLL of chosen" if nll_lambda else kind.title
 
 
-def _results(result: Result) -> str:
+def _results(result: Result, rows_are: str) -> str:
     columns = {"before": result["before"], "after": result["after"]}
     if "held_out" in result:
         seen = result.get("held_out_was_seen")
         columns["held out, but seen" if seen else "held out"] = result["held_out"]
     rows = [
-        [f"`{name}`", *(f"{values.get(name, float('nan')):.4g}" for values in columns.values())]
+        [f"`{name}`", *(f"{values[name]:.4g}" if name in values else "–" for values in columns.values())]
         for name in result["after"]
     ]
-    sample = f"`before` and `after` are means over the same {result['num_sample_pairs']} pairs of the training data."
+    sample = f"`before` and `after` are means over the same {result['num_sample_pairs']} {rows_are} of the training data."
     return "\n\n".join([table(["", *columns], rows), sample, *(f"Note: {line}." for line in result["notices"])])
 
 

@@ -126,7 +126,7 @@ def unpaired(make_recipe, tmp_path, write_jsonl):
 def build(recipe, model):
     """Build the weights of a recipe as the flow does; return what was published."""
     tokens = prepare(recipe, model).tokens
-    scorers = {"ref": Scorer(model), **untrained_pair(recipe.contrast, model).scorers}
+    scorers = {"ref": Scorer(model)} | (dict(untrained_pair(recipe.contrast, model).scorers) if recipe.needs_pair else {})
     logps = {role: filled.output for role, filled in score(tokens, scorers, recipe.score, model).items()}
     anchors = sample_anchors(tokens, model, recipe.anchors, recipe.score).output
     ingredients = Ingredients.of_scorers(tokens, logps, None, anchors)
@@ -243,6 +243,25 @@ def test_from_a_file_to_a_trained_step(unpaired, toy_model, tmp_path):
         MismatchError, match=r"loss.name='dpo' compares two responses to a prompt, and 13 of 13 rows of "
     ):
         run_job(config_of(store, published, toy_model, tmp_path / "dpo", "dpo"))
+
+
+def test_the_fingerprint_says_which_responses_are_the_anchors(unpaired, toy_model, tmp_path, write_jsonl):
+    """A row keeps its anchor when rows are added, so that its numbers stay; a build of all rows at once may choose others."""
+    settings = {"weights.estimator": "random", "dataset.source": str(tmp_path / "rows.jsonl")}
+    write_jsonl(tmp_path / "rows.jsonl", unpaired_rows()[:6])
+    first = build(unpaired(**settings), toy_model)
+    write_jsonl(tmp_path / "rows.jsonl", unpaired_rows())
+    grown = build(unpaired(**settings), toy_model)
+    other = {"store.uri": str(tmp_path / "other")}
+    at_once, again = (build(unpaired(**settings, **other), toy_model) for _ in range(2))
+    anchors = [
+        dict(rows_of(WeightStore(each.weights.store), each.weights.table).select("pair_id", "anchor_ids").rows())
+        for each in (first, grown, at_once)
+    ]
+    assert anchors[0].items() <= anchors[1].items()
+    assert anchors[1] != anchors[2]
+    assert len({each.weights.fingerprint for each in (first, grown, at_once)}) == 3
+    assert (again.weights, again.is_new) == (at_once.weights, False)
 
 
 def look_at(store, published, model, folder):
