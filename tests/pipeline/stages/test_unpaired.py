@@ -11,7 +11,7 @@ from pipeline.engine.score_once import Scores
 from pipeline.parity.process import score_with_transformers
 from pipeline.prompt_check import check_prompts
 from pipeline.stages.anchors import sample_anchors
-from pipeline.stages.contrast import untrained_pair
+from pipeline.stages.contrast import contrast, untrained_pair
 from pipeline.stages.prepare import Preparation, prepare
 from pipeline.stages.publish import Ingredients, publish
 from pipeline.stages.report import write_report
@@ -222,6 +222,16 @@ def test_what_needs_two_responses_is_refused_before_a_model_starts(unpaired, toy
     prepare(unpaired(), toy_model)
     with pytest.raises(InputError, match=message):  # also if there is nothing to read any more
         prepare(unpaired(**settings), toy_model)
+
+
+def test_rows_of_one_label_train_no_contrastive_pair(unpaired, toy_model, tmp_path, write_jsonl):
+    write_jsonl(tmp_path / "pairs.jsonl", unpaired_rows()[:8:2])
+    recipe = unpaired(**{"contrast.method": "sft"})
+    tokens = prepare(recipe, toy_model).tokens
+    scored = score(tokens, {"ref": Scorer(toy_model)}, recipe.score, toy_model)["ref"].output
+    uniform = publish(recipe, recipe.uniform, Ingredients(tokens, scored)).weights
+    with pytest.raises(InputError, match=r"undesirable responses, and weights/toy/uniform@0 has no undesirable ones"):
+        contrast(recipe.contrast_settings, toy_model, uniform)
 
 
 def test_from_a_file_to_a_trained_step(unpaired, toy_model, tmp_path):
