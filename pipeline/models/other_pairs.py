@@ -74,7 +74,8 @@ def check_trainable(settings: ContrastSection, pairs: TableVersion) -> None:
         if statistics.get(side, {}).get("num_responses") == 0:
             raise InputError(
                 f"contrast.method {settings.method!r} trains one model on desirable and one on undesirable responses, and "
-                f"{pairs} has no {kind} ones: set contrast.method to 'prompt' or 'given', or contrast.weights to a dataset with both"
+                f"{pairs} has no {kind} ones: set contrast.method to 'prompt' or 'given', or contrast.weights to a dataset "
+                "with both"
             )
 
 

@@ -157,10 +157,11 @@ class PairDataset(Dataset[Pair]):
             self._copies = ShardCache(config.cache_folder, config.cache_gib)
             self._copies.warn_of_oversized(self._records)
         if len(self) == 0:
-            there = source.splits_text()
+            splits = source.splits_text()
+            there = f"; it has {splits}" if splits else ""
             raise NotFoundError(
-                f"{source.name} has no {source.rows_are} of {self.selection}{f'; it has {there}' if there else ''}. Name another split in "
-                "data.split or eval.split, leave data.split empty for all splits, or hold out more"
+                f"{source.name} has no {source.rows_are} of {self.selection}{there}. Name another split in data.split or "
+                "eval.split, leave data.split empty for all splits, or hold out more"
             )
 
     @property

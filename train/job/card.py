@@ -47,7 +47,9 @@ def model_card(lineage: Lineage, source: WeightSource) -> str:
 def _title(loss: Section) -> str:
     """Return the loss with its paper, and the share of likelihood that was added to it."""
     kind = LOSSES[str(loss["name"])]
-    nll_lambda = loss.get("nll_lambda") if issubclass(kind, PreferenceLoss) else None  # that of `uni_dpo` is its paper's
+    nll_lambda = (
+        loss.get("nll_lambda") if issubclass(kind, PreferenceLoss) else None
+    )  # that of `uni_dpo` is its paper's
     return f"{kind.title} + {nll_lambda:g} NLL of chosen" if nll_lambda else kind.title
 
 
@@ -60,7 +62,9 @@ def _results(result: Result, rows_are: str) -> str:
         [f"`{name}`", *(f"{values[name]:.4g}" if name in values else "–" for values in columns.values())]
         for name in result["after"]
     ]
-    sample = f"`before` and `after` are means over the same {result['num_sample_pairs']} {rows_are} of the training data."
+    sample = (
+        f"`before` and `after` are means over the same {result['num_sample_pairs']} {rows_are} of the training data."
+    )
     return "\n\n".join([table(["", *columns], rows), sample, *(f"Note: {line}." for line in result["notices"])])
 
 

@@ -21,7 +21,8 @@ def dry_run_lines(inputs: JobInputs, pairs: JobPairs) -> list[str]:
         size += f"{statistics['num_response_tokens']:,} response tokens"
     check = "off"
     if gate.pairs and needs.ref_logps:
-        check = f"{min(gate.pairs, num_pairs)} {source.rows_are}, at most {tolerance_of(gate, source.metadata):.2g} nats a token"
+        check = f"{min(gate.pairs, num_pairs)} {source.rows_are}, "
+        check += f"at most {tolerance_of(gate, source.metadata):.2g} nats a token"
     rows = {
         "weights": f"{source.name}, fingerprint {source.reference.fingerprint[:12]}, in {config.data.store}",
         source.rows_are: f"{num_pairs:,} to train on, {len(pairs.held_out):,} held out to measure{size}",

@@ -345,7 +345,7 @@ class Kto(_BetaLoss):
 class TisKto(Kto):
     """`kto` on weighted sums of log-ratios."""
 
-    title = "token-weighted KTO, after TKTO (arXiv 2510.05799)"
+    title = "Token-weighted KTO, after TKTO (arXiv 2510.05799)"
     reads = Needs(ref_logps=True, token_weights=True, anchors=True, mismatched=True)
     has_plain_rewards = False
 
@@ -355,7 +355,7 @@ class TisKto(Kto):
 class Sft(LossConfig):
     """Likelihood of chosen."""
 
-    title = "supervised fine-tuning"
+    title = "Supervised fine-tuning"
     reads = Needs(rejected=False)
     unit = "chosen token"
     compares = False

@@ -27,7 +27,9 @@ def summary_lines(
         counts = (statistics.get(side, {}).get("num_responses") for side in SIDES)
         labels = ("desirable", "undesirable")
         by_label = [f"{count:,} {label}" for count, label in zip(counts, labels, strict=True) if count is not None]
-        lines.append(("unpaired", ", ".join([f"{statistics['num_unpaired_rows']:,} rows with one response", *by_label])))
+        lines.append(
+            ("unpaired", ", ".join([f"{statistics['num_unpaired_rows']:,} rows with one response", *by_label]))
+        )
     if statistics.get("num_scored_pairs"):
         lines.append(("annotator scores", f"of {statistics['num_scored_pairs']:,} pairs"))
     if statistics.get("num_anchored_pairs"):

@@ -126,7 +126,9 @@ def unpaired(make_recipe, tmp_path, write_jsonl):
 def build(recipe, model):
     """Build the weights of a recipe as the flow does; return what was published."""
     tokens = prepare(recipe, model).tokens
-    scorers = {"ref": Scorer(model)} | (dict(untrained_pair(recipe.contrast, model).scorers) if recipe.needs_pair else {})
+    scorers = {"ref": Scorer(model)} | (
+        dict(untrained_pair(recipe.contrast, model).scorers) if recipe.needs_pair else {}
+    )
     logps = {role: filled.output for role, filled in score(tokens, scorers, recipe.score, model).items()}
     anchors = sample_anchors(tokens, model, recipe.anchors, recipe.score).output
     ingredients = Ingredients.of_scorers(tokens, logps, None, anchors)
