@@ -31,6 +31,8 @@ from weights_store.tables.metadata import CommitMetadata, ContrastRecord, Identi
 
 _log = logger(__name__)
 
+TO_BE_COMPUTED = "to be computed"
+"""In a dry run the fingerprint of a version that does not exist yet."""
 _MAX_TRIES = 5
 
 
@@ -238,6 +240,8 @@ def _with_balance(statistics: Statistics, ingredients: Ingredients) -> Statistic
 
 def _chosen_anchors(anchors: TableVersion) -> str:
     """Return a fingerprint of which responses the anchors are: they were chosen among the rows that there were at the time."""
+    if anchors.fingerprint == TO_BE_COMPUTED:
+        return TO_BE_COMPUTED
     records = WeightStore(anchors.store).table(anchors.table).records(anchors.version)
     return fingerprint([anchors.fingerprint, sum_checksums(record.sums for record in records)["anchor_ids"]])
 

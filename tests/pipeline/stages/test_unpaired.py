@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from pipeline.dry_run.plan import plan
 from pipeline.dry_run.source import survey
 from pipeline.engine.score_once import Scores
 from pipeline.parity.process import score_with_transformers
@@ -263,7 +264,11 @@ def test_the_fingerprint_says_which_responses_are_the_anchors(unpaired, toy_mode
     write_jsonl(tmp_path / "rows.jsonl", unpaired_rows()[:6])
     first = build(unpaired(**settings), toy_model)
     write_jsonl(tmp_path / "rows.jsonl", unpaired_rows())
-    grown = build(unpaired(**settings), toy_model)
+    recipe = unpaired(**settings, **{"model.path": str(toy_model)})
+    planned = {stage.stage: stage for stage in plan(recipe)}
+    changes = [change for change in planned["publish"].reasons if change.startswith("data.anchors: ")]
+    assert [change.endswith('-> "to be computed"') for change in changes] == [True]
+    grown = build(recipe, toy_model)
     other = {"store.uri": str(tmp_path / "other")}
     at_once, again = (build(unpaired(**settings, **other), toy_model) for _ in range(2))
     anchors = [
@@ -274,6 +279,7 @@ def test_the_fingerprint_says_which_responses_are_the_anchors(unpaired, toy_mode
     assert anchors[1] != anchors[2]
     assert len({each.weights.fingerprint for each in (first, grown, at_once)}) == 3
     assert (again.weights, again.is_new) == (at_once.weights, False)
+    assert {stage.stage for stage in plan(recipe) if stage.action == "compute"} == {"report"}
 
 
 def look_at(store, published, model, folder):
