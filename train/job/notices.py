@@ -91,8 +91,8 @@ def _of_balance(config: TrainConfig, source: WeightSource) -> list[str]:
     )
     return [
         f"{source.name} has {desirable:,} desirable and {undesirable:,} undesirable responses, which with their factors count "
-        f"{ratio:.3g} to 1; KTO's authors advise {least:g} to {most:g}: set loss.desirable_weight to {up}, or "
-        f"loss.undesirable_weight to {down}"
+        f"{ratio:.3g} to 1; KTO's paper, as TRL quotes it, advises {least:g} to {most:g}: set loss.desirable_weight to {up}, "
+        f"or loss.undesirable_weight to {down}"
     ]
 
 
