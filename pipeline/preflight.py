@@ -41,7 +41,7 @@ def check_inputs(recipe: Recipe, *, only_plan: bool = False) -> Path:
     if recipe.needs_pair and recipe.contrast.method == "given":
         check_given_models(recipe.contrast, model_folder)
     if recipe.needs_pair and recipe.contrast.weights is not None:
-        check_other_pairs(recipe.store.uri, recipe.contrast.weights, model_folder, tokenizer)
+        check_other_pairs(recipe.store.uri, recipe.contrast, recipe.contrast.weights, model_folder, tokenizer)
     check_source(recipe.dataset, recipe.weight_columns)
     return model_folder
 

@@ -33,7 +33,7 @@ _PANELS = (
     ("rewards/accuracies", "accuracy: chosen above rejected", "% of the pairs", 100.0, 50.0),
 )
 """Metric, title, unit, factor from the metric to that unit, and the value of a model that has learnt nothing."""
-_TRAINING, _HELD_OUT = "training pairs", "held-out pairs"
+_TRAINING, _HELD_OUT = "in training", "held out"
 
 
 @dataclass(frozen=True)
@@ -247,6 +247,8 @@ def _draw_panel(ax: "Axes", panel: Panel, looks: Mapping[str, Mapping[str, str]]
                 [y + sign * half for y, half in zip(curve.y, curve.half_widths, strict=True)] for sign in (-1, 1)
             )
             ax.fill_between(curve.x, low, high, color=look["color"], alpha=0.12, lw=0)
+    if not panel.curves:  # accuracies of rows with one response
+        ax.text(0.5, 0.75, "nothing was logged", ha="center", color="gray", transform=ax.transAxes)
     ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
     if panel.x_ticks is not None:
         ax.set_xticks(panel.x_ticks)

@@ -10,12 +10,10 @@ import polars as pl
 import pyarrow.compute as pc
 
 from pipeline.stages.prepare import Preparation
+from pipeline.stages.publish import TO_BE_COMPUTED
 from pipeline.workers.missing import missing_pairs
 from weights_store import Table, TableVersion
 from weights_store.schemas import OF_LATER_STAGES
-
-TO_BE_COMPUTED = "to be computed"
-"""The fingerprint of a version that does not exist yet."""
 
 
 class Amount(NamedTuple):

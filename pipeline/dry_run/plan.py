@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from pipeline.dry_run.amounts import TO_BE_COMPUTED, Amount, Outlook
+from pipeline.dry_run.amounts import Amount, Outlook
 from pipeline.dry_run.device import find_device
 from pipeline.dry_run.needs import Needs, Note
 from pipeline.dry_run.source import survey
@@ -22,7 +22,7 @@ from pipeline.stages.annotate import Annotation
 from pipeline.stages.attribute import attribution_identity
 from pipeline.stages.contrast import WantedModel, model_shelf, training_pairs, untrained_pair, wanted_models
 from pipeline.stages.prepare import Preparation
-from pipeline.stages.publish import Ingredients, Wanted
+from pipeline.stages.publish import TO_BE_COMPUTED, Ingredients, Wanted
 from pipeline.stages.report import kept_findings, report_file
 from pipeline.stages.score import REFERENCE, Scorer, identity_in
 from pipeline.weighing.section import WeightsSection

@@ -1,15 +1,17 @@
-"""Other pairs to train the contrastive models on: those of a weight dataset in the same store (`contrast.weights`)."""
+"""What contrastive models are trained on: the pairs of a weight dataset of the same store, other ones by `contrast.weights`."""
 
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.chat.tokenizer import ChatTokenizer
+from pipeline.models.section import ContrastSection
 from train.data.selection import Selection, prompt_hashes
 from weights_store import TableVersion, WeightStore
 from weights_store.errors import InputError, NotFoundError
 from weights_store.fingerprint import fingerprint_model
 from weights_store.names import split_name
+from weights_store.schemas import SIDES
 
 
 def other_pairs(store: str, weights: str) -> TableVersion:
@@ -28,13 +30,16 @@ def other_pairs(store: str, weights: str) -> TableVersion:
         ) from error
 
 
-def check_other_pairs(store: str, weights: str, model_folder: Path, tokenizer: ChatTokenizer) -> None:
+def check_other_pairs(
+    store: str, settings: ContrastSection, weights: str, model_folder: Path, tokenizer: ChatTokenizer
+) -> None:
     """Check that a weight dataset was made with this tokenizer and chat template, and with this model as its reference.
 
     Raises:
-        InputError: It does not exist, or was not.
+        InputError: It does not exist, was not, or cannot train the two models.
     """
     version = other_pairs(store, weights)
+    check_trainable(settings, version)
     metadata = WeightStore(store).table(version.table).metadata(version.version)
     found = {
         "tokenizer and chat template": metadata.get("tokenizer", {}).get("rendering"),
@@ -49,6 +54,28 @@ def check_other_pairs(store: str, weights: str, model_folder: Path, tokenizer: C
             raise InputError(
                 f"contrast.weights {weights}: {version} has another {what} than {model_folder}: recorded is "
                 f"{_short(found[what])}, expected {_short(wanted)}. Build it with the model of this recipe"
+            )
+
+
+def check_trainable(settings: ContrastSection, pairs: TableVersion) -> None:
+    """Check that a weight dataset has what the two models are trained on.
+
+    Raises:
+        InputError: It has rows with one response and `contrast.method` is "dpo", or "sft" and no response on one side.
+    """
+    statistics = WeightStore(pairs.store).table(pairs.table).metadata(pairs.version).get("statistics", {})
+    num_unpaired = statistics.get("num_unpaired_rows", 0)
+    if settings.method == "dpo" and num_unpaired:
+        raise InputError(
+            f"contrast.method 'dpo' trains on pairs, and {num_unpaired:,} rows of {pairs} have one response: set "
+            "contrast.method to 'sft', or contrast.weights to a dataset of pairs"
+        )
+    for side, kind in zip(SIDES, ("desirable", "undesirable"), strict=True):
+        if statistics.get(side, {}).get("num_responses") == 0:
+            raise InputError(
+                f"contrast.method {settings.method!r} trains one model on desirable and one on undesirable responses, and "
+                f"{pairs} has no {kind} ones: set contrast.method to 'prompt' or 'given', or contrast.weights to a dataset "
+                "with both"
             )
 
 

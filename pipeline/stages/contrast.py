@@ -14,7 +14,7 @@ from pipeline.chat.tokenizer import Condition
 from pipeline.child import check_extra
 from pipeline.models.contrastive import ModelShelf
 from pipeline.models.given import given_models
-from pipeline.models.other_pairs import other_pairs
+from pipeline.models.other_pairs import check_trainable, other_pairs
 from pipeline.models.resolve import merge_once
 from pipeline.models.section import MODEL_SIDES, ContrastSection, pair_role
 from pipeline.stages.score import Scorer
@@ -47,13 +47,14 @@ def contrast(settings: ContrastSection, model_folder: Path, uniform: TableVersio
 
     Raises:
         DamageError: A model in the store is not what was recorded.
-        InputError: There is no dataset `contrast.weights`, or a given model cannot be used.
+        InputError: There is no dataset `contrast.weights`, the pairs cannot train two models, or a given model cannot be used.
         MissingExtraError: There is something to train, and torch is not installed.
         StageError: A training job failed; carries its message.
     """
     if not settings.trains:
         return untrained_pair(settings, model_folder)
     models, pairs = model_shelf(uniform.store), training_pairs(settings, uniform)
+    check_trainable(settings, pairs)
     scorers, num_trained = {}, 0
     for model in wanted_models(settings, model_folder, uniform):
         folder = model.folder

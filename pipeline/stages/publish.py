@@ -26,10 +26,13 @@ from weights_store.messages import logger
 from weights_store.names import name_of, weights_path
 from weights_store.processes.spread import Spread, in_turn
 from weights_store.schemas import SCHEMA_VERSION, SIDES, Reason
+from weights_store.tables.checksums import sum_checksums
 from weights_store.tables.metadata import CommitMetadata, ContrastRecord, Identity, ParityRecord, Section, Statistics
 
 _log = logger(__name__)
 
+TO_BE_COMPUTED = "to be computed"
+"""In a dry run the fingerprint of a version that does not exist yet."""
 _MAX_TRIES = 5
 
 
@@ -245,6 +248,14 @@ def _with_balance(statistics: Statistics, ingredients: Ingredients) -> Statistic
     return {**statistics, "num_source_rows": prepared["num_source_rows"], "quarantined": quarantined}
 
 
+def _chosen_anchors(anchors: TableVersion) -> str:
+    """Return a fingerprint of which responses the anchors are: they were chosen among the rows that there were at the time."""
+    if anchors.fingerprint == TO_BE_COMPUTED:
+        return TO_BE_COMPUTED
+    records = WeightStore(anchors.store).table(anchors.table).records(anchors.version)
+    return fingerprint([anchors.fingerprint, sum_checksums(record.sums for record in records)["anchor_ids"]])
+
+
 @dataclass(frozen=True)
 class Wanted:
     """The version to publish, compared with the newest one."""
@@ -270,6 +281,8 @@ class Wanted:
             "tables": {role: parent.table for role, parent in parents.items()},
             "data": {role: parent.fingerprint for role, parent in parents.items()},
         }
+        if "anchors" in parents and recipe.anchors is not None and recipe.anchors.source == "mismatched":
+            identity["data"]["anchors"] = _chosen_anchors(parents["anchors"])
         base = table.version()
         return cls(table, weights, identity, base, table.metadata(base) if base is not None else None)
 

@@ -13,6 +13,7 @@ from weights_store.tables.metadata import SideStatistics, Statistics
 
 _Mean = Literal["mean_weight", "mean_logratio", "share_at_lower", "share_at_upper"]
 """Means over the tokens of a side."""
+_Count = Literal["num_responses", "num_without_mass"]
 
 
 def count_up(joined: pl.DataFrame, sides: Mapping[Side, Weighed], pair_weights: np.ndarray | None) -> Statistics:
@@ -50,8 +51,9 @@ def _of_side(weighed: Weighed) -> SideStatistics:
     scores, weights = weighed
     num_tokens = len(weights.token_weights)
     if not num_tokens:
-        return {"num_tokens": 0}
+        return {"num_responses": 0, "num_tokens": 0}
     statistics: SideStatistics = {
+        "num_responses": len(scores.lengths),
         "num_tokens": num_tokens,
         "mean_weight": float(weights.token_weights.mean(dtype=np.float64)),
         "min_weight": float(weights.token_weights.min()),
@@ -111,10 +113,12 @@ def _merge_side(left: SideStatistics, right: SideStatistics) -> SideStatistics:
         if name in left and name in right:
             sums = (part[name] * part["num_tokens"] for part in (left, right))
             merged[name] = sum(sums) / merged["num_tokens"]
-    if "num_without_mass" in left and "num_without_mass" in right:
-        merged["num_without_mass"] = left["num_without_mass"] + right["num_without_mass"]
     if "num_matches" in left and "num_matches" in right:
         merged["num_matches"] = [sum(each) for each in zip(left["num_matches"], right["num_matches"], strict=True)]
+    count: _Count
+    for count in get_args(_Count):
+        if count in left and count in right:
+            merged[count] = left[count] + right[count]
     return merged
 
 

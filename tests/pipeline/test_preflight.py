@@ -167,6 +167,23 @@ def test_other_pairs_of_another_model_are_refused(recipe_with, toy_model, tmp_pa
     check_inputs(recipe_with(**{"contrast.weights": "more/uniform@0"}))
 
 
+def test_other_rows_that_cannot_train_the_two_models_are_refused(recipe_with, toy_model, tmp_path):
+    made_with = {
+        "tokenizer": {"rendering": ChatTokenizer(toy_model).rendering_fingerprint},
+        "reference": {"model_fingerprint": fingerprint_model(toy_model)},
+        "statistics": {"num_unpaired_rows": 5, "chosen": {"num_responses": 5}, "rejected": {"num_responses": 0}},
+    }
+    other = WeightStore(tmp_path / "store").table("weights/more/uniform")
+    other.append(pa.Table.from_pylist([], WEIGHTS), {"fingerprint": "x", **made_with})
+    text = "contrast.method 'dpo' trains on pairs, and 5 rows of "
+    refused(recipe_with(**{"contrast.weights": "more/uniform"}), InputError, text)
+    by_sft = {"contrast.weights": "more/uniform", "contrast.method": "sft"}
+    refused(recipe_with(**by_sft), InputError, "weights/more/uniform@0 has no undesirable ones: set contrast.method to")
+    made_with["statistics"]["rejected"]["num_responses"] = 3
+    other.replace(pa.Table.from_pylist([], WEIGHTS), {"fingerprint": "y", **made_with})
+    check_inputs(recipe_with(**by_sft))
+
+
 # --- the store ---------------------------------------------------------------------------------------------------------
 
 

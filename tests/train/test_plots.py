@@ -123,7 +123,7 @@ def test_a_figure_is_the_same_each_time_and_needs_no_date(run):
     svg = draw_runs([run], "svg")
     assert svg == draw_runs([run], "svg")
     assert b"<dc:date>" not in svg
-    for text in (b"dpo \xce\xb2 0.1, toy/tis@1", b"held-out pairs", b"accuracy: chosen above rejected"):
+    for text in (b"dpo \xce\xb2 0.1, toy/tis@1", b"held out", b"accuracy: chosen above rejected"):
         assert b"<!-- " + text + b" -->" in svg
     assert draw_runs([run], "png").startswith(b"\x89PNG")
 

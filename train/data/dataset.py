@@ -63,15 +63,26 @@ class WeightSource:
         return self.statistics.get("num_unpaired_rows", 0)
 
     @property
+    def rows_are(self) -> str:
+        """What to call its rows in messages."""
+        return "rows" if self.num_unpaired_rows else "pairs"
+
+    @property
+    def num_responses(self) -> tuple[int, int] | None:
+        """Chosen and rejected responses of the whole version; None if they were not counted."""
+        chosen, rejected = (self.statistics.get(side, {}).get("num_responses") for side in SIDES)
+        return None if chosen is None or rejected is None else (chosen, rejected)
+
+    @property
     def anchors_are(self) -> str:
         """Where its anchors come from, `anchors.source` of its recipe."""
         recorded = self.metadata.get("identity", {}).get("settings", {}).get("anchors", {})
         return str(recorded.get("source", "sampled"))
 
     def splits_text(self) -> str:
-        """Return the splits of the version with their pairs, for messages; empty if they were not counted."""
+        """Return the splits of the version with their rows, for messages; empty if they were not counted."""
         counts = self.statistics.get("num_pairs_by_split", {})
-        return ", ".join(f"{split} ({count:,} pairs)" for split, count in counts.items())
+        return ", ".join(f"{split} ({count:,} {self.rows_are})" for split, count in counts.items())
 
     def filled_columns(self) -> set[str]:
         """Return the columns with a value in every row, of those that a loss may need."""
@@ -146,10 +157,11 @@ class PairDataset(Dataset[Pair]):
             self._copies = ShardCache(config.cache_folder, config.cache_gib)
             self._copies.warn_of_oversized(self._records)
         if len(self) == 0:
-            there = source.splits_text()
+            splits = source.splits_text()
+            there = f"; it has {splits}" if splits else ""
             raise NotFoundError(
-                f"{source.name} has no pair of {self.selection}{f'; it has {there}' if there else ''}. Name another split in "
-                "data.split or eval.split, leave data.split empty for all splits, or hold out more"
+                f"{source.name} has no {source.rows_are} of {self.selection}{there}. Name another split in data.split or "
+                "eval.split, leave data.split empty for all splits, or hold out more"
             )
 
     @property

@@ -17,17 +17,18 @@ def dry_run_lines(inputs: JobInputs, pairs: JobPairs) -> list[str]:
         reference = "the policy with its adapters off" if config.lora else "a second model beside the policy"
     statistics, size = source.statistics, ""
     if "num_pairs" in statistics and "num_response_tokens" in statistics:
-        size = f"; the version holds {statistics['num_pairs']:,} pairs, "
+        size = f"; the version holds {statistics['num_pairs']:,} {source.rows_are}, "
         size += f"{statistics['num_response_tokens']:,} response tokens"
     check = "off"
     if gate.pairs and needs.ref_logps:
-        check = f"{min(gate.pairs, num_pairs)} pairs, at most {tolerance_of(gate, source.metadata):.2g} nats a token"
+        check = f"{min(gate.pairs, num_pairs)} {source.rows_are}, "
+        check += f"at most {tolerance_of(gate, source.metadata):.2g} nats a token"
     rows = {
         "weights": f"{source.name}, fingerprint {source.reference.fingerprint[:12]}, in {config.data.store}",
-        "pairs": f"{num_pairs:,} to train on, {len(pairs.held_out):,} held out to measure{size}",
+        source.rows_are: f"{num_pairs:,} to train on, {len(pairs.held_out):,} held out to measure{size}",
         "loss": " ".join(f"{key}={value}" for key, value in job["loss"].items()),
         "model": f"{config.model.path}, fingerprint {job['model']['fingerprint'][:12]}, {config.model.dtype}",
-        "steps": f"{batches.num_steps:,} of {optim.pairs_per_step} pairs "
+        "steps": f"{batches.num_steps:,} of {optim.pairs_per_step} {source.rows_are} "
         f"({batches.num_positions / num_pairs:.3g} epochs), {optim.tokens_per_batch or FIRST_TOKENS:,} tokens at a time",
         "reference": reference,
         "gate": check,

@@ -7,11 +7,21 @@ from collections.abc import Sequence
 
 from train.config import TrainConfig
 from train.data.dataset import Pair, WeightSource
+from train.loss.config import Kto
+
+_BALANCED = (1.0, 1.33)
+"""Between these, desirable_weight times desirable over undesirable_weight times undesirable responses: Eq. 8 of KTO, arXiv
+2402.01306, as TRL (1.16, `KTOTrainer`) quotes it."""
 
 
 def notices(config: TrainConfig, source: WeightSource, sample: Sequence[Pair]) -> list[str]:
     """Return the notices of a job, one line each; `sample` is of the pairs that are trained on."""
-    found = (_of_pair_weights(config, source, sample), _of_splits(config, source), _of_held_out(config, source))
+    found = (
+        _of_pair_weights(config, source, sample),
+        _of_splits(config, source),
+        _of_balance(config, source),
+        _of_held_out(config, source),
+    )
     return [line for lines in found for line in lines]
 
 
@@ -52,6 +62,38 @@ def _of_splits(config: TrainConfig, source: WeightSource) -> list[str]:
     if config.data.split or len(splits) < 2:
         return []
     return [f"data.split is empty, so all splits of {source.name} are trained on: {source.splits_text()}"]
+
+
+def _of_balance(config: TrainConfig, source: WeightSource) -> list[str]:
+    """Say that desirable and undesirable responses count unequally in KTO, beyond `_BALANCED`.
+
+    Looks at the whole version, as no other counts are recorded: a split may be balanced otherwise.
+    """
+    loss, counts = config.loss, source.num_responses
+    if not isinstance(loss, Kto) or counts is None:
+        return []
+    desirable, undesirable = reversed(counts) if config.data.swap else counts
+    if not desirable or not undesirable:
+        kind = "desirable" if desirable else "undesirable"
+        return [
+            f"all {desirable or undesirable:,} responses of {source.name} are {kind}, and {loss.name} is made for both kinds"
+        ]
+    ratio = loss.desirable_weight * desirable / (loss.undesirable_weight * undesirable)
+    least, most = _BALANCED
+    if least <= round(ratio, 2) <= most:
+        return []
+    up, down = (
+        f"{weight * low:.3g} to {weight * high:.3g}"
+        for weight, low, high in (
+            (loss.desirable_weight, least / ratio, most / ratio),
+            (loss.undesirable_weight, ratio / most, ratio / least),
+        )
+    )
+    return [
+        f"{source.name} has {desirable:,} desirable and {undesirable:,} undesirable responses, which with their factors count "
+        f"{ratio:.3g} to 1; KTO's paper, as TRL quotes it, advises {least:g} to {most:g}: set loss.desirable_weight to {up}, "
+        f"or loss.undesirable_weight to {down}"
+    ]
 
 
 def _of_held_out(config: TrainConfig, source: WeightSource) -> list[str]:

@@ -88,8 +88,8 @@ def open_pairs(inputs: JobInputs) -> JobPairs:
     """Open the pairs of a job, and check that its loss can learn from them.
 
     Raises:
-        MismatchError: Token weights are constant, or cannot be refreshed as they were made; pair weights are all 0; or rows of
-            the dataset are damaged.
+        MismatchError: Token weights are constant, or cannot be refreshed as they were made; pair weights are all 0; held-out
+            rows do not have what `eval.best` compares; or rows of the dataset are damaged.
         NotFoundError: No pair is left.
     """
     config, source, needs = inputs.config, inputs.source, inputs.config.loss.needs
@@ -125,7 +125,18 @@ def open_pairs(inputs: JobInputs) -> JobPairs:
     held_out: Sequence[Pair] = []
     if config.eval.is_on:
         held_out = sample_pairs(view(Selection.for_evaluation(config.data, config.eval)), config.eval.max_pairs)
+        _check_best(config, source, held_out)
     return JobPairs(trained, sample, held_out, notices(config, source, sample))
+
+
+def _check_best(config: TrainConfig, source: WeightSource, held_out: Sequence[Pair]) -> None:
+    """Refuse to choose checkpoints by a margin that no held-out row has; `_check_rows` refuses accuracies."""
+    sides = ([pair.chosen for pair in held_out], [pair.rejected for pair in held_out])
+    if config.eval.best == "rewards/margins" and not all(any(len(each.ids) for each in side) for side in sides):
+        raise MismatchError(
+            f"eval.best='rewards/margins' compares chosen with rejected responses, and the held-out rows of {source.name} are "
+            "all of one kind; set it to 'loss', or hold out others"
+        )
 
 
 def build_identity(config: TrainConfig, source: WeightSource, model_folder: Path) -> Identity:

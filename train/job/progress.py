@@ -36,10 +36,16 @@ def metrics_line(metrics: dict[str, float]) -> str:
 
 
 class ProgressLines(TrainerCallback):
-    """Show how far the training is, and log one line for each log of the Trainer."""
+    """Show how far the training is, and log one line for each log of the Trainer.
 
-    def __init__(self, pairs_per_step: int) -> None:
+    Args:
+        pairs_per_step: As in the config.
+        rows_are: What the lines call them.
+    """
+
+    def __init__(self, pairs_per_step: int, rows_are: str) -> None:
         self.pairs_per_step = pairs_per_step
+        self.rows_are = rows_are
         self._first_step = self._logged_step = 0
         self._began_s = self._logged_at_s = 0.0
 
@@ -55,7 +61,7 @@ class ProgressLines(TrainerCallback):
         if state.is_world_process_zero:
             done, total = (step - self._first_step for step in (state.global_step, state.max_steps))
             wall_s = time.monotonic() - self._began_s
-            show(Progress("train", done * self.pairs_per_step, total * self.pairs_per_step, wall_s, "pairs"))
+            show(Progress("train", done * self.pairs_per_step, total * self.pairs_per_step, wall_s, self.rows_are))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: object
@@ -72,7 +78,7 @@ class ProgressLines(TrainerCallback):
         pairs = (state.global_step - self._logged_step) * self.pairs_per_step
         rate = pairs / max(now_s - self._logged_at_s, 1e-9)
         self._logged_step, self._logged_at_s = state.global_step, now_s
-        _log.info(f"step {state.global_step}/{state.max_steps}  {metrics_line(logs)}  {rate:.1f} pairs/s")
+        _log.info(f"step {state.global_step}/{state.max_steps}  {metrics_line(logs)}  {rate:.1f} {self.rows_are}/s")
 
 
 class LogLastStep(TrainerCallback):

@@ -34,7 +34,7 @@ _log = logger(__name__)
 
 def build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: StopRequest) -> PairTrainer:
     """Load the policy, and the reference if the loss needs it, and return their trainer."""
-    config, folder = inputs.config, inputs.model_folder
+    config, folder, rows_are = inputs.config, inputs.model_folder, inputs.source.rows_are
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     set_seed(config.optim.seed)  # new adapters begin at random
@@ -51,12 +51,12 @@ def build_trainer(inputs: JobInputs, pairs: JobPairs, checkpoints: Path, stop: S
         checkpoints=checkpoints,
         held_out=pairs.held_out,
         reference=reference,
-        callbacks=[ProgressLines(config.optim.pairs_per_step), StopAfterStep(stop)],
+        callbacks=[ProgressLines(config.optim.pairs_per_step, rows_are), StopAfterStep(stop)],
     )
     trainer.remove_callback(PrinterCallback)
     _log.info(
-        f"training {config.loss.name} on {inputs.source.name} ({len(pairs.trained):,} pairs): "
-        f"{trainer.batches.num_steps:,} steps of {config.optim.pairs_per_step} pairs"
+        f"training {config.loss.name} on {inputs.source.name} ({len(pairs.trained):,} {rows_are}): "
+        f"{trainer.batches.num_steps:,} steps of {config.optim.pairs_per_step} {rows_are}"
     )
     for line in pairs.notices:
         _log.info(line)

@@ -74,10 +74,10 @@ Beta = Annotated[float, Field(gt=0, examples=[0.1], description=_BETA)]
 
 
 class PreferenceLoss(LossConfig):
-    """A loss of pairs, to which the likelihood of chosen may be added; see `losses.add_nll`."""
+    """A loss of preferences, to which the likelihood of chosen may be added; see `losses.add_nll`."""
 
     nll_lambda: float | None = Field(default=None, ge=0)
-    """Factor of the negative log-likelihood of chosen, the mean over its tokens, that is added to the loss of every pair
+    """Factor of the negative log-likelihood of each chosen response, the mean over its tokens, that is added to the loss
     (default none)."""
 
     def arguments(self) -> dict[str, float]:
@@ -325,7 +325,7 @@ class UniDpo(LossConfig):
     """A chosen response is good from this annotator score on."""
 
 
-class Kto(LossConfig):
+class Kto(_BetaLoss):
     """Each response by itself: its sum of log-ratios against z0, the mean over responses to other prompts. On unpaired rows."""
 
     title = "KTO (arXiv 2402.01306)"
@@ -335,7 +335,6 @@ class Kto(LossConfig):
     has_plain_rewards = True
 
     name: Literal["kto"]
-    beta: Beta
     desirable_weight: float = Field(default=1.0, gt=0)
     """Factor of the loss of chosen responses. With D desirable and U undesirable responses, TRL advises to keep
     desirable_weight D / (undesirable_weight U) between 1 and 1.33."""
@@ -346,7 +345,7 @@ class Kto(LossConfig):
 class TisKto(Kto):
     """`kto` on weighted sums of log-ratios."""
 
-    title = "token-weighted KTO, after TKTO (arXiv 2510.05799)"
+    title = "Token-weighted KTO, after TKTO (arXiv 2510.05799)"
     reads = Needs(ref_logps=True, token_weights=True, anchors=True, mismatched=True)
     has_plain_rewards = False
 
@@ -356,7 +355,7 @@ class TisKto(Kto):
 class Sft(LossConfig):
     """Likelihood of chosen."""
 
-    title = "supervised fine-tuning"
+    title = "Supervised fine-tuning"
     reads = Needs(rejected=False)
     unit = "chosen token"
     compares = False

@@ -336,7 +336,8 @@ def sft(chosen: ResponseLogps, rejected: ResponseLogps | None = None, *, beta: f
 def add_nll(result: PairLosses, chosen: ResponseLogps, *, nll_lambda: float) -> PairLosses:
     """Add `nll_lambda` times the negative log-likelihood of chosen, nats per token, to the losses; rewards stay as they are.
 
-    While policy and reference are equal it adds `nll_lambda` times the mean of the stored -log ref of the chosen tokens.
+    Nothing is added where there is no chosen response, as in unpaired rows. While policy and reference are equal it adds
+    `nll_lambda` times the mean of the stored -log ref of the chosen tokens.
 
     References:
         `pref_ftx` of LLaMA-Factory, read in its code; for DPO the idea of Pang et al. 2024, arXiv 2404.19733, whose equation we

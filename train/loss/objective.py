@@ -6,12 +6,13 @@ Called by the trainer. Not here: the losses (`losses.py`), and the mean over a s
 
 from collections.abc import Callable, Collection
 
+import torch
 from torch import Tensor
 
 from train.loss import losses
 from train.loss.config import LossConfig, PreferenceLoss, TiDpo
 from train.loss.metrics import pair_metrics, triplet_metrics
-from train.loss.terms import PairLosses, ResponseLogps, mean_logps
+from train.loss.terms import PairLosses, ResponseLogps, has_tokens, mean_logps
 from weights_store.errors import MismatchError
 from weights_store.schemas import SIDES
 
@@ -60,7 +61,7 @@ def compute_pair_losses(
         metrics |= triplet_metrics(chosen, rejected, anchor, margin=loss.triplet_margin)
     if isinstance(loss, PreferenceLoss) and loss.nll_lambda:
         result = losses.add_nll(result, chosen, nll_lambda=loss.nll_lambda)
-        metrics["nll"] = -mean_logps(chosen).detach()
+        metrics["nll"] = torch.where(has_tokens(chosen), -mean_logps(chosen).detach(), torch.nan)
     if z0 is not None:
         metrics["kl"] = z0.detach().expand(len(result.losses))  # TRL's name of z0
     return result, metrics

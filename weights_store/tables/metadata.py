@@ -118,6 +118,7 @@ class Identity(TypedDict, total=False):
 class SideStatistics(TypedDict, total=False):
     """The token weights of one side of a weight dataset."""
 
+    num_responses: int
     num_tokens: int
     mean_weight: float
     min_weight: float

@@ -24,7 +24,12 @@ def summary_lines(
     if statistics.get("ref_top_k"):
         lines.append(("reference top k", f"{statistics['ref_top_k']} tokens at each position"))
     if statistics.get("num_unpaired_rows"):
-        lines.append(("unpaired", f"{statistics['num_unpaired_rows']:,} rows with one response"))
+        counts = (statistics.get(side, {}).get("num_responses") for side in SIDES)
+        labels = ("desirable", "undesirable")
+        by_label = [f"{count:,} {label}" for count, label in zip(counts, labels, strict=True) if count is not None]
+        lines.append(
+            ("unpaired", ", ".join([f"{statistics['num_unpaired_rows']:,} rows with one response", *by_label]))
+        )
     if statistics.get("num_scored_pairs"):
         lines.append(("annotator scores", f"of {statistics['num_scored_pairs']:,} pairs"))
     if statistics.get("num_anchored_pairs"):

@@ -91,7 +91,7 @@ def test_a_split_of_the_source_is_held_out_of_both_trainings(build, toy_model, t
     assert (found["held_out_was_seen"], found["notices"]) == (False, [])
     with pytest.raises(
         NotFoundError,
-        match=r"has no pair of split 'dev'; it has test \(10 pairs\), train \(30 pairs\)\. Name another split",
+        match=r"has no pairs of split 'dev'; it has test \(10 pairs\), train \(30 pairs\)\. Name another split",
     ):
         train(store, tmp_path / "other", toy_model, data={"split": "train"}, eval={"split": "dev"})
 

@@ -6,12 +6,13 @@ import numpy as np
 import polars as pl
 import pytest
 
+from pipeline.dry_run.plan import plan
 from pipeline.dry_run.source import survey
 from pipeline.engine.score_once import Scores
 from pipeline.parity.process import score_with_transformers
 from pipeline.prompt_check import check_prompts
 from pipeline.stages.anchors import sample_anchors
-from pipeline.stages.contrast import untrained_pair
+from pipeline.stages.contrast import contrast, untrained_pair
 from pipeline.stages.prepare import Preparation, prepare
 from pipeline.stages.publish import Ingredients, publish
 from pipeline.stages.report import write_report
@@ -126,7 +127,9 @@ def unpaired(make_recipe, tmp_path, write_jsonl):
 def build(recipe, model):
     """Build the weights of a recipe as the flow does; return what was published."""
     tokens = prepare(recipe, model).tokens
-    scorers = {"ref": Scorer(model), **untrained_pair(recipe.contrast, model).scorers}
+    scorers = {"ref": Scorer(model)} | (
+        dict(untrained_pair(recipe.contrast, model).scorers) if recipe.needs_pair else {}
+    )
     logps = {role: filled.output for role, filled in score(tokens, scorers, recipe.score, model).items()}
     anchors = sample_anchors(tokens, model, recipe.anchors, recipe.score).output
     ingredients = Ingredients.of_scorers(tokens, logps, None, anchors)
@@ -224,6 +227,16 @@ def test_what_needs_two_responses_is_refused_before_a_model_starts(unpaired, toy
         prepare(unpaired(**settings), toy_model)
 
 
+def test_rows_of_one_label_train_no_contrastive_pair(unpaired, toy_model, tmp_path, write_jsonl):
+    write_jsonl(tmp_path / "pairs.jsonl", unpaired_rows()[:8:2])
+    recipe = unpaired(**{"contrast.method": "sft"})
+    tokens = prepare(recipe, toy_model).tokens
+    scored = score(tokens, {"ref": Scorer(toy_model)}, recipe.score, toy_model)["ref"].output
+    uniform = publish(recipe, recipe.uniform, Ingredients(tokens, scored)).weights
+    with pytest.raises(InputError, match=r"undesirable responses, and weights/toy/uniform@0 has no undesirable ones"):
+        contrast(recipe.contrast_settings, toy_model, uniform)
+
+
 def test_from_a_file_to_a_trained_step(unpaired, toy_model, tmp_path):
     transforms = {"weights.transforms": ["mean_one", "smooth"], "weights.smooth_over": "words"}
     published = build(unpaired(**transforms, **{"score.top_k": 2}), toy_model)
@@ -243,6 +256,30 @@ def test_from_a_file_to_a_trained_step(unpaired, toy_model, tmp_path):
         MismatchError, match=r"loss.name='dpo' compares two responses to a prompt, and 13 of 13 rows of "
     ):
         run_job(config_of(store, published, toy_model, tmp_path / "dpo", "dpo"))
+
+
+def test_the_fingerprint_says_which_responses_are_the_anchors(unpaired, toy_model, tmp_path, write_jsonl):
+    """A row keeps its anchor when rows are added, so that its numbers stay; a build of all rows at once may choose others."""
+    settings = {"weights.estimator": "random", "dataset.source": str(tmp_path / "rows.jsonl")}
+    write_jsonl(tmp_path / "rows.jsonl", unpaired_rows()[:6])
+    first = build(unpaired(**settings), toy_model)
+    write_jsonl(tmp_path / "rows.jsonl", unpaired_rows())
+    recipe = unpaired(**settings, **{"model.path": str(toy_model)})
+    planned = {stage.stage: stage for stage in plan(recipe)}
+    changes = [change for change in planned["publish"].reasons if change.startswith("data.anchors: ")]
+    assert [change.endswith('-> "to be computed"') for change in changes] == [True]
+    grown = build(recipe, toy_model)
+    other = {"store.uri": str(tmp_path / "other")}
+    at_once, again = (build(unpaired(**settings, **other), toy_model) for _ in range(2))
+    anchors = [
+        dict(rows_of(WeightStore(each.weights.store), each.weights.table).select("pair_id", "anchor_ids").rows())
+        for each in (first, grown, at_once)
+    ]
+    assert anchors[0].items() <= anchors[1].items()
+    assert anchors[1] != anchors[2]
+    assert len({each.weights.fingerprint for each in (first, grown, at_once)}) == 3
+    assert (again.weights, again.is_new) == (at_once.weights, False)
+    assert {stage.stage for stage in plan(recipe) if stage.action == "compute"} == {"report"}
 
 
 def look_at(store, published, model, folder):

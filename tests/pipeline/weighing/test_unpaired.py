@@ -127,9 +127,10 @@ def test_statistics_of_a_side_without_tokens_are_those_of_the_others():
         return count_up(joined, weigher.sides(lists), None)
 
     first, second = counted(["chosen"] * 4), counted(KEPT[0])
-    assert first["rejected"] == {"num_tokens": 0}
+    assert first["rejected"] == {"num_responses": 0, "num_tokens": 0}
     assert (first["num_unpaired_rows"], first["ref_top_k"], first["constant_weights"]) == (4, TOP_K, False)
     merged = merge_statistics(first, second)
     assert merged["rejected"] == second["rejected"]
     assert merged["num_unpaired_rows"] == 8
     assert merged["chosen"]["num_tokens"] == sum(LENGTHS["chosen"]) + 3 + 5
+    assert [merged[side]["num_responses"] for side in ("chosen", "rejected")] == [4 + 2, 2]

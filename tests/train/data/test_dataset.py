@@ -132,7 +132,7 @@ def test_split_and_max_pairs_choose_rows_in_stored_order(small_groups, store, ro
 def test_unknown_split_is_refused_with_the_known_ones(write_weights, rows) -> None:
     counts = {"num_pairs_by_split": {"test": 10, "train": 30}}
     store = write_weights(rows, statistics=counts)
-    said = r"toy/tis@0 has no pair of split 'dev'; it has test \(10 pairs\), train \(30 pairs\)\. Name another split"
+    said = r"toy/tis@0 has no pairs of split 'dev'; it has test \(10 pairs\), train \(30 pairs\)\. Name another split"
     with pytest.raises(NotFoundError, match=said):
         open_pairs(store, split="dev")
 

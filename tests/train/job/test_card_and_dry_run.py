@@ -154,7 +154,7 @@ def test_the_card_can_be_pushed_and_leads_back_to_the_pairs(
     assert str(model_folder) not in card
 
 
-def test_the_card_names_a_model_of_the_hub_as_the_hub_wants_it(make_config) -> None:
+def test_the_card_names_a_model_of_the_hub_as_the_hub_wants_it_and_a_share_of_likelihood(make_config) -> None:
     config = make_config(optim={"max_steps": 1})
     folder = run_job(config).folder
     lineage = json.loads((folder / "lineage.json").read_text())
@@ -162,6 +162,13 @@ def test_the_card_names_a_model_of_the_hub_as_the_hub_wants_it(make_config) -> N
     card = model_card(lineage, open_weights(config.data))
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "someone/some-model"
     assert "`someone/some-model` trained with tokenweights for 1 steps" in card
+    for loss, title in [
+        ({"name": "dpo", "nll_lambda": 0.2}, "# DPO (arXiv 2305.18290) + 0.2 NLL of chosen on toy/tis@0"),
+        ({"name": "dpo", "nll_lambda": 0.0}, "# DPO (arXiv 2305.18290) on toy/tis@0"),
+        ({"name": "uni_dpo", "nll_lambda": 0.001}, "# Uni-DPO (arXiv 2506.10054) on toy/tis@0"),
+    ]:
+        lineage["config"]["loss"] = loss
+        assert title in model_card(lineage, open_weights(config.data)).splitlines()
 
 
 def test_a_bar_in_a_value_does_not_break_the_tables(make_config, write_weights, rows, tmp_path) -> None:

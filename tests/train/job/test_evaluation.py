@@ -210,9 +210,9 @@ def test_what_cannot_be_meant_is_refused(settings, changes, message) -> None:
 
 
 def test_nothing_held_out_is_said_so(make_config) -> None:
-    with pytest.raises(NotFoundError, match=r"toy/tis@0 has no pair of split 'dev'"):
+    with pytest.raises(NotFoundError, match=r"toy/tis@0 has no pairs of split 'dev'"):
         run_job(make_config(data={"split": "train"}, eval={"split": "dev"}))
-    with pytest.raises(NotFoundError, match=r"has no pair of any split, held out \(share 1e-09\)"):
+    with pytest.raises(NotFoundError, match=r"has no pairs of any split, held out \(share 1e-09\)"):
         run_job(make_config(eval={"share": 1e-9}))
     assert not Path(make_config().output.folder).exists()
     assert EvalSection().is_on is False

@@ -35,6 +35,49 @@ def weighted(store, write_weights, rows) -> None:
     write_weights(changed, statistics=statistics, recipe={"weights": {"pair_weight": "quality"}})
 
 
+@pytest.mark.parametrize(
+    ("counts", "changes", "line"),
+    [
+        # 30 / 20 = 1.5; 1 / 1.5 = 0.667, 1.33 / 1.5 = 0.887; 1.5 / 1.33 = 1.13
+        (
+            (30, 20),
+            {},
+            "toy/tis@1 has 30 desirable and 20 undesirable responses, which with their factors count 1.5 to 1; KTO's paper, "
+            "as TRL quotes it, advises 1 to 1.33: set loss.desirable_weight to 0.667 to 0.887, or loss.undesirable_weight to "
+            "1.13 to 1.5",
+        ),
+        ((30, 20), {"loss": {"undesirable_weight": 1.5}}, None),
+        ((30, 20), {"loss": {"desirable_weight": 0.8}}, None),
+        # The other way round: 20 / (2 * 30) = 1 / 3
+        (
+            (30, 20),
+            {"data": {"swap": True}, "loss": {"undesirable_weight": 2.0}},
+            "toy/tis@1 has 20 desirable and 30 undesirable responses, which with their factors count 0.333 to 1; KTO's paper, "
+            "as TRL quotes it, advises 1 to 1.33: set loss.desirable_weight to 3 to 3.99, or loss.undesirable_weight to "
+            "0.501 to 0.667",
+        ),
+        ((40, 40), {}, None),
+        ((999, 1000), {}, None),
+        ((40, 0), {}, "all 40 responses of toy/tis@1 are desirable, and kto is made for both kinds"),
+        (
+            (40, 0),
+            {"data": {"swap": True}},
+            "all 40 responses of toy/tis@1 are undesirable, and kto is made for both kinds",
+        ),
+        ((30, 20), {"loss": {"name": "dpo"}}, None),
+    ],
+)
+def test_responses_that_count_unequally_in_kto_are_said(
+    notices_of, write_weights, anchored_rows, counts, changes, line
+) -> None:
+    sides = {side: {"num_responses": count} for side, count in zip(("chosen", "rejected"), counts, strict=True)}
+    statistics = {"num_pairs": 40, "num_anchored_pairs": 40, **sides}
+    write_weights(anchored_rows, statistics=statistics, identity={"settings": {"anchors": {"source": "mismatched"}}})
+    assert notices_of(**{**changes, "loss": {"name": "kto", **changes.get("loss", {})}}) == (
+        [] if line is None else [line]
+    )
+
+
 def test_an_ordinary_dataset_needs_no_notice(notices_of) -> None:
     assert notices_of() == notices_of(loss={"name": "dpo"}) == []
 

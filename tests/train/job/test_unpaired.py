@@ -154,6 +154,27 @@ def test_what_unpaired_rows_cannot_do_is_refused(
         open_inputs(make_config(**changes))
 
 
+@pytest.mark.parametrize("loss", ["kto", "sft"])
+def test_held_out_rows_of_one_label_have_no_margin_to_choose_by(
+    make_config, write_unpaired, unpaired_rows, loss
+) -> None:
+    rows = [row for row in unpaired_rows if row["split"] == "train" or row["chosen_ids"]]
+    write_unpaired(rows)
+    config = make_config(
+        loss={"name": loss},
+        data={"split": "train"},
+        eval={"split": "test", "every_steps": 1, "best": "rewards/margins"},
+        output={"save_every_steps": 1},
+        optim={"max_steps": 1},
+    )
+    with pytest.raises(
+        MismatchError,
+        match=r"eval.best='rewards/margins' compares chosen with rejected responses, and the held-out rows of toy/tis@1 are "
+        r"all of one kind; set it to 'loss', or hold out others$",
+    ):
+        run_job(config)
+
+
 def test_the_adapter_of_trl_refuses_them(write_unpaired, unpaired_rows, model_folder, tmp_path) -> None:
     trl = pytest.importorskip("trl")
     from train.trl_adapter import WeightedDPOTrainer

@@ -219,6 +219,25 @@ def test_metrics_of_a_side_are_means_over_the_rows_that_have_it() -> None:
     assert window.pop_means().keys() == names
 
 
+def test_nll_lambda_is_sft_on_the_desirable_responses() -> None:
+    """Added to the loss of a row with such a response, whatever its factor, and to no other one."""
+    settings = {"name": "kto", "beta": 0.3, "desirable_weight": 1.5}
+    plain, with_nll = (
+        compute_pair_losses(TypeAdapter(LossSection).validate_python(settings | more), *unpaired(), z0=Z0)
+        for more in ({}, {"nll_lambda": 0.2})
+    )
+    logps = unpaired()[0].policy_logps
+    nll = [-logps[row, begin:end].mean().item() for row, (begin, end) in enumerate(SPANS)]
+    added = (with_nll[0].losses - plain[0].losses).tolist()
+    assert added == pytest.approx([0.2 * nll[0], 0, 0.2 * nll[2], 0], abs=1e-12)
+    assert with_nll[1].keys() - plain[1].keys() == {"nll"}
+    window = MetricWindow()
+    window.add(with_nll[1], total_loss=with_nll[0].losses.sum(), num_units=4)
+    means = window.pop_means()
+    assert means["nll"] == pytest.approx((nll[0] + nll[2]) / 2)  # of the two that have one
+    assert means["loss"] == pytest.approx((plain[0].losses.sum().item() + 0.2 * (nll[0] + nll[2])) / 4)
+
+
 def test_a_missing_reference_point_is_refused() -> None:
     config = TypeAdapter(LossSection).validate_python({"name": "kto", "beta": 0.1})
     with pytest.raises(ValueError, match="kto needs the z0 of the step; none was given"):

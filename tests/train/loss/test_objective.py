@@ -229,7 +229,7 @@ def test_settings_reach_their_loss() -> None:
 def test_nll_lambda_adds_the_mean_nll_of_chosen_to_every_loss_that_has_it(name: str) -> None:
     if name == "uni_dpo":  # has a term of its own, for some pairs
         return
-    data = (*sides(), (torch.tensor([4.0]), torch.tensor([3.0])), anchor())
+    data = (*sides(), (torch.tensor([4.0]), torch.tensor([3.0])), anchor(), torch.zeros(()))
     plain, _ = compute_pair_losses(config(name), *data)
     with_nll, metrics = compute_pair_losses(config(name, nll_lambda=0.5), *data)
     assert metrics["nll"].item() == pytest.approx(1.6)  # (1.0 + 2.2) / 2
