@@ -86,7 +86,15 @@ class DatasetRecord(CommitMetadata, total=False):
 
 
 def describe(table: Table, weights: TableVersion, licence: str | None, splits: Mapping[str, int]) -> DatasetRecord:
-    """Return the part of the record that no file needs to be written for."""
+    """Return the part of the record that no file needs to be written for.
+
+    Raises:
+        InputError: The licence is empty, or no line of text.
+    """
+    if licence is not None and not (licence.strip() and licence.isprintable()):
+        raise InputError(
+            f"licence is {licence!r}, expected a name such as mit or cc-by-4.0; leave it out if it is unknown"
+        )
     commit = table.read_commit(weights.version)
     metadata = table.metadata(weights.version)
     made = {key: metadata.get(key) for key in COMMIT_KEYS if key in metadata}

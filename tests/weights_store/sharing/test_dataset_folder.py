@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import tokenweights
+from weights_store.errors import InputError
 from weights_store.sharing.data_files import file_names
 from weights_store.sharing.dataset_folder import files_of, write_dataset_folder
 from weights_store.sharing.publishable import publishable
@@ -21,13 +22,11 @@ NAME = "hh-harmless/tis-dpo"
 def write(tmp_path, texts):
     """Return a function that writes the newest version of a dataset into a new folder, and returns it with its record."""
 
-    def write(store, name=NAME, folder="out", **options):
-        place = tmp_path / folder
-        place.mkdir()
-        record = write_dataset_folder(
-            store.root, store.resolve(name), place, "owner/weights", **{"tokenizer": texts, **options}
-        )
-        return place, record
+    def write(store, name=NAME, folder="out", place="owner/weights", **options):
+        made = tmp_path / folder
+        made.mkdir()
+        record = write_dataset_folder(store.root, store.resolve(name), made, place, **{"tokenizer": texts, **options})
+        return made, record
 
     return write
 
@@ -92,6 +91,46 @@ def test_an_unknown_licence_is_said_to_be_unknown_and_ids_need_no_tokenizer(writ
     assert record["licence"] == yaml.safe_load(card.split("---\n")[1])["license"] == "unknown"
     assert "The licence of the source is unknown" in card
     assert "`prompt`, `chosen`, `rejected`" not in card
+
+
+def test_the_card_of_single_responses_does_not_call_them_pairs(write, small_store):
+    rows = small_store.scan(NAME).collect()
+    gone = [
+        pl.lit([], rows.schema[name]).alias(name)
+        for name in rows.columns
+        if name.startswith("rejected_") and "score" not in name
+    ]
+    metadata = small_store.metadata(NAME)
+    changed = {**metadata, "parents": [], "statistics": {**metadata["statistics"], "num_unpaired_rows": 4}}
+    small_store.table("weights/hh-harmless/single").append(rows.with_columns(gone).to_arrow(), changed)
+    folder, _ = write(small_store, "hh-harmless/single")
+    card = (folder / "README.md").read_text()
+    assert "4 rows with a weight for every response token. 4 of them have one response, for KTO" in card
+    assert "preference pair" not in card
+    assert pl.read_parquet(folder / "data/*.parquet")["rejected"].to_list() == [""] * 4
+    assert (folder / "heat-map.png").exists()
+
+
+def test_signs_of_markdown_and_html_in_settings_and_places_are_shown_as_they_are(write, small_store):
+    patterns = [["`<b>|\\d` ```x``` [a](b)\n\u2028é", 0.5]]
+    metadata = small_store.metadata(NAME)
+    settings = {"weights": {"estimator": "pattern", "patterns": patterns}, "contrast": {}}
+    changed = {**metadata, "identity": {**metadata["identity"], "settings": settings}}
+    small_store.table("weights/hh-harmless/signs").append(small_store.scan(NAME).collect().to_arrow(), changed)
+    folder, _ = write(small_store, "hh-harmless/signs", licence="[x](y)", place='./it\'s "new"')
+    card = (folder / "README.md").read_text()
+    shown = '[["`<b>\\|\\\\d` ```x``` [a](b)\\n\\u2028é", 0.5]]'  # as JSON, with the bar escaped for the table
+    assert f"| `weights.patterns` | ````{shown}```` |" in card
+    assert "Of the source: \\[x](y)." in card
+    assert 'load_dataset("./it\'s \\"new\\""' in card
+    assert "tokenweights pull './it'\"'\"'s \"new\"'" in card
+    assert yaml.safe_load(card.split("---\n")[1])["license"] == "[x](y)"
+
+
+@pytest.mark.parametrize("licence", ["", " ", "mit\nor so"])
+def test_a_licence_that_is_no_text_is_refused(write, read_store, licence):
+    with pytest.raises(InputError, match="expected a name such as mit or cc-by-4.0; leave it out if it is unknown"):
+        write(read_store, licence=licence)
 
 
 def test_without_matplotlib_there_is_no_picture_and_the_card_shows_none(write, read_store, monkeypatch, caplog):
