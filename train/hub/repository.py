@@ -4,18 +4,17 @@ The token is that of `hf auth login` or `HF_TOKEN`; it is never an argument here
 `upload_folder` is not used: with Xet storage it commits large folders in parts, and readers would see half a dataset.
 """
 
+import json
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from weights_store.errors import InputError, MissingExtraError
-from weights_store.messages import first_line, hide_credentials, logger
-from weights_store.packages import how_to_install
+from train.hub.answers import explained
+from weights_store.errors import InputError
+from weights_store.fingerprint import fingerprint_file
+from weights_store.messages import hide_credentials, logger
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -23,17 +22,10 @@ if TYPE_CHECKING:
 _log = logger(__name__)
 
 Kind = Literal["dataset", "model"]
-_OF_THE_HUB = (".gitattributes", "README.md")
+_CARD = "README.md"
+_OF_THE_HUB = (".gitattributes", _CARD)
 """A repository has them from its beginning."""
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]*")
-"""The query of a URL to upload to may be a signature."""
-_REMEDIES = {
-    401: "check the name, and log in with `hf auth login` or set HF_TOKEN",
-    403: "the token may not do that: log in as somebody who may write there",
-    404: "check the name; a private repository is only seen by those who are logged in and may read it",
-    412: "somebody else changed the repository meanwhile; run again",
-}
 
 
 def is_repo_id(text: str) -> bool:
@@ -59,59 +51,71 @@ class Repository:
     kind: Kind
     head: str | None
     """Its newest commit."""
-    files: Sequence[str]
+    pushed: Sequence[str]
+    """The files of the last push that are still there."""
 
-    def push(self, files: Mapping[str, Path | bytes], *, replaced: Sequence[str], message: str) -> Pushed:
-        """Make it hold these files, in one commit.
+    def push(self, files: Mapping[str, Path | bytes], message: str) -> Pushed:
+        """Replace the files of the last push by these, in one commit; all other files stay.
 
         Large files are uploaded first; readers see none of it before the commit. After a kill, the next push uploads only what
         the hub does not have yet.
 
         Args:
             files: Local files, or their content, by path in the repository.
-            replaced: Patterns of files that an earlier push may have left and this one replaces.
             message: Title of the commit.
 
         Raises:
             InputError: The hub refuses or cannot be reached, or somebody has changed the repository since it was opened.
         """
-        stale = [name for name in self.files if name not in files and any(fnmatch(name, each) for each in replaced)]
-        with _explained(f"cannot push to {self.repo_id}"):
+        with explained(f"cannot push to {self.repo_id}"):
             from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
             api = _api()
             operations: list[CommitOperationAdd | CommitOperationDelete] = [
-                *(CommitOperationDelete(name) for name in stale),
+                *(CommitOperationDelete(name) for name in self.pushed if name not in files),
                 *(CommitOperationAdd(name, content) for name, content in files.items()),
             ]
             commit = api.create_commit(
                 self.repo_id, operations, commit_message=message, repo_type=self.kind, parent_commit=self.head
             )
         folder = "datasets/" if self.kind == "dataset" else ""
-        return Pushed(f"{api.endpoint}/{folder}{self.repo_id}", commit.oid, commit.oid != self.head)
+        url = hide_credentials(f"{api.endpoint}/{folder}{self.repo_id}")
+        return Pushed(url, commit.oid, commit.oid != self.head)
 
 
-def open_repository(repo_id: str, kind: Kind, *, record: str, is_public: bool) -> Repository:
+def open_repository(repo_id: str, kind: Kind, *, record: str, is_public: bool, replaces_card: bool) -> Repository:
     """Return a repository to push to. It is made if there is none, private unless `is_public`.
 
     Args:
         repo_id: `owner/name`.
         kind: What it holds.
-        record: The file that tells repositories of ours from others.
+        record: The JSON file of a push that has the SHA-256 of all its other files, by path, under `files`.
         is_public: Whether everybody may read it.
+        replaces_card: Whether a card may be replaced that somebody wrote or changed on the hub.
 
     Raises:
-        InputError: The hub refuses, or cannot be reached; or the repository holds something else, or everybody can read it
-            and `is_public` is False.
+        InputError: The hub refuses, or cannot be reached; or the repository holds something else, or a card that would be
+            lost, or everybody can read it and `is_public` is False.
         MissingExtraError: huggingface_hub is not installed.
     """
-    with _explained(f"cannot push to {repo_id}"):
+    with explained(f"cannot push to {repo_id}"):
         api = _api()
         api.create_repo(repo_id, repo_type=kind, private=not is_public, exist_ok=True)
         info = api.dataset_info(repo_id) if kind == "dataset" else api.model_info(repo_id)
     there = [file.rfilename for file in info.siblings or []]
-    _check_ours(repo_id, there, record, is_private=info.private is not False, is_public=is_public)
-    return Repository(repo_id, kind, info.sha or None, there)
+    _check_ours(repo_id, there, record, is_private=info.private is True, is_public=is_public)
+
+    def read(name: str) -> Path:
+        with explained(f"cannot push to {repo_id}"):
+            return Path(api.hf_hub_download(repo_id, name, repo_type=kind, revision=info.sha))
+
+    pushed = _pushed_files(read(record), f"{repo_id}/{record}") if record in there else {}
+    if _CARD in there and not replaces_card and fingerprint_file(read(_CARD)) != pushed.get(_CARD):
+        raise InputError(
+            f"{repo_id} has a {_CARD} that `tokenweights push` did not write, or that was changed since: put your words into "
+            "another file of the repository, and give --replace-card"
+        )
+    return Repository(repo_id, kind, info.sha or None, [name for name in there if name in pushed])
 
 
 def _api() -> "HfApi":
@@ -133,6 +137,21 @@ def _check_ours(repo_id: str, there: Sequence[str], record: str, *, is_private: 
         _log.warning(f"{repo_id} is private and stays so: --public is for new repositories; change it in its settings")
 
 
+def _pushed_files(record: Path, where: str) -> dict[str, str]:
+    """Return what a push recorded of its files: SHA-256 by path.
+
+    Raises:
+        InputError: The record does not say: the files of that push would stay among those of this one.
+    """
+    try:
+        files = json.loads(record.read_bytes())["files"]
+        return {str(name): str(digest) for name, digest in files.items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{where} does not list the files of the last push: restore it from the history, or push to another repository"
+        ) from error
+
+
 def download(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """Return the folder in the hub's cache with the files of a dataset repository that match a pattern.
 
@@ -143,41 +162,7 @@ def download(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Pat
         MissingExtraError: huggingface_hub is not installed.
     """
     at = f" (revision {revision})" if revision else ""
-    with _explained(f"cannot pull {repo_id}{at}"):
+    with explained(f"cannot pull {repo_id}{at}"):
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=list(patterns)))
-
-
-@contextmanager
-def _explained(problem: str) -> Iterator[None]:
-    """Turn the errors of huggingface_hub into one line without secrets.
-
-    Raises:
-        InputError: The hub refuses or cannot be reached.
-        MissingExtraError: huggingface_hub is not installed.
-    """
-    try:
-        from huggingface_hub import get_token
-        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP client, which has changed
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-    except ImportError as error:
-        package = "huggingface_hub"
-        raise MissingExtraError(
-            f"{problem}: this needs the package {package!r}, which is not installed; {how_to_install(package, 'hub')}"
-        ) from error
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    try:
-        yield
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        said = getattr(cause, "server_message", None) or cause
-        text = hide_credentials(_QUERY.sub(r"\1", first_line(said)))
-        if token := get_token():
-            text = text.replace(token, "***")
-        remedy = _REMEDIES.get(
-            status or 0, "check the connection, and run again: what was uploaded is not uploaded again"
-        )
-        raise InputError(f"{problem}: {text.rstrip('.')}; {remedy}") from None

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 import weights_store
 from weights_store.commands import Add
 from weights_store.errors import InputError
+from weights_store.messages import logger
 from weights_store.printing import count_text, size_text
 
 if TYPE_CHECKING:
-    from train.hub.repository import Pushed
+    from train.hub.repository import Kind, Pushed, Repository
     from weights_store.sharing.record import DatasetRecord
     from weights_store.views.token_texts import Tokenizer
+
+_log = logger(__name__)
 
 _HUB = "hf://datasets/"
 _LOCAL = ("/", "./", "../", "~")
@@ -28,15 +31,24 @@ def add_hub(add: Add, load_tokenizer: "Callable[[str], Tokenizer]") -> None:
         "what", metavar="NAME[@VERSION]|FOLDER", help="a weight dataset, or the output folder of a training"
     )
     push.add_argument(
-        "target", metavar="REPO_ID|FOLDER", help="owner/name on the hub, or a new folder, such as ./shared"
+        "target",
+        metavar="REPO_ID|FOLDER",
+        help="owner/name on the hub; or a folder, such as ./shared: a new one, or one with an earlier push of the dataset",
     )
     push.add_argument("--public", action="store_true", help="let everybody read a new repository (default: private)")
     push.add_argument(
         "--licence", metavar="ID", help="licence of the source, for example apache-2.0 (default: unknown)"
     )
+    push.add_argument(
+        "--replace-card",
+        action="store_true",
+        help="replace a README.md that somebody wrote or changed since the last push",
+    )
     push.add_argument("--tokenizer", metavar="FOLDER", help="model folder for the texts (default: the recipe's model)")
     pull = add("pull", run_pull, "bring a pushed weight dataset into the store, checked and ready to train")
-    pull.add_argument("source", metavar="REPO_ID|FOLDER", help="owner/name on the hub, or a folder that push wrote")
+    pull.add_argument(
+        "source", metavar="REPO_ID|FOLDER", help="owner/name on the hub, or a folder that push wrote, such as ./shared"
+    )
     pull.add_argument("--revision", metavar="R", help="commit, tag or branch of the repository (default: the newest)")
     pull.add_argument("--as", dest="name", metavar="NAME", help="name in the store (default: as where it was pushed)")
 
@@ -76,16 +88,14 @@ def _check_not_both(options: argparse.Namespace) -> None:
 
 
 def _push_policy(folder: Path, options: argparse.Namespace) -> None:
-    from train.hub.policy import REPLACED, policy_files
-    from train.hub.repository import is_repo_id, open_repository
+    from train.hub.policy import policy_files
     from train.job.output import LINEAGE
     from weights_store.sharing.new_folder import new_folder
 
     files = policy_files(folder)
     what = f"{count_text(len(files), 'file')} of {folder}"
-    if is_repo_id(options.target):
-        repository = open_repository(options.target, "model", record=LINEAGE, is_public=options.public)
-        _print_pushed(repository.push(files, replaced=REPLACED, message=f"Push {folder.absolute().name}"), what)
+    if _is_on_hub(options.target):
+        _print_pushed(_open(options, "model", LINEAGE).push(files, f"Push {folder.absolute().name}"), what)
         return
     target = _target_folder(options)
     with new_folder(target) as partial:
@@ -99,24 +109,24 @@ def _push_policy(folder: Path, options: argparse.Namespace) -> None:
 
 
 def _push_dataset(options: argparse.Namespace) -> None:
-    from train.hub.repository import is_repo_id
     from weights_store.inspection.model_tokenizer import load_known_tokenizer
-    from weights_store.sharing.dataset_folder import files_of, write_dataset_folder
+    from weights_store.sharing.dataset_folder import files_of, may_replace, write_dataset_folder
     from weights_store.sharing.new_folder import new_folder
 
     store = weights_store.WeightStore(options.store)
-    weights = store.resolve(*weights_store.split_name(options.what))
+    name, version = weights_store.split_name(options.what)
+    weights = store.resolve(name, version)
     metadata = store.table(weights.table).metadata(weights.version)
 
     def write(folder: Path, place: str) -> "DatasetRecord":
         tokenizer = load_known_tokenizer(metadata, options.tokenizer, options.load_tokenizer)
         return write_dataset_folder(store.root, weights, folder, place, tokenizer, options.licence)
 
-    if is_repo_id(options.target):
+    if _is_on_hub(options.target):
         _upload_dataset(options, write)
         return
     folder = _target_folder(options)
-    with new_folder(folder) as partial:
+    with new_folder(folder, lambda old: may_replace(old, name, replaces_card=options.replace_card)) as partial:
         record = write(partial, f"./{folder.absolute().name}")  # whoever reads the card has the folder somewhere else
     for name, path in files_of(record, folder).items():
         print(f"{size_text(path.stat().st_size):>10}  {folder / name}")
@@ -124,26 +134,41 @@ def _push_dataset(options: argparse.Namespace) -> None:
 
 def _upload_dataset(options: argparse.Namespace, write: "Callable[[Path, str], DatasetRecord]") -> None:
     """Write the files into our cache, and push them from there."""
-    from train.hub.repository import open_repository
     from weights_store.digests import cache_folder
     from weights_store.processes.lock import locked, wait_for
-    from weights_store.sharing.card import PICTURE
-    from weights_store.sharing.data_files import FOLDER
     from weights_store.sharing.dataset_folder import files_of
     from weights_store.sharing.record import RECORD
 
     staging = cache_folder() / "push" / options.target.replace("/", "--")
     with locked(staging.with_name(f"{staging.name}.lock"), wait_for(f"pushing to {options.target}")):
-        repository = open_repository(options.target, "dataset", record=RECORD, is_public=options.public)
+        repository = _open(options, "dataset", RECORD)
         shutil.rmtree(staging, ignore_errors=True)  # of a push that was killed
         staging.mkdir()
         try:
             record = write(staging, options.target)
             files = files_of(record, staging)
-            pushed = repository.push(files, replaced=[f"{FOLDER}/*", PICTURE], message=f"Push {record['name']}")
+            pushed = repository.push(files, f"Push {record['name']}")
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     _print_pushed(pushed, f"{record['name']}, {count_text(len(files), 'file')}")
+
+
+def _is_on_hub(target: str) -> bool:
+    """Return whether a target or a source is a repository of the hub; say so if a folder may have been meant."""
+    from train.hub.repository import is_repo_id
+
+    is_repository = is_repo_id(target)
+    if is_repository and Path(target).parent.is_dir():
+        _log.info(f"{target} is a repository of the hub here; write ./{target} for the folder")
+    return is_repository
+
+
+def _open(options: argparse.Namespace, kind: "Kind", record: str) -> "Repository":
+    from train.hub.repository import open_repository
+
+    return open_repository(
+        options.target, kind, record=record, is_public=options.public, replaces_card=options.replace_card
+    )
 
 
 def _target_folder(options: argparse.Namespace) -> Path:
@@ -164,7 +189,12 @@ def run_pull(options: argparse.Namespace) -> None:
 
     root = weights_store.WeightStore(options.store).root
     folder = Path(options.source).expanduser()
-    if folder.is_dir():
+    if not _is_on_hub(options.source):
+        if not folder.is_dir():
+            raise InputError(
+                f"{options.source} is no folder, and does not read owner/name as repositories of the hub do; a commit or tag "
+                "of one is --revision"
+            )
         if options.revision is not None:
             raise InputError(
                 f"--revision is for repositories of the hub, and {options.source} is a folder; leave it out"
@@ -186,12 +216,9 @@ def run_pull(options: argparse.Namespace) -> None:
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
-    from train.hub.repository import download, is_repo_id
-    from weights_store.sharing.data_files import FOLDER
-    from weights_store.sharing.record import RECORD, read_record
+    from train.hub.repository import download
+    from weights_store.sharing.record import RECORD, listed_files, read_record
 
-    if not is_repo_id(repo_id):
-        raise InputError(f"{repo_id} is no folder, and does not read owner/name as repositories of the hub do")
     folder = download(repo_id, revision, [RECORD])
-    read_record(folder, f"{_HUB}{repo_id}@{folder.name[:12]}")  # before gigabytes of something else
-    return download(repo_id, folder.name, [RECORD, f"{FOLDER}/*.parquet"])
+    record = read_record(folder, f"{_HUB}{repo_id}@{folder.name[:12]}")  # before gigabytes of something else
+    return download(repo_id, folder.name, [RECORD, *listed_files(record)])

@@ -27,7 +27,14 @@ from weights_store.messages import Progress, show
 from weights_store.names import check_new_name, split_name, weights_path
 from weights_store.schemas import SCHEMA_VERSION, WEIGHTS
 from weights_store.sharing.data_files import FOLDER, ROW
-from weights_store.sharing.record import RECORD, DatasetRecord, commit_metadata, describe_shard, read_record
+from weights_store.sharing.record import (
+    RECORD,
+    DatasetRecord,
+    commit_metadata,
+    describe_shard,
+    listed_files,
+    read_record,
+)
 from weights_store.tables.checksums import sum_checksums
 from weights_store.tables.metadata import CommitMetadata, OriginRecord
 from weights_store.tables.table import Table
@@ -108,11 +115,12 @@ def _check_files(record: DatasetRecord, folder: Path, place: str) -> None:
     Raises:
         InputError: A name leads elsewhere, or a file is missing or has changed.
     """
-    for name, digest in record["files"].items():
+    for name in listed_files(record):
         if not _DATA_FILE.fullmatch(name):
             raise InputError(
                 f"{place}: {RECORD} names the file {name!r}, expected {FOLDER}/SPLIT-00000-of-00001.parquet"
             )
+        digest = record["files"].get(name)
         try:
             found = fingerprint_file(folder / name)
         except OSError as error:
@@ -122,11 +130,9 @@ def _check_files(record: DatasetRecord, folder: Path, place: str) -> None:
         if found != digest:
             raise InputError(
                 f"{place}: {name} is not the file that was pushed: its SHA-256 is {found[:12]}…, recorded is "
-                f"{str(digest)[:12]}…; nothing was brought in, push it again"
+                f"{str(digest)[:12]}…; nothing was brought in. Delete {(folder / name).resolve()} if it is a damaged copy, and "
+                "pull again; else push it again"
             )
-    listed = [name for split in record["splits"].values() for name in split.get("files", [])]
-    if len(listed) != len(record["files"]) or not all(name in record["files"] for name in map(str, listed)):
-        raise InputError(f"{place}: {RECORD} lists other files by split than by SHA-256; push it again")
 
 
 def _is_there(table: Table, version: int, record: DatasetRecord) -> bool:

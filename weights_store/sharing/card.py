@@ -3,11 +3,14 @@
 Markdown with the header that a hub reads: the licence, and which files are which split.
 """
 
+import json
+import shlex
 from collections.abc import Sequence
 
 from weights_store.inspection.view import View
+from weights_store.printing import count_text
 from weights_store.sharing.data_files import FOLDER, ROW, SplitFiles
-from weights_store.sharing.markdown import LINEAGE_HEADS, front_matter, lineage_lines, settings_table, table
+from weights_store.sharing.markdown import LINEAGE_HEADS, front_matter, lineage_lines, plain, settings_table, table
 from weights_store.sharing.publishable import shorten
 from weights_store.sharing.record import RECORD, UNKNOWN_LICENCE, DatasetRecord
 
@@ -48,12 +51,12 @@ def dataset_card(
     parts = [
         front_matter(_header(record, splits, num_pairs)),
         f"# Token weights {record['name']}",
-        f"{num_pairs:,} preference pairs with a weight for every response token, for weighted DPO and its relatives. The "
-        "weights and the reference's log-probs were computed once and are ready to train on: nothing is tokenised again.",
+        f"{_rows(record, num_pairs)} The weights and the reference's log-probs were computed once and are ready to train on: "
+        "nothing is tokenised again.",
         *([f"![A pair, each token coloured by its weight]({PICTURE})"] if has_picture else []),
         _loading(place, splits),
         "## Columns\n\n" + table(["column", "content"], _COLUMNS[:1] + _TEXT_COLUMNS * has_texts + _COLUMNS[1:]),
-        "## Statistics\n\n" + table(["", ""], [[label, str(shorten(value))] for label, value in view.facts]),
+        "## Statistics\n\n" + table(["", ""], [[label, plain(str(shorten(value)))] for label, value in view.facts]),
         _doctor(view),
         "## How it was made\n\n" + settings_table(record.get("identity", {}).get("settings", {})),
         "## Lineage\n\n" + table(LINEAGE_HEADS, lineage_lines(record["lineage"])),
@@ -76,20 +79,34 @@ def _header(record: DatasetRecord, splits: Sequence[SplitFiles], num_pairs: int)
     }
 
 
+def _rows(record: DatasetRecord, num_pairs: int) -> str:
+    """Return what the rows are: pairs, or single responses."""
+    num_unpaired = record.get("statistics", {}).get("num_unpaired_rows", 0)
+    noun = "row" if num_unpaired else "preference pair"
+    weighed = f"{count_text(num_pairs, noun)} with a weight for every response token"
+    if not num_unpaired:
+        return f"{weighed}, for weighted DPO and its relatives."
+    return (
+        f"{weighed}. {num_unpaired:,} of them have one response, for KTO and its relatives: it stands in `chosen` if it is "
+        "desirable, else in `rejected`, and the other one is empty."
+    )
+
+
 def _loading(place: str, splits: Sequence[SplitFiles]) -> str:
     split = next((split.name for split in splits), "train")
+    text = json.dumps(place, ensure_ascii=False)
     return f"""## Load it
 
 ```python
 from datasets import load_dataset
 
-pairs = load_dataset("{place}", split="{split}", streaming=True)
+pairs = load_dataset({text}, split="{split}", streaming=True)
 ```
 
 To train on it with tokenweights, with the same order of pairs as where it was made:
 
 ```console
-$ tokenweights pull {place}
+$ tokenweights pull {shlex.quote(place)}
 ```
 
 `{RECORD}` says how it was made, for programs; the metadata of each Parquet file says the same."""
@@ -101,7 +118,7 @@ def _doctor(view: View) -> str:
 
 
 def _licence(licence: str) -> str:
-    text = f"Of the source: {licence}."
+    text = f"Of the source: {plain(licence)}."
     if licence == UNKNOWN_LICENCE:
         text = "The licence of the source is unknown: whoever pushed this named none."
     return f"## Licence\n\n{text}"

@@ -61,7 +61,7 @@ def croissant(record: DatasetRecord, splits: Sequence[SplitFiles], schema: pa.Sc
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
         "name": record["name"].replace("/", "-").replace("@", "-"),
-        "description": f"{num_pairs} preference pairs with a weight for every response token: {record['name']}.",
+        "description": f"{num_pairs} rows of preference data with a weight for every response token: {record['name']}.",
         "license": record["licence"],
         "datePublished": record["created"],
         "version": f"{version}.0.0",
@@ -71,7 +71,7 @@ def croissant(record: DatasetRecord, splits: Sequence[SplitFiles], schema: pa.Sc
                 "@type": "cr:RecordSet",
                 "@id": _ROWS,
                 "name": _ROWS,
-                "description": "One row per preference pair.",
+                "description": "One row per preference pair, or per single response.",
                 "field": [_field(column) for column in schema],
             }
         ],

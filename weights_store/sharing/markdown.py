@@ -1,10 +1,11 @@
 """Parts of the cards of datasets and models, as Markdown."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from weights_store.printing import one_line
-from weights_store.sharing.publishable import shorten
+from weights_store.sharing.publishable import publishable, shorten
 
 _DIGITS = 12
 """Of a fingerprint."""
@@ -22,10 +23,22 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *cells])
 
 
+def code(text: str) -> str:
+    """Return a text to be shown as it is, whatever signs of Markdown and HTML it has."""
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def plain(text: str) -> str:
+    """Return a text whose signs of Markdown and HTML are shown, and mean nothing."""
+    return re.sub(r"[`*<\[\\]", r"\\\g<0>", text)
+
+
 def settings_table(settings: Mapping[str, Mapping[str, object]]) -> str:
     """Return the settings of a build or a training that have a value, one a line."""
     rows = [
-        [f"`{section}.{key}`", f"`{json.dumps(shorten(value), ensure_ascii=False)}`"]
+        [code(f"{section}.{key}"), code(json.dumps(publishable(value), ensure_ascii=False))]
         for section, values in settings.items()
         for key, value in (values if isinstance(values, Mapping) else {}).items()
         if value not in ("", None)
@@ -41,7 +54,8 @@ def lineage_lines(rows: Iterable[Mapping[str, object]]) -> list[list[str]]:
         name = shorten(row["name"]) if version is None else f"{row['name']}@{version}"
         count = f"{num_rows:,}" if isinstance(num_rows, int) else ""
         role = "· " * depth + str(row["role"]) if isinstance(depth, int) else str(row["role"])
-        lines.append([role, f"`{name or '(unnamed)'}`", f"`{str(row['fingerprint'] or '')[:_DIGITS]}`", count])
+        fingerprint = str(row["fingerprint"] or "")[:_DIGITS]
+        lines.append([role, code(str(name or "(unnamed)")), code(fingerprint) if fingerprint else "", count])
     return lines
 
 

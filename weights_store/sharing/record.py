@@ -1,12 +1,13 @@
 """The record of exported and pushed weight datasets, `tokenweights.json`: what they are, how they were made, which files.
 
-It is written last and covers every data file and itself with SHA-256, as the record of a model folder does. The first part also
-stands in the metadata of each Parquet file. Paths of the machine are shortened in it; nothing else of a recipe is left out but
-`[store]`. docs/sharing.md lists the keys.
+It is written last and covers every other file and itself with SHA-256, as the record of a model folder does. The first part
+also stands in the metadata of each Parquet file. Paths of the machine are shortened in it; nothing else of a recipe is left out
+but `[store]`. docs/sharing.md lists the keys.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +44,10 @@ COMMIT_KEYS = (
 """What of a commit's metadata stands in the record."""
 _KINDS = {"schema_version": int, "name": str, "fingerprint": str, "licence": str, "identity": dict, "statistics": dict}
 _KINDS |= {"splits": dict, "lineage": list, "files": dict, "shards": list}
+_KINDS_IF_THERE: dict[str, type | UnionType] = dict.fromkeys(
+    ("tokenizer", "reference", "parity", "contrast", "recipe", "packages"), dict | None
+)
+_KINDS_IF_THERE |= {"python": str | None, "git_commit": str | None}
 _SHARD_KINDS: dict[str, type] = {
     "num_rows": int,
     "first_key": str,
@@ -51,6 +56,7 @@ _SHARD_KINDS: dict[str, type] = {
     "group_sizes": list,
 }
 """What of a shard does not depend on the version of the library that wrote its file."""
+_SUM = re.compile(r"[0-9a-f]{1,16}")
 _LINEAGE_KINDS: dict[str, type | UnionType] = {"depth": int, "role": str, "kind": str, "name": str | None}
 _LINEAGE_KINDS |= {"version": int | None, "fingerprint": str | None, "num_rows": int | None, "created": str | None}
 _KINDS_INSIDE: dict[str, Mapping[str, type | UnionType]] = {
@@ -76,11 +82,19 @@ class DatasetRecord(CommitMetadata, total=False):
     shards: list[dict[str, Any]]
     """Checksums and row groups of the stored version; only of Parquet."""
     files: dict[str, str]
-    """SHA-256 of each data file, by its path in the folder."""
+    """SHA-256 of every other file, by its path in the folder."""
 
 
 def describe(table: Table, weights: TableVersion, licence: str | None, splits: Mapping[str, int]) -> DatasetRecord:
-    """Return the part of the record that no file needs to be written for."""
+    """Return the part of the record that no file needs to be written for.
+
+    Raises:
+        InputError: The licence is empty, or no line of text.
+    """
+    if licence is not None and not (licence.strip() and licence.isprintable()):
+        raise InputError(
+            f"licence is {licence!r}, expected a name such as mit or cc-by-4.0; leave it out if it is unknown"
+        )
     commit = table.read_commit(weights.version)
     metadata = table.metadata(weights.version)
     made = {key: metadata.get(key) for key in COMMIT_KEYS if key in metadata}
@@ -116,11 +130,14 @@ def describe_shard(record: ShardRecord) -> dict[str, Any]:
     return {key: value for key, value in asdict(record).items() if key in _SHARD_KINDS}
 
 
-def write_record(folder: Path, record: DatasetRecord, files: Sequence[str]) -> DatasetRecord:
-    """Write the record of a folder whose `files` are complete, and return it."""
-    digests = {name: fingerprint_file(folder / name) for name in files}
-    (folder / RECORD).write_bytes(sign_record(record, digests) + b"\n")
-    return {**record, "files": digests}
+def digest_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 of files that are complete, by their path in the folder."""
+    return {name: fingerprint_file(folder / name) for name in names}
+
+
+def write_record(folder: Path, record: DatasetRecord) -> None:
+    """Write the record of a folder whose other files are complete."""
+    (folder / RECORD).write_bytes(sign_record(record, record["files"]) + b"\n")
 
 
 def read_record(folder: Path, where: str) -> DatasetRecord:
@@ -138,13 +155,16 @@ def read_record(folder: Path, where: str) -> DatasetRecord:
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{where}: {RECORD} is not as it was written: {error}; push it again") from error
     wrong = [key for key, kind in _KINDS.items() if not isinstance(record.get(key), kind)]
+    wrong += [key for key, kind in _KINDS_IF_THERE.items() if not isinstance(record.get(key), kind)]
     for key, kinds in () if wrong else _KINDS_INSIDE.items():
         inside = record[key].values() if isinstance(record[key], dict) else record[key]
         wrong += [key] * (not all(_is_like(value, kinds) for value in inside))
     if not wrong and not all(_is_time(row.get("created")) for row in record["lineage"]):
         wrong = ["lineage"]
-    if not wrong and not all(map(_has_groups, record["shards"])):
+    if not wrong and not all(map(_is_shard, record["shards"])):
         wrong = ["shards"]
+    if not wrong and not isinstance((record.get("tokenizer") or {}).get("vocab_size"), int | None):
+        wrong = ["tokenizer"]
     if wrong:
         raise InputError(
             f"{where}: {RECORD} has no {' and no '.join(wrong)} as a weight dataset in Parquet has them; "
@@ -161,9 +181,10 @@ def _is_time(text: str | None) -> bool:
         return False
 
 
-def _has_groups(shard: Mapping[str, Any]) -> bool:
-    sizes = shard["group_sizes"]
-    return all(isinstance(size, int) and size > 0 for size in sizes) and 0 < sum(sizes) == shard["num_rows"]
+def _is_shard(shard: Mapping[str, Any]) -> bool:
+    sizes, sums = shard["group_sizes"], shard["checksums"].values()
+    is_even = all(isinstance(size, int) and size > 0 for size in sizes) and 0 < sum(sizes) == shard["num_rows"]
+    return is_even and all(isinstance(text, str) and _SUM.fullmatch(text) for text in sums)
 
 
 def _is_like(value: object, kinds: Mapping[str, type | UnionType]) -> bool:
@@ -177,6 +198,11 @@ def _check_fingerprint(record: Mapping[str, Any], where: str) -> None:
             f"{where}: the fingerprint of the dataset is {record['fingerprint'][:12]}…, that of what it says it was made from "
             f"is {expected[:12]}…: {RECORD} was changed; push it again"
         )
+
+
+def listed_files(record: DatasetRecord) -> list[str]:
+    """Return the data files that a record names, split by split; of a stranger's record these are any texts."""
+    return [str(name) for split in record["splits"].values() for name in split["files"]]
 
 
 def commit_metadata(record: DatasetRecord) -> CommitMetadata:

@@ -14,7 +14,15 @@ from weights_store.errors import InputError, MismatchError
 from weights_store.schemas import SIDES
 from weights_store.sharing.data_files import SplitFiles, count_splits, file_names, write_data
 from weights_store.sharing.new_folder import new_folder
-from weights_store.sharing.record import RECORD, DatasetRecord, describe, describe_shard, footer_of, write_record
+from weights_store.sharing.record import (
+    RECORD,
+    DatasetRecord,
+    describe,
+    describe_shard,
+    digest_files,
+    footer_of,
+    write_record,
+)
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableVersion
 from weights_store.views.token_texts import Tokenizer, TokenTexts
@@ -35,13 +43,14 @@ def export_table(
             record, _ = write_parquet(table, weights, partial, texts, licence)
         else:
             record = _write_lines(table, weights, partial, form, texts, licence)
+        write_record(partial, record)
     return [folder.absolute() / name for name in (*record["files"], RECORD)]
 
 
 def write_parquet(
     table: Table, weights: TableVersion, folder: Path, texts: TokenTexts | None, licence: str | None
 ) -> tuple[DatasetRecord, list[SplitFiles]]:
-    """Write the data files of one version and their record into an empty folder.
+    """Write the data files of one version into an empty folder, and return what is to be their record.
 
     Raises:
         MismatchError: An id is not in the tokenizer.
@@ -54,7 +63,8 @@ def write_parquet(
     record["format"] = "parquet"
     record["splits"] = {split.split: {"num_pairs": split.num_pairs, "files": split.files} for split in written}
     record["shards"] = [describe_shard(shard) for shard in table.records(weights.version)]
-    return write_record(folder, record, files), written
+    record["files"] = digest_files(folder, files)
+    return record, written
 
 
 def _write_lines(
@@ -85,7 +95,8 @@ def _write_lines(
     record = describe(table, weights, licence, splits)
     record["format"] = form
     record["splits"] = {split: {"num_pairs": splits[split], "files": [name]} for split, name in names.items()}
-    return write_record(folder, record, list(names.values()))
+    record["files"] = digest_files(folder, names.values())
+    return record
 
 
 def _write_part(rows: pl.DataFrame, file: IO[bytes], form: str, eos: Any, texts: TokenTexts | None) -> None:

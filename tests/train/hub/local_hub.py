@@ -58,6 +58,9 @@ class LocalHub:
         self.is_stalled = threading.Event()
         self.go_on = threading.Event()
         self.refuses_yaml = ""
+        self.loses_commit_answers = False  # commits are made, and then the connection is cut
+        self.answers: dict[str, tuple[int, dict[str, str]]] = {}
+        """What the first request gets whose method and path begin so: a status and headers; status 0 cuts the connection."""
         self.requests: list[str] = []
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -117,13 +120,23 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.hub.requests.append(f"{self.command} {url.path}")
+        asked = f"{self.command} {url.path}"
+        self.hub.requests.append(asked)
+        if begin := next(filter(asked.startswith, self.hub.answers), None):
+            status, headers = self.hub.answers.pop(begin)
+            self.refuse(status, headers)
+            return
         for method, pattern, name in self.routes:
             found = re.fullmatch(pattern, url.path)
             if method == self.command and found:
                 getattr(self, name)(*(part and unquote(part) for part in found.groups()))
                 return
         self.reply(404, {"error": f"the local hub knows no {self.command} {url.path}"})
+
+    def refuse(self, status, headers):
+        self.close_connection = True
+        if status:
+            self.reply(status, {"error": f"the hub says {status}"}, **headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
@@ -236,6 +249,9 @@ class _Handler(BaseHTTPRequestHandler):
             elif key == "deletedFile":
                 del files[value["path"]]
         sha = found.commit(files)
+        if self.hub.loses_commit_answers:
+            self.refuse(0, {})
+            return
         self.reply(200, {"commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}", "commitOid": sha})
 
     def tree(self, kind, repo_id, revision, folder):

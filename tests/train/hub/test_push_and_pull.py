@@ -1,5 +1,6 @@
 """`tokenweights push` and `pull` against a hub on loopback."""
 
+import json
 import os
 import signal
 import subprocess
@@ -112,6 +113,84 @@ def test_a_repository_of_somebody_else_is_left_alone(hub, command):
     assert f"{REPO_ID} holds 1 files, for example data/train.parquet, and no tokenweights.json" in err
 
 
+def test_a_card_that_somebody_changed_is_not_replaced_without_a_word(hub, command):
+    hub.add(REPO_ID, {"README.md": b"mine"})
+    code, _, err = command("push", NAME, REPO_ID)
+    assert (code, hub.repository(REPO_ID).files["README.md"]) == (1, b"mine")
+    assert (
+        f"{REPO_ID} has a README.md that `tokenweights push` did not write, or that was changed since: put your" in err
+    )
+    assert command("push", NAME, REPO_ID, "--replace-card")[0] == 0
+    repository = hub.repository(REPO_ID)
+    written = repository.files["README.md"]
+    assert b"4 preference pairs" in written
+    repository.commit({**repository.files, "README.md": written.replace(b"license", b"licence")})  # on its page
+    num_uploads = hub.num_uploads
+    assert command("push", f"{NAME}@0", REPO_ID)[0] == 1
+    assert (hub.num_uploads, len(repository.commits)) == (num_uploads, 3)
+    assert command("push", NAME, REPO_ID, "--replace-card")[0] == 0
+    assert repository.files["README.md"] == written
+
+
+def test_a_push_replaces_the_files_of_the_last_one_and_leaves_those_of_people(hub, command, other_store, tmp_path):
+    command("push", NAME, REPO_ID)
+    repository = hub.repository(REPO_ID)
+    mine = {"NOTES.md": b"read this", "data/mine.parquet": b"other rows"}
+    repository.commit({**repository.files, **mine})
+    assert command("push", f"{NAME}@0", REPO_ID)[0] == 0
+    assert {name: repository.files[name] for name in mine} == mine
+    assert sorted(name for name in repository.files if name.startswith("data/")) == [
+        "data/mine.parquet",
+        "data/train-00000-of-00001.parquet",
+    ]
+    assert command("pull", REPO_ID, store=other_store.root)[0] == 0
+    assert not list((tmp_path / "hub-cache").rglob("mine.parquet"))
+    broken = json.dumps({**json.loads(repository.files["tokenweights.json"]), "files": None}).encode()
+    repository.commit({**repository.files, "tokenweights.json": broken})
+    code, _, err = command("push", NAME, REPO_ID)
+    assert (code, f"{REPO_ID}/tokenweights.json does not list the files of the last push" in err) == (1, True)
+
+
+def test_a_commit_whose_answer_is_lost_is_found_by_the_next_push(hub, command):
+    hub.loses_commit_answers = True
+    code, _, err = command("push", NAME, REPO_ID)
+    assert (code, "Server disconnected without sending a response; check the connection, and run again" in err) == (
+        1,
+        True,
+    )
+    hub.loses_commit_answers = False
+    code, out, _ = command("push", NAME, REPO_ID)
+    assert (code, out.startswith("nothing to push"), len(hub.repository(REPO_ID).commits)) == (0, True, 2)
+
+
+def test_a_copy_that_was_damaged_in_the_cache_is_named_and_downloaded_again_once_it_is_deleted(
+    hub, command, other_store, tmp_path
+):
+    command("push", NAME, REPO_ID)
+    command("pull", REPO_ID, "--as", "first", store=other_store.root)
+    (kept,) = [path.resolve() for path in (tmp_path / "hub-cache").rglob("train-00000-of-00001.parquet")]
+    data = bytearray(kept.read_bytes())
+    data[len(data) // 2] ^= 1
+    kept.write_bytes(data)
+    code, _, err = command("pull", REPO_ID, "--as", "second", store=other_store.root)
+    assert (code, f"Delete {kept} if it is a damaged copy, and pull again" in err) == (1, True)
+    kept.unlink()
+    assert command("pull", REPO_ID, "--as", "second", store=other_store.root)[0] == 0
+
+
+def test_owner_and_name_is_a_repository_also_where_there_is_such_a_folder(
+    hub, command, other_store, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    command("push", f"{NAME}@0", f"./{REPO_ID}")
+    code, _, err = command("push", NAME, REPO_ID)
+    assert (code, f"{REPO_ID} is a repository of the hub here; write ./{REPO_ID} for the folder\n" in err) == (0, True)
+    code, out, err = command("pull", REPO_ID, store=other_store.root)
+    assert (code, ": 4 pairs" in out, f"write ./{REPO_ID} for the folder\n" in err) == (0, True, True)
+    code, out, _ = command("pull", f"./{REPO_ID}", "--as", "of-folder", store=other_store.root)
+    assert (code, ": 3 pairs" in out) == (0, True)
+
+
 def test_public_is_said_or_refused(hub, command):
     hub.add(REPO_ID, {}, is_private=False)
     code, _, err = command("push", NAME, REPO_ID)
@@ -174,7 +253,7 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub, command, other_store, mon
     hub.refuses_yaml = "license must be a text"
     code, _, err = command("push", f"{NAME}@0", REPO_ID)
     assert (code, len(hub.repository(REPO_ID).commits)) == (1, 2)
-    assert "cannot push to owner/weights: Invalid metadata in README.md" in err
+    assert "Invalid metadata in README.md. - license must be a text; change what it refuses; licences have" in err
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     code, _, err = command("push", NAME, REPO_ID)
     assert (code, "offline mode is enabled" in err) == (1, True)
@@ -207,6 +286,7 @@ def test_a_file_that_changed_on_the_hub_is_refused(hub, command, other_store):
         ),
         (["push", "./policy", REPO_ID], "./policy is no output folder of `tokenweights train`"),
         (["pull", "nowhere"], "nowhere is no folder, and does not read owner/name"),
+        (["pull", "owner/name@v1"], "owner/name@v1 is no folder, and does not read owner/name"),
         (["push", "hh-harmless/none", REPO_ID], "no weight dataset 'hh-harmless/none'"),
     ],
 )

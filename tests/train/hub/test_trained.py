@@ -1,6 +1,7 @@
 """Training on what was pulled, and pushing what was trained."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def policy(make_config, tmp_path) -> Path:
 
 
 def test_a_policy_is_pushed_with_its_card_and_without_paths_of_this_machine(hub, policy, tmp_path, capsys):
+    (policy / "chat_template.jinja").write_text("{{ messages }}")
     assert tokenweights.main(["push", str(policy), "owner/policy"]) == 0
     repository = hub.repository("owner/policy", "model")
     assert repository.is_private
@@ -52,15 +54,21 @@ def test_a_policy_is_pushed_with_its_card_and_without_paths_of_this_machine(hub,
     assert not [name for name in names if str(tmp_path).encode() in repository.files[name]]
     recorded, pushed = json.loads((policy / "lineage.json").read_text()), json.loads(repository.files["lineage.json"])
     assert pushed["fingerprint"] == recorded["fingerprint"]
+    assert pushed["files"] == {name: sha256(repository.files[name]).hexdigest() for name in names - {"lineage.json"}}
     assert pushed["result"] == recorded["result"]
     assert pushed["config"]["data"]["store"] == f"…/{tmp_path.name}/store"
     assert f"of {policy}" in capsys.readouterr().out
+    repository.commit({**repository.files, "NOTES.md": b"read this"})
     (policy / "model.safetensors").rename(policy / "model-00001-of-00001.safetensors")
+    (policy / "chat_template.jinja").unlink()  # a template of another policy would be used for this one
     assert tokenweights.main(["push", str(policy), "owner/policy"]) == 0
-    assert "model.safetensors" not in repository.files
+    assert not {"model.safetensors", "chat_template.jinja"} & set(repository.files)
     assert tokenweights.main(["push", str(policy), str(tmp_path / "copy")]) == 0
     copied = {str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*") if path.is_file()}
-    assert copied == set(repository.files) - {".gitattributes"}
+    assert copied == set(repository.files) - {".gitattributes", "NOTES.md"}
+    repository.commit({**repository.files, "README.md": b"my own words"})
+    assert tokenweights.main(["push", str(policy), "owner/policy"]) == 1
+    assert "owner/policy has a README.md that `tokenweights push` did not write" in capsys.readouterr().err
 
 
 def test_what_is_no_finished_policy_is_refused(policy, store, tmp_path, monkeypatch, capsys):

@@ -195,10 +195,7 @@ def test_a_missing_file_and_a_missing_or_changed_record_are_refused(folder, stor
     "name", ["../secret.parquet", "/etc/passwd", "data/../../x.parquet", "data/x/y-00000-of-00001.parquet"]
 )
 def test_no_name_in_a_record_leads_out_of_the_folder(folder, store, name):
-    record = json.loads((folder / "tokenweights.json").read_text())
-    del record["sha256"]
-    files = record.pop("files")
-    (folder / "tokenweights.json").write_bytes(sign_record(record, {**files, name: "0" * 64}))
+    resign(folder, splits={"train": {"files": [name]}})
     with pytest.raises(InputError, match=r"names the file .*, expected data/SPLIT-00000-of-00001.parquet"):
         bring_in(store.root, folder, HUB)
 
@@ -254,7 +251,13 @@ def test_a_record_of_other_settings_than_its_fingerprint_is_refused(folder, stor
         ({"lineage": ["x"]}, "has no lineage as"),
         ({"lineage": [{"depth": 1, "role": "x", "kind": "model", "created": "soon"}]}, "has no lineage as"),
         ({"splits": {"train": {"files": 3}}}, "has no splits as"),
-        ({"splits": {"train": {"files": []}}}, "lists other files by split than by SHA-256"),
+        ({"splits": {"train": {"files": []}}}, "rows 0 to 2 of the version are not all there once"),
+        ({"splits": {"train": {"files": ["README.md"]}}}, "names the file 'README.md', expected data/SPLIT"),
+        ({"shards": [{**SHARD, "group_sizes": [3], "checksums": {"split": 7}}]}, "has no shards as"),
+        ({"shards": [{**SHARD, "group_sizes": [3], "checksums": {"split": "many"}}]}, "has no shards as"),
+        ({"tokenizer": ["x"]}, "has no tokenizer as"),
+        ({"tokenizer": {"vocab_size": "32"}}, "has no tokenizer as"),
+        ({"recipe": ["x"], "git_commit": 3}, "has no recipe and no git_commit as"),
         ({"name": "../../x@1"}, "bad name '../../x'"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import tokenweights
+from weights_store.errors import InputError
 from weights_store.sharing.data_files import file_names
 from weights_store.sharing.dataset_folder import files_of, write_dataset_folder
 from weights_store.sharing.publishable import publishable
@@ -21,13 +22,11 @@ NAME = "hh-harmless/tis-dpo"
 def write(tmp_path, texts):
     """Return a function that writes the newest version of a dataset into a new folder, and returns it with its record."""
 
-    def write(store, name=NAME, folder="out", **options):
-        place = tmp_path / folder
-        place.mkdir()
-        record = write_dataset_folder(
-            store.root, store.resolve(name), place, "owner/weights", **{"tokenizer": texts, **options}
-        )
-        return place, record
+    def write(store, name=NAME, folder="out", place="owner/weights", **options):
+        made = tmp_path / folder
+        made.mkdir()
+        record = write_dataset_folder(store.root, store.resolve(name), made, place, **{"tokenizer": texts, **options})
+        return made, record
 
     return write
 
@@ -77,11 +76,13 @@ def test_the_card_has_what_a_hub_and_a_stranger_want_to_know(write, read_store):
     assert list(files_of(record, folder)) == [
         "data/test-00000-of-00001.parquet",
         "data/train-00000-of-00001.parquet",
-        "tokenweights.json",
         "README.md",
         "croissant.json",
         "heat-map.png",
+        "tokenweights.json",
     ]
+    for name, digest in record["files"].items():
+        assert digest == hashlib.sha256((folder / name).read_bytes()).hexdigest()
 
 
 def test_an_unknown_licence_is_said_to_be_unknown_and_ids_need_no_tokenizer(write, read_store):
@@ -90,6 +91,46 @@ def test_an_unknown_licence_is_said_to_be_unknown_and_ids_need_no_tokenizer(writ
     assert record["licence"] == yaml.safe_load(card.split("---\n")[1])["license"] == "unknown"
     assert "The licence of the source is unknown" in card
     assert "`prompt`, `chosen`, `rejected`" not in card
+
+
+def test_the_card_of_single_responses_does_not_call_them_pairs(write, small_store):
+    rows = small_store.scan(NAME).collect()
+    gone = [
+        pl.lit([], rows.schema[name]).alias(name)
+        for name in rows.columns
+        if name.startswith("rejected_") and "score" not in name
+    ]
+    metadata = small_store.metadata(NAME)
+    changed = {**metadata, "parents": [], "statistics": {**metadata["statistics"], "num_unpaired_rows": 4}}
+    small_store.table("weights/hh-harmless/single").append(rows.with_columns(gone).to_arrow(), changed)
+    folder, _ = write(small_store, "hh-harmless/single")
+    card = (folder / "README.md").read_text()
+    assert "4 rows with a weight for every response token. 4 of them have one response, for KTO" in card
+    assert "preference pair" not in card
+    assert pl.read_parquet(folder / "data/*.parquet")["rejected"].to_list() == [""] * 4
+    assert (folder / "heat-map.png").exists()
+
+
+def test_signs_of_markdown_and_html_in_settings_and_places_are_shown_as_they_are(write, small_store):
+    patterns = [["`<b>|\\d` ```x``` [a](b)\n\u2028é", 0.5]]
+    metadata = small_store.metadata(NAME)
+    settings = {"weights": {"estimator": "pattern", "patterns": patterns}, "contrast": {}}
+    changed = {**metadata, "identity": {**metadata["identity"], "settings": settings}}
+    small_store.table("weights/hh-harmless/signs").append(small_store.scan(NAME).collect().to_arrow(), changed)
+    folder, _ = write(small_store, "hh-harmless/signs", licence="[x](y)", place='./it\'s "new"')
+    card = (folder / "README.md").read_text()
+    shown = '[["`<b>\\|\\\\d` ```x``` [a](b)\\n\\u2028é", 0.5]]'  # as JSON, with the bar escaped for the table
+    assert f"| `weights.patterns` | ````{shown}```` |" in card
+    assert "Of the source: \\[x](y)." in card
+    assert 'load_dataset("./it\'s \\"new\\""' in card
+    assert "tokenweights pull './it'\"'\"'s \"new\"'" in card
+    assert yaml.safe_load(card.split("---\n")[1])["license"] == "[x](y)"
+
+
+@pytest.mark.parametrize("licence", ["", " ", "mit\nor so"])
+def test_a_licence_that_is_no_text_is_refused(write, read_store, licence):
+    with pytest.raises(InputError, match="expected a name such as mit or cc-by-4.0; leave it out if it is unknown"):
+        write(read_store, licence=licence)
 
 
 def test_without_matplotlib_there_is_no_picture_and_the_card_shows_none(write, read_store, monkeypatch, caplog):
@@ -184,5 +225,84 @@ def test_a_push_into_a_folder_leaves_nothing_half_done(small_store, tmp_path, ca
     card = (tmp_path / "shared" / "README.md").read_text()
     assert 'load_dataset("./shared"' in card
     assert str(tmp_path) not in card
-    assert tokenweights.main(command) == 1
-    assert "shared exists and is not an empty folder" in capsys.readouterr().err
+    assert tokenweights.main([command[0], "hh-harmless/reversed", *command[2:]]) == 1
+    assert f"shared holds {NAME}, and hh-harmless/reversed is to be pushed; choose" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    assert tokenweights.main([*command[:2], str(tmp_path / "mine"), *command[3:]]) == 1
+    assert "mine exists and is not an empty folder" in capsys.readouterr().err
+
+
+@pytest.fixture
+def push(small_store, tmp_path, capsys):
+    """Return a function that pushes a version into the folder `shared`: the exit code, and what was said."""
+
+    def push(what, *options, target=None):
+        code = tokenweights.main(
+            ["push", what, str(target or tmp_path / "shared"), *options, "--store", str(small_store.root)]
+        )
+        return code, capsys.readouterr().err
+
+    return push
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_another_version_replaces_an_earlier_push_in_a_folder_whole(push, tmp_path):
+    push(NAME)
+    push(f"{NAME}@0", target=tmp_path / "shared-0")
+    of_both = [contents(tmp_path / name) for name in ("shared", "shared-0")]
+    assert "data/test-00000-of-00001.parquet" in of_both[0].keys() - of_both[1].keys()  # version 0 has no such split
+    (tmp_path / "link").symlink_to("shared")
+    assert push(f"{NAME}@0", target=tmp_path / "link")[0] == 0
+    assert (tmp_path / "link").is_symlink()
+    found = contents(tmp_path / "shared")
+    assert found.keys() == of_both[1].keys()
+    of_place = {"README.md", "tokenweights.json"}  # the card names the folder
+    assert all(found[name] == of_both[1][name] for name in found.keys() - of_place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "shared", "shared-0", "store"]
+
+
+def test_a_push_that_fails_or_is_killed_keeps_the_earlier_one(push, small_store, tmp_path, monkeypatch):
+    push(NAME)
+    before = contents(tmp_path / "shared")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "weights_store.sharing.dataset_folder.croissant", lambda *_: (_ for _ in ()).throw(OSError("full"))
+        )
+        code, said = push(f"{NAME}@0")
+        assert (code, said.splitlines()[-1]) == (1, "error: full")
+    assert contents(tmp_path / "shared") == before
+    (tmp_path / "shared").rename(
+        tmp_path / ".shared.old"
+    )  # of a push that was killed before the new folder had its name
+    (tmp_path / ".shared.partial").mkdir()
+    assert push("hh-harmless/none")[0] == 1
+    assert push("hh-harmless/reversed")[0] == 1  # the old one is back, and is another dataset
+    assert contents(tmp_path / "shared") == before
+    assert push(NAME)[0] == 0
+    assert contents(tmp_path / "shared") == before
+
+
+def test_words_and_files_of_people_are_not_lost_with_an_earlier_push(push, tmp_path):
+    push(NAME)
+    card = tmp_path / "shared" / "README.md"
+    written = card.read_bytes()
+    card.write_bytes(written + b"\nRead this first.\n")
+    code, said = push(NAME)
+    assert (code, f"{card} was changed since it was pushed: keep your words somewhere else" in said) == (1, True)
+    assert card.read_bytes().endswith(b"Read this first.\n")
+    assert push(NAME, "--replace-card")[0] == 0
+    assert card.read_bytes() == written
+    (tmp_path / "shared" / "data" / "notes.txt").touch()
+    code, said = push(NAME, "--replace-card")
+    assert (code, "holds 1 file that `tokenweights push` did not write, for example data/notes.txt" in said) == (
+        1,
+        True,
+    )
+    (tmp_path / "shared" / "data" / "notes.txt").unlink()
+    (tmp_path / "shared" / "tokenweights.json").write_text("{}")
+    code, said = push(NAME)
+    assert (code, "tokenweights.json is not as it was written" in said) == (1, True)
