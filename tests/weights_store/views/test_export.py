@@ -163,6 +163,39 @@ def test_an_empty_folder_is_filled_and_a_full_one_refused(small_store, tmp_path)
         small_store.export(NAME, tmp_path / "file")
 
 
+def test_a_link_is_followed_and_stays_a_link(small_store, tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name, target in (("link", "disk"), ("dangling", "new")):
+        (tmp_path / name).symlink_to(target)
+        files = small_store.export(NAME, tmp_path / name)
+        assert (tmp_path / name).is_symlink()
+        assert all(file.is_file() for file in files)
+        assert (tmp_path / target / "tokenweights.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        (".", r"\. is the current folder, which cannot be replaced .* a new one in it"),
+        ("s3://bucket/out", "s3:/bucket/out is a URI; give a folder of this machine"),
+    ],
+)
+def test_a_place_that_cannot_become_the_folder_is_refused_before_the_work(
+    read_store, tmp_path, monkeypatch, place, text
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("weights_store.views.export.write_parquet", pytest.fail)
+    with pytest.raises(InputError, match=text):
+        read_store.export(NAME, place)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mount_point_is_refused_before_the_work(read_store, tmp_path, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.is_mount", lambda path: path == tmp_path)
+    with pytest.raises(InputError, match="is a mount point, which cannot be replaced"):
+        read_store.export(NAME, tmp_path)
+
+
 def test_two_exports_into_one_folder_do_not_mix_and_a_killed_one_leaves_nothing_behind(small_store, tmp_path):
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "part-00007.parquet").touch()  # of an export that was killed
