@@ -117,6 +117,28 @@ def test_jsonl_has_the_fields_of_the_release(small_store, tmp_path, texts):
     ]
 
 
+@pytest.mark.parametrize(("form", "is_said"), [("jsonl", True), ("tinker", False), ("parquet", False)])
+def test_pair_weights_that_lines_cannot_hold_are_not_dropped_without_a_word(
+    small_store, tmp_path, caplog, form, is_said
+):
+    rows = (
+        small_store.scan(NAME).with_columns(pair_weight=pl.col("split").eq("test") * pl.lit(0.5, pl.Float32)).collect()
+    )
+    small_store.table("weights/hh-harmless/paired").append(rows.to_arrow(), small_store.metadata(NAME))
+    small_store.export("hh-harmless/paired", tmp_path / "out", format=form)
+    found = [record.message for record in caplog.records if "no pair weights" in record.message]
+    assert (
+        found
+        == [
+            "lines of jsonl have no pair weights, and 4 pairs have another one than 1: they will count as all others "
+            "do; parquet and tinker keep them"
+        ]
+        * is_said
+    )
+    small_store.export(NAME, tmp_path / "ones", format=form)
+    assert sum("no pair weights" in record.message for record in caplog.records) == is_said
+
+
 def test_the_release_trains_on_the_stored_weights(small_store, tmp_path, texts):
     # The release's loader, in our words: z = -chosen_weight, z = rejected_weight; transform "origin" is w = z; EOS gets 0.
     files = small_store.export(NAME, tmp_path / "out", format="jsonl", tokenizer=texts)
