@@ -106,6 +106,29 @@ def test_loss_and_gradients_equal_ours(make_trainer, model_folder, loss, ours) -
         torch.testing.assert_close(theirs.grad, ours_.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_steps_of_several_batches_train_as_a_loop_over_the_pairs_does(make_trainer, model_folder) -> None:
+    settings = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 1e9}
+    trainer = make_trainer(
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, logging_steps=1, **settings
+    )
+    trainer.train()
+    found = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    rows = list(BlockShuffle(trainer.train_dataset.group_sizes, seed=3).rows(range(12)))
+    expected = []
+    for first in (0, 4, 8):
+        pairs = [trainer.train_dataset[row] for row in rows[first : first + 4]]
+        loss = tis_dpo(side_of(model, pairs, "chosen"), side_of(model, pairs, "rejected"), beta=BETA).losses.mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter -= 0.05 * gradient
+        expected.append(loss.item())
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert max(expected) - min(expected) > 0.01
+
+
 def test_batches_carry_stored_ids_weights_and_weighted_reference_sums(make_trainer, rows) -> None:
     trainer = make_trainer()
     pair = trainer.train_dataset[2]
