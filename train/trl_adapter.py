@@ -74,8 +74,8 @@ class WeightedDPOTrainer(DPOTrainer):
         **kwargs: Further arguments of `trl.DPOTrainer`, for example `peft_config` and `callbacks`.
 
     Raises:
-        SettingsError: `args` has a setting that does not work with stored weights, `loss` is another one, or `data` is
-            malformed.
+        SettingsError: `args` has a setting that does not work with stored weights, `loss` is another one, there is a
+            `ref_model`, or `data` is malformed.
         InputError: The model cannot be used.
         MismatchError: Model and dataset do not belong together, `tis_dpo` meets constant weights, or the installed TRL lacks a
             hook. During training: a pair is longer than `args.max_length`, its `pair_weight` is not 1, or TRL computes
@@ -112,6 +112,11 @@ class WeightedDPOTrainer(DPOTrainer):
                 is_sft = name == "loss_type" and "sft" in got
                 hint = "; for likelihood beside it use `tokenweights train` and loss.nll_lambda" if is_sft else ""
                 raise SettingsError(f"stored token weights need {name}={needed!r} in the DPOConfig, got {got!r}{hint}")
+        if kwargs.get("ref_model") is not None:
+            raise SettingsError(
+                "WeightedDPOTrainer reads the reference's log-probs from the weight dataset, so ref_model would do nothing; "
+                "leave it out, or build the weights with that model as model.path"
+            )
         revision = (args.model_init_kwargs or {}).get("revision")
         folder = check_model_folder(find_folder(model, revision, "model"), "model")
         self._stored = {"train": _open_pairs(folder, data, loss)}
@@ -119,7 +124,8 @@ class WeightedDPOTrainer(DPOTrainer):
             self._stored["eval"] = _open_pairs(folder, eval_data, loss)
         args.precompute_ref_log_probs = True
         args.remove_unused_columns = False
-        stand_in = Dataset.from_dict({"prompt_ids": [[0]]})  # TRL requires this class; `_prepare_dataset` replaces it
+        # TRL requires this class; `_prepare_dataset` replaces it.
+        self._stand_in = stand_in = Dataset.from_dict({"prompt_ids": [[0]]})
         super().__init__(
             str(folder),
             args=args,
@@ -138,7 +144,18 @@ class WeightedDPOTrainer(DPOTrainer):
     def _prepare_dataset(
         self, dataset: object, processing_class: object, args: object, dataset_name: str
     ) -> PairDataset:
-        """Return the stored pairs, where TRL would tokenise."""
+        """Return the stored pairs, where TRL would tokenise.
+
+        Raises:
+            SettingsError: `evaluate` was given a dataset that has no stored weights.
+        """
+        if isinstance(dataset, PairDataset):
+            return dataset
+        if dataset is not self._stand_in:
+            raise SettingsError(
+                f"evaluate() of WeightedDPOTrainer takes stored pairs, a train.data.dataset.PairDataset, got "
+                f"{type(dataset).__name__}; name them with eval_data=DataConfig(…) when you make the trainer"
+            )
         return self._stored[dataset_name]
 
     def _precompute_ref_logps(self, dataset: PairDataset, name: str, batch_size: int) -> PairDataset:

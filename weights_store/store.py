@@ -254,6 +254,8 @@ class WeightStore:
     def list(self) -> pl.DataFrame:
         """Return one row per weight dataset: name, newest version, estimator, pairs, tokens, fingerprint, time.
 
+        Weights that no recipe has made, but a program with `Table`, have null for what it did not record.
+
         Raises:
             NotFoundError: There is no store at the URI.
         """
@@ -283,14 +285,15 @@ class WeightStore:
 def _summary(name: str, commit: Commit) -> dict[str, object]:
     assert commit.metadata is not None, "histories hold our own commits"
     metadata = commit.metadata
-    settings, statistics = metadata["identity"]["settings"], metadata["statistics"]
+    settings, statistics = metadata.get("identity", {}).get("settings", {}), metadata.get("statistics", {})
+    num_rows = None if commit.log is None else commit.log["num_rows"]
     return {
         "name": name,
         "version": commit.version,
-        "estimator": settings["weights"]["estimator"],
-        "contrast": settings["contrast"].get("method"),
-        "num_pairs": statistics["num_pairs"],
-        "num_response_tokens": statistics["num_response_tokens"],
+        "estimator": settings.get("weights", {}).get("estimator"),
+        "contrast": settings.get("contrast", {}).get("method"),
+        "num_pairs": statistics.get("num_pairs", num_rows),
+        "num_response_tokens": statistics.get("num_response_tokens"),
         "fingerprint": metadata["fingerprint"],
         "created": commit.timestamp_ms,
         "changes": "; ".join(metadata.get("changes", [])),

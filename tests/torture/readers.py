@@ -283,7 +283,7 @@ READERS = [
     Reader("optimize", _optimize, TABLES),
     Reader("vacuum", _vacuum, TABLES),
     Reader("diff", _diff, ("weights",)),
-    Reader("export", _export, ("weights",)),  # and the lineage, which has a reader of its own
+    Reader("export", _export, (*TABLES, "models")),  # the rows of weights, and the lineage of all
     Reader("scan_tokens", _scan_tokens, ("weights", "logps")),
     Reader("lineage", _lineage, (*TABLES, "models")),
     Reader("ls, history", _list, ("weights",)),

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 pytest.importorskip("trl")
 
+from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from train.config import DataConfig
@@ -44,7 +45,7 @@ def shifted_store(write_weights, rows) -> str:
 def make_trainer(model_folder, shifted_store, tmp_path):
     """Return a function that makes a trainer; keywords are TRL's settings, `loss`, `data` and `eval_data` ours."""
 
-    def make(loss="tis_dpo", data=None, eval_data=None, **settings) -> WeightedDPOTrainer:
+    def make(loss="tis_dpo", data=None, eval_data=None, ref_model=None, **settings) -> WeightedDPOTrainer:
         settings = {
             "per_device_train_batch_size": 4,
             "gradient_checkpointing": False,
@@ -60,7 +61,7 @@ def make_trainer(model_folder, shifted_store, tmp_path):
         data = DataConfig(store=shifted_store, weights="toy/tis", **(data or {}))
         eval_data = eval_data and DataConfig(store=shifted_store, weights="toy/tis", **eval_data)
         args = DPOConfig(output_dir=str(tmp_path / "out"), **settings)
-        return WeightedDPOTrainer(str(model_folder), args, data, loss=loss, eval_data=eval_data)
+        return WeightedDPOTrainer(str(model_folder), args, data, loss=loss, eval_data=eval_data, ref_model=ref_model)
 
     return make
 
@@ -105,6 +106,29 @@ def test_loss_and_gradients_equal_ours(make_trainer, model_folder, loss, ours) -
         torch.testing.assert_close(theirs.grad, ours_.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_steps_of_several_batches_train_as_a_loop_over_the_pairs_does(make_trainer, model_folder) -> None:
+    settings = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 1e9}
+    trainer = make_trainer(
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, logging_steps=1, **settings
+    )
+    trainer.train()
+    found = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    rows = list(BlockShuffle(trainer.train_dataset.group_sizes, seed=3).rows(range(12)))
+    expected = []
+    for first in (0, 4, 8):
+        pairs = [trainer.train_dataset[row] for row in rows[first : first + 4]]
+        loss = tis_dpo(side_of(model, pairs, "chosen"), side_of(model, pairs, "rejected"), beta=BETA).losses.mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter -= 0.05 * gradient
+        expected.append(loss.item())
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert max(expected) - min(expected) > 0.01
+
+
 def test_batches_carry_stored_ids_weights_and_weighted_reference_sums(make_trainer, rows) -> None:
     trainer = make_trainer()
     pair = trainer.train_dataset[2]
@@ -147,6 +171,27 @@ def test_a_held_out_split_is_evaluated_with_the_same_loss(make_trainer, model_fo
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
         expected = tis_dpo(side_of(model, pairs, "chosen"), side_of(model, pairs, "rejected"), beta=BETA).losses
     assert metrics["eval_loss"] == pytest.approx(expected.mean().item(), rel=1e-4)
+
+
+def test_a_dataset_given_to_evaluate_is_the_one_that_is_evaluated_or_refused(make_trainer) -> None:
+    trainer = make_trainer(data={"split": "train"}, eval_data={"split": "test"}, per_device_eval_batch_size=10)
+    of_test, of_train = trainer.evaluate()["eval_loss"], trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    with torch.no_grad():
+        trainer.model.eval()
+        pairs = [trainer.train_dataset[row] for row in range(len(trainer.train_dataset))]
+        batches = [pairs[first : first + 10] for first in range(0, len(pairs), 10)]
+        losses = [trainer.compute_loss(trainer.model, trainer.data_collator(batch)).item() for batch in batches]
+    assert len(pairs) % 10 == 0  # so that the mean of the batches is the mean of the pairs
+    assert of_train == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert abs(of_train - of_test) > 1e-3
+    with pytest.raises(SettingsError, match=r"takes stored pairs, .* got Dataset; name them with eval_data=DataConfig"):
+        trainer.evaluate(Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}))
+
+
+def test_a_reference_model_that_would_do_nothing_is_refused(make_trainer, model_folder) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    with pytest.raises(SettingsError, match="so ref_model would do nothing; leave it out"):
+        make_trainer(ref_model=model)
 
 
 def test_swapped_data_negates_the_reward_margins(make_trainer) -> None:

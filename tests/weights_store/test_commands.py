@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from datetime import datetime
@@ -56,6 +57,22 @@ def test_show_has_statistics_parents_versions_and_rows(command):
     assert "  tokens          tokens/hh-harmless-0123456789ab@0  " in out
     # b: prompt 1, chosen 4, rejected 3 tokens; mean weights 7 / 4 and 4.5 / 3.
     assert ["train", "1", "4", "3", "1.7500", "1.5000", "b"] in rows(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["ls"], ["own/made@0", "-", "4", "-"]),
+        (["history", "own/made"], ["0", "4", "-", "f0"]),
+        (["show", "own/made"], ["pairs", "4"]),
+        (["diff", "own/made", NAME], ["4", "in", "both,", "0", "only", "in", "A,", "0", "only", "in", "B"]),
+    ],
+)
+def test_weights_that_no_recipe_has_made_are_shown_with_what_is_known(command, small_store, arguments, line):
+    small_store.table("weights/own/made").append(small_store.scan(NAME).collect().to_arrow(), {"fingerprint": "f0"})
+    code, out, _ = command(*arguments)
+    times = r" 20\d\d-\d\d-\d\d \d\d:\d\d| [\d.]+ KiB"
+    assert (code, line in rows(re.sub(times, "", out))) == (0, True)
 
 
 def test_history_gives_each_change_a_line_of_its_own(command):

@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 
 def run_path(options: argparse.Namespace) -> None:
     """Print the files of one version of a table, for programs that read Parquet and no Delta."""
+    from weights_store.catalog import check_store
+
     name, version = weights_store.split_name(options.table)
-    table = weights_store.WeightStore(options.store).table(_table_path(name))
+    store = weights_store.WeightStore(options.store)
+    check_store(store.root)
+    table = store.table(_table_path(name))
     reference = table.reference(version)
     records = table.records(reference.version)
     files = [(table.location / record.name).absolute_uri for record in records]

@@ -45,7 +45,7 @@ def _listed(row: Mapping[str, Any]) -> dict[str, object]:
     """Return one line of `ls`; it fits into 80 columns, unless the name is long."""
     return {
         "name": f"{row['name']}@{row['version']}",
-        "estimator": f"{row['estimator']} ({row['contrast']})" if row["contrast"] else row["estimator"],
+        "estimator": f"{row['estimator']} ({row['contrast']})" if row["contrast"] else row["estimator"] or "-",
         "pairs": row["num_pairs"],
         "tokens": row["num_response_tokens"],
         "size": "-" if row["num_bytes"] is None else size_text(row["num_bytes"]),
@@ -55,6 +55,7 @@ def _listed(row: Mapping[str, Any]) -> dict[str, object]:
 
 def run_show(options: argparse.Namespace) -> None:
     """Show one weight dataset."""
+    from weights_store.tables.metadata import Statistics
     from weights_store.views.lineage import origin_text
     from weights_store.views.summary import summary_lines
 
@@ -62,9 +63,11 @@ def run_show(options: argparse.Namespace) -> None:
     store = weights_store.WeightStore(options.store)
     reference = store.resolve(name, version)
     metadata = store.metadata(name, reference.version)
-    statistics, parents = metadata["statistics"], metadata["parents"]
-    versions = _versions(store.history(name))
     table = store.table(reference.table)
+    # What no recipe has made may lack any of these.
+    statistics = Statistics(num_pairs=table.num_rows(reference.version)) | metadata.get("statistics", {})
+    settings, parents = metadata.get("identity", {}).get("settings", {}), metadata.get("parents", [])
+    versions = _versions(store.history(name))
     records = table.records(reference.version)
     first = next(table.batches(reference.version), None)
     rows = [] if first is None else _row_summary(first)
@@ -75,7 +78,7 @@ def run_show(options: argparse.Namespace) -> None:
         print_json({**document, "files": store.files(name, reference.version)})
         return
     print(f"{reference}  fingerprint {reference.fingerprint[:_DIGITS]}\n")
-    lines = summary_lines(statistics, metadata["identity"]["settings"]["weights"], metadata.get("parity"))
+    lines = summary_lines(statistics, settings.get("weights", {}), metadata.get("parity"))
     amount = f"{count_text(len(records), 'file')}, {size_text(sum(record.num_bytes for record in records))}"
     lines.append(("files", f"{amount}: `tokenweights path {name}@{reference.version}` prints which"))
     width = max(len(label) for label, _ in lines)
@@ -84,8 +87,12 @@ def run_show(options: argparse.Namespace) -> None:
     print("\nmade from")
     if "origin" in metadata:
         print(f"{GAP}{origin_text(metadata['origin'])}, where it was {one_line(metadata['origin']['name'])}")
+    if not parents and "origin" not in metadata:
+        print(f"{GAP}nothing that was recorded")
     for parent in parents:
-        print(f"{GAP}{parent['role']:<16}{parent['table']}@{parent['version']}{GAP}{parent['fingerprint'][:_DIGITS]}")
+        print(
+            f"{GAP}{parent.get('role', ''):<16}{parent['table']}@{parent['version']}{GAP}{parent['fingerprint'][:_DIGITS]}"
+        )
     print("\nversions")
     _print_versions(versions, GAP)
     print("\nfirst rows: tokens and mean weights")

@@ -1,5 +1,7 @@
 """A folder that appears whole or not at all: written beside its place, and renamed when it is complete."""
 
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,55 +10,65 @@ from pathlib import Path
 from weights_store.errors import InputError
 from weights_store.processes.lock import locked, wait_for
 
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""A `Path` has one of its two slashes."""
+
 
 @contextmanager
 def new_folder(folder: Path, may_replace: Callable[[Path], bool] = lambda folder: False) -> Iterator[Path]:
     """Yield an empty folder to write into; it gets the name `folder` at the end, and is deleted after an error.
 
-    What a killed process left is deleted by the next one. Two processes that write the same folder do not mix. A folder that is
-    replaced is moved away first: for a moment there is none, but never a mixture. If we are killed then, the next push to the
-    folder brings the old one back.
+    What a killed process left is deleted by the next one. Two processes that write the same folder do not mix. Links are
+    followed. A folder that is replaced is moved away first: for a moment there is none, but never a mixture. If we are killed
+    then, the next push to the folder brings the old one back.
 
     Args:
         folder: The folder.
         may_replace: Says of a folder with files whether it may be replaced; it may raise to say why not.
 
     Raises:
-        InputError: `folder` exists, is not an empty folder, and may not be replaced.
+        InputError: `folder` is a URI, exists, is not an empty folder and may not be replaced, or cannot be renamed.
     """
-    folder = folder.absolute()
-    if folder.is_symlink():
-        folder = folder.resolve()
-    _check_free(folder, may_replace)
-    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
-    with locked(folder.with_name(f".{folder.name}.lock"), wait_for(f"writing {folder}")):
-        if old.exists() and not folder.exists():  # a process was killed before the new one got its name
-            old.replace(folder)
-        _check_free(folder, may_replace)
+    place = _check_place(folder, may_replace)
+    partial, old = (place.with_name(f".{place.name}.{word}") for word in ("partial", "old"))
+    with locked(place.with_name(f".{place.name}.lock"), wait_for(f"writing {place}")):
+        if old.exists() and not place.exists():  # a process was killed before the new one got its name
+            old.replace(place)
+        _check_place(folder, may_replace)
         for left in (partial, old):
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir()
         try:
             yield partial
-            _put(partial, folder, old)
+            _put(partial, place, old)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
-def _put(partial: Path, folder: Path, old: Path) -> None:
-    if folder.exists():
-        folder.replace(old)
+def _put(partial: Path, place: Path, old: Path) -> None:
+    if place.exists():
+        place.replace(old)
     try:
-        partial.replace(folder)
+        partial.replace(place)
     except BaseException:
         if old.exists():
-            old.replace(folder)
+            old.replace(place)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_free(folder: Path, may_replace: Callable[[Path], bool]) -> None:
-    is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    if not (is_free or (folder.is_dir() and may_replace(folder))):
+def _check_place(folder: Path, may_replace: Callable[[Path], bool]) -> Path:
+    """Return where the folder really is, before anything is written: what cannot be renamed costs all of the work."""
+    if _URI.match(str(folder)):
+        raise InputError(f"{folder} is a URI; give a folder of this machine, and copy it from there")
+    place = Path(os.path.realpath(folder))
+    is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
+    if not (is_free or (place.is_dir() and may_replace(place))):
         raise InputError(f"{folder} exists and is not an empty folder; give the name of a new one")
+    if place == Path.cwd() or place.is_mount():
+        what = "the current folder" if place == Path.cwd() else "a mount point"
+        raise InputError(
+            f"{folder} is {what}, which cannot be replaced by a complete folder; give the name of a new one in it"
+        )
+    return place

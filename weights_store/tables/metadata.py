@@ -139,6 +139,8 @@ class HeldOutRecord(TypedDict, total=False):
     num_pairs: int
     num_seen_pairs: int
     """Pairs that are left out, because the scores know labels of their prompts."""
+    num_unseen_pairs: int
+    """All others, if only a sample of them was measured."""
     assumption: str
     """What the figures take for granted and nobody can check."""
     num_prompts: int

@@ -104,7 +104,9 @@ def diff_tables(a: Table, version_a: int, b: Table, version_b: int, max_bytes: i
     chosen, rejected, pair_weights = (_side_diff(sides.get(side), *names) for side in (*SIDES, _PAIR))
     return Diff(
         *names,
-        settings=explain_difference(a.metadata(version_a)["identity"], b.metadata(version_b)["identity"]),
+        settings=explain_difference(
+            a.metadata(version_a).get("identity", {}), b.metadata(version_b).get("identity", {})
+        ),
         num_common=counts["common"],
         num_only_in_a=counts["only_in_a"],
         num_only_in_b=counts["only_in_b"],

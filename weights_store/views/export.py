@@ -11,6 +11,7 @@ from typing import IO, Any
 import polars as pl
 
 from weights_store.errors import InputError, MismatchError
+from weights_store.messages import logger
 from weights_store.schemas import SIDES
 from weights_store.sharing.data_files import SplitFiles, count_splits, file_names, write_data
 from weights_store.sharing.new_folder import new_folder
@@ -27,6 +28,8 @@ from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableVersion
 from weights_store.views.token_texts import Tokenizer, TokenTexts
 from weights_store.views.trainer_rows import datum_lines, loss_scale_lines
+
+_log = logger(__name__)
 
 FORMATS = ("parquet", "jsonl", "tinker", "loss_scale")
 
@@ -85,13 +88,20 @@ def _write_lines(
         )
     splits = count_splits(table, version)
     names = {split: f"{name}.jsonl" for split, name in file_names(splits).items()}
+    num_weighted = 0
     with ExitStack() as stack:
         files: dict[str, IO[bytes]] = {
             split: stack.enter_context((folder / name).open("wb")) for split, name in names.items()
         }
-        for rows in table.batches(version):
-            for (split,), part in pl.DataFrame(pl.from_arrow(rows)).partition_by("split", as_dict=True).items():
+        for rows in map(pl.DataFrame, map(pl.from_arrow, table.batches(version))):
+            num_weighted += int((rows["pair_weight"] != 1).sum())
+            for (split,), part in rows.partition_by("split", as_dict=True).items():
                 _write_part(part, files[str(split)], form, eos, texts)
+    if num_weighted and form != "tinker":
+        _log.warning(
+            f"lines of {form} have no pair weights, and {num_weighted:,} pairs have another one than 1: they will count as "
+            "all others do; parquet and tinker keep them"
+        )
     record = describe(table, weights, licence, splits)
     record["format"] = form
     record["splits"] = {split: {"num_pairs": splits[split], "files": [name]} for split, name in names.items()}

@@ -32,9 +32,10 @@ def held_out_lines(statistics: Statistics) -> list[tuple[str, str]]:
 def held_out_figures(record: HeldOutRecord) -> str:
     """Return log-likelihood with its standard error, accuracy and number of pairs of what was measured."""
     mean, error = record["log_likelihood"], record["log_likelihood_se"]
+    sample = f", a sample of {record['num_unseen_pairs']:,}" if "num_unseen_pairs" in record else ""
     return (
         f"log-likelihood {mean:.3f} ± {error:.3f} nats a pair (chance {_CHANCE}), {100 * record['accuracy']:.0f} % right "
-        f"in {record['num_pairs']:,} pairs"
+        f"in {record['num_pairs']:,} pairs{sample}"
     )
 
 

@@ -34,7 +34,8 @@ def summary_lines(
         lines.append(("annotator scores", f"of {statistics['num_scored_pairs']:,} pairs"))
     if statistics.get("num_anchored_pairs"):
         lines.append(("anchors", f"of {statistics['num_anchored_pairs']:,} pairs"))
-    lines.append(("weights", settings_text(settings)))
+    if "estimator" in settings:
+        lines.append(("weights", settings_text(settings)))
     if "head" in statistics:
         lines.append(("head", _head_text(statistics["head"])))
     lines += [(f"{side} tokens", _side_text(statistics[side])) for side in SIDES if side in statistics]
@@ -56,7 +57,9 @@ def _pair_lines(statistics: Statistics) -> list[tuple[str, str]]:
         lines.append(("splits", ", ".join(f"{name} {count:,} pairs" for name, count in splits.items())))
     if "num_prompt_tokens" in statistics:
         lines.append(("prompt tokens", f"{statistics['num_prompt_tokens']:,}"))
-    return [*lines, ("response tokens", f"{statistics['num_response_tokens']:,}")]
+    if "num_response_tokens" in statistics:
+        lines.append(("response tokens", f"{statistics['num_response_tokens']:,}"))
+    return lines
 
 
 def settings_text(settings: Mapping[str, object]) -> str:

@@ -227,7 +227,7 @@ def test_a_calibrated_scale_without_held_out_labels_is_refused_before_and_after_
     settings = {"weights.scale": "calibrated", "contrast.split": "train"}
     with pytest.raises(
         InputError,
-        match=r"'tis' .*: only 0 of 40 prompts have labels .* at least 10 .*; set contrast.held_out, for example to",
+        match=r"'tis' .*: only 0 prompts of 40 pairs have labels .* at least 10 .*; set contrast.held_out, for example to",
     ):
         published(make_recipe, ingredients(store, range(40)), **settings)
     assert not store.table("weights/toy/tis-dpo").exists()

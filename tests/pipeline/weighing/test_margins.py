@@ -1,6 +1,7 @@
 """Which pairs are measured, on which scores, and the scale that is fitted on them."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -8,12 +9,13 @@ import pytest
 from pydantic import TypeAdapter
 
 from pipeline.weighing.fits import with_fits
-from pipeline.weighing.held_out import fit_multiplier
+from pipeline.weighing.held_out import fit_multiplier, measure
 from pipeline.weighing.margins import Margins, SeenLabels
 from pipeline.weighing.section import AnyWeights
 from pipeline.weighing.weigh import Weigher
 from train.data.selection import Selection, is_held_out
 from weights_store.errors import InputError
+from weights_store.tables.checksums import mix
 
 
 def _section(**settings):
@@ -77,11 +79,14 @@ def test_prompts_that_the_models_were_trained_on_are_left_out():
 
 
 def test_a_prompt_of_another_split_is_left_out_if_it_was_trained_on_too():
-    # Pairs 0 to 9 train. Pairs 10 to 39 do not, but 10 to 14 have prompts of pairs that do, one of them in another batch.
-    splits = ["train"] * 10 + ["test"] * 30
-    lists = _pairs(_log_ratios(40), splits, [*range(10), *range(5), *range(100, 125)])
-    seen = SeenLabels(Selection("train"))
-    assert _margins([lists.slice(12), lists.slice(0, 12).combine_chunks()], seen).measure("tis").num_pairs == 25
+    # Prompts 0 to 4 have a pair that trains and one that does not, 5 to 9 one that does, 10 to 34 one that does not. Batches
+    # end between the pairs of prompt 2, of which the first trains, and of prompt 3, of which the second does.
+    prompts = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, *range(5, 35)]
+    splits = ["train", "test"] * 3 + ["test", "train"] * 2 + ["train"] * 5 + ["test"] * 25
+    lists = _pairs(_log_ratios(40), splits, prompts)
+    batches = [lists.slice(0, 5), lists.slice(5, 2), lists.slice(7)]
+    found = _margins([batch.combine_chunks() for batch in batches], SeenLabels(Selection("train"))).records({})["tis"]
+    assert (found["num_pairs"], found["num_seen_pairs"]) == (25, 15)
 
 
 def test_what_was_trained_on_everything_is_not_measured_and_says_what_to_do():
@@ -90,7 +95,7 @@ def test_what_was_trained_on_everything_is_not_measured_and_says_what_to_do():
     remedy = "trained on all these labels; set contrast.held_out, for example to 0.1"
     assert margins.records({}) == {"tis": {"not_measured": f"the models of the contrastive pair were {remedy}"}}
     few = _margins([_pairs(_log_ratios(5))]).records({})
-    problem = "only 5 prompts have labels that the scores have not seen, and at least 10 are needed"
+    problem = "only 5 prompts of 5 pairs have labels that the scores have not seen, and at least 10 are needed"
     assert few == {"tis": {"not_measured": problem}}
     few = _margins([_pairs(_log_ratios(5))], SeenLabels(Selection(share=0.99))).records({})
     assert few == {"tis": {"not_measured": f"{problem}; raise contrast.held_out above 0.99"}}
@@ -103,9 +108,66 @@ def test_prompts_of_other_pairs_that_trained_the_models_are_left_out():
     assert (found["num_pairs"], found["num_seen_pairs"]) == (25, 15)
     all_seen = SeenLabels(other_prompts=np.arange(35, dtype=np.uint64), other="other/uniform@3")
     assert _margins([lists], all_seen).records({})["tis"] == {
-        "not_measured": "only 5 of 40 prompts have labels that the scores have not seen, and at least 10 are needed; the "
+        "not_measured": "only 5 prompts of 40 pairs have labels that the scores have not seen, and at least 10 are needed; the "
         "models were trained on the other prompts, which are also in other/uniform@3; set contrast.held_out, for example to 0.1"
     }
+
+
+@pytest.fixture
+def small_sample(monkeypatch):
+    """At most 60 pairs are measured."""
+    monkeypatch.setattr("pipeline.weighing.margins.MAX_PAIRS", 60)
+
+
+@pytest.mark.parametrize("ends", [[], [1, 100, 150], list(range(10, 300, 10))])
+def test_of_many_pairs_those_of_the_prompts_with_the_smallest_hashes_are_measured(small_sample, ends):
+    # 100 prompts of one, two, three and four pairs in turn: 250 pairs.
+    prompts = np.repeat(np.arange(100), [1 + prompt % 4 for prompt in range(100)])
+    log_ratios = _log_ratios(250)
+    ordered, kept = sorted(range(100), key=lambda prompt: int(mix(np.array([prompt], np.uint64))[0])), []
+    while len(kept) + 1 + ordered[0] % 4 <= 60:
+        kept += np.flatnonzero(prompts == ordered.pop(0)).tolist()
+    lists = _pairs(log_ratios, prompts=prompts.tolist())
+    batches = [lists.slice(a, b - a).combine_chunks() for a, b in pairwise([0, *(e for e in ends if e < 250), 250])]
+    together, parts = _margins(batches), [_margins([batch]) for batch in batches]
+    merged = _margins([])
+    for part in parts:
+        merged.merge(part.collected)
+    rows = sorted(kept)
+    by_hand = measure(np.array([a + b + 1 for a, b in log_ratios])[rows], prompts[rows].astype(np.uint64))
+    for found in (together, merged):
+        record = found.records({})["tis"]
+        assert (record["num_pairs"], record["num_prompts"]) == (len(kept), 100 - len(ordered))
+        assert (record["num_unseen_pairs"], record["num_seen_pairs"]) == (250, 0)
+        assert record["log_likelihood"] == pytest.approx(by_hand.log_likelihood, rel=1e-6)
+        assert record["multiplier"] == pytest.approx(by_hand.multiplier, rel=1e-6)
+    assert 55 < len(kept) <= 60
+
+
+def test_a_sample_is_of_the_pairs_that_the_scores_have_not_seen_and_the_same_for_dpo(small_sample):
+    log_ratios = _log_ratios(400)
+    lists = _pairs(log_ratios, rewards=[a + b for a, b in log_ratios])
+    num_unseen = sum(is_held_out(pair_id, 0.5) for pair_id in lists["pair_id"].to_pylist())
+    records = _margins([lists], SeenLabels(Selection(share=0.5), by_dpo=True)).records({"tis": 1.0})
+    for record in (records["tis"], records["dpo"]):
+        found = [record[key] for key in ("num_pairs", "num_unseen_pairs", "num_seen_pairs")]
+        assert found == [60, num_unseen, 400 - num_unseen]
+    assert records["tis"]["gain_over_dpo"] == pytest.approx(
+        records["tis"]["log_likelihood"] - records["dpo"]["log_likelihood"], abs=1e-9
+    )
+
+
+def test_up_to_so_many_pairs_nothing_is_left_out(small_sample):
+    record = _margins([_pairs(_log_ratios(60))]).records({})["tis"]
+    assert (record["num_pairs"], "num_unseen_pairs" in record) == (60, False)
+
+
+def test_what_is_kept_is_bounded(small_sample):
+    margins = _margins([])
+    for part in range(50):
+        margins.merge(_margins([_pairs(_log_ratios(40), prompts=list(range(40 * part, 40 * part + 40)))]).collected)
+        assert margins.collected.margins["tis"]._num_kept < 120
+    assert margins.records({})["tis"]["num_unseen_pairs"] == 2000
 
 
 def test_estimators_without_scores_have_nothing_to_measure():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import tokenweights
 from tests.weights_store.conftest import DATASET
 
 NAME = "hh-harmless/tis-dpo"
@@ -40,6 +41,11 @@ def test_path_of_what_is_not_there_is_refused(command, name, text):
     code, out, err = command("path", name)
     assert (code, out) == (1, "")
     assert text in err
+
+
+def test_path_in_a_folder_without_a_store_says_so(tmp_path, capsys):
+    assert tokenweights.main(["path", NAME, "--store", str(tmp_path)]) == 1
+    assert f"no store at {tmp_path}: expected a folder" in capsys.readouterr().err
 
 
 def test_show_counts_the_files_of_the_version_and_says_how_to_get_them(command, small_store):

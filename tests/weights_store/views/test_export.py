@@ -117,6 +117,28 @@ def test_jsonl_has_the_fields_of_the_release(small_store, tmp_path, texts):
     ]
 
 
+@pytest.mark.parametrize(("form", "is_said"), [("jsonl", True), ("tinker", False), ("parquet", False)])
+def test_pair_weights_that_lines_cannot_hold_are_not_dropped_without_a_word(
+    small_store, tmp_path, caplog, form, is_said
+):
+    rows = (
+        small_store.scan(NAME).with_columns(pair_weight=pl.col("split").eq("test") * pl.lit(0.5, pl.Float32)).collect()
+    )
+    small_store.table("weights/hh-harmless/paired").append(rows.to_arrow(), small_store.metadata(NAME))
+    small_store.export("hh-harmless/paired", tmp_path / "out", format=form)
+    found = [record.message for record in caplog.records if "no pair weights" in record.message]
+    assert (
+        found
+        == [
+            "lines of jsonl have no pair weights, and 4 pairs have another one than 1: they will count as all others "
+            "do; parquet and tinker keep them"
+        ]
+        * is_said
+    )
+    small_store.export(NAME, tmp_path / "ones", format=form)
+    assert sum("no pair weights" in record.message for record in caplog.records) == is_said
+
+
 def test_the_release_trains_on_the_stored_weights(small_store, tmp_path, texts):
     # The release's loader, in our words: z = -chosen_weight, z = rejected_weight; transform "origin" is w = z; EOS gets 0.
     files = small_store.export(NAME, tmp_path / "out", format="jsonl", tokenizer=texts)
@@ -161,6 +183,39 @@ def test_an_empty_folder_is_filled_and_a_full_one_refused(small_store, tmp_path)
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="file exists"):
         small_store.export(NAME, tmp_path / "file")
+
+
+def test_a_link_is_followed_and_stays_a_link(small_store, tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name, target in (("link", "disk"), ("dangling", "new")):
+        (tmp_path / name).symlink_to(target)
+        files = small_store.export(NAME, tmp_path / name)
+        assert (tmp_path / name).is_symlink()
+        assert all(file.is_file() for file in files)
+        assert (tmp_path / target / "tokenweights.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        (".", r"\. is the current folder, which cannot be replaced .* a new one in it"),
+        ("s3://bucket/out", "s3:/bucket/out is a URI; give a folder of this machine"),
+    ],
+)
+def test_a_place_that_cannot_become_the_folder_is_refused_before_the_work(
+    read_store, tmp_path, monkeypatch, place, text
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("weights_store.views.export.write_parquet", pytest.fail)
+    with pytest.raises(InputError, match=text):
+        read_store.export(NAME, place)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mount_point_is_refused_before_the_work(read_store, tmp_path, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.is_mount", lambda path: path == tmp_path)
+    with pytest.raises(InputError, match="is a mount point, which cannot be replaced"):
+        read_store.export(NAME, tmp_path)
 
 
 def test_two_exports_into_one_folder_do_not_mix_and_a_killed_one_leaves_nothing_behind(small_store, tmp_path):
