@@ -29,9 +29,11 @@ class DatasetSection(Section):
     chosen_column: str | None = None
     rejected_column: str | None = None
     completion_column: str | None = Field(
-        None, description="of unpaired rows, each with one response and a label of it, see [data.md](data.md)"
+        None, description="of unpaired rows, each with one response, see [data.md](data.md)"
     )
-    label_column: str | None = Field(None, description="true or 1: desirable; false or 0: undesirable")
+    label_column: str | None = Field(
+        None, description='true or 1: desirable; false or 0: undesirable; `""`: there is none, all are desirable'
+    )
     chosen_score_column: str | None = None
     rejected_score_column: str | None = None
     chosen_weights_column: str | None = Field(None, min_length=1)
@@ -82,6 +84,8 @@ class DatasetSection(Section):
         paired = [f"{side}{what}" for what in kinds for side in ("chosen", "rejected")]
         unpaired = ("completion_column", "label_column")
         first, second = (next((key for key in keys if getattr(self, key)), None) for keys in (paired, unpaired))
+        if self.has_no_labels:
+            second = "label_column"
         if first and second:
             raise ValueError(
                 f"dataset.{first} is of pairs and dataset.{second} of unpaired rows, and a source has one kind: leave one out"
@@ -95,6 +99,11 @@ class DatasetSection(Section):
         if self.split_column is not None and len(self.splits) > 1:
             raise ValueError("dataset.split_column names the split of each row, and dataset.split several: keep one")
         return self
+
+    @property
+    def has_no_labels(self) -> bool:
+        """Whether each row has one response, and no label of it."""
+        return self.label_column == ""
 
     @property
     def splits(self) -> list[str]:

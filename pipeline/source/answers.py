@@ -21,7 +21,7 @@ def read_pairs(row: Mapping[str, object], columns: Columns) -> Iterator[Pair | U
     """
     chosen, *others = (_answers(row.get(column)) for column in columns.responses)
     if not others:
-        what = f"{len(chosen)} answers with one label; give each a row of its own"
+        what = f"{len(chosen)} answers in a row of one response; give each a row of its own"
         yield _read(row, columns) if len(chosen) == 1 else Unusable(Reason.MANY_ANSWERS, what)
         return
     (rejected,) = others

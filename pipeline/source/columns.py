@@ -43,6 +43,7 @@ _SCORE = re.compile(r"(score|rating|reward|grade)s?|.+(score|rating|reward|grade
 goes on behind the word says something about the score, as `rating_rationale`."""
 _PLAIN = {name: name for name in ("prompt", "chosen", "rejected", "completion", "label")}
 _NO_OTHERS: Mapping[str, str] = {}
+_NO_LABELS = ', or dataset.label_column = "" if each row has one response and all of them are desirable'
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Columns:
     completion: str | None = None
     """Of unpaired rows, in place of `chosen` and `rejected`: the one response."""
     label: str | None = None
-    """Says of unpaired rows whether the response is desirable."""
+    """Says of unpaired rows whether the response is desirable. Without it, every response is."""
 
     @property
     def responses(self) -> tuple[str, ...]:
@@ -269,9 +270,14 @@ def _named(dataset: DatasetSection, setting: str, names: Collection[str], usual:
 
 
 def _unpaired(dataset: DatasetSection, names: Collection[str]) -> dict[str, str]:
-    """Return `completion` and `label`, if rows have one response: by the recipe, or by their names; else nothing."""
-    asked = {role: getattr(dataset, f"{role}_column") for role in ("completion", "label")}
-    is_asked = any(asked.values())
+    """Return `completion` and `label`, if rows have one response: by the recipe, or by their names; else nothing.
+
+    Only a recipe can say that there is no label: a label that was not found would make undesirable responses desirable.
+    """
+    asked = {"completion": dataset.completion_column}
+    if not dataset.has_no_labels:
+        asked["label"] = dataset.label_column
+    is_asked = any(asked.values()) or dataset.has_no_labels
     if not is_asked and any(_usual_responses(dataset, names)):
         return {}
     found: dict[str, str] = {}
@@ -282,14 +288,14 @@ def _unpaired(dataset: DatasetSection, names: Collection[str]) -> dict[str, str]
         elif is_asked:
             raise InputError(
                 f"dataset.source {dataset.source} has no column {role!r}, which unpaired rows need; it has {', '.join(names)}. "
-                f"Set dataset.{role}_column"
+                f"Set dataset.{role}_column{_NO_LABELS if role == 'label' else ''}"
             )
     if len(found) < len(asked):
         return {}
     if dataset.chosen_score_column:
         raise InputError(
-            f"dataset.source {dataset.source} has one response in a row (columns {found['completion']!r} and "
-            f"{found['label']!r}): leave dataset.chosen_score_column and dataset.rejected_score_column out"
+            f"dataset.source {dataset.source} has one response in a row (column {found['completion']!r}): leave "
+            "dataset.chosen_score_column and dataset.rejected_score_column out"
         )
     return found
 
@@ -308,9 +314,10 @@ def _responses(dataset: DatasetSection, names: Collection[str]) -> tuple[str, st
     for side, column in zip(SIDES, _usual_responses(dataset, names), strict=True):
         setting = f"{side}_column"
         if column is None:
+            hint = _NO_LABELS if _usual("completion", names) else ""
             raise InputError(
                 f"dataset.source {dataset.source} has no column of the {side} response; it has {', '.join(names)}. "
-                f"Set dataset.{setting}"
+                f"Set dataset.{setting}{hint}"
             )
         found.append(column if getattr(dataset, setting) is None else _named(dataset, setting, names))
     return found[0], found[1]

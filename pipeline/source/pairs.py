@@ -1,4 +1,4 @@
-"""Turns one raw row of any usual preference layout into one pair: a prompt of messages and two responses, or one and its label.
+"""Turns one raw row of any usual preference layout into one pair: a prompt of messages and two responses, or one.
 
 Layouts: TRL standard and conversational, explicit or implicit prompt, transcripts, UltraFeedback-like lists that repeat the
 prompt, Alpaca's instruction and input, a system column, with or without annotator scores. `Unusable` says why any other row is
@@ -133,10 +133,11 @@ def _responses(
     row: Mapping[str, object], turns: list[list[Message]], columns: Columns
 ) -> tuple[list[Message], Response, Response]:
     """Return the turns before the responses, and both responses; of an unpaired row one has no messages."""
-    if columns.completion is not None and columns.label is not None:
+    if columns.completion is not None:
         none = list[Message]()
         before, response = split_response(turns[0], columns.completion)
-        return (before, response, none) if read_label(row[columns.label], columns.label) else (before, none, response)
+        is_desirable = columns.label is None or read_label(row[columns.label], columns.label)
+        return (before, response, none) if is_desirable else (before, none, response)
     before, chosen, rejected = split_responses(turns[0], turns[1], (columns.chosen, columns.rejected))
     if _response_key(chosen) == _response_key(rejected):
         raise Unusable(Reason.CHOSEN_EQUALS_REJECTED, f"both responses are {str(chosen)[:80]!r}")

@@ -204,7 +204,7 @@ class Preparation:
         if not {"num_scored_pairs", "num_pairs_by_split"} <= statistics.keys():
             return None  # of a store from before these were recorded: the source is read again
         num_pairs = statistics["num_pairs"]
-        self._check_layout("label" in self.tokens.metadata()["source"]["reading"])
+        self._check_layout("completion" in self.tokens.metadata()["source"]["reading"])
         if self.needs_scores:
             self._check_scores(num_pairs - statistics["num_scored_pairs"], num_pairs)
         if self.learns_from is not None:
@@ -232,7 +232,7 @@ class Preparation:
         Raises:
             InputError: The source cannot be read, or the weights need scores or second responses that its pairs lack.
         """
-        self._check_layout(self.columns.label is not None)
+        self._check_layout(self.columns.completion is not None)
         with ExternalSort(PAIRS, "pair_id", "source_row") as pairs, ExternalSort(QUARANTINE, "source_row") as unusable:
             intake = Intake(self.dataset, self.opened, self.columns, pairs, unusable)
             intake.read()

@@ -40,13 +40,42 @@ def test_columns_of_unpaired_rows_are_found_if_there_are_none_of_pairs():
     }  # fmt: skip
 
 
+def test_only_the_recipe_can_say_that_there_is_no_label():
+    wanted = Columns(completion="completion")
+    assert found("prompt", "completion", label_column="") == wanted
+    assert found("prompt", "completion", "label", label_column="") == wanted  # the column is not read
+    assert found("prompt", "chosen", "rejected", completion_column="chosen", label_column="").completion == "chosen"
+    assert wanted.record() == {"prompt": "prompt", "completion": "completion"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": PROMPT, "messages": ANSWER},
+        {"messages": [*PROMPT, *ANSWER]},
+        {"prompt": "Why is the sky blue?", "messages": [*PROMPT, *ANSWER], "label": False},
+    ],
+)
+def test_a_row_without_a_label_has_a_chosen_response(row):
+    assert read(row, completion_column="messages", label_column="") == [Pair(PROMPT, "Rayleigh.", [])]
+
+
+def test_rows_without_labels_have_reasons_too():
+    rows = [{"prompt": "p", "completion": value} for value in (None, " ", ["a", "b"], "a")]
+    missing, empty, many, good = read(*rows, label_column="")
+    reasons = [Reason.MISSING_VALUE, Reason.EMPTY_RESPONSE, Reason.MANY_ANSWERS]
+    assert [missing.reason, empty.reason, many.reason] == reasons
+    assert good == Pair([{"role": "user", "content": "p"}], "a", [])
+
+
 @pytest.mark.parametrize(
     ("names", "settings", "message"),
     [
         (
             ["prompt", "text"],
             {"completion_column": "text"},
-            "has no column 'label', which unpaired rows need; it has prompt",
+            "has no column 'label', which unpaired rows need; it has prompt, text. Set dataset.label_column, or "
+            'dataset.label_column = "" if each row has one response and all of them are desirable$',
         ),
         (
             ["prompt", "good"],
@@ -54,7 +83,13 @@ def test_columns_of_unpaired_rows_are_found_if_there_are_none_of_pairs():
             "has no column 'completion', which unpaired rows need; .* Set dataset.",
         ),
         (["prompt", "completion", "label"], {"label_column": "lable"}, "has no column 'lable'; .* nearest: 'label'"),
-        (["prompt", "completion"], {}, "has no column of the chosen response"),
+        (
+            ["prompt", "completion"],
+            {},
+            'has no column of the chosen response; .* Set dataset.chosen_column, or dataset.label_column = "" if each row',
+        ),
+        (["prompt", "text"], {}, "Set dataset.chosen_column$"),
+        (["prompt", "text"], {"label_column": ""}, "has no column 'completion', .* Set dataset.completion_column$"),
         (["prompt", "chosen", "completion", "label"], {}, "has no column of the rejected response"),
     ],
 )
@@ -67,7 +102,11 @@ def test_scores_of_two_responses_and_names_of_both_layouts_are_refused():
     scores = {"chosen_score_column": "a", "rejected_score_column": "b"}
     with pytest.raises(InputError, match="has one response in a row .*: leave dataset.chosen_score_column and dataset"):
         found("prompt", "completion", "label", "a", "b", **scores)
-    for settings in ({"chosen_column": "a", "label_column": "b"}, {"completion_column": "a", **scores}):
+    for settings in (
+        {"chosen_column": "a", "label_column": "b"},
+        {"completion_column": "a", **scores},
+        {"chosen_column": "a", "label_column": ""},
+    ):
         with pytest.raises(ValueError, match="is of pairs and dataset.(label|completion)_column of unpaired rows"):
             DatasetSection(name="x", source="x.jsonl", **settings)
 
@@ -123,7 +162,11 @@ def test_ids_tell_the_label_and_the_side_apart():
         ({"completion": "a"}, Reason.MISSING_VALUE, "column 'label' has no value"),
         ({"label": True}, Reason.MISSING_VALUE, "column 'completion' has no value"),
         ({"completion": PROMPT, "label": True}, Reason.NO_FINAL_ASSISTANT_TURN, "column 'completion' ends with user"),
-        ({"completion": ["a", "b"], "label": True}, Reason.MANY_ANSWERS, "2 answers with one label; give each a row"),
+        (
+            {"completion": ["a", "b"], "label": True},
+            Reason.MANY_ANSWERS,
+            "2 answers in a row of one response; give each a",
+        ),
     ],
 )
 def test_what_is_no_unpaired_row_has_a_reason(row, reason, detail):
