@@ -38,10 +38,9 @@ def pieces(tokenizer, messages):
     text = Vocabulary.of_folder(tokenizer.folder).characters(ids, np.array([len(ids)])).texts[0]
     assert found.text.startswith(text)
     ends = [*(turn.start for turn in found.turns[1:]), len(text)]
-    texts = [message["content"] for message in messages]
     return [
-        (text[turn.start : end], None if turn.at is None else text[turn.at : turn.at + len(content)])
-        for turn, end, content in zip(found.turns, ends, texts, strict=True)
+        (text[turn.start : end], None if turn.at is None else text[turn.at : turn.end])
+        for turn, end in zip(found.turns, ends, strict=True)
     ]
 
 
