@@ -186,7 +186,7 @@ class RangeAnnotator:
                     except BadWeightsError as error:
                         problems[row] = str(error)
                 row += 1
-            found.append(_means(characters, weights))
+            found.append(known_means(characters, weights))
         return np.concatenate(found)
 
     def _weigh(self, numbers: np.ndarray, source: "Source", response: Response) -> np.ndarray:
@@ -252,7 +252,7 @@ class Source(NamedTuple):
     """JSON of the chat before them, if there are several."""
 
 
-def _means(characters: Characters, weights: np.ndarray) -> np.ndarray:
+def known_means(characters: Characters, weights: np.ndarray) -> np.ndarray:
     """Return the mean of the weights over the characters of each token, `[N]` float32; those that are NaN do not count.
 
     So a space that the tokenizer adds to the first word of a text does not change its weight. A token of none has 1.
@@ -307,9 +307,9 @@ def bad_numbers(numbers: Lists, every: int = 1) -> dict[int, str]:
 def num_at_end(is_special: np.ndarray, ids: Lists) -> np.ndarray:
     """Return how many special tokens each response ends with, `[B]`; `is_special` is by id, `[V]` bool."""
     found, ends = np.zeros_like(ids.lengths), ids.starts[1:]
-    goes_on = np.ones(len(found), bool)
-    while goes_on.any():  # as often as a template writes special tokens at the end: usually once
-        goes_on &= found < ids.lengths
-        goes_on &= is_special[ids.flat[ends - 1 - np.minimum(found, ids.lengths - 1)]]
-        found += goes_on
+    rows = np.flatnonzero(ids.lengths)
+    while rows.size:  # as often as a template writes special tokens at the end: usually once
+        rows = rows[is_special[ids.flat[ends[rows] - 1 - found[rows]]]]
+        found[rows] += 1
+        rows = rows[found[rows] < ids.lengths[rows]]
     return found

@@ -234,9 +234,10 @@ def test_characters_of_several_messages_are_counted_through(run, model):
     assert sum(len(piece) for value, piece in found.items() if value > 1) == len(" mixes")
 
 
-def test_roles_weigh_the_messages_of_tools(run, model, recipe_of):
+def test_roles_weigh_the_messages_of_tools(run, model, recipe_of, caplog):
     rows = [row(0, chosen=chat(*TURNS)), row(1)]
-    settings = {"weights.estimator": "pattern", "weights.roles": [["tool", 0]], "weights.patterns": [["sailor", 4]]}
+    patterns = [["sailor", 4], ["@code", 2], ["q*", 2]]
+    settings = {"weights.estimator": "pattern", "weights.roles": [["tool", 0]], "weights.patterns": patterns}
     recipe, tokens, version = run(rows, **settings)
     found = rows_of(recipe, version)
     assert by_weight(model, tokens, found[0]["chosen_values"]) == {
@@ -246,12 +247,31 @@ def test_roles_weigh_the_messages_of_tools(run, model, recipe_of):
     assert set(found[1]["chosen_values"]) == set(found[1]["rejected_values"]) == {1.0}
     ingredients = Ingredients(tokens, logps_of(tokens, "ref"), annotations=version)
     published = publish(recipe, recipe.weights, ingredients, tokenizer_folder=model)
+    assert published.statistics["chosen"]["num_matches"] == [1, 0, 0]
+    assert published.statistics["rejected"]["num_matches"] == [2, 0, 0]
+    warned = [message for message in caplog.messages if message.startswith("publish: pattern")]
+    assert warned == [
+        f"publish: pattern {pattern!r} of weights.patterns matches nothing in any response"
+        for pattern in ("@code", "q*")
+    ]
     weights = rows_of(recipe, published.weights)[0]["chosen_token_weights"]
     by_piece = by_weight(model, tokens, [min(weight, 2.0) for weight in weights])  # a pattern counts more than the role
     assert (by_piece[0.0], by_piece[1.0]) == ("<|tool|>tool<|assistant|>", "the mixes</s>the</s>")
     other = recipe_of(**settings | {"weights.roles": [["tool", 0.5]], "dataset.source": recipe.dataset.source})
     changed = annotate(other, tokens, model)
     assert (changed.table, changed.fingerprint) != (version.table, version.fingerprint)
+
+
+def test_roles_of_unpaired_rows(run, model):
+    rows = [{"prompt": "question", "completion": chat(*TURNS), "label": True}]
+    rows += [{"prompt": "question", "completion": text, "label": False} for text in TEXTS]
+    recipe, tokens, version = run(rows, **{"weights.estimator": "pattern", "weights.roles": [["tool", 0]]})
+    found = rows_of(recipe, version)
+    assert by_weight(model, tokens, found[0]["chosen_values"])[0.0] == "<|tool|>tool<|assistant|>"
+    assert (found[0]["rejected_values"], found[1]["chosen_values"]) == ([], [])
+    assert set(found[1]["rejected_values"]) == {1.0}
+    ingredients = Ingredients(tokens, logps_of(tokens, "ref"), annotations=version)
+    assert publish(recipe, recipe.weights, ingredients, tokenizer_folder=model).statistics["num_unpaired_rows"] == 3
 
 
 def test_roles_of_rows_with_several_answers(run):
