@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pipeline.source.columns import Columns
 from pipeline.source.intake import pairs_of
-from pipeline.source.messages import Message, Unusable, texts_of
+from pipeline.source.messages import Message, Unusable, is_plain, texts_of
 from pipeline.source.responses import as_turns
 from pipeline.source.rows import RawRow, Source
 from weights_store.fingerprint import canonical_json, ordered_json
@@ -36,8 +36,8 @@ CELLS = pa.schema(
     ]
 )
 """The numbers of one pair, where its row has the columns that are asked for; a span is start, end and weight.
-Texts are those of the messages of each response; if there are several, messages are these, as JSON. If there is a problem,
-nothing else of the row may be used."""
+Texts are those of the messages of each response; messages are these, as JSON, unless a response is one message of a text and
+nothing else. If there is a problem, nothing else of the row may be used."""
 _SPAN = ("start", "end", "weight")
 
 
@@ -142,11 +142,17 @@ def cell_rows(cells: Iterable[tuple[str, Cell]]) -> pa.Table:
         columns[side] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(lists), pa.float32()))
         turns = [cell.turns.get(side) for cell in found]
         columns[f"{side}_texts"] = [each and ["".join(texts_of(message)) for message in each] for each in turns]
-        columns[f"{side}_messages"] = [ordered_json(each) if each and len(each) > 1 else None for each in turns]
+        columns[f"{side}_messages"] = [
+            ordered_json(each) if each and not _is_one_text(each) else None for each in turns
+        ]
     return pa.table([pa.array(columns[field.name]).cast(field.type) for field in CELLS], schema=CELLS)
 
 
 _NOTHING = np.zeros(0, np.float32)
+
+
+def _is_one_text(turns: list[Message]) -> bool:
+    return len(turns) == 1 and is_plain(turns[0])
 
 
 def _pair_weight(value: object) -> float:

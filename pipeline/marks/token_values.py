@@ -203,8 +203,8 @@ class RangeAnnotator:
                 else f"{len(texts)} messages; expected one for each, or one"
             )
             raise BadWeightsError(f"{len(numbers)} numbers for a response of {of_messages}")
-        is_one_number = self.unit == "message" and len(numbers) == 1
-        turns = None if source.messages is None or is_one_number else self._turns(source)
+        is_one = self.unit in ("message", "role") and 1 in (len(numbers), len(texts))
+        turns = None if source.messages is None or is_one else self._turns(source)
         match self.unit:
             case "span":
                 return span_weights(numbers, self.rest, texts, response, turns)
@@ -217,7 +217,7 @@ class RangeAnnotator:
                 return message_weights([self.roles.get(role, self.rest) for role in roles], response, turns)
 
     def _turns(self, source: "Source") -> Turns:
-        assert source.messages is not None, "one message alone is the whole response"
+        assert source.messages is not None, "one text alone is the whole response"
         assert source.prompt is not None, "no prompt of messages"
         try:
             return self.chat.turns(source.prompt, json.loads(source.messages))
@@ -247,9 +247,9 @@ class Source(NamedTuple):
     texts: list[str]
     """Of each message."""
     messages: str | None
-    """JSON of the messages, if there are several; else None."""
+    """JSON of the messages; None for one with a text and nothing else."""
     prompt: str | None
-    """JSON of the chat before them, if there are several."""
+    """JSON of the chat before them."""
 
 
 def known_means(characters: Characters, weights: np.ndarray) -> np.ndarray:

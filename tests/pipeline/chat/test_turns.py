@@ -57,6 +57,12 @@ def test_a_result_that_stands_in_the_call_too_is_found_in_its_own_message(of_kin
     ]
 
 
+def test_a_text_between_a_thought_and_a_call_is_found(of_kind):
+    ((piece, text),) = pieces(of_kind("qwen3"), [call({"city": "Lima"}, " Lima?\n")])
+    assert piece.startswith("<think>\n\n</think>\n\n Lima?\n\n<tool_call>")
+    assert text == " Lima?\n"
+
+
 def test_texts_that_look_like_marks_are_texts(of_kind):
     found = pieces(
         of_kind("llama3.1"), [call({"city": "tool"}), result("ipython"), result("<|eot_id|>"), said("assistant")]
