@@ -309,12 +309,25 @@ def test_weights_that_cannot_be_used_are_quarantined_with_the_reason(run, length
     }
 
 
-def test_a_source_without_any_usable_weight_says_why(run):
+def test_the_reason_in_quarantine_is_that_of_the_newest_source(run, lengths, monkeypatch):
+    """Also if no good row has changed, and of a source whose content is not known, such as a hub dataset's."""
+    good = row(0, chosen_weights=[1.0] * lengths[0], rejected_weights=[2.0] * lengths[1])
+    recipe, _, first = run([good, row(1, chosen_weights=[-1.0] * lengths[0], rejected_weights=[1.0])])
+    record = WeightStore(recipe.store.uri).table(first.table).metadata()["annotation"]
+    monkeypatch.setattr(stage.Annotation, "record", record)
+    monkeypatch.setattr(stage.Annotation, "is_there", False)
+    recipe, _, again = run([good, row(1, chosen_weights="none", rejected_weights=[1.0])])
+    assert again == first
+    assert '"none" is no list of numbers' in quarantined(recipe)[1]
+
+
+def test_a_source_without_any_usable_weight_says_why(run, recipe_of):
     with pytest.raises(
         InputError,
         match=r"none of 2 pairs has weights in 'chosen_weights', 'rejected_weights' that can be used, for ex",
     ):
         run([row(index, chosen_weights=[1], rejected_weights=[1]) for index in range(2)])
+    assert list(quarantined(recipe_of())) == [0, 1]
 
 
 def test_a_column_that_is_not_there_is_named_before_anything_is_read(recipe_of, tmp_path):
