@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from pipeline.source.answers import Answer, answers_of_pairs
 from pipeline.source.columns import Columns
 from pipeline.source.intake import pairs_of
 from pipeline.source.messages import Message, Unusable, is_plain, texts_of
@@ -39,6 +40,7 @@ CELLS = pa.schema(
 Texts are those of the messages of each response; messages are these, as JSON, unless a response is one message of a text and
 nothing else. If there is a problem, nothing else of the row may be used."""
 _SPAN = ("start", "end", "weight")
+_NO_ANSWERS: Mapping[Side, Answer] = {}
 
 
 class BadWeightsError(Exception):
@@ -73,7 +75,8 @@ class CellReader:
     def read(self, source: Source, pair_columns: Columns | None) -> Iterator[Cell]:
         """Yield the cells of all rows in the order of the source; if texts are counted, only those of pairs.
 
-        `pair_columns` are needed for all units but tokens, which are counted without the text.
+        `pair_columns` are needed for all units but tokens, which are counted without the text, and where rows may have several
+        answers: there the column has a list with one cell for each answer that the row lists.
 
         Raises:
             InputError: The source cannot be read.
@@ -82,14 +85,24 @@ class CellReader:
             for row in source.rows(set(self.columns.values())):
                 yield self._cell(row, {}, row.detail if row.reason is not None else None)
             return
+        last, answers = None, iter(list[dict[Side, Answer]]())
         for row, pair in pairs_of(source, pair_columns, self.columns.values()):
+            if pair_columns.combines_answers and row is not last:
+                last, answers = row, answers_of_pairs(row.value or {}, pair_columns)
+            answer = next(answers, {})
             if not isinstance(pair, Unusable):
-                cell = self._cell(row, {side: as_turns(getattr(pair, side)) for side in SIDES}, None)
+                cell = self._cell(row, {side: as_turns(getattr(pair, side)) for side in SIDES}, None, answer)
                 yield cell._replace(pair_id=pair.pair_id) if pair_columns.combines_answers else cell
             elif row.value is None:  # it is too large with its weights
                 yield self._cell(row, {}, pair.detail)
 
-    def _cell(self, row: RawRow, turns: dict[Side, list[Message]], problem: str | None) -> Cell:
+    def _cell(
+        self,
+        row: RawRow,
+        turns: dict[Side, list[Message]],
+        problem: str | None,
+        answers: Mapping[Side, Answer] = _NO_ANSWERS,
+    ) -> Cell:
         value: Mapping[str, object] = row.value or {}
         numbers: dict[Side, np.ndarray] = {}
         weight = None
@@ -97,7 +110,8 @@ class CellReader:
         try:
             for side in SIDES if self.unit not in (None, "role") else ():
                 column = self.columns[side]
-                numbers[side] = self._numbers(value.get(column))
+                given = value.get(column)
+                numbers[side] = self._numbers(_of_answer(given, answers[side]) if side in answers else given)
             if "pair" in self.columns:
                 column = self.columns["pair"]
                 weight = _pair_weight(value.get(column))
@@ -149,6 +163,15 @@ def cell_rows(cells: Iterable[tuple[str, Cell]]) -> pa.Table:
 
 
 _NOTHING = np.zeros(0, np.float32)
+
+
+def _of_answer(value: object, answer: Answer) -> object:
+    """Return the cell of one of several answers."""
+    if not isinstance(value, list | tuple | np.ndarray) or len(value) != answer.num_answers:
+        raise BadWeightsError(
+            f"{_shown(value)} is no list of weights for each of {answer.num_answers} answers, as its response lists them"
+        )
+    return value[answer.place]
 
 
 def _is_one_text(turns: list[Message]) -> bool:

@@ -186,7 +186,7 @@ class _Update:
         recipe, wanted = self.wanted.recipe, self.wanted
         source = open_source(recipe.dataset)
         columns = None
-        if wanted.reads_texts:
+        if wanted.reads_texts or (wanted.unit and recipe.dataset.many_answers == "combine"):
             columns = resolve_columns(recipe.dataset, source, recipe.weight_columns)
         found = CellReader(wanted.columns, wanted.unit).read(source, columns)
         with ExternalSort(_PLACES, "source_row") as places:

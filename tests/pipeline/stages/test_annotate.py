@@ -283,6 +283,30 @@ def test_roles_of_rows_with_several_answers(run):
     assert sorted(0.0 in each for each in values) == [False, False, True]
 
 
+@pytest.mark.parametrize("unit", ["message", "token"])
+def test_each_answer_of_a_row_has_its_own_cell(run, lengths, unit):
+    def cell(number, side=0):
+        return number if unit == "message" else [number] * lengths[side]
+
+    answers = {"chosen": [TEXTS[0], TEXTS[0]], "chosen_weights": [cell(2.0), cell(3.0)], "pair_weight": 5}
+    listed = {"rejected": [TEXTS[1]], "rejected_weights": [cell(1.0, 1)]}
+    rows = [
+        row(0, rejected_weights=cell(4.0, 1))
+        | answers,  # a rejected answer that is no list; both chosen ones are the same
+        row(1) | answers | listed | {"chosen_weights": [cell(2.0)]},
+        row(2) | listed | {"chosen": ["question", TEXTS[0]], "chosen_weights": [None, cell(3.0)], "pair_weight": 6},
+    ]
+    settings = {"weights.per": unit, "dataset.many_answers": "combine", "weights.pair_weight": "column"}
+    recipe, _, version = run(rows, **settings)
+    found = rows_of(recipe, version)
+    sides = [set(found[row][f"{side}_values"]) for row in (0, 2) for side in ("chosen", "rejected")]
+    assert sides == [{2.0}, {4.0}, {3.0}, {1.0}]
+    assert [each["pair_value"] for each in found.values()] == [5.0, 6.0]
+    problems = quarantined(recipe)
+    assert "is no list of weights for each of 2 answers, as its response lists them" in problems[1]
+    assert "column 'chosen_weights': it has no value" in problems[2]
+
+
 def test_weights_that_cannot_be_used_are_quarantined_with_the_reason(run, lengths):
     chosen, rejected = ([1.0] * number for number in lengths)
     rows = [
