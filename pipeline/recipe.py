@@ -187,15 +187,6 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _own_weights_belong_to_one_pair(self) -> "Recipe":
-        if self.weight_columns and self.dataset.many_answers == "combine":
-            raise ValueError(
-                "dataset.many_answers 'combine' makes several pairs of a row, and the weights in its columns belong to one: "
-                "write a row for each pair, or choose another weights.estimator and weights.pair_weight"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _own_columns_are_read(self) -> "Recipe":
         readers = {"pair_weight_column": "weights.pair_weight 'column'"}
         readers |= {f"{side}_weights_column": "weights.estimator 'column' or 'spans'" for side in SIDES}

@@ -22,7 +22,9 @@ class Turn(NamedTuple):
     start: int
     """The message begins here: behind the generation prompt, if it is the assistant's, else where the one before has ended."""
     at: int | None
-    """Its text begins here, without white space around it; None if it has none, or the template prints it in another way."""
+    """Its text begins here, with the white space that the template keeps; None if it has none, or is printed in another way."""
+    end: int | None
+    """Its text ends here."""
 
 
 class Turns(NamedTuple):
@@ -56,9 +58,10 @@ def find_turns(template: ChatTemplate, controls: ControlTokens, chat: Chat, mess
             text.rstrip()
         ):  # the template prints the last message in another way
             known = places[place - 1]
-            low = starts[-1] if known is None else known + len(contents[place - 1])
+            low = starts[-1] if known is None else known[1]
+            high = None if (own := places[place]) is None else own[0]
             is_own = hidden[place]["role"] == "assistant"
-            start = _behind(whole, mark if is_own else template.turn_end or "", low, places[place])
+            start = _behind(whole, mark if is_own else template.turn_end or "", low, high)
         starts.append(start)
     return _shown(controls, messages, whole, starts, places)
 
@@ -88,10 +91,12 @@ def _rendered(
     return template.text_of(prompt), template.text_of(whole), texts[: len(names) - 1], texts[len(names) - 1 :]
 
 
-def _place(whole: str, content: str, other: str) -> int | None:
-    """Return where a text stands in a chat, given the chat with another text in its place; None if not as it is."""
-    at = other.find(PROBE)
-    return at if at >= 0 and whole[:at] == other[:at] and whole.startswith(content, at) else None
+def _place(whole: str, content: str, other: str) -> tuple[int, int] | None:
+    """Return where a text begins and ends in a chat, given the chat with another one in its place; None if it is changed."""
+    before, found, behind = other.partition(PROBE)
+    at, end = len(before), len(whole) - len(behind)
+    is_there = found and whole.startswith(before) and whole.endswith(behind) and whole[at:end].strip() == content
+    return (at, end) if is_there else None
 
 
 def _behind(whole: str, mark: str, low: int, high: int | None) -> int:
@@ -116,16 +121,14 @@ def _shown(
     messages: Sequence[Message],
     whole: str,
     starts: Sequence[int],
-    places: Sequence[int | None],
+    places: Sequence[tuple[int, int] | None],
 ) -> Turns:
     """Return places in the response's text, with what was hidden in it.
 
     Raises:
         Unusable: A message begins before the one in front of it.
     """
-    if list(starts) != sorted(starts) or any(
-        at is not None and at < start for at, start in zip(places, starts, strict=True)
-    ):
+    if list(starts) != sorted(starts) or any(at and at[0] < start for at, start in zip(places, starts, strict=True)):
         raise Unusable(Reason.TEMPLATE_MISMATCH, "it is unknown where the messages of the response begin")
 
     def shown(end: int) -> int:
@@ -134,7 +137,7 @@ def _shown(
     return Turns(
         controls.show(whole[starts[0] :]),
         [
-            Turn(message["role"], shown(start), None if at is None else shown(at))
+            Turn(message["role"], shown(start), *((None, None) if at is None else map(shown, at)))
             for message, start, at in zip(messages, starts, places, strict=True)
         ],
     )

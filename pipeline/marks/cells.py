@@ -12,10 +12,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from pipeline.source.answers import Answer, answers_of_pairs
 from pipeline.source.arrow_files import is_number, lists_of_numbers
 from pipeline.source.columns import Columns
 from pipeline.source.intake import pairs_of
-from pipeline.source.messages import Message, Unusable, texts_of
+from pipeline.source.messages import Message, Unusable, is_plain, texts_of
 from pipeline.source.responses import as_turns
 from pipeline.source.rows import Block, RawRow, Source, batches
 from weights_store.fingerprint import canonical_json, ordered_json
@@ -36,14 +37,15 @@ _CELL = pa.schema(
     ]
 )
 """The numbers of one pair, where its row has the columns that are asked for; a span is start, end and weight.
-Texts are those of the messages of each response; if there are several, messages are these, as JSON. If there is a problem,
-nothing else of the row may be used."""
+Texts are those of the messages of each response; messages are these, as JSON, unless a response is one message of a text and
+nothing else. If there is a problem, nothing else of the row may be used."""
 FOUND = pa.schema([("source_row", pa.int64()), ("of_pair", pa.string()), *_CELL])
 """The cells of rows of the source; `of_pair` where a row may have several pairs."""
 CELLS = pa.schema([("pair_id", pa.string()), *_CELL])
 """The cells of pairs."""
 _BATCH_CELLS, _BATCH_NUMBERS = 2000, 4 << 20
 _SPAN = ("start", "end", "weight")
+_NO_ANSWERS: Mapping[Side, Answer] = {}
 
 
 class BadWeightsError(Exception):
@@ -78,7 +80,8 @@ class CellReader:
     def read(self, source: Source, pair_columns: Columns | None) -> Iterator[pa.Table]:
         """Yield the cells of all rows in the order of the source, also of rows that are no pairs, as tables of `FOUND`.
 
-        `pair_columns` are needed for all units but tokens, which are counted without the text.
+        `pair_columns` are needed for all units but tokens, which are counted without the text, and where rows may have several
+        answers: there the column has a list with one cell for each answer that the row lists.
 
         Raises:
             InputError: The source cannot be read.
@@ -122,14 +125,24 @@ class CellReader:
         return pa.table([columns.get(field.name, pa.nulls(num_rows, field.type)) for field in FOUND], schema=FOUND)
 
     def _with_texts(self, source: Source, pair_columns: Columns) -> Iterator[Cell]:
+        last, answers = None, iter(list[dict[Side, Answer]]())
         for row, pair in pairs_of(source, pair_columns, self.columns.values()):
+            if pair_columns.combines_answers and row is not last:
+                last, answers = row, answers_of_pairs(row.value or {}, pair_columns)
+            answer = next(answers, {})
             if not isinstance(pair, Unusable):
-                cell = self._cell(row, {side: as_turns(getattr(pair, side)) for side in SIDES}, None)
+                cell = self._cell(row, {side: as_turns(getattr(pair, side)) for side in SIDES}, None, answer)
                 yield cell._replace(pair_id=pair.pair_id) if pair_columns.combines_answers else cell
             elif row.value is None:  # it is too large with its weights
                 yield self._cell(row, {}, pair.detail)
 
-    def _cell(self, row: RawRow, turns: dict[Side, list[Message]], problem: str | None) -> Cell:
+    def _cell(
+        self,
+        row: RawRow,
+        turns: dict[Side, list[Message]],
+        problem: str | None,
+        answers: Mapping[Side, Answer] = _NO_ANSWERS,
+    ) -> Cell:
         value: Mapping[str, object] = row.value or {}
         numbers: dict[Side, np.ndarray] = {}
         weight = None
@@ -137,7 +150,8 @@ class CellReader:
         try:
             for side in SIDES if self.unit not in (None, "role") else ():
                 column = self.columns[side]
-                numbers[side] = self._numbers(value.get(column))
+                given = value.get(column)
+                numbers[side] = self._numbers(_of_answer(given, answers[side]) if side in answers else given)
             if "pair" in self.columns:
                 column = self.columns["pair"]
                 weight = _pair_weight(value.get(column))
@@ -186,11 +200,26 @@ def _table(cells: Sequence[Cell]) -> pa.Table:
         turns = [cell.turns.get(side) for cell in cells]
         texts = [None if each is None else ["".join(texts_of(message)) for message in each] for each in turns]
         columns[f"{side}_texts"] = texts
-        columns[f"{side}_messages"] = [ordered_json(each) if each and len(each) > 1 else None for each in turns]
+        columns[f"{side}_messages"] = [
+            ordered_json(each) if each and not _is_one_text(each) else None for each in turns
+        ]
     return pa.table([pa.array(columns[field.name]).cast(field.type) for field in FOUND], schema=FOUND)
 
 
 _NOTHING = np.zeros(0, np.float32)
+
+
+def _of_answer(value: object, answer: Answer) -> object:
+    """Return the cell of one of several answers."""
+    if not isinstance(value, list | tuple | np.ndarray) or len(value) != answer.num_answers:
+        raise BadWeightsError(
+            f"{_shown(value)} is no list of weights for each of {answer.num_answers} answers, as its response lists them"
+        )
+    return value[answer.place]
+
+
+def _is_one_text(turns: list[Message]) -> bool:
+    return len(turns) == 1 and is_plain(turns[0])
 
 
 def _pair_weight(value: object) -> float:

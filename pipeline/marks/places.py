@@ -101,8 +101,16 @@ def message_weights(numbers: Sequence[float], response: Response, turns: Turns |
     return weights
 
 
-def find(text: str, response: Response, at: int | None = None) -> Place:
-    """Return where a row's text stands in its response; `at` if it is known where it begins, without white space.
+class _Known(NamedTuple):
+    """Where a text begins, without white space, and how much of that the template keeps around it."""
+
+    at: int
+    num_before: int
+    num_behind: int
+
+
+def find(text: str, response: Response, known: _Known | None = None) -> Place:
+    """Return where a row's text stands in its response, which may be known from the template.
 
     The template may drop white space around the text, and write something before it. A response that was cut ends early.
 
@@ -111,8 +119,8 @@ def find(text: str, response: Response, at: int | None = None) -> Place:
     """
     core, own = text.strip(), response.own
     low = len(text) - len(text.lstrip())
-    lead, size = len(own) - len(own.lstrip()) if at is None else at, len(core)
-    if at is None and own.rstrip().endswith(core):
+    lead, size = len(own) - len(own.lstrip()) if known is None else known.at, len(core)
+    if known is None and own.rstrip().endswith(core):
         at = len(own.rstrip()) - len(core)
     elif own.startswith(core, lead):  # an end follows that is no special token
         at = lead
@@ -126,9 +134,10 @@ def find(text: str, response: Response, at: int | None = None) -> Place:
             )
         size += bool(left)  # the character that the cut has split
     high = low + size
-    while low and at and own[at - 1] == text[low - 1]:
+    first, last = (0, len(text)) if known is None else (low - known.num_before, high + known.num_behind)
+    while low > max(first, 0) and at and own[at - 1] == text[low - 1]:
         at, low = at - 1, low - 1
-    while high < len(text) and own[at + high - low : at + high - low + 1] == text[high]:
+    while high < min(last, len(text)) and own[at + high - low : at + high - low + 1] == text[high]:
         high += 1
     return Place(at, low, high)
 
@@ -172,30 +181,32 @@ def _located(texts: Sequence[str], response: Response, turns: Turns | None) -> l
     if turns is None:
         (text,) = texts
         return [_in_a_form(text, response, None)]
-    known = [turn.at for turn in turns.turns]
-    starts = iter(_aligned(turns.text, response, [at for at in known if at is not None], before=False))
+    printed = [None if turn.at is None else turns.text[turn.at : turn.end] for turn in turns.turns]
+    num_before = [0 if each is None else len(each) - len(each.lstrip()) for each in printed]
+    places = [(turn.at or 0) + num for turn, num in zip(turns.turns, num_before, strict=True)]
+    starts = _aligned(turns.text, response, places, before=False)
     found = []
-    for number, (text, at) in enumerate(zip(texts, known, strict=True)):
-        start = None if at is None else next(starts)
+    for number, (text, start, each) in enumerate(zip(texts, starts, printed, strict=True)):
         if not text.strip() or (response.is_cut and start == len(response.own)):
             found.append((text, Place(0, 0, 0)))
-        elif start is None:
+        elif each is None:
             raise BadWeightsError(
                 f"the chat template changes the text of message {number}; give weights per token or message"
             )
         else:
-            found.append(_in_a_form(text, response, start))
+            known = _Known(start, num_before[number], len(each) - len(each.rstrip()))
+            found.append(_in_a_form(text, response, known))
     return found
 
 
-def _in_a_form(text: str, response: Response, at: int | None) -> tuple[str, Place]:
+def _in_a_form(text: str, response: Response, known: _Known | None) -> tuple[str, Place]:
     try:
-        return text, find(text, response, at)
+        return text, find(text, response, known)
     except BadWeightsError:
         in_nfc = unicodedata.normalize("NFC", text)
         if in_nfc == text:
             raise
-        return in_nfc, find(in_nfc, response, at)
+        return in_nfc, find(in_nfc, response, known)
 
 
 def _aligned(printed: str, response: Response, places: Sequence[int], before: bool = True) -> list[int]:

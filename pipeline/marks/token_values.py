@@ -186,7 +186,7 @@ class RangeAnnotator:
                     except BadWeightsError as error:
                         problems[row] = str(error)
                 row += 1
-            found.append(_means(characters, weights))
+            found.append(known_means(characters, weights))
         return np.concatenate(found)
 
     def _weigh(self, numbers: np.ndarray, source: "Source", response: Response) -> np.ndarray:
@@ -203,8 +203,8 @@ class RangeAnnotator:
                 else f"{len(texts)} messages; expected one for each, or one"
             )
             raise BadWeightsError(f"{len(numbers)} numbers for a response of {of_messages}")
-        is_one_number = self.unit == "message" and len(numbers) == 1
-        turns = None if source.messages is None or is_one_number else self._turns(source)
+        is_one = self.unit in ("message", "role") and 1 in (len(numbers), len(texts))
+        turns = None if source.messages is None or is_one else self._turns(source)
         match self.unit:
             case "span":
                 return span_weights(numbers, self.rest, texts, response, turns)
@@ -217,7 +217,7 @@ class RangeAnnotator:
                 return message_weights([self.roles.get(role, self.rest) for role in roles], response, turns)
 
     def _turns(self, source: "Source") -> Turns:
-        assert source.messages is not None, "one message alone is the whole response"
+        assert source.messages is not None, "one text alone is the whole response"
         assert source.prompt is not None, "no prompt of messages"
         try:
             return self.chat.turns(source.prompt, json.loads(source.messages))
@@ -247,12 +247,12 @@ class Source(NamedTuple):
     texts: list[str]
     """Of each message."""
     messages: str | None
-    """JSON of the messages, if there are several; else None."""
+    """JSON of the messages; None for one with a text and nothing else."""
     prompt: str | None
-    """JSON of the chat before them, if there are several."""
+    """JSON of the chat before them."""
 
 
-def _means(characters: Characters, weights: np.ndarray) -> np.ndarray:
+def known_means(characters: Characters, weights: np.ndarray) -> np.ndarray:
     """Return the mean of the weights over the characters of each token, `[N]` float32; those that are NaN do not count.
 
     So a space that the tokenizer adds to the first word of a text does not change its weight. A token of none has 1.
@@ -307,9 +307,9 @@ def bad_numbers(numbers: Lists, every: int = 1) -> dict[int, str]:
 def num_at_end(is_special: np.ndarray, ids: Lists) -> np.ndarray:
     """Return how many special tokens each response ends with, `[B]`; `is_special` is by id, `[V]` bool."""
     found, ends = np.zeros_like(ids.lengths), ids.starts[1:]
-    goes_on = np.ones(len(found), bool)
-    while goes_on.any():  # as often as a template writes special tokens at the end: usually once
-        goes_on &= found < ids.lengths
-        goes_on &= is_special[ids.flat[ends - 1 - np.minimum(found, ids.lengths - 1)]]
-        found += goes_on
+    rows = np.flatnonzero(ids.lengths)
+    while rows.size:  # as often as a template writes special tokens at the end: usually once
+        rows = rows[is_special[ids.flat[ends[rows] - 1 - found[rows]]]]
+        found[rows] += 1
+        rows = rows[found[rows] < ids.lengths[rows]]
     return found

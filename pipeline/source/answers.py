@@ -5,13 +5,14 @@ Called by `intake.py` for every row; a row with one answer on each side is one p
 
 from collections.abc import Iterator, Mapping
 from itertools import product
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 
 from pipeline.source.columns import Columns
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair, read_pair
-from weights_store.schemas import Reason
+from weights_store.schemas import SIDES, Reason, Side
 
 
 def read_pairs(row: Mapping[str, object], columns: Columns) -> Iterator[Pair | Unusable]:
@@ -46,10 +47,29 @@ def read_pairs(row: Mapping[str, object], columns: Columns) -> Iterator[Pair | U
         yield found
 
 
+class Answer(NamedTuple):
+    """One of several answers on a side."""
+
+    place: int
+    num_answers: int
+
+
+def answers_of_pairs(row: Mapping[str, object], columns: Columns) -> Iterator[dict[Side, Answer]]:
+    """Yield for each pair of a raw row, in the order of `read_pairs`, which answers it has of the sides that list some."""
+    sides = {side: row.get(column) for side, column in zip(SIDES, columns.responses, strict=True)}
+    listed = {side: len(_answers(value)) for side, value in sides.items() if _are_answers(value)}
+    for places in product(*(range(listed.get(side, 1)) for side in SIDES)):
+        at = zip(SIDES, places, strict=True)
+        yield {side: Answer(place, listed[side]) for side, place in at if side in listed}
+
+
 def _answers(value: object) -> list[object]:
     """Return the answers of one side: the items of a list of texts or of chats, else the value itself."""
-    is_list = isinstance(value, list) and bool(value) and all(isinstance(item, str | list) for item in value)
-    return value if is_list and isinstance(value, list) else [value]
+    return value if _are_answers(value) else [value]
+
+
+def _are_answers(value: object) -> TypeGuard[list[object]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str | list) for item in value)
 
 
 def _with_answers(

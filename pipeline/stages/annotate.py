@@ -33,7 +33,7 @@ from weights_store.fingerprint import fingerprint
 from weights_store.messages import Progress, logger, show
 from weights_store.names import name_of, quarantine_path
 from weights_store.processes.spread import Spread, in_threads, in_turn
-from weights_store.schemas import QUARANTINE, SCHEMA_VERSION, Reason
+from weights_store.schemas import KEYS, QUARANTINE, SCHEMA_VERSION, Reason
 from weights_store.tables.checksums import sum_checksums
 from weights_store.tables.metadata import AnnotationRecord
 from weights_store.tables.shards import ShardRecord
@@ -162,10 +162,13 @@ class _Update:
             unusable = files.enter_context(ExternalSort(QUARANTINE, "source_row"))
             self._read(cells)
             shards = self._write(cells, unusable)
-            if not shards:
-                raise self._no_usable_pair(unusable)
-            num_rows = sum(shard.num_rows for shard in shards)
-            _log.info(f"annotate: {num_rows:,} pairs have weights of their own, {unusable.num_rows:,} are quarantined")
+            num_rows, num_bad = sum(shard.num_rows for shard in shards), unusable.num_rows
+            problem = None if shards else self._no_usable_pair(unusable)
+            # Quarantine first: if the build dies in between, the next run does both.
+            self._quarantine(unusable)
+            if problem is not None:
+                raise problem
+            _log.info(f"annotate: {num_rows:,} pairs have weights of their own, {num_bad:,} are quarantined")
             # A column's checksum is a sum over (key, position, value), so it does not depend on where the shards were cut.
             sums = sum_checksums(shard.sums for shard in shards)
             content = {
@@ -177,8 +180,6 @@ class _Update:
                 for shard in shards:
                     self.table.location.delete(shard.name)
                 return self.table.reference(self.base)
-            # Quarantine first: if the build dies in between, the next run does both.
-            self._quarantine(unusable)
         return self._commit(shards, made, num_rows)
 
     def _read(self, cells: ExternalSort) -> None:
@@ -186,7 +187,7 @@ class _Update:
         recipe, wanted = self.wanted.recipe, self.wanted
         source = open_source(recipe.dataset)
         columns = None
-        if wanted.reads_texts:
+        if wanted.reads_texts or (wanted.unit and recipe.dataset.many_answers == "combine"):
             columns = resolve_columns(recipe.dataset, source, recipe.weight_columns)
         found = CellReader(wanted.columns, wanted.unit).read(source, columns)
         with ExternalSort(_PLACES, "source_row") as places:
@@ -229,8 +230,13 @@ class _Update:
         is_ours = (pl.col("reason") == Reason.BAD_WEIGHTS.value) & pl.col("detail").str.starts_with(
             f"{self.table.path}: "
         )
-        had_any = not self.quarantine.scan(base).filter(is_ours).head(1).collect().is_empty()
-        if not unusable.num_rows and not had_any:
+        key = list(KEYS["quarantine"])
+        found = [pl.DataFrame(pl.from_arrow(rows.select(key))) for _, rows in unusable.ranges()]
+        if (
+            pl.concat(found)
+            .sort(key)
+            .equals(self.quarantine.scan(base).filter(is_ours).select(key).sort(key).collect())
+        ):
             return
         for rows in self.quarantine.batches(base):
             others = pl.DataFrame(pl.from_arrow(rows)).filter(~is_ours).to_arrow()
@@ -253,7 +259,8 @@ class _Update:
         return self.table.commit(shards, record, self.base, mode="append" if self.base is None else "overwrite")
 
     def _no_usable_pair(self, unusable: ExternalSort) -> InputError:
-        first = next(rows for _, rows in unusable.ranges())
+        rows = (rows for _, rows in unusable.ranges())
+        first = next(each for each in rows if each.num_rows)
         example = f", for example row {first['source_row'][0]}: {first['detail'][0].as_py().partition(': ')[2]}"
         columns = ", ".join(map(repr, self.wanted.columns.values()))
         what = f"weights in {columns}" if columns else "messages"

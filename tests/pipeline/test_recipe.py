@@ -374,7 +374,6 @@ def test_own_weights_are_read_from_the_columns_that_are_needed():
             ["weights.estimator=head", "dataset.chosen_weights_column=a", "dataset.rejected_weights_column=b"],
             "dataset.chosen_weights_column has no effect here, only with weights.estimator 'column' or 'spans'",
         ),
-        (["weights.estimator=column", "dataset.many_answers=combine"], "makes several pairs of a row"),
         (
             ["dataset.chosen_weights_column=a"],
             "set both dataset.chosen_weights_column and dataset.rejected_weights_column",

@@ -38,10 +38,9 @@ def pieces(tokenizer, messages):
     text = Vocabulary.of_folder(tokenizer.folder).characters(ids, np.array([len(ids)])).texts[0]
     assert found.text.startswith(text)
     ends = [*(turn.start for turn in found.turns[1:]), len(text)]
-    texts = [message["content"] for message in messages]
     return [
-        (text[turn.start : end], None if turn.at is None else text[turn.at : turn.at + len(content)])
-        for turn, end, content in zip(found.turns, ends, texts, strict=True)
+        (text[turn.start : end], None if turn.at is None else text[turn.at : turn.end])
+        for turn, end in zip(found.turns, ends, strict=True)
     ]
 
 
@@ -56,6 +55,12 @@ def test_a_result_that_stands_in_the_call_too_is_found_in_its_own_message(of_kin
         ("<|im_start|>user\n<tool_response>\nLima\n</tool_response><|im_end|>\n<|im_start|>assistant\n", "Lima"),
         (f"{thought}Lima!<|im_end|>", "Lima!"),
     ]
+
+
+def test_a_text_between_a_thought_and_a_call_is_found(of_kind):
+    ((piece, text),) = pieces(of_kind("qwen3"), [call({"city": "Lima"}, " Lima?\n")])
+    assert piece.startswith("<think>\n\n</think>\n\n Lima?\n\n<tool_call>")
+    assert text == " Lima?\n"
 
 
 def test_texts_that_look_like_marks_are_texts(of_kind):

@@ -1,3 +1,4 @@
+import json
 from decimal import Decimal
 
 import numpy as np
@@ -95,6 +96,15 @@ def test_weights_of_pairs(value, expected):
     assert cell["pair"] == (value if expected is None else None)
     assert (cell["problem"] or "").startswith(expected or "")
     assert (cell["problem"] is None) == (expected is None)
+
+
+def test_messages_are_kept_where_a_response_is_more_than_a_text():
+    call = {"role": "assistant", "content": "?", "tool_calls": [{"name": "f", "arguments": {}}]}
+    value = {"prompt": "a", "c": [1], "r": [1], "chosen": [call], "rejected": "b"}
+    source = Source("made up", lambda _: iter([RawRow(0, value)]))
+    rows = cell_rows(("x", cell) for cell in CellReader(COLUMNS, "character").read(source, Columns()))
+    assert (rows["chosen_texts"].to_pylist(), rows["rejected_texts"].to_pylist()) == ([["?"]], [["b"]])
+    assert (json.loads(rows["chosen_messages"][0].as_py()), rows["rejected_messages"].to_pylist()) == ([call], [None])
 
 
 def test_decimals_are_numbers():

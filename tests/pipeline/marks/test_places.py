@@ -114,7 +114,7 @@ def test_spans_behind_a_cut_are_cut():
 
 TEXTS = ["", " 18", "It is 18."]
 BODY = '{"at": 18}<|end|><tool>18<|end|><own>It is 18.<|end|>'
-TURNS = Turns(BODY + "\n", [Turn("assistant", 0, None), Turn("tool", 17, 23), Turn("assistant", 37, 37)])
+TURNS = Turns(BODY + "\n", [Turn("assistant", 0, None, None), Turn("tool", 17, 23, 25), Turn("assistant", 37, 37, 46)])
 """A call that has the result among its arguments, the result, and the answer."""
 
 
@@ -160,7 +160,7 @@ def test_spans_in_several_texts_have_to_be_on_a_character():
 
 
 def test_a_text_that_the_template_changes_is_named():
-    turns = Turns(BODY, [TURNS.turns[0], Turn("tool", 17, None), TURNS.turns[2]])
+    turns = Turns(BODY, [TURNS.turns[0], Turn("tool", 17, None, None), TURNS.turns[2]])
     with pytest.raises(BadWeightsError, match="^the chat template changes the text of message 1; give weights per"):
         character_weights(np.ones(12), TEXTS, response(BODY), turns)
 

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from pipeline.marks.token_values import Lists, Responses, bad_numbers, fit, num_at_end
+from pipeline.marks.characters import Characters
+from pipeline.marks.token_values import Lists, Responses, bad_numbers, fit, known_means, num_at_end
 
 
 def lists(*values):
@@ -52,10 +53,19 @@ def test_bad_numbers_are_named_by_row_and_place():
     }
 
 
+def test_a_space_that_the_tokenizer_adds_does_not_change_the_weight_of_its_word():
+    # Tokens " the", " c" and a mark of the end: the first space is of no text, the second one has weight 4.
+    characters = Characters(
+        [" the cX"], np.array([0, 7]), np.array([0, 4, 6]), np.array([3, 5, 6]), np.zeros(3, bool), np.ones(3, bool)
+    )
+    weights = np.array([np.nan, 0, 0, 0, 4, 2, np.nan], np.float32)
+    assert known_means(characters, weights).tolist() == [0, 3, 1]
+
+
 def test_special_tokens_at_the_end_are_counted_for_each_response():
-    ids = lists([0, 1, 1], [1], [0, 1, 1, 0], [1, 1])
+    ids = lists([], [0, 1, 1], [1], [0, 1, 1, 0], [1, 1], [])
     found = num_at_end(np.array([False, True]), ids._replace(flat=ids.flat.astype(np.int32)))
-    assert found.tolist() == [2, 1, 0, 2]
+    assert found.tolist() == [0, 2, 1, 0, 2, 0]
 
 
 def test_a_response_was_cut_if_it_is_as_long_as_the_limit_and_has_no_end():

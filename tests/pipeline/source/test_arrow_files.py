@@ -10,9 +10,9 @@ import pytest
 
 from pipeline.dataset_section import DatasetSection
 from pipeline.source.arrow_files import arrow, parquet
-from pipeline.source.columns import resolve_columns
+from pipeline.source.columns import check_source, resolve_columns
 from pipeline.source.intake import pairs_of
-from pipeline.source.load import streamed
+from pipeline.source.load import open_source, streamed
 from pipeline.source.rows import joined
 from weights_store.errors import InputError
 
@@ -116,6 +116,12 @@ def test_a_column_that_stands_twice_is_refused(written, read):
     table = pa.Table.from_arrays([*TEXTS.columns, TEXTS["chosen"]], names=[*TEXTS.column_names, "chosen"])
     with pytest.raises(InputError, match="has the column 'chosen' twice; rename one of them"):
         read(written(table))
+    table = pa.Table.from_arrays([*TEXTS.columns, FAR, FAR], names=[*TEXTS.column_names, "w", "w"])
+    dataset = DatasetSection(name="toy", source=str(written(table)))
+    others = {"pair_weight_column": "w"}
+    for check in (check_source, lambda dataset, others: resolve_columns(dataset, open_source(dataset), others)):
+        with pytest.raises(InputError, match="has the column 'w' twice; rename one of them"):
+            check(dataset, others)
 
 
 def test_a_table_without_rows_has_no_pairs(written, read):

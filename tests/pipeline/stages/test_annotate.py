@@ -234,9 +234,10 @@ def test_characters_of_several_messages_are_counted_through(run, model):
     assert sum(len(piece) for value, piece in found.items() if value > 1) == len(" mixes")
 
 
-def test_roles_weigh_the_messages_of_tools(run, model, recipe_of):
+def test_roles_weigh_the_messages_of_tools(run, model, recipe_of, caplog):
     rows = [row(0, chosen=chat(*TURNS)), row(1)]
-    settings = {"weights.estimator": "pattern", "weights.roles": [["tool", 0]], "weights.patterns": [["sailor", 4]]}
+    patterns = [["sailor", 4], ["@code", 2], ["q*", 2]]
+    settings = {"weights.estimator": "pattern", "weights.roles": [["tool", 0]], "weights.patterns": patterns}
     recipe, tokens, version = run(rows, **settings)
     found = rows_of(recipe, version)
     assert by_weight(model, tokens, found[0]["chosen_values"]) == {
@@ -246,12 +247,31 @@ def test_roles_weigh_the_messages_of_tools(run, model, recipe_of):
     assert set(found[1]["chosen_values"]) == set(found[1]["rejected_values"]) == {1.0}
     ingredients = Ingredients(tokens, logps_of(tokens, "ref"), annotations=version)
     published = publish(recipe, recipe.weights, ingredients, tokenizer_folder=model)
+    assert published.statistics["chosen"]["num_matches"] == [1, 0, 0]
+    assert published.statistics["rejected"]["num_matches"] == [2, 0, 0]
+    warned = [message for message in caplog.messages if message.startswith("publish: pattern")]
+    assert warned == [
+        f"publish: pattern {pattern!r} of weights.patterns matches nothing in any response"
+        for pattern in ("@code", "q*")
+    ]
     weights = rows_of(recipe, published.weights)[0]["chosen_token_weights"]
     by_piece = by_weight(model, tokens, [min(weight, 2.0) for weight in weights])  # a pattern counts more than the role
     assert (by_piece[0.0], by_piece[1.0]) == ("<|tool|>tool<|assistant|>", "the mixes</s>the</s>")
     other = recipe_of(**settings | {"weights.roles": [["tool", 0.5]], "dataset.source": recipe.dataset.source})
     changed = annotate(other, tokens, model)
     assert (changed.table, changed.fingerprint) != (version.table, version.fingerprint)
+
+
+def test_roles_of_unpaired_rows(run, model):
+    rows = [{"prompt": "question", "completion": chat(*TURNS), "label": True}]
+    rows += [{"prompt": "question", "completion": text, "label": False} for text in TEXTS]
+    recipe, tokens, version = run(rows, **{"weights.estimator": "pattern", "weights.roles": [["tool", 0]]})
+    found = rows_of(recipe, version)
+    assert by_weight(model, tokens, found[0]["chosen_values"])[0.0] == "<|tool|>tool<|assistant|>"
+    assert (found[0]["rejected_values"], found[1]["chosen_values"]) == ([], [])
+    assert set(found[1]["rejected_values"]) == {1.0}
+    ingredients = Ingredients(tokens, logps_of(tokens, "ref"), annotations=version)
+    assert publish(recipe, recipe.weights, ingredients, tokenizer_folder=model).statistics["num_unpaired_rows"] == 3
 
 
 def test_roles_of_rows_with_several_answers(run):
@@ -261,6 +281,30 @@ def test_roles_of_rows_with_several_answers(run):
     _, tokens, version = run(rows, **settings)
     values = WeightStore(tokens.store).table(version.table).scan().collect()["chosen_values"].to_list()
     assert sorted(0.0 in each for each in values) == [False, False, True]
+
+
+@pytest.mark.parametrize("unit", ["message", "token"])
+def test_each_answer_of_a_row_has_its_own_cell(run, lengths, unit):
+    def cell(number, side=0):
+        return number if unit == "message" else [number] * lengths[side]
+
+    answers = {"chosen": [TEXTS[0], TEXTS[0]], "chosen_weights": [cell(2.0), cell(3.0)], "pair_weight": 5}
+    listed = {"rejected": [TEXTS[1]], "rejected_weights": [cell(1.0, 1)]}
+    rows = [
+        row(0, rejected_weights=cell(4.0, 1))
+        | answers,  # a rejected answer that is no list; both chosen ones are the same
+        row(1) | answers | listed | {"chosen_weights": [cell(2.0)]},
+        row(2) | listed | {"chosen": ["question", TEXTS[0]], "chosen_weights": [None, cell(3.0)], "pair_weight": 6},
+    ]
+    settings = {"weights.per": unit, "dataset.many_answers": "combine", "weights.pair_weight": "column"}
+    recipe, _, version = run(rows, **settings)
+    found = rows_of(recipe, version)
+    sides = [set(found[row][f"{side}_values"]) for row in (0, 2) for side in ("chosen", "rejected")]
+    assert sides == [{2.0}, {4.0}, {3.0}, {1.0}]
+    assert [each["pair_value"] for each in found.values()] == [5.0, 6.0]
+    problems = quarantined(recipe)
+    assert "is no list of weights for each of 2 answers, as its response lists them" in problems[1]
+    assert "column 'chosen_weights': it has no value" in problems[2]
 
 
 def test_weights_that_cannot_be_used_are_quarantined_with_the_reason(run, lengths):
@@ -289,12 +333,25 @@ def test_weights_that_cannot_be_used_are_quarantined_with_the_reason(run, length
     }
 
 
-def test_a_source_without_any_usable_weight_says_why(run):
+def test_the_reason_in_quarantine_is_that_of_the_newest_source(run, lengths, monkeypatch):
+    """Also if no good row has changed, and of a source whose content is not known, such as a hub dataset's."""
+    good = row(0, chosen_weights=[1.0] * lengths[0], rejected_weights=[2.0] * lengths[1])
+    recipe, _, first = run([good, row(1, chosen_weights=[-1.0] * lengths[0], rejected_weights=[1.0])])
+    record = WeightStore(recipe.store.uri).table(first.table).metadata()["annotation"]
+    monkeypatch.setattr(stage.Annotation, "record", record)
+    monkeypatch.setattr(stage.Annotation, "is_there", False)
+    recipe, _, again = run([good, row(1, chosen_weights="none", rejected_weights=[1.0])])
+    assert again == first
+    assert '"none" is no list of numbers' in quarantined(recipe)[1]
+
+
+def test_a_source_without_any_usable_weight_says_why(run, recipe_of):
     with pytest.raises(
         InputError,
         match=r"none of 2 pairs has weights in 'chosen_weights', 'rejected_weights' that can be used, for ex",
     ):
         run([row(index, chosen_weights=[1], rejected_weights=[1]) for index in range(2)])
+    assert list(quarantined(recipe_of())) == [0, 1]
 
 
 def test_a_column_that_is_not_there_is_named_before_anything_is_read(recipe_of, tmp_path):
