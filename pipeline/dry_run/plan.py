@@ -271,7 +271,8 @@ class _Plan:
         filled = [version.table for role, version in ingredients.by_role().items() if role != "tokens"]
         num_pairs = num_all - self.outlook.num_unscorable(filled)
         num_tokens = round(self.outlook.num_tokens()[1] * num_pairs / max(1, num_all))
-        if wanted.newest and not wanted.made_differently and not self.outlook.num_gone:
+        keeps_rows = self.outlook.base is not None and not self.outlook.num_gone
+        if wanted.newest and not wanted.made_differently and keeps_rows:
             tables = (self.outlook.start.store.table(version.table) for version in ingredients.by_role().values())
             if all(table.exists() for table in tables) and wanted.appended_to(ingredients) is not None:
                 num_pairs -= wanted.newest["statistics"]["num_pairs"]

@@ -72,7 +72,7 @@ class StoredResponse:
 
     @classmethod
     def anchor(cls, ids: NDArray[np.int32], ref_logps: NDArray[np.float32]) -> "StoredResponse":
-        """Return a response that was sampled for a prompt; its token weights are 1, and no loss reads them."""
+        """Return an anchor; its token weights are 1, and no loss reads them."""
         return cls(ids, np.ones(len(ids), np.float32), ref_logps)
 
 
@@ -81,9 +81,8 @@ class Pair:
     """One preference pair; if the config says `swap`, chosen and rejected are already exchanged. Unpaired rows have one.
 
     `pair_weight` (unitless, >= 0) is the pair's share in the loss. The annotators' scores are None unless the dataset was
-    opened `with_scores`. The anchor is a response that was sampled for the prompt, None unless the dataset was opened
-    `with_anchors`. A filler takes the place of a pair if a rank has none left;
-    it counts 0 times in the loss.
+    opened `with_scores`. The anchor, a response that was sampled for the prompt or one to another prompt, is None unless the
+    dataset was opened `with_anchors`. A filler takes the place of a pair if a rank has none left, and has no part in the loss.
     """
 
     pair_id: str

@@ -82,17 +82,11 @@ def _of_balance(config: TrainConfig, source: WeightSource) -> list[str]:
     least, most = _BALANCED
     if least <= round(ratio, 2) <= most:
         return []
-    up, down = (
-        f"{weight * low:.3g} to {weight * high:.3g}"
-        for weight, low, high in (
-            (loss.desirable_weight, least / ratio, most / ratio),
-            (loss.undesirable_weight, ratio / most, ratio / least),
-        )
-    )
+    up, down = loss.desirable_weight / ratio, loss.undesirable_weight * ratio
     return [
         f"{source.name} has {desirable:,} desirable and {undesirable:,} undesirable responses, which with their factors count "
-        f"{ratio:.3g} to 1; KTO's paper, as TRL quotes it, advises {least:g} to {most:g}: set loss.desirable_weight to {up}, "
-        f"or loss.undesirable_weight to {down}"
+        f"{ratio:.3g} to 1; KTO's paper, as TRL quotes it, advises {least:g} to {most:g}: set loss.desirable_weight between "
+        f"{up * least:.3g} and {up * most:.3g}, or loss.undesirable_weight between {down / most:.3g} and {down / least:.3g}"
     ]
 
 

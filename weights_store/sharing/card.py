@@ -31,7 +31,10 @@ _COLUMNS = [
     ["`chosen_token_weights`, `rejected_token_weights`", "weight of each response token, unitless, at least 0"],
     ["`chosen_ref_logps`, `rejected_ref_logps`", "log-prob of each response token under the reference, nats"],
     ["`pair_weight`", "factor of the pair's loss"],
-    ["`anchor_ids`, `anchor_ref_logps`", "a response that the reference sampled, and its log-probs, nats; or null"],
+    [
+        "`anchor_ids`, `anchor_ref_logps`",
+        "a response that the reference sampled, or one to another prompt, and its log-probs, nats; or null",
+    ],
     ["`chosen_score`, `rejected_score`", "annotators' scores; or null"],
     [
         "`chosen_ref_top_ids`, `chosen_ref_top_logps`, and the same of `rejected`",

@@ -280,6 +280,9 @@ def test_the_fingerprint_says_which_responses_are_the_anchors(unpaired, toy_mode
     assert len({each.weights.fingerprint for each in (first, grown, at_once)}) == 3
     assert (again.weights, again.is_new) == (at_once.weights, False)
     assert {stage.stage for stage in plan(recipe) if stage.action == "compute"} == {"report"}
+    write_jsonl(tmp_path / "rows.jsonl", paired_rows())  # rows of the other kind take the place of all
+    (publishing,) = (stage for stage in plan(recipe) if stage.stage == "publish")
+    assert (publishing.action, publishing.num_pairs) == ("compute", 6)
 
 
 def look_at(store, published, model, folder):

@@ -43,8 +43,8 @@ def weighted(store, write_weights, rows) -> None:
             (30, 20),
             {},
             "toy/tis@1 has 30 desirable and 20 undesirable responses, which with their factors count 1.5 to 1; KTO's paper, "
-            "as TRL quotes it, advises 1 to 1.33: set loss.desirable_weight to 0.667 to 0.887, or loss.undesirable_weight to "
-            "1.13 to 1.5",
+            "as TRL quotes it, advises 1 to 1.33: set loss.desirable_weight between 0.667 and 0.887, or "
+            "loss.undesirable_weight between 1.13 and 1.5",
         ),
         ((30, 20), {"loss": {"undesirable_weight": 1.5}}, None),
         ((30, 20), {"loss": {"desirable_weight": 0.8}}, None),
@@ -53,8 +53,8 @@ def weighted(store, write_weights, rows) -> None:
             (30, 20),
             {"data": {"swap": True}, "loss": {"undesirable_weight": 2.0}},
             "toy/tis@1 has 20 desirable and 30 undesirable responses, which with their factors count 0.333 to 1; KTO's paper, "
-            "as TRL quotes it, advises 1 to 1.33: set loss.desirable_weight to 3 to 3.99, or loss.undesirable_weight to "
-            "0.501 to 0.667",
+            "as TRL quotes it, advises 1 to 1.33: set loss.desirable_weight between 3 and 3.99, or loss.undesirable_weight "
+            "between 0.501 and 0.667",
         ),
         ((40, 40), {}, None),
         ((999, 1000), {}, None),
