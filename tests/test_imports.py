@@ -33,8 +33,12 @@ ONLY_IN = {
     "matplotlib": {"weights_store/inspection/figure.py", "weights_store/inspection/heat_map.py", "train/plots.py"},
     "tqdm": {"weights_store/messages.py", "train/job/progress.py"},
 }
-EXCEPTIONS = {"train/trl_adapter.py": {"datasets"}, "pipeline/interpreters.py": {"packaging"}}
-"""TRL itself needs `datasets`, and transformers `packaging`."""
+EXCEPTIONS = {
+    "train/trl_adapter.py": {"datasets"},
+    "pipeline/interpreters.py": {"packaging"},
+    "weights_store/inspection/model_tokenizer.py": {"huggingface_hub"},
+}
+"""TRL itself needs `datasets`, and transformers `packaging`. Without the hub's package nothing is looked for in its cache."""
 
 
 class Import(NamedTuple):

@@ -1,5 +1,6 @@
 """The files of a trained policy that are worth publishing: the model, its card, its metrics and where it comes from."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from weights_store.digests import digest_once
 from weights_store.errors import InputError
 from weights_store.fingerprint import load_json
 from weights_store.sharing.publishable import publishable
+
+_ADAPTER = "adapter/adapter_config.json"
 
 
 def is_policy(folder: Path) -> bool:
@@ -18,8 +21,8 @@ def is_policy(folder: Path) -> bool:
 def policy_files(folder: Path) -> dict[str, Path | bytes]:
     """Return what to publish of the output folder of a finished training, by path in a repository.
 
-    Left out: checkpoints, the record for resuming, and hidden files. `lineage.json` has its local paths shortened, and the
-    SHA-256 of all other files under `files`.
+    Left out: checkpoints, the record for resuming, and hidden files. Local paths are shortened in `lineage.json` and in peft's
+    config, which names the starting model. `lineage.json` has the SHA-256 of all other files under `files`.
 
     Raises:
         InputError: The training is not finished.
@@ -29,12 +32,21 @@ def policy_files(folder: Path) -> dict[str, Path | bytes]:
             f"{folder} has no {LINEAGE}: the training in it is not finished; run `tokenweights train` again"
         )
     checkpoints = OutputFolder(folder).checkpoints.name
-    files: dict[str, Path] = {}
+    files: dict[str, Path | bytes] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         is_hidden = any(part.startswith(".") for part in name.parts)
         if path.is_file() and not is_hidden and name.parts[0] not in (checkpoints, RECORD, LINEAGE):
             files[name.as_posix()] = path
-    digests = {name: digest_once(path) for name, path in files.items()}
-    lineage = publishable({**load_json(folder / LINEAGE), "files": digests})
-    return files | {LINEAGE: json.dumps(lineage, indent=2, ensure_ascii=False).encode() + b"\n"}
+    if _ADAPTER in files:
+        files[_ADAPTER] = _as_json(load_json(folder / _ADAPTER))
+    digests = {name: _digest(content) for name, content in files.items()}
+    return files | {LINEAGE: _as_json({**load_json(folder / LINEAGE), "files": digests})}
+
+
+def _as_json(content: object) -> bytes:
+    return json.dumps(publishable(content), indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _digest(content: Path | bytes) -> str:
+    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else digest_once(content)

@@ -44,21 +44,37 @@ def tokenizer_folder(metadata: CommitMetadata, given: str | None) -> tuple[str |
     """Return the folder of the tokenizer, None if none is known to fit, and a line for people if there is something to say.
 
     A folder that is given is used, also if its fingerprint is another one than that of the tokenizer that made the ids: its
-    chat template may have changed since, which changes no id's text. The recipe's model is used only if both are the same.
+    chat template may have changed since, which changes no id's text. The recipe's model is used only if both are the same; one
+    of the hub is looked for in the hub's cache, and nothing is downloaded.
     """
     recorded = (metadata.get("tokenizer") or {}).get("fingerprint")
     if given is not None:
         is_other = recorded is not None and _fingerprint(Path(given)) not in (recorded, None)
         note = f"the tokenizer in {given} is not the one that the store recorded, or its chat template has changed"
         return given, f"{note}: texts may be wrong" if is_other else None
-    path = metadata.get("recipe", {}).get("model", {}).get("path")
+    model = metadata.get("recipe", {}).get("model", {})
+    path, revision = model.get("path"), model.get("revision")
     if recorded is None or not isinstance(path, str):
         return None, f"ids instead of texts: the store recorded no tokenizer; {_HINT}"
-    if not (Path(path) / "tokenizer.json").is_file():
-        return None, f"ids instead of texts: {path}, the recipe's model, is no folder with tokenizer.json here; {_HINT}"
-    if _fingerprint(Path(path)) != recorded:
-        return None, f"ids instead of texts: the tokenizer in {path} is not the one that made the ids; {_HINT}"
-    return path, None
+    folder = path if (Path(path) / "tokenizer.json").is_file() else _in_cache(path, revision)
+    if folder is None:
+        return None, f"ids instead of texts: {path}, the recipe's model, is not here with a tokenizer.json; {_HINT}"
+    if _fingerprint(Path(folder)) != recorded:
+        return None, f"ids instead of texts: the tokenizer in {folder} is not the one that made the ids; {_HINT}"
+    return folder, None
+
+
+def _in_cache(repo_id: str, revision: object) -> str | None:
+    """Return the folder of a model in the hub's cache, None if its tokenizer is not there."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    try:
+        found = try_to_load_from_cache(repo_id, "tokenizer.json", revision=str(revision or "main"))
+    except ValueError:  # no name of a repository
+        return None
+    return str(Path(found).parent) if isinstance(found, str) else None
 
 
 def _fingerprint(folder: Path) -> str | None:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from weights_store.catalog import open_table
 from weights_store.checks.rows import violations
-from weights_store.errors import InputError
+from weights_store.errors import ConflictError, InputError
 from weights_store.fingerprint import explain_difference, fingerprint_file
 from weights_store.location import Location, one_line
 from weights_store.messages import Progress, show
@@ -37,6 +37,7 @@ from weights_store.sharing.record import (
 )
 from weights_store.tables.checksums import sum_checksums
 from weights_store.tables.metadata import CommitMetadata, OriginRecord
+from weights_store.tables.shards import ShardRecord
 from weights_store.tables.table import Table
 from weights_store.tables.table_reader import TableVersion
 
@@ -69,8 +70,8 @@ def bring_in(root: Location, folder: Path, place: str, revision: str | None = No
         InputError: The folder is no weight dataset, is not as its record says, or breaks a rule of weights; or the store has
             another dataset of this name.
         SettingsError: The name is malformed.
-        StoreError: The store cannot be read or written.
-        ConflictError: Another writer made a version of this dataset meanwhile.
+        StoreError: The store cannot be read or written, or the dataset would be inside another one's folder.
+        ConflictError: Another writer made a version of this dataset meanwhile, of other rows.
     """
     record = read_record(folder, place)
     if record["schema_version"] != SCHEMA_VERSION:
@@ -86,8 +87,30 @@ def bring_in(root: Location, folder: Path, place: str, revision: str | None = No
     if base is not None and _is_there(table, base, record):
         return Pulled(table.reference(base), num_pairs, False, left_behind)
     metadata = _metadata(record, place, revision)
-    if base is not None:
+    if base is None:
+        table.check_place()
+    else:
         metadata["changes"] = _changes(table, base, metadata, place)
+    shards = _write_shards(table, record, folder, place)
+    try:
+        weights = table.commit(shards, metadata, base, "append" if base is None else "overwrite")
+    except ConflictError:
+        _delete(table, shards)
+        newest = table.version()
+        if newest is None or not _is_there(table, newest, record):
+            raise
+        return Pulled(table.reference(newest), num_pairs, False, left_behind)  # another pull of the same was faster
+    return Pulled(weights, num_pairs, True, left_behind)
+
+
+def _write_shards(table: Table, record: DatasetRecord, folder: Path, place: str) -> list[ShardRecord]:
+    """Write the rows into shards like those of the original version; delete them after an error.
+
+    Raises:
+        InputError: The rows are not those that the record promises.
+        StoreError: The store cannot be written.
+    """
+    num_pairs = sum(shard["num_rows"] for shard in record["shards"])
     writer, started = table.writer(), time.monotonic()
     try:
         groups = _Groups(record, folder, place)
@@ -101,12 +124,15 @@ def bring_in(root: Location, folder: Path, place: str, revision: str | None = No
             show(Progress("pull", groups.num_rows, num_pairs, time.monotonic() - started, "pairs"))
         groups.check_end()
     except BaseException:
-        for shard in writer.records:
-            with suppress(OSError):
-                table.location.delete(shard.name)
+        _delete(table, writer.records)
         raise
-    weights = table.commit(writer.records, metadata, base, "append" if base is None else "overwrite")
-    return Pulled(weights, num_pairs, True, left_behind)
+    return writer.records
+
+
+def _delete(table: Table, shards: Sequence[ShardRecord]) -> None:
+    for shard in shards:
+        with suppress(OSError):
+            table.location.delete(shard.name)
 
 
 def _check_files(record: DatasetRecord, folder: Path, place: str) -> None:

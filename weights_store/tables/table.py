@@ -169,7 +169,7 @@ class Table(TableReader):
                 raise self.cannot_write(error) from self.cause(error)
             made = self.read_commit(version).metadata
             if made is None or made["commit_id"] != commit_id:
-                problem = f"{self.path}: another writer made a version after {base}; run again"
+                problem = f"{self.path}: another writer made version {version} first; run again"
                 raise ConflictError(problem) from self.cause(error)
         return TableVersion(str(self.root), self.path, version, str(metadata["fingerprint"]))
 
@@ -215,10 +215,12 @@ class Table(TableReader):
             f"cannot write {self.path} in {self.root}: {reason}; nothing became visible{remedy_of(error)}"
         )
 
-    def _create(self, schema: object, actions: list[object], properties: object) -> None:
-        from deltalake.transaction import create_table_with_add_actions
+    def check_place(self) -> None:
+        """Check that this table is neither inside another one's folder nor around one: listings and `vacuum` see whole folders.
 
-        # Listings and `vacuum` look at whole folders, so no table may be inside another one's.
+        Raises:
+            StoreError: It is.
+        """
         kind, *parts = self.path.split("/")
         above = ["/".join([kind, *parts[:count]]) for count in range(1, len(parts))]
         inside = [f"{self.path}/{name}" for name in self.location.folders()]
@@ -227,6 +229,11 @@ class Table(TableReader):
                 raise StoreError(
                     f"{self.path} and the table {path} in {self.root} would be nested; choose another name"
                 )
+
+    def _create(self, schema: object, actions: list[object], properties: object) -> None:
+        from deltalake.transaction import create_table_with_add_actions
+
+        self.check_place()
         if self.location.is_local:
             self.location.path.mkdir(parents=True, exist_ok=True)
         put_notes(self.root, self.location)

@@ -38,7 +38,7 @@ def test_push_pull_train_gives_the_same_losses_to_the_last_bit(hub, write_weight
 @pytest.fixture
 def policy(make_config, tmp_path) -> Path:
     """A finished training, with paths of this machine in its records."""
-    return run_job(make_config(optim={"max_steps": 1}, output={"keep_checkpoints": True})).folder
+    return run_job(make_config(optim={"max_steps": 1}, output={"keep_checkpoints": True}, lora={"rank": 1})).folder
 
 
 def test_a_policy_is_pushed_with_its_card_and_without_paths_of_this_machine(hub, policy, tmp_path, capsys):
@@ -49,7 +49,9 @@ def test_a_policy_is_pushed_with_its_card_and_without_paths_of_this_machine(hub,
     names = set(repository.files) - {".gitattributes"}
     assert {"README.md", "config.json", "lineage.json", "metrics.json", "model.safetensors"} <= names
     assert not any(name.startswith(("checkpoints", "train.json", ".")) for name in names)
-    for name in names - {"lineage.json"}:
+    adapter = json.loads(repository.files["adapter/adapter_config.json"])
+    assert adapter["base_model_name_or_path"].startswith("…/")
+    for name in names - {"lineage.json", "adapter/adapter_config.json"}:
         assert repository.files[name] == (policy / name).read_bytes()
     assert not [name for name in names if str(tmp_path).encode() in repository.files[name]]
     recorded, pushed = json.loads((policy / "lineage.json").read_text()), json.loads(repository.files["lineage.json"])

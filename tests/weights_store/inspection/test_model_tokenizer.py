@@ -25,6 +25,20 @@ def test_the_recipes_model_is_used_if_its_tokenizer_made_the_ids(folder):
     assert tokenizer_folder(metadata(folder), None) == (str(folder), None)
 
 
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_a_model_of_the_hub_is_found_in_the_hubs_cache(folder, tmp_path, monkeypatch, revision):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    cached = tmp_path / "hub" / "models--owner--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / (revision or "main")).write_text("5" * 40)
+    made = metadata(folder)
+    made["recipe"]["model"] = {"path": "owner/model", "revision": revision}
+    assert tokenizer_folder(made, None)[0] is None
+    (cached / "snapshots").mkdir()
+    folder.rename(cached / "snapshots" / ("5" * 40))
+    assert tokenizer_folder(made, None) == (str(cached / "snapshots" / ("5" * 40)), None)
+
+
 def test_another_tokenizer_in_its_place_is_not_used(folder):
     made = metadata(folder)
     Tokenizer(WordLevel({"No": 0}, unk_token="No")).save(str(folder / "tokenizer.json"))
@@ -40,8 +54,9 @@ def test_another_tokenizer_in_its_place_is_not_used(folder):
     [
         (
             {"recipe": {"model": {"path": "some/hub-id"}}},
-            "some/hub-id, the recipe's model, is no folder with tokenizer.json here",
+            "some/hub-id, the recipe's model, is not here with a tokenizer.json",
         ),
+        ({"recipe": {"model": {"path": "/no/such/folder"}}}, "/no/such/folder, the recipe's model, is not here"),
         ({"tokenizer": {"eos_token_id": 0}}, "the store recorded no tokenizer"),
         ({"tokenizer": None, "recipe": {}}, "the store recorded no tokenizer"),
     ],

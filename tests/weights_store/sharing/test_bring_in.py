@@ -12,10 +12,11 @@ import pytest
 from weights_store import WeightStore
 from weights_store.checks.model_folders import sign_record
 from weights_store.checks.verify import verify
-from weights_store.errors import InputError, SettingsError
+from weights_store.errors import ConflictError, InputError, SettingsError, StoreError
 from weights_store.fingerprint import fingerprint, fingerprint_file
 from weights_store.schemas import WEIGHTS
 from weights_store.sharing.bring_in import bring_in
+from weights_store.tables.table import Table
 
 NAME = "hh-harmless/tis-dpo"
 HUB = "hf://datasets/owner/weights"
@@ -155,6 +156,37 @@ def test_a_dataset_of_the_same_name_is_not_written_over(small_store, folder, tmp
         bring_in(small_store.root, folder, "hf://datasets/somebody/else", name="pulled/one")
     with pytest.raises(SettingsError, match="bad name '../x'"):
         bring_in(small_store.root, folder, HUB, name="../x")
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_of_two_pulls_at_once_the_second_is_done_if_the_first_brought_the_same_rows(
+    read_store, folder, store, tmp_path, monkeypatch, is_same
+):
+    def commit_after_another(self, *arguments, **keywords):
+        with monkeypatch.context() as patch:
+            patch.setattr("weights_store.tables.table.Table.commit", commit)
+            bring_in(store.root, folder if is_same else tmp_path / "older", HUB)
+        return commit(self, *arguments, **keywords)
+
+    read_store.export(NAME, tmp_path / "older", version=0)
+    table, commit = store.table(f"weights/{NAME}"), Table.commit
+    monkeypatch.setattr("weights_store.tables.table.Table.commit", commit_after_another)
+    if is_same:
+        pulled = bring_in(store.root, folder, HUB)
+        assert (pulled.weights.version, pulled.is_new, pulled.num_pairs) == (0, False, 4)
+    else:
+        with pytest.raises(ConflictError, match="another writer made version 0 first; run again"):
+            bring_in(store.root, folder, HUB)
+    names = {path.name for path in table.location.path.glob("*-?????.parquet")}
+    assert names == {record.name for record in table.records()}
+
+
+def test_a_dataset_inside_the_folder_of_another_is_refused_before_its_rows_are_read(folder, store):
+    bring_in(store.root, folder, HUB)
+    before = sorted(store.root.path.rglob("*"))
+    with pytest.raises(StoreError, match=f"weights/{NAME}/x and the table weights/{NAME} in .* would be nested"):
+        bring_in(store.root, folder, HUB, name=f"{NAME}/x")
+    assert sorted(store.root.path.rglob("*")) == before
 
 
 SHARD = {"num_rows": 3, "first_key": "a", "last_key": "c", "checksums": {}}

@@ -101,7 +101,7 @@ def test_an_optimize_that_was_overtaken_changes_nothing(tmp_path, monkeypatch):
 
     table = made_logps(tmp_path)
     monkeypatch.setattr(DeltaTable, "create_write_transaction", overtaken)
-    with pytest.raises(ConflictError, match="logps/toy/x: another writer made a version after 5; run again"):
+    with pytest.raises(ConflictError, match="logps/toy/x: another writer made version 6 first; run again"):
         optimize(table)
     assert table.version() == 6
     assert len(table.shards()) == 7

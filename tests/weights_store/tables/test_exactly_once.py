@@ -164,7 +164,7 @@ def test_a_replace_that_was_overtaken_raises_and_changes_nothing(table, commits)
 
     table.append(rows(["a"], 1), METADATA)
     commits.waiting = [overtaken]
-    with pytest.raises(ConflictError, match="logps/toy/x: another writer made a version after 0; run again"):
+    with pytest.raises(ConflictError, match="logps/toy/x: another writer made version 1 first; run again"):
         table.replace(rows(["z"], 3), METADATA)
     assert content(table) == {"a": 1.0, "b": 2.0}
 

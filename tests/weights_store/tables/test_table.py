@@ -160,7 +160,7 @@ def test_racing_writers_lose_no_pair_and_double_none(store_uri):
 def test_loser_of_the_race_for_the_first_version_tries_again(table):
     # As if another process had made version 0 between our look and our commit.
     table.append(_rows("a"), METADATA)
-    with pytest.raises(ConflictError, match="another writer made a version after None"):
+    with pytest.raises(ConflictError, match="another writer made version 0 first"):
         table.commit([], METADATA, base=None)
     assert sorted(table.append(_rows("b"), METADATA) and table.pair_ids()) == ["a", "b"]
 
