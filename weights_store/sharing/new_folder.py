@@ -38,10 +38,19 @@ def new_folder(folder: Path) -> Iterator[Path]:
             raise
 
 
-def _check_place(folder: Path) -> Path:
-    """Return where the folder really is, before anything is written: what cannot be renamed costs all of the work."""
+def check_no_uri(folder: Path) -> None:
+    """Refuse what would become a folder named `s3:` in the current one.
+
+    Raises:
+        InputError: It is a URI.
+    """
     if _URI.match(str(folder)):
         raise InputError(f"{folder} is a URI; give a folder of this machine, and copy it from there")
+
+
+def _check_place(folder: Path) -> Path:
+    """Return where the folder really is, before anything is written: what cannot be renamed costs all of the work."""
+    check_no_uri(folder)
     place = Path(os.path.realpath(folder))
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder; give the name of a new one")
