@@ -54,6 +54,9 @@ def _check_place(folder: Path) -> Path:
     place = Path(os.path.realpath(folder))
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder; give the name of a new one")
+    nearest = next(above for above in place.parents if above.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{folder} cannot be made: {nearest} is a file; give another folder")
     if place == Path.cwd() or place.is_mount():
         what = "the current folder" if place == Path.cwd() else "a mount point"
         raise InputError(
