@@ -49,6 +49,7 @@ HOOKS = {
 }
 """Methods of `trl.DPOTrainer` that are replaced here, with the parameters that they must have."""
 _REMEDY = "pip install 'tokenweights[trl]', which has a TRL that fits, or train with `tokenweights train`"
+_COUNTS_ONCE = "TRL's mean counts each pair once; use `tokenweights train`, or use_pair_weights=False in the DataConfig"
 _NEEDED = {
     "loss_type": ["sigmoid"],  # the others are not functions of the two weighted sums, or not tested here
     "f_divergence_type": "reverse_kl",
@@ -77,9 +78,9 @@ class WeightedDPOTrainer(DPOTrainer):
         SettingsError: `args` has a setting that does not work with stored weights, `loss` is another one, there is a
             `ref_model`, or `data` is malformed.
         InputError: The model cannot be used.
-        MismatchError: Model and dataset do not belong together, `tis_dpo` meets constant weights, or the installed TRL lacks a
-            hook. During training: a pair is longer than `args.max_length`, its `pair_weight` is not 1, or TRL computes
-            log-probs where the weights do not reach them.
+        MismatchError: Model and dataset do not belong together, `tis_dpo` meets constant weights, the dataset has pair weights,
+            or the installed TRL lacks a hook. During training: a pair is longer than `args.max_length`, its `pair_weight` is
+            not 1, or TRL computes log-probs where the weights do not reach them.
         NotFoundError: No such store, dataset, version or split.
 
     References:
@@ -242,10 +243,7 @@ class StoredPairCollator:
 
     def _example(self, pair: Pair) -> dict[str, list[int] | float]:
         if pair.pair_weight != 1:
-            raise MismatchError(
-                f"pair {pair.pair_id} has pair_weight {pair.pair_weight}, but TRL's mean counts every pair once; train with "
-                "`tokenweights train`, or set use_pair_weights=False in the DataConfig"
-            )
+            raise MismatchError(f"pair {pair.pair_id} has pair_weight {pair.pair_weight}, but {_COUNTS_ONCE}")
         if self.max_length is not None and pair.num_tokens > self.max_length:
             raise MismatchError(
                 f"pair {pair.pair_id} has {pair.num_tokens} tokens, max_length={self.max_length}: cutting it here would "
@@ -292,6 +290,9 @@ def _open_pairs(model_folder: Path, data: DataConfig, loss: str) -> PairDataset:
             f"TRL's DPOTrainer compares two responses to a prompt, and {source.num_unpaired_rows:,} rows of {source.name} have "
             "one; train with `tokenweights train` and loss.name='kto' or 'tis_kto'"
         )
+    ends = [source.statistics.get(f"{end}_pair_weight", 1.0) for end in ("min", "max")]
+    if data.use_pair_weights and ends != [1, 1]:  # before the first step, not when such a pair comes
+        raise MismatchError(f"{source.name} has pair weights from {ends[0]:g} to {ends[1]:g}, but {_COUNTS_ONCE}")
     pairs = PairDataset(source, data, vocab_size=check_model_fits(model_folder, source))
     if loss == "tis_dpo":
         check_weights_vary(source, sample_pairs(pairs), loss)

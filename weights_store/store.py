@@ -242,8 +242,8 @@ class WeightStore:
         see `scan_tokens`.
 
         Raises:
-            InputError: The folder exists and is not empty, the format is unknown, or (`loss_scale`) the tokenizer is missing or
-                does not fit.
+            InputError: The folder exists and is not empty, the format is unknown, (`loss_scale`) the tokenizer is missing or
+                does not fit, or (`tinker`) there is one.
             MismatchError: An id is not in the tokenizer, (`jsonl`) the version records no EOS id, (`loss_scale`) the text of
                 a prompt gives other ids, or a format for pairs meets unpaired rows.
             DamageError: A shard is not what was committed.

@@ -251,6 +251,17 @@ def test_a_pair_weight_that_trl_would_not_see_is_refused(make_trainer) -> None:
         trainer.data_collator([pair])
 
 
+def test_recorded_pair_weights_are_refused_before_the_first_step(make_trainer, write_weights, rows) -> None:
+    numbers = {"num_pairs": len(rows), "min_pair_weight": 0.25, "max_pair_weight": 1.0}
+    write_weights([row | {"pair_weight": 0.25 if n == 7 else 1.0} for n, row in enumerate(rows)], statistics=numbers)
+    with pytest.raises(
+        MismatchError, match=r"toy/tis@1 has pair weights from 0.25 to 1, but .* use_pair_weights=False"
+    ):
+        make_trainer()
+    trainer = make_trainer(data={"use_pair_weights": False})
+    assert {trainer.train_dataset[row].pair_weight for row in range(len(rows))} == {1.0}
+
+
 def test_constant_weights_are_refused_for_tis_dpo_and_taken_for_dpo(make_trainer, write_weights, rows) -> None:
     sides = ("chosen", "rejected")
     write_weights([row | {f"{side}_token_weights": [1.0] * len(row[f"{side}_ids"]) for side in sides} for row in rows])

@@ -154,6 +154,11 @@ def test_export_for_the_release_says_how_to_read_it_and_what_is_missing(command,
     assert "give --tokenizer" in out
 
 
+def test_export_for_tinker_reads_no_tokenizer(command, tmp_path):
+    code, _, err = command("export", NAME, str(tmp_path / "out"), "--format", "tinker")
+    assert (code, err) == (0, "")
+
+
 def test_export_takes_the_texts_from_a_model_folder(command, tmp_path, texts):
     from tokenizers import Tokenizer, decoders
     from tokenizers.models import WordLevel

@@ -26,6 +26,7 @@ from weights_store.errors import InputError, SettingsError
 from weights_store.fingerprint import explain_difference, load_json
 from weights_store.messages import logger
 from weights_store.processes.lock import locked
+from weights_store.sharing.new_folder import check_no_uri
 from weights_store.tables.metadata import Parent, Section
 
 _log = logger(__name__)
@@ -94,9 +95,10 @@ class OutputFolder:
         """Return the recorded lineage if this job is finished here, None if there is work to do. Reads only.
 
         Raises:
-            InputError: The folder holds something that no training job made, or a file is in its place.
+            InputError: The folder holds something that no training job made, is a URI, or a file is in its place.
             SettingsError: It holds a checkpoint or a model of another job, and `overwrite` is False.
         """
+        check_no_uri(self.path)
         nearest = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
         if not nearest.is_dir():
             raise InputError(

@@ -45,7 +45,9 @@ def run_export(options: argparse.Namespace) -> None:
 
     name, version = weights_store.split_name(options.name)
     store = weights_store.WeightStore(options.store)
-    tokenizer = load_known_tokenizer(store.metadata(name, version), options.tokenizer, options.load_tokenizer)
+    metadata, tokenizer = store.metadata(name, version), None
+    if options.format != "tinker" or options.tokenizer is not None:
+        tokenizer = load_known_tokenizer(metadata, options.tokenizer, options.load_tokenizer)
     paths = store.export(name, options.folder, version, options.format, tokenizer, options.licence)
     if options.json:
         print_json([{"path": str(path), "num_bytes": path.stat().st_size} for path in paths])

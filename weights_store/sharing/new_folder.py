@@ -58,14 +58,26 @@ def _put(partial: Path, place: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_place(folder: Path, may_replace: Callable[[Path], bool]) -> Path:
-    """Return where the folder really is, before anything is written: what cannot be renamed costs all of the work."""
+def check_no_uri(folder: Path) -> None:
+    """Refuse what would become a folder named `s3:` in the current one.
+
+    Raises:
+        InputError: It is a URI.
+    """
     if _URI.match(str(folder)):
         raise InputError(f"{folder} is a URI; give a folder of this machine, and copy it from there")
+
+
+def _check_place(folder: Path, may_replace: Callable[[Path], bool]) -> Path:
+    """Return where the folder really is, before anything is written: what cannot be renamed costs all of the work."""
+    check_no_uri(folder)
     place = Path(os.path.realpath(folder))
     is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
     if not (is_free or (place.is_dir() and may_replace(place))):
         raise InputError(f"{folder} exists and is not an empty folder; give the name of a new one")
+    nearest = next(above for above in place.parents if above.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{folder} cannot be made: {nearest} is a file; give another folder")
     if place == Path.cwd() or place.is_mount():
         what = "the current folder" if place == Path.cwd() else "a mount point"
         raise InputError(

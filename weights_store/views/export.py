@@ -40,6 +40,8 @@ def export_table(
     """Write one version into a new folder, see `WeightStore.export`."""
     if form not in FORMATS:
         raise InputError(f"no export format {form!r}: expected one of {', '.join(FORMATS)}")
+    if form == "tinker" and tokenizer is not None:
+        raise InputError("lines of tinker have ids and no texts, so a tokenizer would do nothing: leave it out")
     texts = None if tokenizer is None else TokenTexts(tokenizer)
     with new_folder(folder) as partial:
         if form == "parquet":

@@ -101,6 +101,7 @@ def test_a_dry_run_of_what_cannot_be_trained_is_the_error_of_the_training(settin
             "error: model.path no/where/at/all does not exist; give a model folder or a hub id",
         ),
         ("optim", "learning_rat", 1, "error: flags: unknown key"),
+        ("output", "folder", "s3://bucket/run", "error: s3:/bucket/run is a URI; give a folder of this machine"),
         ("output", "folder", __file__, f"error: output.folder={__file__!r} cannot be made: {__file__} is a file"),
         (
             "output",

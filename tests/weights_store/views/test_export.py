@@ -212,6 +212,12 @@ def test_a_place_that_cannot_become_the_folder_is_refused_before_the_work(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_below_a_file_is_refused(read_store, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file/out cannot be made: .*/file is a file; give another folder"):
+        read_store.export(NAME, tmp_path / "file" / "out")
+
+
 def test_a_mount_point_is_refused_before_the_work(read_store, tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.is_mount", lambda path: path == tmp_path)
     with pytest.raises(InputError, match="is a mount point, which cannot be replaced"):

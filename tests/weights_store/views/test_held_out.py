@@ -46,6 +46,12 @@ def test_what_is_left_out_and_what_is_assumed_are_said():
     assert text == f"{FIGURES} (5,678 with prompts that the models were trained on are left out); assumed: so"
 
 
+def test_figures_of_a_sample_say_of_how_many_pairs():
+    found = {"multiplier": 1.0, "scale": 1.0, "verdict": "calibrated", "num_seen_pairs": 0, "num_unseen_pairs": 98765}
+    (_, text), _ = held_out_lines({"held_out": {"tis": RECORD | found}})
+    assert text == f"{FIGURES}, a sample of 98,765"
+
+
 def test_a_comparison_with_dpo_counts_only_if_it_is_larger_than_its_error():
     found = {"multiplier": 1.0, "scale": 1.0, "verdict": "calibrated", "gain_over_dpo_se": 0.01}
     assert line(**found, gain_over_dpo=0.021).endswith(

@@ -130,6 +130,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tokenizer):
 @pytest.mark.parametrize("form", ["tinker", "loss_scale"])
 def test_export_writes_a_file_of_lines_for_each_split(small_store, tokenizer, tmp_path, form):
     # d is alone in the split test; none of its ids depends on the tokenizer but "Q" twice.
+    tokenizer = None if form == "tinker" else tokenizer
     *files, _ = small_store.export("hh-harmless/tis-dpo", tmp_path / "out", format=form, tokenizer=tokenizer)
     assert [file.name for file in files] == ["test.jsonl", "train.jsonl"]
     test, train = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
@@ -139,3 +140,8 @@ def test_export_writes_a_file_of_lines_for_each_split(small_store, tokenizer, tm
     else:
         assert test[0]["messages"][0]["content"] == "Q Q"
         assert train[2]["messages"][1]["content"] == {"token_ids": [4, 9], "loss_scale": [0.5, 0.75]}
+
+
+def test_a_tokenizer_for_lines_without_texts_is_refused(read_store, tokenizer, tmp_path):
+    with pytest.raises(InputError, match="lines of tinker have ids and no texts, .* leave it out"):
+        read_store.export("hh-harmless/tis-dpo", tmp_path / "out", format="tinker", tokenizer=tokenizer)
