@@ -88,9 +88,10 @@ def check_columns_for(loss: LossConfig, source_name: str, columns: Collection[st
     missing = [column for column in wanted if column not in columns]
     if missing:
         remedies = "; ".join(dict.fromkeys(wanted[column] for column in missing))
-        kl = f" with loss.kl={loss.kl!r}" if getattr(loss, "kl", None) else ""
+        kl = getattr(loss, "kl", None)
+        setting = f" with loss.kl={kl!r}" if kl in ("exact", "top_k") else ""
         raise MismatchError(
-            f"loss.name={loss.name!r}{kl} needs {', '.join(missing)}, which {source_name} lacks in some or all rows; "
+            f"loss.name={loss.name!r}{setting} needs {', '.join(missing)}, which {source_name} lacks in some or all rows; "
             f"{remedies}"
         )
 

@@ -279,7 +279,7 @@ def test_sft_and_distillation_are_means_over_tokens_kto_over_responses_and_the_o
         (
             config("tis_dpo"),
             "rejected_token_weights",
-            "needs rejected_token_weights,.*--set weights.estimator=tis`",
+            "^loss.name='tis_dpo' needs rejected_token_weights,.*--set weights.estimator=tis`",
         ),
         (config("ti_dpo"), "token_weights", "needs chosen_token_weights, rejected_.*--set weights.estimator=ti`"),
         (
