@@ -12,7 +12,7 @@ def dry_run_lines(inputs: JobInputs, pairs: JobPairs) -> list[str]:
     config, source, job = inputs.config, inputs.source, inputs.identity
     num_pairs, optim, needs, gate = len(pairs.trained), config.optim, config.loss.needs, config.gate
     batches = build_batches(config, num_pairs)
-    reference = "stored log-probs" if needs.ref_logps else "none"
+    reference = "stored log-probs" if needs.ref_logps or needs.ref_top else "none"
     if needs.reference_model:
         reference = "the policy with its adapters off" if config.lora else "a second model beside the policy"
     statistics, size = source.statistics, ""

@@ -25,7 +25,8 @@ _PACKAGES = ("tokenweights", "torch", "transformers", "accelerate", "numpy")
 class TrainResult:
     """The outcome of a training job.
 
-    `before` and `after` are the metrics of a fixed sample of pairs; `loss` is in nats per pair, for SFT in nats per token.
+    `before` and `after` are the metrics of a fixed sample of pairs; `loss` is in nats per pair, for SFT and distillation in
+    nats per token.
     """
 
     folder: Path

@@ -7,20 +7,21 @@ from collections.abc import Sequence
 
 from train.config import TrainConfig
 from train.data.dataset import Pair, WeightSource
-from train.loss.config import Kto
+from train.loss.config import Distill, Kto
 
 _BALANCED = (1.0, 1.33)
 """Between these, desirable_weight times desirable over undesirable_weight times undesirable responses: Eq. 8 of KTO, arXiv
 2402.01306, as TRL (1.16, `KTOTrainer`) quotes it."""
 
 
-def notices(config: TrainConfig, source: WeightSource, sample: Sequence[Pair]) -> list[str]:
+def notices(config: TrainConfig, source: WeightSource, sample: Sequence[Pair], model_fingerprint: str) -> list[str]:
     """Return the notices of a job, one line each; `sample` is of the pairs that are trained on."""
     found = (
         _of_pair_weights(config, source, sample),
         _of_splits(config, source),
         _of_balance(config, source),
         _of_held_out(config, source),
+        _of_teacher(config, source, model_fingerprint),
     )
     return [line for lines in found for line in lines]
 
@@ -112,6 +113,17 @@ def _of_held_out(config: TrainConfig, source: WeightSource) -> list[str]:
     return [
         f"held-out pairs were seen: {learner} {on}{but}, so its weights know "
         f"labels that are held out here; for a clean measurement build it with {remedy}"
+    ]
+
+
+def _of_teacher(config: TrainConfig, source: WeightSource, model_fingerprint: str) -> list[str]:
+    """Say that a student is its own teacher: it has nothing to learn from it."""
+    teacher = source.metadata.get("reference") or {}
+    if not isinstance(config.loss, Distill) or teacher.get("model_fingerprint") != model_fingerprint:
+        return []
+    return [
+        f"model.path={config.model.path!r} is the teacher that {source.name} was scored with, so the KL starts at 0; set it to "
+        "the student, or build the dataset with another model.path"
     ]
 
 

@@ -55,7 +55,7 @@ def open_inputs(config: TrainConfig) -> JobInputs:
     _check_rows(config, source)
     folder = find_folder(config.model.path, config.model.revision, "model.path")
     check_model_folder(folder, "model.path")
-    vocab_size = check_model_fits(folder, source)
+    vocab_size = check_model_fits(folder, source, is_reference=config.loss.needs.ref_logps)
     return JobInputs(config, source, folder, vocab_size, build_identity(config, source, folder))
 
 
@@ -69,7 +69,8 @@ def _check_rows(config: TrainConfig, source: WeightSource) -> None:
     what = f"{num_unpaired:,} of {num_rows:,} rows of {source.name} have one response"
     if num_unpaired and loss.compares:
         raise MismatchError(
-            f"loss.name={loss.name!r} compares two responses to a prompt, and {what}; use loss.name='kto', 'tis_kto' or 'sft'"
+            f"loss.name={loss.name!r} compares two responses to a prompt, and {what}; use loss.name='kto', 'tis_kto', "
+            "'sft' or 'distill'"
         )
     if num_unpaired == num_rows and num_rows and config.eval.best == "rewards/accuracies":
         raise MismatchError(
@@ -116,7 +117,7 @@ def open_pairs(inputs: JobInputs) -> JobPairs:
             f"all pair weights of {source.name} are 0, so nothing would be learnt; set data.use_pair_weights=false, or build "
             "it with another weights.pair_weight"
         )
-    if needs.token_weights:
+    if needs.token_weights and config.loss.needs_differing_weights:
         check_weights_vary(source, sample, config.loss.name)
     if needs.fresh_weights:
         from train.job.refresh import HybridSettings  # loads transformers
@@ -126,7 +127,7 @@ def open_pairs(inputs: JobInputs) -> JobPairs:
     if config.eval.is_on:
         held_out = sample_pairs(view(Selection.for_evaluation(config.data, config.eval)), config.eval.max_pairs)
         _check_best(config, source, held_out)
-    return JobPairs(trained, sample, held_out, notices(config, source, sample))
+    return JobPairs(trained, sample, held_out, notices(config, source, sample, inputs.identity["model"]["fingerprint"]))
 
 
 def _check_best(config: TrainConfig, source: WeightSource, held_out: Sequence[Pair]) -> None:

@@ -1,8 +1,9 @@
 """The training loop: transformers' Trainer with our order of pairs, our log-probs, our losses and our metrics.
 
 A batch of the Trainer is a whole step; it is cut into micro-batches here, by a token budget. The mean over a step is exact:
-every pair (for SFT, every response token) counts the same, however the step is cut and spread over ranks. Not here: reading the
-pairs of a step (`step_reader.py`), how a loss is computed (`objective.py`), where the model goes (`output.py`).
+every pair (for SFT and distillation, every response token) counts the same, however the step is cut and spread over ranks. Not
+here: reading the pairs of a step (`step_reader.py`), how a loss is computed (`objective.py`), where the model goes
+(`output.py`).
 """
 # ruff: noqa: ARG002  (the Trainer chooses what its hooks take)
 
@@ -300,7 +301,7 @@ class PairTrainer(Trainer):
 
     @torch.no_grad()
     def measure(self, sample: Sequence[Pair]) -> dict[str, float]:
-        """Return the mean metrics of the current model over `sample`, the same on all ranks; for SFT, `loss` is nats per token.
+        """Return the mean metrics of the current model over `sample`, the same on all ranks. `loss` is as in training.
 
         Measurements must compare across steps, and refreshed data would not: token weights are the stored ones, and there is no
         triplet if anchors are refreshed.

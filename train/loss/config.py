@@ -4,66 +4,14 @@ A new loss is a class here, listed in `LossSection`, and a function of the same 
 `train/config.py`, so no torch here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Annotated, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from train.loss.needs import KlDirection, Needs, Unit
-
-
-class LossConfig(BaseModel):
-    """What every loss says about itself. A setting that a loss does not read is refused.
-
-    The docstring of a loss says what it compares; the table of losses in `docs/training.md` has the same words.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-    title: ClassVar[str]
-    """Name and paper, for the model card."""
-    reads: ClassVar[Needs]
-    """What is needed whatever the settings; see `needs`."""
-    kl_direction: ClassVar[KlDirection | None] = None
-    """Of the KL term, for losses with a setting `kl`."""
-    estimator: ClassVar[str] = "tis"
-    """The `weights.estimator` of a recipe that makes the token weights of this loss."""
-    unit: ClassVar[Unit] = "pair"
-    """What a step is a mean over."""
-    compares: ClassVar[bool] = True
-    """Whether it compares two responses to one prompt, so that it cannot be trained on unpaired rows."""
-    has_plain_rewards: ClassVar[bool] = False
-    """Whether its rewards are unweighted sums of log-ratios, so that logging them apart would repeat `rewards/*`."""
-    switches: ClassVar[frozenset[str]] = frozenset()
-    """Settings that choose what is computed; the loss function does not take them."""
-
-    name: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_none(cls, settings: object) -> object:
-        # None means "not given", so that a config that was dumped with its defaults loads again.
-        return {k: v for k, v in settings.items() if v is not None} if isinstance(settings, dict) else settings
-
-    @property
-    def needs(self) -> Needs:
-        """What the loss needs with these settings."""
-        kl: str | None = getattr(self, "kl", None)
-        if kl not in ("exact", "top_k"):
-            return self.reads
-        return replace(self.reads, kl_direction=self.kl_direction, ref_top=kl == "top_k", reference_model=kl == "exact")
-
-    def arguments(self) -> dict[str, float]:
-        """Return the keyword arguments of the function of that name in `losses.py`."""
-        return self.model_dump(exclude={"name", *self.switches}, exclude_none=True)
-
-    def _refuse(self, keys: Sequence[str], why: str) -> None:
-        """Refuse settings that were given though another one switches them off."""
-        for key in keys:
-            if key in self.model_fields_set:
-                raise ValueError(f"loss.{key}={getattr(self, key)!r} {why}, or leave {key} out")
-
+from train.loss.loss_config import LossConfig
+from train.loss.needs import Needs
 
 Kl = Literal["exact", "top_k"]
 LabelSmoothing = Annotated[
@@ -366,6 +314,21 @@ class Sft(LossConfig):
     """Factor of the logged rewards; 1 if it is not given."""
 
 
+class Distill(LossConfig):
+    """KL(ref‖π) of each token of chosen, times its weight: distillation, with the reference of the build as the teacher."""
+
+    title = "distillation by forward KL on stored log-probs"
+    reads = Needs(token_weights=True, ref_top=True, rejected=False, kl_direction="ref_policy")
+    unit = "chosen token"
+    compares = False
+    needs_differing_weights = False
+    has_plain_rewards = True
+
+    name: Literal["distill"]
+    nll_lambda: float = Field(default=0.0, ge=0)
+    """Factor of the negative log-likelihood of each token, which is added to its KL."""
+
+
 LossSection = Annotated[
     Dpo
     | Ipo
@@ -383,7 +346,8 @@ LossSection = Annotated[
     | UniDpo
     | Kto
     | TisKto
-    | Sft,
+    | Sft
+    | Distill,
     Field(discriminator="name"),
 ]
 LOSSES: dict[str, type[LossConfig]] = {

@@ -29,7 +29,7 @@ def exact_kl(policy_logits: Tensor, ref_logits: Tensor, direction: KlDirection) 
     References:
         KL(pi‖ref): eta of TIS-DPO, arXiv 2410.04350. KL(ref‖pi): the sequential KL of TDPO, arXiv 2404.11999.
     """
-    policy_logits, ref_logits = _at_least_float32(policy_logits), _at_least_float32(ref_logits.detach())
+    policy_logits, ref_logits = at_least_float32(policy_logits), at_least_float32(ref_logits.detach())
     return _kl(policy_logits.log_softmax(-1), ref_logits.log_softmax(-1), direction)
 
 
@@ -60,7 +60,7 @@ def _kl(policy_logps: Tensor, ref_logps: Tensor, direction: KlDirection) -> Tens
 
 def _with_tail(top_logps: Tensor) -> Tensor:
     """Return `[N, K + 1]`: the K log-probs and the log of the remaining probability."""
-    top_logps = _at_least_float32(top_logps)
+    top_logps = at_least_float32(top_logps)
     top_mass = top_logps.logsumexp(-1, keepdim=True)  # log of a probability
     excess = (top_mass - _LOG_MAX_TOP).clamp_min(0)
     # log(1 - e^m) through expm1: exact near m = 0; far below, right to one rounding of 1
@@ -68,5 +68,6 @@ def _with_tail(top_logps: Tensor) -> Tensor:
     return torch.cat([top_logps - excess, tail], -1)
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return values in float32, or in float64 if they have it."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -5,8 +5,9 @@ loss reads (`Needs` in `config.py`, which also describes the settings), `beta` i
 its range is a `ValueError`. Weights, reference log-probs and annotator scores are data: no gradient flows into them. The
 end-of-text token counts like any other.
 
-Not here: the sums over a response (`terms.py`), the triplet of TI-DPO (`triplet.py`), KTO (`kto.py`), the next-token shift
-(`logps.py`), the per-token KL (`divergence.py`), and the reduction over pairs, which is the caller's.
+Not here: the sums over a response (`terms.py`), the triplet of TI-DPO (`triplet.py`), KTO (`kto.py`), distillation
+(`distill.py`), the next-token shift (`logps.py`), the per-token KL (`divergence.py`), and the reduction over pairs, which is
+the caller's.
 
 Notation in comments: w chosen, l rejected, m(y) = sum_t log pi/ref, a(y) = mean_t log pi, K(y) = sum_t KL_t, sg stops
 gradients.
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from train.loss.distill import distill as distill
 from train.loss.kto import kto as kto
 from train.loss.kto import tis_kto as tis_kto
 from train.loss.terms import (

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from train.loss import losses
-from train.loss.config import LossConfig, PreferenceLoss, TiDpo
+from train.loss.config import PreferenceLoss, TiDpo
+from train.loss.loss_config import LossConfig
 from train.loss.metrics import pair_metrics, triplet_metrics
 from train.loss.terms import PairLosses, ResponseLogps, has_tokens, mean_logps
 from weights_store.errors import MismatchError
@@ -30,7 +31,7 @@ def compute_pair_losses(
     Args:
         loss: With its settings.
         chosen: With the fields that `loss.needs` names.
-        rejected: Likewise; None only for `sft`.
+        rejected: Likewise; None only for `sft` and `distill`.
         scores: Annotator scores `[B]` of chosen and rejected, for `uni_dpo`.
         anchor: Responses sampled for the same prompts, for `ti_dpo` with the triplet.
         z0: The reference point of the step, a scalar, for `kto` and `tis_kto`.
@@ -83,15 +84,15 @@ def check_columns_for(loss: LossConfig, source_name: str, columns: Collection[st
     Raises:
         MismatchError: Columns are missing; says which, and the command that makes them.
     """
-    needs = loss.needs
     columns_of = _required_columns(loss).items()
     wanted = {column.format(side): remedy for column, remedy in columns_of for side in SIDES}
     missing = [column for column in wanted if column not in columns]
     if missing:
         remedies = "; ".join(dict.fromkeys(wanted[column] for column in missing))
-        kl = f" with loss.kl={'top_k' if needs.ref_top else 'exact'!r}" if needs.kl_direction else ""
+        kl = getattr(loss, "kl", None)
+        setting = f" with loss.kl={kl!r}" if kl in ("exact", "top_k") else ""
         raise MismatchError(
-            f"loss.name={loss.name!r}{kl} needs {', '.join(missing)}, which {source_name} lacks in some or all rows; "
+            f"loss.name={loss.name!r}{setting} needs {', '.join(missing)}, which {source_name} lacks in some or all rows; "
             f"{remedies}"
         )
 
@@ -116,6 +117,6 @@ def _required_columns(loss: LossConfig) -> dict[str, str]:
             remedy = f"{build} --set anchors.source=mismatched`"
         required |= dict.fromkeys(("anchor_ids", "anchor_ref_logps"), remedy)
     if needs.ref_top:
-        remedy = f"{build} --set score.top_k=16`, or train with loss.kl='exact'"
+        remedy = f"{build} --set score.top_k=16`" + (", or train with loss.kl='exact'" if hasattr(loss, "kl") else "")
         required |= dict.fromkeys(("{}_ref_top_ids", "{}_ref_top_logps"), remedy)
     return required

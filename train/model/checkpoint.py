@@ -214,8 +214,11 @@ def _dtypes_of_files(folder: Path) -> Iterator[tuple[str, "torch.dtype"]]:
         yield from ((name, known[kind]) for name, kind in kinds.items() if kind in known)
 
 
-def check_model_fits(folder: Path, source: "WeightSource") -> int:
-    """Compare tokenizer and vocabulary with those of the dataset; return the size of the vocabulary.
+def check_model_fits(folder: Path, source: "WeightSource", *, is_reference: bool = True) -> int:
+    """Compare tokenizer and vocabulary with those of the dataset; return the size of the model's vocabulary.
+
+    A model that need not be the reference may have another number of ids for the same tokenizer: families pad their embeddings
+    differently. Whether it has all ids of a row is checked when the row is read.
 
     Raises:
         InputError: The folder holds no tokenizer or its config cannot be read.
@@ -240,7 +243,7 @@ def check_model_fits(folder: Path, source: "WeightSource") -> int:
             "dataset again for this model"
         )
     vocab_size = int(load_model_config(folder).get_text_config().vocab_size)
-    if vocab_size != recorded["vocab_size"]:
+    if is_reference and vocab_size != recorded["vocab_size"]:
         raise MismatchError(
             f"{source.name} was scored with a vocabulary of {recorded['vocab_size']} ids, the model in {folder} has "
             f"{vocab_size}; train the model that it was built for, or build the dataset again for this model"

@@ -17,7 +17,7 @@ from torch.autograd.function import FunctionCtx
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-from train.loss.divergence import exact_kl, top_k_kl
+from train.loss.divergence import at_least_float32, exact_kl, top_k_kl
 from train.loss.needs import KlDirection
 from train.model.attention.layout import Layout
 from train.model.attention.packed import Packing
@@ -198,7 +198,7 @@ def _logps_alone(head: Head, hidden: Tensor, target_ids: Tensor) -> tuple[Tensor
 def _logps_and_top_k_kl(
     head: Head, direction: KlDirection, hidden: Tensor, target_ids: Tensor, top_ids: Tensor, top_logps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    logps = head(hidden).float().log_softmax(-1)
+    logps = at_least_float32(head(hidden)).log_softmax(-1)
     return _select(logps, target_ids), top_k_kl(logps.gather(-1, top_ids), top_logps, direction)
 
 
@@ -210,9 +210,9 @@ def _logps_and_exact_kl(
     target_ids: Tensor,
     reference_hidden: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float()
+    logits = at_least_float32(head(hidden))
     with torch.no_grad():
-        reference_logits = reference_head(reference_hidden).float()
+        reference_logits = at_least_float32(reference_head(reference_hidden))
     return _select(logits.log_softmax(-1), target_ids), exact_kl(logits, reference_logits, direction)
 
 

@@ -101,10 +101,9 @@ def test_weights_of_pairs(value, expected):
 def test_messages_are_kept_where_a_response_is_more_than_a_text():
     call = {"role": "assistant", "content": "?", "tool_calls": [{"name": "f", "arguments": {}}]}
     value = {"prompt": "a", "c": [1], "r": [1], "chosen": [call], "rejected": "b"}
-    source = Source("made up", lambda _: iter([RawRow(0, value)]))
-    rows = cell_rows(("x", cell) for cell in CellReader(COLUMNS, "character").read(source, Columns()))
-    assert (rows["chosen_texts"].to_pylist(), rows["rejected_texts"].to_pylist()) == ([["?"]], [["b"]])
-    assert (json.loads(rows["chosen_messages"][0].as_py()), rows["rejected_messages"].to_pylist()) == ([call], [None])
+    (cell,) = cells_of([RawRow(0, value)], "character", Columns())
+    assert (cell["chosen_texts"], cell["rejected_texts"]) == (["?"], ["b"])
+    assert (json.loads(cell["chosen_messages"]), cell["rejected_messages"]) == ([call], None)
 
 
 def test_decimals_are_numbers():

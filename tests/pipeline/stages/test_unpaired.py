@@ -1,15 +1,15 @@
-"""Unpaired rows (`prompt, completion, label`) from a file to a trained step, with an engine that is transformers itself."""
+"""Unpaired rows from a file to a trained step, with labels and without, with an engine that is transformers itself."""
 
+import shutil
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from pipeline.dry_run.plan import plan
 from pipeline.dry_run.source import survey
 from pipeline.engine.score_once import Scores
-from pipeline.parity.process import score_with_transformers
 from pipeline.prompt_check import check_prompts
 from pipeline.stages.anchors import sample_anchors
 from pipeline.stages.contrast import contrast, untrained_pair
@@ -20,11 +20,11 @@ from pipeline.stages.score import Scorer, score
 from pipeline.toy.model_maker import make_chat_model
 from pipeline.workers import supervise
 from pipeline.workers.anchors.mismatched import OtherResponses
-from pipeline.workers.pair_row import PairRow
 from pipeline.workers.process import run
 from pipeline.workers.request import Request
 from train.config import TrainConfig
 from train.job.job import run_job
+from train.model.checkpoint import load_checkpoint
 from weights_store import WeightStore
 from weights_store.checks.verify import verify
 from weights_store.errors import InputError, MismatchError
@@ -80,16 +80,18 @@ class TransformersEngine:
 
     def score(self, sequences, progress=lambda num_tokens: None):
         assert all(sequence.num_wanted for sequence in sequences), "an engine gets no sequence without a token"
-        pairs = [PairRow(str(i), 0, "", each.prompt_ids, each.response_ids, []) for i, each in enumerate(sequences)]
-        found = score_with_transformers(self.model, pairs).logps
-        return [_scores(np.array(found[str(i)][0], np.float32), each) for i, each in enumerate(sequences)]
+        model = load_checkpoint(Path(self.model), dtype=torch.float32)
+        return [_scores(model, each) for each in sequences]
 
 
-def _scores(logps, sequence):
-    """Of the wanted tokens; the k most likely are the token itself and the ids behind it, less likely by 3, 4, 5 … nats."""
-    own, steps = logps[sequence.start :, None], np.arange(sequence.top_k)
-    ids = np.array(sequence.response_ids[sequence.start :], np.int32)[:, None] + steps
-    return Scores(own[:, 0], ids.astype(np.int32), (own - np.where(steps > 0, steps + 2, 0)).astype(np.float32))
+@torch.no_grad()
+def _scores(model, sequence):
+    """Of the wanted tokens, with the k most likely ones."""
+    ids, wanted = torch.tensor(sequence.prompt_ids + sequence.response_ids), sequence.response_ids[sequence.start :]
+    logps = model(input_ids=ids[None]).logits[0, -len(wanted) - 1 : -1].log_softmax(-1)
+    top = logps.topk(sequence.top_k)
+    own = logps.gather(1, torch.tensor(wanted)[:, None])[:, 0]
+    return Scores(own.numpy(), top.indices.int().numpy(), top.values.numpy())
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +129,11 @@ def unpaired(make_recipe, tmp_path, write_jsonl):
 def build(recipe, model):
     """Build the weights of a recipe as the flow does; return what was published."""
     tokens = prepare(recipe, model).tokens
-    scorers = {"ref": Scorer(model)} | (
-        dict(untrained_pair(recipe.contrast, model).scorers) if recipe.needs_pair else {}
-    )
+    scorers = {"ref": Scorer(model)}
+    if recipe.needs_pair:
+        scorers |= untrained_pair(recipe.contrast, model).scorers
     logps = {role: filled.output for role, filled in score(tokens, scorers, recipe.score, model).items()}
-    anchors = sample_anchors(tokens, model, recipe.anchors, recipe.score).output
+    anchors = sample_anchors(tokens, model, recipe.anchors, recipe.score).output if recipe.anchors else None
     ingredients = Ingredients.of_scorers(tokens, logps, None, anchors)
     return publish(recipe, recipe.weights, ingredients, tokenizer_folder=model)
 
@@ -285,6 +287,43 @@ def test_the_fingerprint_says_which_responses_are_the_anchors(unpaired, toy_mode
     assert (publishing.action, publishing.num_pairs) == ("compute", 6)
 
 
+def test_a_teacher_is_scored_once_and_students_learn_from_the_store(make_recipe, toy_model, tmp_path, write_jsonl):
+    """Rows have no labels; the teacher is the model of the recipe, and is gone when the students train."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(toy_model, teacher)
+    perturb(teacher)
+    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    settings = {"dataset.label_column": "", "score.top_k": 8, "weights.estimator": "uniform"}
+    published = build(make_recipe(**settings, **{"weights.name": "toy/teacher", "model.path": str(teacher)}), teacher)
+    statistics = published.statistics
+    assert (statistics["num_pairs"], statistics["num_unpaired_rows"], statistics["ref_top_k"]) == (6, 6, 8)
+    store = WeightStore(published.weights.store)
+    assert [*verify(store, rows=True)] == []
+    stored = rows_of(store, published.weights.table)
+    assert (stored["rejected_ids"].list.len() == 0).all()
+    assert (stored["chosen_ref_top_ids"].list.len() == 8 * stored["chosen_ids"].list.len()).all()
+    itself = run_job(config_of(store, published, teacher, tmp_path / "itself", "distill"))
+    assert abs(itself.before["loss"]) < 1e-5
+    shutil.rmtree(teacher)
+    once, more = (
+        run_job(config_of(store, published, toy_model, tmp_path / str(steps), "distill", max_steps=steps))
+        for steps in (1, 4)
+    )
+    assert once.before["loss"] == more.before["loss"] > 0.02
+    assert more.after["loss"] < once.after["loss"] < once.before["loss"]
+
+
+def perturb(folder):
+    """Make another function of a model, with the same tokenizer."""
+    model = load_checkpoint(folder, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+
+
 def look_at(store, published, model, folder):
     """Everything that people look at a dataset with shows rows with one response."""
     survey = store.survey(published.name)
@@ -306,11 +345,11 @@ def look_at(store, published, model, folder):
     assert not difference.largest["mean_abs_change"].null_count()
 
 
-def config_of(store, published, model, folder, loss):
+def config_of(store, published, model, folder, loss, max_steps=1):
     return TrainConfig.model_validate({
         "data": {"store": str(store.root), "weights": published.name},
         "model": {"path": str(model)},
-        "loss": {"name": loss, "beta": 0.5},
-        "optim": {"learning_rate": 1e-3, "max_steps": 1, "pairs_per_step": 13, "tokens_per_batch": 128},
+        "loss": {"name": loss, "beta": None if loss == "distill" else 0.5},
+        "optim": {"learning_rate": 1e-3, "max_steps": max_steps, "pairs_per_step": 13, "tokens_per_batch": 128},
         "output": {"folder": str(folder)},
     })  # fmt: skip

@@ -127,7 +127,7 @@ def test_sft_trains_on_the_rows_of_one_side(make_config, write_unpaired, unpaire
             {"loss": {"name": "tis_dpo"}},
             {},
             r"loss.name='tis_dpo' compares two responses to a prompt, and 40 of 40 rows of toy/tis@1 have one response; use "
-            r"loss.name='kto', 'tis_kto' or 'sft'$",
+            r"loss.name='kto', 'tis_kto', 'sft' or 'distill'$",
         ),
         (
             {"loss": {"name": "kto"}},

@@ -10,7 +10,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from train.loss import losses
-from train.loss.config import LOSSES, LossConfig, LossSection
+from train.loss.config import LOSSES, LossSection
+from train.loss.loss_config import LossConfig
 from weights_store.errors import SettingsError
 from weights_store.settings import parse_settings
 
@@ -26,7 +27,7 @@ def load(**settings: Any) -> LossConfig:
 
 
 def config(name: str, **settings: Any) -> LossConfig:
-    return load(name=name, **({} if name in ("sepo", "sft") else {"beta": 0.1}), **settings)
+    return load(name=name, **({} if name in ("sepo", "sft", "distill") else {"beta": 0.1}), **settings)
 
 
 def test_the_table_of_settings_is_that_of_the_loss_functions() -> None:
@@ -240,7 +241,7 @@ def test_what_enters_the_identity_of_a_model_stays_the_same(settings, dumped) ->
         ({"name": "bpo", "beta": 0.1, "bregman_lambda": -1}, "bregman_lambda: Input should be greater than -1"),
         ({"name": "bpo", "beta": 0.1, "min_ratio": 1}, "min_ratio: Input should be less than 1"),
         ({"name": "tbpo_a", "beta": 0.1, "min_ratio": 0.1}, r"does not read loss.min_ratio.*to bpo\)"),
-        ({"name": "orpo"}, "name: Input should be 'dpo', 'ipo', .* or 'sft', got 'orpo'"),
+        ({"name": "orpo"}, "name: Input should be 'dpo', 'ipo', .* or 'distill', got 'orpo'"),
         ({"beta": 0.1}, "missing key 'loss.name'"),
     ],
 )
@@ -249,7 +250,7 @@ def test_settings_that_would_be_ignored_and_wrong_values_are_refused(settings, m
         load(**settings)
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("sepo", "sft")])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("sepo", "sft", "distill")])
 def test_beta_has_no_silent_default(name: str) -> None:
     with pytest.raises(SettingsError, match="missing key 'loss.beta', for example (0.1|2.0); it has no default$"):
         load(name=name)
@@ -262,6 +263,7 @@ READS = {
     "anchors": "anchors",
     "scores": "both annotator scores",
     "reference_model": "the reference model, or its stored top k",
+    "ref_top": "the stored top k of the reference",
 }
 
 

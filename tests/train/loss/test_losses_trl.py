@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from train.loss import losses
+from train.loss.divergence import top_k_kl
 from train.loss.terms import PairLosses, ResponseLogps
 
 pytest.importorskip("trl")
@@ -133,6 +134,25 @@ def test_sft_over_response_tokens_is_that_of_trl() -> None:
     sides = make_side("chosen"), make_side("rejected")
     ours = losses.sft(*sides).losses.sum() / sides[0].completion_mask.sum()
     assert_equal_to_trl(ours, trl_dpo_loss(sides, "sft", 0.1), [sides[0].policy_logps])
+
+
+@pytest.mark.filterwarnings("ignore")  # of what it imports
+def test_distillation_is_that_of_trl_with_its_tail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.server_distillation.server_distillation_trainer import ServerDistillationTrainer
+
+    generator = torch.Generator().manual_seed(4)
+    logits, teacher = (torch.randn(4, LENGTH, VOCAB_SIZE, generator=generator, dtype=torch.float64) for _ in range(2))
+    student, top = logits.requires_grad_().log_softmax(-1), teacher.log_softmax(-1).topk(4)
+    mask = make_side("chosen").completion_mask
+    trainer = ServerDistillationTrainer.__new__(ServerDistillationTrainer)
+    trainer.loss_add_tail = True  # its default
+    stored = {"topk_logprobs": top.values, "topk_token_ids": top.indices}
+    theirs = trainer._compute_server_forward_kl_loss(stored, student, torch.where(mask, 0, -100))
+    at_ids = student.gather(-1, top.indices).flatten(0, 1)
+    kls = top_k_kl(at_ids, top.values.flatten(0, 1), "ref_policy").view(mask.shape)
+    chosen = ResponseLogps(student[..., 0], mask, token_weights=torch.ones_like(kls), kls=kls)
+    assert_equal_to_trl(losses.distill(chosen).losses.sum() / mask.sum(), theirs, [logits])
 
 
 @pytest.fixture

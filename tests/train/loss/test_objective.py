@@ -5,7 +5,8 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from train.loss.config import LOSSES, LossConfig, LossSection
+from train.loss.config import LOSSES, LossSection
+from train.loss.loss_config import LossConfig
 from train.loss.needs import Needs
 from train.loss.objective import check_columns_for, compute_pair_losses, count_units
 from train.loss.terms import ResponseLogps
@@ -14,7 +15,7 @@ from weights_store.schemas import WEIGHTS
 
 
 def config(name: str, **settings: Any) -> LossConfig:
-    beta = {} if name in ("sepo", "sft") else {"beta": 0.1}
+    beta = {} if name in ("sepo", "sft", "distill") else {"beta": 0.1}
     return TypeAdapter(LossSection).validate_python({"name": name, **beta, **settings})
 
 
@@ -95,6 +96,7 @@ TRIPLET = {"triplet", "triplet/active", "triplet/to_chosen", "triplet/to_rejecte
         (config("kto"), Needs(ref_logps=True, anchors=True, mismatched=True)),
         (config("tis_kto"), Needs(ref_logps=True, token_weights=True, anchors=True, mismatched=True)),
         (config("sft"), Needs(rejected=False)),
+        (config("distill"), Needs(token_weights=True, rejected=False, kl_direction="ref_policy", ref_top=True)),
     ],
 )
 def test_what_a_loss_needs_is_enough_for_it(loss: LossConfig, needs: Needs) -> None:
@@ -122,6 +124,7 @@ def test_what_a_loss_needs_is_enough_for_it(loss: LossConfig, needs: Needs) -> N
         (config("dpo", nll_lambda=0.0), PLAIN),
         (config("dpo", nll_lambda=0.5), PLAIN | {"nll"}),
         (config("sft"), PLAIN),
+        (config("distill", nll_lambda=0.5), PLAIN | {"kl_ref_policy/chosen", "kl_ref_policy/rejected"}),
         (config("treg"), PLAIN),
         (config("bpo"), PLAIN),
         (config("tbpo_a"), WEIGHTED | {"kl_ref_policy/chosen", "kl_ref_policy/rejected"}),
@@ -227,7 +230,7 @@ def test_settings_reach_their_loss() -> None:
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if "nll_lambda" in LOSSES[name].model_fields])
 def test_nll_lambda_adds_the_mean_nll_of_chosen_to_every_loss_that_has_it(name: str) -> None:
-    if name == "uni_dpo":  # has a term of its own, for some pairs
+    if name in ("uni_dpo", "distill"):  # have terms of their own, for some pairs and for each token
         return
     data = (*sides(), (torch.tensor([4.0]), torch.tensor([3.0])), anchor(), torch.zeros(()))
     plain, _ = compute_pair_losses(config(name), *data)
@@ -263,8 +266,8 @@ def test_a_side_or_scores_that_are_missing_are_refused() -> None:
         compute_pair_losses(config("ti_dpo"), *sides())
 
 
-def test_sft_is_a_mean_over_tokens_kto_over_responses_and_the_others_over_pairs() -> None:
-    others = {"sft": 50, "kto": 4, "tis_kto": 4}
+def test_sft_and_distillation_are_means_over_tokens_kto_over_responses_and_the_others_over_pairs() -> None:
+    others = {"sft": 50, "distill": 50, "kto": 4, "tis_kto": 4}
     for name in LOSSES:
         assert count_units(config(name), num_pairs=3, num_chosen_tokens=50, num_responses=4) == others.get(name, 3)
 
@@ -276,7 +279,7 @@ def test_sft_is_a_mean_over_tokens_kto_over_responses_and_the_others_over_pairs(
         (
             config("tis_dpo"),
             "rejected_token_weights",
-            "needs rejected_token_weights,.*--set weights.estimator=tis`",
+            "^loss.name='tis_dpo' needs rejected_token_weights,.*--set weights.estimator=tis`",
         ),
         (config("ti_dpo"), "token_weights", "needs chosen_token_weights, rejected_.*--set weights.estimator=ti`"),
         (
@@ -289,6 +292,7 @@ def test_sft_is_a_mean_over_tokens_kto_over_responses_and_the_others_over_pairs(
         (config("ti_dpo", variant="release", kl="top_k"), "ref_top", "loss.kl='top_k' needs chosen_ref_top_ids, "),
         (config("sepo"), "chosen_token_weights", "needs chosen_token_weights,.*--set weights.estimator=sepo`"),
         (config("treg"), "chosen_token_weights", "needs chosen_token_weights,.*--set weights.estimator=treg`"),
+        (config("distill"), "ref_top", "name='distill' needs chosen_ref_top_ids, .*RECIPE --set score.top_k=16`$"),
         (config("tbpo_a", kl="top_k"), "ref_top", "loss.name='tbpo_a' with loss.kl='top_k' needs chosen_ref_top_ids, "),
         (
             config("uni_dpo"),
