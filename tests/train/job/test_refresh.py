@@ -304,7 +304,7 @@ class _Snapshots(ProgressLines):
     """Keeps the model as it was before every step, with its ordinary forward pass."""
 
     def __init__(self, models: list) -> None:
-        super().__init__(1)
+        super().__init__(1, "pairs")
         self.models = models
 
     def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
