@@ -127,7 +127,8 @@ def find(text: str, response: Response, known: _Known | None = None) -> Place:
     else:
         at, size = lead, _num_shared(core, own[lead:])
         left, missing = own[lead + size :].strip(), core[size:].strip()
-        if not size or not ((response.is_cut and _is_broken(left)) or (not left and _are_ends(missing, response))):
+        is_whole = size and not left and _are_ends(missing, response)
+        if not is_whole and not (response.is_cut and _is_broken(left) and (size or left)):
             raise BadWeightsError(
                 f"the text does not stand in the response as it is, from character {low + size} on: the chat template or the "
                 'tokenizer changes it; give weights per token (weights.per = "token")'
@@ -226,7 +227,8 @@ def _aligned(printed: str, response: Response, places: Sequence[int], before: bo
         heads = [_normal(form, printed[:place]) for place in places]
         shared = _normal(form, printed)[: max(map(len, heads), default=0)]
         if _is_beginning("".join(shared.split()), "".join(body.split()), response.is_cut):
-            return [min(_moved_place(head, body, solid, before), len(response.own)) for head in heads]
+            moved = (_moved_place(head, body, solid, before) for head in heads)
+            return [len(response.own) if at is None else at for at in moved]
     raise BadWeightsError("the tokenizer changes the messages of the response; give weights per token")
 
 
@@ -238,11 +240,11 @@ def _is_beginning(text: str, body: str, is_cut: bool) -> bool:
     return body.startswith(text) or (is_cut and text.startswith(body))
 
 
-def _moved_place(head: str, body: str, solid: Sequence[int], before: bool) -> int:
-    """Return the place in a body behind as many characters, not counting white space, as a head has."""
+def _moved_place(head: str, body: str, solid: Sequence[int], before: bool) -> int | None:
+    """Return the place in a body behind as many characters, without white space, as a head has; None if there are fewer."""
     num_solid = len("".join(head.split()))
     if num_solid > len(solid):
-        return len(body)
+        return None
     low = solid[num_solid - 1] + 1 if num_solid else 0
     high = solid[num_solid] if num_solid < len(solid) else len(body)
     return min(low + len(head) - len(head.rstrip()), high) if before else high

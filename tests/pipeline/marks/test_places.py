@@ -50,10 +50,15 @@ def test_a_text_is_found_in_its_response(text, body, expected):
         ("the c", [2, 3, 4, 5, 6]),
         (" the", [1, 2, 3, 4]),
         ("the cat \udcf0\udc9f", [2, 3, 4, 5, 6, 7, 8, 9, 10, 10]),  # two bytes of the emoji: both have its weight
+        ("the cat", [2, 3, 4, 5, 6, 7, 8]),
     ],
 )
 def test_weights_of_a_response_that_was_cut_are_cut_with_it(body, expected):
     assert by_character("the cat 🙂 sat", body, is_cut=True) == expected
+
+
+def test_a_response_that_was_cut_in_its_first_character_has_its_weight():
+    assert by_character("🙂 sat", "\udcf0\udc9f", is_cut=True) == [2, 2]
 
 
 @pytest.mark.parametrize(
