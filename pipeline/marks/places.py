@@ -73,7 +73,8 @@ def span_weights(
     places = _located(texts, response, turns)
     weights, is_there = np.full(size, rest, np.float32), np.zeros(size, bool)
     for start, text, (found, place) in zip(_starts(texts), texts, places, strict=True):
-        last = len(text) if response.is_cut else len(text) - (len(found) - place.high)
+        end = len(found) if text.startswith(found) else len(text)
+        last = len(text) if response.is_cut else end - (len(found) - place.high)
         is_there[start + place.low : start + last] = True
     for number, (start, end, weight) in enumerate(spans.reshape(-1, 3).tolist()):
         shown = f"span {number}, {start:g} to {end:g},"
@@ -188,7 +189,8 @@ def _located(texts: Sequence[str], response: Response, turns: Turns | None) -> l
     starts = _aligned(turns.text, response, places, before=False)
     found = []
     for number, (text, start, each) in enumerate(zip(texts, starts, printed, strict=True)):
-        if not text.strip() or (response.is_cut and start == len(response.own)):
+        is_end = each is None and _are_ends(text.strip(), response)
+        if not text.strip() or is_end or (response.is_cut and start == len(response.own)):
             found.append((text, Place(0, 0, 0)))
         elif each is None:
             raise BadWeightsError(
@@ -196,7 +198,7 @@ def _located(texts: Sequence[str], response: Response, turns: Turns | None) -> l
             )
         else:
             known = _Known(start, num_before[number], len(each) - len(each.rstrip()))
-            found.append(_in_a_form(text, response, known))
+            found.append(_in_a_form(_without_ends(text, each, response), response, known))
     return found
 
 
@@ -257,7 +259,7 @@ def _written(
     found = np.full(len(response.text), np.nan, np.float32)
     for start, text, (form, (at, low, high)) in zip(_starts(texts), texts, places, strict=True):
         of_text = weights[start : start + len(text)]
-        of_text = of_text if form == text else composed(text, of_text)
+        of_text = of_text if text.startswith(form) else composed(text, of_text)
         found[at : at + high - low] = of_text[low:high]
         if high > low and response.is_cut and _is_broken(response.own[at + high - low - 1 :]):
             found[at + high - low :] = of_text[high - 1]  # other bytes of the character that the cut has split
@@ -276,6 +278,12 @@ def _num_shared(a: str, b: str) -> int:
 def _is_broken(text: str) -> bool:
     """Return whether text is nothing but bytes of a character that is not whole, or empty."""
     return all("\udc80" <= each <= "\udcff" for each in text)
+
+
+def _without_ends(text: str, printed: str, response: Response) -> str:
+    """Return a text of a message without ends of turns behind it, which the template prints once."""
+    end = len(text) - len(text.lstrip()) + len(printed.strip())
+    return text[:end] if text[end:].strip() and _are_ends(text[end:].strip(), response) else text
 
 
 def _are_ends(text: str, response: Response) -> bool:

@@ -164,6 +164,18 @@ def test_spans_in_several_texts_have_to_be_on_a_character():
     assert shown(found)[22:] == [1, 1, 3]
 
 
+def test_the_end_of_a_turn_in_the_text_of_a_message_is_there_once():
+    turns = Turns(
+        "a<|end|>b<|end|><|end|>",
+        [Turn("assistant", 0, 0, 1), Turn("tool", 8, 8, 9), Turn("assistant", 16, None, None)],
+    )
+    texts = ["a<|end|>", "b", "<|end|>"]
+    found = shown(character_weights(np.arange(2.0, 18.0), texts, response("a<|end|>b<|end|><|end|>"), turns))
+    assert found == [2, *[1] * 7, 10, *[1] * 14]
+    with pytest.raises(BadWeightsError, match="^span 0, 1 to 8, falls on no character of the response$"):
+        span_weights(np.array([1, 8, 3.0]), 1.0, texts, response("a<|end|>b<|end|><|end|>"), turns)
+
+
 def test_a_text_that_the_template_changes_is_named():
     turns = Turns(BODY, [TURNS.turns[0], Turn("tool", 17, None, None), TURNS.turns[2]])
     with pytest.raises(BadWeightsError, match="^the chat template changes the text of message 1; give weights per"):
