@@ -73,7 +73,8 @@ def span_weights(
     places = _located(texts, response, turns)
     weights, is_there = np.full(size, rest, np.float32), np.zeros(size, bool)
     for start, text, (found, place) in zip(_starts(texts), texts, places, strict=True):
-        last = len(text) if response.is_cut else len(text) - (len(found) - place.high)
+        end = len(found) if text.startswith(found) else len(text)
+        last = len(text) if response.is_cut else end - (len(found) - place.high)
         is_there[start + place.low : start + last] = True
     for number, (start, end, weight) in enumerate(spans.reshape(-1, 3).tolist()):
         shown = f"span {number}, {start:g} to {end:g},"
@@ -127,7 +128,8 @@ def find(text: str, response: Response, known: _Known | None = None) -> Place:
     else:
         at, size = lead, _num_shared(core, own[lead:])
         left, missing = own[lead + size :].strip(), core[size:].strip()
-        if not size or not ((response.is_cut and _is_broken(left)) or (not left and _are_ends(missing, response))):
+        is_whole = size and not left and _are_ends(missing, response)
+        if not is_whole and not (response.is_cut and _is_broken(left) and (size or left)):
             raise BadWeightsError(
                 f"the text does not stand in the response as it is, from character {low + size} on: the chat template or the "
                 'tokenizer changes it; give weights per token (weights.per = "token")'
@@ -187,7 +189,8 @@ def _located(texts: Sequence[str], response: Response, turns: Turns | None) -> l
     starts = _aligned(turns.text, response, places, before=False)
     found = []
     for number, (text, start, each) in enumerate(zip(texts, starts, printed, strict=True)):
-        if not text.strip() or (response.is_cut and start == len(response.own)):
+        is_end = each is None and _are_ends(text.strip(), response)
+        if not text.strip() or is_end or (response.is_cut and start == len(response.own)):
             found.append((text, Place(0, 0, 0)))
         elif each is None:
             raise BadWeightsError(
@@ -195,7 +198,7 @@ def _located(texts: Sequence[str], response: Response, turns: Turns | None) -> l
             )
         else:
             known = _Known(start, num_before[number], len(each) - len(each.rstrip()))
-            found.append(_in_a_form(text, response, known))
+            found.append(_in_a_form(_without_ends(text, each, response), response, known))
     return found
 
 
@@ -226,7 +229,8 @@ def _aligned(printed: str, response: Response, places: Sequence[int], before: bo
         heads = [_normal(form, printed[:place]) for place in places]
         shared = _normal(form, printed)[: max(map(len, heads), default=0)]
         if _is_beginning("".join(shared.split()), "".join(body.split()), response.is_cut):
-            return [min(_moved_place(head, body, solid, before), len(response.own)) for head in heads]
+            moved = (_moved_place(head, body, solid, before) for head in heads)
+            return [len(response.own) if at is None else at for at in moved]
     raise BadWeightsError("the tokenizer changes the messages of the response; give weights per token")
 
 
@@ -238,11 +242,11 @@ def _is_beginning(text: str, body: str, is_cut: bool) -> bool:
     return body.startswith(text) or (is_cut and text.startswith(body))
 
 
-def _moved_place(head: str, body: str, solid: Sequence[int], before: bool) -> int:
-    """Return the place in a body behind as many characters, not counting white space, as a head has."""
+def _moved_place(head: str, body: str, solid: Sequence[int], before: bool) -> int | None:
+    """Return the place in a body behind as many characters, without white space, as a head has; None if there are fewer."""
     num_solid = len("".join(head.split()))
     if num_solid > len(solid):
-        return len(body)
+        return None
     low = solid[num_solid - 1] + 1 if num_solid else 0
     high = solid[num_solid] if num_solid < len(solid) else len(body)
     return min(low + len(head) - len(head.rstrip()), high) if before else high
@@ -255,7 +259,7 @@ def _written(
     found = np.full(len(response.text), np.nan, np.float32)
     for start, text, (form, (at, low, high)) in zip(_starts(texts), texts, places, strict=True):
         of_text = weights[start : start + len(text)]
-        of_text = of_text if form == text else composed(text, of_text)
+        of_text = of_text if text.startswith(form) else composed(text, of_text)
         found[at : at + high - low] = of_text[low:high]
         if high > low and response.is_cut and _is_broken(response.own[at + high - low - 1 :]):
             found[at + high - low :] = of_text[high - 1]  # other bytes of the character that the cut has split
@@ -274,6 +278,12 @@ def _num_shared(a: str, b: str) -> int:
 def _is_broken(text: str) -> bool:
     """Return whether text is nothing but bytes of a character that is not whole, or empty."""
     return all("\udc80" <= each <= "\udcff" for each in text)
+
+
+def _without_ends(text: str, printed: str, response: Response) -> str:
+    """Return a text of a message without ends of turns behind it, which the template prints once."""
+    end = len(text) - len(text.lstrip()) + len(printed.strip())
+    return text[:end] if text[end:].strip() and _are_ends(text[end:].strip(), response) else text
 
 
 def _are_ends(text: str, response: Response) -> bool:

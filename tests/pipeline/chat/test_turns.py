@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.chat.tokenizer import ChatTokenizer
 from pipeline.marks.characters import Vocabulary
+from pipeline.marks.token_values import Lists, RangeAnnotator, Responses, Source
 from pipeline.source.messages import Unusable
 from pipeline.source.pairs import Pair
 from tests.pipeline.chat.template_kinds import KINDS, save_tokenizer
@@ -104,6 +105,34 @@ def test_results_that_share_a_turn_are_told_apart(tmp_path):
         ("9\n</tool_response><|im_end|>\n<|im_start|>assistant\n", "9"),
         ("9 9<|im_end|>", "9 9"),
     ]
+
+
+@pytest.mark.parametrize("unit", ["character", "message", "span"])
+def test_the_weights_of_a_response_that_was_cut_are_the_first_ones_of_the_whole(of_kind, unit):
+    tokenizer = of_kind("qwen3")
+    messages = [call({"city": "🙂"}, "é?"), result("🙂 漢"), result("é"), said("🙂<|im_end|> 漢!")]
+    pair = Pair([{"role": "user", "content": "Where?"}], messages, "no", tools=TOOLS)
+    tokens = tokenizer.tokenize_pair(pair, 500, 500, cut_response=False)
+    texts = [message["content"] for message in messages]
+    vocabulary = Vocabulary.of_folder(tokenizer.folder)
+    source = Source(texts, json.dumps(messages), tokens.chat.to_json())
+    size = {"character": sum(map(len, texts)), "message": len(messages), "span": 0}[unit]
+    numbers = np.arange(2.0, 2 + size) if size else np.array([1, 4, 3.0, 6, 12, 5.0])
+
+    def weigh(ids, cut_at):
+        annotator = RangeAnnotator(
+            None, None, 0, {}, unit, 0.5, {}, vocabulary, tokenizer, vocabulary.is_special, cut_at
+        )
+        responses = Responses.of(Lists(np.array(ids), np.array([len(ids)])), vocabulary.is_special, cut_at)
+        problems = {}
+        found = annotator._by_characters(Lists(numbers, np.array([len(numbers)])), [source], responses, problems)
+        assert problems == {}
+        return found.tolist()
+
+    whole = weigh(tokens.chosen_ids, None)
+    assert len(set(whole)) > 3
+    for limit in range(1, len(whole)):
+        assert weigh(tokens.chosen_ids[:limit], limit) == whole[:limit]
 
 
 def test_a_message_that_the_template_changes_has_no_place_for_its_text(of_kind):

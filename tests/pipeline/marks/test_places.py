@@ -50,10 +50,15 @@ def test_a_text_is_found_in_its_response(text, body, expected):
         ("the c", [2, 3, 4, 5, 6]),
         (" the", [1, 2, 3, 4]),
         ("the cat \udcf0\udc9f", [2, 3, 4, 5, 6, 7, 8, 9, 10, 10]),  # two bytes of the emoji: both have its weight
+        ("the cat", [2, 3, 4, 5, 6, 7, 8]),
     ],
 )
 def test_weights_of_a_response_that_was_cut_are_cut_with_it(body, expected):
     assert by_character("the cat 🙂 sat", body, is_cut=True) == expected
+
+
+def test_a_response_that_was_cut_in_its_first_character_has_its_weight():
+    assert by_character("🙂 sat", "\udcf0\udc9f", is_cut=True) == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +162,18 @@ def test_spans_in_several_texts_have_to_be_on_a_character():
     assert shown(found)[22:] == [1, 1]
     found = span_weights(np.array([2, 4, 3.0]), 1.0, TEXTS, response(BODY[:25], is_cut=True), TURNS)
     assert shown(found)[22:] == [1, 1, 3]
+
+
+def test_the_end_of_a_turn_in_the_text_of_a_message_is_there_once():
+    turns = Turns(
+        "a<|end|>b<|end|><|end|>",
+        [Turn("assistant", 0, 0, 1), Turn("tool", 8, 8, 9), Turn("assistant", 16, None, None)],
+    )
+    texts = ["a<|end|>", "b", "<|end|>"]
+    found = shown(character_weights(np.arange(2.0, 18.0), texts, response("a<|end|>b<|end|><|end|>"), turns))
+    assert found == [2, *[1] * 7, 10, *[1] * 14]
+    with pytest.raises(BadWeightsError, match="^span 0, 1 to 8, falls on no character of the response$"):
+        span_weights(np.array([1, 8, 3.0]), 1.0, texts, response("a<|end|>b<|end|><|end|>"), turns)
 
 
 def test_a_text_that_the_template_changes_is_named():
