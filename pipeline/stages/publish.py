@@ -18,6 +18,7 @@ from pipeline.weighing.ranges import still_has_all, weigh_rows
 from pipeline.weighing.section import WeightsSection
 from pipeline.weighing.weigh import Weigher
 from pipeline.workers.driver import drive
+from pipeline.workers.missing import column_sum
 from train.data.selection import Selection, prompt_hashes
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ConflictError, InputError
@@ -26,7 +27,6 @@ from weights_store.messages import logger
 from weights_store.names import name_of, weights_path
 from weights_store.processes.spread import Spread, in_turn
 from weights_store.schemas import SCHEMA_VERSION, Reason
-from weights_store.tables.checksums import sum_checksums
 from weights_store.tables.metadata import CommitMetadata, ContrastRecord, Identity, ParityRecord, Section, Statistics
 
 _log = logger(__name__)
@@ -242,8 +242,8 @@ def _chosen_anchors(anchors: TableVersion) -> str:
     """Return a fingerprint of which responses the anchors are: they were chosen among the rows that there were at the time."""
     if anchors.fingerprint == TO_BE_COMPUTED:
         return TO_BE_COMPUTED
-    records = WeightStore(anchors.store).table(anchors.table).records(anchors.version)
-    return fingerprint([anchors.fingerprint, sum_checksums(record.sums for record in records)["anchor_ids"]])
+    table = WeightStore(anchors.store).table(anchors.table)
+    return fingerprint([anchors.fingerprint, column_sum(table, "anchor_ids", anchors.version)])
 
 
 @dataclass(frozen=True)
