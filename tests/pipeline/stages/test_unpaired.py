@@ -127,11 +127,11 @@ def unpaired(make_recipe, tmp_path, write_jsonl):
 def build(recipe, model):
     """Build the weights of a recipe as the flow does; return what was published."""
     tokens = prepare(recipe, model).tokens
-    scorers = {"ref": Scorer(model)} | (
-        dict(untrained_pair(recipe.contrast, model).scorers) if recipe.needs_pair else {}
-    )
+    scorers = {"ref": Scorer(model)}
+    if recipe.needs_pair:
+        scorers |= untrained_pair(recipe.contrast, model).scorers
     logps = {role: filled.output for role, filled in score(tokens, scorers, recipe.score, model).items()}
-    anchors = sample_anchors(tokens, model, recipe.anchors, recipe.score).output
+    anchors = sample_anchors(tokens, model, recipe.anchors, recipe.score).output if recipe.anchors else None
     ingredients = Ingredients.of_scorers(tokens, logps, None, anchors)
     return publish(recipe, recipe.weights, ingredients, tokenizer_folder=model)
 
@@ -237,27 +237,6 @@ def test_rows_of_one_label_train_no_contrastive_pair(unpaired, toy_model, tmp_pa
         contrast(recipe.contrast_settings, toy_model, uniform)
 
 
-def test_from_a_file_to_a_trained_step(unpaired, toy_model, tmp_path):
-    transforms = {"weights.transforms": ["mean_one", "smooth"], "weights.smooth_over": "words"}
-    published = build(unpaired(**transforms, **{"score.top_k": 2}), toy_model)
-    statistics = published.statistics
-    assert (statistics["num_pairs"], statistics["num_unpaired_rows"], statistics["num_anchored_pairs"]) == (13, 13, 13)
-    assert statistics["ref_top_k"] == 2
-    assert "one response each" in statistics["held_out"]["tis"]["not_measured"]
-    store = WeightStore(published.weights.store)
-    assert [*verify(store, rows=True)] == []
-    look_at(store, published, toy_model, tmp_path)
-    result = run_job(config_of(store, published, toy_model, tmp_path / "tis_kto", "tis_kto"))
-    assert result.before["loss"] == pytest.approx(0.5, abs=1e-3)  # z0 and all log-ratios are 0
-    assert result.before["kl"] == pytest.approx(0, abs=1e-3)
-    assert result.after["rewards/margins"] > 0.01
-    assert "rewards/accuracies" not in result.after
-    with pytest.raises(
-        MismatchError, match=r"loss.name='dpo' compares two responses to a prompt, and 13 of 13 rows of "
-    ):
-        run_job(config_of(store, published, toy_model, tmp_path / "dpo", "dpo"))
-
-
 def test_the_fingerprint_says_which_responses_are_the_anchors(unpaired, toy_model, tmp_path, write_jsonl):
     """A row keeps its anchor when rows are added, so that its numbers stay; a build of all rows at once may choose others."""
     settings = {"weights.estimator": "random", "dataset.source": str(tmp_path / "rows.jsonl")}
@@ -283,6 +262,27 @@ def test_the_fingerprint_says_which_responses_are_the_anchors(unpaired, toy_mode
     write_jsonl(tmp_path / "rows.jsonl", paired_rows())  # rows of the other kind take the place of all
     (publishing,) = (stage for stage in plan(recipe) if stage.stage == "publish")
     assert (publishing.action, publishing.num_pairs) == ("compute", 6)
+
+
+def test_from_a_file_to_a_trained_step(unpaired, toy_model, tmp_path):
+    transforms = {"weights.transforms": ["mean_one", "smooth"], "weights.smooth_over": "words"}
+    published = build(unpaired(**transforms, **{"score.top_k": 2}), toy_model)
+    statistics = published.statistics
+    assert (statistics["num_pairs"], statistics["num_unpaired_rows"], statistics["num_anchored_pairs"]) == (13, 13, 13)
+    assert statistics["ref_top_k"] == 2
+    assert "one response each" in statistics["held_out"]["tis"]["not_measured"]
+    store = WeightStore(published.weights.store)
+    assert [*verify(store, rows=True)] == []
+    look_at(store, published, toy_model, tmp_path)
+    result = run_job(config_of(store, published, toy_model, tmp_path / "tis_kto", "tis_kto"))
+    assert result.before["loss"] == pytest.approx(0.5, abs=1e-3)  # z0 and all log-ratios are 0
+    assert result.before["kl"] == pytest.approx(0, abs=1e-3)
+    assert result.after["rewards/margins"] > 0.01
+    assert "rewards/accuracies" not in result.after
+    with pytest.raises(
+        MismatchError, match=r"loss.name='dpo' compares two responses to a prompt, and 13 of 13 rows of "
+    ):
+        run_job(config_of(store, published, toy_model, tmp_path / "dpo", "dpo"))
 
 
 def look_at(store, published, model, folder):
