@@ -238,12 +238,22 @@ def _with_balance(statistics: Statistics, ingredients: Ingredients) -> Statistic
     return {**statistics, "num_source_rows": prepared["num_source_rows"], "quarantined": quarantined}
 
 
-def _chosen_anchors(anchors: TableVersion) -> str:
-    """Return a fingerprint of which responses the anchors are: they were chosen among the rows that there were at the time."""
-    if anchors.fingerprint == TO_BE_COMPUTED:
-        return TO_BE_COMPUTED
-    table = WeightStore(anchors.store).table(anchors.table)
-    return fingerprint([anchors.fingerprint, column_sum(table, "anchor_ids", anchors.version)])
+def _fingerprints(recipe: Recipe, weights: WeightsSection, parents: Mapping[str, TableVersion]) -> dict[str, str]:
+    """Return the fingerprint of each table by role, with what its numbers owe to the rows that there were when it began."""
+    found = {role: parent.fingerprint for role, parent in parents.items()}
+    known = {
+        role: WeightStore(parent.store).table(parent.table)
+        for role, parent in parents.items()
+        if parent.fingerprint != TO_BE_COMPUTED
+    }
+    if "anchors" in known and recipe.anchors is not None and recipe.anchors.source == "mismatched":  # chosen among them
+        chosen = column_sum(known["anchors"], "anchor_ids", parents["anchors"].version)
+        found["anchors"] = fingerprint([found["anchors"], chosen])
+    if "attributions" in known and "contexts" in weights.inputs():  # the axes of contexts are theirs
+        first = known["attributions"].metadata(0).get("fingerprint")
+        if first != found["attributions"]:
+            found["attributions"] = fingerprint([found["attributions"], first])
+    return found
 
 
 @dataclass(frozen=True)
@@ -269,10 +279,8 @@ class Wanted:
             "schema_version": SCHEMA_VERSION,
             "settings": recipe.model_copy(update=update).result_settings(),
             "tables": {role: parent.table for role, parent in parents.items()},
-            "data": {role: parent.fingerprint for role, parent in parents.items()},
+            "data": _fingerprints(recipe, weights, parents),
         }
-        if "anchors" in parents and recipe.anchors is not None and recipe.anchors.source == "mismatched":
-            identity["data"]["anchors"] = _chosen_anchors(parents["anchors"])
         base = table.version()
         return cls(table, weights, identity, base, table.metadata(base) if base is not None else None)
 
