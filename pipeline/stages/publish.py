@@ -18,6 +18,7 @@ from pipeline.weighing.ranges import still_has_all, weigh_rows
 from pipeline.weighing.section import WeightsSection
 from pipeline.weighing.weigh import Weigher
 from pipeline.workers.driver import drive
+from pipeline.workers.missing import column_sum
 from train.data.selection import Selection, prompt_hashes
 from weights_store import Table, TableVersion, WeightStore
 from weights_store.errors import ConflictError, InputError
@@ -26,7 +27,6 @@ from weights_store.messages import logger
 from weights_store.names import name_of, weights_path
 from weights_store.processes.spread import Spread, in_turn
 from weights_store.schemas import SCHEMA_VERSION, SIDES, Reason
-from weights_store.tables.checksums import sum_checksums
 from weights_store.tables.metadata import CommitMetadata, ContrastRecord, Identity, ParityRecord, Section, Statistics
 
 _log = logger(__name__)
@@ -248,12 +248,22 @@ def _with_balance(statistics: Statistics, ingredients: Ingredients) -> Statistic
     return {**statistics, "num_source_rows": prepared["num_source_rows"], "quarantined": quarantined}
 
 
-def _chosen_anchors(anchors: TableVersion) -> str:
-    """Return a fingerprint of which responses the anchors are: they were chosen among the rows that there were at the time."""
-    if anchors.fingerprint == TO_BE_COMPUTED:
-        return TO_BE_COMPUTED
-    records = WeightStore(anchors.store).table(anchors.table).records(anchors.version)
-    return fingerprint([anchors.fingerprint, sum_checksums(record.sums for record in records)["anchor_ids"]])
+def _fingerprints(recipe: Recipe, weights: WeightsSection, parents: Mapping[str, TableVersion]) -> dict[str, str]:
+    """Return the fingerprint of each table by role, with what its numbers owe to the rows that there were when it began."""
+    found = {role: parent.fingerprint for role, parent in parents.items()}
+    known = {
+        role: WeightStore(parent.store).table(parent.table)
+        for role, parent in parents.items()
+        if parent.fingerprint != TO_BE_COMPUTED
+    }
+    if "anchors" in known and recipe.anchors is not None and recipe.anchors.source == "mismatched":  # chosen among them
+        chosen = column_sum(known["anchors"], "anchor_ids", parents["anchors"].version)
+        found["anchors"] = fingerprint([found["anchors"], chosen])
+    if "attributions" in known and "contexts" in weights.inputs():  # the axes of contexts are theirs
+        first = known["attributions"].metadata(0).get("fingerprint")
+        if first != found["attributions"]:
+            found["attributions"] = fingerprint([found["attributions"], first])
+    return found
 
 
 @dataclass(frozen=True)
@@ -279,10 +289,8 @@ class Wanted:
             "schema_version": SCHEMA_VERSION,
             "settings": recipe.model_copy(update=update).result_settings(),
             "tables": {role: parent.table for role, parent in parents.items()},
-            "data": {role: parent.fingerprint for role, parent in parents.items()},
+            "data": _fingerprints(recipe, weights, parents),
         }
-        if "anchors" in parents and recipe.anchors is not None and recipe.anchors.source == "mismatched":
-            identity["data"]["anchors"] = _chosen_anchors(parents["anchors"])
         base = table.version()
         return cls(table, weights, identity, base, table.metadata(base) if base is not None else None)
 

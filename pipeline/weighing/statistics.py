@@ -13,7 +13,6 @@ from weights_store.tables.metadata import SideStatistics, Statistics
 
 _Mean = Literal["mean_weight", "mean_logratio", "share_at_lower", "share_at_upper"]
 """Means over the tokens of a side."""
-_Count = Literal["num_responses", "num_without_mass"]
 
 
 def count_up(joined: pl.DataFrame, sides: Mapping[Side, Weighed], pair_weights: np.ndarray | None) -> Statistics:
@@ -108,6 +107,8 @@ def _merge_side(left: SideStatistics, right: SideStatistics) -> SideStatistics:
         "min_weight": min(left["min_weight"], right["min_weight"]),
         "max_weight": max(left["max_weight"], right["max_weight"]),
     }
+    if "num_responses" in left and "num_responses" in right:
+        merged["num_responses"] = left["num_responses"] + right["num_responses"]
     name: _Mean
     for name in get_args(_Mean):
         if name in left and name in right:
@@ -115,10 +116,8 @@ def _merge_side(left: SideStatistics, right: SideStatistics) -> SideStatistics:
             merged[name] = sum(sums) / merged["num_tokens"]
     if "num_matches" in left and "num_matches" in right:
         merged["num_matches"] = [sum(each) for each in zip(left["num_matches"], right["num_matches"], strict=True)]
-    count: _Count
-    for count in get_args(_Count):
-        if count in left and count in right:
-            merged[count] = left[count] + right[count]
+    if "num_without_mass" in left and "num_without_mass" in right:
+        merged["num_without_mass"] = left["num_without_mass"] + right["num_without_mass"]
     return merged
 
 

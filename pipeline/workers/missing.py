@@ -28,19 +28,19 @@ def missing_pairs(tokens: TableVersion, table: Table) -> Iterator[pl.DataFrame]:
     If the table has exactly the pairs of the tokens, only the commits of both are read.
     """
     pairs = WeightStore(tokens.store).table(tokens.table)
-    if table.exists() and keys_sum(table) == keys_sum(pairs, tokens.version):
+    if table.exists() and column_sum(table, "pair_id") == column_sum(pairs, "pair_id", tokens.version):
         return
     for piece in pairs.key_ranges(RANGE_BYTES, tokens.version):
         yield missing_within(piece, tokens, table)
 
 
-def keys_sum(table: Table, version: int | None = None) -> tuple[int, int]:
-    """Return the number of rows of one version and the checksum of its `pair_id`, from its commits alone.
+def column_sum(table: Table, column: str, version: int | None = None) -> tuple[int, int]:
+    """Return the number of rows of one version and the checksum of a column, from its commits alone.
 
-    Two tables whose sums are the same have the same pairs: others would have the same 64 bits by chance only.
+    Two tables whose sums of `pair_id` are the same have the same pairs: others would have the same 64 bits by chance only.
     """
     records = table.records(version)
-    return sum(record.num_rows for record in records), sum_checksums(r.sums for r in records).get("pair_id", 0)
+    return sum(record.num_rows for record in records), sum_checksums(r.sums for r in records).get(column, 0)
 
 
 def missing_within(piece: KeyRange, tokens: TableVersion, table: Table) -> pl.DataFrame:

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.stages.publish import Ingredients, publish
+from pipeline.stages.publish import Ingredients, Wanted, publish
 from pipeline.stages.report import summary_rows
 from pipeline.weighing.head import Responses, fit_head
 from pipeline.weighing.join import Join
@@ -196,6 +196,22 @@ def test_contexts_reach_the_fit(store, make_recipe):
         SettingsError, match=r"weights.features 'contexts' reads .* set attribute.contexts, for example"
     ):
         make_recipe(**HEAD | {"weights.features": "contexts"})
+
+
+def test_the_fingerprint_says_if_the_axes_of_contexts_are_those_of_fewer_rows(store, make_recipe, tmp_path):
+    """They are fitted to the rows that a table begins with, and a build of all rows at once has others."""
+    settings = {"weights.features": "contexts", "attribute.contexts": NUM_CONTEXTS}
+    with_contexts, without = make_recipe(**HEAD | settings), make_recipe(**{"weights.estimator": "ti"})
+    begun = {"fingerprint": "contexts of fewer rows"}
+    store.table("attributions/toy-1/ref").append(pa.Table.from_pylist([], ATTRIBUTIONS), begun)
+    made_of = [
+        without_pair(ingredients(each, range(20), contexts=True)) for each in (store, WeightStore(tmp_path / "other"))
+    ]
+    grown, at_once = (Wanted.of(with_contexts, with_contexts.weights, each).identity["data"] for each in made_of)
+    assert [role for role in grown if grown[role] != at_once[role]] == ["attributions"]
+    assert at_once["attributions"] == made_of[0].attributions.fingerprint
+    grown, at_once = (Wanted.of(without, without.weights, each).identity["data"] for each in made_of)
+    assert grown == at_once
 
 
 def test_contexts_that_do_not_fit_the_tokens_are_refused(store, make_recipe):

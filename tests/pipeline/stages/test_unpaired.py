@@ -239,27 +239,6 @@ def test_rows_of_one_label_train_no_contrastive_pair(unpaired, toy_model, tmp_pa
         contrast(recipe.contrast_settings, toy_model, uniform)
 
 
-def test_from_a_file_to_a_trained_step(unpaired, toy_model, tmp_path):
-    transforms = {"weights.transforms": ["mean_one", "smooth"], "weights.smooth_over": "words"}
-    published = build(unpaired(**transforms, **{"score.top_k": 2}), toy_model)
-    statistics = published.statistics
-    assert (statistics["num_pairs"], statistics["num_unpaired_rows"], statistics["num_anchored_pairs"]) == (13, 13, 13)
-    assert statistics["ref_top_k"] == 2
-    assert "one response each" in statistics["held_out"]["tis"]["not_measured"]
-    store = WeightStore(published.weights.store)
-    assert [*verify(store, rows=True)] == []
-    look_at(store, published, toy_model, tmp_path)
-    result = run_job(config_of(store, published, toy_model, tmp_path / "tis_kto", "tis_kto"))
-    assert result.before["loss"] == pytest.approx(0.5, abs=1e-3)  # z0 and all log-ratios are 0
-    assert result.before["kl"] == pytest.approx(0, abs=1e-3)
-    assert result.after["rewards/margins"] > 0.01
-    assert "rewards/accuracies" not in result.after
-    with pytest.raises(
-        MismatchError, match=r"loss.name='dpo' compares two responses to a prompt, and 13 of 13 rows of "
-    ):
-        run_job(config_of(store, published, toy_model, tmp_path / "dpo", "dpo"))
-
-
 def test_the_fingerprint_says_which_responses_are_the_anchors(unpaired, toy_model, tmp_path, write_jsonl):
     """A row keeps its anchor when rows are added, so that its numbers stay; a build of all rows at once may choose others."""
     settings = {"weights.estimator": "random", "dataset.source": str(tmp_path / "rows.jsonl")}
@@ -322,6 +301,27 @@ def perturb(folder):
         for parameter in model.parameters():
             parameter += 0.2 * parameter.std() * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder)
+
+
+def test_from_a_file_to_a_trained_step(unpaired, toy_model, tmp_path):
+    transforms = {"weights.transforms": ["mean_one", "smooth"], "weights.smooth_over": "words"}
+    published = build(unpaired(**transforms, **{"score.top_k": 2}), toy_model)
+    statistics = published.statistics
+    assert (statistics["num_pairs"], statistics["num_unpaired_rows"], statistics["num_anchored_pairs"]) == (13, 13, 13)
+    assert statistics["ref_top_k"] == 2
+    assert "one response each" in statistics["held_out"]["tis"]["not_measured"]
+    store = WeightStore(published.weights.store)
+    assert [*verify(store, rows=True)] == []
+    look_at(store, published, toy_model, tmp_path)
+    result = run_job(config_of(store, published, toy_model, tmp_path / "tis_kto", "tis_kto"))
+    assert result.before["loss"] == pytest.approx(0.5, abs=1e-3)  # z0 and all log-ratios are 0
+    assert result.before["kl"] == pytest.approx(0, abs=1e-3)
+    assert result.after["rewards/margins"] > 0.01
+    assert "rewards/accuracies" not in result.after
+    with pytest.raises(
+        MismatchError, match=r"loss.name='dpo' compares two responses to a prompt, and 13 of 13 rows of "
+    ):
+        run_job(config_of(store, published, toy_model, tmp_path / "dpo", "dpo"))
 
 
 def look_at(store, published, model, folder):
