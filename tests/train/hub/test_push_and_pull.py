@@ -323,3 +323,7 @@ def test_datasets_loads_and_streams_the_rows_from_the_hub(hub, command, small_st
     for splits in (plain, streamed):
         rows = [*splits["train"], *splits["test"]]
         assert [{name: row[name] for name in expected[0]} for row in rows] == expected
+    command("push", f"{NAME}@0", REPO_ID)  # which has fewer splits and files
+    older = datasets.load_dataset(REPO_ID, streaming=True)
+    assert list(older) == ["train"]
+    assert [row["pair_id"] for row in older["train"]] == small_store.scan(NAME, 0).collect()["pair_id"].to_list()
