@@ -43,6 +43,8 @@ def policy(make_config, tmp_path) -> Path:
 
 def test_a_policy_is_pushed_with_its_card_and_without_paths_of_this_machine(hub, policy, tmp_path, capsys):
     (policy / "chat_template.jinja").write_text("{{ messages }}")
+    config = json.loads((policy / "config.json").read_text())
+    (policy / "config.json").write_text(json.dumps({**config, "_name_or_path": str(tmp_path / "sft")}))
     assert tokenweights.main(["push", str(policy), "owner/policy"]) == 0
     repository = hub.repository("owner/policy", "model")
     assert repository.is_private
@@ -51,7 +53,8 @@ def test_a_policy_is_pushed_with_its_card_and_without_paths_of_this_machine(hub,
     assert not any(name.startswith(("checkpoints", "train.json", ".")) for name in names)
     adapter = json.loads(repository.files["adapter/adapter_config.json"])
     assert adapter["base_model_name_or_path"].startswith("…/")
-    for name in names - {"lineage.json", "adapter/adapter_config.json"}:
+    assert json.loads(repository.files["config.json"]) == {**config, "_name_or_path": f"…/{tmp_path.name}/sft"}
+    for name in names - {"lineage.json", "config.json", "adapter/adapter_config.json"}:
         assert repository.files[name] == (policy / name).read_bytes()
     assert not [name for name in names if str(tmp_path).encode() in repository.files[name]]
     recorded, pushed = json.loads((policy / "lineage.json").read_text()), json.loads(repository.files["lineage.json"])

@@ -111,6 +111,17 @@ def test_the_card_of_single_responses_does_not_call_them_pairs(write, small_stor
     assert (folder / "heat-map.png").exists()
 
 
+def test_one_row_makes_a_whole_folder_and_none_is_refused(write, small_store):
+    rows, metadata = small_store.scan(NAME).collect().to_arrow(), {**small_store.metadata(NAME), "parents": []}
+    small_store.table("weights/hh-harmless/one").append(rows.slice(0, 1), metadata)
+    folder, record = write(small_store, "hh-harmless/one")
+    assert "\n\n1 preference pair with a weight" in (folder / "README.md").read_text()
+    assert "heat-map.png" in record["files"]
+    small_store.table("weights/hh-harmless/none").replace(rows.slice(0, 0), metadata)
+    with pytest.raises(InputError, match=r"^weights/hh-harmless/none@0 has no rows: there is nothing to push$"):
+        write(small_store, "hh-harmless/none", folder="none")
+
+
 def test_signs_of_markdown_and_html_in_settings_and_places_are_shown_as_they_are(write, small_store):
     patterns = [["`<b>|\\d` ```x``` [a](b)\n\u2028é", 0.5]]
     metadata = small_store.metadata(NAME)
