@@ -285,6 +285,11 @@ def test_a_file_that_changed_on_the_hub_is_refused(hub, command, other_store):
             "--public is for repositories of the hub (owner/name), and ./shared is",
         ),
         (["push", "./policy", REPO_ID], "./policy is no output folder of `tokenweights train`"),
+        (
+            ["push", NAME, "~nobody-here/x"],
+            "~nobody-here/x: there is no home folder of that name here; give the whole path",
+        ),
+        (["pull", "~nobody-here/x"], "~nobody-here/x: there is no home folder of that name here"),
         (["pull", "nowhere"], "nowhere is no folder, and does not read owner/name"),
         (["pull", "owner/name@v1"], "owner/name@v1 is no folder, and does not read owner/name"),
         (["push", "hh-harmless/none", REPO_ID], "no weight dataset 'hh-harmless/none'"),
