@@ -85,6 +85,18 @@ def test_what_is_no_finished_policy_is_refused(policy, store, tmp_path, monkeypa
     (tmp_path / "moved").rename(tmp_path / "toy" / "tis")
     assert tokenweights.main(["push", "toy/tis", "owner/policy", "--store", store]) == 1
     assert f"toy/tis is a policy here and a weight dataset in {store}; write ./toy/tis" in capsys.readouterr().err
+    weights = tmp_path / "toy/tis/model.safetensors"
+    weights.rename(weights.with_name("model-00001-of-00002.safetensors"))
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "toy/tis/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        InputError, match=r"toy/tis has no model-00002-of-00002.safetensors: a policy is pushed with all"
+    ):
+        policy_files(Path("toy/tis"))
+    for path in [*tmp_path.glob("toy/tis/*.safetensors*"), *tmp_path.glob("toy/tis/adapter/*.safetensors")]:
+        path.unlink()
+    with pytest.raises(InputError, match=r"toy/tis has no \*.safetensors: a policy is pushed with all its weights"):
+        policy_files(Path("toy/tis"))
     (tmp_path / "toy/tis/lineage.json").unlink()
     with pytest.raises(InputError, match="toy/tis has no lineage.json: the training in it is not finished"):
         policy_files(Path("toy/tis"))
