@@ -46,6 +46,7 @@ def new_folder(folder: Path, may_replace: Callable[[Path], bool] = lambda folder
 
 def _put(partial: Path, folder: Path, old: Path) -> None:
     if folder.exists():
+        shutil.copymode(folder, partial)
         folder.replace(old)
     try:
         partial.replace(folder)

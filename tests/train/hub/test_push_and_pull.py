@@ -173,7 +173,7 @@ def test_a_copy_that_was_damaged_in_the_cache_is_named_and_downloaded_again_once
     data[len(data) // 2] ^= 1
     kept.write_bytes(data)
     code, _, err = command("pull", REPO_ID, "--as", "second", store=other_store.root)
-    assert (code, f"Delete {kept} if it is a damaged copy, and pull again" in err) == (1, True)
+    assert (code, f"Delete {kept}, which may be a damaged copy, and pull again" in err) == (1, True)
     kept.unlink()
     assert command("pull", REPO_ID, "--as", "second", store=other_store.root)[0] == 0
 

@@ -267,8 +267,10 @@ def test_another_version_replaces_an_earlier_push_in_a_folder_whole(push, tmp_pa
     of_both = [contents(tmp_path / name) for name in ("shared", "shared-0")]
     assert "data/test-00000-of-00001.parquet" in of_both[0].keys() - of_both[1].keys()  # version 0 has no such split
     (tmp_path / "link").symlink_to("shared")
+    (tmp_path / "shared").chmod(0o2775)  # for a group
     assert push(f"{NAME}@0", target=tmp_path / "link")[0] == 0
     assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "shared").stat().st_mode & 0o7777 == 0o2775
     found = contents(tmp_path / "shared")
     assert found.keys() == of_both[1].keys()
     of_place = {"README.md", "tokenweights.json"}  # the card names the folder
