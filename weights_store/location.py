@@ -22,7 +22,7 @@ from urllib.request import Request, urlopen
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from weights_store.errors import SettingsError, StoreError
+from weights_store.errors import InputError, SettingsError, StoreError
 from weights_store.messages import hide_credentials
 
 _SCHEMES = ("s3", "gs", "abfs", "abfss")
@@ -325,6 +325,14 @@ def _local_path(uri: str) -> str:
     path = Path(text).expanduser() if text == "~" or text.startswith("~/") else Path(text)
     _check_lengths(path)
     return str(path)
+
+
+def local_path(text: str) -> Path:
+    """Return a path that a person has given, with `~` as a home folder; raises InputError if there is none of that name."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{text}: there is no home folder of that name here; give the whole path") from error
 
 
 def _check_lengths(path: Path) -> None:

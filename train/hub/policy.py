@@ -2,15 +2,19 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from train.job.output import LINEAGE, RECORD, OutputFolder
 from weights_store.digests import digest_once
 from weights_store.errors import InputError
 from weights_store.fingerprint import load_json
-from weights_store.sharing.publishable import publishable
+from weights_store.sharing.publishable import publishable, shorten
 
-_ADAPTER = "adapter/adapter_config.json"
+_CONFIGS = ("config.json", "tokenizer_config.json", "adapter/adapter_config.json")
+_INDEX = "model.safetensors.index.json"
+_PATH_KEYS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
+"""What transformers, in some of its versions, and peft record of the place of the starting model."""
 
 
 def is_policy(folder: Path) -> bool:
@@ -21,11 +25,11 @@ def is_policy(folder: Path) -> bool:
 def policy_files(folder: Path) -> dict[str, Path | bytes]:
     """Return what to publish of the output folder of a finished training, by path in a repository.
 
-    Left out: checkpoints, the record for resuming, and hidden files. Local paths are shortened in `lineage.json` and in peft's
-    config, which names the starting model. `lineage.json` has the SHA-256 of all other files under `files`.
+    Left out: checkpoints, the record for resuming, and hidden files. Local paths are shortened in configs and `lineage.json`,
+    which has the SHA-256 of all other files under `files`.
 
     Raises:
-        InputError: The training is not finished.
+        InputError: The training is not finished, or a file of weights is missing.
     """
     if not (folder / LINEAGE).is_file():
         raise InputError(
@@ -38,14 +42,41 @@ def policy_files(folder: Path) -> dict[str, Path | bytes]:
         is_hidden = any(part.startswith(".") for part in name.parts)
         if path.is_file() and not is_hidden and name.parts[0] not in (checkpoints, RECORD, LINEAGE):
             files[name.as_posix()] = path
-    if _ADAPTER in files:
-        files[_ADAPTER] = _as_json(load_json(folder / _ADAPTER))
+    _check_weights(folder, files.keys())
+    for config in files.keys() & set(_CONFIGS):
+        content = load_json(folder / config)
+        shortened = {key: shorten(value) if key in _PATH_KEYS else value for key, value in content.items()}
+        if shortened != content:
+            files[config] = _as_json(shortened)
     digests = {name: _digest(content) for name, content in files.items()}
-    return files | {LINEAGE: _as_json({**load_json(folder / LINEAGE), "files": digests})}
+    return files | {LINEAGE: _as_json(publishable({**load_json(folder / LINEAGE), "files": digests}))}
+
+
+def _check_weights(folder: Path, names: Collection[str]) -> None:
+    """Check that all weights are there, by their names: what is published without them cannot be loaded.
+
+    Raises:
+        InputError: They are not.
+    """
+    indexes = [name for name in names if name.endswith(_INDEX)]
+    wanted = {f"{name.removesuffix(_INDEX)}{part}" for name in indexes for part in _parts(folder / name)}
+    missing = sorted(wanted.difference(names))
+    if not missing and not any(name.endswith(".safetensors") for name in names):
+        missing = ["*.safetensors"]
+    if missing:
+        raise InputError(
+            f"{folder} has no {missing[0]}: a policy is pushed with all its weights; copy the folder again, or train with "
+            "--overwrite"
+        )
+
+
+def _parts(index: Path) -> set[str]:
+    weight_map = load_json(index).get("weight_map")
+    return set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
 
 
 def _as_json(content: object) -> bytes:
-    return json.dumps(publishable(content), indent=2, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def _digest(content: Path | bytes) -> str:

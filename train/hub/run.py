@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import weights_store
 from weights_store.commands import Add
 from weights_store.errors import InputError
+from weights_store.location import local_path
 from weights_store.messages import logger
 from weights_store.printing import count_text, size_text
 
@@ -57,7 +58,7 @@ def run_push(options: argparse.Namespace) -> None:
     """Publish a weight dataset or a policy."""
     from train.hub.policy import is_policy
 
-    folder = Path(options.what).expanduser()
+    folder = local_path(options.what)
     if is_policy(folder):
         _check_not_both(options)
         _push_policy(folder, options)
@@ -174,7 +175,7 @@ def _open(options: argparse.Namespace, kind: "Kind", record: str) -> "Repository
 def _target_folder(options: argparse.Namespace) -> Path:
     if options.public:
         raise InputError(f"--public is for repositories of the hub (owner/name), and {options.target} is a folder")
-    return Path(options.target).expanduser()
+    return local_path(options.target)
 
 
 def _print_pushed(pushed: "Pushed", what: str) -> None:
@@ -188,7 +189,7 @@ def run_pull(options: argparse.Namespace) -> None:
     from weights_store.sharing.bring_in import bring_in
 
     root = weights_store.WeightStore(options.store).root
-    folder = Path(options.source).expanduser()
+    folder = local_path(options.source)
     if not _is_on_hub(options.source):
         if not folder.is_dir():
             raise InputError(

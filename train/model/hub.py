@@ -5,6 +5,7 @@ from pathlib import Path
 from train.model.weight_files import check_weight_files
 from weights_store.errors import InputError
 from weights_store.fingerprint import load_json
+from weights_store.location import local_path
 from weights_store.messages import first_line
 
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
@@ -21,7 +22,7 @@ def find_folder(path: str, revision: str | None, setting: str) -> Path:
     Raises:
         InputError: There is no such folder and no such model on the hub, it is a file, or the hub cannot be reached.
     """
-    folder = Path(path).expanduser()
+    folder = local_path(path)
     if path and folder.is_dir():
         return folder
     if not path or folder.exists():

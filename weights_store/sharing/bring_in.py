@@ -156,9 +156,15 @@ def _check_files(record: DatasetRecord, folder: Path, place: str) -> None:
         if found != digest:
             raise InputError(
                 f"{place}: {name} is not the file that was pushed: its SHA-256 is {found[:12]}…, recorded is "
-                f"{str(digest)[:12]}…; nothing was brought in. Delete {(folder / name).resolve()} if it is a damaged copy, and "
-                "pull again; else push it again"
+                f"{str(digest)[:12]}…; nothing was brought in. {_remedy(folder / name, place)}"
             )
+
+
+def _remedy(file: Path, place: str) -> str:
+    """Return what to do about a file that has changed: the hub's cache keeps a damaged copy until somebody deletes it."""
+    if not place.startswith("hf://"):
+        return "Push it again"
+    return f"Delete {file.resolve()}, which may be a damaged copy, and pull again; if that does not help, push it again"
 
 
 def _is_there(table: Table, version: int, record: DatasetRecord) -> bool:

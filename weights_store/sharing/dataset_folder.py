@@ -46,11 +46,14 @@ def write_dataset_folder(
         licence: That of the source, as its author calls it; None: unknown.
 
     Raises:
+        InputError: The version has no rows, or `licence` is no text.
         MismatchError: An id is not in the tokenizer.
         DamageError: A shard is not what was committed.
     """
     texts = None if tokenizer is None else TokenTexts(tokenizer)
     record, splits = write_parquet(open_table(root, weights.table), weights, folder, texts, licence)
+    if not splits:
+        raise InputError(f"{weights.table}@{weights.version} has no rows: there is nothing to push")
     view = make_view(root, weights, None, Choice(random=1, seed=_SEED), tokenizer)
     has_picture = _draw(view, folder)
     has_texts = texts is not None

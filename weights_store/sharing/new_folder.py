@@ -48,6 +48,7 @@ def new_folder(folder: Path, may_replace: Callable[[Path], bool] = lambda folder
 
 def _put(partial: Path, place: Path, old: Path) -> None:
     if place.exists():
+        shutil.copymode(place, partial)
         place.replace(old)
     try:
         partial.replace(place)

@@ -159,12 +159,8 @@ def read_record(folder: Path, where: str) -> DatasetRecord:
     for key, kinds in () if wrong else _KINDS_INSIDE.items():
         inside = record[key].values() if isinstance(record[key], dict) else record[key]
         wrong += [key] * (not all(_is_like(value, kinds) for value in inside))
-    if not wrong and not all(_is_time(row.get("created")) for row in record["lineage"]):
-        wrong = ["lineage"]
-    if not wrong and not all(map(_is_shard, record["shards"])):
-        wrong = ["shards"]
-    if not wrong and not isinstance((record.get("tokenizer") or {}).get("vocab_size"), int | None):
-        wrong = ["tokenizer"]
+    sound = {} if wrong else _are_sound(record)
+    wrong += [key for key, is_sound in sound.items() if not is_sound]
     if wrong:
         raise InputError(
             f"{where}: {RECORD} has no {' and no '.join(wrong)} as a weight dataset in Parquet has them; "
@@ -172,6 +168,22 @@ def read_record(folder: Path, where: str) -> DatasetRecord:
         )
     _check_fingerprint(record, where)
     return cast(DatasetRecord, record)
+
+
+def _are_sound(record: Mapping[str, Any]) -> dict[str, bool]:
+    """Return of parts whose types are right whether everything in them is what our programs read from it."""
+    lineage, settings = record["lineage"], record["identity"].get("settings", {})
+    return {
+        "lineage": all(_is_time(row["created"]) and 0 <= row["depth"] <= len(lineage) for row in lineage),
+        "shards": all(map(_is_shard, record["shards"])),
+        "tokenizer": isinstance((record.get("tokenizer") or {}).get("vocab_size"), int | None),
+        "identity": _has_sections(settings),
+        "recipe": _has_sections(record.get("recipe") or {}),
+    }
+
+
+def _has_sections(settings: object) -> bool:
+    return isinstance(settings, dict) and all(isinstance(section, dict) for section in settings.values())
 
 
 def _is_time(text: str | None) -> bool:

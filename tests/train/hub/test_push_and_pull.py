@@ -173,7 +173,7 @@ def test_a_copy_that_was_damaged_in_the_cache_is_named_and_downloaded_again_once
     data[len(data) // 2] ^= 1
     kept.write_bytes(data)
     code, _, err = command("pull", REPO_ID, "--as", "second", store=other_store.root)
-    assert (code, f"Delete {kept} if it is a damaged copy, and pull again" in err) == (1, True)
+    assert (code, f"Delete {kept}, which may be a damaged copy, and pull again" in err) == (1, True)
     kept.unlink()
     assert command("pull", REPO_ID, "--as", "second", store=other_store.root)[0] == 0
 
@@ -285,6 +285,11 @@ def test_a_file_that_changed_on_the_hub_is_refused(hub, command, other_store):
             "--public is for repositories of the hub (owner/name), and ./shared is",
         ),
         (["push", "./policy", REPO_ID], "./policy is no output folder of `tokenweights train`"),
+        (
+            ["push", NAME, "~nobody-here/x"],
+            "~nobody-here/x: there is no home folder of that name here; give the whole path",
+        ),
+        (["pull", "~nobody-here/x"], "~nobody-here/x: there is no home folder of that name here"),
         (["pull", "nowhere"], "nowhere is no folder, and does not read owner/name"),
         (["pull", "owner/name@v1"], "owner/name@v1 is no folder, and does not read owner/name"),
         (["push", "hh-harmless/none", REPO_ID], "no weight dataset 'hh-harmless/none'"),
@@ -323,3 +328,7 @@ def test_datasets_loads_and_streams_the_rows_from_the_hub(hub, command, small_st
     for splits in (plain, streamed):
         rows = [*splits["train"], *splits["test"]]
         assert [{name: row[name] for name in expected[0]} for row in rows] == expected
+    command("push", f"{NAME}@0", REPO_ID)  # which has fewer splits and files
+    older = datasets.load_dataset(REPO_ID, streaming=True)
+    assert list(older) == ["train"]
+    assert [row["pair_id"] for row in older["train"]] == small_store.scan(NAME, 0).collect()["pair_id"].to_list()

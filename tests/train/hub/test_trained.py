@@ -43,6 +43,8 @@ def policy(make_config, tmp_path) -> Path:
 
 def test_a_policy_is_pushed_with_its_card_and_without_paths_of_this_machine(hub, policy, tmp_path, capsys):
     (policy / "chat_template.jinja").write_text("{{ messages }}")
+    config = json.loads((policy / "config.json").read_text())
+    (policy / "config.json").write_text(json.dumps({**config, "_name_or_path": str(tmp_path / "sft")}))
     assert tokenweights.main(["push", str(policy), "owner/policy"]) == 0
     repository = hub.repository("owner/policy", "model")
     assert repository.is_private
@@ -51,7 +53,8 @@ def test_a_policy_is_pushed_with_its_card_and_without_paths_of_this_machine(hub,
     assert not any(name.startswith(("checkpoints", "train.json", ".")) for name in names)
     adapter = json.loads(repository.files["adapter/adapter_config.json"])
     assert adapter["base_model_name_or_path"].startswith("…/")
-    for name in names - {"lineage.json", "adapter/adapter_config.json"}:
+    assert json.loads(repository.files["config.json"]) == {**config, "_name_or_path": f"…/{tmp_path.name}/sft"}
+    for name in names - {"lineage.json", "config.json", "adapter/adapter_config.json"}:
         assert repository.files[name] == (policy / name).read_bytes()
     assert not [name for name in names if str(tmp_path).encode() in repository.files[name]]
     recorded, pushed = json.loads((policy / "lineage.json").read_text()), json.loads(repository.files["lineage.json"])
@@ -82,6 +85,18 @@ def test_what_is_no_finished_policy_is_refused(policy, store, tmp_path, monkeypa
     (tmp_path / "moved").rename(tmp_path / "toy" / "tis")
     assert tokenweights.main(["push", "toy/tis", "owner/policy", "--store", store]) == 1
     assert f"toy/tis is a policy here and a weight dataset in {store}; write ./toy/tis" in capsys.readouterr().err
+    weights = tmp_path / "toy/tis/model.safetensors"
+    weights.rename(weights.with_name("model-00001-of-00002.safetensors"))
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "toy/tis/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        InputError, match=r"toy/tis has no model-00002-of-00002.safetensors: a policy is pushed with all"
+    ):
+        policy_files(Path("toy/tis"))
+    for path in [*tmp_path.glob("toy/tis/*.safetensors*"), *tmp_path.glob("toy/tis/adapter/*.safetensors")]:
+        path.unlink()
+    with pytest.raises(InputError, match=r"toy/tis has no \*.safetensors: a policy is pushed with all its weights"):
+        policy_files(Path("toy/tis"))
     (tmp_path / "toy/tis/lineage.json").unlink()
     with pytest.raises(InputError, match="toy/tis has no lineage.json: the training in it is not finished"):
         policy_files(Path("toy/tis"))

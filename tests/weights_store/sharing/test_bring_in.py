@@ -189,6 +189,7 @@ def test_a_dataset_inside_the_folder_of_another_is_refused_before_its_rows_are_r
     assert sorted(store.root.path.rglob("*")) == before
 
 
+ROW = {"depth": 0, "role": "x", "kind": "model", "created": None}
 SHARD = {"num_rows": 3, "first_key": "a", "last_key": "c", "checksums": {}}
 
 
@@ -281,12 +282,15 @@ def test_a_record_of_other_settings_than_its_fingerprint_is_refused(folder, stor
         ({"shards": [{**SHARD, "group_sizes": []}]}, "has no shards as"),
         ({"shards": [{**SHARD, "group_sizes": [2, 2]}]}, "has no shards as"),
         ({"lineage": ["x"]}, "has no lineage as"),
-        ({"lineage": [{"depth": 1, "role": "x", "kind": "model", "created": "soon"}]}, "has no lineage as"),
+        ({"lineage": [{**ROW, "created": "soon"}]}, "has no lineage as"),
         ({"splits": {"train": {"files": 3}}}, "has no splits as"),
         ({"splits": {"train": {"files": []}}}, "rows 0 to 2 of the version are not all there once"),
         ({"splits": {"train": {"files": ["README.md"]}}}, "names the file 'README.md', expected data/SPLIT"),
         ({"shards": [{**SHARD, "group_sizes": [3], "checksums": {"split": 7}}]}, "has no shards as"),
         ({"shards": [{**SHARD, "group_sizes": [3], "checksums": {"split": "many"}}]}, "has no shards as"),
+        ({"lineage": [{**ROW, "depth": 10**9}]}, "has no lineage as"),  # which would be printed as so many blanks
+        ({"identity": {"settings": []}}, "has no identity as"),
+        ({"recipe": {"dataset": "x"}}, "has no recipe as"),
         ({"tokenizer": ["x"]}, "has no tokenizer as"),
         ({"tokenizer": {"vocab_size": "32"}}, "has no tokenizer as"),
         ({"recipe": ["x"], "git_commit": 3}, "has no recipe and no git_commit as"),

@@ -111,6 +111,17 @@ def test_the_card_of_single_responses_does_not_call_them_pairs(write, small_stor
     assert (folder / "heat-map.png").exists()
 
 
+def test_one_row_makes_a_whole_folder_and_none_is_refused(write, small_store):
+    rows, metadata = small_store.scan(NAME).collect().to_arrow(), {**small_store.metadata(NAME), "parents": []}
+    small_store.table("weights/hh-harmless/one").append(rows.slice(0, 1), metadata)
+    folder, record = write(small_store, "hh-harmless/one")
+    assert "\n\n1 preference pair with a weight" in (folder / "README.md").read_text()
+    assert "heat-map.png" in record["files"]
+    small_store.table("weights/hh-harmless/none").replace(rows.slice(0, 0), metadata)
+    with pytest.raises(InputError, match=r"^weights/hh-harmless/none@0 has no rows: there is nothing to push$"):
+        write(small_store, "hh-harmless/none", folder="none")
+
+
 def test_signs_of_markdown_and_html_in_settings_and_places_are_shown_as_they_are(write, small_store):
     patterns = [["`<b>|\\d` ```x``` [a](b)\n\u2028é", 0.5]]
     metadata = small_store.metadata(NAME)
@@ -256,8 +267,10 @@ def test_another_version_replaces_an_earlier_push_in_a_folder_whole(push, tmp_pa
     of_both = [contents(tmp_path / name) for name in ("shared", "shared-0")]
     assert "data/test-00000-of-00001.parquet" in of_both[0].keys() - of_both[1].keys()  # version 0 has no such split
     (tmp_path / "link").symlink_to("shared")
+    (tmp_path / "shared").chmod(0o2775)  # for a group
     assert push(f"{NAME}@0", target=tmp_path / "link")[0] == 0
     assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "shared").stat().st_mode & 0o7777 == 0o2775
     found = contents(tmp_path / "shared")
     assert found.keys() == of_both[1].keys()
     of_place = {"README.md", "tokenweights.json"}  # the card names the folder
