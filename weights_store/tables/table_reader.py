@@ -86,8 +86,8 @@ class TableReader:
         """The table's properties in Delta."""
         return {
             "delta.enableExpiredLogCleanup": "false",  # else old versions vanish with their log
-            # Our commits have statistics of this column only. pyarrow's datasets take missing ones for nulls, and a filter
-            # on another column would find no row.
+            "delta.deletedFileRetentionDuration": "interval 36500 days",  # else by VACUUM, and `notes.py`'s file too
+            # Commits have statistics of this column only. pyarrow takes missing ones for nulls: filters would find no row.
             "delta.dataSkippingStatsColumns": self.key[0],
         }
 

@@ -4,6 +4,7 @@ Row groups are checked against the commit as they are read. The folder appears w
 (`sharing/dataset_folder.py`).
 """
 
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
@@ -11,7 +12,7 @@ from typing import IO, Any
 import polars as pl
 
 from weights_store.errors import InputError, MismatchError
-from weights_store.messages import logger
+from weights_store.messages import Progress, logger, show
 from weights_store.schemas import SIDES
 from weights_store.sharing.data_files import SplitFiles, count_splits, file_names, write_data
 from weights_store.sharing.new_folder import new_folder
@@ -90,7 +91,7 @@ def _write_lines(
         )
     splits = count_splits(table, version)
     names = {split: f"{name}.jsonl" for split, name in file_names(splits).items()}
-    num_weighted = 0
+    num_rows, num_weighted, total, started = 0, 0, sum(splits.values()), time.monotonic()
     with ExitStack() as stack:
         files: dict[str, IO[bytes]] = {
             split: stack.enter_context((folder / name).open("wb")) for split, name in names.items()
@@ -99,6 +100,8 @@ def _write_lines(
             num_weighted += int((rows["pair_weight"] != 1).sum())
             for (split,), part in rows.partition_by("split", as_dict=True).items():
                 _write_part(part, files[str(split)], form, eos, texts)
+            num_rows += rows.height
+            show(Progress("write", num_rows, total, time.monotonic() - started, "pairs"))
     if num_weighted and form != "tinker":
         _log.warning(
             f"lines of {form} have no pair weights, and {num_weighted:,} pairs have another one than 1: they will count as "

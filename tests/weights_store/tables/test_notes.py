@@ -1,10 +1,14 @@
 """What a store says in its folders to people and programs that do not know it."""
 
+import os
 import re
+import time
 from pathlib import Path
 
 import polars as pl
 import pytest
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 
 from tests.weights_store.conftest import REVERSED, weight_rows
 from weights_store import WeightStore
@@ -39,6 +43,21 @@ def test_the_notes_are_no_orphans_and_no_findings(store):
     assert store.root.exists(README)
     assert store.table(PATH).location.exists(NOT_A_VERSION)
     assert list(verify(store)) == []
+
+
+def test_a_vacuum_of_delta_leaves_old_versions_and_the_note(tmp_path):
+    table = WeightStore(tmp_path).table(PATH)
+    table.append(weight_rows("ab", REVERSED), METADATA)
+    table.replace(weight_rows("b", REVERSED), METADATA)
+    long_ago = time.time() - 400 * 86_400
+    for file in table.location.path.glob("*.parquet"):
+        os.utime(file, (long_ago, long_ago))
+    opened = DeltaTable(str(table.location))
+    assert opened.vacuum(dry_run=False, full=True) == []  # by its own default, what is older than a week
+    with pytest.raises(DeltaError, match="minimum retention for vacuum is configured to be greater than 876000 hours"):
+        opened.vacuum(retention_hours=168, dry_run=False)
+    assert table.scan(0).collect().height == 2
+    assert table.location.exists(NOT_A_VERSION)
 
 
 def test_a_note_that_somebody_changed_stays_as_it_is(store):
