@@ -317,7 +317,7 @@ class Sft(LossConfig):
 class Distill(LossConfig):
     """KL(ref‖π) of each token of chosen, times its weight: distillation, with the reference of the build as the teacher."""
 
-    title = "distillation by forward KL on stored log-probs"
+    title = "Forward-KL distillation (arXiv 1503.02531)"
     reads = Needs(token_weights=True, ref_top=True, rejected=False, kl_direction="ref_policy")
     unit = "chosen token"
     compares = False
