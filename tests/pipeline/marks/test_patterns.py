@@ -63,9 +63,13 @@ def test_a_special_token_is_matched_whole_or_not_at_all():
         ("@reasoning", "a b", ""),
         ("@tool_calls", "x<tool_call>\n{}</tool_call>y", "<tool_call>\n{}</tool_call>"),
         ("@tool_calls", "[TOOL_CALLS] [{}]", "[TOOL_CALLS] [{}]"),
+        ("@tool_calls", "[TOOL_CALLS] [{}]</s>[TOOL_RESULTS] 1[/TOOL_RESULTS] x</s>", "[TOOL_CALLS] [{}]</s>"),
         ("@tool_results", "a<tool_response>b</tool_response>c", "<tool_response>b</tool_response>"),
         ("@code", "a\n```py\nb\n```\nc", "```py\nb\n```"),
         ("@code", "a ``` b\n```\nc", "```\nc"),  # a fence stands at the beginning of a line
+        ("@code", "```py\nb\n```<|end|>", "```py\nb\n```"),  # the end of the turn is no code
+        ("@code", "```py\r\nb\r\n```\r\nc", "```py\r\nb\r\n```"),
+        ("@code", "```md\n```py\n```\nc", "```md\n```py\n```"),  # a fence with a language closes nothing
         ("@digits", "a1b", "1"),
     ],
 )
