@@ -11,7 +11,10 @@ from pipeline.marks.characters import Characters, Texts
 
 READY = {
     "@reasoning": r"(?s)\A(?:(?!</?think>).)*+</think>|<think>.*?(?:</think>|\Z)",
-    "@tool_calls": r"(?s)<tool_call>.*?(?:</tool_call>|\Z)|\[TOOL_CALLS\].*?(?:</s>|\Z)|<\|python_tag\|>.*?(?:<\|eo[mt]_id\|>|\Z)",
+    "@tool_calls": (
+        r"(?s)<tool_call>.*?(?:</tool_call>|\Z)|\[TOOL_CALLS\].*?(?:</s>|\Z)"
+        r"|<\|python_tag\|>.*?(?:<\|eo[mt]_id\|>|\Z)"
+    ),
     "@tool_results": r"(?s)<tool_response>.*?(?:</tool_response>|\Z)|\[TOOL_RESULTS\].*?(?:\[/TOOL_RESULTS\]|\Z)",
     "@code": r"(?ms)^[ \t]*```.*?(?:^[ \t]*```(?=[ \t]*(?:[\r\n<\[]|\Z))|\Z)",
     "@digits": r"\d",
