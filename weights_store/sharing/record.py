@@ -48,6 +48,7 @@ _KINDS_IF_THERE: dict[str, type | UnionType] = dict.fromkeys(
     ("tokenizer", "reference", "parity", "contrast", "recipe", "packages"), dict | None
 )
 _KINDS_IF_THERE |= {"python": str | None, "git_commit": str | None}
+_COUNTS = ("num_pairs", "num_response_tokens")
 _SHARD_KINDS: dict[str, type] = {
     "num_rows": int,
     "first_key": str,
@@ -177,13 +178,17 @@ def _are_sound(record: Mapping[str, Any]) -> dict[str, bool]:
         "lineage": all(_is_time(row["created"]) and 0 <= row["depth"] <= len(lineage) for row in lineage),
         "shards": all(map(_is_shard, record["shards"])),
         "tokenizer": isinstance((record.get("tokenizer") or {}).get("vocab_size"), int | None),
-        "identity": _has_sections(settings),
-        "recipe": _has_sections(record.get("recipe") or {}),
+        "identity": _has_sections(settings, ("weights", "contrast")) and "estimator" in settings["weights"],
+        "statistics": all(isinstance(record["statistics"].get(key), int) for key in _COUNTS),  # `ls` prints them
+        "recipe": not record.get("recipe") or _has_sections(record["recipe"], ("dataset", "model", "contrast")),
     }
 
 
-def _has_sections(settings: object) -> bool:
-    return isinstance(settings, dict) and all(isinstance(section, dict) for section in settings.values())
+def _has_sections(settings: object, needed: Iterable[str]) -> bool:
+    """Return whether settings are what a recipe has; a section that is not used may be null."""
+    if not isinstance(settings, dict) or not all(isinstance(section, dict | None) for section in settings.values()):
+        return False
+    return all(isinstance(settings.get(section), dict) for section in needed)
 
 
 def _is_time(text: str | None) -> bool:

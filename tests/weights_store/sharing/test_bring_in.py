@@ -290,6 +290,9 @@ def test_a_record_of_other_settings_than_its_fingerprint_is_refused(folder, stor
         ({"shards": [{**SHARD, "group_sizes": [3], "checksums": {"split": "many"}}]}, "has no shards as"),
         ({"lineage": [{**ROW, "depth": 10**9}]}, "has no lineage as"),  # which would be printed as so many blanks
         ({"identity": {"settings": []}}, "has no identity as"),
+        ({"identity": {"settings": {"weights": {"estimator": "tis"}, "contrast": None}}}, "has no identity as"),
+        ({"identity": {"settings": {"weights": {}, "contrast": {}}}}, "has no identity as"),
+        ({"statistics": {"num_pairs": 4}}, "has no statistics as"),
         ({"recipe": {"dataset": "x"}}, "has no recipe as"),
         ({"tokenizer": ["x"]}, "has no tokenizer as"),
         ({"tokenizer": {"vocab_size": "32"}}, "has no tokenizer as"),
@@ -302,6 +305,13 @@ def test_a_record_of_another_shape_is_refused(folder, store, changes, problem):
     with pytest.raises((InputError, SettingsError), match=problem):
         bring_in(store.root, folder, HUB)
     assert nothing_was_made(store)
+
+
+def test_a_section_of_the_recipe_that_is_not_used_may_be_null(folder, store):
+    recipe = json.loads((folder / "tokenweights.json").read_text())["recipe"]
+    resign(folder, recipe={**recipe, "anchors": None})
+    assert bring_in(store.root, folder, HUB).is_new
+    assert store.metadata(NAME)["recipe"]["anchors"] is None
 
 
 def test_rows_that_break_a_rule_of_weights_are_refused_although_they_are_as_pushed(small_store, store, tmp_path):
