@@ -91,8 +91,8 @@ ANNOTATIONS = pa.schema(
         pa.field("pair_value", pa.float32()),
     ]
 )
-"""The weights that a user has put into columns of the source: one number per response token (>= 0), if estimator `column` or
-`spans` reads them, and one per pair (>= 0), with pair weight `column`; else null."""
+"""The weights that a user has put into columns of the source, or given to roles: one number per response token (>= 0), for
+estimators `column` and `spans` and `weights.roles`, and one per pair (>= 0), with pair weight `column`; else null."""
 
 WEIGHTS = pa.schema(
     [

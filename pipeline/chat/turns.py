@@ -53,10 +53,8 @@ def find_turns(template: ChatTemplate, controls: ControlTokens, chat: Chat, mess
     mark = template.generation_prompt.removesuffix(chat.dropped.strip()).strip()
     starts = [len(prompt.removesuffix(chat.dropped) + chat.added)]
     for place, text in enumerate(beginnings, start=1):
-        start = controls.num_common(text, whole) if isinstance(text, str) else 0
-        if isinstance(text, RenderError) or start < len(
-            text.rstrip()
-        ):  # the template prints the last message in another way
+        start = _end_of(controls, text, whole)
+        if start is None:
             known = places[place - 1]
             low = starts[-1] if known is None else known[1]
             high = None if (own := places[place]) is None else own[0]
@@ -89,6 +87,14 @@ def _rendered(
     ]
     prompt, whole, *texts = template.rendered(template.job(turns, chats, tools, arguments)).texts
     return template.text_of(prompt), template.text_of(whole), texts[: len(names) - 1], texts[len(names) - 1 :]
+
+
+def _end_of(controls: ControlTokens, beginning: str | RenderError, whole: str) -> int | None:
+    """Return where a beginning of a chat ends in it; None if the template prints a last message in another way than others."""
+    if isinstance(beginning, RenderError):
+        return None
+    end = controls.num_common(beginning, whole)
+    return end if end >= len(beginning.rstrip()) else None
 
 
 def _place(whole: str, content: str, other: str) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 Called by `stages/annotate.py`. Whether they fit the tokens of the responses is known later (`token_values.py`).
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -216,6 +217,17 @@ def _of_answer(value: object, answer: Answer) -> object:
             f"{_shown(value)} is no list of weights for each of {answer.num_answers} answers, as its response lists them"
         )
     return value[answer.place]
+
+
+def roles_of(cells: pa.Table) -> set[str]:
+    """Return the roles of the messages in the responses of some cells."""
+    found: set[str] = set()
+    for side in SIDES:
+        messages = cells[f"{side}_messages"]
+        if messages.null_count > cells[f"{side}_texts"].null_count:
+            found.add("assistant")  # one message of a text and nothing else
+        found |= {turn["role"] for each in messages.drop_null().to_pylist() for turn in json.loads(each)}
+    return found
 
 
 def _is_one_text(turns: list[Message]) -> bool:

@@ -128,7 +128,7 @@ def find(text: str, response: Response, known: _Known | None = None) -> Place:
     else:
         at, size = lead, _num_shared(core, own[lead:])
         left, missing = own[lead + size :].strip(), core[size:].strip()
-        is_whole = size and not left and _are_ends(missing, response)
+        is_whole = size and not left and (response.is_cut or _are_ends(missing, response))
         if not is_whole and not (response.is_cut and _is_broken(left) and (size or left)):
             raise BadWeightsError(
                 f"the text does not stand in the response as it is, from character {low + size} on: the chat template or the "
@@ -185,7 +185,8 @@ def _located(texts: Sequence[str], response: Response, turns: Turns | None) -> l
         return [_in_a_form(text, response, None)]
     printed = [None if turn.at is None else turns.text[turn.at : turn.end] for turn in turns.turns]
     num_before = [0 if each is None else len(each) - len(each.lstrip()) for each in printed]
-    places = [(turn.at or 0) + num for turn, num in zip(turns.turns, num_before, strict=True)]
+    begins = [turn.start if turn.at is None else turn.at for turn in turns.turns]
+    places = [begin + num for begin, num in zip(begins, num_before, strict=True)]
     starts = _aligned(turns.text, response, places, before=False)
     found = []
     for number, (text, start, each) in enumerate(zip(texts, starts, printed, strict=True)):
@@ -287,8 +288,8 @@ def _without_ends(text: str, printed: str, response: Response) -> str:
 
 
 def _are_ends(text: str, response: Response) -> bool:
-    """Return whether text is nothing but ends of turns, which the tokenizer writes once, or was cut off."""
-    while text and not response.is_cut:
+    """Return whether text is nothing but ends of turns, which the tokenizer writes once."""
+    while text:
         end = next(filter(text.startswith, response.ends), None)
         if end is None:
             return False

@@ -1,4 +1,4 @@
-"""Stage annotate: the weights that a user has put into columns of the source, as one number per response token.
+"""Stage annotate: the weights that a user has put into columns of the source, or given to roles, as one per response token.
 
 They have a table of their own, because log-probs hang on the tokens table: weights that are brought to a scored dataset, or
 changed, score nothing again. It is named for its pairs and for what the numbers stand for. If the source or the pairs have
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.chat.tokenizer import ChatTokenizer
-from pipeline.marks.cells import CELLS, CellReader, Unit
+from pipeline.marks.cells import CELLS, CellReader, Unit, roles_of
 from pipeline.marks.characters import Vocabulary, special_tokens
 from pipeline.marks.token_values import RangeAnnotator
 from pipeline.provenance import provenance
@@ -190,11 +190,17 @@ class _Update:
         if wanted.reads_texts or (wanted.unit and recipe.dataset.many_answers == "combine"):
             columns = resolve_columns(recipe.dataset, source, recipe.weight_columns)
         found = CellReader(wanted.columns, wanted.unit).read(source, columns)
+        idle_roles = set(wanted.roles)
         with ExternalSort(_PLACES, "source_row") as places:
             for rows in self.tokens.batches(wanted.tokens.version, _PLACES.names):
                 places.add(rows.select(_PLACES.names).cast(_PLACES))
             for rows in _with_pair_ids(found, places):
                 cells.add(rows)
+                idle_roles -= roles_of(rows) if idle_roles else set()
+        if idle_roles:
+            _log.warning(
+                f"annotate: no response has a message of role {' or '.join(sorted(idle_roles))}, see weights.roles"
+            )
 
     def _write(self, cells: ExternalSort, unusable: ExternalSort) -> list[ShardRecord]:
         wanted, recipe = self.wanted, self.wanted.recipe

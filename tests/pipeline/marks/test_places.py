@@ -180,6 +180,10 @@ def test_a_text_that_the_template_changes_is_named():
     turns = Turns(BODY, [TURNS.turns[0], Turn("tool", 17, None, None), TURNS.turns[2]])
     with pytest.raises(BadWeightsError, match="^the chat template changes the text of message 1; give weights per"):
         character_weights(np.ones(12), TEXTS, response(BODY), turns)
+    with pytest.raises(BadWeightsError, match="^the chat template changes the text of message 1; give weights per"):
+        character_weights(np.ones(12), TEXTS, response(BODY[:30], is_cut=True), turns)
+    found = character_weights(np.ones(12), TEXTS, response(BODY[:17], is_cut=True), turns)  # it is behind the cut
+    assert np.isnan(found).all()
 
 
 def test_a_text_that_the_tokenizer_composes_has_the_mean_of_its_parts():

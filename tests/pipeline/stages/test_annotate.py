@@ -262,6 +262,11 @@ def test_roles_weigh_the_messages_of_tools(run, model, recipe_of, caplog):
     assert (changed.table, changed.fingerprint) != (version.table, version.fingerprint)
 
 
+def test_a_role_without_a_message_is_named(run, caplog):
+    run([row(0)], **{"weights.estimator": "pattern", "weights.roles": [["tool", 0], ["assistant", 2]]})
+    assert "annotate: no response has a message of role tool, see weights.roles" in caplog.messages
+
+
 def test_roles_of_unpaired_rows(run, model):
     rows = [{"prompt": "question", "completion": chat(*TURNS), "label": True}]
     rows += [{"prompt": "question", "completion": text, "label": False} for text in TEXTS]
