@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import weights_store
 from weights_store.commands import Add
 from weights_store.errors import InputError
-from weights_store.location import local_path
 from weights_store.messages import logger
 from weights_store.printing import count_text, size_text
 
@@ -57,6 +56,7 @@ def add_hub(add: Add, load_tokenizer: "Callable[[str], Tokenizer]") -> None:
 def run_push(options: argparse.Namespace) -> None:
     """Publish a weight dataset or a policy."""
     from train.hub.policy import is_policy
+    from weights_store.location import local_path
 
     folder = local_path(options.what)
     if is_policy(folder):
@@ -173,6 +173,8 @@ def _open(options: argparse.Namespace, kind: "Kind", record: str) -> "Repository
 
 
 def _target_folder(options: argparse.Namespace) -> Path:
+    from weights_store.location import local_path
+
     if options.public:
         raise InputError(f"--public is for repositories of the hub (owner/name), and {options.target} is a folder")
     return local_path(options.target)
@@ -185,6 +187,7 @@ def _print_pushed(pushed: "Pushed", what: str) -> None:
 
 def run_pull(options: argparse.Namespace) -> None:
     """Bring a dataset into the store."""
+    from weights_store.location import local_path
     from weights_store.names import name_of
     from weights_store.sharing.bring_in import bring_in
 
