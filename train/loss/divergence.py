@@ -40,7 +40,8 @@ def top_k_kl(policy_log_probs_at_ids: Tensor, ref_top_logps: Tensor, direction: 
     to it if the bucket holds at most one id. It misses how the two differ inside the bucket; `docs/training.md` has the share.
 
     If the K probabilities of a side add up to more than 1 - `MIN_TAIL`, their log-probs are lowered by the same number of nats
-    until `MIN_TAIL` is left. So both sides are distributions, the KL is at least 0, and the tail is never empty.
+    until `MIN_TAIL` is left. So both sides are distributions, the KL is at least 0, and the tail is never empty. A policy that
+    leaves less than that to its tail has no gradient towards a larger one.
 
     Args:
         policy_log_probs_at_ids: `[N, K]` log pi at the ids of the reference's top K, from log_softmax over the vocabulary.
