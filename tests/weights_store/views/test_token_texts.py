@@ -155,6 +155,15 @@ def test_added_tokens_are_special_only_if_they_are_marked():
     assert TokenTexts({1: "Q"}).special_ids == frozenset()
 
 
+def test_a_vocabulary_may_have_gaps():
+    tokenizer = Tokenizer(BPE({"a": 0, "b": 5}, []))
+    tokenizer.decoder = decoders.Fuse()
+    texts = TokenTexts(tokenizer)
+    assert (texts.text(5), texts.text(3), texts.join([0, 5])) == ("b", "", "ab")
+    with pytest.raises(MismatchError, match="token id 6 is not in the tokenizer given, which has 6 ids"):
+        texts.text(6)
+
+
 def test_a_mapping_gives_each_id_its_text():
     assert TokenTexts({1: "Q", 9: "</s>"}).split([1, 9, 1]) == ["Q", "</s>", "Q"]
     with pytest.raises(MismatchError, match="token id 2 is not in the tokenizer given"):
