@@ -91,7 +91,10 @@ def _resolved(place: str, hub: str | None) -> str:
         place = unquote(place.removeprefix("file://"))
     if _URI.match(place):
         return place
-    path = Path(place).expanduser()
+    try:
+        path = Path(place).expanduser()
+    except RuntimeError:  # nobody of that name has a home folder here
+        path = Path(place)
     if hub is not None and not path.exists() and _HUB_ID.fullmatch(place):
         return f"{hub}{place}"
     return os.path.realpath(path)

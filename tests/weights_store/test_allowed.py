@@ -50,6 +50,14 @@ def test_a_folder_allows_itself_and_what_is_below_it(allow, tmp_path, monkeypatc
         assert not is_allowed(place), place
 
 
+def test_the_home_of_nobody_is_a_name_like_any_other(allow, tmp_path, monkeypatch):
+    allow(tmp_path / "data")
+    assert not is_allowed("~nobody-here/x")
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "data")
+    assert is_allowed("~nobody-here/x")  # as a store has it
+
+
 def test_a_link_counts_as_what_it_points_to(allow, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "secret").mkdir()
