@@ -210,6 +210,11 @@ def test_an_anchor_is_a_response_to_the_next_prompt(unpaired, toy_model):
             {"contrast.method": "dpo"},
             "contrast.method 'dpo' trains on pairs: set contrast.method to 'sft', 'prompt' or",
         ),
+        (
+            {"contrast.method": "sft", "dataset.label_column": ""},
+            "contrast.method 'sft' trains one model on undesirable responses, which rows without labels have not: set "
+            "contrast.method to 'prompt' or 'given'",
+        ),
         ({"weights.pair_weight": "margin"}, "weights.pair_weight 'margin' compares two responses: set it to 'none'"),
         (
             {"weights.scale": "calibrated"},
