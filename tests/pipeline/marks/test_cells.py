@@ -195,7 +195,9 @@ def test_rows_of_a_file_that_lacks_columns_of_the_others_have_no_value(tmp_path,
             with pa.ipc.new_file(path, whole.select(names).schema) as writer:
                 writer.write_table(whole.select(names))
         files.append(read_file(path))
-    found = [row for table in CellReader(COLUMNS, "token").read(joined("all", files), None) for row in table.to_pylist()]
+    found = [
+        row for table in CellReader(COLUMNS, "token").read(joined("all", files), None) for row in table.to_pylist()
+    ]
     assert [row["source_row"] for row in found] == list(range(8))
     problems = ["column 'r': it has no value"] * 2 + ["column 'c': it has no value"] * 2
     assert [row["problem"] for row in found] == [None, None, *problems, None, None]
