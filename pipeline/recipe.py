@@ -222,10 +222,11 @@ class Recipe(Section):
     @property
     def needs_two_responses(self) -> str | None:
         """What cannot be made of unpaired rows, and what to use instead; None if all can be."""
+        has_labels, trains_here = not self.dataset.has_no_labels, self.needs_pair and self.contrast.weights is None
         if "labels" in self.weights.inputs():
             return (
                 "estimator 'head' learns from two responses to one prompt: choose an estimator that does not, for example "
-                "'tis' with contrast.method 'sft'"
+                f"'tis' with contrast.method {'sft' if has_labels else 'prompt'!r}"
             )
         if "other response" in self.weights.inputs():
             return "estimator 'diff' compares two responses: choose another"
@@ -239,10 +240,16 @@ class Recipe(Section):
             return f"weights.pair_weight {self.weights.pair_weight!r} compares two responses: set it to 'none'"
         if self.weights.is_calibrated:
             return "weights.scale 'calibrated' is fitted to which of two responses was preferred: give weights.scale a number"
-        if self.needs_pair and self.contrast.method == "dpo" and self.contrast.weights is None:
+        instead = "'sft', 'prompt' or 'given'" if has_labels else "'prompt' or 'given'"
+        if trains_here and self.contrast.method == "dpo":
             return (
-                "contrast.method 'dpo' trains on pairs: set contrast.method to 'sft', 'prompt' or 'given', or contrast.weights "
-                "to a dataset of pairs"
+                f"contrast.method 'dpo' trains on pairs: set contrast.method to {instead}, or contrast.weights to a dataset of "
+                "pairs"
+            )
+        if trains_here and self.contrast.method == "sft" and not has_labels:
+            return (
+                "contrast.method 'sft' trains one model on undesirable responses, which rows without labels have not: set "
+                f"contrast.method to {instead}, or contrast.weights to a dataset with both kinds"
             )
         if self.needs_attributions and self.attribute.target == "dpo_margin":
             return "attribute.target 'dpo_margin' is of two responses: set it to 'max_logit' or 'gold_logps'"

@@ -153,11 +153,12 @@ class _Plan:
             return StagePlan("annotate", "reuse", reasons=(f"{version}: {table.num_rows():,} pairs",))
         next_version = 0 if version is None else version.version + 1
         self.annotations = TableVersion(wanted.tokens.store, table.path, next_version, TO_BE_COMPUTED)
-        columns = f"columns {', '.join(map(repr, wanted.columns.values()))}" if wanted.columns else "roles of messages"
+        reads = [f"columns {', '.join(map(repr, wanted.columns.values()))}"] if wanted.columns else []
+        reads += ["roles of messages"] if wanted.roles else []
         how = f"new table {table.path}" if version is None else f"{version}: all rows are written again"
         num_tokens = round(self.outlook.num_tokens()[1])
         return StagePlan(
-            "annotate", "compute", self.outlook.num_pairs, num_tokens, (how, columns), self.outlook.is_exact
+            "annotate", "compute", self.outlook.num_pairs, num_tokens, (how, *reads), self.outlook.is_exact
         )
 
     def _score(self, role: str, scorer: Scorer | None) -> StagePlan:

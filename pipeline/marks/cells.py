@@ -106,7 +106,8 @@ class CellReader:
     def _whole(self, block: Block) -> pa.Table | None:
         """Return the cells of a block without a step per row; None if one of them is not there or no number."""
         num_rows = block.columns.num_rows
-        if num_rows == 1:  # it may be too large
+        is_whole = set(self.columns.values()) <= set(block.columns.schema.names)
+        if num_rows == 1 or not is_whole:  # it may be too large, or of a file that lacks a column of the others
             return None
         columns = {"source_row": pa.array(np.arange(block.first_row, block.first_row + num_rows))}
         for side in SIDES if self.unit else ():

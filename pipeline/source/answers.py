@@ -56,7 +56,9 @@ class Answer(NamedTuple):
 
 def answers_of_pairs(row: Mapping[str, object], columns: Columns) -> Iterator[dict[Side, Answer]]:
     """Yield for each pair of a raw row, in the order of `read_pairs`, which answers it has of the sides that list some."""
-    sides = {side: row.get(column) for side, column in zip(SIDES, columns.responses, strict=True)}
+    # An unpaired row has one answer, and no weights of its own.
+    of_sides = zip(SIDES, columns.responses, strict=True) if columns.completion is None else ()
+    sides = {side: row.get(column) for side, column in of_sides}
     listed = {side: len(_answers(value)) for side, value in sides.items() if _are_answers(value)}
     for places in product(*(range(listed.get(side, 1)) for side in SIDES)):
         at = zip(SIDES, places, strict=True)

@@ -32,7 +32,9 @@ def num_bytes(array: pa.Array | pa.ChunkedArray) -> int:
 
 def small_pieces(batch: pa.RecordBatch | pa.Table) -> Iterator[pa.RecordBatch | pa.Table]:
     """Yield a batch in pieces of at most 1,000 rows and of `MAX_ROW_BYTES`; a larger row is a piece of its own."""
-    waiting = [batch.slice(start, ROWS_PER_BATCH) for start in range(0, batch.num_rows, ROWS_PER_BATCH)][::-1]
+    starts = range(0, batch.num_rows, ROWS_PER_BATCH)
+    # Cut at the end by hand: a slice of a table without columns has as many rows as are asked for.
+    waiting = [batch.slice(start, min(ROWS_PER_BATCH, batch.num_rows - start)) for start in starts][::-1]
     while waiting:
         piece = waiting.pop()
         if piece.num_rows == 1 or size_of(piece) <= MAX_ROW_BYTES:

@@ -264,7 +264,9 @@ def _hub_answers() -> bool:
 
 def _tables(loaded: "Dataset", columns: list[str]) -> Iterator[Any]:
     """Yield Arrow tables: no image or sound is decoded."""
-    return loaded.select_columns(columns).with_format("arrow").iter(1000)
+    # At least one column: `datasets` has no rows without.
+    tables = loaded.select_columns(columns or loaded.column_names[:1]).with_format("arrow").iter(1000)
+    return (table.select(columns) for table in tables)
 
 
 def streamed(loaded: "IterableDataset", name: str) -> Source:

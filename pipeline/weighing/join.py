@@ -156,17 +156,18 @@ class Join:
     def still_has(self, table: Table, version: int, piece: KeyRange) -> bool:
         """Return whether every pair of a weight dataset in a range is in all tables of the join, and still as published.
 
-        That is of the same split, with the same scores of annotators.
+        That is of the same split, with the same scores of annotators and the same anchors: a table of anchors that was lost and
+        filled again may have others.
         """
-        followed = ["split", *(f"{side}_score" for side in SIDES)]
-        published = table.scan(version, within=piece).select("pair_id", *followed)
+        followed = {"tokens": ["split", *(f"{side}_score" for side in SIDES)], "anchors": ["anchor_ids"]}
         for role, (here, at) in self.tables.items():
-            now = here.scan(at, within=piece).select("pair_id", *(followed if role == "tokens" else []))
-            lost = published.join(now, on="pair_id", how="anti")
-            if role == "tokens":
-                differ = pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"{name}_right")) for name in followed)
-                changed = published.join(now, on="pair_id").filter(differ).select(lost.collect_schema().names())
-                lost = pl.concat([lost, changed])
+            columns = followed.get(role, [])
+            now = here.scan(at, within=piece).select("pair_id", *columns)
+            published = table.scan(version, within=piece).select("pair_id", *columns)
+            lost = published.join(now, on="pair_id", how="anti").select("pair_id")
+            if columns:
+                differ = pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"{name}_right")) for name in columns)
+                lost = pl.concat([lost, published.join(now, on="pair_id").filter(differ).select("pair_id")])
             if not lost.head(1).collect().is_empty():
                 return False
         return True

@@ -72,8 +72,8 @@ def _each_role_once(roles: tuple[tuple[str, float], ...]) -> tuple[tuple[str, fl
 
 
 _ROLES = (
-    "weights of messages by their role in responses of several, such as `[['tool', 0]]`; a pattern that matches counts more, "
-    "see [weights.md](weights.md#patterns)"
+    "weights of the messages of a response by their role, such as `[['tool', 0]]`; a pattern that matches counts more, see "
+    "[weights.md](weights.md#patterns)"
 )
 Role = tuple[Literal["assistant", "tool"], Weight]
 Roles = Annotated[tuple[Role, ...], AfterValidator(_each_role_once), Field(description=_ROLES)]

@@ -3,12 +3,13 @@ from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.marks.cells import FOUND, CellReader
-from pipeline.source.arrow_files import Unread, arrow_source
+from pipeline.source.arrow_files import Unread, arrow, arrow_source, parquet
 from pipeline.source.columns import Columns
-from pipeline.source.rows import RawRow, Source
+from pipeline.source.rows import RawRow, Source, joined
 from weights_store.schemas import Reason
 
 COLUMNS = {"chosen": "c", "rejected": "r"}
@@ -180,3 +181,24 @@ def test_rows_and_blocks_stay_in_the_order_of_the_source():
     assert [cell["source_row"] for cell in cells] == list(range(7))
     assert [cell["chosen"] for cell in cells] == [[1], [2], [], [], [], [1], [2]]
     assert [cell["problem"] is None for cell in cells] == [True, True, False, False, False, True, True]
+
+
+@pytest.mark.parametrize("read_file", [parquet, arrow])
+def test_rows_of_a_file_that_lacks_columns_of_the_others_have_no_value(tmp_path, read_file):
+    whole = pa.table({"c": pa.array([[1], [2]], LISTS), "r": pa.array([[3], [4]], LISTS), "x": ["a", "b"]})
+    files = []
+    for number, names in enumerate((["c", "r"], ["c", "x"], ["x"], ["r", "c", "x"])):
+        path = tmp_path / str(number)
+        if read_file is parquet:
+            pq.write_table(whole.select(names), path)
+        else:
+            with pa.ipc.new_file(path, whole.select(names).schema) as writer:
+                writer.write_table(whole.select(names))
+        files.append(read_file(path))
+    found = [
+        row for table in CellReader(COLUMNS, "token").read(joined("all", files), None) for row in table.to_pylist()
+    ]
+    assert [row["source_row"] for row in found] == list(range(8))
+    problems = ["column 'r': it has no value"] * 2 + ["column 'c': it has no value"] * 2
+    assert [row["problem"] for row in found] == [None, None, *problems, None, None]
+    assert [row["chosen"] for row in found][-2:] == [[1.0], [2.0]]

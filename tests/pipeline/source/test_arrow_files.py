@@ -234,6 +234,17 @@ def test_splits_that_a_saved_dataset_has_are_listed(save, read):
     assert len(read(path, split="test")[0]) == 3
 
 
+def test_rows_of_a_split_without_the_columns_that_are_read_keep_their_places(save):
+    import datasets
+
+    path = save(datasets.DatasetDict({"old": rows_of(), "new": rows_of(w=[1, 2, 3])}))
+    rows = open_source(DatasetSection(name="toy", source=str(path), split=["old", "new"])).rows({"w"})
+    assert [(row.source_row, row.value) for row in rows] == [
+        *((place, {}) for place in range(3)),
+        *((3 + place, {"w": 1 + place}) for place in range(3)),
+    ]
+
+
 def test_a_damaged_saved_dataset_is_named(save, read):
     path = save(rows_of())
     (file,) = path.glob("*.arrow")

@@ -267,10 +267,12 @@ def test_a_role_without_a_message_is_named(run, caplog):
     assert "annotate: no response has a message of role tool, see weights.roles" in caplog.messages
 
 
-def test_roles_of_unpaired_rows(run, model):
+@pytest.mark.parametrize("many_answers", ["refuse", "combine"])
+def test_roles_of_unpaired_rows(run, model, many_answers):
     rows = [{"prompt": "question", "completion": chat(*TURNS), "label": True}]
     rows += [{"prompt": "question", "completion": text, "label": False} for text in TEXTS]
-    recipe, tokens, version = run(rows, **{"weights.estimator": "pattern", "weights.roles": [["tool", 0]]})
+    settings = {"weights.estimator": "pattern", "weights.roles": [["tool", 0]], "dataset.many_answers": many_answers}
+    recipe, tokens, version = run(rows, **settings)
     found = rows_of(recipe, version)
     assert by_weight(model, tokens, found[0]["chosen_values"])[0.0] == "<|tool|>tool<|assistant|>"
     assert (found[0]["rejected_values"], found[1]["chosen_values"]) == ([], [])

@@ -210,6 +210,11 @@ def test_an_anchor_is_a_response_to_the_next_prompt(unpaired, toy_model):
             {"contrast.method": "dpo"},
             "contrast.method 'dpo' trains on pairs: set contrast.method to 'sft', 'prompt' or",
         ),
+        (
+            {"contrast.method": "sft", "dataset.label_column": ""},
+            "contrast.method 'sft' trains one model on undesirable responses, which rows without labels have not: set "
+            "contrast.method to 'prompt' or 'given'",
+        ),
         ({"weights.pair_weight": "margin"}, "weights.pair_weight 'margin' compares two responses: set it to 'none'"),
         (
             {"weights.scale": "calibrated"},
@@ -261,6 +266,12 @@ def test_the_fingerprint_says_which_responses_are_the_anchors(unpaired, toy_mode
     assert len({each.weights.fingerprint for each in (first, grown, at_once)}) == 3
     assert (again.weights, again.is_new) == (at_once.weights, False)
     assert {stage.stage for stage in plan(recipe) if stage.action == "compute"} == {"report"}
+    (lost,) = WeightStore(grown.weights.store).tables("anchors")
+    shutil.rmtree(Path(grown.weights.store, lost.path))
+    refilled = build(recipe, toy_model)  # all rows at once, so it has the anchors of such a build
+    assert refilled.weights.fingerprint == at_once.weights.fingerprint
+    rows = rows_of(WeightStore(refilled.weights.store), refilled.weights.table).select("pair_id", "anchor_ids").rows()
+    assert dict(rows) == anchors[2]
     write_jsonl(tmp_path / "rows.jsonl", paired_rows())  # rows of the other kind take the place of all
     (publishing,) = (stage for stage in plan(recipe) if stage.stage == "publish")
     assert (publishing.action, publishing.num_pairs) == ("compute", 6)
