@@ -226,8 +226,8 @@ def test_a_push_into_a_folder_leaves_nothing_half_done(small_store, tmp_path, ca
     assert tokenweights.main(command) == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
     path.write_bytes(good)
-    (tmp_path / ".shared.partial" / "data").mkdir(parents=True)  # of a push that was killed
-    (tmp_path / ".shared.partial" / "data" / "train-00007.parquet").touch()
+    (tmp_path / ".shared.tokenweights-partial" / "data").mkdir(parents=True)  # of a push that was killed
+    (tmp_path / ".shared.tokenweights-partial" / "data" / "train-00007.parquet").touch()
     assert tokenweights.main(command) == 0
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["shared", "store"]
     files = sorted(str(file.relative_to(tmp_path)) for file in (tmp_path / "shared").rglob("*") if file.is_file())
@@ -288,10 +288,10 @@ def test_a_push_that_fails_or_is_killed_keeps_the_earlier_one(push, small_store,
         code, said = push(f"{NAME}@0")
         assert (code, said.splitlines()[-1]) == (1, "error: full")
     assert contents(tmp_path / "shared") == before
-    (tmp_path / "shared").rename(
-        tmp_path / ".shared.old"
-    )  # of a push that was killed before the new folder had its name
-    (tmp_path / ".shared.partial").mkdir()
+    # Of a push that was killed before the new folder had its name.
+    (tmp_path / "shared").rename(tmp_path / ".shared.tokenweights-old")
+    (tmp_path / ".shared.tokenweights-partial").mkdir()
+    (tmp_path / ".shared.old").mkdir()  # somebody's
     assert push("hh-harmless/none")[0] == 1
     assert push("hh-harmless/reversed")[0] == 1  # the old one is back, and is another dataset
     assert contents(tmp_path / "shared") == before
@@ -306,6 +306,7 @@ def test_words_and_files_of_people_are_not_lost_with_an_earlier_push(push, tmp_p
     card.write_bytes(written + b"\nRead this first.\n")
     code, said = push(NAME)
     assert (code, f"{card} was changed since it was pushed: keep your words somewhere else" in said) == (1, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".shared.old", "shared", "store"]
     assert card.read_bytes().endswith(b"Read this first.\n")
     assert push(NAME, "--replace-card")[0] == 0
     assert card.read_bytes() == written

@@ -225,9 +225,9 @@ def test_a_mount_point_is_refused_before_the_work(read_store, tmp_path, monkeypa
 
 
 def test_two_exports_into_one_folder_do_not_mix_and_a_killed_one_leaves_nothing_behind(small_store, tmp_path):
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "part-00007.parquet").touch()  # of an export that was killed
-    with ThreadPoolExecutor() as exports, locked(tmp_path / ".out.lock", pytest.fail):
+    (tmp_path / ".out.tokenweights-partial").mkdir()
+    (tmp_path / ".out.tokenweights-partial" / "part-00007.parquet").touch()  # of an export that was killed
+    with ThreadPoolExecutor() as exports, locked(tmp_path / ".out.tokenweights-lock", pytest.fail):
         both = [exports.submit(small_store.export, NAME, tmp_path / "out") for _ in range(2)]
         with pytest.raises(TimeoutError):
             both[0].result(timeout=0.2)
