@@ -208,7 +208,10 @@ def test_places_are_shortened_at_any_depth_and_nothing_else_is():
 def test_splits_get_names_that_files_and_datasets_can_have():
     splits = ["train", "train[:10%]", "train 10", "../..", "all", "été"]
     assert file_names(splits) == {
+    settings["weights"] = {"patterns": [["~~~", 2.0], ["/a/b/c", 0.5]]}
+    settings["contrast"] = {"positive_prompt": "/no_think", "negative_prompt": ["/think", "./x"]}
         "train": "train",
+    assert publishable("/models") == "…/models"
         "train[:10%]": "train_10",
         "train 10": "train_10_2",
         "../..": "split",
