@@ -109,6 +109,12 @@ def test_the_card_of_single_responses_does_not_call_them_pairs(write, small_stor
     assert "preference pair" not in card
     assert pl.read_parquet(folder / "data/*.parquet")["rejected"].to_list() == [""] * 4
     assert (folder / "heat-map.png").exists()
+    changed["statistics"] |= {"chosen": {"num_responses": 4}, "rejected": {"num_responses": 0}}  # no row has a label
+    small_store.table("weights/hh-harmless/chosen").append(rows.with_columns(gone).to_arrow(), changed)
+    folder, _ = write(small_store, "hh-harmless/chosen", folder="chosen")
+    card = (folder / "README.md").read_text()
+    assert "4 rows with a weight for every response token. Each has one response, for distillation or SFT" in card
+    assert "KTO" not in card.partition("## Columns")[0]
 
 
 def test_one_row_makes_a_whole_folder_and_none_is_refused(write, small_store):
