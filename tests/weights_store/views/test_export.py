@@ -239,6 +239,11 @@ def test_two_exports_into_one_folder_do_not_mix_and_a_killed_one_leaves_nothing_
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data", "tokenweights.json"]
 
 
+def test_a_home_folder_is_meant_and_not_a_folder_of_that_name(small_store, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert small_store.export(NAME, "~/out")[-1] == tmp_path / "out" / "tokenweights.json"
+
+
 def test_unknown_formats_are_refused(small_store, tmp_path):
     with pytest.raises(InputError, match="no export format 'csv': expected one of parquet, jsonl"):
         small_store.export(NAME, tmp_path / "out", format="csv")
