@@ -232,8 +232,9 @@ def _train(arguments: list[str]) -> int:
 def _plot(options: argparse.Namespace) -> None:
     from weights_store.commands.output import check_ours, write_output
     from weights_store.inspection.figure import figure_format
+    from weights_store.location import local_path
 
-    path, format = Path(options.output), figure_format(options.output)
+    path, format = local_path(options.output), figure_format(options.output)
     check_ours(path)
     write_output(path, _draw_runs(options.runs, format))
 

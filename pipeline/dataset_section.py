@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.section import Section
+from weights_store.allowed import expand_home
 from weights_store.names import check_new_name
 
 
@@ -50,6 +51,11 @@ class DatasetSection(Section):
     unprinted_keys: tuple[str, ...] = Field(
         (), description="keys of messages or rows, such as timestamp or tools, that the chat template may leave out"
     )
+
+    @field_validator("source")
+    @classmethod
+    def _in_home(cls, source: str) -> str:
+        return expand_home(source)
 
     @field_validator("name")
     @classmethod

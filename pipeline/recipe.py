@@ -20,7 +20,7 @@ from pipeline.section import Section
 from pipeline.stage_sections import AnchorsSection, AttributeSection, Dtype
 from pipeline.weighing.section import MODELS, AnyWeights, WeightsSection
 from train.data.selection import Selection
-from weights_store.allowed import SCORE_PYTHON, check_interpreter_place, check_place
+from weights_store.allowed import SCORE_PYTHON, check_interpreter_place, check_place, expand_home
 from weights_store.names import split_name
 from weights_store.schemas import SIDES
 from weights_store.settings import apply_overrides, default_store, load_toml, parse_settings
@@ -35,6 +35,11 @@ class ModelSection(Section):
     template_date: str | None = Field(
         None, description="the date of the day, for chat templates that print it, such as 2026-01-31"
     )
+
+    @field_validator("path", "chat_template")
+    @classmethod
+    def _in_home(cls, place: str | None) -> str | None:
+        return None if place is None else expand_home(place)
 
     @field_validator("template_date", mode="before")
     @classmethod

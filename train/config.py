@@ -6,7 +6,7 @@ torch here, so that `--help` and a wrong key cost no import.
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from train.loss.config import LossSection
 from weights_store.allowed import check_place
@@ -211,6 +211,16 @@ class OutputConfig(_Section):
     """Keep the checkpoints of a finished run."""
     report_to: str = "none"
     """A tracker that transformers knows, for example `tensorboard`."""
+
+    @field_validator("folder")
+    @classmethod
+    def _in_home(cls, folder: str) -> str:
+        """Expand `~` once, so that what is checked, written, recorded and looked for is the same place."""
+        if not folder.startswith("~"):
+            return folder
+        from weights_store.location import local_path
+
+        return str(local_path(folder))
 
 
 class TrainConfig(_Section):

@@ -26,6 +26,11 @@ _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _CHANGE = f"change it, or ask the operator to add the place to {ALLOWED}"
 
 
+def expand_home(place: str) -> str:
+    """Return a place with `~` as a home folder, `~nobody/x` as it is: in this way for what is checked and what is used."""
+    return os.path.expanduser(place)  # noqa: PTH111  (a Path raises if nobody of that name is here)
+
+
 def check_place(setting: str, place: str, hub: str | None = None) -> None:
     """Check that a setting names a place that the operator allows.
 
@@ -91,10 +96,7 @@ def _resolved(place: str, hub: str | None) -> str:
         place = unquote(place.removeprefix("file://"))
     if _URI.match(place):
         return place
-    try:
-        path = Path(place).expanduser()
-    except RuntimeError:  # nobody of that name has a home folder here
-        path = Path(place)
+    path = Path(expand_home(place))
     if hub is not None and not path.exists() and _HUB_ID.fullmatch(place):
         return f"{hub}{place}"
     return os.path.realpath(path)

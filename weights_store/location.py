@@ -22,6 +22,7 @@ from urllib.request import Request, urlopen
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from weights_store.allowed import expand_home
 from weights_store.errors import InputError, SettingsError, StoreError
 from weights_store.messages import hide_credentials
 
@@ -322,7 +323,7 @@ def _local_path(uri: str) -> str:
         )
     if _ESCAPE.search(text):
         raise SettingsError(f"bad folder {text!r}: deltalake takes a % before two hex digits for another character")
-    path = Path(text).expanduser() if text == "~" or text.startswith("~/") else Path(text)
+    path = Path(expand_home(text))
     _check_lengths(path)
     return str(path)
 

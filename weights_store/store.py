@@ -18,7 +18,7 @@ from weights_store.inspection.choice import Choice
 from weights_store.inspection.doctor import Diagnosis, diagnose
 from weights_store.inspection.gather import NotebookView, make_view
 from weights_store.inspection.survey import Survey, survey
-from weights_store.location import Location
+from weights_store.location import Location, local_path
 from weights_store.names import check_name, name_of, split_name, weights_path
 from weights_store.tables.commits import Commit
 from weights_store.tables.metadata import CommitMetadata
@@ -242,14 +242,14 @@ class WeightStore:
         see `scan_tokens`.
 
         Raises:
-            InputError: The folder exists and is not empty, the format is unknown, (`loss_scale`) the tokenizer is missing or
-                does not fit, or (`tinker`) there is one.
+            InputError: The folder exists and is not empty or is in no home folder that is here, the format is unknown,
+                (`loss_scale`) the tokenizer is missing or does not fit, or (`tinker`) there is one.
             MismatchError: An id is not in the tokenizer, (`jsonl`) the version records no EOS id, (`loss_scale`) the text of
                 a prompt gives other ids, or a format for pairs meets unpaired rows.
             DamageError: A shard is not what was committed.
         """
         weights = self.resolve(name, version)
-        return export_table(self.table(weights.table), weights, Path(folder), format, tokenizer, licence)
+        return export_table(self.table(weights.table), weights, local_path(str(folder)), format, tokenizer, licence)
 
     def list(self) -> pl.DataFrame:
         """Return one row per weight dataset: name, newest version, estimator, pairs, tokens, fingerprint, time.

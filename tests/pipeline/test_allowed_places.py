@@ -14,6 +14,7 @@ from pipeline.recipe import Recipe
 from pipeline.source.load import open_source
 from train.config import TrainConfig
 from train.run import build_parser, load_config
+from weights_store import WeightStore
 from weights_store.errors import InputError, SettingsError
 
 RECIPE_PLACES = {
@@ -77,6 +78,17 @@ def test_a_recipe_that_names_a_place_outside_is_refused(make_recipe, toy_model, 
         make_recipe(**{**RECIPE_PLACES[key], key: place})
     assert "TOKENWEIGHTS_ALLOWED" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_home_folder_is_the_same_place_when_it_is_checked_and_when_it_is_read(make_recipe, tmp_path, monkeypatch):
+    """A `~/..` that is checked as above the home folder, and read from a folder of that name, would lead out of the list."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    recipe = make_recipe(**{"dataset.source": "~/pairs.jsonl", "model.chat_template": "~/t.jinja", "model.path": "~/m"})
+    assert recipe.dataset.source == str(tmp_path / "home/pairs.jsonl")
+    assert recipe.model.chat_template == str(tmp_path / "home/t.jinja")
+    assert recipe.model.path == str(tmp_path / "home/m")
+    assert WeightStore("~/store").root.path == tmp_path / "home/store"
 
 
 @pytest.mark.parametrize("data_dir", ["/etc", "../secret", "link"])

@@ -56,6 +56,14 @@ def test_flags_win_over_set_and_set_over_the_file(load) -> None:
     assert load("--set", "model.path=x", "--model", "M").model.path == "M"
 
 
+def test_a_home_folder_is_expanded_before_it_is_checked_and_written_to(load, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load("--output=~/runs/a").output.folder == str(tmp_path / "runs/a")
+    assert load("--output=runs/~a/").output.folder == "runs/~a/"
+    with pytest.raises(SettingsError, match="~nobody-here/x: there is no home folder of that name here"):
+        load("--output=~nobody-here/x")
+
+
 def test_flags_alone_are_enough() -> None:
     flags = ["--store", "s", "--weights", "w", "--model", "m", "--output", "o", "--set", "loss.name=sft"]
     config = load_config(build_parser().parse_args([*flags, "--set", "optim.learning_rate=1e-5"]))

@@ -17,7 +17,7 @@ from typing import BinaryIO
 from weights_store import Table
 from weights_store.digests import cache_folder
 from weights_store.errors import DamageError, StoreError
-from weights_store.location import Location
+from weights_store.location import Location, local_path
 from weights_store.messages import logger
 from weights_store.processes.lock import is_at
 from weights_store.tables.shards import ShardReader, ShardRecord
@@ -38,11 +38,12 @@ class ShardCache:
         max_gib: Limit, GiB.
 
     Raises:
+        InputError: It begins with a home folder that is not here.
         StoreError: The folder cannot be written.
     """
 
     def __init__(self, folder: str | None, max_gib: float) -> None:
-        self.folder = (Path(folder).expanduser().absolute() if folder else cache_folder()) / "shards"
+        self.folder = (local_path(folder).absolute() if folder else cache_folder()) / "shards"
         self.max_bytes = int(max_gib * _GIB)
         with self._writing(), self._locked(fcntl.LOCK_SH):
             pass

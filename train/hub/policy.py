@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -59,10 +60,11 @@ def _check_weights(folder: Path, names: Collection[str]) -> None:
         InputError: They are not.
     """
     indexes = [name for name in names if name.endswith(_INDEX)]
-    wanted = {f"{name.removesuffix(_INDEX)}{part}" for name in indexes for part in _parts(folder / name)}
+    wanted = {Path(name).with_name(part).as_posix() for name in indexes for part in _parts(folder / name)}
     missing = sorted(wanted.difference(names))
-    if not missing and not any(name.endswith(".safetensors") for name in names):
-        missing = ["*.safetensors"]
+    place = "" if "config.json" in names else "adapter/"  # which is alone without `lora.merge`
+    if not missing and not any(re.fullmatch(rf"{place}[^/]+\.safetensors", name) for name in names):
+        missing = [f"{place}*.safetensors"]
     if missing:
         raise InputError(
             f"{folder} has no {missing[0]}: a policy is pushed with all its weights; copy the folder again, or train with "

@@ -47,9 +47,8 @@ def model_card(lineage: Lineage, source: WeightSource) -> str:
 def _title(loss: Section) -> str:
     """Return the loss with its paper, and the share of likelihood that was added to it."""
     kind = LOSSES[str(loss["name"])]
-    nll_lambda = (
-        loss.get("nll_lambda") if issubclass(kind, PreferenceLoss) else None
-    )  # that of `uni_dpo` is its paper's
+    # That of `uni_dpo` is its paper's, and that of `distill` stands in the settings.
+    nll_lambda = loss.get("nll_lambda") if issubclass(kind, PreferenceLoss) else None
     return f"{kind.title} + {nll_lambda:g} NLL of chosen" if nll_lambda else kind.title
 
 

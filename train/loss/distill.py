@@ -26,8 +26,6 @@ def distill(
         default of TRL's experimental `ServerDistillationTrainer` (1.16, `loss_add_tail`).
     """
     token_losses = masked_kls(chosen)
-    if (
-        nll_lambda
-    ):  # else no gradient flows into the log-probs of the tokens, which would cost a tensor over the vocabulary
+    if nll_lambda:  # else a gradient of 0 into the log-probs of the tokens would cost a tensor over the vocabulary
         token_losses = token_losses - nll_lambda * masked_logps(chosen)
     return PairLosses(weighted_sum(token_losses, chosen), None, None)

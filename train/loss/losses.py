@@ -1,8 +1,8 @@
 """Preference losses as pure functions of per-token log-probabilities.
 
 Called through `objective.py`; usable alone. In every loss, `chosen` and `rejected` are the two sides with the fields that the
-loss reads (`Needs` in `config.py`, which also describes the settings), `beta` is > 0, and a missing field or a setting out of
-its range is a `ValueError`. Weights, reference log-probs and annotator scores are data: no gradient flows into them. The
+loss reads (`needs.py`; `config.py` describes the settings), `beta` is > 0, and a missing field or a setting out of its range is
+a `ValueError`. Weights, reference log-probs and annotator scores are data: no gradient flows into them. The
 end-of-text token counts like any other.
 
 Not here: the sums over a response (`terms.py`), the triplet of TI-DPO (`triplet.py`), KTO (`kto.py`), distillation

@@ -1,4 +1,4 @@
-"""What a loss needs of the dataset and of the models. Part of `config.py`, so no torch here."""
+"""What a loss needs of the dataset and of the models. `config.py` reads it, so no torch here."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -77,7 +77,9 @@ def add_view(
 
 def run_view(options: argparse.Namespace) -> None:
     """Show pairs, see `WeightStore.view`."""
-    path = Path(options.output) if options.output else None
+    from weights_store.location import local_path
+
+    path = local_path(options.output) if options.output else None
     if path is not None:  # before the work that fills it
         _check_ending(path)
         check_ours(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from weights_store.errors import InputError, MissingExtraError
 from weights_store.fingerprint import fingerprint_tokenizer
+from weights_store.location import local_path
 from weights_store.messages import logger
 from weights_store.tables.metadata import CommitMetadata
 from weights_store.views.token_texts import Tokenizer
@@ -56,12 +57,21 @@ def tokenizer_folder(metadata: CommitMetadata, given: str | None) -> tuple[str |
     path, revision = model.get("path"), model.get("revision")
     if recorded is None or not isinstance(path, str):
         return None, f"ids instead of texts: the store recorded no tokenizer; {_HINT}"
-    folder = path if (Path(path) / "tokenizer.json").is_file() else _in_cache(path, revision)
+    folder = _local(path) or _in_cache(path, revision)
     if folder is None:
         return None, f"ids instead of texts: {path}, the recipe's model, is not here with a tokenizer.json; {_HINT}"
     if _fingerprint(Path(folder)) != recorded:
         return None, f"ids instead of texts: the tokenizer in {folder} is not the one that made the ids; {_HINT}"
     return folder, None
+
+
+def _local(path: str) -> str | None:
+    """Return the folder of a model as a recipe names it, None if its tokenizer is not there."""
+    try:
+        folder = local_path(path)
+    except InputError:  # the home folder of nobody here
+        return None
+    return str(folder) if (folder / "tokenizer.json").is_file() else None
 
 
 def _in_cache(repo_id: str, revision: object) -> str | None:

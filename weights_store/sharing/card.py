@@ -84,11 +84,14 @@ def _header(record: DatasetRecord, splits: Sequence[SplitFiles], num_pairs: int)
 
 def _rows(record: DatasetRecord, num_pairs: int) -> str:
     """Return what the rows are: pairs, or single responses."""
-    num_unpaired = record.get("statistics", {}).get("num_unpaired_rows", 0)
+    statistics = record.get("statistics", {})
+    num_unpaired = statistics.get("num_unpaired_rows", 0)
     noun = "row" if num_unpaired else "preference pair"
     weighed = f"{count_text(num_pairs, noun)} with a weight for every response token"
     if not num_unpaired:
         return f"{weighed}, for weighted DPO and its relatives."
+    if statistics.get("rejected", {}).get("num_responses") == 0:  # of rows without labels
+        return f"{weighed}. Each has one response, for distillation or SFT: it stands in `chosen`, and `rejected` is empty."
     return (
         f"{weighed}. {num_unpaired:,} of them have one response, for KTO and its relatives: it stands in `chosen` if it is "
         "desirable, else in `rejected`, and the other one is empty."

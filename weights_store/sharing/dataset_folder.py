@@ -83,7 +83,12 @@ def may_replace(folder: Path, name: str, *, replaces_card: bool) -> bool:
     """
     if not (folder / RECORD).is_file():
         return False
-    record = read_record(folder, str(folder))
+    try:
+        record = read_record(folder, str(folder))
+    except InputError as error:
+        raise InputError(
+            f"{folder} is not empty, and its {RECORD} is not that of an earlier push; choose another folder"
+        ) from error
     if (other := split_name(record["name"])[0]) != name:
         raise InputError(f"{folder} holds {other}, and {name} is to be pushed; choose another folder")
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 from weights_store.printing import one_line
 from weights_store.sharing.publishable import publishable, shorten
@@ -37,9 +38,10 @@ def plain(text: str) -> str:
 
 def settings_table(settings: Mapping[str, Mapping[str, object]]) -> str:
     """Return the settings of a build or a training that have a value, one a line."""
+    shown = cast(Mapping[str, Mapping[str, object]], publishable(settings))
     rows = [
-        [code(f"{section}.{key}"), code(json.dumps(publishable(value), ensure_ascii=False))]
-        for section, values in settings.items()
+        [code(f"{section}.{key}"), code(json.dumps(value, ensure_ascii=False))]
+        for section, values in shown.items()
         for key, value in (values if isinstance(values, Mapping) else {}).items()
         if value not in ("", None)
     ]

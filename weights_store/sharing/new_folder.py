@@ -30,8 +30,9 @@ def new_folder(folder: Path, may_replace: Callable[[Path], bool] = lambda folder
         InputError: `folder` is a URI, exists, is not an empty folder and may not be replaced, or cannot be renamed.
     """
     place = _check_place(folder, may_replace)
-    partial, old = (place.with_name(f".{place.name}.{word}") for word in ("partial", "old"))
-    with locked(place.with_name(f".{place.name}.lock"), wait_for(f"writing {place}")):
+    # Nobody else's: what has the first two of these names is deleted.
+    partial, old, lock = (place.with_name(f".{place.name}.tokenweights-{word}") for word in ("partial", "old", "lock"))
+    with locked(lock, wait_for(f"writing {place}")):
         if old.exists() and not place.exists():  # a process was killed before the new one got its name
             old.replace(place)
         _check_place(folder, may_replace)

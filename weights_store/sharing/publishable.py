@@ -4,17 +4,20 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 _LOCAL = ("/", "~", "./", "../", "file:")
+_TEXTS = frozenset({"patterns", "positive_prompt", "negative_prompt", "transcript"})
+"""Settings whose texts name no place, also if they begin like one: `~~~`, `/no_think`."""
 
 
 def shorten(place: object) -> object:
     """Return a value as it may be published: the last two parts of a local path, all of anything else."""
     if not isinstance(place, str) or not place.startswith(_LOCAL) or "\n" in place:
         return place
-    return "/".join(["…", *PurePosixPath(place).parts[-2:]])
+    names = [part for part in PurePosixPath(place).parts if part != "/"]
+    return "/".join(["…", *names[-2:]])
 
 
 def publishable(value: object) -> object:
     """Return settings, at any depth, with every local path shortened."""
     if isinstance(value, Mapping):
-        return {key: publishable(inner) for key, inner in value.items()}
+        return {key: inner if key in _TEXTS else publishable(inner) for key, inner in value.items()}
     return [publishable(inner) for inner in value] if isinstance(value, list | tuple) else shorten(value)

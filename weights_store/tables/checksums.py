@@ -88,8 +88,7 @@ def _list_sum(chunk: pa.ListArray, keys: NDArray[np.uint64]) -> int:
     sizes = np.where(is_null, np.uint64(_NULL), lengths.astype(np.uint64))
     total = _total(mix(mix(keys ^ np.uint64(_LENGTH)) + sizes))
     lengths = np.where(is_null, 0, lengths)
-    first = int(offsets[0])
-    values = chunk.values.slice(first, int(offsets[-1]) - first).to_numpy(zero_copy_only=False)
+    values = chunk.flatten().to_numpy(zero_copy_only=False)  # without what may stand behind a null
     starts = np.cumsum(lengths) - lengths
     salts = mix(keys) - starts.astype(np.uint64) * np.uint64(_GOLDEN)
     cuts = np.searchsorted(starts, np.arange(0, len(values), _BLOCK)).tolist()

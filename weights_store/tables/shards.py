@@ -69,9 +69,8 @@ def round_mantissa(values: NDArray[np.float32]) -> NDArray[np.float32]:
     for start in range(0, rounded.size, _BLOCK):  # what is made on the way stays in the processor's cache
         given = values[start : start + _BLOCK]
         raw = rounded[start : start + _BLOCK].view(np.uint32)
-        raw += (raw >> np.uint32(drop)) & np.uint32(
-            1
-        )  # half a step, less one unless the kept part is odd: ties to even
+        # Add half a step, less one unless the kept part is odd: ties to even.
+        raw += (raw >> np.uint32(drop)) & np.uint32(1)
         raw += np.uint32((1 << (drop - 1)) - 1)
         raw &= np.uint32(~((1 << drop) - 1) & 0xFFFFFFFF)
         is_finite = np.isfinite(given)

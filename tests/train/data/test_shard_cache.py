@@ -20,7 +20,7 @@ from train.config import DataConfig
 from train.data.dataset import PairDataset, open_weights
 from train.data.shard_cache import _GIB, ShardCache
 from weights_store import Table, WeightStore
-from weights_store.errors import DamageError, SettingsError, StoreError
+from weights_store.errors import DamageError, InputError, SettingsError, StoreError
 from weights_store.location import Location
 from weights_store.schemas import WEIGHTS
 
@@ -238,6 +238,8 @@ def test_a_full_disk_and_a_place_that_is_no_folder_say_what_to_set(disk, tmp_pat
         StoreError, match="cannot write shards to the cache in .*/file/shards: Not a directory; set data"
     ):
         ShardCache(str(tmp_path / "file"), 1)
+    with pytest.raises(InputError, match="~nobody-here/x: there is no home folder of that name here"):
+        ShardCache("~nobody-here/x", 1)
 
 
 def test_the_cache_lies_where_the_environment_says_unless_the_config_does(tmp_path, monkeypatch) -> None:

@@ -86,6 +86,10 @@ def test_what_is_no_finished_policy_is_refused(policy, store, tmp_path, monkeypa
     assert tokenweights.main(["push", "toy/tis", "owner/policy", "--store", store]) == 1
     assert f"toy/tis is a policy here and a weight dataset in {store}; write ./toy/tis" in capsys.readouterr().err
     weights = tmp_path / "toy/tis/model.safetensors"
+    weights.rename(tmp_path / "away")
+    with pytest.raises(InputError, match=r"toy/tis has no \*.safetensors: a policy is pushed with all its weights"):
+        policy_files(Path("toy/tis"))  # the adapter beside it is not the model that config.json promises
+    (tmp_path / "away").rename(weights)
     weights.rename(weights.with_name("model-00001-of-00002.safetensors"))
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (tmp_path / "toy/tis/model.safetensors.index.json").write_text(json.dumps(index))

@@ -54,6 +54,12 @@ def test_a_page_is_written_under_the_name_of_the_version(command, tmp_path):
     assert [path.name for path in page.parent.iterdir()] == [page.name]
 
 
+def test_a_page_in_a_home_folder(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command(NAME, "--output=~/page.html")[0] == 0
+    assert (tmp_path / "page.html").is_file()
+
+
 def test_a_page_of_two_datasets_names_both(command, tmp_path):
     assert command(NAME, "hh-harmless/reversed")[0] == 0
     assert (tmp_path / "here" / "hh-harmless-tis-dpo@1-hh-harmless-reversed@0.html").is_file()

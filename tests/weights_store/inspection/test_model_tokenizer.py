@@ -25,6 +25,13 @@ def test_the_recipes_model_is_used_if_its_tokenizer_made_the_ids(folder):
     assert tokenizer_folder(metadata(folder), None) == (str(folder), None)
 
 
+def test_a_home_folder_in_a_recipe_is_found(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    made = metadata(folder)
+    made["recipe"]["model"]["path"] = "~/model"
+    assert tokenizer_folder(made, None) == (str(folder), None)
+
+
 @pytest.mark.parametrize("revision", [None, "v1"])
 def test_a_model_of_the_hub_is_found_in_the_hubs_cache(folder, tmp_path, monkeypatch, revision):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -57,6 +64,7 @@ def test_another_tokenizer_in_its_place_is_not_used(folder):
             "some/hub-id, the recipe's model, is not here with a tokenizer.json",
         ),
         ({"recipe": {"model": {"path": "/no/such/folder"}}}, "/no/such/folder, the recipe's model, is not here"),
+        ({"recipe": {"model": {"path": "~nobody-here/x"}}}, "~nobody-here/x, the recipe's model, is not here"),
         ({"tokenizer": {"eos_token_id": 0}}, "the store recorded no tokenizer"),
         ({"tokenizer": None, "recipe": {}}, "the store recorded no tokenizer"),
     ],

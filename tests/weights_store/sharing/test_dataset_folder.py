@@ -109,6 +109,12 @@ def test_the_card_of_single_responses_does_not_call_them_pairs(write, small_stor
     assert "preference pair" not in card
     assert pl.read_parquet(folder / "data/*.parquet")["rejected"].to_list() == [""] * 4
     assert (folder / "heat-map.png").exists()
+    changed["statistics"] |= {"chosen": {"num_responses": 4}, "rejected": {"num_responses": 0}}  # no row has a label
+    small_store.table("weights/hh-harmless/chosen").append(rows.with_columns(gone).to_arrow(), changed)
+    folder, _ = write(small_store, "hh-harmless/chosen", folder="chosen")
+    card = (folder / "README.md").read_text()
+    assert "4 rows with a weight for every response token. Each has one response, for distillation or SFT" in card
+    assert "KTO" not in card.partition("## Columns")[0]
 
 
 def test_one_row_makes_a_whole_folder_and_none_is_refused(write, small_store):
@@ -202,7 +208,10 @@ def test_no_path_of_this_machine_is_published(write, small_store, tmp_path):
 
 def test_places_are_shortened_at_any_depth_and_nothing_else_is():
     settings = {"a": ["/x/y/z", {"b": "../data/q.json"}], "c": "owner/name", "d": 1.5, "e": None, "f": "s3://bucket/x"}
+    settings["weights"] = {"patterns": [["~~~", 2.0], ["/a/b/c", 0.5]]}
+    settings["contrast"] = {"positive_prompt": "/no_think", "negative_prompt": ["/think", "./x"]}
     assert publishable(settings) == {**settings, "a": ["…/y/z", {"b": "…/data/q.json"}]}
+    assert publishable("/models") == "…/models"
 
 
 def test_splits_get_names_that_files_and_datasets_can_have():
@@ -226,8 +235,8 @@ def test_a_push_into_a_folder_leaves_nothing_half_done(small_store, tmp_path, ca
     assert tokenweights.main(command) == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
     path.write_bytes(good)
-    (tmp_path / ".shared.partial" / "data").mkdir(parents=True)  # of a push that was killed
-    (tmp_path / ".shared.partial" / "data" / "train-00007.parquet").touch()
+    (tmp_path / ".shared.tokenweights-partial" / "data").mkdir(parents=True)  # of a push that was killed
+    (tmp_path / ".shared.tokenweights-partial" / "data" / "train-00007.parquet").touch()
     assert tokenweights.main(command) == 0
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["shared", "store"]
     files = sorted(str(file.relative_to(tmp_path)) for file in (tmp_path / "shared").rglob("*") if file.is_file())
@@ -288,15 +297,16 @@ def test_a_push_that_fails_or_is_killed_keeps_the_earlier_one(push, small_store,
         code, said = push(f"{NAME}@0")
         assert (code, said.splitlines()[-1]) == (1, "error: full")
     assert contents(tmp_path / "shared") == before
-    (tmp_path / "shared").rename(
-        tmp_path / ".shared.old"
-    )  # of a push that was killed before the new folder had its name
-    (tmp_path / ".shared.partial").mkdir()
+    # Of a push that was killed before the new folder had its name.
+    (tmp_path / "shared").rename(tmp_path / ".shared.tokenweights-old")
+    (tmp_path / ".shared.tokenweights-partial").mkdir()
+    (tmp_path / ".shared.old").mkdir()  # somebody's
     assert push("hh-harmless/none")[0] == 1
     assert push("hh-harmless/reversed")[0] == 1  # the old one is back, and is another dataset
     assert contents(tmp_path / "shared") == before
     assert push(NAME)[0] == 0
     assert contents(tmp_path / "shared") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".shared.old", "shared", "store"]
 
 
 def test_words_and_files_of_people_are_not_lost_with_an_earlier_push(push, tmp_path):
@@ -318,4 +328,8 @@ def test_words_and_files_of_people_are_not_lost_with_an_earlier_push(push, tmp_p
     (tmp_path / "shared" / "data" / "notes.txt").unlink()
     (tmp_path / "shared" / "tokenweights.json").write_text("{}")
     code, said = push(NAME)
-    assert (code, "tokenweights.json is not as it was written" in said) == (1, True)
+    assert (code, said.splitlines()[-1]) == (
+        1,
+        f"error: {tmp_path / 'shared'} is not empty, and its tokenweights.json is not that of an earlier push; choose another "
+        "folder",
+    )

@@ -171,3 +171,13 @@ def test_lists_longer_than_what_is_summed_at_a_time(monkeypatch):
     rows = [{"pair_id": str(size), **dict.fromkeys(KINDS), "ids": list(range(size))} for size in (5, 0, 17, 1, 3, 8, 0)]
     monkeypatch.setattr("weights_store.tables.checksums._BLOCK", 4)
     assert checksums(rows)["ids"] == oracle(rows, "ids", KINDS["ids"])
+
+
+def test_what_stands_behind_a_null_in_memory_does_not_count():
+    """Parquet drops it, so a shard would not be what its own checksums say."""
+    values, lengths = pa.array([1, 2, 3, 4, 5], pa.int32()), [0, 2, 4, 5]
+    hidden = pa.ListArray.from_arrays(pa.array(lengths, pa.int32()), values, mask=pa.array([False, True, False]))
+    assert hidden.to_pylist() == [[1, 2], None, [5]]
+    of_hidden = column_checksums(pa.table({"pair_id": ["a", "b", "c"], "ids": hidden}), ["pair_id"])["ids"]
+    rows = [{"pair_id": name, "ids": ids} for name, ids in zip("abc", hidden.to_pylist(), strict=True)]
+    assert of_hidden == oracle(rows, "ids", KINDS["ids"])

@@ -225,9 +225,9 @@ def test_a_mount_point_is_refused_before_the_work(read_store, tmp_path, monkeypa
 
 
 def test_two_exports_into_one_folder_do_not_mix_and_a_killed_one_leaves_nothing_behind(small_store, tmp_path):
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "part-00007.parquet").touch()  # of an export that was killed
-    with ThreadPoolExecutor() as exports, locked(tmp_path / ".out.lock", pytest.fail):
+    (tmp_path / ".out.tokenweights-partial").mkdir()
+    (tmp_path / ".out.tokenweights-partial" / "part-00007.parquet").touch()  # of an export that was killed
+    with ThreadPoolExecutor() as exports, locked(tmp_path / ".out.tokenweights-lock", pytest.fail):
         both = [exports.submit(small_store.export, NAME, tmp_path / "out") for _ in range(2)]
         with pytest.raises(TimeoutError):
             both[0].result(timeout=0.2)
@@ -237,6 +237,11 @@ def test_two_exports_into_one_folder_do_not_mix_and_a_killed_one_leaves_nothing_
     assert "exists and is not an empty folder" in str(errors[0] or errors[1])
     assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data", "tokenweights.json"]
+
+
+def test_a_home_folder_is_meant_and_not_a_folder_of_that_name(small_store, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert small_store.export(NAME, "~/out")[-1] == tmp_path / "out" / "tokenweights.json"
 
 
 def test_unknown_formats_are_refused(small_store, tmp_path):
