@@ -79,7 +79,7 @@ class CellReader:
     unit: Unit | None
 
     def read(self, source: Source, pair_columns: Columns | None) -> Iterator[pa.Table]:
-        """Yield the cells of all rows in the order of the source, also of rows that are no pairs, as tables of `FOUND`.
+        """Yield the cells of rows in the order of the source, as tables of `FOUND`: without `pair_columns` also of no pairs.
 
         `pair_columns` are needed for all units but tokens, which are counted without the text, and where rows may have several
         answers: there the column has a list with one cell for each answer that the row lists.

@@ -86,7 +86,7 @@ class RangeAnnotator:
         rest: The weight of characters in no span, and of messages whose role has none.
         roles: The weight of messages by their role.
         vocabulary: Of the tokenizer; None if nothing but tokens is counted.
-        chat: Tells where the messages of a response stand.
+        chat: Tells where the messages of a response stand; None as the vocabulary.
         is_special: Which ids are special, `[V]`.
         cut_at: The limit of tokens that responses were cut to; None if none were.
     """
@@ -99,7 +99,7 @@ class RangeAnnotator:
     rest: float
     roles: Mapping[str, float]
     vocabulary: Vocabulary | None
-    chat: ChatTokenizer
+    chat: ChatTokenizer | None
     is_special: np.ndarray
     cut_at: int | None
 
@@ -219,6 +219,7 @@ class RangeAnnotator:
     def _turns(self, source: "Source") -> Turns:
         assert source.messages is not None, "one text alone is the whole response"
         assert source.prompt is not None, "no prompt of messages"
+        assert self.chat is not None, "no template, which tells messages"
         try:
             return self.chat.turns(source.prompt, json.loads(source.messages))
         except Unusable as problem:

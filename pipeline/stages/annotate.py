@@ -44,7 +44,7 @@ _MAX_TRIES = 5
 _RANGE_BYTES = 32 << 20
 """Arrow bytes of the cells that are one piece of work."""
 _PLACES_BYTES = 8 << 20
-"""Of the pair_ids that are held while the source is read, row by row."""
+"""Of the pair_ids that are held while the source is read."""
 _PLACES = pa.schema([("source_row", pa.int64()), ("pair_id", pa.string())])
 
 
@@ -89,8 +89,8 @@ class Annotation:
     @property
     def settings(self) -> dict[str, object]:
         """What determines the numbers, besides the source and the pairs."""
-        of_unit = {"unit": self.unit, "rest": self.rest, "columns": self.columns}
-        return {"schema_version": SCHEMA_VERSION, **of_unit, **({"roles": self.roles} if self.roles else {})}
+        of_unit = {"unit": self.unit, "rest": self.rest, "roles": self.roles, "columns": self.columns}
+        return {"schema_version": SCHEMA_VERSION, **of_unit}
 
     @property
     def record(self) -> AnnotationRecord:
@@ -125,7 +125,7 @@ def annotate(recipe: Recipe, tokens: TableVersion, model_folder: Path, spread: S
     """Bring the annotations that a recipe asks for up to a version of the tokens table; return their version.
 
     `spread` does the work on the ranges of pair_ids; None: on Ray if the recipe says so, which a child process drives, else
-    here: on all cores if tokens are only counted, one range after the other if texts are compared, which takes Python's lock.
+    here: in threads if tokens are only counted, one range after the other if texts are compared, which takes Python's lock.
 
     Raises:
         InputError: The source cannot be read or has changed since it was prepared, lacks a column, or no pair has weights that
@@ -214,9 +214,7 @@ class _Update:
             wanted.rest,
             wanted.roles,
             Vocabulary.of_folder(self.model_folder) if wanted.reads_texts else None,
-            ChatTokenizer(
-                self.model_folder, recipe.model.chat_template, recipe.model.template_date, dataset.unprinted_keys
-            ),
+            self._chat_tokenizer() if wanted.reads_texts else None,
             special_tokens(load_light_tokenizer(self.model_folder)),
             dataset.max_response_tokens if dataset.long_response == "cut" else None,
         )
@@ -228,6 +226,10 @@ class _Update:
             num_done += found.num_rows
             show(Progress("annotate", num_done, cells.num_rows, time.monotonic() - started, "pairs"))
         return writer.finish()
+
+    def _chat_tokenizer(self) -> ChatTokenizer:
+        model, dataset = self.wanted.recipe.model, self.wanted.recipe.dataset
+        return ChatTokenizer(self.model_folder, model.chat_template, model.template_date, dataset.unprinted_keys)
 
     def _quarantine(self, unusable: ExternalSort) -> None:
         """Replace the rows that an earlier version of these annotations has put into quarantine."""

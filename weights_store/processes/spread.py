@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
+_MAX_THREADS = 4
+"""How many items are in memory at once."""
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -28,8 +30,8 @@ def in_turn(work: Callable[[_Item], _Result], items: Iterable[_Item], /) -> Iter
 
 
 def in_threads(work: Callable[[_Item], _Result], items: Iterable[_Item], /) -> Iterator[_Result]:
-    """Do the work of as many items at once as there are cores, here: for work that is mostly outside of Python's lock."""
-    num_threads = os.cpu_count() or 1
+    """Do the work of several items at once, here: for work that is mostly outside of Python's lock."""
+    num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
     pool = ThreadPoolExecutor(num_threads)
     running: deque[Future[_Result]] = deque()
     try:
